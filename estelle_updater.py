@@ -1827,7 +1827,7 @@ class Dialer:
                 self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
             except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
                 what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
-                self.say(f"can't reach the master at {url.text}: {what}; trying again until it answers")
+                self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
             if self.welcome:
                 attempt, self.welcome = 0, None
             attempt += 1
@@ -1847,18 +1847,18 @@ class Dialer:
         from websockets.exceptions import InvalidHandshake, InvalidStatus
 
         try:
-            socket = await connect(url.text, local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
+            socket = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except InvalidHandshake as problem:
-            raise UpdaterError(f"{url.text} is no estelle-updater master: {problem}") from problem
+            raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
         async with socket:
             link = Link(SocketWire(socket))
             await link.wire.send(encode_message(self.agent.hello()))
             async with asyncio.timeout(WELCOME_S):
                 self.welcome = self.read_welcome(await link.wire.recv())
             self.trouble = ""
-            log.info("welcomed by the master at %s as %s", url.text, self.welcome.label)
+            log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome()
             try:
                 await self.agent.serve_link(link)
@@ -2534,7 +2534,7 @@ class Caller:
 
     def __init__(self, state: StateFolder, config: Config, bind: str | None) -> None:
         self.bind = bind
-        self.urls = [config.master_url.text]
+        self.urls = [str(config.master_url)]
         daemon = read_json(state.daemon_file) or {}
         local = daemon.get("listen")
         if isinstance(local, str) and local not in self.urls and FileLock.held_elsewhere(state.daemon_lock):
@@ -2563,7 +2563,8 @@ class Caller:
 
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
-            socket = connect(url, open_timeout=timeout_s, **COMMANDER_OPTIONS, **source)
+            # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
+            socket = connect(url, open_timeout=timeout_s, **COMMANDER_OPTIONS, **source).__enter__()
             socket.send(encode_message(Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), "")))
             reply = decode_message(socket.recv(timeout=timeout_s))
         except InvalidStatus as problem:
