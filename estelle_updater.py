@@ -47,7 +47,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, replace
 from enum import StrEnum
@@ -138,6 +138,7 @@ ACK_S = 0.1
 SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it and can't tell
 PING_INTERVAL_S = PING_TIMEOUT_S = 20.0  # both ends: a peer that vanished is noticed in 40 s at most
 WELCOME_S = 10.0
+PUBLIC_S = 3.0
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
@@ -1808,12 +1809,11 @@ def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float]
 class Dialer:
     """Keeps an agent connected to the master, and says once, not on every try, that it can't."""
 
-    def __init__(self, agent: Agent, bind: str | None) -> None:
-        self.agent, self.bind = agent, bind
+    def __init__(self, agent: Agent, bind: str | None, on_failure: Callable[[], Awaitable[None]]) -> None:
+        self.agent, self.bind, self.on_failure = agent, bind, on_failure
         self.config_changed = asyncio.Event()
         self.trouble = ""
         self.welcome: Welcome | None = None
-        self.on_welcome: Callable[[], None] = lambda: None
 
     async def dial_forever(self) -> None:
         attempt = 0
@@ -1830,6 +1830,8 @@ class Dialer:
                 self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
             if self.welcome:
                 attempt, self.welcome = 0, None
+            else:
+                await self.on_failure()
             attempt += 1
             self.config_changed.clear()
             with suppress(TimeoutError):
@@ -1859,7 +1861,6 @@ class Dialer:
                 self.welcome = self.read_welcome(await link.wire.recv())
             self.trouble = ""
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
-            self.on_welcome()
             try:
                 await self.agent.serve_link(link)
             except* (EOFError, ProtocolError) as group:
@@ -2719,6 +2720,23 @@ class ServeOptions:
     listen: str | None = None
 
 
+def gather_role(config: Config, options: ServeOptions, outside: bool) -> tuple[RoleDecision, str | None]:
+    """Master or agent, and who says what this host's public address is. Facts are gathered here, judged in section 3.
+
+    Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet knows.
+    """
+    rule = host_rule(config, options.bind, socket.gethostname())
+    override, source = (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.source_key}")
+    addresses = () if override else probe_master_addresses(config.master_url.host, config.master_url.port)
+    local = {address: address if probe_is_local(address) else None for address in addresses}
+    facts = RoleFacts(override, source, options.bind, addresses, local)
+    decision = decide_role(facts)
+    told = outside and decision.role is Role.AGENT and not (override or options.bind)
+    if told and any(is_public(address) for address in addresses) and (public := probe_public_address(PUBLIC_S)):
+        return decide_role(replace(facts, public_address=public[0], public_source=public[1])), public[1]
+    return decision, None
+
+
 class Service:
     """This host's daemon, from its first line to its last."""
 
@@ -2726,7 +2744,8 @@ class Service:
         self.options, self.state = options, options.state
         self.config = ConfigFile(options.config_path)
         self.nonce = os.urandom(16).hex()
-        self.stopping = asyncio.Event()
+        self.stopping = False
+        self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
         self.machine = ""
 
     async def run(self) -> int:
@@ -2745,10 +2764,10 @@ class Service:
             agent = Agent(self.state, self.config, self.machine, self.nonce)
             agent.recover()
             self.say_what_is_odd()
-            while not self.stopping.is_set():
-                decision = await self.decide()
+            decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, True)
+            while not self.stopping:
                 log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
-                await self.serve_as(agent, decision)
+                decision = await self.serve_as(agent, decision, source)
             return 0
         finally:
             self.state.daemon_file.unlink(missing_ok=True)
@@ -2756,7 +2775,8 @@ class Service:
 
     def stop(self, signal_name: str) -> None:
         log.info("stopping on %s; a running deployment goes on", signal_name)
-        self.stopping.set()
+        self.stopping = True
+        self.over.set()
 
     def say_what_is_odd(self) -> None:
         """What will make deployments fail later is worth a line now."""
@@ -2770,42 +2790,55 @@ class Service:
         except UpdaterError as problem:
             log.warning("%s", problem.what)
 
-    async def decide(self) -> RoleDecision:
-        """Master or agent? Facts are gathered here and judged in section 3."""
-        return await asyncio.to_thread(gather_role, self.config.config, self.options.role, self.options.bind)
-
-    async def serve_as(self, agent: Agent, decision: RoleDecision) -> None:
-        """One role until the daemon stops, or the role has to be decided anew."""
+    async def serve_as(self, agent: Agent, decision: RoleDecision, source: str | None) -> RoleDecision:
+        """One role, until the daemon stops or the role turns out to be another: the decision to go on with."""
+        self.over.clear()
+        self.decision = decision
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(
-            lambda: PokeReceiver(agent.poked), local_addr=("127.0.0.1", 0)  # type: ignore[arg-type, return-value]
+            lambda: PokeReceiver(agent.poked),  # type: ignore[arg-type, return-value]
+            local_addr=("127.0.0.1", 0),
         )
         facts = {"pid": os.getpid(), "role": decision.role, "poke": transport.get_extra_info("sockname")[1]}
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(agent.watch_forever())]
-                if decision.role is Role.MASTER:
-                    tasks.append(group.create_task(self.serve_master(group, agent, facts)))
-                else:
-                    self.save_facts(facts)
-                    tasks.append(group.create_task(self.serve_agent(agent)))
-                await self.stopping.wait()
+                role = self.serve_master(agent, facts, decision, source)
+                if decision.role is Role.AGENT:
+                    role.close()
+                    role = self.serve_agent(agent, facts)
+                tasks = [group.create_task(agent.watch_forever()), group.create_task(role)]
+                await self.over.wait()
                 for task in tasks:
                     task.cancel()
         finally:
             transport.close()
+        return self.decision
+
+    def turn(self, decision: RoleDecision) -> None:
+        """Go on in another role."""
+        self.decision = decision
+        self.over.set()
 
     def save_facts(self, facts: Mapping[str, Any]) -> None:
         with suppress(OSError):
             write_atomic(self.state.daemon_file, json.dumps(dict(facts)).encode())
 
-    async def serve_agent(self, agent: Agent) -> None:
-        dialer = Dialer(agent, self.options.bind)
+    async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
+        self.save_facts(facts)
+        dialer = Dialer(agent, self.options.bind, self.look_again)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
             group.create_task(self.watch_config(agent, dialer.config_changed.set))
 
-    async def serve_master(self, group: asyncio.TaskGroup, agent: Agent, facts: dict[str, Any]) -> None:
+    async def look_again(self) -> None:
+        """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
+        decision, _ = await asyncio.to_thread(gather_role, self.config.config, self.options, False)
+        if decision.role is Role.MASTER:
+            self.turn(decision)
+
+    async def serve_master(
+        self, agent: Agent, facts: dict[str, Any], decision: RoleDecision, source: str | None
+    ) -> None:
         """Listen, and let the master's own agent in by its private door."""
         from websockets.asyncio.server import serve
 
@@ -2815,23 +2848,38 @@ class Service:
         master.recover()
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            server = await serve(
-                master.serve_socket, host, port, process_request=master.judge_request, **SERVER_OPTIONS
-            )
+            server = await serve(master.serve_socket, host, port, process_request=master.judge_request, **SERVER_OPTIONS)
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
-        async with server, asyncio.TaskGroup() as inner:
+        async with server, asyncio.TaskGroup() as group:
             facts["listen"] = local_url(url, host, port)
             self.save_facts(facts)
             log.info("listening on %s port %d", host or "all addresses", port)
+            if decision.provisional:
+                group.create_task(self.prove(url, source))
             here, there = QueueWire.pair()
-            inner.create_task(master.serve_agent(Link(here), agent.hello(), own))
-            await there.recv()
-            inner.create_task(agent.serve_link(Link(there)))
-            inner.create_task(master.tick_forever())
-            inner.create_task(self.watch_config(agent, master.drop_disallowed))
+            group.create_task(master.serve_agent(Link(here), agent.hello(), own))
+            await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
+            group.create_task(agent.serve_link(Link(there)))
+            group.create_task(master.tick_forever())
+            group.create_task(self.watch_config(agent, master.drop_disallowed))
+
+    async def prove(self, url: MasterUrl, source: str | None) -> None:
+        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
+        from websockets.asyncio.client import connect
+
+        nonce = None
+        with suppress(Exception):
+            async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
+                hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", socket.gethostname(), self.nonce)
+                await connection.send(encode_message(hello))
+                nonce = getattr(decode_message(await connection.recv()), "nonce", None)
+        if nonce is not None and nonce != self.nonce:
+            self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
+        elif nonce is None and source != "metadata":
+            self.turn(RoleDecision(Role.AGENT, f"agent: nobody answers at {url}, and no cloud says that it is this host"))
 
     async def watch_config(self, agent: Agent, changed: Callable[[], None]) -> None:
         """New settings take effect without a restart, but never those of a tree that git is just changing."""
@@ -2847,10 +2895,6 @@ class Service:
             if self.config.problem and self.config.problem != problem:
                 log.error("%s; the old settings stay in force", self.config.problem)
             problem = self.config.problem
-
-
-def gather_role(config: Config, override: Role | None, bind: str | None) -> RoleDecision:
-    raise NotImplementedError
 
 
 def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
@@ -3106,8 +3150,10 @@ def make_caller(args: Args) -> Caller:
 def cmd_serve(args: Args) -> int:
     require_packages()
     preload()
-    role = args.role if args.role != "auto" else None
-    options = ServeOptions(args.config_path(), args.state_folder(), args.bind, Role(role) if role else None, args.listen)
+    role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
+    if role not in ("auto", *Role):
+        raise UsageError(f"{role!r} is no role", "auto, master or agent")
+    options = ServeOptions(args.config_path(), args.state_folder(), args.bind, Role(role) if role != "auto" else None, args.listen)
     return asyncio.run(Service(options).run())
 
 
@@ -3251,7 +3297,7 @@ class Command:
 TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas"
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
-        option("--role", choices=("auto", "master", "agent"), default="auto", help="decide the role by hand"),
+        option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
         option("--listen", metavar="HOST:PORT", help="where the master listens (default: all addresses, masterUrl's port)"),
     )),
     Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, (
