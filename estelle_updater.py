@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import itertools
 import json
 import os
@@ -58,29 +59,82 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 __version__ = "0.1.0"
 
 
+_LAZY_NAMES: list[str] = []  # for `preload`
+
+
 class _Lazy:
     """A module imported at its first use, so that a short command does not pay for what only the daemon needs."""
 
     def __init__(self, name: str) -> None:
         self._name = name
+        _LAZY_NAMES.append(name)
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._load(), attribute)
 
     def _load(self) -> Any:
-        module = __import__(self._name, fromlist=["*"])
+        module = importlib.import_module(self._name)
         globals()[self._name.replace(".", "_") if "." in self._name else self._name] = module
         return module
 
 
 if TYPE_CHECKING:
     import asyncio
+    import hashlib
+    import importlib.metadata as importlib_metadata
+    import importlib.util as importlib_util
+    import io
+    import marshal
     import random
+    import shutil
     import socket
     import subprocess
+    import tempfile
+    import tomllib
+    import zipfile
 else:
-    asyncio, random = _Lazy("asyncio"), _Lazy("random")
-    socket, subprocess = _Lazy("socket"), _Lazy("subprocess")
+    asyncio = _Lazy("asyncio")
+    hashlib = _Lazy("hashlib")
+    importlib_metadata = _Lazy("importlib.metadata")
+    importlib_util = _Lazy("importlib.util")
+    io = _Lazy("io")
+    marshal = _Lazy("marshal")
+    random = _Lazy("random")
+    shutil = _Lazy("shutil")
+    socket = _Lazy("socket")
+    subprocess = _Lazy("subprocess")
+    tempfile = _Lazy("tempfile")
+    tomllib = _Lazy("tomllib")
+    zipfile = _Lazy("zipfile")
+
+# What a daemon comes to need besides: imported inside functions, here, in websockets or by the library itself.
+_PRELOADED = (
+    *("_strptime", "concurrent.futures.thread", "encodings.idna", "traceback"),
+    *("tomli_w", "websockets.asyncio.client", "websockets.asyncio.server"),
+)
+_BAKED = "estelle_updater.pyz"  # the folder that `build` writes into compiled code as the place of its source
+
+
+def preload(*names: str) -> None:
+    """Import what may be needed later, so that the .pyz (or Python's library) may be replaced under this process.
+
+    Imports `names`, or without any all that a daemon can need; a module that this platform or installation lacks is
+    skipped. Source lines are kept too: a traceback would read them from the new file, show the wrong ones, or fail.
+    """
+    for name in names or (*_LAZY_NAMES, *_PRELOADED):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    import linecache
+    from zipimport import zipimporter
+
+    for module in list(sys.modules.values()):
+        loader, path = getattr(module, "__loader__", None), getattr(module, "__file__", None) or ""
+        if isinstance(loader, zipimporter):
+            if path.endswith(".pyc"):
+                path = _BAKED + path[len(loader.archive) : -1].replace(os.sep, "/")
+            linecache.getlines(path, vars(module))
 
 
 # ==============================================================================
@@ -2916,6 +2970,197 @@ def local_url(url: MasterUrl, host: str | None, port: int) -> str:
 # ==============================================================================
 # 20. Tools: build
 # ==============================================================================
+
+_BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
+_UNUSED = ("websockets/__main__.py", "websockets/cli.py", "websockets/legacy/", "websockets/trio/")
+_LICENCE = re.compile(r"[^/]+\.dist-info/(.*/)?(licen[cs]e|copying|notice)[^/]*", re.IGNORECASE)
+# Valid on Python 2.7 and 3.x alike, so that an old one says a sentence and not "SyntaxError".
+_MAIN = '''\
+"""Start estelle-updater. Written by `build`; nothing newer than Python 2.7 may stand here."""
+import sys
+
+if sys.version_info < {python}:
+    sys.stderr.write(
+        "estelle-updater: error: Python {python_text} or newer is needed, and %s is Python %s\\n"
+        "hint: name a newer one, as in: python{python_text} %s\\n"
+        % (sys.executable, sys.version.split()[0], " ".join(sys.argv))
+    )
+    sys.exit(2)
+if sys.argv[1:] == ["--version"]:
+    sys.stdout.write("estelle-updater {version}\\n")
+    sys.exit(0)
+
+from estelle_updater import main
+
+sys.exit(main(sys.argv[1:]))
+'''
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished zipapp."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+def parse_script_block(text: str) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """The oldest Python and the packages that a script asks for in its PEP 723 block, the only list of dependencies."""
+    hint = "restore the head of estelle_updater.py"
+    blocks = [block for block in _BLOCK.finditer(text) if block["type"] == "script"]
+    if len(blocks) != 1:
+        raise UpdaterError(f"{len(blocks)} PEP 723 script blocks instead of one", hint)
+    content = "".join(line[2:] if line[:2] == "# " else line[1:] for line in blocks[0]["content"].splitlines(True))
+    try:
+        table = tomllib.loads(content)
+        oldest = re.fullmatch(r">=(\d+)\.(\d+)", table["requires-python"])
+        return (int(oldest[1]), int(oldest[2])), tuple(map(str, table["dependencies"]))  # type: ignore[index]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UpdaterError(f"unreadable PEP 723 block: {error!r}", hint) from error
+
+
+def require_packages() -> None:
+    """Refuse in one line, with the ways out, where a run-time package is missing or of another version than asked for.
+
+    Looks only in a source checkout: the zipapp holds its packages. Raises UsageError.
+    """
+    source = Path(__file__)
+    if not source.is_file():
+        return
+    wanted = parse_script_block(source.read_text("utf-8"))[1]
+    for requirement in wanted:
+        name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
+        try:
+            have = importlib_metadata.version(name)
+            wrong = f"{have} is installed" if not _is_within(have, requirement) else ""
+        except importlib_metadata.PackageNotFoundError:
+            wrong = "it is not installed"
+        if wrong:
+            packages = " ".join(f"'{each}'" for each in wanted)
+            hint = f"uv run {source.name} …, or python3 {source.name} build and use the .pyz, or pip install {packages}"
+            raise UsageError(f"{requirement} is needed and {wrong}", hint)
+
+
+def _is_within(version: str, requirement: str) -> bool:
+    """Whether a release number satisfies `name>=1.2,<2`: the two operators that the block uses."""
+
+    def key(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", text)[:3]]
+
+    bounds = re.findall(r"(>=|<)([\d.]+)", requirement)
+    return all((key(version) >= key(bound)) == (operator == ">=") for operator, bound in bounds)
+
+
+def build_zipapp(source: Path, output: Path) -> BuildResult:
+    """Make a .pyz that runs without anything installed, from a checkout's estelle_updater.py.
+
+    The bytes depend only on the sources, the packages' versions and the minor version of the Python that builds: its
+    bytecode lies beside each source, so that hosts with the same Python start faster; others compile from the source.
+    Raises UpdaterError.
+    """
+    if not source.is_file():
+        raise UpdaterError("build needs a source checkout, and this is a .pyz", f"python3 {source.stem}.py build there")
+    text = source.read_text("utf-8")  # as text: Windows' line endings must not show in the bytes
+    python, dependencies = parse_script_block(text)
+    (version,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    python_text = f"{python[0]}.{python[1]}"
+    files = {
+        "__main__.py": _MAIN.format(python=python, python_text=python_text, version=version).encode(),
+        "estelle_updater.py": text.encode(),
+    }
+    licence = source.with_name("LICENSE")
+    if licence.is_file():
+        files["LICENSE"] = licence.read_bytes().replace(b"\r\n", b"\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for wheel in _fetch_wheels(dependencies, python_text, Path(folder)):
+            files.update(_read_wheel(wheel))
+    files.update({name + "c": _compile(files[name], name) for name in files if name.endswith(".py")})
+    content = _zip(files)
+    try:
+        _replace_executable(output, content)
+    except OSError as error:
+        raise UpdaterError(f"can't write {output}: {error.strerror}", "choose another place with -o FILE") from error
+    return BuildResult(output, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def render_build(result: BuildResult) -> str:
+    """What `build` prints: the file, its checksum, and the line by which a fleet accepts it."""
+    return (
+        f"{result.path} ({result.size_bytes:,} bytes, bytecode for Python {sys.version_info[0]}.{sys.version_info[1]})\n"
+        f"sha256 {result.sha256}\n"
+        f'for upgrade, in config/updater.toml under [updater]: sha256 = "{result.sha256}"'
+    )
+
+
+def _fetch_wheels(dependencies: tuple[str, ...], python_text: str, folder: Path) -> list[Path]:
+    """Download the pure wheels: a C extension can't be loaded from a zip, nor serve every platform."""
+    pip = [sys.executable, "-m", "pip"]
+    if importlib_util.find_spec("pip") is None:
+        uv = shutil.which("uv")
+        if uv is None:
+            raise UpdaterError("build needs pip or uv to fetch packages, and finds neither", "python3 -m ensurepip")
+        pip = [uv, "tool", "run", "pip"]
+    command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--retries=1", "--only-binary=:all:"]
+    command += ["--platform=any", "--implementation=py", "--abi=none", f"--python-version={python_text}"]
+    done = subprocess.run(
+        [*command, f"--dest={folder}", *dependencies], capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        reason = next((line for line in said if line.startswith(("ERROR", "error"))), said[-1])
+        hint = "check the network and the package index; PIP_FIND_LINKS=FOLDER takes wheels from a folder"
+        raise UpdaterError(f"can't fetch {', '.join(dependencies)}: {reason}", hint)
+    return sorted(folder.glob("*.whl"))
+
+
+def _read_wheel(wheel: Path) -> dict[str, bytes]:
+    """The files of a pure wheel that the zipapp needs: modules and licences."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        compiled = [name for name in names if name.endswith((".so", ".pyd", ".dll", ".dylib"))]
+        if compiled or not wheel.name.endswith("-none-any.whl"):
+            raise UpdaterError(f"{wheel.name} holds compiled code", "choose a version that has a pure wheel")
+        wanted = [name for name in names if name.endswith(".py") and not name.startswith(_UNUSED)]
+        files = {name: archive.read(name) for name in names if name in wanted or _LICENCE.fullmatch(name)}
+    version = files.get("websockets/version.py", b"")
+    if b"\nreleased = True\n" in version:  # then the import below, 13 ms of every start, is for nothing
+        files["websockets/version.py"] = version.replace(b"import importlib.metadata\n", b"")
+    return files
+
+
+def _compile(source: bytes, name: str) -> bytes:
+    """A .pyc that counts as fresh whatever the file's date (PEP 552: hash-based, unchecked)."""
+    code = compile(source, f"{_BAKED}/{name}", "exec", dont_inherit=True, optimize=0)
+    flags = (1).to_bytes(4, "little")
+    return importlib_util.MAGIC_NUMBER + flags + importlib_util.source_hash(source) + marshal.dumps(code)
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    """An executable zip: sorted, dateless, uncompressed (starts faster, and no zlib version shows in the bytes)."""
+    buffer = io.BytesIO()
+    buffer.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name)
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            archive.writestr(entry, files[name])
+    return buffer.getvalue()
+
+
+def _replace_executable(path: Path, content: bytes) -> None:
+    """Put a file in place in one step: a host that starts it meanwhile sees the old one or the new one."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(fresh, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(fresh, 0o755)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
 
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
