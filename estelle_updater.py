@@ -210,6 +210,8 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
+HISTORY_ROWS = 1000
+LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
 
 
@@ -652,6 +654,20 @@ def decide_orders(
                 holder[job.machine] = job.run
     return order, end, behind
 
+def seconds_of(job: JobRecord) -> float | None:
+    """How long the job ran, in seconds."""
+    return round(job.ended - job.started, 3) if job.started is not None and job.ended is not None else None
+
+
+def job_summary(job: JobRecord) -> dict[str, Any]:
+    """A job's outcome, in the contract's words."""
+    return {
+        "host": job.host, "ok": job.state is State.SUCCEEDED, "state": job.state, "version": job.version,
+        "commit": job.commit, "seconds": seconds_of(job), "step": job.step, "exit": job.exit, "bytes": job.size,
+        "error": job.error,
+    }  # fmt: skip
+
+
 def run_of_job(job: JobRecord) -> RunRecord:
     """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
     return RunRecord(
@@ -924,6 +940,7 @@ class StateFolder:
         self.daemon_file = root / "daemon.json"
         self.daemon_lock = root / "daemon.lock"
         self.job_lock = root / "job.lock"
+        self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
 
     def create(self) -> None:
@@ -986,6 +1003,21 @@ class StateFolder:
     def save_job(self, record: JobRecord, *, durable: bool = False) -> None:
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
+
+    def history(self, count: int) -> list[dict[str, Any]]:
+        """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
+        rows: list[dict[str, Any]] = []
+        for run in reversed(self.run_ids()):
+            if len(rows) >= count:
+                break
+            if record := self.load_run(run):
+                jobs = {job.host: job for job in self.load_jobs(run)}
+                results = [job_summary(jobs[host]) for host in record.hosts if host in jobs]
+                rows.append(
+                    {"run": run, "created": record.created, "by": record.by, "kind": record.kind,
+                     "target": record.target, "branch": record.branch, "hosts": results}
+                )  # fmt: skip
+        return rows
 
     @staticmethod
     def _load(path: Path, cls: type[Any]) -> Any:
@@ -1158,6 +1190,21 @@ class LogWriter:
             os.fsync(self._fd)
 
 
+def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
+    """Start the process that does a job: it takes the job's lock itself. What is returned only stands at its cradle."""
+    argv = [*program_argv(), "run-job", "--state", str(state.root), "--config", str(config_path), job.run, job.host]
+    return spawn_runner(argv, dict(os.environ), state.runner_log)
+
+
+def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
+    """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
+    kill_leftovers(f"{job.run}/{file_label(job.host)}", job.groups)
+    size = log_size(state.log_file(job.run, job.host))
+    return replace(
+        job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
+    )
+
+
 class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job restarts."""
 
@@ -1187,6 +1234,8 @@ class Runner:
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
+            with suppress(OSError):
+                write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
             self.save(state=State.RUNNING, started=time.time())
             self.perform()
             return 0
@@ -1666,6 +1715,7 @@ class Agent:
         self.link: Link | None = None
         self.poked = asyncio.Event()
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.current: dict[str, Any] = {}
 
     def hello(self) -> Hello:
         return Hello(
@@ -1687,8 +1737,22 @@ class Agent:
                 async with asyncio.timeout(LOOK_S if self.jobs else None):
                     await self.poked.wait()
             self.poked.clear()
+            self.look_for_local()
             for job in list(self.jobs.values()):
                 self.look(job)
+
+    def look_for_local(self) -> None:
+        """A deployment that was started on this host by hand: the master hears of it like of any other."""
+        current = read_json(self.state.current_file) or {}
+        run, host = current.get("run"), current.get("host")
+        if current == self.current or not (isinstance(run, str) and valid_run_id(run) and isinstance(host, str)):
+            return
+        self.current = current
+        record = self.state.load_job(run, host)
+        if record and (run, host) not in self.jobs and record.machine == self.machine and not record.acked:
+            self.jobs[run, host] = OwnJob(record)
+            if self.link:
+                self.offer(self.jobs[run, host])
 
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
@@ -1723,13 +1787,10 @@ class Agent:
             if time.monotonic() - job.launched > LAUNCH_S:
                 self.start_runner(record)
             return
-        kill_leftovers(f"{record.run}/{file_label(record.host)}", record.groups)
-        size = log_size(self.state.log_file(record.run, record.host))
-        self.own(record, state=State.LOST, error="the runner died", size=size, ended=time.time())
+        self.own(bury_runner(self.state, record))
 
-    def own(self, record: JobRecord, **fields: Any) -> JobRecord:
+    def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
-        record = replace(record, revision=record.revision + 1, **fields)
         try:
             self.state.save_job(record, durable=True)
         except OSError as problem:
@@ -1743,10 +1804,8 @@ class Agent:
         return record
 
     def start_runner(self, record: JobRecord) -> None:
-        """Start the process that does the job; it takes the job's lock itself."""
         self.jobs[record.run, record.host].launched = time.monotonic()
-        argv = [*program_argv(), "run-job", "--state", str(self.state.root), "--config", str(self.config.path)]
-        child = spawn_runner([*argv, record.run, record.host], dict(os.environ), self.state.runner_log)
+        child = start_runner(self.state, self.config.path, record)
         self.spawn(asyncio.to_thread(child.wait))
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -1768,10 +1827,10 @@ class Agent:
             self.link.post(Busy(record.run, record.host, active.record.run if active else ""))
             return
         if problem := valid_branch_problem(record.branch):
-            self.own(record, state=State.FAILED, error=f"no branch name: {problem}")
+            self.own(replace(record, revision=1, state=State.FAILED, error=f"no branch name: {problem}"))
             return
         self.adopt_run(record)
-        record = self.own(replace(record, machine=self.machine, state=State.QUEUED, ordered=True))
+        record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
         self.offer(self.jobs[record.run, record.host])
         if record.state is State.QUEUED:
             self.start_runner(record)
@@ -1863,8 +1922,14 @@ def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float]
 class Dialer:
     """Keeps an agent connected to the master, and says once, not on every try, that it can't."""
 
-    def __init__(self, agent: Agent, bind: str | None, on_failure: Callable[[], Awaitable[None]]) -> None:
-        self.agent, self.bind, self.on_failure = agent, bind, on_failure
+    def __init__(
+        self,
+        agent: Agent,
+        bind: str | None,
+        on_failure: Callable[[], Awaitable[None]],
+        on_welcome: Callable[[str], None],
+    ) -> None:
+        self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
         self.trouble = ""
         self.welcome: Welcome | None = None
@@ -1915,6 +1980,7 @@ class Dialer:
                 self.welcome = self.read_welcome(await link.wire.recv())
             self.trouble = ""
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
+            self.on_welcome(self.welcome.label)
             try:
                 await self.agent.serve_link(link)
             except* (EOFError, ProtocolError) as group:
@@ -2478,8 +2544,28 @@ class Master:
         """Questions of a commander, each of a fixed set."""
         if ask.what == "status":
             link.post(Answer(ask.id, await self.status()))
+        elif ask.what == "history":
+            count = ask.args.get("count")
+            rows = self.state.history(min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS)
+            link.post(Answer(ask.id, {"runs": rows}))
+        elif ask.what == "forget":
+            link.post(self.forget(ask))
         else:
             link.post(Refuse(f"this master can't answer {ask.what[:40]!r}", "upgrade the master"))
+
+    def forget(self, ask: Ask) -> Answer | Refuse:
+        """Take retired hosts out of `all`; a host that is online would only come back."""
+        try:
+            hosts = select_targets(str(ask.args.get("target")), [replace(host, deploys=True) for host in self.hosts()])
+        except UpdaterError as problem:
+            return Refuse(problem.what, problem.hint, problem.exit_code)
+        if online := [host.label for host in hosts if host.online]:
+            what = f"{', '.join(online)} is online and would only come back"
+            return Refuse(what, "stop its service first, or remove it from the whitelist", GuardError.exit_code)
+        for host in hosts:
+            self.machines[host.machine].forgotten = True
+        self.save_machines()
+        return Answer(ask.id, {"forgotten": [host.label for host in hosts]})
 
     async def status(self) -> dict[str, Any]:
         """The fleet as it is now, in the contract's form."""
@@ -2745,6 +2831,74 @@ class Follower:
             self.view.result(followed.job)
 
 
+class LocalFollower:
+    """Follows a run by its files on this host, without a master: for `deploy`, and for `logs` when nothing serves."""
+
+    def __init__(self, state: StateFolder, run: str, view: View, live: bool) -> None:
+        self.state, self.run, self.view, self.live = state, run, view, live
+
+    def follow(self) -> list[JobRecord]:
+        """Show the run to its end, or, not `live`, as far as it is. Raises TargetError."""
+        record = self.state.load_run(self.run)
+        if record is None:
+            raise TargetError(f"there is no run {self.run} in {self.state.root}", "`history` lists the runs")
+        self.view.begin(record)
+        sizes = dict.fromkeys(record.hosts, 0)
+        jobs: dict[str, JobRecord] = {}
+        waiting = list(record.hosts)
+        while waiting:
+            for host in list(waiting):
+                job = self.state.load_job(self.run, host)
+                self.show(job, host, sizes)
+                if job and job.state not in FINAL and self.live:
+                    job = self.look_after(job)
+                if job and job != jobs.get(host) and job.state not in FINAL:
+                    self.view.state(job)
+                if job:
+                    jobs[host] = job
+                if job and job.state in FINAL:
+                    self.show(job, host, sizes)
+                    self.view.result(job)
+                if not self.live or (job and job.state in FINAL):
+                    waiting.remove(host)
+            time.sleep(LOCAL_LOOK_S if waiting else 0)
+        self.view.done(record, list(jobs.values()))
+        return list(jobs.values())
+
+    def show(self, job: JobRecord | None, host: str, sizes: dict[str, int]) -> None:
+        while data := read_log(self.state.log_file(self.run, host), sizes[host], CHUNK_BYTES):
+            sizes[host] += len(data)
+            self.view.data(host, data)
+
+    def look_after(self, job: JobRecord) -> JobRecord:
+        """Without a daemon nobody else would notice that the runner died."""
+        if job.state is State.RUNNING and not FileLock.held_elsewhere(self.state.job_lock):
+            latest = self.state.load_job(job.run, job.host) or job
+            if latest.state is State.RUNNING and not FileLock.held_elsewhere(self.state.daemon_lock):
+                latest = bury_runner(self.state, latest)
+                self.state.save_job(latest, durable=True)
+            return latest
+        return job
+
+
+def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobRecord:
+    """Record a deployment of this host alone, as the master would. Raises GuardError where a job holds the host."""
+    state.create()
+    if FileLock.held_elsewhere(state.job_lock):
+        current = (read_json(state.current_file) or {}).get("run")
+        raise GuardError(f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f")
+    label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
+    machine, now = state.machine_id(), time.time()
+    record = RunRecord(
+        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, label, branch, [label], {label: machine}, {label: bind or ""},
+        now, user_name(),
+    )  # fmt: skip
+    state.save_run(record)
+    job = replace(job_of_run(record, label), revision=1, ordered=True)
+    state.save_job(job, durable=True)
+    return job
+
+
 # ==============================================================================
 # 19. Service: start-up and shutdown order, signals, readiness
 # ==============================================================================
@@ -2879,7 +3033,11 @@ class Service:
 
     async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
         self.save_facts(facts)
-        dialer = Dialer(agent, self.options.bind, self.look_again)
+
+        def welcomed(label: str) -> None:
+            self.save_facts({**facts, "label": label})
+
+        dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
             group.create_task(self.watch_config(agent, dialer.config_changed.set))
@@ -2908,7 +3066,7 @@ class Service:
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
         async with server, asyncio.TaskGroup() as group:
-            facts["listen"] = local_url(url, host, port)
+            facts |= {"listen": local_url(url, host, port), "label": own}
             self.save_facts(facts)
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
@@ -3296,11 +3454,6 @@ class TextView(View):
         print(f"estelle-updater: {text}", file=sys.stderr, flush=True)
 
 
-def seconds_of(job: JobRecord) -> float | None:
-    """How long the job ran, in seconds."""
-    return round(job.ended - job.started, 3) if job.started is not None and job.ended is not None else None
-
-
 def seconds_text(job: JobRecord) -> str:
     seconds = seconds_of(job)
     return "-" if seconds is None else f"{seconds:.1f} s"
@@ -3353,11 +3506,7 @@ class JsonView(View):
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
             self.line(job.host, rest)
-        self.emit(
-            event="result", run=job.run, host=job.host, ok=job.state is State.SUCCEEDED, state=job.state,
-            version=job.version, commit=job.commit, seconds=seconds_of(job), step=job.step, exit=job.exit,
-            bytes=job.size, error=job.error,
-        )  # fmt: skip
+        self.emit(event="result", run=job.run, **job_summary(job))
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         if all(job.state in FINAL for job in jobs):
@@ -3367,12 +3516,11 @@ class JsonView(View):
         self.emit(event="notice", text=text)
 
 
-def watch_run(args: Args, follower: Follower, connection: Connection) -> int:
+def watch_run(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> int:
     """Show a run to its end. Ctrl-C or a closed output stops watching, and says how to go on."""
     try:
-        return 0 if run_ok(follower.follow(connection)) else 1
+        return 0 if run_ok(follow()) else 1
     except (KeyboardInterrupt, Output.Closed):
-        run = follower.run
         text = f"the deployment goes on; follow it: {program_name()} logs {run} -f   stop it: {program_name()} cancel {run}"
         with suppress(OSError):
             if args.json:
@@ -3415,14 +3563,76 @@ def cmd_trigger(args: Args) -> int:
         view.begin(record) if args.json else print(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
-    return watch_run(args, Follower(caller, record.run, view), connection)
+    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+
+
+def cmd_deploy(args: Args) -> int:
+    if problem := valid_branch_problem(args.branch):
+        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
+    load_config(args.config_path())  # what is wrong with it is better said here than in a log
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, args.branch, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {job.branch} on this host")
+    return watch_run(args, job.run, LocalFollower(state, job.run, view, live=True).follow)
 
 
 def cmd_logs(args: Args) -> int:
-    caller = make_caller(args)
-    follower = Follower(caller, args.run, make_view(args), args.target or "", live=args.follow)
-    code = watch_run(args, follower, caller.dial(PATIENCE_S))
+    view, state = make_view(args), args.state_folder()
+    try:
+        caller = make_caller(args)
+        connection = caller.dial(PATIENCE_S)
+        follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
+        code = watch_run(args, args.run, lambda: follower.follow(connection))
+    except (UnreachableError, RefusedError, ConfigError) as problem:
+        if state.load_run(args.run) is None:
+            raise
+        view.notice(f"{problem.what}; this is what {state.root} has")
+        code = watch_run(args, args.run, LocalFollower(state, args.run, view, args.follow).follow)
     return code if args.follow or code == 130 else 0
+
+
+def cmd_history(args: Args) -> int:
+    try:
+        rows = ask_master(args, "history", {"count": args.count})["runs"]
+    except (UnreachableError, RefusedError, ConfigError) as problem:
+        rows = args.state_folder().history(args.count)
+        if not rows:
+            raise
+        make_view(args).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+    if args.json:
+        print(json.dumps({"runs": rows}, ensure_ascii=False))
+        return 0
+    cells = [
+        (
+            row["run"], time.strftime("%m-%d %H:%M", time.localtime(row["created"])), row["by"], row["target"],
+            row["branch"], "  ".join(f"{host['host']} {short_result(host)}" for host in row["hosts"]),
+        )  # fmt: skip
+        for row in rows
+    ]
+    Output(False).write(terminal_text(render_table(("run", "when", "who", "target", "branch", "result"), cells)).encode())
+    return 0
+
+
+def short_result(host: Mapping[str, Any]) -> str:
+    """One host's outcome in a line of `history`."""
+    if host["state"] == State.SUCCEEDED:
+        return f"✓ {host['version'] or ''}".rstrip()
+    return f"… {host['state']}" if host["state"] not in FINAL else f"✗ {host['state']} {host['step'] or ''}".rstrip()
+
+
+def cmd_forget(args: Args) -> int:
+    result = ask_master(args, "forget", {"target": args.host})
+    print(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
+    return 0
+
+
+def ask_master(args: Args, what: str, details: dict[str, Any]) -> dict[str, Any]:
+    """One question to the master and its answer."""
+    connection = make_caller(args).dial(PATIENCE_S)
+    answer: Answer = connection.request(Ask(1, what, details), ANSWER_S)
+    connection.close()
+    return answer.result
 
 
 def cmd_cancel(args: Args) -> int:
@@ -3435,18 +3645,16 @@ def cmd_cancel(args: Args) -> int:
 
 
 def cmd_status(args: Args) -> int:
-    connection = make_caller(args).dial(PATIENCE_S)
-    answer: Answer = connection.request(Ask(1, "status"), ANSWER_S)
-    connection.close()
+    result = ask_master(args, "status", {})
     if args.json:
-        print(json.dumps(answer.result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False))
         return 0
-    master = answer.result["master"]
+    master = result["master"]
     print(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
-    rows = [status_cells(row) for row in answer.result["hosts"]]
+    rows = [status_cells(row) for row in result["hosts"]]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "job")
     sys.stdout.write(terminal_text(render_table(head, rows)))
-    for row in (master, *answer.result["hosts"]):
+    for row in (master, *result["hosts"]):
         if row.get("problem"):
             print(f"! {row.get('host', 'master')}: {row['problem']}")
     return 0
@@ -3471,8 +3679,7 @@ def cmd_run_job(args: Args) -> int:
 
 
 def cmd_build(args: Args) -> int:
-    result = build_zipapp(Path(__file__).resolve(), Path(args.output))
-    print(f"{result.path}  {result.size_bytes} bytes\nsha256 {result.sha256}")
+    print(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
     return 0
 
 
@@ -3560,7 +3767,16 @@ COMMANDS = (
         option("target", metavar="TARGET", nargs="?", help="only these hosts"),
         option("-f", "--follow", action="store_true", help="go on until the run's end"),
     )),
+    Command("history", "list the recent runs", cmd_history, (
+        option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+    )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
+    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+    )),
+    Command("forget", "take a retired host out of `all`", cmd_forget, (
+        option("host", metavar="HOST", help="as `status` shows it"),
+    )),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
     )),
