@@ -101,7 +101,9 @@ class Fleet:
 
 
 def say(name: str, value_s: float, floor_name: str, floor_s: float) -> None:
-    print(f"{name:<34} {value_s * 1000:9.1f} ms   {floor_name} {floor_s * 1000:9.1f} ms   ratio {value_s / floor_s:6.2f}")
+    print(
+        f"{name:<34} {value_s * 1000:9.1f} ms   {floor_name} {floor_s * 1000:9.1f} ms   ratio {value_s / floor_s:6.2f}"
+    )
 
 
 def bench_start(program: list[str]) -> None:
