@@ -126,7 +126,7 @@ else:
 # What a daemon comes to need besides: imported inside functions, here, in websockets or by the library itself.
 _PRELOADED = (
     *("_strptime", "concurrent.futures.thread", "encodings.idna", "traceback"),
-    *("tomli_w", "websockets.asyncio.client", "websockets.asyncio.server"),
+    *("tomli_w", "websockets.asyncio.client", "websockets.asyncio.server", "websockets.sync.client"),
 )
 _BAKED = "estelle_updater.pyz"  # the folder that `build` writes into compiled code as the place of its source
 
@@ -3570,32 +3570,13 @@ class AgentLink:
 QUESTION_NUMBERS = itertools.count(1)
 
 
-class Master:
-    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is told of it."""
+class Door:
+    """Who may come in: judged before anything else of a connection is looked at."""
 
-    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
-        self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
-        self.machines_file = state.root / "machines.json"
-        self.machines: dict[str, Machine] = {}
-        self.agents: dict[str, AgentLink] = {}
-        self.down_since: dict[str, float] = {}
-        self.busy: dict[str, float] = {}  # machine -> when to ask again
-        self.runs: dict[str, Run] = {}
+    def __init__(self, config: ConfigFile, own_address: str) -> None:
+        self.config, self.own_address = config, own_address
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
-        self.started = time.time()
-
-    def recover(self) -> None:
-        """After a start: the known hosts, and the runs that are not over."""
-        for machine, data in (read_json(self.machines_file) or {}).items():
-            with suppress(TypeError):
-                self.machines[machine] = Machine(**data)
-                self.down_since[machine] = time.time()
-        for run in self.state.run_ids():
-            if (found := self.load(run)) and found.active:
-                self.runs[run] = found
-
-    # Who may come in
 
     def judge_request(self, connection: Any, request: Any) -> Any:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
@@ -3635,11 +3616,98 @@ class Master:
                 log.warning("dropped %s: no longer on the whitelist", address)
                 socket.transport.abort()
 
+
+class Registry:
+    """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them is connected."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile, own_machine: str) -> None:
+        self.config, self.own_machine = config, own_machine
+        self.file = state.root / "machines.json"
+        self.machines: dict[str, Machine] = {}
+        self.agents: dict[str, AgentLink] = {}
+        self.down_since: dict[str, float] = {}
+
+    def recover(self) -> None:
+        """After a start: the known hosts, none of them connected yet."""
+        for machine, data in (read_json(self.file) or {}).items():
+            with suppress(TypeError):
+                self.machines[machine] = Machine(**data)
+                self.down_since[machine] = time.time()
+
+    def save(self) -> None:
+        data = {machine: vars(known) for machine, known in self.machines.items()}
+        with suppress(OSError):
+            write_atomic(self.file, json.dumps(data, indent=1).encode(), durable=True)
+
+    def host_name(self, machine: str, address: str, claimed: str) -> str:
+        """The configuration's name for the host, else the one it claims, unless that belongs to another address."""
+        name = host_rule(self.config.config, address, claimed).name or claimed
+        owner = owner_of_name(self.config.config, name)
+        if owner is not None and owner != address:
+            log.warning("%s claims the name %s, which the configuration gives to %s", address, name, owner)
+            return f"unnamed-{machine[:4]}"
+        return name
+
+    def register(self, hello: Hello, address: str) -> None:
+        """Remember a host that is welcomed."""
+        known = Machine(
+            hello.machine, address, self.host_name(hello.machine, address, hello.name), hello.version, hello.platform,
+            time.time(),
+        )  # fmt: skip
+        self.machines[hello.machine] = known
+        self.save()
+
+    def hosts(self) -> list[HostRef]:
+        """Every host of the fleet with its label, the master's own first."""
+        known = [machine for machine in self.machines.values() if not machine.forgotten]
+        known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
+        labels = assign_labels([(host.address, host.name, host.machine) for host in known])
+        hosts = []
+        for label, host in zip(labels, known, strict=True):
+            rule = host_rule(self.config.config, host.address, host.name)
+            online = host.machine in self.agents
+            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
+        return hosts
+
+    def forget(self, ask: Ask) -> Answer | Refuse:
+        """Take retired hosts out of `all`; a host that is online would only come back."""
+        try:
+            hosts = select_targets(str(ask.args.get("target")), [replace(host, deploys=True) for host in self.hosts()])
+        except UpdaterError as problem:
+            return Refuse(problem.what, problem.hint, problem.exit_code)
+        if online := [host.label for host in hosts if host.online]:
+            what = f"{', '.join(online)} is online and would only come back"
+            return Refuse(what, "stop its service first, or remove it from the whitelist", GuardError.exit_code)
+        for host in hosts:
+            self.machines[host.machine].forgotten = True
+        self.save()
+        return Answer(ask.id, {"forgotten": [host.label for host in hosts]})
+
+
+class Master:
+    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is told of it."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
+        self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
+        self.door = Door(config, own_address)
+        self.registry = Registry(state, config, machine)
+        self.agents = self.registry.agents
+        self.busy: dict[str, float] = {}  # machine -> when to ask again
+        self.runs: dict[str, Run] = {}
+        self.started = time.time()
+
+    def recover(self) -> None:
+        """After a start: the known hosts, and the runs that are not over."""
+        self.registry.recover()
+        for run in self.state.run_ids():
+            if (found := self.load(run)) and found.active:
+                self.runs[run] = found
+
     async def serve_socket(self, socket: Any) -> None:
         """One connection, from its hello to its end."""
         address = socket.estelle_address
         link = Link(SocketWire(socket))
-        self.sockets[socket] = address
+        self.door.sockets[socket] = address
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
@@ -3662,44 +3730,7 @@ class Master:
             with suppress(EOFError):
                 await link.wire.send(encode_message(Refuse(reason)))
         finally:
-            del self.sockets[socket]
-
-    # Hosts
-
-    def save_machines(self) -> None:
-        data = {machine: vars(known) for machine, known in self.machines.items()}
-        with suppress(OSError):
-            write_atomic(self.machines_file, json.dumps(data, indent=1).encode(), durable=True)
-
-    def host_name(self, machine: str, address: str, claimed: str) -> str:
-        """The configuration's name for the host, else the one it claims, unless that belongs to another address."""
-        name = host_rule(self.config.config, address, claimed).name or claimed
-        owner = owner_of_name(self.config.config, name)
-        if owner is not None and owner != address:
-            log.warning("%s claims the name %s, which the configuration gives to %s", address, name, owner)
-            return f"unnamed-{machine[:4]}"
-        return name
-
-    def register(self, hello: Hello, address: str) -> None:
-        """Remember a host that is welcomed."""
-        known = Machine(
-            hello.machine, address, self.host_name(hello.machine, address, hello.name), hello.version, hello.platform,
-            time.time(),
-        )  # fmt: skip
-        self.machines[hello.machine] = known
-        self.save_machines()
-
-    def hosts(self) -> list[HostRef]:
-        """Every host of the fleet with its label, the master's own first."""
-        known = [machine for machine in self.machines.values() if not machine.forgotten]
-        known.sort(key=lambda machine: (machine.machine != self.machine, machine.address, machine.name))
-        labels = assign_labels([(host.address, host.name, host.machine) for host in known])
-        hosts = []
-        for label, host in zip(labels, known, strict=True):
-            rule = host_rule(self.config.config, host.address, host.name)
-            online = host.machine in self.agents
-            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
-        return hosts
+            del self.door.sockets[socket]
 
     async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
@@ -3713,14 +3744,14 @@ class Master:
             return
         if old:
             old.link.wire.abort()
-        self.register(hello, address)
+        self.registry.register(hello, address)
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
-        self.down_since.pop(hello.machine, None)
+        self.registry.down_since.pop(hello.machine, None)
         self.busy.pop(hello.machine, None)
-        label = next(host.label for host in self.hosts() if host.machine == hello.machine)
+        label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES)))
         if hello.machine != self.machine:
-            log.info("agent %s (%s) is online", label, self.machines[hello.machine].name)
+            log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
         self.resend(agent)
         try:
             async with asyncio.TaskGroup() as group:
@@ -3731,7 +3762,7 @@ class Master:
             link.wire.abort()
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
-                self.down_since[hello.machine] = self.machines[hello.machine].seen = time.time()
+                self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
                 log.warning("agent %s is offline", label)
 
     @staticmethod
@@ -3878,7 +3909,7 @@ class Master:
             return found.record
         if problem := valid_branch_problem(message.branch):
             raise UsageError(f"{message.branch[:80]!r} is no branch name: {problem}")
-        hosts = select_targets(message.target, self.hosts())
+        hosts = select_targets(message.target, self.registry.hosts())
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
@@ -3952,7 +3983,7 @@ class Master:
         """End a job that waits for a host that does not come: an old order must not run days later."""
         if job.state in FINAL or job.machine in self.agents:
             return
-        down = self.down_since.get(job.machine, self.started)
+        down = self.registry.down_since.get(job.machine, self.started)
         if job.state is State.QUEUED:
             since = max(down, run.record.created)
             allowed = run.record.wait_s if job.host in run.record.offline else max(ORDER_EXPIRES_S, run.record.wait_s)
@@ -4034,7 +4065,7 @@ class Master:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
         chosen = set(run.record.hosts)
         if message.target:
-            names = {host.machine: host for host in self.hosts()}
+            names = {host.machine: host for host in self.registry.hosts()}
             refs = [
                 replace(names[machine], label=label, deploys=True)
                 if machine in names
@@ -4059,27 +4090,13 @@ class Master:
             rows = self.state.history(min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS)
             link.post(Answer(ask.id, {"runs": rows}))
         elif ask.what == "forget":
-            link.post(self.forget(ask))
+            link.post(self.registry.forget(ask))
         else:
             link.post(Refuse(f"this master can't answer {ask.what[:40]!r}", "upgrade the master"))
 
-    def forget(self, ask: Ask) -> Answer | Refuse:
-        """Take retired hosts out of `all`; a host that is online would only come back."""
-        try:
-            hosts = select_targets(str(ask.args.get("target")), [replace(host, deploys=True) for host in self.hosts()])
-        except UpdaterError as problem:
-            return Refuse(problem.what, problem.hint, problem.exit_code)
-        if online := [host.label for host in hosts if host.online]:
-            what = f"{', '.join(online)} is online and would only come back"
-            return Refuse(what, "stop its service first, or remove it from the whitelist", GuardError.exit_code)
-        for host in hosts:
-            self.machines[host.machine].forgotten = True
-        self.save_machines()
-        return Answer(ask.id, {"forgotten": [host.label for host in hosts]})
-
     async def status(self) -> dict[str, Any]:
         """The fleet as it is now, in the contract's form."""
-        hosts = self.hosts()
+        hosts = self.registry.hosts()
 
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.agents.get(host.machine)
@@ -4094,7 +4111,7 @@ class Master:
     def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
         jobs = [job for run in self.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
-        machine = self.machines[host.machine]
+        machine = self.registry.machines[host.machine]
         return {
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.machine else "agent", "platform": machine.platform,
@@ -4103,7 +4120,7 @@ class Master:
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
-            "link_down_since": self.down_since.get(host.machine),
+            "link_down_since": self.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED], "problem": facts.get("problem"),
         }  # fmt: skip
 
@@ -4576,7 +4593,7 @@ class Service:
         host, port = parse_listen(self.options.listen, url.port)
         try:
             server = await serve(
-                master.serve_socket, host, port, process_request=master.judge_request, **SERVER_OPTIONS
+                master.serve_socket, host, port, process_request=master.door.judge_request, **SERVER_OPTIONS
             )
         except OSError as problem:
             raise UsageError(
@@ -4593,7 +4610,7 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
-            group.create_task(self.watch_config(agent, master.drop_disallowed))
+            group.create_task(self.watch_config(agent, master.door.drop_disallowed))
 
     async def prove(self, url: MasterUrl, source: str | None) -> None:
         """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
@@ -4766,7 +4783,7 @@ def build_zipapp(source: Path, output: Path) -> BuildResult:
 def render_build(result: BuildResult) -> str:
     """What `build` prints: the file, its checksum, and the line by which a fleet accepts it."""
     return (
-        f"{result.path} ({result.size_bytes:,} bytes, bytecode for Python {sys.version_info[0]}.{sys.version_info[1]})\n"
+        f"{result.path} ({result.size_bytes:,} bytes, bytecode for Python {'%d.%d' % sys.version_info[:2]})\n"
         f"sha256 {result.sha256}\n"
         f'for upgrade, in config/updater.toml under [updater]: sha256 = "{result.sha256}"'
     )
@@ -5289,7 +5306,7 @@ TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, active, standby, or sev
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
         option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
-        option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere, masterUrl's port)"),
+        option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)"),
     )),
     Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, (
         option("target", metavar="TARGET", help=TARGET_HELP),
