@@ -3719,7 +3719,7 @@ class Master:
             if hello.role == "agent":
                 await self.serve_agent(link, hello, address)
             elif hello.role == "commander":
-                await self.serve_commander(link, hello, address)
+                await Desk(self).serve_commander(link, hello, address)
             else:
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
         except* (EOFError, TimeoutError):
@@ -4015,11 +4015,16 @@ class Master:
         self.schedule()
         return run.record
 
-    # Commanders
+
+class Desk:
+    """What a commander can ask of the master."""
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
 
     async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
-        link.post(Welcome(PROTOCOL, __version__, address, "", self.nonce, list(FEATURES)))
+        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES)))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -4033,12 +4038,12 @@ class Master:
                     except UpdaterError as problem:
                         link.post(Refuse(problem.what, problem.hint, problem.exit_code))
                     except OSError as problem:
-                        link.post(Refuse(f"the master can't write to {self.state.root}: {problem.strerror}"))
+                        link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
         finally:
             link.wire.abort()
-            for run in list(self.runs.values()):
+            for run in list(self.master.runs.values()):
                 run.followers.discard(link)
-                self.drop_idle(run)
+                self.master.drop_idle(run)
 
     def receive_from_commander(
         self, group: asyncio.TaskGroup, link: Link, message: Any, address: str, hello: Hello
@@ -4046,13 +4051,13 @@ class Master:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
             case Submit():
-                link.post(self.submit(message, by))
+                link.post(self.master.submit(message, by))
             case Follow():
                 self.follow(link, message)
             case Have():
                 link.on_have(message)
             case Cancel():
-                link.post(self.cancel(message.run, by))
+                link.post(self.master.cancel(message.run, by))
             case Ask():
                 group.create_task(self.answer(link, message))
             case _:
@@ -4060,12 +4065,12 @@ class Master:
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
-        run = self.load(message.run)
+        run = self.master.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
         chosen = set(run.record.hosts)
         if message.target:
-            names = {host.machine: host for host in self.registry.hosts()}
+            names = {host.machine: host for host in self.master.registry.hosts()}
             refs = [
                 replace(names[machine], label=label, deploys=True)
                 if machine in names
@@ -4073,13 +4078,13 @@ class Master:
                 for label, machine in run.record.machines.items()
             ]
             chosen = {host.label for host in select_targets(message.target, refs)}
-        self.runs[message.run] = run
+        self.master.runs[message.run] = run
         run.followers.add(link)
         link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
         for host in run.record.hosts:
             if host in chosen:
                 link.post(run.jobs[host])
-                link.open_log(message.run, host, self.state.log_file(message.run, host))
+                link.open_log(message.run, host, self.master.state.log_file(message.run, host))
 
     async def answer(self, link: Link, ask: Ask) -> None:
         """Questions of a commander, each of a fixed set."""
@@ -4087,40 +4092,47 @@ class Master:
             link.post(Answer(ask.id, await self.status()))
         elif ask.what == "history":
             count = ask.args.get("count")
-            rows = self.state.history(min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS)
+            rows = self.master.state.history(
+                min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
+            )
             link.post(Answer(ask.id, {"runs": rows}))
         elif ask.what == "forget":
-            link.post(self.registry.forget(ask))
+            link.post(self.master.registry.forget(ask))
         else:
             link.post(Refuse(f"this master can't answer {ask.what[:40]!r}", "upgrade the master"))
 
     async def status(self) -> dict[str, Any]:
         """The fleet as it is now, in the contract's form."""
-        hosts = self.registry.hosts()
+        hosts = self.master.registry.hosts()
 
         async def facts(host: HostRef) -> dict[str, Any]:
-            agent = self.agents.get(host.machine)
+            agent = self.master.agents.get(host.machine)
             return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
 
         answers = await asyncio.gather(*(facts(host) for host in hosts))
         rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
-        uptime = round(time.time() - self.started, 1)
-        master = {"ip": self.own_address, "version": __version__, "uptime": uptime, "problem": self.config.problem}
+        uptime = round(time.time() - self.master.started, 1)
+        master = {
+            "ip": self.master.own_address,
+            "version": __version__,
+            "uptime": uptime,
+            "problem": self.master.config.problem,
+        }
         return {"master": master, "hosts": rows}
 
     def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
-        jobs = [job for run in self.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
-        machine = self.registry.machines[host.machine]
+        machine = self.master.registry.machines[host.machine]
         return {
             "host": host.label, "name": host.name, "online": host.online,
-            "role": "master" if host.machine == self.machine else "agent", "platform": machine.platform,
+            "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
             "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
             "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color, "traffic": None,
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
-            "link_down_since": self.registry.down_since.get(host.machine),
+            "link_down_since": self.master.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED], "problem": facts.get("problem"),
         }  # fmt: skip
 
@@ -4783,7 +4795,7 @@ def build_zipapp(source: Path, output: Path) -> BuildResult:
 def render_build(result: BuildResult) -> str:
     """What `build` prints: the file, its checksum, and the line by which a fleet accepts it."""
     return (
-        f"{result.path} ({result.size_bytes:,} bytes, bytecode for Python {'%d.%d' % sys.version_info[:2]})\n"
+        f"{result.path} ({result.size_bytes:,} bytes, bytecode of Python {sys.version_info[0]}.{sys.version_info[1]})\n"
         f"sha256 {result.sha256}\n"
         f'for upgrade, in config/updater.toml under [updater]: sha256 = "{result.sha256}"'
     )
