@@ -443,14 +443,17 @@ WORDS: dict[str, type[StrEnum]] = {"State": State, "Kind": Kind}
 
 
 def encode_message(message: Any) -> str:
-    """A message as one line of JSON."""
-    return json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    """A message as one line of JSON. What UTF-8 can't carry (half of a file name's character) becomes `?`."""
+    text = json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace").decode()
 
 
 def decode_message(text: str) -> Any:
-    """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError that names what does not fit."""
+    """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError that names what doesn't fit."""
     try:
         data = json.loads(text)
+        if "\\u" in text:  # an escaped half of a character would fail later, wherever the text is written
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as problem:
         raise ProtocolError("a message is no JSON") from problem
     cls = VERBS.get(data.get("verb")) if isinstance(data, dict) and isinstance(data.get("verb"), str) else None
