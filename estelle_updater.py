@@ -480,7 +480,7 @@ def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
 
 
 def _fits(annotation: str, value: Any) -> bool:
-    """Does a decoded JSON value have the annotated type? Booleans are no numbers, and numbers fit into 64 bits."""
+    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are finite, and fit 64 bits."""
     if annotation.endswith(" | None"):
         return value is None or _fits(annotation.removesuffix(" | None"), value)
     if annotation.startswith("list["):
@@ -490,7 +490,7 @@ def _fits(annotation: str, value: Any) -> bool:
     if annotation == "int":
         return type(value) is int and abs(value) < 1 << 63
     if annotation == "float":
-        return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+        return type(value) in (int, float) and abs(value) < 1 << 53  # nor NaN, which would break the queue's order
     return annotation == "Any" or type(value).__name__ == annotation
 
 
