@@ -690,36 +690,48 @@ def parse_version_file(data: bytes) -> str | None:
 
 
 class Masker:
-    """Replaces secrets in a stream of bytes, also where one is split over two reads. A tail that could begin a secret
-    is held back until the next byte or `flush`."""
+    """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
+    `***`. A tail that could begin a secret is held back until the next byte or `flush`."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        values = sorted({secret.encode() for secret in secrets if len(secret.encode()) >= SECRET_BYTES}, key=len)
-        self._pattern = re.compile(b"|".join(re.escape(value) for value in reversed(values))) if values else None
-        self._values = values
+        self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
         self._held = b""
+        self._masked = 0  # how many of the held bytes belong to a secret whose `***` is already written
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
-        if self._pattern is None:
-            return data
         data = self._held + data
-        hold, last = len(data), 0
-        for match in self._pattern.finditer(data):
-            last = match.end()
-            if last == len(data) and any(value.startswith(match[0]) and value != match[0] for value in self._values):
-                hold = match.start()  # it may yet become the longer one
-        for start in range(max(last, len(data) - len(self._values[-1]) + 1), hold):
-            if any(value.startswith(data[start:]) for value in self._values):
-                hold = start
-                break
-        self._held = data[hold:]
-        return self._pattern.sub(b"***", data[:hold])
+        return self._write(data, min((self._tail(data, value) for value in self._values), default=len(data)))
 
     def flush(self) -> bytes:
-        """The tail that turned out to be no longer secret."""
-        held, self._held = self._held, b""
-        return self._pattern.sub(b"***", held) if self._pattern else held
+        """The tail that turned out to be no secret."""
+        return self._write(self._held, len(self._held))
+
+    @staticmethod
+    def _tail(data: bytes, value: bytes) -> int:
+        """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole of it."""
+        start = data.find(value[:1], max(0, len(data) - len(value) + 1))
+        while start >= 0 and not value.startswith(data[start:]):
+            start = data.find(value[:1], start + 1)
+        return start if start >= 0 else len(data)
+
+    def _write(self, data: bytes, hold: int) -> bytes:
+        """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
+        spans = []
+        for value in self._values:
+            start = data.find(value)
+            while 0 <= start < hold:
+                spans.append((start, start + len(value)))
+                start = data.find(value, start + 1)
+        written, done = [], self._masked
+        for start, end in sorted(spans):
+            if start >= done:
+                written += [data[done:start], b"***"]
+            done = max(done, end)
+        written.append(data[done:hold])
+        self._held, self._masked = data[hold:], max(0, done - hold)
+        return b"".join(written)
+
 
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"detected dubious ownership", "the repository belongs to another user: git config --global --add safe.directory DIR"),
