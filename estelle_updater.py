@@ -678,15 +678,17 @@ VERSION_IN_OUTPUT = re.compile(rb"(?<![0-9A-Za-z])v[0-9]{4}_[0-9]+(?![0-9A-Za-z]
 
 
 def parse_version_file(data: bytes) -> str | None:
-    """The "version" of a JSON file, or the first line of plain text; None where there is neither."""
+    """The "version" of a JSON file, or the first line of plain text, as at most 80 printable characters: it stands in
+    the line that says how a job ended. None where there is neither."""
     text = data.decode("utf-8-sig", "replace").strip()
     if text.startswith("{"):
         try:
             value = json.loads(text).get("version")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-        return str(value)[:80] if isinstance(value, (str, int, float)) else None
-    return text.splitlines()[0].strip()[:80] if text else None
+        text = str(value).strip() if type(value) in (str, int, float) else ""
+    line = "".join(text.splitlines()[:1])
+    return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
 class Masker:
