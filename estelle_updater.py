@@ -674,7 +674,8 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     )
 
 
-VERSION_IN_OUTPUT = re.compile(rb"(?<![0-9A-Za-z])v[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
+# A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
+VERSION_IN_OUTPUT = re.compile(rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
 
 
 def parse_version_file(data: bytes) -> str | None:
