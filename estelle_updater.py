@@ -1415,7 +1415,7 @@ def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
 
 
 def _fits(annotation: str, value: Any) -> bool:
-    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are finite, and fit 64 bits."""
+    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are finite and of 64 bits."""
     if annotation.endswith(" | None"):
         return value is None or _fits(annotation.removesuffix(" | None"), value)
     if annotation.startswith("list["):
