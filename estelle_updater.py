@@ -1378,14 +1378,17 @@ WORDS: dict[str, type[StrEnum]] = {"State": State, "Kind": Kind}
 
 
 def encode_message(message: Any) -> str:
-    """A message as one line of JSON."""
-    return json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    """A message as one line of JSON. What UTF-8 can't carry (half of a file name's character) becomes `?`."""
+    text = json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace").decode()
 
 
 def decode_message(text: str) -> Any:
     """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError, which names what is wrong."""
     try:
         data = json.loads(text)
+        if "\\u" in text:  # an escaped half of a character would fail later, wherever the text is written
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as problem:
         raise ProtocolError("a message is no JSON") from problem
     verb = data.get("verb") if isinstance(data, dict) else None
@@ -1412,7 +1415,7 @@ def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
 
 
 def _fits(annotation: str, value: Any) -> bool:
-    """Does a decoded JSON value have the annotated type? Booleans are no numbers, and numbers fit into 64 bits."""
+    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are finite and of 64 bits."""
     if annotation.endswith(" | None"):
         return value is None or _fits(annotation.removesuffix(" | None"), value)
     if annotation.startswith("list["):
@@ -1422,7 +1425,7 @@ def _fits(annotation: str, value: Any) -> bool:
     if annotation == "int":
         return type(value) is int and abs(value) < 1 << 63
     if annotation == "float":
-        return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+        return type(value) in (int, float) and abs(value) < 1 << 53  # nor NaN, which would break the queue's order
     return annotation == "Any" or type(value).__name__ == annotation
 
 
@@ -1621,52 +1624,66 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     )
 
 
-VERSION_IN_OUTPUT = re.compile(rb"(?<![0-9A-Za-z])v[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
+# A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
+VERSION_IN_OUTPUT = re.compile(rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
 
 
 def parse_version_file(data: bytes) -> str | None:
-    """The "version" of a JSON file, or the first line of plain text; None where there is neither."""
+    """The "version" of a JSON file, or the first line of plain text, as at most 80 printable characters: it stands in
+    the line that says how a job ended. None where there is neither."""
     text = data.decode("utf-8-sig", "replace").strip()
     if text.startswith("{"):
         try:
             value = json.loads(text).get("version")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-        return str(value)[:80] if isinstance(value, (str, int, float)) else None
-    return text.splitlines()[0].strip()[:80] if text else None
+        text = str(value).strip() if type(value) in (str, int, float) else ""
+    line = "".join(text.splitlines()[:1])
+    return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
 class Masker:
-    """Replaces secrets in a stream of bytes, also where one is split over two reads. A tail that could begin a secret
-    is held back until the next byte or `flush`."""
+    """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
+    `***`. A tail that could begin a secret is held back until the next byte or `flush`."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        values = sorted({secret.encode() for secret in secrets if len(secret.encode()) >= SECRET_BYTES}, key=len)
-        self._pattern = re.compile(b"|".join(re.escape(value) for value in reversed(values))) if values else None
-        self._values = values
+        self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
         self._held = b""
+        self._masked = 0  # how many of the held bytes belong to a secret whose `***` is already written
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
-        if self._pattern is None:
-            return data
         data = self._held + data
-        hold, last = len(data), 0
-        for match in self._pattern.finditer(data):
-            last = match.end()
-            if last == len(data) and any(value.startswith(match[0]) and value != match[0] for value in self._values):
-                hold = match.start()  # it may yet become the longer one
-        for start in range(max(last, len(data) - len(self._values[-1]) + 1), hold):
-            if any(value.startswith(data[start:]) for value in self._values):
-                hold = start
-                break
-        self._held = data[hold:]
-        return self._pattern.sub(b"***", data[:hold])
+        return self._write(data, min((self._tail(data, value) for value in self._values), default=len(data)))
 
     def flush(self) -> bytes:
-        """The tail that turned out to be no longer secret."""
-        held, self._held = self._held, b""
-        return self._pattern.sub(b"***", held) if self._pattern else held
+        """The tail that turned out to be no secret."""
+        return self._write(self._held, len(self._held))
+
+    @staticmethod
+    def _tail(data: bytes, value: bytes) -> int:
+        """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole of it."""
+        start = data.find(value[:1], max(0, len(data) - len(value) + 1))
+        while start >= 0 and not value.startswith(data[start:]):
+            start = data.find(value[:1], start + 1)
+        return start if start >= 0 else len(data)
+
+    def _write(self, data: bytes, hold: int) -> bytes:
+        """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
+        spans = []
+        for value in self._values:
+            start = data.find(value)
+            while 0 <= start < hold:
+                spans.append((start, start + len(value)))
+                start = data.find(value, start + 1)
+        written, done = [], self._masked
+        for start, end in sorted(spans):
+            if start >= done:
+                written += [data[done:start], b"***"]
+            done = max(done, end)
+        written.append(data[done:hold])
+        self._held, self._masked = data[hold:], max(0, done - hold)
+        return b"".join(written)
 
 
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
