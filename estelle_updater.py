@@ -39,6 +39,7 @@ import importlib
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -67,30 +68,46 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import functools
     import hashlib
+    import http.client as http_client
     import importlib.metadata as importlib_metadata
     import importlib.util as importlib_util
     import io
+    import ipaddress
     import marshal
     import pathlib
+    import queue
     import shutil
+    import socket
     import subprocess
     import tempfile
+    import threading
     import tomllib
+    import urllib.request as urllib_request
     import zipfile
+    from collections.abc import Callable, Iterator, Sequence
+    from ipaddress import IPv4Address, IPv6Address
     from pathlib import Path
 else:
     asyncio = _Lazy("asyncio")
+    functools = _Lazy("functools")
     hashlib = _Lazy("hashlib")
+    http_client = _Lazy("http.client")
     importlib_metadata = _Lazy("importlib.metadata")
     importlib_util = _Lazy("importlib.util")
     io = _Lazy("io")
+    ipaddress = _Lazy("ipaddress")
     marshal = _Lazy("marshal")
     pathlib = _Lazy("pathlib")
+    queue = _Lazy("queue")
     shutil = _Lazy("shutil")
+    socket = _Lazy("socket")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
+    threading = _Lazy("threading")
     tomllib = _Lazy("tomllib")
+    urllib_request = _Lazy("urllib.request")
     zipfile = _Lazy("zipfile")
 
 # What a daemon comes to need besides: imported inside functions, here, in websockets or by the library itself.
@@ -250,6 +267,120 @@ class GuardError(UpdaterError):
 # ==============================================================================
 # 13. Probes: own address and role
 # ==============================================================================
+
+_METADATA = "http://169.254.169.254"  # of every cloud
+_METADATA_PATHS: dict[str, dict[str, str]] = {
+    "/hetzner/v1/metadata/public-ipv4": {},
+    "/computeMetadata/v1/instance/network-interfaces/0/access-configs/0/external-ip": {"Metadata-Flavor": "Google"},
+    "/opc/v2/vnics/": {"Authorization": "Bearer Oracle"},  # JSON, and mostly without the address: then the echoes say
+    "/latest/meta-data/public-ipv4": {"X-aws-ec2-metadata-token": ""},  # to be fetched first
+}
+_METADATA_DEADLINE_S = 1.0  # it answers in milliseconds, or is not there
+_ECHOES = ("https://api.ipify.org", "https://checkip.amazonaws.com", "https://ipv4.icanhazip.com")
+
+
+def _parse_address(text: str) -> IPv4Address | IPv6Address:
+    """An address without its zone; `::ffff:1.2.3.4` is 1.2.3.4. Raises ValueError."""
+    address = ipaddress.ip_address(text.strip().partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[Any]:
+    """What the calls return, as it comes, until the deadline; a call that fails has no answer.
+
+    In daemon threads: a resolver or a silent server may take minutes, and then delays neither us nor our exit.
+    """
+    done: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+
+    def ask(call: Callable[[], Any]) -> None:
+        answer = []
+        try:
+            answer = [call()]
+        except (OSError, ValueError, http_client.HTTPException):
+            pass
+        finally:
+            done.put(answer)
+
+    ends = time.monotonic() + deadline_s
+    for call in calls:
+        threading.Thread(target=ask, args=(call,), daemon=True).start()
+    for _ in calls:
+        try:
+            yield from done.get(timeout=max(0.0, ends - time.monotonic()))
+        except queue.Empty:
+            return
+
+
+def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tuple[str, ...]:
+    """Every address that a name has now, IPv4 and IPv6, or the address itself; empty when it can't be resolved."""
+    lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    for found in _answers([lookup], timeout_s):
+        return tuple(dict.fromkeys(str(_parse_address(entry[4][0])) for entry in found))
+    return ()
+
+
+def probe_is_local(address: str) -> bool:
+    """Whether an address is this host's own; of the loopback net only 127.0.0.1 and ::1 count as such.
+
+    A bind alone proves nothing: with `ip_nonlocal_bind` it succeeds for any address. Connecting a UDP socket sends
+    nothing and makes the kernel choose a source. It is the address itself where that is ours, except for a second
+    address in the same IPv4 subnet: there it is the first one, but Linux routes nothing from a source that isn't ours.
+    """
+    try:
+        ip = _parse_address(address)
+        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(ip), 9))
+            if probe.getsockname()[0] == str(ip):
+                return True
+        if ip.version == 6 or ip.is_loopback or ip.is_unspecified or ip.is_multicast:
+            return False
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(ip), 0))
+            probe.connect((str(ip), 9))
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: bool = False) -> str:
+    """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError or ValueError."""
+    opener = urllib_request.build_opener(urllib_request.ProxyHandler({} if direct else None))
+
+    def fetch(url: str, headers: dict[str, str], method: str) -> str:
+        with opener.open(urllib_request.Request(url, headers=headers, method=method), timeout=timeout_s) as answer:
+            return str(answer.read(65536).decode("utf-8", "replace"))
+
+    if "" in headers.values():
+        token_url = url.partition("/latest/")[0] + "/latest/api/token"
+        headers = dict.fromkeys(headers, fetch(token_url, {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT"))
+    text = fetch(url, headers, "GET")
+    named = re.search(r'"publicIp"\s*:\s*"([^"]+)"', text)
+    address = _parse_address(named[1] if named else text)
+    if not address.is_global:
+        raise ValueError(f"{address} is no public address")
+    return str(address)
+
+
+def probe_public_address(
+    timeout_s: float = 3.0, metadata: str = _METADATA, echoes: Sequence[str] = _ECHOES
+) -> tuple[str, str] | None:
+    """The address by which the world sees this host, and who says so: "metadata", or "echo" where two services agree.
+
+    None after at most `timeout_s`. Only for a host whose role its own addresses leave open: it asks strangers.
+    """
+    ends, wait_s = time.monotonic() + timeout_s, min(_METADATA_DEADLINE_S, timeout_s / 2)
+    ask = functools.partial
+    places = [ask(_fetch_address, metadata + path, having, wait_s, True) for path, having in _METADATA_PATHS.items()]
+    for address in _answers(places, wait_s):
+        return address, "metadata"
+    seen, wait_s = set(), max(0.0, ends - time.monotonic())
+    for address in _answers([ask(_fetch_address, url, {}, wait_s) for url in echoes], wait_s):
+        if address in seen:
+            return address, "echo"
+        seen.add(address)
+    return None
+
 
 # ==============================================================================
 # 15. Agent: connect, hello, resume, take orders
