@@ -35,14 +35,27 @@ following, history) is a cursor into it.
 
 from __future__ import annotations
 
+import argparse
+import errno
+import functools
 import importlib
+import itertools
+import json
 import os
 import re
+import struct
 import sys
+import threading
 import time
-from dataclasses import dataclass
+import zlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
 __version__ = "0.1.0"
 
@@ -68,7 +81,7 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
-    import functools
+    import ctypes
     import hashlib
     import http.client as http_client
     import importlib.metadata as importlib_metadata
@@ -76,22 +89,21 @@ if TYPE_CHECKING:
     import io
     import ipaddress
     import marshal
-    import pathlib
     import queue
+    import random
+    import select
     import shutil
+    import signal
     import socket
     import subprocess
     import tempfile
-    import threading
     import tomllib
     import urllib.request as urllib_request
     import zipfile
-    from collections.abc import Callable, Iterator, Sequence
-    from ipaddress import IPv4Address, IPv6Address
-    from pathlib import Path
+    from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 else:
     asyncio = _Lazy("asyncio")
-    functools = _Lazy("functools")
+    ctypes = _Lazy("ctypes")
     hashlib = _Lazy("hashlib")
     http_client = _Lazy("http.client")
     importlib_metadata = _Lazy("importlib.metadata")
@@ -99,13 +111,14 @@ else:
     io = _Lazy("io")
     ipaddress = _Lazy("ipaddress")
     marshal = _Lazy("marshal")
-    pathlib = _Lazy("pathlib")
     queue = _Lazy("queue")
+    random = _Lazy("random")
+    select = _Lazy("select")
     shutil = _Lazy("shutil")
+    signal = _Lazy("signal")
     socket = _Lazy("socket")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
-    threading = _Lazy("threading")
     tomllib = _Lazy("tomllib")
     urllib_request = _Lazy("urllib.request")
     zipfile = _Lazy("zipfile")
@@ -174,7 +187,49 @@ class State(StrEnum):
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 
 DEFAULT_PORT = 9900
+PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
+FEATURES: tuple[str, ...] = ()
+
+# Sizes in bytes
+CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
+WINDOW_BYTES = 1 << 20  # unacknowledged on one connection, so that no live line waits behind megabytes
+ACK_BYTES = 256 << 10
+CHECK_BYTES = 4 << 10  # compared before a log is resumed
+LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
+TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
+VERSION_OVERLAP = 32  # a version may be split over two reads
+SECRET_BYTES = 6  # shorter values are too common to mask
+MESSAGE_BYTES = 4 << 20
+REFUSED_KEPT = 10_000  # addresses whose refusals are counted
+
+# Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
+ACK_S = 0.1
+SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it and can't tell
+PING_INTERVAL_S = PING_TIMEOUT_S = 20.0  # both ends: a peer that vanished is noticed in 40 s at most
+WELCOME_S = 10.0
+PUBLIC_S = 3.0
+DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
+ANSWER_S = 10.0
+RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
+PING_S = 3.0  # is the old connection of the same machine id alive?
+FACTS_S = 2.0  # `status` asks live
+LOOK_S = 1.0  # at a running job's files, in case a poke was lost
+LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
+CANCEL_LOOK_S = 0.2
+GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
+DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
+QUESTION_S = 30.0  # one question to git
+JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
+TICK_S = CONFIG_LOOK_S = 1.0
+BUSY_RETRY_S = 2.0
+ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
+LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
+DISK_RETRY_S = 5.0
+HISTORY_ROWS = 1000
+LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
+RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
+
 
 # ==============================================================================
 # 2. Errors: one tree; each class carries its exit code, WHAT and HINT
@@ -208,6 +263,10 @@ class ConfigError(UpdaterError):
         self.problems = problems
 
 
+class ProtocolError(UpdaterError):
+    """The other side sent something that is no part of the protocol."""
+
+
 class UnreachableError(UpdaterError):
     """The master did not answer in time."""
 
@@ -232,41 +291,2544 @@ class GuardError(UpdaterError):
     exit_code = 5
 
 
+def iter_leaves(group: BaseException) -> Iterator[BaseException]:
+    """The exceptions in a group, however deep."""
+    if isinstance(group, BaseExceptionGroup):
+        for problem in group.exceptions:
+            yield from iter_leaves(problem)
+    else:
+        yield group
+
+
 # ==============================================================================
 # 3. Addresses: canonical addresses, whitelist verdict, role decision, targets
 # ==============================================================================
+
+
+_ADDRESS_HINT = "write 121.0.0.7 or 121.0.0.0/8"
+_ADDRESS_LIKE = re.compile(r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*")  # meant as an address, `121.x.x.x` too
+_HOST_NAME = re.compile(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
+_DEVICE = re.compile(r"(?i)(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
+
+
+def _parse_ip(text: str) -> IPv4Address | IPv6Address:
+    """The address that `text` means, IPv4 wherever it is one; UsageError with the contract's hint."""
+    bare = text.strip()
+    bracketed = bare.startswith("[") and bare.endswith("]")
+    bare, percent, zone = (bare[1:-1] if bracketed else bare).partition("%")
+    try:
+        address = ipaddress.ip_address(bare)
+        if (address.version == 4 and (bracketed or percent)) or (percent and not zone):
+            raise ValueError(bare)
+    except ValueError:
+        raise UsageError(f"{text!r} is no address", _ADDRESS_HINT) from None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def canonical_address(text: str) -> str:
+    """The one spelling of an address: `::ffff:1.2.3.4` is 1.2.3.4, `[FE80::1%eth0]` is fe80::1; else UsageError."""
+    return str(_parse_ip(text))
+
+
+def is_public(address: str) -> bool:
+    """Whether the internet knows this address: not private, loopback or link-local."""
+    return _parse_ip(address).is_global
+
+
+def parse_network(text: str) -> IPv4Network | IPv6Network:
+    """An address or CIDR as a network, a lone address alone in it; UsageError where bits behind the prefix are set."""
+    head, slash, tail = text.strip().partition("/")
+    address = _parse_ip(head)
+    longest = 128 if ":" in head else 32
+    if slash and not re.fullmatch(r"0|[1-9][0-9]{0,2}", tail):  # no masks: 0.0.0.255 could be read either way
+        raise UsageError(f"{text!r} is no address", _ADDRESS_HINT)
+    length = (int(tail) if slash else longest) - (longest - address.max_prefixlen)  # ::ffff:1.2.3.0/120 is a /24
+    if not 0 <= length <= address.max_prefixlen:
+        raise UsageError(f"{text!r} is no network", f"write {address} or a prefix of at most /{address.max_prefixlen}")
+    network = ipaddress.ip_network((int(address).to_bytes(address.max_prefixlen // 8), length), strict=False)
+    if network.network_address != address:
+        raise UsageError(f"{text!r} has host bits set", f"write {network} for the network or {address} for the host")
+    return network
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an address may connect, and why, in a sentence that names the address."""
+
+    allowed: bool
+    reason: str
+
+
+class Whitelist:
+    """Who may connect: the addresses listed and nobody else, loopback included; an empty list lets nobody in.
+
+    One lookup per distinct prefix length, so a call costs the same with ten entries and ten thousand.
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self.entries = tuple(entries)
+        self._by_shift: dict[tuple[int, int], dict[int, str]] = {}
+        for entry in self.entries:
+            network = parse_network(entry)
+            shift = network.max_prefixlen - network.prefixlen
+            self._by_shift.setdefault((network.version, shift), {})[int(network.network_address) >> shift] = entry
+
+    def verdict(self, address: str) -> Verdict:
+        """Judge one address, in any spelling; what is no address is refused, never an error."""
+        try:
+            seen = _parse_ip(address)
+        except UsageError as error:
+            return Verdict(False, error.what)
+        for (version, shift), listed in self._by_shift.items():
+            if version == seen.version and int(seen) >> shift in listed:
+                return Verdict(True, f"{seen} is allowed by {listed[int(seen) >> shift]}")
+        why = "is not in the whitelist" if self.entries else "may not connect, the whitelist is empty"
+        return Verdict(False, f'{seen} {why}; add "{seen}" to whitelist in the master\'s configuration')
+
+
+def split_port(text: str) -> tuple[str, int | None]:
+    """`HOST`, `HOST:PORT`, `[IPV6]:PORT` or a bare IPv6 in two parts, brackets kept; UsageError for a bad port."""
+    if text.count(":") > 1 and "[" not in text:
+        return text, None
+    match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
+    if match is None or (match[2] and not 0 < int(match[2]) < 65536):
+        raise UsageError(f"{text!r} is no host and port", "write 121.0.0.7:9900 or [2001:db8::7]:9900")
+    return match[1], int(match[2]) if match[2] else None
+
+
+def host_key(text: str) -> str:
+    """A host as it is compared: the canonical address, or the name in lower case without a final dot."""
+    try:
+        return canonical_address(text)
+    except UsageError:
+        return text.lower().removesuffix(".")
+
+
+def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) -> str:
+    """Who is really connecting: X-Forwarded-For is believed from the right, as long as trusted proxies are speaking.
+
+    An unreadable hop gives text that is no address, which every whitelist refuses: answering with the proxy's own
+    address would let everybody in where the proxy's host is whitelisted for its agent.
+    """
+    hop = host_key(peer)
+    for said in reversed([piece.strip() for value in forwarded_for for piece in value.split(",")]):
+        if not trusted.verdict(hop).allowed:
+            break
+        try:
+            hop = canonical_address(split_port(said)[0])
+        except UsageError:
+            return f"{said[:60]} from {hop}"
+    return hop
+
+
+def parse_host(text: str) -> str:
+    """An address or a host name in the form in which it is compared; UsageError for anything else."""
+    name = host_key(text)
+    return name if _HOST_NAME.fullmatch(name) and not _ADDRESS_LIKE.fullmatch(name) else canonical_address(text)
+
+
+def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bool:
+    """Whether Host names us (`own_names`: our addresses, masterUrl's host, serverNames); DNS rebinding would not."""
+    try:
+        host = split_port(host_header or "")[0]
+    except UsageError:
+        return False
+    return host != "" and host_key(host) in {host_key(name) for name in own_names}
+
+
+def allowed_origin(origin: str | None, own_names: Iterable[str]) -> bool:
+    """Whether a browser page of this Origin may connect; no Origin at all is a program, judged by the whitelist."""
+    scheme, _, host = (origin or "").partition("://")
+    return origin is None or (scheme.lower() in ("http", "https") and allowed_host_header(host, own_names))
+
+
+@dataclass(frozen=True)
+class MasterUrl:
+    """Where the master listens; `host` is canonical or in lower case, without brackets."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    secure: bool
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.path}"
+
+
+def parse_master_url(text: str) -> MasterUrl:
+    """masterUrl in its parts; port 9900 and path `/` unless given. UsageError says what is wrong with it."""
+    hint = "write ws://5.223.72.58:9900 or wss://master.example:9900"
+    match = re.fullmatch(r"([^:/?#]+)://([^/?#]+)([^?#]*)(.*)", text.strip(), re.DOTALL)
+    if "@" in text or (match and match[4]):  # never echoed: it may hold a secret
+        raise UsageError("a user, password, query or fragment has no place in masterUrl", hint)
+    if match is None or match[1].lower() not in ("ws", "wss") or not re.fullmatch(r"(/[!-~]*)?", match[3]):
+        raise UsageError(f"{text!r} is no ws:// or wss:// URL", hint)
+    host, port = split_port(match[2])
+    if (":" in host and "[" not in host) or parse_host(host) in ("0.0.0.0", "::"):
+        raise UsageError(f"{text!r} names no host that agents could dial", hint)
+    scheme = match[1].lower()
+    return MasterUrl(scheme, parse_host(host), port or DEFAULT_PORT, match[3] or "/", scheme == "wss")
+
+
+@dataclass(frozen=True)
+class RoleFacts:
+    """What this host knows of itself; `local_source`: per master address, a UDP socket's own when connected to it."""
+
+    override: Role | None = None
+    override_source: str = "--role"
+    bind: str | None = None
+    master_addresses: tuple[str, ...] = ()  # empty when masterUrl's name can't be resolved
+    local_source: Mapping[str, str | None] = field(default_factory=dict)
+    public_address: str | None = None
+    public_source: str | None = None  # "metadata" or "echo"
+
+
+@dataclass(frozen=True)
+class RoleDecision:
+    """The role and why; `provisional` has to be proven by dialing masterUrl and meeting oneself."""
+
+    role: Role
+    reason: str
+    provisional: bool = False
+
+
+def decide_role(facts: RoleFacts) -> RoleDecision:
+    """Whether this host is the master or an agent, with the reason as a sentence; unknown is never master."""
+    masters = [canonical_address(address) for address in facts.master_addresses]
+    shown = ", ".join(masters)
+    if facts.override is not None:
+        return RoleDecision(facts.override, f"{facts.override}: {facts.override_source} says so")
+    if not masters:
+        return RoleDecision(Role.AGENT, "agent: masterUrl's name has no address now, and unknown is never master")
+    if facts.bind is not None:
+        ours = canonical_address(facts.bind) in masters
+        role, relation = (Role.MASTER, "is") if ours else (Role.AGENT, "is not")
+        return RoleDecision(role, f"{role}: --bind {facts.bind} {relation} masterUrl's address ({shown})")
+    # Every host has all of 127/8 (Debian puts the own name at 127.0.1.1), so only 127.0.0.1 itself says anything.
+    telling = [m for m in masters if m not in ("0.0.0.0", "::") and (m == "127.0.0.1" or not m.startswith("127."))]
+    sources = {canonical_address(to): canonical_address(source) for to, source in facts.local_source.items() if source}
+    for master in telling:
+        if sources.get(master) == master:
+            return RoleDecision(Role.MASTER, f"master: {master} is an address of this host")
+    public = canonical_address(facts.public_address) if facts.public_address else None
+    if public in telling:
+        who = "cloud metadata" if facts.public_source == "metadata" else "the outside world"
+        return RoleDecision(Role.MASTER, f"master: {who} knows this host as {public}", provisional=True)
+    why = "is not an address of this host" if telling else "is on every host; give --bind or --role"
+    return RoleDecision(Role.AGENT, f"agent: {shown} {why}")
+
+
+@dataclass(frozen=True)
+class HostRef:
+    """A host as targets see it; `deploys` is False for the data node, which no deployment touches."""
+
+    label: str
+    address: str
+    name: str
+    machine: str
+    online: bool
+    color: str | None = None
+    deploys: bool = True
+
+
+def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> list[HostRef]:
+    """The hosts that one word of a TARGET means, those that take no deployments included."""
+    if part == "all":
+        return list(hosts)
+    if part in ("active", "standby"):
+        if active is None:
+            raise TargetError(f"nobody knows which host is {part}", "no HAProxy is configured, or it did not answer")
+        return [host for host in hosts if host.color and (host.color == active) == (part == "active")]
+    head, slash, tail = part.partition("/")
+    labelled = [host for host in hosts if host.label == part]
+    if labelled or not (slash or _ADDRESS_LIKE.fullmatch(part)):  # never the name of a host that calls itself 10.0.0.1
+        return labelled or [host for host in hosts if host.name.casefold() == part.casefold()]
+    address = canonical_address(head)
+    if slash and not tail.isdecimal():
+        return [host for host in hosts if host.address == address and host.name.casefold() == tail.casefold()]
+    network = parse_network(part)
+    return [host for host in hosts if ipaddress.ip_address(host.address) in network]
+
+
+def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = None) -> list[HostRef]:
+    """The hosts that TARGET means, each once, in the order named; `active` is the colour that has the traffic.
+
+    Raises UsageError for `121.x.x.x`, TargetError (exit 4) for what is nobody or takes no deployments.
+    """
+    chosen: dict[str, HostRef] = {}
+    for part in (piece.strip() for piece in target.split(",")):
+        if not part:
+            raise UsageError(f"{target!r} names no target", "write all, an address or a name, with commas between")
+        found = _match_target(part, hosts, active)
+        if not found:
+            known = ", ".join(f"{h.label} ({h.name})" if h.label == h.address else h.label for h in hosts[:20])
+            raise TargetError(f"no such target: {part}", f"known: {known or 'no host so far'}")
+        if not any(host.deploys for host in found):
+            raise TargetError(f"{part} takes no deployments", "its section in the configuration says deploy = false")
+        chosen.update((host.label, host) for host in found if host.deploys)
+    return list(chosen.values())
+
+
+def file_label(label: str) -> str:
+    """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, `..`, CON."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
+    return _DEVICE.sub(r"\1_", plain, count=1) if _DEVICE.match(plain) else plain if plain.strip(".") else plain + "_"
+
+
+def assign_labels(hosts: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Labels for (address, name, machine id): no finer than needed to tell the hosts, and their files, apart."""
+
+    def crowds(labels: list[str]) -> list[list[int]]:
+        keys = [file_label(label).casefold() for label in labels]
+        return [[i for i, other in enumerate(keys) if other == key] for key in keys]
+
+    labels = [address for address, _, _ in hosts]
+    labels = [f"{hosts[i][0]}/{hosts[i][1]}" if len(same) > 1 else labels[i] for i, same in enumerate(crowds(labels))]
+    for i, same in enumerate(crowds(labels)):
+        if len(same) > 1:
+            machines = [hosts[other][2] for other in same]
+            length = next((n for n in range(4, 32) if len({m[:n] for m in machines}) == len(machines)), 32)
+            labels[i] += f"~{hosts[i][2][:length]}"
+    return labels
+
+
+def valid_run_id(text: str) -> bool:
+    """Whether `text` is a run id such as 20261122-210501-7f3a, and so also safe as a folder's name."""
+    return re.fullmatch(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}", text) is not None
+
+
+def valid_host_name(text: str) -> bool:
+    """Whether a host may call itself so: printable, no target word, no address, nothing that TARGET's grammar uses."""
+    if not text.isprintable() or re.search(r"[\s,/~]", text) or text.isdecimal() or not 0 < len(text) <= 64:
+        return False
+    return text.casefold() not in ("all", "active", "standby") and not _ADDRESS_LIKE.fullmatch(text)
+
+
+def valid_branch_problem(name: str) -> str | None:
+    """What keeps `name` from being a branch, tag or commit id; None when nothing does.
+
+    git check-ref-format's rules, and stricter: it also keeps options and characters that nobody sees out of argv.
+    """
+    rules: tuple[tuple[str, str], ...] = (
+        (r"|HEAD|@", "it is no branch's name"),
+        (r"-.*", "it begins with -, like an option"),
+        (r"/.*|.*/|.*//.*", "a part between slashes is empty"),
+        (r"(.*/)?\..*", "a part begins with a dot"),
+        (r".*\.|.*\.lock(/.*)?", "a part ends with .lock, or the name with a dot"),
+        (r".*(\.\.|@\{|[ ~^:?*\[\\]).*", "it holds '..', '@{', a space or one of ~^:?*[\\"),
+    )
+    if not name.isprintable():  # control, bidirectional and zero-width characters, line ends, lone surrogates
+        return "it holds a character that can't be seen"
+    if len(name.encode()) > 255:
+        return "it is longer than 255 bytes"
+    return next((problem for pattern, problem in rules if re.fullmatch(pattern, name)), None)
+
 
 # ==============================================================================
 # 4. Configuration: frozen dataclasses, parse with all problems at once, render
 # ==============================================================================
 
+
+MAX_TIMEOUT_S = 7 * 86400.0  # a longer one is a typo (milliseconds), not a step
+CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
+NOTIFY_EVENTS = (*sorted(FINAL), "switched")
+_FOREIGN_KEYS = {  # keys that people try, and what to do instead
+    "token": "a secret must not be committed: put it into a file outside git and name that file in tokenFile",
+    "role": 'never for the whole fleet; write it into [hosts."ADDRESS"] or pass --role',
+    "machines": "this is the older form; `config convert` makes the new one of it",
+}
+_SECRET_NAME = re.compile(
+    r"(?i)(?!.*_(FILE|PATH|DIR|SOCK)$).*"
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[^D]PWD$|PASS$|KEYS?(?![A-Z])|CREDENTIAL|DSN|PRIVATE|WEBHOOK|COOKIE)"
+)
+_URL_PASSWORD = re.compile(r"(?i)[a-z][a-z0-9+.-]*://[^\s/?#:@]*:([^\s/?#]+)@")
+_ENVIRONMENT_LINE = re.compile(
+    r"""\s*(?:export\s+)?([^\s=#"']+)[ \t]*="""
+    r"""(?:[ \t]*"((?:[^"\\]|\\.)*)"|[ \t]*'([^']*)'|((?![ \t]*["'])(?:(?!\s#).)*))\s*(?:\s#.*)?"""
+)
+_Convert = Callable[[Any], Any]  # a checked value for a raw one, or _Wrong
+_Problems = list[tuple[str, str]]  # (path below the value, what is wrong there)
+
+
+class _Wrong(Exception):
+    """Everything that is wrong with one raw value."""
+
+    def __init__(self, problems: _Problems) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
+def _shown(raw: Any) -> str:
+    """A value as the file spells it, short and on one line."""
+    text = json.dumps(raw, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _step(key: str) -> str:
+    return f".{key}" if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f".{_shown(key)}"
+
+
+def _convert_all(parts: Iterable[tuple[str, _Convert, Any]], more: Iterable[tuple[str, str]] = ()) -> list[Any]:
+    """Convert every (path, converter, raw value), so that all problems are told at once, and `more` of them too."""
+    values: list[Any] = []
+    problems: _Problems = []
+    for path, convert, raw in parts:
+        try:
+            values.append(convert(raw))
+        except _Wrong as wrong:
+            problems += [(path + below, problem) for below, problem in wrong.problems]
+    if problems := [*problems, *more]:
+        raise _Wrong(problems)
+    return values
+
+
+def _is(what: str, test: Callable[[Any], Any]) -> _Convert:
+    """A converter that passes on what `test` holds for, and says of the rest that it is no `what`."""
+
+    def convert(raw: Any) -> Any:
+        if not test(raw):
+            raise _Wrong([("", f"{_shown(raw)} is no {what}")])
+        return raw
+
+    return convert
+
+
+def _matches(what: str, pattern: str) -> _Convert:
+    return _is(what, lambda raw: _is_argument(raw) and re.fullmatch(pattern, raw))
+
+
+def _one_of(*words: str) -> _Convert:
+    return _is(f"choice here; write {' or '.join(words)}", lambda raw: isinstance(raw, str) and raw in words)
+
+
+def _by(parse: Callable[[str], Any], keep: bool = False) -> _Convert:
+    """A converter out of a parser of section 3, whose UsageError becomes the problem; `keep`: the text as written."""
+
+    def convert(raw: Any) -> Any:
+        try:
+            parsed = parse(_text(raw))
+        except UsageError as error:
+            reason = error.what.removeprefix(repr(raw))  # else it does not show the value, which may hold a secret
+            shown = _shown(raw) if reason != error.what else ""
+            raise _Wrong([("", f"{shown}{reason}; {error.hint}")]) from None
+        return raw if keep else parsed
+
+    return convert
+
+
+def _list_of(convert: _Convert, example: str, least: int = 0) -> _Convert:
+    def read(raw: Any) -> tuple[Any, ...]:
+        if not isinstance(raw, list) or len(raw) < least:
+            write = _shown(raw.split()) if isinstance(raw, str) and raw.split() else example
+            raise _Wrong([("", f"{_shown(raw)} is no list{' with entries' if least else ''}; write {write}")])
+        return tuple(_convert_all((f"[{i}]", convert, item) for i, item in enumerate(raw)))
+
+    return read
+
+
+def _unknown(key: str, known: Iterable[str]) -> _Convert:
+    """A converter for a key that nobody knows; a value under a name that looks secret is not shown."""
+
+    def convert(raw: Any) -> Any:
+        from difflib import get_close_matches
+
+        like = get_close_matches(key, list(known), 1)
+        advice = f"did you mean {like[0]}?" if like else "known are " + ", ".join(known)
+        value = "" if _SECRET_NAME.match(key) else f", value {_shown(raw)}"
+        raise _Wrong([("", f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")])
+
+    return convert
+
+
+def _table(cls: Any, check: Callable[[dict[str, Any]], _Problems] = lambda raw: []) -> _Convert:
+    """A converter that makes a `cls` of a table: a field `master_url: Annotated[T, converter]` reads its masterUrl.
+
+    A field without default must be there; `check` looks at several raw values together.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    read_fields = {
+        re.sub("_(.)", lambda letter: letter[1].upper(), setting.name.removesuffix("_s")): setting
+        for setting in fields(cls)
+        if hasattr(hints[setting.name], "__metadata__")
+    }
+    required = [key for key, setting in read_fields.items() if setting.default is setting.default_factory]  # MISSING
+
+    def converter(key: str) -> _Convert:
+        known = read_fields.get(key)
+        return hints[known.name].__metadata__[0] if known else _unknown(key, read_fields)
+
+    def read(raw: Any) -> Any:
+        parts = [(_step(key), converter(key), value) for key, value in _mapping(raw).items()]
+        lacking = [(_step(key), "missing, and it has no default") for key in required if key not in raw]
+        values = _convert_all(parts, lacking + check(raw))
+        return cls(**{read_fields[key].name: value for key, value in zip(raw, values, strict=True)})
+
+    return read
+
+
+def _is_argument(raw: Any) -> bool:
+    """Whether a value is text that a process can be given: JSON can spell NUL and lone surrogates, which it can't."""
+    return isinstance(raw, str) and not re.search("[\0\ud800-\udfff]", raw)
+
+
+def _role(raw: Any) -> Role:
+    return Role(_one_of(*Role)(raw))
+
+
+def _environment(raw: Any) -> dict[str, str]:
+    """Environment variables by name; no value is ever shown, since it may be a secret."""
+    named = {key: bool(re.fullmatch(r"[^\s=\0]+", key)) for key in _mapping(raw)}
+    kinds = {key: type(value).__name__ for key, value in raw.items() if not _is_argument(value)}
+    problems = [(_step(key), "is no name of an environment variable") for key, fine in named.items() if not fine]
+    problems += [(_step(key), f"a {kind} is no text; write the value in quotes") for key, kind in kinds.items()]
+    _convert_all([], problems)
+    return dict(raw)
+
+
+_text = _is("text of one line", lambda raw: _is_argument(raw) and raw.strip() and raw.isprintable())
+_argument = _is("text", _is_argument)
+_flag = _is("true or false", lambda raw: isinstance(raw, bool))
+_count = _is("whole number above 0", lambda raw: type(raw) is int and raw > 0)  # isinstance would take true for 1
+_status = _is("HTTP status", lambda raw: type(raw) is int and 100 <= raw < 600)
+_seconds = _is("number of seconds, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S)
+_mapping = _is("table", lambda raw: isinstance(raw, dict))
+_url = _matches("http:// or https:// URL without a user", r"https?://[^\s/?#@]+([/?#]\S*)?")
+_endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
+_unit = _matches("systemd unit", r"[\w@:.\\][\w@:.\\-]*")
+_word = _matches("single word", r"[^\s\"'#\\]+")
+_remote = _is("git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None)
+_host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_host_name(raw))
+_host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
+_hosts = _list_of(_host, '["yq-blue", "yq-green"]')
+_networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
+_server_names = _list_of(_by(parse_host), '["master.example"]')
+_command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
+_units = _list_of(_unit, '["estelle.service"]')
+_color = _one_of("blue", "green")
+_notify_events = _list_of(_one_of(*NOTIFY_EVENTS), '["failed", "lost"]')
+_notify_format = _one_of("slack", "discord", "telegram", "ntfy", "json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployRule:
+    """[deploy]: what a deployment runs unless a host's section says otherwise."""
+
+    remote: Annotated[str, _remote] = "origin"
+    command: Annotated[tuple[str, ...], _command] = ("pnpm", "deploy:release")
+    restart: Annotated[tuple[str, ...], _units] = ()
+    timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
+    version: Annotated[str, _text] = "config/version.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRule:
+    """One section of [hosts]; `address` and `hostname` are its key's parts, compared as they are, or None."""
+
+    key: str = ""
+    address: str | None = None
+    hostname: str | None = None
+    name: Annotated[str | None, _host_name] = None
+    role: Annotated[Role | None, _role] = None
+    repo: Annotated[str | None, _text] = None
+    command: Annotated[tuple[str, ...] | None, _command] = None
+    environment_file: Annotated[str | None, _text] = None
+    env: Annotated[Mapping[str, str], _environment] = field(default_factory=dict)
+    color: Annotated[str | None, _color] = None
+    deploy: Annotated[bool, _flag] = True
+
+
+def _servers(raw: Any) -> dict[str, str]:
+    """The names of the `server` lines by colour, both there and different."""
+    colors = ("blue", "green")
+    names = {**dict(zip(colors, colors, strict=True)), **_mapping(raw)}
+    same = [("", f"{_shown(raw)} gives both colours the same server")] if names["blue"] == names["green"] else []
+    _convert_all(((_step(c), _word if c in colors else _unknown(c, colors), name) for c, name in names.items()), same)
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaproxyRule:
+    """[haproxy]: where it runs, and which `server` line is which colour."""
+
+    host: Annotated[str, _host]
+    backend: Annotated[str, _word]
+    config: Annotated[str, _text] = "/etc/haproxy/haproxy.cfg"
+    servers: Annotated[Mapping[str, str], _servers] = field(default_factory=lambda: _servers({}))
+    socket: Annotated[str | None, _text] = None
+    master_socket: Annotated[str | None, _text] = None
+    reload: Annotated[tuple[str, ...], _command] = ("systemctl", "reload", "haproxy")
+    probe: Annotated[str | None, _url] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthRule:
+    """One [[health]] check; exactly one of CHECK_KINDS is set, and no `hosts` are all."""
+
+    name: Annotated[str, _text]
+    http: Annotated[str | None, _url] = None
+    tcp: Annotated[str | None, _endpoint] = None
+    valkey: Annotated[str | None, _endpoint] = None
+    mariadb: Annotated[str | None, _endpoint] = None
+    systemd: Annotated[str | None, _unit] = None
+    disk: Annotated[str | None, _text] = None
+    certificate: Annotated[str | None, _text] = None
+    command: Annotated[tuple[str, ...] | None, _command] = None
+    hosts: Annotated[tuple[str, ...], _hosts] = ()
+    status: Annotated[int, _status] = 200
+    contains: Annotated[str | None, _argument] = None
+    timeout_s: Annotated[float, _seconds] = 5.0
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in CHECK_KINDS if getattr(self, kind) is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsRule:
+    """[tls]: certificate and key of a wss:// master; the authority that agents trust instead of the system's."""
+
+    cert: Annotated[str | None, _text] = None
+    key: Annotated[str | None, _text] = None
+    ca: Annotated[str | None, _text] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepRule:
+    """[keep]: how many recorded runs stay, and for how long."""
+
+    runs: Annotated[int, _count] = 500
+    days: Annotated[int, _count] = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdaterRule:
+    """[updater]: the program file that `upgrade` may install."""
+
+    sha256: Annotated[str | None, _text] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotifyRule:
+    """One [[notify]] webhook; exactly one of `url`, `url_env` and `url_file` is set."""
+
+    url: Annotated[str | None, _url] = None
+    url_env: Annotated[str | None, _word] = None
+    url_file: Annotated[str | None, _text] = None
+    format: Annotated[str, _notify_format] = "json"
+    chat: Annotated[str | None, _text] = None
+    on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
+
+
+def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
+    given = " and ".join(key for key in keys if key in raw) or "nothing"
+    return [] if given in keys else [("", f"{given} given; write exactly one of {', '.join(keys)}")]
+
+
+def _check_health(raw: dict[str, Any]) -> _Problems:
+    stray = [key for key in ("status", "contains") if key in raw and "http" not in raw]
+    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to an http check") for key in stray]
+    return _exactly_one(raw, CHECK_KINDS) + stray_problems
+
+
+def _check_notify(raw: dict[str, Any]) -> _Problems:
+    if ("chat" in raw) == (raw.get("format") == "telegram"):
+        return _exactly_one(raw, ("url", "urlEnv", "urlFile"))
+    chat = f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one"
+    return [*_exactly_one(raw, ("url", "urlEnv", "urlFile")), (".chat", chat)]
+
+
+def _check_tls(raw: dict[str, Any]) -> _Problems:
+    return [] if ("cert" in raw) == ("key" in raw) else [("", f"{_shown(raw)} lacks cert or key; a master needs both")]
+
+
+def _parse_section(key: str) -> tuple[str | None, str | None]:
+    """The address and the host name in a section's key: ADDRESS/HOSTNAME, HOSTNAME or ADDRESS; else UsageError."""
+    if valid_host_name(key):
+        return None, key.casefold()
+    address, slash, hostname = key.partition("/")
+    if slash and not valid_host_name(hostname):
+        raise UsageError(f"{key!r} is no host", "write ADDRESS/HOSTNAME, HOSTNAME or ADDRESS")
+    return canonical_address(address), hostname.casefold() or None
+
+
+def _read_hosts(raw: Any) -> tuple[HostRule, ...]:
+    """The sections of [hosts] in file order; no two may mean the same host or give the same name."""
+    table, section = _table(HostRule), _by(_parse_section)
+    keys = [(_step(key), section, key) for key in _mapping(raw)]
+    read = _convert_all(keys + [(_step(key), table, raw[key]) for key in raw])
+    rules: list[HostRule] = []
+    owners: dict[Any, str] = {}
+    problems: _Problems = []
+    for key, (address, hostname), rule in zip(raw, read, read[len(raw) :], strict=False):
+        rules.append(replace(rule, key=key, address=address, hostname=hostname))
+        for what, identity in (("host", (address, hostname)), ("name", rule.name and rule.name.casefold())):
+            if identity and owners.setdefault(identity, key) != key:
+                problems.append((_step(key), f"its {what} is that of hosts{_step(owners[identity])} already"))
+    _convert_all((), problems)
+    return tuple(rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration, checked; `hosts` in the file's order, whitelist and trusted proxies as written."""
+
+    master_url: Annotated[MasterUrl, _by(parse_master_url)]
+    whitelist: Annotated[tuple[str, ...], _networks]
+    trusted_proxies: Annotated[tuple[str, ...], _networks] = ()
+    server_names: Annotated[tuple[str, ...], _server_names] = ()
+    token_file: Annotated[str | None, _text] = None
+    deploy: Annotated[DeployRule, _table(DeployRule)] = DeployRule()
+    hosts: Annotated[tuple[HostRule, ...], _read_hosts] = ()
+    haproxy: Annotated[HaproxyRule | None, _table(HaproxyRule)] = None
+    health: Annotated[tuple[HealthRule, ...], _list_of(_table(HealthRule, _check_health), "[[health]]")] = ()
+    tls: Annotated[TlsRule, _table(TlsRule, _check_tls)] = TlsRule()
+    keep: Annotated[KeepRule, _table(KeepRule)] = KeepRule()
+    updater: Annotated[UpdaterRule, _table(UpdaterRule)] = UpdaterRule()
+    notify: Annotated[tuple[NotifyRule, ...], _list_of(_table(NotifyRule, _check_notify), "[[notify]]")] = ()
+
+
+def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
+    """Every (path, problem) as a line `FILE: PATH: PROBLEM`."""
+    lines = tuple(": ".join(filter(None, (file, path.removeprefix("."), problem))) for path, problem in problems)
+    return ConfigError(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""), f"correct {file}", lines)
+
+
+def _decoded(text: bytes | str, file: str) -> str:
+    try:
+        return (text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise _config_error(file, ("", f"byte {error.start} is not UTF-8; save the file as UTF-8")) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json would silently keep the last of two equal keys, say of two whitelists."""
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"{_shown(key)} stands twice in one table; keep one")
+        table[key] = value
+    return table
+
+
+def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
+    """The raw tables of a file in `form` json or toml; ConfigError, with line and column, where it is neither."""
+    plain = _decoded(text, file)
+    try:
+        if form == "toml":
+            import tomllib
+
+            return tomllib.loads(plain)
+        data: dict[str, Any] = _mapping(json.loads(plain, object_pairs_hook=_unique))
+    except json.JSONDecodeError as error:
+        raise _config_error(file, ("", f"line {error.lineno}, column {error.colno}: {error.msg}")) from None
+    except _Wrong as wrong:
+        raise _config_error(file, *wrong.problems) from None
+    except (ValueError, RecursionError) as error:  # tomllib's message holds line and column
+        raise _config_error(file, ("", str(error))) from None
+    return data
+
+
+def parse_config(text: bytes | str, file: str, form: str) -> Config:
+    """The configuration that a file's text means, `form` json or toml; ConfigError holds every problem, a line each."""
+    data = parse_data(text, file, form)
+    try:
+        config: Config = _table(Config)(data)
+    except _Wrong as wrong:
+        raise _config_error(file, *wrong.problems) from None
+    return config
+
+
+def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
+    """What is valid and yet hardly meant; `known`: labels and names of hosts besides those that the file names."""
+    warnings = [] if config.whitelist else ["whitelist: it is empty, so no agent and no commander can connect"]
+    for key, entries in (("whitelist", config.whitelist), ("trustedProxies", config.trusted_proxies)):
+        for network in map(parse_network, entries):
+            if network.prefixlen == 0:
+                warnings.append(f"{key}: {network} is everybody")
+            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network("100.64.0.0/10")):
+                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is 100.64.0.0/10")
+    names = {host_key(name) for rule in config.hosts for name in (rule.address, rule.hostname, rule.name) if name}
+    names |= {host_key(name) for name in (*known, config.master_url.host)}
+    listed = Whitelist(config.whitelist)
+    names |= {host for check in config.health for host in check.hosts if listed.verdict(host).allowed}
+    wanted = [(f"health {_shown(check.name)}", host) for check in config.health for host in check.hosts]
+    if config.haproxy:
+        wanted.append(("haproxy", config.haproxy.host))
+        colors = {rule.color for rule in config.hosts}
+        warnings += [f"haproxy: no host has color {c}" for c in ("blue", "green") if c not in colors]
+    warnings += [f"{key}: {_shown(host)} matches no host" for key, host in wanted if host_key(host) not in names]
+    for rule in config.hosts:
+        secret = [f"hosts{_step(rule.key)}.env.{name}" for name in rule.env if _SECRET_NAME.match(name)]
+        warnings += [f"{key}: it looks like a secret; move it to an environmentFile outside git" for key in secret]
+    for i, notify in enumerate(config.notify):
+        if re.search(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)", notify.url or ""):
+            warnings.append(f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv")
+    if config.token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", config.token_file):
+        warnings.append(f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not")
+    if config.updater.sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", config.updater.sha256):
+        warnings.append(f"updater.sha256: {_shown(config.updater.sha256)} is not 64 hex digits, so no file matches it")
+    return warnings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effective(HostRule, DeployRule):
+    """What holds for one host: its own section over [deploy]; `source_key` names that section, None without one."""
+
+    name: str
+    command: tuple[str, ...]
+
+    @property
+    def source_key(self) -> str | None:
+        return self.key or None
+
+
+def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
+    """The settings of the host at `address` that calls itself `hostname`.
+
+    Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone; `name` finds no section.
+    """
+    at, called = canonical_address(address) if address else None, hostname.casefold()
+    sections = {(rule.address, rule.hostname): rule for rule in config.hosts}
+    rule = sections.get((at, called)) or sections.get((None, called)) or sections.get((at, None)) or HostRule()
+    own = {"name": rule.name or hostname, "command": rule.command or config.deploy.command}
+    return Effective(**{**vars(config.deploy), **vars(rule), **own})
+
+
+def owner_of_name(config: Config, name: str) -> str | None:
+    """The address to which the configuration gives `name`; a host elsewhere that claims the name is refused it."""
+    owners = (r.address for r in config.hosts if r.address and r.name and r.name.casefold() == name.casefold())
+    return next(owners, None)
+
+
+def render_config(data: Mapping[str, Any], form: str) -> str:
+    """Raw tables as the text of a file in `form` json or toml; needs tomli-w for toml."""
+    if form == "toml":
+        import tomli_w
+
+        return tomli_w.dumps(data)
+    return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
+
+
+def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the settings [hosts].
+
+    Nothing is checked here: parse_config does that with the result.
+    """
+    machines = data.get("machines")
+    if not isinstance(machines, dict):
+        return dict(data)
+    listed = data["whitelist"] if isinstance(data.get("whitelist"), list) else []
+    new = {key: value for key, value in data.items() if key not in ("machines", "hosts")}
+    new["whitelist"] = [*listed, *(address for address in machines if address not in listed)]
+    hosts = {address: settings for address, settings in machines.items() if settings}
+    if isinstance(data.get("hosts"), dict):
+        hosts.update(data["hosts"])
+    return {**new, "hosts": hosts} if hosts else new
+
+
+def _unquoted(key: str, double: str | None, single: str | None, bare: str | None) -> tuple[str, str]:
+    if double is not None:
+        escapes = {"n": "\n", "r": "\r", "t": "\t"}
+        return key, re.sub(r'\\([nrt"\\$])', lambda match: escapes.get(match[1], match[1]), double)
+    return key, single if single is not None else (bare or "").strip()
+
+
+def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
+    """Environment variables out of a flat JSON object of strings, or of KEY=VALUE lines with comments and quotes.
+
+    ConfigError names the keys or lines that are wrong and never shows a value.
+    """
+    plain = _decoded(text, file)
+    if plain.lstrip().startswith("{"):
+        try:
+            return _environment(parse_data(plain, file, "json"))
+        except _Wrong as wrong:
+            raise _config_error(file, *wrong.problems) from None
+    lines = [line for line in enumerate(re.split(r"\r?\n", plain), 1) if not re.fullmatch(r"\s*(#.*)?", line[1])]
+    matches = [(number, _is_argument(line) and _ENVIRONMENT_LINE.fullmatch(line)) for number, line in lines]
+    if problems := [(f"line {number}", "is no KEY=VALUE") for number, match in matches if not match]:
+        raise _config_error(file, *problems)
+    return dict(_unquoted(*match.groups()) for _, match in matches if match)
+
+
+def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
+    """What no log may show: values under names that look secret, every line of them, and passwords in any URL.
+
+    Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
+    """
+    from urllib.parse import unquote
+
+    found: set[str] = set()
+    for name, value in (item for environment in environments for item in environment.items()):
+        if _SECRET_NAME.match(name):
+            found.update((value, value.strip(), *value.splitlines()))
+        for password in _URL_PASSWORD.findall(value):
+            found.update((password, unquote(password)))
+    long = [secret for secret in found if secret.strip() and len(secret.encode("utf-8", "surrogatepass")) >= 6]
+    return tuple(sorted(long, key=lambda secret: (-len(secret), secret)))
+
+
 # ==============================================================================
 # 5. Messages: the wire's verbs as dataclasses, encode and decode, size limits
 # ==============================================================================
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message of whoever dials: who it is and what it can do. Nothing else is processed before `Welcome`."""
+
+    role: str  # "agent" or "commander"
+    protocol: list[int]  # oldest and newest protocol it speaks
+    version: str
+    machine: str  # random id of the state folder; "" for a commander
+    name: str  # host name
+    nonce: str  # one random value per process: the same process that dials again, or another with the same id?
+    platform: str = ""
+    features: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The master's answer to `Hello`: the protocol to speak, and how it sees the other side."""
+
+    protocol: int
+    version: str
+    address: str
+    label: str
+    nonce: str
+    features: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """No, with the reason and what to do about it; as an answer to `Hello` it ends the connection."""
+
+    what: str
+    hint: str = ""
+    exit: int = 1
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One request and whom it concerns: `run.json`, and what a follower is told first."""
+
+    run: str
+    nonce: str
+    kind: Kind
+    target: str
+    branch: str
+    hosts: list[str]
+    machines: dict[str, str]  # label -> machine id
+    addresses: dict[str, str]  # label -> address, by which the host finds its section of the configuration
+    created: float  # seconds since 1970, the master's clock
+    by: str = ""
+    offline: list[str] = field(default_factory=list)
+    batch: int = 0
+    wait_s: float = 0.0
+    cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One host's part of a run: `HOST.json`. Only its owner replaces it, each time with a higher revision."""
+
+    run: str
+    host: str
+    machine: str
+    kind: Kind
+    branch: str
+    state: State = State.QUEUED
+    revision: int = 0
+    step: str | None = None
+    exit: int | None = None
+    version: str | None = None
+    commit: str | None = None
+    error: str | None = None
+    size: int = 0  # bytes of the log, once the state is final
+    started: float | None = None
+    ended: float | None = None
+    behind: str | None = None  # the run that this one waits for
+    ordered: bool = False  # the order may have reached the host
+    provisional: bool = False  # the master's own verdict, which a late word of the host replaces
+    acked: bool = False  # the master has the result
+    groups: list[int] = field(default_factory=list)  # process groups of the steps, to clean up after a dead runner
+    marks: list[list[int]] = field(default_factory=list)  # offset and length of each announcement in the log
+    address: str = ""
+    by: str = ""
+    target: str = ""
+    created: float = 0.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """Master to agent: do this job. Sent again until a `JobRecord` answers, so it must be harmless twice."""
+
+    job: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Agent to master: not now, another job holds the host."""
+
+    run: str
+    host: str
+    behind: str
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop a run: commander to master, and master to each agent that has a job of it."""
+
+    run: str
+    by: str = ""
+
+
+@dataclass(frozen=True)
+class Acked:
+    """Master to agent: result and log are safe here, forget them when you like."""
+
+    run: str
+    host: str
+    revision: int
+
+
+@dataclass(frozen=True)
+class Log:
+    """Whoever has bytes opens a channel for them; the other side answers `Have`."""
+
+    channel: int
+    run: str
+    host: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Have:
+    """How many bytes of a log are here. `rewind`: send from there; `check`: CRC-32 of the last 4 KiB before."""
+
+    channel: int
+    size: int
+    rewind: bool = False
+    check: int | None = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The copies of this log differ before the resume point: it ends here rather than mix two logs."""
+
+    channel: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Commander to master: start a run. Run id and nonce are the commander's, so sending it twice starts one run."""
+
+    run: str
+    nonce: str
+    kind: Kind
+    target: str
+    branch: str
+    by: str = ""
+    batch: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Follow:
+    """Commander to master: send the run, its jobs' states and logs, from the beginning or where `Have` says."""
+
+    run: str
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question with one answer: `what` is one of a fixed set."""
+
+    id: int
+    what: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to `Ask` number `id`."""
+
+    id: int
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A line for the person who watches."""
+
+    text: str
+
+
+MESSAGES: tuple[type, ...] = (
+    Hello, Welcome, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken, Submit, Follow, Ask,
+    Answer, Notice,
+)  # fmt: skip
+VERBS: dict[str, type] = {cls.__name__.removesuffix("Record").lower(): cls for cls in MESSAGES}
+VERB_OF = {cls: verb for verb, cls in VERBS.items()}
+WORDS: dict[str, type[StrEnum]] = {"State": State, "Kind": Kind}
+
+
+def encode_message(message: Any) -> str:
+    """A message as one line of JSON."""
+    return json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+
+
+def decode_message(text: str) -> Any:
+    """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError, which names what is wrong."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise ProtocolError("a message is no JSON") from problem
+    verb = data.get("verb") if isinstance(data, dict) else None
+    if not isinstance(verb, str) or verb not in VERBS:
+        raise ProtocolError(f"unknown verb {str(verb)[:40]!r}")
+    return decode_fields(VERBS[verb], data)
+
+
+def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
+    """A dataclass from decoded JSON, each value checked against its annotation. Raises ProtocolError."""
+    values: dict[str, Any] = {}
+    for name, spec in cls.__dataclass_fields__.items():
+        if name not in data:
+            if spec.default is MISSING and spec.default_factory is MISSING:
+                raise ProtocolError(f"{cls.__name__}: {name} is missing")
+            continue
+        value = data[name]
+        if spec.type in WORDS and isinstance(value, str) and value in set(WORDS[spec.type]):
+            value = WORDS[spec.type](value)
+        elif not _fits(spec.type, value) or (name == "run" and not valid_run_id(value)):
+            raise ProtocolError(f"{cls.__name__}: {name} can't be {str(value)[:60]!r}")
+        values[name] = value
+    return cls(**values)
+
+
+def _fits(annotation: str, value: Any) -> bool:
+    """Does a decoded JSON value have the annotated type? Booleans are no numbers, and numbers fit into 64 bits."""
+    if annotation.endswith(" | None"):
+        return value is None or _fits(annotation.removesuffix(" | None"), value)
+    if annotation.startswith("list["):
+        return isinstance(value, list) and all(_fits(annotation[5:-1], item) for item in value)
+    if annotation.startswith("dict[str, "):
+        return isinstance(value, dict) and all(_fits(annotation[10:-1], item) for item in value.values())
+    if annotation == "int":
+        return type(value) is int and abs(value) < 1 << 63
+    if annotation == "float":
+        return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+    return annotation == "Any" or type(value).__name__ == annotation
+
+
+CHUNK_HEADER = struct.Struct("!BIQ")  # frame version, channel, offset
+
+
+def encode_chunk(channel: int, offset: int, data: bytes) -> bytes:
+    """Log bytes as a binary frame."""
+    return CHUNK_HEADER.pack(1, channel, offset) + data
+
+
+def decode_chunk(frame: bytes) -> tuple[int, int, bytes]:
+    """(channel, offset, bytes) of a binary frame. Raises ProtocolError."""
+    if len(frame) < CHUNK_HEADER.size or frame[0] != 1:
+        raise ProtocolError("a binary frame of an unknown form")
+    _, channel, offset = CHUNK_HEADER.unpack_from(frame)
+    return channel, offset, frame[CHUNK_HEADER.size :]
+
 
 # ==============================================================================
 # 6. Journal: offsets, what to send, what to accept, run and job states
 # ==============================================================================
 
+
+NEXT_STATES: dict[State, frozenset[State]] = {
+    State.QUEUED: frozenset(State),
+    State.RUNNING: frozenset(State) - {State.QUEUED, State.OFFLINE},
+    **{state: frozenset() for state in FINAL},
+}  # a provisional verdict of the master may become anything: it was a guess about a host it could not hear
+
+
+def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
+    """Does the host's record `new` replace what is known? Only a higher revision, along allowed transitions."""
+    if old is None or (old.provisional and new.revision >= old.revision and not new.provisional):
+        return True
+    return new.revision > old.revision and new.state in NEXT_STATES[old.state]
+
+
+def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
+    """(write it, ask to rewind) for a chunk at `offset` where `size` bytes are: written only exactly at the end."""
+    return offset == size, offset != size and offset + length > size
+
+
+@dataclass
+class SendCursor:
+    """How far one log has been sent to one reader, in bytes; it holds no data, so a slow reader costs nothing."""
+
+    channel: int
+    run: str
+    host: str
+    size: int  # what there is to send
+    sent: int | None = None  # None until the reader has said where to begin
+    acked: int = 0
+
+    def next_span(self, room: int) -> tuple[int, int] | None:
+        """(offset, length) of what to send next, or None; `room` is what may still be unacknowledged."""
+        if self.sent is None:
+            return None
+        length = min(self.size - self.sent, CHUNK_BYTES, room)
+        return (self.sent, length) if length > 0 else None
+
+    def on_have(self, size: int, rewind: bool) -> None:
+        """The reader has `size` bytes: go on from there if it asks, or if it is ahead of what we sent."""
+        self.acked = size
+        self.sent = size if rewind or self.sent is None else max(self.sent, size)
+
+    @property
+    def unacked(self) -> int:
+        return max(0, (self.sent or 0) - self.acked)
+
+
+def run_ok(jobs: Iterable[JobRecord]) -> bool:
+    """Did every host succeed?"""
+    return all(job.state is State.SUCCEEDED for job in jobs)
+
+
+def decide_orders(
+    runs: Sequence[tuple[RunRecord, Mapping[str, JobRecord]]], online: Container[str], busy: Container[str]
+) -> tuple[list[JobRecord], list[tuple[JobRecord, str]], dict[tuple[str, str], str]]:
+    """What the queue does now, oldest run first: (to order, to end and why, (run, host) -> the run it waits for).
+
+    One mechanism for a host that is busy, offline or not due in its batch: the job stays queued.
+    """
+    order: list[JobRecord] = []
+    end: list[tuple[JobRecord, str]] = []
+    behind: dict[tuple[str, str], str] = {}
+    holder: dict[str, str] = {}  # machine -> the run that has it now or next
+    for _, jobs in runs:
+        for job in jobs.values():
+            if job.state is State.RUNNING or (job.state is State.QUEUED and job.ordered):
+                holder.setdefault(job.machine, job.run)
+    for run, jobs in runs:
+        step = run.batch or len(run.hosts)
+        for index, host in enumerate(run.hosts):
+            job = jobs[host]
+            if job.state is not State.QUEUED or job.ordered:
+                continue
+            earlier = [jobs[name] for name in run.hosts[: index - index % step]]
+            if any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
+                end.append((job, "an earlier batch failed"))
+            elif job.machine in holder:
+                behind[run.run, host] = holder[job.machine]
+            elif all(other.state in FINAL for other in earlier) and job.machine in online and job.machine not in busy:
+                order.append(job)
+                holder[job.machine] = job.run
+            else:
+                holder[job.machine] = job.run
+    return order, end, behind
+
+
+def seconds_of(job: JobRecord) -> float | None:
+    """How long the job ran, in seconds."""
+    return round(job.ended - job.started, 3) if job.started is not None and job.ended is not None else None
+
+
+def job_summary(job: JobRecord) -> dict[str, Any]:
+    """A job's outcome, in the contract's words."""
+    return {
+        "host": job.host, "ok": job.state is State.SUCCEEDED, "state": job.state, "version": job.version,
+        "commit": job.commit, "seconds": seconds_of(job), "step": job.step, "exit": job.exit, "bytes": job.size,
+        "error": job.error,
+    }  # fmt: skip
+
+
+def run_of_job(job: JobRecord) -> RunRecord:
+    """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
+    return RunRecord(
+        job.run, "", job.kind, job.target, job.branch, [job.host], {job.host: job.machine}, {job.host: job.address},
+        job.created, job.by,
+    )  # fmt: skip
+
+
+def job_of_run(run: RunRecord, host: str) -> JobRecord:
+    """A host's job at the start of a run."""
+    return JobRecord(
+        run.run, host, run.machines[host], run.kind, run.branch,
+        address=run.addresses.get(host, ""), by=run.by, target=run.target, created=run.created,
+    )  # fmt: skip
+
+
 # ==============================================================================
 # 7. Pipeline: plan a deployment as argument tuples, read versions out of output
 # ==============================================================================
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a deployment: how it is announced, and what really runs."""
+
+    label: str
+    argv: tuple[str, ...]
+
+
+def plan_fetch(remote: str) -> Step:
+    """The document's first step. `--prune` lets branch `a` make way for `a/b`."""
+    return Step(f"git fetch {remote}", ("git", "fetch", "--prune", remote))
+
+
+def is_commit_id(text: str) -> bool:
+    """A full commit id, SHA-1 or SHA-256."""
+    return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+
+
+def plan_checkout(branch: str, remote: str, refs: Container[str]) -> tuple[Step | None, Step, Step | None]:
+    """(what fetches the ref or None, checkout, pull or None) for a branch, or else a full commit id or a tag.
+
+    `refs` are the full names of the refs called `branch` after the fetch. A branch wins over a tag of the same name,
+    as `git checkout` has it; full names keep git from guessing, and `--` keeps a folder of that name out of it.
+    """
+    label = f"git checkout {branch}"
+    tracking = f"refs/remotes/{remote}/{branch}"
+    if f"refs/heads/{branch}" in refs or tracking in refs:
+        argv = (branch,) if f"refs/heads/{branch}" in refs else ("-b", branch, "--track", tracking)
+        pull = Step(f"git pull {remote} {branch}", ("git", "pull", "--ff-only", remote, f"refs/heads/{branch}"))
+        return None, Step(label, ("git", "checkout", *argv, "--")), pull
+    if is_commit_id(branch):
+        get = Step(label, ("git", "fetch", "--no-tags", remote, branch))
+        return get, Step(label, ("git", "checkout", "--detach", branch, "--")), None
+    tag = f"refs/tags/{branch}"
+    get = Step(label, ("git", "fetch", "--no-tags", remote, f"+{tag}:{tag}"))
+    return get, Step(label, ("git", "checkout", "--detach", tag, "--")), None
+
+
+def plan_command(command: tuple[str, ...]) -> Step:
+    """The host's configured command."""
+    return Step(" ".join(command), command)
+
+
+def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
+    """Restart the configured systemd units, then require each to be active."""
+    if not units:
+        return ()
+    label = "systemctl restart " + " ".join(units)
+    return Step(label, ("systemctl", "restart", *units)), Step(
+        "systemctl is-active " + " ".join(units), ("systemctl", "is-active", *units)
+    )
+
+
+VERSION_IN_OUTPUT = re.compile(rb"(?<![0-9A-Za-z])v[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
+
+
+def parse_version_file(data: bytes) -> str | None:
+    """The "version" of a JSON file, or the first line of plain text; None where there is neither."""
+    text = data.decode("utf-8-sig", "replace").strip()
+    if text.startswith("{"):
+        try:
+            value = json.loads(text).get("version")
+        except ValueError:
+            return None
+        return str(value)[:80] if isinstance(value, (str, int, float)) else None
+    return text.splitlines()[0].strip()[:80] if text else None
+
+
+class Masker:
+    """Replaces secrets in a stream of bytes, also where one is split over two reads. A tail that could begin a secret
+    is held back until the next byte or `flush`."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        values = sorted({secret.encode() for secret in secrets if len(secret.encode()) >= SECRET_BYTES}, key=len)
+        self._pattern = re.compile(b"|".join(re.escape(value) for value in reversed(values))) if values else None
+        self._values = values
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be written now."""
+        if self._pattern is None:
+            return data
+        data = self._held + data
+        hold, last = len(data), 0
+        for match in self._pattern.finditer(data):
+            last = match.end()
+            if last == len(data) and any(value.startswith(match[0]) and value != match[0] for value in self._values):
+                hold = match.start()  # it may yet become the longer one
+        for start in range(max(last, len(data) - len(self._values[-1]) + 1), hold):
+            if any(value.startswith(data[start:]) for value in self._values):
+                hold = start
+                break
+        self._held = data[hold:]
+        return self._pattern.sub(b"***", data[:hold])
+
+    def flush(self) -> bytes:
+        """The tail that turned out to be no longer secret."""
+        held, self._held = self._held, b""
+        return self._pattern.sub(b"***", held) if self._pattern else held
+
+
+KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
+    (
+        rb"detected dubious ownership",
+        "the repository belongs to another user: git config --global --add safe.directory DIR",
+    ),
+    (
+        rb"would be overwritten by (?:merge|checkout)",
+        "local changes are in the way of the incoming commits (listed above)",
+    ),
+    (rb"index\.lock': File exists", "a git process left its index.lock behind: remove it if no git runs there"),
+    (rb"Not possible to fast-forward|Diverging branches", "the local branch has commits that the remote has not"),
+    (
+        rb"couldn't find remote ref|did not match any file|invalid reference",
+        "no such branch, tag or commit on the remote",
+    ),
+    (
+        rb"could not read (?:Username|Password)|terminal prompts disabled|Authentication failed",
+        "git asked for a password",
+    ),
+    (rb"Host key verification failed", "ssh does not know the remote's host key"),
+    (rb"Permission denied \(publickey", "ssh has no key that the remote accepts"),
+    (rb"Could not resolve host", "the remote's name does not resolve"),
+)
+
+
+def explain_failure(tail: bytes) -> str | None:
+    """What the last output of a failed step says in other words, where it is one of the known failures."""
+    return next((text for pattern, text in KNOWN_FAILURES if re.search(pattern, tail)), None)
+
 
 # ==============================================================================
 # 10. Files: atomic writes, append-only logs, locks, state folder, configuration
 # ==============================================================================
 
+
+def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
+    temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        for attempt in range(20):
+            try:
+                return os.replace(temp, path)
+            except PermissionError:  # Windows: somebody reads the old file right now
+                if attempt == 19:
+                    raise
+                time.sleep(0.02)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none, or it is torn."""
+    for _ in range(20):
+        try:
+            data = json.loads(path.read_bytes())
+            return data if isinstance(data, dict) else None
+        except PermissionError:  # Windows: it is being replaced
+            time.sleep(0.02)
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+
+
+def log_size(path: Path) -> int:
+    """How many bytes a log has; 0 where it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def append_log(path: Path, offset: int, data: bytes) -> tuple[int, bool]:
+    """Append bytes that belong at `offset`, if that is the end: (size now, ask to rewind). May raise OSError."""
+    fd = os.open(path, LOG_FLAGS, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        write, rewind = accepts_chunk(size, offset, len(data))
+        if write:
+            size += os.write(fd, data)
+            rewind = size != offset + len(data)
+        return size, rewind
+    finally:
+        os.close(fd)
+
+
+def read_log(path: Path, offset: int, length: int) -> bytes:
+    """Bytes of a log; fewer where it ends, none where it is missing."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(length) or b""
+    except OSError:
+        return b""
+
+
+def log_check(path: Path, size: int) -> int:
+    """CRC-32 of the last 4 KiB before `size`: whether two copies of a log are the same so far."""
+    start = max(0, size - CHECK_BYTES)
+    return zlib.crc32(read_log(path, start, size - start))
+
+
+class FileLock:
+    """A lock on the file `path` that its holder loses by dying, however it dies; it says whether a runner lives.
+
+    The file is a file of the lock's own (Windows locks forbid reading) and stays for ever: removing it would let two
+    processes each hold a lock on another file of that name. `acquire` in the process that is to hold it: after a fork.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
+        self._fd = -1
+
+    def acquire(self, timeout_s: float = 0) -> bool:
+        """Take the lock, waiting up to `timeout_s` (at least 0.1 s: `held_elsewhere` may be looking just now)."""
+        deadline = time.monotonic() + max(timeout_s, 0.1)
+        # never through a link that somebody else put there; descriptors of os.open are not inherited by steps
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        while not self._lock(fd, shared=False):
+            if time.monotonic() >= deadline:
+                os.close(fd)
+                return False
+            time.sleep(0.01)
+        self._fd = fd
+        return True
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens if it is not held."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> FileLock:
+        if not self.acquire():
+            raise UpdaterError(f"{self._path}: locked by another process")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @staticmethod
+    def held_elsewhere(path: str | os.PathLike[str]) -> bool:
+        """Whether anybody holds the lock now (this process through another FileLock included); creates nothing."""
+        try:
+            fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        except FileNotFoundError:
+            return False
+        try:
+            return not FileLock._lock(fd, shared=True)
+        finally:
+            os.close(fd)  # and with it a lock that the look took
+
+    @staticmethod
+    def _lock(fd: int, *, shared: bool) -> bool:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as problem:
+            if sys.platform != "win32" and not isinstance(problem, BlockingIOError):
+                raise  # a file system without locks
+            return False
+        return True
+
+
+class DaemonLog:
+    """The daemon's own log: one line per event on stderr, with its time, or with its priority under journald."""
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self._journal = "JOURNAL_STREAM" in os.environ
+
+    def _line(self, priority: int, word: str, text: str, args: tuple[Any, ...]) -> None:
+        text = (text % args if args else text).replace("\n", " ")
+        start = f"<{priority}>" if self._journal else time.strftime("%Y-%m-%d %H:%M:%S ") + word
+        data = f"{start}{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
+        with suppress(OSError, ValueError):
+            sys.stderr.buffer.write(data)
+            sys.stderr.buffer.flush()
+
+    def debug(self, text: str, *args: Any) -> None:
+        if self.verbose:
+            self._line(7, "debug    ", text, args)
+
+    def info(self, text: str, *args: Any) -> None:
+        self._line(6, "", text, args)
+
+    def warning(self, text: str, *args: Any) -> None:
+        self._line(4, "warning: ", text, args)
+
+    def error(self, text: str, *args: Any) -> None:
+        self._line(3, "error: ", text, args)
+
+
+log = DaemonLog()
+
+
+def program_argv() -> list[str]:
+    """How to start this very program: interpreter and zipapp or module, as absolute paths."""
+    module = Path(__file__).absolute()
+    return [sys.executable, str(module.parent if module.parent.is_file() else module)]
+
+
+def program_name() -> str:
+    """What a person types to run this program."""
+    return f"{'python' if os.name == 'nt' else 'python3'} {sys.argv[0]}"
+
+
+class StateFolder:
+    """Where this host keeps what it knows: one folder per run, readable with ordinary tools."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.runs = root / "runs"
+        self.daemon_file = root / "daemon.json"
+        self.daemon_lock = root / "daemon.lock"
+        self.job_lock = root / "job.lock"
+        self.current_file = root / "current.json"  # which job the lock's holder does, or did last
+        self.runner_log = root / "runner.log"
+
+    def create(self) -> None:
+        """Make the folder. Raises UpdaterError where that is impossible."""
+        try:
+            self.runs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = self.root / f".probe.{os.getpid()}"
+            write_atomic(probe, b"")
+            probe.unlink()
+        except OSError as problem:
+            raise UsageError(
+                f"can't write to the state folder {self.root}: {problem.strerror}",
+                "choose another with --state DIR or ESTELLE_STATE",
+            ) from problem
+
+    def machine_id(self) -> str:
+        """This host's random identity, made at the first start. A copied folder is a cloned identity."""
+        path = self.root / "machine-id"
+        with suppress(OSError):
+            text = path.read_text().strip()
+            if re.fullmatch(r"[0-9a-f]{32}", text):
+                return text
+        text = os.urandom(16).hex()
+        write_atomic(path, text.encode(), durable=True)
+        return text
+
+    def log_file(self, run: str, host: str) -> Path:
+        return self.runs / run / f"{file_label(host)}.log"
+
+    def job_file(self, run: str, host: str) -> Path:
+        return self.runs / run / f"{file_label(host)}.json"
+
+    def cancel_file(self, run: str, host: str) -> Path:
+        return self.runs / run / f"{file_label(host)}.cancel"
+
+    def run_ids(self) -> list[str]:
+        """All recorded runs, oldest first."""
+        try:
+            return sorted(name for name in os.listdir(self.runs) if valid_run_id(name))
+        except OSError:
+            return []
+
+    def load_run(self, run: str) -> RunRecord | None:
+        record: RunRecord | None = self._load(self.runs / run / "run.json", RunRecord)
+        return record
+
+    def load_job(self, run: str, host: str) -> JobRecord | None:
+        record: JobRecord | None = self._load(self.job_file(run, host), JobRecord)
+        return record
+
+    def load_jobs(self, run: str) -> list[JobRecord]:
+        """Every host's record in a run's folder."""
+        files = sorted((self.runs / run).glob("*.json"))
+        jobs = (self._load(file, JobRecord) for file in files if file.name != "run.json")
+        return [job for job in jobs if job is not None]
+
+    def save_run(self, record: RunRecord) -> None:
+        """Recorded for good before it returns."""
+        (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(self.runs / record.run / "run.json", _dump(record), durable=True)
+
+    def save_job(self, record: JobRecord, *, durable: bool = False) -> None:
+        (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
+
+    def history(self, count: int) -> list[dict[str, Any]]:
+        """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
+        rows: list[dict[str, Any]] = []
+        for run in reversed(self.run_ids()):
+            if len(rows) >= count:
+                break
+            if record := self.load_run(run):
+                jobs = {job.host: job for job in self.load_jobs(run)}
+                results = [job_summary(jobs[host]) for host in record.hosts if host in jobs]
+                rows.append(
+                    {"run": run, "created": record.created, "by": record.by, "kind": record.kind,
+                     "target": record.target, "branch": record.branch, "hosts": results}
+                )  # fmt: skip
+        return rows
+
+    @staticmethod
+    def _load(path: Path, cls: type[Any]) -> Any:
+        data = read_json(path)
+        try:
+            return None if data is None else decode_fields(cls, data)
+        except ProtocolError:
+            return None
+
+
+def _dump(record: Any) -> bytes:
+    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def default_state_folder(environ: Mapping[str, str]) -> Path:
+    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder."""
+    if path := environ.get("ESTELLE_STATE") or environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]:
+        return Path(path).absolute()
+    if os.name == "nt":
+        return Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
+    return Path.home() / ".local/state/estelle-updater"
+
+
+CONFIG_NAMES = ("updater.json", "updater.toml")
+
+
+def find_config(start: Path) -> Path:
+    """The committed configuration, by walking up from `start`. Raises ConfigError where there is none, or two."""
+    for folder in (start, *start.parents):
+        found = [folder / "config" / name for name in CONFIG_NAMES if (folder / "config" / name).is_file()]
+        if len(found) == 2:
+            raise ConfigError(f"both {found[0]} and {found[1]} exist", "keep one of them")
+        if found:
+            return found[0]
+    raise ConfigError(
+        f"no config/updater.json or config/updater.toml in {start} or above it",
+        "go to the repository, or name the file with --config FILE",
+    )
+
+
+def load_config(path: Path) -> Config:
+    """The configuration in a file. Raises ConfigError with every problem at once."""
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise ConfigError(f"can't read {path}: {problem.strerror}", "name the file with --config FILE") from problem
+    return parse_config(data, str(path), "toml" if path.suffix == ".toml" else "json")
+
+
+class ConfigFile:
+    """The configuration as a daemon uses it: read again once it changed and then lay still for a second; a file that is
+    missing or invalid keeps the old settings, and `problem` says so."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = load_config(path)
+        self.problem: str | None = None
+        self._used = self._seen = self._stamp()
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def look(self) -> bool:
+        """Called about once a second: True when new settings took effect."""
+        stamp = self._stamp()
+        if stamp == self._used or stamp != self._seen:
+            self._seen = stamp
+            return False
+        self._used = stamp
+        try:
+            config = load_config(self.path)
+        except ConfigError as problem:
+            self.problem = problem.what
+            return False
+        changed = config != self.config
+        self.config, self.problem = config, None
+        return changed
+
+
+def work_tree(config_path: Path) -> Path:
+    """The git work tree that holds the configuration file, else the folder above `config/`."""
+    for folder in config_path.parents:
+        if (folder / ".git").exists():
+            return folder
+    return config_path.parent.parent
+
+
 # ==============================================================================
 # 11. Processes: spawn, stream, interrupt, kill trees, detach; POSIX and Windows
 # ==============================================================================
+
+
+MARK = "ESTELLE_RUN"  # environment variable that every process of a step carries: it finds what a dead runner left
+DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
+PIPE_BYTES = 1 << 20  # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
+StrPath: TypeAlias = str | os.PathLike[str]
+HIDDEN: dict[str, Any] = {"creationflags": 0x08000000} if os.name == "nt" else {}  # CREATE_NO_WINDOW, for Popen
+_ANY_CASE = re.IGNORECASE if os.name == "nt" else 0
+
+_PM2_KEYS = re.compile(  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's environment
+    "automation|auto(re)?start|created_at|exec_(interpreter|mode)|exit_code|exp_backoff_restart_delay|instance_var"
+    "|instances|kill_(retry_time|timeout)|km_link|log_date_format|max_(memory_restart|restarts)|merge_logs|min_uptime"
+    "|name(space)?|pmx|(prev_)?restart_delay|restart_time|status|stop_exit_codes|treekill|unique_id|unstable_restarts"
+    "|vizion(_running)?|watch|windowsHide",
+    flags=_ANY_CASE,
+)
+_DAEMON_KEYS = re.compile(  # the daemon's own: its supervisor's, its interpreter's, the git hook's that started it
+    r"ESTELLE_.*|pm_.*|PM2_(?!HOME$).*|NODE_APP_INSTANCE|NODE_CHANNEL_.*|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*"
+    r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MAINPID|(STATE|CREDENTIALS)_DIRECTORY|GIT_(?!SSH).*|PYTHON.+",
+    flags=_ANY_CASE,
+)
+_NO_PROMPTS = {
+    "CI": "true",  # pnpm and others then fail instead of asking
+    "COREPACK_ENABLE_DOWNLOAD_PROMPT": "0",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GCM_INTERACTIVE": "never",
+    "GIT_ASKPASS": "",  # empty: neither core.askPass nor SSH_ASKPASS is started
+    "SSH_ASKPASS": "",
+    "SSH_ASKPASS_REQUIRE": "never",
+    "GIT_HTTP_LOW_SPEED_LIMIT": "1",  # a server that accepts and stays silent would hold git for ever
+    "GIT_HTTP_LOW_SPEED_TIME": "60",
+}
+# This variable hides core.sshCommand (often a deploy key), so it reads that itself. A shell function, because git
+# appends the arguments, and they must stay untouched while the configured command is evaluated.
+_SSH_COMMAND = (
+    'f() { eval "$(git config core.sshCommand || echo ssh) -o BatchMode=yes -o ConnectTimeout=15 \\"\\$@\\""; }; f'
+)
+
+
+def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment that steps start from: `env` without what belongs to the daemon, with all prompts off.
+
+    The host's own `env` goes on top. A GIT_SSH or GIT_SSH_COMMAND in `env` stays: somebody configured it.
+    """
+    kept = {key: value for key, value in env.items() if not _DAEMON_KEYS.fullmatch(key)}
+    if "pm_id" in env or "PM_ID" in env:  # Windows shows names in capitals
+        kept = {key: value for key, value in kept.items() if not _PM2_KEYS.fullmatch(key)}
+    if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
+        kept |= {"GIT_SSH_COMMAND": _SSH_COMMAND, "GIT_SSH_VARIANT": "ssh"}
+    return kept | _NO_PROMPTS
+
+
+def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> list[str]:
+    """The words that start the program `name` as found in `path_env`; a name with a folder is looked up below `cwd`.
+
+    Without `cwd` that one is left to `spawn_step`. On Windows .com .exe .bat .cmd are tried, the kinds that can be
+    started, and never the current folder: a repository must not bring its own git. Raises UpdaterError.
+    """
+    has_folder = bool(os.path.dirname(name))
+    if has_folder and cwd is None:
+        return [name]
+    suffixes: tuple[str, ...] = ("",)
+    if os.name == "nt" and not name.lower().endswith(kinds := (".com", ".exe", ".bat", ".cmd")):
+        suffixes = (*kinds, "") if has_folder else kinds
+    folders = [cwd or ""] if has_folder else [part.strip('"') for part in path_env.split(os.pathsep) if part]
+    for path in (os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return [os.path.abspath(path)]
+    where = f"in {cwd}" if has_folder else "in PATH"
+    raise UpdaterError(f"{name}: not found {where}", f"it must be there and executable; PATH is {path_env}")
+
+
+def render_cmd_line(argv: Sequence[str], shell: str) -> str:
+    """The command line by which cmd.exe (`shell`) runs the .cmd file `argv[0]` with exactly these arguments.
+
+    Raises UpdaterError for what cmd.exe interprets even in quotes, or could once the shim passes it on as `%*`.
+    """
+    for argument in argv[1:]:
+        if re.search(r'["%!^&|<>\r\n\0]|\\$', argument):
+            raise UpdaterError(
+                f"{argv[0]}: cmd.exe would interpret the argument {argument!r}",
+                'a .cmd program takes no " % ! ^ & | < >, no line break and no \\ at the end',
+            )
+    words = [word if re.fullmatch(r"[\w./\\:@+-]+", word) else f'"{word}"' for word in argv[1:]]
+    line = " ".join([f'"{argv[0]}"', *words])
+    return f'"{shell}" /d /s /c "{line}"'
+
+
+class _Process(NamedTuple):
+    """One process of Linux' table; `start` in clock ticks since boot, `alive` is False for a zombie."""
+
+    parent: int
+    group: int
+    start: int
+    alive: bool
+    mark: str | None
+
+
+def _read_process(pid: int) -> _Process | None:
+    stat = environ = b""
+    with suppress(OSError):  # it ended, it is another user's, there is no /proc
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            environ = file.read()
+    if not stat:
+        return None
+    state, parent, group, *more = stat[stat.rindex(b")") + 2 :].split()
+    alive = state not in (b"Z", b"X") or int(more[14]) > 1  # a zombie with threads: only its first one ended
+    found = re.search(rb"(?:\A|\0)" + MARK.encode() + rb"=([^\0]*)", environ)
+    return _Process(int(parent), int(group), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
+
+
+def _find_family(mark: str, pgids: Iterable[int], root: int = 0, since: int = 0) -> set[int]:
+    """The living processes of the step `mark`: those that carry it, their groups among `pgids`, all their children.
+
+    With a `root` also its descendants, started at tick `since` or later: a service of an earlier step is not ours.
+    A recorded group counts only while a member carries the mark: numbers are used again after a reboot.
+    What carries another mark belongs to another step. Never this process or its ancestors.
+    """
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
+    table = {pid: process for pid in pids if (process := _read_process(pid))}
+    children: dict[int, list[int]] = {}
+    for pid, process in table.items():
+        children.setdefault(process.parent, []).append(pid)
+    family, spared, ancestor = set[int](), set[int](), os.getpid()
+    while ancestor in table:
+        spared.add(ancestor)
+        ancestor = table[ancestor].parent
+    seeds = [pid for pid, process in table.items() if process.mark == mark]
+    groups = {table[pid].group for pid in seeds}.intersection(pgids)
+    seeds += [pid for pid, process in table.items() if process.group in groups]
+    seeds += children.get(root, []) if root else []
+    while seeds:
+        pid = seeds.pop()
+        if pid in family | spared or table[pid].start < since or table[pid].mark not in (None, mark):
+            continue
+        family.add(pid)
+        seeds += children.get(pid, [])
+    return {pid for pid in family if table[pid].alive}
+
+
+def _kill_family(deadline_s: float, mark: str, pgids: Iterable[int], root: int = 0, since: int = 0) -> tuple[int, bool]:
+    """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, and whether none is left."""
+    killed, refused = set[int](), set[int]()
+    deadline, pause_s = time.monotonic() + deadline_s, 0.002
+    while (victims := _find_family(mark, pgids, root, since) - refused) and time.monotonic() < deadline:
+        for pid in victims:
+            try:
+                os.kill(pid, 9)
+                killed.add(pid)
+            except ProcessLookupError:
+                pass
+            except PermissionError:  # sudo's child: waiting will not help
+                refused.add(pid)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.1)
+    return len(killed), not victims and not refused
+
+
+def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KILL_S) -> int:
+    """Kill what the step `mark` of a dead runner left running; how many processes that were.
+
+    Nothing is left on Windows: the runner's Job Object took it along.
+    """
+    return _kill_family(deadline_s, mark, set(pgids))[0]
+
+
+def adopt_orphans() -> bool:
+    """Make this process the parent of all orphans below it, so that a double fork can't leave its tree; Linux only.
+
+    For a runner, never for the daemon: a runner that detaches would become the daemon's child again.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            return bool(ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0)  # PR_SET_CHILD_SUBREAPER
+    return False
+
+
+if sys.platform == "win32":
+
+    class _Job:
+        """A Windows Job Object: whatever its processes start is in it too, and all end when its handle is closed."""
+
+        def __init__(self, process: subprocess.Popen[bytes]) -> None:
+            """Take a process that was started suspended, and let it run."""
+            self._api = ctypes.WinDLL("kernel32", use_last_error=True)
+            self._api.CreateJobObjectW.restype = ctypes.c_void_p
+            self._job = ctypes.c_void_p(self._api.CreateJobObjectW(None, None))
+            handle = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
+            kills = self._set_limits(0x2000)  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+            if not kills or not self._api.AssignProcessToJobObject(self._job, handle):
+                process.kill()
+                raise ctypes.WinError(ctypes.get_last_error())
+            ctypes.WinDLL("ntdll").NtResumeProcess(handle)
+
+        def _set_limits(self, flags: int) -> bool:
+            limits = struct.pack("qqIPPIPII6Q4P", 0, 0, flags, *[0] * 16)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
+            return bool(self._api.SetInformationJobObject(self._job, 9, limits, len(limits)))
+
+        def terminate(self, deadline_s: float) -> bool:
+            """End every process of the job, as a shell would report SIGKILL; whether none is left."""
+            counts = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION
+            deadline = time.monotonic() + deadline_s
+            self._api.TerminateJobObject(self._job, 128 + 9)
+            while self._api.QueryInformationJobObject(self._job, 1, counts, 48, None):
+                if struct.unpack_from("I", counts, 40) == (0,) or time.monotonic() > deadline:
+                    break
+                time.sleep(0.005)
+            return struct.unpack_from("I", counts, 40) == (0,)
+
+        def close(self, *, leave_running: bool) -> None:
+            """Give the handle back; what still runs lives on or ends. Nothing the second time."""
+            if leave_running:
+                self._set_limits(0)
+            self._api.CloseHandle(self._job)
+            self._job = ctypes.c_void_p(None)
+
+
+class Spawned:
+    """A running command. One thread loops over `read` until it answers b"", then asks `wait` for the exit code.
+
+    Every other method may come from any thread.
+    """
+
+    def __init__(self, popen: subprocess.Popen[bytes], mark: str) -> None:
+        assert popen.stdout is not None
+        self.pid = popen.pid  # on POSIX its process group too
+        self._popen, self._out, self._mark = popen, popen.stdout, mark
+        self._exited = threading.Event()
+        self._drain_until = float("inf")
+        self._drained_bytes = 0
+        self._ended = self._over = False
+        self._open()
+        # Popen.wait with a timeout polls; a thread that only waits costs nothing and answers at once
+        threading.Thread(target=self._await_exit, daemon=True).start()
+
+    def _await_exit(self) -> None:
+        self._popen.wait()
+        self._exited.set()
+
+    def wait(self) -> int:
+        """Wait for the command's end; its exit code, 128 + n after signal n."""
+        self._exited.wait()
+        code = self._popen.returncode
+        return code if code >= 0 else 128 - code
+
+    def read(self, max_bytes: int = CHUNK_BYTES, timeout_s: float | None = None) -> bytes | None:
+        """What the command wrote, as soon as there is any; None if nothing came for `timeout_s`; b"" when it is over.
+
+        Over: it has exited, and its output has ended or is held open by something else (a service it started) for
+        DRAIN_S. Whatever the command itself wrote comes first: that is never more than its pipe holds.
+        """
+        until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while not self._over:
+            now = time.monotonic()
+            if exited := self._exited.is_set():
+                self._drain_until = min(self._drain_until, now + DRAIN_S)
+            data = None
+            patience_s = max(0.0, min(until, self._drain_until, now + 0.2) - now)  # the exit may come silently
+            if not self._ended:
+                data = self._next_bytes(max_bytes, patience_s)
+            elif not exited:
+                self._exited.wait(patience_s)
+            if data:
+                self._drained_bytes += len(data) if exited else 0
+                self._over = now >= self._drain_until and self._drained_bytes > 2 * PIPE_BYTES
+                return data
+            self._ended = self._ended or data == b""
+            self._over = self._over or now >= self._drain_until or (self._ended and self._exited.is_set())
+            if now >= until and not self._over:
+                return None
+        return b""
+
+    if sys.platform == "win32":
+
+        def _open(self) -> None:
+            self._rest = b""
+            self._chunks: queue.Queue[bytes] = queue.Queue(PIPE_BYTES // CHUNK_BYTES)
+            self._job = _Job(self._popen)
+            threading.Thread(target=self._pump, daemon=True).start()
+
+        def _pump(self) -> None:
+            data = b"?"
+            while data:
+                data = os.read(self._out.fileno(), CHUNK_BYTES)
+                if not self._over:  # afterwards it is dropped: what still writes must not block
+                    self._chunks.put(data)
+
+        def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
+            with suppress(queue.Empty):
+                data = self._rest or self._chunks.get(timeout=patience_s)
+                self._rest = data[max_bytes:]
+                return data[:max_bytes]
+            return None
+
+        def interrupt(self) -> bool:
+            """Nothing, False: no signal reaches a process that has no console in common with us. Kill it."""
+            return False
+
+        def kill_tree(self, deadline_s: float = KILL_S) -> bool:
+            """End the command and everything it started; whether nothing is left after at most `deadline_s`."""
+            return self._job.terminate(deadline_s) and self._exited.wait(deadline_s)
+
+        def close_pipe(self) -> None:
+            """Stop reading. What a command that has exited left running goes on, as on POSIX."""
+            self._over = True
+            with suppress(queue.Empty):
+                while True:
+                    self._chunks.get_nowait()
+            self._job.close(leave_running=self._exited.is_set())
+
+    else:
+
+        def _open(self) -> None:
+            process = _read_process(self.pid)
+            self._start = process.start if process else 0
+            self._reading = threading.Lock()
+            self._poll = select.poll()
+            self._poll.register(self._out.fileno(), select.POLLIN)
+
+        def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
+            with self._reading:
+                if self._over or not self._poll.poll(patience_s * 1000):
+                    return None
+                return os.read(self._out.fileno(), max_bytes)
+
+        def interrupt(self, number: int = 15) -> bool:
+            """Send SIGTERM to the command's process group (pnpm passes it on); whether it was sent."""
+            with suppress(ProcessLookupError, PermissionError):
+                if not self._exited.is_set():  # afterwards the number may be somebody else's
+                    os.killpg(self.pid, number)
+                    return True
+            return False
+
+        def kill_tree(self, deadline_s: float = KILL_S) -> bool:
+            """Kill the command and everything it started, however far it moved away; whether nothing is left.
+
+            Takes at most `deadline_s`. Complete on Linux after `adopt_orphans`; elsewhere it is the process group.
+            For a process that runs one step at a time: a younger child without a mark counts as the step's.
+            """
+            self.interrupt(9)
+            gone = _kill_family(deadline_s, self._mark, [self.pid], os.getpid(), self._start)[1]
+            return gone and self._exited.wait(1.0)
+
+        def close_pipe(self) -> None:
+            """Stop reading. What the command left running goes on."""
+            self._over = True
+            with self._reading:
+                self._out.close()
+
+
+def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mark: str) -> Spawned:
+    """Start one command that can't ask anything: no input, no terminal, both outputs on one pipe, a tree of its own.
+
+    `argv[0]` as `resolve_program` gave it. `mark` names the step; each should have its own, or what an earlier step
+    left running on purpose is taken for a leftover of this one. Raises UpdaterError if it can't be started.
+    """
+    program = resolve_program(argv[0], "", cwd)[0] if os.path.dirname(argv[0]) else argv[0]
+    command: str | list[str] = [program, *argv[1:]]
+    flags = 0
+    if sys.platform == "win32":
+        flags = subprocess.CREATE_NO_WINDOW | 0x4  # CREATE_SUSPENDED: it starts nothing before it is in its job
+        if program.lower().endswith((".cmd", ".bat")):
+            command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
+    try:
+        popen = subprocess.Popen(
+            command, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
+        )  # fmt: skip
+        if sys.platform == "linux" and popen.stdout:
+            import fcntl
+
+            with suppress(OSError):  # the user has many pipes open
+                fcntl.fcntl(popen.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        return Spawned(popen, mark)
+    except (OSError, ValueError) as problem:
+        culprit = getattr(problem, "filename", None) or argv[0]
+        raise UpdaterError(f"{culprit}: {getattr(problem, 'strerror', None) or problem}") from problem
+
+
+def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
+    """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
+
+    It holds no descriptor or handle of the daemon; its standard error is appended to `log_path`.
+    """
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        return subprocess.Popen(
+            list(argv), env={key: value for key, value in env.items() if key not in (MARK, DETACHED)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True, **HIDDEN,
+        )  # fmt: skip
+    finally:
+        os.close(log)
+
+
+def detach_self(argv: Sequence[str] = ()) -> None:
+    """The runner's first act: leave the daemon's tree, so that whoever kills that by parent ids spares the runner.
+
+    PM2 does: a session of its own is not enough. Windows can't fork: there `argv` (this very command by default) is
+    started once more, outside the daemon's Job Object if that allows it. Only one process returns, and on Linux it
+    adopts orphans. Before any thread, lock or open file.
+    """
+    if sys.platform != "win32":
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        adopt_orphans()
+    elif not os.environ.pop(DETACHED, ""):
+        alone = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        for flags in (alone | subprocess.CREATE_BREAKAWAY_FROM_JOB, alone):
+            with suppress(PermissionError):  # the daemon's Job Object forbids to leave it
+                subprocess.Popen(
+                    list(argv) or [sys.executable, *sys.orig_argv[1:]], env={**os.environ, DETACHED: "1"},
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, creationflags=flags,
+                )  # fmt: skip
+                os._exit(0)
+        os._exit(1)
+
+
+def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
+    """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM, SIGHUP, SIGBREAK."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        if (number := getattr(signal, name, None)) is None:
+            continue
+        if sys.platform != "win32":
+            loop.add_signal_handler(number, callback, name)
+        else:
+            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(callback, name))
+
 
 # ==============================================================================
 # 12. Runner: one job: lock, steps, log, result
 # ==============================================================================
 
+
+class StepFailed(Exception):
+    """A job ended before its last step."""
+
+    def __init__(self, state: State, step: str, exit_code: int | None = None, error: str | None = None) -> None:
+        super().__init__(error or f"{step}: {state}")
+        self.state, self.step, self.exit_code, self.error = state, step, exit_code, error
+
+
+class Poke:
+    """Tells the daemon that there are new bytes: an empty loopback datagram, which may be lost."""
+
+    def __init__(self, daemon_file: Path) -> None:
+        self._file = daemon_file
+        self._port = 0
+        self._looked = -1.0
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._looked > 1:  # the daemon may have come back on another port
+            self._looked = now
+            port = (read_json(self._file) or {}).get("poke")
+            self._port = port if type(port) is int and 0 < port < 65536 else 0
+        if self._port:
+            with suppress(OSError):
+                self._socket.sendto(b"", ("127.0.0.1", self._port))
+
+
+class LogWriter:
+    """The one writer of a job's log. A full disk loses bytes, and says how many, but never stops the job."""
+
+    def __init__(self, path: Path, poke: Callable[[], None]) -> None:
+        self._fd = os.open(path, LOG_FLAGS, 0o600)
+        self._poke = poke
+        self._lock = threading.Lock()
+        self._dropped = 0
+        self._line_open = False
+        self.size = os.fstat(self._fd).st_size
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            if self._dropped:
+                note = b"\n[... %d bytes not recorded]\n" % self._dropped
+                if self._append(note) < len(note):
+                    self._dropped += len(data)
+                    return
+                self._dropped = 0
+            self._dropped += len(data) - self._append(data)
+            self._line_open = not data.endswith(b"\n") if data else self._line_open
+        self._poke()
+
+    def _append(self, data: bytes) -> int:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.write(self._fd, data[done:])
+            except OSError:
+                break
+        self.size += done
+        return done
+
+    def line(self, text: str) -> list[int]:
+        """A line of our own, never glued to a program's unfinished one; returns its offset and length."""
+        line = text.encode(errors="replace") + b"\n"
+        self.write(b"\n" + line if self._line_open else line)
+        return [self.size - len(line), len(line)]
+
+    def sync(self) -> None:
+        with suppress(OSError):
+            os.fsync(self._fd)
+
+
+def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
+    """Start the process that does a job: it takes the job's lock itself. What is returned only stands at its cradle."""
+    argv = [*program_argv(), "run-job", "--state", str(state.root), "--config", str(config_path), job.run, job.host]
+    return spawn_runner(argv, dict(os.environ), state.runner_log)
+
+
+def step_mark(job: JobRecord, number: int) -> str:
+    """What every process of a job's step carries in its environment."""
+    return f"{job.run}/{file_label(job.host)}/{number}"
+
+
+def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
+    """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
+    for number in (len(job.groups) - 1, len(job.groups)):  # the last one may not have been recorded
+        kill_leftovers(step_mark(job, number), job.groups[max(0, number) :])
+    size = log_size(state.log_file(job.run, job.host))
+    return replace(
+        job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
+    )
+
+
+class Runner:
+    """Does one job on this host: a process of its own that outlives the daemon and whatever the job restarts."""
+
+    def __init__(self, state: StateFolder, run: str, host: str, config_path: Path) -> None:
+        self.state = state
+        self.config_path = config_path
+        self.poke = Poke(state.daemon_file)
+        self.cancel_file = state.cancel_file(run, host)
+        self.run, self.host = run, host
+        self.job: JobRecord
+        self.log: LogWriter
+        self.repo = Path()
+        self.rule: Effective
+        self.env: dict[str, str] = {}
+        self.masker = Masker(())
+        self.tail = b""
+        self.version: bytes | None = None
+
+    def main(self) -> int:
+        """Do the job if it still waits to be done; 0 when its result is recorded."""
+        lock = FileLock(self.state.job_lock)
+        if not lock.acquire(timeout_s=JOB_LOCK_WAIT_S):
+            return 1
+        try:
+            job = self.state.load_job(self.run, self.host)
+            if job is None or job.state is not State.QUEUED:
+                return 0
+            self.job = job
+            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
+            with suppress(OSError):
+                write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
+            self.save(state=State.RUNNING, started=time.time())
+            self.perform()
+            return 0
+        finally:
+            lock.release()
+            self.poke()
+
+    def perform(self) -> None:
+        """Every way a job can end, each as a recorded result."""
+        try:
+            self.deploy()
+            self.finish(State.SUCCEEDED)
+        except StepFailed as failure:
+            self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
+        except UpdaterError as problem:
+            for line in getattr(problem, "problems", ()) or (problem.what,):
+                self.log.line(f"estelle-updater: error: {line}")
+            if problem.hint:
+                self.log.line(f"hint: {problem.hint}")
+            self.finish(State.FAILED, step=self.job.step, error=problem.what)
+        except Exception as problem:
+            self.finish(State.FAILED, step=self.job.step, error=f"internal error: {problem!r}")
+            raise
+
+    def deploy(self) -> None:
+        """The document's steps, in its order."""
+        self.begin("check")
+        self.load_rule()
+        rule, branch = self.rule, self.job.branch
+        if problem := valid_branch_problem(branch):
+            raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+        if self.git("rev-parse", "--is-inside-work-tree").strip() != b"true":
+            raise UsageError(f"{self.repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        self.step(plan_fetch(rule.remote), rule.timeout_s)
+        self.warn_of_changes()
+        names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
+        refs = self.git("for-each-ref", "--format=%(refname)", *names).decode(errors="replace").split()
+        get, checkout, pull = plan_checkout(branch, rule.remote, refs)
+        if get and not (is_commit_id(branch) and self.git("cat-file", "-t", branch).strip() == b"commit"):
+            self.step(get, rule.timeout_s)
+            self.step(checkout, rule.timeout_s, announce=False)
+        else:
+            self.step(checkout, rule.timeout_s)
+        if pull:
+            self.step(pull, rule.timeout_s)
+        else:
+            self.announce(f"git pull {rule.remote} {branch}")
+            self.log.line("Nothing to pull: not a branch.")
+        self.begin("config")
+        self.load_rule()
+        self.step(plan_command(self.rule.command), self.rule.timeout_s)
+        for step in plan_restart(self.rule.restart):
+            self.step(step, self.rule.timeout_s)
+
+    def load_rule(self) -> None:
+        """What to do here, from the configuration as it stands now: read again after the pull."""
+        config = load_config(self.config_path)
+        self.rule = host_rule(config, self.job.address, socket.gethostname())
+        tree = work_tree(self.config_path)
+        self.repo = tree / self.rule.repo if self.rule.repo else tree
+        extra: dict[str, str] = {}
+        if self.rule.environment_file:
+            path = self.repo / self.rule.environment_file
+            try:
+                extra = parse_environment_file(path.read_text("utf-8-sig"), str(path))
+            except (OSError, UnicodeError) as problem:
+                raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
+        extra |= self.rule.env
+        self.env = {**scrub_environment(os.environ), **extra}
+        self.masker = Masker(secret_values(extra))
+
+    def git(self, *args: str) -> bytes:
+        """A question to git, not announced: its output, or nothing where it fails."""
+        try:
+            argv = [*resolve_program("git", self.env.get("PATH", "")), *args]
+            done = subprocess.run(
+                argv, cwd=self.repo, env=self.env, stdin=subprocess.DEVNULL, capture_output=True,
+                timeout=QUESTION_S, check=False, **HIDDEN,
+            )  # fmt: skip
+        except NotADirectoryError as problem:
+            raise UsageError(f"{self.repo} is no folder", "set repo in [hosts]") from problem
+        except FileNotFoundError as problem:
+            raise UsageError(f"there is no folder {self.repo}", "clone the repository there, or set repo") from problem
+        except subprocess.TimeoutExpired as problem:
+            raise UpdaterError(f"git {args[0]} did not answer in {QUESTION_S:.0f} s") from problem
+        if b"dubious ownership" in done.stderr:
+            raise UsageError(
+                f"git refuses {self.repo}: it belongs to another user",
+                f"git config --global --add safe.directory {self.repo}",
+            )
+        return done.stdout if done.returncode == 0 else b""
+
+    def warn_of_changes(self) -> None:
+        """Local changes stay, but are listed: that the tree is not what the commit says should be seen."""
+        changes = self.git("status", "--porcelain", "--untracked-files=no").decode(errors="replace").splitlines()
+        if changes:
+            more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
+            self.log.line("warning: local changes stay: " + ", ".join(c.strip() for c in changes[:10]) + more)
+
+    def begin(self, step: str) -> None:
+        """Where a failure from here on belongs, without a line in the log."""
+        self.save(step=step)
+        if self.cancel_file.exists():
+            raise StepFailed(State.CANCELLED, step)
+
+    def announce(self, label: str) -> None:
+        mark = self.log.line(f"{label}...")
+        self.job.marks.append(mark)
+        self.begin(label)
+
+    def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> None:
+        """Run one command to its end. Raises StepFailed unless it ends with 0."""
+        if announce:
+            self.announce(step.label)
+        self.tail = b""
+        try:
+            argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
+            child = spawn_step(argv, self.repo, self.env, mark=step_mark(self.job, len(self.job.groups)))
+        except UpdaterError as problem:
+            self.log.line(f"estelle-updater: error: {problem}")
+            raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
+        self.save(groups=[*self.job.groups, child.pid])
+        pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
+        pump.start()
+        stopped = self.watch(child, pump, time.monotonic() + timeout_s)
+        code = child.wait()
+        child.close_pipe()
+        self.log.write(self.masker.flush())
+        if stopped:
+            raise StepFailed(stopped, step.label)
+        if code:
+            raise StepFailed(State.FAILED, step.label, code, explain_failure(self.tail))
+
+    def watch(self, child: Spawned, pump: threading.Thread, deadline: float) -> State | None:
+        """Wait until the command is over; a cancel or its deadline ends it: interrupt, grace, kill the whole tree."""
+        while True:
+            pump.join(CANCEL_LOOK_S)
+            if not pump.is_alive():
+                return None
+            stopped = State.CANCELLED if self.cancel_file.exists() else None
+            if stopped is None and time.monotonic() > deadline:
+                stopped = State.TIMEOUT
+            if stopped:
+                pump.join(GRACE_S if child.interrupt() else 0)
+                child.kill_tree(KILL_S)
+                pump.join(DRAIN_S + 1)
+                return stopped
+
+    def pump(self, child: Spawned) -> None:
+        """Pipe to log."""
+        while data := child.read(CHUNK_BYTES):
+            self.log.write(self.masker.feed(data))
+            found = VERSION_IN_OUTPUT.findall(self.tail[-VERSION_OVERLAP:] + data)
+            self.version = found[-1] if found else self.version
+            self.tail = (self.tail[-TAIL_BYTES:] + data)[-TAIL_BYTES:]
+
+    def read_version(self) -> str | None:
+        """What is deployed now, in the project's own words."""
+        with suppress(OSError):
+            if version := parse_version_file((self.repo / self.rule.version).read_bytes()):
+                return version
+        if self.version:
+            return self.version.decode()
+        return self.git("describe", "--always").decode(errors="replace").strip() or None
+
+    def finish(self, state: State, **fields: Any) -> None:
+        """Record the result: the log first, then the state, both for good."""
+        commit = version = None
+        with suppress(UpdaterError, AttributeError):
+            commit = self.git("rev-parse", "HEAD").decode().strip() or None
+            version = self.read_version() if state is State.SUCCEEDED else None
+        if state is State.SUCCEEDED:
+            fields |= {"step": None, "exit": 0}
+        self.log.sync()
+        fields |= {"state": state, "size": self.log.size, "ended": time.time(), "commit": commit, "version": version}
+        for _ in range(RESULT_TRIES):
+            if self.save(durable=True, **fields):
+                return
+            time.sleep(1)  # the disk is full: the result is worth waiting for room
+
+    def save(self, *, durable: bool = False, **fields: Any) -> bool:
+        """Replace the job's record by its next revision; False where the disk does not take it."""
+        self.job = replace(self.job, revision=self.job.revision + 1, **fields)
+        try:
+            self.state.save_job(self.job, durable=durable)
+        except OSError:
+            return False
+        self.poke()
+        return True
+
+
 # ==============================================================================
 # 13. Probes: own address and role
 # ==============================================================================
+
 
 _METADATA = "http://169.254.169.254"  # of every cloud
 _METADATA_PATHS: dict[str, dict[str, str]] = {
@@ -386,24 +2948,1710 @@ def probe_public_address(
 # 15. Agent: connect, hello, resume, take orders
 # ==============================================================================
 
+
+SERVER_OPTIONS: dict[str, Any] = {
+    "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
+    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
+}  # fmt: skip
+CLIENT_OPTIONS: dict[str, Any] = {
+    "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
+    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "proxy": None,
+}  # fmt: skip
+
+
+class Wire(Protocol):
+    """What a link stands on: a WebSocket, or a pair of queues inside the master's own process."""
+
+    async def send(self, frame: str | bytes) -> None: ...
+    async def recv(self) -> str | bytes: ...
+    def abort(self) -> None: ...
+
+
+class SocketWire:
+    """A WebSocket as a wire: its end is EOFError, and no send blocks longer than the deadline."""
+
+    def __init__(self, socket: Any) -> None:
+        self.socket = socket
+
+    async def send(self, frame: str | bytes) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            async with asyncio.timeout(SEND_S):
+                await self.socket.send(frame)
+        except (ConnectionClosed, TimeoutError) as problem:
+            self.abort()
+            raise EOFError from problem
+
+    async def recv(self) -> str | bytes:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            frame: str | bytes = await self.socket.recv()
+        except ConnectionClosed as problem:
+            raise EOFError from problem
+        return frame
+
+    def abort(self) -> None:
+        self.socket.transport.abort()
+
+
+class QueueWire:
+    """One end of an in-process pair, for the master's own agent."""
+
+    def __init__(self, inbox: asyncio.Queue[Any], outbox: asyncio.Queue[Any]) -> None:
+        self._inbox, self._outbox = inbox, outbox
+
+    @classmethod
+    def pair(cls) -> tuple[QueueWire, QueueWire]:
+        one: asyncio.Queue[Any] = asyncio.Queue(16)
+        two: asyncio.Queue[Any] = asyncio.Queue(16)
+        return cls(one, two), cls(two, one)
+
+    async def send(self, frame: str | bytes) -> None:
+        await self._outbox.put(frame)
+
+    async def recv(self) -> str | bytes:
+        frame: str | bytes = await self._inbox.get()
+        return frame
+
+    def abort(self) -> None:
+        """Both ends live and die with this process."""
+
+
+class Link:
+    """One connection. Outgoing: control messages first, then each log's cursor in turn, never more than a window of
+    unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Agent and master are both this."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self._control: deque[str] = deque()
+        self._cursors: dict[tuple[str, str], SendCursor] = {}
+        self._channels: dict[int, SendCursor] = {}
+        self._paths: dict[int, Path] = {}
+        self._next_channel = 1
+        self._wake = asyncio.Event()
+        self._inbound: dict[int, Inbound] = {}
+
+    def post(self, message: Any) -> None:
+        """Send a message as soon as the connection takes it."""
+        self._control.append(encode_message(message))
+        self._wake.set()
+
+    def open_log(self, run: str, host: str, path: Path) -> None:
+        """Offer a log to the other side, which says from where it wants it; once per log."""
+        if (run, host) in self._cursors:
+            return
+        cursor = SendCursor(self._next_channel, run, host, log_size(path))
+        self._next_channel += 1
+        self._cursors[run, host] = self._channels[cursor.channel] = cursor
+        self._paths[cursor.channel] = path
+        self.post(Log(cursor.channel, run, host, cursor.size))
+
+    def close_log(self, run: str, host: str) -> None:
+        """Forget a log whose bytes are all delivered."""
+        if cursor := self._cursors.pop((run, host), None):
+            del self._channels[cursor.channel], self._paths[cursor.channel]
+
+    def grew(self, run: str, host: str, size: int) -> None:
+        """There are now `size` bytes of an open log."""
+        cursor = self._cursors.get((run, host))
+        if cursor and size > cursor.size:
+            cursor.size = size
+            self._wake.set()
+
+    def on_have(self, message: Have) -> None:
+        """The other side's acknowledgement, or the place from where it wants the log."""
+        cursor = self._channels.get(message.channel)
+        if cursor is None:
+            return
+        path = self._paths[cursor.channel]
+        known = message.check is not None and 0 < message.size <= log_size(path)
+        if known and log_check(path, message.size) != message.check:
+            self.post(Broken(cursor.channel, "the copies of this log differ"))
+            return
+        cursor.on_have(message.size, message.rewind)
+        self._wake.set()
+
+    async def write_forever(self) -> None:
+        """The one writer of this connection."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._control or await self._write_chunks():
+                while self._control:
+                    await self.wire.send(self._control.popleft())
+
+    async def _write_chunks(self) -> bool:
+        """One chunk of each log that has something to send and room in the window; False when there is none."""
+        sent = False
+        for cursor in list(self._channels.values()):
+            room = WINDOW_BYTES - sum(other.unacked for other in self._channels.values())
+            path = self._paths.get(cursor.channel)
+            if path is None or (span := cursor.next_span(room)) is None:
+                continue
+            data = read_log(path, *span)
+            if not data:
+                continue
+            cursor.sent = span[0] + len(data)
+            await self.wire.send(encode_chunk(cursor.channel, span[0], data))
+            sent = True
+            if self._control:
+                break
+        return sent
+
+    def inbound(self, channel: int) -> Inbound | None:
+        return self._inbound.get(channel)
+
+    def accept_log(self, message: Log, inbound: Inbound) -> None:
+        """Begin or resume receiving a log."""
+        self._inbound[message.channel] = inbound
+        size = log_size(inbound.path)
+        self.post(Have(message.channel, size, rewind=True, check=log_check(inbound.path, size)))
+        inbound.on_size(size)
+
+    def on_chunk(self, frame: bytes) -> None:
+        """Log bytes that arrived: to disk, then acknowledged."""
+        channel, offset, data = decode_chunk(frame)
+        inbound = self._inbound.get(channel)
+        if inbound is None or inbound.closed:
+            return
+        try:
+            size, rewind = append_log(inbound.path, offset, data)
+        except OSError as problem:
+            size, rewind = log_size(inbound.path), True
+            if not inbound.rewinding:
+                log.error("can't write %s: %s; trying again", inbound.path, problem.strerror)
+                asyncio.get_running_loop().call_later(DISK_RETRY_S, self._ask_again, channel)
+            inbound.rewinding = True
+            return
+        if rewind and not inbound.rewinding:  # once: what is in flight behind a gap would ask again and again
+            self.post(Have(channel, size, rewind=True))
+        inbound.rewinding = rewind
+        inbound.on_size(size)
+        if size - inbound.acked >= ACK_BYTES:
+            self._ack(channel)
+        elif not inbound.ack_due:
+            inbound.ack_due = True
+            asyncio.get_running_loop().call_later(ACK_S, self._ack, channel)
+
+    def _ask_again(self, channel: int) -> None:
+        inbound = self._inbound[channel]
+        inbound.rewinding = False
+        self.post(Have(channel, log_size(inbound.path), rewind=True))
+
+    def _ack(self, channel: int) -> None:
+        inbound = self._inbound[channel]
+        inbound.ack_due = False
+        if inbound.size > inbound.acked:
+            inbound.acked = inbound.size
+            self.post(Have(channel, inbound.size))
+
+    def on_broken(self, message: Broken) -> None:
+        """Close a log whose copies differ with a line that says so."""
+        inbound = self._inbound.get(message.channel)
+        if inbound and not inbound.closed:
+            inbound.closed = True
+            with suppress(OSError):
+                line = f"\n[estelle-updater: {message.reason}; the rest is on the host]\n".encode()
+                append_log(inbound.path, log_size(inbound.path), line)
+            inbound.on_size(log_size(inbound.path))
+
+
+@dataclass
+class Inbound:
+    """A log that a link receives."""
+
+    path: Path
+    grew: Callable[[int], None]
+    size: int = 0
+    acked: int = 0
+    ack_due: bool = False
+    rewinding: bool = False
+    closed: bool = False
+
+    def on_size(self, size: int) -> None:
+        self.size = size
+        self.grew(size)
+
+
+def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    """What is checked out on this host right now; every value None where git does not say. Takes up to 2 s."""
+    facts: dict[str, Any] = {"branch": None, "commit": None, "dirty": None, "version": None}
+    try:
+        argv = [*resolve_program("git", environ.get("PATH", "")), "status", "--porcelain=v2", "--branch"]
+        done = subprocess.run(
+            [*argv, "--untracked-files=no"], cwd=repo, env=dict(environ), stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=FACTS_S, check=False, **HIDDEN,
+        )  # fmt: skip
+    except (UpdaterError, OSError, subprocess.TimeoutExpired):
+        return facts
+    if done.returncode:
+        return facts
+    facts["dirty"] = False
+    for line in done.stdout.decode(errors="replace").splitlines():
+        if line.startswith("# branch.oid "):
+            facts["commit"] = line.split()[2]
+        elif line.startswith("# branch.head "):
+            facts["branch"] = line.split(" ", 2)[2]
+        elif not line.startswith("#"):
+            facts["dirty"] = True
+    return facts
+
+
+@dataclass
+class OwnJob:
+    """A job of this host that the master may still have to hear of."""
+
+    record: JobRecord
+    stamp: int = 0  # mtime of its file, to read it only when it changed
+    size: int = 0
+    looked: float = 0.0  # when its lock was last probed
+    launched: float = float("-inf")  # when a runner was last started for it
+
+
+class Agent:
+    """This host's part: takes orders, starts runners, and tells the master what their files say."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str) -> None:
+        self.state, self.config, self.machine, self.nonce = state, config, machine, nonce
+        self.jobs: dict[tuple[str, str], OwnJob] = {}
+        self.link: Link | None = None
+        self.poked = asyncio.Event()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.current: dict[str, Any] = {}
+
+    def hello(self) -> Hello:
+        return Hello(
+            "agent", [PROTOCOL_OLDEST, PROTOCOL], __version__, self.machine, socket.gethostname(), self.nonce,
+            sys.platform, list(FEATURES),
+        )  # fmt: skip
+
+    def recover(self) -> None:
+        """After a start: find this host's jobs whose result the master has not acknowledged."""
+        for run in self.state.run_ids():
+            for record in self.state.load_jobs(run):
+                if record.machine == self.machine and record.revision and not record.acked:
+                    self.jobs[run, record.host] = OwnJob(record)
+
+    async def watch_forever(self) -> None:
+        """Look at the running jobs' files when a runner pokes, and once a second in case a poke was lost."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S if self.jobs else None):
+                    await self.poked.wait()
+            self.poked.clear()
+            self.look_for_local()
+            for job in list(self.jobs.values()):
+                self.look(job)
+
+    def look_for_local(self) -> None:
+        """A deployment that was started on this host by hand: the master hears of it like of any other."""
+        current = read_json(self.state.current_file) or {}
+        run, host = current.get("run"), current.get("host")
+        if current == self.current or not (isinstance(run, str) and valid_run_id(run) and isinstance(host, str)):
+            return
+        self.current = current
+        record = self.state.load_job(run, host)
+        if record and (run, host) not in self.jobs and record.machine == self.machine and not record.acked:
+            self.jobs[run, host] = OwnJob(record)
+            if self.link:
+                self.offer(self.jobs[run, host])
+
+    def look(self, job: OwnJob) -> None:
+        """Tell the master what is new about one job; a job whose runner died ends here."""
+        run, host = job.record.run, job.record.host
+        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and job.record.state not in FINAL:
+            job.looked = now
+            self.check_runner(job)
+        try:
+            stamp = self.state.job_file(run, host).stat().st_mtime_ns
+        except OSError:
+            return
+        if stamp != job.stamp and (record := self.state.load_job(run, host)):
+            job.stamp = stamp
+            if record.revision > job.record.revision:
+                job.record = record
+                if self.link:
+                    self.link.post(record)
+        size = log_size(self.state.log_file(run, host))
+        if size > job.size:
+            job.size = size
+            if self.link:
+                self.link.grew(run, host, size)
+
+    def check_runner(self, job: OwnJob) -> None:
+        """A free lock says that no runner lives: an accepted job is started again, a running one is lost."""
+        if FileLock.held_elsewhere(self.state.job_lock):
+            return
+        record = self.state.load_job(job.record.run, job.record.host)
+        if record is None or record.state in FINAL:
+            return
+        if record.state is State.QUEUED:
+            if time.monotonic() - job.launched > LAUNCH_S:
+                self.start_runner(record)
+            return
+        self.own(bury_runner(self.state, record))
+
+    def own(self, record: JobRecord) -> JobRecord:
+        """Record a state that this daemon decides, for want of a runner."""
+        try:
+            self.state.save_job(record, durable=True)
+        except OSError as problem:
+            log.error("can't write to %s: %s", self.state.root, problem.strerror)
+            record = replace(record, state=State.FAILED, error=f"can't write to {self.state.root}: {problem.strerror}")
+        job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
+        job.record = record
+        if self.link:
+            self.link.post(record)
+        self.poked.set()
+        return record
+
+    def start_runner(self, record: JobRecord) -> None:
+        self.jobs[record.run, record.host].launched = time.monotonic()
+        child = start_runner(self.state, self.config.path, record)
+        self.spawn(asyncio.to_thread(child.wait))
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def on_order(self, order: Order) -> None:
+        """Accept a job, or say what holds this host. The same order again is answered with the job's state."""
+        record: JobRecord = decode_fields(JobRecord, order.job)
+        known = self.jobs.get((record.run, record.host))
+        known_record = known.record if known else self.state.load_job(record.run, record.host)
+        assert self.link
+        if known_record and known_record.revision:
+            self.offer(OwnJob(known_record) if known is None else known)
+            return
+        active = next((job for job in self.jobs.values() if job.record.state not in FINAL), None)
+        if active or FileLock.held_elsewhere(self.state.job_lock):
+            self.link.post(Busy(record.run, record.host, active.record.run if active else ""))
+            return
+        if problem := valid_branch_problem(record.branch):
+            self.own(replace(record, revision=1, state=State.FAILED, error=f"no branch name: {problem}"))
+            return
+        self.adopt_run(record)
+        record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
+        self.offer(self.jobs[record.run, record.host])
+        if record.state is State.QUEUED:
+            self.start_runner(record)
+
+    def adopt_run(self, record: JobRecord) -> None:
+        """An agent keeps `run.json` of its own jobs too; the master's own agent finds the master's."""
+        if self.state.load_run(record.run) is None:
+            with suppress(OSError):
+                self.state.save_run(run_of_job(record))
+
+    def on_cancel(self, message: Cancel) -> None:
+        """Ask the runner to stop; the file stays until it does, whoever dies meanwhile."""
+        for (run, host), job in self.jobs.items():
+            if run == message.run and job.record.state not in FINAL:
+                with suppress(OSError):
+                    write_atomic(self.state.cancel_file(run, host), message.by.encode(errors="replace"))
+
+    def on_acked(self, message: Acked) -> None:
+        """The master has result and log."""
+        job = self.jobs.get((message.run, message.host))
+        if job and job.record.state in FINAL and message.revision >= job.record.revision:
+            del self.jobs[message.run, message.host]
+            with suppress(OSError):
+                self.state.save_job(replace(job.record, acked=True))
+                self.state.cancel_file(message.run, message.host).unlink(missing_ok=True)
+            if self.link:
+                self.link.close_log(message.run, message.host)
+
+    async def on_ask(self, ask: Ask) -> None:
+        """Answer the master's question about this host."""
+        result: dict[str, Any] = {"error": f"unknown question {ask.what[:40]!r}"}
+        if ask.what == "status":
+            tree = work_tree(self.config.path)
+            rule = host_rule(self.config.config, ask.args.get("address"), socket.gethostname())
+            repo = tree / rule.repo if rule.repo else tree
+            result = await asyncio.to_thread(live_facts, repo, scrub_environment(os.environ))
+            with suppress(OSError):
+                result["version"] = parse_version_file((repo / rule.version).read_bytes())
+            running = next((job.record for job in self.jobs.values() if job.record.state is State.RUNNING), None)
+            result |= {"problem": self.config.problem, "running": running and running.run}
+        if self.link:
+            self.link.post(Answer(ask.id, result))
+
+    def offer(self, job: OwnJob) -> None:
+        """Tell the master of a job and offer its log."""
+        assert self.link
+        self.jobs.setdefault((job.record.run, job.record.host), job)
+        self.link.post(job.record)
+        self.link.open_log(job.record.run, job.record.host, self.state.log_file(job.record.run, job.record.host))
+
+    async def serve_link(self, link: Link) -> None:
+        """Everything after `Welcome`, until the connection ends."""
+        self.link = link
+        try:
+            for job in self.jobs.values():
+                self.offer(job)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(link.write_forever())
+                while True:
+                    await self.receive(link, await link.wire.recv())
+        finally:
+            self.link = None
+            link.wire.abort()
+
+    async def receive(self, link: Link, frame: str | bytes) -> None:
+        message = decode_message(frame) if isinstance(frame, str) else None
+        match message:
+            case Order():
+                self.on_order(message)
+            case Cancel():
+                self.on_cancel(message)
+            case Have():
+                link.on_have(message)
+            case Acked():
+                self.on_acked(message)
+            case Ask():
+                self.spawn(self.on_ask(message))
+            case Refuse():
+                log.warning("the master says: %s", message.what)
+            case _:
+                link.post(Refuse("an agent has no use for that message"))
+
+
+def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
+    """Seconds until the next try: full jitter, so that a master that returns is not met by everybody at once."""
+    return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
+
+
+class Dialer:
+    """Keeps an agent connected to the master, and says once, not on every try, that it can't."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        bind: str | None,
+        on_failure: Callable[[], Awaitable[None]],
+        on_welcome: Callable[[str], None],
+    ) -> None:
+        self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
+        self.config_changed = asyncio.Event()
+        self.trouble = ""
+        self.welcome: Welcome | None = None
+
+    async def dial_forever(self) -> None:
+        attempt = 0
+        while True:
+            url = self.agent.config.config.master_url
+            refused = False
+            try:
+                await self.dial(url)
+            except RefusedError as problem:
+                refused = True
+                self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
+            except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
+                what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
+                self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
+            if self.welcome:
+                attempt, self.welcome = 0, None
+            else:
+                await self.on_failure()
+            attempt += 1
+            self.config_changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
+                    await self.config_changed.wait()
+
+    def say(self, text: str) -> None:
+        if text != self.trouble:
+            self.trouble = text
+            log.warning("%s", text)
+
+    async def dial(self, url: MasterUrl) -> None:
+        """One connection, from the handshake to its end. Raises RefusedError, OSError, EOFError."""
+        from websockets.asyncio.client import connect
+        from websockets.exceptions import InvalidHandshake, InvalidStatus
+
+        try:
+            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
+        except InvalidStatus as problem:
+            raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
+        except InvalidHandshake as problem:
+            raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
+        async with connection:
+            link = Link(SocketWire(connection))
+            await link.wire.send(encode_message(self.agent.hello()))
+            async with asyncio.timeout(WELCOME_S):
+                self.welcome = self.read_welcome(await link.wire.recv())
+            self.trouble = ""
+            log.info("welcomed by the master at %s as %s", url, self.welcome.label)
+            self.on_welcome(self.welcome.label)
+            try:
+                await self.agent.serve_link(link)
+            except* EOFError:
+                pass
+            except* ProtocolError as group:
+                log.error("the master sent what is no part of the protocol: %s", next(iter_leaves(group)))
+            self.say("the connection to the master ended; trying again until it answers")
+
+    @staticmethod
+    def read_welcome(frame: str | bytes) -> Welcome:
+        message = decode_message(frame) if isinstance(frame, str) else None
+        if isinstance(message, Refuse):
+            raise RefusedError(message.what, message.hint)
+        if not isinstance(message, Welcome):
+            raise ProtocolError("no welcome from the master")
+        return message
+
+
+def refusal(status: int, body: bytes) -> UpdaterError:
+    """An HTTP answer where a WebSocket should be, as an error."""
+    text = body.decode(errors="replace").strip()
+    if status == 403:
+        what, _, hint = text.partition("\n")
+        return RefusedError(f"the master refused us: {what}", hint)
+    return UnreachableError(f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?")
+
+
 # ==============================================================================
 # 16. Master: handshake, registry, runs, queue, followers
 # ==============================================================================
+
+
+@dataclass
+class Machine:
+    """A host that was once welcomed. It is known by the id in its state folder; addresses and names change."""
+
+    machine: str
+    address: str
+    name: str
+    version: str = ""
+    platform: str = ""
+    seen: float = 0.0
+    forgotten: bool = False
+
+
+class Run:
+    """A run in memory: because a host still works on it, or because somebody follows it."""
+
+    def __init__(self, record: RunRecord, jobs: Mapping[str, JobRecord]) -> None:
+        self.record = record
+        self.jobs = dict(jobs)
+        self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
+        self.followers: set[Link] = set()
+        self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
+
+    @property
+    def active(self) -> bool:
+        return any(job.state not in FINAL for job in self.jobs.values())
+
+
+class AgentLink:
+    """A connected agent, and the questions it has not answered yet."""
+
+    def __init__(self, link: Link, hello: Hello, address: str) -> None:
+        self.link, self.hello, self.address = link, hello, address
+        self.questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
+
+    async def ask(self, what: str, args: dict[str, Any]) -> dict[str, Any] | None:
+        """The agent's answer, or None where it does not come in time."""
+        number = next(QUESTION_NUMBERS)
+        future = self.questions[number] = asyncio.get_running_loop().create_future()
+        self.link.post(Ask(number, what, args))
+        try:
+            async with asyncio.timeout(FACTS_S):
+                result: dict[str, Any] = await future
+                return result
+        except TimeoutError:
+            return None
+        finally:
+            del self.questions[number]
+
+
+QUESTION_NUMBERS = itertools.count(1)
+
+
+class Master:
+    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is told of it."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
+        self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
+        self.machines_file = state.root / "machines.json"
+        self.machines: dict[str, Machine] = {}
+        self.agents: dict[str, AgentLink] = {}
+        self.down_since: dict[str, float] = {}
+        self.busy: dict[str, float] = {}  # machine -> when to ask again
+        self.runs: dict[str, Run] = {}
+        self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
+        self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
+        self.started = time.time()
+
+    def recover(self) -> None:
+        """After a start: the known hosts, and the runs that are not over."""
+        for machine, data in (read_json(self.machines_file) or {}).items():
+            with suppress(TypeError):
+                self.machines[machine] = Machine(**data)
+                self.down_since[machine] = time.time()
+        for run in self.state.run_ids():
+            if (found := self.load(run)) and found.active:
+                self.runs[run] = found
+
+    # Who may come in
+
+    def judge_request(self, connection: Any, request: Any) -> Any:
+        """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
+        config = self.config.config
+        peer = canonical_address(connection.remote_address[0])
+        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), Whitelist(config.trusted_proxies))
+        verdict = Whitelist(config.whitelist).verdict(address)
+        if not verdict.allowed:
+            self.log_refusal(address, verdict.reason)
+            return connection.respond(403, f"{verdict.reason}\nadd {address} to the whitelist in git\n")
+        own = (config.master_url.host, self.own_address, *config.server_names)
+        if not allowed_host_header(request.headers.get("Host"), own):
+            return connection.respond(403, f"the Host header names another server (seen from {address})\n")
+        if not allowed_origin(request.headers.get("Origin"), own):
+            return connection.respond(403, f"a page of another site can't talk to this port (seen from {address})\n")
+        if request.path.partition("?")[0] != config.master_url.path:
+            return connection.respond(404, "nothing here\n")
+        connection.estelle_address = address
+        return None
+
+    def log_refusal(self, address: str, reason: str) -> None:
+        """Once per address and minute, with a count: a flood must not become a flood of lines."""
+        began, count = self.refused.get(address, (0.0, 0))
+        now = time.monotonic()
+        if not began or now - began > 60:
+            log.warning("refused %s: %s%s", address, reason, f" ({count} more times)" if count else "")
+            began, count = now, -1
+        if len(self.refused) > REFUSED_KEPT:
+            self.refused.clear()
+        self.refused[address] = (began, count + 1)
+
+    def drop_disallowed(self) -> None:
+        """After the configuration changed: whoever is no longer on the list is cut off."""
+        whitelist = Whitelist(self.config.config.whitelist)
+        for socket, address in list(self.sockets.items()):
+            if not whitelist.verdict(address).allowed:
+                log.warning("dropped %s: no longer on the whitelist", address)
+                socket.transport.abort()
+
+    async def serve_socket(self, socket: Any) -> None:
+        """One connection, from its hello to its end."""
+        address = socket.estelle_address
+        link = Link(SocketWire(socket))
+        self.sockets[socket] = address
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                frame = await link.wire.recv()
+            hello = decode_message(frame) if isinstance(frame, str) else None
+            if not isinstance(hello, Hello):
+                raise ProtocolError("the first message must be hello")
+            if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
+                raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
+            if hello.role == "agent":
+                await self.serve_agent(link, hello, address)
+            elif hello.role == "commander":
+                await self.serve_commander(link, hello, address)
+            else:
+                raise ProtocolError(f"unknown role {hello.role[:20]!r}")
+        except* (EOFError, TimeoutError):
+            pass
+        except* ProtocolError as group:
+            reason = str(next(iter_leaves(group)))
+            log.warning("%s sent what is no part of the protocol: %s", address, reason)
+            with suppress(EOFError):
+                await link.wire.send(encode_message(Refuse(reason)))
+        finally:
+            del self.sockets[socket]
+
+    # Hosts
+
+    def save_machines(self) -> None:
+        data = {machine: vars(known) for machine, known in self.machines.items()}
+        with suppress(OSError):
+            write_atomic(self.machines_file, json.dumps(data, indent=1).encode(), durable=True)
+
+    def host_name(self, machine: str, address: str, claimed: str) -> str:
+        """The configuration's name for the host, else the one it claims, unless that belongs to another address."""
+        name = host_rule(self.config.config, address, claimed).name or claimed
+        owner = owner_of_name(self.config.config, name)
+        if owner is not None and owner != address:
+            log.warning("%s claims the name %s, which the configuration gives to %s", address, name, owner)
+            return f"unnamed-{machine[:4]}"
+        return name
+
+    def register(self, hello: Hello, address: str) -> None:
+        """Remember a host that is welcomed."""
+        known = Machine(
+            hello.machine, address, self.host_name(hello.machine, address, hello.name), hello.version, hello.platform,
+            time.time(),
+        )  # fmt: skip
+        self.machines[hello.machine] = known
+        self.save_machines()
+
+    def hosts(self) -> list[HostRef]:
+        """Every host of the fleet with its label, the master's own first."""
+        known = [machine for machine in self.machines.values() if not machine.forgotten]
+        known.sort(key=lambda machine: (machine.machine != self.machine, machine.address, machine.name))
+        labels = assign_labels([(host.address, host.name, host.machine) for host in known])
+        hosts = []
+        for label, host in zip(labels, known, strict=True):
+            rule = host_rule(self.config.config, host.address, host.name)
+            online = host.machine in self.agents
+            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
+        return hosts
+
+    async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
+        """An agent's connection: welcome it, take its states and logs, until it goes."""
+        if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
+            raise ProtocolError("a machine id is 32 hex digits")
+        old = self.agents.get(hello.machine)
+        if old and old.hello.nonce != hello.nonce and await self.answers_ping(old):
+            what = f"this machine id is in use by {old.address}: a cloned state folder"
+            log.warning("refused %s: %s", address, what)
+            await link.wire.send(encode_message(Refuse(what, "delete machine-id in its state folder and restart it")))
+            return
+        if old:
+            old.link.wire.abort()
+        self.register(hello, address)
+        agent = self.agents[hello.machine] = AgentLink(link, hello, address)
+        self.down_since.pop(hello.machine, None)
+        self.busy.pop(hello.machine, None)
+        label = next(host.label for host in self.hosts() if host.machine == hello.machine)
+        link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES)))
+        if hello.machine != self.machine:
+            log.info("agent %s (%s) is online", label, self.machines[hello.machine].name)
+        self.resend(agent)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(link.write_forever())
+                while True:
+                    self.receive_from_agent(agent, await link.wire.recv())
+        finally:
+            link.wire.abort()
+            if self.agents.get(hello.machine) is agent:
+                del self.agents[hello.machine]
+                self.down_since[hello.machine] = self.machines[hello.machine].seen = time.time()
+                log.warning("agent %s is offline", label)
+
+    @staticmethod
+    async def answers_ping(agent: AgentLink) -> bool:
+        """Is the connection alive at its other end, or a leftover of a host that went without a word?"""
+        if not isinstance(agent.link.wire, SocketWire):
+            return True
+        with suppress(Exception):
+            async with asyncio.timeout(PING_S):
+                await (await agent.link.wire.socket.ping())
+                return True
+        return False
+
+    def resend(self, agent: AgentLink) -> None:
+        """To a host that is back: the orders that it has not acknowledged, and the cancels that it missed."""
+        for run in list(self.runs.values()):
+            for job in run.jobs.values():
+                if job.machine == agent.hello.machine and job.state not in FINAL:
+                    if job.state is State.QUEUED and job.ordered:
+                        agent.link.post(Order(vars(job)))
+                    if run.record.cancelled:
+                        agent.link.post(Cancel(job.run))
+        self.schedule()
+
+    def receive_from_agent(self, agent: AgentLink, frame: str | bytes) -> None:
+        if isinstance(frame, bytes):
+            agent.link.on_chunk(frame)
+            return
+        message = decode_message(frame)
+        match message:
+            case JobRecord():
+                self.on_job(agent, message)
+            case Log():
+                self.on_log(agent, message)
+            case Broken():
+                agent.link.on_broken(message)
+            case Busy():
+                self.on_busy(agent, message)
+            case Answer():
+                future = agent.questions.get(message.id)
+                if future and not future.done():
+                    future.set_result(message.result)
+            case Refuse():
+                log.warning("%s says: %s", agent.address, message.what)
+            case _:
+                raise ProtocolError(f"an agent can't say {VERB_OF[type(message)]}")
+
+    # Runs
+
+    def load(self, run: str) -> Run | None:
+        """A run from memory, else from disk."""
+        if run in self.runs:
+            return self.runs[run]
+        record = self.state.load_run(run)
+        if record is None:
+            return None
+        jobs = {}
+        for host in record.hosts:
+            empty = job_of_run(record, host)
+            jobs[host] = self.state.load_job(run, host) or replace(empty, state=State.LOST, error="no record of it")
+        return Run(record, jobs)
+
+    def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
+        """The run of a job that belongs to this very agent. Raises ProtocolError for anybody else's."""
+        found = self.load(run)
+        if found is None or found.record.machines.get(host) != agent.hello.machine:
+            raise ProtocolError(f"{host[:80]} in run {run} is not a job of {agent.address}")
+        self.runs[run] = found
+        return found
+
+    def on_job(self, agent: AgentLink, job: JobRecord) -> None:
+        """A host's word about its job. A result counts once its log is here."""
+        if self.load(job.run) is None:  # a new master, or a deployment that the host started by itself
+            record = replace(run_of_job(job), machines={job.host: agent.hello.machine})
+            self.state.save_run(record)
+            self.runs[job.run] = Run(record, {job.host: job_of_run(record, job.host)})
+        run = self.own_job(agent, job.run, job.host)
+        job = replace(job, machine=agent.hello.machine, acked=False)
+        if run.record.cancelled and job.state not in FINAL:
+            agent.link.post(Cancel(job.run))
+        if job.state in FINAL:
+            run.held[job.host] = job
+            self.settle(run, job.host)
+        elif accepts_job(run.jobs[job.host], job):
+            self.record(run, replace(job, behind=None))
+        self.drop_idle(run)
+
+    def on_log(self, agent: AgentLink, message: Log) -> None:
+        """A host offers a job's log."""
+        run = self.own_job(agent, message.run, message.host)
+
+        def grew(size: int) -> None:
+            if (inbound := agent.link.inbound(message.channel)) and inbound.closed:
+                run.torn.add(message.host)
+            for follower in run.followers:
+                follower.grew(message.run, message.host, size)
+            self.settle(run, message.host)
+
+        path = self.state.log_file(message.run, message.host)
+        agent.link.accept_log(message, Inbound(path, grew))
+
+    def settle(self, run: Run, host: str) -> None:
+        """Record a held result as soon as its log is complete, and let the host forget it."""
+        job = run.held.get(host)
+        size = log_size(self.state.log_file(run.record.run, host))
+        if job is None or (size < job.size and host not in run.torn):
+            return
+        del run.held[host]
+        if accepts_job(run.jobs[host], job):
+            self.record(run, replace(job, size=size), durable=True)
+        if agent := self.agents.get(job.machine):
+            agent.link.post(Acked(job.run, host, job.revision))
+        self.busy.pop(job.machine, None)
+        self.schedule()
+
+    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> None:
+        """A job's new state: on disk, and to whoever follows. What the master's own runner wrote is there already."""
+        run.jobs[job.host] = job
+        if job.machine != self.machine or job.revision == 0:
+            try:
+                self.state.save_job(job, durable=durable)
+            except OSError as problem:
+                log.error("can't write to %s: %s", self.state.root, problem.strerror)
+        for follower in run.followers:
+            follower.post(job)
+
+    def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
+        """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
+        size = log_size(self.state.log_file(job.run, job.host))
+        job = replace(job, behind=None, state=state, error=error, provisional=guess, size=size, ended=time.time())
+        self.record(run, job, durable=True)
+
+    def drop_idle(self, run: Run) -> None:
+        if not run.active and not run.followers and not run.held:
+            self.runs.pop(run.record.run, None)
+
+    # The queue
+
+    def submit(self, message: Submit, by: str) -> RunRecord:
+        """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
+        if found := self.load(message.run):
+            if found.record.nonce != message.nonce:
+                raise UpdaterError(f"the run id {message.run} is taken", "try again")
+            return found.record
+        if problem := valid_branch_problem(message.branch):
+            raise UsageError(f"{message.branch[:80]!r} is no branch name: {problem}")
+        hosts = select_targets(message.target, self.hosts())
+        offline = [host.label for host in hosts if not host.online]
+        if len(offline) == len(hosts) and not message.wait_s:
+            raise TargetError(
+                f"no host of {message.target} is online ({', '.join(offline)})",
+                "start its service, or use --wait SECONDS",
+            )
+        record = RunRecord(
+            message.run, message.nonce, message.kind, message.target, message.branch, [host.label for host in hosts],
+            {host.label: host.machine for host in hosts}, {host.label: host.address for host in hosts}, time.time(),
+            by, offline, max(0, message.batch), max(0.0, message.wait_s),
+        )  # fmt: skip
+        self.state.save_run(record)
+        run = self.runs[record.run] = Run(record, {label: job_of_run(record, label) for label in record.hosts})
+        for job in run.jobs.values():
+            self.record(run, job)
+            if job.host in offline and not message.wait_s:
+                self.end(run, job, State.OFFLINE, "the host is offline")
+        log.info("%s asks for %s %s on %s: run %s", by, record.kind, record.branch, record.target, record.run)
+        self.replace_queued(run)
+        asyncio.get_running_loop().call_soon(self.schedule)
+        return record
+
+    def replace_queued(self, new: Run) -> None:
+        """A newer request for the same branch takes the place of one that still waits."""
+        for run in list(self.runs.values()):
+            if run is new or (run.record.kind, run.record.branch) != (new.record.kind, new.record.branch):
+                continue
+            for job in list(run.jobs.values()):
+                if job.state is State.QUEUED and not job.ordered and job.machine in new.record.machines.values():
+                    self.end(run, job, State.CANCELLED, f"replaced by {new.record.run}")
+
+    def schedule(self) -> None:
+        """Give every free host its next job, and end what has become pointless."""
+        runs = sorted(
+            (run for run in self.runs.values() if run.active), key=lambda run: (run.record.created, run.record.run)
+        )
+        now = time.monotonic()
+        busy = {machine for machine, until in self.busy.items() if until > now}
+        order, end, behind = decide_orders([(run.record, run.jobs) for run in runs], self.agents, busy)
+        for job, reason in end:
+            self.end(self.runs[job.run], job, State.CANCELLED, reason)
+        for (name, host), other in behind.items():
+            run = self.runs[name]
+            if run.jobs[host].behind != other:
+                self.record(run, replace(run.jobs[host], behind=other))
+        for job in order:
+            job = replace(job, ordered=True, behind=None)
+            self.record(self.runs[job.run], job, durable=True)
+            self.agents[job.machine].link.post(Order(vars(job)))
+
+    def on_busy(self, agent: AgentLink, message: Busy) -> None:
+        """The host has something else to do: the order goes back into the queue."""
+        run = self.own_job(agent, message.run, message.host)
+        job = run.jobs[message.host]
+        if job.state is State.QUEUED:
+            self.busy[agent.hello.machine] = time.monotonic() + BUSY_RETRY_S
+            self.record(run, replace(job, ordered=False, behind=message.behind or None))
+
+    async def tick_forever(self) -> None:
+        """Once a second while a run is active: what has waited too long."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            for run in list(self.runs.values()):
+                for job in list(run.jobs.values()):
+                    self.expire(run, job, time.time())
+                self.drop_idle(run)
+            if self.runs:
+                self.schedule()
+
+    def expire(self, run: Run, job: JobRecord, now: float) -> None:
+        """End a job that waits for a host that does not come: an old order must not run days later."""
+        if job.state in FINAL or job.machine in self.agents:
+            return
+        down = self.down_since.get(job.machine, self.started)
+        if job.state is State.QUEUED:
+            since = max(down, run.record.created)
+            allowed = run.record.wait_s if job.host in run.record.offline else max(ORDER_EXPIRES_S, run.record.wait_s)
+            if now - since > allowed and job.ordered:
+                self.end(run, job, State.LOST, "the order was never acknowledged", guess=True)
+            elif now - since > allowed:
+                self.end(run, job, State.OFFLINE, "the host is offline")
+        elif now - max(down, job.started or 0) > LOST_S:
+            self.end(run, job, State.LOST, f"no connection for {LOST_S:.0f} s", guess=True)
+
+    def cancel(self, name: str, by: str) -> RunRecord:
+        """Stop a run: queued jobs at once, running ones as soon as their host hears of it."""
+        run = self.load(name)
+        if run is None:
+            raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
+        if run.active and not run.record.cancelled:
+            self.runs[name] = run
+            run.record = replace(run.record, cancelled=True)
+            self.state.save_run(run.record)
+            log.info("%s cancels run %s", by, name)
+        for job in list(run.jobs.values()):
+            if job.state in FINAL:
+                continue
+            agent = self.agents.get(job.machine)
+            if job.state is State.QUEUED and not (job.ordered and agent):
+                self.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
+            elif agent:
+                agent.link.post(Cancel(name, by))
+        self.schedule()
+        return run.record
+
+    # Commanders
+
+    async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
+        """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
+        link.post(Welcome(PROTOCOL, __version__, address, "", self.nonce, list(FEATURES)))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(link.write_forever())
+                while True:
+                    frame = await link.wire.recv()
+                    message = decode_message(frame) if isinstance(frame, str) else None
+                    try:
+                        self.receive_from_commander(group, link, message, address, hello)
+                    except ProtocolError:
+                        raise
+                    except UpdaterError as problem:
+                        link.post(Refuse(problem.what, problem.hint, problem.exit_code))
+                    except OSError as problem:
+                        link.post(Refuse(f"the master can't write to {self.state.root}: {problem.strerror}"))
+        finally:
+            link.wire.abort()
+            for run in list(self.runs.values()):
+                run.followers.discard(link)
+                self.drop_idle(run)
+
+    def receive_from_commander(
+        self, group: asyncio.TaskGroup, link: Link, message: Any, address: str, hello: Hello
+    ) -> None:
+        by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
+        match message:
+            case Submit():
+                link.post(self.submit(message, by))
+            case Follow():
+                self.follow(link, message)
+            case Have():
+                link.on_have(message)
+            case Cancel():
+                link.post(self.cancel(message.run, by))
+            case Ask():
+                group.create_task(self.answer(link, message))
+            case _:
+                raise ProtocolError("not a commander's message")
+
+    def follow(self, link: Link, message: Follow) -> None:
+        """Tell a commander all of a run: first what there is, then whatever comes."""
+        run = self.load(message.run)
+        if run is None:
+            raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
+        chosen = set(run.record.hosts)
+        if message.target:
+            names = {host.machine: host for host in self.hosts()}
+            refs = [
+                replace(names[machine], label=label, deploys=True)
+                if machine in names
+                else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
+                for label, machine in run.record.machines.items()
+            ]
+            chosen = {host.label for host in select_targets(message.target, refs)}
+        self.runs[message.run] = run
+        run.followers.add(link)
+        link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
+        for host in run.record.hosts:
+            if host in chosen:
+                link.post(run.jobs[host])
+                link.open_log(message.run, host, self.state.log_file(message.run, host))
+
+    async def answer(self, link: Link, ask: Ask) -> None:
+        """Questions of a commander, each of a fixed set."""
+        if ask.what == "status":
+            link.post(Answer(ask.id, await self.status()))
+        elif ask.what == "history":
+            count = ask.args.get("count")
+            rows = self.state.history(min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS)
+            link.post(Answer(ask.id, {"runs": rows}))
+        elif ask.what == "forget":
+            link.post(self.forget(ask))
+        else:
+            link.post(Refuse(f"this master can't answer {ask.what[:40]!r}", "upgrade the master"))
+
+    def forget(self, ask: Ask) -> Answer | Refuse:
+        """Take retired hosts out of `all`; a host that is online would only come back."""
+        try:
+            hosts = select_targets(str(ask.args.get("target")), [replace(host, deploys=True) for host in self.hosts()])
+        except UpdaterError as problem:
+            return Refuse(problem.what, problem.hint, problem.exit_code)
+        if online := [host.label for host in hosts if host.online]:
+            what = f"{', '.join(online)} is online and would only come back"
+            return Refuse(what, "stop its service first, or remove it from the whitelist", GuardError.exit_code)
+        for host in hosts:
+            self.machines[host.machine].forgotten = True
+        self.save_machines()
+        return Answer(ask.id, {"forgotten": [host.label for host in hosts]})
+
+    async def status(self) -> dict[str, Any]:
+        """The fleet as it is now, in the contract's form."""
+        hosts = self.hosts()
+
+        async def facts(host: HostRef) -> dict[str, Any]:
+            agent = self.agents.get(host.machine)
+            return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+
+        answers = await asyncio.gather(*(facts(host) for host in hosts))
+        rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
+        uptime = round(time.time() - self.started, 1)
+        master = {"ip": self.own_address, "version": __version__, "uptime": uptime, "problem": self.config.problem}
+        return {"master": master, "hosts": rows}
+
+    def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
+        jobs = [job for run in self.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        running = next((job for job in jobs if job.state is State.RUNNING), None)
+        machine = self.machines[host.machine]
+        return {
+            "host": host.label, "name": host.name, "online": host.online,
+            "role": "master" if host.machine == self.machine else "agent", "platform": machine.platform,
+            "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
+            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color, "traffic": None,
+            "running": running.run if running else facts.get("running"),
+            "step": running.step if running else None,
+            "since": running.started if running else None,
+            "link_down_since": self.down_since.get(host.machine),
+            "queued": [job.run for job in jobs if job.state is State.QUEUED], "problem": facts.get("problem"),
+        }  # fmt: skip
+
 
 # ==============================================================================
 # 18. Commander: what the command line uses to talk to the master
 # ==============================================================================
 
+COMMANDER_OPTIONS: dict[str, Any] = {"compression": None, "proxy": None, "max_size": MESSAGE_BYTES, "max_queue": None}
+
+
+def make_run_id() -> str:
+    """A new run's name: the time (UTC) and four random hex digits, as in `20261122-210501-7f3a`."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "-" + os.urandom(2).hex()
+
+
+class View:
+    """Where a followed run is shown. Methods are called in the order of the contract's events."""
+
+    def begin(self, run: RunRecord) -> None: ...
+    def state(self, job: JobRecord) -> None: ...
+    def data(self, host: str, data: bytes) -> None: ...
+    def result(self, job: JobRecord) -> None: ...
+    def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None: ...
+    def notice(self, text: str) -> None: ...
+
+
+class Connection:
+    """One connection of a commander to the master."""
+
+    def __init__(self, socket: Any, welcome: Welcome) -> None:
+        self.socket, self.welcome = socket, welcome
+
+    def send(self, message: Any) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            self.socket.send(encode_message(message))
+        except (ConnectionClosed, OSError) as problem:
+            raise EOFError from problem
+
+    def receive(self, timeout_s: float) -> Any:
+        """The next message, or a log frame's bytes, or None when nothing comes in time. Raises EOFError at the end."""
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            frame = self.socket.recv(timeout=timeout_s)
+        except TimeoutError:
+            return None
+        except (ConnectionClosed, OSError) as problem:
+            raise EOFError from problem
+        return decode_message(frame) if isinstance(frame, str) else frame
+
+    def request(self, message: Any, timeout_s: float) -> Any:
+        """Send a message and wait for its answer. Raises the master's refusal with its exit code."""
+        self.send(message)
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            reply = self.receive(left)
+            if isinstance(reply, Refuse):
+                raise refused(reply)
+            if reply is not None and not isinstance(reply, bytes):
+                return reply
+        raise UnreachableError("the master did not answer in time", "is it overloaded? try again")
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def refused(reply: Refuse) -> UpdaterError:
+    """The master's refusal as an error with its exit code."""
+    problem = UpdaterError(reply.what, reply.hint)
+    problem.exit_code = reply.exit
+    return problem
+
+
+class Caller:
+    """Finds the master: on its own host by the local listener first, then by masterUrl."""
+
+    def __init__(self, state: StateFolder, config: Config, bind: str | None) -> None:
+        self.bind = bind
+        self.urls = [str(config.master_url)]
+        daemon = read_json(state.daemon_file) or {}
+        local = daemon.get("listen")
+        if isinstance(local, str) and local not in self.urls and FileLock.held_elsewhere(state.daemon_lock):
+            self.urls.insert(0, local)
+
+    def dial(self, patience_s: float) -> Connection:
+        """A welcomed connection, within `patience_s`. Raises UnreachableError or RefusedError."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            problems: list[UpdaterError] = []
+            for url in self.urls:
+                try:
+                    return self._dial(url, max(0.5, min(DIAL_S, deadline - time.monotonic())))
+                except UpdaterError as problem:
+                    problems.append(problem)
+            if all(isinstance(problem, RefusedError) for problem in problems):
+                raise problems[-1]
+            pause = random.uniform(*RETRY_S)
+            if time.monotonic() + pause > deadline:
+                raise problems[-1]
+            time.sleep(pause)
+
+    def _dial(self, url: str, timeout_s: float) -> Connection:
+        from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+        from websockets.sync.client import connect
+
+        source = {"source_address": (self.bind, 0)} if self.bind else {}
+        try:
+            # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
+            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source}
+            socket = connect(url, **options).__enter__()
+            socket.send(
+                encode_message(Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), ""))
+            )
+            reply = decode_message(socket.recv(timeout=timeout_s))
+        except InvalidStatus as problem:
+            raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
+        except (OSError, InvalidHandshake, ConnectionClosed, EOFError) as problem:
+            what = getattr(problem, "strerror", None) or str(problem) or "no answer"
+            raise UnreachableError(f"can't reach the master at {url}: {what}", "is `serve` running there?") from problem
+        if isinstance(reply, Refuse):
+            raise RefusedError(reply.what, reply.hint)
+        if not isinstance(reply, Welcome):
+            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?")
+        return Connection(socket, reply)
+
+
+def user_name() -> str:
+    """Who asks, for the record: user and host name; no proof of anything."""
+    user = os.environ.get("USER") or os.environ.get("USERNAME") or "?"
+    return f"{user}@{socket.gethostname()}"
+
+
+def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connection, RunRecord]:
+    """Start a run; a connection that dies before the answer is no reason to start two. Raises UpdaterError."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        connection = caller.dial(max(0.1, deadline - time.monotonic()))
+        try:
+            reply = connection.request(order, ANSWER_S)
+        except EOFError:
+            if time.monotonic() > deadline:
+                raise UnreachableError("the master went away before it answered", "try again") from None
+            continue
+        if not isinstance(reply, RunRecord):
+            raise UnreachableError("the master answered something else", "do both sides run the same version?")
+        return connection, reply
+
+
+@dataclass
+class Followed:
+    """What a commander has of one host's log, and where it ends."""
+
+    job: JobRecord | None = None
+    size: int = 0
+    offered: int | None = None
+    shown: bool = False
+
+
+class Follower:
+    """Follows one run over any number of connections: each log byte is shown once, in order, whoever dies meanwhile."""
+
+    def __init__(self, caller: Caller, run: str, view: View, target: str = "", live: bool = True) -> None:
+        self.caller, self.run, self.view, self.target, self.live = caller, run, view, target, live
+        self.record: RunRecord | None = None
+        self.hosts: dict[str, Followed] = {}
+        self.channels: dict[int, str] = {}
+        self.unacked: dict[int, int] = {}
+
+    def follow(self, connection: Connection) -> list[JobRecord]:
+        """Show the run to its end: the jobs as they ended. Raises UpdaterError where the master refuses."""
+        while True:
+            try:
+                self.channels.clear()
+                self.unacked.clear()
+                connection.send(Follow(self.run, self.target))
+                while not self.finished():
+                    self.receive(connection, connection.receive(ACK_S if self.unacked else 1.0))
+                connection.close()
+                break
+            except EOFError:
+                self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
+                connection = self.caller.dial(float("inf"))
+                self.view.notice("connected again")
+        jobs = [followed.job for followed in self.hosts.values() if followed.job]
+        assert self.record
+        self.view.done(self.record, jobs)
+        return jobs
+
+    def finished(self) -> bool:
+        return self.record is not None and all(
+            followed.shown or (not self.live and followed.offered is not None and followed.size >= followed.offered)
+            for followed in self.hosts.values()
+        )
+
+    def receive(self, connection: Connection, message: Any) -> None:
+        if message is None:
+            self.acknowledge(connection)
+        elif isinstance(message, bytes):
+            channel, offset, data = decode_chunk(message)
+            followed = self.hosts[self.channels[channel]]
+            if offset == followed.size:
+                followed.size += len(data)
+                self.view.data(self.channels[channel], data)
+                self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
+                if self.unacked[channel] >= ACK_BYTES:
+                    self.acknowledge(connection)
+                self.show_result(self.channels[channel])
+        elif isinstance(message, RunRecord):
+            if self.record is None:
+                self.record = message
+                self.hosts = {host: Followed() for host in message.hosts}
+                self.view.begin(message)
+        elif isinstance(message, JobRecord) and message.host in self.hosts:
+            self.hosts[message.host].job = message
+            if message.state not in FINAL:
+                self.view.state(message)
+            self.show_result(message.host)
+        elif isinstance(message, Log) and message.host in self.hosts:
+            self.channels[message.channel] = message.host
+            self.hosts[message.host].offered = message.size
+            connection.send(Have(message.channel, self.hosts[message.host].size, rewind=True))
+        elif isinstance(message, Refuse):
+            raise refused(message)
+
+    def acknowledge(self, connection: Connection) -> None:
+        for channel in self.unacked:
+            connection.send(Have(channel, self.hosts[self.channels[channel]].size))
+        self.unacked.clear()
+
+    def show_result(self, host: str) -> None:
+        """A host's last line, once all of its log was shown."""
+        followed = self.hosts[host]
+        if followed.job and followed.job.state in FINAL and followed.size >= followed.job.size and not followed.shown:
+            followed.shown = True
+            self.view.result(followed.job)
+
+
+class LocalFollower:
+    """Follows a run by its files on this host, without a master: for `deploy`, and for `logs` when nothing serves."""
+
+    def __init__(self, state: StateFolder, run: str, view: View, live: bool) -> None:
+        self.state, self.run, self.view, self.live = state, run, view, live
+
+    def follow(self) -> list[JobRecord]:
+        """Show the run to its end, or, not `live`, as far as it is. Raises TargetError."""
+        record = self.state.load_run(self.run)
+        if record is None:
+            raise TargetError(f"there is no run {self.run} in {self.state.root}", "`history` lists the runs")
+        self.view.begin(record)
+        sizes = dict.fromkeys(record.hosts, 0)
+        jobs: dict[str, JobRecord] = {}
+        waiting = list(record.hosts)
+        while waiting:
+            for host in list(waiting):
+                job = self.state.load_job(self.run, host)
+                self.show(job, host, sizes)
+                if job and job.state not in FINAL and self.live:
+                    job = self.look_after(job)
+                if job and job != jobs.get(host) and job.state not in FINAL:
+                    self.view.state(job)
+                if job:
+                    jobs[host] = job
+                if job and job.state in FINAL:
+                    self.show(job, host, sizes)
+                    self.view.result(job)
+                if not self.live or (job and job.state in FINAL):
+                    waiting.remove(host)
+            time.sleep(LOCAL_LOOK_S if waiting else 0)
+        self.view.done(record, list(jobs.values()))
+        return list(jobs.values())
+
+    def show(self, job: JobRecord | None, host: str, sizes: dict[str, int]) -> None:
+        while data := read_log(self.state.log_file(self.run, host), sizes[host], CHUNK_BYTES):
+            sizes[host] += len(data)
+            self.view.data(host, data)
+
+    def look_after(self, job: JobRecord) -> JobRecord:
+        """Without a daemon nobody else would notice that the runner died."""
+        if job.state is State.RUNNING and not FileLock.held_elsewhere(self.state.job_lock):
+            latest = self.state.load_job(job.run, job.host) or job
+            if latest.state is State.RUNNING and not FileLock.held_elsewhere(self.state.daemon_lock):
+                latest = bury_runner(self.state, latest)
+                self.state.save_job(latest, durable=True)
+            return latest
+        return job
+
+
+def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobRecord:
+    """Record a deployment of this host alone, as the master would. Raises GuardError where a job holds the host."""
+    state.create()
+    if FileLock.held_elsewhere(state.job_lock):
+        current = (read_json(state.current_file) or {}).get("run")
+        raise GuardError(f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f")
+    label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
+    machine, now = state.machine_id(), time.time()
+    record = RunRecord(
+        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, label, branch, [label], {label: machine}, {label: bind or ""},
+        now, user_name(),
+    )  # fmt: skip
+    state.save_run(record)
+    job = replace(job_of_run(record, label), revision=1, ordered=True)
+    state.save_job(job, durable=True)
+    return job
+
+
 # ==============================================================================
 # 19. Service: start-up and shutdown order, signals, readiness
 # ==============================================================================
+
+
+class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # type: ignore[misc]
+    """The daemon's end of the runner's poke; the datagram's content means nothing."""
+
+    def __init__(self, poked: asyncio.Event) -> None:
+        self._poked = poked
+
+    def connection_made(self, transport: Any) -> None: ...
+    def connection_lost(self, problem: Exception | None) -> None: ...
+    def error_received(self, problem: Exception) -> None: ...
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        self._poked.set()
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `serve` was told on its command line."""
+
+    config_path: Path
+    state: StateFolder
+    bind: str | None = None
+    role: Role | None = None
+    listen: str | None = None
+
+
+def gather_role(config: Config, options: ServeOptions, outside: bool) -> tuple[RoleDecision, str | None]:
+    """Master or agent, and who says what this host's public address is. Facts are gathered here, judged in section 3.
+
+    Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet knows.
+    """
+    rule = host_rule(config, options.bind, socket.gethostname())
+    override, source = (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.source_key}")
+    addresses = () if override else probe_master_addresses(config.master_url.host, config.master_url.port)
+    local = {address: address if probe_is_local(address) else None for address in addresses}
+    facts = RoleFacts(override, source, options.bind, addresses, local)
+    decision = decide_role(facts)
+    told = outside and decision.role is Role.AGENT and not (override or options.bind)
+    if told and any(is_public(address) for address in addresses) and (public := probe_public_address(PUBLIC_S)):
+        return decide_role(replace(facts, public_address=public[0], public_source=public[1])), public[1]
+    return decision, None
+
+
+class Service:
+    """This host's daemon, from its first line to its last."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self.options, self.state = options, options.state
+        self.config = ConfigFile(options.config_path)
+        self.nonce = os.urandom(16).hex()
+        self.stopping = False
+        self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
+        self.machine = ""
+
+    async def run(self) -> int:
+        """Serve until a signal. Raises UpdaterError where the start is impossible."""
+        self.state.create()
+        lock = FileLock(self.state.daemon_lock)
+        if not lock.acquire(timeout_s=DAEMON_LOCK_WAIT_S):
+            pid = (read_json(self.state.daemon_file) or {}).get("pid")
+            raise UsageError(
+                f"another estelle-updater (pid {pid}) serves from {self.state.root}",
+                "stop it, or give this one a state folder of its own with --state DIR",
+            )
+        try:
+            self.machine = self.state.machine_id()
+            on_stop_signals(asyncio.get_running_loop(), self.stop)
+            agent = Agent(self.state, self.config, self.machine, self.nonce)
+            agent.recover()
+            self.say_what_is_odd()
+            decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, True)
+            while not self.stopping:
+                log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
+                decision = await self.serve_as(agent, decision, source)
+            return 0
+        finally:
+            self.state.daemon_file.unlink(missing_ok=True)
+            lock.release()
+
+    def stop(self, signal_name: str) -> None:
+        log.info("stopping on %s; a running deployment goes on", signal_name)
+        self.stopping = True
+        self.over.set()
+
+    def say_what_is_odd(self) -> None:
+        """What will make deployments fail later is worth a line now."""
+        rule = host_rule(self.config.config, self.options.bind, socket.gethostname())
+        tree = work_tree(self.config.path)
+        repo = tree / rule.repo if rule.repo else tree
+        if not (repo / ".git").exists():
+            log.warning("%s is no git checkout: deployments will fail until it is one", repo)
+        try:
+            resolve_program("git", os.environ.get("PATH", ""))
+        except UpdaterError as problem:
+            log.warning("%s", problem.what)
+
+    async def serve_as(self, agent: Agent, decision: RoleDecision, source: str | None) -> RoleDecision:
+        """One role, until the daemon stops or the role turns out to be another: the decision to go on with."""
+        self.over.clear()
+        self.decision = decision
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: PokeReceiver(agent.poked),
+            local_addr=("127.0.0.1", 0),
+        )
+        facts = {"pid": os.getpid(), "role": decision.role, "poke": transport.get_extra_info("sockname")[1]}
+        try:
+            async with asyncio.TaskGroup() as group:
+                role = self.serve_master(agent, facts, decision, source)
+                if decision.role is Role.AGENT:
+                    role.close()
+                    role = self.serve_agent(agent, facts)
+                tasks = [group.create_task(agent.watch_forever()), group.create_task(role)]
+                await self.over.wait()
+                for task in tasks:
+                    task.cancel()
+        finally:
+            transport.close()
+        return self.decision
+
+    def turn(self, decision: RoleDecision) -> None:
+        """Go on in another role."""
+        self.decision = decision
+        self.over.set()
+
+    def save_facts(self, facts: Mapping[str, Any]) -> None:
+        with suppress(OSError):
+            write_atomic(self.state.daemon_file, json.dumps(dict(facts)).encode())
+
+    async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
+        self.save_facts(facts)
+
+        def welcomed(label: str) -> None:
+            self.save_facts({**facts, "label": label})
+
+        dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(dialer.dial_forever())
+            group.create_task(self.watch_config(agent, dialer.config_changed.set))
+
+    async def look_again(self) -> None:
+        """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
+        decision, _ = await asyncio.to_thread(gather_role, self.config.config, self.options, False)
+        if decision.role is Role.MASTER:
+            self.turn(decision)
+
+    async def serve_master(
+        self, agent: Agent, facts: dict[str, Any], decision: RoleDecision, source: str | None
+    ) -> None:
+        """Listen, and let the master's own agent in by its private door."""
+        from websockets.asyncio.server import serve
+
+        url = self.config.config.master_url
+        own = self.options.bind or next(
+            iter(await asyncio.to_thread(probe_master_addresses, url.host, url.port)), url.host
+        )
+        master = Master(self.state, self.config, self.machine, self.nonce, own)
+        master.recover()
+        host, port = parse_listen(self.options.listen, url.port)
+        try:
+            server = await serve(
+                master.serve_socket, host, port, process_request=master.judge_request, **SERVER_OPTIONS
+            )
+        except OSError as problem:
+            raise UsageError(
+                f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
+            ) from problem
+        async with server, asyncio.TaskGroup() as group:
+            facts |= {"listen": local_url(url, host, port), "label": own}
+            self.save_facts(facts)
+            log.info("listening on %s port %d", host or "all addresses", port)
+            if decision.provisional:
+                group.create_task(self.prove(url, source))
+            here, there = QueueWire.pair()
+            group.create_task(master.serve_agent(Link(here), agent.hello(), own))
+            await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
+            group.create_task(agent.serve_link(Link(there)))
+            group.create_task(master.tick_forever())
+            group.create_task(self.watch_config(agent, master.drop_disallowed))
+
+    async def prove(self, url: MasterUrl, source: str | None) -> None:
+        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
+        from websockets.asyncio.client import connect
+
+        nonce = None
+        with suppress(Exception):
+            async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
+                hello = Hello(
+                    "commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", socket.gethostname(), self.nonce
+                )
+                await connection.send(encode_message(hello))
+                nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+        if nonce is not None and nonce != self.nonce:
+            self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
+        elif nonce is None and source != "metadata":
+            self.turn(
+                RoleDecision(Role.AGENT, f"agent: nobody answers at {url}, and no cloud says that it is this host")
+            )
+
+    async def watch_config(self, agent: Agent, changed: Callable[[], None]) -> None:
+        """New settings take effect without a restart, but never those of a tree that git is just changing."""
+        problem = None
+        while True:
+            await asyncio.sleep(CONFIG_LOOK_S)
+            if any(job.record.step and job.record.step.startswith(("git checkout", "git pull"))
+                   and job.record.state is State.RUNNING for job in agent.jobs.values()):  # fmt: skip
+                continue
+            if self.config.look():
+                log.info("new settings from %s", self.config.path)
+                changed()
+            if self.config.problem and self.config.problem != problem:
+                log.error("%s; the old settings stay in force", self.config.problem)
+            problem = self.config.problem
+
+
+def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
+    """--listen HOST:PORT as (host or None for all, port). Raises UsageError."""
+    if not text:
+        return None, port
+    host, colon, number = text.rpartition(":")
+    if not colon or not number.isascii() or not number.isdigit() or not 0 <= int(number) < 65536:
+        raise UsageError(f"--listen {text!r} is not HOST:PORT", "for example --listen 0.0.0.0:9900")
+    return host.strip("[]") or None, int(number)
+
+
+def local_url(url: MasterUrl, host: str | None, port: int) -> str:
+    """How a commander on the master's own host reaches the listener."""
+    name = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
+    return f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
+
 
 # ==============================================================================
 # 20. Tools: build
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
-_UNUSED = ("websockets/__main__.py", "websockets/cli.py", "websockets/legacy/", "websockets/sync/", "websockets/trio/")
+_UNUSED = ("websockets/__main__.py", "websockets/cli.py", "websockets/legacy/", "websockets/trio/")
 _LICENCE = re.compile(r"[^/]+\.dist-info/(.*/)?(licen[cs]e|copying|notice)[^/]*", re.IGNORECASE)
 # Valid on Python 2.7 and 3.x alike, so that an old one says a sentence and not "SyntaxError".
 _MAIN = '''\
@@ -456,7 +4704,7 @@ def require_packages() -> None:
 
     Looks only in a source checkout: the zipapp holds its packages. Raises UsageError.
     """
-    source = pathlib.Path(__file__)
+    source = Path(__file__)
     if not source.is_file():
         return
     wanted = parse_script_block(source.read_text("utf-8"))[1]
@@ -504,7 +4752,7 @@ def build_zipapp(source: Path, output: Path) -> BuildResult:
     if licence.is_file():
         files["LICENSE"] = licence.read_bytes().replace(b"\r\n", b"\n")
     with tempfile.TemporaryDirectory() as folder:
-        for wheel in _fetch_wheels(dependencies, python_text, pathlib.Path(folder)):
+        for wheel in _fetch_wheels(dependencies, python_text, Path(folder)):
             files.update(_read_wheel(wheel))
     files.update({name + "c": _compile(files[name], name) for name in files if name.endswith(".py")})
     content = _zip(files)
@@ -597,13 +4845,557 @@ def _replace_executable(path: Path, content: bytes) -> None:
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
 
+SGR = re.compile(r"\x1b\[[0-9;:]*m")
+ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
+    r"(\x1b\[[0-9;:]*m)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+    re.DOTALL,
+)
+RESET = "\x1b[0m"
+
+
+def terminal_text(text: str) -> str:
+    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
+    lines = []
+    for line in re.split(r"\r+\n?|\n", text):
+        clean = ESCAPES.sub(lambda match: match[1] or "", line)
+        lines.append(clean + RESET if SGR.search(clean) else clean)
+    return "\n".join(lines)
+
+
+def result_text(job: JobRecord) -> str:
+    """A host's last line, in the operator's language."""
+    match job.state:
+        case State.SUCCEEDED:
+            return f"✓ 완료 {job.version or ''}".rstrip()
+        case State.FAILED:
+            exit_text = "" if job.exit is None else f" (exit {job.exit})"
+            return f"✗ 실패 {job.step}{exit_text}"
+        case State.CANCELLED:
+            return "✗ 취소"
+        case State.OFFLINE:
+            return "✗ 오프라인"
+        case State.TIMEOUT:
+            return f"✗ 시간 초과 {job.step}"
+        case _:
+            return f"✗ 연결 끊김 ({job.error})"
+
+
+class Output:
+    """Standard output: bytes as they are to a pipe, text that can't hurt to a terminal. A closed pipe raises Closed."""
+
+    class Closed(Exception):
+        """Nobody reads our output any more."""
+
+    def __init__(self, color: bool) -> None:
+        self.terminal = sys.stdout.isatty()
+        self.color = color and self.terminal and not os.environ.get("NO_COLOR")
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self.terminal:
+                text = data.decode("utf-8", "replace")
+                sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+                sys.stdout.flush()
+            else:
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+        except (BrokenPipeError, ConnectionResetError, ValueError) as problem:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its exit
+            raise Output.Closed from problem
+        except OSError as problem:
+            if os.name == "nt" and problem.errno == errno.EINVAL:
+                raise Output.Closed from problem  # how Windows says that the pipe is closed
+            raise
+
+    def paint(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}{RESET}" if self.color else text
+
+
+PREFIX_COLORS = ("36", "35", "34", "33", "32")
+
+
+class TextView(View):
+    """A run for people: one `[host] ` prefix per line, whole lines only, a table at the end of several hosts."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.prefixes: dict[str, bytes] = {}
+        self.partial: dict[str, bytes] = {}
+        self.open_host: str | None = None  # whose unfinished line stands on the screen
+
+    def begin(self, run: RunRecord) -> None:
+        for index, host in enumerate(run.hosts):
+            color = PREFIX_COLORS[index % len(PREFIX_COLORS)]
+            self.prefixes[host] = self.output.paint(f"[{terminal_text(host)}]", color).encode() + b" "
+
+    def data(self, host: str, data: bytes) -> None:
+        data = self.partial.pop(host, b"") + data
+        cut = data.rfind(b"\n") + 1
+        if len(data) - cut >= LINE_BYTES:
+            cut = len(data)
+        if cut < len(data):
+            self.partial[host] = data[cut:]
+        if cut:
+            self.show(host, data[:cut])
+
+    def show(self, host: str, data: bytes) -> None:
+        """Lines, the last of them perhaps to be continued."""
+        if self.output.terminal:
+            ended = data.endswith(b"\n")
+            data = terminal_text(data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")).encode()
+            data += b"\n" if ended else b""
+        prefix = self.prefixes[host]
+        if self.open_host == host:
+            start = b""
+        else:
+            start = prefix if self.open_host is None else b"\n" + prefix
+        self.open_host = None if data.endswith(b"\n") else host
+        body = data[:-1].replace(b"\n", b"\n" + prefix) + data[-1:]
+        self.output.write(start + body)
+
+    def result(self, job: JobRecord) -> None:
+        if rest := self.partial.pop(job.host, b""):
+            self.show(job.host, rest)
+        if self.open_host is not None:
+            self.output.write(b"\n")
+            self.open_host = None
+        color = "32" if job.state is State.SUCCEEDED else "31"
+        text = self.output.paint(terminal_text(result_text(job)), color)
+        self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
+
+    def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
+            return
+        rows = [(job.host, (job.commit or "-")[:7], seconds_text(job), result_text(job)) for job in jobs]
+        self.output.write(("\n" + terminal_text(render_table(("host", "commit", "time", "result"), rows))).encode())
+
+    def notice(self, text: str) -> None:
+        print(f"estelle-updater: {text}", file=sys.stderr, flush=True)
+
+
+def seconds_text(job: JobRecord) -> str:
+    seconds = seconds_of(job)
+    return "-" if seconds is None else f"{seconds:.1f} s"
+
+
+def render_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns padded with spaces; the last one, which may hold wide characters, is not."""
+    widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
+    return "".join(
+        "  ".join((*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1])).rstrip()
+        + "\n"
+        for row in (head, *rows)
+    )
+
+
+class JsonView(View):
+    """A run for programs: the contract's events as JSON lines."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.run = ""
+        self.partial: dict[str, bytes] = {}
+
+    def emit(self, **event: Any) -> None:
+        self.output.write(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+    def begin(self, run: RunRecord) -> None:
+        self.run = run.run
+        offline = [host for host in run.hosts if host in run.offline]
+        self.emit(
+            event="run",
+            run=run.run,
+            kind=run.kind,
+            target=run.target,
+            branch=run.branch,
+            hosts=run.hosts,
+            offline=offline,
+        )
+
+    def state(self, job: JobRecord) -> None:
+        self.emit(event="state", run=job.run, host=job.host, state=job.state, step=job.step, behind=job.behind)
+
+    def data(self, host: str, data: bytes) -> None:
+        *lines, rest = (self.partial.pop(host, b"") + data).split(b"\n")
+        for line in lines:
+            self.line(host, line)
+        while len(rest) >= LINE_BYTES:
+            self.line(host, rest[:LINE_BYTES], more=True)
+            rest = rest[LINE_BYTES:]
+        if rest:
+            self.partial[host] = rest
+
+    def line(self, host: str, line: bytes, **more: bool) -> None:
+        while len(line) > LINE_BYTES:
+            self.line(host, line[:LINE_BYTES], more=True)
+            line = line[LINE_BYTES:]
+        self.emit(event="log", run=self.run, host=host, line=line.decode("utf-8", "replace"), **more)
+
+    def result(self, job: JobRecord) -> None:
+        if rest := self.partial.pop(job.host, b""):
+            self.line(job.host, rest)
+        self.emit(event="result", run=job.run, **job_summary(job))
+
+    def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        if all(job.state in FINAL for job in jobs):
+            self.emit(event="done", run=run.run, ok=run_ok(jobs))
+
+    def notice(self, text: str) -> None:
+        self.emit(event="notice", text=text)
+
+
+def watch_run(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> int:
+    """Show a run to its end. Ctrl-C or a closed output stops watching, and says how to go on."""
+    try:
+        return 0 if run_ok(follow()) else 1
+    except (KeyboardInterrupt, Output.Closed):
+        est = program_name()
+        text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
+        with suppress(OSError):
+            if args.json:
+                print(json.dumps({"event": "notice", "text": text}), file=sys.stderr)
+            else:
+                print(f"\nestelle-updater: {text}", file=sys.stderr)
+        return 130
+
+
+def make_view(args: Args) -> View:
+    output = Output(not args.no_color)
+    return JsonView(output) if args.json else TextView(output)
+
+
+def make_caller(args: Args) -> Caller:
+    require_packages()
+    return Caller(args.state_folder(), load_config(args.config_path()), args.bind)
+
+
+def cmd_serve(args: Args) -> int:
+    require_packages()
+    preload()
+    role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
+    if role not in ("auto", *Role):
+        raise UsageError(f"{role!r} is no role", "auto, master or agent")
+    options = ServeOptions(
+        args.config_path(), args.state_folder(), args.bind, Role(role) if role != "auto" else None, args.listen
+    )
+    return asyncio.run(Service(options).run())
+
+
+def cmd_trigger(args: Args) -> int:
+    if problem := valid_branch_problem(args.branch):
+        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    caller = make_caller(args)
+    order = Submit(
+        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
+    )
+    view = make_view(args)
+    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
+    if args.detach:
+        view.begin(record) if args.json else print(record.run)
+        return 0
+    view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
+    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+
+
+def cmd_deploy(args: Args) -> int:
+    if problem := valid_branch_problem(args.branch):
+        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
+    load_config(args.config_path())  # what is wrong with it is better said here than in a log
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, args.branch, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {job.branch} on this host")
+    return watch_run(args, job.run, LocalFollower(state, job.run, view, live=True).follow)
+
+
+def cmd_logs(args: Args) -> int:
+    view, state = make_view(args), args.state_folder()
+    try:
+        caller = make_caller(args)
+        connection = caller.dial(PATIENCE_S)
+        follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
+        code = watch_run(args, args.run, lambda: follower.follow(connection))
+    except (UnreachableError, RefusedError, ConfigError) as problem:
+        if state.load_run(args.run) is None:
+            raise
+        view.notice(f"{problem.what}; this is what {state.root} has")
+        code = watch_run(args, args.run, LocalFollower(state, args.run, view, args.follow).follow)
+    return code if args.follow or code == 130 else 0
+
+
+def cmd_history(args: Args) -> int:
+    try:
+        rows = ask_master(args, "history", {"count": args.count})["runs"]
+    except (UnreachableError, RefusedError, ConfigError) as problem:
+        rows = args.state_folder().history(args.count)
+        if not rows:
+            raise
+        make_view(args).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+    if args.json:
+        print(json.dumps({"runs": rows}, ensure_ascii=False))
+        return 0
+    cells = [
+        (
+            row["run"],
+            time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
+            row["by"],
+            row["target"],
+            row["branch"],
+            "  ".join(f"{host['host']} {short_result(host)}" for host in row["hosts"]),
+        )
+        for row in rows
+    ]
+    Output(False).write(
+        terminal_text(render_table(("run", "when", "who", "target", "branch", "result"), cells)).encode()
+    )
+    return 0
+
+
+def short_result(host: Mapping[str, Any]) -> str:
+    """One host's outcome in a line of `history`."""
+    if host["state"] == State.SUCCEEDED:
+        return f"✓ {host['version'] or ''}".rstrip()
+    return f"… {host['state']}" if host["state"] not in FINAL else f"✗ {host['state']} {host['step'] or ''}".rstrip()
+
+
+def cmd_forget(args: Args) -> int:
+    result = ask_master(args, "forget", {"target": args.host})
+    print(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
+    return 0
+
+
+def ask_master(args: Args, what: str, details: dict[str, Any]) -> dict[str, Any]:
+    """One question to the master and its answer."""
+    connection = make_caller(args).dial(PATIENCE_S)
+    answer: Answer = connection.request(Ask(1, what, details), ANSWER_S)
+    connection.close()
+    return answer.result
+
+
+def cmd_cancel(args: Args) -> int:
+    connection = make_caller(args).dial(PATIENCE_S)
+    record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
+    connection.close()
+    text = f"cancelling {record.run} on {', '.join(record.hosts)}"
+    print(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
+    return 0
+
+
+def cmd_status(args: Args) -> int:
+    result = ask_master(args, "status", {})
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+        return 0
+    master = result["master"]
+    print(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
+    rows = [status_cells(row) for row in result["hosts"]]
+    head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "job")
+    sys.stdout.write(terminal_text(render_table(head, rows)))
+    for row in (master, *result["hosts"]):
+        if row.get("problem"):
+            print(f"! {row.get('host', 'master')}: {row['problem']}")
+    return 0
+
+
+def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """One host's row of the `status` table."""
+    job = f"running {row['running']} ({row.get('step') or '?'})" if row["running"] else ""
+    job += f" queued {', '.join(row['queued'])}" if row["queued"] else ""
+    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    return (
+        row["host"], row["name"], row["role"], "yes" if row["online"] else "no", row["branch"] or "-", commit,
+        row["version"] or "-", row["color"] or "-", job.strip() or "-",
+    )  # fmt: skip
+
+
+def cmd_run_job(args: Args) -> int:
+    """The runner: not for people."""
+    detach_self()
+    preload()
+    return Runner(args.state_folder(), args.run, args.host, args.config_path()).main()
+
+
+def cmd_build(args: Args) -> int:
+    print(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
+    return 0
+
+
+def parse_seconds(text: str) -> float:
+    """A number of seconds on the command line. Raises UsageError."""
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < 1e7:
+            return value
+    raise UsageError(f"{text!r} is no number of seconds", "for example 60")
+
+
+def parse_count(text: str) -> int:
+    """A positive whole number on the command line. Raises UsageError."""
+    if text.isascii() and text.isdigit() and 0 < int(text) < 100_000:
+        return int(text)
+    raise UsageError(f"{text!r} is no positive number")
+
+
+def parse_run_id(text: str) -> str:
+    """A run's id on the command line. Raises UsageError."""
+    if valid_run_id(text):
+        return text
+    raise UsageError(f"{text[:80]!r} is no run id", "it looks like 20261122-210501-7f3a; `history` lists them")
+
+
+class Args(SimpleNamespace):
+    """The command line, parsed."""
+
+    json: bool
+    no_color: bool
+    verbose: bool
+    bind: str | None
+
+    def state_folder(self) -> StateFolder:
+        return StateFolder(Path(self.state).absolute() if self.state else default_state_folder(os.environ))
+
+    def config_path(self) -> Path:
+        """--config, ESTELLE_CONFIG, else found upwards from ESTELLE_REPO or the working directory."""
+        if explicit := self.config or os.environ.get("ESTELLE_CONFIG"):
+            return Path(explicit).absolute()
+        return find_config(Path(os.environ.get("ESTELLE_REPO") or ".").absolute())
+
+
+@dataclass(frozen=True)
+class Option:
+    """One argument of a command, as argparse takes it."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+def option(*names: str, **settings: Any) -> Option:
+    return Option(names, settings)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the command table, from which help, README and completion are made."""
+
+    name: str
+    help: str
+    run: Callable[[Args], int]
+    options: tuple[Option, ...] = ()
+    hidden: bool = False
+
+
+TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas"
+COMMANDS = (
+    Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
+        option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
+        option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere, masterUrl's port)"),
+    )),
+    Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, (
+        option("target", metavar="TARGET", help=TARGET_HELP),
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+        option("--detach", action="store_true", help="print the run id and leave"),
+        option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
+        option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
+    )),
+    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
+        option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
+    )),
+    Command("logs", "print or follow a recorded run", cmd_logs, (
+        option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
+        option("target", metavar="TARGET", nargs="?", help="only these hosts"),
+        option("-f", "--follow", action="store_true", help="go on until the run's end"),
+    )),
+    Command("history", "list the recent runs", cmd_history, (
+        option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+    )),
+    Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
+    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+    )),
+    Command("forget", "take a retired host out of `all`", cmd_forget, (
+        option("host", metavar="HOST", help="as `status` shows it"),
+    )),
+    Command("build", "make the zipapp from a source checkout", cmd_build, (
+        option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
+    )),
+    Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
+)  # fmt: skip
+GLOBAL_OPTIONS = (
+    option("--config", metavar="FILE", help="the configuration (default: config/updater.json or .toml, found upwards)"),
+    option("--state", metavar="DIR", help="where this host keeps its runs"),
+    option(
+        "--bind", metavar="IP", type=canonical_address, help="the source address, and for serve this host's own address"
+    ),
+    option("--json", action="store_true", help="JSON lines instead of text"),
+    option("--no-color", action="store_true", help="no colours on a terminal"),
+    option("-v", "--verbose", action="store_true", help="more detail, and tracebacks for errors"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the contract's errors instead of its own."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"see: {self.prog} --help")
+
+
+def make_parser() -> Parser:
+    """The command table as a parser; global options go before or after the command."""
+    shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for item in GLOBAL_OPTIONS:
+        shared.add_argument(*item.names, **item.settings)
+    parser = Parser(prog=program_name(), description="Deploy a small fleet, live.", parents=[shared])
+    parser.add_argument("--version", action="version", version=f"estelle-updater {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        shown: dict[str, Any] = {} if command.hidden else {"help": command.help}
+        sub = commands.add_parser(command.name, parents=[shared], description=command.help, **shown)
+        for item in command.options:
+            sub.add_argument(*item.names, **item.settings)
+        sub.set_defaults(function=command.run)
+    return parser
+
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the contract's exit code."""
-    if argv == ["--version"]:
-        print(f"estelle-updater {__version__}")
-        return 0
-    return 2
+    environ = os.environ
+    args = Args(
+        config=None, state=None, bind=environ.get("ESTELLE_BIND") or None, json=False, no_color=False, verbose=False
+    )
+    args.json = "--json" in argv  # also for errors of the command line itself
+    try:
+        if args.bind:
+            args.bind = canonical_address(args.bind)
+        make_parser().parse_args(argv, args)
+        code: int = args.function(args)
+        return code
+    except UpdaterError as problem:
+        if args.verbose:
+            raise
+        return print_error(problem, args.json)
+    except KeyboardInterrupt:
+        return 130
+    except BaseExceptionGroup as group:
+        leaf = next(iter_leaves(group))
+        if args.verbose or not isinstance(leaf, UpdaterError):
+            raise
+        return print_error(leaf, args.json)
+
+
+def print_error(problem: UpdaterError, as_json: bool) -> int:
+    """One line what, one line hint, on stderr."""
+    if as_json:
+        event = {"event": "error", "what": problem.what, "hint": problem.hint, "exit": problem.exit_code}
+        print(json.dumps(event, ensure_ascii=False), file=sys.stderr)
+    else:
+        lines = [f"estelle-updater: error: {problem.what}"]
+        lines += [f"hint: {problem.hint}"] if problem.hint else []
+        print(
+            "\n".join(lines).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
+            file=sys.stderr,
+        )
+    return problem.exit_code
 
 
 if __name__ == "__main__":
