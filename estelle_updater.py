@@ -1813,7 +1813,7 @@ class FileLock:
         deadline = time.monotonic() + max(timeout_s, 0.1)
         # never through a link that somebody else put there; descriptors of os.open are not inherited by steps
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        while not self._lock(fd, shared=False):
+        while not self._lock(fd):
             if time.monotonic() >= deadline:
                 os.close(fd)
                 return False
@@ -1843,12 +1843,12 @@ class FileLock:
         except FileNotFoundError:
             return False
         try:
-            return not FileLock._lock(fd, shared=True)
+            return not FileLock._lock(fd, only_look=True)
         finally:
-            os.close(fd)  # and with it a lock that the look took
+            os.close(fd)  # where a look has to take the lock, this gives it back
 
     @staticmethod
-    def _lock(fd: int, *, shared: bool) -> bool:
+    def _lock(fd: int, *, only_look: bool = False) -> bool:
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -1857,12 +1857,19 @@ class FileLock:
             else:
                 import fcntl
 
-                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                if sys.platform != "linux":
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return True
+                # Open file description locks are the descriptor's like flock's, and can be asked about
+                ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock: the whole file
+                answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK if only_look else fcntl.F_OFD_SETLK, ask)
+                return not only_look or struct.unpack_from("h", answer) == (fcntl.F_UNLCK,)
         except OSError as problem:
-            if sys.platform != "win32" and not isinstance(problem, BlockingIOError):
+            if sys.platform != "win32" and not isinstance(problem, (BlockingIOError, PermissionError)):
                 raise  # a file system without locks
             return False
         return True
+
 
 
 class DaemonLog:
