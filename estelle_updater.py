@@ -53,7 +53,7 @@ from dataclasses import MISSING, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 __version__ = "0.1.0"
 
@@ -75,12 +75,16 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import ctypes
+    import queue
     import random
+    import select
+    import signal
     import socket
     import subprocess
 else:
-    asyncio, random = _Lazy("asyncio"), _Lazy("random")
-    socket, subprocess = _Lazy("socket"), _Lazy("subprocess")
+    asyncio, ctypes, queue, random = _Lazy("asyncio"), _Lazy("ctypes"), _Lazy("queue"), _Lazy("random")
+    select, signal, socket, subprocess = _Lazy("select"), _Lazy("signal"), _Lazy("socket"), _Lazy("subprocess")
 
 
 # ==============================================================================
@@ -741,6 +745,81 @@ def explain_failure(tail: bytes) -> str | None:
 # ==============================================================================
 
 
+class FileLock:
+    """A lock on the file `path` that its holder loses by dying, however it dies; it says whether a runner lives.
+
+    The file is a file of the lock's own (Windows locks forbid reading) and stays for ever: removing it would let two
+    processes each hold a lock on another file of that name. `acquire` in the process that is to hold it: after a fork.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
+        self._fd = -1
+
+    def acquire(self, timeout_s: float = 0) -> bool:
+        """Take the lock, waiting up to `timeout_s` (at least 0.1 s: `held_elsewhere` may be looking just now)."""
+        deadline = time.monotonic() + max(timeout_s, 0.1)
+        # never through a link that somebody else put there; descriptors of os.open are not inherited by steps
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        while not self._lock(fd):
+            if time.monotonic() >= deadline:
+                os.close(fd)
+                return False
+            time.sleep(0.01)
+        self._fd = fd
+        return True
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens if it is not held."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> FileLock:
+        if not self.acquire():
+            raise UpdaterError(f"{self._path}: locked by another process")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @staticmethod
+    def held_elsewhere(path: str | os.PathLike[str]) -> bool:
+        """Whether anybody holds the lock now (this process through another FileLock included); creates nothing."""
+        try:
+            fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        except FileNotFoundError:
+            return False
+        try:
+            return not FileLock._lock(fd, only_look=True)
+        finally:
+            os.close(fd)  # where a look has to take the lock, this gives it back
+
+    @staticmethod
+    def _lock(fd: int, *, only_look: bool = False) -> bool:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                if sys.platform != "linux":
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return True
+                # Open file description locks are the descriptor's like flock's, and can be asked about
+                ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock: the whole file
+                answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK if only_look else fcntl.F_OFD_SETLK, ask)
+                return not only_look or struct.unpack_from("h", answer) == (fcntl.F_UNLCK,)
+        except OSError as problem:
+            if sys.platform != "win32" and not isinstance(problem, (BlockingIOError, PermissionError)):
+                raise  # a file system without locks
+            return False
+        return True
+
+
+
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
@@ -1025,6 +1104,436 @@ def work_tree(config_path: Path) -> Path:
 # ==============================================================================
 # 11. Processes: spawn, stream, interrupt, kill trees, detach; POSIX and Windows
 # ==============================================================================
+
+
+MARK = "ESTELLE_RUN"  # environment variable that every process of a step carries: it finds what a dead runner left
+DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
+PIPE_BYTES = 1 << 20  # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
+StrPath: TypeAlias = str | os.PathLike[str]
+HIDDEN: dict[str, Any] = {"creationflags": 0x08000000} if os.name == "nt" else {}  # CREATE_NO_WINDOW, for Popen
+_ANY_CASE = re.IGNORECASE if os.name == "nt" else 0
+
+_PM2_KEYS = re.compile(  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's environment
+    "automation|auto(re)?start|created_at|exec_(interpreter|mode)|exit_code|exp_backoff_restart_delay|instance_var"
+    "|instances|kill_(retry_time|timeout)|km_link|log_date_format|max_(memory_restart|restarts)|merge_logs|min_uptime"
+    "|name(space)?|pmx|(prev_)?restart_delay|restart_time|status|stop_exit_codes|treekill|unique_id|unstable_restarts"
+    "|vizion(_running)?|watch|windowsHide",
+    flags=_ANY_CASE,
+)
+_DAEMON_KEYS = re.compile(  # the daemon's own: its supervisor's, its interpreter's, the git hook's that started it
+    r"ESTELLE_.*|pm_.*|PM2_(?!HOME$).*|NODE_APP_INSTANCE|NODE_CHANNEL_.*|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*"
+    r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MAINPID|(STATE|CREDENTIALS)_DIRECTORY|GIT_(?!SSH).*|PYTHON.+",
+    flags=_ANY_CASE,
+)
+_NO_PROMPTS = {
+    "CI": "true",  # pnpm and others then fail instead of asking
+    "COREPACK_ENABLE_DOWNLOAD_PROMPT": "0",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GCM_INTERACTIVE": "never",
+    "GIT_ASKPASS": "",  # empty: neither core.askPass nor SSH_ASKPASS is started
+    "SSH_ASKPASS": "",
+    "SSH_ASKPASS_REQUIRE": "never",
+    "GIT_HTTP_LOW_SPEED_LIMIT": "1",  # a server that accepts and stays silent would hold git for ever
+    "GIT_HTTP_LOW_SPEED_TIME": "60",
+}
+# This variable hides core.sshCommand (often a deploy key), so it reads that itself. A shell function, because git
+# appends the arguments, and they must stay untouched while the configured command is evaluated.
+_SSH_COMMAND = (
+    'f() { eval "$(git config core.sshCommand || echo ssh) -o BatchMode=yes -o ConnectTimeout=15 \\"\\$@\\""; }; f'
+)
+
+
+def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment that steps start from: `env` without what belongs to the daemon, with all prompts off.
+
+    The host's own `env` goes on top. A GIT_SSH or GIT_SSH_COMMAND in `env` stays: somebody configured it.
+    """
+    kept = {key: value for key, value in env.items() if not _DAEMON_KEYS.fullmatch(key)}
+    if "pm_id" in env or "PM_ID" in env:  # Windows shows names in capitals
+        kept = {key: value for key, value in kept.items() if not _PM2_KEYS.fullmatch(key)}
+    if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
+        kept |= {"GIT_SSH_COMMAND": _SSH_COMMAND, "GIT_SSH_VARIANT": "ssh"}
+    return kept | _NO_PROMPTS
+
+
+def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> list[str]:
+    """The words that start the program `name` as found in `path_env`; a name with a folder is looked up below `cwd`.
+
+    Without `cwd` that one is left to `spawn_step`. On Windows .com .exe .bat .cmd are tried, the kinds that can be
+    started, and never the current folder: a repository must not bring its own git. Raises UpdaterError.
+    """
+    has_folder = bool(os.path.dirname(name))
+    if has_folder and cwd is None:
+        return [name]
+    suffixes: tuple[str, ...] = ("",)
+    if os.name == "nt" and not name.lower().endswith(kinds := (".com", ".exe", ".bat", ".cmd")):
+        suffixes = (*kinds, "") if has_folder else kinds
+    folders = [cwd or ""] if has_folder else [part.strip('"') for part in path_env.split(os.pathsep) if part]
+    for path in (os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return [os.path.abspath(path)]
+    where = f"in {cwd}" if has_folder else "in PATH"
+    raise UpdaterError(f"{name}: not found {where}", f"it must be there and executable; PATH is {path_env}")
+
+
+def render_cmd_line(argv: Sequence[str], shell: str) -> str:
+    """The command line by which cmd.exe (`shell`) runs the .cmd file `argv[0]` with exactly these arguments.
+
+    Raises UpdaterError for what cmd.exe interprets even in quotes, or could once the shim passes it on as `%*`.
+    """
+    for argument in argv[1:]:
+        if re.search(r'["%!^&|<>\r\n\0]|\\$', argument):
+            raise UpdaterError(
+                f"{argv[0]}: cmd.exe would interpret the argument {argument!r}",
+                'a .cmd program takes no " % ! ^ & | < >, no line break and no \\ at the end',
+            )
+    words = [word if re.fullmatch(r"[\w./\\:@+-]+", word) else f'"{word}"' for word in argv[1:]]
+    line = " ".join([f'"{argv[0]}"', *words])
+    return f'"{shell}" /d /s /c "{line}"'
+
+
+class _Process(NamedTuple):
+    """One process of Linux' table; `start` in clock ticks since boot, `alive` is False for a zombie."""
+
+    parent: int
+    group: int
+    start: int
+    alive: bool
+    mark: str | None
+
+
+def _read_process(pid: int) -> _Process | None:
+    stat = environ = b""
+    with suppress(OSError):  # it ended, it is another user's, there is no /proc
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            environ = file.read()
+    if not stat:
+        return None
+    state, parent, group, *more = stat[stat.rindex(b")") + 2 :].split()
+    alive = state not in (b"Z", b"X") or int(more[14]) > 1  # a zombie with threads: only its first one ended
+    found = re.search(rb"(?:\A|\0)" + MARK.encode() + rb"=([^\0]*)", environ)
+    return _Process(int(parent), int(group), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
+
+
+def _find_family(mark: str, pgids: Iterable[int], root: int = 0, since: int = 0) -> set[int]:
+    """The living processes of the step `mark`: those that carry it, their groups among `pgids`, all their children.
+
+    With a `root` also its descendants, started at tick `since` or later: a service of an earlier step is not ours.
+    A recorded group counts only while a member carries the mark: numbers are used again after a reboot.
+    What carries another mark belongs to another step. Never this process or its ancestors.
+    """
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
+    table = {pid: process for pid in pids if (process := _read_process(pid))}
+    children: dict[int, list[int]] = {}
+    for pid, process in table.items():
+        children.setdefault(process.parent, []).append(pid)
+    family, spared, ancestor = set[int](), set[int](), os.getpid()
+    while ancestor in table:
+        spared.add(ancestor)
+        ancestor = table[ancestor].parent
+    seeds = [pid for pid, process in table.items() if process.mark == mark]
+    groups = {table[pid].group for pid in seeds}.intersection(pgids)
+    seeds += [pid for pid, process in table.items() if process.group in groups]
+    seeds += children.get(root, []) if root else []
+    while seeds:
+        pid = seeds.pop()
+        if pid in family | spared or table[pid].start < since or table[pid].mark not in (None, mark):
+            continue
+        family.add(pid)
+        seeds += children.get(pid, [])
+    return {pid for pid in family if table[pid].alive}
+
+
+def _kill_family(deadline_s: float, mark: str, pgids: Iterable[int], root: int = 0, since: int = 0) -> tuple[int, bool]:
+    """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, and whether none is left."""
+    killed, refused = set[int](), set[int]()
+    deadline, pause_s = time.monotonic() + deadline_s, 0.002
+    while (victims := _find_family(mark, pgids, root, since) - refused) and time.monotonic() < deadline:
+        for pid in victims:
+            try:
+                os.kill(pid, 9)
+                killed.add(pid)
+            except ProcessLookupError:
+                pass
+            except PermissionError:  # sudo's child: waiting will not help
+                refused.add(pid)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.1)
+    return len(killed), not victims and not refused
+
+
+def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KILL_S) -> int:
+    """Kill what the step `mark` of a dead runner left running; how many processes that were.
+
+    Nothing is left on Windows: the runner's Job Object took it along.
+    """
+    return _kill_family(deadline_s, mark, set(pgids))[0]
+
+
+def adopt_orphans() -> bool:
+    """Make this process the parent of all orphans below it, so that a double fork can't leave its tree; Linux only.
+
+    For a runner, never for the daemon: a runner that detaches would become the daemon's child again.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            return bool(ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0)  # PR_SET_CHILD_SUBREAPER
+    return False
+
+
+if sys.platform == "win32":
+
+    class _Job:
+        """A Windows Job Object: whatever its processes start is in it too, and all end when its handle is closed."""
+
+        def __init__(self, process: subprocess.Popen[bytes]) -> None:
+            """Take a process that was started suspended, and let it run."""
+            self._api = ctypes.WinDLL("kernel32", use_last_error=True)
+            self._api.CreateJobObjectW.restype = ctypes.c_void_p
+            self._job = ctypes.c_void_p(self._api.CreateJobObjectW(None, None))
+            handle = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
+            kills = self._set_limits(0x2000)  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+            if not kills or not self._api.AssignProcessToJobObject(self._job, handle):
+                process.kill()
+                raise ctypes.WinError(ctypes.get_last_error())
+            ctypes.WinDLL("ntdll").NtResumeProcess(handle)
+
+        def _set_limits(self, flags: int) -> bool:
+            limits = struct.pack("qqIPPIPII6Q4P", 0, 0, flags, *[0] * 16)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
+            return bool(self._api.SetInformationJobObject(self._job, 9, limits, len(limits)))
+
+        def terminate(self, deadline_s: float) -> bool:
+            """End every process of the job, as a shell would report SIGKILL; whether none is left."""
+            counts = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION
+            deadline = time.monotonic() + deadline_s
+            self._api.TerminateJobObject(self._job, 128 + 9)
+            while self._api.QueryInformationJobObject(self._job, 1, counts, 48, None):
+                if struct.unpack_from("I", counts, 40) == (0,) or time.monotonic() > deadline:
+                    break
+                time.sleep(0.005)
+            return struct.unpack_from("I", counts, 40) == (0,)
+
+        def close(self, *, leave_running: bool) -> None:
+            """Give the handle back; what still runs lives on or ends. Nothing the second time."""
+            if leave_running:
+                self._set_limits(0)
+            self._api.CloseHandle(self._job)
+            self._job = ctypes.c_void_p(None)
+
+
+class Spawned:
+    """A running command. One thread loops over `read` until it answers b"", then asks `wait` for the exit code.
+
+    Every other method may come from any thread.
+    """
+
+    def __init__(self, popen: subprocess.Popen[bytes], mark: str) -> None:
+        assert popen.stdout is not None
+        self.pid = popen.pid  # on POSIX its process group too
+        self._popen, self._out, self._mark = popen, popen.stdout, mark
+        self._exited = threading.Event()
+        self._drain_until = float("inf")
+        self._drained_bytes = 0
+        self._ended = self._over = False
+        self._open()
+        # Popen.wait with a timeout polls; a thread that only waits costs nothing and answers at once
+        threading.Thread(target=self._await_exit, daemon=True).start()
+
+    def _await_exit(self) -> None:
+        self._popen.wait()
+        self._exited.set()
+
+    def wait(self) -> int:
+        """Wait for the command's end; its exit code, 128 + n after signal n."""
+        self._exited.wait()
+        code = self._popen.returncode
+        return code if code >= 0 else 128 - code
+
+    def read(self, max_bytes: int = CHUNK_BYTES, timeout_s: float | None = None) -> bytes | None:
+        """What the command wrote, as soon as there is any; None if nothing came for `timeout_s`; b"" when it is over.
+
+        Over: it has exited, and its output has ended or is held open by something else (a service it started) for
+        DRAIN_S. Whatever the command itself wrote comes first: that is never more than its pipe holds.
+        """
+        until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while not self._over:
+            now = time.monotonic()
+            if exited := self._exited.is_set():
+                self._drain_until = min(self._drain_until, now + DRAIN_S)
+            data = None
+            patience_s = max(0.0, min(until, self._drain_until, now + 0.2) - now)  # the exit may come silently
+            if not self._ended:
+                data = self._next_bytes(max_bytes, patience_s)
+            elif not exited:
+                self._exited.wait(patience_s)
+            if data:
+                self._drained_bytes += len(data) if exited else 0
+                self._over = now >= self._drain_until and self._drained_bytes > 2 * PIPE_BYTES
+                return data
+            self._ended = self._ended or data == b""
+            self._over = self._over or now >= self._drain_until or (self._ended and self._exited.is_set())
+            if now >= until and not self._over:
+                return None
+        return b""
+
+    if sys.platform == "win32":
+
+        def _open(self) -> None:
+            self._rest = b""
+            self._chunks: queue.Queue[bytes] = queue.Queue(PIPE_BYTES // CHUNK_BYTES)
+            self._job = _Job(self._popen)
+            threading.Thread(target=self._pump, daemon=True).start()
+
+        def _pump(self) -> None:
+            data = b"?"
+            while data:
+                data = os.read(self._out.fileno(), CHUNK_BYTES)
+                if not self._over:  # afterwards it is dropped: what still writes must not block
+                    self._chunks.put(data)
+
+        def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
+            with suppress(queue.Empty):
+                data = self._rest or self._chunks.get(timeout=patience_s)
+                self._rest = data[max_bytes:]
+                return data[:max_bytes]
+            return None
+
+        def interrupt(self) -> bool:
+            """Nothing, False: no signal reaches a process that has no console in common with us. Kill it."""
+            return False
+
+        def kill_tree(self, deadline_s: float = KILL_S) -> bool:
+            """End the command and everything it started; whether nothing is left after at most `deadline_s`."""
+            return self._job.terminate(deadline_s) and self._exited.wait(deadline_s)
+
+        def close_pipe(self) -> None:
+            """Stop reading. What a command that has exited left running goes on, as on POSIX."""
+            self._over = True
+            with suppress(queue.Empty):
+                while True:
+                    self._chunks.get_nowait()
+            self._job.close(leave_running=self._exited.is_set())
+
+    else:
+
+        def _open(self) -> None:
+            process = _read_process(self.pid)
+            self._start = process.start if process else 0
+            self._reading = threading.Lock()
+            self._poll = select.poll()
+            self._poll.register(self._out.fileno(), select.POLLIN)
+
+        def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
+            with self._reading:
+                if self._over or not self._poll.poll(patience_s * 1000):
+                    return None
+                return os.read(self._out.fileno(), max_bytes)
+
+        def interrupt(self, number: int = 15) -> bool:
+            """Send SIGTERM to the command's process group (pnpm passes it on); whether it was sent."""
+            with suppress(ProcessLookupError, PermissionError):
+                if not self._exited.is_set():  # afterwards the number may be somebody else's
+                    os.killpg(self.pid, number)
+                    return True
+            return False
+
+        def kill_tree(self, deadline_s: float = KILL_S) -> bool:
+            """Kill the command and everything it started, however far it moved away; whether nothing is left.
+
+            Takes at most `deadline_s`. Complete on Linux after `adopt_orphans`; elsewhere it is the process group.
+            For a process that runs one step at a time: a younger child without a mark counts as the step's.
+            """
+            self.interrupt(9)
+            gone = _kill_family(deadline_s, self._mark, [self.pid], os.getpid(), self._start)[1]
+            return gone and self._exited.wait(1.0)
+
+        def close_pipe(self) -> None:
+            """Stop reading. What the command left running goes on."""
+            self._over = True
+            with self._reading:
+                self._out.close()
+
+
+def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mark: str) -> Spawned:
+    """Start one command that can't ask anything: no input, no terminal, both outputs on one pipe, a tree of its own.
+
+    `argv[0]` as `resolve_program` gave it. `mark` names the step; each should have its own, or what an earlier step
+    left running on purpose is taken for a leftover of this one. Raises UpdaterError if it can't be started.
+    """
+    program = resolve_program(argv[0], "", cwd)[0] if os.path.dirname(argv[0]) else argv[0]
+    command: str | list[str] = [program, *argv[1:]]
+    flags = 0
+    if sys.platform == "win32":
+        flags = subprocess.CREATE_NO_WINDOW | 0x4  # CREATE_SUSPENDED: it starts nothing before it is in its job
+        if program.lower().endswith((".cmd", ".bat")):
+            command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
+    try:
+        popen = subprocess.Popen(
+            command, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
+        )  # fmt: skip
+        if sys.platform == "linux" and popen.stdout:
+            import fcntl
+
+            with suppress(OSError):  # the user has many pipes open
+                fcntl.fcntl(popen.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        return Spawned(popen, mark)
+    except (OSError, ValueError) as problem:
+        culprit = getattr(problem, "filename", None) or argv[0]
+        raise UpdaterError(f"{culprit}: {getattr(problem, 'strerror', None) or problem}") from problem
+
+
+def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
+    """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
+
+    It holds no descriptor or handle of the daemon; its standard error is appended to `log_path`.
+    """
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        return subprocess.Popen(
+            list(argv), env={key: value for key, value in env.items() if key not in (MARK, DETACHED)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True, **HIDDEN,
+        )  # fmt: skip
+    finally:
+        os.close(log)
+
+
+def detach_self(argv: Sequence[str] = ()) -> None:
+    """The runner's first act: leave the daemon's tree, so that whoever kills that by parent ids spares the runner.
+
+    PM2 does: a session of its own is not enough. Windows can't fork: there `argv` (this very command by default) is
+    started once more, outside the daemon's Job Object if that allows it. Only one process returns, and on Linux it
+    adopts orphans. Before any thread, lock or open file.
+    """
+    if sys.platform != "win32":
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        adopt_orphans()
+    elif not os.environ.pop(DETACHED, ""):
+        alone = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        for flags in (alone | subprocess.CREATE_BREAKAWAY_FROM_JOB, alone):
+            with suppress(PermissionError):  # the daemon's Job Object forbids to leave it
+                subprocess.Popen(
+                    list(argv) or [sys.executable, *sys.orig_argv[1:]], env={**os.environ, DETACHED: "1"},
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, creationflags=flags,
+                )  # fmt: skip
+                os._exit(0)
+        os._exit(1)
+
+
+def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
+    """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM, SIGHUP, SIGBREAK."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        if (number := getattr(signal, name, None)) is None:
+            continue
+        if sys.platform != "win32":
+            loop.add_signal_handler(number, callback, name)
+        else:
+            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(callback, name))
+
 
 # ==============================================================================
 # 12. Runner: one job: lock, steps, log, result
