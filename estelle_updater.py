@@ -209,6 +209,9 @@ SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it
 PING_INTERVAL_S = PING_TIMEOUT_S = 20.0  # both ends: a peer that vanished is noticed in 40 s at most
 WELCOME_S = 10.0
 PUBLIC_S = 3.0
+OUTSIDE_EVERY = 10  # of the failed tries one asks the outside world again: the network may have come up late
+PROVE_TRIES = 5
+LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
@@ -308,7 +311,7 @@ def iter_leaves(group: BaseException) -> Iterator[BaseException]:
 _ADDRESS_HINT = "write 121.0.0.7 or 121.0.0.0/8"
 _ADDRESS_LIKE = re.compile(r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*")  # meant as an address, `121.x.x.x` too
 _HOST_NAME = re.compile(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
-_DEVICE = re.compile(r"(?i)(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
+_DEVICE = re.compile(r"(?i)(RUN|CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
 
 
 def _parse_ip(text: str) -> IPv4Address | IPv6Address:
@@ -572,7 +575,7 @@ def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = N
 
 
 def file_label(label: str) -> str:
-    """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, `..`, CON."""
+    """A label in a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, CON or `run`.json."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
     return _DEVICE.sub(r"\1_", plain, count=1) if _DEVICE.match(plain) else plain if plain.strip(".") else plain + "_"
 
@@ -1253,7 +1256,8 @@ class JobRecord:
     ordered: bool = False  # the order may have reached the host
     provisional: bool = False  # the master's own verdict, which a late word of the host replaces
     acked: bool = False  # the master has the result
-    groups: list[int] = field(default_factory=list)  # process groups of the steps, to clean up after a dead runner
+    steps: int = 0  # commands begun
+    open_step: str | None = None  # the mark of the command that runs, to clean up after a dead runner
     marks: list[list[int]] = field(default_factory=list)  # offset and length of each announcement in the log
     address: str = ""
     by: str = ""
@@ -1458,10 +1462,11 @@ NEXT_STATES: dict[State, frozenset[State]] = {
 
 
 def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
-    """Does the host's record `new` replace what is known? Only a higher revision, along allowed transitions."""
+    """Does the host's record `new` replace what is known? A higher revision, or a last word, where allowed."""
     if old is None or (old.provisional and new.revision >= old.revision and not new.provisional):
         return True
-    return new.revision > old.revision and new.state in NEXT_STATES[old.state]
+    later = new.revision > old.revision or new.state in FINAL  # a host may forget its revisions in a power loss
+    return later and new.state in NEXT_STATES[old.state]
 
 
 def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
@@ -1524,7 +1529,9 @@ def decide_orders(
             if job.state is not State.QUEUED or job.ordered:
                 continue
             earlier = [jobs[name] for name in run.hosts[: index - index % step]]
-            if any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
+            if run.cancelled:
+                end.append((job, "cancelled"))
+            elif any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
                 end.append((job, "an earlier batch failed"))
             elif job.machine in holder:
                 behind[run.run, host] = holder[job.machine]
@@ -1733,11 +1740,18 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
                 os.fsync(file.fileno())
         for attempt in range(20):
             try:
-                return os.replace(temp, path)
+                os.replace(temp, path)
+                break
             except PermissionError:  # Windows: somebody reads the old file right now
                 if attempt == 19:
                     raise
                 time.sleep(0.02)
+        if durable and os.name != "nt":
+            fd = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
@@ -1789,6 +1803,12 @@ def read_log(path: Path, offset: int, length: int) -> bytes:
             return file.read(length) or b""
     except OSError:
         return b""
+
+
+def sync_file(path: Path) -> None:
+    """Have the disk keep a file through a power loss, as far as it can."""
+    with suppress(OSError), open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def log_check(path: Path, size: int) -> int:
@@ -1871,7 +1891,6 @@ class FileLock:
         return True
 
 
-
 class DaemonLog:
     """The daemon's own log: one line per event on stderr, with its time, or with its priority under journald."""
 
@@ -1926,6 +1945,7 @@ class StateFolder:
         self.job_lock = root / "job.lock"
         self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
+        self.last_config = root / "last-config"  # the last valid configuration that was used here
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
@@ -2015,7 +2035,7 @@ class StateFolder:
 
 
 def _dump(record: Any) -> bytes:
-    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode() + b"\n"
+    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
 
 
 def default_state_folder(environ: Mapping[str, str]) -> Path:
@@ -2053,14 +2073,33 @@ def load_config(path: Path) -> Config:
     return parse_config(data, str(path), "toml" if path.suffix == ".toml" else "json")
 
 
+def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | None]:
+    """The configuration, or, where it is missing or invalid, the last one that was valid here, and the problem.
+
+    A commit without a valid configuration must not keep the next commit from being deployed. Raises ConfigError.
+    """
+    keep = state.last_config.with_suffix(path.suffix)
+    try:
+        config = load_config(path)
+    except ConfigError as problem:
+        try:
+            return load_config(keep), problem.what
+        except ConfigError:
+            raise problem from None
+    with suppress(OSError):
+        data = path.read_bytes()
+        if not keep.exists() or keep.read_bytes() != data:
+            write_atomic(keep, data)
+    return config, None
+
+
 class ConfigFile:
     """The configuration as a daemon uses it: read again once it changed and then lay still for a second; a file that is
     missing or invalid keeps the old settings, and `problem` says so."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = load_config(path)
-        self.problem: str | None = None
+    def __init__(self, path: Path, state: StateFolder) -> None:
+        self.path, self.state = path, state
+        self.config, self.problem = load_config_or_last(path, state)
         self._used = self._seen = self._stamp()
 
     def _stamp(self) -> tuple[int, int, int] | None:
@@ -2077,14 +2116,9 @@ class ConfigFile:
             self._seen = stamp
             return False
         self._used = stamp
-        try:
-            config = load_config(self.path)
-        except ConfigError as problem:
-            self.problem = problem.what
-            return False
-        changed = config != self.config
-        self.config, self.problem = config, None
-        return changed
+        before = self.config
+        self.config, self.problem = load_config_or_last(self.path, self.state)
+        return self.config != before
 
 
 def work_tree(config_path: Path) -> Path:
@@ -2595,15 +2629,10 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
 
-def step_mark(job: JobRecord, number: int) -> str:
-    """What every process of a job's step carries in its environment."""
-    return f"{job.run}/{file_label(job.host)}/{number}"
-
-
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
-    for number in (len(job.groups) - 1, len(job.groups)):  # the last one may not have been recorded
-        kill_leftovers(step_mark(job, number), job.groups[max(0, number) :])
+    if job.open_step:
+        kill_leftovers(job.open_step)
     size = log_size(state.log_file(job.run, job.host))
     return replace(
         job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
@@ -2641,7 +2670,8 @@ class Runner:
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
             with suppress(OSError):
                 write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
-            self.save(state=State.RUNNING, started=time.time())
+            if not self.save(durable=True, state=State.RUNNING, started=time.time()):
+                return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
             return 0
         finally:
@@ -2668,7 +2698,7 @@ class Runner:
     def deploy(self) -> None:
         """The document's steps, in its order."""
         self.begin("check")
-        self.load_rule()
+        self.load_rule(strict=False)
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
@@ -2690,27 +2720,43 @@ class Runner:
             self.announce(f"git pull {rule.remote} {branch}")
             self.log.line("Nothing to pull: not a branch.")
         self.begin("config")
-        self.load_rule()
+        self.load_rule(strict=True)
         self.step(plan_command(self.rule.command), self.rule.timeout_s)
         for step in plan_restart(self.rule.restart):
             self.step(step, self.rule.timeout_s)
 
-    def load_rule(self) -> None:
-        """What to do here, from the configuration as it stands now: read again after the pull."""
-        config = load_config(self.config_path)
+    def load_rule(self, *, strict: bool) -> None:
+        """What to do here, from the configuration as it stands now. Before the pull it need not be valid: the pull may
+        bring its repair."""
+        if strict:
+            config, problem = load_config(self.config_path), None
+        else:
+            config, problem = load_config_or_last(self.config_path, self.state)
         self.rule = host_rule(config, self.job.address, socket.gethostname())
         tree = work_tree(self.config_path)
         self.repo = tree / self.rule.repo if self.rule.repo else tree
         extra: dict[str, str] = {}
-        if self.rule.environment_file:
-            path = self.repo / self.rule.environment_file
-            try:
-                extra = parse_environment_file(path.read_text("utf-8-sig"), str(path))
-            except (OSError, UnicodeError) as problem:
-                raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
+        try:
+            extra = self.read_environment()
+        except ConfigError as wrong:
+            if strict:
+                raise
+            problem = problem or wrong.what
+        if problem:
+            self.log.line(f"warning: {problem}")
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
         self.masker = Masker(secret_values(extra))
+
+    def read_environment(self) -> dict[str, str]:
+        """The host's environmentFile, if it has one. Raises ConfigError."""
+        if not self.rule.environment_file:
+            return {}
+        path = self.repo / self.rule.environment_file
+        try:
+            return parse_environment_file(path.read_text("utf-8-sig"), str(path))
+        except (OSError, UnicodeError) as problem:
+            raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
@@ -2735,7 +2781,10 @@ class Runner:
 
     def warn_of_changes(self) -> None:
         """Local changes stay, but are listed: that the tree is not what the commit says should be seen."""
-        changes = self.git("status", "--porcelain", "--untracked-files=no").decode(errors="replace").splitlines()
+        changes: list[str] = []
+        with suppress(UpdaterError):  # a slow answer is no reason to fail
+            status = self.git("status", "--porcelain", "--untracked-files=no")
+            changes = status.decode(errors="replace").splitlines()
         if changes:
             more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
             self.log.line("warning: local changes stay: " + ", ".join(c.strip() for c in changes[:10]) + more)
@@ -2753,22 +2802,26 @@ class Runner:
 
     def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> None:
         """Run one command to its end. Raises StepFailed unless it ends with 0."""
+        self.tail = b""
+        number = self.job.steps + 1
+        self.job = replace(self.job, steps=number, open_step=f"{self.run}/{file_label(self.host)}/{number}")
         if announce:
             self.announce(step.label)
-        self.tail = b""
+        else:
+            self.begin(step.label)
         try:
             argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            child = spawn_step(argv, self.repo, self.env, mark=step_mark(self.job, len(self.job.groups)))
+            child = spawn_step(argv, self.repo, self.env, mark=self.job.open_step or "")
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
-        self.save(groups=[*self.job.groups, child.pid])
         pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
         stopped = self.watch(child, pump, time.monotonic() + timeout_s)
         code = child.wait()
         child.close_pipe()
         self.log.write(self.masker.flush())
+        self.save(open_step=None)  # what it left running was left on purpose
         if stopped:
             raise StepFailed(stopped, step.label)
         if code:
@@ -2809,12 +2862,13 @@ class Runner:
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
         commit = version = None
-        with suppress(UpdaterError, AttributeError):
+        with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
             version = self.read_version() if state is State.SUCCEEDED else None
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
         self.log.sync()
+        fields |= {"open_step": None}
         fields |= {"state": state, "size": self.log.size, "ended": time.time(), "commit": commit, "version": version}
         for _ in range(RESULT_TRIES):
             if self.save(durable=True, **fields):
@@ -2956,6 +3010,7 @@ def probe_public_address(
 # ==============================================================================
 
 
+WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
     "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
@@ -3073,9 +3128,11 @@ class Link:
         if cursor is None:
             return
         path = self._paths[cursor.channel]
-        known = message.check is not None and 0 < message.size <= log_size(path)
-        if known and log_check(path, message.size) != message.check:
-            self.post(Broken(cursor.channel, "the copies of this log differ"))
+        if message.check is not None and (size := log_size(path)) < message.size:
+            self.post(Broken(cursor.channel, f"the host has only {size} bytes of this log"))
+            return
+        if message.check is not None and message.size and log_check(path, message.size) != message.check:
+            self.post(Broken(cursor.channel, "the host's copy of this log differs"))
             return
         cursor.on_have(message.size, message.rewind)
         self._wake.set()
@@ -3126,13 +3183,13 @@ class Link:
         try:
             size, rewind = append_log(inbound.path, offset, data)
         except OSError as problem:
-            size, rewind = log_size(inbound.path), True
-            if not inbound.rewinding:
+            if not inbound.retry_due:
+                inbound.retry_due = True
                 log.error("can't write %s: %s; trying again", inbound.path, problem.strerror)
                 asyncio.get_running_loop().call_later(DISK_RETRY_S, self._ask_again, channel)
             inbound.rewinding = True
             return
-        if rewind and not inbound.rewinding:  # once: what is in flight behind a gap would ask again and again
+        if rewind and (not inbound.rewinding or offset < size):  # once: all in flight behind a gap would ask again
             self.post(Have(channel, size, rewind=True))
         inbound.rewinding = rewind
         inbound.on_size(size)
@@ -3143,16 +3200,24 @@ class Link:
             asyncio.get_running_loop().call_later(ACK_S, self._ack, channel)
 
     def _ask_again(self, channel: int) -> None:
-        inbound = self._inbound[channel]
-        inbound.rewinding = False
-        self.post(Have(channel, log_size(inbound.path), rewind=True))
+        if inbound := self._inbound.get(channel):
+            inbound.rewinding = inbound.retry_due = False
+            self.post(Have(channel, log_size(inbound.path), rewind=True))
 
     def _ack(self, channel: int) -> None:
-        inbound = self._inbound[channel]
+        inbound = self._inbound.get(channel)
+        if inbound is None:
+            return
         inbound.ack_due = False
         if inbound.size > inbound.acked:
             inbound.acked = inbound.size
             self.post(Have(channel, inbound.size))
+
+    def end_inbound(self, path: Path) -> None:
+        """All of this log is here."""
+        for channel in [channel for channel, inbound in self._inbound.items() if inbound.path == path]:
+            self._ack(channel)
+            del self._inbound[channel]
 
     def on_broken(self, message: Broken) -> None:
         """Close a log whose copies differ with a line that says so."""
@@ -3160,7 +3225,7 @@ class Link:
         if inbound and not inbound.closed:
             inbound.closed = True
             with suppress(OSError):
-                line = f"\n[estelle-updater: {message.reason}; the rest is on the host]\n".encode()
+                line = f"\n[estelle-updater: {message.reason}; what it has more is there]\n".encode()
                 append_log(inbound.path, log_size(inbound.path), line)
             inbound.on_size(log_size(inbound.path))
 
@@ -3175,6 +3240,7 @@ class Inbound:
     acked: int = 0
     ack_due: bool = False
     rewinding: bool = False
+    retry_due: bool = False
     closed: bool = False
 
     def on_size(self, size: int) -> None:
@@ -3211,10 +3277,11 @@ class OwnJob:
     """A job of this host that the master may still have to hear of."""
 
     record: JobRecord
-    stamp: int = 0  # mtime of its file, to read it only when it changed
+    stamp: tuple[int, ...] = ()  # of its file, to read it only when it changed
     size: int = 0
     looked: float = 0.0  # when its lock was last probed
     launched: float = float("-inf")  # when a runner was last started for it
+    launches: int = 0
 
 
 class Agent:
@@ -3250,7 +3317,10 @@ class Agent:
             self.poked.clear()
             self.look_for_local()
             for job in list(self.jobs.values()):
-                self.look(job)
+                try:
+                    self.look(job)
+                except OSError as problem:  # one job's trouble must not end the daemon
+                    log.error("run %s: %s", job.record.run, problem)
 
     def look_for_local(self) -> None:
         """A deployment that was started on this host by hand: the master hears of it like of any other."""
@@ -3272,7 +3342,8 @@ class Agent:
             job.looked = now
             self.check_runner(job)
         try:
-            stamp = self.state.job_file(run, host).stat().st_mtime_ns
+            stat = self.state.job_file(run, host).stat()
+            stamp = stat.st_mtime_ns, stat.st_ino, stat.st_size
         except OSError:
             return
         if stamp != job.stamp and (record := self.state.load_job(run, host)):
@@ -3289,16 +3360,23 @@ class Agent:
 
     def check_runner(self, job: OwnJob) -> None:
         """A free lock says that no runner lives: an accepted job is started again, a running one is lost."""
+        run, host = job.record.run, job.record.host
+        before = self.state.load_job(run, host)
         if FileLock.held_elsewhere(self.state.job_lock):
             return
-        record = self.state.load_job(job.record.run, job.record.host)
-        if record is None or record.state in FINAL:
-            return
-        if record.state is State.QUEUED:
-            if time.monotonic() - job.launched > LAUNCH_S:
-                self.start_runner(record)
-            return
-        self.own(bury_runner(self.state, record))
+        record = self.state.load_job(run, host) or job.record
+        if record.state in FINAL:
+            job.stamp = ()
+        elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
+            self.own(replace(record, revision=record.revision + 1, state=State.CANCELLED, ended=time.time()))
+        elif record.state is State.QUEUED and job.launches >= LAUNCHES:
+            why = f"the runner does not start: see {self.state.runner_log}"
+            self.own(replace(record, revision=record.revision + 1, state=State.FAILED, step="start", error=why))
+        elif record.state is State.QUEUED and time.monotonic() - job.launched > LAUNCH_S:
+            self.start_runner(record)
+        elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
+            # running before the lock was found free, and running after: nobody took it in between
+            self.own(bury_runner(self.state, record))
 
     def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
@@ -3306,7 +3384,8 @@ class Agent:
             self.state.save_job(record, durable=True)
         except OSError as problem:
             log.error("can't write to %s: %s", self.state.root, problem.strerror)
-            record = replace(record, state=State.FAILED, error=f"can't write to {self.state.root}: {problem.strerror}")
+            why = f"can't write to {self.state.root}: {problem.strerror}"
+            record = replace(record, state=State.FAILED, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
         job.record = record
         if self.link:
@@ -3315,9 +3394,14 @@ class Agent:
         return record
 
     def start_runner(self, record: JobRecord) -> None:
-        self.jobs[record.run, record.host].launched = time.monotonic()
-        child = start_runner(self.state, self.config.path, record)
-        self.spawn(asyncio.to_thread(child.wait))
+        job = self.jobs[record.run, record.host]
+        job.launched, job.launches = time.monotonic(), job.launches + 1
+        try:
+            child = start_runner(self.state, self.config.path, record)
+        except OSError as problem:
+            log.error("can't start a runner: %s", problem)
+        else:
+            self.spawn(asyncio.to_thread(child.wait))
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -3338,9 +3422,12 @@ class Agent:
             self.link.post(Busy(record.run, record.host, active.record.run if active else ""))
             return
         if problem := valid_branch_problem(record.branch):
-            self.own(replace(record, revision=1, state=State.FAILED, error=f"no branch name: {problem}"))
+            self.own(replace(record, revision=1, state=State.FAILED, step="check", error=f"no branch name: {problem}"))
             return
         self.adopt_run(record)
+        if record.state is State.RUNNING:  # the master knows it as running, and nothing is left of it here
+            self.own(replace(record, revision=record.revision + 1, state=State.LOST, error="the host forgot this job"))
+            return
         record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
         self.offer(self.jobs[record.run, record.host])
         if record.state is State.QUEUED:
@@ -3407,7 +3494,13 @@ class Agent:
             link.wire.abort()
 
     async def receive(self, link: Link, frame: str | bytes) -> None:
-        message = decode_message(frame) if isinstance(frame, str) else None
+        try:
+            self.obey(link, decode_message(frame) if isinstance(frame, str) else None)
+        except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
+            log.error("a message of the master failed: %s", problem)
+            link.post(Refuse(str(problem)[:1000]))
+
+    def obey(self, link: Link, message: Any) -> None:
         match message:
             case Order():
                 self.on_order(message)
@@ -3437,13 +3530,15 @@ class Dialer:
         self,
         agent: Agent,
         bind: str | None,
-        on_failure: Callable[[], Awaitable[None]],
+        on_failure: Callable[[bool], Awaitable[None]],
         on_welcome: Callable[[str], None],
     ) -> None:
         self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
         self.trouble = ""
         self.welcome: Welcome | None = None
+        self.link: Link | None = None
+        self.url = ""
 
     async def dial_forever(self) -> None:
         attempt = 0
@@ -3461,12 +3556,18 @@ class Dialer:
             if self.welcome:
                 attempt, self.welcome = 0, None
             else:
-                await self.on_failure()
+                await self.on_failure(attempt % OUTSIDE_EVERY == OUTSIDE_EVERY - 1)
             attempt += 1
             self.config_changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
                     await self.config_changed.wait()
+
+    def on_config(self) -> None:
+        """New settings: try again at once, and leave a master that is no longer the one."""
+        self.config_changed.set()
+        if self.link and self.url != str(self.agent.config.config.master_url):
+            self.link.wire.abort()
 
     def say(self, text: str) -> None:
         if text != self.trouble:
@@ -3492,12 +3593,15 @@ class Dialer:
             self.trouble = ""
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
+            self.link, self.url = link, str(url)
             try:
                 await self.agent.serve_link(link)
-            except* EOFError:
+            except* (EOFError, OSError):
                 pass
             except* ProtocolError as group:
                 log.error("the master sent what is no part of the protocol: %s", next(iter_leaves(group)))
+            finally:
+                self.link = None
             self.say("the connection to the master ended; trying again until it answers")
 
     @staticmethod
@@ -3580,8 +3684,8 @@ QUESTION_NUMBERS = itertools.count(1)
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
-    def __init__(self, config: ConfigFile, own_address: str) -> None:
-        self.config, self.own_address = config, own_address
+    def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
+        self.config, self.own_address, self.nonce = config, own_address, nonce
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
 
@@ -3592,17 +3696,24 @@ class Door:
         address = client_address(peer, request.headers.get_all("X-Forwarded-For"), Whitelist(config.trusted_proxies))
         verdict = Whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
-            self.log_refusal(address, verdict.reason)
-            return connection.respond(403, f"{verdict.reason}\nadd {address} to the whitelist in git\n")
-        own = (config.master_url.host, self.own_address, *config.server_names)
-        if not allowed_host_header(request.headers.get("Host"), own):
-            return connection.respond(403, f"the Host header names another server (seen from {address})\n")
-        if not allowed_origin(request.headers.get("Origin"), own):
-            return connection.respond(403, f"a page of another site can't talk to this port (seen from {address})\n")
+            return self.refuse(connection, address, verdict.reason, f"add {address} to the whitelist in git")
+        hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
+        own = (config.master_url.host, self.own_address, connection.local_address[0], *config.server_names)
+        if len(hosts) != 1 or not allowed_host_header(hosts[0], own):
+            return self.refuse(connection, address, "the Host header names another server", "use serverNames")
+        if origin is not None and not (allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]):
+            return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
         if request.path.partition("?")[0] != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         connection.estelle_address = address
         return None
+
+    def refuse(self, connection: Any, address: str, reason: str, hint: str) -> Any:
+        """The HTTP answer, and a line in the log."""
+        self.log_refusal(address, reason)
+        answer = connection.respond(403, f"{reason} (seen from {address})\n{hint}\n")
+        answer.headers[WHO_HEADER] = self.nonce
+        return answer
 
     def log_refusal(self, address: str, reason: str) -> None:
         """Once per address and minute, with a count: a flood must not become a flood of lines."""
@@ -3639,12 +3750,12 @@ class Registry:
         for machine, data in (read_json(self.file) or {}).items():
             with suppress(TypeError):
                 self.machines[machine] = Machine(**data)
-                self.down_since[machine] = time.time()
+                self.down_since[machine] = self.machines[machine].seen
 
     def save(self) -> None:
         data = {machine: vars(known) for machine, known in self.machines.items()}
         with suppress(OSError):
-            write_atomic(self.file, json.dumps(data, indent=1).encode(), durable=True)
+            write_atomic(self.file, json.dumps(data, indent=1).encode())
 
     def host_name(self, machine: str, address: str, claimed: str) -> str:
         """The configuration's name for the host, else the one it claims, unless that belongs to another address."""
@@ -3696,7 +3807,7 @@ class Master:
 
     def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
         self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
-        self.door = Door(config, own_address)
+        self.door = Door(config, own_address, nonce)
         self.registry = Registry(state, config, machine)
         self.agents = self.registry.agents
         self.busy: dict[str, float] = {}  # machine -> when to ask again
@@ -3709,6 +3820,8 @@ class Master:
         for run in self.state.run_ids():
             if (found := self.load(run)) and found.active:
                 self.runs[run] = found
+                for job in list(found.jobs.values()):
+                    self.expire(found, job, self.started)
 
     async def serve_socket(self, socket: Any) -> None:
         """One connection, from its hello to its end."""
@@ -3736,19 +3849,27 @@ class Master:
             log.warning("%s sent what is no part of the protocol: %s", address, reason)
             with suppress(EOFError):
                 await link.wire.send(encode_message(Refuse(reason)))
+                await socket.close()
         finally:
+            link.wire.abort()
             del self.door.sockets[socket]
 
     async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
-        old = self.agents.get(hello.machine)
-        if old and old.hello.nonce != hello.nonce and await self.answers_ping(old):
-            what = f"this machine id is in use by {old.address}: a cloned state folder"
-            log.warning("refused %s: %s", address, what)
-            await link.wire.send(encode_message(Refuse(what, "delete machine-id in its state folder and restart it")))
-            return
+        if hello.machine == self.machine and isinstance(link.wire, SocketWire):
+            raise ProtocolError("this is the master's own machine id: a cloned state folder; delete machine-id in it")
+        while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
+            if await self.answers_ping(old):
+                what = f"this machine id is in use by {old.address}: a cloned state folder"
+                log.warning("refused %s: %s", address, what)
+                hint = "delete machine-id in its state folder and restart it"
+                await link.wire.send(encode_message(Refuse(what, hint)))
+                return
+            old.link.wire.abort()
+            if self.agents.get(hello.machine) is old:
+                del self.agents[hello.machine]
         if old:
             old.link.wire.abort()
         self.registry.register(hello, address)
@@ -3764,9 +3885,13 @@ class Master:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
                 while True:
-                    self.receive_from_agent(agent, await link.wire.recv())
+                    frame = await link.wire.recv()
+                    try:
+                        self.receive_from_agent(agent, frame)
+                    except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
+                        log.warning("a message of %s failed: %s", label, problem)
+                        link.post(Refuse(str(problem)[:1000]))
         finally:
-            link.wire.abort()
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
                 self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
@@ -3788,7 +3913,7 @@ class Master:
         for run in list(self.runs.values()):
             for job in run.jobs.values():
                 if job.machine == agent.hello.machine and job.state not in FINAL:
-                    if job.state is State.QUEUED and job.ordered:
+                    if job.ordered:  # also one that runs: the host says so if it knows nothing of it
                         agent.link.post(Order(vars(job)))
                     if run.record.cancelled:
                         agent.link.post(Cancel(job.run))
@@ -3826,11 +3951,18 @@ class Master:
         record = self.state.load_run(run)
         if record is None:
             return None
-        jobs = {}
-        for host in record.hosts:
-            empty = job_of_run(record, host)
-            jobs[host] = self.state.load_job(run, host) or replace(empty, state=State.LOST, error="no record of it")
+        jobs = {host: self.state.load_job(run, host) or self.unordered(record, host) for host in record.hosts}
         return Run(record, jobs)
+
+    def unordered(self, record: RunRecord, host: str) -> JobRecord:
+        """A job without a file: `ordered` is recorded before any order, so this one never reached its host."""
+        job = job_of_run(record, host)
+        if record.cancelled:
+            return replace(job, state=State.CANCELLED)
+        waits = time.time() - record.created < max(ORDER_EXPIRES_S, record.wait_s)
+        return (
+            job if waits and not (host in record.offline and not record.wait_s) else replace(job, state=State.OFFLINE)
+        )
 
     def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
         """The run of a job that belongs to this very agent. Raises ProtocolError for anybody else's."""
@@ -3842,10 +3974,9 @@ class Master:
 
     def on_job(self, agent: AgentLink, job: JobRecord) -> None:
         """A host's word about its job. A result counts once its log is here."""
-        if self.load(job.run) is None:  # a new master, or a deployment that the host started by itself
-            record = replace(run_of_job(job), machines={job.host: agent.hello.machine})
-            self.state.save_run(record)
-            self.runs[job.run] = Run(record, {job.host: job_of_run(record, job.host)})
+        found = self.load(job.run)
+        if found is None or (not found.record.nonce and job.host not in found.record.machines):
+            self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
         if run.record.cancelled and job.state not in FINAL:
@@ -3856,6 +3987,19 @@ class Master:
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
         self.drop_idle(run)
+
+    def adopt(self, run: Run | None, job: JobRecord) -> None:
+        """A run that this master has not ordered: it is new here, or the host's operator deployed by hand."""
+        record = run_of_job(job)
+        if run:
+            old = run.record
+            record = replace(
+                old, hosts=[*old.hosts, job.host], machines={**old.machines, **record.machines},
+                addresses={**old.addresses, **record.addresses},
+            )  # fmt: skip
+        self.state.save_run(record)
+        jobs = run.jobs if run else {}
+        self.runs[job.run] = Run(record, {**jobs, job.host: replace(job_of_run(record, job.host), ordered=True)})
 
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
@@ -3874,27 +4018,37 @@ class Master:
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it."""
         job = run.held.get(host)
-        size = log_size(self.state.log_file(run.record.run, host))
+        path = self.state.log_file(run.record.run, host)
+        size = log_size(path)
         if job is None or (size < job.size and host not in run.torn):
             return
-        del run.held[host]
         if accepts_job(run.jobs[host], job):
-            self.record(run, replace(job, size=size), durable=True)
+            sync_file(path)
+            if not self.record(run, replace(job, size=size), durable=True):
+                return  # the host keeps it until there is room
+        del run.held[host]
         if agent := self.agents.get(job.machine):
             agent.link.post(Acked(job.run, host, job.revision))
+            agent.link.end_inbound(path)
         self.busy.pop(job.machine, None)
         self.schedule()
 
-    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> None:
-        """A job's new state: on disk, and to whoever follows. What the master's own runner wrote is there already."""
-        run.jobs[job.host] = job
+    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> bool:
+        """A job's new state: on disk, and to whoever follows; False where the disk does not take it.
+
+        What the master's own runner wrote is on disk already.
+        """
         if job.machine != self.machine or job.revision == 0:
             try:
                 self.state.save_job(job, durable=durable)
             except OSError as problem:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
+                if durable and job.state in FINAL and job.revision:
+                    return False
+        run.jobs[job.host] = job
         for follower in run.followers:
             follower.post(job)
+        return True
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
@@ -3945,7 +4099,9 @@ class Master:
             if run is new or (run.record.kind, run.record.branch) != (new.record.kind, new.record.branch):
                 continue
             for job in list(run.jobs.values()):
-                if job.state is State.QUEUED and not job.ordered and job.machine in new.record.machines.values():
+                mine = next((other for other in new.jobs.values() if other.machine == job.machine), None)
+                waits = job.state is State.QUEUED and not job.ordered
+                if waits and mine and mine.state is State.QUEUED:
                     self.end(run, job, State.CANCELLED, f"replaced by {new.record.run}")
 
     def schedule(self) -> None:
@@ -3982,6 +4138,8 @@ class Master:
             for run in list(self.runs.values()):
                 for job in list(run.jobs.values()):
                     self.expire(run, job, time.time())
+                for host in list(run.held):
+                    self.settle(run, host)
                 self.drop_idle(run)
             if self.runs:
                 self.schedule()
@@ -3992,13 +4150,13 @@ class Master:
             return
         down = self.registry.down_since.get(job.machine, self.started)
         if job.state is State.QUEUED:
-            since = max(down, run.record.created)
+            since = max(down, run.record.created, self.started if job.behind else 0.0)
             allowed = run.record.wait_s if job.host in run.record.offline else max(ORDER_EXPIRES_S, run.record.wait_s)
             if now - since > allowed and job.ordered:
                 self.end(run, job, State.LOST, "the order was never acknowledged", guess=True)
             elif now - since > allowed:
                 self.end(run, job, State.OFFLINE, "the host is offline")
-        elif now - max(down, job.started or 0) > LOST_S:
+        elif now - max(down, self.started) > LOST_S:
             self.end(run, job, State.LOST, f"no connection for {LOST_S:.0f} s", guess=True)
 
     def cancel(self, name: str, by: str) -> RunRecord:
@@ -4006,7 +4164,8 @@ class Master:
         run = self.load(name)
         if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
-        if run.active and not run.record.cancelled:
+        guessed = any(job.provisional for job in run.jobs.values())
+        if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
             run.record = replace(run.record, cancelled=True)
             self.state.save_run(run.record)
@@ -4018,6 +4177,7 @@ class Master:
             if job.state is State.QUEUED and not (job.ordered and agent):
                 self.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
             elif agent:
+                agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
                 agent.link.post(Cancel(name, by))
         self.schedule()
         return run.record
@@ -4047,7 +4207,6 @@ class Desk:
                     except OSError as problem:
                         link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
         finally:
-            link.wire.abort()
             for run in list(self.master.runs.values()):
                 run.followers.discard(link)
                 self.master.drop_idle(run)
@@ -4090,7 +4249,9 @@ class Desk:
         link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
         for host in run.record.hosts:
             if host in chosen:
-                link.post(run.jobs[host])
+                job = run.jobs[host]
+                size = log_size(self.master.state.log_file(message.run, host))
+                link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
                 link.open_log(message.run, host, self.master.state.log_file(message.run, host))
 
     async def answer(self, link: Link, ask: Ask) -> None:
@@ -4195,14 +4356,17 @@ class Connection:
 
     def request(self, message: Any, timeout_s: float) -> Any:
         """Send a message and wait for its answer. Raises the master's refusal with its exit code."""
-        self.send(message)
         deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            reply = self.receive(left)
-            if isinstance(reply, Refuse):
-                raise refused(reply)
-            if reply is not None and not isinstance(reply, bytes):
-                return reply
+        try:
+            self.send(message)
+            while (left := deadline - time.monotonic()) > 0:
+                reply = self.receive(left)
+                if isinstance(reply, Refuse):
+                    raise refused(reply)
+                if reply is not None and not isinstance(reply, bytes):
+                    return reply
+        except EOFError:
+            raise UnreachableError("the master ended the connection", "does it still run? try again") from None
         raise UnreachableError("the master did not answer in time", "is it overloaded? try again")
 
     def close(self) -> None:
@@ -4282,9 +4446,10 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
         connection = caller.dial(max(0.1, deadline - time.monotonic()))
         try:
             reply = connection.request(order, ANSWER_S)
-        except EOFError:
+        except UnreachableError as problem:
             if time.monotonic() > deadline:
-                raise UnreachableError("the master went away before it answered", "try again") from None
+                problem.hint = f"it may have started all the same: {program_name()} logs {order.run} -f"
+                raise
             continue
         if not isinstance(reply, RunRecord):
             raise UnreachableError("the master answered something else", "do both sides run the same version?")
@@ -4324,6 +4489,7 @@ class Follower:
                 break
             except EOFError:
                 self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
+                time.sleep(random.uniform(*RETRY_S))
                 connection = self.caller.dial(float("inf"))
                 self.view.notice("connected again")
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
@@ -4347,7 +4513,7 @@ class Follower:
                 followed.size += len(data)
                 self.view.data(self.channels[channel], data)
                 self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
-                if self.unacked[channel] >= ACK_BYTES:
+                if sum(self.unacked.values()) >= ACK_BYTES:
                     self.acknowledge(connection)
                 self.show_result(self.channels[channel])
         elif isinstance(message, RunRecord):
@@ -4499,7 +4665,8 @@ class Service:
 
     def __init__(self, options: ServeOptions) -> None:
         self.options, self.state = options, options.state
-        self.config = ConfigFile(options.config_path)
+        options.state.create()
+        self.config = ConfigFile(options.config_path, options.state)
         self.nonce = os.urandom(16).hex()
         self.stopping = False
         self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
@@ -4507,7 +4674,6 @@ class Service:
 
     async def run(self) -> int:
         """Serve until a signal. Raises UpdaterError where the start is impossible."""
-        self.state.create()
         lock = FileLock(self.state.daemon_lock)
         if not lock.acquire(timeout_s=DAEMON_LOCK_WAIT_S):
             pid = (read_json(self.state.daemon_file) or {}).get("pid")
@@ -4516,6 +4682,8 @@ class Service:
                 "stop it, or give this one a state folder of its own with --state DIR",
             )
         try:
+            if self.config.config.token_file or self.config.config.tls.cert:
+                raise UsageError("this version serves neither tokenFile nor [tls]", "remove them; use a VPN")
             self.machine = self.state.machine_id()
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             agent = Agent(self.state, self.config, self.machine, self.nonce)
@@ -4524,7 +4692,7 @@ class Service:
             decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, True)
             while not self.stopping:
                 log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
-                decision = await self.serve_as(agent, decision, source)
+                decision, source = await self.serve_as(agent, decision, source)
             return 0
         finally:
             self.state.daemon_file.unlink(missing_ok=True)
@@ -4547,10 +4715,12 @@ class Service:
         except UpdaterError as problem:
             log.warning("%s", problem.what)
 
-    async def serve_as(self, agent: Agent, decision: RoleDecision, source: str | None) -> RoleDecision:
+    async def serve_as(
+        self, agent: Agent, decision: RoleDecision, source: str | None
+    ) -> tuple[RoleDecision, str | None]:
         """One role, until the daemon stops or the role turns out to be another: the decision to go on with."""
         self.over.clear()
-        self.decision = decision
+        self.decision, self.source = decision, source
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(
             lambda: PokeReceiver(agent.poked),
@@ -4569,11 +4739,11 @@ class Service:
                     task.cancel()
         finally:
             transport.close()
-        return self.decision
+        return self.decision, self.source
 
-    def turn(self, decision: RoleDecision) -> None:
+    def turn(self, decision: RoleDecision, source: str | None = None) -> None:
         """Go on in another role."""
-        self.decision = decision
+        self.decision, self.source = decision, source
         self.over.set()
 
     def save_facts(self, facts: Mapping[str, Any]) -> None:
@@ -4589,13 +4759,13 @@ class Service:
         dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
-            group.create_task(self.watch_config(agent, dialer.config_changed.set))
+            group.create_task(self.watch_config(agent, dialer.on_config))
 
-    async def look_again(self) -> None:
+    async def look_again(self, outside: bool) -> None:
         """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
-        decision, _ = await asyncio.to_thread(gather_role, self.config.config, self.options, False)
+        decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, outside)
         if decision.role is Role.MASTER:
-            self.turn(decision)
+            self.turn(decision, source)
 
     async def serve_master(
         self, agent: Agent, facts: dict[str, Any], decision: RoleDecision, source: str | None
@@ -4634,15 +4804,22 @@ class Service:
     async def prove(self, url: MasterUrl, source: str | None) -> None:
         """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
         from websockets.asyncio.client import connect
+        from websockets.exceptions import InvalidStatus, WebSocketException
 
         nonce = None
-        with suppress(Exception):
-            async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
-                hello = Hello(
-                    "commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", socket.gethostname(), self.nonce
-                )
-                await connection.send(encode_message(hello))
-                nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+        for _ in range(PROVE_TRIES):
+            try:
+                async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
+                    name = socket.gethostname()
+                    hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
+                    await connection.send(encode_message(hello))
+                    nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+                break
+            except InvalidStatus as problem:  # even a refusal says who it is
+                nonce = problem.response.headers.get(WHO_HEADER)
+                break
+            except (OSError, TimeoutError, WebSocketException, ProtocolError):
+                await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
             self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
         elif nonce is None and source != "metadata":
@@ -4906,7 +5083,7 @@ def result_text(job: JobRecord) -> str:
             return f"✓ 완료 {job.version or ''}".rstrip()
         case State.FAILED:
             exit_text = "" if job.exit is None else f" (exit {job.exit})"
-            return f"✗ 실패 {job.step}{exit_text}"
+            return f"✗ 실패 {job.step or job.error}{exit_text}"
         case State.CANCELLED:
             return "✗ 취소"
         case State.OFFLINE:
@@ -4959,6 +5136,7 @@ class TextView(View):
         self.output = output
         self.prefixes: dict[str, bytes] = {}
         self.partial: dict[str, bytes] = {}
+        self.behind: dict[str, str | None] = {}
         self.open_host: str | None = None  # whose unfinished line stands on the screen
 
     def begin(self, run: RunRecord) -> None:
@@ -5000,8 +5178,19 @@ class TextView(View):
         color = "32" if job.state is State.SUCCEEDED else "31"
         text = self.output.paint(terminal_text(result_text(job)), color)
         self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
+        if job.error and job.state is not State.LOST:
+            self.notice(f"{job.host}: {job.error}")
+
+    def state(self, job: JobRecord) -> None:
+        if job.behind and self.behind.get(job.host) != job.behind:
+            self.notice(f"{job.host}: queued behind run {job.behind}")
+        self.behind[job.host] = job.behind
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        for host, rest in self.partial.items():  # of a run that goes on
+            self.show(host, rest)
+        if self.open_host is not None:
+            self.output.write(b"\n")
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
         rows = [(job.host, (job.commit or "-")[:7], seconds_text(job), result_text(job)) for job in jobs]
@@ -5075,6 +5264,8 @@ class JsonView(View):
         self.emit(event="result", run=job.run, **job_summary(job))
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        for host, rest in self.partial.items():
+            self.line(host, rest, more=True)
         if all(job.state in FINAL for job in jobs):
             self.emit(event="done", run=run.run, ok=run_ok(jobs))
 
@@ -5095,6 +5286,11 @@ def watch_run(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> in
             else:
                 print(f"\nestelle-updater: {text}", file=sys.stderr)
         return 130
+
+
+def say(text: str) -> None:
+    """Lines on standard output, whatever the console can show."""
+    Output(False).write(terminal_text(text).encode("utf-8", "replace") + b"\n")
 
 
 def make_view(args: Args) -> View:
@@ -5129,7 +5325,7 @@ def cmd_trigger(args: Args) -> int:
     view = make_view(args)
     connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
     if args.detach:
-        view.begin(record) if args.json else print(record.run)
+        view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
     return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
@@ -5170,7 +5366,7 @@ def cmd_history(args: Args) -> int:
             raise
         make_view(args).notice(f"{problem.what}; this is what {args.state_folder().root} has")
     if args.json:
-        print(json.dumps({"runs": rows}, ensure_ascii=False))
+        say(json.dumps({"runs": rows}, ensure_ascii=False))
         return 0
     cells = [
         (
@@ -5198,7 +5394,7 @@ def short_result(host: Mapping[str, Any]) -> str:
 
 def cmd_forget(args: Args) -> int:
     result = ask_master(args, "forget", {"target": args.host})
-    print(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
+    say(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
     return 0
 
 
@@ -5215,23 +5411,23 @@ def cmd_cancel(args: Args) -> int:
     record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
     connection.close()
     text = f"cancelling {record.run} on {', '.join(record.hosts)}"
-    print(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
+    say(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
     return 0
 
 
 def cmd_status(args: Args) -> int:
     result = ask_master(args, "status", {})
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        say(json.dumps(result, ensure_ascii=False))
         return 0
     master = result["master"]
-    print(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
+    say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
     rows = [status_cells(row) for row in result["hosts"]]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "job")
-    sys.stdout.write(terminal_text(render_table(head, rows)))
+    say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
-            print(f"! {row.get('host', 'master')}: {row['problem']}")
+            say(f"! {row.get('host', 'master')}: {row['problem']}")
     return 0
 
 
@@ -5246,15 +5442,21 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+RUNNER_NEEDS = (  # no more: a deployment begins when these are imported
+    *("ctypes", "fcntl", "ipaddress", "select", "shutil", "signal", "socket", "subprocess", "tomllib"),
+    *("difflib", "encodings.idna", "traceback"),
+)
+
+
 def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
-    preload()
+    preload(*RUNNER_NEEDS)
     return Runner(args.state_folder(), args.run, args.host, args.config_path()).main()
 
 
 def cmd_build(args: Args) -> int:
-    print(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
+    say(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
     return 0
 
 
@@ -5410,7 +5612,7 @@ def main(argv: list[str]) -> int:
         if args.verbose:
             raise
         return print_error(problem, args.json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Output.Closed):
         return 130
     except BaseExceptionGroup as group:
         leaf = next(iter_leaves(group))

@@ -116,8 +116,8 @@ def test_a_run_that_could_be_a_path_is_refused(bad: Any) -> None:
         ("host", "\udcff"), ("error", "\ud800"), ("revision", True), ("revision", 1.0), ("revision", "1"),
         ("revision", 1 << 63), ("revision", None), ("exit", "0"), ("exit", False), ("size", -(1 << 63)),
         ("started", "now"), ("started", True), ("created", 1 << 53), ("created", None), ("created", float("nan")),
-        ("created", float("inf")), ("created", 1e300), ("ordered", 1), ("groups", [1, "2"]), ("groups", 1),
-        ("groups", {"0": 1}), ("marks", [1]), ("marks", [[1, None]]),
+        ("created", float("inf")), ("created", 1e300), ("ordered", 1), ("open_step", 1), ("steps", "2"),
+        ("marks", [1]), ("marks", [[1, None]]),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_kind_is_refused_by_name(field: str, bad: Any) -> None:
