@@ -2902,12 +2902,6 @@ _METADATA_DEADLINE_S = 1.0  # it answers in milliseconds, or is not there
 _ECHOES = ("https://api.ipify.org", "https://checkip.amazonaws.com", "https://ipv4.icanhazip.com")
 
 
-def _parse_address(text: str) -> IPv4Address | IPv6Address:
-    """An address without its zone; `::ffff:1.2.3.4` is 1.2.3.4. Raises ValueError."""
-    address = ipaddress.ip_address(text.strip().partition("%")[0])
-    return getattr(address, "ipv4_mapped", None) or address
-
-
 def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[Any]:
     """What the calls return, as it comes, until the deadline; a call that fails has no answer.
 
@@ -2919,7 +2913,7 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
         answer = []
         try:
             answer = [call()]
-        except (OSError, ValueError, http_client.HTTPException):
+        except (OSError, ValueError, UsageError, http_client.HTTPException):
             pass
         finally:
             done.put(answer)
@@ -2938,7 +2932,7 @@ def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tupl
     """Every address that a name has now, IPv4 and IPv6, or the address itself; empty when it can't be resolved."""
     lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     for found in _answers([lookup], timeout_s):
-        return tuple(dict.fromkeys(str(_parse_address(entry[4][0])) for entry in found))
+        return tuple(dict.fromkeys(canonical_address(entry[4][0]) for entry in found))
     return ()
 
 
@@ -2950,7 +2944,7 @@ def probe_is_local(address: str) -> bool:
     address in the same IPv4 subnet: there it is the first one, but Linux routes nothing from a source that isn't ours.
     """
     try:
-        ip = _parse_address(address)
+        ip = _parse_ip(address)
         family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((str(ip), 9))
@@ -2962,12 +2956,12 @@ def probe_is_local(address: str) -> bool:
             probe.bind((str(ip), 0))
             probe.connect((str(ip), 9))
             return True
-    except (OSError, ValueError):
+    except (OSError, UsageError):
         return False
 
 
 def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: bool = False) -> str:
-    """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError or ValueError."""
+    """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError, UsageError."""
     opener = urllib_request.build_opener(urllib_request.ProxyHandler({} if direct else None))
 
     def fetch(url: str, headers: dict[str, str], method: str) -> str:
@@ -2979,10 +2973,10 @@ def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: 
         headers = dict.fromkeys(headers, fetch(token_url, {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT"))
     text = fetch(url, headers, "GET")
     named = re.search(r'"publicIp"\s*:\s*"([^"]+)"', text)
-    address = _parse_address(named[1] if named else text)
-    if not address.is_global:
-        raise ValueError(f"{address} is no public address")
-    return str(address)
+    address = canonical_address(named[1] if named else text)
+    if not is_public(address):
+        raise UsageError(f"{address} is no public address")
+    return address
 
 
 def probe_public_address(
