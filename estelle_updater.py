@@ -39,6 +39,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -410,9 +411,9 @@ def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> li
 
 
 def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = None) -> list[HostRef]:
-    """The hosts that TARGET means, each once, in the order named; `active` is the colour that has the traffic.
+    """The hosts that TARGET means, each once, in the order named; TargetError where a part of it is nobody.
 
-    Raises UsageError for `121.x.x.x`, TargetError (exit 4) for what is nobody or takes no deployments.
+    `active` is the colour that has the traffic, as far as known. `121.x.x.x` and the like are UsageErrors.
     """
     chosen: dict[str, HostRef] = {}
     for part in (piece.strip() for piece in target.split(",")):
@@ -436,18 +437,13 @@ def file_label(label: str) -> str:
 
 def assign_labels(hosts: Sequence[tuple[str, str, str]]) -> list[str]:
     """Labels for (address, name, machine id): no finer than needed to tell the hosts, and their files, apart."""
-
-    def crowds(labels: list[str]) -> list[list[int]]:
-        keys = [file_label(label).casefold() for label in labels]
-        return [[i for i, other in enumerate(keys) if other == key] for key in keys]
-
+    machines = {machine for _, _, machine in hosts}
+    length = next((n for n in range(4, 32) if len({machine[:n] for machine in machines}) == len(machines)), 32)
     labels = [address for address, _, _ in hosts]
-    labels = [f"{hosts[i][0]}/{hosts[i][1]}" if len(same) > 1 else labels[i] for i, same in enumerate(crowds(labels))]
-    for i, same in enumerate(crowds(labels)):
-        if len(same) > 1:
-            machines = [hosts[other][2] for other in same]
-            length = next((n for n in range(4, 32) if len({m[:n] for m in machines}) == len(machines)), 32)
-            labels[i] += f"~{hosts[i][2][:length]}"
+    for finer in ([f"{a}/{n}" for a, n, _ in hosts], [f"{a}/{n}~{m[:length]}" for a, n, m in hosts]):
+        files = [file_label(label).casefold() for label in labels]  # on Windows, a and A are one file
+        shared = Counter(files)
+        labels = [more if shared[f] > 1 else label for label, more, f in zip(labels, finer, files, strict=True)]
     return labels
 
 
@@ -635,11 +631,11 @@ def _role(raw: Any) -> Role:
 
 def _environment(raw: Any) -> dict[str, str]:
     """Environment variables by name; no value is ever shown, since it may be a secret."""
-    named = {key: bool(re.fullmatch(r"[^\s=\0]+", key)) for key in _mapping(raw)}
+    names = [key for key in _mapping(raw) if not re.fullmatch(r"[^\s=\0]+", key)]
+    problems = [(_step(key), "is no name of an environment variable") for key in names]
     kinds = {key: type(value).__name__ for key, value in raw.items() if not _is_argument(value)}
-    problems = [(_step(key), "is no name of an environment variable") for key, fine in named.items() if not fine]
-    problems += [(_step(key), f"a {kind} is no text; write the value in quotes") for key, kind in kinds.items()]
-    _convert_all([], problems)
+    problems += [(_step(key), f"its value is {kind}, no text; write it in quotes") for key, kind in kinds.items()]
+    _convert_all((), problems)
     return dict(raw)
 
 
@@ -954,8 +950,7 @@ def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
 
 def owner_of_name(config: Config, name: str) -> str | None:
     """The address to which the configuration gives `name`; a host elsewhere that claims the name is refused it."""
-    owners = (r.address for r in config.hosts if r.address and r.name and r.name.casefold() == name.casefold())
-    return next(owners, None)
+    return next((rule.address for rule in config.hosts if rule.name and rule.name.casefold() == name.casefold()), None)
 
 
 def render_config(data: Mapping[str, Any], form: str) -> str:

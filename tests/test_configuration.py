@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from estelle_updater import (
@@ -38,6 +38,9 @@ from estelle_updater import (
     render_config,
     secret_values,
 )
+
+settings.register_profile("patient", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("patient")
 
 SMALLEST = '{ "masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58", "121.0.0.7"] }'
 SMALL = {"masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58"]}
@@ -364,7 +367,7 @@ def test_all_problems_at_once_with_file_key_and_value():
         'deploy.remote: "--upload-pack=x" is no git remote\'s name',
         'hosts."121.0.0.0/24": "121.0.0.0/24" is no host; write ADDRESS/HOSTNAME, HOSTNAME or ADDRESS',
         'hosts."121.0.0.0/24".color: "red" is no choice here; write blue or green',
-        'hosts."121.0.0.0/24".env.PORT: a int is no text; write the value in quotes',
+        'hosts."121.0.0.0/24".env.PORT: its value is int, no text; write it in quotes',
         'hosts."1.2.3.4".deploy: "no" is no true or false',
     ]
 
@@ -568,6 +571,7 @@ SECTIONS = {
     "yq-blue": {"repo": "hostname"},
     "10.0.0.2/YQ-Blue": {"repo": "both", "role": "agent", "color": "blue", "env": {"A": "1"}},
     "::ffff:10.0.0.9": {"deploy": False},
+    "laptop": {},
 }
 
 
@@ -578,6 +582,7 @@ SECTIONS = {
         ("::ffff:10.0.0.2", "YQ-BLUE", "10.0.0.2/YQ-Blue", "YQ-BLUE"),
         ("10.0.0.3", "yq-blue", "yq-blue", "yq-blue"),
         (None, "yq-blue", "yq-blue", "yq-blue"),
+        ("10.0.0.2", "laptop", "laptop", "laptop"),
         ("10.0.0.2", "other", "10.0.0.2", "edge"),
         ("10.0.0.9", "other", "::ffff:10.0.0.9", "other"),
         ("10.0.0.3", "yq-blue.example", None, "yq-blue.example"),
@@ -639,6 +644,7 @@ def test_conversion_loses_nothing_of_a_file_between_both_forms():
         "hosts": {"1.2.3.4": {"repo": "/a"}, "x": {"color": "blue"}},
     }
     assert convert_data({"machines": {"121.x.x.x": None}}) == {"whitelist": ["121.x.x.x"]}
+    assert convert_data({"machines": 5}) == {"machines": 5}  # parse_config says what is wrong with it
 
 
 # ---------------------------------------------------------------------------- environment files and secrets
@@ -668,8 +674,8 @@ def test_environment_file(text: str, variables: dict[str, str]):
 @pytest.mark.parametrize(
     ("text", "problems"),
     [
-        ('{"A": 5, "B": "s3cret", "C": {"x": "s3cret"}}', ["A: a int is no text", "C: a dict is no text"]),
-        ('{"A": true, "B": null}', ["A: a bool is no text", "B: a NoneType is no text"]),
+        ('{"A": 5, "B": "s3cret", "C": {"x": "s3cret"}}', ["A: its value is int, ", "C: its value is dict, "]),
+        ('{"A": true, "B": null}', ["A: its value is bool, ", "B: its value is NoneType, "]),
         ('{"A=s": "s3cret"}', ['"A=s": is no name']),
         ('{"A": "s3cret" "B"}', ["line 1, column 16: "]),
         ("A=1\ns3cret\nB=\"s3cret\n='s3cret'", ["line 2: ", "line 3: ", "line 4: "]),
