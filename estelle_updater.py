@@ -196,6 +196,7 @@ WINDOW_BYTES = 1 << 20  # unacknowledged on one connection, so that no live line
 ACK_BYTES = 256 << 10
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
+LAST_LINE_BYTES = 300  # of what a silent step said last
 TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -211,6 +212,8 @@ WELCOME_S = 10.0
 PUBLIC_S = 3.0
 OUTSIDE_EVERY = 10  # of the failed tries one asks the outside world again: the network may have come up late
 PROVE_TRIES = 5
+PRUNE_S = 3600.0
+SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
@@ -1687,6 +1690,24 @@ class Masker:
         return b"".join(written)
 
 
+SGR = re.compile(r"\x1b\[[0-9;:]*m")
+ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
+    r"(\x1b\[[0-9;:]*m)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+    re.DOTALL,
+)
+RESET = "\x1b[0m"
+
+
+def terminal_text(text: str) -> str:
+    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
+    lines = []
+    for line in re.split(r"\r+\n?|\n", text):
+        clean = ESCAPES.sub(lambda match: match[1] or "", line)
+        lines.append(clean + RESET if SGR.search(clean) else clean)
+    return "\n".join(lines)
+
+
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"detected dubious ownership",
@@ -2004,6 +2025,21 @@ class StateFolder:
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
+    def prune(self, keep: KeepRule, needed: Container[str], now: float) -> list[str]:
+        """Delete runs beyond `keep`, except those `needed`, those not over, and the last success of each host."""
+        runs = self.run_ids()
+        oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
+        old = [run for run in runs[: max(0, len(runs) - keep.runs)] if run not in needed]
+        old += [run for run in runs[max(0, len(runs) - keep.runs) :] if run < oldest and run not in needed]
+        if not old:
+            return []
+        jobs = {run: self.load_jobs(run) for run in runs}
+        last = {job.host: run for run in runs for job in jobs[run] if job.state is State.SUCCEEDED}
+        gone = [run for run in old if run not in last.values() and all(job.state in FINAL for job in jobs[run])]
+        for run in gone:
+            shutil.rmtree(self.runs / run, ignore_errors=True)
+        return gone
+
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
         rows: list[dict[str, Any]] = []
@@ -2283,6 +2319,16 @@ def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KIL
     Nothing is left on Windows: the runner's Job Object took it along.
     """
     return _kill_family(mark, set(pgids), deadline_s)[0]
+
+
+def runs_below(name: str, folder: Path) -> bool:
+    """Whether a program called `name` runs with its working directory in `folder`; only Linux can tell."""
+    for pid in os.listdir("/proc") if sys.platform == "linux" else ():
+        with suppress(OSError, ValueError):
+            cwd = Path(os.readlink(f"/proc/{int(pid)}/cwd"))
+            if cwd.is_relative_to(folder.resolve()) and Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                return True
+    return False
 
 
 def adopt_orphans() -> bool:
@@ -2698,6 +2744,7 @@ class Runner:
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         if self.git("rev-parse", "--is-inside-work-tree").strip() != b"true":
             raise UsageError(f"{self.repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        self.remove_git_locks()
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
         names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
@@ -2773,6 +2820,18 @@ class Runner:
             )
         return done.stdout if done.returncode == 0 else b""
 
+    def remove_git_locks(self) -> None:
+        """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
+        left to exclude is a git that somebody runs by hand."""
+        folder = self.repo / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
+        locks = [*folder.glob("*.lock"), *folder.glob("refs/**/*.lock"), *folder.glob("worktrees/*/*.lock")]
+        if not locks or runs_below("git", self.repo):
+            return
+        for lock in locks:
+            with suppress(OSError):  # Windows: it is open, so its owner lives
+                lock.unlink()
+                self.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
+
     def warn_of_changes(self) -> None:
         """Local changes stay, but are listed: that the tree is not what the commit says should be seen."""
         changes: list[str] = []
@@ -2812,7 +2871,7 @@ class Runner:
         pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
         stopped = self.watch(child, pump, time.monotonic() + timeout_s)
-        code = child.wait()
+        code = child.wait() if stopped is None else None  # what can't be killed is not waited for
         child.close_pipe()
         self.log.write(self.masker.flush())
         self.save(open_step=None)  # what it left running was left on purpose
@@ -3310,6 +3369,15 @@ class Agent:
                 except OSError as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
 
+    async def prune_forever(self, needed: Callable[[], Iterable[str]]) -> None:
+        """Now and then, delete the runs that [keep] does not keep."""
+        while True:
+            runs = {run for run, _ in self.jobs}.union(needed())
+            gone = await asyncio.to_thread(self.state.prune, self.config.config.keep, runs, time.time())
+            if gone:
+                log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
+            await asyncio.sleep(PRUNE_S)
+
     def look_for_local(self) -> None:
         """A deployment that was started on this host by hand: the master hears of it like of any other."""
         current = read_json(self.state.current_file) or {}
@@ -3389,7 +3457,13 @@ class Agent:
         except OSError as problem:
             log.error("can't start a runner: %s", problem)
         else:
-            self.spawn(asyncio.to_thread(child.wait))
+            self.spawn(self.await_launch(job, child))
+
+    async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
+        """The cradle is empty at once; one that failed will fail again."""
+        if await asyncio.to_thread(child.wait):
+            job.launches = LAUNCHES
+            self.poked.set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -3455,8 +3529,12 @@ class Agent:
             result = await asyncio.to_thread(live_facts, repo, scrub_environment(os.environ))
             with suppress(OSError):
                 result["version"] = parse_version_file((repo / rule.version).read_bytes())
-            running = next((job.record for job in self.jobs.values() if job.record.state is State.RUNNING), None)
-            result |= {"problem": self.config.problem, "running": running and running.run}
+            result["problem"] = self.config.problem
+            for job in self.jobs.values():
+                if job.record.state is State.RUNNING:
+                    with suppress(OSError):
+                        wrote = self.state.log_file(job.record.run, job.record.host).stat().st_mtime
+                        result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
         if self.link:
             self.link.post(Answer(ask.id, result))
 
@@ -4290,8 +4368,11 @@ class Desk:
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
+            "silent_s": facts.get("silent_s"),
             "link_down_since": self.master.registry.down_since.get(host.machine),
-            "queued": [job.run for job in jobs if job.state is State.QUEUED], "problem": facts.get("problem"),
+            "queued": [job.run for job in jobs if job.state is State.QUEUED],
+            "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
+            "problem": facts.get("problem"),
         }  # fmt: skip
 
 
@@ -4454,6 +4535,9 @@ class Followed:
     size: int = 0
     offered: int | None = None
     shown: bool = False
+    heard: float = 0.0  # when the last byte came
+    tail: bytes = b""
+    silence_told_s: float = 0.0
 
 
 class Follower:
@@ -4496,11 +4580,14 @@ class Follower:
     def receive(self, connection: Connection, message: Any) -> None:
         if message is None:
             self.acknowledge(connection)
+            self.tell_silence()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
             followed = self.hosts[self.channels[channel]]
             if offset == followed.size:
                 followed.size += len(data)
+                followed.heard, followed.silence_told_s = time.monotonic(), 0.0
+                followed.tail = (followed.tail + data)[-LAST_LINE_BYTES:]
                 self.view.data(self.channels[channel], data)
                 self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
                 if sum(self.unacked.values()) >= ACK_BYTES:
@@ -4522,6 +4609,16 @@ class Follower:
             connection.send(Have(message.channel, self.hosts[message.host].size, rewind=True))
         elif isinstance(message, Refuse):
             raise refused(message)
+
+    def tell_silence(self) -> None:
+        """A step that hangs should not look like one that works: say what it said last, ever more rarely."""
+        for host, followed in self.hosts.items():
+            silent_s = time.monotonic() - (followed.heard or time.monotonic())
+            running = followed.job and followed.job.state is State.RUNNING and not followed.shown
+            if running and self.live and silent_s > max(SILENT_S, 2 * followed.silence_told_s):
+                followed.silence_told_s = silent_s
+                last = followed.tail.decode("utf-8", "replace").strip().splitlines()[-1:]
+                self.view.notice(f"{host}: silent for {silent_s:.0f} s; last line: {terminal_text(''.join(last))}")
 
     def acknowledge(self, connection: Connection) -> None:
         for channel in self.unacked:
@@ -4749,6 +4846,7 @@ class Service:
         dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
+            group.create_task(agent.prune_forever(tuple))
             group.create_task(self.watch_config(agent, dialer.on_config))
 
     async def look_again(self, outside: bool) -> None:
@@ -4789,6 +4887,7 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
+            group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
 
     async def prove(self, url: MasterUrl, source: str | None) -> None:
@@ -5047,23 +5146,6 @@ def _replace_executable(path: Path, content: bytes) -> None:
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
-
-SGR = re.compile(r"\x1b\[[0-9;:]*m")
-ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
-    r"(\x1b\[[0-9;:]*m)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
-    re.DOTALL,
-)
-RESET = "\x1b[0m"
-
-
-def terminal_text(text: str) -> str:
-    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
-    lines = []
-    for line in re.split(r"\r+\n?|\n", text):
-        clean = ESCAPES.sub(lambda match: match[1] or "", line)
-        lines.append(clean + RESET if SGR.search(clean) else clean)
-    return "\n".join(lines)
 
 
 def result_text(job: JobRecord) -> str:
@@ -5423,12 +5505,21 @@ def cmd_status(args: Args) -> int:
 
 def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """One host's row of the `status` table."""
-    job = f"running {row['running']} ({row.get('step') or '?'})" if row["running"] else ""
-    job += f" queued {', '.join(row['queued'])}" if row["queued"] else ""
+    jobs = []
+    if row["running"]:
+        since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
+        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
+    for run in row["queued"]:
+        behind = row.get("behind", {}).get(run)
+        jobs.append(f"{run} queued" + (f" behind {behind}" if behind else ""))
+    down = row.get("link_down_since")
+    since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
+    online = "yes" if row["online"] else f"no{since}"
     commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], "yes" if row["online"] else "no", row["branch"] or "-", commit,
-        row["version"] or "-", row["color"] or "-", job.strip() or "-",
+        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
+        row["color"] or "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
 
