@@ -819,7 +819,6 @@ class FileLock:
         return True
 
 
-
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
@@ -1113,17 +1112,15 @@ StrPath: TypeAlias = str | os.PathLike[str]
 HIDDEN: dict[str, Any] = {"creationflags": 0x08000000} if os.name == "nt" else {}  # CREATE_NO_WINDOW, for Popen
 _ANY_CASE = re.IGNORECASE if os.name == "nt" else 0
 
-_PM2_KEYS = re.compile(  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's environment
+_PM2_KEYS = (  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's environment
     "automation|auto(re)?start|created_at|exec_(interpreter|mode)|exit_code|exp_backoff_restart_delay|instance_var"
     "|instances|kill_(retry_time|timeout)|km_link|log_date_format|max_(memory_restart|restarts)|merge_logs|min_uptime"
     "|name(space)?|pmx|(prev_)?restart_delay|restart_time|status|stop_exit_codes|treekill|unique_id|unstable_restarts"
-    "|vizion(_running)?|watch|windowsHide",
-    flags=_ANY_CASE,
+    "|vizion(_running)?|watch|windowsHide"
 )
-_DAEMON_KEYS = re.compile(  # the daemon's own: its supervisor's, its interpreter's, the git hook's that started it
+_DAEMON_KEYS = (  # the daemon's own: its supervisor's, its interpreter's, the git hook's that started it
     r"ESTELLE_.*|pm_.*|PM2_(?!HOME$).*|NODE_APP_INSTANCE|NODE_CHANNEL_.*|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*"
-    r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MAINPID|(STATE|CREDENTIALS)_DIRECTORY|GIT_(?!SSH).*|PYTHON.+",
-    flags=_ANY_CASE,
+    r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MAINPID|(STATE|CREDENTIALS)_DIRECTORY|GIT_(?!SSH).*|PYTHON.+"
 )
 _NO_PROMPTS = {
     "CI": "true",  # pnpm and others then fail instead of asking
@@ -1148,9 +1145,8 @@ def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
 
     The host's own `env` goes on top. A GIT_SSH or GIT_SSH_COMMAND in `env` stays: somebody configured it.
     """
-    kept = {key: value for key, value in env.items() if not _DAEMON_KEYS.fullmatch(key)}
-    if "pm_id" in env or "PM_ID" in env:  # Windows shows names in capitals
-        kept = {key: value for key, value in kept.items() if not _PM2_KEYS.fullmatch(key)}
+    dropped = _DAEMON_KEYS + (f"|{_PM2_KEYS}" if "pm_id" in env or "PM_ID" in env else "")  # Windows says PM_ID
+    kept = {key: value for key, value in env.items() if not re.fullmatch(dropped, key, _ANY_CASE)}
     if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
         kept |= {"GIT_SSH_COMMAND": _SSH_COMMAND, "GIT_SSH_VARIANT": "ssh"}
     return kept | _NO_PROMPTS
@@ -1181,12 +1177,9 @@ def render_cmd_line(argv: Sequence[str], shell: str) -> str:
 
     Raises UpdaterError for what cmd.exe interprets even in quotes, or could once the shim passes it on as `%*`.
     """
-    for argument in argv[1:]:
-        if re.search(r'["%!^&|<>\r\n\0]|\\$', argument):
-            raise UpdaterError(
-                f"{argv[0]}: cmd.exe would interpret the argument {argument!r}",
-                'a .cmd program takes no " % ! ^ & | < >, no line break and no \\ at the end',
-            )
+    for bad in (word for word in argv[1:] if re.search(r'["%!^&|<>\r\n\0]|\\$', word)):
+        hint = 'a .cmd program takes no " % ! ^ & | < >, no line break and no \\ at the end'
+        raise UpdaterError(f"{argv[0]}: cmd.exe would interpret the argument {bad!r}", hint)
     words = [word if re.fullmatch(r"[\w./\\:@+-]+", word) else f'"{word}"' for word in argv[1:]]
     line = " ".join([f'"{argv[0]}"', *words])
     return f'"{shell}" /d /s /c "{line}"'
@@ -1217,7 +1210,7 @@ def _read_process(pid: int) -> _Process | None:
     return _Process(int(parent), int(group), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
 
 
-def _find_family(mark: str, pgids: Iterable[int], root: int = 0, since: int = 0) -> set[int]:
+def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> set[int]:
     """The living processes of the step `mark`: those that carry it, their groups among `pgids`, all their children.
 
     With a `root` also its descendants, started at tick `since` or later: a service of an earlier step is not ours.
@@ -1234,31 +1227,28 @@ def _find_family(mark: str, pgids: Iterable[int], root: int = 0, since: int = 0)
         spared.add(ancestor)
         ancestor = table[ancestor].parent
     seeds = [pid for pid, process in table.items() if process.mark == mark]
-    groups = {table[pid].group for pid in seeds}.intersection(pgids)
-    seeds += [pid for pid, process in table.items() if process.group in groups]
-    seeds += children.get(root, []) if root else []
+    groups = {table[pid].group for pid in seeds} & pgids
+    seeds += [pid for pid, process in table.items() if process.group in groups or process.parent == root]
     while seeds:
         pid = seeds.pop()
-        if pid in family | spared or table[pid].start < since or table[pid].mark not in (None, mark):
+        if pid in family or pid in spared or table[pid].start < since or table[pid].mark not in (None, mark):
             continue
         family.add(pid)
         seeds += children.get(pid, [])
     return {pid for pid in family if table[pid].alive}
 
 
-def _kill_family(deadline_s: float, mark: str, pgids: Iterable[int], root: int = 0, since: int = 0) -> tuple[int, bool]:
+def _kill_family(mark: str, pgids: set[int], deadline_s: float, root: int = -1, since: int = 0) -> tuple[int, bool]:
     """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, and whether none is left."""
-    killed, refused = set[int](), set[int]()
-    deadline, pause_s = time.monotonic() + deadline_s, 0.002
+    killed, refused, deadline, pause_s = set[int](), set[int](), time.monotonic() + deadline_s, 0.002
     while (victims := _find_family(mark, pgids, root, since) - refused) and time.monotonic() < deadline:
         for pid in victims:
-            try:
-                os.kill(pid, 9)
-                killed.add(pid)
-            except ProcessLookupError:
-                pass
-            except PermissionError:  # sudo's child: waiting will not help
-                refused.add(pid)
+            with suppress(ProcessLookupError):
+                try:
+                    os.kill(pid, 9)
+                    killed.add(pid)
+                except PermissionError:  # sudo's child: waiting will not help
+                    refused.add(pid)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.1)
     return len(killed), not victims and not refused
@@ -1269,7 +1259,7 @@ def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KIL
 
     Nothing is left on Windows: the runner's Job Object took it along.
     """
-    return _kill_family(deadline_s, mark, set(pgids))[0]
+    return _kill_family(mark, set(pgids), deadline_s)[0]
 
 
 def adopt_orphans() -> bool:
@@ -1306,14 +1296,14 @@ if sys.platform == "win32":
 
         def terminate(self, deadline_s: float) -> bool:
             """End every process of the job, as a shell would report SIGKILL; whether none is left."""
-            counts = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION
+            counts = (ctypes.c_uint32 * 12)()  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION
             deadline = time.monotonic() + deadline_s
             self._api.TerminateJobObject(self._job, 128 + 9)
-            while self._api.QueryInformationJobObject(self._job, 1, counts, 48, None):
-                if struct.unpack_from("I", counts, 40) == (0,) or time.monotonic() > deadline:
-                    break
+            while self._api.QueryInformationJobObject(self._job, 1, counts, 48, None) and counts[10]:
+                if time.monotonic() > deadline:
+                    return False
                 time.sleep(0.005)
-            return struct.unpack_from("I", counts, 40) == (0,)
+            return True
 
         def close(self, *, leave_running: bool) -> None:
             """Give the handle back; what still runs lives on or ends. Nothing the second time."""
@@ -1419,15 +1409,14 @@ class Spawned:
     else:
 
         def _open(self) -> None:
-            process = _read_process(self.pid)
-            self._start = process.start if process else 0
+            self._start = process.start if (process := _read_process(self.pid)) else 0
             self._reading = threading.Lock()
-            self._poll = select.poll()
-            self._poll.register(self._out.fileno(), select.POLLIN)
+            (poll := select.poll()).register(self._out.fileno(), select.POLLIN)
+            self._poll = poll.poll
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
             with self._reading:
-                if self._over or not self._poll.poll(patience_s * 1000):
+                if self._over or not self._poll(patience_s * 1000):
                     return None
                 return os.read(self._out.fileno(), max_bytes)
 
@@ -1440,13 +1429,13 @@ class Spawned:
             return False
 
         def kill_tree(self, deadline_s: float = KILL_S) -> bool:
-            """Kill the command and everything it started, however far it moved away; whether nothing is left.
+            """Kill the command and everything it started; whether nothing is left after at most `deadline_s`.
 
-            Takes at most `deadline_s`. Complete on Linux after `adopt_orphans`; elsewhere it is the process group.
-            For a process that runs one step at a time: a younger child without a mark counts as the step's.
+            However far it moved away: on Linux after `adopt_orphans`, else it is the process group alone. For a
+            runner with one step at a time, as a younger child without a mark counts as the step's.
             """
             self.interrupt(9)
-            gone = _kill_family(deadline_s, self._mark, [self.pid], os.getpid(), self._start)[1]
+            gone = _kill_family(self._mark, {self.pid}, deadline_s, os.getpid(), self._start)[1]
             return gone and self._exited.wait(1.0)
 
         def close_pipe(self) -> None:
@@ -1490,22 +1479,18 @@ def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath)
 
     It holds no descriptor or handle of the daemon; its standard error is appended to `log_path`.
     """
+    env = {key: value for key, value in env.items() if key not in (MARK, DETACHED)}
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    try:
-        return subprocess.Popen(
-            list(argv), env={key: value for key, value in env.items() if key not in (MARK, DETACHED)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True, **HIDDEN,
-        )  # fmt: skip
-    finally:
-        os.close(log)
+    with open(log, "ab") as err:
+        null = subprocess.DEVNULL
+        return subprocess.Popen(argv, env=env, stdin=null, stdout=null, stderr=err, start_new_session=True, **HIDDEN)
 
 
 def detach_self(argv: Sequence[str] = ()) -> None:
-    """The runner's first act: leave the daemon's tree, so that whoever kills that by parent ids spares the runner.
+    """The runner's first act, before any thread, lock or file: leave the daemon's tree, which PM2 kills by parent ids.
 
-    PM2 does: a session of its own is not enough. Windows can't fork: there `argv` (this very command by default) is
-    started once more, outside the daemon's Job Object if that allows it. Only one process returns, and on Linux it
-    adopts orphans. Before any thread, lock or open file.
+    Only the process that left returns; on Linux it adopts orphans. Windows can't fork: there `argv` (this very command
+    by default) is started once more, outside the daemon's Job Object if that lets it go.
     """
     if sys.platform != "win32":
         if os.fork():
@@ -1513,26 +1498,23 @@ def detach_self(argv: Sequence[str] = ()) -> None:
         os.setsid()
         adopt_orphans()
     elif not os.environ.pop(DETACHED, ""):
-        alone = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        command, env = list(argv) or [sys.executable, *sys.orig_argv[1:]], {**os.environ, DETACHED: "1"}
+        alone, null = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP, subprocess.DEVNULL
         for flags in (alone | subprocess.CREATE_BREAKAWAY_FROM_JOB, alone):
-            with suppress(PermissionError):  # the daemon's Job Object forbids to leave it
-                subprocess.Popen(
-                    list(argv) or [sys.executable, *sys.orig_argv[1:]], env={**os.environ, DETACHED: "1"},
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, creationflags=flags,
-                )  # fmt: skip
+            with suppress(PermissionError):  # the daemon's Job Object does not let it go
+                subprocess.Popen(command, env=env, stdin=null, stdout=null, creationflags=flags)
                 os._exit(0)
         os._exit(1)
 
 
 def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
     """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM, SIGHUP, SIGBREAK."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        if (number := getattr(signal, name, None)) is None:
-            continue
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
         if sys.platform != "win32":
-            loop.add_signal_handler(number, callback, name)
+            loop.add_signal_handler(number, callback, number.name)
         else:
-            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(callback, name))
+            signal.signal(number, lambda n, _: loop.call_soon_threadsafe(callback, signal.Signals(n).name))
 
 
 # ==============================================================================
