@@ -37,6 +37,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
+import importlib
 import itertools
 import json
 import os
@@ -46,16 +48,19 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
 __version__ = "0.1.0"
+
+
+_LAZY_NAMES: list[str] = []  # for `preload`
 
 
 class _Lazy:
@@ -63,12 +68,13 @@ class _Lazy:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        _LAZY_NAMES.append(name)
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._load(), attribute)
 
     def _load(self) -> Any:
-        module = __import__(self._name, fromlist=["*"])
+        module = importlib.import_module(self._name)
         globals()[self._name.replace(".", "_") if "." in self._name else self._name] = module
         return module
 
@@ -76,15 +82,75 @@ class _Lazy:
 if TYPE_CHECKING:
     import asyncio
     import ctypes
+    import hashlib
+    import http.client as http_client
+    import importlib.metadata as importlib_metadata
+    import importlib.util as importlib_util
+    import io
+    import ipaddress
+    import marshal
     import queue
     import random
     import select
+    import shutil
     import signal
     import socket
     import subprocess
+    import tempfile
+    import tomllib
+    import urllib.request as urllib_request
+    import zipfile
+    from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 else:
-    asyncio, ctypes, queue, random = _Lazy("asyncio"), _Lazy("ctypes"), _Lazy("queue"), _Lazy("random")
-    select, signal, socket, subprocess = _Lazy("select"), _Lazy("signal"), _Lazy("socket"), _Lazy("subprocess")
+    asyncio = _Lazy("asyncio")
+    ctypes = _Lazy("ctypes")
+    hashlib = _Lazy("hashlib")
+    http_client = _Lazy("http.client")
+    importlib_metadata = _Lazy("importlib.metadata")
+    importlib_util = _Lazy("importlib.util")
+    io = _Lazy("io")
+    ipaddress = _Lazy("ipaddress")
+    marshal = _Lazy("marshal")
+    queue = _Lazy("queue")
+    random = _Lazy("random")
+    select = _Lazy("select")
+    shutil = _Lazy("shutil")
+    signal = _Lazy("signal")
+    socket = _Lazy("socket")
+    subprocess = _Lazy("subprocess")
+    tempfile = _Lazy("tempfile")
+    tomllib = _Lazy("tomllib")
+    urllib_request = _Lazy("urllib.request")
+    zipfile = _Lazy("zipfile")
+
+# What a daemon comes to need besides: imported inside functions, here, in websockets or by the library itself.
+_PRELOADED = (
+    *("_strptime", "concurrent.futures.thread", "encodings.idna", "traceback"),
+    *("tomli_w", "websockets.asyncio.client", "websockets.asyncio.server", "websockets.sync.client"),
+)
+_BAKED = "estelle_updater.pyz"  # the folder that `build` writes into compiled code as the place of its source
+
+
+def preload(*names: str) -> None:
+    """Import what may be needed later, so that the .pyz (or Python's library) may be replaced under this process.
+
+    Imports `names`, or without any all that a daemon can need; a module that this platform or installation lacks is
+    skipped. Source lines are kept too: a traceback would read them from the new file, show the wrong ones, or fail.
+    """
+    for name in names or (*_LAZY_NAMES, *_PRELOADED):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    import linecache
+    from zipimport import zipimporter
+
+    for module in list(sys.modules.values()):
+        loader, path = getattr(module, "__loader__", None), getattr(module, "__file__", None) or ""
+        if isinstance(loader, zipimporter):
+            if path.endswith(".pyc"):
+                path = _BAKED + path[len(loader.archive) : -1].replace(os.sep, "/")
+            linecache.getlines(path, vars(module))
 
 
 # ==============================================================================
@@ -142,6 +208,10 @@ ACK_S = 0.1
 SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it and can't tell
 PING_INTERVAL_S = PING_TIMEOUT_S = 20.0  # both ends: a peer that vanished is noticed in 40 s at most
 WELCOME_S = 10.0
+PUBLIC_S = 3.0
+OUTSIDE_EVERY = 10  # of the failed tries one asks the outside world again: the network may have come up late
+PROVE_TRIES = 5
+LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
@@ -159,6 +229,8 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
+HISTORY_ROWS = 1000
+LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
 
 
@@ -235,9 +307,865 @@ def iter_leaves(group: BaseException) -> Iterator[BaseException]:
 # 3. Addresses: canonical addresses, whitelist verdict, role decision, targets
 # ==============================================================================
 
+
+_ADDRESS_HINT = "write 121.0.0.7 or 121.0.0.0/8"
+_ADDRESS_LIKE = re.compile(r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*")  # meant as an address, `121.x.x.x` too
+_HOST_NAME = re.compile(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
+_DEVICE = re.compile(r"(?i)(RUN|CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
+
+
+def _parse_ip(text: str) -> IPv4Address | IPv6Address:
+    """The address that `text` means, IPv4 wherever it is one; UsageError with the contract's hint."""
+    bare = text.strip()
+    bracketed = bare.startswith("[") and bare.endswith("]")
+    bare, percent, zone = (bare[1:-1] if bracketed else bare).partition("%")
+    try:
+        address = ipaddress.ip_address(bare)
+        if (address.version == 4 and (bracketed or percent)) or (percent and not zone):
+            raise ValueError(bare)
+    except ValueError:
+        raise UsageError(f"{text!r} is no address", _ADDRESS_HINT) from None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def canonical_address(text: str) -> str:
+    """The one spelling of an address: `::ffff:1.2.3.4` is 1.2.3.4, `[FE80::1%eth0]` is fe80::1; else UsageError."""
+    return str(_parse_ip(text))
+
+
+def is_public(address: str) -> bool:
+    """Whether the internet knows this address: not private, loopback or link-local."""
+    return _parse_ip(address).is_global
+
+
+def parse_network(text: str) -> IPv4Network | IPv6Network:
+    """An address or CIDR as a network, a lone address alone in it; UsageError where bits behind the prefix are set."""
+    head, slash, tail = text.strip().partition("/")
+    address = _parse_ip(head)
+    longest = 128 if ":" in head else 32
+    if slash and not re.fullmatch(r"0|[1-9][0-9]{0,2}", tail):  # no masks: 0.0.0.255 could be read either way
+        raise UsageError(f"{text!r} is no address", _ADDRESS_HINT)
+    length = (int(tail) if slash else longest) - (longest - address.max_prefixlen)  # ::ffff:1.2.3.0/120 is a /24
+    if not 0 <= length <= address.max_prefixlen:
+        raise UsageError(f"{text!r} is no network", f"write {address} or a prefix of at most /{address.max_prefixlen}")
+    network = ipaddress.ip_network((int(address).to_bytes(address.max_prefixlen // 8), length), strict=False)
+    if network.network_address != address:
+        raise UsageError(f"{text!r} has host bits set", f"write {network} for the network or {address} for the host")
+    return network
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an address may connect, and why, in a sentence that names the address."""
+
+    allowed: bool
+    reason: str
+
+
+class Whitelist:
+    """Who may connect: the addresses listed and nobody else, loopback included; an empty list lets nobody in.
+
+    One lookup per distinct prefix length, so a call costs the same with ten entries and ten thousand.
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self.entries = tuple(entries)
+        self._by_shift: dict[tuple[int, int], dict[int, str]] = {}
+        for entry in self.entries:
+            network = parse_network(entry)
+            shift = network.max_prefixlen - network.prefixlen
+            self._by_shift.setdefault((network.version, shift), {})[int(network.network_address) >> shift] = entry
+
+    def verdict(self, address: str) -> Verdict:
+        """Judge one address, in any spelling; what is no address is refused, never an error."""
+        try:
+            seen = _parse_ip(address)
+        except UsageError as error:
+            return Verdict(False, error.what)
+        for (version, shift), listed in self._by_shift.items():
+            if version == seen.version and int(seen) >> shift in listed:
+                return Verdict(True, f"{seen} is allowed by {listed[int(seen) >> shift]}")
+        why = "is not in the whitelist" if self.entries else "may not connect, the whitelist is empty"
+        return Verdict(False, f'{seen} {why}; add "{seen}" to whitelist in the master\'s configuration')
+
+
+def split_port(text: str) -> tuple[str, int | None]:
+    """`HOST`, `HOST:PORT`, `[IPV6]:PORT` or a bare IPv6 in two parts, brackets kept; UsageError for a bad port."""
+    if text.count(":") > 1 and "[" not in text:
+        return text, None
+    match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
+    if match is None or (match[2] and not 0 < int(match[2]) < 65536):
+        raise UsageError(f"{text!r} is no host and port", "write 121.0.0.7:9900 or [2001:db8::7]:9900")
+    return match[1], int(match[2]) if match[2] else None
+
+
+def host_key(text: str) -> str:
+    """A host as it is compared: the canonical address, or the name in lower case without a final dot."""
+    try:
+        return canonical_address(text)
+    except UsageError:
+        return text.lower().removesuffix(".")
+
+
+def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) -> str:
+    """Who is really connecting: X-Forwarded-For is believed from the right, as long as trusted proxies are speaking.
+
+    An unreadable hop gives text that is no address, which every whitelist refuses: answering with the proxy's own
+    address would let everybody in where the proxy's host is whitelisted for its agent.
+    """
+    hop = host_key(peer)
+    for said in reversed([piece.strip() for value in forwarded_for for piece in value.split(",")]):
+        if not trusted.verdict(hop).allowed:
+            break
+        try:
+            hop = canonical_address(split_port(said)[0])
+        except UsageError:
+            return f"{said[:60]} from {hop}"
+    return hop
+
+
+def parse_host(text: str) -> str:
+    """An address or a host name in the form in which it is compared; UsageError for anything else."""
+    name = host_key(text)
+    return name if _HOST_NAME.fullmatch(name) and not _ADDRESS_LIKE.fullmatch(name) else canonical_address(text)
+
+
+def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bool:
+    """Whether Host names us (`own_names`: our addresses, masterUrl's host, serverNames); DNS rebinding would not."""
+    try:
+        host = split_port(host_header or "")[0]
+    except UsageError:
+        return False
+    return host != "" and host_key(host) in {host_key(name) for name in own_names}
+
+
+def allowed_origin(origin: str | None, own_names: Iterable[str]) -> bool:
+    """Whether a browser page of this Origin may connect; no Origin at all is a program, judged by the whitelist."""
+    scheme, _, host = (origin or "").partition("://")
+    return origin is None or (scheme.lower() in ("http", "https") and allowed_host_header(host, own_names))
+
+
+@dataclass(frozen=True)
+class MasterUrl:
+    """Where the master listens; `host` is canonical or in lower case, without brackets."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    secure: bool
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.path}"
+
+
+def parse_master_url(text: str) -> MasterUrl:
+    """masterUrl in its parts; port 9900 and path `/` unless given. UsageError says what is wrong with it."""
+    hint = "write ws://5.223.72.58:9900 or wss://master.example:9900"
+    match = re.fullmatch(r"([^:/?#]+)://([^/?#]+)([^?#]*)(.*)", text.strip(), re.DOTALL)
+    if "@" in text or (match and match[4]):  # never echoed: it may hold a secret
+        raise UsageError("a user, password, query or fragment has no place in masterUrl", hint)
+    if match is None or match[1].lower() not in ("ws", "wss") or not re.fullmatch(r"(/[!-~]*)?", match[3]):
+        raise UsageError(f"{text!r} is no ws:// or wss:// URL", hint)
+    host, port = split_port(match[2])
+    if (":" in host and "[" not in host) or parse_host(host) in ("0.0.0.0", "::"):
+        raise UsageError(f"{text!r} names no host that agents could dial", hint)
+    scheme = match[1].lower()
+    return MasterUrl(scheme, parse_host(host), port or DEFAULT_PORT, match[3] or "/", scheme == "wss")
+
+
+@dataclass(frozen=True)
+class RoleFacts:
+    """What this host knows of itself; `local_source`: per master address, a UDP socket's own when connected to it."""
+
+    override: Role | None = None
+    override_source: str = "--role"
+    bind: str | None = None
+    master_addresses: tuple[str, ...] = ()  # empty when masterUrl's name can't be resolved
+    local_source: Mapping[str, str | None] = field(default_factory=dict)
+    public_address: str | None = None
+    public_source: str | None = None  # "metadata" or "echo"
+
+
+@dataclass(frozen=True)
+class RoleDecision:
+    """The role and why; `provisional` has to be proven by dialing masterUrl and meeting oneself."""
+
+    role: Role
+    reason: str
+    provisional: bool = False
+
+
+def decide_role(facts: RoleFacts) -> RoleDecision:
+    """Whether this host is the master or an agent, with the reason as a sentence; unknown is never master."""
+    masters = [canonical_address(address) for address in facts.master_addresses]
+    shown = ", ".join(masters)
+    if facts.override is not None:
+        return RoleDecision(facts.override, f"{facts.override}: {facts.override_source} says so")
+    if not masters:
+        return RoleDecision(Role.AGENT, "agent: masterUrl's name has no address now, and unknown is never master")
+    if facts.bind is not None:
+        ours = canonical_address(facts.bind) in masters
+        role, relation = (Role.MASTER, "is") if ours else (Role.AGENT, "is not")
+        return RoleDecision(role, f"{role}: --bind {facts.bind} {relation} masterUrl's address ({shown})")
+    # Every host has all of 127/8 (Debian puts the own name at 127.0.1.1), so only 127.0.0.1 itself says anything.
+    telling = [m for m in masters if m not in ("0.0.0.0", "::") and (m == "127.0.0.1" or not m.startswith("127."))]
+    sources = {canonical_address(to): canonical_address(source) for to, source in facts.local_source.items() if source}
+    for master in telling:
+        if sources.get(master) == master:
+            return RoleDecision(Role.MASTER, f"master: {master} is an address of this host")
+    public = canonical_address(facts.public_address) if facts.public_address else None
+    if public in telling:
+        who = "cloud metadata" if facts.public_source == "metadata" else "the outside world"
+        return RoleDecision(Role.MASTER, f"master: {who} knows this host as {public}", provisional=True)
+    why = "is not an address of this host" if telling else "is on every host; give --bind or --role"
+    return RoleDecision(Role.AGENT, f"agent: {shown} {why}")
+
+
+@dataclass(frozen=True)
+class HostRef:
+    """A host as targets see it; `deploys` is False for the data node, which no deployment touches."""
+
+    label: str
+    address: str
+    name: str
+    machine: str
+    online: bool
+    color: str | None = None
+    deploys: bool = True
+
+
+def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> list[HostRef]:
+    """The hosts that one word of a TARGET means, those that take no deployments included."""
+    if part == "all":
+        return list(hosts)
+    if part in ("active", "standby"):
+        if active is None:
+            raise TargetError(f"nobody knows which host is {part}", "no HAProxy is configured, or it did not answer")
+        return [host for host in hosts if host.color and (host.color == active) == (part == "active")]
+    head, slash, tail = part.partition("/")
+    labelled = [host for host in hosts if host.label == part]
+    if labelled or not (slash or _ADDRESS_LIKE.fullmatch(part)):  # never the name of a host that calls itself 10.0.0.1
+        return labelled or [host for host in hosts if host.name.casefold() == part.casefold()]
+    address = canonical_address(head)
+    if slash and not tail.isdecimal():
+        return [host for host in hosts if host.address == address and host.name.casefold() == tail.casefold()]
+    network = parse_network(part)
+    return [host for host in hosts if ipaddress.ip_address(host.address) in network]
+
+
+def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = None) -> list[HostRef]:
+    """The hosts that TARGET means, each once, in the order named; TargetError where a part of it is nobody.
+
+    `active` is the colour that has the traffic, as far as known. `121.x.x.x` and the like are UsageErrors.
+    """
+    chosen: dict[str, HostRef] = {}
+    for part in (piece.strip() for piece in target.split(",")):
+        if not part:
+            raise UsageError(f"{target!r} names no target", "write all, an address or a name, with commas between")
+        found = _match_target(part, hosts, active)
+        if not found:
+            known = ", ".join(f"{h.label} ({h.name})" if h.label == h.address else h.label for h in hosts[:20])
+            raise TargetError(f"no such target: {part}", f"known: {known or 'no host so far'}")
+        if not any(host.deploys for host in found):
+            raise TargetError(f"{part} takes no deployments", "its section in the configuration says deploy = false")
+        chosen.update((host.label, host) for host in found if host.deploys)
+    return list(chosen.values())
+
+
+def file_label(label: str) -> str:
+    """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, `..`, CON."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
+    return _DEVICE.sub(r"\1_", plain, count=1) if _DEVICE.match(plain) else plain if plain.strip(".") else plain + "_"
+
+
+def assign_labels(hosts: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Labels for (address, name, machine id): no finer than needed to tell the hosts, and their files, apart."""
+    machines = {machine for _, _, machine in hosts}
+    length = next((n for n in range(4, 32) if len({machine[:n] for machine in machines}) == len(machines)), 32)
+    labels = [address for address, _, _ in hosts]
+    for finer in ([f"{a}/{n}" for a, n, _ in hosts], [f"{a}/{n}~{m[:length]}" for a, n, m in hosts]):
+        files = [file_label(label).casefold() for label in labels]  # on Windows, a and A are one file
+        shared = Counter(files)
+        labels = [more if shared[f] > 1 else label for label, more, f in zip(labels, finer, files, strict=True)]
+    return labels
+
+
+def valid_run_id(text: str) -> bool:
+    """Whether `text` is a run id such as 20261122-210501-7f3a, and so also safe as a folder's name."""
+    return re.fullmatch(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}", text) is not None
+
+
+def valid_host_name(text: str) -> bool:
+    """Whether a host may call itself so: printable, no target word, no address, nothing that TARGET's grammar uses."""
+    if not text.isprintable() or re.search(r"[\s,/~]", text) or text.isdecimal() or not 0 < len(text) <= 64:
+        return False
+    return text.casefold() not in ("all", "active", "standby") and not _ADDRESS_LIKE.fullmatch(text)
+
+
+def valid_branch_problem(name: str) -> str | None:
+    """What keeps `name` from being a branch, tag or commit id; None when nothing does.
+
+    git check-ref-format's rules, and stricter: it also keeps options and characters that nobody sees out of argv.
+    """
+    rules: tuple[tuple[str, str], ...] = (
+        (r"|HEAD|@", "it is no branch's name"),
+        (r"-.*", "it begins with -, like an option"),
+        (r"/.*|.*/|.*//.*", "a part between slashes is empty"),
+        (r"(.*/)?\..*", "a part begins with a dot"),
+        (r".*\.|.*\.lock(/.*)?", "a part ends with .lock, or the name with a dot"),
+        (r".*(\.\.|@\{|[ ~^:?*\[\\]).*", "it holds '..', '@{', a space or one of ~^:?*[\\"),
+    )
+    if not name.isprintable():  # control, bidirectional and zero-width characters, line ends, lone surrogates
+        return "it holds a character that can't be seen"
+    if len(name.encode()) > 255:
+        return "it is longer than 255 bytes"
+    return next((problem for pattern, problem in rules if re.fullmatch(pattern, name)), None)
+
+
 # ==============================================================================
 # 4. Configuration: frozen dataclasses, parse with all problems at once, render
 # ==============================================================================
+
+
+MAX_TIMEOUT_S = 7 * 86400.0  # a longer one is a typo (milliseconds), not a step
+CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
+NOTIFY_EVENTS = (*sorted(FINAL), "switched")
+_FOREIGN_KEYS = {  # keys that people try, and what to do instead
+    "token": "a secret must not be committed: put it into a file outside git and name that file in tokenFile",
+    "role": 'never for the whole fleet; write it into [hosts."ADDRESS"] or pass --role',
+    "machines": "this is the older form; `config convert` makes the new one of it",
+}
+_SECRET_NAME = re.compile(
+    r"(?i)(?!.*_(FILE|PATH|DIR|SOCK)$).*"
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[^D]PWD$|PASS$|KEYS?(?![A-Z])|CREDENTIAL|DSN|PRIVATE|WEBHOOK|COOKIE)"
+)
+_URL_PASSWORD = re.compile(r"(?i)[a-z][a-z0-9+.-]*://[^\s/?#:@]*:([^\s/?#]+)@")
+_ENVIRONMENT_LINE = re.compile(
+    r"""\s*(?:export\s+)?([^\s=#"']+)[ \t]*="""
+    r"""(?:[ \t]*"((?:[^"\\]|\\.)*)"|[ \t]*'([^']*)'|((?![ \t]*["'])(?:(?!\s#).)*))\s*(?:\s#.*)?"""
+)
+_Convert = Callable[[Any], Any]  # a checked value for a raw one, or _Wrong
+_Problems = list[tuple[str, str]]  # (path below the value, what is wrong there)
+
+
+class _Wrong(Exception):
+    """Everything that is wrong with one raw value."""
+
+    def __init__(self, problems: _Problems) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
+def _shown(raw: Any) -> str:
+    """A value as the file spells it, short and on one line."""
+    text = json.dumps(raw, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _step(key: str) -> str:
+    return f".{key}" if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f".{_shown(key)}"
+
+
+def _convert_all(parts: Iterable[tuple[str, _Convert, Any]], more: Iterable[tuple[str, str]] = ()) -> list[Any]:
+    """Convert every (path, converter, raw value), so that all problems are told at once, and `more` of them too."""
+    values: list[Any] = []
+    problems: _Problems = []
+    for path, convert, raw in parts:
+        try:
+            values.append(convert(raw))
+        except _Wrong as wrong:
+            problems += [(path + below, problem) for below, problem in wrong.problems]
+    if problems := [*problems, *more]:
+        raise _Wrong(problems)
+    return values
+
+
+def _is(what: str, test: Callable[[Any], Any]) -> _Convert:
+    """A converter that passes on what `test` holds for, and says of the rest that it is no `what`."""
+
+    def convert(raw: Any) -> Any:
+        if not test(raw):
+            raise _Wrong([("", f"{_shown(raw)} is no {what}")])
+        return raw
+
+    return convert
+
+
+def _matches(what: str, pattern: str) -> _Convert:
+    return _is(what, lambda raw: _is_argument(raw) and re.fullmatch(pattern, raw))
+
+
+def _one_of(*words: str) -> _Convert:
+    return _is(f"choice here; write {' or '.join(words)}", lambda raw: isinstance(raw, str) and raw in words)
+
+
+def _by(parse: Callable[[str], Any], keep: bool = False) -> _Convert:
+    """A converter out of a parser of section 3, whose UsageError becomes the problem; `keep`: the text as written."""
+
+    def convert(raw: Any) -> Any:
+        try:
+            parsed = parse(_text(raw))
+        except UsageError as error:
+            reason = error.what.removeprefix(repr(raw))  # else it does not show the value, which may hold a secret
+            shown = _shown(raw) if reason != error.what else ""
+            raise _Wrong([("", f"{shown}{reason}; {error.hint}")]) from None
+        return raw if keep else parsed
+
+    return convert
+
+
+def _list_of(convert: _Convert, example: str, least: int = 0) -> _Convert:
+    def read(raw: Any) -> tuple[Any, ...]:
+        if not isinstance(raw, list) or len(raw) < least:
+            write = _shown(raw.split()) if isinstance(raw, str) and raw.split() else example
+            raise _Wrong([("", f"{_shown(raw)} is no list{' with entries' if least else ''}; write {write}")])
+        return tuple(_convert_all((f"[{i}]", convert, item) for i, item in enumerate(raw)))
+
+    return read
+
+
+def _unknown(key: str, known: Iterable[str]) -> _Convert:
+    """A converter for a key that nobody knows; a value under a name that looks secret is not shown."""
+
+    def convert(raw: Any) -> Any:
+        from difflib import get_close_matches
+
+        like = get_close_matches(key, list(known), 1)
+        advice = f"did you mean {like[0]}?" if like else "known are " + ", ".join(known)
+        value = "" if _SECRET_NAME.match(key) else f", value {_shown(raw)}"
+        raise _Wrong([("", f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")])
+
+    return convert
+
+
+def _table(cls: Any, check: Callable[[dict[str, Any]], _Problems] = lambda raw: []) -> _Convert:
+    """A converter that makes a `cls` of a table: a field `master_url: Annotated[T, converter]` reads its masterUrl.
+
+    A field without default must be there; `check` looks at several raw values together.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    read_fields = {
+        re.sub("_(.)", lambda letter: letter[1].upper(), setting.name.removesuffix("_s")): setting
+        for setting in fields(cls)
+        if hasattr(hints[setting.name], "__metadata__")
+    }
+    required = [key for key, setting in read_fields.items() if setting.default is setting.default_factory]  # MISSING
+
+    def converter(key: str) -> _Convert:
+        known = read_fields.get(key)
+        return hints[known.name].__metadata__[0] if known else _unknown(key, read_fields)
+
+    def read(raw: Any) -> Any:
+        parts = [(_step(key), converter(key), value) for key, value in _mapping(raw).items()]
+        lacking = [(_step(key), "missing, and it has no default") for key in required if key not in raw]
+        values = _convert_all(parts, lacking + check(raw))
+        return cls(**{read_fields[key].name: value for key, value in zip(raw, values, strict=True)})
+
+    return read
+
+
+def _is_argument(raw: Any) -> bool:
+    """Whether a value is text that a process can be given: JSON can spell NUL and lone surrogates, which it can't."""
+    return isinstance(raw, str) and not re.search("[\0\ud800-\udfff]", raw)
+
+
+def _role(raw: Any) -> Role:
+    return Role(_one_of(*Role)(raw))
+
+
+def _environment(raw: Any) -> dict[str, str]:
+    """Environment variables by name; no value is ever shown, since it may be a secret."""
+    names = [key for key in _mapping(raw) if not re.fullmatch(r"[^\s=\0]+", key)]
+    problems = [(_step(key), "is no name of an environment variable") for key in names]
+    kinds = {key: type(value).__name__ for key, value in raw.items() if not _is_argument(value)}
+    problems += [(_step(key), f"its value is {kind}, no text; write it in quotes") for key, kind in kinds.items()]
+    _convert_all((), problems)
+    return dict(raw)
+
+
+_text = _is("text of one line", lambda raw: _is_argument(raw) and raw.strip() and raw.isprintable())
+_argument = _is("text", _is_argument)
+_flag = _is("true or false", lambda raw: isinstance(raw, bool))
+_count = _is("whole number above 0", lambda raw: type(raw) is int and raw > 0)  # isinstance would take true for 1
+_status = _is("HTTP status", lambda raw: type(raw) is int and 100 <= raw < 600)
+_seconds = _is("number of seconds, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S)
+_mapping = _is("table", lambda raw: isinstance(raw, dict))
+_url = _matches("http:// or https:// URL without a user", r"https?://[^\s/?#@]+([/?#]\S*)?")
+_endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
+_unit = _matches("systemd unit", r"[\w@:.\\][\w@:.\\-]*")
+_word = _matches("single word", r"[^\s\"'#\\]+")
+_remote = _is("git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None)
+_host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_host_name(raw))
+_host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
+_hosts = _list_of(_host, '["yq-blue", "yq-green"]')
+_networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
+_server_names = _list_of(_by(parse_host), '["master.example"]')
+_command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
+_units = _list_of(_unit, '["estelle.service"]')
+_color = _one_of("blue", "green")
+_notify_events = _list_of(_one_of(*NOTIFY_EVENTS), '["failed", "lost"]')
+_notify_format = _one_of("slack", "discord", "telegram", "ntfy", "json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployRule:
+    """[deploy]: what a deployment runs unless a host's section says otherwise."""
+
+    remote: Annotated[str, _remote] = "origin"
+    command: Annotated[tuple[str, ...], _command] = ("pnpm", "deploy:release")
+    restart: Annotated[tuple[str, ...], _units] = ()
+    timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
+    version: Annotated[str, _text] = "config/version.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRule:
+    """One section of [hosts]; `address` and `hostname` are its key's parts, compared as they are, or None."""
+
+    key: str = ""
+    address: str | None = None
+    hostname: str | None = None
+    name: Annotated[str | None, _host_name] = None
+    role: Annotated[Role | None, _role] = None
+    repo: Annotated[str | None, _text] = None
+    command: Annotated[tuple[str, ...] | None, _command] = None
+    environment_file: Annotated[str | None, _text] = None
+    env: Annotated[Mapping[str, str], _environment] = field(default_factory=dict)
+    color: Annotated[str | None, _color] = None
+    deploy: Annotated[bool, _flag] = True
+
+
+def _servers(raw: Any) -> dict[str, str]:
+    """The names of the `server` lines by colour, both there and different."""
+    colors = ("blue", "green")
+    names = {**dict(zip(colors, colors, strict=True)), **_mapping(raw)}
+    same = [("", f"{_shown(raw)} gives both colours the same server")] if names["blue"] == names["green"] else []
+    _convert_all(((_step(c), _word if c in colors else _unknown(c, colors), name) for c, name in names.items()), same)
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaproxyRule:
+    """[haproxy]: where it runs, and which `server` line is which colour."""
+
+    host: Annotated[str, _host]
+    backend: Annotated[str, _word]
+    config: Annotated[str, _text] = "/etc/haproxy/haproxy.cfg"
+    servers: Annotated[Mapping[str, str], _servers] = field(default_factory=lambda: _servers({}))
+    socket: Annotated[str | None, _text] = None
+    master_socket: Annotated[str | None, _text] = None
+    reload: Annotated[tuple[str, ...], _command] = ("systemctl", "reload", "haproxy")
+    probe: Annotated[str | None, _url] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthRule:
+    """One [[health]] check; exactly one of CHECK_KINDS is set, and no `hosts` are all."""
+
+    name: Annotated[str, _text]
+    http: Annotated[str | None, _url] = None
+    tcp: Annotated[str | None, _endpoint] = None
+    valkey: Annotated[str | None, _endpoint] = None
+    mariadb: Annotated[str | None, _endpoint] = None
+    systemd: Annotated[str | None, _unit] = None
+    disk: Annotated[str | None, _text] = None
+    certificate: Annotated[str | None, _text] = None
+    command: Annotated[tuple[str, ...] | None, _command] = None
+    hosts: Annotated[tuple[str, ...], _hosts] = ()
+    status: Annotated[int, _status] = 200
+    contains: Annotated[str | None, _argument] = None
+    timeout_s: Annotated[float, _seconds] = 5.0
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in CHECK_KINDS if getattr(self, kind) is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsRule:
+    """[tls]: certificate and key of a wss:// master; the authority that agents trust instead of the system's."""
+
+    cert: Annotated[str | None, _text] = None
+    key: Annotated[str | None, _text] = None
+    ca: Annotated[str | None, _text] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepRule:
+    """[keep]: how many recorded runs stay, and for how long."""
+
+    runs: Annotated[int, _count] = 500
+    days: Annotated[int, _count] = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdaterRule:
+    """[updater]: the program file that `upgrade` may install."""
+
+    sha256: Annotated[str | None, _text] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotifyRule:
+    """One [[notify]] webhook; exactly one of `url`, `url_env` and `url_file` is set."""
+
+    url: Annotated[str | None, _url] = None
+    url_env: Annotated[str | None, _word] = None
+    url_file: Annotated[str | None, _text] = None
+    format: Annotated[str, _notify_format] = "json"
+    chat: Annotated[str | None, _text] = None
+    on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
+
+
+def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
+    given = " and ".join(key for key in keys if key in raw) or "nothing"
+    return [] if given in keys else [("", f"{given} given; write exactly one of {', '.join(keys)}")]
+
+
+def _check_health(raw: dict[str, Any]) -> _Problems:
+    stray = [key for key in ("status", "contains") if key in raw and "http" not in raw]
+    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to an http check") for key in stray]
+    return _exactly_one(raw, CHECK_KINDS) + stray_problems
+
+
+def _check_notify(raw: dict[str, Any]) -> _Problems:
+    if ("chat" in raw) == (raw.get("format") == "telegram"):
+        return _exactly_one(raw, ("url", "urlEnv", "urlFile"))
+    chat = f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one"
+    return [*_exactly_one(raw, ("url", "urlEnv", "urlFile")), (".chat", chat)]
+
+
+def _check_tls(raw: dict[str, Any]) -> _Problems:
+    return [] if ("cert" in raw) == ("key" in raw) else [("", f"{_shown(raw)} lacks cert or key; a master needs both")]
+
+
+def _parse_section(key: str) -> tuple[str | None, str | None]:
+    """The address and the host name in a section's key: ADDRESS/HOSTNAME, HOSTNAME or ADDRESS; else UsageError."""
+    if valid_host_name(key):
+        return None, key.casefold()
+    address, slash, hostname = key.partition("/")
+    if slash and not valid_host_name(hostname):
+        raise UsageError(f"{key!r} is no host", "write ADDRESS/HOSTNAME, HOSTNAME or ADDRESS")
+    return canonical_address(address), hostname.casefold() or None
+
+
+def _read_hosts(raw: Any) -> tuple[HostRule, ...]:
+    """The sections of [hosts] in file order; no two may mean the same host or give the same name."""
+    table, section = _table(HostRule), _by(_parse_section)
+    keys = [(_step(key), section, key) for key in _mapping(raw)]
+    read = _convert_all(keys + [(_step(key), table, raw[key]) for key in raw])
+    rules: list[HostRule] = []
+    owners: dict[Any, str] = {}
+    problems: _Problems = []
+    for key, (address, hostname), rule in zip(raw, read, read[len(raw) :], strict=False):
+        rules.append(replace(rule, key=key, address=address, hostname=hostname))
+        for what, identity in (("host", (address, hostname)), ("name", rule.name and rule.name.casefold())):
+            if identity and owners.setdefault(identity, key) != key:
+                problems.append((_step(key), f"its {what} is that of hosts{_step(owners[identity])} already"))
+    _convert_all((), problems)
+    return tuple(rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration, checked; `hosts` in the file's order, whitelist and trusted proxies as written."""
+
+    master_url: Annotated[MasterUrl, _by(parse_master_url)]
+    whitelist: Annotated[tuple[str, ...], _networks]
+    trusted_proxies: Annotated[tuple[str, ...], _networks] = ()
+    server_names: Annotated[tuple[str, ...], _server_names] = ()
+    token_file: Annotated[str | None, _text] = None
+    deploy: Annotated[DeployRule, _table(DeployRule)] = DeployRule()
+    hosts: Annotated[tuple[HostRule, ...], _read_hosts] = ()
+    haproxy: Annotated[HaproxyRule | None, _table(HaproxyRule)] = None
+    health: Annotated[tuple[HealthRule, ...], _list_of(_table(HealthRule, _check_health), "[[health]]")] = ()
+    tls: Annotated[TlsRule, _table(TlsRule, _check_tls)] = TlsRule()
+    keep: Annotated[KeepRule, _table(KeepRule)] = KeepRule()
+    updater: Annotated[UpdaterRule, _table(UpdaterRule)] = UpdaterRule()
+    notify: Annotated[tuple[NotifyRule, ...], _list_of(_table(NotifyRule, _check_notify), "[[notify]]")] = ()
+
+
+def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
+    """Every (path, problem) as a line `FILE: PATH: PROBLEM`."""
+    lines = tuple(": ".join(filter(None, (file, path.removeprefix("."), problem))) for path, problem in problems)
+    return ConfigError(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""), f"correct {file}", lines)
+
+
+def _decoded(text: bytes | str, file: str) -> str:
+    try:
+        return (text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise _config_error(file, ("", f"byte {error.start} is not UTF-8; save the file as UTF-8")) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json would silently keep the last of two equal keys, say of two whitelists."""
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"{_shown(key)} stands twice in one table; keep one")
+        table[key] = value
+    return table
+
+
+def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
+    """The raw tables of a file in `form` json or toml; ConfigError, with line and column, where it is neither."""
+    plain = _decoded(text, file)
+    try:
+        if form == "toml":
+            import tomllib
+
+            return tomllib.loads(plain)
+        data: dict[str, Any] = _mapping(json.loads(plain, object_pairs_hook=_unique))
+    except json.JSONDecodeError as error:
+        raise _config_error(file, ("", f"line {error.lineno}, column {error.colno}: {error.msg}")) from None
+    except _Wrong as wrong:
+        raise _config_error(file, *wrong.problems) from None
+    except (ValueError, RecursionError) as error:  # tomllib's message holds line and column
+        raise _config_error(file, ("", str(error))) from None
+    return data
+
+
+def parse_config(text: bytes | str, file: str, form: str) -> Config:
+    """The configuration that a file's text means, `form` json or toml; ConfigError holds every problem, a line each."""
+    data = parse_data(text, file, form)
+    try:
+        config: Config = _table(Config)(data)
+    except _Wrong as wrong:
+        raise _config_error(file, *wrong.problems) from None
+    return config
+
+
+def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
+    """What is valid and yet hardly meant; `known`: labels and names of hosts besides those that the file names."""
+    warnings = [] if config.whitelist else ["whitelist: it is empty, so no agent and no commander can connect"]
+    for key, entries in (("whitelist", config.whitelist), ("trustedProxies", config.trusted_proxies)):
+        for network in map(parse_network, entries):
+            if network.prefixlen == 0:
+                warnings.append(f"{key}: {network} is everybody")
+            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network("100.64.0.0/10")):
+                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is 100.64.0.0/10")
+    names = {host_key(name) for rule in config.hosts for name in (rule.address, rule.hostname, rule.name) if name}
+    names |= {host_key(name) for name in (*known, config.master_url.host)}
+    listed = Whitelist(config.whitelist)
+    names |= {host for check in config.health for host in check.hosts if listed.verdict(host).allowed}
+    wanted = [(f"health {_shown(check.name)}", host) for check in config.health for host in check.hosts]
+    if config.haproxy:
+        wanted.append(("haproxy", config.haproxy.host))
+        colors = {rule.color for rule in config.hosts}
+        warnings += [f"haproxy: no host has color {c}" for c in ("blue", "green") if c not in colors]
+    warnings += [f"{key}: {_shown(host)} matches no host" for key, host in wanted if host_key(host) not in names]
+    for rule in config.hosts:
+        secret = [f"hosts{_step(rule.key)}.env.{name}" for name in rule.env if _SECRET_NAME.match(name)]
+        warnings += [f"{key}: it looks like a secret; move it to an environmentFile outside git" for key in secret]
+    for i, notify in enumerate(config.notify):
+        if re.search(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)", notify.url or ""):
+            warnings.append(f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv")
+    if config.token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", config.token_file):
+        warnings.append(f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not")
+    if config.updater.sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", config.updater.sha256):
+        warnings.append(f"updater.sha256: {_shown(config.updater.sha256)} is not 64 hex digits, so no file matches it")
+    return warnings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effective(HostRule, DeployRule):
+    """What holds for one host: its own section over [deploy]; `source_key` names that section, None without one."""
+
+    name: str
+    command: tuple[str, ...]
+
+    @property
+    def source_key(self) -> str | None:
+        return self.key or None
+
+
+def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
+    """The settings of the host at `address` that calls itself `hostname`.
+
+    Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone; `name` finds no section.
+    """
+    at, called = canonical_address(address) if address else None, hostname.casefold()
+    sections = {(rule.address, rule.hostname): rule for rule in config.hosts}
+    rule = sections.get((at, called)) or sections.get((None, called)) or sections.get((at, None)) or HostRule()
+    own = {"name": rule.name or hostname, "command": rule.command or config.deploy.command}
+    return Effective(**{**vars(config.deploy), **vars(rule), **own})
+
+
+def owner_of_name(config: Config, name: str) -> str | None:
+    """The address to which the configuration gives `name`; a host elsewhere that claims the name is refused it."""
+    return next((rule.address for rule in config.hosts if rule.name and rule.name.casefold() == name.casefold()), None)
+
+
+def render_config(data: Mapping[str, Any], form: str) -> str:
+    """Raw tables as the text of a file in `form` json or toml; needs tomli-w for toml."""
+    if form == "toml":
+        import tomli_w
+
+        return tomli_w.dumps(data)
+    return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
+
+
+def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the settings [hosts].
+
+    Nothing is checked here: parse_config does that with the result.
+    """
+    machines = data.get("machines")
+    if not isinstance(machines, dict):
+        return dict(data)
+    listed = data["whitelist"] if isinstance(data.get("whitelist"), list) else []
+    new = {key: value for key, value in data.items() if key not in ("machines", "hosts")}
+    new["whitelist"] = [*listed, *(address for address in machines if address not in listed)]
+    hosts = {address: settings for address, settings in machines.items() if settings}
+    if isinstance(data.get("hosts"), dict):
+        hosts.update(data["hosts"])
+    return {**new, "hosts": hosts} if hosts else new
+
+
+def _unquoted(key: str, double: str | None, single: str | None, bare: str | None) -> tuple[str, str]:
+    if double is not None:
+        escapes = {"n": "\n", "r": "\r", "t": "\t"}
+        return key, re.sub(r'\\([nrt"\\$])', lambda match: escapes.get(match[1], match[1]), double)
+    return key, single if single is not None else (bare or "").strip()
+
+
+def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
+    """Environment variables out of a flat JSON object of strings, or of KEY=VALUE lines with comments and quotes.
+
+    ConfigError names the keys or lines that are wrong and never shows a value.
+    """
+    plain = _decoded(text, file)
+    if plain.lstrip().startswith("{"):
+        try:
+            return _environment(parse_data(plain, file, "json"))
+        except _Wrong as wrong:
+            raise _config_error(file, *wrong.problems) from None
+    lines = [line for line in enumerate(re.split(r"\r?\n", plain), 1) if not re.fullmatch(r"\s*(#.*)?", line[1])]
+    matches = [(number, _is_argument(line) and _ENVIRONMENT_LINE.fullmatch(line)) for number, line in lines]
+    if problems := [(f"line {number}", "is no KEY=VALUE") for number, match in matches if not match]:
+        raise _config_error(file, *problems)
+    return dict(_unquoted(*match.groups()) for _, match in matches if match)
+
+
+def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
+    """What no log may show: values under names that look secret, every line of them, and passwords in any URL.
+
+    Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
+    """
+    from urllib.parse import unquote
+
+    found: set[str] = set()
+    for name, value in (item for environment in environments for item in environment.items()):
+        if _SECRET_NAME.match(name):
+            found.update((value, value.strip(), *value.splitlines()))
+        for password in _URL_PASSWORD.findall(value):
+            found.update((password, unquote(password)))
+    long = [secret for secret in found if secret.strip() and len(secret.encode("utf-8", "surrogatepass")) >= 6]
+    return tuple(sorted(long, key=lambda secret: (-len(secret), secret)))
+
 
 # ==============================================================================
 # 5. Messages: the wire's verbs as dataclasses, encode and decode, size limits
@@ -322,7 +1250,8 @@ class JobRecord:
     ordered: bool = False  # the order may have reached the host
     provisional: bool = False  # the master's own verdict, which a late word of the host replaces
     acked: bool = False  # the master has the result
-    groups: list[int] = field(default_factory=list)  # process groups of the steps, to clean up after a dead runner
+    steps: int = 0  # commands begun
+    open_step: str | None = None  # the mark of the command that runs, to clean up after a dead runner
     marks: list[list[int]] = field(default_factory=list)  # offset and length of each announcement in the log
     address: str = ""
     by: str = ""
@@ -375,7 +1304,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Have:
-    """How many bytes of the channel's log are here. `rewind`: send from there; `check`: CRC-32 of the last 4 KiB before."""
+    """How many bytes of a log are here. `rewind`: send from there; `check`: CRC-32 of the last 4 KiB before."""
 
     channel: int
     size: int
@@ -447,20 +1376,23 @@ WORDS: dict[str, type[StrEnum]] = {"State": State, "Kind": Kind}
 
 
 def encode_message(message: Any) -> str:
-    """A message as one line of JSON."""
-    return json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    """A message as one line of JSON. What UTF-8 can't carry (half of a file name's character) becomes `?`."""
+    text = json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace").decode()
 
 
 def decode_message(text: str) -> Any:
-    """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError that names what does not fit."""
+    """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError, which names what is wrong."""
     try:
         data = json.loads(text)
+        if "\\u" in text:  # an escaped half of a character would fail later, wherever the text is written
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as problem:
         raise ProtocolError("a message is no JSON") from problem
-    cls = VERBS.get(data.get("verb")) if isinstance(data, dict) and isinstance(data.get("verb"), str) else None
-    if cls is None:
-        raise ProtocolError(f"unknown verb {str(data.get('verb') if isinstance(data, dict) else data)[:40]!r}")
-    return decode_fields(cls, data)
+    verb = data.get("verb") if isinstance(data, dict) else None
+    if not isinstance(verb, str) or verb not in VERBS:
+        raise ProtocolError(f"unknown verb {str(verb)[:40]!r}")
+    return decode_fields(VERBS[verb], data)
 
 
 def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
@@ -481,7 +1413,7 @@ def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
 
 
 def _fits(annotation: str, value: Any) -> bool:
-    """Does a decoded JSON value have the annotated type? Booleans are no numbers, and numbers fit into 64 bits."""
+    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are finite and of 64 bits."""
     if annotation.endswith(" | None"):
         return value is None or _fits(annotation.removesuffix(" | None"), value)
     if annotation.startswith("list["):
@@ -491,7 +1423,7 @@ def _fits(annotation: str, value: Any) -> bool:
     if annotation == "int":
         return type(value) is int and abs(value) < 1 << 63
     if annotation == "float":
-        return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+        return type(value) in (int, float) and abs(value) < 1 << 53  # nor NaN, which would break the queue's order
     return annotation == "Any" or type(value).__name__ == annotation
 
 
@@ -524,10 +1456,11 @@ NEXT_STATES: dict[State, frozenset[State]] = {
 
 
 def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
-    """Does the host's record `new` replace what is known? Only a higher revision, and only along allowed transitions."""
+    """Does the host's record `new` replace what is known? A higher revision, or a last word, where allowed."""
     if old is None or (old.provisional and new.revision >= old.revision and not new.provisional):
         return True
-    return new.revision > old.revision and new.state in NEXT_STATES[old.state]
+    later = new.revision > old.revision or new.state in FINAL  # a host may forget its revisions in a power loss
+    return later and new.state in NEXT_STATES[old.state]
 
 
 def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
@@ -571,7 +1504,7 @@ def run_ok(jobs: Iterable[JobRecord]) -> bool:
 def decide_orders(
     runs: Sequence[tuple[RunRecord, Mapping[str, JobRecord]]], online: Container[str], busy: Container[str]
 ) -> tuple[list[JobRecord], list[tuple[JobRecord, str]], dict[tuple[str, str], str]]:
-    """What the queue does now, oldest run first: (to order, to end with its reason, (run, host) -> the run it waits for).
+    """What the queue does now, oldest run first: (to order, to end and why, (run, host) -> the run it waits for).
 
     One mechanism for a host that is busy, offline or not due in its batch: the job stays queued.
     """
@@ -579,7 +1512,7 @@ def decide_orders(
     end: list[tuple[JobRecord, str]] = []
     behind: dict[tuple[str, str], str] = {}
     holder: dict[str, str] = {}  # machine -> the run that has it now or next
-    for run, jobs in runs:
+    for _, jobs in runs:
         for job in jobs.values():
             if job.state is State.RUNNING or (job.state is State.QUEUED and job.ordered):
                 holder.setdefault(job.machine, job.run)
@@ -590,7 +1523,9 @@ def decide_orders(
             if job.state is not State.QUEUED or job.ordered:
                 continue
             earlier = [jobs[name] for name in run.hosts[: index - index % step]]
-            if any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
+            if run.cancelled:
+                end.append((job, "cancelled"))
+            elif any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
                 end.append((job, "an earlier batch failed"))
             elif job.machine in holder:
                 behind[run.run, host] = holder[job.machine]
@@ -600,6 +1535,21 @@ def decide_orders(
             else:
                 holder[job.machine] = job.run
     return order, end, behind
+
+
+def seconds_of(job: JobRecord) -> float | None:
+    """How long the job ran, in seconds."""
+    return round(job.ended - job.started, 3) if job.started is not None and job.ended is not None else None
+
+
+def job_summary(job: JobRecord) -> dict[str, Any]:
+    """A job's outcome, in the contract's words."""
+    return {
+        "host": job.host, "ok": job.state is State.SUCCEEDED, "state": job.state, "version": job.version,
+        "commit": job.commit, "seconds": seconds_of(job), "step": job.step, "exit": job.exit, "bytes": job.size,
+        "error": job.error,
+    }  # fmt: skip
+
 
 def run_of_job(job: JobRecord) -> RunRecord:
     """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
@@ -675,60 +1625,87 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     )
 
 
-VERSION_IN_OUTPUT = re.compile(rb"(?<![0-9A-Za-z])v[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
+# A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
+VERSION_IN_OUTPUT = re.compile(rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
 
 
 def parse_version_file(data: bytes) -> str | None:
-    """The "version" of a JSON file, or the first line of plain text; None where there is neither."""
+    """The "version" of a JSON file, or the first line of plain text, as at most 80 printable characters: it stands in
+    the line that says how a job ended. None where there is neither."""
     text = data.decode("utf-8-sig", "replace").strip()
     if text.startswith("{"):
         try:
             value = json.loads(text).get("version")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-        return str(value)[:80] if isinstance(value, (str, int, float)) else None
-    return text.splitlines()[0].strip()[:80] if text else None
+        text = str(value).strip() if type(value) in (str, int, float) else ""
+    line = "".join(text.splitlines()[:1])
+    return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
 class Masker:
-    """Replaces secrets in a stream of bytes, also where one is split over two reads. A tail that could begin a secret
-    is held back until the next byte or `flush`."""
+    """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
+    `***`. A tail that could begin a secret is held back until the next byte or `flush`."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        values = sorted({secret.encode() for secret in secrets if len(secret.encode()) >= SECRET_BYTES}, key=len)
-        self._pattern = re.compile(b"|".join(re.escape(value) for value in reversed(values))) if values else None
-        self._values = values
+        self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
         self._held = b""
+        self._masked = 0  # how many of the held bytes belong to a secret whose `***` is already written
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
-        if self._pattern is None:
-            return data
         data = self._held + data
-        hold, last = len(data), 0
-        for match in self._pattern.finditer(data):
-            last = match.end()
-            if last == len(data) and any(value.startswith(match[0]) and value != match[0] for value in self._values):
-                hold = match.start()  # it may yet become the longer one
-        for start in range(max(last, len(data) - len(self._values[-1]) + 1), hold):
-            if any(value.startswith(data[start:]) for value in self._values):
-                hold = start
-                break
-        self._held = data[hold:]
-        return self._pattern.sub(b"***", data[:hold])
+        return self._write(data, min((self._tail(data, value) for value in self._values), default=len(data)))
 
     def flush(self) -> bytes:
-        """The tail that turned out to be no longer secret."""
-        held, self._held = self._held, b""
-        return self._pattern.sub(b"***", held) if self._pattern else held
+        """The tail that turned out to be no secret."""
+        return self._write(self._held, len(self._held))
+
+    @staticmethod
+    def _tail(data: bytes, value: bytes) -> int:
+        """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole of it."""
+        start = data.find(value[:1], max(0, len(data) - len(value) + 1))
+        while start >= 0 and not value.startswith(data[start:]):
+            start = data.find(value[:1], start + 1)
+        return start if start >= 0 else len(data)
+
+    def _write(self, data: bytes, hold: int) -> bytes:
+        """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
+        spans = []
+        for value in self._values:
+            start = data.find(value)
+            while 0 <= start < hold:
+                spans.append((start, start + len(value)))
+                start = data.find(value, start + 1)
+        written, done = [], self._masked
+        for start, end in sorted(spans):
+            if start >= done:
+                written += [data[done:start], b"***"]
+            done = max(done, end)
+        written.append(data[done:hold])
+        self._held, self._masked = data[hold:], max(0, done - hold)
+        return b"".join(written)
+
 
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
-    (rb"detected dubious ownership", "the repository belongs to another user: git config --global --add safe.directory DIR"),
-    (rb"would be overwritten by (?:merge|checkout)", "local changes are in the way of the incoming commits (listed above)"),
+    (
+        rb"detected dubious ownership",
+        "the repository belongs to another user: git config --global --add safe.directory DIR",
+    ),
+    (
+        rb"would be overwritten by (?:merge|checkout)",
+        "local changes are in the way of the incoming commits (listed above)",
+    ),
     (rb"index\.lock': File exists", "a git process left its index.lock behind: remove it if no git runs there"),
     (rb"Not possible to fast-forward|Diverging branches", "the local branch has commits that the remote has not"),
-    (rb"couldn't find remote ref|did not match any file|invalid reference", "no such branch, tag or commit on the remote"),
-    (rb"could not read (?:Username|Password)|terminal prompts disabled|Authentication failed", "git asked for a password"),
+    (
+        rb"couldn't find remote ref|did not match any file|invalid reference",
+        "no such branch, tag or commit on the remote",
+    ),
+    (
+        rb"could not read (?:Username|Password)|terminal prompts disabled|Authentication failed",
+        "git asked for a password",
+    ),
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
     (rb"Permission denied \(publickey", "ssh has no key that the remote accepts"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
@@ -743,6 +1720,95 @@ def explain_failure(tail: bytes) -> str | None:
 # ==============================================================================
 # 10. Files: atomic writes, append-only logs, locks, state folder, configuration
 # ==============================================================================
+
+
+def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
+    temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        for attempt in range(20):
+            try:
+                os.replace(temp, path)
+                break
+            except PermissionError:  # Windows: somebody reads the old file right now
+                if attempt == 19:
+                    raise
+                time.sleep(0.02)
+        if durable and os.name != "nt":
+            fd = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none, or it is torn."""
+    for _ in range(20):
+        try:
+            data = json.loads(path.read_bytes())
+            return data if isinstance(data, dict) else None
+        except PermissionError:  # Windows: it is being replaced
+            time.sleep(0.02)
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+
+
+def log_size(path: Path) -> int:
+    """How many bytes a log has; 0 where it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def append_log(path: Path, offset: int, data: bytes) -> tuple[int, bool]:
+    """Append bytes that belong at `offset`, if that is the end: (size now, ask to rewind). May raise OSError."""
+    fd = os.open(path, LOG_FLAGS, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        write, rewind = accepts_chunk(size, offset, len(data))
+        if write:
+            size += os.write(fd, data)
+            rewind = size != offset + len(data)
+        return size, rewind
+    finally:
+        os.close(fd)
+
+
+def read_log(path: Path, offset: int, length: int) -> bytes:
+    """Bytes of a log; fewer where it ends, none where it is missing."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(length) or b""
+    except OSError:
+        return b""
+
+
+def sync_file(path: Path) -> None:
+    """Have the disk keep a file through a power loss, as far as it can."""
+    with suppress(OSError), open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def log_check(path: Path, size: int) -> int:
+    """CRC-32 of the last 4 KiB before `size`: whether two copies of a log are the same so far."""
+    start = max(0, size - CHECK_BYTES)
+    return zlib.crc32(read_log(path, start, size - start))
 
 
 class FileLock:
@@ -819,82 +1885,6 @@ class FileLock:
         return True
 
 
-def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
-    temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        for attempt in range(20):
-            try:
-                return os.replace(temp, path)
-            except PermissionError:  # Windows: somebody reads the old file right now
-                if attempt == 19:
-                    raise
-                time.sleep(0.02)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none, or it is torn."""
-    for _ in range(20):
-        try:
-            data = json.loads(path.read_bytes())
-            return data if isinstance(data, dict) else None
-        except PermissionError:  # Windows: it is being replaced
-            time.sleep(0.02)
-        except (OSError, ValueError):
-            return None
-    return None
-
-
-LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-
-
-def log_size(path: Path) -> int:
-    """How many bytes a log has; 0 where it is missing."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def append_log(path: Path, offset: int, data: bytes) -> tuple[int, bool]:
-    """Append bytes that belong at `offset`, if that is the end: (size now, ask the sender to rewind). May raise OSError."""
-    fd = os.open(path, LOG_FLAGS, 0o600)
-    try:
-        size = os.fstat(fd).st_size
-        write, rewind = accepts_chunk(size, offset, len(data))
-        if write:
-            size += os.write(fd, data)
-            rewind = size != offset + len(data)
-        return size, rewind
-    finally:
-        os.close(fd)
-
-
-def read_log(path: Path, offset: int, length: int) -> bytes:
-    """Bytes of a log; fewer where it ends, none where it is missing."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(length) or b""
-    except OSError:
-        return b""
-
-
-def log_check(path: Path, size: int) -> int:
-    """CRC-32 of the last 4 KiB before `size`: whether two copies of a log are the same so far."""
-    start = max(0, size - CHECK_BYTES)
-    return zlib.crc32(read_log(path, start, size - start))
-
-
 class DaemonLog:
     """The daemon's own log: one line per event on stderr, with its time, or with its priority under journald."""
 
@@ -947,7 +1937,9 @@ class StateFolder:
         self.daemon_file = root / "daemon.json"
         self.daemon_lock = root / "daemon.lock"
         self.job_lock = root / "job.lock"
+        self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
+        self.last_config = root / "last-config"  # the last valid configuration that was used here
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
@@ -990,10 +1982,12 @@ class StateFolder:
             return []
 
     def load_run(self, run: str) -> RunRecord | None:
-        return self._load(self.runs / run / "run.json", RunRecord)
+        record: RunRecord | None = self._load(self.runs / run / "run.json", RunRecord)
+        return record
 
     def load_job(self, run: str, host: str) -> JobRecord | None:
-        return self._load(self.job_file(run, host), JobRecord)
+        record: JobRecord | None = self._load(self.job_file(run, host), JobRecord)
+        return record
 
     def load_jobs(self, run: str) -> list[JobRecord]:
         """Every host's record in a run's folder."""
@@ -1010,6 +2004,21 @@ class StateFolder:
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
+    def history(self, count: int) -> list[dict[str, Any]]:
+        """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
+        rows: list[dict[str, Any]] = []
+        for run in reversed(self.run_ids()):
+            if len(rows) >= count:
+                break
+            if record := self.load_run(run):
+                jobs = {job.host: job for job in self.load_jobs(run)}
+                results = [job_summary(jobs[host]) for host in record.hosts if host in jobs]
+                rows.append(
+                    {"run": run, "created": record.created, "by": record.by, "kind": record.kind,
+                     "target": record.target, "branch": record.branch, "hosts": results}
+                )  # fmt: skip
+        return rows
+
     @staticmethod
     def _load(path: Path, cls: type[Any]) -> Any:
         data = read_json(path)
@@ -1020,7 +2029,7 @@ class StateFolder:
 
 
 def _dump(record: Any) -> bytes:
-    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode() + b"\n"
+    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
 
 
 def default_state_folder(environ: Mapping[str, str]) -> Path:
@@ -1058,14 +2067,33 @@ def load_config(path: Path) -> Config:
     return parse_config(data, str(path), "toml" if path.suffix == ".toml" else "json")
 
 
+def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | None]:
+    """The configuration, or, where it is missing or invalid, the last one that was valid here, and the problem.
+
+    A commit without a valid configuration must not keep the next commit from being deployed. Raises ConfigError.
+    """
+    keep = state.last_config.with_suffix(path.suffix)
+    try:
+        config = load_config(path)
+    except ConfigError as problem:
+        try:
+            return load_config(keep), problem.what
+        except ConfigError:
+            raise problem from None
+    with suppress(OSError):
+        data = path.read_bytes()
+        if not keep.exists() or keep.read_bytes() != data:
+            write_atomic(keep, data)
+    return config, None
+
+
 class ConfigFile:
     """The configuration as a daemon uses it: read again once it changed and then lay still for a second; a file that is
     missing or invalid keeps the old settings, and `problem` says so."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = load_config(path)
-        self.problem: str | None = None
+    def __init__(self, path: Path, state: StateFolder) -> None:
+        self.path, self.state = path, state
+        self.config, self.problem = load_config_or_last(path, state)
         self._used = self._seen = self._stamp()
 
     def _stamp(self) -> tuple[int, int, int] | None:
@@ -1082,14 +2110,9 @@ class ConfigFile:
             self._seen = stamp
             return False
         self._used = stamp
-        try:
-            config = load_config(self.path)
-        except ConfigError as problem:
-            self.problem = problem.what
-            return False
-        changed = config != self.config
-        self.config, self.problem = config, None
-        return changed
+        before = self.config
+        self.config, self.problem = load_config_or_last(self.path, self.state)
+        return self.config != before
 
 
 def work_tree(config_path: Path) -> Path:
@@ -1594,6 +2617,22 @@ class LogWriter:
             os.fsync(self._fd)
 
 
+def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
+    """Start the process that does a job: it takes the job's lock itself. What is returned only stands at its cradle."""
+    argv = [*program_argv(), "run-job", "--state", str(state.root), "--config", str(config_path), job.run, job.host]
+    return spawn_runner(argv, dict(os.environ), state.runner_log)
+
+
+def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
+    """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
+    if job.open_step:
+        kill_leftovers(job.open_step)
+    size = log_size(state.log_file(job.run, job.host))
+    return replace(
+        job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
+    )
+
+
 class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job restarts."""
 
@@ -1623,7 +2662,10 @@ class Runner:
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
-            self.save(state=State.RUNNING, started=time.time())
+            with suppress(OSError):
+                write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
+            if not self.save(durable=True, state=State.RUNNING, started=time.time()):
+                return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
             return 0
         finally:
@@ -1650,7 +2692,7 @@ class Runner:
     def deploy(self) -> None:
         """The document's steps, in its order."""
         self.begin("check")
-        self.load_rule()
+        self.load_rule(strict=False)
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
@@ -1672,27 +2714,43 @@ class Runner:
             self.announce(f"git pull {rule.remote} {branch}")
             self.log.line("Nothing to pull: not a branch.")
         self.begin("config")
-        self.load_rule()
+        self.load_rule(strict=True)
         self.step(plan_command(self.rule.command), self.rule.timeout_s)
         for step in plan_restart(self.rule.restart):
             self.step(step, self.rule.timeout_s)
 
-    def load_rule(self) -> None:
-        """What to do here, from the configuration as it stands now: read again after the pull."""
-        config = load_config(self.config_path)
+    def load_rule(self, *, strict: bool) -> None:
+        """What to do here, from the configuration as it stands now. Before the pull it need not be valid: the pull may
+        bring its repair."""
+        if strict:
+            config, problem = load_config(self.config_path), None
+        else:
+            config, problem = load_config_or_last(self.config_path, self.state)
         self.rule = host_rule(config, self.job.address, socket.gethostname())
         tree = work_tree(self.config_path)
         self.repo = tree / self.rule.repo if self.rule.repo else tree
         extra: dict[str, str] = {}
-        if self.rule.environment_file:
-            path = self.repo / self.rule.environment_file
-            try:
-                extra = parse_environment_file(path.read_text("utf-8-sig"), str(path))
-            except (OSError, UnicodeError) as problem:
-                raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
+        try:
+            extra = self.read_environment()
+        except ConfigError as wrong:
+            if strict:
+                raise
+            problem = problem or wrong.what
+        if problem:
+            self.log.line(f"warning: {problem}")
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
         self.masker = Masker(secret_values(extra))
+
+    def read_environment(self) -> dict[str, str]:
+        """The host's environmentFile, if it has one. Raises ConfigError."""
+        if not self.rule.environment_file:
+            return {}
+        path = self.repo / self.rule.environment_file
+        try:
+            return parse_environment_file(path.read_text("utf-8-sig"), str(path))
+        except (OSError, UnicodeError) as problem:
+            raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
@@ -1716,8 +2774,11 @@ class Runner:
         return done.stdout if done.returncode == 0 else b""
 
     def warn_of_changes(self) -> None:
-        """Local changes stay as they are, but are listed: a deployment that is not what the commit says should be seen."""
-        changes = self.git("status", "--porcelain", "--untracked-files=no").decode(errors="replace").splitlines()
+        """Local changes stay, but are listed: that the tree is not what the commit says should be seen."""
+        changes: list[str] = []
+        with suppress(UpdaterError):  # a slow answer is no reason to fail
+            status = self.git("status", "--porcelain", "--untracked-files=no")
+            changes = status.decode(errors="replace").splitlines()
         if changes:
             more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
             self.log.line("warning: local changes stay: " + ", ".join(c.strip() for c in changes[:10]) + more)
@@ -1735,58 +2796,53 @@ class Runner:
 
     def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> None:
         """Run one command to its end. Raises StepFailed unless it ends with 0."""
+        self.tail = b""
+        number = self.job.steps + 1
+        self.job = replace(self.job, steps=number, open_step=f"{self.run}/{file_label(self.host)}/{number}")
         if announce:
             self.announce(step.label)
-        self.tail = b""
+        else:
+            self.begin(step.label)
         try:
             argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            child = spawn_step(argv, self.repo, self.env, mark=f"{self.run}/{file_label(self.host)}")
-        except (UpdaterError, OSError) as problem:
+            child = spawn_step(argv, self.repo, self.env, mark=self.job.open_step or "")
+        except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
-        self.save(groups=[*self.job.groups[-20:], child.pid])
-        exited = threading.Event()
-        pump = threading.Thread(target=self.pump, args=(child, exited), daemon=True)
+        pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
-        stopped = self.watch(child, exited, time.monotonic() + timeout_s)
+        stopped = self.watch(child, pump, time.monotonic() + timeout_s)
         code = child.wait()
-        exited.set()
-        pump.join(DRAIN_S + 1)
         child.close_pipe()
         self.log.write(self.masker.flush())
+        self.save(open_step=None)  # what it left running was left on purpose
         if stopped:
             raise StepFailed(stopped, step.label)
         if code:
             raise StepFailed(State.FAILED, step.label, code, explain_failure(self.tail))
 
-    def watch(self, child: Spawned, exited: threading.Event, deadline: float) -> State | None:
-        """Wait for the command's end; a cancel or its deadline ends it: interrupt, grace, kill the whole tree."""
-        threading.Thread(target=lambda: (child.wait(), exited.set()), daemon=True).start()
-        while not exited.wait(CANCEL_LOOK_S):
+    def watch(self, child: Spawned, pump: threading.Thread, deadline: float) -> State | None:
+        """Wait until the command is over; a cancel or its deadline ends it: interrupt, grace, kill the whole tree."""
+        while True:
+            pump.join(CANCEL_LOOK_S)
+            if not pump.is_alive():
+                return None
             stopped = State.CANCELLED if self.cancel_file.exists() else None
             if stopped is None and time.monotonic() > deadline:
                 stopped = State.TIMEOUT
             if stopped:
-                child.interrupt()
-                exited.wait(GRACE_S)
+                pump.join(GRACE_S if child.interrupt() else 0)
                 child.kill_tree(KILL_S)
+                pump.join(DRAIN_S + 1)
                 return stopped
-        return None
 
-    def pump(self, child: Spawned, exited: threading.Event) -> None:
-        """Pipe to log. After the command's end a grandchild may hold the pipe open: only a short drain then."""
-        deadline = float("inf")
-        while time.monotonic() < deadline:
-            data = child.read(CHUNK_BYTES, CANCEL_LOOK_S)
-            if data == b"":
-                return
-            if data:
-                self.log.write(self.masker.feed(data))
-                found = VERSION_IN_OUTPUT.findall(self.tail[-VERSION_OVERLAP:] + data)
-                self.version = found[-1] if found else self.version
-                self.tail = (self.tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
-            if exited.is_set() and deadline == float("inf"):
-                deadline = time.monotonic() + DRAIN_S
+    def pump(self, child: Spawned) -> None:
+        """Pipe to log."""
+        while data := child.read(CHUNK_BYTES):
+            self.log.write(self.masker.feed(data))
+            found = VERSION_IN_OUTPUT.findall(self.tail[-VERSION_OVERLAP:] + data)
+            self.version = found[-1] if found else self.version
+            self.tail = (self.tail[-TAIL_BYTES:] + data)[-TAIL_BYTES:]
 
     def read_version(self) -> str | None:
         """What is deployed now, in the project's own words."""
@@ -1800,12 +2856,13 @@ class Runner:
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
         commit = version = None
-        with suppress(UpdaterError, AttributeError):
+        with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
             version = self.read_version() if state is State.SUCCEEDED else None
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
         self.log.sync()
+        fields |= {"open_step": None}
         fields |= {"state": state, "size": self.log.size, "ended": time.time(), "commit": commit, "version": version}
         for _ in range(RESULT_TRIES):
             if self.save(durable=True, **fields):
@@ -1827,11 +2884,121 @@ class Runner:
 # 13. Probes: own address and role
 # ==============================================================================
 
+
+_METADATA = "http://169.254.169.254"  # of every cloud
+_METADATA_PATHS: dict[str, dict[str, str]] = {
+    "/hetzner/v1/metadata/public-ipv4": {},
+    "/computeMetadata/v1/instance/network-interfaces/0/access-configs/0/external-ip": {"Metadata-Flavor": "Google"},
+    "/opc/v2/vnics/": {"Authorization": "Bearer Oracle"},  # JSON, and mostly without the address: then the echoes say
+    "/latest/meta-data/public-ipv4": {"X-aws-ec2-metadata-token": ""},  # to be fetched first
+}
+_METADATA_DEADLINE_S = 1.0  # it answers in milliseconds, or is not there
+_ECHOES = ("https://api.ipify.org", "https://checkip.amazonaws.com", "https://ipv4.icanhazip.com")
+
+
+def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[Any]:
+    """What the calls return, as it comes, until the deadline; a call that fails has no answer.
+
+    In daemon threads: a resolver or a silent server may take minutes, and then delays neither us nor our exit.
+    """
+    done: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+
+    def ask(call: Callable[[], Any]) -> None:
+        answer = []
+        try:
+            answer = [call()]
+        except (OSError, ValueError, UsageError, http_client.HTTPException):
+            pass
+        finally:
+            done.put(answer)
+
+    ends = time.monotonic() + deadline_s
+    for call in calls:
+        threading.Thread(target=ask, args=(call,), daemon=True).start()
+    for _ in calls:
+        try:
+            yield from done.get(timeout=max(0.0, ends - time.monotonic()))
+        except queue.Empty:
+            return
+
+
+def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tuple[str, ...]:
+    """Every address that a name has now, IPv4 and IPv6, or the address itself; empty when it can't be resolved."""
+    lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    for found in _answers([lookup], timeout_s):
+        return tuple(dict.fromkeys(canonical_address(entry[4][0]) for entry in found))
+    return ()
+
+
+def probe_is_local(address: str) -> bool:
+    """Whether an address is this host's own; of the loopback net only 127.0.0.1 and ::1 count as such.
+
+    A bind alone proves nothing: with `ip_nonlocal_bind` it succeeds for any address. Connecting a UDP socket sends
+    nothing and makes the kernel choose a source. It is the address itself where that is ours, except for a second
+    address in the same IPv4 subnet: there it is the first one, but Linux routes nothing from a source that isn't ours.
+    """
+    try:
+        ip = _parse_ip(address)
+        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(ip), 9))
+            if probe.getsockname()[0] == str(ip):
+                return True
+        if ip.version == 6 or ip.is_loopback or ip.is_unspecified or ip.is_multicast:
+            return False
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(ip), 0))
+            probe.connect((str(ip), 9))
+            return True
+    except (OSError, UsageError):
+        return False
+
+
+def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: bool = False) -> str:
+    """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError, UsageError."""
+    opener = urllib_request.build_opener(urllib_request.ProxyHandler({} if direct else None))
+
+    def fetch(url: str, headers: dict[str, str], method: str) -> str:
+        with opener.open(urllib_request.Request(url, headers=headers, method=method), timeout=timeout_s) as answer:
+            return str(answer.read(65536).decode("utf-8", "replace"))
+
+    if "" in headers.values():
+        token_url = url.partition("/latest/")[0] + "/latest/api/token"
+        headers = dict.fromkeys(headers, fetch(token_url, {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT"))
+    text = fetch(url, headers, "GET")
+    named = re.search(r'"publicIp"\s*:\s*"([^"]+)"', text)
+    address = canonical_address(named[1] if named else text)
+    if not is_public(address):
+        raise UsageError(f"{address} is no public address")
+    return address
+
+
+def probe_public_address(
+    timeout_s: float = 3.0, metadata: str = _METADATA, echoes: Sequence[str] = _ECHOES
+) -> tuple[str, str] | None:
+    """The address by which the world sees this host, and who says so: "metadata", or "echo" where two services agree.
+
+    None after at most `timeout_s`. Only for a host whose role its own addresses leave open: it asks strangers.
+    """
+    ends, wait_s = time.monotonic() + timeout_s, min(_METADATA_DEADLINE_S, timeout_s / 2)
+    ask = functools.partial
+    places = [ask(_fetch_address, metadata + path, having, wait_s, True) for path, having in _METADATA_PATHS.items()]
+    for address in _answers(places, wait_s):
+        return address, "metadata"
+    seen, wait_s = set(), max(0.0, ends - time.monotonic())
+    for address in _answers([ask(_fetch_address, url, {}, wait_s) for url in echoes], wait_s):
+        if address in seen:
+            return address, "echo"
+        seen.add(address)
+    return None
+
+
 # ==============================================================================
 # 15. Agent: connect, hello, resume, take orders
 # ==============================================================================
 
 
+WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
     "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
@@ -1904,7 +3071,7 @@ class QueueWire:
 
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more than a window of
-    unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Both sides of the relay are this class."""
+    unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Agent and master are both this."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
@@ -1949,10 +3116,12 @@ class Link:
         if cursor is None:
             return
         path = self._paths[cursor.channel]
-        if message.check is not None and 0 < message.size <= log_size(path):
-            if log_check(path, message.size) != message.check:
-                self.post(Broken(cursor.channel, "the copies of this log differ"))
-                return
+        if message.check is not None and (size := log_size(path)) < message.size:
+            self.post(Broken(cursor.channel, f"the host has only {size} bytes of this log"))
+            return
+        if message.check is not None and message.size and log_check(path, message.size) != message.check:
+            self.post(Broken(cursor.channel, "the host's copy of this log differs"))
+            return
         cursor.on_have(message.size, message.rewind)
         self._wake.set()
 
@@ -2002,13 +3171,13 @@ class Link:
         try:
             size, rewind = append_log(inbound.path, offset, data)
         except OSError as problem:
-            size, rewind = log_size(inbound.path), True
-            if not inbound.rewinding:
+            if not inbound.retry_due:
+                inbound.retry_due = True
                 log.error("can't write %s: %s; trying again", inbound.path, problem.strerror)
                 asyncio.get_running_loop().call_later(DISK_RETRY_S, self._ask_again, channel)
             inbound.rewinding = True
             return
-        if rewind and not inbound.rewinding:  # once: what is in flight behind a gap would ask again and again
+        if rewind and (not inbound.rewinding or offset < size):  # once: all in flight behind a gap would ask again
             self.post(Have(channel, size, rewind=True))
         inbound.rewinding = rewind
         inbound.on_size(size)
@@ -2019,16 +3188,24 @@ class Link:
             asyncio.get_running_loop().call_later(ACK_S, self._ack, channel)
 
     def _ask_again(self, channel: int) -> None:
-        inbound = self._inbound[channel]
-        inbound.rewinding = False
-        self.post(Have(channel, log_size(inbound.path), rewind=True))
+        if inbound := self._inbound.get(channel):
+            inbound.rewinding = inbound.retry_due = False
+            self.post(Have(channel, log_size(inbound.path), rewind=True))
 
     def _ack(self, channel: int) -> None:
-        inbound = self._inbound[channel]
+        inbound = self._inbound.get(channel)
+        if inbound is None:
+            return
         inbound.ack_due = False
         if inbound.size > inbound.acked:
             inbound.acked = inbound.size
             self.post(Have(channel, inbound.size))
+
+    def end_inbound(self, path: Path) -> None:
+        """All of this log is here."""
+        for channel in [channel for channel, inbound in self._inbound.items() if inbound.path == path]:
+            self._ack(channel)
+            del self._inbound[channel]
 
     def on_broken(self, message: Broken) -> None:
         """Close a log whose copies differ with a line that says so."""
@@ -2036,7 +3213,7 @@ class Link:
         if inbound and not inbound.closed:
             inbound.closed = True
             with suppress(OSError):
-                line = f"\n[estelle-updater: {message.reason}; the rest is on the host]\n".encode()
+                line = f"\n[estelle-updater: {message.reason}; what it has more is there]\n".encode()
                 append_log(inbound.path, log_size(inbound.path), line)
             inbound.on_size(log_size(inbound.path))
 
@@ -2051,6 +3228,7 @@ class Inbound:
     acked: int = 0
     ack_due: bool = False
     rewinding: bool = False
+    retry_due: bool = False
     closed: bool = False
 
     def on_size(self, size: int) -> None:
@@ -2087,10 +3265,11 @@ class OwnJob:
     """A job of this host that the master may still have to hear of."""
 
     record: JobRecord
-    stamp: int = 0  # mtime of its file, to read it only when it changed
+    stamp: tuple[int, ...] = ()  # of its file, to read it only when it changed
     size: int = 0
     looked: float = 0.0  # when its lock was last probed
     launched: float = float("-inf")  # when a runner was last started for it
+    launches: int = 0
 
 
 class Agent:
@@ -2102,6 +3281,7 @@ class Agent:
         self.link: Link | None = None
         self.poked = asyncio.Event()
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.current: dict[str, Any] = {}
 
     def hello(self) -> Hello:
         return Hello(
@@ -2123,8 +3303,25 @@ class Agent:
                 async with asyncio.timeout(LOOK_S if self.jobs else None):
                     await self.poked.wait()
             self.poked.clear()
+            self.look_for_local()
             for job in list(self.jobs.values()):
-                self.look(job)
+                try:
+                    self.look(job)
+                except OSError as problem:  # one job's trouble must not end the daemon
+                    log.error("run %s: %s", job.record.run, problem)
+
+    def look_for_local(self) -> None:
+        """A deployment that was started on this host by hand: the master hears of it like of any other."""
+        current = read_json(self.state.current_file) or {}
+        run, host = current.get("run"), current.get("host")
+        if current == self.current or not (isinstance(run, str) and valid_run_id(run) and isinstance(host, str)):
+            return
+        self.current = current
+        record = self.state.load_job(run, host)
+        if record and (run, host) not in self.jobs and record.machine == self.machine and not record.acked:
+            self.jobs[run, host] = OwnJob(record)
+            if self.link:
+                self.offer(self.jobs[run, host])
 
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
@@ -2133,7 +3330,8 @@ class Agent:
             job.looked = now
             self.check_runner(job)
         try:
-            stamp = self.state.job_file(run, host).stat().st_mtime_ns
+            stat = self.state.job_file(run, host).stat()
+            stamp = stat.st_mtime_ns, stat.st_ino, stat.st_size
         except OSError:
             return
         if stamp != job.stamp and (record := self.state.load_job(run, host)):
@@ -2150,27 +3348,32 @@ class Agent:
 
     def check_runner(self, job: OwnJob) -> None:
         """A free lock says that no runner lives: an accepted job is started again, a running one is lost."""
+        run, host = job.record.run, job.record.host
+        before = self.state.load_job(run, host)
         if FileLock.held_elsewhere(self.state.job_lock):
             return
-        record = self.state.load_job(job.record.run, job.record.host)
-        if record is None or record.state in FINAL:
-            return
-        if record.state is State.QUEUED:
-            if time.monotonic() - job.launched > LAUNCH_S:
-                self.start_runner(record)
-            return
-        kill_leftovers(f"{record.run}/{file_label(record.host)}", record.groups)
-        size = log_size(self.state.log_file(record.run, record.host))
-        self.own(record, state=State.LOST, error="the runner died", size=size, ended=time.time())
+        record = self.state.load_job(run, host) or job.record
+        if record.state in FINAL:
+            job.stamp = ()
+        elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
+            self.own(replace(record, revision=record.revision + 1, state=State.CANCELLED, ended=time.time()))
+        elif record.state is State.QUEUED and job.launches >= LAUNCHES:
+            why = f"the runner does not start: see {self.state.runner_log}"
+            self.own(replace(record, revision=record.revision + 1, state=State.FAILED, step="start", error=why))
+        elif record.state is State.QUEUED and time.monotonic() - job.launched > LAUNCH_S:
+            self.start_runner(record)
+        elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
+            # running before the lock was found free, and running after: nobody took it in between
+            self.own(bury_runner(self.state, record))
 
-    def own(self, record: JobRecord, **fields: Any) -> JobRecord:
+    def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
-        record = replace(record, revision=record.revision + 1, **fields)
         try:
             self.state.save_job(record, durable=True)
         except OSError as problem:
             log.error("can't write to %s: %s", self.state.root, problem.strerror)
-            record = replace(record, state=State.FAILED, error=f"can't write to {self.state.root}: {problem.strerror}")
+            why = f"can't write to {self.state.root}: {problem.strerror}"
+            record = replace(record, state=State.FAILED, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
         job.record = record
         if self.link:
@@ -2179,11 +3382,14 @@ class Agent:
         return record
 
     def start_runner(self, record: JobRecord) -> None:
-        """Start the process that does the job; it takes the job's lock itself."""
-        self.jobs[record.run, record.host].launched = time.monotonic()
-        argv = [*program_argv(), "run-job", "--state", str(self.state.root), "--config", str(self.config.path)]
-        child = spawn_runner([*argv, record.run, record.host], dict(os.environ), self.state.runner_log)
-        self.spawn(asyncio.to_thread(child.wait))
+        job = self.jobs[record.run, record.host]
+        job.launched, job.launches = time.monotonic(), job.launches + 1
+        try:
+            child = start_runner(self.state, self.config.path, record)
+        except OSError as problem:
+            log.error("can't start a runner: %s", problem)
+        else:
+            self.spawn(asyncio.to_thread(child.wait))
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -2204,10 +3410,13 @@ class Agent:
             self.link.post(Busy(record.run, record.host, active.record.run if active else ""))
             return
         if problem := valid_branch_problem(record.branch):
-            self.own(record, state=State.FAILED, error=f"no branch name: {problem}")
+            self.own(replace(record, revision=1, state=State.FAILED, step="check", error=f"no branch name: {problem}"))
             return
         self.adopt_run(record)
-        record = self.own(replace(record, machine=self.machine, state=State.QUEUED, ordered=True))
+        if record.state is State.RUNNING:  # the master knows it as running, and nothing is left of it here
+            self.own(replace(record, revision=record.revision + 1, state=State.LOST, error="the host forgot this job"))
+            return
+        record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
         self.offer(self.jobs[record.run, record.host])
         if record.state is State.QUEUED:
             self.start_runner(record)
@@ -2273,7 +3482,13 @@ class Agent:
             link.wire.abort()
 
     async def receive(self, link: Link, frame: str | bytes) -> None:
-        message = decode_message(frame) if isinstance(frame, str) else None
+        try:
+            self.obey(link, decode_message(frame) if isinstance(frame, str) else None)
+        except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
+            log.error("a message of the master failed: %s", problem)
+            link.post(Refuse(str(problem)[:1000]))
+
+    def obey(self, link: Link, message: Any) -> None:
         match message:
             case Order():
                 self.on_order(message)
@@ -2299,12 +3514,19 @@ def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float]
 class Dialer:
     """Keeps an agent connected to the master, and says once, not on every try, that it can't."""
 
-    def __init__(self, agent: Agent, bind: str | None) -> None:
-        self.agent, self.bind = agent, bind
+    def __init__(
+        self,
+        agent: Agent,
+        bind: str | None,
+        on_failure: Callable[[bool], Awaitable[None]],
+        on_welcome: Callable[[str], None],
+    ) -> None:
+        self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
         self.trouble = ""
         self.welcome: Welcome | None = None
-        self.on_welcome: Callable[[], None] = lambda: None
+        self.link: Link | None = None
+        self.url = ""
 
     async def dial_forever(self) -> None:
         attempt = 0
@@ -2318,14 +3540,22 @@ class Dialer:
                 self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
             except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
                 what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
-                self.say(f"can't reach the master at {url.text}: {what}; trying again until it answers")
+                self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
             if self.welcome:
                 attempt, self.welcome = 0, None
+            else:
+                await self.on_failure(attempt % OUTSIDE_EVERY == OUTSIDE_EVERY - 1)
             attempt += 1
             self.config_changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
                     await self.config_changed.wait()
+
+    def on_config(self) -> None:
+        """New settings: try again at once, and leave a master that is no longer the one."""
+        self.config_changed.set()
+        if self.link and self.url != str(self.agent.config.config.master_url):
+            self.link.wire.abort()
 
     def say(self, text: str) -> None:
         if text != self.trouble:
@@ -2338,25 +3568,28 @@ class Dialer:
         from websockets.exceptions import InvalidHandshake, InvalidStatus
 
         try:
-            socket = await connect(url.text, local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
+            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except InvalidHandshake as problem:
-            raise UpdaterError(f"{url.text} is no estelle-updater master: {problem}") from problem
-        async with socket:
-            link = Link(SocketWire(socket))
+            raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
+        async with connection:
+            link = Link(SocketWire(connection))
             await link.wire.send(encode_message(self.agent.hello()))
             async with asyncio.timeout(WELCOME_S):
                 self.welcome = self.read_welcome(await link.wire.recv())
             self.trouble = ""
-            log.info("welcomed by the master at %s as %s", url.text, self.welcome.label)
-            self.on_welcome()
+            log.info("welcomed by the master at %s as %s", url, self.welcome.label)
+            self.on_welcome(self.welcome.label)
+            self.link, self.url = link, str(url)
             try:
                 await self.agent.serve_link(link)
-            except* (EOFError, ProtocolError) as group:
-                for problem in group.exceptions:
-                    if isinstance(problem, ProtocolError):
-                        log.error("the master sent rubbish: %s", problem)
+            except* (EOFError, OSError):
+                pass
+            except* ProtocolError as group:
+                log.error("the master sent what is no part of the protocol: %s", next(iter_leaves(group)))
+            finally:
+                self.link = None
             self.say("the connection to the master ended; trying again until it answers")
 
     @staticmethod
@@ -2385,7 +3618,7 @@ def refusal(status: int, body: bytes) -> UpdaterError:
 
 @dataclass
 class Machine:
-    """A host that was once welcomed as an agent. It is known by the id in its state folder; addresses and names change."""
+    """A host that was once welcomed. It is known by the id in its state folder; addresses and names change."""
 
     machine: str
     address: str
@@ -2425,7 +3658,8 @@ class AgentLink:
         self.link.post(Ask(number, what, args))
         try:
             async with asyncio.timeout(FACTS_S):
-                return await future
+                result: dict[str, Any] = await future
+                return result
         except TimeoutError:
             return None
         finally:
@@ -2435,32 +3669,13 @@ class AgentLink:
 QUESTION_NUMBERS = itertools.count(1)
 
 
-class Master:
-    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is told of it."""
+class Door:
+    """Who may come in: judged before anything else of a connection is looked at."""
 
-    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
-        self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
-        self.machines_file = state.root / "machines.json"
-        self.machines: dict[str, Machine] = {}
-        self.agents: dict[str, AgentLink] = {}
-        self.down_since: dict[str, float] = {}
-        self.busy: dict[str, float] = {}  # machine -> when to ask again
-        self.runs: dict[str, Run] = {}
+    def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
+        self.config, self.own_address, self.nonce = config, own_address, nonce
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
-        self.started = time.time()
-
-    def recover(self) -> None:
-        """After a start: the known hosts, and the runs that are not over."""
-        for machine, data in (read_json(self.machines_file) or {}).items():
-            with suppress(TypeError):
-                self.machines[machine] = Machine(**data)
-                self.down_since[machine] = time.time()
-        for run in self.state.run_ids():
-            if (found := self.load(run)) and found.active:
-                self.runs[run] = found
-
-    # Who may come in
 
     def judge_request(self, connection: Any, request: Any) -> Any:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
@@ -2469,17 +3684,24 @@ class Master:
         address = client_address(peer, request.headers.get_all("X-Forwarded-For"), Whitelist(config.trusted_proxies))
         verdict = Whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
-            self.log_refusal(address, verdict.reason)
-            return connection.respond(403, f"{verdict.reason}\nadd {address} to the whitelist in git\n")
-        own = (config.master_url.host, self.own_address, *config.server_names)
-        if not allowed_host_header(request.headers.get("Host"), own):
-            return connection.respond(403, f"the Host header names another server (seen from {address})\n")
-        if not allowed_origin(request.headers.get("Origin"), own):
-            return connection.respond(403, f"a page of another site can't talk to this port (seen from {address})\n")
+            return self.refuse(connection, address, verdict.reason, f"add {address} to the whitelist in git")
+        hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
+        own = (config.master_url.host, self.own_address, connection.local_address[0], *config.server_names)
+        if len(hosts) != 1 or not allowed_host_header(hosts[0], own):
+            return self.refuse(connection, address, "the Host header names another server", "use serverNames")
+        if origin is not None and not (allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]):
+            return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
         if request.path.partition("?")[0] != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         connection.estelle_address = address
         return None
+
+    def refuse(self, connection: Any, address: str, reason: str, hint: str) -> Any:
+        """The HTTP answer, and a line in the log."""
+        self.log_refusal(address, reason)
+        answer = connection.respond(403, f"{reason} (seen from {address})\n{hint}\n")
+        answer.headers[WHO_HEADER] = self.nonce
+        return answer
 
     def log_refusal(self, address: str, reason: str) -> None:
         """Once per address and minute, with a count: a flood must not become a flood of lines."""
@@ -2500,45 +3722,34 @@ class Master:
                 log.warning("dropped %s: no longer on the whitelist", address)
                 socket.transport.abort()
 
-    async def serve_socket(self, socket: Any) -> None:
-        """One connection, from its hello to its end."""
-        address = socket.estelle_address
-        link = Link(SocketWire(socket))
-        self.sockets[socket] = address
-        try:
-            async with asyncio.timeout(WELCOME_S):
-                frame = await link.wire.recv()
-            hello = decode_message(frame) if isinstance(frame, str) else None
-            if not isinstance(hello, Hello):
-                raise ProtocolError("the first message must be hello")
-            if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
-                raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
-            if hello.role == "agent":
-                await self.serve_agent(link, hello, address)
-            elif hello.role == "commander":
-                await self.serve_commander(link, hello, address)
-            else:
-                raise ProtocolError(f"unknown role {hello.role[:20]!r}")
-        except* (EOFError, TimeoutError):
-            pass
-        except* ProtocolError as group:
-            problem = next(iter_leaves(group))
-            log.warning("%s sent what is no part of the protocol: %s", address, problem)
-            with suppress(EOFError):
-                await link.wire.send(encode_message(Refuse(str(problem))))
-        finally:
-            del self.sockets[socket]
 
-    # Hosts
+class Registry:
+    """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them is connected."""
 
-    def save_machines(self) -> None:
+    def __init__(self, state: StateFolder, config: ConfigFile, own_machine: str) -> None:
+        self.config, self.own_machine = config, own_machine
+        self.file = state.root / "machines.json"
+        self.machines: dict[str, Machine] = {}
+        self.agents: dict[str, AgentLink] = {}
+        self.down_since: dict[str, float] = {}
+
+    def recover(self) -> None:
+        """After a start: the known hosts, none of them connected yet."""
+        for machine, data in (read_json(self.file) or {}).items():
+            with suppress(TypeError):
+                self.machines[machine] = Machine(**data)
+                self.down_since[machine] = self.machines[machine].seen
+
+    def save(self) -> None:
         data = {machine: vars(known) for machine, known in self.machines.items()}
         with suppress(OSError):
-            write_atomic(self.machines_file, json.dumps(data, indent=1).encode(), durable=True)
+            write_atomic(self.file, json.dumps(data, indent=1).encode())
 
     def host_name(self, machine: str, address: str, claimed: str) -> str:
         """The configuration's name for the host, else the one it claims, unless that belongs to another address."""
         name = host_rule(self.config.config, address, claimed).name or claimed
+        if not valid_host_name(name):
+            return f"unnamed-{machine[:4]}"
         owner = owner_of_name(self.config.config, name)
         if owner is not None and owner != address:
             log.warning("%s claims the name %s, which the configuration gives to %s", address, name, owner)
@@ -2552,12 +3763,12 @@ class Master:
             time.time(),
         )  # fmt: skip
         self.machines[hello.machine] = known
-        self.save_machines()
+        self.save()
 
     def hosts(self) -> list[HostRef]:
         """Every host of the fleet with its label, the master's own first."""
         known = [machine for machine in self.machines.values() if not machine.forgotten]
-        known.sort(key=lambda machine: (machine.machine != self.machine, machine.address, machine.name))
+        known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
         labels = assign_labels([(host.address, host.name, host.machine) for host in known])
         hosts = []
         for label, host in zip(labels, known, strict=True):
@@ -2566,37 +3777,114 @@ class Master:
             hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
         return hosts
 
+    def forget(self, ask: Ask) -> Answer | Refuse:
+        """Take retired hosts out of `all`; a host that is online would only come back."""
+        try:
+            hosts = select_targets(str(ask.args.get("target")), [replace(host, deploys=True) for host in self.hosts()])
+        except UpdaterError as problem:
+            return Refuse(problem.what, problem.hint, problem.exit_code)
+        if online := [host.label for host in hosts if host.online]:
+            what = f"{', '.join(online)} is online and would only come back"
+            return Refuse(what, "stop its service first, or remove it from the whitelist", GuardError.exit_code)
+        for host in hosts:
+            self.machines[host.machine].forgotten = True
+        self.save()
+        return Answer(ask.id, {"forgotten": [host.label for host in hosts]})
+
+
+class Master:
+    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is told of it."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
+        self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
+        self.door = Door(config, own_address, nonce)
+        self.registry = Registry(state, config, machine)
+        self.agents = self.registry.agents
+        self.busy: dict[str, float] = {}  # machine -> when to ask again
+        self.runs: dict[str, Run] = {}
+        self.started = time.time()
+
+    def recover(self) -> None:
+        """After a start: the known hosts, and the runs that are not over."""
+        self.registry.recover()
+        for run in self.state.run_ids():
+            if (found := self.load(run)) and found.active:
+                self.runs[run] = found
+                for job in list(found.jobs.values()):
+                    self.expire(found, job, self.started)
+
+    async def serve_socket(self, socket: Any) -> None:
+        """One connection, from its hello to its end."""
+        address = socket.estelle_address
+        link = Link(SocketWire(socket))
+        self.door.sockets[socket] = address
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                frame = await link.wire.recv()
+            hello = decode_message(frame) if isinstance(frame, str) else None
+            if not isinstance(hello, Hello):
+                raise ProtocolError("the first message must be hello")
+            if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
+                raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
+            if hello.role == "agent":
+                await self.serve_agent(link, hello, address)
+            elif hello.role == "commander":
+                await Desk(self).serve_commander(link, hello, address)
+            else:
+                raise ProtocolError(f"unknown role {hello.role[:20]!r}")
+        except* (EOFError, TimeoutError):
+            pass
+        except* ProtocolError as group:
+            reason = str(next(iter_leaves(group)))
+            log.warning("%s sent what is no part of the protocol: %s", address, reason)
+            with suppress(EOFError):
+                await link.wire.send(encode_message(Refuse(reason)))
+                await socket.close()
+        finally:
+            link.wire.abort()
+            del self.door.sockets[socket]
+
     async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
-        old = self.agents.get(hello.machine)
-        if old and old.hello.nonce != hello.nonce and await self.answers_ping(old):
-            what = f"this machine id is in use by {old.address}: a cloned state folder"
-            log.warning("refused %s: %s", address, what)
-            await link.wire.send(encode_message(Refuse(what, "delete machine-id in its state folder and restart it")))
-            return
+        if hello.machine == self.machine and isinstance(link.wire, SocketWire):
+            raise ProtocolError("this is the master's own machine id: a cloned state folder; delete machine-id in it")
+        while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
+            if await self.answers_ping(old):
+                what = f"this machine id is in use by {old.address}: a cloned state folder"
+                log.warning("refused %s: %s", address, what)
+                hint = "delete machine-id in its state folder and restart it"
+                await link.wire.send(encode_message(Refuse(what, hint)))
+                return
+            old.link.wire.abort()
+            if self.agents.get(hello.machine) is old:
+                del self.agents[hello.machine]
         if old:
             old.link.wire.abort()
-        self.register(hello, address)
+        self.registry.register(hello, address)
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
-        self.down_since.pop(hello.machine, None)
+        self.registry.down_since.pop(hello.machine, None)
         self.busy.pop(hello.machine, None)
-        label = next(host.label for host in self.hosts() if host.machine == hello.machine)
+        label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES)))
         if hello.machine != self.machine:
-            log.info("agent %s (%s) is online", label, self.machines[hello.machine].name)
+            log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
         self.resend(agent)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
                 while True:
-                    self.receive_from_agent(agent, await link.wire.recv())
+                    frame = await link.wire.recv()
+                    try:
+                        self.receive_from_agent(agent, frame)
+                    except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
+                        log.warning("a message of %s failed: %s", label, problem)
+                        link.post(Refuse(str(problem)[:1000]))
         finally:
-            link.wire.abort()
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
-                self.down_since[hello.machine] = self.machines[hello.machine].seen = time.time()
+                self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
                 log.warning("agent %s is offline", label)
 
     @staticmethod
@@ -2615,7 +3903,7 @@ class Master:
         for run in list(self.runs.values()):
             for job in run.jobs.values():
                 if job.machine == agent.hello.machine and job.state not in FINAL:
-                    if job.state is State.QUEUED and job.ordered:
+                    if job.ordered:  # also one that runs: the host says so if it knows nothing of it
                         agent.link.post(Order(vars(job)))
                     if run.record.cancelled:
                         agent.link.post(Cancel(job.run))
@@ -2653,11 +3941,18 @@ class Master:
         record = self.state.load_run(run)
         if record is None:
             return None
-        jobs = {}
-        for host in record.hosts:
-            empty = job_of_run(record, host)
-            jobs[host] = self.state.load_job(run, host) or replace(empty, state=State.LOST, error="no record of it")
+        jobs = {host: self.state.load_job(run, host) or self.unordered(record, host) for host in record.hosts}
         return Run(record, jobs)
+
+    def unordered(self, record: RunRecord, host: str) -> JobRecord:
+        """A job without a file: `ordered` is recorded before any order, so this one never reached its host."""
+        job = job_of_run(record, host)
+        if record.cancelled:
+            return replace(job, state=State.CANCELLED)
+        waits = time.time() - record.created < max(ORDER_EXPIRES_S, record.wait_s)
+        return (
+            job if waits and not (host in record.offline and not record.wait_s) else replace(job, state=State.OFFLINE)
+        )
 
     def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
         """The run of a job that belongs to this very agent. Raises ProtocolError for anybody else's."""
@@ -2669,10 +3964,9 @@ class Master:
 
     def on_job(self, agent: AgentLink, job: JobRecord) -> None:
         """A host's word about its job. A result counts once its log is here."""
-        if self.load(job.run) is None:  # a new master, or a deployment that the host started by itself
-            record = replace(run_of_job(job), machines={job.host: agent.hello.machine})
-            self.state.save_run(record)
-            self.runs[job.run] = Run(record, {job.host: job_of_run(record, job.host)})
+        found = self.load(job.run)
+        if found is None or (not found.record.nonce and job.host not in found.record.machines):
+            self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
         if run.record.cancelled and job.state not in FINAL:
@@ -2683,6 +3977,19 @@ class Master:
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
         self.drop_idle(run)
+
+    def adopt(self, run: Run | None, job: JobRecord) -> None:
+        """A run that this master has not ordered: it is new here, or the host's operator deployed by hand."""
+        record = run_of_job(job)
+        if run:
+            old = run.record
+            record = replace(
+                old, hosts=[*old.hosts, job.host], machines={**old.machines, **record.machines},
+                addresses={**old.addresses, **record.addresses},
+            )  # fmt: skip
+        self.state.save_run(record)
+        jobs = run.jobs if run else {}
+        self.runs[job.run] = Run(record, {**jobs, job.host: replace(job_of_run(record, job.host), ordered=True)})
 
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
@@ -2701,33 +4008,43 @@ class Master:
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it."""
         job = run.held.get(host)
-        size = log_size(self.state.log_file(run.record.run, host))
+        path = self.state.log_file(run.record.run, host)
+        size = log_size(path)
         if job is None or (size < job.size and host not in run.torn):
             return
-        del run.held[host]
         if accepts_job(run.jobs[host], job):
-            self.record(run, replace(job, size=size), durable=True)
+            sync_file(path)
+            if not self.record(run, replace(job, size=size), durable=True):
+                return  # the host keeps it until there is room
+        del run.held[host]
         if agent := self.agents.get(job.machine):
             agent.link.post(Acked(job.run, host, job.revision))
+            agent.link.end_inbound(path)
         self.busy.pop(job.machine, None)
         self.schedule()
 
-    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> None:
-        """A job's new state: on disk, and to whoever follows. What the master's own runner wrote is there already."""
-        run.jobs[job.host] = job
+    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> bool:
+        """A job's new state: on disk, and to whoever follows; False where the disk does not take it.
+
+        What the master's own runner wrote is on disk already.
+        """
         if job.machine != self.machine or job.revision == 0:
             try:
                 self.state.save_job(job, durable=durable)
             except OSError as problem:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
+                if durable and job.state in FINAL and job.revision:
+                    return False
+        run.jobs[job.host] = job
         for follower in run.followers:
             follower.post(job)
+        return True
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
         size = log_size(self.state.log_file(job.run, job.host))
-        fields = {"state": state, "error": error, "provisional": guess, "size": size, "ended": time.time()}
-        self.record(run, replace(job, behind=None, **fields), durable=True)
+        job = replace(job, behind=None, state=state, error=error, provisional=guess, size=size, ended=time.time())
+        self.record(run, job, durable=True)
 
     def drop_idle(self, run: Run) -> None:
         if not run.active and not run.followers and not run.held:
@@ -2743,11 +4060,12 @@ class Master:
             return found.record
         if problem := valid_branch_problem(message.branch):
             raise UsageError(f"{message.branch[:80]!r} is no branch name: {problem}")
-        hosts = select_targets(message.target, self.hosts())
+        hosts = select_targets(message.target, self.registry.hosts())
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
-                f"no host of {message.target} is online ({', '.join(offline)})", "start its service, or use --wait SECONDS"
+                f"no host of {message.target} is online ({', '.join(offline)})",
+                "start its service, or use --wait SECONDS",
             )
         record = RunRecord(
             message.run, message.nonce, message.kind, message.target, message.branch, [host.label for host in hosts],
@@ -2771,12 +4089,16 @@ class Master:
             if run is new or (run.record.kind, run.record.branch) != (new.record.kind, new.record.branch):
                 continue
             for job in list(run.jobs.values()):
-                if job.state is State.QUEUED and not job.ordered and job.machine in new.record.machines.values():
+                mine = next((other for other in new.jobs.values() if other.machine == job.machine), None)
+                waits = job.state is State.QUEUED and not job.ordered
+                if waits and mine and mine.state is State.QUEUED:
                     self.end(run, job, State.CANCELLED, f"replaced by {new.record.run}")
 
     def schedule(self) -> None:
         """Give every free host its next job, and end what has become pointless."""
-        runs = sorted((run for run in self.runs.values() if run.active), key=lambda run: (run.record.created, run.record.run))
+        runs = sorted(
+            (run for run in self.runs.values() if run.active), key=lambda run: (run.record.created, run.record.run)
+        )
         now = time.monotonic()
         busy = {machine for machine, until in self.busy.items() if until > now}
         order, end, behind = decide_orders([(run.record, run.jobs) for run in runs], self.agents, busy)
@@ -2806,6 +4128,8 @@ class Master:
             for run in list(self.runs.values()):
                 for job in list(run.jobs.values()):
                     self.expire(run, job, time.time())
+                for host in list(run.held):
+                    self.settle(run, host)
                 self.drop_idle(run)
             if self.runs:
                 self.schedule()
@@ -2814,15 +4138,15 @@ class Master:
         """End a job that waits for a host that does not come: an old order must not run days later."""
         if job.state in FINAL or job.machine in self.agents:
             return
-        down = self.down_since.get(job.machine, self.started)
+        down = self.registry.down_since.get(job.machine, self.started)
         if job.state is State.QUEUED:
-            since = max(down, run.record.created)
+            since = max(down, run.record.created, self.started if job.behind else 0.0)
             allowed = run.record.wait_s if job.host in run.record.offline else max(ORDER_EXPIRES_S, run.record.wait_s)
             if now - since > allowed and job.ordered:
                 self.end(run, job, State.LOST, "the order was never acknowledged", guess=True)
             elif now - since > allowed:
                 self.end(run, job, State.OFFLINE, "the host is offline")
-        elif now - max(down, job.started or 0) > LOST_S:
+        elif now - max(down, self.started) > LOST_S:
             self.end(run, job, State.LOST, f"no connection for {LOST_S:.0f} s", guess=True)
 
     def cancel(self, name: str, by: str) -> RunRecord:
@@ -2830,7 +4154,8 @@ class Master:
         run = self.load(name)
         if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
-        if run.active and not run.record.cancelled:
+        guessed = any(job.provisional for job in run.jobs.values())
+        if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
             run.record = replace(run.record, cancelled=True)
             self.state.save_run(run.record)
@@ -2842,15 +4167,21 @@ class Master:
             if job.state is State.QUEUED and not (job.ordered and agent):
                 self.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
             elif agent:
+                agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
                 agent.link.post(Cancel(name, by))
         self.schedule()
         return run.record
 
-    # Commanders
+
+class Desk:
+    """What a commander can ask of the master."""
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
 
     async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
-        link.post(Welcome(PROTOCOL, __version__, address, "", self.nonce, list(FEATURES)))
+        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES)))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -2864,12 +4195,11 @@ class Master:
                     except UpdaterError as problem:
                         link.post(Refuse(problem.what, problem.hint, problem.exit_code))
                     except OSError as problem:
-                        link.post(Refuse(f"the master can't write to {self.state.root}: {problem.strerror}"))
+                        link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
         finally:
-            link.wire.abort()
-            for run in list(self.runs.values()):
+            for run in list(self.master.runs.values()):
                 run.followers.discard(link)
-                self.drop_idle(run)
+                self.master.drop_idle(run)
 
     def receive_from_commander(
         self, group: asyncio.TaskGroup, link: Link, message: Any, address: str, hello: Hello
@@ -2877,13 +4207,13 @@ class Master:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
             case Submit():
-                link.post(self.submit(message, by))
+                link.post(self.master.submit(message, by))
             case Follow():
                 self.follow(link, message)
             case Have():
                 link.on_have(message)
             case Cancel():
-                link.post(self.cancel(message.run, by))
+                link.post(self.master.cancel(message.run, by))
             case Ask():
                 group.create_task(self.answer(link, message))
             case _:
@@ -2891,59 +4221,76 @@ class Master:
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
-        run = self.load(message.run)
+        run = self.master.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
         chosen = set(run.record.hosts)
         if message.target:
-            names = {host.machine: host for host in self.hosts()}
+            names = {host.machine: host for host in self.master.registry.hosts()}
             refs = [
-                replace(names[machine], label=label) if machine in names else bare_host(run.record, label)
+                replace(names[machine], label=label, deploys=True)
+                if machine in names
+                else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
                 for label, machine in run.record.machines.items()
             ]
-            chosen = {host.label for host in select_targets(message.target, [replace(ref, deploys=True) for ref in refs])}
-        self.runs[message.run] = run
+            chosen = {host.label for host in select_targets(message.target, refs)}
+        self.master.runs[message.run] = run
         run.followers.add(link)
         link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
         for host in run.record.hosts:
             if host in chosen:
-                link.post(run.jobs[host])
-                link.open_log(message.run, host, self.state.log_file(message.run, host))
+                job = run.jobs[host]
+                size = log_size(self.master.state.log_file(message.run, host))
+                link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
+                link.open_log(message.run, host, self.master.state.log_file(message.run, host))
 
     async def answer(self, link: Link, ask: Ask) -> None:
         """Questions of a commander, each of a fixed set."""
         if ask.what == "status":
             link.post(Answer(ask.id, await self.status()))
+        elif ask.what == "history":
+            count = ask.args.get("count")
+            rows = self.master.state.history(
+                min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
+            )
+            link.post(Answer(ask.id, {"runs": rows}))
+        elif ask.what == "forget":
+            link.post(self.master.registry.forget(ask))
         else:
             link.post(Refuse(f"this master can't answer {ask.what[:40]!r}", "upgrade the master"))
 
     async def status(self) -> dict[str, Any]:
         """The fleet as it is now, in the contract's form."""
-        hosts = self.hosts()
+        hosts = self.master.registry.hosts()
 
         async def facts(host: HostRef) -> dict[str, Any]:
-            agent = self.agents.get(host.machine)
+            agent = self.master.agents.get(host.machine)
             return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
 
         answers = await asyncio.gather(*(facts(host) for host in hosts))
         rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
-        uptime = round(time.time() - self.started, 1)
-        master = {"ip": self.own_address, "version": __version__, "uptime": uptime, "problem": self.config.problem}
+        uptime = round(time.time() - self.master.started, 1)
+        master = {
+            "ip": self.master.own_address,
+            "version": __version__,
+            "uptime": uptime,
+            "problem": self.master.config.problem,
+        }
         return {"master": master, "hosts": rows}
 
     def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
-        jobs = [job for run in self.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
-        machine = self.machines[host.machine]
+        machine = self.master.registry.machines[host.machine]
         return {
             "host": host.label, "name": host.name, "online": host.online,
-            "role": "master" if host.machine == self.machine else "agent", "platform": machine.platform,
+            "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
             "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
             "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color, "traffic": None,
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
-            "link_down_since": self.down_since.get(host.machine),
+            "link_down_since": self.master.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED], "problem": facts.get("problem"),
         }  # fmt: skip
 
@@ -2999,14 +4346,17 @@ class Connection:
 
     def request(self, message: Any, timeout_s: float) -> Any:
         """Send a message and wait for its answer. Raises the master's refusal with its exit code."""
-        self.send(message)
         deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            reply = self.receive(left)
-            if isinstance(reply, Refuse):
-                raise refused(reply)
-            if reply is not None and not isinstance(reply, bytes):
-                return reply
+        try:
+            self.send(message)
+            while (left := deadline - time.monotonic()) > 0:
+                reply = self.receive(left)
+                if isinstance(reply, Refuse):
+                    raise refused(reply)
+                if reply is not None and not isinstance(reply, bytes):
+                    return reply
+        except EOFError:
+            raise UnreachableError("the master ended the connection", "does it still run? try again") from None
         raise UnreachableError("the master did not answer in time", "is it overloaded? try again")
 
     def close(self) -> None:
@@ -3025,7 +4375,7 @@ class Caller:
 
     def __init__(self, state: StateFolder, config: Config, bind: str | None) -> None:
         self.bind = bind
-        self.urls = [config.master_url.text]
+        self.urls = [str(config.master_url)]
         daemon = read_json(state.daemon_file) or {}
         local = daemon.get("listen")
         if isinstance(local, str) and local not in self.urls and FileLock.held_elsewhere(state.daemon_lock):
@@ -3054,8 +4404,12 @@ class Caller:
 
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
-            socket = connect(url, open_timeout=timeout_s, **COMMANDER_OPTIONS, **source)
-            socket.send(encode_message(Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), "")))
+            # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
+            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source}
+            socket = connect(url, **options).__enter__()
+            socket.send(
+                encode_message(Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), ""))
+            )
             reply = decode_message(socket.recv(timeout=timeout_s))
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
@@ -3082,9 +4436,10 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
         connection = caller.dial(max(0.1, deadline - time.monotonic()))
         try:
             reply = connection.request(order, ANSWER_S)
-        except EOFError:
+        except UnreachableError as problem:
             if time.monotonic() > deadline:
-                raise UnreachableError("the master went away before it answered", "try again") from None
+                problem.hint = f"it may have started all the same: {program_name()} logs {order.run} -f"
+                raise
             continue
         if not isinstance(reply, RunRecord):
             raise UnreachableError("the master answered something else", "do both sides run the same version?")
@@ -3124,6 +4479,7 @@ class Follower:
                 break
             except EOFError:
                 self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
+                time.sleep(random.uniform(*RETRY_S))
                 connection = self.caller.dial(float("inf"))
                 self.view.notice("connected again")
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
@@ -3147,7 +4503,7 @@ class Follower:
                 followed.size += len(data)
                 self.view.data(self.channels[channel], data)
                 self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
-                if self.unacked[channel] >= ACK_BYTES:
+                if sum(self.unacked.values()) >= ACK_BYTES:
                     self.acknowledge(connection)
                 self.show_result(self.channels[channel])
         elif isinstance(message, RunRecord):
@@ -3180,12 +4536,80 @@ class Follower:
             self.view.result(followed.job)
 
 
+class LocalFollower:
+    """Follows a run by its files on this host, without a master: for `deploy`, and for `logs` when nothing serves."""
+
+    def __init__(self, state: StateFolder, run: str, view: View, live: bool) -> None:
+        self.state, self.run, self.view, self.live = state, run, view, live
+
+    def follow(self) -> list[JobRecord]:
+        """Show the run to its end, or, not `live`, as far as it is. Raises TargetError."""
+        record = self.state.load_run(self.run)
+        if record is None:
+            raise TargetError(f"there is no run {self.run} in {self.state.root}", "`history` lists the runs")
+        self.view.begin(record)
+        sizes = dict.fromkeys(record.hosts, 0)
+        jobs: dict[str, JobRecord] = {}
+        waiting = list(record.hosts)
+        while waiting:
+            for host in list(waiting):
+                job = self.state.load_job(self.run, host)
+                self.show(job, host, sizes)
+                if job and job.state not in FINAL and self.live:
+                    job = self.look_after(job)
+                if job and job != jobs.get(host) and job.state not in FINAL:
+                    self.view.state(job)
+                if job:
+                    jobs[host] = job
+                if job and job.state in FINAL:
+                    self.show(job, host, sizes)
+                    self.view.result(job)
+                if not self.live or (job and job.state in FINAL):
+                    waiting.remove(host)
+            time.sleep(LOCAL_LOOK_S if waiting else 0)
+        self.view.done(record, list(jobs.values()))
+        return list(jobs.values())
+
+    def show(self, job: JobRecord | None, host: str, sizes: dict[str, int]) -> None:
+        while data := read_log(self.state.log_file(self.run, host), sizes[host], CHUNK_BYTES):
+            sizes[host] += len(data)
+            self.view.data(host, data)
+
+    def look_after(self, job: JobRecord) -> JobRecord:
+        """Without a daemon nobody else would notice that the runner died."""
+        if job.state is State.RUNNING and not FileLock.held_elsewhere(self.state.job_lock):
+            latest = self.state.load_job(job.run, job.host) or job
+            if latest.state is State.RUNNING and not FileLock.held_elsewhere(self.state.daemon_lock):
+                latest = bury_runner(self.state, latest)
+                self.state.save_job(latest, durable=True)
+            return latest
+        return job
+
+
+def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobRecord:
+    """Record a deployment of this host alone, as the master would. Raises GuardError where a job holds the host."""
+    state.create()
+    if FileLock.held_elsewhere(state.job_lock):
+        current = (read_json(state.current_file) or {}).get("run")
+        raise GuardError(f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f")
+    label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
+    machine, now = state.machine_id(), time.time()
+    record = RunRecord(
+        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, label, branch, [label], {label: machine}, {label: bind or ""},
+        now, user_name(),
+    )  # fmt: skip
+    state.save_run(record)
+    job = replace(job_of_run(record, label), revision=1, ordered=True)
+    state.save_job(job, durable=True)
+    return job
+
+
 # ==============================================================================
 # 19. Service: start-up and shutdown order, signals, readiness
 # ==============================================================================
 
 
-class PokeReceiver:
+class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # type: ignore[misc]
     """The daemon's end of the runner's poke; the datagram's content means nothing."""
 
     def __init__(self, poked: asyncio.Event) -> None:
@@ -3209,19 +4633,37 @@ class ServeOptions:
     listen: str | None = None
 
 
+def gather_role(config: Config, options: ServeOptions, outside: bool) -> tuple[RoleDecision, str | None]:
+    """Master or agent, and who says what this host's public address is. Facts are gathered here, judged in section 3.
+
+    Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet knows.
+    """
+    rule = host_rule(config, options.bind, socket.gethostname())
+    override, source = (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.source_key}")
+    addresses = () if override else probe_master_addresses(config.master_url.host, config.master_url.port)
+    local = {address: address if probe_is_local(address) else None for address in addresses}
+    facts = RoleFacts(override, source, options.bind, addresses, local)
+    decision = decide_role(facts)
+    told = outside and decision.role is Role.AGENT and not (override or options.bind)
+    if told and any(is_public(address) for address in addresses) and (public := probe_public_address(PUBLIC_S)):
+        return decide_role(replace(facts, public_address=public[0], public_source=public[1])), public[1]
+    return decision, None
+
+
 class Service:
     """This host's daemon, from its first line to its last."""
 
     def __init__(self, options: ServeOptions) -> None:
         self.options, self.state = options, options.state
-        self.config = ConfigFile(options.config_path)
+        options.state.create()
+        self.config = ConfigFile(options.config_path, options.state)
         self.nonce = os.urandom(16).hex()
-        self.stopping = asyncio.Event()
+        self.stopping = False
+        self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
         self.machine = ""
 
     async def run(self) -> int:
         """Serve until a signal. Raises UpdaterError where the start is impossible."""
-        self.state.create()
         lock = FileLock(self.state.daemon_lock)
         if not lock.acquire(timeout_s=DAEMON_LOCK_WAIT_S):
             pid = (read_json(self.state.daemon_file) or {}).get("pid")
@@ -3230,15 +4672,17 @@ class Service:
                 "stop it, or give this one a state folder of its own with --state DIR",
             )
         try:
+            if self.config.config.token_file or self.config.config.tls.cert:
+                raise UsageError("this version serves neither tokenFile nor [tls]", "remove them; use a VPN")
             self.machine = self.state.machine_id()
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             agent = Agent(self.state, self.config, self.machine, self.nonce)
             agent.recover()
             self.say_what_is_odd()
-            while not self.stopping.is_set():
-                decision = await self.decide()
+            decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, True)
+            while not self.stopping:
                 log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
-                await self.serve_as(agent, decision)
+                decision, source = await self.serve_as(agent, decision, source)
             return 0
         finally:
             self.state.daemon_file.unlink(missing_ok=True)
@@ -3246,7 +4690,8 @@ class Service:
 
     def stop(self, signal_name: str) -> None:
         log.info("stopping on %s; a running deployment goes on", signal_name)
-        self.stopping.set()
+        self.stopping = True
+        self.over.set()
 
     def say_what_is_odd(self) -> None:
         """What will make deployments fail later is worth a line now."""
@@ -3260,68 +4705,117 @@ class Service:
         except UpdaterError as problem:
             log.warning("%s", problem.what)
 
-    async def decide(self) -> RoleDecision:
-        """Master or agent? Facts are gathered here and judged in section 3."""
-        return await asyncio.to_thread(gather_role, self.config.config, self.options.role, self.options.bind)
-
-    async def serve_as(self, agent: Agent, decision: RoleDecision) -> None:
-        """One role until the daemon stops, or the role has to be decided anew."""
+    async def serve_as(
+        self, agent: Agent, decision: RoleDecision, source: str | None
+    ) -> tuple[RoleDecision, str | None]:
+        """One role, until the daemon stops or the role turns out to be another: the decision to go on with."""
+        self.over.clear()
+        self.decision, self.source = decision, source
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(
-            lambda: PokeReceiver(agent.poked), local_addr=("127.0.0.1", 0)  # type: ignore[arg-type, return-value]
+            lambda: PokeReceiver(agent.poked),
+            local_addr=("127.0.0.1", 0),
         )
         facts = {"pid": os.getpid(), "role": decision.role, "poke": transport.get_extra_info("sockname")[1]}
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(agent.watch_forever())]
-                if decision.role is Role.MASTER:
-                    tasks.append(group.create_task(self.serve_master(group, agent, facts)))
-                else:
-                    self.save_facts(facts)
-                    tasks.append(group.create_task(self.serve_agent(agent)))
-                await self.stopping.wait()
+                role = self.serve_master(agent, facts, decision, source)
+                if decision.role is Role.AGENT:
+                    role.close()
+                    role = self.serve_agent(agent, facts)
+                tasks = [group.create_task(agent.watch_forever()), group.create_task(role)]
+                await self.over.wait()
                 for task in tasks:
                     task.cancel()
         finally:
             transport.close()
+        return self.decision, self.source
+
+    def turn(self, decision: RoleDecision, source: str | None = None) -> None:
+        """Go on in another role."""
+        self.decision, self.source = decision, source
+        self.over.set()
 
     def save_facts(self, facts: Mapping[str, Any]) -> None:
         with suppress(OSError):
             write_atomic(self.state.daemon_file, json.dumps(dict(facts)).encode())
 
-    async def serve_agent(self, agent: Agent) -> None:
-        dialer = Dialer(agent, self.options.bind)
+    async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
+        self.save_facts(facts)
+
+        def welcomed(label: str) -> None:
+            self.save_facts({**facts, "label": label})
+
+        dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
-            group.create_task(self.watch_config(agent, dialer.config_changed.set))
+            group.create_task(self.watch_config(agent, dialer.on_config))
 
-    async def serve_master(self, group: asyncio.TaskGroup, agent: Agent, facts: dict[str, Any]) -> None:
+    async def look_again(self, outside: bool) -> None:
+        """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
+        decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, outside)
+        if decision.role is Role.MASTER:
+            self.turn(decision, source)
+
+    async def serve_master(
+        self, agent: Agent, facts: dict[str, Any], decision: RoleDecision, source: str | None
+    ) -> None:
         """Listen, and let the master's own agent in by its private door."""
         from websockets.asyncio.server import serve
 
         url = self.config.config.master_url
-        own = self.options.bind or next(iter(await asyncio.to_thread(probe_master_addresses, url.host, url.port)), url.host)
+        own = self.options.bind or next(
+            iter(await asyncio.to_thread(probe_master_addresses, url.host, url.port)), url.host
+        )
         master = Master(self.state, self.config, self.machine, self.nonce, own)
         master.recover()
         host, port = parse_listen(self.options.listen, url.port)
         try:
             server = await serve(
-                master.serve_socket, host, port, process_request=master.judge_request, **SERVER_OPTIONS
+                master.serve_socket, host, port, process_request=master.door.judge_request, **SERVER_OPTIONS
             )
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
-        async with server, asyncio.TaskGroup() as inner:
-            facts["listen"] = local_url(url, host, port)
+        async with server, asyncio.TaskGroup() as group:
+            facts |= {"listen": local_url(url, host, port), "label": own}
             self.save_facts(facts)
             log.info("listening on %s port %d", host or "all addresses", port)
+            if decision.provisional:
+                group.create_task(self.prove(url, source))
             here, there = QueueWire.pair()
-            inner.create_task(master.serve_agent(Link(here), agent.hello(), own))
-            await there.recv()
-            inner.create_task(agent.serve_link(Link(there)))
-            inner.create_task(master.tick_forever())
-            inner.create_task(self.watch_config(agent, master.drop_disallowed))
+            group.create_task(master.serve_agent(Link(here), agent.hello(), own))
+            await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
+            group.create_task(agent.serve_link(Link(there)))
+            group.create_task(master.tick_forever())
+            group.create_task(self.watch_config(agent, master.door.drop_disallowed))
+
+    async def prove(self, url: MasterUrl, source: str | None) -> None:
+        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
+        from websockets.asyncio.client import connect
+        from websockets.exceptions import InvalidStatus, WebSocketException
+
+        nonce = None
+        for _ in range(PROVE_TRIES):
+            try:
+                async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
+                    name = socket.gethostname()
+                    hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
+                    await connection.send(encode_message(hello))
+                    nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+                break
+            except InvalidStatus as problem:  # even a refusal says who it is
+                nonce = problem.response.headers.get(WHO_HEADER)
+                break
+            except (OSError, TimeoutError, WebSocketException, ProtocolError):
+                await asyncio.sleep(random.uniform(*RETRY_S))
+        if nonce is not None and nonce != self.nonce:
+            self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
+        elif nonce is None and source != "metadata":
+            self.turn(
+                RoleDecision(Role.AGENT, f"agent: nobody answers at {url}, and no cloud says that it is this host")
+            )
 
     async def watch_config(self, agent: Agent, changed: Callable[[], None]) -> None:
         """New settings take effect without a restart, but never those of a tree that git is just changing."""
@@ -3337,10 +4831,6 @@ class Service:
             if self.config.problem and self.config.problem != problem:
                 log.error("%s; the old settings stay in force", self.config.problem)
             problem = self.config.problem
-
-
-def gather_role(config: Config, override: Role | None, bind: str | None) -> RoleDecision:
-    raise NotImplementedError
 
 
 def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
@@ -3363,6 +4853,197 @@ def local_url(url: MasterUrl, host: str | None, port: int) -> str:
 # 20. Tools: build
 # ==============================================================================
 
+_BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
+_UNUSED = ("websockets/__main__.py", "websockets/cli.py", "websockets/legacy/", "websockets/trio/")
+_LICENCE = re.compile(r"[^/]+\.dist-info/(.*/)?(licen[cs]e|copying|notice)[^/]*", re.IGNORECASE)
+# Valid on Python 2.7 and 3.x alike, so that an old one says a sentence and not "SyntaxError".
+_MAIN = '''\
+"""Start estelle-updater. Written by `build`; nothing newer than Python 2.7 may stand here."""
+import sys
+
+if sys.version_info < {python}:
+    sys.stderr.write(
+        "estelle-updater: error: Python {python_text} or newer is needed, and %s is Python %s\\n"
+        "hint: name a newer one, as in: python{python_text} %s\\n"
+        % (sys.executable, sys.version.split()[0], " ".join(sys.argv))
+    )
+    sys.exit(2)
+if sys.argv[1:] == ["--version"]:
+    sys.stdout.write("estelle-updater {version}\\n")
+    sys.exit(0)
+
+from estelle_updater import main
+
+sys.exit(main(sys.argv[1:]))
+'''
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished zipapp."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+def parse_script_block(text: str) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """The oldest Python and the packages that a script asks for in its PEP 723 block, the only list of dependencies."""
+    hint = "restore the head of estelle_updater.py"
+    blocks = [block for block in _BLOCK.finditer(text) if block["type"] == "script"]
+    if len(blocks) != 1:
+        raise UpdaterError(f"{len(blocks)} PEP 723 script blocks instead of one", hint)
+    content = "".join(line[2:] if line[:2] == "# " else line[1:] for line in blocks[0]["content"].splitlines(True))
+    try:
+        table = tomllib.loads(content)
+        oldest = re.fullmatch(r">=(\d+)\.(\d+)", table["requires-python"])
+        return (int(oldest[1]), int(oldest[2])), tuple(map(str, table["dependencies"]))  # type: ignore[index]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UpdaterError(f"unreadable PEP 723 block: {error!r}", hint) from error
+
+
+def require_packages() -> None:
+    """Refuse in one line, with the ways out, where a run-time package is missing or of another version than asked for.
+
+    Looks only in a source checkout: the zipapp holds its packages. Raises UsageError.
+    """
+    source = Path(__file__)
+    if not source.is_file():
+        return
+    wanted = parse_script_block(source.read_text("utf-8"))[1]
+    for requirement in wanted:
+        name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
+        try:
+            have = importlib_metadata.version(name)
+            wrong = f"{have} is installed" if not _is_within(have, requirement) else ""
+        except importlib_metadata.PackageNotFoundError:
+            wrong = "it is not installed"
+        if wrong:
+            packages = " ".join(f"'{each}'" for each in wanted)
+            hint = f"uv run {source.name} …, or python3 {source.name} build and use the .pyz, or pip install {packages}"
+            raise UsageError(f"{requirement} is needed and {wrong}", hint)
+
+
+def _is_within(version: str, requirement: str) -> bool:
+    """Whether a release number satisfies `name>=1.2,<2`: the two operators that the block uses."""
+
+    def key(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", text)[:3]]
+
+    bounds = re.findall(r"(>=|<)([\d.]+)", requirement)
+    return all((key(version) >= key(bound)) == (operator == ">=") for operator, bound in bounds)
+
+
+def build_zipapp(source: Path, output: Path) -> BuildResult:
+    """Make a .pyz that runs without anything installed, from a checkout's estelle_updater.py.
+
+    The bytes depend only on the sources, the packages' versions and the minor version of the Python that builds: its
+    bytecode lies beside each source, so that hosts with the same Python start faster; others compile from the source.
+    Raises UpdaterError.
+    """
+    if not source.is_file():
+        raise UpdaterError("build needs a source checkout, and this is a .pyz", f"python3 {source.stem}.py build there")
+    text = source.read_text("utf-8")  # as text: Windows' line endings must not show in the bytes
+    python, dependencies = parse_script_block(text)
+    (version,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    python_text = f"{python[0]}.{python[1]}"
+    files = {
+        "__main__.py": _MAIN.format(python=python, python_text=python_text, version=version).encode(),
+        "estelle_updater.py": text.encode(),
+    }
+    licence = source.with_name("LICENSE")
+    if licence.is_file():
+        files["LICENSE"] = licence.read_bytes().replace(b"\r\n", b"\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for wheel in _fetch_wheels(dependencies, python_text, Path(folder)):
+            files.update(_read_wheel(wheel))
+    files.update({name + "c": _compile(files[name], name) for name in files if name.endswith(".py")})
+    content = _zip(files)
+    try:
+        _replace_executable(output, content)
+    except OSError as error:
+        raise UpdaterError(f"can't write {output}: {error.strerror}", "choose another place with -o FILE") from error
+    return BuildResult(output, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def render_build(result: BuildResult) -> str:
+    """What `build` prints: the file, its checksum, and the line by which a fleet accepts it."""
+    return (
+        f"{result.path} ({result.size_bytes:,} bytes, bytecode of Python {sys.version_info[0]}.{sys.version_info[1]})\n"
+        f"sha256 {result.sha256}\n"
+        f'for upgrade, in config/updater.toml under [updater]: sha256 = "{result.sha256}"'
+    )
+
+
+def _fetch_wheels(dependencies: tuple[str, ...], python_text: str, folder: Path) -> list[Path]:
+    """Download the pure wheels: a C extension can't be loaded from a zip, nor serve every platform."""
+    pip = [sys.executable, "-m", "pip"]
+    if importlib_util.find_spec("pip") is None:
+        uv = shutil.which("uv")
+        if uv is None:
+            raise UpdaterError("build needs pip or uv to fetch packages, and finds neither", "python3 -m ensurepip")
+        pip = [uv, "tool", "run", "pip"]
+    command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--retries=1", "--only-binary=:all:"]
+    command += ["--platform=any", "--implementation=py", "--abi=none", f"--python-version={python_text}"]
+    done = subprocess.run(
+        [*command, f"--dest={folder}", *dependencies], capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        reason = next((line for line in said if line.startswith(("ERROR", "error"))), said[-1])
+        hint = "check the network and the package index; PIP_FIND_LINKS=FOLDER takes wheels from a folder"
+        raise UpdaterError(f"can't fetch {', '.join(dependencies)}: {reason}", hint)
+    return sorted(folder.glob("*.whl"))
+
+
+def _read_wheel(wheel: Path) -> dict[str, bytes]:
+    """The files of a pure wheel that the zipapp needs: modules and licences."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        compiled = [name for name in names if name.endswith((".so", ".pyd", ".dll", ".dylib"))]
+        if compiled or not wheel.name.endswith("-none-any.whl"):
+            raise UpdaterError(f"{wheel.name} holds compiled code", "choose a version that has a pure wheel")
+        wanted = [name for name in names if name.endswith(".py") and not name.startswith(_UNUSED)]
+        files = {name: archive.read(name) for name in names if name in wanted or _LICENCE.fullmatch(name)}
+    version = files.get("websockets/version.py", b"")
+    if b"\nreleased = True\n" in version:  # then the import below, 13 ms of every start, is for nothing
+        files["websockets/version.py"] = version.replace(b"import importlib.metadata\n", b"")
+    return files
+
+
+def _compile(source: bytes, name: str) -> bytes:
+    """A .pyc that counts as fresh whatever the file's date (PEP 552: hash-based, unchecked)."""
+    code = compile(source, f"{_BAKED}/{name}", "exec", dont_inherit=True, optimize=0)
+    flags = (1).to_bytes(4, "little")
+    return importlib_util.MAGIC_NUMBER + flags + importlib_util.source_hash(source) + marshal.dumps(code)
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    """An executable zip: sorted, dateless, uncompressed (starts faster, and no zlib version shows in the bytes)."""
+    buffer = io.BytesIO()
+    buffer.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name)
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            archive.writestr(entry, files[name])
+    return buffer.getvalue()
+
+
+def _replace_executable(path: Path, content: bytes) -> None:
+    """Put a file in place in one step: a host that starts it meanwhile sees the old one or the new one."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(fresh, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(fresh, 0o755)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
@@ -3377,7 +5058,7 @@ RESET = "\x1b[0m"
 
 
 def terminal_text(text: str) -> str:
-    """A host's line as a terminal may have it: text and colours and nothing else; a carriage return begins a new line."""
+    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
     lines = []
     for line in re.split(r"\r+\n?|\n", text):
         clean = ESCAPES.sub(lambda match: match[1] or "", line)
@@ -3392,7 +5073,7 @@ def result_text(job: JobRecord) -> str:
             return f"✓ 완료 {job.version or ''}".rstrip()
         case State.FAILED:
             exit_text = "" if job.exit is None else f" (exit {job.exit})"
-            return f"✗ 실패 {job.step}{exit_text}"
+            return f"✗ 실패 {job.step or job.error}{exit_text}"
         case State.CANCELLED:
             return "✗ 취소"
         case State.OFFLINE:
@@ -3445,6 +5126,7 @@ class TextView(View):
         self.output = output
         self.prefixes: dict[str, bytes] = {}
         self.partial: dict[str, bytes] = {}
+        self.behind: dict[str, str | None] = {}
         self.open_host: str | None = None  # whose unfinished line stands on the screen
 
     def begin(self, run: RunRecord) -> None:
@@ -3486,8 +5168,19 @@ class TextView(View):
         color = "32" if job.state is State.SUCCEEDED else "31"
         text = self.output.paint(terminal_text(result_text(job)), color)
         self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
+        if job.error and job.state is not State.LOST:
+            self.notice(f"{job.host}: {job.error}")
+
+    def state(self, job: JobRecord) -> None:
+        if job.behind and self.behind.get(job.host) != job.behind:
+            self.notice(f"{job.host}: queued behind run {job.behind}")
+        self.behind[job.host] = job.behind
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        for host, rest in self.partial.items():  # of a run that goes on
+            self.show(host, rest)
+        if self.open_host is not None:
+            self.output.write(b"\n")
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
         rows = [(job.host, (job.commit or "-")[:7], seconds_text(job), result_text(job)) for job in jobs]
@@ -3495,11 +5188,6 @@ class TextView(View):
 
     def notice(self, text: str) -> None:
         print(f"estelle-updater: {text}", file=sys.stderr, flush=True)
-
-
-def seconds_of(job: JobRecord) -> float | None:
-    """How long the job ran, in seconds."""
-    return round(job.ended - job.started, 3) if job.started is not None and job.ended is not None else None
 
 
 def seconds_text(job: JobRecord) -> str:
@@ -3511,7 +5199,8 @@ def render_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Columns padded with spaces; the last one, which may hold wide characters, is not."""
     widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
     return "".join(
-        "  ".join((*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1])).rstrip() + "\n"
+        "  ".join((*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1])).rstrip()
+        + "\n"
         for row in (head, *rows)
     )
 
@@ -3530,7 +5219,15 @@ class JsonView(View):
     def begin(self, run: RunRecord) -> None:
         self.run = run.run
         offline = [host for host in run.hosts if host in run.offline]
-        self.emit(event="run", run=run.run, kind=run.kind, target=run.target, branch=run.branch, hosts=run.hosts, offline=offline)
+        self.emit(
+            event="run",
+            run=run.run,
+            kind=run.kind,
+            target=run.target,
+            branch=run.branch,
+            hosts=run.hosts,
+            offline=offline,
+        )
 
     def state(self, job: JobRecord) -> None:
         self.emit(event="state", run=job.run, host=job.host, state=job.state, step=job.step, behind=job.behind)
@@ -3554,13 +5251,11 @@ class JsonView(View):
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
             self.line(job.host, rest)
-        self.emit(
-            event="result", run=job.run, host=job.host, ok=job.state is State.SUCCEEDED, state=job.state,
-            version=job.version, commit=job.commit, seconds=seconds_of(job), step=job.step, exit=job.exit,
-            bytes=job.size, error=job.error,
-        )  # fmt: skip
+        self.emit(event="result", run=job.run, **job_summary(job))
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        for host, rest in self.partial.items():
+            self.line(host, rest, more=True)
         if all(job.state in FINAL for job in jobs):
             self.emit(event="done", run=run.run, ok=run_ok(jobs))
 
@@ -3568,19 +5263,24 @@ class JsonView(View):
         self.emit(event="notice", text=text)
 
 
-def watch_run(args: Args, follower: Follower, connection: Connection) -> int:
+def watch_run(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> int:
     """Show a run to its end. Ctrl-C or a closed output stops watching, and says how to go on."""
     try:
-        return 0 if run_ok(follower.follow(connection)) else 1
+        return 0 if run_ok(follow()) else 1
     except (KeyboardInterrupt, Output.Closed):
-        run = follower.run
-        text = f"the deployment goes on; follow it: {program_name()} logs {run} -f   stop it: {program_name()} cancel {run}"
+        est = program_name()
+        text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
         with suppress(OSError):
             if args.json:
                 print(json.dumps({"event": "notice", "text": text}), file=sys.stderr)
             else:
                 print(f"\nestelle-updater: {text}", file=sys.stderr)
         return 130
+
+
+def say(text: str) -> None:
+    """Lines on standard output, whatever the console can show."""
+    Output(False).write(terminal_text(text).encode("utf-8", "replace") + b"\n")
 
 
 def make_view(args: Args) -> View:
@@ -3596,8 +5296,12 @@ def make_caller(args: Args) -> Caller:
 def cmd_serve(args: Args) -> int:
     require_packages()
     preload()
-    role = args.role if args.role != "auto" else None
-    options = ServeOptions(args.config_path(), args.state_folder(), args.bind, Role(role) if role else None, args.listen)
+    role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
+    if role not in ("auto", *Role):
+        raise UsageError(f"{role!r} is no role", "auto, master or agent")
+    options = ServeOptions(
+        args.config_path(), args.state_folder(), args.bind, Role(role) if role != "auto" else None, args.listen
+    )
     return asyncio.run(Service(options).run())
 
 
@@ -3611,17 +5315,85 @@ def cmd_trigger(args: Args) -> int:
     view = make_view(args)
     connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
     if args.detach:
-        view.begin(record) if args.json else print(record.run)
+        view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
-    return watch_run(args, Follower(caller, record.run, view), connection)
+    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+
+
+def cmd_deploy(args: Args) -> int:
+    if problem := valid_branch_problem(args.branch):
+        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
+    load_config(args.config_path())  # what is wrong with it is better said here than in a log
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, args.branch, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {job.branch} on this host")
+    return watch_run(args, job.run, LocalFollower(state, job.run, view, live=True).follow)
 
 
 def cmd_logs(args: Args) -> int:
-    caller = make_caller(args)
-    follower = Follower(caller, args.run, make_view(args), args.target or "", live=args.follow)
-    code = watch_run(args, follower, caller.dial(PATIENCE_S))
+    view, state = make_view(args), args.state_folder()
+    try:
+        caller = make_caller(args)
+        connection = caller.dial(PATIENCE_S)
+        follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
+        code = watch_run(args, args.run, lambda: follower.follow(connection))
+    except (UnreachableError, RefusedError, ConfigError) as problem:
+        if state.load_run(args.run) is None:
+            raise
+        view.notice(f"{problem.what}; this is what {state.root} has")
+        code = watch_run(args, args.run, LocalFollower(state, args.run, view, args.follow).follow)
     return code if args.follow or code == 130 else 0
+
+
+def cmd_history(args: Args) -> int:
+    try:
+        rows = ask_master(args, "history", {"count": args.count})["runs"]
+    except (UnreachableError, RefusedError, ConfigError) as problem:
+        rows = args.state_folder().history(args.count)
+        if not rows:
+            raise
+        make_view(args).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+    if args.json:
+        say(json.dumps({"runs": rows}, ensure_ascii=False))
+        return 0
+    cells = [
+        (
+            row["run"],
+            time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
+            row["by"],
+            row["target"],
+            row["branch"],
+            "  ".join(f"{host['host']} {short_result(host)}" for host in row["hosts"]),
+        )
+        for row in rows
+    ]
+    Output(False).write(
+        terminal_text(render_table(("run", "when", "who", "target", "branch", "result"), cells)).encode()
+    )
+    return 0
+
+
+def short_result(host: Mapping[str, Any]) -> str:
+    """One host's outcome in a line of `history`."""
+    if host["state"] == State.SUCCEEDED:
+        return f"✓ {host['version'] or ''}".rstrip()
+    return f"… {host['state']}" if host["state"] not in FINAL else f"✗ {host['state']} {host['step'] or ''}".rstrip()
+
+
+def cmd_forget(args: Args) -> int:
+    result = ask_master(args, "forget", {"target": args.host})
+    say(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
+    return 0
+
+
+def ask_master(args: Args, what: str, details: dict[str, Any]) -> dict[str, Any]:
+    """One question to the master and its answer."""
+    connection = make_caller(args).dial(PATIENCE_S)
+    answer: Answer = connection.request(Ask(1, what, details), ANSWER_S)
+    connection.close()
+    return answer.result
 
 
 def cmd_cancel(args: Args) -> int:
@@ -3629,25 +5401,23 @@ def cmd_cancel(args: Args) -> int:
     record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
     connection.close()
     text = f"cancelling {record.run} on {', '.join(record.hosts)}"
-    print(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
+    say(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
     return 0
 
 
 def cmd_status(args: Args) -> int:
-    connection = make_caller(args).dial(PATIENCE_S)
-    answer: Answer = connection.request(Ask(1, "status"), ANSWER_S)
-    connection.close()
+    result = ask_master(args, "status", {})
     if args.json:
-        print(json.dumps(answer.result, ensure_ascii=False))
+        say(json.dumps(result, ensure_ascii=False))
         return 0
-    master = answer.result["master"]
-    print(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
-    rows = [status_cells(row) for row in answer.result["hosts"]]
+    master = result["master"]
+    say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
+    rows = [status_cells(row) for row in result["hosts"]]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "job")
-    sys.stdout.write(terminal_text(render_table(head, rows)))
-    for row in (master, *answer.result["hosts"]):
+    say(render_table(head, rows).rstrip())
+    for row in (master, *result["hosts"]):
         if row.get("problem"):
-            print(f"! {row.get('host', 'master')}: {row['problem']}")
+            say(f"! {row.get('host', 'master')}: {row['problem']}")
     return 0
 
 
@@ -3662,16 +5432,21 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+RUNNER_NEEDS = (  # no more: a deployment begins when these are imported
+    *("ctypes", "fcntl", "ipaddress", "select", "shutil", "signal", "socket", "subprocess", "tomllib"),
+    *("difflib", "encodings.idna", "traceback"),
+)
+
+
 def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
-    preload()
+    preload(*RUNNER_NEEDS)
     return Runner(args.state_folder(), args.run, args.host, args.config_path()).main()
 
 
 def cmd_build(args: Args) -> int:
-    result = build_zipapp(Path(__file__).resolve(), Path(args.output))
-    print(f"{result.path}  {result.size_bytes} bytes\nsha256 {result.sha256}")
+    say(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
     return 0
 
 
@@ -3709,7 +5484,7 @@ class Args(SimpleNamespace):
         return StateFolder(Path(self.state).absolute() if self.state else default_state_folder(os.environ))
 
     def config_path(self) -> Path:
-        """Where the configuration is: --config, ESTELLE_CONFIG, else found from ESTELLE_REPO or the working directory."""
+        """--config, ESTELLE_CONFIG, else found upwards from ESTELLE_REPO or the working directory."""
         if explicit := self.config or os.environ.get("ESTELLE_CONFIG"):
             return Path(explicit).absolute()
         return find_config(Path(os.environ.get("ESTELLE_REPO") or ".").absolute())
@@ -3741,15 +5516,15 @@ class Command:
 TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas"
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
-        option("--role", choices=("auto", "master", "agent"), default="auto", help="decide the role by hand"),
-        option("--listen", metavar="HOST:PORT", help="where the master listens (default: all addresses, masterUrl's port)"),
+        option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
+        option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)"),
     )),
     Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, (
         option("target", metavar="TARGET", help=TARGET_HELP),
         option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
         option("--detach", action="store_true", help="print the run id and leave"),
         option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
-        option("--batch", type=parse_count, default=0, metavar="N", help="deploy N hosts at a time, stop after a failure"),
+        option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
     )),
     Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
         option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
@@ -3759,7 +5534,16 @@ COMMANDS = (
         option("target", metavar="TARGET", nargs="?", help="only these hosts"),
         option("-f", "--follow", action="store_true", help="go on until the run's end"),
     )),
+    Command("history", "list the recent runs", cmd_history, (
+        option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+    )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
+    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+    )),
+    Command("forget", "take a retired host out of `all`", cmd_forget, (
+        option("host", metavar="HOST", help="as `status` shows it"),
+    )),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
     )),
@@ -3768,7 +5552,9 @@ COMMANDS = (
 GLOBAL_OPTIONS = (
     option("--config", metavar="FILE", help="the configuration (default: config/updater.json or .toml, found upwards)"),
     option("--state", metavar="DIR", help="where this host keeps its runs"),
-    option("--bind", metavar="IP", type=canonical_address, help="the source address, and for serve this host's own address"),
+    option(
+        "--bind", metavar="IP", type=canonical_address, help="the source address, and for serve this host's own address"
+    ),
     option("--json", action="store_true", help="JSON lines instead of text"),
     option("--no-color", action="store_true", help="no colours on a terminal"),
     option("-v", "--verbose", action="store_true", help="more detail, and tracebacks for errors"),
@@ -3791,7 +5577,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"estelle-updater {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        shown = {} if command.hidden else {"help": command.help}
+        shown: dict[str, Any] = {} if command.hidden else {"help": command.help}
         sub = commands.add_parser(command.name, parents=[shared], description=command.help, **shown)
         for item in command.options:
             sub.add_argument(*item.names, **item.settings)
@@ -3816,7 +5602,7 @@ def main(argv: list[str]) -> int:
         if args.verbose:
             raise
         return print_error(problem, args.json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Output.Closed):
         return 130
     except BaseExceptionGroup as group:
         leaf = next(iter_leaves(group))
@@ -3833,7 +5619,10 @@ def print_error(problem: UpdaterError, as_json: bool) -> int:
     else:
         lines = [f"estelle-updater: error: {problem.what}"]
         lines += [f"hint: {problem.hint}"] if problem.hint else []
-        print("\n".join(lines).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding), file=sys.stderr)
+        print(
+            "\n".join(lines).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
+            file=sys.stderr,
+        )
     return problem.exit_code
 
 

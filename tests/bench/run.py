@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Speed as ratios to a floor measured in the same run: python3 tests/bench/run.py [PYZ]
+
+A master on 127.0.0.1 and an agent on 127.0.0.2 deploy from a git origin on this disk. Nothing here asserts a figure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[2] / "estelle_updater.py"
+LINES = 1_000_000
+LINE = "x" * 79
+PRINTER = "import sys,time\nfor _ in range(300):\n    print(time.time_ns(), flush=True)\n    time.sleep(0.02)\n"
+COMMANDS = {
+    "noop": ["true"],
+    "lines": ["sh", "-c", f"yes {LINE} | head -n {LINES}"],
+    "live": [sys.executable, "printer.py"],
+}
+
+
+def run(*argv: str, cwd: Path | None = None) -> None:
+    subprocess.run(argv, cwd=cwd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def median_s(repeat: int, action: Callable[[], object]) -> float:
+    """The median time of `action` in seconds; one run before it warms the caches."""
+    action()
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+class Fleet:
+    """An origin with one branch per command, a master and an agent as real processes."""
+
+    def __init__(self, folder: Path, program: list[str]) -> None:
+        self.folder, self.program = folder, program
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        origin, work = folder / "origin.git", folder / "work"
+        run("git", "init", "--bare", "-b", "noop", str(origin))
+        run("git", "clone", str(origin), str(work))
+        run("git", "config", "user.email", "bench@example.invalid", cwd=work)
+        run("git", "config", "user.name", "bench", cwd=work)
+        for name, command in COMMANDS.items():
+            run("git", "checkout", "-B", name, cwd=work)
+            config = {
+                "masterUrl": f"ws://127.0.0.1:{port}",
+                "whitelist": ["127.0.0.0/8"],
+                "deploy": {"command": command},
+            }
+            (work / "config").mkdir(exist_ok=True)
+            (work / "config/updater.json").write_text(json.dumps(config))
+            (work / "printer.py").write_text(PRINTER)
+            run("git", "add", "-A", cwd=work)
+            run("git", "commit", "-m", name, cwd=work)
+            run("git", "push", "origin", name, cwd=work)
+        self.daemons = []
+        for host in ("127.0.0.1", "127.0.0.2"):
+            run("git", "clone", str(origin), str(folder / host))
+            argv = [*self.arguments(host), "serve"]
+            errors = (folder / f"{host}.err").open("wb")
+            self.daemons.append(subprocess.Popen(argv, stderr=errors, stdin=subprocess.DEVNULL))
+        deadline = time.monotonic() + 20
+        while "127.0.0.2" not in self.online():
+            if time.monotonic() > deadline:
+                raise SystemExit("the fleet does not come up: " + (folder / "127.0.0.2.err").read_text())
+            time.sleep(0.1)
+
+    def arguments(self, host: str) -> list[str]:
+        config = str(self.folder / host / "config/updater.json")
+        return [*self.program, "--config", config, "--state", str(self.folder / f"state-{host}"), "--bind", host]
+
+    def online(self) -> list[str]:
+        done = subprocess.run([*self.arguments("127.0.0.1"), "--json", "status"], capture_output=True)
+        return [row["host"] for row in json.loads(done.stdout)["hosts"] if row["online"]] if not done.returncode else []
+
+    def trigger(self, target: str, branch: str, stdout: int | None = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+        argv = [*self.arguments("127.0.0.1"), "trigger", target, branch]
+        return subprocess.Popen(argv, stdout=stdout, stderr=subprocess.DEVNULL)
+
+    def close(self) -> None:
+        for daemon in self.daemons:
+            daemon.kill()
+            daemon.wait()
+
+
+def say(name: str, value_s: float, floor_name: str, floor_s: float) -> None:
+    print(
+        f"{name:<34} {value_s * 1000:9.1f} ms   {floor_name} {floor_s * 1000:9.1f} ms   ratio {value_s / floor_s:6.2f}"
+    )
+
+
+def bench_start(program: list[str]) -> None:
+    floor = median_s(20, lambda: run(sys.executable, "-c", "pass"))
+    say("--version", median_s(20, lambda: run(*program, "--version")), "python -c pass", floor)
+    say("--help", median_s(10, lambda: run(*program, "--help")), "python -c pass", floor)
+
+
+def bench_noop(fleet: Fleet) -> None:
+    script = "git fetch origin && git checkout noop && git pull origin noop && true"
+    repo = fleet.folder / "127.0.0.2"
+    floor = median_s(7, lambda: run("sh", "-c", script, cwd=repo))
+    say("no-op trigger, one agent", median_s(7, lambda: fleet.trigger("127.0.0.2", "noop").wait()), "shell", floor)
+
+
+def bench_lines(fleet: Fleet) -> None:
+    target = fleet.folder / "floor"
+    pipe = f"yes {LINE} | head -n {LINES} | cat > {target}"
+    floor = median_s(3, lambda: run("sh", "-c", pipe))
+    for host in ("127.0.0.1", "127.0.0.2"):
+
+        def deploy(host: str = host) -> None:
+            with (fleet.folder / "out").open("wb") as out:
+                fleet.trigger(host, "lines", out.fileno()).wait()
+
+        value = median_s(3, deploy)
+        kind = "master" if host == "127.0.0.1" else "agent"
+        lines = sum(1 for _ in (fleet.folder / "out").open("rb"))
+        print(f"{f'1M lines, {kind} to CLI':<34} {value:9.2f} s    {lines} lines arrived", end="    ")
+        print(f"lines | cat > file {floor:6.2f} s   speed of the floor x {floor / value:5.2f}")
+
+
+def bench_live(fleet: Fleet) -> None:
+    watcher = fleet.trigger("127.0.0.2", "live", subprocess.PIPE)
+    assert watcher.stdout
+    delays = []
+    for line in watcher.stdout:
+        word = line.split()[-1]
+        if len(word) == 19 and word.isdigit():
+            delays.append((time.time_ns() - int(word)) / 1e6)
+    watcher.wait()
+    delays.sort()
+    p50, p99 = delays[len(delays) // 2], delays[int(len(delays) * 0.99)]
+    print(f"live line each 20 ms, {len(delays)} lines: p50 {p50:.2f} ms  p99 {p99:.2f} ms  max {delays[-1]:.2f} ms")
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    try:
+        pyz = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else folder / "estelle_updater.pyz"
+        if not pyz.exists():
+            run(sys.executable, str(SOURCE), "build", "-o", str(pyz))
+        program = [sys.executable, str(pyz)]
+        print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores")
+        bench_start(program)
+        fleet = Fleet(folder, program)
+        try:
+            bench_noop(fleet)
+            bench_live(fleet)
+            bench_lines(fleet)
+        finally:
+            fleet.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Fixtures for the tests that use the real parts; fleet.py and machines.py hold the parts."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fleet import PROGRAM, Fleet, Origin, clean_env, kill_processes_of, need, run
+from tests.machines import Network, Windows
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all tests that use Windows: its prefix is made once, and the machine is not flooded with Wine."""
+    for item in items:
+        if "windows_python" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("windows"))
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Origin:
+    """A bare repository with one commit on master."""
+    need("git")
+    return Origin(tmp_path)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
+    """Makes and starts a fleet, with the arguments of `Fleet`; `start=False` leaves the starting to the test."""
+    need("git")
+    made: list[Fleet] = []
+
+    def make(*, start: bool = True, **options: Any) -> Fleet:
+        made.append(Fleet(tmp_path, **options))
+        if start:
+            made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop_all()
+    kill_processes_of(tmp_path)
+
+
+@pytest.fixture
+def netns() -> Iterator[Callable[[int], Network]]:
+    """Makes a network of N hosts, each a network namespace."""
+    made: list[Network] = []
+
+    def make(hosts: int = 3) -> Network:
+        made.append(Network(hosts))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def windows_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Windows]:
+    """A real Windows Python under Wine."""
+    installed = Path(os.environ.get("ESTELLE_TEST_WINDOWS", "/nonexistent"))
+    windows = Windows(installed, tmp_path_factory.mktemp("windows"))
+    yield windows
+    windows.close()
+
+
+@pytest.fixture(scope="session")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The zipapp, built once for all workers from the checkout."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    built = shared / "estelle_updater.pyz"
+    with open(shared / "pyz.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            partial = shared / "partial.pyz"
+            code, out, err = run([*PROGRAM, "build", "-o", partial], clean_env(shared / "home"), timeout_s=300)
+            assert code == 0, f"build failed with {code}\n{out}{err}"
+            partial.replace(built)
+    return built

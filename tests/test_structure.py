@@ -1,0 +1,413 @@
+"""The module's shape, as its docstring promises it, and what no file of the repository may contain.
+
+Each rule is a function from source text to the list of what breaks it, so that each is also shown to be able to fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import itertools
+import re
+import subprocess
+import symtable
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULE = ROOT / "estelle_updater.py"
+RULE = "# " + "=" * 78
+
+MODULE_LINES = 7000  # one file stays readable at this size only while each section stands alone
+FUNCTION_LINES, MOST_FUNCTIONS_LINES, MOST = 60, 35, 0.9
+CLASS_LINES = 400
+TOP_LEVEL = {
+    ".ci", ".github", ".gitignore", "LICENSE", "README.md", "config", "estelle_updater.py", "pm2.config.js",
+    "pyproject.toml", "systemd", "tests",
+}  # fmt: skip
+RUN_TIME_PACKAGES = {"websockets", "tomli_w"}
+PURE = range(1, 10)
+# What a pure section may not touch: sockets, files, processes, clocks, chance, the environment, the terminal.
+IMPURE_NAMES = {
+    "asyncio", "ctypes", "fcntl", "getpass", "glob", "input", "locale", "logging", "mmap", "msvcrt", "open", "os",
+    "pathlib", "platform", "print", "queue", "random", "secrets", "select", "selectors", "shutil", "signal", "socket",
+    "ssl", "subprocess", "sys", "tempfile", "threading", "time", "uuid", "winreg", "Path", "PosixPath", "WindowsPath",
+}  # fmt: skip
+CLOCKS = {("datetime", "now"), ("datetime", "today"), ("datetime", "utcnow"), ("date", "today")}
+
+
+class Section(NamedTuple):
+    number: int
+    name: str
+    holds: str
+    line: int
+
+
+# ---------------------------------------------------------------------------- the module's parts
+
+
+def sections_of(source: str) -> list[Section]:
+    """The sections by their banners; the header, which has none, comes first."""
+    found = [Section(0, "Header", "", 0)]
+    for number, line in enumerate(source.splitlines(), 1):
+        if match := re.fullmatch(r"# (\d+)\. ([^:]+): (.+)", line):
+            found.append(Section(int(match[1]), match[2], match[3], number))
+    return found
+
+
+def statements_of(source: str) -> Iterator[tuple[Section, list[ast.stmt]]]:
+    """Each section with its module-level statements."""
+    sections, body = sections_of(source), ast.parse(source).body
+    ends = [section.line for section in sections[1:]] + [10**9]
+    for section, end in zip(sections, ends, strict=True):
+        yield section, [node for node in body if section.line <= node.lineno < end]
+
+
+class _WithoutAnnotations(ast.NodeTransformer):
+    """Annotations are never evaluated, so they bind a section to nothing."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        value = node.value or ast.Constant(None)
+        return self.generic_visit(ast.copy_location(ast.Assign([node.target], value), node))
+
+
+def names_of(statements: list[ast.stmt]) -> tuple[set[str], set[str]]:
+    """The module-level names that statements bind, and those that they use, in functions and classes too."""
+    tree = _WithoutAnnotations().visit(ast.Module(statements, []))
+    table = symtable.symtable(ast.unparse(ast.fix_missing_locations(tree)), "section", "exec")
+    bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+
+    def used(scope: symtable.SymbolTable) -> Iterator[str]:
+        for symbol in scope.get_symbols():
+            elsewhere = symbol.is_declared_global() or (symbol.is_global() and symbol.is_referenced())
+            if elsewhere or (scope is table and symbol.is_referenced()):
+                yield symbol.get_name()
+        for child in scope.get_children():
+            yield from used(child)
+
+    return bound, set(used(table))
+
+
+def imports_of(statements: list[ast.stmt]) -> set[str]:
+    """Full names of the imported modules, those of lazy imports included."""
+    found = set()
+    for node in (node for statement in statements for node in ast.walk(statement)):
+        match node:
+            case ast.Import():
+                found |= {alias.name for alias in node.names}
+            case ast.ImportFrom():
+                found.add(node.module or ".")
+            case ast.Call(func=ast.Name("_Lazy" | "__import__"), args=[ast.Constant(str(name))]):
+                found.add(name)
+    return found
+
+
+# ---------------------------------------------------------------------------- rules on the module
+
+
+def breaks_banners(source: str) -> list[str]:
+    """A line of `# ` and 78 `=`, `# 7. Name: one line`, the line again; numbers rise."""
+    lines = ["", *source.splitlines(), ""]
+    problems = []
+    for number, line in enumerate(lines):
+        numbered = re.match(r"#+\s*\d+\s*[.:)]\s*\w", line)
+        if numbered and not re.fullmatch(r"# \d+\. [A-Z][^:]*: \S.*\S", line):
+            problems.append(f"line {number} is no title: {line}")
+        if numbered and not lines[number - 1] == lines[number + 1] == RULE:
+            problems.append(f"line {number} has no rule above and below: {line}")
+        if re.fullmatch(r"#\s*={5,}.*", line):
+            if line != RULE:
+                problems.append(f"line {number} is no rule of 78 signs")
+            elif not any(re.match(r"# \d+\. ", lines[number + step]) for step in (-1, 1)):
+                problems.append(f"line {number} is a rule without a title")
+    numbers = [section.number for section in sections_of(source)]
+    if any(one >= two for one, two in itertools.pairwise(numbers)):
+        problems.append(f"numbers do not rise: {numbers}")
+    return problems
+
+
+def breaks_table(source: str) -> list[str]:
+    """The docstring's table and the banners say the same, word for word."""
+    rows = re.findall(r"^\| (\d+) +\| (.*?) +\| (.*?) +\|$", ast.get_docstring(ast.parse(source)) or "", re.MULTILINE)
+    table = [(int(number), name, holds) for number, name, holds in rows if number != "0"]
+    banners = [section[:3] for section in sections_of(source)[1:]]
+    problems = [f"only in the docstring: {row}" for row in table if row not in banners]
+    problems += [f"only as a banner: {row}" for row in banners if row not in table]
+    return problems or ([] if table == banners else ["the order differs"])
+
+
+def breaks_upward_order(source: str) -> list[str]:
+    """A section uses only names of the sections above it, its own, and built-in ones."""
+    known = set(dir(builtins)) | {"__file__", "__name__", "__doc__", "__spec__"}
+    parts = [(section, *names_of(statements)) for section, statements in statements_of(source)]
+    home = {name: section for section, bound, _ in reversed(parts) for name in bound}
+    problems = []
+    for section, bound, used in parts:
+        known |= bound
+        for name in sorted(used - known):
+            where = f"of section {home[name].number}" if name in home else "that nobody defines"
+            problems.append(f"section {section.number} uses {name} {where}")
+    return problems
+
+
+def breaks_purity(source: str) -> list[str]:
+    """Sections 1 to 9 get time, bytes and chance as arguments."""
+    problems = []
+    for section, statements in statements_of(source):
+        if section.number not in PURE:
+            continue
+        imported = {name.partition(".")[0] for name in imports_of(statements)}
+        clocks = {
+            f"{node.value.id}.{node.attr}"
+            for statement in statements
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            if (node.value.id, node.attr) in CLOCKS
+        }
+        impure = (names_of(statements)[1] | imported) & IMPURE_NAMES | clocks
+        problems += [f"section {section.number} uses {name}" for name in sorted(impure)]
+    return problems
+
+
+def breaks_sizes(source: str) -> list[str]:
+    """The module, its classes and its functions are short enough to be read."""
+    lengths: list[int] = []
+    problems = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            length, limit = (node.end_lineno or 0) - node.lineno + 1, CLASS_LINES
+            if not isinstance(node, ast.ClassDef):
+                lengths.append(length)
+                limit = FUNCTION_LINES
+            if length > limit:
+                problems.append(f"{node.name} has {length} lines, more than {limit}")
+    short = sum(length <= MOST_FUNCTIONS_LINES for length in lengths)
+    if short < MOST * len(lengths):
+        problems.append(f"only {short} of {len(lengths)} functions have at most {MOST_FUNCTIONS_LINES} lines")
+    if (lines := len(source.splitlines())) > MODULE_LINES:
+        problems.append(f"the module has {lines} lines, more than {MODULE_LINES}")
+    return problems
+
+
+def breaks_imports(source: str) -> list[str]:
+    """Beside the standard library, only the packages that the header lists."""
+    roots = {name.partition(".")[0] for name in imports_of(ast.parse(source).body)}
+    return sorted(roots - sys.stdlib_module_names - RUN_TIME_PACKAGES)
+
+
+def breaks_names(source: str) -> list[str]:
+    """Names say what is done, not that something is done."""
+    vague = re.compile(r"_*(handle|process)_|manager|utils", re.IGNORECASE)
+    defined = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (node.name for node in ast.walk(ast.parse(source)) if isinstance(node, defined))
+    return [name for name in found if vague.match(name) or re.search(r"(?i)manager|utils", name)]
+
+
+def breaks_future(source: str) -> list[str]:
+    """Annotations stay unevaluated: the order of sections does not bind them, and starting is faster."""
+    return [] if "from __future__ import annotations\n" in source else ["no `from __future__ import annotations`"]
+
+
+# ---------------------------------------------------------------------------- rules on every file
+
+
+def breaks_places(text: str) -> list[str]:
+    """No path of the machine that it was written on."""
+    found = re.findall(r"(?<![\w.~-])/(?:work|root|Users)/\S*|(?<![\w.~-])/home/\w+/\S*|[.]pyenv/\S*", text)
+    return [place for place in found if place]
+
+
+def breaks_hosts(text: str) -> list[str]:
+    """No package registry's name: where packages come from is the machine's setting."""
+    hosts = [
+        ("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("npmjs", "com"), ("deb.debian", "org"),
+        ("security.debian", "org"), ("archive.ubuntu", "com"), ("crates", "io"), ("proxy.golang", "org"),
+        ("npmmirror", "com"), ("unpkg", "com"), ("jsdelivr", "net"), ("ghcr", "io"), ("docker", "io"),
+    ]  # fmt: skip
+    return [host for host in (".".join(pair) for pair in hosts) if host in text.lower()]
+
+
+def breaks_words(text: str) -> list[str]:
+    """The repository speaks of the product alone, and leaves nothing for later."""
+    later = "|".join(("TO" + "DO", "FIX" + "ME", "X" + "XX", "NotImplemented" + "Error"))
+    tools = "|".join(("clau" + "de", "anthro" + "pic", "open" + "ai", "chat" + "gpt", "copi" + "lot"))
+    story = "|".join((r"issues? #?\d", r"(?:close|fixe|resolve)[sd] #\d", "co-authored" + "-by", "sub" + "agent"))
+    return re.findall(rf"\b(?:{later})\b", text) + re.findall(rf"(?i)\b(?:{tools}|{story})", text)
+
+
+def breaks_top_level(names: list[str]) -> list[str]:
+    """The given shape: one module and a few folders."""
+    return sorted({name.partition("/")[0] for name in names} - TOP_LEVEL)
+
+
+# ---------------------------------------------------------------------------- what is there keeps them
+
+
+def repository_files() -> list[str]:
+    """Committed files, and those that would be."""
+    argv = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(argv, cwd=ROOT, capture_output=True, check=True, timeout=60)
+    return sorted(name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).exists())
+
+
+MODULE_RULES = [
+    breaks_banners, breaks_table, breaks_upward_order, breaks_purity, breaks_sizes, breaks_imports, breaks_names,
+    breaks_future,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", MODULE_RULES, ids=lambda rule: rule.__name__)
+def test_module_keeps_the_rule(rule: Callable[[str], list[str]]):
+    assert rule(MODULE.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("rule", [breaks_places, breaks_hosts, breaks_words], ids=lambda rule: rule.__name__)
+def test_every_file_keeps_the_rule(rule: Callable[[str], list[str]]):
+    texts = {name: name + "\n" + (ROOT / name).read_text("utf-8", "replace") for name in repository_files()}
+    assert "estelle_updater.py" in texts
+    assert {name: found for name, text in texts.items() if (found := rule(text))} == {}
+
+
+def test_top_level_holds_only_the_given_shape():
+    assert breaks_top_level(repository_files()) == []
+
+
+def test_tools_judge_by_the_oldest_python_that_the_header_names():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
+    oldest = re.search(r'^# requires-python = ">=(3\.\d+)"$', MODULE.read_text("utf-8"), re.MULTILINE)
+    assert oldest
+    assert settings["mypy"]["python_version"] == oldest[1]
+    assert settings["ruff"]["target-version"] == "py" + oldest[1].replace(".", "")
+
+
+def test_dependencies_stand_in_the_header_alone():
+    header = re.findall(r"^# dependencies = \[(.*)\]$", MODULE.read_text("utf-8"), re.MULTILINE)
+    assert len(header) == 1
+    names = {re.split(r"[<>=!~ ]", one.strip(' "'))[0].replace("-", "_") for one in header[0].split('", "')}
+    assert names == RUN_TIME_PACKAGES
+    assert "project" not in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+# ---------------------------------------------------------------------------- and each rule can be broken
+
+
+def module(*sections: str, table: str = "", header: str = "from __future__ import annotations\nimport os\n") -> str:
+    """A module with sections 1, 2 .. named One: first, Two: second .."""
+    titles = ["1. One: first", "2. Two: second", "10. Ten: tenth"]
+    parts = [f"{RULE}\n# {title}\n{RULE}\n\n{body}\n" for title, body in zip(titles, sections, strict=False)]
+    return f'"""What it is.\n\n{table}"""\n\n{header}' + "\n".join(parts)
+
+
+GOOD_TABLE = """| #  | section | holds  |
+| -- | ------- | ------ |
+| 0  | Header  | top    |
+| 1  | One     | first  |
+| 2  | Two     | second |
+"""
+GOOD = module(
+    "LIMIT = 3\nclass A:\n    size: int = LIMIT\n    later: B | None = None",
+    "class B(A):\n    def twice(self) -> C:\n        os = self.size\n        return [os for open in (1, 2)]",
+    table=GOOD_TABLE,
+)
+
+
+def long_function(lines: int, name: str = "f") -> str:
+    return f"def {name}():\n" + "    pass\n" * (lines - 1)
+
+
+BROKEN = [
+    (breaks_banners, GOOD.replace(RULE, RULE + "=", 1), "78 signs"),
+    (breaks_banners, GOOD.replace(RULE, RULE[:-1], 1), "no rule above"),
+    (breaks_banners, GOOD.replace("# 1. One: first", "# 1. One"), "no title"),
+    (breaks_banners, GOOD.replace("# 1. One: first", "# One: first"), "without a title"),
+    (breaks_banners, GOOD.replace("# 1. One:", "# 2. One:"), "do not rise"),
+    (breaks_banners, GOOD.replace("LIMIT = 3", f"{RULE}\n\nLIMIT = 3"), "without a title"),
+    (breaks_table, GOOD.replace("| first  |", "| other  |"), "only in the docstring: (1, 'One', 'other')"),
+    (breaks_table, GOOD.replace("| 2  | Two     | second |\n", ""), "only as a banner: (2, 'Two', 'second')"),
+    (breaks_table, GOOD.replace("| 2  | Two ", "| 3  | Two "), "only in the docstring: (3, "),
+    (breaks_table, module("", table="| 1 | One | first |\n| 1 | One | first |\n"), "order"),
+    (breaks_upward_order, module("A = B", "B = 1"), "section 1 uses B of section 2"),
+    (breaks_upward_order, module("def f():\n    return B()", "class B: ..."), "section 1 uses B of section 2"),
+    (breaks_upward_order, module("def f():\n    def g(x=B):\n        ...", "B = 1"), "uses B"),
+    (breaks_upward_order, module("def f():\n    return [B for _ in ()]", "B = 1"), "uses B"),
+    (breaks_upward_order, module("class A(B): ...", "class B: ..."), "uses B"),
+    (breaks_upward_order, module("@b\ndef f(): ...", "def b(f): ..."), "uses b"),
+    (breaks_upward_order, module("class A:\n    x = B", "B = 1"), "uses B"),
+    (breaks_upward_order, module("def f():\n    global B\n    B += 1", "B = 1"), "uses B"),
+    (breaks_upward_order, module("A = nothing"), "nothing that nobody defines"),
+    (breaks_purity, module("def f():\n    return os.environ"), "section 1 uses os"),
+    (breaks_purity, module("def f():\n    print()"), "uses print"),
+    (breaks_purity, module("def f(p):\n    return open(p)"), "uses open"),
+    (breaks_purity, module("def f():\n    import time"), "uses time"),
+    (breaks_purity, module("def f():\n    from os.path import join"), "uses os"),
+    (breaks_purity, module("import asyncio.queues"), "uses asyncio"),
+    (breaks_purity, module('def f():\n    return __import__("socket")'), "uses socket"),
+    (breaks_purity, module("A = datetime.now()"), "uses datetime.now"),
+    (breaks_purity, module("A = Path()"), "uses Path"),
+    (breaks_sizes, long_function(61), "f has 61 lines"),
+    (breaks_sizes, "class A:\n    async def f():\n" + "        pass\n" * 60, "f has 61 lines"),
+    (breaks_sizes, "class A:\n" + "    pass\n" * 400, "A has 401 lines"),
+    (breaks_sizes, long_function(36) + long_function(2, "g") * 8, "only 8 of 9"),
+    (breaks_sizes, "\n" * (MODULE_LINES + 1), f"{MODULE_LINES + 1} lines"),
+    (breaks_imports, "import requests", "requests"),
+    (breaks_imports, "def f():\n    from yaml.nodes import Node", "yaml"),
+    (breaks_imports, 'x = _Lazy("attr.validators")', "attr"),
+    (breaks_imports, "from . import other", ""),
+    (breaks_names, "def handle_order(): ...", "handle_order"),
+    (breaks_names, "class A:\n    async def _process_line(self): ...", "_process_line"),
+    (breaks_names, "class RunManager: ...", "RunManager"),
+    (breaks_future, "import os\n", "annotations"),
+    (breaks_places, "cd /" + "work/main", "main"),
+    (breaks_places, "x='/" + "root/.cache'", ".cache'"),
+    (breaks_places, "~/.py" + "env/shims", "shims"),
+    (breaks_places, "(/" + "home/me/app)", "app)"),
+    (breaks_hosts, "https://PyPI" + ".org/simple", "pypi"),
+    (breaks_hosts, "registry.npmjs" + ".org", "npmjs"),
+    (breaks_words, "# TO" + "DO: later", "TO"),
+    (breaks_words, "raise NotImplemented" + "Error", "NotImplemented"),
+    (breaks_words, "Co-Authored" + "-By: somebody", "Co-"),
+    (breaks_words, "ask Clau" + "de", "Clau"),
+    (breaks_words, "see issue" + " #12", "issue"),
+    (breaks_words, "fixes" + " #3", "fixes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", MODULE_RULES, ids=lambda rule: rule.__name__)
+def test_rule_accepts_good_source(rule: Callable[[str], list[str]]):
+    assert rule(GOOD) == []
+
+
+@pytest.mark.parametrize(("rule", "source", "problem"), BROKEN)
+def test_rule_finds_what_breaks_it(rule: Callable[[str], list[str]], source: str, problem: str):
+    assert any(problem in found for found in rule(source))
+
+
+@pytest.mark.parametrize("text", ["/network/", "./work/", "example.net/work/", "the root of /", "~/.local/state"])
+def test_paths_that_are_no_places(text: str):
+    assert breaks_places(text) == []
+
+
+def test_shell_sections_may_do_what_pure_ones_may_not():
+    shell = module("", "", "def f():\n    import time\n    return os.environ, open(time.time())")
+    assert breaks_purity(shell) == []
+
+
+def test_top_level_rule_finds_a_stray_file():
+    assert breaks_top_level(["tests/run", "notes.txt", "docs/a.md", "README.md"]) == ["docs", "notes.txt"]
