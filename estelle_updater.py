@@ -2227,8 +2227,8 @@ def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> lis
     for path in (os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes):
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return [os.path.abspath(path)]
-    where = f"in {cwd}" if has_folder else "in PATH"
-    raise UpdaterError(f"{name}: not found {where}", f"it must be there and executable; PATH is {path_env}")
+    where, more = (f"in {cwd}", "") if has_folder else ("in PATH", f"; PATH is {path_env}")
+    raise UpdaterError(f"{name}: not found {where}", "it must be there and executable" + more)
 
 
 def render_cmd_line(argv: Sequence[str], shell: str) -> str:
@@ -2276,7 +2276,7 @@ def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> 
     A recorded group counts only while a member carries the mark: numbers are used again after a reboot.
     What carries another mark belongs to another step. Never this process or its ancestors.
     """
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if sys.platform == "linux" else []
     table = {pid: process for pid in pids if (process := _read_process(pid))}
     children: dict[int, list[int]] = {}
     for pid, process in table.items():
@@ -2454,7 +2454,7 @@ class Spawned:
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
             with suppress(queue.Empty):
-                data = self._rest or self._chunks.get(timeout=patience_s)
+                data = self._rest or self._chunks.get(timeout=max(patience_s, 0.05))  # the pump needs its turn
                 self._rest = data[max_bytes:]
                 return data[:max_bytes]
             return None
