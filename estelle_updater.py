@@ -1692,7 +1692,8 @@ class Masker:
 
 SGR = re.compile(r"\x1b\[[0-9;:]*m")
 ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
-    r"(\x1b\[[0-9;:]*m)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]"
+    r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
+    r"|\x1b[ -/]*[0-~]"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
     re.DOTALL,
 )
@@ -5482,8 +5483,9 @@ def cmd_cancel(args: Args) -> int:
     connection = make_caller(args).dial(PATIENCE_S)
     record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
     connection.close()
-    text = f"cancelling {record.run} on {', '.join(record.hosts)}"
-    say(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
+    doing = f"cancelling {record.run} on {', '.join(record.hosts)}"
+    text = doing if record.cancelled else f"{record.run} is over: there is nothing to cancel"
+    say(json.dumps({"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}) if args.json else text)
     return 0
 
 
@@ -5553,7 +5555,7 @@ def parse_count(text: str) -> int:
     """A positive whole number on the command line. Raises UsageError."""
     if text.isascii() and text.isdigit() and 0 < int(text) < 100_000:
         return int(text)
-    raise UsageError(f"{text!r} is no positive number")
+    raise UsageError(f"{text!r} is no positive number", "for example 1")
 
 
 def parse_run_id(text: str) -> str:
@@ -5658,6 +5660,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, f"see: {self.prog} --help")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        say(message.removesuffix("\n"))  # help through a pipe that is closed early ends without a complaint
+
 
 def make_parser() -> Parser:
     """The command table as a parser; global options go before or after the command."""
@@ -5690,21 +5695,23 @@ def main(argv: list[str]) -> int:
         code: int = args.function(args)
         return code
     except UpdaterError as problem:
-        if args.verbose:
-            raise
-        return print_error(problem, args.json)
+        return print_error(problem, args)
     except (KeyboardInterrupt, Output.Closed):
         return 130
     except BaseExceptionGroup as group:
         leaf = next(iter_leaves(group))
-        if args.verbose or not isinstance(leaf, UpdaterError):
+        if not isinstance(leaf, UpdaterError):
             raise
-        return print_error(leaf, args.json)
+        return print_error(leaf, args)
 
 
-def print_error(problem: UpdaterError, as_json: bool) -> int:
-    """One line what, one line hint, on stderr."""
-    if as_json:
+def print_error(problem: UpdaterError, args: Args) -> int:
+    """One line what, one line hint, on stderr; the exit code is the same with and without the traceback of `-v`."""
+    if args.verbose:
+        import traceback
+
+        traceback.print_exception(problem)
+    if args.json:
         event = {"event": "error", "what": problem.what, "hint": problem.hint, "exit": problem.exit_code}
         print(json.dumps(event, ensure_ascii=False), file=sys.stderr)
     else:
