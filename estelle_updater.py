@@ -48,7 +48,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -126,7 +126,7 @@ else:
 # What a daemon comes to need besides: imported inside functions, here, in websockets or by the library itself.
 _PRELOADED = (
     *("_strptime", "concurrent.futures.thread", "encodings.idna", "traceback"),
-    *("tomli_w", "websockets.asyncio.client", "websockets.asyncio.server"),
+    *("tomli_w", "websockets.asyncio.client", "websockets.asyncio.server", "websockets.sync.client"),
 )
 _BAKED = "estelle_updater.pyz"  # the folder that `build` writes into compiled code as the place of its source
 
@@ -209,6 +209,9 @@ SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it
 PING_INTERVAL_S = PING_TIMEOUT_S = 20.0  # both ends: a peer that vanished is noticed in 40 s at most
 WELCOME_S = 10.0
 PUBLIC_S = 3.0
+OUTSIDE_EVERY = 10  # of the failed tries one asks the outside world again: the network may have come up late
+PROVE_TRIES = 5
+LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
@@ -308,7 +311,7 @@ def iter_leaves(group: BaseException) -> Iterator[BaseException]:
 _ADDRESS_HINT = "write 121.0.0.7 or 121.0.0.0/8"
 _ADDRESS_LIKE = re.compile(r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*")  # meant as an address, `121.x.x.x` too
 _HOST_NAME = re.compile(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
-_DEVICE = re.compile(r"(?i)(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
+_DEVICE = re.compile(r"(?i)(RUN|CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
 
 
 def _parse_ip(text: str) -> IPv4Address | IPv6Address:
@@ -553,9 +556,9 @@ def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> li
 
 
 def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = None) -> list[HostRef]:
-    """The hosts that TARGET means, each once, in the order named; `active` is the colour that has the traffic.
+    """The hosts that TARGET means, each once, in the order named; TargetError where a part of it is nobody.
 
-    Raises UsageError for `121.x.x.x`, TargetError (exit 4) for what is nobody or takes no deployments.
+    `active` is the colour that has the traffic, as far as known. `121.x.x.x` and the like are UsageErrors.
     """
     chosen: dict[str, HostRef] = {}
     for part in (piece.strip() for piece in target.split(",")):
@@ -579,18 +582,13 @@ def file_label(label: str) -> str:
 
 def assign_labels(hosts: Sequence[tuple[str, str, str]]) -> list[str]:
     """Labels for (address, name, machine id): no finer than needed to tell the hosts, and their files, apart."""
-
-    def crowds(labels: list[str]) -> list[list[int]]:
-        keys = [file_label(label).casefold() for label in labels]
-        return [[i for i, other in enumerate(keys) if other == key] for key in keys]
-
+    machines = {machine for _, _, machine in hosts}
+    length = next((n for n in range(4, 32) if len({machine[:n] for machine in machines}) == len(machines)), 32)
     labels = [address for address, _, _ in hosts]
-    labels = [f"{hosts[i][0]}/{hosts[i][1]}" if len(same) > 1 else labels[i] for i, same in enumerate(crowds(labels))]
-    for i, same in enumerate(crowds(labels)):
-        if len(same) > 1:
-            machines = [hosts[other][2] for other in same]
-            length = next((n for n in range(4, 32) if len({m[:n] for m in machines}) == len(machines)), 32)
-            labels[i] += f"~{hosts[i][2][:length]}"
+    for finer in ([f"{a}/{n}" for a, n, _ in hosts], [f"{a}/{n}~{m[:length]}" for a, n, m in hosts]):
+        files = [file_label(label).casefold() for label in labels]  # on Windows, a and A are one file
+        shared = Counter(files)
+        labels = [more if shared[f] > 1 else label for label, more, f in zip(labels, finer, files, strict=True)]
     return labels
 
 
@@ -779,11 +777,11 @@ def _role(raw: Any) -> Role:
 
 def _environment(raw: Any) -> dict[str, str]:
     """Environment variables by name; no value is ever shown, since it may be a secret."""
-    named = {key: bool(re.fullmatch(r"[^\s=\0]+", key)) for key in _mapping(raw)}
+    names = [key for key in _mapping(raw) if not re.fullmatch(r"[^\s=\0]+", key)]
+    problems = [(_step(key), "is no name of an environment variable") for key in names]
     kinds = {key: type(value).__name__ for key, value in raw.items() if not _is_argument(value)}
-    problems = [(_step(key), "is no name of an environment variable") for key, fine in named.items() if not fine]
-    problems += [(_step(key), f"a {kind} is no text; write the value in quotes") for key, kind in kinds.items()]
-    _convert_all([], problems)
+    problems += [(_step(key), f"its value is {kind}, no text; write it in quotes") for key, kind in kinds.items()]
+    _convert_all((), problems)
     return dict(raw)
 
 
@@ -1098,8 +1096,7 @@ def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
 
 def owner_of_name(config: Config, name: str) -> str | None:
     """The address to which the configuration gives `name`; a host elsewhere that claims the name is refused it."""
-    owners = (r.address for r in config.hosts if r.address and r.name and r.name.casefold() == name.casefold())
-    return next(owners, None)
+    return next((rule.address for rule in config.hosts if rule.name and rule.name.casefold() == name.casefold()), None)
 
 
 def render_config(data: Mapping[str, Any], form: str) -> str:
@@ -1253,7 +1250,8 @@ class JobRecord:
     ordered: bool = False  # the order may have reached the host
     provisional: bool = False  # the master's own verdict, which a late word of the host replaces
     acked: bool = False  # the master has the result
-    groups: list[int] = field(default_factory=list)  # process groups of the steps, to clean up after a dead runner
+    steps: int = 0  # commands begun
+    open_step: str | None = None  # the mark of the command that runs, to clean up after a dead runner
     marks: list[list[int]] = field(default_factory=list)  # offset and length of each announcement in the log
     address: str = ""
     by: str = ""
@@ -1378,14 +1376,17 @@ WORDS: dict[str, type[StrEnum]] = {"State": State, "Kind": Kind}
 
 
 def encode_message(message: Any) -> str:
-    """A message as one line of JSON."""
-    return json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    """A message as one line of JSON. What UTF-8 can't carry (half of a file name's character) becomes `?`."""
+    text = json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace").decode()
 
 
 def decode_message(text: str) -> Any:
     """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError, which names what is wrong."""
     try:
         data = json.loads(text)
+        if "\\u" in text:  # an escaped half of a character would fail later, wherever the text is written
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as problem:
         raise ProtocolError("a message is no JSON") from problem
     verb = data.get("verb") if isinstance(data, dict) else None
@@ -1412,7 +1413,7 @@ def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
 
 
 def _fits(annotation: str, value: Any) -> bool:
-    """Does a decoded JSON value have the annotated type? Booleans are no numbers, and numbers fit into 64 bits."""
+    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are finite and of 64 bits."""
     if annotation.endswith(" | None"):
         return value is None or _fits(annotation.removesuffix(" | None"), value)
     if annotation.startswith("list["):
@@ -1422,7 +1423,7 @@ def _fits(annotation: str, value: Any) -> bool:
     if annotation == "int":
         return type(value) is int and abs(value) < 1 << 63
     if annotation == "float":
-        return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+        return type(value) in (int, float) and abs(value) < 1 << 53  # nor NaN, which would break the queue's order
     return annotation == "Any" or type(value).__name__ == annotation
 
 
@@ -1455,10 +1456,11 @@ NEXT_STATES: dict[State, frozenset[State]] = {
 
 
 def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
-    """Does the host's record `new` replace what is known? Only a higher revision, along allowed transitions."""
+    """Does the host's record `new` replace what is known? A higher revision, or a last word, where allowed."""
     if old is None or (old.provisional and new.revision >= old.revision and not new.provisional):
         return True
-    return new.revision > old.revision and new.state in NEXT_STATES[old.state]
+    later = new.revision > old.revision or new.state in FINAL  # a host may forget its revisions in a power loss
+    return later and new.state in NEXT_STATES[old.state]
 
 
 def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
@@ -1521,7 +1523,9 @@ def decide_orders(
             if job.state is not State.QUEUED or job.ordered:
                 continue
             earlier = [jobs[name] for name in run.hosts[: index - index % step]]
-            if any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
+            if run.cancelled:
+                end.append((job, "cancelled"))
+            elif any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
                 end.append((job, "an earlier batch failed"))
             elif job.machine in holder:
                 behind[run.run, host] = holder[job.machine]
@@ -1621,52 +1625,66 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     )
 
 
-VERSION_IN_OUTPUT = re.compile(rb"(?<![0-9A-Za-z])v[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
+# A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
+VERSION_IN_OUTPUT = re.compile(rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
 
 
 def parse_version_file(data: bytes) -> str | None:
-    """The "version" of a JSON file, or the first line of plain text; None where there is neither."""
+    """The "version" of a JSON file, or the first line of plain text, as at most 80 printable characters: it stands in
+    the line that says how a job ended. None where there is neither."""
     text = data.decode("utf-8-sig", "replace").strip()
     if text.startswith("{"):
         try:
             value = json.loads(text).get("version")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-        return str(value)[:80] if isinstance(value, (str, int, float)) else None
-    return text.splitlines()[0].strip()[:80] if text else None
+        text = str(value).strip() if type(value) in (str, int, float) else ""
+    line = "".join(text.splitlines()[:1])
+    return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
 class Masker:
-    """Replaces secrets in a stream of bytes, also where one is split over two reads. A tail that could begin a secret
-    is held back until the next byte or `flush`."""
+    """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
+    `***`. A tail that could begin a secret is held back until the next byte or `flush`."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        values = sorted({secret.encode() for secret in secrets if len(secret.encode()) >= SECRET_BYTES}, key=len)
-        self._pattern = re.compile(b"|".join(re.escape(value) for value in reversed(values))) if values else None
-        self._values = values
+        self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
         self._held = b""
+        self._masked = 0  # how many of the held bytes belong to a secret whose `***` is already written
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
-        if self._pattern is None:
-            return data
         data = self._held + data
-        hold, last = len(data), 0
-        for match in self._pattern.finditer(data):
-            last = match.end()
-            if last == len(data) and any(value.startswith(match[0]) and value != match[0] for value in self._values):
-                hold = match.start()  # it may yet become the longer one
-        for start in range(max(last, len(data) - len(self._values[-1]) + 1), hold):
-            if any(value.startswith(data[start:]) for value in self._values):
-                hold = start
-                break
-        self._held = data[hold:]
-        return self._pattern.sub(b"***", data[:hold])
+        return self._write(data, min((self._tail(data, value) for value in self._values), default=len(data)))
 
     def flush(self) -> bytes:
-        """The tail that turned out to be no longer secret."""
-        held, self._held = self._held, b""
-        return self._pattern.sub(b"***", held) if self._pattern else held
+        """The tail that turned out to be no secret."""
+        return self._write(self._held, len(self._held))
+
+    @staticmethod
+    def _tail(data: bytes, value: bytes) -> int:
+        """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole of it."""
+        start = data.find(value[:1], max(0, len(data) - len(value) + 1))
+        while start >= 0 and not value.startswith(data[start:]):
+            start = data.find(value[:1], start + 1)
+        return start if start >= 0 else len(data)
+
+    def _write(self, data: bytes, hold: int) -> bytes:
+        """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
+        spans = []
+        for value in self._values:
+            start = data.find(value)
+            while 0 <= start < hold:
+                spans.append((start, start + len(value)))
+                start = data.find(value, start + 1)
+        written, done = [], self._masked
+        for start, end in sorted(spans):
+            if start >= done:
+                written += [data[done:start], b"***"]
+            done = max(done, end)
+        written.append(data[done:hold])
+        self._held, self._masked = data[hold:], max(0, done - hold)
+        return b"".join(written)
 
 
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
@@ -1716,11 +1734,18 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
                 os.fsync(file.fileno())
         for attempt in range(20):
             try:
-                return os.replace(temp, path)
+                os.replace(temp, path)
+                break
             except PermissionError:  # Windows: somebody reads the old file right now
                 if attempt == 19:
                     raise
                 time.sleep(0.02)
+        if durable and os.name != "nt":
+            fd = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
@@ -1774,6 +1799,12 @@ def read_log(path: Path, offset: int, length: int) -> bytes:
         return b""
 
 
+def sync_file(path: Path) -> None:
+    """Have the disk keep a file through a power loss, as far as it can."""
+    with suppress(OSError), open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def log_check(path: Path, size: int) -> int:
     """CRC-32 of the last 4 KiB before `size`: whether two copies of a log are the same so far."""
     start = max(0, size - CHECK_BYTES)
@@ -1796,7 +1827,7 @@ class FileLock:
         deadline = time.monotonic() + max(timeout_s, 0.1)
         # never through a link that somebody else put there; descriptors of os.open are not inherited by steps
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        while not self._lock(fd, shared=False):
+        while not self._lock(fd):
             if time.monotonic() >= deadline:
                 os.close(fd)
                 return False
@@ -1826,12 +1857,12 @@ class FileLock:
         except FileNotFoundError:
             return False
         try:
-            return not FileLock._lock(fd, shared=True)
+            return not FileLock._lock(fd, only_look=True)
         finally:
-            os.close(fd)  # and with it a lock that the look took
+            os.close(fd)  # where a look has to take the lock, this gives it back
 
     @staticmethod
-    def _lock(fd: int, *, shared: bool) -> bool:
+    def _lock(fd: int, *, only_look: bool = False) -> bool:
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -1840,9 +1871,15 @@ class FileLock:
             else:
                 import fcntl
 
-                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                if sys.platform != "linux":
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return True
+                # Open file description locks are the descriptor's like flock's, and can be asked about
+                ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock: the whole file
+                answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK if only_look else fcntl.F_OFD_SETLK, ask)
+                return not only_look or struct.unpack_from("h", answer) == (fcntl.F_UNLCK,)
         except OSError as problem:
-            if sys.platform != "win32" and not isinstance(problem, BlockingIOError):
+            if sys.platform != "win32" and not isinstance(problem, (BlockingIOError, PermissionError)):
                 raise  # a file system without locks
             return False
         return True
@@ -1902,6 +1939,7 @@ class StateFolder:
         self.job_lock = root / "job.lock"
         self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
+        self.last_config = root / "last-config"  # the last valid configuration that was used here
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
@@ -1991,7 +2029,7 @@ class StateFolder:
 
 
 def _dump(record: Any) -> bytes:
-    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode() + b"\n"
+    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
 
 
 def default_state_folder(environ: Mapping[str, str]) -> Path:
@@ -2029,14 +2067,33 @@ def load_config(path: Path) -> Config:
     return parse_config(data, str(path), "toml" if path.suffix == ".toml" else "json")
 
 
+def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | None]:
+    """The configuration, or, where it is missing or invalid, the last one that was valid here, and the problem.
+
+    A commit without a valid configuration must not keep the next commit from being deployed. Raises ConfigError.
+    """
+    keep = state.last_config.with_suffix(path.suffix)
+    try:
+        config = load_config(path)
+    except ConfigError as problem:
+        try:
+            return load_config(keep), problem.what
+        except ConfigError:
+            raise problem from None
+    with suppress(OSError):
+        data = path.read_bytes()
+        if not keep.exists() or keep.read_bytes() != data:
+            write_atomic(keep, data)
+    return config, None
+
+
 class ConfigFile:
     """The configuration as a daemon uses it: read again once it changed and then lay still for a second; a file that is
     missing or invalid keeps the old settings, and `problem` says so."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = load_config(path)
-        self.problem: str | None = None
+    def __init__(self, path: Path, state: StateFolder) -> None:
+        self.path, self.state = path, state
+        self.config, self.problem = load_config_or_last(path, state)
         self._used = self._seen = self._stamp()
 
     def _stamp(self) -> tuple[int, int, int] | None:
@@ -2053,14 +2110,9 @@ class ConfigFile:
             self._seen = stamp
             return False
         self._used = stamp
-        try:
-            config = load_config(self.path)
-        except ConfigError as problem:
-            self.problem = problem.what
-            return False
-        changed = config != self.config
-        self.config, self.problem = config, None
-        return changed
+        before = self.config
+        self.config, self.problem = load_config_or_last(self.path, self.state)
+        return self.config != before
 
 
 def work_tree(config_path: Path) -> Path:
@@ -2083,17 +2135,15 @@ StrPath: TypeAlias = str | os.PathLike[str]
 HIDDEN: dict[str, Any] = {"creationflags": 0x08000000} if os.name == "nt" else {}  # CREATE_NO_WINDOW, for Popen
 _ANY_CASE = re.IGNORECASE if os.name == "nt" else 0
 
-_PM2_KEYS = re.compile(  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's environment
+_PM2_KEYS = (  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's environment
     "automation|auto(re)?start|created_at|exec_(interpreter|mode)|exit_code|exp_backoff_restart_delay|instance_var"
     "|instances|kill_(retry_time|timeout)|km_link|log_date_format|max_(memory_restart|restarts)|merge_logs|min_uptime"
     "|name(space)?|pmx|(prev_)?restart_delay|restart_time|status|stop_exit_codes|treekill|unique_id|unstable_restarts"
-    "|vizion(_running)?|watch|windowsHide",
-    flags=_ANY_CASE,
+    "|vizion(_running)?|watch|windowsHide"
 )
-_DAEMON_KEYS = re.compile(  # the daemon's own: its supervisor's, its interpreter's, the git hook's that started it
+_DAEMON_KEYS = (  # the daemon's own: its supervisor's, its interpreter's, the git hook's that started it
     r"ESTELLE_.*|pm_.*|PM2_(?!HOME$).*|NODE_APP_INSTANCE|NODE_CHANNEL_.*|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*"
-    r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MAINPID|(STATE|CREDENTIALS)_DIRECTORY|GIT_(?!SSH).*|PYTHON.+",
-    flags=_ANY_CASE,
+    r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MAINPID|(STATE|CREDENTIALS)_DIRECTORY|GIT_(?!SSH).*|PYTHON.+"
 )
 _NO_PROMPTS = {
     "CI": "true",  # pnpm and others then fail instead of asking
@@ -2118,9 +2168,8 @@ def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
 
     The host's own `env` goes on top. A GIT_SSH or GIT_SSH_COMMAND in `env` stays: somebody configured it.
     """
-    kept = {key: value for key, value in env.items() if not _DAEMON_KEYS.fullmatch(key)}
-    if "pm_id" in env or "PM_ID" in env:  # Windows shows names in capitals
-        kept = {key: value for key, value in kept.items() if not _PM2_KEYS.fullmatch(key)}
+    dropped = _DAEMON_KEYS + (f"|{_PM2_KEYS}" if "pm_id" in env or "PM_ID" in env else "")  # Windows says PM_ID
+    kept = {key: value for key, value in env.items() if not re.fullmatch(dropped, key, _ANY_CASE)}
     if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
         kept |= {"GIT_SSH_COMMAND": _SSH_COMMAND, "GIT_SSH_VARIANT": "ssh"}
     return kept | _NO_PROMPTS
@@ -2151,12 +2200,9 @@ def render_cmd_line(argv: Sequence[str], shell: str) -> str:
 
     Raises UpdaterError for what cmd.exe interprets even in quotes, or could once the shim passes it on as `%*`.
     """
-    for argument in argv[1:]:
-        if re.search(r'["%!^&|<>\r\n\0]|\\$', argument):
-            raise UpdaterError(
-                f"{argv[0]}: cmd.exe would interpret the argument {argument!r}",
-                'a .cmd program takes no " % ! ^ & | < >, no line break and no \\ at the end',
-            )
+    for bad in (word for word in argv[1:] if re.search(r'["%!^&|<>\r\n\0]|\\$', word)):
+        hint = 'a .cmd program takes no " % ! ^ & | < >, no line break and no \\ at the end'
+        raise UpdaterError(f"{argv[0]}: cmd.exe would interpret the argument {bad!r}", hint)
     words = [word if re.fullmatch(r"[\w./\\:@+-]+", word) else f'"{word}"' for word in argv[1:]]
     line = " ".join([f'"{argv[0]}"', *words])
     return f'"{shell}" /d /s /c "{line}"'
@@ -2187,7 +2233,7 @@ def _read_process(pid: int) -> _Process | None:
     return _Process(int(parent), int(group), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
 
 
-def _find_family(mark: str, pgids: Iterable[int], root: int = 0, since: int = 0) -> set[int]:
+def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> set[int]:
     """The living processes of the step `mark`: those that carry it, their groups among `pgids`, all their children.
 
     With a `root` also its descendants, started at tick `since` or later: a service of an earlier step is not ours.
@@ -2204,31 +2250,28 @@ def _find_family(mark: str, pgids: Iterable[int], root: int = 0, since: int = 0)
         spared.add(ancestor)
         ancestor = table[ancestor].parent
     seeds = [pid for pid, process in table.items() if process.mark == mark]
-    groups = {table[pid].group for pid in seeds}.intersection(pgids)
-    seeds += [pid for pid, process in table.items() if process.group in groups]
-    seeds += children.get(root, []) if root else []
+    groups = {table[pid].group for pid in seeds} & pgids
+    seeds += [pid for pid, process in table.items() if process.group in groups or process.parent == root]
     while seeds:
         pid = seeds.pop()
-        if pid in family | spared or table[pid].start < since or table[pid].mark not in (None, mark):
+        if pid in family or pid in spared or table[pid].start < since or table[pid].mark not in (None, mark):
             continue
         family.add(pid)
         seeds += children.get(pid, [])
     return {pid for pid in family if table[pid].alive}
 
 
-def _kill_family(deadline_s: float, mark: str, pgids: Iterable[int], root: int = 0, since: int = 0) -> tuple[int, bool]:
+def _kill_family(mark: str, pgids: set[int], deadline_s: float, root: int = -1, since: int = 0) -> tuple[int, bool]:
     """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, and whether none is left."""
-    killed, refused = set[int](), set[int]()
-    deadline, pause_s = time.monotonic() + deadline_s, 0.002
+    killed, refused, deadline, pause_s = set[int](), set[int](), time.monotonic() + deadline_s, 0.002
     while (victims := _find_family(mark, pgids, root, since) - refused) and time.monotonic() < deadline:
         for pid in victims:
-            try:
-                os.kill(pid, 9)
-                killed.add(pid)
-            except ProcessLookupError:
-                pass
-            except PermissionError:  # sudo's child: waiting will not help
-                refused.add(pid)
+            with suppress(ProcessLookupError):
+                try:
+                    os.kill(pid, 9)
+                    killed.add(pid)
+                except PermissionError:  # sudo's child: waiting will not help
+                    refused.add(pid)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.1)
     return len(killed), not victims and not refused
@@ -2239,7 +2282,7 @@ def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KIL
 
     Nothing is left on Windows: the runner's Job Object took it along.
     """
-    return _kill_family(deadline_s, mark, set(pgids))[0]
+    return _kill_family(mark, set(pgids), deadline_s)[0]
 
 
 def adopt_orphans() -> bool:
@@ -2276,14 +2319,14 @@ if sys.platform == "win32":
 
         def terminate(self, deadline_s: float) -> bool:
             """End every process of the job, as a shell would report SIGKILL; whether none is left."""
-            counts = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION
+            counts = (ctypes.c_uint32 * 12)()  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION
             deadline = time.monotonic() + deadline_s
             self._api.TerminateJobObject(self._job, 128 + 9)
-            while self._api.QueryInformationJobObject(self._job, 1, counts, 48, None):
-                if struct.unpack_from("I", counts, 40) == (0,) or time.monotonic() > deadline:
-                    break
+            while self._api.QueryInformationJobObject(self._job, 1, counts, 48, None) and counts[10]:
+                if time.monotonic() > deadline:
+                    return False
                 time.sleep(0.005)
-            return struct.unpack_from("I", counts, 40) == (0,)
+            return True
 
         def close(self, *, leave_running: bool) -> None:
             """Give the handle back; what still runs lives on or ends. Nothing the second time."""
@@ -2389,15 +2432,14 @@ class Spawned:
     else:
 
         def _open(self) -> None:
-            process = _read_process(self.pid)
-            self._start = process.start if process else 0
+            self._start = process.start if (process := _read_process(self.pid)) else 0
             self._reading = threading.Lock()
-            self._poll = select.poll()
-            self._poll.register(self._out.fileno(), select.POLLIN)
+            (poll := select.poll()).register(self._out.fileno(), select.POLLIN)
+            self._poll = poll.poll
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
             with self._reading:
-                if self._over or not self._poll.poll(patience_s * 1000):
+                if self._over or not self._poll(patience_s * 1000):
                     return None
                 return os.read(self._out.fileno(), max_bytes)
 
@@ -2410,13 +2452,13 @@ class Spawned:
             return False
 
         def kill_tree(self, deadline_s: float = KILL_S) -> bool:
-            """Kill the command and everything it started, however far it moved away; whether nothing is left.
+            """Kill the command and everything it started; whether nothing is left after at most `deadline_s`.
 
-            Takes at most `deadline_s`. Complete on Linux after `adopt_orphans`; elsewhere it is the process group.
-            For a process that runs one step at a time: a younger child without a mark counts as the step's.
+            However far it moved away: on Linux after `adopt_orphans`, else it is the process group alone. For a
+            runner with one step at a time, as a younger child without a mark counts as the step's.
             """
             self.interrupt(9)
-            gone = _kill_family(deadline_s, self._mark, [self.pid], os.getpid(), self._start)[1]
+            gone = _kill_family(self._mark, {self.pid}, deadline_s, os.getpid(), self._start)[1]
             return gone and self._exited.wait(1.0)
 
         def close_pipe(self) -> None:
@@ -2460,22 +2502,18 @@ def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath)
 
     It holds no descriptor or handle of the daemon; its standard error is appended to `log_path`.
     """
+    env = {key: value for key, value in env.items() if key not in (MARK, DETACHED)}
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    try:
-        return subprocess.Popen(
-            list(argv), env={key: value for key, value in env.items() if key not in (MARK, DETACHED)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True, **HIDDEN,
-        )  # fmt: skip
-    finally:
-        os.close(log)
+    with open(log, "ab") as err:
+        null = subprocess.DEVNULL
+        return subprocess.Popen(argv, env=env, stdin=null, stdout=null, stderr=err, start_new_session=True, **HIDDEN)
 
 
 def detach_self(argv: Sequence[str] = ()) -> None:
-    """The runner's first act: leave the daemon's tree, so that whoever kills that by parent ids spares the runner.
+    """The runner's first act, before any thread, lock or file: leave the daemon's tree, which PM2 kills by parent ids.
 
-    PM2 does: a session of its own is not enough. Windows can't fork: there `argv` (this very command by default) is
-    started once more, outside the daemon's Job Object if that allows it. Only one process returns, and on Linux it
-    adopts orphans. Before any thread, lock or open file.
+    Only the process that left returns; on Linux it adopts orphans. Windows can't fork: there `argv` (this very command
+    by default) is started once more, outside the daemon's Job Object if that lets it go.
     """
     if sys.platform != "win32":
         if os.fork():
@@ -2483,26 +2521,23 @@ def detach_self(argv: Sequence[str] = ()) -> None:
         os.setsid()
         adopt_orphans()
     elif not os.environ.pop(DETACHED, ""):
-        alone = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        command, env = list(argv) or [sys.executable, *sys.orig_argv[1:]], {**os.environ, DETACHED: "1"}
+        alone, null = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP, subprocess.DEVNULL
         for flags in (alone | subprocess.CREATE_BREAKAWAY_FROM_JOB, alone):
-            with suppress(PermissionError):  # the daemon's Job Object forbids to leave it
-                subprocess.Popen(
-                    list(argv) or [sys.executable, *sys.orig_argv[1:]], env={**os.environ, DETACHED: "1"},
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, creationflags=flags,
-                )  # fmt: skip
+            with suppress(PermissionError):  # the daemon's Job Object does not let it go
+                subprocess.Popen(command, env=env, stdin=null, stdout=null, creationflags=flags)
                 os._exit(0)
         os._exit(1)
 
 
 def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
     """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM, SIGHUP, SIGBREAK."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        if (number := getattr(signal, name, None)) is None:
-            continue
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
         if sys.platform != "win32":
-            loop.add_signal_handler(number, callback, name)
+            loop.add_signal_handler(number, callback, number.name)
         else:
-            signal.signal(number, lambda *_, name=name: loop.call_soon_threadsafe(callback, name))
+            signal.signal(number, lambda n, _: loop.call_soon_threadsafe(callback, signal.Signals(n).name))
 
 
 # ==============================================================================
@@ -2588,15 +2623,10 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
 
-def step_mark(job: JobRecord, number: int) -> str:
-    """What every process of a job's step carries in its environment."""
-    return f"{job.run}/{file_label(job.host)}/{number}"
-
-
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
-    for number in (len(job.groups) - 1, len(job.groups)):  # the last one may not have been recorded
-        kill_leftovers(step_mark(job, number), job.groups[max(0, number) :])
+    if job.open_step:
+        kill_leftovers(job.open_step)
     size = log_size(state.log_file(job.run, job.host))
     return replace(
         job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
@@ -2634,7 +2664,8 @@ class Runner:
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
             with suppress(OSError):
                 write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
-            self.save(state=State.RUNNING, started=time.time())
+            if not self.save(durable=True, state=State.RUNNING, started=time.time()):
+                return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
             return 0
         finally:
@@ -2661,7 +2692,7 @@ class Runner:
     def deploy(self) -> None:
         """The document's steps, in its order."""
         self.begin("check")
-        self.load_rule()
+        self.load_rule(strict=False)
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
@@ -2683,27 +2714,43 @@ class Runner:
             self.announce(f"git pull {rule.remote} {branch}")
             self.log.line("Nothing to pull: not a branch.")
         self.begin("config")
-        self.load_rule()
+        self.load_rule(strict=True)
         self.step(plan_command(self.rule.command), self.rule.timeout_s)
         for step in plan_restart(self.rule.restart):
             self.step(step, self.rule.timeout_s)
 
-    def load_rule(self) -> None:
-        """What to do here, from the configuration as it stands now: read again after the pull."""
-        config = load_config(self.config_path)
+    def load_rule(self, *, strict: bool) -> None:
+        """What to do here, from the configuration as it stands now. Before the pull it need not be valid: the pull may
+        bring its repair."""
+        if strict:
+            config, problem = load_config(self.config_path), None
+        else:
+            config, problem = load_config_or_last(self.config_path, self.state)
         self.rule = host_rule(config, self.job.address, socket.gethostname())
         tree = work_tree(self.config_path)
         self.repo = tree / self.rule.repo if self.rule.repo else tree
         extra: dict[str, str] = {}
-        if self.rule.environment_file:
-            path = self.repo / self.rule.environment_file
-            try:
-                extra = parse_environment_file(path.read_text("utf-8-sig"), str(path))
-            except (OSError, UnicodeError) as problem:
-                raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
+        try:
+            extra = self.read_environment()
+        except ConfigError as wrong:
+            if strict:
+                raise
+            problem = problem or wrong.what
+        if problem:
+            self.log.line(f"warning: {problem}")
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
         self.masker = Masker(secret_values(extra))
+
+    def read_environment(self) -> dict[str, str]:
+        """The host's environmentFile, if it has one. Raises ConfigError."""
+        if not self.rule.environment_file:
+            return {}
+        path = self.repo / self.rule.environment_file
+        try:
+            return parse_environment_file(path.read_text("utf-8-sig"), str(path))
+        except (OSError, UnicodeError) as problem:
+            raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
@@ -2728,7 +2775,10 @@ class Runner:
 
     def warn_of_changes(self) -> None:
         """Local changes stay, but are listed: that the tree is not what the commit says should be seen."""
-        changes = self.git("status", "--porcelain", "--untracked-files=no").decode(errors="replace").splitlines()
+        changes: list[str] = []
+        with suppress(UpdaterError):  # a slow answer is no reason to fail
+            status = self.git("status", "--porcelain", "--untracked-files=no")
+            changes = status.decode(errors="replace").splitlines()
         if changes:
             more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
             self.log.line("warning: local changes stay: " + ", ".join(c.strip() for c in changes[:10]) + more)
@@ -2746,22 +2796,26 @@ class Runner:
 
     def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> None:
         """Run one command to its end. Raises StepFailed unless it ends with 0."""
+        self.tail = b""
+        number = self.job.steps + 1
+        self.job = replace(self.job, steps=number, open_step=f"{self.run}/{file_label(self.host)}/{number}")
         if announce:
             self.announce(step.label)
-        self.tail = b""
+        else:
+            self.begin(step.label)
         try:
             argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            child = spawn_step(argv, self.repo, self.env, mark=step_mark(self.job, len(self.job.groups)))
+            child = spawn_step(argv, self.repo, self.env, mark=self.job.open_step or "")
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
-        self.save(groups=[*self.job.groups, child.pid])
         pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
         stopped = self.watch(child, pump, time.monotonic() + timeout_s)
         code = child.wait()
         child.close_pipe()
         self.log.write(self.masker.flush())
+        self.save(open_step=None)  # what it left running was left on purpose
         if stopped:
             raise StepFailed(stopped, step.label)
         if code:
@@ -2802,12 +2856,13 @@ class Runner:
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
         commit = version = None
-        with suppress(UpdaterError, AttributeError):
+        with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
             version = self.read_version() if state is State.SUCCEEDED else None
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
         self.log.sync()
+        fields |= {"open_step": None}
         fields |= {"state": state, "size": self.log.size, "ended": time.time(), "commit": commit, "version": version}
         for _ in range(RESULT_TRIES):
             if self.save(durable=True, **fields):
@@ -2841,12 +2896,6 @@ _METADATA_DEADLINE_S = 1.0  # it answers in milliseconds, or is not there
 _ECHOES = ("https://api.ipify.org", "https://checkip.amazonaws.com", "https://ipv4.icanhazip.com")
 
 
-def _parse_address(text: str) -> IPv4Address | IPv6Address:
-    """An address without its zone; `::ffff:1.2.3.4` is 1.2.3.4. Raises ValueError."""
-    address = ipaddress.ip_address(text.strip().partition("%")[0])
-    return getattr(address, "ipv4_mapped", None) or address
-
-
 def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[Any]:
     """What the calls return, as it comes, until the deadline; a call that fails has no answer.
 
@@ -2858,7 +2907,7 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
         answer = []
         try:
             answer = [call()]
-        except (OSError, ValueError, http_client.HTTPException):
+        except (OSError, ValueError, UsageError, http_client.HTTPException):
             pass
         finally:
             done.put(answer)
@@ -2877,7 +2926,7 @@ def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tupl
     """Every address that a name has now, IPv4 and IPv6, or the address itself; empty when it can't be resolved."""
     lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     for found in _answers([lookup], timeout_s):
-        return tuple(dict.fromkeys(str(_parse_address(entry[4][0])) for entry in found))
+        return tuple(dict.fromkeys(canonical_address(entry[4][0]) for entry in found))
     return ()
 
 
@@ -2889,7 +2938,7 @@ def probe_is_local(address: str) -> bool:
     address in the same IPv4 subnet: there it is the first one, but Linux routes nothing from a source that isn't ours.
     """
     try:
-        ip = _parse_address(address)
+        ip = _parse_ip(address)
         family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((str(ip), 9))
@@ -2901,12 +2950,12 @@ def probe_is_local(address: str) -> bool:
             probe.bind((str(ip), 0))
             probe.connect((str(ip), 9))
             return True
-    except (OSError, ValueError):
+    except (OSError, UsageError):
         return False
 
 
 def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: bool = False) -> str:
-    """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError or ValueError."""
+    """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError, UsageError."""
     opener = urllib_request.build_opener(urllib_request.ProxyHandler({} if direct else None))
 
     def fetch(url: str, headers: dict[str, str], method: str) -> str:
@@ -2918,10 +2967,10 @@ def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: 
         headers = dict.fromkeys(headers, fetch(token_url, {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT"))
     text = fetch(url, headers, "GET")
     named = re.search(r'"publicIp"\s*:\s*"([^"]+)"', text)
-    address = _parse_address(named[1] if named else text)
-    if not address.is_global:
-        raise ValueError(f"{address} is no public address")
-    return str(address)
+    address = canonical_address(named[1] if named else text)
+    if not is_public(address):
+        raise UsageError(f"{address} is no public address")
+    return address
 
 
 def probe_public_address(
@@ -2949,6 +2998,7 @@ def probe_public_address(
 # ==============================================================================
 
 
+WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
     "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
@@ -3066,9 +3116,11 @@ class Link:
         if cursor is None:
             return
         path = self._paths[cursor.channel]
-        known = message.check is not None and 0 < message.size <= log_size(path)
-        if known and log_check(path, message.size) != message.check:
-            self.post(Broken(cursor.channel, "the copies of this log differ"))
+        if message.check is not None and (size := log_size(path)) < message.size:
+            self.post(Broken(cursor.channel, f"the host has only {size} bytes of this log"))
+            return
+        if message.check is not None and message.size and log_check(path, message.size) != message.check:
+            self.post(Broken(cursor.channel, "the host's copy of this log differs"))
             return
         cursor.on_have(message.size, message.rewind)
         self._wake.set()
@@ -3119,13 +3171,13 @@ class Link:
         try:
             size, rewind = append_log(inbound.path, offset, data)
         except OSError as problem:
-            size, rewind = log_size(inbound.path), True
-            if not inbound.rewinding:
+            if not inbound.retry_due:
+                inbound.retry_due = True
                 log.error("can't write %s: %s; trying again", inbound.path, problem.strerror)
                 asyncio.get_running_loop().call_later(DISK_RETRY_S, self._ask_again, channel)
             inbound.rewinding = True
             return
-        if rewind and not inbound.rewinding:  # once: what is in flight behind a gap would ask again and again
+        if rewind and (not inbound.rewinding or offset < size):  # once: all in flight behind a gap would ask again
             self.post(Have(channel, size, rewind=True))
         inbound.rewinding = rewind
         inbound.on_size(size)
@@ -3136,16 +3188,24 @@ class Link:
             asyncio.get_running_loop().call_later(ACK_S, self._ack, channel)
 
     def _ask_again(self, channel: int) -> None:
-        inbound = self._inbound[channel]
-        inbound.rewinding = False
-        self.post(Have(channel, log_size(inbound.path), rewind=True))
+        if inbound := self._inbound.get(channel):
+            inbound.rewinding = inbound.retry_due = False
+            self.post(Have(channel, log_size(inbound.path), rewind=True))
 
     def _ack(self, channel: int) -> None:
-        inbound = self._inbound[channel]
+        inbound = self._inbound.get(channel)
+        if inbound is None:
+            return
         inbound.ack_due = False
         if inbound.size > inbound.acked:
             inbound.acked = inbound.size
             self.post(Have(channel, inbound.size))
+
+    def end_inbound(self, path: Path) -> None:
+        """All of this log is here."""
+        for channel in [channel for channel, inbound in self._inbound.items() if inbound.path == path]:
+            self._ack(channel)
+            del self._inbound[channel]
 
     def on_broken(self, message: Broken) -> None:
         """Close a log whose copies differ with a line that says so."""
@@ -3153,7 +3213,7 @@ class Link:
         if inbound and not inbound.closed:
             inbound.closed = True
             with suppress(OSError):
-                line = f"\n[estelle-updater: {message.reason}; the rest is on the host]\n".encode()
+                line = f"\n[estelle-updater: {message.reason}; what it has more is there]\n".encode()
                 append_log(inbound.path, log_size(inbound.path), line)
             inbound.on_size(log_size(inbound.path))
 
@@ -3168,6 +3228,7 @@ class Inbound:
     acked: int = 0
     ack_due: bool = False
     rewinding: bool = False
+    retry_due: bool = False
     closed: bool = False
 
     def on_size(self, size: int) -> None:
@@ -3204,10 +3265,11 @@ class OwnJob:
     """A job of this host that the master may still have to hear of."""
 
     record: JobRecord
-    stamp: int = 0  # mtime of its file, to read it only when it changed
+    stamp: tuple[int, ...] = ()  # of its file, to read it only when it changed
     size: int = 0
     looked: float = 0.0  # when its lock was last probed
     launched: float = float("-inf")  # when a runner was last started for it
+    launches: int = 0
 
 
 class Agent:
@@ -3243,7 +3305,10 @@ class Agent:
             self.poked.clear()
             self.look_for_local()
             for job in list(self.jobs.values()):
-                self.look(job)
+                try:
+                    self.look(job)
+                except OSError as problem:  # one job's trouble must not end the daemon
+                    log.error("run %s: %s", job.record.run, problem)
 
     def look_for_local(self) -> None:
         """A deployment that was started on this host by hand: the master hears of it like of any other."""
@@ -3265,7 +3330,8 @@ class Agent:
             job.looked = now
             self.check_runner(job)
         try:
-            stamp = self.state.job_file(run, host).stat().st_mtime_ns
+            stat = self.state.job_file(run, host).stat()
+            stamp = stat.st_mtime_ns, stat.st_ino, stat.st_size
         except OSError:
             return
         if stamp != job.stamp and (record := self.state.load_job(run, host)):
@@ -3282,16 +3348,23 @@ class Agent:
 
     def check_runner(self, job: OwnJob) -> None:
         """A free lock says that no runner lives: an accepted job is started again, a running one is lost."""
+        run, host = job.record.run, job.record.host
+        before = self.state.load_job(run, host)
         if FileLock.held_elsewhere(self.state.job_lock):
             return
-        record = self.state.load_job(job.record.run, job.record.host)
-        if record is None or record.state in FINAL:
-            return
-        if record.state is State.QUEUED:
-            if time.monotonic() - job.launched > LAUNCH_S:
-                self.start_runner(record)
-            return
-        self.own(bury_runner(self.state, record))
+        record = self.state.load_job(run, host) or job.record
+        if record.state in FINAL:
+            job.stamp = ()
+        elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
+            self.own(replace(record, revision=record.revision + 1, state=State.CANCELLED, ended=time.time()))
+        elif record.state is State.QUEUED and job.launches >= LAUNCHES:
+            why = f"the runner does not start: see {self.state.runner_log}"
+            self.own(replace(record, revision=record.revision + 1, state=State.FAILED, step="start", error=why))
+        elif record.state is State.QUEUED and time.monotonic() - job.launched > LAUNCH_S:
+            self.start_runner(record)
+        elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
+            # running before the lock was found free, and running after: nobody took it in between
+            self.own(bury_runner(self.state, record))
 
     def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
@@ -3299,7 +3372,8 @@ class Agent:
             self.state.save_job(record, durable=True)
         except OSError as problem:
             log.error("can't write to %s: %s", self.state.root, problem.strerror)
-            record = replace(record, state=State.FAILED, error=f"can't write to {self.state.root}: {problem.strerror}")
+            why = f"can't write to {self.state.root}: {problem.strerror}"
+            record = replace(record, state=State.FAILED, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
         job.record = record
         if self.link:
@@ -3308,9 +3382,14 @@ class Agent:
         return record
 
     def start_runner(self, record: JobRecord) -> None:
-        self.jobs[record.run, record.host].launched = time.monotonic()
-        child = start_runner(self.state, self.config.path, record)
-        self.spawn(asyncio.to_thread(child.wait))
+        job = self.jobs[record.run, record.host]
+        job.launched, job.launches = time.monotonic(), job.launches + 1
+        try:
+            child = start_runner(self.state, self.config.path, record)
+        except OSError as problem:
+            log.error("can't start a runner: %s", problem)
+        else:
+            self.spawn(asyncio.to_thread(child.wait))
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -3331,9 +3410,12 @@ class Agent:
             self.link.post(Busy(record.run, record.host, active.record.run if active else ""))
             return
         if problem := valid_branch_problem(record.branch):
-            self.own(replace(record, revision=1, state=State.FAILED, error=f"no branch name: {problem}"))
+            self.own(replace(record, revision=1, state=State.FAILED, step="check", error=f"no branch name: {problem}"))
             return
         self.adopt_run(record)
+        if record.state is State.RUNNING:  # the master knows it as running, and nothing is left of it here
+            self.own(replace(record, revision=record.revision + 1, state=State.LOST, error="the host forgot this job"))
+            return
         record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
         self.offer(self.jobs[record.run, record.host])
         if record.state is State.QUEUED:
@@ -3400,7 +3482,13 @@ class Agent:
             link.wire.abort()
 
     async def receive(self, link: Link, frame: str | bytes) -> None:
-        message = decode_message(frame) if isinstance(frame, str) else None
+        try:
+            self.obey(link, decode_message(frame) if isinstance(frame, str) else None)
+        except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
+            log.error("a message of the master failed: %s", problem)
+            link.post(Refuse(str(problem)[:1000]))
+
+    def obey(self, link: Link, message: Any) -> None:
         match message:
             case Order():
                 self.on_order(message)
@@ -3430,13 +3518,15 @@ class Dialer:
         self,
         agent: Agent,
         bind: str | None,
-        on_failure: Callable[[], Awaitable[None]],
+        on_failure: Callable[[bool], Awaitable[None]],
         on_welcome: Callable[[str], None],
     ) -> None:
         self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
         self.trouble = ""
         self.welcome: Welcome | None = None
+        self.link: Link | None = None
+        self.url = ""
 
     async def dial_forever(self) -> None:
         attempt = 0
@@ -3454,12 +3544,18 @@ class Dialer:
             if self.welcome:
                 attempt, self.welcome = 0, None
             else:
-                await self.on_failure()
+                await self.on_failure(attempt % OUTSIDE_EVERY == OUTSIDE_EVERY - 1)
             attempt += 1
             self.config_changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
                     await self.config_changed.wait()
+
+    def on_config(self) -> None:
+        """New settings: try again at once, and leave a master that is no longer the one."""
+        self.config_changed.set()
+        if self.link and self.url != str(self.agent.config.config.master_url):
+            self.link.wire.abort()
 
     def say(self, text: str) -> None:
         if text != self.trouble:
@@ -3485,12 +3581,15 @@ class Dialer:
             self.trouble = ""
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
+            self.link, self.url = link, str(url)
             try:
                 await self.agent.serve_link(link)
-            except* EOFError:
+            except* (EOFError, OSError):
                 pass
             except* ProtocolError as group:
                 log.error("the master sent what is no part of the protocol: %s", next(iter_leaves(group)))
+            finally:
+                self.link = None
             self.say("the connection to the master ended; trying again until it answers")
 
     @staticmethod
@@ -3570,32 +3669,13 @@ class AgentLink:
 QUESTION_NUMBERS = itertools.count(1)
 
 
-class Master:
-    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is told of it."""
+class Door:
+    """Who may come in: judged before anything else of a connection is looked at."""
 
-    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
-        self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
-        self.machines_file = state.root / "machines.json"
-        self.machines: dict[str, Machine] = {}
-        self.agents: dict[str, AgentLink] = {}
-        self.down_since: dict[str, float] = {}
-        self.busy: dict[str, float] = {}  # machine -> when to ask again
-        self.runs: dict[str, Run] = {}
+    def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
+        self.config, self.own_address, self.nonce = config, own_address, nonce
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
-        self.started = time.time()
-
-    def recover(self) -> None:
-        """After a start: the known hosts, and the runs that are not over."""
-        for machine, data in (read_json(self.machines_file) or {}).items():
-            with suppress(TypeError):
-                self.machines[machine] = Machine(**data)
-                self.down_since[machine] = time.time()
-        for run in self.state.run_ids():
-            if (found := self.load(run)) and found.active:
-                self.runs[run] = found
-
-    # Who may come in
 
     def judge_request(self, connection: Any, request: Any) -> Any:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
@@ -3604,17 +3684,24 @@ class Master:
         address = client_address(peer, request.headers.get_all("X-Forwarded-For"), Whitelist(config.trusted_proxies))
         verdict = Whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
-            self.log_refusal(address, verdict.reason)
-            return connection.respond(403, f"{verdict.reason}\nadd {address} to the whitelist in git\n")
-        own = (config.master_url.host, self.own_address, *config.server_names)
-        if not allowed_host_header(request.headers.get("Host"), own):
-            return connection.respond(403, f"the Host header names another server (seen from {address})\n")
-        if not allowed_origin(request.headers.get("Origin"), own):
-            return connection.respond(403, f"a page of another site can't talk to this port (seen from {address})\n")
+            return self.refuse(connection, address, verdict.reason, f"add {address} to the whitelist in git")
+        hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
+        own = (config.master_url.host, self.own_address, connection.local_address[0], *config.server_names)
+        if len(hosts) != 1 or not allowed_host_header(hosts[0], own):
+            return self.refuse(connection, address, "the Host header names another server", "use serverNames")
+        if origin is not None and not (allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]):
+            return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
         if request.path.partition("?")[0] != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         connection.estelle_address = address
         return None
+
+    def refuse(self, connection: Any, address: str, reason: str, hint: str) -> Any:
+        """The HTTP answer, and a line in the log."""
+        self.log_refusal(address, reason)
+        answer = connection.respond(403, f"{reason} (seen from {address})\n{hint}\n")
+        answer.headers[WHO_HEADER] = self.nonce
+        return answer
 
     def log_refusal(self, address: str, reason: str) -> None:
         """Once per address and minute, with a count: a flood must not become a flood of lines."""
@@ -3635,45 +3722,34 @@ class Master:
                 log.warning("dropped %s: no longer on the whitelist", address)
                 socket.transport.abort()
 
-    async def serve_socket(self, socket: Any) -> None:
-        """One connection, from its hello to its end."""
-        address = socket.estelle_address
-        link = Link(SocketWire(socket))
-        self.sockets[socket] = address
-        try:
-            async with asyncio.timeout(WELCOME_S):
-                frame = await link.wire.recv()
-            hello = decode_message(frame) if isinstance(frame, str) else None
-            if not isinstance(hello, Hello):
-                raise ProtocolError("the first message must be hello")
-            if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
-                raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
-            if hello.role == "agent":
-                await self.serve_agent(link, hello, address)
-            elif hello.role == "commander":
-                await self.serve_commander(link, hello, address)
-            else:
-                raise ProtocolError(f"unknown role {hello.role[:20]!r}")
-        except* (EOFError, TimeoutError):
-            pass
-        except* ProtocolError as group:
-            reason = str(next(iter_leaves(group)))
-            log.warning("%s sent what is no part of the protocol: %s", address, reason)
-            with suppress(EOFError):
-                await link.wire.send(encode_message(Refuse(reason)))
-        finally:
-            del self.sockets[socket]
 
-    # Hosts
+class Registry:
+    """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them is connected."""
 
-    def save_machines(self) -> None:
+    def __init__(self, state: StateFolder, config: ConfigFile, own_machine: str) -> None:
+        self.config, self.own_machine = config, own_machine
+        self.file = state.root / "machines.json"
+        self.machines: dict[str, Machine] = {}
+        self.agents: dict[str, AgentLink] = {}
+        self.down_since: dict[str, float] = {}
+
+    def recover(self) -> None:
+        """After a start: the known hosts, none of them connected yet."""
+        for machine, data in (read_json(self.file) or {}).items():
+            with suppress(TypeError):
+                self.machines[machine] = Machine(**data)
+                self.down_since[machine] = self.machines[machine].seen
+
+    def save(self) -> None:
         data = {machine: vars(known) for machine, known in self.machines.items()}
         with suppress(OSError):
-            write_atomic(self.machines_file, json.dumps(data, indent=1).encode(), durable=True)
+            write_atomic(self.file, json.dumps(data, indent=1).encode())
 
     def host_name(self, machine: str, address: str, claimed: str) -> str:
         """The configuration's name for the host, else the one it claims, unless that belongs to another address."""
         name = host_rule(self.config.config, address, claimed).name or claimed
+        if not valid_host_name(name):
+            return f"unnamed-{machine[:4]}"
         owner = owner_of_name(self.config.config, name)
         if owner is not None and owner != address:
             log.warning("%s claims the name %s, which the configuration gives to %s", address, name, owner)
@@ -3687,12 +3763,12 @@ class Master:
             time.time(),
         )  # fmt: skip
         self.machines[hello.machine] = known
-        self.save_machines()
+        self.save()
 
     def hosts(self) -> list[HostRef]:
         """Every host of the fleet with its label, the master's own first."""
         known = [machine for machine in self.machines.values() if not machine.forgotten]
-        known.sort(key=lambda machine: (machine.machine != self.machine, machine.address, machine.name))
+        known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
         labels = assign_labels([(host.address, host.name, host.machine) for host in known])
         hosts = []
         for label, host in zip(labels, known, strict=True):
@@ -3701,37 +3777,114 @@ class Master:
             hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
         return hosts
 
+    def forget(self, ask: Ask) -> Answer | Refuse:
+        """Take retired hosts out of `all`; a host that is online would only come back."""
+        try:
+            hosts = select_targets(str(ask.args.get("target")), [replace(host, deploys=True) for host in self.hosts()])
+        except UpdaterError as problem:
+            return Refuse(problem.what, problem.hint, problem.exit_code)
+        if online := [host.label for host in hosts if host.online]:
+            what = f"{', '.join(online)} is online and would only come back"
+            return Refuse(what, "stop its service first, or remove it from the whitelist", GuardError.exit_code)
+        for host in hosts:
+            self.machines[host.machine].forgotten = True
+        self.save()
+        return Answer(ask.id, {"forgotten": [host.label for host in hosts]})
+
+
+class Master:
+    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is told of it."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
+        self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
+        self.door = Door(config, own_address, nonce)
+        self.registry = Registry(state, config, machine)
+        self.agents = self.registry.agents
+        self.busy: dict[str, float] = {}  # machine -> when to ask again
+        self.runs: dict[str, Run] = {}
+        self.started = time.time()
+
+    def recover(self) -> None:
+        """After a start: the known hosts, and the runs that are not over."""
+        self.registry.recover()
+        for run in self.state.run_ids():
+            if (found := self.load(run)) and found.active:
+                self.runs[run] = found
+                for job in list(found.jobs.values()):
+                    self.expire(found, job, self.started)
+
+    async def serve_socket(self, socket: Any) -> None:
+        """One connection, from its hello to its end."""
+        address = socket.estelle_address
+        link = Link(SocketWire(socket))
+        self.door.sockets[socket] = address
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                frame = await link.wire.recv()
+            hello = decode_message(frame) if isinstance(frame, str) else None
+            if not isinstance(hello, Hello):
+                raise ProtocolError("the first message must be hello")
+            if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
+                raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
+            if hello.role == "agent":
+                await self.serve_agent(link, hello, address)
+            elif hello.role == "commander":
+                await Desk(self).serve_commander(link, hello, address)
+            else:
+                raise ProtocolError(f"unknown role {hello.role[:20]!r}")
+        except* (EOFError, TimeoutError):
+            pass
+        except* ProtocolError as group:
+            reason = str(next(iter_leaves(group)))
+            log.warning("%s sent what is no part of the protocol: %s", address, reason)
+            with suppress(EOFError):
+                await link.wire.send(encode_message(Refuse(reason)))
+                await socket.close()
+        finally:
+            link.wire.abort()
+            del self.door.sockets[socket]
+
     async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
-        old = self.agents.get(hello.machine)
-        if old and old.hello.nonce != hello.nonce and await self.answers_ping(old):
-            what = f"this machine id is in use by {old.address}: a cloned state folder"
-            log.warning("refused %s: %s", address, what)
-            await link.wire.send(encode_message(Refuse(what, "delete machine-id in its state folder and restart it")))
-            return
+        if hello.machine == self.machine and isinstance(link.wire, SocketWire):
+            raise ProtocolError("this is the master's own machine id: a cloned state folder; delete machine-id in it")
+        while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
+            if await self.answers_ping(old):
+                what = f"this machine id is in use by {old.address}: a cloned state folder"
+                log.warning("refused %s: %s", address, what)
+                hint = "delete machine-id in its state folder and restart it"
+                await link.wire.send(encode_message(Refuse(what, hint)))
+                return
+            old.link.wire.abort()
+            if self.agents.get(hello.machine) is old:
+                del self.agents[hello.machine]
         if old:
             old.link.wire.abort()
-        self.register(hello, address)
+        self.registry.register(hello, address)
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
-        self.down_since.pop(hello.machine, None)
+        self.registry.down_since.pop(hello.machine, None)
         self.busy.pop(hello.machine, None)
-        label = next(host.label for host in self.hosts() if host.machine == hello.machine)
+        label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES)))
         if hello.machine != self.machine:
-            log.info("agent %s (%s) is online", label, self.machines[hello.machine].name)
+            log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
         self.resend(agent)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
                 while True:
-                    self.receive_from_agent(agent, await link.wire.recv())
+                    frame = await link.wire.recv()
+                    try:
+                        self.receive_from_agent(agent, frame)
+                    except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
+                        log.warning("a message of %s failed: %s", label, problem)
+                        link.post(Refuse(str(problem)[:1000]))
         finally:
-            link.wire.abort()
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
-                self.down_since[hello.machine] = self.machines[hello.machine].seen = time.time()
+                self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
                 log.warning("agent %s is offline", label)
 
     @staticmethod
@@ -3750,7 +3903,7 @@ class Master:
         for run in list(self.runs.values()):
             for job in run.jobs.values():
                 if job.machine == agent.hello.machine and job.state not in FINAL:
-                    if job.state is State.QUEUED and job.ordered:
+                    if job.ordered:  # also one that runs: the host says so if it knows nothing of it
                         agent.link.post(Order(vars(job)))
                     if run.record.cancelled:
                         agent.link.post(Cancel(job.run))
@@ -3788,11 +3941,18 @@ class Master:
         record = self.state.load_run(run)
         if record is None:
             return None
-        jobs = {}
-        for host in record.hosts:
-            empty = job_of_run(record, host)
-            jobs[host] = self.state.load_job(run, host) or replace(empty, state=State.LOST, error="no record of it")
+        jobs = {host: self.state.load_job(run, host) or self.unordered(record, host) for host in record.hosts}
         return Run(record, jobs)
+
+    def unordered(self, record: RunRecord, host: str) -> JobRecord:
+        """A job without a file: `ordered` is recorded before any order, so this one never reached its host."""
+        job = job_of_run(record, host)
+        if record.cancelled:
+            return replace(job, state=State.CANCELLED)
+        waits = time.time() - record.created < max(ORDER_EXPIRES_S, record.wait_s)
+        return (
+            job if waits and not (host in record.offline and not record.wait_s) else replace(job, state=State.OFFLINE)
+        )
 
     def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
         """The run of a job that belongs to this very agent. Raises ProtocolError for anybody else's."""
@@ -3804,10 +3964,9 @@ class Master:
 
     def on_job(self, agent: AgentLink, job: JobRecord) -> None:
         """A host's word about its job. A result counts once its log is here."""
-        if self.load(job.run) is None:  # a new master, or a deployment that the host started by itself
-            record = replace(run_of_job(job), machines={job.host: agent.hello.machine})
-            self.state.save_run(record)
-            self.runs[job.run] = Run(record, {job.host: job_of_run(record, job.host)})
+        found = self.load(job.run)
+        if found is None or (not found.record.nonce and job.host not in found.record.machines):
+            self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
         if run.record.cancelled and job.state not in FINAL:
@@ -3818,6 +3977,19 @@ class Master:
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
         self.drop_idle(run)
+
+    def adopt(self, run: Run | None, job: JobRecord) -> None:
+        """A run that this master has not ordered: it is new here, or the host's operator deployed by hand."""
+        record = run_of_job(job)
+        if run:
+            old = run.record
+            record = replace(
+                old, hosts=[*old.hosts, job.host], machines={**old.machines, **record.machines},
+                addresses={**old.addresses, **record.addresses},
+            )  # fmt: skip
+        self.state.save_run(record)
+        jobs = run.jobs if run else {}
+        self.runs[job.run] = Run(record, {**jobs, job.host: replace(job_of_run(record, job.host), ordered=True)})
 
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
@@ -3836,27 +4008,37 @@ class Master:
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it."""
         job = run.held.get(host)
-        size = log_size(self.state.log_file(run.record.run, host))
+        path = self.state.log_file(run.record.run, host)
+        size = log_size(path)
         if job is None or (size < job.size and host not in run.torn):
             return
-        del run.held[host]
         if accepts_job(run.jobs[host], job):
-            self.record(run, replace(job, size=size), durable=True)
+            sync_file(path)
+            if not self.record(run, replace(job, size=size), durable=True):
+                return  # the host keeps it until there is room
+        del run.held[host]
         if agent := self.agents.get(job.machine):
             agent.link.post(Acked(job.run, host, job.revision))
+            agent.link.end_inbound(path)
         self.busy.pop(job.machine, None)
         self.schedule()
 
-    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> None:
-        """A job's new state: on disk, and to whoever follows. What the master's own runner wrote is there already."""
-        run.jobs[job.host] = job
+    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> bool:
+        """A job's new state: on disk, and to whoever follows; False where the disk does not take it.
+
+        What the master's own runner wrote is on disk already.
+        """
         if job.machine != self.machine or job.revision == 0:
             try:
                 self.state.save_job(job, durable=durable)
             except OSError as problem:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
+                if durable and job.state in FINAL and job.revision:
+                    return False
+        run.jobs[job.host] = job
         for follower in run.followers:
             follower.post(job)
+        return True
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
@@ -3878,7 +4060,7 @@ class Master:
             return found.record
         if problem := valid_branch_problem(message.branch):
             raise UsageError(f"{message.branch[:80]!r} is no branch name: {problem}")
-        hosts = select_targets(message.target, self.hosts())
+        hosts = select_targets(message.target, self.registry.hosts())
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
@@ -3907,7 +4089,9 @@ class Master:
             if run is new or (run.record.kind, run.record.branch) != (new.record.kind, new.record.branch):
                 continue
             for job in list(run.jobs.values()):
-                if job.state is State.QUEUED and not job.ordered and job.machine in new.record.machines.values():
+                mine = next((other for other in new.jobs.values() if other.machine == job.machine), None)
+                waits = job.state is State.QUEUED and not job.ordered
+                if waits and mine and mine.state is State.QUEUED:
                     self.end(run, job, State.CANCELLED, f"replaced by {new.record.run}")
 
     def schedule(self) -> None:
@@ -3944,6 +4128,8 @@ class Master:
             for run in list(self.runs.values()):
                 for job in list(run.jobs.values()):
                     self.expire(run, job, time.time())
+                for host in list(run.held):
+                    self.settle(run, host)
                 self.drop_idle(run)
             if self.runs:
                 self.schedule()
@@ -3952,15 +4138,15 @@ class Master:
         """End a job that waits for a host that does not come: an old order must not run days later."""
         if job.state in FINAL or job.machine in self.agents:
             return
-        down = self.down_since.get(job.machine, self.started)
+        down = self.registry.down_since.get(job.machine, self.started)
         if job.state is State.QUEUED:
-            since = max(down, run.record.created)
+            since = max(down, run.record.created, self.started if job.behind else 0.0)
             allowed = run.record.wait_s if job.host in run.record.offline else max(ORDER_EXPIRES_S, run.record.wait_s)
             if now - since > allowed and job.ordered:
                 self.end(run, job, State.LOST, "the order was never acknowledged", guess=True)
             elif now - since > allowed:
                 self.end(run, job, State.OFFLINE, "the host is offline")
-        elif now - max(down, job.started or 0) > LOST_S:
+        elif now - max(down, self.started) > LOST_S:
             self.end(run, job, State.LOST, f"no connection for {LOST_S:.0f} s", guess=True)
 
     def cancel(self, name: str, by: str) -> RunRecord:
@@ -3968,7 +4154,8 @@ class Master:
         run = self.load(name)
         if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
-        if run.active and not run.record.cancelled:
+        guessed = any(job.provisional for job in run.jobs.values())
+        if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
             run.record = replace(run.record, cancelled=True)
             self.state.save_run(run.record)
@@ -3980,15 +4167,21 @@ class Master:
             if job.state is State.QUEUED and not (job.ordered and agent):
                 self.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
             elif agent:
+                agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
                 agent.link.post(Cancel(name, by))
         self.schedule()
         return run.record
 
-    # Commanders
+
+class Desk:
+    """What a commander can ask of the master."""
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
 
     async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
-        link.post(Welcome(PROTOCOL, __version__, address, "", self.nonce, list(FEATURES)))
+        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES)))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -4002,12 +4195,11 @@ class Master:
                     except UpdaterError as problem:
                         link.post(Refuse(problem.what, problem.hint, problem.exit_code))
                     except OSError as problem:
-                        link.post(Refuse(f"the master can't write to {self.state.root}: {problem.strerror}"))
+                        link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
         finally:
-            link.wire.abort()
-            for run in list(self.runs.values()):
+            for run in list(self.master.runs.values()):
                 run.followers.discard(link)
-                self.drop_idle(run)
+                self.master.drop_idle(run)
 
     def receive_from_commander(
         self, group: asyncio.TaskGroup, link: Link, message: Any, address: str, hello: Hello
@@ -4015,13 +4207,13 @@ class Master:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
             case Submit():
-                link.post(self.submit(message, by))
+                link.post(self.master.submit(message, by))
             case Follow():
                 self.follow(link, message)
             case Have():
                 link.on_have(message)
             case Cancel():
-                link.post(self.cancel(message.run, by))
+                link.post(self.master.cancel(message.run, by))
             case Ask():
                 group.create_task(self.answer(link, message))
             case _:
@@ -4029,12 +4221,12 @@ class Master:
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
-        run = self.load(message.run)
+        run = self.master.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
         chosen = set(run.record.hosts)
         if message.target:
-            names = {host.machine: host for host in self.hosts()}
+            names = {host.machine: host for host in self.master.registry.hosts()}
             refs = [
                 replace(names[machine], label=label, deploys=True)
                 if machine in names
@@ -4042,13 +4234,15 @@ class Master:
                 for label, machine in run.record.machines.items()
             ]
             chosen = {host.label for host in select_targets(message.target, refs)}
-        self.runs[message.run] = run
+        self.master.runs[message.run] = run
         run.followers.add(link)
         link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
         for host in run.record.hosts:
             if host in chosen:
-                link.post(run.jobs[host])
-                link.open_log(message.run, host, self.state.log_file(message.run, host))
+                job = run.jobs[host]
+                size = log_size(self.master.state.log_file(message.run, host))
+                link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
+                link.open_log(message.run, host, self.master.state.log_file(message.run, host))
 
     async def answer(self, link: Link, ask: Ask) -> None:
         """Questions of a commander, each of a fixed set."""
@@ -4056,54 +4250,47 @@ class Master:
             link.post(Answer(ask.id, await self.status()))
         elif ask.what == "history":
             count = ask.args.get("count")
-            rows = self.state.history(min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS)
+            rows = self.master.state.history(
+                min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
+            )
             link.post(Answer(ask.id, {"runs": rows}))
         elif ask.what == "forget":
-            link.post(self.forget(ask))
+            link.post(self.master.registry.forget(ask))
         else:
             link.post(Refuse(f"this master can't answer {ask.what[:40]!r}", "upgrade the master"))
 
-    def forget(self, ask: Ask) -> Answer | Refuse:
-        """Take retired hosts out of `all`; a host that is online would only come back."""
-        try:
-            hosts = select_targets(str(ask.args.get("target")), [replace(host, deploys=True) for host in self.hosts()])
-        except UpdaterError as problem:
-            return Refuse(problem.what, problem.hint, problem.exit_code)
-        if online := [host.label for host in hosts if host.online]:
-            what = f"{', '.join(online)} is online and would only come back"
-            return Refuse(what, "stop its service first, or remove it from the whitelist", GuardError.exit_code)
-        for host in hosts:
-            self.machines[host.machine].forgotten = True
-        self.save_machines()
-        return Answer(ask.id, {"forgotten": [host.label for host in hosts]})
-
     async def status(self) -> dict[str, Any]:
         """The fleet as it is now, in the contract's form."""
-        hosts = self.hosts()
+        hosts = self.master.registry.hosts()
 
         async def facts(host: HostRef) -> dict[str, Any]:
-            agent = self.agents.get(host.machine)
+            agent = self.master.agents.get(host.machine)
             return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
 
         answers = await asyncio.gather(*(facts(host) for host in hosts))
         rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
-        uptime = round(time.time() - self.started, 1)
-        master = {"ip": self.own_address, "version": __version__, "uptime": uptime, "problem": self.config.problem}
+        uptime = round(time.time() - self.master.started, 1)
+        master = {
+            "ip": self.master.own_address,
+            "version": __version__,
+            "uptime": uptime,
+            "problem": self.master.config.problem,
+        }
         return {"master": master, "hosts": rows}
 
     def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
-        jobs = [job for run in self.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
-        machine = self.machines[host.machine]
+        machine = self.master.registry.machines[host.machine]
         return {
             "host": host.label, "name": host.name, "online": host.online,
-            "role": "master" if host.machine == self.machine else "agent", "platform": machine.platform,
+            "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
             "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
             "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color, "traffic": None,
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
-            "link_down_since": self.down_since.get(host.machine),
+            "link_down_since": self.master.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED], "problem": facts.get("problem"),
         }  # fmt: skip
 
@@ -4159,14 +4346,17 @@ class Connection:
 
     def request(self, message: Any, timeout_s: float) -> Any:
         """Send a message and wait for its answer. Raises the master's refusal with its exit code."""
-        self.send(message)
         deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            reply = self.receive(left)
-            if isinstance(reply, Refuse):
-                raise refused(reply)
-            if reply is not None and not isinstance(reply, bytes):
-                return reply
+        try:
+            self.send(message)
+            while (left := deadline - time.monotonic()) > 0:
+                reply = self.receive(left)
+                if isinstance(reply, Refuse):
+                    raise refused(reply)
+                if reply is not None and not isinstance(reply, bytes):
+                    return reply
+        except EOFError:
+            raise UnreachableError("the master ended the connection", "does it still run? try again") from None
         raise UnreachableError("the master did not answer in time", "is it overloaded? try again")
 
     def close(self) -> None:
@@ -4246,9 +4436,10 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
         connection = caller.dial(max(0.1, deadline - time.monotonic()))
         try:
             reply = connection.request(order, ANSWER_S)
-        except EOFError:
+        except UnreachableError as problem:
             if time.monotonic() > deadline:
-                raise UnreachableError("the master went away before it answered", "try again") from None
+                problem.hint = f"it may have started all the same: {program_name()} logs {order.run} -f"
+                raise
             continue
         if not isinstance(reply, RunRecord):
             raise UnreachableError("the master answered something else", "do both sides run the same version?")
@@ -4288,6 +4479,7 @@ class Follower:
                 break
             except EOFError:
                 self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
+                time.sleep(random.uniform(*RETRY_S))
                 connection = self.caller.dial(float("inf"))
                 self.view.notice("connected again")
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
@@ -4311,7 +4503,7 @@ class Follower:
                 followed.size += len(data)
                 self.view.data(self.channels[channel], data)
                 self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
-                if self.unacked[channel] >= ACK_BYTES:
+                if sum(self.unacked.values()) >= ACK_BYTES:
                     self.acknowledge(connection)
                 self.show_result(self.channels[channel])
         elif isinstance(message, RunRecord):
@@ -4463,7 +4655,8 @@ class Service:
 
     def __init__(self, options: ServeOptions) -> None:
         self.options, self.state = options, options.state
-        self.config = ConfigFile(options.config_path)
+        options.state.create()
+        self.config = ConfigFile(options.config_path, options.state)
         self.nonce = os.urandom(16).hex()
         self.stopping = False
         self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
@@ -4471,7 +4664,6 @@ class Service:
 
     async def run(self) -> int:
         """Serve until a signal. Raises UpdaterError where the start is impossible."""
-        self.state.create()
         lock = FileLock(self.state.daemon_lock)
         if not lock.acquire(timeout_s=DAEMON_LOCK_WAIT_S):
             pid = (read_json(self.state.daemon_file) or {}).get("pid")
@@ -4480,6 +4672,8 @@ class Service:
                 "stop it, or give this one a state folder of its own with --state DIR",
             )
         try:
+            if self.config.config.token_file or self.config.config.tls.cert:
+                raise UsageError("this version serves neither tokenFile nor [tls]", "remove them; use a VPN")
             self.machine = self.state.machine_id()
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             agent = Agent(self.state, self.config, self.machine, self.nonce)
@@ -4488,7 +4682,7 @@ class Service:
             decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, True)
             while not self.stopping:
                 log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
-                decision = await self.serve_as(agent, decision, source)
+                decision, source = await self.serve_as(agent, decision, source)
             return 0
         finally:
             self.state.daemon_file.unlink(missing_ok=True)
@@ -4511,10 +4705,12 @@ class Service:
         except UpdaterError as problem:
             log.warning("%s", problem.what)
 
-    async def serve_as(self, agent: Agent, decision: RoleDecision, source: str | None) -> RoleDecision:
+    async def serve_as(
+        self, agent: Agent, decision: RoleDecision, source: str | None
+    ) -> tuple[RoleDecision, str | None]:
         """One role, until the daemon stops or the role turns out to be another: the decision to go on with."""
         self.over.clear()
-        self.decision = decision
+        self.decision, self.source = decision, source
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(
             lambda: PokeReceiver(agent.poked),
@@ -4533,11 +4729,11 @@ class Service:
                     task.cancel()
         finally:
             transport.close()
-        return self.decision
+        return self.decision, self.source
 
-    def turn(self, decision: RoleDecision) -> None:
+    def turn(self, decision: RoleDecision, source: str | None = None) -> None:
         """Go on in another role."""
-        self.decision = decision
+        self.decision, self.source = decision, source
         self.over.set()
 
     def save_facts(self, facts: Mapping[str, Any]) -> None:
@@ -4553,13 +4749,13 @@ class Service:
         dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
-            group.create_task(self.watch_config(agent, dialer.config_changed.set))
+            group.create_task(self.watch_config(agent, dialer.on_config))
 
-    async def look_again(self) -> None:
+    async def look_again(self, outside: bool) -> None:
         """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
-        decision, _ = await asyncio.to_thread(gather_role, self.config.config, self.options, False)
+        decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, outside)
         if decision.role is Role.MASTER:
-            self.turn(decision)
+            self.turn(decision, source)
 
     async def serve_master(
         self, agent: Agent, facts: dict[str, Any], decision: RoleDecision, source: str | None
@@ -4576,7 +4772,7 @@ class Service:
         host, port = parse_listen(self.options.listen, url.port)
         try:
             server = await serve(
-                master.serve_socket, host, port, process_request=master.judge_request, **SERVER_OPTIONS
+                master.serve_socket, host, port, process_request=master.door.judge_request, **SERVER_OPTIONS
             )
         except OSError as problem:
             raise UsageError(
@@ -4593,20 +4789,27 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
-            group.create_task(self.watch_config(agent, master.drop_disallowed))
+            group.create_task(self.watch_config(agent, master.door.drop_disallowed))
 
     async def prove(self, url: MasterUrl, source: str | None) -> None:
         """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
         from websockets.asyncio.client import connect
+        from websockets.exceptions import InvalidStatus, WebSocketException
 
         nonce = None
-        with suppress(Exception):
-            async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
-                hello = Hello(
-                    "commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", socket.gethostname(), self.nonce
-                )
-                await connection.send(encode_message(hello))
-                nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+        for _ in range(PROVE_TRIES):
+            try:
+                async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
+                    name = socket.gethostname()
+                    hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
+                    await connection.send(encode_message(hello))
+                    nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+                break
+            except InvalidStatus as problem:  # even a refusal says who it is
+                nonce = problem.response.headers.get(WHO_HEADER)
+                break
+            except (OSError, TimeoutError, WebSocketException, ProtocolError):
+                await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
             self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
         elif nonce is None and source != "metadata":
@@ -4766,7 +4969,7 @@ def build_zipapp(source: Path, output: Path) -> BuildResult:
 def render_build(result: BuildResult) -> str:
     """What `build` prints: the file, its checksum, and the line by which a fleet accepts it."""
     return (
-        f"{result.path} ({result.size_bytes:,} bytes, bytecode for Python {sys.version_info[0]}.{sys.version_info[1]})\n"
+        f"{result.path} ({result.size_bytes:,} bytes, bytecode of Python {sys.version_info[0]}.{sys.version_info[1]})\n"
         f"sha256 {result.sha256}\n"
         f'for upgrade, in config/updater.toml under [updater]: sha256 = "{result.sha256}"'
     )
@@ -5154,7 +5357,7 @@ def result_text(job: JobRecord) -> str:
             return f"✓ 완료 {job.version or ''}".rstrip()
         case State.FAILED:
             exit_text = "" if job.exit is None else f" (exit {job.exit})"
-            return f"✗ 실패 {job.step}{exit_text}"
+            return f"✗ 실패 {job.step or job.error}{exit_text}"
         case State.CANCELLED:
             return "✗ 취소"
         case State.OFFLINE:
@@ -5207,6 +5410,7 @@ class TextView(View):
         self.output = output
         self.prefixes: dict[str, bytes] = {}
         self.partial: dict[str, bytes] = {}
+        self.behind: dict[str, str | None] = {}
         self.open_host: str | None = None  # whose unfinished line stands on the screen
 
     def begin(self, run: RunRecord) -> None:
@@ -5248,8 +5452,19 @@ class TextView(View):
         color = "32" if job.state is State.SUCCEEDED else "31"
         text = self.output.paint(terminal_text(result_text(job)), color)
         self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
+        if job.error and job.state is not State.LOST:
+            self.notice(f"{job.host}: {job.error}")
+
+    def state(self, job: JobRecord) -> None:
+        if job.behind and self.behind.get(job.host) != job.behind:
+            self.notice(f"{job.host}: queued behind run {job.behind}")
+        self.behind[job.host] = job.behind
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        for host, rest in self.partial.items():  # of a run that goes on
+            self.show(host, rest)
+        if self.open_host is not None:
+            self.output.write(b"\n")
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
         rows = [(job.host, (job.commit or "-")[:7], seconds_text(job), result_text(job)) for job in jobs]
@@ -5323,6 +5538,8 @@ class JsonView(View):
         self.emit(event="result", run=job.run, **job_summary(job))
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        for host, rest in self.partial.items():
+            self.line(host, rest, more=True)
         if all(job.state in FINAL for job in jobs):
             self.emit(event="done", run=run.run, ok=run_ok(jobs))
 
@@ -5343,6 +5560,11 @@ def watch_run(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> in
             else:
                 print(f"\nestelle-updater: {text}", file=sys.stderr)
         return 130
+
+
+def say(text: str) -> None:
+    """Lines on standard output, whatever the console can show."""
+    Output(False).write(terminal_text(text).encode("utf-8", "replace") + b"\n")
 
 
 def make_view(args: Args) -> View:
@@ -5377,7 +5599,7 @@ def cmd_trigger(args: Args) -> int:
     view = make_view(args)
     connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
     if args.detach:
-        view.begin(record) if args.json else print(record.run)
+        view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
     return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
@@ -5418,7 +5640,7 @@ def cmd_history(args: Args) -> int:
             raise
         make_view(args).notice(f"{problem.what}; this is what {args.state_folder().root} has")
     if args.json:
-        print(json.dumps({"runs": rows}, ensure_ascii=False))
+        say(json.dumps({"runs": rows}, ensure_ascii=False))
         return 0
     cells = [
         (
@@ -5446,7 +5668,7 @@ def short_result(host: Mapping[str, Any]) -> str:
 
 def cmd_forget(args: Args) -> int:
     result = ask_master(args, "forget", {"target": args.host})
-    print(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
+    say(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
     return 0
 
 
@@ -5463,23 +5685,23 @@ def cmd_cancel(args: Args) -> int:
     record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
     connection.close()
     text = f"cancelling {record.run} on {', '.join(record.hosts)}"
-    print(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
+    say(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
     return 0
 
 
 def cmd_status(args: Args) -> int:
     result = ask_master(args, "status", {})
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        say(json.dumps(result, ensure_ascii=False))
         return 0
     master = result["master"]
-    print(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
+    say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
     rows = [status_cells(row) for row in result["hosts"]]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "job")
-    sys.stdout.write(terminal_text(render_table(head, rows)))
+    say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
-            print(f"! {row.get('host', 'master')}: {row['problem']}")
+            say(f"! {row.get('host', 'master')}: {row['problem']}")
     return 0
 
 
@@ -5494,15 +5716,21 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+RUNNER_NEEDS = (  # no more: a deployment begins when these are imported
+    *("ctypes", "fcntl", "ipaddress", "select", "shutil", "signal", "socket", "subprocess", "tomllib"),
+    *("difflib", "encodings.idna", "traceback"),
+)
+
+
 def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
-    preload()
+    preload(*RUNNER_NEEDS)
     return Runner(args.state_folder(), args.run, args.host, args.config_path()).main()
 
 
 def cmd_build(args: Args) -> int:
-    print(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
+    say(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
     return 0
 
 
@@ -5589,7 +5817,7 @@ TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, active, standby, or sev
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
         option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
-        option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere, masterUrl's port)"),
+        option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)"),
     )),
     Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, (
         option("target", metavar="TARGET", help=TARGET_HELP),
@@ -5677,7 +5905,7 @@ def main(argv: list[str]) -> int:
         if args.verbose:
             raise
         return print_error(problem, args.json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Output.Closed):
         return 130
     except BaseExceptionGroup as group:
         leaf = next(iter_leaves(group))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "estelle_updater.py"
 PROGRAM = (sys.executable, str(MODULE))
-READY_S = 20.0  # generous: a test machine may be busy, and a wait ends as soon as its condition holds
+READY_S = 60.0  # generous: a test machine may be busy, and a wait ends as soon as its condition holds
 SCRIPT = ("sh", "deploy.sh")  # the default deployment: no pnpm to start in every test
 PNPM = ("pnpm", "deploy:release")
 DEPLOY_SH = "echo deploying\n"
@@ -90,7 +90,10 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 def is_listening(pid: int, port: int) -> bool:
     """Whether somebody listens on a port in a process's network, by the kernel's table: no connection is made."""
-    rows = [row for table in ("tcp", "tcp6") for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()]
+    rows: list[str] = []
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):  # the process has just ended, or there is no IPv6 here
+            rows += Path(f"/proc/{pid}/net/{table}").read_text().splitlines()
     return any(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == "0A" for row in rows)
 
 
@@ -325,6 +328,16 @@ class Fleet:
             return "welcomed by the master" in host.stderr
 
         wait_for(ready, lambda: f"{host.address} is ready\n{host.stderr}")
+
+    def wait_online(self, *hosts: Host) -> None:
+        """Until `status` shows these hosts, by default all, as online: agents come back to a restarted master late."""
+        wanted = {host.address for host in hosts or self.hosts}
+
+        def online() -> bool:
+            code, out, _ = self.cli("status", "--json")
+            return code == 0 and wanted <= {row["host"] for row in json.loads(out)["hosts"] if row["online"]}
+
+        wait_for(online, lambda: f"{wanted} are online: {self.cli('status')}")
 
     def stop(self, host: Host, by: signal.Signals = signal.SIGTERM) -> int:
         """Stop one daemon as a service manager would; returns its exit status, negative for a signal."""

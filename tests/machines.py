@@ -125,6 +125,7 @@ class Windows:
                 shutil.rmtree(old, ignore_errors=True)
         self.prefix = installed / f"used-{next(_numbers)}-{os.getpid()}"
         shutil.copytree(installed / "prefix", self.prefix, symlinks=True, copy_function=self._link_or_copy)
+        (self.prefix / "wineserver").unlink(missing_ok=True)  # Debian's Wine notes there its folder of sockets in /tmp
         self.env = clean_env(folder) | {
             "WINEPREFIX": str(self.prefix),
             "WINEDEBUG": "-all",
@@ -182,6 +183,9 @@ class Windows:
             subprocess.run(["wineserver", "--kill"], env=self.env, timeout=20, check=False, capture_output=True)
             subprocess.run(["wineserver", "--wait"], env=self.env, timeout=20, check=False, capture_output=True)
         kill_processes_of(self.prefix)
+        note = self.prefix / "wineserver"
+        if note.exists() and (name := note.read_text()).startswith("wine-"):
+            shutil.rmtree(Path("/tmp", name), ignore_errors=True)
         for _ in range(3):  # a service that was just killed may still have been writing its last file
             shutil.rmtree(self.prefix, ignore_errors=True)
             if not self.prefix.exists():

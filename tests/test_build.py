@@ -70,7 +70,7 @@ def run(*words: str | Path, **options: object) -> subprocess.CompletedProcess[st
 
 def find_python(version: str) -> str:
     """Some interpreter of that minor version, or a skip that says which one is missing."""
-    for path in sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python")):
+    for path in sorted((Path.home() / ".pyenv").glob(f"versions/{version}.*/bin/python")):
         return str(path)
     for name in (f"python{version}", "python", "python2"):
         found = shutil.which(name)

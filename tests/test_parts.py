@@ -73,6 +73,29 @@ def test_a_daemon_that_ends_at_once_fails_the_test(fleet: Callable[..., Fleet]):
         made.start()
 
 
+@pytest.mark.parametrize("machines", ["loopback", "namespaces"])
+def test_fleet_starts_and_leaves_nothing(
+    machines: str, fleet: Callable[..., Fleet], netns: Callable[[int], Network], tmp_path: Path
+):
+    made = fleet(hosts=2, network=netns(2) if machines == "namespaces" else None)
+    code, out, _ = made.cli("trigger", "all", "master")
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith(f"[{made.agents[0].address}] deploying")]
+    assert len(made.runs()) == 1
+    made.kill(made.agents[0])
+    made.restart(made.agents[0])
+    made.restart(made.master)
+    made.wait_online()
+    made.stop_all()
+    assert processes_of(tmp_path) == {}
+
+
+def test_pyz_says_its_version(pyz: Path, tmp_path: Path):
+    code, out, err = run([sys.executable, pyz, "--version"], clean_env(tmp_path / "home"))
+    assert (code, err) == (0, "")
+    assert out.startswith("estelle-updater ")
+
+
 def test_network_joins_hosts_and_can_be_cut(netns: Callable[[int], Network]):
     net = netns(3)
     port = free_port()
@@ -103,6 +126,12 @@ def test_windows_python_is_windows(windows_python: Windows, tmp_path: Path):
     script.write_text("import os, sys; print(os.name, sys.platform, sys.version_info[:2]); sys.exit(7)")
     code, out, _ = windows_python.run(script)
     assert (code, out.strip()) == (7, f"nt win32 {sys.version_info[:2]}")
+
+
+def test_windows_python_runs_the_zipapp(windows_python: Windows, pyz: Path):
+    code, out, _ = windows_python.run(pyz, "--version")
+    assert code == 0
+    assert out.startswith("estelle-updater ")
 
 
 def test_windows_python_is_cut_at_its_deadline(windows_python: Windows):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "estelle_updater.py"
 RULE = "# " + "=" * 78
 
-MODULE_LINES = 5000
+MODULE_LINES = 7000  # one file stays readable at this size only while each section stands alone
 FUNCTION_LINES, MOST_FUNCTIONS_LINES, MOST = 60, 35, 0.9
 CLASS_LINES = 400
 TOP_LEVEL = {
@@ -365,7 +365,7 @@ BROKEN = [
     (breaks_sizes, "class A:\n    async def f():\n" + "        pass\n" * 60, "f has 61 lines"),
     (breaks_sizes, "class A:\n" + "    pass\n" * 400, "A has 401 lines"),
     (breaks_sizes, long_function(36) + long_function(2, "g") * 8, "only 8 of 9"),
-    (breaks_sizes, "\n" * 5001, "5001 lines"),
+    (breaks_sizes, "\n" * (MODULE_LINES + 1), f"{MODULE_LINES + 1} lines"),
     (breaks_imports, "import requests", "requests"),
     (breaks_imports, "def f():\n    from yaml.nodes import Node", "yaml"),
     (breaks_imports, 'x = _Lazy("attr.validators")', "attr"),

@@ -38,5 +38,8 @@ wine wineboot -i </dev/null >/dev/null 2>&1
 wine reg add 'HKCU\Software\Wine' /v Version /d win10 /f </dev/null >/dev/null 2>&1
 wine "$dest/python/python.exe" -c 'import asyncio, ctypes, ssl, sqlite3, sys; print(sys.version)' </dev/null 2>&1 | cat
 test "${PIPESTATUS[0]}" = 0
-wineserver -k -w
+wineserver -k || true
+wineserver -w
+sockets=$(cat "$WINEPREFIX/wineserver" 2>/dev/null) || true # Debian's Wine notes there a folder that it made in /tmp
+case $sockets in wine-*) rm -rf "/tmp/$sockets" ;; esac
 touch "$dest/.complete"

@@ -1,0 +1,739 @@
+"""The committed configuration: what it means, and every problem in it told at once, with file, key and value."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from estelle_updater import (
+    CHECK_KINDS,
+    NOTIFY_EVENTS,
+    Config,
+    ConfigError,
+    DeployRule,
+    HaproxyRule,
+    HealthRule,
+    HostRule,
+    KeepRule,
+    MasterUrl,
+    NotifyRule,
+    Role,
+    TlsRule,
+    UpdaterRule,
+    config_warnings,
+    convert_data,
+    host_rule,
+    owner_of_name,
+    parse_config,
+    parse_data,
+    parse_environment_file,
+    render_config,
+    secret_values,
+)
+
+settings.register_profile("patient", deadline=None, max_examples=60)  # a busy machine is no failure
+settings.load_profile("patient")
+
+SMALLEST = '{ "masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58", "121.0.0.7"] }'
+SMALL = {"masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58"]}
+WHOLE = """\
+masterUrl = "ws://5.223.72.58:9900"          # ws:// or wss://, an IP or a name
+whitelist = ["5.223.72.58", "121.0.0.0/24", "2001:db8::/48"]
+trustedProxies = []                           # only these may say X-Forwarded-For
+serverNames = []                              # names besides IP literals and masterUrl's host that Host and Origin may have
+tokenFile = "/etc/estelle-updater.token"      # optional shared secret; never the secret itself in this file
+
+[deploy]
+remote = "origin"
+command = ["pnpm", "deploy:release"]
+restart = []                                  # systemd units, as one more step after the command: "systemctl restart A B", then each must be active
+timeout = 1800                                # seconds for one step
+version = "config/version.json"               # its "version", or the first line of plain text; else the last vMMDD_N in the output, else git describe --always
+
+[hosts."121.0.0.7"]                           # ADDRESS/HOSTNAME, HOSTNAME or ADDRESS: the first that matches, in this order; all keys optional
+name = "office"
+role = "agent"                                # per host only, or --role; never for the whole fleet
+repo = "C:/apps/estelle2"                     # default: the git work tree that holds this file
+command = ["pnpm", "deploy:release"]
+environmentFile = "config/environments.office.json"   # flat JSON object of strings, or KEY=VALUE lines
+env = { NODE_ENV = "production" }
+color = "green"                               # this host is the green worker
+deploy = true                                 # false: not part of all, active, standby (the data node); naming it is exit 4
+
+[haproxy]
+host = "yq-data"                              # the host that runs HAProxy, by name or address
+config = "/etc/haproxy/haproxy.cfg"
+backend = "yquant_backend"
+servers = { blue = "blue", green = "green" }  # names of the `server` lines
+socket = "/run/haproxy/admin.sock"            # optional
+masterSocket = "/run/haproxy-master.sock"     # optional
+reload = ["systemctl", "reload", "haproxy"]
+probe = "https://127.0.0.1/healthz"           # optional, GET only: proof by a real request; else counters and the server itself
+
+[[health]]                                    # http (status, contains, timeout) tcp valkey mariadb systemd disk certificate command
+name = "web"
+http = "http://127.0.0.1:2000/"
+hosts = ["yq-blue", "yq-green"]               # default all; a name that matches no host is a warning of `config check`
+[[health]]
+name = "valkey"
+valkey = "127.0.0.1:6379"
+
+[tls]                                         # for wss://
+cert = "/etc/letsencrypt/live/example/fullchain.pem"
+key = "/etc/letsencrypt/live/example/privkey.pem"
+ca = "config/fleet-ca.pem"
+
+[keep]                                        # recorded runs
+runs = 500
+days = 90
+
+[updater]
+sha256 = "..."                                # the .pyz that `upgrade` may install: what runs still comes from git
+
+[[notify]]
+urlFile = "/etc/estelle-updater.slack"        # or urlEnv; `url` only where it holds no secret
+format = "slack"                              # slack discord telegram (with chat = "…") ntfy json
+on = ["failed", "lost", "switched"]
+"""  # noqa: E501
+
+
+def config_of(**more: Any) -> Config:
+    return parse_config(json.dumps({**SMALL, **more}), "f", "json")
+
+
+def problems_of(data: Any, file: str = "f", form: str = "json") -> list[str]:
+    """What is wrong with a configuration, without the file's name."""
+    text = data if isinstance(data, str | bytes) else json.dumps(data)
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, file, form)
+    error = caught.value
+    assert error.exit_code == 2
+    assert error.hint
+    more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
+    assert error.what == error.problems[0] + more
+    assert all(problem.startswith(f"{file}: ") and "\n" not in problem for problem in error.problems)
+    return [problem.removeprefix(f"{file}: ") for problem in error.problems]
+
+
+# ---------------------------------------------------------------------------- what a file means
+
+
+def test_the_smallest_file_has_every_default():
+    config = parse_config(SMALLEST, "config/updater.json", "json")
+    assert config == Config(
+        master_url=MasterUrl("ws", "5.223.72.58", 9900, "/", False), whitelist=("5.223.72.58", "121.0.0.7")
+    )
+    assert config.deploy == DeployRule(
+        remote="origin",
+        command=("pnpm", "deploy:release"),
+        restart=(),
+        timeout_s=1800,
+        version="config/version.json",
+    )
+    assert config.keep == KeepRule(runs=500, days=90)
+    assert (config.hosts, config.haproxy, config.health, config.notify) == ((), None, (), ())
+    assert config_warnings(config) == []
+
+
+def test_the_whole_example():
+    assert parse_config(WHOLE.encode(), "config/updater.toml", "toml") == Config(
+        master_url=MasterUrl("ws", "5.223.72.58", 9900, "/", False),
+        whitelist=("5.223.72.58", "121.0.0.0/24", "2001:db8::/48"),
+        token_file="/etc/estelle-updater.token",
+        hosts=(
+            HostRule(
+                key="121.0.0.7",
+                address="121.0.0.7",
+                name="office",
+                role=Role.AGENT,
+                repo="C:/apps/estelle2",
+                command=("pnpm", "deploy:release"),
+                environment_file="config/environments.office.json",
+                env={"NODE_ENV": "production"},
+                color="green",
+                deploy=True,
+            ),
+        ),
+        haproxy=HaproxyRule(
+            host="yq-data",
+            config="/etc/haproxy/haproxy.cfg",
+            backend="yquant_backend",
+            servers={"blue": "blue", "green": "green"},
+            socket="/run/haproxy/admin.sock",
+            master_socket="/run/haproxy-master.sock",
+            reload=("systemctl", "reload", "haproxy"),
+            probe="https://127.0.0.1/healthz",
+        ),
+        health=(
+            HealthRule(name="web", http="http://127.0.0.1:2000/", hosts=("yq-blue", "yq-green")),
+            HealthRule(name="valkey", valkey="127.0.0.1:6379"),
+        ),
+        tls=TlsRule(
+            cert="/etc/letsencrypt/live/example/fullchain.pem",
+            key="/etc/letsencrypt/live/example/privkey.pem",
+            ca="config/fleet-ca.pem",
+        ),
+        updater=UpdaterRule(sha256="..."),
+        notify=(NotifyRule(url_file="/etc/estelle-updater.slack", format="slack", on=("failed", "lost", "switched")),),
+    )
+
+
+def test_the_whole_example_uses_every_key():
+    """So that a setting without a line in the example, or the other way round, is noticed."""
+    data = tomllib.loads(WHOLE)
+    tables = {
+        Config: [data], DeployRule: [data["deploy"]], HostRule: list(data["hosts"].values()), TlsRule: [data["tls"]],
+        HaproxyRule: [data["haproxy"]], KeepRule: [data["keep"]], UpdaterRule: [data["updater"]],
+    }  # fmt: skip
+    for rule, examples in tables.items():
+        names = {field.name for field in fields(rule) if "Annotated" in str(field.type)}
+        keys = {key for table in examples for key in table}
+        assert {re.sub("[A-Z]", lambda letter: "_" + letter[0].lower(), key) for key in keys} == {
+            name.removesuffix("_s") for name in names
+        }
+
+
+def test_a_haproxy_section_needs_no_more_than_host_and_backend():
+    assert config_of(haproxy={"host": "10.0.0.3", "backend": "b"}).haproxy == HaproxyRule(host="10.0.0.3", backend="b")
+    haproxy = config_of(haproxy={"host": "h", "backend": "b", "servers": {"blue": "web1"}}).haproxy
+    assert haproxy
+    assert haproxy.servers == {"blue": "web1", "green": "green"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "subject"),
+    [
+        ("http", "http://127.0.0.1:2000/health?x=1"),
+        ("tcp", "[::1]:22"),
+        ("valkey", "127.0.0.1:6379"),
+        ("mariadb", "yq-data:3306"),
+        ("systemd", "estelle@1.service"),
+        ("disk", "/var"),
+        ("certificate", "example.org:443"),
+        ("command", ["sh", "-c", ""]),
+    ],
+)
+def test_health_kinds(kind: str, subject: Any):
+    (check,) = config_of(health=[{"name": "x", kind: subject, "timeout": 0.5}]).health
+    assert check.kind == kind
+    assert getattr(check, kind) == (tuple(subject) if isinstance(subject, list) else subject)
+    assert check.timeout_s == 0.5
+    assert kind in CHECK_KINDS
+
+
+def test_every_final_state_can_be_notified():
+    assert {"succeeded", "failed", "cancelled", "timeout", "offline", "lost", "switched"} == set(NOTIFY_EVENTS)
+    (rule,) = config_of(notify=[{"urlEnv": "HOOK", "format": "telegram", "chat": "42"}]).notify
+    assert rule == NotifyRule(url_env="HOOK", format="telegram", chat="42", on=("failed", "lost", "switched"))
+
+
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"", b"\r\n"])
+def test_a_byte_order_mark_and_line_ends_of_windows_do_not_matter(before: bytes):
+    assert parse_config(before + SMALLEST.encode(), "f", "json") == parse_config(SMALLEST, "f", "json")
+    if before != b"\r\n":
+        windows = before + WHOLE.replace("\n", "\r\n").encode()
+        assert parse_config(windows, "f", "toml") == parse_config("\ufeff" + WHOLE, "f", "toml")
+
+
+# ---------------------------------------------------------------------------- JSON and TOML
+
+VALUE = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
+ADDRESS = st.ip_addresses().map(str)
+NAME = st.sampled_from(["yq-blue", "사무실", "a.b", "X1"])
+COMMAND = st.lists(TEXT, min_size=1, max_size=3)
+SECONDS = st.integers(1, 604800) | st.floats(0.001, 604800)
+
+
+def table(**settings: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=settings)
+
+
+HOST = table(
+    role=st.sampled_from(["master", "agent"]), repo=TEXT, command=COMMAND, environmentFile=TEXT,
+    env=st.dictionaries(st.sampled_from(["A", "B_C", "안녕"]), VALUE),
+    color=st.sampled_from(["blue", "green"]), deploy=st.booleans(),
+)  # fmt: skip
+VALID = st.fixed_dictionaries(
+    {"masterUrl": st.sampled_from(["ws://1.2.3.4", "wss://a.example/x"]), "whitelist": st.lists(ADDRESS, max_size=3)},
+    optional={
+        "trustedProxies": st.lists(ADDRESS, max_size=2),
+        "tokenFile": TEXT,
+        "deploy": table(
+            command=COMMAND, restart=st.lists(st.sampled_from(["a.service", "b"])), timeout=SECONDS, version=TEXT
+        ),
+        "hosts": st.dictionaries(NAME | ADDRESS, HOST, max_size=3),
+        "health": st.lists(st.fixed_dictionaries({"name": TEXT, "disk": TEXT}, optional={"hosts": st.lists(NAME)})),
+        "keep": table(runs=st.integers(1, 10**6), days=st.integers(1, 10**6)),
+    },
+)
+
+
+@given(VALID)
+def test_json_and_toml_mean_the_same(data: dict[str, Any]):
+    try:
+        expected: Config | list[str] = parse_config(render_config(data, "json"), "f", "json")
+    except ConfigError as error:
+        expected = list(error.problems)
+        assert any("is that of" in problem for problem in expected)  # "::ffff:1.2.3.4" beside "1.2.3.4", say
+    try:
+        found: Config | list[str] = parse_config(render_config(data, "toml"), "f", "toml")
+    except ConfigError as error:
+        found = list(error.problems)
+    assert found == expected
+
+
+@given(VALID)
+def test_rendering_keeps_everything(data: dict[str, Any]):
+    for form in ("json", "toml"):
+        text = render_config(data, form)
+        assert text.endswith("\n") or not data
+        assert parse_data(text, "f", form) == data
+        assert convert_data(parse_data(text, "f", form)) == data
+
+
+def test_rendered_text_is_for_people():
+    data = {**SMALL, "hosts": {"121.0.0.7": {"name": "사무실"}}}
+    assert render_config(data, "json").splitlines()[-5:] == [
+        '    "121.0.0.7": {', '      "name": "사무실"', "    }", "  }", "}",
+    ]  # fmt: skip
+    assert render_config(data, "toml").endswith('[hosts."121.0.0.7"]\nname = "사무실"\n')
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [*(key for key in tomllib.loads(WHOLE)), "command", "host", "backend", "name", "env", "timeout", "x", "1.2.3.4"]
+)
+
+
+@given(st.dictionaries(KEYS, JSON | st.dictionaries(KEYS, JSON | st.dictionaries(KEYS, JSON, max_size=3), max_size=4)))
+@example({"health": [{}], "notify": [{}], "tls": {"key": "x"}, "haproxy": {"servers": {"blue": 1}}})
+def test_whatever_the_file_holds_is_a_configuration_or_its_problems(data: dict[str, Any]):
+    text = json.dumps({**SMALL, **data})
+    try:
+        parse_config(text, "f", "json")
+    except ConfigError as error:
+        assert error.problems
+        "\n".join(error.problems).encode()  # can be printed
+    try:
+        convert_data(data)
+        parse_config(tomli_w.dumps({**SMALL, **data}), "f", "toml")
+    except (ConfigError, TypeError, ValueError):
+        pass  # TOML has no null, and no text that is not Unicode
+
+
+@given(st.binary(max_size=30) | st.text(max_size=30), st.sampled_from(["json", "toml"]))
+@example(b"[" * 100_000, "json")
+@example(b"x=" + b"[" * 100_000, "toml")
+@example(b'{"a":' * 800 + b"1" + b"}" * 800, "json")
+@example(b"1" * 5000, "json")
+def test_no_bytes_break_the_parser(text: bytes | str, form: str):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "f", form)
+    assert caught.value.problems[0].startswith("f: ")
+
+
+# ---------------------------------------------------------------------------- problems
+
+
+def test_all_problems_at_once_with_file_key_and_value():
+    data = {
+        "masterUrl": "http://5.223.72.58",
+        "whitelist": ["5.223.72.58", "121.x.x.x", 7],
+        "whitelst": ["1.2.3.4"],
+        "deploy": {"timeout": True, "command": "pnpm deploy:release", "remote": "--upload-pack=x"},
+        "hosts": {"121.0.0.0/24": {"color": "red", "env": {"PORT": 80}}, "1.2.3.4": {"deploy": "no"}},
+    }
+    assert problems_of(data, "config/updater.json") == [
+        'masterUrl: "http://5.223.72.58" is no ws:// or wss:// URL; '
+        "write ws://5.223.72.58:9900 or wss://master.example:9900",
+        'whitelist[1]: "121.x.x.x" is no address; write 121.0.0.7 or 121.0.0.0/8',
+        "whitelist[2]: 7 is no text of one line",
+        'whitelst: unknown key, value ["1.2.3.4"]; did you mean whitelist?',
+        "deploy.timeout: true is no number of seconds, up to a week",
+        'deploy.command: "pnpm deploy:release" is no list with entries; write ["pnpm", "deploy:release"]',
+        'deploy.remote: "--upload-pack=x" is no git remote\'s name',
+        'hosts."121.0.0.0/24": "121.0.0.0/24" is no host; write ADDRESS/HOSTNAME, HOSTNAME or ADDRESS',
+        'hosts."121.0.0.0/24".color: "red" is no choice here; write blue or green',
+        'hosts."121.0.0.0/24".env.PORT: its value is int, no text; write it in quotes',
+        'hosts."1.2.3.4".deploy: "no" is no true or false',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"masterUrl": "ws://121.x.x.x:9900"}, "masterUrl: '121.x.x.x' is no address; write 121.0.0.7 or 121.0.0.0/8"),
+        ({"masterUrl": 5}, "masterUrl: 5 is no text of one line"),
+        ({"whitelist": "1.2.3.4"}, 'whitelist: "1.2.3.4" is no list; write ["1.2.3.4"]'),
+        ({"whitelist": None}, 'whitelist: null is no list; write ["5.223.72.58", "121.0.0.0/24"]'),
+        (
+            {"whitelist": ["10.0.0.5/24"]},
+            'whitelist[0]: "10.0.0.5/24" has host bits set; write 10.0.0.0/24 for the network or 10.0.0.5 for the host',
+        ),
+        ({"whitelist": ["fe80::1\n"]}, 'whitelist[0]: "fe80::1\\n" is no text of one line'),
+        ({"serverNames": ["a b"]}, 'serverNames[0]: "a b" is no address; write 121.0.0.7 or 121.0.0.0/8'),
+        ({"tokenFile": ""}, 'tokenFile: "" is no text of one line'),
+        ({"deploy": []}, "deploy: [] is no table"),
+        ({"deploy": {"command": []}}, 'deploy.command: [] is no list with entries; write ["pnpm", "deploy:release"]'),
+        ({"deploy": {"command": ["a", 1]}}, "deploy.command[1]: 1 is no text"),
+        ({"deploy": {"command": ["a\0"]}}, 'deploy.command[0]: "a\\u0000" is no text'),
+        ({"deploy": {"command": ["\ud800"]}}, 'deploy.command[0]: "\\ud800" is no text'),
+        ({"deploy": {"restart": ["-f"]}}, 'deploy.restart[0]: "-f" is no systemd unit'),
+        ({"deploy": {"timeout": 0}}, "deploy.timeout: 0 is no number of seconds, up to a week"),
+        ({"deploy": {"timeout": 1_800_000}}, "deploy.timeout: 1800000 is no number of seconds, up to a week"),
+        ({"deploy": {"timeout": float("nan")}}, "deploy.timeout: NaN is no number of seconds, up to a week"),
+        ({"deploy": {"timout": 5}}, "deploy.timout: unknown key, value 5; did you mean timeout?"),
+        ({"hosts": {"1.2.3.4": {"name": "all"}}}, 'hosts."1.2.3.4".name: "all" is no name for a host'),
+        ({"hosts": {"a": {"role": "auto"}}}, 'hosts.a.role: "auto" is no choice here; write master or agent'),
+        ({"hosts": {"a b": {}}}, "hosts.\"a b\": \"a b\" is no address; write 121.0.0.7 or 121.0.0.0/8"),
+        ({"hosts": {"a": {"env": {"A=B": "x"}}}}, 'hosts.a.env."A=B": is no name of an environment variable'),
+        ({"haproxy": {"host": "h"}}, "haproxy.backend: missing, and it has no default"),
+        (
+            {"haproxy": {"host": "h", "backend": "b", "servers": {"blue": "green"}}},
+            'haproxy.servers: {"blue": "green"} gives both colours the same server',
+        ),
+        (
+            {"haproxy": {"host": "h", "backend": "b", "servers": {"red": "x"}}},
+            'haproxy.servers.red: unknown key, value "x"; known are blue, green',
+        ),
+        (
+            {"haproxy": {"host": "h", "backend": "b", "probe": "http://u:p@h/"}},
+            'haproxy.probe: "http://u:p@h/" is no http:// or https:// URL without a user',
+        ),
+        ({"health": {}}, "health: {} is no list; write [[health]]"),
+        ({"health": [{"name": "x"}]}, f"health[0]: nothing given; write exactly one of {', '.join(CHECK_KINDS)}"),
+        (
+            {"health": [{"name": "x", "tcp": "a:1", "disk": "/"}]},
+            f"health[0]: tcp and disk given; write exactly one of {', '.join(CHECK_KINDS)}",
+        ),
+        ({"health": [{"name": "x", "tcp": "a"}]}, 'health[0].tcp: "a" is no HOST:PORT'),
+        ({"health": [{"disk": "/"}]}, "health[0].name: missing, and it has no default"),
+        ({"health": [{"name": "x", "disk": "/", "status": 200}]}, "health[0].status: 200 belongs to an http check"),
+        ({"health": [{"name": "x", "http": "http://a", "status": 99}]}, "health[0].status: 99 is no HTTP status"),
+        ({"tls": {"cert": "x"}}, 'tls: {"cert": "x"} lacks cert or key; a master needs both'),
+        ({"keep": {"runs": 0}}, "keep.runs: 0 is no whole number above 0"),
+        ({"keep": {"runs": 1.5}}, "keep.runs: 1.5 is no whole number above 0"),
+        ({"keep": {"days": True}}, "keep.days: true is no whole number above 0"),
+        (
+            {"notify": [{"urlEnv": "A", "url": "http://a"}]},
+            "notify[0]: url and urlEnv given; write exactly one of url, urlEnv, urlFile",
+        ),
+        (
+            {"notify": [{"urlEnv": "A", "chat": "1"}]},
+            'notify[0].chat: "1": telegram needs a chat, and nothing else takes one',
+        ),
+        (
+            {"notify": [{"urlEnv": "A", "format": "telegram"}]},
+            "notify[0].chat: null: telegram needs a chat, and nothing else takes one",
+        ),
+        (
+            {"notify": [{"urlEnv": "A", "format": "irc"}]},
+            'notify[0].format: "irc" is no choice here; write slack or discord or telegram or ntfy or json',
+        ),
+        (
+            {"role": "agent"},
+            'role: unknown key, value "agent"; never for the whole fleet; '
+            'write it into [hosts."ADDRESS"] or pass --role',
+        ),
+        (
+            {"machines": {}},
+            "machines: unknown key, value {}; this is the older form; `config convert` makes the new one of it",
+        ),
+        ({"zzzzzzzz": "x" * 99}, None),
+    ],
+)  # fmt: skip
+def test_problem(more: dict[str, Any], problem: str | None):
+    (found,) = problems_of({**SMALL, **more})
+    if problem is None:
+        assert found.startswith("zzzzzzzz: unknown key, value ")
+        assert "x" * 60 + "xx" in found
+        assert "x" * 80 not in found
+    else:
+        assert found == problem
+
+
+def test_what_has_no_default_must_be_there():
+    assert problems_of({}) == [
+        "masterUrl: missing, and it has no default",
+        "whitelist: missing, and it has no default",
+    ]
+
+
+def test_a_committed_secret_is_refused_and_not_repeated():
+    found = problems_of({**SMALL, "token": "s3cret", "masterUrl": "ws://me:s3cret@h", "apiKey": "s3cret"})
+    assert len(found) == 3
+    assert "must not be committed" in found[1]
+    assert "tokenFile" in found[1]
+    assert "s3cret" not in "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "problem"),
+    [
+        ({"1.2.3.4": {}, "::ffff:1.2.3.4": {}}, 'hosts."::ffff:1.2.3.4": its host is that of hosts."1.2.3.4" already'),
+        ({"Office": {}, "office": {}}, "hosts.office: its host is that of hosts.Office already"),
+        (
+            {"1.2.3.4": {"name": "x"}, "1.2.3.5": {"name": "X"}},
+            'hosts."1.2.3.5": its name is that of hosts."1.2.3.4" already',
+        ),
+    ],
+)
+def test_no_two_sections_for_one_host_or_name(hosts: dict[str, Any], problem: str):
+    assert problems_of({**SMALL, "hosts": hosts}) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "problem"),
+    [
+        ('{"masterUrl": "x",\n "whitelist" 5}', "json", "line 2, column 14: Expecting ':' delimiter"),
+        ("", "json", "line 1, column 1: Expecting value"),
+        ("[]", "json", "[] is no table"),
+        ('{"whitelist": [], "whitelist": []}', "json", '"whitelist" stands twice in one table; keep one'),
+        ('{"deploy": {"a": 1, "a": 2}}', "json", '"a" stands twice in one table; keep one'),
+        ('masterUrl = "x"\nwhitelist = 5 5', "toml", "(at line 2, column 15)"),
+        ("a = 1\na = 2\n", "toml", "(at line 2, column"),
+        (b'{"a": "\xc7\xd1"}', "json", "byte 7 is not UTF-8; save the file as UTF-8"),
+        (b"\xff\xfe{\0}\0", "json", "byte 0 is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_what_is_no_json_or_toml_says_where(text: bytes | str, form: str, problem: str):
+    (found,) = problems_of(text, form=form)
+    assert found.endswith(problem) if form == "json" else problem in found
+
+
+# ---------------------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize(
+    ("more", "warnings"),
+    [
+        ({"whitelist": []}, ["whitelist: it is empty, so no agent and no commander can connect"]),
+        ({"whitelist": ["0.0.0.0/0", "::/0"]}, ["whitelist: 0.0.0.0/0 is everybody", "whitelist: ::/0 is everybody"]),
+        ({"trustedProxies": ["::/0"]}, ["trustedProxies: ::/0 is everybody"]),
+        (
+            {"whitelist": ["100.0.0.0/8", "100.64.0.0/10", "121.0.0.0/8"]},  # lesson 24
+            ["whitelist: 100.0.0.0/8 holds public addresses; Tailscale's range is 100.64.0.0/10"],
+        ),
+        (
+            {"health": [{"name": "web", "disk": "/", "hosts": ["yq-blue", "Office", "1.2.3.4", "121.0.0.9"]}],
+             "whitelist": ["121.0.0.0/24"], "hosts": {"1.2.3.4": {"name": "office"}}},
+            ['health "web": "yq-blue" matches no host'],
+        ),
+        (
+            {"haproxy": {"host": "yq-data", "backend": "b"}, "hosts": {"yq-data": {}, "a": {"color": "blue"}}},
+            ["haproxy: no host has color green"],
+        ),
+        (
+            {"haproxy": {"host": "yq", "backend": "b"}, "hosts": {"b": {"color": "green"}, "a": {"color": "blue"}}},
+            ['haproxy: "yq" matches no host'],
+        ),
+        ({"tokenFile": "config/token"}, ['tokenFile: "config/token" lies in the repository, and a secret must not']),
+        ({"tokenFile": "C:\\token"}, []),
+        (
+            {"hosts": {"a": {"env": {"API_TOKEN": "x", "NODE_ENV": "y"}}}},
+            ["hosts.a.env.API_TOKEN: it looks like a secret; move it to an environmentFile outside git"],
+        ),
+        (
+            {"notify": [{"url": "https://ntfy.example/x"}, {"url": "https://hooks.slack.com/services/x"}]},
+            ["notify[1].url: this URL is itself a secret; use urlFile or urlEnv"],
+        ),
+        ({"updater": {"sha256": "7f" * 32}}, []),
+        ({"updater": {"sha256": "..."}}, ['updater.sha256: "..." is not 64 hex digits, so no file matches it']),
+    ],
+)  # fmt: skip
+def test_warnings(more: dict[str, Any], warnings: list[str]):
+    assert config_warnings(config_of(**more)) == warnings
+
+
+def test_hosts_that_the_fleet_knows_are_no_warning():
+    config = config_of(health=[{"name": "web", "disk": "/", "hosts": ["yq-blue"]}])
+    assert config_warnings(config)
+    assert config_warnings(config, ["YQ-Blue"]) == []
+
+
+# ---------------------------------------------------------------------------- one host's settings
+
+SECTIONS = {
+    "10.0.0.2": {"repo": "address", "command": ["make"], "name": "edge"},
+    "yq-blue": {"repo": "hostname"},
+    "10.0.0.2/YQ-Blue": {"repo": "both", "role": "agent", "color": "blue", "env": {"A": "1"}},
+    "::ffff:10.0.0.9": {"deploy": False},
+    "laptop": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("address", "hostname", "key", "name"),
+    [
+        ("10.0.0.2", "yq-blue", "10.0.0.2/YQ-Blue", "yq-blue"),
+        ("::ffff:10.0.0.2", "YQ-BLUE", "10.0.0.2/YQ-Blue", "YQ-BLUE"),
+        ("10.0.0.3", "yq-blue", "yq-blue", "yq-blue"),
+        (None, "yq-blue", "yq-blue", "yq-blue"),
+        ("10.0.0.2", "laptop", "laptop", "laptop"),
+        ("10.0.0.2", "other", "10.0.0.2", "edge"),
+        ("10.0.0.9", "other", "::ffff:10.0.0.9", "other"),
+        ("10.0.0.3", "yq-blue.example", None, "yq-blue.example"),
+        ("10.0.0.3", "edge", None, "edge"),  # the name that a section gives finds no section
+        (None, "edge", None, "edge"),
+    ],
+)
+def test_the_section_of_a_host(address: str | None, hostname: str, key: str | None, name: str):
+    found = host_rule(config_of(hosts=SECTIONS), address, hostname)
+    assert (found.source_key, found.name) == (key, name)
+
+
+def test_a_hosts_settings_lie_over_deploy():
+    config = config_of(
+        hosts=SECTIONS, deploy={"command": ["pnpm", "x"], "timeout": 60, "restart": ["a"], "remote": "up"}
+    )
+    both = host_rule(config, "10.0.0.2", "yq-blue")
+    assert (both.repo, both.role, both.color, both.env, both.deploy) == ("both", Role.AGENT, "blue", {"A": "1"}, True)
+    assert (both.command, both.timeout_s, both.restart, both.remote) == (("pnpm", "x"), 60, ("a",), "up")
+    assert both.version == "config/version.json"
+    assert host_rule(config, "10.0.0.2", "x").command == ("make",)
+    assert host_rule(config, "10.0.0.9", "x").deploy is False
+    none = host_rule(config, None, "x")
+    assert (none.role, none.repo, none.environment_file, none.env, none.color) == (None, None, None, {}, None)
+
+
+def test_a_name_belongs_to_the_address_that_the_configuration_gives_it():
+    config = config_of(hosts=SECTIONS | {"laptop": {"name": "mobile"}})
+    assert owner_of_name(config, "Edge") == "10.0.0.2"
+    assert owner_of_name(config, "yq-blue") is None
+    assert owner_of_name(config, "mobile") is None  # it may be anywhere
+
+
+# ---------------------------------------------------------------------------- the older form
+
+
+def test_the_older_form_becomes_the_new_one():
+    old = {
+        "masterUrl": "ws://5.223.72.58:9900",
+        "machines": {"5.223.72.58": {"environmentFile": "config/environments.cloud.json"}, "121.0.0.7": {}},
+    }
+    new = convert_data(old)
+    assert new == {
+        "masterUrl": "ws://5.223.72.58:9900",
+        "whitelist": ["5.223.72.58", "121.0.0.7"],
+        "hosts": {"5.223.72.58": {"environmentFile": "config/environments.cloud.json"}},
+    }
+    assert convert_data(new) == new
+    config = parse_config(render_config(new, "toml"), "f", "toml")
+    assert config.whitelist == ("5.223.72.58", "121.0.0.7")
+    assert host_rule(config, "5.223.72.58", "x").environment_file == "config/environments.cloud.json"
+
+
+def test_conversion_loses_nothing_of_a_file_between_both_forms():
+    mixed = {**SMALL, "machines": {"5.223.72.58": {}, "1.2.3.4": {"repo": "/a"}}, "hosts": {"x": {"color": "blue"}}}
+    assert convert_data(mixed) == {
+        **SMALL,
+        "whitelist": ["5.223.72.58", "1.2.3.4"],
+        "hosts": {"1.2.3.4": {"repo": "/a"}, "x": {"color": "blue"}},
+    }
+    assert convert_data({"machines": {"121.x.x.x": None}}) == {"whitelist": ["121.x.x.x"]}
+    assert convert_data({"machines": 5}) == {"machines": 5}  # parse_config says what is wrong with it
+
+
+# ---------------------------------------------------------------------------- environment files and secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "variables"),
+    [
+        ('{"A": "1", "B": ""}', {"A": "1", "B": ""}),
+        ("\ufeff\n {}", {}),
+        ("", {}),
+        ("# comment\n\nA=1\r\nexport B = two words  \nC=\n", {"A": "1", "B": "two words", "C": ""}),
+        ("A=1 # comment\nB=a#b\nC= # comment\nD=#x", {"A": "1", "B": "a#b", "C": "", "D": "#x"}),
+        ('A="x # y" # z\nB=\'$x \\n\'\nC="a\\nb\\"c\\\\"', {"A": "x # y", "B": "$x \\n", "C": 'a\nb"c\\'}),
+        ("A=it's\nB=a=b\nC='a' \nA=2", {"A": "2", "B": "a=b", "C": "a"}),
+        ("A=C:\\new\\dir", {"A": "C:\\new\\dir"}),
+        ("A=\u00a0x\u2028y\x0cz", {"A": "x\u2028y\x0cz"}),
+        ("비밀=값", {"비밀": "값"}),
+        ("export=1\nexport export=2", {"export": "2"}),
+    ],
+)
+def test_environment_file(text: str, variables: dict[str, str]):
+    assert parse_environment_file(text, "f") == variables
+    assert parse_environment_file(text.encode(), "f") == variables
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ('{"A": 5, "B": "s3cret", "C": {"x": "s3cret"}}', ["A: its value is int, ", "C: its value is dict, "]),
+        ('{"A": true, "B": null}', ["A: its value is bool, ", "B: its value is NoneType, "]),
+        ('{"A=s": "s3cret"}', ['"A=s": is no name']),
+        ('{"A": "s3cret" "B"}', ["line 1, column 16: "]),
+        ("A=1\ns3cret\nB=\"s3cret\n='s3cret'", ["line 2: ", "line 3: ", "line 4: "]),
+        ("A='s3cret'x", ["line 1: is no KEY=VALUE"]),
+        ("A=s3cret\0", ["line 1: "]),
+        (b"A=s3cret\xff", ["byte 8 is not UTF-8"]),
+    ],
+)
+def test_wrong_environment_file_names_the_place_and_no_value(text: bytes | str, problems: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        parse_environment_file(text, "f")
+    for found, expected in zip(caught.value.problems, problems, strict=True):
+        assert found.startswith(f"f: {expected}")
+    assert "s3cret" not in str(caught.value.problems) + caught.value.what + caught.value.hint
+
+
+@given(st.dictionaries(st.from_regex(r"[A-Z_]{1,5}", fullmatch=True), VALUE))
+def test_an_environment_survives_both_forms(variables: dict[str, str]):
+    assert parse_environment_file(json.dumps(variables), "f") == variables
+    plain = {name: re.sub(r"[\r\n'\0]", "", value) for name, value in variables.items()}
+    assert parse_environment_file("\n".join(f"{name}='{value}'" for name, value in plain.items()), "f") == plain
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GITHUB_TOKEN", "clientSecret", "DB_PASSWORD", "MYSQL_PASSWD", "API_KEY", "apiKey", "SSH_KEYS",
+        "SENTRY_DSN", "DB_PWD", "DB_PASS", "PASSPHRASE", "KEY_2", "SLACK_WEBHOOK", "PRIVATE_PEM", "CREDENTIALS",
+    ],
+)  # fmt: skip
+def test_a_secret_by_its_name(name: str):
+    assert secret_values({name: "s3cret"}) == ("s3cret",)
+    assert secret_values({name: "short"}) == ()
+    assert secret_values({name: "비밀"}) == ("비밀",)  # bytes count
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PATH", "PWD", "OLDPWD", "NODE_ENV", "KEYBOARD", "TOKEN_FILE", "SSH_KEY_PATH", "SECRETS_DIR", "GIT_AUTHOR_NAME"],
+)
+def test_no_secret_by_its_name(name: str):
+    assert secret_values({name: "/home/estelle"}) == ()
+
+
+def test_secrets_of_several_lines_and_in_urls_longest_first():
+    found = secret_values(
+        {"DATABASE_URL": "mysql://app:p%40ssw0rd@db:3306/x", "HOME": "http://db:3306/x@y", "X": "redis://:hunter22@h"},
+        {"TLS_KEY": "-----BEGIN\nabcdefgh\n", "API_TOKEN": " abcdefgh "},
+    )
+    assert list(found) == sorted(found, key=len, reverse=True)
+    assert set(found) == {
+        "p%40ssw0rd", "p@ssw0rd", "hunter22", "-----BEGIN\nabcdefgh\n", "-----BEGIN\nabcdefgh", "-----BEGIN",
+        "abcdefgh", " abcdefgh ",
+    }  # fmt: skip
+
+
+@given(st.dictionaries(st.text(max_size=8), st.text(max_size=12)))
+def test_no_blank_or_short_secret(variables: dict[str, str]):
+    for secret in secret_values(variables, {f"{name}_TOKEN": value for name, value in variables.items()}):
+        assert secret.strip()
+        assert len(secret.encode("utf-8", "surrogatepass")) >= 6

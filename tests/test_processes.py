@@ -1,0 +1,720 @@
+"""Steps, trees, leftovers, detaching and locks with real processes; the Windows half under Wine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import estelle_updater as updater
+from estelle_updater import FileLock, Spawned, UpdaterError, spawn_step
+from tests.fleet import ROOT, wait_for
+from tests.machines import Windows
+
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+# A process that nothing but SIGKILL ends and that left its family: own session, orphaned, with or without the mark.
+# Started as `python -c ESCAPED PIDFILE`; the variable BARE empties its environment.
+ESCAPED = """
+import os, signal, sys, time
+if os.fork():
+    os._exit(0)
+os.setsid()
+if os.fork():
+    os._exit(0)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+code = '''import os, sys, time
+with open(sys.argv[1] + ".new", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(120)'''
+bare = "BARE" in os.environ
+os.execve(sys.executable, [sys.executable, "-c", code, sys.argv[1]], {} if bare else dict(os.environ))
+"""
+
+
+def python(code: str, *args: object) -> list[str]:
+    return [sys.executable, "-c", code, *map(str, args)]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def pid_in(file: Path) -> int:
+    return int(wait_for(lambda: file.exists() and file.read_text(), f"{file.name}: a pid"))
+
+
+def read_all(step: Spawned, timeout_s: float | None = None) -> bytes:
+    """A step's whole output, as a runner reads it."""
+    pieces = []
+    while (data := step.read(65536, timeout_s)) != b"":
+        pieces.append(data or b"")
+    return b"".join(pieces)
+
+
+def expect(step: Spawned, output: bytes) -> None:
+    """Read exactly this, in however many pieces it comes."""
+    while output:
+        piece = step.read(len(output), 20)
+        assert piece and output.startswith(piece), (piece, output)
+        output = output[len(piece) :]
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Iterator[Callable[..., Spawned]]:
+    """Starts steps in tmp_path; what is left of them at the end is killed."""
+    made: list[Spawned] = []
+
+    def start(*argv: object, mark: str = f"test-{os.getpid()}", **env: str) -> Spawned:
+        made.append(spawn_step([str(word) for word in argv], tmp_path, ENV | env, mark=mark))
+        return made[-1]
+
+    yield start
+    for one in made:
+        updater.kill_leftovers(one._mark, [one.pid])
+        one.close_pipe()
+
+
+@pytest.fixture
+def killed_at_end() -> Iterator[list[int]]:
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+# ---- one command
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("true", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -TERM $$", 143), ("exit 255", 255)]
+)
+def test_a_step_ends_with_the_code_that_a_shell_reports(step: Callable[..., Spawned], script: str, code: int) -> None:
+    one = step("sh", "-c", script)
+    assert read_all(one) == b""
+    assert one.wait() == code
+
+
+def test_both_outputs_share_a_pipe_and_nothing_can_be_asked(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    script = "echo out; echo err >&2; cat; (: </dev/tty) 2>/dev/null || echo no terminal; pwd; echo $ESTELLE_RUN"
+    one = step("sh", "-c", script, mark="run/host/3")
+    assert read_all(one).decode().split("\n") == ["out", "err", "no terminal", str(tmp_path), "run/host/3", ""]
+    assert one.wait() == 0
+
+
+def test_a_read_waits_only_as_long_as_it_is_told(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    one = step("sh", "-c", "read line <go; echo went")
+    assert one.read(10, 0) is None and one.read(10, 0.05) is None
+    (tmp_path / "go").write_text("\n")
+    assert one.read(2) == b"we" and read_all(one) == b"nt\n"
+
+
+def test_a_command_that_closes_its_output_is_waited_for(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    one = step("sh", "-c", "exec >/dev/null 2>&1; read line <go; exit 3")
+    assert one.read(10, 0.3) is None, "the end of its output is not its end"
+    (tmp_path / "go").write_text("\n")
+    assert read_all(one) == b""
+    assert one.wait() == 3
+
+
+def test_every_byte_of_a_large_output_arrives(step: Callable[..., Spawned]) -> None:
+    code = "import os\nfor n in range(800): os.write(1, b'%07d\\n' % n * 1000)"
+    assert read_all(step(*python(code)), 0.01) == b"".join(b"%07d\n" % n * 1000 for n in range(800))
+
+
+def test_a_grandchild_that_holds_the_pipe_does_not_hold_the_step(
+    step: Callable[..., Spawned], tmp_path: Path, killed_at_end: list[int]
+) -> None:
+    one = step("sh", "-c", "sleep 100 & echo $! >service; echo done; exit 4")
+    assert read_all(one) == b"done\n"
+    assert one.wait() == 4
+    one.close_pipe()
+    killed_at_end.append(pid_in(tmp_path / "service"))
+    assert alive(killed_at_end[0]), "a service that a deployment started lives on"
+
+
+def test_a_chatty_grandchild_does_not_hold_the_step(step: Callable[..., Spawned]) -> None:
+    one = step("sh", "-c", "yes & echo done")
+    assert b"done\n" in read_all(one)
+    assert one.wait() == 0
+
+
+def test_what_the_command_wrote_is_read_even_after_the_drain(
+    step: Callable[..., Spawned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk delays the reader, a service holds the pipe: the command's last lines must not be the ones to go."""
+    monkeypatch.setattr(updater, "DRAIN_S", 0.0)
+    one = step("sh", "-c", "sleep 100 & head -c 60000 /dev/zero")
+    one.wait()
+    assert one.read(1000) == bytes(1000)
+    assert len(read_all(one)) == 59000
+
+
+def test_another_thread_can_end_a_read(step: Callable[..., Spawned]) -> None:
+    one = step("sleep", "100")
+    answers: list[bytes | None] = []
+    reader = threading.Thread(target=lambda: answers.append(one.read()))
+    reader.start()
+    one.close_pipe()
+    one.close_pipe()
+    reader.join(10)
+    assert answers == [b""]
+
+
+def test_nothing_stays_open(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    def round_trip() -> None:
+        one = step("sh", "-c", "echo x")
+        assert read_all(one) == b"x\n"
+        one.close_pipe()
+        with pytest.raises(UpdaterError):
+            step("nonexistent-program")
+        with FileLock(tmp_path / "lock"):
+            assert FileLock.held_elsewhere(tmp_path / "lock")
+            assert not FileLock(tmp_path / "lock").acquire()
+
+    round_trip()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        round_trip()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "cwd", "what"),
+    [
+        (["nonexistent-program"], "", "nonexistent-program: No such file"),
+        (["./run.sh"], "", "./run.sh: not found in "),
+        (["true"], "missing", "/missing: No such file"),
+        (["true", "a\0b"], "", "true: embedded null byte"),
+        (["./plain"], "", "./plain: not found in "),
+        (["./garbage"], "", "/garbage: Exec format error"),
+    ],
+)
+def test_a_command_that_cannot_start_says_why(tmp_path: Path, argv: list[str], cwd: str, what: str) -> None:
+    (tmp_path / "plain").write_text("#!/bin/sh\n")
+    (tmp_path / "garbage").write_bytes(b"\0garbage")
+    (tmp_path / "garbage").chmod(0o755)
+    with pytest.raises(UpdaterError) as caught:
+        spawn_step(argv, tmp_path / cwd, ENV, mark="never")
+    assert what in caught.value.what
+
+
+def test_a_program_with_a_folder_is_the_repositorys(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    (tmp_path / "deploy.sh").write_text("#!/bin/sh\necho mine $1")
+    (tmp_path / "deploy.sh").chmod(0o755)
+    assert read_all(step(*updater.resolve_program("./deploy.sh", "/nowhere"), "x")) == b"mine x\n"
+
+
+def test_a_program_is_looked_up_in_the_given_path(tmp_path: Path) -> None:
+    (tmp_path / "tool").write_text("")
+    (tmp_path / "tool").chmod(0o755)
+    assert updater.resolve_program("tool", f"/nowhere::{tmp_path}") == [str(tmp_path / "tool")]
+    with pytest.raises(UpdaterError, match=r"^pnpm: not found in PATH$") as caught:
+        updater.resolve_program("pnpm", str(tmp_path))
+    assert str(tmp_path) in caught.value.hint
+
+
+# ---- the end of a tree
+
+
+INTERRUPTED = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+child = os.fork()
+os.write(1, b"up\\n")
+signal.sigwait({signal.SIGTERM})
+os.write(1, b"bye\\n")
+sys.exit(9 if child and os.waitpid(child, 0) else 0)
+"""
+
+
+def test_an_interrupt_reaches_the_group(step: Callable[..., Spawned]) -> None:
+    one = step(*python(INTERRUPTED))
+    expect(one, b"up\nup\n")
+    assert one.interrupt()
+    assert read_all(one) == b"bye\nbye\n"
+    assert one.wait() == 9
+    assert not one.interrupt(), "its number may be somebody else's now"
+
+
+# A runner that starts a service in a first step, escaped processes in a second, and then does what it is told.
+RUNNER = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from estelle_updater import adopt_orphans, spawn_step
+folder, then = Path(sys.argv[1]), sys.argv[2]
+assert adopt_orphans()
+escaped = [sys.executable, "-c", os.environ["ESCAPED"]]
+
+def start(mark, *names):
+    lines = "".join(f'{"BARE=1 " * ("bare" in n)}"$0" -c "$ESCAPED" {folder}/{n}\\n' for n in names)
+    tail = "sleep 120 & echo $! >group; exec sleep 120" if mark == "second" else ""
+    step = spawn_step(["sh", "-c", lines + tail, sys.executable], folder, os.environ, mark=mark)
+    while not all((folder / n).exists() for n in names):
+        time.sleep(0.01)
+    return step
+
+first = start("first", "service", "service-bare")
+first.wait()
+time.sleep(0.02)  # two clock ticks: the kernel dates processes no finer
+second = start("second", "marked", "marked-bare")
+print(second.pid, flush=True)
+if then == "kill":
+    print(json.dumps([second.kill_tree(20), second.wait()]), flush=True)
+else:
+    time.sleep(120)
+"""
+FAMILY = ("marked", "marked-bare", "group")
+SERVICES = ("service", "service-bare")
+
+
+def start_runner(folder: Path, then: str) -> subprocess.Popen[str]:
+    env = ENV | {"ESCAPED": ESCAPED}
+    return subprocess.Popen(python(RUNNER, folder, then), env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_killing_a_tree_reaches_what_moved_away_and_spares_earlier_services(
+    tmp_path: Path, killed_at_end: list[int]
+) -> None:
+    runner = start_runner(tmp_path, "kill")
+    out = runner.communicate(timeout=60)[0].splitlines()
+    pids = {name: pid_in(tmp_path / name) for name in FAMILY + SERVICES}
+    killed_at_end += pids.values()
+    assert json.loads(out[1]) == [True, 137]
+    assert {name: alive(pid) for name, pid in pids.items()} == {n: n in SERVICES for n in FAMILY + SERVICES}
+
+
+def test_what_a_dead_runner_left_is_found_and_killed(tmp_path: Path, killed_at_end: list[int]) -> None:
+    runner = start_runner(tmp_path, "wait")
+    assert runner.stdout
+    leader = int(runner.stdout.readline())
+    pids = {name: pid_in(tmp_path / name) for name in FAMILY + SERVICES} | {"leader": leader}
+    killed_at_end += pids.values()
+    runner.kill()
+    runner.communicate()
+    assert all(map(alive, pids.values()))
+    assert updater.kill_leftovers("secon", [leader]) == 0, "another mark and a group that may be anybody's"
+    assert updater.kill_leftovers("second", [leader]) == 3
+    # an orphan that emptied its environment and left its group can't be told from a stranger
+    left = {name for name, pid in pids.items() if alive(pid)}
+    assert left == {"marked-bare", *SERVICES}
+    assert updater.kill_leftovers("second", [leader]) == 0
+
+
+def test_a_process_of_the_group_without_the_mark_is_a_leftover(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    script = "(env -i sh -c 'echo $$ >bare; exec sleep 100' &) ; exec sleep 100"
+    one = step("sh", "-c", script, mark="group-mark")
+    bare = pid_in(tmp_path / "bare")
+    assert os.getpgid(bare) == one.pid
+    assert updater.kill_leftovers("group-mark", [one.pid]) == 2
+    assert not alive(bare)
+    assert one.wait() == 137
+
+
+def test_a_supervisor_does_not_restart_what_is_killed(step: Callable[..., Spawned]) -> None:
+    supervisor = "import subprocess\nprint('up', flush=True)\n"
+    supervisor += "while True: subprocess.run(['sleep', '100'], start_new_session=True, stdout=-3)"
+    starter = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
+    one = step(*python(starter, *python(supervisor)), mark="supervisor")
+    expect(one, b"up\n")
+    assert updater.kill_leftovers("supervisor") >= 1
+    assert updater.kill_leftovers("supervisor") == 0
+    assert read_all(one) == b"", "nobody holds the pipe any more"
+
+
+def test_killing_leftovers_spares_this_process_and_its_ancestors() -> None:
+    code = "import estelle_updater as u; print(u.kill_leftovers('mine'), u.kill_leftovers('mine'))"
+    script = 'sleep 100 & "$@"; echo parent lives'
+    env = ENV | {updater.MARK: "mine"}
+    argv = ["sh", "-c", script, "sh", *python(code)]
+    done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, timeout=30, text=True, check=False)
+    assert done.stdout == "1 0\nparent lives\n"
+
+
+# ---- leaving the daemon's tree
+
+DAEMON = """
+import os, sys, time
+from estelle_updater import spawn_runner
+env = {**os.environ, "ESTELLE_RUN": "the run that started this daemon"}
+child = spawn_runner([sys.executable, "-c", sys.argv[2], sys.argv[1]], env, sys.argv[1] + "/runner.log")
+print(child.pid, child.wait(), flush=True)
+time.sleep(120)
+"""
+DETACHED = """
+import json, os, sys, time
+from estelle_updater import MARK, FileLock, detach_self
+detach_self()
+assert FileLock(sys.argv[1] + "/lock").acquire(5)
+print("for the log", file=sys.stderr, flush=True)
+fds = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd in "012"}
+print("to nobody")
+facts = {"pid": os.getpid(), "sid": os.getsid(0), "fds": fds, "mark": MARK in os.environ}
+facts["open"] = len(os.listdir("/proc/self/fd"))
+with open(sys.argv[1] + "/facts.new", "w") as file:
+    json.dump(facts, file)
+os.rename(sys.argv[1] + "/facts.new", sys.argv[1] + "/facts")
+time.sleep(120)
+"""
+
+
+def ancestors(pid: int) -> list[int]:
+    found = []
+    while pid := int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]):
+        found.append(pid)
+    return found
+
+
+def test_a_detached_runner_outlives_its_daemon(tmp_path: Path, killed_at_end: list[int]) -> None:
+    daemon = subprocess.Popen(python(DAEMON, tmp_path, DETACHED), env=ENV, stdout=subprocess.PIPE, text=True)
+    assert daemon.stdout
+    facts_file = tmp_path / "facts"
+    first, code = map(int, daemon.stdout.readline().split())
+    facts = json.loads(wait_for(lambda: facts_file.read_text() if facts_file.exists() else "", "the runner's facts"))
+    killed_at_end.append(facts["pid"])
+    assert code == 0
+    assert facts["pid"] != first and facts["sid"] == facts["pid"], "a session of its own"
+    # its parent is the first process, or whoever adopts orphans here: nobody between the test and the daemon
+    assert not {daemon.pid, os.getpid()} & set(ancestors(facts["pid"])), "PM2 would kill it with the daemon"
+    log = tmp_path / "runner.log"
+    assert facts["fds"] == {"0": "/dev/null", "1": "/dev/null", "2": str(log)}
+    assert facts["open"] == 5, "three streams, the lock and the listing itself"
+    assert facts["mark"] is False
+    assert log.read_text() == "for the log\n" and stat.S_IMODE(log.stat().st_mode) == 0o600
+    daemon.kill()
+    assert daemon.communicate(timeout=10)[0] == "", "the daemon's pipe ends with the daemon"
+    assert alive(facts["pid"]) and FileLock.held_elsewhere(tmp_path / "lock")
+    os.kill(facts["pid"], signal.SIGKILL)
+    wait_for(lambda: not FileLock.held_elsewhere(tmp_path / "lock"), "a free lock")
+
+
+# ---- the lock
+
+HOLDER = """
+import sys, time
+from estelle_updater import FileLock
+lock = FileLock(sys.argv[1])
+print(lock.acquire(), flush=True)
+time.sleep(120)
+"""
+
+
+def test_the_lock_belongs_to_a_process_and_dies_with_it(tmp_path: Path) -> None:
+    """Lesson 5: nobody can take a lock away from the one who holds it, and nobody needs to after its death."""
+    path = tmp_path / "lock"
+    assert not FileLock.held_elsewhere(path) and not path.exists(), "looking creates nothing"
+    holder = subprocess.Popen(python(HOLDER, path), env=ENV, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "True\n"
+    lock = FileLock(path)
+    assert FileLock.held_elsewhere(path)
+    assert not lock.acquire() and not lock.acquire(0.2)
+    with pytest.raises(UpdaterError, match="locked by another process"), lock:
+        pytest.fail("entered")
+    waiter = threading.Timer(0.1, holder.kill)
+    waiter.start()
+    assert lock.acquire(10), "a waiting one gets it when the holder dies"
+    holder.communicate()
+    lock.release()
+    lock.release()
+    assert not FileLock.held_elsewhere(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_looking_at_a_lock_does_not_disturb_who_takes_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            FileLock.held_elsewhere(path)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        for _ in range(100):
+            lock = FileLock(path)
+            assert lock.acquire()
+            lock.release()
+    finally:
+        stop.set()
+        looker.join()
+
+
+def test_a_step_does_not_inherit_the_lock(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "lock")
+    assert lock.acquire()
+    step("sleep", "100")
+    lock.release()
+    assert not FileLock.held_elsewhere(tmp_path / "lock")
+
+
+def test_a_lock_is_not_made_through_somebody_elses_link(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError):
+        FileLock(tmp_path / "lock").acquire()
+    assert not (tmp_path / "victim").exists()
+
+
+# ---- the environment of steps
+
+DAEMONS = {
+    "ESTELLE_TOKEN": "x", "pm_id": "0", "pm_exec_path": "x", "PM2_USAGE": "CLI", "NODE_APP_INSTANCE": "0",
+    "NODE_CHANNEL_FD": "3", "NODE_CHANNEL_SERIALIZATION_MODE": "json", "NOTIFY_SOCKET": "x", "WATCHDOG_USEC": "1",
+    "LISTEN_FDS": "1", "INVOCATION_ID": "x", "JOURNAL_STREAM": "x", "STATE_DIRECTORY": "x", "GIT_DIR": "x",
+    "GIT_INDEX_FILE": "x", "PYTHONPATH": "x", "PYTHONHOME": "x", "name": "est", "exec_mode": "fork_mode",
+    "unique_id": "x", "status": "launching", "windowsHide": "true", "vizion_running": "false",
+}  # fmt: skip
+KEPT = {
+    "PATH": "/bin", "HOME": "/root", "LANG": "ko_KR.UTF-8", "PM2_HOME": "/x", "NODE_ENV": "production", "PYTHON": "py",
+    "NODE_OPTIONS": "x", "username": "root", "DIGIT_X": "1", "names": "x", "MY_pm_id": "x", "npm_config_cache": "x",
+}  # fmt: skip
+
+
+def test_steps_get_nothing_of_the_daemons_own() -> None:
+    scrubbed = updater.scrub_environment({**DAEMONS, **KEPT})
+    assert {key: scrubbed[key] for key in KEPT} == KEPT
+    assert not set(scrubbed) & set(DAEMONS)
+
+
+def test_without_pm2_its_plain_words_are_somebody_elses() -> None:
+    scrubbed = updater.scrub_environment({"name": "x", "status": "y", "watch": "z"})
+    assert scrubbed.items() >= {"name": "x", "status": "y", "watch": "z"}.items()
+
+
+def test_prompts_are_off_whatever_the_daemon_has() -> None:
+    """Lesson 7."""
+    env = {"CI": "false", "GIT_TERMINAL_PROMPT": "1", "GIT_ASKPASS": "/x", "SSH_ASKPASS": "/x"}
+    scrubbed = updater.scrub_environment(env)
+    assert scrubbed["CI"] == "true" and scrubbed["GIT_TERMINAL_PROMPT"] == "0"
+    assert scrubbed["GIT_ASKPASS"] == scrubbed["SSH_ASKPASS"] == ""
+    assert scrubbed["COREPACK_ENABLE_DOWNLOAD_PROMPT"] == "0" and scrubbed["GCM_INTERACTIVE"] == "never"
+
+
+@pytest.mark.parametrize("configured", [None, "core.sshCommand", "GIT_SSH_COMMAND"])
+def test_git_uses_ssh_in_batch_mode_with_the_configured_key(
+    step: Callable[..., Spawned], tmp_path: Path, configured: str | None
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ssh").write_text('#!/bin/sh\nfor a; do echo "<$a>"; done >&2\nexit 255')
+    (tmp_path / "bin/ssh").chmod(0o755)
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    if configured == "GIT_SSH_COMMAND":
+        env[configured] = 'ssh -i "a key"'
+    env = updater.scrub_environment(env)
+    git = updater.resolve_program("git", env["PATH"])
+    subprocess.run([*git, "init", "-q"], cwd=tmp_path, env=env, check=True, timeout=20)
+    if configured == "core.sshCommand":
+        subprocess.run([*git, "config", configured, 'ssh -i "a key"'], cwd=tmp_path, env=env, check=True, timeout=20)
+    one = spawn_step([*git, "fetch", "ssh://host.invalid/it's here.git"], tmp_path, env, mark="git")
+    words = [line[1:-1] for line in read_all(one).decode().splitlines() if line.startswith("<")]
+    one.close_pipe()
+    assert one.wait() == 128
+    assert ("BatchMode=yes" in words) == (configured != "GIT_SSH_COMMAND"), "what the operator set stays as it is"
+    assert (words[:2] == ["-i", "a key"]) == (configured is not None)
+    assert words[-2:] == ["host.invalid", "git-upload-pack '/it'\\''s here.git'"]
+
+
+# ---- signals
+
+
+def test_stop_signals_arrive_by_name(tmp_path: Path) -> None:
+    code = """
+import asyncio
+from estelle_updater import on_stop_signals
+async def main():
+    names = asyncio.Queue()
+    on_stop_signals(asyncio.get_running_loop(), names.put_nowait)
+    print("ready", flush=True)
+    while True:
+        print(await names.get(), flush=True)
+asyncio.run(main())
+"""
+    daemon = subprocess.Popen(python(code), env=ENV, stdout=subprocess.PIPE, text=True)
+    try:
+        assert daemon.stdout and daemon.stdout.readline() == "ready\n"
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            daemon.send_signal(number)
+            assert daemon.stdout.readline() == number.name + "\n"
+    finally:
+        daemon.kill()
+        daemon.communicate()
+
+
+# ---- Windows
+
+
+def test_a_cmd_program_gets_its_arguments_untouched() -> None:
+    line = updater.render_cmd_line([r"C:\Program Files\pnpm.cmd", "deploy:release", "a b", "", "x)", "k=v"], "cmd.exe")
+    assert line == r'"cmd.exe" /d /s /c ""C:\Program Files\pnpm.cmd" deploy:release "a b" "" "x)" "k=v""'
+
+
+@pytest.mark.parametrize("word", ['a"b', "%PATH%", "a!b", "a^b", "a&calc", "a|b", "a<b", "a>b", "a\nb", "a\rb", "a\\"])
+def test_a_cmd_program_gets_no_argument_that_cmd_interprets(word: str) -> None:
+    """Lesson 9."""
+    with pytest.raises(UpdaterError, match=r"cmd\.exe would interpret"):
+        updater.render_cmd_line(["pnpm.cmd", word], "cmd.exe")
+
+
+WINDOWS_COMMON = r"""
+import ctypes, json, os, signal, subprocess, sys, time
+from pathlib import Path
+import estelle_updater as updater
+folder = Path(sys.argv[1])
+kernel32 = ctypes.WinDLL("kernel32")
+kernel32.OpenProcess.restype = ctypes.c_void_p
+
+def alive(pid):
+    handle = ctypes.c_void_p(kernel32.OpenProcess(0x100000, False, pid))
+    if not handle:
+        return False
+    answer = kernel32.WaitForSingleObject(handle, 0)
+    kernel32.CloseHandle(handle)
+    return answer != 0
+
+def pid_in(name):
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            return int((folder / name).read_text())
+        except (OSError, ValueError):
+            time.sleep(0.02)
+    raise AssertionError(name)
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+def read_all(step):
+    pieces = []
+    while (data := step.read(65536, 0.2)) != b"":
+        pieces.append(data or b"")
+    return b"".join(pieces).decode().replace("\r", "")
+
+def python(code, *args):
+    return [sys.executable, "-c", code, *map(str, args)]
+
+def step(*argv, mark="m"):
+    return updater.spawn_step(argv, folder, dict(os.environ), mark=mark)
+
+SERVICE = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+"""
+WINDOWS_STEPS = (
+    WINDOWS_COMMON
+    + r"""
+one = step(*python("import os, sys; print('out', os.environ['ESTELLE_RUN']); sys.exit(sys.stdin.read() or 7)"))
+assert read_all(one) == "out m\n" and one.wait() == 7
+one.close_pipe()
+assert len(read_all(step(*python("print('x' * 3000000)")))) == 3000001
+
+(folder / "my tool.cmd").write_text(f'@"{sys.executable}" -c "import sys; print(sys.argv[1:])" %*\n@exit /b 5\n')
+words = ["deploy:release", "a b", "", "x)y", "k=v;w,z"]
+one = step(*updater.resolve_program("my tool", f"C:\\nowhere;{folder}"), *words)
+assert read_all(one) == f"{words}\n" and one.wait() == 5
+assert read_all(step(r".\my tool", "here")) == "['here']\n"
+for name, path in (("my tool", "C:\\nowhere"), ("my", str(folder))):
+    try:
+        raise AssertionError(updater.resolve_program(name, path))
+    except updater.UpdaterError as problem:
+        assert problem.what == f"{name}: not found in PATH"
+
+tree = f"import subprocess, sys, time; subprocess.Popen({python(SERVICE)!r} + [sys.argv[1]], creationflags=0x208)"
+one = step(*python(tree + "; time.sleep(60)", "grandchild"))
+pid = pid_in("grandchild")
+assert alive(pid) and not one.interrupt() and one.read(10, 0) is None
+assert one.kill_tree(10) and one.wait() == 137 and not alive(pid)
+assert one.read() == b""
+one.close_pipe(), one.close_pipe()
+
+tree = f"import subprocess, sys; subprocess.Popen({python(SERVICE)!r} + [sys.argv[1]]); print('done')"
+one = step(*python(tree, "service"))
+assert read_all(one) == "done\n" and one.wait() == 0
+one.close_pipe()
+pid = pid_in("service")
+assert alive(pid)
+os.kill(pid, signal.SIGTERM)
+
+runner = subprocess.Popen(python(
+    "import estelle_updater as u, os, sys, time; from pathlib import Path\n"
+    "u.spawn_step(sys.argv[1:], Path(), dict(os.environ), mark='x'); time.sleep(60)",
+    *python(SERVICE, "orphan")), cwd=folder, stdin=subprocess.DEVNULL)
+pid = pid_in("orphan")
+runner.kill()
+assert wait_for(lambda: not alive(pid)), "the job dies with the runner"
+print("all good")
+"""
+)
+WINDOWS_DETACH = (
+    WINDOWS_COMMON
+    + r"""
+RUNNER = '''
+import os, sys, time
+from estelle_updater import DETACHED, MARK, FileLock, detach_self
+detach_self()
+assert FileLock("lock").acquire(5) and DETACHED not in os.environ and MARK not in os.environ
+print("for the log", file=sys.stderr, flush=True)
+open("runner", "w").write(str(os.getpid()))
+time.sleep(60)
+'''
+DAEMON = '''
+import os, sys, time
+from estelle_updater import spawn_runner
+child = spawn_runner(sys.argv[1:], {**os.environ, "ESTELLE_RUN": "x"}, "log")
+print(child.wait(), flush=True)
+time.sleep(60)
+'''
+daemon = subprocess.Popen(python(DAEMON, *python(RUNNER)), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+assert daemon.stdout.readline() == b"0\r\n"
+pid = pid_in("runner")
+daemon.kill()
+assert daemon.stdout.read() == b"", "the runner holds no pipe of the daemon"
+lock = updater.FileLock(folder / "lock")
+assert alive(pid) and lock.held_elsewhere(folder / "lock") and not lock.acquire()
+assert (folder / "log").read_text() == "for the log\n"
+os.kill(pid, signal.SIGTERM)
+assert lock.acquire(10)
+assert lock.held_elsewhere(folder / "lock")
+lock.release()
+assert not lock.held_elsewhere(folder / "lock") and not lock.held_elsewhere(folder / "none")
+
+import asyncio
+async def main():
+    names = asyncio.Queue()
+    updater.on_stop_signals(asyncio.get_running_loop(), names.put_nowait)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK):
+        asyncio.get_running_loop().call_later(0.05, signal.raise_signal, number)
+        assert await asyncio.wait_for(names.get(), 10) == number.name
+asyncio.run(main())
+
+scrubbed = updater.scrub_environment({"PM_ID": "0", "NAME": "x", "USERNAME": "me", "git_dir": "x", "Path": "p"})
+assert scrubbed.keys() & {"PM_ID", "NAME", "USERNAME", "git_dir", "Path"} == {"USERNAME", "Path"}
+print("all good")
+"""
+)
+
+
+@pytest.mark.parametrize("script", [WINDOWS_STEPS, WINDOWS_DETACH], ids=["steps", "detach"])
+def test_windows(windows_python: Windows, tmp_path: Path, script: str) -> None:
+    (tmp_path / "script.py").write_text(script)
+    env = {"PYTHONPATH": windows_python.path(ROOT)}
+    code, out, err = windows_python.run(tmp_path / "script.py", tmp_path, env=env, timeout_s=110)
+    assert (code, out.split(), err) == (0, ["all", "good"], "")
