@@ -23,7 +23,7 @@
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build                                                                  |
+| 20 | Tools              | build, demo                                                            |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
 A section uses only names from sections above it. Sections 1 to 7 are pure: time, bytes and randomness come in as
@@ -50,7 +50,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -4950,7 +4950,7 @@ def local_url(url: MasterUrl, host: str | None, port: int) -> str:
 
 
 # ==============================================================================
-# 20. Tools: build
+# 20. Tools: build, demo
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
@@ -5142,6 +5142,290 @@ def _replace_executable(path: Path, content: bytes) -> None:
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+_DEMO_HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+_DEMO_READY_S, _DEMO_STOP_S = 20.0, 6.0
+_DEMO_DEPLOY = """\
+import time
+
+for step in ("installing", "building", "restarting the service"):
+    print(step, "...", flush=True)
+    time.sleep(0.4)
+"""
+_DEMO_NEED = """\
+import os, sys
+
+if "DEMO_PORT" not in os.environ:
+    sys.exit("error: DEMO_PORT is not set on this host")
+"""
+
+
+def _can_bind(address: str) -> bool:
+    with suppress(OSError), socket.socket() as probe:
+        probe.bind((address, 0))
+        return True
+    return False
+
+
+class Demo:
+    """A fleet on loopback addresses, from the build to the history, with every command said before it runs.
+
+    Nothing stays. All files lie in one temporary folder, and a stop signal only sets a flag, which is looked at where
+    everything that was started is known. `say(text, code)` shows lines in the colour of that number, if any.
+    """
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        self.say = say
+        self.stopped = False
+        self.folder = Path()
+        self.hosts = [address for address in _DEMO_HOSTS if _can_bind(address)]
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.env: dict[str, str] = {}
+        self.python = "python" if os.name == "nt" else "python3"
+
+    def run(self, keep: bool) -> int:
+        """Tell the story; `keep` then waits for Ctrl-C. Raises UpdaterError where something goes another way."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish stays
+                signal.signal(number, self.stop)
+        self.folder = Path(tempfile.mkdtemp(prefix="estelle-demo-")).resolve()
+        started, code = time.monotonic(), 130
+        try:
+            self.play()
+            self.say(f"\nAll of this took {time.monotonic() - started:.0f} s.")
+            code = 0
+            if keep:
+                self.invite()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.clean()
+        return code
+
+    def stop(self, *_: object) -> None:
+        self.stopped = True
+
+    def check(self) -> None:
+        """The one place where a stop signal takes effect."""
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    def play(self) -> None:
+        self.say(f"A fleet of three hosts on this machine, in {self.folder}. Lines with $ are what a person types.")
+        self.build()
+        self.make_project()
+        self.start_fleet()
+        self.title("4. A developer pushes, and one command deploys it everywhere, live")
+        self.push("Second version", {"config/version.json": '{"version": "v0301_2"}\n'})
+        self.command(self.on_master())
+        self.ask("trigger", "all", "master")
+        self.title(f"5. A deployment that fails: the next version needs DEMO_PORT, and {self.hosts[-1]} has none")
+        version = {"config/version.json": '{"version": "v0301_3"}\n'}
+        self.push("Third version", {"deploy.py": _DEMO_NEED + _DEMO_DEPLOY, **version})
+        self.ask("trigger", "all", "master", expected=1)
+        self.say("The exit code is 1. Nothing is rolled back by itself: a person looks, corrects and triggers again.")
+        self.title("6. What is checked out where, and how each run ended")
+        self.ask("status")
+        self.ask("history")
+
+    def title(self, text: str) -> None:
+        self.say(f"\n{text}", "1")
+
+    def command(self, text: str) -> None:
+        self.check()
+        self.say(f"$ {text}", "36")
+
+    def build(self) -> None:
+        """The zipapp: made from the checkout, or a copy of the one that runs."""
+        self.title("1. Build the program: one file for every host")
+        self.env = {**os.environ, **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(self.folder))}  # pip's are removed too
+        pyz = self.folder / "estelle_updater.pyz"
+        if Path(__file__).is_file():
+            self.command(f"{program_name()} build -o {pyz}")
+            if self.wait(self.start([*program_argv(), "build", "-o", str(pyz)])):
+                raise UpdaterError("the demo ends here, for want of its program", "see the error above")
+        else:
+            self.say(f"(It is built already: {pyz} is a copy of {sys.argv[0]}.)")
+            shutil.copy(program_argv()[-1], pyz)
+        own = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}  # nobody's hooks and signatures
+        own |= {f"GIT_{who}_{what}": "demo@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        self.env = scrub_environment(self.env) | own
+        self.env.pop("DEMO_PORT", None)
+
+    def make_project(self) -> None:
+        """An origin with a first commit, and a clone for each host."""
+        self.title("2. A project in git, cloned on every host")
+        if missing := [address for address in _DEMO_HOSTS if address not in self.hosts]:
+            self.say(f"Without {' and '.join(missing)}, which this machine lacks (macOS: sudo ifconfig lo0 alias IP).")
+        with socket.socket() as probe:
+            probe.bind((self.hosts[0], 0))
+            self.port = probe.getsockname()[1]
+        python = self.python if os.name != "nt" and shutil.which(self.python) else sys.executable
+        config: dict[str, Any] = {"masterUrl": f"ws://{self.hosts[0]}:{self.port}", "whitelist": self.hosts}
+        files = {"deploy.py": _DEMO_DEPLOY, "config/version.json": '{"version": "v0301_1"}\n'}
+        if self.has_pnpm():
+            script = subprocess.list2cmdline([python, "deploy.py"])
+            files["package.json"] = json.dumps({"private": True, "scripts": {"deploy:release": script}})
+        else:
+            self.say("pnpm is not installed: a small script stands for `pnpm deploy:release`, which is the default.")
+            config["deploy"] = {"command": [python, "deploy.py"]}
+        config["hosts"] = {each: {"env": {"DEMO_PORT": f"800{i}"}} for i, each in enumerate(self.hosts[:-1], 1)}
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
+        files["config/updater.json"] = f"{{\n{lines}\n}}\n"
+        self.git("init", "--bare", "origin.git")
+        self.git("clone", "origin.git", "developer")
+        self.push("First version", files)
+        for address in self.hosts:
+            self.git("clone", "origin.git", f"{address}/app")
+        self.command("cat developer/config/updater.json")
+        self.say(files["config/updater.json"].rstrip())
+
+    def has_pnpm(self) -> bool:
+        """Whether pnpm really starts: corepack's shim may be there alone, and want to download it."""
+        with suppress(UpdaterError):
+            pnpm = resolve_program("pnpm", self.env.get("PATH", ""))
+            return self.wait(self.start([*pnpm, "--version"], "pnpm.log")) == 0
+        return False
+
+    def start_fleet(self) -> None:
+        self.title("3. The same program on every host: one finds that it is the master, the others are agents")
+        self.say("(--bind, --config and --state tell three hosts on one machine apart; elsewhere `serve` is enough.)")
+        daemons = {}
+        for address in self.hosts:
+            own = f"--bind {address} --config {address}/app/config/updater.json --state {address}/state".split()
+            own += ["--listen", f"{address}:{self.port}"] if address == self.hosts[0] else []
+            self.command(f"{self.python} estelle_updater.pyz serve {' '.join(own)} &")
+            daemons[address] = self.start([*self.program(), "serve", *own], f"{address}/serve.log")
+            if address == self.hosts[0]:
+                self.wait_ready(address, daemons[address])
+        for address in self.hosts[1:]:
+            self.wait_ready(address, daemons[address])
+
+    def wait_ready(self, address: str, daemon: subprocess.Popen[bytes]) -> None:
+        """Until the master listens, or has welcomed the agent; then show what the daemon wrote."""
+        deadline = time.monotonic() + _DEMO_READY_S
+        while "label" not in (read_json(self.state(address).daemon_file) or {}):
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                raise UpdaterError(f"{address} did not start: {self.said(f'{address}/serve.log')}")
+            self.check()
+            time.sleep(0.02)
+        self.say(self.said(f"{address}/serve.log"), "2")
+
+    def push(self, message: str, files: Mapping[str, str]) -> None:
+        """Commit files as the developer would."""
+        for name, text in files.items():
+            path = self.folder / "developer" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, "utf-8")
+        self.git("-C", "developer", "add", ".")
+        self.git("-C", "developer", "commit", "-m", message)
+        self.git("-C", "developer", "push", "origin", "master")
+
+    def git(self, *words: str) -> None:
+        self.command(subprocess.list2cmdline(["git", *words]))
+        git = resolve_program("git", self.env.get("PATH", ""))
+        if self.wait(self.start([*git, *words], "git.log")):
+            raise UpdaterError(f"git {' '.join(words)}: {self.said('git.log')}")
+
+    def on_master(self) -> str:
+        """Make this the master's own shell: the command that a person needs for it."""
+        where = {"ESTELLE_REPO": f"{self.hosts[0]}/app", "ESTELLE_STATE": f"{self.hosts[0]}/state"}
+        self.env |= where
+        words = [f"{key}={value}" for key, value in where.items()]
+        return "export " + " ".join(words) if os.name != "nt" else "set " + "&& set ".join(words)
+
+    def ask(self, *words: str, expected: int = 0) -> None:
+        """A command to the master, with its output as it is."""
+        self.command(f"{self.python} estelle_updater.pyz {' '.join(words)}")
+        code = self.wait(self.start([*self.program(), *words]))
+        self.stopped |= code == 130  # nobody reads its output any more
+        self.check()
+        if code != expected:
+            raise UpdaterError(f"{words[0]} ended with {code} instead of {expected}")
+
+    def invite(self) -> None:
+        """The fleet runs on for whoever wants to play with it."""
+        est = f"{self.python} estelle_updater.pyz"
+        self.title("It runs on. In another terminal:")
+        for line in (f"cd {self.folder}", self.on_master(), f"{est} status", f"{est} trigger {self.hosts[-1]} master"):
+            self.say(f"  {line}", "36")
+        self.say("developer/ is for commits of your own. Ctrl-C here ends the fleet and removes the folder.")
+        while True:
+            self.check()
+            time.sleep(0.1)
+
+    def program(self) -> list[str]:
+        return [sys.executable, str(self.folder / "estelle_updater.pyz")]
+
+    def state(self, address: str) -> StateFolder:
+        return StateFolder(self.folder / address / "state")
+
+    def said(self, log_name: str) -> str:
+        return (self.folder / log_name).read_text("utf-8", "replace").strip()
+
+    def start(self, argv: Sequence[str], log_name: str = "") -> subprocess.Popen[bytes]:
+        """Start a program in the folder. The terminal's Ctrl-C does not reach it: `clean` ends it, in order."""
+        options: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
+        with ExitStack() as stack:
+            if log_name:
+                options["stdout"] = options["stderr"] = stack.enter_context(open(self.folder / log_name, "wb"))
+            child = subprocess.Popen(argv, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, **options)
+        self.children.append(child)
+        return child
+
+    def wait(self, child: subprocess.Popen[bytes]) -> int:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(0.1)
+            self.check()
+
+    def clean(self) -> None:
+        """End what runs, the daemons before the deployments that outlive them, and remove every file."""
+        with suppress(Exception):  # nobody may be reading any more
+            self.say("\nThe demo ends: what it started is stopped, and what it wrote is removed.")
+        for number in (15, 9):
+            for child in self.children:
+                self.end(child, number)
+            deadline = time.monotonic() + _DEMO_STOP_S
+            for child in self.children:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(max(0.01, deadline - time.monotonic()))
+        locks = [self.end_jobs(self.state(address)) for address in self.hosts]
+        for _ in range(50):
+            if os.name == "nt":  # which removes neither open files nor git's read-only ones
+                for path in self.folder.rglob("*"):
+                    path.chmod(0o600)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                break
+            time.sleep(0.1)
+        for lock in locks:
+            lock.release()
+
+    @staticmethod
+    def end(child: subprocess.Popen[bytes], number: int) -> None:
+        """Signal a program and what it runs, as `build` does pip."""
+        if child.poll() is None and os.name != "nt":
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+        elif child.returncode is None:
+            words = ["taskkill", "/T", "/F", "/PID", str(child.pid)]
+            subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+    @staticmethod
+    def end_jobs(state: StateFolder) -> FileLock:
+        """Cancel the deployments on a host, and keep its lock, so that no late runner begins one."""
+        lock = FileLock(state.job_lock)
+        for job in (job for run in state.run_ids() for job in state.load_jobs(run)):
+            if job.state not in FINAL:
+                write_atomic(state.cancel_file(job.run, job.host), b"")
+        if state.root.exists():
+            lock.acquire(GRACE_S + KILL_S + DRAIN_S)
+        if os.name == "nt":
+            lock.release()
+        return lock
 
 
 # ==============================================================================
@@ -5543,6 +5827,22 @@ def cmd_build(args: Args) -> int:
     return 0
 
 
+def cmd_demo(args: Args) -> int:
+    if args.json:
+        raise UsageError("demo tells a story, which has no JSON form", "leave --json out")
+    if args.no_color:
+        os.environ["NO_COLOR"] = "1"  # also for the commands that it runs
+    output = Output(not args.no_color)
+
+    def say(text: str, code: str = "") -> None:
+        output.write((output.paint(text, code) if code else text).encode(errors="replace") + b"\n")
+
+    try:
+        return Demo(say).run(args.keep)
+    except Output.Closed:
+        return 130
+
+
 def parse_seconds(text: str) -> float:
     """A number of seconds on the command line. Raises UsageError."""
     with suppress(ValueError):
@@ -5639,6 +5939,9 @@ COMMANDS = (
     )),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
+    )),
+    Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo, (
+        option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     )),
     Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
 )  # fmt: skip
