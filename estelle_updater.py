@@ -2865,7 +2865,8 @@ class Runner:
             self.begin(step.label)
         try:
             argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            child = spawn_step(argv, self.repo, self.env, mark=self.job.open_step or "")
+            env = self.env | {"LANGUAGE": "en"} if step.argv[0] == "git" else self.env  # for `explain_failure`
+            child = spawn_step(argv, self.repo, env, mark=self.job.open_step or "")
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
