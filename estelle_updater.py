@@ -5722,7 +5722,7 @@ def cmd_history(args: Args) -> int:
         rows = args.state_folder().history(args.count)
         if not rows:
             raise
-        make_view(args).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+        TextView(Output(False)).notice(f"{problem.what}; this is what {args.state_folder().root} has")
     if args.json:
         say(json.dumps({"runs": rows}, ensure_ascii=False))
         return 0
@@ -5962,6 +5962,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with the contract's errors instead of its own."""
 
     def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"argument COMMAND: invalid choice: ('.*?')", message):
+            names = ", ".join(command.name for command in COMMANDS if not command.hidden)
+            raise UsageError(f"there is no command {unknown[1]}", f"the commands are: {names}")
         raise UsageError(message, f"see: {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:
