@@ -2786,9 +2786,21 @@ class Runner:
             problem = problem or wrong.what
         if problem:
             self.log.line(f"warning: {problem}")
+        if strict:
+            self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
         self.masker = Masker(secret_values(extra))
+
+    def warn_of_doors(self, config: Config) -> None:
+        """A new whitelist may shut out this host, or who asked: better said before it takes effect."""
+        whitelist = Whitelist(config.whitelist)
+        asked_from = self.job.by.rpartition("@")[2]
+        for address, who in ((self.job.address, "this host"), (asked_from, "where this run was asked for")):
+            with suppress(UsageError):  # a deployment by hand was asked for from no address
+                allowed = whitelist.verdict(canonical_address(address)).allowed
+                if not allowed and address != config.master_url.host:
+                    self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
 
     def read_environment(self) -> dict[str, str]:
         """The host's environmentFile, if it has one. Raises ConfigError."""
