@@ -23,7 +23,7 @@
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build                                                                  |
+| 20 | Tools              | build, demo                                                            |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
 A section uses only names from sections above it. Sections 1 to 7 are pure: time, bytes and randomness come in as
@@ -50,7 +50,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -196,6 +196,7 @@ WINDOW_BYTES = 1 << 20  # unacknowledged on one connection, so that no live line
 ACK_BYTES = 256 << 10
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
+LAST_LINE_BYTES = 300  # of what a silent step said last
 TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -211,6 +212,8 @@ WELCOME_S = 10.0
 PUBLIC_S = 3.0
 OUTSIDE_EVERY = 10  # of the failed tries one asks the outside world again: the network may have come up late
 PROVE_TRIES = 5
+PRUNE_S = 3600.0
+SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
@@ -1687,6 +1690,25 @@ class Masker:
         return b"".join(written)
 
 
+SGR = re.compile(r"\x1b\[[0-9;:]*m")
+ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
+    r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
+    r"|\x1b[ -/]*[0-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+    re.DOTALL,
+)
+RESET = "\x1b[0m"
+
+
+def terminal_text(text: str) -> str:
+    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
+    lines = []
+    for line in re.split(r"\r+\n?|\n", text):
+        clean = ESCAPES.sub(lambda match: match[1] or "", line)
+        lines.append(clean + RESET if SGR.search(clean) else clean)
+    return "\n".join(lines)
+
+
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"detected dubious ownership",
@@ -2004,6 +2026,21 @@ class StateFolder:
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
+    def prune(self, keep: KeepRule, needed: Container[str], now: float) -> list[str]:
+        """Delete runs beyond `keep`, except those `needed`, those not over, and the last success of each host."""
+        runs = self.run_ids()
+        oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
+        old = [run for run in runs[: max(0, len(runs) - keep.runs)] if run not in needed]
+        old += [run for run in runs[max(0, len(runs) - keep.runs) :] if run < oldest and run not in needed]
+        if not old:
+            return []
+        jobs = {run: self.load_jobs(run) for run in runs}
+        last = {job.host: run for run in runs for job in jobs[run] if job.state is State.SUCCEEDED}
+        gone = [run for run in old if run not in last.values() and all(job.state in FINAL for job in jobs[run])]
+        for run in gone:
+            shutil.rmtree(self.runs / run, ignore_errors=True)
+        return gone
+
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
         rows: list[dict[str, Any]] = []
@@ -2191,8 +2228,8 @@ def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> lis
     for path in (os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes):
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return [os.path.abspath(path)]
-    where = f"in {cwd}" if has_folder else "in PATH"
-    raise UpdaterError(f"{name}: not found {where}", f"it must be there and executable; PATH is {path_env}")
+    where, more = (f"in {cwd}", "") if has_folder else ("in PATH", f"; PATH is {path_env}")
+    raise UpdaterError(f"{name}: not found {where}", "it must be there and executable" + more)
 
 
 def render_cmd_line(argv: Sequence[str], shell: str) -> str:
@@ -2240,7 +2277,7 @@ def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> 
     A recorded group counts only while a member carries the mark: numbers are used again after a reboot.
     What carries another mark belongs to another step. Never this process or its ancestors.
     """
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if sys.platform == "linux" else []
     table = {pid: process for pid in pids if (process := _read_process(pid))}
     children: dict[int, list[int]] = {}
     for pid, process in table.items():
@@ -2283,6 +2320,16 @@ def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KIL
     Nothing is left on Windows: the runner's Job Object took it along.
     """
     return _kill_family(mark, set(pgids), deadline_s)[0]
+
+
+def runs_below(name: str, folder: Path) -> bool:
+    """Whether a program called `name` runs with its working directory in `folder`; only Linux can tell."""
+    for pid in os.listdir("/proc") if sys.platform == "linux" else ():
+        with suppress(OSError, ValueError):
+            cwd = Path(os.readlink(f"/proc/{int(pid)}/cwd"))
+            if cwd.is_relative_to(folder.resolve()) and Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                return True
+    return False
 
 
 def adopt_orphans() -> bool:
@@ -2408,7 +2455,7 @@ class Spawned:
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
             with suppress(queue.Empty):
-                data = self._rest or self._chunks.get(timeout=patience_s)
+                data = self._rest or self._chunks.get(timeout=max(patience_s, 0.05))  # the pump needs its turn
                 self._rest = data[max_bytes:]
                 return data[:max_bytes]
             return None
@@ -2698,6 +2745,7 @@ class Runner:
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         if self.git("rev-parse", "--is-inside-work-tree").strip() != b"true":
             raise UsageError(f"{self.repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        self.remove_git_locks()
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
         names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
@@ -2773,6 +2821,18 @@ class Runner:
             )
         return done.stdout if done.returncode == 0 else b""
 
+    def remove_git_locks(self) -> None:
+        """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
+        left to exclude is a git that somebody runs by hand."""
+        folder = self.repo / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
+        locks = [*folder.glob("*.lock"), *folder.glob("refs/**/*.lock"), *folder.glob("worktrees/*/*.lock")]
+        if not locks or runs_below("git", self.repo):
+            return
+        for lock in locks:
+            with suppress(OSError):  # Windows: it is open, so its owner lives
+                lock.unlink()
+                self.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
+
     def warn_of_changes(self) -> None:
         """Local changes stay, but are listed: that the tree is not what the commit says should be seen."""
         changes: list[str] = []
@@ -2812,7 +2872,7 @@ class Runner:
         pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
         stopped = self.watch(child, pump, time.monotonic() + timeout_s)
-        code = child.wait()
+        code = child.wait() if stopped is None else None  # what can't be killed is not waited for
         child.close_pipe()
         self.log.write(self.masker.flush())
         self.save(open_step=None)  # what it left running was left on purpose
@@ -3310,6 +3370,15 @@ class Agent:
                 except OSError as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
 
+    async def prune_forever(self, needed: Callable[[], Iterable[str]]) -> None:
+        """Now and then, delete the runs that [keep] does not keep."""
+        while True:
+            runs = {run for run, _ in self.jobs}.union(needed())
+            gone = await asyncio.to_thread(self.state.prune, self.config.config.keep, runs, time.time())
+            if gone:
+                log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
+            await asyncio.sleep(PRUNE_S)
+
     def look_for_local(self) -> None:
         """A deployment that was started on this host by hand: the master hears of it like of any other."""
         current = read_json(self.state.current_file) or {}
@@ -3389,7 +3458,13 @@ class Agent:
         except OSError as problem:
             log.error("can't start a runner: %s", problem)
         else:
-            self.spawn(asyncio.to_thread(child.wait))
+            self.spawn(self.await_launch(job, child))
+
+    async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
+        """The cradle is empty at once; one that failed will fail again."""
+        if await asyncio.to_thread(child.wait):
+            job.launches = LAUNCHES
+            self.poked.set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -3455,8 +3530,12 @@ class Agent:
             result = await asyncio.to_thread(live_facts, repo, scrub_environment(os.environ))
             with suppress(OSError):
                 result["version"] = parse_version_file((repo / rule.version).read_bytes())
-            running = next((job.record for job in self.jobs.values() if job.record.state is State.RUNNING), None)
-            result |= {"problem": self.config.problem, "running": running and running.run}
+            result["problem"] = self.config.problem
+            for job in self.jobs.values():
+                if job.record.state is State.RUNNING:
+                    with suppress(OSError):
+                        wrote = self.state.log_file(job.record.run, job.record.host).stat().st_mtime
+                        result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
         if self.link:
             self.link.post(Answer(ask.id, result))
 
@@ -4291,8 +4370,11 @@ class Desk:
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
+            "silent_s": facts.get("silent_s"),
             "link_down_since": self.master.registry.down_since.get(host.machine),
-            "queued": [job.run for job in jobs if job.state is State.QUEUED], "problem": facts.get("problem"),
+            "queued": [job.run for job in jobs if job.state is State.QUEUED],
+            "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
+            "problem": facts.get("problem"),
         }  # fmt: skip
 
 
@@ -4455,6 +4537,9 @@ class Followed:
     size: int = 0
     offered: int | None = None
     shown: bool = False
+    heard: float = 0.0  # when the last byte came
+    tail: bytes = b""
+    silence_told_s: float = 0.0
 
 
 class Follower:
@@ -4497,11 +4582,14 @@ class Follower:
     def receive(self, connection: Connection, message: Any) -> None:
         if message is None:
             self.acknowledge(connection)
+            self.tell_silence()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
             followed = self.hosts[self.channels[channel]]
             if offset == followed.size:
                 followed.size += len(data)
+                followed.heard, followed.silence_told_s = time.monotonic(), 0.0
+                followed.tail = (followed.tail + data)[-LAST_LINE_BYTES:]
                 self.view.data(self.channels[channel], data)
                 self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
                 if sum(self.unacked.values()) >= ACK_BYTES:
@@ -4523,6 +4611,16 @@ class Follower:
             connection.send(Have(message.channel, self.hosts[message.host].size, rewind=True))
         elif isinstance(message, Refuse):
             raise refused(message)
+
+    def tell_silence(self) -> None:
+        """A step that hangs should not look like one that works: say what it said last, ever more rarely."""
+        for host, followed in self.hosts.items():
+            silent_s = time.monotonic() - (followed.heard or time.monotonic())
+            running = followed.job and followed.job.state is State.RUNNING and not followed.shown
+            if running and self.live and silent_s > max(SILENT_S, 2 * followed.silence_told_s):
+                followed.silence_told_s = silent_s
+                last = followed.tail.decode("utf-8", "replace").strip().splitlines()[-1:]
+                self.view.notice(f"{host}: silent for {silent_s:.0f} s; last line: {terminal_text(''.join(last))}")
 
     def acknowledge(self, connection: Connection) -> None:
         for channel in self.unacked:
@@ -4750,6 +4848,7 @@ class Service:
         dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
+            group.create_task(agent.prune_forever(tuple))
             group.create_task(self.watch_config(agent, dialer.on_config))
 
     async def look_again(self, outside: bool) -> None:
@@ -4790,6 +4889,7 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
+            group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
 
     async def prove(self, url: MasterUrl, source: str | None) -> None:
@@ -4851,7 +4951,7 @@ def local_url(url: MasterUrl, host: str | None, port: int) -> str:
 
 
 # ==============================================================================
-# 20. Tools: build
+# 20. Tools: build, demo
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
@@ -5045,27 +5145,293 @@ def _replace_executable(path: Path, content: bytes) -> None:
         fresh.unlink(missing_ok=True)
 
 
+_DEMO_HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+_DEMO_READY_S, _DEMO_STOP_S = 20.0, 6.0
+_DEMO_DEPLOY = """\
+import time
+
+for step in ("installing", "building", "restarting the service"):
+    print(step, "...", flush=True)
+    time.sleep(0.4)
+"""
+_DEMO_NEED = """\
+import os, sys
+
+if "DEMO_PORT" not in os.environ:
+    sys.exit("error: DEMO_PORT is not set on this host")
+"""
+
+
+def _can_bind(address: str) -> bool:
+    with suppress(OSError), socket.socket() as probe:
+        probe.bind((address, 0))
+        return True
+    return False
+
+
+class Demo:
+    """A fleet on loopback addresses, from the build to the history, with every command said before it runs.
+
+    Nothing stays. All files lie in one temporary folder, and a stop signal only sets a flag, which is looked at where
+    everything that was started is known. `say(text, code)` shows lines in the colour of that number, if any.
+    """
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        self.say = say
+        self.stopped = False
+        self.folder = Path()
+        self.hosts = [address for address in _DEMO_HOSTS if _can_bind(address)]
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.env: dict[str, str] = {}
+        self.python = "python" if os.name == "nt" else "python3"
+
+    def run(self, keep: bool) -> int:
+        """Tell the story; `keep` then waits for Ctrl-C. Raises UpdaterError where something goes another way."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish stays
+                signal.signal(number, self.stop)
+        self.folder = Path(tempfile.mkdtemp(prefix="estelle-demo-")).resolve()
+        started, code = time.monotonic(), 130
+        try:
+            self.play()
+            self.say(f"\nAll of this took {time.monotonic() - started:.0f} s.")
+            code = 0
+            if keep:
+                self.invite()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.clean()
+        return code
+
+    def stop(self, *_: object) -> None:
+        self.stopped = True
+
+    def check(self) -> None:
+        """The one place where a stop signal takes effect."""
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    def play(self) -> None:
+        self.say(f"A fleet of three hosts on this machine, in {self.folder}. Lines with $ are what a person types.")
+        self.build()
+        self.make_project()
+        self.start_fleet()
+        self.title("4. A developer pushes, and one command deploys it everywhere, live")
+        self.push("Second version", {"config/version.json": '{"version": "v0301_2"}\n'})
+        self.command(self.on_master())
+        self.ask("trigger", "all", "master")
+        self.title(f"5. A deployment that fails: the next version needs DEMO_PORT, and {self.hosts[-1]} has none")
+        version = {"config/version.json": '{"version": "v0301_3"}\n'}
+        self.push("Third version", {"deploy.py": _DEMO_NEED + _DEMO_DEPLOY, **version})
+        self.ask("trigger", "all", "master", expected=1)
+        self.say("The exit code is 1. Nothing is rolled back by itself: a person looks, corrects and triggers again.")
+        self.title("6. What is checked out where, and how each run ended")
+        self.ask("status")
+        self.ask("history")
+
+    def title(self, text: str) -> None:
+        self.say(f"\n{text}", "1")
+
+    def command(self, text: str) -> None:
+        self.check()
+        self.say(f"$ {text}", "36")
+
+    def build(self) -> None:
+        """The zipapp: made from the checkout, or a copy of the one that runs."""
+        self.title("1. Build the program: one file for every host")
+        self.env = {**os.environ, **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(self.folder))}  # pip's are removed too
+        pyz = self.folder / "estelle_updater.pyz"
+        if Path(__file__).is_file():
+            self.command(f"{program_name()} build -o {pyz}")
+            if self.wait(self.start([*program_argv(), "build", "-o", str(pyz)])):
+                raise UpdaterError("the demo ends here, for want of its program", "see the error above")
+        else:
+            self.say(f"(It is built already: {pyz} is a copy of {sys.argv[0]}.)")
+            shutil.copy(program_argv()[-1], pyz)
+        own = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}  # nobody's hooks and signatures
+        own |= {f"GIT_{who}_{what}": "demo@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        self.env = scrub_environment(self.env) | own
+        self.env.pop("DEMO_PORT", None)
+
+    def make_project(self) -> None:
+        """An origin with a first commit, and a clone for each host."""
+        self.title("2. A project in git, cloned on every host")
+        if missing := [address for address in _DEMO_HOSTS if address not in self.hosts]:
+            self.say(f"Without {' and '.join(missing)}, which this machine lacks (macOS: sudo ifconfig lo0 alias IP).")
+        with socket.socket() as probe:
+            probe.bind((self.hosts[0], 0))
+            self.port = probe.getsockname()[1]
+        python = self.python if os.name != "nt" and shutil.which(self.python) else sys.executable
+        config: dict[str, Any] = {"masterUrl": f"ws://{self.hosts[0]}:{self.port}", "whitelist": self.hosts}
+        files = {"deploy.py": _DEMO_DEPLOY, "config/version.json": '{"version": "v0301_1"}\n'}
+        if self.has_pnpm():
+            script = subprocess.list2cmdline([python, "deploy.py"])
+            files["package.json"] = json.dumps({"private": True, "scripts": {"deploy:release": script}})
+        else:
+            self.say("pnpm is not installed: a small script stands for `pnpm deploy:release`, which is the default.")
+            config["deploy"] = {"command": [python, "deploy.py"]}
+        config["hosts"] = {each: {"env": {"DEMO_PORT": f"800{i}"}} for i, each in enumerate(self.hosts[:-1], 1)}
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
+        files["config/updater.json"] = f"{{\n{lines}\n}}\n"
+        self.git("init", "--bare", "origin.git")
+        self.git("clone", "origin.git", "developer")
+        self.push("First version", files)
+        for address in self.hosts:
+            self.git("clone", "origin.git", f"{address}/app")
+        self.command("cat developer/config/updater.json")
+        self.say(files["config/updater.json"].rstrip())
+
+    def has_pnpm(self) -> bool:
+        """Whether pnpm really starts: corepack's shim may be there alone, and want to download it."""
+        with suppress(UpdaterError):
+            pnpm = resolve_program("pnpm", self.env.get("PATH", ""))
+            return self.wait(self.start([*pnpm, "--version"], "pnpm.log")) == 0
+        return False
+
+    def start_fleet(self) -> None:
+        self.title("3. The same program on every host: one finds that it is the master, the others are agents")
+        self.say("(--bind, --config and --state tell three hosts on one machine apart; elsewhere `serve` is enough.)")
+        daemons = {}
+        for address in self.hosts:
+            own = f"--bind {address} --config {address}/app/config/updater.json --state {address}/state".split()
+            own += ["--listen", f"{address}:{self.port}"] if address == self.hosts[0] else []
+            self.command(f"{self.python} estelle_updater.pyz serve {' '.join(own)} &")
+            daemons[address] = self.start([*self.program(), "serve", *own], f"{address}/serve.log")
+            if address == self.hosts[0]:
+                self.wait_ready(address, daemons[address])
+        for address in self.hosts[1:]:
+            self.wait_ready(address, daemons[address])
+
+    def wait_ready(self, address: str, daemon: subprocess.Popen[bytes]) -> None:
+        """Until the master listens, or has welcomed the agent; then show what the daemon wrote."""
+        deadline = time.monotonic() + _DEMO_READY_S
+        while "label" not in (read_json(self.state(address).daemon_file) or {}):
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                raise UpdaterError(f"{address} did not start: {self.said(f'{address}/serve.log')}")
+            self.check()
+            time.sleep(0.02)
+        self.say(self.said(f"{address}/serve.log"), "2")
+
+    def push(self, message: str, files: Mapping[str, str]) -> None:
+        """Commit files as the developer would."""
+        for name, text in files.items():
+            path = self.folder / "developer" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, "utf-8")
+        self.git("-C", "developer", "add", ".")
+        self.git("-C", "developer", "commit", "-m", message)
+        self.git("-C", "developer", "push", "origin", "master")
+
+    def git(self, *words: str) -> None:
+        self.command(subprocess.list2cmdline(["git", *words]))
+        git = resolve_program("git", self.env.get("PATH", ""))
+        if self.wait(self.start([*git, *words], "git.log")):
+            raise UpdaterError(f"git {' '.join(words)}: {self.said('git.log')}")
+
+    def on_master(self) -> str:
+        """Make this the master's own shell: the command that a person needs for it."""
+        where = {"ESTELLE_REPO": f"{self.hosts[0]}/app", "ESTELLE_STATE": f"{self.hosts[0]}/state"}
+        self.env |= where
+        words = [f"{key}={value}" for key, value in where.items()]
+        return "export " + " ".join(words) if os.name != "nt" else "set " + "&& set ".join(words)
+
+    def ask(self, *words: str, expected: int = 0) -> None:
+        """A command to the master, with its output as it is."""
+        self.command(f"{self.python} estelle_updater.pyz {' '.join(words)}")
+        code = self.wait(self.start([*self.program(), *words]))
+        self.stopped |= code == 130  # nobody reads its output any more
+        self.check()
+        if code != expected:
+            raise UpdaterError(f"{words[0]} ended with {code} instead of {expected}")
+
+    def invite(self) -> None:
+        """The fleet runs on for whoever wants to play with it."""
+        est = f"{self.python} estelle_updater.pyz"
+        self.title("It runs on. In another terminal:")
+        for line in (f"cd {self.folder}", self.on_master(), f"{est} status", f"{est} trigger {self.hosts[-1]} master"):
+            self.say(f"  {line}", "36")
+        self.say("developer/ is for commits of your own. Ctrl-C here ends the fleet and removes the folder.")
+        while True:
+            self.check()
+            time.sleep(0.1)
+
+    def program(self) -> list[str]:
+        return [sys.executable, str(self.folder / "estelle_updater.pyz")]
+
+    def state(self, address: str) -> StateFolder:
+        return StateFolder(self.folder / address / "state")
+
+    def said(self, log_name: str) -> str:
+        return (self.folder / log_name).read_text("utf-8", "replace").strip()
+
+    def start(self, argv: Sequence[str], log_name: str = "") -> subprocess.Popen[bytes]:
+        """Start a program in the folder. The terminal's Ctrl-C does not reach it: `clean` ends it, in order."""
+        options: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
+        with ExitStack() as stack:
+            if log_name:
+                options["stdout"] = options["stderr"] = stack.enter_context(open(self.folder / log_name, "wb"))
+            child = subprocess.Popen(argv, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, **options)
+        self.children.append(child)
+        return child
+
+    def wait(self, child: subprocess.Popen[bytes]) -> int:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(0.1)
+            self.check()
+
+    def clean(self) -> None:
+        """End what runs, the daemons before the deployments that outlive them, and remove every file."""
+        with suppress(Exception):  # nobody may be reading any more
+            self.say("\nThe demo ends: what it started is stopped, and what it wrote is removed.")
+        for number in (15, 9):
+            for child in self.children:
+                self.end(child, number)
+            deadline = time.monotonic() + _DEMO_STOP_S
+            for child in self.children:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(max(0.01, deadline - time.monotonic()))
+        locks = [self.end_jobs(self.state(address)) for address in self.hosts]
+        for _ in range(50):
+            if os.name == "nt":  # which removes neither open files nor git's read-only ones
+                for path in self.folder.rglob("*"):
+                    path.chmod(0o600)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                break
+            time.sleep(0.1)
+        for lock in locks:
+            lock.release()
+
+    @staticmethod
+    def end(child: subprocess.Popen[bytes], number: int) -> None:
+        """Signal a program and what it runs, as `build` does pip."""
+        if child.poll() is None and os.name != "nt":
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+        elif child.returncode is None:
+            words = ["taskkill", "/T", "/F", "/PID", str(child.pid)]
+            subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+    @staticmethod
+    def end_jobs(state: StateFolder) -> FileLock:
+        """Cancel the deployments on a host, and keep its lock, so that no late runner begins one."""
+        lock = FileLock(state.job_lock)
+        for job in (job for run in state.run_ids() for job in state.load_jobs(run)):
+            if job.state not in FINAL:
+                write_atomic(state.cancel_file(job.run, job.host), b"")
+        if state.root.exists():
+            lock.acquire(GRACE_S + KILL_S + DRAIN_S)
+        if os.name == "nt":
+            lock.release()
+        return lock
+
+
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
-
-SGR = re.compile(r"\x1b\[[0-9;:]*m")
-ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
-    r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
-    r"|\x1b[ -/]*[0-~]"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
-    re.DOTALL,
-)
-RESET = "\x1b[0m"
-
-
-def terminal_text(text: str) -> str:
-    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
-    lines = []
-    for line in re.split(r"\r+\n?|\n", text):
-        clean = ESCAPES.sub(lambda match: match[1] or "", line)
-        lines.append(clean + RESET if SGR.search(clean) else clean)
-    return "\n".join(lines)
 
 
 def result_text(job: JobRecord) -> str:
@@ -5426,12 +5792,21 @@ def cmd_status(args: Args) -> int:
 
 def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """One host's row of the `status` table."""
-    job = f"running {row['running']} ({row.get('step') or '?'})" if row["running"] else ""
-    job += f" queued {', '.join(row['queued'])}" if row["queued"] else ""
+    jobs = []
+    if row["running"]:
+        since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
+        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
+    for run in row["queued"]:
+        behind = row.get("behind", {}).get(run)
+        jobs.append(f"{run} queued" + (f" behind {behind}" if behind else ""))
+    down = row.get("link_down_since")
+    since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
+    online = "yes" if row["online"] else f"no{since}"
     commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], "yes" if row["online"] else "no", row["branch"] or "-", commit,
-        row["version"] or "-", row["color"] or "-", job.strip() or "-",
+        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
+        row["color"] or "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
 
@@ -5451,6 +5826,22 @@ def cmd_run_job(args: Args) -> int:
 def cmd_build(args: Args) -> int:
     say(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
     return 0
+
+
+def cmd_demo(args: Args) -> int:
+    if args.json:
+        raise UsageError("demo tells a story, which has no JSON form", "leave --json out")
+    if args.no_color:
+        os.environ["NO_COLOR"] = "1"  # also for the commands that it runs
+    output = Output(not args.no_color)
+
+    def say(text: str, code: str = "") -> None:
+        output.write((output.paint(text, code) if code else text).encode(errors="replace") + b"\n")
+
+    try:
+        return Demo(say).run(args.keep)
+    except Output.Closed:
+        return 130
 
 
 def parse_seconds(text: str) -> float:
@@ -5549,6 +5940,9 @@ COMMANDS = (
     )),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
+    )),
+    Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo, (
+        option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     )),
     Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
 )  # fmt: skip

@@ -1,0 +1,140 @@
+"""`pm2.config.js` under a real PM2: start, restart, logs, and deployments that outlive a restart of their daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fleet import MODULE, ROOT, Fleet, Host, Result, need, run, wait_for
+
+SERVICE = "estelle-updater"
+# Waits for the word to go on, so that the test knows that it runs; then shows that it was not disturbed.
+WAITING = "echo begun; while ! [ -e ../go ]; do sleep 0.05; done; echo went on\n"
+
+
+class Pm2:
+    """A PM2 of its own, which runs one host's daemon by the repository's own file."""
+
+    def __init__(self, fleet: Fleet, host: Host, folder: Path, program: Path) -> None:
+        self.host = host
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        python = folder / "bin" / "python3"  # the name that the file asks for; the machine's own may be older
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
+        shutil.copy(ROOT / "pm2.config.js", folder)
+        shutil.copy(program, folder)
+        self.env = fleet.env | {
+            "PM2_HOME": str(folder / "home"),
+            "PATH": f"{folder / 'bin'}:{fleet.env['PATH']}",
+            "ESTELLE_BIND": host.address,
+            "ESTELLE_STATE": str(host.state),
+        }
+
+    def __call__(self, *words: str, cwd: Path | None = None) -> Result:
+        return run(["pm2", *words], self.env, cwd or self.host.repo)
+
+    def service(self) -> dict[str, Any]:
+        """What PM2 knows of the service."""
+        found = [one for one in json.loads(self("jlist").out.splitlines()[-1]) if one["name"] == SERVICE]
+        assert len(found) == 1
+        return dict(found[0])
+
+    def log(self) -> str:
+        """What the daemon wrote, as PM2 keeps it."""
+        path = self.folder / "home" / "logs" / f"{SERVICE}-error.log"
+        return path.read_text("utf-8") if path.exists() else ""
+
+    def wait_welcomed(self, times: int = 1) -> None:
+        wait_for(lambda: self.log().count("welcomed by the master") >= times, lambda: f"welcome {times}\n{self.log()}")
+
+
+@pytest.fixture
+def under_pm2(fleet: Callable[..., Fleet], tmp_path: Path, pyz: Path) -> Iterator[tuple[Fleet, Pm2]]:
+    """A master as usual, and an agent that is yet to be started by PM2."""
+    need("pm2", "node")
+    one = fleet(hosts=2, start=False)
+    one.start(one.master)
+    pm2 = Pm2(one, one.agents[0], tmp_path / "pm2", pyz)
+    yield one, pm2
+    pm2("kill")
+
+
+def test_starts_shows_logs_restarts_and_stops(under_pm2: tuple[Fleet, Pm2], tmp_path: Path):
+    fleet, pm2 = under_pm2
+    pm2.env["ESTELLE_REPO"] = str(pm2.host.repo.relative_to(tmp_path))
+    code, out, err = pm2("start", str(pm2.folder / "pm2.config.js"), cwd=tmp_path)
+    assert code == 0, out + err
+    pm2.wait_welcomed()
+    service = pm2.service()
+    assert service["pm2_env"]["pm_cwd"] == str(pm2.host.repo)
+    assert service["pm2_env"]["pm_exec_path"].endswith("estelle_updater.pyz")
+    assert "welcomed by the master" in pm2("logs", SERVICE, "--nostream").out
+    del pm2.env["ESTELLE_REPO"]
+    assert pm2("restart", SERVICE, "--update-env", cwd=tmp_path).code == 0  # from elsewhere
+    pm2.wait_welcomed(2)
+    assert pm2.service()["pid"] != service["pid"]
+    assert "stopping on SIGINT" in pm2.log()  # it was asked, not killed
+    assert fleet.cli("trigger", pm2.host.address, "master").code == 0
+    assert pm2("stop", SERVICE).code == 0
+    assert pm2.service()["pm2_env"]["status"] == "stopped"
+    assert not (pm2.host.state / "daemon.json").exists()  # it ended by itself, in order
+
+
+@pytest.mark.parametrize("who", ["operator", "deployment"])
+def test_a_deployment_survives_a_restart(under_pm2: tuple[Fleet, Pm2], who: str):
+    fleet, pm2 = under_pm2
+    assert pm2("start", str(pm2.folder / "pm2.config.js")).code == 0  # in the repository, without ESTELLE_REPO
+    pm2.wait_welcomed()
+    go = pm2.host.repo.parent / "go"
+    if who == "operator":
+        fleet.origin.commit({"deploy.sh": WAITING})
+    else:  # PM2 calls are made with the environment of a deployment, which keeps PM2_HOME
+        fleet.origin.commit({"deploy.sh": f"pm2 restart {SERVICE} || exit 9\n{WAITING}"})
+    trigger = fleet.popen("trigger", pm2.host.address, "master")
+    log = pm2.host.state / "runs"
+    wait_for(lambda: any("begun" in file.read_text() for file in log.glob("*/*.log")), lambda: pm2.log())
+    if who == "operator":
+        assert pm2("restart", SERVICE).code == 0
+    pm2.wait_welcomed(2)
+    go.touch()
+    out, err = trigger.communicate(timeout=60)
+    assert trigger.returncode == 0, (out, err)
+    assert f"[{pm2.host.address}] went on\n[{pm2.host.address}] ✓ 완료 ".encode() in out
+
+
+def test_comes_up_by_itself_once_the_configuration_is_there(under_pm2: tuple[Fleet, Pm2]):
+    _, pm2 = under_pm2
+    config = pm2.host.config.read_bytes()
+    pm2.host.config.unlink()
+    assert pm2("start", str(pm2.folder / "pm2.config.js")).code == 0
+    wait_for(lambda: pm2.log().count("no config/updater.json") >= 3, lambda: pm2.log(), 30)
+    wait_for(lambda: pm2.service()["pm2_env"]["status"] == "waiting restart", "PM2 has patience")
+    pm2.host.config.write_bytes(config)
+    pm2.wait_welcomed()
+
+
+def test_without_a_zipapp_beside_it_runs_the_checkout(under_pm2: tuple[Fleet, Pm2]):
+    _, pm2 = under_pm2
+    (pm2.folder / "estelle_updater.pyz").unlink()
+    shutil.copy(MODULE, pm2.folder)
+    assert pm2("start", str(pm2.folder / "pm2.config.js")).code == 0
+    pm2.wait_welcomed()
+
+
+@pytest.mark.parametrize(("platform", "python"), [("win32", "python"), ("linux", "python3"), ("darwin", "python3")])
+def test_the_interpreter_has_the_platform_s_name(platform: str, python: str):
+    need("node")
+    script = f"""Object.defineProperty(process, 'platform', {{value: {platform!r}}});
+        console.log(JSON.stringify(require({str(ROOT / "pm2.config.js")!r})))"""
+    (app,) = json.loads(run(["node", "-e", script], {"PATH": os.environ["PATH"]}, ROOT).out)["apps"]
+    assert (app["name"], app["args"], app["interpreter"]) == (SERVICE, "serve", python)
+    assert app["watch"] is False
