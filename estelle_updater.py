@@ -2865,7 +2865,8 @@ class Runner:
             self.begin(step.label)
         try:
             argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            child = spawn_step(argv, self.repo, self.env, mark=self.job.open_step or "")
+            env = self.env | {"LANGUAGE": "en"} if step.argv[0] == "git" else self.env  # for `explain_failure`
+            child = spawn_step(argv, self.repo, env, mark=self.job.open_step or "")
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
@@ -5722,7 +5723,7 @@ def cmd_history(args: Args) -> int:
         rows = args.state_folder().history(args.count)
         if not rows:
             raise
-        make_view(args).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+        TextView(Output(False)).notice(f"{problem.what}; this is what {args.state_folder().root} has")
     if args.json:
         say(json.dumps({"runs": rows}, ensure_ascii=False))
         return 0
@@ -5962,6 +5963,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with the contract's errors instead of its own."""
 
     def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"argument COMMAND: invalid choice: ('.*?')", message):
+            names = ", ".join(command.name for command in COMMANDS if not command.hidden)
+            raise UsageError(f"there is no command {unknown[1]}", f"the commands are: {names}")
         raise UsageError(message, f"see: {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:
