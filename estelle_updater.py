@@ -4130,6 +4130,7 @@ class Master:
         run.jobs[job.host] = job
         for follower in run.followers:
             follower.post(job)
+            follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
         return True
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
