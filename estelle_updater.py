@@ -196,6 +196,7 @@ WINDOW_BYTES = 1 << 20  # unacknowledged on one connection, so that no live line
 ACK_BYTES = 256 << 10
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
+LAST_LINE_BYTES = 300  # of what a silent step said last
 TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -211,6 +212,8 @@ WELCOME_S = 10.0
 PUBLIC_S = 3.0
 OUTSIDE_EVERY = 10  # of the failed tries one asks the outside world again: the network may have come up late
 PROVE_TRIES = 5
+PRUNE_S = 3600.0
+SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
@@ -1687,6 +1690,25 @@ class Masker:
         return b"".join(written)
 
 
+SGR = re.compile(r"\x1b\[[0-9;:]*m")
+ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
+    r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
+    r"|\x1b[ -/]*[0-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+    re.DOTALL,
+)
+RESET = "\x1b[0m"
+
+
+def terminal_text(text: str) -> str:
+    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
+    lines = []
+    for line in re.split(r"\r+\n?|\n", text):
+        clean = ESCAPES.sub(lambda match: match[1] or "", line)
+        lines.append(clean + RESET if SGR.search(clean) else clean)
+    return "\n".join(lines)
+
+
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"detected dubious ownership",
@@ -2004,6 +2026,21 @@ class StateFolder:
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
+    def prune(self, keep: KeepRule, needed: Container[str], now: float) -> list[str]:
+        """Delete runs beyond `keep`, except those `needed`, those not over, and the last success of each host."""
+        runs = self.run_ids()
+        oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
+        old = [run for run in runs[: max(0, len(runs) - keep.runs)] if run not in needed]
+        old += [run for run in runs[max(0, len(runs) - keep.runs) :] if run < oldest and run not in needed]
+        if not old:
+            return []
+        jobs = {run: self.load_jobs(run) for run in runs}
+        last = {job.host: run for run in runs for job in jobs[run] if job.state is State.SUCCEEDED}
+        gone = [run for run in old if run not in last.values() and all(job.state in FINAL for job in jobs[run])]
+        for run in gone:
+            shutil.rmtree(self.runs / run, ignore_errors=True)
+        return gone
+
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
         rows: list[dict[str, Any]] = []
@@ -2191,8 +2228,8 @@ def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> lis
     for path in (os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes):
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return [os.path.abspath(path)]
-    where = f"in {cwd}" if has_folder else "in PATH"
-    raise UpdaterError(f"{name}: not found {where}", f"it must be there and executable; PATH is {path_env}")
+    where, more = (f"in {cwd}", "") if has_folder else ("in PATH", f"; PATH is {path_env}")
+    raise UpdaterError(f"{name}: not found {where}", "it must be there and executable" + more)
 
 
 def render_cmd_line(argv: Sequence[str], shell: str) -> str:
@@ -2240,7 +2277,7 @@ def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> 
     A recorded group counts only while a member carries the mark: numbers are used again after a reboot.
     What carries another mark belongs to another step. Never this process or its ancestors.
     """
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if sys.platform == "linux" else []
     table = {pid: process for pid in pids if (process := _read_process(pid))}
     children: dict[int, list[int]] = {}
     for pid, process in table.items():
@@ -2283,6 +2320,16 @@ def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KIL
     Nothing is left on Windows: the runner's Job Object took it along.
     """
     return _kill_family(mark, set(pgids), deadline_s)[0]
+
+
+def runs_below(name: str, folder: Path) -> bool:
+    """Whether a program called `name` runs with its working directory in `folder`; only Linux can tell."""
+    for pid in os.listdir("/proc") if sys.platform == "linux" else ():
+        with suppress(OSError, ValueError):
+            cwd = Path(os.readlink(f"/proc/{int(pid)}/cwd"))
+            if cwd.is_relative_to(folder.resolve()) and Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                return True
+    return False
 
 
 def adopt_orphans() -> bool:
@@ -2408,7 +2455,7 @@ class Spawned:
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
             with suppress(queue.Empty):
-                data = self._rest or self._chunks.get(timeout=patience_s)
+                data = self._rest or self._chunks.get(timeout=max(patience_s, 0.05))  # the pump needs its turn
                 self._rest = data[max_bytes:]
                 return data[:max_bytes]
             return None
@@ -2698,6 +2745,7 @@ class Runner:
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         if self.git("rev-parse", "--is-inside-work-tree").strip() != b"true":
             raise UsageError(f"{self.repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        self.remove_git_locks()
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
         names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
@@ -2773,6 +2821,18 @@ class Runner:
             )
         return done.stdout if done.returncode == 0 else b""
 
+    def remove_git_locks(self) -> None:
+        """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
+        left to exclude is a git that somebody runs by hand."""
+        folder = self.repo / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
+        locks = [*folder.glob("*.lock"), *folder.glob("refs/**/*.lock"), *folder.glob("worktrees/*/*.lock")]
+        if not locks or runs_below("git", self.repo):
+            return
+        for lock in locks:
+            with suppress(OSError):  # Windows: it is open, so its owner lives
+                lock.unlink()
+                self.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
+
     def warn_of_changes(self) -> None:
         """Local changes stay, but are listed: that the tree is not what the commit says should be seen."""
         changes: list[str] = []
@@ -2812,7 +2872,7 @@ class Runner:
         pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
         stopped = self.watch(child, pump, time.monotonic() + timeout_s)
-        code = child.wait()
+        code = child.wait() if stopped is None else None  # what can't be killed is not waited for
         child.close_pipe()
         self.log.write(self.masker.flush())
         self.save(open_step=None)  # what it left running was left on purpose
@@ -3310,6 +3370,15 @@ class Agent:
                 except OSError as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
 
+    async def prune_forever(self, needed: Callable[[], Iterable[str]]) -> None:
+        """Now and then, delete the runs that [keep] does not keep."""
+        while True:
+            runs = {run for run, _ in self.jobs}.union(needed())
+            gone = await asyncio.to_thread(self.state.prune, self.config.config.keep, runs, time.time())
+            if gone:
+                log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
+            await asyncio.sleep(PRUNE_S)
+
     def look_for_local(self) -> None:
         """A deployment that was started on this host by hand: the master hears of it like of any other."""
         current = read_json(self.state.current_file) or {}
@@ -3389,7 +3458,13 @@ class Agent:
         except OSError as problem:
             log.error("can't start a runner: %s", problem)
         else:
-            self.spawn(asyncio.to_thread(child.wait))
+            self.spawn(self.await_launch(job, child))
+
+    async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
+        """The cradle is empty at once; one that failed will fail again."""
+        if await asyncio.to_thread(child.wait):
+            job.launches = LAUNCHES
+            self.poked.set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -3455,8 +3530,12 @@ class Agent:
             result = await asyncio.to_thread(live_facts, repo, scrub_environment(os.environ))
             with suppress(OSError):
                 result["version"] = parse_version_file((repo / rule.version).read_bytes())
-            running = next((job.record for job in self.jobs.values() if job.record.state is State.RUNNING), None)
-            result |= {"problem": self.config.problem, "running": running and running.run}
+            result["problem"] = self.config.problem
+            for job in self.jobs.values():
+                if job.record.state is State.RUNNING:
+                    with suppress(OSError):
+                        wrote = self.state.log_file(job.record.run, job.record.host).stat().st_mtime
+                        result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
         if self.link:
             self.link.post(Answer(ask.id, result))
 
@@ -4290,8 +4369,11 @@ class Desk:
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
+            "silent_s": facts.get("silent_s"),
             "link_down_since": self.master.registry.down_since.get(host.machine),
-            "queued": [job.run for job in jobs if job.state is State.QUEUED], "problem": facts.get("problem"),
+            "queued": [job.run for job in jobs if job.state is State.QUEUED],
+            "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
+            "problem": facts.get("problem"),
         }  # fmt: skip
 
 
@@ -4454,6 +4536,9 @@ class Followed:
     size: int = 0
     offered: int | None = None
     shown: bool = False
+    heard: float = 0.0  # when the last byte came
+    tail: bytes = b""
+    silence_told_s: float = 0.0
 
 
 class Follower:
@@ -4496,11 +4581,14 @@ class Follower:
     def receive(self, connection: Connection, message: Any) -> None:
         if message is None:
             self.acknowledge(connection)
+            self.tell_silence()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
             followed = self.hosts[self.channels[channel]]
             if offset == followed.size:
                 followed.size += len(data)
+                followed.heard, followed.silence_told_s = time.monotonic(), 0.0
+                followed.tail = (followed.tail + data)[-LAST_LINE_BYTES:]
                 self.view.data(self.channels[channel], data)
                 self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
                 if sum(self.unacked.values()) >= ACK_BYTES:
@@ -4522,6 +4610,16 @@ class Follower:
             connection.send(Have(message.channel, self.hosts[message.host].size, rewind=True))
         elif isinstance(message, Refuse):
             raise refused(message)
+
+    def tell_silence(self) -> None:
+        """A step that hangs should not look like one that works: say what it said last, ever more rarely."""
+        for host, followed in self.hosts.items():
+            silent_s = time.monotonic() - (followed.heard or time.monotonic())
+            running = followed.job and followed.job.state is State.RUNNING and not followed.shown
+            if running and self.live and silent_s > max(SILENT_S, 2 * followed.silence_told_s):
+                followed.silence_told_s = silent_s
+                last = followed.tail.decode("utf-8", "replace").strip().splitlines()[-1:]
+                self.view.notice(f"{host}: silent for {silent_s:.0f} s; last line: {terminal_text(''.join(last))}")
 
     def acknowledge(self, connection: Connection) -> None:
         for channel in self.unacked:
@@ -4749,6 +4847,7 @@ class Service:
         dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
+            group.create_task(agent.prune_forever(tuple))
             group.create_task(self.watch_config(agent, dialer.on_config))
 
     async def look_again(self, outside: bool) -> None:
@@ -4789,6 +4888,7 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
+            group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
 
     async def prove(self, url: MasterUrl, source: str | None) -> None:
@@ -5332,23 +5432,6 @@ class Demo:
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
 
-SGR = re.compile(r"\x1b\[[0-9;:]*m")
-ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
-    r"(\x1b\[[0-9;:]*m)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
-    re.DOTALL,
-)
-RESET = "\x1b[0m"
-
-
-def terminal_text(text: str) -> str:
-    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
-    lines = []
-    for line in re.split(r"\r+\n?|\n", text):
-        clean = ESCAPES.sub(lambda match: match[1] or "", line)
-        lines.append(clean + RESET if SGR.search(clean) else clean)
-    return "\n".join(lines)
-
 
 def result_text(job: JobRecord) -> str:
     """A host's last line, in the operator's language."""
@@ -5684,8 +5767,9 @@ def cmd_cancel(args: Args) -> int:
     connection = make_caller(args).dial(PATIENCE_S)
     record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
     connection.close()
-    text = f"cancelling {record.run} on {', '.join(record.hosts)}"
-    say(json.dumps({"run": record.run, "cancelled": True, "hosts": record.hosts}) if args.json else text)
+    doing = f"cancelling {record.run} on {', '.join(record.hosts)}"
+    text = doing if record.cancelled else f"{record.run} is over: there is nothing to cancel"
+    say(json.dumps({"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}) if args.json else text)
     return 0
 
 
@@ -5707,12 +5791,21 @@ def cmd_status(args: Args) -> int:
 
 def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """One host's row of the `status` table."""
-    job = f"running {row['running']} ({row.get('step') or '?'})" if row["running"] else ""
-    job += f" queued {', '.join(row['queued'])}" if row["queued"] else ""
+    jobs = []
+    if row["running"]:
+        since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
+        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
+    for run in row["queued"]:
+        behind = row.get("behind", {}).get(run)
+        jobs.append(f"{run} queued" + (f" behind {behind}" if behind else ""))
+    down = row.get("link_down_since")
+    since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
+    online = "yes" if row["online"] else f"no{since}"
     commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], "yes" if row["online"] else "no", row["branch"] or "-", commit,
-        row["version"] or "-", row["color"] or "-", job.strip() or "-",
+        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
+        row["color"] or "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
 
@@ -5762,7 +5855,7 @@ def parse_count(text: str) -> int:
     """A positive whole number on the command line. Raises UsageError."""
     if text.isascii() and text.isdigit() and 0 < int(text) < 100_000:
         return int(text)
-    raise UsageError(f"{text!r} is no positive number")
+    raise UsageError(f"{text!r} is no positive number", "for example 1")
 
 
 def parse_run_id(text: str) -> str:
@@ -5870,6 +5963,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, f"see: {self.prog} --help")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        say(message.removesuffix("\n"))  # help through a pipe that is closed early ends without a complaint
+
 
 def make_parser() -> Parser:
     """The command table as a parser; global options go before or after the command."""
@@ -5902,21 +5998,23 @@ def main(argv: list[str]) -> int:
         code: int = args.function(args)
         return code
     except UpdaterError as problem:
-        if args.verbose:
-            raise
-        return print_error(problem, args.json)
+        return print_error(problem, args)
     except (KeyboardInterrupt, Output.Closed):
         return 130
     except BaseExceptionGroup as group:
         leaf = next(iter_leaves(group))
-        if args.verbose or not isinstance(leaf, UpdaterError):
+        if not isinstance(leaf, UpdaterError):
             raise
-        return print_error(leaf, args.json)
+        return print_error(leaf, args)
 
 
-def print_error(problem: UpdaterError, as_json: bool) -> int:
-    """One line what, one line hint, on stderr."""
-    if as_json:
+def print_error(problem: UpdaterError, args: Args) -> int:
+    """One line what, one line hint, on stderr; the exit code is the same with and without the traceback of `-v`."""
+    if args.verbose:
+        import traceback
+
+        traceback.print_exception(problem)
+    if args.json:
         event = {"event": "error", "what": problem.what, "hint": problem.hint, "exit": problem.exit_code}
         print(json.dumps(event, ensure_ascii=False), file=sys.stderr)
     else:

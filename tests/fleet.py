@@ -273,6 +273,7 @@ class Fleet:
         settings: dict[str, Any] = {"masterUrl": self.url, "whitelist": addresses, "deploy": {"command": list(command)}}
         self.origin = Origin(tmp_path, settings | dict(config or {}))
         self.env = clean_env(tmp_path / "home")
+        self.watched: list[subprocess.Popen[bytes]] = []
         self.hosts = [
             Host(address, tmp_path / f"host{i + 1}", network.prefix(i + 1) if network else ())
             for i, address in enumerate(addresses)
@@ -382,7 +383,8 @@ class Fleet:
         """Start a command that is watched while it runs; `stop_all` ends it."""
         argv, full_env, cwd = self._command(arguments, host, bind, env)
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-        return subprocess.Popen(argv, cwd=cwd, env=full_env, stdout=stdout, stderr=stderr, **options)
+        self.watched.append(subprocess.Popen(argv, cwd=cwd, env=full_env, stdout=stdout, stderr=stderr, **options))
+        return self.watched[-1]
 
     def _command(
         self, arguments: Sequence[str], host: Host | None, bind: str | None, env: Mapping[str, str] | None
@@ -406,6 +408,8 @@ class Fleet:
             for process in running:
                 process.wait(5)
         killed = kill_processes_of(self.tmp_path)
+        for process in self.watched:
+            process.wait(5)
         for host in self.hosts:
             if host.process:
                 host.process.wait(5)
