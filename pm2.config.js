@@ -15,10 +15,7 @@ module.exports = {
       args: 'serve',
       interpreter: windows ? 'python' : 'python3', // Windows' python3 is often only a door to the Store
       cwd: repo, // config/updater.json is looked for from here upwards
-      env: {
-        ESTELLE_REPO: repo, // absolute: the program would look for a relative one from cwd
-        PYTHONUTF8: '1', // else a Korean Windows writes the log in its own code page, which PM2 shows as garbage
-      },
+      env: { PYTHONUTF8: '1' }, // else a Korean Windows writes its log in cp949, and PM2 shows garbage
       // A deployment changes files all the time, and PM2 must not take that for a reason to restart.
       watch: false,
       vizion: false, // nor needs PM2 to run git there at every start
