@@ -82,6 +82,7 @@ class _Lazy:
 if TYPE_CHECKING:
     import asyncio
     import ctypes
+    import getpass
     import hashlib
     import http.client as http_client
     import importlib.metadata as importlib_metadata
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
 else:
     asyncio = _Lazy("asyncio")
     ctypes = _Lazy("ctypes")
+    getpass = _Lazy("getpass")
     hashlib = _Lazy("hashlib")
     http_client = _Lazy("http.client")
     importlib_metadata = _Lazy("importlib.metadata")
@@ -4521,7 +4523,10 @@ class Caller:
 
 def user_name() -> str:
     """Who asks, for the record: user and host name; no proof of anything."""
-    user = os.environ.get("USER") or os.environ.get("USERNAME") or "?"
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # no such user id, or Windows without USERNAME
+        user = "?"
     return f"{user}@{socket.gethostname()}"
 
 
