@@ -4082,8 +4082,10 @@ class Master:
                 addresses={**old.addresses, **record.addresses},
             )  # fmt: skip
         self.state.save_run(record)
-        jobs = run.jobs if run else {}
-        self.runs[job.run] = Run(record, {**jobs, job.host: replace(job_of_run(record, job.host), ordered=True)})
+        run = run or Run(record, {})
+        run.record = record
+        run.jobs[job.host] = replace(job_of_run(record, job.host), ordered=True)
+        self.runs[job.run] = run
 
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
