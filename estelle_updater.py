@@ -4237,7 +4237,8 @@ class Master:
             return
         down = self.registry.down_since.get(job.machine, self.started)
         if job.state is State.QUEUED:
-            since = max(down, run.record.created, self.started if job.behind else 0.0)
+            not_due = job.behind or run.record.batch  # it waited for others, not for its host
+            since = max(down, run.record.created, self.started if not_due else 0.0)
             allowed = run.record.wait_s if job.host in run.record.offline else max(ORDER_EXPIRES_S, run.record.wait_s)
             if now - since > allowed and job.ordered:
                 self.end(run, job, State.LOST, "the order was never acknowledged", guess=True)
