@@ -196,6 +196,7 @@ FEATURES: tuple[str, ...] = ()
 CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
 WINDOW_BYTES = 1 << 20  # unacknowledged on one connection, so that no live line waits behind megabytes
 ACK_BYTES = 256 << 10
+SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
@@ -1432,20 +1433,32 @@ def _fits(annotation: str, value: Any) -> bool:
     return annotation == "Any" or type(value).__name__ == annotation
 
 
-CHUNK_HEADER = struct.Struct("!BIQ")  # frame version, channel, offset
+CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
-def encode_chunk(channel: int, offset: int, data: bytes) -> bytes:
-    """Log bytes as a binary frame."""
+def encode_chunk(channel: int, offset: int, data: bytes, *, squeeze: bool = False) -> bytes:
+    """Log bytes as a binary frame. `squeeze` where it pays: what a client sends is masked byte by byte in Python, which
+    costs more than deflating a log that deflates well."""
+    if squeeze and len(data) >= SQUEEZE_BYTES and len(small := zlib.compress(data, 1)) < len(data) // 2:
+        return CHUNK_HEADER.pack(2, channel, offset) + small
     return CHUNK_HEADER.pack(1, channel, offset) + data
 
 
 def decode_chunk(frame: bytes) -> tuple[int, int, bytes]:
     """(channel, offset, bytes) of a binary frame. Raises ProtocolError."""
-    if len(frame) < CHUNK_HEADER.size or frame[0] != 1:
+    if len(frame) < CHUNK_HEADER.size or frame[0] not in (1, 2):
         raise ProtocolError("a binary frame of an unknown form")
-    _, channel, offset = CHUNK_HEADER.unpack_from(frame)
-    return channel, offset, frame[CHUNK_HEADER.size :]
+    form, channel, offset = CHUNK_HEADER.unpack_from(frame)
+    data = frame[CHUNK_HEADER.size :]
+    if form == 2:
+        inflater = zlib.decompressobj()
+        try:
+            data = inflater.decompress(data, CHUNK_BYTES)
+        except zlib.error as problem:
+            raise ProtocolError("a binary frame that does not inflate") from problem
+        if not inflater.eof or inflater.unconsumed_tail:
+            raise ProtocolError("a binary frame that inflates to more than a chunk")
+    return channel, offset, data
 
 
 # ==============================================================================
@@ -3148,8 +3161,8 @@ class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more than a window of
     unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Agent and master are both this."""
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    def __init__(self, wire: Wire, *, squeeze: bool = False) -> None:
+        self.wire, self.squeeze = wire, squeeze
         self._control: deque[str] = deque()
         self._cursors: dict[tuple[str, str], SendCursor] = {}
         self._channels: dict[int, SendCursor] = {}
@@ -3221,7 +3234,7 @@ class Link:
             if not data:
                 continue
             cursor.sent = span[0] + len(data)
-            await self.wire.send(encode_chunk(cursor.channel, span[0], data))
+            await self.wire.send(encode_chunk(cursor.channel, span[0], data, squeeze=self.squeeze))
             sent = True
             if self._control:
                 break
@@ -3668,7 +3681,7 @@ class Dialer:
         except InvalidHandshake as problem:
             raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
         async with connection:
-            link = Link(SocketWire(connection))
+            link = Link(SocketWire(connection), squeeze=True)
             await link.wire.send(encode_message(self.agent.hello()))
             async with asyncio.timeout(WELCOME_S):
                 self.welcome = self.read_welcome(await link.wire.recv())

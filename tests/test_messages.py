@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import zlib
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
@@ -236,3 +237,21 @@ def test_ten_thousand_wrong_frames_are_chunks_or_protocol_errors() -> None:
             good += 1
             assert wrong == struct.pack(">BIQ", 1, channel, offset) + data
     assert 1000 < good < 9000
+
+
+@quick
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**63), st.binary(max_size=300), st.integers(1, 200))
+def test_a_squeezed_chunk_is_the_same_chunk(channel: int, offset: int, data: bytes, times: int) -> None:
+    data = data * times
+    frame = est.encode_chunk(channel, offset, data[: est.CHUNK_BYTES], squeeze=True)
+    assert est.decode_chunk(frame) == (channel, offset, data[: est.CHUNK_BYTES])
+
+
+def test_a_frame_that_inflates_without_end_is_refused() -> None:
+    head = est.CHUNK_HEADER.pack(2, 1, 0)
+    for body in (zlib.compress(b"x" * (est.CHUNK_BYTES + 1)), zlib.compress(b"x" * 50_000_000), b"rubbish", b""):
+        with pytest.raises(est.ProtocolError):
+            est.decode_chunk(head + body)
+    whole = zlib.compress(b"line\n" * 5000)
+    with pytest.raises(est.ProtocolError):
+        est.decode_chunk(head + whole[:-4])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -70,17 +71,23 @@ class Fleet:
             run("git", "add", "-A", cwd=work)
             run("git", "commit", "-m", name, cwd=work)
             run("git", "push", "origin", name, cwd=work)
-        self.daemons = []
-        for host in ("127.0.0.1", "127.0.0.2"):
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        for index, host in enumerate(("127.0.0.1", "127.0.0.2")):
             run("git", "clone", str(origin), str(folder / host))
-            argv = [*self.arguments(host), "serve"]
-            errors = (folder / f"{host}.err").open("wb")
-            self.daemons.append(subprocess.Popen(argv, stderr=errors, stdin=subprocess.DEVNULL))
+            self.serve(host, index)
         deadline = time.monotonic() + 20
         while "127.0.0.2" not in self.online():
             if time.monotonic() > deadline:
                 raise SystemExit("the fleet does not come up: " + (folder / "127.0.0.2.err").read_text())
             time.sleep(0.1)
+
+    def serve(self, host: str, index: int) -> None:
+        """Start a host's daemon, in the place of the one before."""
+        argv = [*self.arguments(host), "serve"]
+        with (self.folder / f"{host}.err").open("ab") as errors:
+            self.daemons[index:] = [
+                subprocess.Popen(argv, stderr=errors, stdin=subprocess.DEVNULL), *self.daemons[index + 1 :]
+            ]  # fmt: skip
 
     def arguments(self, host: str) -> list[str]:
         config = str(self.folder / host / "config/updater.json")
@@ -133,7 +140,9 @@ def bench_lines(fleet: Fleet) -> None:
         kind = "master" if host == "127.0.0.1" else "agent"
         lines = sum(1 for _ in (fleet.folder / "out").open("rb"))
         print(f"{f'1M lines, {kind} to CLI':<34} {value:9.2f} s    {lines} lines arrived", end="    ")
-        print(f"lines | cat > file {floor:6.2f} s   speed of the floor x {floor / value:5.2f}")
+        idle = median_s(3, lambda host=host: fleet.trigger(host, "noop").wait())  # type: ignore[misc]
+        print(f"lines | cat > file {floor:6.2f} s   speed of the floor x {floor / value:5.2f}", end="   ")
+        print(f"without the no-op's {idle:.2f} s: x {floor / max(value - idle, 0.001):5.2f}")
 
 
 def bench_live(fleet: Fleet) -> None:
@@ -150,6 +159,52 @@ def bench_live(fleet: Fleet) -> None:
     print(f"live line each 20 ms, {len(delays)} lines: p50 {p50:.2f} ms  p99 {p99:.2f} ms  max {delays[-1]:.2f} ms")
 
 
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process in MB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def bench_memory(fleet: Fleet) -> None:
+    """What 1M lines cost in memory while one commander is stopped and another one watches."""
+    pids = {"master": fleet.daemons[0].pid, "agent": fleet.daemons[1].pid}
+    before = {name: rss_mb(pid) for name, pid in pids.items()}
+    peak = dict(before)
+    stalled = fleet.trigger("127.0.0.2", "lines")
+    time.sleep(0.5)
+    stalled.send_signal(signal.SIGSTOP)
+    watching = fleet.trigger("127.0.0.2", "lines")
+    while watching.poll() is None:
+        peak = {name: max(peak[name], rss_mb(pid)) for name, pid in pids.items()}
+        time.sleep(0.05)
+    stalled.send_signal(signal.SIGCONT)
+    stalled.wait()
+    for name in pids:
+        print(
+            f"memory of the {name}, 1M lines, a commander stalled: {before[name]:.0f} MB, at most {peak[name]:.0f} MB"
+        )
+
+
+def bench_resume(fleet: Fleet) -> None:
+    """How long after the master's return a watching commander shows the next line; agents come back with jitter."""
+    watcher = fleet.trigger("127.0.0.2", "live", subprocess.PIPE)
+    assert watcher.stdout
+    for line in watcher.stdout:
+        if line.split()[-1].isdigit():
+            break
+    fleet.daemons[0].kill()
+    fleet.daemons[0].wait()
+    time.sleep(0.5)
+    fleet.serve("127.0.0.1", 0)
+    began = time.perf_counter()
+    last = time.time_ns()
+    for line in watcher.stdout:
+        word = line.split()[-1]
+        if len(word) == 19 and word.isdigit() and int(word) > last:
+            break
+    print(f"first line written after the master's return is on the screen after {time.perf_counter() - began:.2f} s")
+    watcher.communicate()
+
+
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
@@ -164,6 +219,8 @@ def main() -> None:
             bench_noop(fleet)
             bench_live(fleet)
             bench_lines(fleet)
+            bench_memory(fleet)
+            bench_resume(fleet)
         finally:
             fleet.close()
     finally:
