@@ -82,6 +82,7 @@ class _Lazy:
 if TYPE_CHECKING:
     import asyncio
     import ctypes
+    import getpass
     import hashlib
     import http.client as http_client
     import importlib.metadata as importlib_metadata
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
 else:
     asyncio = _Lazy("asyncio")
     ctypes = _Lazy("ctypes")
+    getpass = _Lazy("getpass")
     hashlib = _Lazy("hashlib")
     http_client = _Lazy("http.client")
     importlib_metadata = _Lazy("importlib.metadata")
@@ -2786,9 +2788,21 @@ class Runner:
             problem = problem or wrong.what
         if problem:
             self.log.line(f"warning: {problem}")
+        if strict:
+            self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
         self.masker = Masker(secret_values(extra))
+
+    def warn_of_doors(self, config: Config) -> None:
+        """A new whitelist may shut out this host, or who asked: better said before it takes effect."""
+        whitelist = Whitelist(config.whitelist)
+        asked_from = self.job.by.rpartition("@")[2]
+        for address, who in ((self.job.address, "this host"), (asked_from, "where this run was asked for")):
+            with suppress(UsageError):  # a deployment by hand was asked for from no address
+                allowed = whitelist.verdict(canonical_address(address)).allowed
+                if not allowed and address != config.master_url.host:
+                    self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
 
     def read_environment(self) -> dict[str, str]:
         """The host's environmentFile, if it has one. Raises ConfigError."""
@@ -2865,7 +2879,8 @@ class Runner:
             self.begin(step.label)
         try:
             argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            child = spawn_step(argv, self.repo, self.env, mark=self.job.open_step or "")
+            env = self.env | {"LANGUAGE": "en"} if step.argv[0] == "git" else self.env  # for `explain_failure`
+            child = spawn_step(argv, self.repo, env, mark=self.job.open_step or "")
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
@@ -4117,6 +4132,7 @@ class Master:
         run.jobs[job.host] = job
         for follower in run.followers:
             follower.post(job)
+            follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
         return True
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
@@ -4507,7 +4523,10 @@ class Caller:
 
 def user_name() -> str:
     """Who asks, for the record: user and host name; no proof of anything."""
-    user = os.environ.get("USER") or os.environ.get("USERNAME") or "?"
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # no such user id, or Windows without USERNAME
+        user = "?"
     return f"{user}@{socket.gethostname()}"
 
 
@@ -5722,7 +5741,7 @@ def cmd_history(args: Args) -> int:
         rows = args.state_folder().history(args.count)
         if not rows:
             raise
-        make_view(args).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+        TextView(Output(False)).notice(f"{problem.what}; this is what {args.state_folder().root} has")
     if args.json:
         say(json.dumps({"runs": rows}, ensure_ascii=False))
         return 0
@@ -5962,6 +5981,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with the contract's errors instead of its own."""
 
     def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"argument COMMAND: invalid choice: ('.*?')", message):
+            names = ", ".join(command.name for command in COMMANDS if not command.hidden)
+            raise UsageError(f"there is no command {unknown[1]}", f"the commands are: {names}")
         raise UsageError(message, f"see: {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:

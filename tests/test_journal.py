@@ -77,6 +77,12 @@ def test_a_late_word_replaces_the_verdict_lost_and_a_fresh_one_does_not() -> Non
     assert not accepts_job(guess, replace(running, revision=4)) and not accepts_job(guess, guess)
 
 
+def test_a_last_word_counts_also_after_a_power_loss_that_cost_the_host_its_revisions() -> None:
+    running = replace(JOB, state=State.RUNNING, revision=5)
+    assert accepts_job(running, replace(running, state=State.LOST, revision=2))
+    assert not accepts_job(running, replace(running, revision=2))
+
+
 def test_a_run_succeeds_when_every_host_does() -> None:
     done = replace(JOB, state=State.SUCCEEDED)
     assert est.run_ok([done, done])
@@ -254,6 +260,7 @@ def queues(draw: Any) -> list[tuple[RunRecord, dict[str, JobRecord]]]:
     for number in range(draw(st.integers(1, 5))):
         hosts = "".join(draw(st.lists(st.sampled_from(MACHINES), unique=True, min_size=1)))
         run, jobs = a_run(number, hosts, draw(st.integers(0, 3)))
+        run = replace(run, cancelled=draw(st.integers(0, 3)) == 3)
         for label, job in jobs.items():
             state = draw(st.sampled_from([State.QUEUED] * 4 + list(State)))
             job = replace(job, state=state, ordered=draw(st.booleans()))
@@ -282,7 +289,7 @@ def test_what_the_queue_does_with_each_waiting_job(runs: Any, online: set[str], 
             before = [other.state for other in earlier_batches(run, jobs, label)]
             verdict = None
             if job.state is State.QUEUED and not job.ordered:
-                if any(state in FINAL and state is not State.SUCCEEDED for state in before):
+                if run.cancelled or any(state in FINAL and state is not State.SUCCEEDED for state in before):
                     verdict = "end"
                 elif holder := running.get(job.machine) or first.get(job.machine):
                     verdict = holder

@@ -128,6 +128,13 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(field: str, bad: Any) -> N
         est.decode_message(json.dumps(data | {field: bad}))
 
 
+def test_values_of_tables_are_judged_and_whole_seconds_are_times() -> None:
+    run = example_of(est.RunRecord)
+    assert est.decode_message(json.dumps(run | {"machines": {"a": "b"}, "created": 5})).created == 5
+    with pytest.raises(est.ProtocolError, match="machines can't be"):
+        est.decode_message(json.dumps(run | {"machines": {"a": "b", "c": 5}}))
+
+
 def test_a_text_that_utf8_cannot_carry_does_not_stop_a_message() -> None:
     """A file name that is no UTF-8, in an error's text, must not cost the result."""
     failed = replace(JOB, state=est.State.FAILED, error="can't read caf\udce9.json: 없음 😀")
