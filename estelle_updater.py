@@ -5309,7 +5309,7 @@ class Demo:
         config["hosts"] = {each: {"env": {"DEMO_PORT": f"800{i}"}} for i, each in enumerate(self.hosts[:-1], 1)}
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
         files["config/updater.json"] = f"{{\n{lines}\n}}\n"
-        self.git("init", "--bare", "origin.git")
+        self.git("init", "--bare", "--initial-branch=master", "origin.git")
         self.git("clone", "origin.git", "developer")
         self.push("First version", files)
         for address in self.hosts:
@@ -5353,7 +5353,7 @@ class Demo:
         for name, text in files.items():
             path = self.folder / "developer" / name
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text, "utf-8")
+            path.write_bytes(text.encode())
         self.git("-C", "developer", "add", ".")
         self.git("-C", "developer", "commit", "-m", message)
         self.git("-C", "developer", "push", "origin", "master")
@@ -5448,6 +5448,7 @@ class Demo:
         elif child.returncode is None:
             words = ["taskkill", "/T", "/F", "/PID", str(child.pid)]
             subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+            child.kill()
 
     @staticmethod
     def end_jobs(state: StateFolder) -> FileLock:
