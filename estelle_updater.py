@@ -4390,7 +4390,8 @@ class Desk:
         return {"master": master, "hosts": rows}
 
     def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
-        jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        runs = sorted(self.master.runs.values(), key=lambda run: run.record.created)  # the queue's order
+        jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
         machine = self.master.registry.machines[host.machine]
         return {
@@ -4672,14 +4673,16 @@ class Follower:
 class LocalFollower:
     """Follows a run by its files on this host, without a master: for `deploy`, and for `logs` when nothing serves."""
 
-    def __init__(self, state: StateFolder, run: str, view: View, live: bool) -> None:
-        self.state, self.run, self.view, self.live = state, run, view, live
+    def __init__(self, state: StateFolder, run: str, view: View, live: bool, target: str = "all") -> None:
+        self.state, self.run, self.view, self.live, self.target = state, run, view, live, target
 
     def follow(self) -> list[JobRecord]:
         """Show the run to its end, or, not `live`, as far as it is. Raises TargetError."""
         record = self.state.load_run(self.run)
         if record is None:
             raise TargetError(f"there is no run {self.run} in {self.state.root}", "`history` lists the runs")
+        refs = [HostRef(host, record.addresses.get(host) or "::", host, "", False) for host in record.hosts]
+        record = replace(record, hosts=[ref.label for ref in select_targets(self.target, refs)])
         self.view.begin(record)
         sizes = dict.fromkeys(record.hosts, 0)
         jobs: dict[str, JobRecord] = {}
@@ -5742,11 +5745,12 @@ def cmd_logs(args: Args) -> int:
         connection = caller.dial(PATIENCE_S)
         follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
         code = watch_run(args, args.run, lambda: follower.follow(connection))
-    except (UnreachableError, RefusedError, ConfigError) as problem:
+    except UpdaterError as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
         if state.load_run(args.run) is None:
             raise
         view.notice(f"{problem.what}; this is what {state.root} has")
-        code = watch_run(args, args.run, LocalFollower(state, args.run, view, args.follow).follow)
+        local = LocalFollower(state, args.run, view, args.follow, args.target or "all")
+        code = watch_run(args, args.run, local.follow)
     return code if args.follow or code == 130 else 0
 
 
