@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.fleet import VERSION, Fleet, Host, wait_for
 
 MakeFleet = Callable[..., Fleet]
 
 
-def history(fleet: Fleet, host: Host | None = None) -> list[dict[str, object]]:
+def history(fleet: Fleet, host: Host | None = None) -> list[dict[str, Any]]:
     result = fleet.cli("history", "--json", host=host)
     assert result.code == 0, result.err
-    runs: list[dict[str, object]] = json.loads(result.out)["runs"]
+    runs: list[dict[str, Any]] = json.loads(result.out)["runs"]
     return runs
 
 
@@ -27,8 +28,8 @@ def test_history_and_logs_with_and_without_the_master(fleet: MakeFleet) -> None:
     assert failed.code == 1 and "✗ 실패 sh deploy.sh (exit 3)" in failed.out
 
     newest, first = history(one)
-    assert [host["state"] for host in newest["hosts"]] == ["failed"]  # type: ignore[index, attr-defined]
-    assert [(host["host"], host["version"]) for host in first["hosts"]] == [  # type: ignore[index, attr-defined]
+    assert [host["state"] for host in newest["hosts"]] == ["failed"]
+    assert [(host["host"], host["version"]) for host in first["hosts"]] == [
         ("127.0.0.1", VERSION), ("127.0.0.2", VERSION),
     ]  # fmt: skip
     assert history(one, agent) == [newest, first], "any commander sees the same"
@@ -45,7 +46,7 @@ def test_history_and_logs_with_and_without_the_master(fleet: MakeFleet) -> None:
     assert [run["run"] for run in history(one)] == [newest["run"], first["run"]]
     own = history(one, agent)
     assert [run["run"] for run in own] == [newest["run"], first["run"]], "an agent knows its own jobs"
-    assert [host["host"] for host in own[1]["hosts"]] == [agent.address]  # type: ignore[index, attr-defined]
+    assert [host["host"] for host in own[1]["hosts"]] == [agent.address]
 
 
 def test_a_deployment_by_hand_is_adopted_by_the_master(fleet: MakeFleet) -> None:
@@ -59,7 +60,7 @@ def test_a_deployment_by_hand_is_adopted_by_the_master(fleet: MakeFleet) -> None
     wait_for(lambda: len(history(one)) == 2, "the master knows both runs")
     second = one.cli("deploy", "master", host=agent)
     assert second.code == 0, second.err
-    wait_for(lambda: len(history(one)) == 3 and history(one)[0]["hosts"][0]["ok"], "and the third")  # type: ignore[index]
+    wait_for(lambda: len(history(one)) == 3 and history(one)[0]["hosts"][0]["ok"], "and the third")
     run = str(history(one)[0]["run"])
     assert "by hand" in one.cli("logs", run).out
 
