@@ -2616,7 +2616,7 @@ class StepFailed(Exception):
 
 
 class Poke:
-    """Tells the daemon that there are new bytes: an empty loopback datagram, which may be lost."""
+    """Tells the daemon that there are new bytes: a loopback datagram, which may be lost."""
 
     def __init__(self, daemon_file: Path) -> None:
         self._file = daemon_file
@@ -2632,7 +2632,7 @@ class Poke:
             self._port = port if type(port) is int and 0 < port < 65536 else 0
         if self._port:
             with suppress(OSError):
-                self._socket.sendto(b"", ("127.0.0.1", self._port))
+                self._socket.sendto(b"!", ("127.0.0.1", self._port))  # asyncio drops an empty one on Windows
 
 
 class LogWriter:
