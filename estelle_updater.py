@@ -1114,6 +1114,53 @@ def render_config(data: Mapping[str, Any], form: str) -> str:
     return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
 
 
+_TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]')  # strings, comments, brackets
+
+
+def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[str]) -> str | None:
+    """The file's text with entries added and removed, all else as it was; None where that can't be done safely.
+
+    Entries to remove are as they stand in the file. The result is read again and must differ in the whitelist alone.
+    """
+    head = re.search(r'(?m)"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text)
+    if head is None:
+        return None
+    items = [token for token in _TOKENS.finditer(text, head.end()) if form == "toml" or token[0][0] != "#"]
+    end = next((token.start() for token in items if token[0] == "]"), None)
+    if end is None:
+        return None
+    strings = [token for token in items if token.start() < end and token[0][0] in "\"'"]
+    edits: list[tuple[int, int, str]] = []
+    for token in strings:
+        if token[0][1:-1] in remove:
+            after = re.compile(r"\s*,[ \t]*").match(text, token.end(), end)
+            before = re.compile(r",\s*$").search(text, head.end(), token.start())
+            start, stop = (
+                (token.start(), after.end()) if after else (before.start() if before else token.start(), token.end())
+            )
+            line = re.compile(r"[ \t]*\r?\n[ \t]*$").search(text, head.end(), start)
+            if after and line and text[stop : stop + 1] in "\r\n":
+                start = line.start()
+            edits.append((start, stop, ""))
+    kept = [token for token in strings if token[0][1:-1] not in remove]
+    if add and kept:
+        last = kept[-1]
+        gap = re.compile(r"\r?\n[ \t]*$").search(text, head.end(), last.start())
+        glue = "," + (gap[0] if gap else " ")
+        edits.append((last.end(), last.end(), "".join(glue + json.dumps(entry) for entry in add)))
+    elif add:
+        edits.append((head.end(), head.end(), ", ".join(map(json.dumps, add))))
+    new = text
+    for start, stop, replacement in sorted(edits, reverse=True):
+        new = new[:start] + replacement + new[stop:]
+    try:
+        old_data, new_data = parse_data(text, "", form), parse_data(new, "", form)
+    except ConfigError:
+        return None
+    wanted = [entry for entry in old_data["whitelist"] if entry not in remove] + list(add)
+    return new if new_data == old_data | {"whitelist": wanted} else None
+
+
 def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the settings [hosts].
 
@@ -5467,6 +5514,88 @@ class Demo:
         return lock
 
 
+def config_form(path: Path) -> str:
+    """How a configuration file is written, by its name."""
+    return "toml" if path.suffix == ".toml" else "json"
+
+
+def check_config(path: Path) -> tuple[list[str], list[str]]:
+    """Every problem of a configuration file, and what is valid and yet hardly meant on this host."""
+    try:
+        config = load_config(path)
+    except ConfigError as problem:
+        return list(problem.problems) or [problem.what], []
+    warnings = config_warnings(config)
+    tree = work_tree(path)
+    rule = host_rule(config, None, socket.gethostname())
+    for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
+        if name and not (tree / name).exists():
+            warnings.append(f"{key}: there is no {tree / name} on this host")
+    return [], warnings
+
+
+def effective_settings(config: Config, address: str | None) -> list[tuple[str, str, str]]:
+    """(key, value, where it comes from) of everything that holds on this host."""
+    rule = host_rule(config, address, socket.gethostname())
+    own = next((host for host in config.hosts if host.key == rule.source_key), None)
+    rows = [("masterUrl", str(config.master_url), "file"), ("whitelist", ", ".join(config.whitelist), "file")]
+    for field_ in fields(rule):
+        value = getattr(rule, field_.name)
+        if field_.name in ("source_key", "key", "address", "hostname"):
+            continue
+        origin = "default"
+        if own is not None and getattr(own, field_.name, None):
+            origin = f'[hosts."{own.key}"]'
+        elif getattr(config.deploy, field_.name, None) != getattr(DeployRule(), field_.name, None):
+            origin = "[deploy]"
+        shown = (
+            " ".join(value) if isinstance(value, tuple) else ", ".join(value) if isinstance(value, Mapping) else value
+        )
+        name = re.sub(r"_(\w)", lambda match: match[1].upper(), field_.name.removesuffix("_s"))
+        rows.append((name, "-" if shown in (None, "") else str(shown), origin))
+    return rows
+
+
+def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str) -> str:
+    """A first configuration; as TOML with what each key means."""
+    if form == "json":
+        data = {"masterUrl": master, "whitelist": list(allow), "deploy": {"command": list(command)}}
+        return render_config(data, "json")
+    return (
+        "# Commit this file: every host reads it from its own clone.\n"
+        f"masterUrl = {json.dumps(master)}  # the host that has this address is the master\n"
+        "# Who may connect: addresses and networks (121.0.0.0/24). Nobody is allowed implicitly.\n"
+        f"whitelist = [{', '.join(map(json.dumps, allow))}]\n\n"
+        "[deploy]\n"
+        f"command = [{', '.join(map(json.dumps, command))}]  # what runs after the pull, in the repository\n"
+        "timeout = 1800  # seconds for one step\n"
+    )
+
+
+def own_address() -> str:
+    """The address that this host would use towards the internet; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+def commit_config(path: Path, message: str, really: bool) -> str:
+    """The line that publishes a change of the file, or, `really`, its effect. Raises UpdaterError where git says no."""
+    tree = work_tree(path)
+    name = path.relative_to(tree).as_posix()
+    line = f"git add {name} && git commit -m {json.dumps(message)} -- {name} && git push"
+    if not really:
+        return line
+    for words in (["add", name], ["commit", "-q", "-m", message, "--", name], ["push", "-q"]):
+        argv = [*resolve_program("git", os.environ.get("PATH", "")), *words]
+        done = subprocess.run(argv, cwd=tree, stdin=subprocess.DEVNULL, capture_output=True, check=False, **HIDDEN)
+        if done.returncode:
+            said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or ["no reason given"]
+            raise UpdaterError(f"git {words[0]}: {said[-1]}", f"by hand: {line}")
+    return f"committed and pushed: {name}"
+
+
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
@@ -5855,6 +5984,117 @@ RUNNER_NEEDS = (  # no more: a deployment begins when these are imported
 )
 
 
+def cmd_config(args: Args) -> int:
+    if args.action == "init":
+        return init_config(args)
+    path = args.config_path()
+    if args.action == "convert":
+        return convert_config(args, path)
+    if args.action == "show":
+        rows = effective_settings(load_config(path), args.bind)
+        if args.json:
+            say(json.dumps({key: {"value": value, "from": origin} for key, value, origin in rows}, ensure_ascii=False))
+        else:
+            say(f"{path}\n" + render_table(("key", "value", "from"), rows).rstrip())
+        return 0
+    problems, warnings = check_config(path)
+    if args.json:
+        say(json.dumps({"file": str(path), "problems": problems, "warnings": warnings}, ensure_ascii=False))
+    else:
+        lines = [f"error: {text}" for text in problems] + [f"warning: {text}" for text in warnings]
+        say("\n".join(lines or [f"{path} is valid"]))
+    return 2 if problems else 0
+
+
+def init_config(args: Args) -> int:
+    repo = work_tree(Path(os.environ.get("ESTELLE_REPO") or ".").absolute() / "config" / "updater.toml")
+    path = repo / "config" / f"updater.{args.format}"
+    if found := next((repo / "config" / name for name in CONFIG_NAMES if (repo / "config" / name).exists()), None):
+        raise UsageError(f"{found} exists", "`config check` looks at it, `whitelist add` extends it")
+    address = canonical_address(args.bind) if args.bind else own_address()
+    master = args.master or f"ws://{f'[{address}]' if ':' in address else address}:{DEFAULT_PORT}"
+    url = parse_master_url(master)
+    allow = list(dict.fromkeys([*args.allow, *([url.host] if is_address(url.host) else []), address]))
+    has_script = "deploy:release" in (read_json(repo / "package.json") or {}).get("scripts", {})
+    command = ["pnpm", "deploy:release"] if has_script or not (repo / "deploy.sh").exists() else ["sh", "deploy.sh"]
+    path.parent.mkdir(exist_ok=True)
+    text = init_text(str(url).removesuffix("/"), allow, command, args.format)
+    parse_config(text, str(path), args.format)
+    path.write_text(text, "utf-8")
+    say(f"wrote {path}\nnext: {commit_config(path, 'Configure estelle-updater', args.commit)}")
+    return 0
+
+
+def convert_config(args: Args, path: Path) -> int:
+    """JSON to TOML or back; the older `machines` form to today's, in the same file."""
+    require_packages()
+    form = config_form(path)
+    data = parse_data(path.read_bytes(), str(path), form)
+    if "machines" not in data:
+        form = "json" if form == "toml" else "toml"
+    new = path.with_name(f"updater.{form}")
+    text = render_config(convert_data(data), form)
+    parse_config(text, str(new), form)
+    if args.dry_run:
+        say(text.rstrip())
+        return 0
+    write_atomic(new, text.encode())
+    new.chmod(path.stat().st_mode & 0o777)
+    if new != path:
+        path.unlink()
+    say(f"wrote {new}" + (f", removed {path}" if new != path else ""))
+    return 0
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
+    with suppress(UsageError):
+        canonical_address(text)
+        return True
+    return False
+
+
+def cmd_whitelist(args: Args) -> int:
+    path = args.config_path()
+    config = load_config(path)
+    listed = Whitelist(config.whitelist)
+    if args.action == "list":
+        say(
+            json.dumps({"whitelist": list(config.whitelist)}) if args.json else "\n".join(config.whitelist) or "(empty)"
+        )
+        return 0
+    if not args.addresses:
+        raise UsageError(f"whitelist {args.action} needs an ADDRESS", "an IP or a CIDR")
+    networks = [str(parse_network(text)).removesuffix("/32").removesuffix("/128") for text in args.addresses]
+    written = {str(parse_network(entry)).removesuffix("/32").removesuffix("/128"): entry for entry in config.whitelist}
+    if args.action == "add":
+        add = [
+            text
+            for text in dict.fromkeys(networks)
+            if text not in written and not ("/" not in text and listed.verdict(text).allowed)
+        ]
+        remove: list[str] = []
+        if not add:
+            say(f"unchanged: {', '.join(networks)} is covered already")
+            return 0
+    else:
+        add, remove = [], [written[text] for text in networks if text in written]
+        if missing := [text for text in networks if text not in written]:
+            raise UsageError(f"{', '.join(missing)} is not in the whitelist", "`whitelist list` shows it")
+    raw = parse_data(path.read_bytes(), str(path), config_form(path))
+    remove = [entry for entry in raw["whitelist"] if entry in remove or entry.strip() in remove]
+    text = edit_whitelist(path.read_bytes().decode("utf-8"), config_form(path), add, remove)
+    if text is None:
+        line = f"add {', '.join(map(json.dumps, add))}" if add else f"remove {', '.join(map(json.dumps, remove))}"
+        raise UsageError(f"{path} is written in a way that can't be edited safely", f"by hand: {line} in whitelist")
+    mode = path.stat().st_mode & 0o777
+    write_atomic(path, text.encode())
+    path.chmod(mode)
+    say(f"{path}: {'added ' + ', '.join(add) if add else 'removed ' + ', '.join(remove)}")
+    say(commit_config(path, f"Whitelist: {args.action} {', '.join(add or remove)}", args.commit))
+    return 0
+
+
 def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
@@ -5976,6 +6216,19 @@ COMMANDS = (
     )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
+    )),
+    Command("config", "check, show, write or convert the committed configuration", cmd_config, (
+        option("action", metavar="check|show|init|convert", choices=("check", "show", "init", "convert"), help="what"),
+        option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
+        option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
+        option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
+        option("--dry-run", action="store_true", help="convert: print the result only"),
+        option("--commit", action="store_true", help="init: commit and push the file"),
+    )),
+    Command("whitelist", "list, add or remove who may connect, in the committed configuration", cmd_whitelist, (
+        option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
+        option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
+        option("--commit", action="store_true", help="commit and push the change"),
     )),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),

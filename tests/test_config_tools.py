@@ -1,0 +1,146 @@
+"""`config` and `whitelist`: they change what they are asked to change in the committed file, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from estelle_updater import edit_whitelist, parse_config
+from tests.fleet import Origin, Result
+from tests.test_bad_input import est
+
+addresses = st.lists(st.ip_addresses(v=4).map(str), min_size=1, max_size=5, unique=True)
+
+
+@st.composite
+def files(draw: st.DrawFn) -> tuple[str, str, list[str]]:
+    """(text, form, entries) of a configuration, laid out in some way that people write."""
+    entries = draw(addresses)
+    form = draw(st.sampled_from(["json", "toml"]))
+    newline = draw(st.sampled_from(["\n", "\r\n"]))
+    comment = draw(st.sampled_from(["", "  # 사무실", '  # "1.2.3.4", ]'])) if form == "toml" else ""
+    quoted = [json.dumps(entry) for entry in entries]
+    layout = draw(st.sampled_from(["line", "lines", "spaced"]))
+    if layout == "line":
+        array = f"[{', '.join(quoted)}]"
+    elif layout == "spaced":
+        array = f"[ {' , '.join(quoted)} ]"
+    else:
+        last = "," if form == "toml" and draw(st.booleans()) else ""
+        lines = [f"    {one}{',' if i + 1 < len(quoted) else last}{comment}" for i, one in enumerate(quoted)]
+        array = newline.join(["[", *lines, "  ]"])
+    if form == "json":
+        text = newline.join(["{", '  "masterUrl": "ws://1.2.3.4:9900",', f'  "whitelist": {array}', "}", ""])
+    else:
+        text = newline.join(
+            ["# 구성", 'masterUrl = "ws://1.2.3.4"', f"whitelist = {array}{comment}", "[deploy]", "timeout = 9", ""]
+        )
+    return text, form, entries
+
+
+def data_of(text: str, form: str) -> dict[str, object]:
+    return tomllib.loads(text) if form == "toml" else json.loads(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(files(), addresses, st.data())
+def test_an_edit_changes_the_whitelist_alone(
+    file: tuple[str, str, list[str]], new: list[str], data: st.DataObject
+) -> None:
+    text, form, entries = file
+    add = [entry for entry in new if entry not in entries]
+    remove = data.draw(st.lists(st.sampled_from(entries), unique=True))
+    edited = edit_whitelist(text, form, add, remove)
+    if edited is None:
+        assert "#" in text or len(remove) > 1, "a plain file can always be edited"
+        return
+    wanted = [entry for entry in entries if entry not in remove] + add
+    assert data_of(edited, form) == data_of(text, form) | {"whitelist": wanted}
+    assert [line for line in text.splitlines() if "구성" in line or "timeout" in line] == [
+        line for line in edited.splitlines() if "구성" in line or "timeout" in line
+    ]
+    assert edited.count("\r\n") == edited.count("\n") or "\r\n" not in text
+
+
+def test_comments_stay() -> None:
+    text = 'whitelist = [\n  "1.2.3.4",  # 사무실\n  "5.6.7.8",  # 집\n]\nmasterUrl = "ws://1.2.3.4"\n'
+    edited = edit_whitelist(text, "toml", ["9.9.9.9"], [])
+    assert edited and "# 사무실" in edited and "# 집" in edited
+    assert tomllib.loads(edited)["whitelist"] == ["1.2.3.4", "5.6.7.8", "9.9.9.9"]
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    origin = Origin(tmp_path)
+    clone = origin.clone(tmp_path / "repo")
+    for key, value in (("user.name", "operator"), ("user.email", "operator@fleet.invalid")):
+        origin.git("config", key, value, cwd=clone)
+    return clone
+
+
+def ok(repo: Path, *words: str) -> Result:
+    result = est(repo, *words)
+    assert result.code == 0, result.out + result.err
+    return result
+
+
+def test_init_check_show_convert(repo: Path) -> None:
+    existing = next(iter((repo / "config").glob("updater.*")), None)
+    if existing:
+        refused = est(repo, "config", "init")
+        assert refused.code == 2 and "exists" in refused.err
+        existing.unlink()
+    written = ok(repo, "config", "init", "--master", "ws://5.223.72.58:9900", "--allow", "121.0.0.7")
+    assert "git add config/updater.toml" in written.out
+    text = (repo / "config/updater.toml").read_text()
+    assert text.count("#") >= 3
+    config = parse_config(text, "x", "toml")
+    assert config.whitelist[:2] == ("121.0.0.7", "5.223.72.58") and config.deploy.command == ("pnpm", "deploy:release")
+    assert "is valid" in ok(repo, "config", "check").out
+    shown = json.loads(ok(repo, "config", "show", "--json").out)
+    assert shown["masterUrl"]["from"] == "file" and shown["timeout"]["value"] == "1800"
+    before = tomllib.loads(text)
+    assert '"masterUrl"' in ok(repo, "config", "convert", "--dry-run").out and (repo / "config/updater.toml").exists()
+    ok(repo, "config", "convert")
+    assert not (repo / "config/updater.toml").exists()
+    assert json.loads((repo / "config/updater.json").read_text()) == before
+    ok(repo, "config", "convert")
+    assert tomllib.loads((repo / "config/updater.toml").read_text()) == before
+
+
+def test_the_older_form(repo: Path) -> None:
+    old = {"masterUrl": "ws://1.2.3.4:9900", "machines": {"121.0.0.7": {"environmentFile": "a.json"}, "1.2.3.4": {}}}
+    (repo / "config/updater.json").write_text(json.dumps(old))
+    told = est(repo, "config", "check")
+    assert told.code == 2 and "config convert" in told.out
+    ok(repo, "config", "convert")
+    new = json.loads((repo / "config/updater.json").read_text())
+    assert new["whitelist"] == ["121.0.0.7", "1.2.3.4"] and new["hosts"]["121.0.0.7"] == {"environmentFile": "a.json"}
+
+
+def test_check_tells_all_problems_and_warnings(repo: Path) -> None:
+    (repo / "config/updater.json").write_text(json.dumps({"masterUrl": 5, "whitelist": ["x"], "nope": 1}))
+    told = est(repo, "config", "check", "--json")
+    found = json.loads(told.out)
+    assert told.code == 2 and len(found["problems"]) == 3
+    (repo / "config/updater.json").write_text(json.dumps({"masterUrl": "ws://1.2.3.4", "whitelist": ["0.0.0.0/0"]}))
+    warned = ok(repo, "config", "check")
+    assert "warning: whitelist: 0.0.0.0/0 is everybody" in warned.out
+
+
+def test_whitelist(repo: Path) -> None:
+    (repo / "config/updater.json").write_text('{\n  "masterUrl": "ws://1.2.3.4",\n  "whitelist": ["1.2.3.4"]\n}\n')
+    added = ok(repo, "whitelist", "add", "121.0.0.7", "10.1.0.0/24")
+    assert "git add config/updater.json && git commit" in added.out
+    assert "covered already" in ok(repo, "whitelist", "add", "10.1.0.9").out
+    assert ok(repo, "whitelist", "list").out.split() == ["1.2.3.4", "121.0.0.7", "10.1.0.0/24"]
+    for words in (["remove", "9.9.9.9"], ["add", "121.x.x.x"], ["add"], ["add", "10.0.0.1/8"]):
+        refused = est(repo, "whitelist", *words)
+        assert refused.code == 2 and "hint: " in refused.err, words
+    pushed = ok(repo, "whitelist", "remove", "121.0.0.7", "--commit")
+    assert "committed and pushed" in pushed.out
