@@ -6186,7 +6186,7 @@ class Command:
     hidden: bool = False
 
 
-TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas"
+TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
         option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
