@@ -1122,6 +1122,11 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
 
     Entries to remove are as they stand in the file. The result is read again and must differ in the whitelist alone.
     """
+    if len(remove) + bool(add) > 1:  # one by one: the edits of neighbours would overlap
+        for entry in remove:
+            if (text := edit_whitelist(text, form, (), (entry,)) or "") == "":
+                return None
+        return edit_whitelist(text, form, add, ()) if add else text
     head = re.search(r'(?m)"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text)
     if head is None:
         return None
@@ -1146,8 +1151,14 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     if add and kept:
         last = kept[-1]
         gap = re.compile(r"\r?\n[ \t]*$").search(text, head.end(), last.start())
-        glue = "," + (gap[0] if gap else " ")
-        edits.append((last.end(), last.end(), "".join(glue + json.dumps(entry) for entry in add)))
+        comma = re.compile(r"\s*,").match(text, last.end(), end)
+        if gap is None:
+            edits.append((last.end(), last.end(), "".join(f", {json.dumps(entry)}" for entry in add)))
+        else:  # lines of their own, behind the last one's comment
+            line_end = re.compile(r"\r?\n").search(text, last.end(), end)
+            place = line_end.start() if line_end else end
+            lines = ",".join(gap[0] + json.dumps(entry) for entry in add) + ("," if comma else "")
+            edits.append((last.end(), place, ("" if comma else ",") + text[last.end() : place] + lines))
     elif add:
         edits.append((head.end(), head.end(), ", ".join(map(json.dumps, add))))
     new = text

@@ -55,6 +55,10 @@ def test_an_edit_changes_the_whitelist_alone(
     text, form, entries = file
     add = [entry for entry in new if entry not in entries]
     remove = data.draw(st.lists(st.sampled_from(entries), unique=True))
+    if data.draw(st.booleans()):  # one at a time, as the command does it
+        add = []
+    else:
+        remove = []
     edited = edit_whitelist(text, form, add, remove)
     if edited is None:
         assert "#" in text or len(remove) > 1, "a plain file can always be edited"
@@ -70,7 +74,10 @@ def test_an_edit_changes_the_whitelist_alone(
 def test_comments_stay() -> None:
     text = 'whitelist = [\n  "1.2.3.4",  # 사무실\n  "5.6.7.8",  # 집\n]\nmasterUrl = "ws://1.2.3.4"\n'
     edited = edit_whitelist(text, "toml", ["9.9.9.9"], [])
-    assert edited and "# 사무실" in edited and "# 집" in edited
+    assert edited == text.replace("# 집\n", '# 집\n  "9.9.9.9",\n'), "a comment stays with its entry"
+    bare = text.replace('"5.6.7.8",', '"5.6.7.8"')
+    added = edit_whitelist(bare, "toml", ["9.9.9.9"], [])
+    assert added == bare.replace('"5.6.7.8"  # 집\n', '"5.6.7.8",  # 집\n  "9.9.9.9"\n')
     assert tomllib.loads(edited)["whitelist"] == ["1.2.3.4", "5.6.7.8", "9.9.9.9"]
 
 
