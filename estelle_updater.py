@@ -171,6 +171,9 @@ class Kind(StrEnum):
     """What an order asks of a host; every order is a job with the same folder, log, states, cancel and history."""
 
     DEPLOY = "deploy"
+    ROLLBACK = "rollback"
+    SWITCH = "switch"
+    UPGRADE = "upgrade"
 
 
 class State(StrEnum):
@@ -1289,6 +1292,8 @@ class RunRecord:
     batch: int = 0
     wait_s: float = 0.0
     cancelled: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # what only this kind of order knows
+    commits: dict[str, str] = field(default_factory=dict)  # label -> what to check out there instead of the branch
 
 
 @dataclass(frozen=True)
@@ -1321,6 +1326,7 @@ class JobRecord:
     by: str = ""
     target: str = ""
     created: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -1396,6 +1402,8 @@ class Submit:
     by: str = ""
     batch: int = 0
     wait_s: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -1631,15 +1639,15 @@ def run_of_job(job: JobRecord) -> RunRecord:
     """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
     return RunRecord(
         job.run, "", job.kind, job.target, job.branch, [job.host], {job.host: job.machine}, {job.host: job.address},
-        job.created, job.by,
+        job.created, job.by, options=job.options,
     )  # fmt: skip
 
 
 def job_of_run(run: RunRecord, host: str) -> JobRecord:
     """A host's job at the start of a run."""
     return JobRecord(
-        run.run, host, run.machines[host], run.kind, run.branch,
-        address=run.addresses.get(host, ""), by=run.by, target=run.target, created=run.created,
+        run.run, host, run.machines[host], run.kind, run.commits.get(host, run.branch),
+        address=run.addresses.get(host, ""), by=run.by, target=run.target, created=run.created, options=run.options,
     )  # fmt: skip
 
 
@@ -2795,7 +2803,7 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            self.deploy()
+            WORK[self.job.kind](self)
             self.finish(State.SUCCEEDED)
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
@@ -3024,6 +3032,10 @@ class Runner:
             return False
         self.poke()
         return True
+
+
+# What a runner does for each kind of order; the sections below add theirs.
+WORK: dict[Kind, Callable[[Runner], None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
 
 
 # ==============================================================================
@@ -3607,23 +3619,35 @@ class Agent:
                 self.link.close_log(message.run, message.host)
 
     async def on_ask(self, ask: Ask) -> None:
-        """Answer the master's question about this host."""
-        result: dict[str, Any] = {"error": f"unknown question {ask.what[:40]!r}"}
-        if ask.what == "status":
-            tree = work_tree(self.config.path)
-            rule = host_rule(self.config.config, ask.args.get("address"), socket.gethostname())
-            repo = tree / rule.repo if rule.repo else tree
-            result = await asyncio.to_thread(live_facts, repo, scrub_environment(os.environ))
-            with suppress(OSError):
-                result["version"] = parse_version_file((repo / rule.version).read_bytes())
-            result["problem"] = self.config.problem
-            for job in self.jobs.values():
-                if job.record.state is State.RUNNING:
-                    with suppress(OSError):
-                        wrote = self.state.log_file(job.record.run, job.record.host).stat().st_mtime
-                        result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
+        """Answer the master's question about this host; one that can't be answered is an error in the answer."""
+        try:
+            if ask.what not in QUESTIONS:
+                raise UpdaterError(f"unknown question {ask.what[:40]!r}", "upgrade this host")
+            result = await asyncio.to_thread(QUESTIONS[ask.what], self, ask.args)
+        except UpdaterError as problem:
+            result = {"error": problem.what, "hint": problem.hint, "exit": problem.exit_code}
         if self.link:
             self.link.post(Answer(ask.id, result))
+
+    def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
+        """What the configuration says of this host, seen from `address`, and where its repository is."""
+        tree = work_tree(self.config.path)
+        rule = host_rule(self.config.config, address, socket.gethostname())
+        return rule, tree / rule.repo if rule.repo else tree
+
+    def tell_status(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What is checked out here, and what runs."""
+        rule, repo = self.rule_and_repo(args.get("address"))
+        result = live_facts(repo, scrub_environment(os.environ))
+        with suppress(OSError):
+            result["version"] = parse_version_file((repo / rule.version).read_bytes())
+        result["problem"] = self.config.problem
+        for job in list(self.jobs.values()):
+            if job.record.state is State.RUNNING:
+                with suppress(OSError):
+                    wrote = self.state.log_file(job.record.run, job.record.host).stat().st_mtime
+                    result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
+        return result
 
     def offer(self, job: OwnJob) -> None:
         """Tell the master of a job and offer its log."""
@@ -3669,6 +3693,10 @@ class Agent:
                 log.warning("the master says: %s", message.what)
             case _:
                 link.post(Refuse("an agent has no use for that message"))
+
+
+# What the master may ask a host, each answered in a thread; the sections below add theirs.
+QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {"status": Agent.tell_status}
 
 
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
@@ -3816,13 +3844,13 @@ class AgentLink:
         self.link, self.hello, self.address = link, hello, address
         self.questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
-    async def ask(self, what: str, args: dict[str, Any]) -> dict[str, Any] | None:
+    async def ask(self, what: str, args: dict[str, Any], deadline_s: float = FACTS_S) -> dict[str, Any] | None:
         """The agent's answer, or None where it does not come in time."""
         number = next(QUESTION_NUMBERS)
         future = self.questions[number] = asyncio.get_running_loop().create_future()
         self.link.post(Ask(number, what, args))
         try:
-            async with asyncio.timeout(FACTS_S):
+            async with asyncio.timeout(deadline_s):
                 result: dict[str, Any] = await future
                 return result
         except TimeoutError:
@@ -3942,19 +3970,16 @@ class Registry:
             hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
         return hosts
 
-    def forget(self, ask: Ask) -> Answer | Refuse:
-        """Take retired hosts out of `all`; a host that is online would only come back."""
-        try:
-            hosts = select_targets(str(ask.args.get("target")), [replace(host, deploys=True) for host in self.hosts()])
-        except UpdaterError as problem:
-            return Refuse(problem.what, problem.hint, problem.exit_code)
+    def forget(self, target: str) -> list[str]:
+        """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
+        hosts = select_targets(target, [replace(host, deploys=True) for host in self.hosts()])
         if online := [host.label for host in hosts if host.online]:
             what = f"{', '.join(online)} is online and would only come back"
-            return Refuse(what, "stop its service first, or remove it from the whitelist", GuardError.exit_code)
+            raise GuardError(what, "stop its service first, or remove it from the whitelist")
         for host in hosts:
             self.machines[host.machine].forgotten = True
         self.save()
-        return Answer(ask.id, {"forgotten": [host.label for host in hosts]})
+        return [host.label for host in hosts]
 
 
 class Master:
@@ -4226,8 +4251,9 @@ class Master:
             if found.record.nonce != message.nonce:
                 raise UpdaterError(f"the run id {message.run} is taken", "try again")
             return found.record
-        if problem := valid_branch_problem(message.branch):
-            raise UsageError(f"{message.branch[:80]!r} is no branch name: {problem}")
+        for branch in (message.branch, *message.commits.values()):
+            if problem := valid_branch_problem(branch):
+                raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         hosts = select_targets(message.target, self.registry.hosts())
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -4238,7 +4264,8 @@ class Master:
         record = RunRecord(
             message.run, message.nonce, message.kind, message.target, message.branch, [host.label for host in hosts],
             {host.label: host.machine for host in hosts}, {host.label: host.address for host in hosts}, time.time(),
-            by, offline, max(0, message.batch), max(0.0, message.wait_s),
+            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options,
+            commits=message.commits,
         )  # fmt: skip
         self.state.save_run(record)
         run = self.runs[record.run] = Run(record, {label: job_of_run(record, label) for label in record.hosts})
@@ -4415,20 +4442,23 @@ class Desk:
 
     async def answer(self, link: Link, ask: Ask) -> None:
         """Questions of a commander, each of a fixed set."""
-        if ask.what == "status":
-            link.post(Answer(ask.id, await self.status()))
-        elif ask.what == "history":
-            count = ask.args.get("count")
-            rows = self.master.state.history(
-                min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
-            )
-            link.post(Answer(ask.id, {"runs": rows}))
-        elif ask.what == "forget":
-            link.post(self.master.registry.forget(ask))
-        else:
-            link.post(Refuse(f"this master can't answer {ask.what[:40]!r}", "upgrade the master"))
+        try:
+            if ask.what not in DESK:
+                raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
+            link.post(Answer(ask.id, await DESK[ask.what](self, ask.args)))
+        except UpdaterError as problem:
+            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
 
-    async def status(self) -> dict[str, Any]:
+    async def history(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The newest runs."""
+        count = args.get("count")
+        rows = min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
+        return {"runs": self.master.state.history(rows)}
+
+    async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
+        return {"forgotten": self.master.registry.forget(str(args.get("target")))}
+
+    async def status(self, _: dict[str, Any]) -> dict[str, Any]:
         """The fleet as it is now, in the contract's form."""
         hosts = self.master.registry.hosts()
 
@@ -4466,6 +4496,12 @@ class Desk:
             "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
             "problem": facts.get("problem"),
         }  # fmt: skip
+
+
+# What a commander may ask; the sections below add theirs.
+DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
+    "status": Desk.status, "history": Desk.history, "forget": Desk.forget,
+}  # fmt: skip
 
 
 # ==============================================================================
@@ -4872,7 +4908,7 @@ class Service:
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             agent = Agent(self.state, self.config, self.machine, self.nonce)
             agent.recover()
-            self.say_what_is_odd()
+            self.say_what_is_odd(agent)
             decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, True)
             while not self.stopping:
                 log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
@@ -4887,11 +4923,9 @@ class Service:
         self.stopping = True
         self.over.set()
 
-    def say_what_is_odd(self) -> None:
+    def say_what_is_odd(self, agent: Agent) -> None:
         """What will make deployments fail later is worth a line now."""
-        rule = host_rule(self.config.config, self.options.bind, socket.gethostname())
-        tree = work_tree(self.config.path)
-        repo = tree / rule.repo if rule.repo else tree
+        _, repo = agent.rule_and_repo(self.options.bind)
         if not (repo / ".git").exists():
             log.warning("%s is no git checkout: deployments will fail until it is one", repo)
         try:
@@ -5935,10 +5969,10 @@ def cmd_forget(args: Args) -> int:
     return 0
 
 
-def ask_master(args: Args, what: str, details: dict[str, Any]) -> dict[str, Any]:
+def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
     """One question to the master and its answer."""
     connection = make_caller(args).dial(PATIENCE_S)
-    answer: Answer = connection.request(Ask(1, what, details), ANSWER_S)
+    answer: Answer = connection.request(Ask(1, what, details), timeout_s)
     connection.close()
     return answer.result
 
