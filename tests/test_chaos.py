@@ -114,7 +114,7 @@ def test_chaos(chaos: Chaos, number: int):
     run = watcher.run
     if chance.random() < 0.7:  # else the blows meet the first steps
         for host in chaos.hosts:
-            watcher.until(lambda h=host: (h.folder / "copy").exists(), PATIENCE_S)
+            watcher.until((host.folder / "copy").exists, PATIENCE_S)
     for _ in range(chance.randint(1, 5)):
         watcher = chaos.strike(chance, watcher, run)
         time.sleep(chance.choice([0, 0.2, 1]))
