@@ -1814,7 +1814,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"Could not resolve host", "the remote's name does not resolve"),
     (
         rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host",
-        "the git remote is silent",
+        "the git remote does not answer",
     ),
 )
 

@@ -95,7 +95,7 @@ def test_git_over_https_without_and_with_a_terminal(one: Fleet, https: str):
 def test_git_from_a_server_that_is_silent(one: Fleet):
     with socket.create_server((A, 0)) as silent:
         set_git(one, remote_origin_url=f"http://{A}:{silent.getsockname()[1]}/app.git")
-        fails(one, "127.0.0.1: the git remote is silent")
+        fails(one, "127.0.0.1: the git remote does not answer")
 
 
 @pytest.fixture
