@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -230,7 +231,7 @@ def test_a_line_without_end_in_bounded_memory(one: Fleet):
     assert sum(event["line"].count("x") for event in watched[1].events if event["event"] == "log") == size
     peaks |= {f"commander {i}": int(each.err.split("peak ")[1]) for i, each in enumerate(watched)}
     print(peaks)
-    assert all(peak < 2 * BOUND_KB for peak in peaks.values()), peaks
+    assert all(peak < 80 << 10 for peak in peaks.values()), peaks
 
 
 def test_git_locks_are_removed_only_when_nobody_uses_them(one: Fleet):
@@ -277,6 +278,8 @@ def test_two_hundred_agents_come_back(
         dialing = asyncio.gather(*(dial(number) for number in range(AGENTS)))
         await asyncio.to_thread(over.wait, 300)
         dialing.cancel()
+        with suppress(asyncio.CancelledError):
+            await dialing
 
     over = threading.Event()
     monkeypatch.setattr(updater.DaemonLog, "_line", lambda *_: None)
