@@ -226,6 +226,9 @@ ANSWER_S = 10.0
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
+LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
+PLANS_KEPT = 100
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
@@ -239,6 +242,7 @@ ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after da
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
 HISTORY_ROWS = 1000
+PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
 
@@ -1694,6 +1698,19 @@ def plan_checkout(branch: str, remote: str, refs: Container[str]) -> tuple[Step 
     return get, Step(label, ("git", "checkout", "--detach", tag, "--")), None
 
 
+LOCK_FILE = re.compile(r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)")
+
+
+def decide_rollback(successes: Sequence[str], current: str) -> int | None:
+    """Which of a host's successful commits (oldest first, rollbacks left out) to go back to, as its index.
+
+    The newest one before `current` first succeeded; the newest at all where `current` never did. As a rollback is no
+    step forward, the next one goes one step further back.
+    """
+    before = successes.index(current) if current in successes else len(successes)
+    return before - 1 if before else None
+
+
 def plan_command(command: tuple[str, ...]) -> Step:
     """The host's configured command."""
     return Step(" ".join(command), command)
@@ -2121,6 +2138,15 @@ class StateFolder:
         for run in gone:
             shutil.rmtree(self.runs / run, ignore_errors=True)
         return gone
+
+    def successes(self) -> dict[str, list[JobRecord]]:
+        """The deployments that succeeded, oldest first, per machine: its label may have been another one then."""
+        jobs = [job for run in self.run_ids() for job in self.load_jobs(run)]
+        found: dict[str, list[JobRecord]] = {}
+        for job in sorted(jobs, key=lambda job: job.ended or 0.0):
+            if job.state is State.SUCCEEDED and job.kind is Kind.DEPLOY and job.commit:
+                found.setdefault(job.machine, []).append(job)
+        return found
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
@@ -2625,6 +2651,28 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         raise UpdaterError(f"{culprit}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
+def ask_git(repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S) -> tuple[int, bytes, bytes]:
+    """A question to git: its exit code, output and errors. Raises UpdaterError where there is nobody to ask."""
+    try:
+        argv = [*resolve_program("git", env.get("PATH", "")), *args]
+        done = subprocess.run(
+            argv, cwd=repo, env={**env, "LANGUAGE": "en"}, stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=timeout_s, check=False, **HIDDEN,
+        )  # fmt: skip
+    except NotADirectoryError as problem:
+        raise UsageError(f"{repo} is no folder", "set repo in [hosts]") from problem
+    except FileNotFoundError as problem:
+        raise UsageError(f"there is no folder {repo}", "clone the repository there, or set repo") from problem
+    except subprocess.TimeoutExpired as problem:
+        words = [word for word in args if not word.startswith("-")]
+        raise UpdaterError(f"git {words[0]} did not answer in {timeout_s:.0f} s") from problem
+    if b"dubious ownership" in done.stderr:
+        raise UsageError(
+            f"git refuses {repo}: it belongs to another user", f"git config --global --add safe.directory {repo}"
+        )
+    return done.returncode, done.stdout, done.stderr
+
+
 def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
     """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
 
@@ -2761,6 +2809,17 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     )
 
 
+def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
+    """The host's environmentFile, if it has one. Raises ConfigError."""
+    if not rule.environment_file:
+        return {}
+    path = repo / rule.environment_file
+    try:
+        return parse_environment_file(path.read_text("utf-8-sig"), str(path))
+    except (OSError, UnicodeError) as problem:
+        raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
+
+
 class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job restarts."""
 
@@ -2860,7 +2919,7 @@ class Runner:
         self.repo = tree / self.rule.repo if self.rule.repo else tree
         extra: dict[str, str] = {}
         try:
-            extra = self.read_environment()
+            extra = read_environment(self.rule, self.repo)
         except ConfigError as wrong:
             if strict:
                 raise
@@ -2883,36 +2942,10 @@ class Runner:
                 if not allowed and address != config.master_url.host:
                     self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
 
-    def read_environment(self) -> dict[str, str]:
-        """The host's environmentFile, if it has one. Raises ConfigError."""
-        if not self.rule.environment_file:
-            return {}
-        path = self.repo / self.rule.environment_file
-        try:
-            return parse_environment_file(path.read_text("utf-8-sig"), str(path))
-        except (OSError, UnicodeError) as problem:
-            raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
-
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        try:
-            argv = [*resolve_program("git", self.env.get("PATH", "")), *args]
-            done = subprocess.run(
-                argv, cwd=self.repo, env=self.env, stdin=subprocess.DEVNULL, capture_output=True,
-                timeout=QUESTION_S, check=False, **HIDDEN,
-            )  # fmt: skip
-        except NotADirectoryError as problem:
-            raise UsageError(f"{self.repo} is no folder", "set repo in [hosts]") from problem
-        except FileNotFoundError as problem:
-            raise UsageError(f"there is no folder {self.repo}", "clone the repository there, or set repo") from problem
-        except subprocess.TimeoutExpired as problem:
-            raise UpdaterError(f"git {args[0]} did not answer in {QUESTION_S:.0f} s") from problem
-        if b"dubious ownership" in done.stderr:
-            raise UsageError(
-                f"git refuses {self.repo}: it belongs to another user",
-                f"git config --global --add safe.directory {self.repo}",
-            )
-        return done.stdout if done.returncode == 0 else b""
+        code, out, _ = ask_git(self.repo, self.env, *args)
+        return out if code == 0 else b""
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
@@ -3397,18 +3430,15 @@ class Inbound:
 def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     """What is checked out on this host right now; every value None where git does not say. Takes up to 2 s."""
     facts: dict[str, Any] = {"branch": None, "commit": None, "dirty": None, "version": None}
+    words = ("status", "--porcelain=v2", "--branch", "--untracked-files=no")
     try:
-        argv = [*resolve_program("git", environ.get("PATH", "")), "status", "--porcelain=v2", "--branch"]
-        done = subprocess.run(
-            [*argv, "--untracked-files=no"], cwd=repo, env=dict(environ), stdin=subprocess.DEVNULL,
-            capture_output=True, timeout=FACTS_S, check=False, **HIDDEN,
-        )  # fmt: skip
-    except (UpdaterError, OSError, subprocess.TimeoutExpired):
+        code, out, _ = ask_git(repo, environ, *words, timeout_s=FACTS_S)
+    except (UpdaterError, OSError):
         return facts
-    if done.returncode:
+    if code:
         return facts
     facts["dirty"] = False
-    for line in done.stdout.decode(errors="replace").splitlines():
+    for line in out.decode(errors="replace").splitlines():
         if line.startswith("# branch.oid "):
             facts["commit"] = line.split()[2]
         elif line.startswith("# branch.head "):
@@ -3695,8 +3725,131 @@ class Agent:
                 link.post(Refuse("an agent has no use for that message"))
 
 
+class Outlook:
+    """What a deployment would find in this host's clone, by questions to git alone: it fetches objects, and changes
+    neither the working tree nor the index nor any ref. A job may run meanwhile: no lock of git is taken."""
+
+    def __init__(self, repo: Path, rule: Effective) -> None:
+        self.repo, self.remote = repo, rule.remote
+        extra: dict[str, str] = {}
+        with suppress(ConfigError):  # the job will say so
+            extra = read_environment(rule, repo)
+        self.env = {**scrub_environment(os.environ), **extra, **rule.env}
+        self.deadline = time.monotonic() + LOOK_AHEAD_S
+        self.said = b""
+
+    def git(self, *args: str) -> str | None:
+        """git's answer, None where it says no. Raises UpdaterError, also when all the time is used up."""
+        left_s = max(0.1, self.deadline - time.monotonic())
+        code, out, self.said = ask_git(self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s)
+        return None if code else out.decode("utf-8", "replace")
+
+    def paths(self, *args: str) -> list[str]:
+        """The paths in an answer to `-z`."""
+        return [path for path in (self.git(*args) or "").split("\0") if path]
+
+    def why(self) -> str:
+        """What git said last."""
+        last = self.said.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return explain_failure(self.said) or "".join(last) or "git failed without a word"
+
+    def find_target(self, branch: str) -> tuple[str, str | None]:
+        """The commit that `branch` means on the remote, and where the local branch stands. Raises TargetError."""
+        names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
+        if (listed := self.git("ls-remote", self.remote, *names)) is None:
+            raise UpdaterError(self.why())
+        refs = {name: commit for commit, _, name in (line.partition("\t") for line in listed.splitlines())}
+        local = (self.git("rev-parse", "--verify", "--quiet", f"{names[0]}^{{commit}}") or "").strip() or None
+        if local or names[0] in refs or not is_commit_id(branch):
+            found = names[:1] if local or names[0] in refs else names[1:]
+            name, target = next(((name, refs[name]) for name in reversed(found) if name in refs), ("", ""))
+            if not name:
+                raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
+        else:
+            name = target = branch
+        if self.git("cat-file", "-e", f"{target}^{{commit}}") is None:
+            quiet = ("--quiet", "--no-write-fetch-head", "--no-tags", "--no-auto-maintenance", "--refmap=")
+            if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
+                raise TargetError(self.why())
+        return target, local
+
+    def look(self, branch: str) -> dict[str, Any]:
+        """From what is checked out now to what `branch` means on the remote, and what stands in the way."""
+        head = (self.git("rev-parse", "--verify", "HEAD^{commit}") or "").strip()
+        if not head:
+            raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
+        found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
+        found["branch"] = (self.git("branch", "--show-current") or "").strip() or None
+        dirty = self.paths("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
+        found["dirty"] = [line[3:] for line in dirty]
+        try:
+            target, local = self.find_target(branch)
+        except UpdaterError as problem:
+            return found | {"refused": [problem.what], "exit": problem.exit_code}
+        if local and (ahead := int(self.git("rev-list", "--count", f"{target}..{local}") or 0)):
+            found["diverged"] = self.git("merge-base", "--is-ancestor", target, local) is None
+            if found["diverged"]:
+                found["refused"].append(f"the local branch has {ahead} commits that the remote has not")
+            else:
+                target = local
+                found["warnings"].append(f"{ahead} commits of this host are not on the remote; they stay")
+        range_ = f"{head}..{target}"
+        found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
+        found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
+        subjects = self.git("log", "--format=%h %s", f"--max-count={PLAN_ROWS}", range_, "--") or ""
+        self.compare(found, [commit for commit in (head, local, target) if commit])
+        return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
+
+    def compare(self, found: dict[str, Any], stops: Sequence[str]) -> None:
+        """Which files change on the way from commit to commit, and which of them git would refuse to overwrite."""
+        diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
+        found["changed"] = self.paths(*diff, stops[0], stops[-1])
+        touched, added = set(found["changed"]), set[str]()
+        for one, two in itertools.pairwise(stops):
+            touched.update(self.paths(*diff, one, two))
+            added.update(self.paths(*diff, "--diff-filter=A", one, two))
+        there = sorted(path for path in added if os.path.lexists(self.repo / path))[:PLAN_ROWS]
+        untracked = self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there) if there else []
+        found["in_the_way"] = sorted(touched.intersection(found["dirty"])) + untracked
+        found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
+        if found["in_the_way"]:
+            names = ", ".join(found["in_the_way"][:PLAN_ROWS])
+            found["refused"].append(f"local changes are in the way of the incoming commits: {names}")
+
+
+def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """What deploying `branch` would do here: what arrives, what is in the way, what would run."""
+    address, branch = args.get("address"), str(args.get("branch"))
+    if problem := valid_branch_problem(branch):
+        raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+    rule, repo = agent.rule_and_repo(address)
+    outlook = Outlook(repo, rule)
+    found = outlook.look(branch)
+    path = agent.config.path
+    if (name := os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")) in found.get("changed", ()):
+        try:  # what runs comes from the configuration that arrives
+            text = outlook.git("show", f"{found['target']}:{name}")
+            if text is None:
+                raise ConfigError(f"there is no {name} in {found['target'][:7]}")
+            rule = host_rule(parse_config(text, name, path.suffix.removeprefix(".")), address, socket.gethostname())
+        except ConfigError as wrong:
+            found["refused"].append(wrong.what)
+    elif agent.config.problem:
+        found["refused"].append(agent.config.problem)
+    for name in ("changed", "dirty", "in_the_way"):
+        paths = found.get(name, [])
+        found |= {f"{name}_count": len(paths), name: [path[:300] for path in paths[:PLAN_ROWS]]}
+    if FileLock.held_elsewhere(agent.state.job_lock):
+        found["busy"] = (read_json(agent.state.current_file) or {}).get("run")
+    with suppress(OSError):
+        found["disk_free_bytes"] = shutil.disk_usage(repo).free
+    return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
+
+
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
-QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {"status": Agent.tell_status}
+QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
+    "status": Agent.tell_status, "plan": tell_plan,
+}  # fmt: skip
 
 
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
@@ -3992,6 +4145,7 @@ class Master:
         self.agents = self.registry.agents
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
+        self.plans: dict[str, Plan] = {}
         self.started = time.time()
 
     def recover(self) -> None:
@@ -4369,6 +4523,15 @@ class Master:
         return run.record
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a plan was asked and what it found, to tell later whether that still holds."""
+
+    made: float
+    request: tuple[Any, ...]
+    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then
+
+
 class Desk:
     """What a commander can ask of the master."""
 
@@ -4498,9 +4661,101 @@ class Desk:
         }  # fmt: skip
 
 
+class Planner:
+    """Answers `plan`: what `trigger` or `rollback` would do on each host, asked of all hosts at once."""
+
+    def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
+        self.master = master
+        self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
+        self.rollback = bool(args.get("rollback"))
+        self.known = str(args.get("plan") or "")  # a plan that has to hold still
+
+    async def plan(self) -> dict[str, Any]:
+        """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
+        hosts = select_targets(self.target, self.master.registry.hosts())
+        if not self.rollback and (problem := valid_branch_problem(self.branch)):
+            raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
+        past = await asyncio.to_thread(self.master.state.successes)
+        rows = await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
+        if not any(row["online"] for row in rows):
+            raise TargetError(f"no host of {self.target} is online", "start its service")
+        truth = {row["host"]: (row.pop("machine"), row["current"], row["target"]) for row in rows}
+        return {
+            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "rollback": self.rollback,
+            "fresh_s": PLAN_FRESH_S, "ok": not any(row["refused"] for row in rows), "hosts": rows,
+        }  # fmt: skip
+
+    def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
+        """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
+        plans, request, now = self.master.plans, (self.target, self.branch, self.rollback, self.to), time.monotonic()
+        for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
+            del plans[name]
+        if not self.known:
+            while len(plans) >= PLANS_KEPT:
+                del plans[next(iter(plans))]
+            name = os.urandom(8).hex()
+            plans[name] = Plan(now, request, truth)
+            return name
+        plan, hint = plans.get(self.known), "make a new plan, and look at it"
+        if plan is None:
+            raise GuardError(f"there is no fresh plan {self.known[:40]!r}", hint)
+        if plan.request != request:
+            raise GuardError(f"plan {self.known} is for something else: {' '.join(map(str, plan.request))}", hint)
+        if changed := [host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)]:
+            raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
+        return self.known
+
+    async def look(self, host: HostRef, past: Sequence[JobRecord]) -> dict[str, Any]:
+        """One host's row."""
+        agent = self.master.agents.get(host.machine)
+        times = [seconds for job in past if (seconds := seconds_of(job)) is not None]
+        jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        row: dict[str, Any] = {
+            "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
+            "target": None, "why": None, "commits": 0, "leaving": 0, "subjects": [], "changed_count": 0, "changed": [],
+            "lock_file": False, "dirty_count": 0, "dirty": [], "in_the_way_count": 0, "in_the_way": [],
+            "diverged": False, "busy": None, "queued": [job.run for job in jobs if job.state is State.QUEUED],
+            "disk_free_bytes": None, "expected_s": sorted(times)[len(times) // 2] if times else None, "command": None,
+            "restart": [], "refused": [], "warnings": [],
+        }  # fmt: skip
+        if agent is None:
+            return row | {"refused": ["the host is offline"], "exit": TargetError.exit_code}
+        try:
+            branch, row["why"] = await self.choose(agent, host, past) if self.rollback else (self.branch, None)
+            answer = await agent.ask("plan", {"address": host.address, "branch": branch}, PLAN_S)
+            if answer is None:
+                raise UpdaterError(f"no answer within {PLAN_S:.0f} s")
+            if "error" in answer:
+                return row | {"refused": [str(answer["error"])], "exit": answer.get("exit")}
+        except UpdaterError as problem:
+            return row | {"refused": [problem.what], "exit": problem.exit_code}
+        return row | answer
+
+    async def choose(self, agent: AgentLink, host: HostRef, past: Sequence[JobRecord]) -> tuple[str, str]:
+        """The commit to go back to, and why that one. Raises TargetError."""
+        commits = [job.commit or "" for job in past]
+        if self.to:
+            found = {commit for commit in commits if commit.startswith(self.to)}
+            if len(found) == 1 or is_commit_id(self.to):
+                return (found or {self.to}).pop(), "as asked"
+            raise TargetError(f"{len(found) or 'no'} recorded successes have a commit {self.to[:80]!r}...")
+        current = ((await agent.ask("status", {"address": host.address})) or {}).get("commit")
+        if current is None:
+            raise UpdaterError("git does not say what is checked out")
+        if (index := decide_rollback(commits, current)) is None:
+            raise TargetError(f"no commit succeeded before {current[:7]}")
+        before = f"before {current[:7]} first did" if current in commits else f"{current[:7]} never did"
+        return commits[index], f"the newest that succeeded (run {past[index].run}); {before}"
+
+
+async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
+    """What a deployment or a rollback would do."""
+    return await Planner(desk.master, args).plan()
+
+
 # What a commander may ask; the sections below add theirs.
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "status": Desk.status, "history": Desk.history, "forget": Desk.forget,
+    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
 }  # fmt: skip
 
 
@@ -4656,6 +4911,21 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
         if not isinstance(reply, RunRecord):
             raise UnreachableError("the master answered something else", "do both sides run the same version?")
         return connection, reply
+
+
+def plan_rollback(plan: Mapping[str, Any]) -> Submit:
+    """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
+    stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
+    if stuck:
+        what = "; ".join(f"{row['host']}: {row['refused'][0]}" for row in stuck)
+        problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
+        problem.exit_code = stuck[0]["exit"]
+        raise problem
+    commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
+    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "rollback"
+    return Submit(
+        make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(), commits=commits
+    )
 
 
 @dataclass
@@ -5898,7 +6168,74 @@ def cmd_trigger(args: Args) -> int:
         view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
-    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+
+    def follow() -> list[JobRecord]:
+        jobs = Follower(caller, record.run, view).follow(connection)
+        if failed := ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT)):
+            view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
+        return jobs
+
+    return watch_run(args, record.run, follow)
+
+
+PLAN_ANSWER_S = ANSWER_S + PLAN_S
+
+
+def plan_text(row: Mapping[str, Any]) -> str:
+    """One host's outlook for people."""
+
+    def listed(name: str, word: str) -> list[str]:
+        more = row[f"{name}_count"] - len(row[name])
+        return [f"{word}: {', '.join(row[name])}" + (f" and {more} more" if more else "")] if row[name] else []
+
+    facts = []
+    if target := row["target"]:
+        facts += [f"{row['current'][:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"]
+        facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
+        facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
+    facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
+    facts += [f"{row['disk_free_bytes'] >> 20} MB free"] if row["disk_free_bytes"] is not None else []
+    lines = [row["why"]] if row["why"] else []
+    lines += [*row["subjects"], *listed("changed", "changes"), *listed("dirty", "local changes")]
+    lines += [f"restarts {' '.join(row['restart'])}"] if row["restart"] else []
+    lines += [f"busy with run {row['busy']}"] if row["busy"] else []
+    lines += [f"run {run} is queued" for run in row["queued"]]
+    lines += [f"! {text}" for text in row["warnings"]] + [f"✗ refused: {text}" for text in row["refused"]]
+    return "\n    ".join([f"{row['host']}  {', '.join(facts)}", *lines])
+
+
+def cmd_plan(args: Args) -> int:
+    result = ask_master(args, "plan", {"target": args.target, "branch": args.branch}, PLAN_ANSWER_S)
+    if args.json:
+        say(json.dumps(result, ensure_ascii=False))
+    else:
+        say("\n".join(map(plan_text, result["hosts"])))
+    return 0 if result["ok"] else 1
+
+
+def confirm(args: Args, question: str) -> None:
+    """Ask the person at the terminal, unless `--yes`. Raises GuardError for a no, and where nobody can be asked."""
+    if args.yes:
+        return
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().casefold() not in ("y", "yes", "ㅛ", "예", "네"):
+        raise GuardError("nothing was done", "")
+
+
+def cmd_rollback(args: Args) -> int:
+    asked = {"target": args.target, "rollback": True, "to": args.to}
+    plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
+    order, view = plan_rollback(plan), make_view(args)
+    if not args.json:
+        print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
+    confirm(args, f"roll back {', '.join(order.commits)}?")
+    caller = make_caller(args)
+    connection, record = submit_run(caller, order, PATIENCE_S)
+    view.notice(f"run {record.run}: rollback of {', '.join(record.hosts)}")
+    code = watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+    return code or int(len(order.commits) < len(plan["hosts"]))
 
 
 def cmd_deploy(args: Args) -> int:
@@ -6243,6 +6580,15 @@ COMMANDS = (
         option("--detach", action="store_true", help="print the run id and leave"),
         option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
         option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
+    )),
+    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, (
+        option("target", metavar="TARGET", help=TARGET_HELP),
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+    )),
+    Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback, (
+        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
+        option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
+        option("--yes", action="store_true", help="do not ask"),
     )),
     Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
         option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
