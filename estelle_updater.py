@@ -4146,13 +4146,17 @@ class Master:
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
+        self.last: dict[str, JobRecord] = {}  # machine -> how its newest deployment ended
         self.started = time.time()
 
     def recover(self) -> None:
         """After a start: the known hosts, and the runs that are not over."""
         self.registry.recover()
         for run in self.state.run_ids():
-            if (found := self.load(run)) and found.active:
+            found = self.load(run)
+            for job in found.jobs.values() if found else ():
+                self.remember(job)
+            if found and found.active:
                 self.runs[run] = found
                 for job in list(found.jobs.values()):
                     self.expire(found, job, self.started)
@@ -4382,10 +4386,16 @@ class Master:
                 if durable and job.state in FINAL and job.revision:
                     return False
         run.jobs[job.host] = job
+        self.remember(job)
         for follower in run.followers:
             follower.post(job)
             follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
         return True
+
+    def remember(self, job: JobRecord) -> None:
+        """How a host's newest deployment ended, for `status`; not what never reached the host."""
+        if job.state in FINAL and job.started and job.kind in (Kind.DEPLOY, Kind.ROLLBACK):
+            self.last[job.machine] = job
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
@@ -4645,6 +4655,7 @@ class Desk:
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
         machine = self.master.registry.machines[host.machine]
+        last = self.master.last.get(host.machine)
         return {
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
@@ -4657,6 +4668,7 @@ class Desk:
             "link_down_since": self.master.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
             "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
+            "last": {"run": last.run, **job_summary(last)} if last else None,
             "problem": facts.get("problem"),
         }  # fmt: skip
 
@@ -6332,7 +6344,7 @@ def cmd_status(args: Args) -> int:
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
     rows = [status_cells(row) for row in result["hosts"]]
-    head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "job")
+    head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "last", "job")
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
@@ -6356,7 +6368,7 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
         row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
-        row["color"] or "-", "; ".join(jobs) or "-",
+        row["color"] or "-", short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
 
@@ -6646,8 +6658,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"argument COMMAND: invalid choice: ('.*?')", message):
+            from difflib import get_close_matches
+
             names = ", ".join(command.name for command in COMMANDS if not command.hidden)
-            raise UsageError(f"there is no command {unknown[1]}", f"the commands are: {names}")
+            like = get_close_matches(unknown[1], names.split(", "), 1)
+            hint = f"did you mean {like[0]}?" if like else f"the commands are: {names}"
+            raise UsageError(f"there is no command {unknown[1]}", hint)
         raise UsageError(message, f"see: {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:

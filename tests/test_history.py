@@ -39,6 +39,12 @@ def test_history_and_logs_with_and_without_the_master(fleet: MakeFleet) -> None:
     shown = one.cli("logs", str(first["run"])).out
     assert one.cli("logs", str(first["run"]), agent.address).out.count("✓") == 1
 
+    one.restart(one.master)
+    one.wait_online()
+    rows = json.loads(one.cli("status", "--json").out)["hosts"]
+    assert [(row["last"]["run"], row["last"]["ok"]) for row in rows] == [(first["run"], True), (newest["run"], False)]
+    assert "✗ failed sh deploy.sh" in one.cli("status").out, "a new commit alone is no success"
+
     one.stop(one.master)
     offline = one.cli("logs", str(first["run"]))
     assert (offline.code, sorted(offline.out.splitlines())) == (0, sorted(shown.splitlines()))
