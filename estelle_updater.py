@@ -207,6 +207,7 @@ TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
 MESSAGE_BYTES = 4 << 20
+RUNNER_LOG_BYTES = 1 << 20
 REFUSED_KEPT = 10_000  # addresses whose refusals are counted
 
 # Times in seconds
@@ -2008,12 +2009,17 @@ class FileLock:
 class DaemonLog:
     """The daemon's own log: one line per event on stderr, with its time, or with its priority under journald."""
 
+    _journal = False
+
     def __init__(self) -> None:
         self.verbose = False
-        self._journal = "JOURNAL_STREAM" in os.environ
+        with suppress(OSError):  # no standard error at all
+            stat = os.fstat(2)
+            # A PM2 that systemd started hands its variable on, but not its stream
+            self._journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
     def _line(self, priority: int, word: str, text: str, args: tuple[Any, ...]) -> None:
-        text = (text % args if args else text).replace("\n", " ")
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text % args if args else text)  # a peer's words stay in their line
         start = f"<{priority}>" if self._journal else time.strftime("%Y-%m-%d %H:%M:%S ") + word
         data = f"{start}{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
         with suppress(OSError, ValueError):
@@ -2032,6 +2038,17 @@ class DaemonLog:
 
     def error(self, text: str, *args: Any) -> None:
         self._line(3, "error: ", text, args)
+
+    def job(self, before: JobRecord | None, now: JobRecord) -> None:
+        """What became of a job; its steps only in detail."""
+        name = f"run {now.run} ({now.kind} {now.branch}) on {now.host}"
+        if before is None or before.state is not now.state:
+            where = f" at {now.step}" if now.state in FINAL and now.step else ""
+            why = f": {now.error}" if now.error else f" {now.version}" if now.version else ""
+            bad = now.state in FINAL and now.state is not State.SUCCEEDED
+            (self.warning if bad else self.info)("%s", f"{name}: {now.state}{where}{why}")
+        elif before.step != now.step:
+            self.debug("%s: %s", name, now.step)
 
 
 log = DaemonLog()
@@ -2795,6 +2812,9 @@ class LogWriter:
 
 def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
     """Start the process that does a job: it takes the job's lock itself. What is returned only stands at its cradle."""
+    if log_size(state.runner_log) > RUNNER_LOG_BYTES:  # crashes of years must not fill a disk
+        with suppress(OSError):
+            os.replace(state.runner_log, state.runner_log.with_suffix(".old"))
     argv = [*program_argv(), "run-job", "--state", str(state.root), "--config", str(config_path), job.run, job.host]
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
@@ -3534,6 +3554,7 @@ class Agent:
         if stamp != job.stamp and (record := self.state.load_job(run, host)):
             job.stamp = stamp
             if record.revision > job.record.revision:
+                log.job(job.record, record)
                 job.record = record
                 if self.link:
                     self.link.post(record)
@@ -3572,6 +3593,7 @@ class Agent:
             why = f"can't write to {self.state.root}: {problem.strerror}"
             record = replace(record, state=State.FAILED, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
+        log.job(job.record if job.record is not record else None, record)
         job.record = record
         if self.link:
             self.link.post(record)
@@ -4385,6 +4407,8 @@ class Master:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
                 if durable and job.state in FINAL and job.revision:
                     return False
+        if job.machine != self.machine:  # its own agent says so already
+            log.job(run.jobs[job.host], job)
         run.jobs[job.host] = job
         self.remember(job)
         for follower in run.followers:
@@ -4550,6 +4574,7 @@ class Desk:
 
     async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
+        log.debug("%s connects from %s", hello.name, address)
         link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES)))
         try:
             async with asyncio.TaskGroup() as group:
@@ -5134,6 +5159,33 @@ class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # ty
         self._poked.set()
 
 
+class Supervisor:
+    """systemd, where it started this daemon: hears that it is ready, what it does, and that its event loop turns."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.address = environ.get("NOTIFY_SOCKET", "")
+        mine = environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        self.watchdog_s = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if mine else 0.0
+        if self.watchdog_s:
+            import faulthandler  # the watchdog kills by SIGABRT: then the journal has what the loop hung in
+
+            faulthandler.enable()
+
+    def tell(self, *facts: str) -> None:
+        """Send KEY=VALUE lines; nobody's loss where nobody listens."""
+        if self.address:
+            place = "\0" + self.address[1:] if self.address[0] == "@" else self.address
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.setblocking(False)
+                out.sendto("\n".join(facts).encode(errors="replace"), place)
+
+    async def feed_forever(self) -> None:
+        """A sign of life three times per period, which a loop that hangs can't give."""
+        while self.watchdog_s:
+            self.tell("WATCHDOG=1")
+            await asyncio.sleep(self.watchdog_s / 3)
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """What `serve` was told on its command line."""
@@ -5173,6 +5225,7 @@ class Service:
         self.stopping = False
         self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
         self.machine = ""
+        self.supervisor = Supervisor(os.environ)
 
     async def run(self) -> int:
         """Serve until a signal. Raises UpdaterError where the start is impossible."""
@@ -5188,6 +5241,7 @@ class Service:
                 raise UsageError("this version serves neither tokenFile nor [tls]", "remove them; use a VPN")
             self.machine = self.state.machine_id()
             on_stop_signals(asyncio.get_running_loop(), self.stop)
+            feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
             agent.recover()
             self.say_what_is_odd(agent)
@@ -5195,6 +5249,7 @@ class Service:
             while not self.stopping:
                 log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
                 decision, source = await self.serve_as(agent, decision, source)
+            feeder.cancel()
             return 0
         finally:
             self.state.daemon_file.unlink(missing_ok=True)
@@ -5202,6 +5257,7 @@ class Service:
 
     def stop(self, signal_name: str) -> None:
         log.info("stopping on %s; a running deployment goes on", signal_name)
+        self.supervisor.tell("STOPPING=1", "STATUS=stopping")
         self.stopping = True
         self.over.set()
 
@@ -5246,17 +5302,25 @@ class Service:
         self.decision, self.source = decision, source
         self.over.set()
 
-    def save_facts(self, facts: Mapping[str, Any]) -> None:
+    def save_facts(self, facts: Mapping[str, Any], status: str) -> None:
+        """Say that this daemon is ready, and as what: to commands on this host, and to systemd."""
         with suppress(OSError):
             write_atomic(self.state.daemon_file, json.dumps(dict(facts)).encode())
+        self.supervisor.tell("READY=1", f"STATUS={facts['role']}: {status}")
 
     async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
-        self.save_facts(facts)
+        self.save_facts(facts, f"calling {self.config.config.master_url}")
 
         def welcomed(label: str) -> None:
-            self.save_facts({**facts, "label": label})
+            facts.update(label=label, trouble="")
+            self.save_facts(facts, f"welcomed as {label} by {self.config.config.master_url}")
 
-        dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
+        async def failed(outside: bool) -> None:
+            facts["trouble"] = dialer.trouble  # beside the label, which a deployment by hand still goes by
+            self.save_facts(facts, dialer.trouble)
+            await self.look_again(outside)
+
+        dialer = Dialer(agent, self.options.bind, failed, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
             group.create_task(agent.prune_forever(tuple))
@@ -5291,7 +5355,7 @@ class Service:
             ) from problem
         async with server, asyncio.TaskGroup() as group:
             facts |= {"listen": local_url(url, host, port), "label": own}
-            self.save_facts(facts)
+            self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
                 group.create_task(self.prove(url, source))
@@ -6158,6 +6222,7 @@ def make_caller(args: Args) -> Caller:
 def cmd_serve(args: Args) -> int:
     require_packages()
     preload()
+    log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
         raise UsageError(f"{role!r} is no role", "auto, master or agent")
