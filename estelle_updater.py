@@ -244,6 +244,8 @@ LOST_S = 900.0  # without a connection a running job counts as lost, which relea
 DISK_RETRY_S = 5.0
 HISTORY_ROWS = 1000
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
+INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
+INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
 
@@ -1640,6 +1642,27 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per host and kind of order, out of the rows of `history`: how many ended how, the median seconds of those that
+    succeeded, and how often which step was the one that failed."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for job in row["hosts"]:
+            if job["state"] in FINAL:
+                groups.setdefault((job["host"], row["kind"]), []).append(job)
+    stats = []
+    for (host, kind), jobs in sorted(groups.items()):
+        seconds = sorted(job["seconds"] for job in jobs if job["ok"] and job["seconds"] is not None)
+        middle = seconds[(len(seconds) - 1) // 2 : len(seconds) // 2 + 1]
+        states = Counter(job["state"] for job in jobs)
+        steps = Counter(job["step"] for job in jobs if job["step"] and not job["ok"])
+        stats.append(
+            {"host": host, "kind": kind, "runs": len(jobs), "ok": states.pop(State.SUCCEEDED, 0), "states": states,
+             "median_s": round(sum(middle) / len(middle), 3) if middle else None, "steps": dict(steps.most_common())}
+        )  # fmt: skip
+    return stats
+
+
 def run_of_job(job: JobRecord) -> RunRecord:
     """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
     return RunRecord(
@@ -2077,6 +2100,7 @@ class StateFolder:
         self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
         self.last_config = root / "last-config"  # the last valid configuration that was used here
+        self.index = root / "history.jsonl"
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
@@ -2142,43 +2166,98 @@ class StateFolder:
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
     def prune(self, keep: KeepRule, needed: Container[str], now: float) -> list[str]:
-        """Delete runs beyond `keep`, except those `needed`, those not over, and the last success of each host."""
+        """Delete runs beyond `keep`, except those `needed`, those not over, and each host's last success of a kind."""
         runs = self.run_ids()
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
-        old = [run for run in runs[: max(0, len(runs) - keep.runs)] if run not in needed]
-        old += [run for run in runs[max(0, len(runs) - keep.runs) :] if run < oldest and run not in needed]
+        excess = len(runs) - keep.runs
+        old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
         if not old:
             return []
-        jobs = {run: self.load_jobs(run) for run in runs}
-        last = {job.host: run for run in runs for job in jobs[run] if job.state is State.SUCCEEDED}
-        gone = [run for run in old if run not in last.values() and all(job.state in FINAL for job in jobs[run])]
-        for run in gone:
+        last: set[tuple[str, str]] = set()
+        for row in self.rows():
+            succeeded = {(job["host"], row["kind"]) for job in row["hosts"] if job["ok"]}
+            if succeeded - last or any(job["state"] not in FINAL for job in row["hosts"]):
+                old.discard(row["run"])
+            last |= succeeded
+        for run in old:
             shutil.rmtree(self.runs / run, ignore_errors=True)
-        return gone
+        if old:
+            lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
+            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+        return sorted(old)
 
-    def successes(self) -> dict[str, list[JobRecord]]:
+    def successes(self) -> dict[str, list[dict[str, Any]]]:
         """The deployments that succeeded, oldest first, per machine: its label may have been another one then."""
-        jobs = [job for run in self.run_ids() for job in self.load_jobs(run)]
-        found: dict[str, list[JobRecord]] = {}
-        for job in sorted(jobs, key=lambda job: job.ended or 0.0):
-            if job.state is State.SUCCEEDED and job.kind is Kind.DEPLOY and job.commit:
-                found.setdefault(job.machine, []).append(job)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in reversed(self.rows()):
+            for job in row["hosts"] if row["kind"] == Kind.DEPLOY else ():
+                if job["ok"] and job["commit"]:
+                    found.setdefault(row["machines"].get(job["host"], ""), []).append({"run": row["run"], **job})
         return found
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
+        inside = ("stamp", "machines", "over")
+        return [{key: value for key, value in row.items() if key not in inside} for row in self.rows(count)]
+
+    def rows(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The newest runs, newest first. One that is over is a line of the index, for 10,000 folders take seconds.
+
+        The index only repeats what the folders say: a run whose folder changed since, or whose line is torn or
+        missing, is read anew, so it may be deleted at any time, and two processes may write to it.
+        """
+        indexed = self._indexed(None if count is None else INDEX_TAIL_BYTES)
         rows: list[dict[str, Any]] = []
+        new: list[bytes] = []
         for run in reversed(self.run_ids()):
-            if len(rows) >= count:
+            if len(rows) == count:
                 break
-            if record := self.load_run(run):
-                jobs = {job.host: job for job in self.load_jobs(run)}
-                results = [job_summary(jobs[host]) for host in record.hosts if host in jobs]
-                rows.append(
-                    {"run": run, "created": record.created, "by": record.by, "kind": record.kind,
-                     "target": record.target, "branch": record.branch, "hosts": results}
-                )  # fmt: skip
+            try:
+                stamp = (self.runs / run).stat().st_mtime_ns
+            except OSError:  # deleted meanwhile
+                continue
+            row = self._row_of_line(indexed[run][1]) if run in indexed and indexed[run][0] == stamp else None
+            if row is None and (row := self._row_of_folder(run, stamp)) and row["over"]:
+                new.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+            rows += [row] if row else []
+        if new:
+            with suppress(OSError), open(self.index, "ab") as file:
+                file.write(b"\n".join([b"", *reversed(new), b""]))  # a line end first: what is there may be torn
         return rows
+
+    def _indexed(self, tail_bytes: int | None = None) -> dict[str, tuple[int, bytes]]:
+        """The index's lines, or its last ones, by run, each with its folder's time; the last line of a run counts."""
+        found = {}
+        size = log_size(self.index)
+        for line in read_log(self.index, size - min(size, tail_bytes or size), size).splitlines():
+            if match := re.match(rb'\{"run":"([0-9a-f-]+)","stamp":([0-9]+),.*\}$', line):
+                found[match[1].decode()] = (int(match[2]), line)
+        return found
+
+    @staticmethod
+    def _row_of_line(line: bytes) -> dict[str, Any] | None:
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return None
+        return row
+
+    def _row_of_folder(self, run: str, stamp: int) -> dict[str, Any] | None:
+        """A run's line for the index. It is `over` where nobody, this host's agent included, still waits for anything
+        in it, and where the folder lay still for so long that the next change will show in its time."""
+        record = self.load_run(run)
+        if record is None:
+            return None
+        jobs = [job for job in self.load_jobs(run) if job.host in record.hosts]
+        jobs.sort(key=lambda job: record.hosts.index(job.host))
+        own = self.machine_id()
+        waiting = any(job.state not in FINAL or (job.machine == own and job.revision and not job.acked) for job in jobs)
+        over = len(jobs) == len(record.hosts) and not waiting and time.time_ns() - stamp > INDEX_AFTER_S * 1e9
+        return {
+            "run": run, "stamp": stamp, "over": over, "created": record.created, "by": record.by, "kind": record.kind,
+            "target": record.target, "branch": record.branch, "machines": record.machines,
+            "hosts": [job_summary(job) for job in jobs],
+        }  # fmt: skip
 
     @staticmethod
     def _load(path: Path, cls: type[Any]) -> Any:
@@ -3499,10 +3578,10 @@ class Agent:
 
     def recover(self) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
-        for run in self.state.run_ids():
-            for record in self.state.load_jobs(run):
+        for row in self.state.rows():
+            for record in () if row["over"] else self.state.load_jobs(row["run"]):
                 if record.machine == self.machine and record.revision and not record.acked:
-                    self.jobs[run, record.host] = OwnJob(record)
+                    self.jobs[record.run, record.host] = OwnJob(record)
 
     async def watch_forever(self) -> None:
         """Look at the running jobs' files when a runner pokes, and once a second in case a poke was lost."""
@@ -4168,18 +4247,17 @@ class Master:
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
-        self.last: dict[str, JobRecord] = {}  # machine -> how its newest deployment ended
+        self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.started = time.time()
 
     def recover(self) -> None:
         """After a start: the known hosts, and the runs that are not over."""
         self.registry.recover()
-        for run in self.state.run_ids():
-            found = self.load(run)
-            for job in found.jobs.values() if found else ():
-                self.remember(job)
-            if found and found.active:
-                self.runs[run] = found
+        for row in reversed(self.state.rows()):
+            for job in row["hosts"]:
+                self.remember(row["machines"].get(job["host"], ""), {"run": row["run"], "kind": row["kind"], **job})
+            if not row["over"] and (found := self.load(row["run"])) and found.active:
+                self.runs[row["run"]] = found
                 for job in list(found.jobs.values()):
                     self.expire(found, job, self.started)
 
@@ -4410,16 +4488,16 @@ class Master:
         if job.machine != self.machine:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.jobs[job.host] = job
-        self.remember(job)
+        self.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
         for follower in run.followers:
             follower.post(job)
             follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
         return True
 
-    def remember(self, job: JobRecord) -> None:
+    def remember(self, machine: str, job: dict[str, Any]) -> None:
         """How a host's newest deployment ended, for `status`; not what never reached the host."""
-        if job.state in FINAL and job.started and job.kind in (Kind.DEPLOY, Kind.ROLLBACK):
-            self.last[job.machine] = job
+        if job["state"] in FINAL and job["seconds"] is not None and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK):
+            self.last[machine] = job
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
@@ -4648,10 +4726,12 @@ class Desk:
             link.post(Refuse(problem.what, problem.hint, problem.exit_code))
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
-        """The newest runs."""
-        count = args.get("count")
+        """The newest runs, or what all of them together say."""
+        state, count = self.master.state, args.get("count")
+        if args.get("stats"):
+            return {"stats": await asyncio.to_thread(lambda: run_stats(state.rows()))}
         rows = min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
-        return {"runs": self.master.state.history(rows)}
+        return {"runs": await asyncio.to_thread(state.history, rows)}
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"forgotten": self.master.registry.forget(str(args.get("target")))}
@@ -4680,7 +4760,6 @@ class Desk:
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
         machine = self.master.registry.machines[host.machine]
-        last = self.master.last.get(host.machine)
         return {
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
@@ -4693,7 +4772,7 @@ class Desk:
             "link_down_since": self.master.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
             "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
-            "last": {"run": last.run, **job_summary(last)} if last else None,
+            "last": self.master.last.get(host.machine),
             "problem": facts.get("problem"),
         }  # fmt: skip
 
@@ -4742,10 +4821,10 @@ class Planner:
             raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
         return self.known
 
-    async def look(self, host: HostRef, past: Sequence[JobRecord]) -> dict[str, Any]:
+    async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
         agent = self.master.agents.get(host.machine)
-        times = [seconds for job in past if (seconds := seconds_of(job)) is not None]
+        times = [job["seconds"] for job in past if job["seconds"] is not None]
         jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         row: dict[str, Any] = {
             "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
@@ -4768,9 +4847,9 @@ class Planner:
             return row | {"refused": [problem.what], "exit": problem.exit_code}
         return row | answer
 
-    async def choose(self, agent: AgentLink, host: HostRef, past: Sequence[JobRecord]) -> tuple[str, str]:
+    async def choose(self, agent: AgentLink, host: HostRef, past: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         """The commit to go back to, and why that one. Raises TargetError."""
-        commits = [job.commit or "" for job in past]
+        commits = [job["commit"] for job in past]
         if self.to:
             found = {commit for commit in commits if commit.startswith(self.to)}
             if len(found) == 1 or is_commit_id(self.to):
@@ -4782,7 +4861,7 @@ class Planner:
         if (index := decide_rollback(commits, current)) is None:
             raise TargetError(f"no commit succeeded before {current[:7]}")
         before = f"before {current[:7]} first did" if current in commits else f"{current[:7]} never did"
-        return commits[index], f"the newest that succeeded (run {past[index].run}); {before}"
+        return commits[index], f"the newest that succeeded (run {past[index]['run']}); {before}"
 
 
 async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
@@ -6344,16 +6423,27 @@ def cmd_logs(args: Args) -> int:
 
 def cmd_history(args: Args) -> int:
     try:
-        rows = ask_master(args, "history", {"count": args.count})["runs"]
+        found = ask_master(args, "history", {"count": args.count, "stats": args.stats})
     except (UnreachableError, RefusedError, ConfigError) as problem:
-        rows = args.state_folder().history(args.count)
-        if not rows:
+        state = args.state_folder()
+        found = {"stats": run_stats(state.rows())} if args.stats else {"runs": state.history(args.count)}
+        if not any(found.values()):
             raise
-        TextView(Output(False)).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+        TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
     if args.json:
-        say(json.dumps({"runs": rows}, ensure_ascii=False))
+        say(json.dumps(found, ensure_ascii=False))
         return 0
-    cells = [
+    head, cells = history_table(found["runs"]) if "runs" in found else stats_table(found["stats"])
+    Output(False).write(terminal_text(render_table(head, cells)).encode())
+    return 0
+
+
+_Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def history_table(rows: Iterable[Mapping[str, Any]]) -> _Table:
+    """The runs as head and cells."""
+    return ("run", "when", "who", "target", "branch", "result"), [
         (
             row["run"],
             time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
@@ -6364,10 +6454,22 @@ def cmd_history(args: Args) -> int:
         )
         for row in rows
     ]
-    Output(False).write(
-        terminal_text(render_table(("run", "when", "who", "target", "branch", "result"), cells)).encode()
-    )
-    return 0
+
+
+def stats_table(stats: Iterable[Mapping[str, Any]]) -> _Table:
+    """What all runs together say, as head and cells."""
+    return ("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
+        (
+            one["host"],
+            one["kind"],
+            str(one["runs"]),
+            str(one["ok"]),
+            ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
+            "-" if one["median_s"] is None else f"{one['median_s']:.1f} s",
+            ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
+        )
+        for one in stats
+    ]
 
 
 def short_result(host: Mapping[str, Any]) -> str:
@@ -6677,6 +6779,7 @@ COMMANDS = (
     )),
     Command("history", "list the recent runs", cmd_history, (
         option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+        option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
     )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
     Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
