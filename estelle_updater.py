@@ -81,9 +81,11 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import calendar
     import ctypes
     import getpass
     import hashlib
+    import hmac
     import http.client as http_client
     import importlib.metadata as importlib_metadata
     import importlib.util as importlib_util
@@ -96,17 +98,21 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import socket
+    import ssl
     import subprocess
     import tempfile
     import tomllib
     import urllib.request as urllib_request
     import zipfile
+    from collections.abc import Generator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 else:
     asyncio = _Lazy("asyncio")
+    calendar = _Lazy("calendar")
     ctypes = _Lazy("ctypes")
     getpass = _Lazy("getpass")
     hashlib = _Lazy("hashlib")
+    hmac = _Lazy("hmac")
     http_client = _Lazy("http.client")
     importlib_metadata = _Lazy("importlib.metadata")
     importlib_util = _Lazy("importlib.util")
@@ -119,6 +125,7 @@ else:
     shutil = _Lazy("shutil")
     signal = _Lazy("signal")
     socket = _Lazy("socket")
+    ssl = _Lazy("ssl")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
     tomllib = _Lazy("tomllib")
@@ -206,9 +213,22 @@ LAST_LINE_BYTES = 300  # of what a silent step said last
 TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
+TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
 MESSAGE_BYTES = 4 << 20
 RUNNER_LOG_BYTES = 1 << 20
-REFUSED_KEPT = 10_000  # addresses whose refusals are counted
+INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
+HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
+WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
+
+# What one address, agent or commander can make the master hold
+REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
+HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
+CONNECTIONS = 512  # of one address
+FILES = 8192  # open at once, all connections together
+CHANNELS = 256  # logs being received from one agent
+QUESTIONS_OPEN = 32  # of one commander
+MACHINES = 256  # machine ids of one address
+ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
@@ -224,6 +244,7 @@ SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
+EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
@@ -834,6 +855,7 @@ class DeployRule:
     restart: Annotated[tuple[str, ...], _units] = ()
     timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
     version: Annotated[str, _text] = "config/version.json"
+    secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1079,6 +1101,8 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     for i, notify in enumerate(config.notify):
         if re.search(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)", notify.url or ""):
             warnings.append(f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv")
+    if config.tls.cert and not config.master_url.secure:
+        warnings.append("tls: masterUrl is ws://, so nothing is encrypted; write wss:// there")
     if config.token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", config.token_file):
         warnings.append(f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not")
     if config.updater.sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", config.updater.sha256):
@@ -1224,8 +1248,9 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     return dict(_unquoted(*match.groups()) for _, match in matches if match)
 
 
-def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
-    """What no log may show: values under names that look secret, every line of them, and passwords in any URL.
+def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
+    """What no log may show: values under names that look secret or are `named`, every line of them, and passwords in
+    any URL.
 
     Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
     """
@@ -1233,7 +1258,7 @@ def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
 
     found: set[str] = set()
     for name, value in (item for environment in environments for item in environment.items()):
-        if _SECRET_NAME.match(name):
+        if name in named or _SECRET_NAME.match(name):
             found.update((value, value.strip(), *value.splitlines()))
         for password in _URL_PASSWORD.findall(value):
             found.update((password, unquote(password)))
@@ -1270,6 +1295,22 @@ class Welcome:
     label: str
     nonce: str
     features: list[str] = field(default_factory=list)
+    proof: str = ""  # that the master knows the token too
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """Master to whoever said `Hello`, where there is a token: prove that you know it."""
+
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The answer to `Challenge`; the master has to prove the same with `nonce` in its `Welcome`."""
+
+    nonce: str
+    proof: str
 
 
 @dataclass(frozen=True)
@@ -1446,8 +1487,8 @@ class Notice:
 
 
 MESSAGES: tuple[type, ...] = (
-    Hello, Welcome, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken, Submit, Follow, Ask,
-    Answer, Notice,
+    Hello, Welcome, Challenge, Proof, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken,
+    Submit, Follow, Ask, Answer, Notice,
 )  # fmt: skip
 VERBS: dict[str, type] = {cls.__name__.removesuffix("Record").lower(): cls for cls in MESSAGES}
 VERB_OF = {cls: verb for verb, cls in VERBS.items()}
@@ -1506,6 +1547,42 @@ def _fits(annotation: str, value: Any) -> bool:
     return annotation == "Any" or type(value).__name__ == annotation
 
 
+def make_proof(token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> str:
+    """That `side` ("client" or "master") knows the token, which itself is never sent.
+
+    Both nonces keep it from being used again, `side` from being sent back, and the hello's part from another's use.
+    """
+    words = [side, hello.role, hello.machine, hello.nonce, challenge, nonce]
+    return hmac.digest(token, json.dumps(words).encode(), "sha256").hex()
+
+
+def check_proof(proof: str, token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> bool:
+    """Whether `proof` is what `make_proof` makes, in a time that tells nothing about where they differ."""
+    return hmac.compare_digest(proof.encode(), make_proof(token, side, hello, challenge, nonce).encode())
+
+
+def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, Any, Welcome]:
+    """What a client says until it is welcomed: yields each message, is sent its answer, and returns the welcome.
+
+    With a token, a master that does not prove that it knows it is told nothing more. Raises RefusedError,
+    ProtocolError.
+    """
+    reply = yield hello
+    challenge = reply.nonce if isinstance(reply, Challenge) else ""
+    if isinstance(reply, Challenge):
+        if token is None:
+            raise RefusedError("the master asks for a token, and there is none here", _TOKEN_HINT)
+        reply = yield Proof(nonce, make_proof(token, "client", hello, challenge, nonce))
+    if isinstance(reply, Refuse):
+        raise RefusedError(reply.what, reply.hint)
+    if not isinstance(reply, Welcome):
+        raise ProtocolError("no welcome from the master")
+    if token and not (challenge and check_proof(reply.proof, token, "master", hello, challenge, nonce)):
+        raise RefusedError("whoever answers at masterUrl does not know our token", _TOKEN_HINT)
+    return reply
+
+
+_TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
 CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
@@ -1523,6 +1600,8 @@ def decode_chunk(frame: bytes) -> tuple[int, int, bytes]:
         raise ProtocolError("a binary frame of an unknown form")
     form, channel, offset = CHUNK_HEADER.unpack_from(frame)
     data = frame[CHUNK_HEADER.size :]
+    if len(data) > CHUNK_BYTES:
+        raise ProtocolError("a binary frame of more than a chunk")
     if form == 2:
         inflater = zlib.decompressobj()
         try:
@@ -1768,9 +1847,16 @@ def parse_version_file(data: bytes) -> str | None:
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
+URL_SECRET = re.compile(
+    rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))"
+)  # user:password@ or token@
+URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
+
+
 class Masker:
     """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
-    `***`. A tail that could begin a secret is held back until the next byte or `flush`."""
+    `***`. A tail that could begin a secret is held back until the next byte or `flush`. Passwords in URLs are secrets,
+    whoever prints them."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
@@ -1780,7 +1866,9 @@ class Masker:
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
         data = self._held + data
-        return self._write(data, min((self._tail(data, value) for value in self._values), default=len(data)))
+        hold = min((self._tail(data, value) for value in self._values), default=len(data))
+        url = URL_BEGUN.search(data, max(0, len(data) - 515))
+        return self._write(data, min(hold, url.start()) if url else hold)
 
     def flush(self) -> bytes:
         """The tail that turned out to be no secret."""
@@ -1796,7 +1884,9 @@ class Masker:
 
     def _write(self, data: bytes, hold: int) -> bytes:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
-        spans = []
+        urls = [(match.start(), match.span(match.lastindex or 0)) for match in URL_SECRET.finditer(data)]
+        hold = min((start for start, (_, end) in urls if start < hold < end), default=hold)  # `://` and all
+        spans = [span for start, span in urls if start < hold]
         for value in self._values:
             start = data.find(value)
             while 0 <= start < hold:
@@ -2042,7 +2132,7 @@ class DaemonLog:
             self._journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
     def _line(self, priority: int, word: str, text: str, args: tuple[Any, ...]) -> None:
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text % args if args else text)  # a peer's words stay in their line
+        text = terminal_text(text % args if args else text).replace("\n", " ")
         start = f"<{priority}>" if self._journal else time.strftime("%Y-%m-%d %H:%M:%S ") + word
         data = f"{start}{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
         with suppress(OSError, ValueError):
@@ -2105,7 +2195,8 @@ class StateFolder:
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
         try:
-            self.runs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.runs.mkdir(mode=0o700, exist_ok=True)
             probe = self.root / f".probe.{os.getpid()}"
             write_atomic(probe, b"")
             probe.unlink()
@@ -2343,6 +2434,9 @@ class ConfigFile:
             return None
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
+    def token(self) -> bytes | None:
+        return load_token(self.config, work_tree(self.path))
+
     def look(self) -> bool:
         """Called about once a second: True when new settings took effect."""
         stamp = self._stamp()
@@ -2361,6 +2455,96 @@ def work_tree(config_path: Path) -> Path:
         if (folder / ".git").exists():
             return folder
     return config_path.parent.parent
+
+
+def load_token(config: Config, tree: Path) -> bytes | None:
+    """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises ConfigError, without it."""
+    text, source = os.environ.get("ESTELLE_TOKEN", ""), "ESTELLE_TOKEN"
+    if not text and config.token_file:
+        source = f"tokenFile {tree / Path(config.token_file).expanduser()}"
+        try:
+            text = (tree / Path(config.token_file).expanduser()).read_text("utf-8-sig")
+        except (OSError, UnicodeError) as problem:
+            why = getattr(problem, "strerror", "") or "it is no text"
+            raise ConfigError(f"can't read {source}: {why}", _TOKEN_HINT) from None
+    elif not text:
+        return None
+    token = text.strip().encode()
+    if len(token) < TOKEN_BYTES:
+        raise ConfigError(f"the token in {source} has fewer than {TOKEN_BYTES} bytes", "openssl rand -hex 32")
+    return token
+
+
+def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
+    """How to connect to a wss:// master: trust [tls] ca or else the system's roots, and expect masterUrl's name, also
+    where `url` is the listener on the master's own host. Raises ConfigError."""
+    if not url.startswith("wss:"):
+        return {}
+    ca = tree / config.tls.ca if config.tls.ca else None
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as problem:
+        raise ConfigError(f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates") from None
+    return {"ssl": context, "server_hostname": config.master_url.host}
+
+
+_VALIDITY = re.compile(rb"\x30[\x1e-\x22](?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
+
+
+def certificate_end(pem: str) -> float:
+    """When the first certificate of a PEM file that ends does so, in seconds since 1970. Raises ValueError.
+
+    The standard library parses only certificates that it was shown in a handshake; a certificate's first two times
+    side by side are its validity (RFC 5280, 4.1).
+    """
+    ends = []
+    for one in re.findall("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", pem, re.DOTALL):
+        if match := _VALIDITY.search(ssl.PEM_cert_to_DER_cert(one)):
+            short = (match[1] or b"").decode()  # two digits of the year, from 1950 to 2049
+            text = ("19" if short >= "5" else "20") + short if short else match[2].decode()
+            ends.append(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S")))
+    if not ends:
+        raise ValueError("it holds no certificate")
+    return min(ends)
+
+
+class Certificate:
+    """The certificate of a wss:// master, read again when its files change, so that a renewal cuts nobody off.
+
+    `problem` says what will soon keep everybody out, or keeps a new certificate from being used.
+    """
+
+    def __init__(self, config: ConfigFile) -> None:
+        self.config = config
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.problem: str | None = None
+        self._stamp: object = None
+        self._ends = 0.0
+        self.look()
+        if self.problem and not self._ends:
+            raise UsageError(self.problem, "[tls] cert and key are PEM files that the serving user can read")
+
+    def look(self) -> None:
+        """Called about once a second."""
+        before, tree, rule = self.problem, work_tree(self.config.path), self.config.config.tls
+        cert, key = tree / (rule.cert or ""), tree / (rule.key or "")
+        try:
+            stats = [path.stat() for path in (cert, key)]
+            stamp = [cert, key, *((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)]
+            if stamp != self._stamp:
+                self._stamp = stamp
+                trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                for context in (trial, self.context):  # a pair that does not fit must not spoil the one in use
+                    context.load_cert_chain(cert, key, password="")  # or it would ask for one
+                self._ends, self.problem = certificate_end(cert.read_text()), None
+            elif self._ends and (left_s := self._ends - time.time()) < EXPIRY_S:
+                days = f"expires in {left_s // 86400:.0f} days" if left_s > 0 else "has expired"
+                self.problem = f"the certificate {cert} {days}"
+        except (OSError, ValueError) as problem:
+            self._stamp = None
+            self.problem = f"can't use the certificate {cert}: {getattr(problem, 'strerror', None) or problem}"
+        if self.problem and self.problem != before:
+            log.warning("%s", self.problem)
 
 
 # ==============================================================================
@@ -3029,7 +3213,12 @@ class Runner:
             self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        self.masker = Masker(secret_values(extra))
+        named = self.rule.secrets
+        secrets = secret_values(extra, {name: self.env.get(name, "") for name in named}, named=named)
+        with suppress(ConfigError):
+            token = load_token(config, tree)
+            secrets += (token.decode(),) if token else ()
+        self.masker = Masker(secrets)
 
     def warn_of_doors(self, config: Config) -> None:
         """A new whitelist may shut out this host, or who asked: better said before it takes effect."""
@@ -3290,7 +3479,7 @@ def probe_public_address(
 
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
-    "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
+    "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
     "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
 }  # fmt: skip
 CLIENT_OPTIONS: dict[str, Any] = {
@@ -3359,6 +3548,21 @@ class QueueWire:
         """Both ends live and die with this process."""
 
 
+async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
+    """Say hello, prove the token and have it proven. Raises RefusedError, ProtocolError, EOFError, TimeoutError."""
+    talk = greeting(hello, token, os.urandom(16).hex())
+    message = next(talk)
+    async with asyncio.timeout(WELCOME_S):
+        while True:
+            await wire.send(encode_message(message))
+            frame = await wire.recv()
+            try:
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+            except StopIteration as end:
+                welcome: Welcome = end.value
+                return welcome
+
+
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more than a window of
     unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Agent and master are both this."""
@@ -3372,10 +3576,14 @@ class Link:
         self._next_channel = 1
         self._wake = asyncio.Event()
         self._inbound: dict[int, Inbound] = {}
+        self._waiting_bytes = 0
 
     def post(self, message: Any) -> None:
-        """Send a message as soon as the connection takes it."""
+        """Send a message as soon as the connection takes it; who asks and asks and never reads is cut off."""
         self._control.append(encode_message(message))
+        self._waiting_bytes += len(self._control[-1])
+        if self._waiting_bytes > WAITING_BYTES:
+            self.wire.abort()
         self._wake.set()
 
     def open_log(self, run: str, host: str, path: Path) -> None:
@@ -3422,6 +3630,7 @@ class Link:
             self._wake.clear()
             while self._control or await self._write_chunks():
                 while self._control:
+                    self._waiting_bytes -= len(self._control[0])
                     await self.wire.send(self._control.popleft())
 
     async def _write_chunks(self) -> bool:
@@ -3447,6 +3656,8 @@ class Link:
 
     def accept_log(self, message: Log, inbound: Inbound) -> None:
         """Begin or resume receiving a log."""
+        if len(self._inbound) >= CHANNELS and message.channel not in self._inbound:
+            raise ProtocolError(f"more than {CHANNELS} logs at once")
         self._inbound[message.channel] = inbound
         size = log_size(inbound.path)
         self.post(Have(message.channel, size, rewind=True, check=log_check(inbound.path, size)))
@@ -4014,17 +4225,18 @@ class Dialer:
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidHandshake, InvalidStatus
 
+        config, tree = self.agent.config.config, work_tree(self.agent.config.path)
+        options = CLIENT_OPTIONS | client_tls(config, tree, str(url))
+        token = self.agent.config.token()
         try:
-            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
+            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **options)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except InvalidHandshake as problem:
             raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
         async with connection:
             link = Link(SocketWire(connection), squeeze=True)
-            await link.wire.send(encode_message(self.agent.hello()))
-            async with asyncio.timeout(WELCOME_S):
-                self.welcome = self.read_welcome(await link.wire.recv())
+            self.welcome = await greet(link.wire, self.agent.hello(), token)
             self.trouble = ""
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
@@ -4038,15 +4250,6 @@ class Dialer:
             finally:
                 self.link = None
             self.say("the connection to the master ended; trying again until it answers")
-
-    @staticmethod
-    def read_welcome(frame: str | bytes) -> Welcome:
-        message = decode_message(frame) if isinstance(frame, str) else None
-        if isinstance(message, Refuse):
-            raise RefusedError(message.what, message.hint)
-        if not isinstance(message, Welcome):
-            raise ProtocolError("no welcome from the master")
-        return message
 
 
 def refusal(status: int, body: bytes) -> UpdaterError:
@@ -4116,6 +4319,9 @@ class AgentLink:
 QUESTION_NUMBERS = itertools.count(1)
 
 
+_whitelist = functools.lru_cache(maxsize=8)(Whitelist)  # parsed once, not by every stranger who knocks
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
@@ -4123,13 +4329,46 @@ class Door:
         self.config, self.own_address, self.nonce = config, own_address, nonce
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
+        self.handshakes: Counter[str] = Counter()  # begun and not judged
+        self.token_file = config.config.token_file
+        tls = config.config.master_url.secure and config.config.tls.cert
+        self.certificate = Certificate(config) if tls else None
+
+    def connection_class(self) -> Any:
+        """A server connection that can't keep others out by beginning handshakes and not ending them."""
+        from websockets.asyncio.server import ServerConnection
+
+        door = self
+
+        class Guarded(ServerConnection):
+            def connection_made(self, transport: Any) -> None:
+                super().connection_made(transport)
+                self.peer = host_key((self.remote_address or ("",))[0])
+                config = door.config.config
+                known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
+                self.among = self.peer if any(verdict.allowed for verdict in known) else ""
+                door.handshakes[self.among] += 1
+                self.one_too_many = door.handshakes[self.among] > HANDSHAKES
+                if self.one_too_many:
+                    door.log_refusal(self.among or "strangers", f"more than {HANDSHAKES} handshakes at once")
+                    transport.abort()
+
+            async def handshake(self, *args: Any, **options: Any) -> None:
+                try:
+                    await super().handshake(*args, **options)
+                finally:
+                    door.handshakes[self.among] -= 1
+                    if self.request is None and not self.one_too_many:
+                        door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
+
+        return Guarded
 
     def judge_request(self, connection: Any, request: Any) -> Any:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
         config = self.config.config
         peer = canonical_address(connection.remote_address[0])
-        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), Whitelist(config.trusted_proxies))
-        verdict = Whitelist(config.whitelist).verdict(address)
+        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), _whitelist(config.trusted_proxies))
+        verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
             return self.refuse(connection, address, verdict.reason, f"add {address} to the whitelist in git")
         hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
@@ -4138,6 +4377,8 @@ class Door:
             return self.refuse(connection, address, "the Host header names another server", "use serverNames")
         if origin is not None and not (allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]):
             return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
+        if list(self.sockets.values()).count(address) >= CONNECTIONS:
+            return self.refuse(connection, address, f"more than {CONNECTIONS} connections", "close some")
         if request.path.partition("?")[0] != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         connection.estelle_address = address
@@ -4151,22 +4392,56 @@ class Door:
         return answer
 
     def log_refusal(self, address: str, reason: str) -> None:
-        """Once per address and minute, with a count: a flood must not become a flood of lines."""
-        began, count = self.refused.get(address, (0.0, 0))
-        now = time.monotonic()
-        if not began or now - began > 60:
-            log.warning("refused %s: %s%s", address, reason, f" ({count} more times)" if count else "")
-            began, count = now, -1
-        if len(self.refused) > REFUSED_KEPT:
-            self.refused.clear()
-        self.refused[address] = (began, count + 1)
+        """Once per address and minute, then a count: a flood must not become a flood of lines."""
+        if address not in self.refused and len(self.refused) >= REFUSED_KEPT:
+            address = "others"
+        began, count = self.refused.get(address, (time.monotonic(), -1))
+        if count < 0:
+            log.warning("refused %s: %s", address, reason)
+        self.refused[address] = began, count + 1
+
+    def look(self) -> None:
+        """Once a second: how often those were refused whose minute is over, and whether the certificate changed."""
+        for address, (began, count) in list(self.refused.items()):
+            if time.monotonic() - began > 60:
+                del self.refused[address]
+                if count:
+                    log.warning("refused %s %d more times within a minute", address, count)
+        if self.certificate:
+            self.certificate.look()
+
+    async def check_token(self, link: Link, hello: Hello, address: str) -> str:
+        """Have whoever said hello prove that it knows the token, if there is one: our own proof, for the welcome.
+
+        Raises RefusedError.
+        """
+        try:
+            token = self.config.token()
+        except ConfigError as problem:
+            log.error("%s", problem.what)
+            raise RefusedError("the master can't read its own token", "see the master's log") from None
+        if token is None:
+            return ""
+        challenge = os.urandom(16).hex()
+        await link.wire.send(encode_message(Challenge(challenge)))
+        async with asyncio.timeout(WELCOME_S):
+            frame = await link.wire.recv()
+        answer = decode_message(frame) if isinstance(frame, str) else None
+        if not (
+            isinstance(answer, Proof) and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
+        ):
+            raise RefusedError("the token is not the master's (the address is allowed)", _TOKEN_HINT)
+        return make_proof(token, "master", hello, challenge, answer.nonce)
 
     def drop_disallowed(self) -> None:
-        """After the configuration changed: whoever is no longer on the list is cut off."""
-        whitelist = Whitelist(self.config.config.whitelist)
+        """After the configuration changed: who is no longer on the list, or has not proven this token, is cut off."""
+        whitelist = _whitelist(self.config.config.whitelist)
+        unproven, self.token_file = self.token_file != self.config.config.token_file, self.config.config.token_file
         for socket, address in list(self.sockets.items()):
-            if not whitelist.verdict(address).allowed:
-                log.warning("dropped %s: no longer on the whitelist", address)
+            if unproven or not whitelist.verdict(address).allowed:
+                log.warning(
+                    "dropped %s: %s", address, "tokenFile changed" if unproven else "no longer on the whitelist"
+                )
                 socket.transport.abort()
 
 
@@ -4179,6 +4454,7 @@ class Registry:
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, AgentLink] = {}
         self.down_since: dict[str, float] = {}
+        self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
 
     def recover(self) -> None:
         """After a start: the known hosts, none of them connected yet."""
@@ -4204,11 +4480,14 @@ class Registry:
         return name
 
     def register(self, hello: Hello, address: str) -> None:
-        """Remember a host that is welcomed."""
+        """Remember a host that is welcomed. Raises RefusedError where one address has been too many machines."""
+        here = [known for known in self.machines.values() if known.address == address]
+        if hello.machine not in self.machines and len(here) >= MACHINES:
+            raise RefusedError(f"{address} has been {MACHINES} machines already", "forget those that are retired")
+        version, platform = (re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform))
         known = Machine(
-            hello.machine, address, self.host_name(hello.machine, address, hello.name), hello.version, hello.platform,
-            time.time(),
-        )  # fmt: skip
+            hello.machine, address, self.host_name(hello.machine, address, hello.name), version, platform, time.time()
+        )
         self.machines[hello.machine] = known
         self.save()
 
@@ -4223,6 +4502,25 @@ class Registry:
             online = host.machine in self.agents
             hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
         return hosts
+
+    def check_adoption(
+        self, machine: str, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
+    ) -> None:
+        """Keep an agent from filling the history with runs that nobody ordered here, and from writing what looks like,
+        or is, the file of another of the run's `hosts`. Raises ProtocolError."""
+        others = [host.label for host in self.hosts() if host.machine != machine]
+        taken = {file_label(label).casefold() for label in (*others, *hosts)}
+        if file_label(job.host).casefold() in taken or not (job.host.isprintable() and 0 < len(job.host) <= 200):
+            raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
+        now = time.time()
+        latest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now + 86400))
+        if job.run > latest or not 0 <= job.created < now + 86400:
+            raise ProtocolError(f"run {job.run} is of the future")
+        still = sum(not run.nonce and machine in run.machines.values() for run in open_runs)
+        recent = self.adopted.setdefault(machine, deque([0.0] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR))
+        if still >= ADOPTED_OPEN or recent[0] > now - 3600:
+            raise ProtocolError(f"too many runs that nobody ordered here: {job.run} is not recorded")
+        recent.append(now)
 
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
@@ -4269,30 +4567,32 @@ class Master:
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
-            hello = decode_message(frame) if isinstance(frame, str) else None
+            hello = decode_message(frame) if isinstance(frame, str) and len(frame) <= HELLO_BYTES else None
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
             if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
                 raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
-            if hello.role == "agent":
-                await self.serve_agent(link, hello, address)
-            elif hello.role == "commander":
-                await Desk(self).serve_commander(link, hello, address)
-            else:
+            if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
+            proof = await self.door.check_token(link, hello, address)
+            if hello.role == "agent":
+                await self.serve_agent(link, hello, address, proof)
+            else:
+                await Desk(self).serve_commander(link, hello, address, proof)
         except* (EOFError, TimeoutError):
             pass
-        except* ProtocolError as group:
-            reason = str(next(iter_leaves(group)))
-            log.warning("%s sent what is no part of the protocol: %s", address, reason)
+        except* (ProtocolError, RefusedError) as group:
+            problem = next(iter_leaves(group))
+            assert isinstance(problem, UpdaterError)
+            self.door.log_refusal(address, problem.what)
             with suppress(EOFError):
-                await link.wire.send(encode_message(Refuse(reason)))
+                await link.wire.send(encode_message(Refuse(problem.what[:1000], problem.hint, problem.exit_code)))
                 await socket.close()
         finally:
             link.wire.abort()
             del self.door.sockets[socket]
 
-    async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
+    async def serve_agent(self, link: Link, hello: Hello, address: str, proof: str = "") -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
@@ -4315,7 +4615,7 @@ class Master:
         self.registry.down_since.pop(hello.machine, None)
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
-        link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES)))
+        link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES), proof))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
         self.resend(agent)
@@ -4327,7 +4627,7 @@ class Master:
                     try:
                         self.receive_from_agent(agent, frame)
                     except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
-                        log.warning("a message of %s failed: %s", label, problem)
+                        self.door.log_refusal(f"a message of {label}", str(problem))
                         link.post(Refuse(str(problem)[:1000]))
         finally:
             if self.agents.get(hello.machine) is agent:
@@ -4364,6 +4664,8 @@ class Master:
         message = decode_message(frame)
         match message:
             case JobRecord():
+                if len(frame) > RECORD_BYTES:
+                    raise ProtocolError("a job's state of more than 64 KiB")
                 self.on_job(agent, message)
             case Log():
                 self.on_log(agent, message)
@@ -4376,7 +4678,7 @@ class Master:
                 if future and not future.done():
                     future.set_result(message.result)
             case Refuse():
-                log.warning("%s says: %s", agent.address, message.what)
+                self.door.log_refusal(f"by {agent.address}", message.what[:1000])
             case _:
                 raise ProtocolError(f"an agent can't say {VERB_OF[type(message)]}")
 
@@ -4414,6 +4716,8 @@ class Master:
         """A host's word about its job. A result counts once its log is here."""
         found = self.load(job.run)
         if found is None or (not found.record.nonce and job.host not in found.record.machines):
+            open_runs = [run.record for run in self.runs.values() if run.active]
+            self.registry.check_adoption(agent.hello.machine, job, found.record.hosts if found else [], open_runs)
             self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
@@ -4444,6 +4748,9 @@ class Master:
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
         run = self.own_job(agent, message.run, message.host)
+        job = run.jobs[message.host]
+        if job.state in FINAL and not job.provisional and message.host not in run.held:
+            return  # complete: nobody adds to it
 
         def grew(size: int) -> None:
             if (inbound := agent.link.inbound(message.channel)) and inbound.closed:
@@ -4513,6 +4820,8 @@ class Master:
 
     def submit(self, message: Submit, by: str) -> RunRecord:
         """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
+        if not message.nonce:  # it says that a run was ordered here
+            raise UsageError("a run needs a nonce")
         if found := self.load(message.run):
             if found.record.nonce != message.nonce:
                 raise UpdaterError(f"the run id {message.run} is taken", "try again")
@@ -4580,12 +4889,14 @@ class Master:
         job = run.jobs[message.host]
         if job.state is State.QUEUED:
             self.busy[agent.hello.machine] = time.monotonic() + BUSY_RETRY_S
-            self.record(run, replace(job, ordered=False, behind=message.behind or None))
+            behind = message.behind if valid_run_id(message.behind) else None
+            self.record(run, replace(job, ordered=False, behind=behind))
 
     async def tick_forever(self) -> None:
         """Once a second while a run is active: what has waited too long."""
         while True:
             await asyncio.sleep(TICK_S)
+            self.door.look()
             for run in list(self.runs.values()):
                 for job in list(run.jobs.values()):
                     self.expire(run, job, time.time())
@@ -4649,11 +4960,12 @@ class Desk:
 
     def __init__(self, master: Master) -> None:
         self.master = master
+        self.open = 0  # questions
 
-    async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
+    async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
-        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES)))
+        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES), proof))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -4687,6 +4999,9 @@ class Desk:
             case Cancel():
                 link.post(self.master.cancel(message.run, by))
             case Ask():
+                if self.open >= QUESTIONS_OPEN:
+                    raise UpdaterError(f"more than {QUESTIONS_OPEN} questions at once")
+                self.open += 1
                 group.create_task(self.answer(link, message))
             case _:
                 raise ProtocolError("not a commander's message")
@@ -4724,6 +5039,8 @@ class Desk:
             link.post(Answer(ask.id, await DESK[ask.what](self, ask.args)))
         except UpdaterError as problem:
             link.post(Refuse(problem.what, problem.hint, problem.exit_code))
+        finally:
+            self.open -= 1
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
         """The newest runs, or what all of them together say."""
@@ -4742,7 +5059,8 @@ class Desk:
 
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
-            return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
         answers = await asyncio.gather(*(facts(host) for host in hosts))
         rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
@@ -4751,7 +5069,7 @@ class Desk:
             "ip": self.master.own_address,
             "version": __version__,
             "uptime": uptime,
-            "problem": self.master.config.problem,
+            "problem": self.master.config.problem or getattr(self.master.door.certificate, "problem", None),
         }
         return {"master": master, "hosts": rows}
 
@@ -4953,8 +5271,9 @@ def refused(reply: Refuse) -> UpdaterError:
 class Caller:
     """Finds the master: on its own host by the local listener first, then by masterUrl."""
 
-    def __init__(self, state: StateFolder, config: Config, bind: str | None) -> None:
-        self.bind = bind
+    def __init__(self, state: StateFolder, config: Config, bind: str | None, tree: Path) -> None:
+        self.bind, self.config, self.tree = bind, config, tree
+        self.token = load_token(config, tree)
         self.urls = [str(config.master_url)]
         daemon = read_json(state.daemon_file) or {}
         local = daemon.get("listen")
@@ -4985,22 +5304,28 @@ class Caller:
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
             # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
-            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source}
-            socket = connect(url, **options).__enter__()
-            socket.send(
-                encode_message(Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), ""))
-            )
-            reply = decode_message(socket.recv(timeout=timeout_s))
+            tls = client_tls(self.config, self.tree, url)
+            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source, **tls}
+            connection = connect(url, **options).__enter__()
+            hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), os.urandom(16).hex())
+            talk = greeting(hello, self.token, os.urandom(16).hex())
+            message = next(talk)
+            while True:
+                connection.send(encode_message(message))
+                frame = connection.recv(timeout=timeout_s)
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+        except StopIteration as end:
+            return Connection(connection, end.value)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except (OSError, InvalidHandshake, ConnectionClosed, EOFError) as problem:
             what = getattr(problem, "strerror", None) or str(problem) or "no answer"
-            raise UnreachableError(f"can't reach the master at {url}: {what}", "is `serve` running there?") from problem
-        if isinstance(reply, Refuse):
-            raise RefusedError(reply.what, reply.hint)
-        if not isinstance(reply, Welcome):
-            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?")
-        return Connection(socket, reply)
+            hint = "is `serve` running there?"
+            if isinstance(problem, ssl.SSLError):
+                hint = "is masterUrl right, the certificate in force, and its authority trusted here or in [tls] ca?"
+            raise UnreachableError(f"can't reach the master at {url}: {what}", hint) from problem
+        except ProtocolError as problem:
+            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?") from problem
 
 
 def user_name() -> str:
@@ -5316,8 +5641,8 @@ class Service:
                 "stop it, or give this one a state folder of its own with --state DIR",
             )
         try:
-            if self.config.config.token_file or self.config.config.tls.cert:
-                raise UsageError("this version serves neither tokenFile nor [tls]", "remove them; use a VPN")
+            self.config.token()  # one that can't be read is better said here
+            raise_file_limit()
             self.machine = self.state.machine_id()
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
@@ -5343,6 +5668,8 @@ class Service:
     def say_what_is_odd(self, agent: Agent) -> None:
         """What will make deployments fail later is worth a line now."""
         _, repo = agent.rule_and_repo(self.options.bind)
+        if self.config.config.tls.cert and not self.config.config.master_url.secure:
+            log.warning("[tls] is not used: masterUrl is ws://")
         if not (repo / ".git").exists():
             log.warning("%s is no git checkout: deployments will fail until it is one", repo)
         try:
@@ -5425,15 +5752,16 @@ class Service:
         master.recover()
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            server = await serve(
-                master.serve_socket, host, port, process_request=master.door.judge_request, **SERVER_OPTIONS
-            )
+            options = SERVER_OPTIONS | {"create_connection": master.door.connection_class()}
+            if certificate := master.door.certificate:
+                options |= {"ssl": certificate.context}
+            server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
         async with server, asyncio.TaskGroup() as group:
-            facts |= {"listen": local_url(url, host, port), "label": own}
+            facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
             self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
@@ -5454,16 +5782,20 @@ class Service:
         nonce = None
         for _ in range(PROVE_TRIES):
             try:
-                async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
+                config = self.config.config
+                options = CLIENT_OPTIONS | client_tls(config, work_tree(self.config.path), str(url))
+                async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
                     name = socket.gethostname()
                     hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
-                    await connection.send(encode_message(hello))
-                    nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+                    nonce = (await greet(SocketWire(connection), hello, self.config.token())).nonce
+                break
+            except RefusedError:  # another token is another master
+                nonce = ""
                 break
             except InvalidStatus as problem:  # even a refusal says who it is
                 nonce = problem.response.headers.get(WHO_HEADER)
                 break
-            except (OSError, TimeoutError, WebSocketException, ProtocolError):
+            except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
                 await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
             self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
@@ -5488,6 +5820,16 @@ class Service:
             problem = self.config.problem
 
 
+def raise_file_limit() -> None:
+    """Room for many connections, where the system's default is 1024 and the service may have more."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     """--listen HOST:PORT as (host or None for all, port). Raises UsageError."""
     if not text:
@@ -5498,10 +5840,10 @@ def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     return host.strip("[]") or None, int(number)
 
 
-def local_url(url: MasterUrl, host: str | None, port: int) -> str:
-    """How a commander on the master's own host reaches the listener."""
+def local_url(url: MasterUrl, host: str | None, port: int, secure: bool) -> str:
+    """How a commander on the master's own host reaches the listener; a proxy may be what makes masterUrl wss://."""
     name = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
-    return f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
+    return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
 
 
 # ==============================================================================
@@ -6192,7 +6534,7 @@ class TextView(View):
         self.output.write(("\n" + terminal_text(render_table(("host", "commit", "time", "result"), rows))).encode())
 
     def notice(self, text: str) -> None:
-        print(f"estelle-updater: {text}", file=sys.stderr, flush=True)
+        print(f"estelle-updater: {terminal_text(text)}", file=sys.stderr, flush=True)
 
 
 def seconds_text(job: JobRecord) -> str:
@@ -6295,7 +6637,8 @@ def make_view(args: Args) -> View:
 
 def make_caller(args: Args) -> Caller:
     require_packages()
-    return Caller(args.state_folder(), load_config(args.config_path()), args.bind)
+    path = args.config_path()
+    return Caller(args.state_folder(), load_config(path), args.bind, work_tree(path))
 
 
 def cmd_serve(args: Args) -> int:
@@ -6524,7 +6867,8 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        silent_s = row.get("silent_s")
+        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -6532,9 +6876,9 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
+        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
         row["color"] or "-", short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
@@ -6892,7 +7236,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         lines = [f"estelle-updater: error: {problem.what}"]
         lines += [f"hint: {problem.hint}"] if problem.hint else []
         print(
-            "\n".join(lines).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
+            terminal_text("\n".join(lines)).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
             file=sys.stderr,
         )
     return problem.exit_code
