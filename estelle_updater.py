@@ -3284,7 +3284,7 @@ def _probe_mariadb(endpoint: str, timeout_s: float) -> str:
         login = struct.pack("<IIB23x", 0x8200, 1 << 20, 45) + b"estelle-updater-health\0\0"
         connection.sendall(len(login).to_bytes(3, "little") + b"\x01" + login)
         file.read(4)
-    return greeting[1 : greeting.index(b"\0")].decode(errors="replace")
+    return greeting[1 : greeting.index(b"\0")].decode(errors="replace").removeprefix("5.5.5-")  # for old replicas
 
 
 def _probe_command(argv: Sequence[str], repo: Path, env: Mapping[str, str], timeout_s: float) -> str:
