@@ -18,7 +18,7 @@
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
-| 13 | Probes             | own address and role                                                   |
+| 13 | Probes             | own address and role, health checks                                    |
 | 15 | Agent              | connect, hello, resume, take orders                                    |
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
 | 18 | Commander          | what the command line uses to talk to the master                       |
@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     import subprocess
     import tempfile
     import tomllib
+    import urllib.parse as urllib_parse
     import urllib.request as urllib_request
     import zipfile
     from collections.abc import Generator
@@ -129,6 +130,7 @@ else:
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
     tomllib = _Lazy("tomllib")
+    urllib_parse = _Lazy("urllib.parse")
     urllib_request = _Lazy("urllib.request")
     zipfile = _Lazy("zipfile")
 
@@ -201,6 +203,7 @@ FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 DEFAULT_PORT = 9900
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
+TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 
 # Sizes in bytes
 CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
@@ -251,6 +254,7 @@ FACTS_S = 2.0  # `status` asks live
 LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
+TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
@@ -611,6 +615,14 @@ def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = N
     return list(chosen.values())
 
 
+def expected_roles(target: str, hosts: Sequence[HostRef], active: str | None) -> dict[str, dict[str, str]]:
+    """Which of the chosen hosts were meant as `active` or `standby`, by label: an order's option, kept to its end."""
+    words = {part.strip() for part in target.split(",")}
+    roles = {host.label: "active" if host.color == active else "standby" for host in hosts if host.color and active}
+    expects = {label: role for label, role in roles.items() if role in words}
+    return {"expects": expects} if expects else {}
+
+
 def file_label(label: str) -> str:
     """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, `..`, CON."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
@@ -914,6 +926,7 @@ class HealthRule:
     hosts: Annotated[tuple[str, ...], _hosts] = ()
     status: Annotated[int, _status] = 200
     contains: Annotated[str | None, _argument] = None
+    least: Annotated[int | None, _count] = None
     timeout_s: Annotated[float, _seconds] = 5.0
 
     @property
@@ -963,8 +976,9 @@ def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
 
 
 def _check_health(raw: dict[str, Any]) -> _Problems:
-    stray = [key for key in ("status", "contains") if key in raw and "http" not in raw]
-    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to an http check") for key in stray]
+    owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
+    stray = [key for key, owner in owners.items() if key in raw and not any(kind in raw for kind in owner.split())]
+    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to {owners[key]} check") for key in stray]
     return _exactly_one(raw, CHECK_KINDS) + stray_problems
 
 
@@ -2226,6 +2240,9 @@ class StateFolder:
     def cancel_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.cancel"
 
+    def traffic_file(self, run: str, host: str) -> Path:
+        return self.runs / run / f"{file_label(host)}.traffic"
+
     def run_ids(self) -> list[str]:
         """All recorded runs, oldest first."""
         try:
@@ -2488,23 +2505,24 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
     return {"ssl": context, "server_hostname": config.master_url.host}
 
 
-_VALIDITY = re.compile(rb"\x30[\x1e-\x22](?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
+_VALIDITY = re.compile(rb"(?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
 
 
-def certificate_end(pem: str) -> float:
-    """When the first certificate of a PEM file that ends does so, in seconds since 1970. Raises ValueError.
+def certificate_end(data: bytes) -> float:
+    """When the first to end of the certificates in PEM or DER bytes does so, in seconds since 1970. Raises ValueError.
 
     The standard library parses only certificates that it was shown in a handshake; a certificate's first two times
     side by side are its validity (RFC 5280, 4.1).
     """
+    blocks = re.findall("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", data.decode("latin-1"), re.DOTALL)
     ends = []
-    for one in re.findall("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", pem, re.DOTALL):
-        if match := _VALIDITY.search(ssl.PEM_cert_to_DER_cert(one)):
+    for one in map(ssl.PEM_cert_to_DER_cert, blocks) if blocks else (data,):
+        if match := _VALIDITY.search(one):
             short = (match[1] or b"").decode()  # two digits of the year, from 1950 to 2049
             text = ("19" if short >= "5" else "20") + short if short else match[2].decode()
             ends.append(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S")))
     if not ends:
-        raise ValueError("it holds no certificate")
+        raise ValueError("no certificate in it")
     return min(ends)
 
 
@@ -2536,7 +2554,7 @@ class Certificate:
                 trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 for context in (trial, self.context):  # a pair that does not fit must not spoil the one in use
                     context.load_cert_chain(cert, key, password="")  # or it would ask for one
-                self._ends, self.problem = certificate_end(cert.read_text()), None
+                self._ends, self.problem = certificate_end(cert.read_bytes()), None
             elif self._ends and (left_s := self._ends - time.time()) < EXPIRY_S:
                 days = f"expires in {left_s // 86400:.0f} days" if left_s > 0 else "has expired"
                 self.problem = f"the certificate {cert} {days}"
@@ -3163,6 +3181,7 @@ class Runner:
         """The document's steps, in its order."""
         self.begin("check")
         self.load_rule(strict=False)
+        self.confirm_traffic()
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
@@ -3186,9 +3205,34 @@ class Runner:
             self.log.line("Nothing to pull: not a branch.")
         self.begin("config")
         self.load_rule(strict=True)
+        self.confirm_traffic()
         self.step(plan_command(self.rule.command), self.rule.timeout_s)
+        if self.rule.restart:
+            self.confirm_traffic()
         for step in plan_restart(self.rule.restart):
             self.step(step, self.rule.timeout_s)
+
+    def confirm_traffic(self) -> None:
+        """For a job that was given as `active` or `standby`: go on only while this host still is.
+
+        The step's name asks: it reaches the master with the job's state, over a new connection too if need be, and the
+        daemon writes down what the master says. Raises GuardError.
+        """
+        expected = self.job.options.get("expects", {}).get(self.host)
+        if not expected:
+            return
+        self.begin(TRAFFIC_STEP)
+        ends = time.monotonic() + TRAFFIC_S
+        while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get("at") != self.job.revision:
+            if self.cancel_file.exists():
+                raise StepFailed(State.CANCELLED, TRAFFIC_STEP)
+            if time.monotonic() > ends:
+                what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
+                raise GuardError(what, "is the data node online? `status` shows the traffic")
+            time.sleep(CANCEL_LOOK_S / 2)
+        if word.get("is") != expected:
+            now = f"it was {expected} when this was asked for, now it is {word['is']}"
+            raise GuardError("traffic moved", now)
 
     def load_rule(self, *, strict: bool) -> None:
         """What to do here, from the configuration as it stands now. Before the pull it need not be valid: the pull may
@@ -3360,7 +3404,7 @@ WORK: dict[Kind, Callable[[Runner], None]] = {Kind.DEPLOY: Runner.deploy, Kind.R
 
 
 # ==============================================================================
-# 13. Probes: own address and role
+# 13. Probes: own address and role, health checks
 # ==============================================================================
 
 
@@ -3470,6 +3514,179 @@ def probe_public_address(
             return address, "echo"
         seen.add(address)
     return None
+
+
+class CheckFailed(Exception):
+    """What a check found instead of what it wants."""
+
+
+_LEAST_FREE_PERCENT, _LEAST_DAYS = 10, 14  # certbot renews when 30 days are left
+_HTTP_BYTES = 1 << 20  # of a body, to look for `contains`
+
+
+def _dial(endpoint: str, timeout_s: float) -> socket.socket:
+    host, port = split_port(endpoint)
+    return socket.create_connection((host.strip("[]"), port or 0), timeout_s)
+
+
+def _tls_context(host: str) -> ssl.SSLContext:
+    """For a request to `host`: verified, except on a loopback address, which no certificate names."""
+    context = ssl.create_default_context()
+    with suppress(UsageError):
+        if _parse_ip(host).is_loopback:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | None = None) -> str:
+    """What a GET of `url` answers, no proxy used and no redirect followed. Raises CheckFailed, OSError."""
+    parts = urllib_parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        connection = http_client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=_tls_context(host))
+    else:
+        connection = http_client.HTTPConnection(host, parts.port, timeout=timeout_s)  # type: ignore[assignment]
+    try:
+        path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", path, headers={"User-Agent": "estelle-updater", "Connection": "close"})
+        answer = connection.getresponse()
+        body = answer.read(_HTTP_BYTES)
+    finally:
+        connection.close()
+    if answer.status != status:
+        raise CheckFailed(f"HTTP {answer.status}, not {status}")
+    if contains is not None and contains.encode() not in body:
+        raise CheckFailed(f"HTTP {answer.status}, but {contains!r} is not in the answer")
+    return f"HTTP {answer.status}"
+
+
+def _probe_valkey(endpoint: str, timeout_s: float) -> str:
+    """Valkey's or Redis' answer to PING. One that asks for a password is alive."""
+    with _dial(endpoint, timeout_s) as connection:
+        connection.sendall(b"PING\r\n")
+        with connection.makefile("rb") as file:
+            answer = file.readline(512).decode(errors="replace").strip()
+    if answer != "+PONG" and not answer.startswith("-NOAUTH"):
+        raise CheckFailed(answer.removeprefix("-") or "it ended the connection without an answer")
+    return "PONG" if answer == "+PONG" else "it answers, and wants a password"
+
+
+def _probe_mariadb(endpoint: str, timeout_s: float) -> str:
+    """The version in MariaDB's or MySQL's greeting.
+
+    It is answered with a login that is refused: a server counts those that leave without one as broken, and blocks
+    their address after max_connect_errors of them.
+    """
+    with _dial(endpoint, timeout_s) as connection, connection.makefile("rb") as file:
+        head = file.read(4)
+        greeting = file.read(int.from_bytes(head[:3], "little")) if len(head) == 4 else b""
+        if greeting[:1] == b"\xff":
+            raise CheckFailed(greeting[3:].decode(errors="replace"))
+        if greeting[:1] != b"\x0a":
+            raise CheckFailed("what answers there is no MariaDB")
+        login = struct.pack("<IIB23x", 0x8200, 1 << 20, 45) + b"estelle-updater-health\0\0"
+        connection.sendall(len(login).to_bytes(3, "little") + b"\x01" + login)
+        file.read(4)
+    return greeting[1 : greeting.index(b"\0")].decode(errors="replace").removeprefix("5.5.5-")  # for old replicas
+
+
+def _probe_command(argv: Sequence[str], repo: Path, env: Mapping[str, str], timeout_s: float) -> str:
+    """The last line that a command says before it ends with 0; at the deadline it and its children are killed."""
+    mark, tail, ends = f"health/{os.urandom(4).hex()}", b"", time.monotonic() + timeout_s
+    child = spawn_step([*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]], repo, env, mark=mark)
+    try:
+        while (data := child.read(timeout_s=max(0.0, ends - time.monotonic()))) != b"":
+            if data is None:
+                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, (child.pid,))
+                raise CheckFailed(f"not over within {timeout_s:g} s")
+            tail = (tail + data)[-TAIL_BYTES:]
+        code = child.wait()
+    finally:
+        child.close_pipe()
+    masker = Masker(secret_values(env))
+    said = (masker.feed(tail) + masker.flush()).decode(errors="replace").strip().splitlines()[-1:]
+    if code:
+        raise CheckFailed(": ".join([f"exit {code}", *said]))
+    return "".join(said) or "exit 0"
+
+
+def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: float) -> str:
+    """How long the certificate in a file, or of the server at HOST:PORT, is still valid."""
+    if re.fullmatch(r"[^/\\]+:[0-9]{1,5}", subject):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is looked at, not trusted
+        with _dial(subject, timeout_s) as plain:
+            host = split_port(subject)[0].strip("[]")
+            with context.wrap_socket(plain, server_hostname=host) as connection:
+                data = connection.getpeercert(binary_form=True) or b""
+    else:
+        data = (repo / subject).read_bytes()
+    days = (certificate_end(data) - time.time()) / 86400
+    if days < least_days:
+        raise CheckFailed(
+            f"{days:.0f} days left, less than {least_days}" if days > 0 else f"ended {-days:.0f} days ago"
+        )
+    return f"{days:.0f} days left"
+
+
+def _probe_disk(folder: Path, least_percent: int) -> str:
+    usage = shutil.disk_usage(folder)
+    percent = 100 * usage.free / usage.total
+    said = f"{percent:.0f} % free, {usage.free / 2**30:.1f} GiB"
+    if percent < least_percent:
+        raise CheckFailed(f"{said}; less than {least_percent} %")
+    return said
+
+
+def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
+    """What one check sees when all is well. Raises CheckFailed, OSError, UpdaterError with what is wrong."""
+    subject: Any = getattr(check, check.kind)
+    match check.kind:
+        case "http":
+            return probe_http(subject, check.timeout_s, check.status, check.contains)
+        case "tcp":
+            _dial(subject, check.timeout_s).close()
+            return "it accepts connections"
+        case "valkey":
+            return _probe_valkey(subject, check.timeout_s)
+        case "mariadb":
+            return _probe_mariadb(subject, check.timeout_s)
+        case "systemd":
+            return _probe_command(("systemctl", "is-active", subject), repo, env, check.timeout_s)
+        case "disk":
+            return _probe_disk(repo / subject, check.least or _LEAST_FREE_PERCENT)
+        case "certificate":
+            return _probe_certificate(subject, repo, check.least or _LEAST_DAYS, check.timeout_s)
+        case _:
+            return _probe_command(subject, repo, env, check.timeout_s)
+
+
+def run_checks(checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]) -> list[dict[str, Any]]:
+    """All checks at once: name, ok and detail of each in their order; one that hangs fails at its deadline."""
+
+    def look(index: int, check: HealthRule) -> tuple[int, bool, str]:
+        began = time.monotonic()
+        try:
+            detail = probe_health(check, repo, env)
+        except (CheckFailed, UpdaterError, OSError, ValueError, http_client.HTTPException) as problem:
+            return index, False, getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+        seconds = time.monotonic() - began
+        return index, seconds <= check.timeout_s, f"{detail} ({seconds:.2f} s)"
+
+    found = {}
+    calls = [functools.partial(look, index, check) for index, check in enumerate(checks)]
+    for index, ok, detail in _answers(calls, checks_take_s(checks)):
+        found[index] = ok, detail
+    rows = []
+    for index, check in enumerate(checks):
+        ok, detail = found.get(index, (False, f"no answer within {check.timeout_s:g} s"))
+        rows.append({"name": check.name, "kind": check.kind, "ok": ok, "detail": detail})
+    return rows
+
+
+def checks_take_s(checks: Iterable[HealthRule]) -> float:
+    """Within how many seconds all checks have an answer."""
+    return max((check.timeout_s for check in checks), default=0.0) + 0.5
 
 
 # ==============================================================================
@@ -3991,6 +4208,22 @@ class Agent:
                     result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
         return result
 
+    def tell_health(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What this host's checks see, by the configuration as it stands now: a deployment may just have changed it."""
+        config, _ = load_config_or_last(self.config.path, self.state)
+        rule, repo = self.rule_and_repo(args.get("address"))
+        names = {host_key(name) for name in (args.get("address"), rule.name, socket.gethostname()) if name}
+        checks = [check for check in config.health if not check.hosts or names & {*map(host_key, check.hosts)}]
+        return {"checks": run_checks(checks, repo, scrub_environment(os.environ) | dict(rule.env))}
+
+    def take_traffic(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The master's word on whether this host is active or standby, for the runner that waits for it."""
+        run, host = args.get("run"), args.get("host")
+        if (run, host) in self.jobs:
+            word = {"at": args.get("at"), "is": str(args.get("is"))}
+            write_atomic(self.state.traffic_file(str(run), str(host)), json.dumps(word).encode())
+        return {}
+
     def offer(self, job: OwnJob) -> None:
         """Tell the master of a job and offer its log."""
         assert self.link
@@ -4160,7 +4393,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
 
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
 QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
-    "status": Agent.tell_status, "plan": tell_plan,
+    "status": Agent.tell_status, "plan": tell_plan, "health": Agent.tell_health, "traffic is": Agent.take_traffic,
 }  # fmt: skip
 
 
@@ -4455,6 +4688,7 @@ class Registry:
         self.agents: dict[str, AgentLink] = {}
         self.down_since: dict[str, float] = {}
         self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     def recover(self) -> None:
         """After a start: the known hosts, none of them connected yet."""
@@ -4532,6 +4766,60 @@ class Registry:
             self.machines[host.machine].forgotten = True
         self.save()
         return [host.label for host in hosts]
+
+    async def ask_traffic(self) -> dict[str, Any]:
+        """Where HAProxy sends the traffic, as its host says now; `active` is None where that is not known."""
+        rule = self.config.config.haproxy
+        if rule is None:
+            return {"active": None, "servers": {}, "warnings": []}
+        key, answer = host_key(rule.host), None
+        for host in self.hosts():
+            if key in (host.address, host_key(host.name)) and (agent := self.agents.get(host.machine)):
+                answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
+        if answer and "servers" in answer:
+            return answer
+        why = (answer or {}).get("error") or f"{rule.host} is offline or does not answer"
+        return {"active": None, "servers": {}, "warnings": [f"nobody knows where the traffic goes: {why}"]}
+
+    async def check_health(self, hosts: Sequence[HostRef]) -> list[dict[str, Any]]:
+        """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does not answer fails."""
+        patience_s = checks_take_s(self.config.config.health) + FACTS_S
+
+        async def ask(host: HostRef) -> list[dict[str, Any]]:
+            agent = self.agents.get(host.machine)
+            answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
+            why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
+            silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
+            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            return [
+                {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
+                 "detail": str(row.get("detail"))}
+                for row in found
+            ]  # fmt: skip
+
+        return [row for rows in await asyncio.gather(*map(ask, hosts)) for row in rows]
+
+    async def active_for(self, target: str) -> str | None:
+        """The colour that has the traffic, where TARGET needs to know."""
+        words = {part.strip() for part in target.split(",")}
+        return (await self.ask_traffic())["active"] if words & {"active", "standby"} else None
+
+    def on_traffic_step(self, agent: AgentLink, job: JobRecord) -> None:
+        """A job waits for the master's word on the traffic."""
+        task = asyncio.ensure_future(self.tell_traffic(agent, job))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
+        """Tell a job that waits for it whether its host is active or standby, once that is known."""
+        color = next((host.color for host in self.hosts() if host.machine == job.machine), None)
+        ends = time.monotonic() + TRAFFIC_S
+        while time.monotonic() < ends and self.agents.get(job.machine) is agent:
+            if active := (await self.ask_traffic())["active"]:
+                role = "active" if color == active else "standby"
+                await agent.ask("traffic is", {"run": job.run, "host": job.host, "at": job.revision, "is": role})
+                return
+            await asyncio.sleep(TICK_S)
 
 
 class Master:
@@ -4728,6 +5016,8 @@ class Master:
             self.settle(run, job.host)
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
+        if job.step == TRAFFIC_STEP and job.state is State.RUNNING:
+            self.registry.on_traffic_step(agent, job)
         self.drop_idle(run)
 
     def adopt(self, run: Run | None, job: JobRecord) -> None:
@@ -4818,7 +5108,7 @@ class Master:
 
     # The queue
 
-    def submit(self, message: Submit, by: str) -> RunRecord:
+    def submit(self, message: Submit, by: str, active: str | None = None) -> RunRecord:
         """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
         if not message.nonce:  # it says that a run was ordered here
             raise UsageError("a run needs a nonce")
@@ -4829,7 +5119,8 @@ class Master:
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        hosts = select_targets(message.target, self.registry.hosts())
+        hosts = select_targets(message.target, self.registry.hosts(), active)
+        expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
@@ -4839,7 +5130,7 @@ class Master:
         record = RunRecord(
             message.run, message.nonce, message.kind, message.target, message.branch, [host.label for host in hosts],
             {host.label: host.machine for host in hosts}, {host.label: host.address for host in hosts}, time.time(),
-            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options,
+            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options | expects,
             commits=message.commits,
         )  # fmt: skip
         self.state.save_run(record)
@@ -4976,10 +5267,8 @@ class Desk:
                         self.receive_from_commander(group, link, message, address, hello)
                     except ProtocolError:
                         raise
-                    except UpdaterError as problem:
-                        link.post(Refuse(problem.what, problem.hint, problem.exit_code))
-                    except OSError as problem:
-                        link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
+                    except (UpdaterError, OSError) as problem:
+                        link.post(self.refuse(problem))
         finally:
             for run in list(self.master.runs.values()):
                 run.followers.discard(link)
@@ -4991,7 +5280,7 @@ class Desk:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
             case Submit():
-                link.post(self.master.submit(message, by))
+                self.start(group, link, self.submit(message, by))
             case Follow():
                 self.follow(link, message)
             case Have():
@@ -4999,10 +5288,7 @@ class Desk:
             case Cancel():
                 link.post(self.master.cancel(message.run, by))
             case Ask():
-                if self.open >= QUESTIONS_OPEN:
-                    raise UpdaterError(f"more than {QUESTIONS_OPEN} questions at once")
-                self.open += 1
-                group.create_task(self.answer(link, message))
+                self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
 
@@ -5031,16 +5317,50 @@ class Desk:
                 link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
                 link.open_log(message.run, host, self.master.state.log_file(message.run, host))
 
-    async def answer(self, link: Link, ask: Ask) -> None:
-        """Questions of a commander, each of a fixed set."""
+    def refuse(self, problem: UpdaterError | OSError) -> Refuse:
+        """A problem as the answer to the commander."""
+        if isinstance(problem, OSError):
+            return Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}")
+        return Refuse(problem.what, problem.hint, problem.exit_code)
+
+    def start(self, group: asyncio.TaskGroup, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
+        """Work on an answer that takes time. Raises UpdaterError where too many are open."""
+        if self.open >= QUESTIONS_OPEN:
+            answer.close()
+            raise UpdaterError(f"more than {QUESTIONS_OPEN} questions at once")
+        self.open += 1
+        group.create_task(self.reply(link, answer))
+
+    async def reply(self, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
+        """Post an answer that takes time, or why there is none."""
         try:
-            if ask.what not in DESK:
-                raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
-            link.post(Answer(ask.id, await DESK[ask.what](self, ask.args)))
-        except UpdaterError as problem:
-            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
+            link.post(await answer)
+        except (UpdaterError, OSError) as problem:
+            link.post(self.refuse(problem))
         finally:
             self.open -= 1
+
+    async def submit(self, message: Submit, by: str) -> RunRecord:
+        """Start a run; whom it means may depend on the traffic of this moment."""
+        return self.master.submit(message, by, await self.master.registry.active_for(message.target))
+
+    async def answer(self, ask: Ask) -> Answer:
+        """Questions of a commander, each of a fixed set."""
+        if ask.what not in DESK:
+            raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
+        return Answer(ask.id, await DESK[ask.what](self, ask.args))
+
+    async def traffic(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Where the traffic goes now."""
+        return await self.master.registry.ask_traffic()
+
+    async def health(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What the configured checks see on the hosts of TARGET, the data node included."""
+        target = str(args.get("target") or "all")
+        hosts = [replace(host, deploys=True) for host in self.master.registry.hosts()]
+        chosen = select_targets(target, hosts, await self.master.registry.active_for(target))
+        rows = await self.master.registry.check_health(chosen)
+        return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
         """The newest runs, or what all of them together say."""
@@ -5062,8 +5382,8 @@ class Desk:
             found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
             return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
-        answers = await asyncio.gather(*(facts(host) for host in hosts))
-        rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
+        traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
+        rows = [self.status_row(host, found, traffic) for host, found in zip(hosts, answers, strict=True)]
         uptime = round(time.time() - self.master.started, 1)
         master = {
             "ip": self.master.own_address,
@@ -5071,9 +5391,9 @@ class Desk:
             "uptime": uptime,
             "problem": self.master.config.problem or getattr(self.master.door.certificate, "problem", None),
         }
-        return {"master": master, "hosts": rows}
+        return {"master": master, "hosts": rows, "warnings": traffic["warnings"]}
 
-    def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def status_row(self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]) -> dict[str, Any]:
         runs = sorted(self.master.runs.values(), key=lambda run: run.record.created)  # the queue's order
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
@@ -5082,7 +5402,8 @@ class Desk:
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
             "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
-            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color, "traffic": None,
+            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color,
+            "traffic": traffic["servers"].get(host.color, {}).get("traffic"),
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
@@ -5106,7 +5427,8 @@ class Planner:
 
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
-        hosts = select_targets(self.target, self.master.registry.hosts())
+        registry = self.master.registry
+        hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
         if not self.rollback and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
         past = await asyncio.to_thread(self.master.state.successes)
@@ -5190,6 +5512,7 @@ async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 # What a commander may ask; the sections below add theirs.
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
+    "health": Desk.health, "traffic": Desk.traffic,
 }  # fmt: skip
 
 
@@ -6836,6 +7159,20 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     return answer.result
 
 
+def cmd_health(args: Args) -> int:
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    result = ask_master(args, "health", {"target": args.target}, take_s)
+    if args.json:
+        say(json.dumps(result, ensure_ascii=False))
+    elif result["checks"]:
+        mark = {True: "✓", False: "✗"}
+        rows = [(mark[row["ok"]], row["host"], row["name"], row["detail"]) for row in result["checks"]]
+        say(render_table(("", "host", "check", "what it saw"), rows).rstrip())
+    else:
+        say("no [[health]] check is configured for these hosts; `config init --blue-green` shows some")
+    return 0 if result["ok"] else 1
+
+
 def cmd_cancel(args: Args) -> int:
     connection = make_caller(args).dial(PATIENCE_S)
     record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
@@ -6859,6 +7196,8 @@ def cmd_status(args: Args) -> int:
     for row in (master, *result["hosts"]):
         if row.get("problem"):
             say(f"! {row.get('host', 'master')}: {row['problem']}")
+    for warning in result.get("warnings", ()):
+        say(f"! {warning}")
     return 0
 
 
@@ -6879,7 +7218,8 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
         row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
-        row["color"] or "-", short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
+        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
 
@@ -7091,7 +7431,7 @@ class Command:
     hidden: bool = False
 
 
-TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+TARGET_HELP = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
         option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
@@ -7126,6 +7466,9 @@ COMMANDS = (
         option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
     )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
+    Command("health", "run the configured checks on the hosts", cmd_health, (
+        option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)"),
+    )),
     Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
         option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
     )),
