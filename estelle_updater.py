@@ -23,7 +23,7 @@
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build, demo                                                            |
+| 20 | Tools              | build, demo, setup, doctor                                             |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
 A section uses only names from sections above it. Sections 1 to 7 are pure: time, bytes and randomness come in as
@@ -261,6 +261,7 @@ CANCEL_LOOK_S = 0.2
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
 TICK_S = CONFIG_LOOK_S = 1.0
 BUSY_RETRY_S = 2.0
@@ -2380,10 +2381,19 @@ def _dump(record: Any) -> bytes:
     return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
 
 
+SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
+
+
 def default_state_folder(environ: Mapping[str, str]) -> Path:
-    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder."""
+    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder.
+
+    The system service's folder where that is this user's: a `deploy` by hand shares the job's lock with the daemon.
+    """
     if path := environ.get("ESTELLE_STATE") or environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]:
         return Path(path).absolute()
+    with suppress(OSError):
+        if os.name != "nt" and SYSTEM_STATE.stat().st_uid == os.getuid():
+            return SYSTEM_STATE
     if os.name == "nt":
         return Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
     return Path.home() / ".local/state/estelle-updater"
@@ -6170,7 +6180,7 @@ def local_url(url: MasterUrl, host: str | None, port: int, secure: bool) -> str:
 
 
 # ==============================================================================
-# 20. Tools: build, demo
+# 20. Tools: build, demo, setup, doctor
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
@@ -6729,6 +6739,275 @@ def commit_config(path: Path, message: str, really: bool) -> str:
             said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or ["no reason given"]
             raise UpdaterError(f"git {words[0]}: {said[-1]}", f"by hand: {line}")
     return f"committed and pushed: {name}"
+
+
+SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
+_UNIT = """\
+# As `estelle_updater.pyz setup` writes it. What this host needs besides goes into: systemctl{scope} edit {service}
+[Unit]
+Description=estelle-updater: deploys what this host serves{wants}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+{user}WorkingDirectory={repo}
+ExecStart={command}
+Environment={environment}
+{state}Restart=always
+RestartSec=5
+WatchdogSec=60
+TimeoutStopSec=15
+# A deployment outlives its daemon: restart, update or crash of the service end this one process. For the same reason no
+# PrivateTmp= and no RemoveIPC=: they would take a running deployment's files away.
+KillMode=process
+{sandbox}
+[Install]
+WantedBy={target}
+"""
+_SANDBOX = """\
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+"""
+_SYSTEM_SANDBOX = """\
+ProtectSystem=strict
+ReadWritePaths={writable}
+ProtectProc=invisible
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+PrivateDevices=yes
+PrivateUsers=yes
+CapabilityBoundingSet=
+"""
+_POLKIT = """\
+// Written by estelle-updater setup: {user} may restart what its deployments restart, and nothing else.
+polkit.addRule(function (action, subject) {{
+  if (action.id == "org.freedesktop.systemd1.manage-units" && subject.user == {user} &&
+      action.lookup("verb") == "restart" && {units}.indexOf(action.lookup("unit")) >= 0) {{
+    return polkit.Result.YES;
+  }}
+}});
+"""
+_POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
+
+
+def _unit_words(words: Iterable[str]) -> str:
+    """Words as systemd's files have them: quoted, and `%` and `$` without their meaning."""
+    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%").replace("$", "$$") for word in words]
+    return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
+
+
+def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
+    """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
+    system = user is not None
+    writable = _unit_words([repo, f"-{home}", "/tmp", "/var/tmp"])
+    return _UNIT.format(
+        scope="" if system else " --user",
+        service=SERVICE,
+        wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
+        user=f"User={user}\n" if system else "",
+        repo=repo.replace("%", "%%"),
+        command=_unit_words(argv),
+        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]).replace("$$", "$"),
+        state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
+        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
+        target="multi-user.target" if system else "default.target",
+    )
+
+
+def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
+    """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
+    return {
+        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": repo,
+        "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
+        "exp_backoff_restart_delay": 500,
+    }  # fmt: skip
+
+
+def call_program(
+    argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
+) -> tuple[int, str]:
+    """Exit code and output of a program that can't ask anything; 127 and the reason where it can't be started."""
+    try:
+        program = [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]]
+        child = spawn_step(program, cwd or Path.cwd(), env, mark=f"call/{os.getpid()}")
+    except UpdaterError as problem:
+        return 127, problem.what
+    ends, out = time.monotonic() + timeout_s, b""
+    try:
+        while data := child.read(timeout_s=max(0.0, ends - time.monotonic())):
+            out += data
+        if data is None:
+            child.kill_tree()
+            return 124, f"{argv[0]} did not answer in {timeout_s:.0f} s"
+        return child.wait(), out.decode(errors="replace").strip()
+    finally:
+        child.close_pipe()
+
+
+class Setup:
+    """This host's service, under PM2 or systemd: installed, started and welcomed, or removed.
+
+    Everything that changes the host goes through `put`, `take` and `call`, which a dry run only says.
+    """
+
+    def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
+        self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
+        self.config_path, self.repo = config_path, work_tree(config_path)
+        self.root = os.name != "nt" and os.geteuid() == 0
+        self.home = Path.home()
+        self.user = ""
+        if self.root:  # the daemon is not root's business, but of whoever owns the repository
+            import pwd
+
+            owner = pwd.getpwuid(self.repo.stat().st_uid)
+            self.user, self.home = owner.pw_name, Path(owner.pw_dir)
+        options = [("--config", args.config and config_path), ("--bind", args.bind), ("--state", args.state)]
+        self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
+        system = Path("/etc/systemd/system")
+        self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
+        self.state: StateFolder = args.state_folder()
+        self.pm2_file = self.state.root / "pm2.json"
+
+    def choose(self, wanted: str | None) -> str:
+        """pm2 or systemd: as asked, as installed already, else PM2 where it is. Raises UsageError."""
+        booted = Path("/run/systemd/system").is_dir()
+        installed = "systemd" if self.unit.exists() else "pm2" if self.pm2_file.exists() else None
+        found = wanted or installed or ("pm2" if shutil.which("pm2") else "systemd" if booted else "")
+        if found == "systemd" and not booted:
+            raise UsageError("systemd does not run this host", "use --with pm2")
+        if found != "systemd" and not shutil.which("pm2"):
+            raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{', or --with systemd' * booted}")
+        return found
+
+    def install(self, wanted: str | None) -> None:
+        """Install, start, and wait for the master's welcome. Raises UpdaterError."""
+        if self.choose(wanted) == "systemd":
+            self.install_unit()
+        else:
+            self.install_pm2()
+        if self.dry_run:
+            return
+        self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
+        self.await_welcome()
+
+    def install_unit(self) -> None:
+        path = os.environ.get("PATH", os.defpath)
+        text = render_unit(self.argv, str(self.repo), path, self.user if self.root else None, str(self.home))
+        if self.root and "--state" not in self.argv:
+            self.state = StateFolder(SYSTEM_STATE)
+        fresh = self.put(self.unit, text)
+        units = load_config(self.config_path).deploy.restart if self.root else ()
+        if units and self.user != "root":
+            full = [unit if "." in unit else f"{unit}.service" for unit in units]
+            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(full)))
+        if fresh:
+            self.systemctl("daemon-reload")
+        if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
+            self.systemctl("enable", SERVICE)
+        if fresh or self.systemctl("is-active", "--quiet", SERVICE, look=True):
+            self.systemctl("restart", SERVICE)
+        if self.root and self.user == "root":
+            self.say("note: the repository is root's, so deployments run as root; better: chown it to an ordinary user")
+        if not self.root and not Path("/var/lib/systemd/linger", user_name().partition("@")[0]).exists():
+            self.say("note: it ends when you log out, until: sudo loginctl enable-linger $USER")
+
+    def install_pm2(self) -> None:
+        text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
+        if self.put(self.pm2_file, text) or not self.runs_under_pm2():
+            self.call("pm2", "delete", SERVICE, may_fail=True)
+            self.call("pm2", "start", str(self.pm2_file))
+            self.call("pm2", "save")
+        if os.name == "nt":
+            boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
+            self.say(f"note: to have it started at each logon: {boot}")
+        elif not Path(f"/etc/systemd/system/pm2-{user_name().partition('@')[0]}.service").exists():
+            self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
+
+    def runs_under_pm2(self) -> bool:
+        _, out = call_program(["pm2", "jlist"], os.environ)
+        with suppress(ValueError, IndexError, KeyError, TypeError):
+            apps = json.loads(out.splitlines()[-1])
+            return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
+        return False
+
+    def remove(self) -> None:
+        """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        if self.unit.exists():
+            self.systemctl("disable", "--now", SERVICE)
+            self.take(self.unit)
+            if self.root:
+                self.take(_POLKIT_FILE)
+            self.systemctl("daemon-reload")
+        if self.pm2_file.exists():
+            self.call("pm2", "delete", SERVICE, may_fail=True)
+            self.call("pm2", "save", "--force")
+            self.take(self.pm2_file)
+        if not self.dry_run:
+            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+
+    def put(self, path: Path, text: str) -> bool:
+        """Write a file unless it says just that; whether it was written."""
+        with suppress(OSError):
+            if path.read_text("utf-8") == text:
+                return False
+        self.changed = True
+        if self.dry_run:
+            self.say(f"would write {path}:\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+            return True
+        self.say(f"writing {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode(), durable=True)
+        path.chmod(0o644)
+        return True
+
+    def take(self, path: Path) -> None:
+        self.changed = True
+        self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
+        if not self.dry_run:
+            path.unlink(missing_ok=True)
+
+    def systemctl(self, *words: str, look: bool = False) -> int:
+        argv = ["systemctl", *([] if self.root else ["--user"]), *words]
+        return call_program(argv, os.environ)[0] if look else self.call(*argv)
+
+    def call(self, *argv: str, may_fail: bool = False) -> int:
+        """Run a command that changes this host. Raises UpdaterError where it fails."""
+        self.changed = True
+        self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
+        code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
+        if code and not may_fail:
+            hint = "as this user, log in directly (not by su), or: sudo loginctl enable-linger $USER"
+            raise UpdaterError(
+                f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
+                hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
+            )
+        return code
+
+    def await_welcome(self) -> None:
+        """Until the daemon says that its master has welcomed it, or that it is the master. Raises UpdaterError."""
+        ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
+        while time.monotonic() < ends:
+            if FileLock.held_elsewhere(self.state.daemon_lock):
+                facts = read_json(self.state.daemon_file) or {}
+                if facts.get("label") and not facts.get("trouble"):
+                    does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
+                    self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
+                    return
+            time.sleep(LOCAL_LOOK_S)
+        why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
+        raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
 
 
 # ==============================================================================
@@ -7352,6 +7631,13 @@ def cmd_build(args: Args) -> int:
     return 0
 
 
+def cmd_setup(args: Args) -> int:
+    require_packages()
+    setup = Setup(args, args.config_path(), say)
+    setup.remove() if args.remove else setup.install(args.manager)
+    return 0
+
+
 def cmd_demo(args: Args) -> int:
     if args.json:
         raise UsageError("demo tells a story, which has no JSON form", "leave --json out")
@@ -7487,6 +7773,11 @@ COMMANDS = (
         option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
         option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
         option("--commit", action="store_true", help="commit and push the change"),
+    )),
+    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
+        option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
+        option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
