@@ -15,6 +15,7 @@
 | 5  | Messages           | the wire's verbs as dataclasses, encode and decode, size limits        |
 | 6  | Journal            | offsets, what to send, what to accept, run and job states              |
 | 7  | Pipeline           | plan a deployment as argument tuples, read versions out of output      |
+| 8  | HAProxy text       | read and rewrite the backend's servers, read what HAProxy says         |
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
@@ -26,7 +27,7 @@
 | 20 | Tools              | build, demo                                                            |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
-A section uses only names from sections above it. Sections 1 to 7 are pure: time, bytes and randomness come in as
+A section uses only names from sections above it. Sections 1 to 8 are pure: time, bytes and randomness come in as
 arguments, and nothing there touches a socket, file, process, clock, environment or terminal.
 
 The one idea: a job's log is a file whose byte offset is the sequence number, and everything else (streaming, resuming,
@@ -1836,6 +1837,286 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
 def explain_failure(tail: bytes) -> str | None:
     """What the last output of a failed step says in other words, where it is one of the known failures."""
     return next((text for pattern, text in KNOWN_FAILURES if re.search(pattern, tail)), None)
+
+
+# ==============================================================================
+# 8. HAProxy text: read and rewrite the backend's servers, read what HAProxy says
+# ==============================================================================
+
+
+COLORS = ("blue", "green")
+_HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
+_HAPROXY_SECTIONS = frozenset(
+    b"global defaults frontend backend listen peers resolvers mailers userlist cache program http-errors ring"
+    b" log-forward fcgi-app crt-store traces log-profile acme".split()
+)
+_SERVER_FLAG = re.compile(  # what a `server` line may say without an argument; every other word takes one
+    rb"agent-check|allow-0rtt|backup|check(-send-proxy|-ssl|-via-socks4)?|disabled|enabled|force-.*|no-.*|non-stick"
+    rb"|send-proxy.*|ssl(-reuse)?|stick|tfo|tls-tickets"
+)
+_OWN_ROUTES = {  # what sends requests past the `backup` words, so that changing those would not move all the traffic
+    b"cookie": "its cookie keeps clients on the old colour",
+    b"stick": "its stick table keeps clients on the old colour",
+    b"persist": "it keeps clients on the old colour",
+    b"use-server": "it chooses servers by a rule of its own",
+    b"server-template": "it makes servers whose lines can't be changed one by one",
+}
+_COSTS = {
+    b"httpchk": "a worker that accepts connections but does not work keeps its traffic",
+    b"redispatch": "requests to a worker that has just died wait for seconds and fail instead of going to the other",
+    b"idle-close-on-response": "keep-alive clients lose requests at every reload",
+    b"state": "until its first check a new HAProxy process takes a dead worker for alive, and requests fail meanwhile",
+}
+
+
+class _HaproxyLine(NamedTuple):
+    """A line's words, unquoted; None where only HAProxy's own reading would tell. Where each stands in the line."""
+
+    number: int
+    words: list[bytes | None]
+    spans: list[tuple[int, int]]
+    conditional: bool = False
+
+
+class ServerLine(NamedTuple):
+    """A `server` line: the places of its `backup` words, each with the space before, and where one would go."""
+
+    number: int
+    address: str
+    backups: tuple[tuple[int, int], ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class BackendText:
+    """The part of haproxy.cfg that says who is active."""
+
+    file: str
+    text: bytes
+    servers: Mapping[str, ServerLine]  # by colour
+    strangers: tuple[int, ...]  # lines of other servers that are no backup
+    warnings: tuple[str, ...]
+    state_file: str | None
+
+    def roles(self) -> dict[str, str]:
+        """Each colour as the file has it."""
+        return {color: "backup" if server.backups else "active" for color, server in self.servers.items()}
+
+    def active(self) -> str:
+        """The one colour that is no backup. Raises GuardError where that is not exactly one."""
+        active = [color for color, role in self.roles().items() if role == "active"]
+        if self.strangers:
+            raise _haproxy_refusal(self.file, self.strangers[0], "another server of the backend is no backup")
+        if len(active) != 1:
+            what = "both colours are active" if active else "neither colour is active"
+            lines = " and ".join(str(server.number) for server in self.servers.values())
+            raise GuardError(f"{self.file} lines {lines}: {what}", "write `backup` on exactly one of them, and reload")
+        return active[0]
+
+
+def _haproxy_refusal(file: str, number: int, why: str) -> GuardError:
+    return GuardError(f"{file} line {number}: {why}", "no switch can be made safely until this line is changed by hand")
+
+
+def _plain_word(raw: bytes) -> bytes | None:
+    """A word without its quotes; None where escapes, mixed quotes or the environment make its value uncertain."""
+    quotes = set(raw) & set(b"\"'\\")
+    if len(quotes) > 1 or b"\\" in raw or (b'"' in raw and b"$" in raw):
+        return None
+    return raw.replace(bytes(quotes), b"") if quotes else raw
+
+
+def _haproxy_sections(text: bytes, file: str) -> list[list[_HaproxyLine]]:
+    """The file's lines that say something, by section, each section's title first. Raises GuardError."""
+    sections: list[list[_HaproxyLine]] = [[]]
+    depth = 0
+    for number, line in enumerate(text.split(b"\n"), 1):
+        spans: list[tuple[int, int]] = []
+        place = len(line) - len(line.lstrip())
+        while place < len(line) and line[place] != ord("#"):
+            if (match := _HAPROXY_WORD.match(line, place)) is None:
+                raise _haproxy_refusal(file, number, "a quote or an escape does not end")
+            spans.append(match.span())
+            place = len(line) - len(line[match.end() :].lstrip())
+        if not spans:
+            continue
+        words = [_plain_word(line[start:end]) for start, end in spans]
+        if words[0] is None:
+            raise _haproxy_refusal(file, number, "its first word can't be read for certain")
+        depth += (words[0] == b".if") - (words[0] == b".endif")
+        if words[0] in _HAPROXY_SECTIONS:
+            sections.append([])
+        sections[-1].append(_HaproxyLine(number, words, spans, depth > 0 or words[0] == b".endif"))
+    return sections[1:]
+
+
+def _inherited(sections: list[list[_HaproxyLine]], own: list[_HaproxyLine]) -> list[_HaproxyLine]:
+    """The lines of `defaults` that hold for a section: those of the one it names, else of the last one above it."""
+    title = own[0].words
+    name = title[title.index(b"from") + 1 :][:1] if b"from" in title[1:] else []
+    if title[0] == b"defaults" and not name:
+        return []
+    above = (section for section in sections[: sections.index(own)] if section[0].words[0] == b"defaults")
+    found = [section for section in above if not name or section[0].words[1:2] == name]
+    return _inherited(sections, found[-1]) + found[-1] if found else []
+
+
+def _read_server(line: _HaproxyLine, file: str) -> ServerLine:
+    """A `server` line of the backend. Raises GuardError for one that can't be read or rewritten for certain."""
+    if None in line.words or len(line.words) < 3:
+        raise _haproxy_refusal(file, line.number, "a word of this server can't be read for certain (quotes, escapes)")
+    words = [word or b"" for word in line.words]
+    backups, index = [], 3
+    while index < len(words):
+        if words[index] == b"no-backup":
+            raise _haproxy_refusal(file, line.number, "`no-backup` and `backup` overrule each other")
+        if words[index] == b"backup":
+            backups.append((line.spans[index - 1][1], line.spans[index][1]))
+        index += 1 if _SERVER_FLAG.fullmatch(words[index]) else 2
+    place = line.spans[3 if words[3:4] == [b"check"] else 2][1]
+    return ServerLine(line.number, words[2].decode(errors="replace"), tuple(backups), place)
+
+
+def read_backend(text: bytes, file: str, rule: HaproxyRule) -> BackendText:
+    """Who is active by haproxy.cfg, in any encoding. Raises GuardError, with the line, for what no switch can change.
+
+    Judged as HAProxy reads it: quotes, comments, sections, `defaults`; where the environment or a condition decides,
+    it is refused, and so is whatever sends requests past the `backup` words.
+    """
+    sections = _haproxy_sections(text, file)
+    titles = ([b"backend", rule.backend.encode()], [b"listen", rule.backend.encode()])
+    uncertain = [s[0] for s in sections if s[0].words[0] in (b"backend", b"listen") and s[0].words[1:2] in ([], [None])]
+    found = [section for section in sections if section[0].words[:2] in titles]
+    if uncertain or len(found) > 1:
+        number = (uncertain or [section[0] for section in found[1:]])[0].number
+        raise _haproxy_refusal(file, number, f"it may be a second backend {rule.backend}")
+    if not found:
+        raise GuardError(f"{file} has no backend {rule.backend}", "correct `config` or `backend` in [haproxy]")
+    own, inherited = found[0], _inherited(sections, found[0])
+    for line in (*inherited, *own):
+        words = line.words
+        if why := _OWN_ROUTES.get(words[0] or b""):
+            raise _haproxy_refusal(file, line.number, why)
+        if words[0] == b"default-server" and {b"backup", b"no-backup", None} & set(words):
+            raise _haproxy_refusal(file, line.number, "`default-server` decides who is a backup")
+        if line.conditional or (words[0] or b"").startswith((b".if", b".el")):
+            raise _haproxy_refusal(file, line.number, "a condition (.if) decides about this backend")
+    colors = {name.encode(): color for color, name in rule.servers.items()}
+    servers: dict[str, ServerLine] = {}
+    strangers = []
+    for line in (line for line in own if line.words[0] == b"server"):
+        server, color = _read_server(line, file), colors.get(line.words[1] or b"")
+        if color in servers:
+            raise _haproxy_refusal(file, line.number, f"a second server {rule.servers[color]}")
+        if color:
+            servers[color] = server
+        elif not server.backups:
+            strangers.append(line.number)
+    if missing := [rule.servers[color] for color in COLORS if color not in servers]:
+        what = f"{file} line {own[0].number}: backend {rule.backend} has no server {' and no server '.join(missing)}"
+        raise GuardError(what, "correct `servers` in [haproxy]")
+    warnings, state_file = _haproxy_warnings(sections, own, rule.backend.encode())
+    return BackendText(file, text, {c: servers[c] for c in COLORS}, tuple(strangers), warnings, state_file)
+
+
+def _haproxy_warnings(
+    sections: list[list[_HaproxyLine]], own: list[_HaproxyLine], backend: bytes
+) -> tuple[tuple[str, ...], str | None]:
+    """What the configuration lacks to lose no request, with its cost; and the file that HAProxy reads states from."""
+
+    def lacks(section: list[_HaproxyLine], *words: bytes) -> bool:
+        return all(line.words[: len(words)] != [*words] for line in (*_inherited(sections, section), *section))
+
+    fronts = [s for s in sections if s[0].words[0] in (b"frontend", b"listen") and any(backend in x.words for x in s)]
+    lacking = [option for option in (b"httpchk", b"redispatch") if lacks(own, b"option", option)]
+    if any(lacks(front, b"option", b"idle-close-on-response") for front in fronts):
+        lacking.append(b"idle-close-on-response")
+    warnings = [f"no `option {option.decode()}`: {_COSTS[option]}" for option in lacking]
+    lines = [line.words for section in sections if section[0].words[0] == b"global" for line in section]
+    settings = {words[0]: (words[1] or b"").decode(errors="replace") for words in lines if len(words) > 1}
+    state_file: str | None = settings.get(b"server-state-file")
+    if not state_file or lacks(own, b"load-server-state-from-file", b"global"):
+        missing = "`server-state-file` in global, or `load-server-state-from-file global`"
+        return (*warnings, f"no {missing}: {_COSTS[b'state']}"), None
+    base = settings.get(b"server-state-base", "")
+    return tuple(warnings), state_file if state_file.startswith("/") else f"{base}/{state_file}"
+
+
+def switch_text(found: BackendText, color: str) -> bytes:
+    """The file's text with `color` active and the other a backup: only `backup` words change."""
+    lines = found.text.split(b"\n")
+    for other, server in found.servers.items():
+        line = lines[server.number - 1]
+        if other == color:
+            for start, end in reversed(server.backups):
+                line = line[:start] + line[end:]
+        elif not server.backups:
+            line = line[: server.place] + b" backup" + line[server.place :]
+        lines[server.number - 1] = line
+    return b"\n".join(lines)
+
+
+def render_diff(old: bytes, new: bytes, file: str) -> bytes:
+    """A unified diff, in the bytes of the file."""
+    import difflib
+
+    name = file.encode()
+    before, after = ([line + b"\n" for line in text.split(b"\n")] for text in (old, new))
+    return b"".join(difflib.diff_bytes(difflib.unified_diff, before, after, name, name))
+
+
+def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
+    """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is something else."""
+    import csv
+
+    rows = csv.DictReader(text.removeprefix("# ").splitlines())
+    named = [row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")]
+    return [row for row in named if row["svname"] not in ("FRONTEND", "BACKEND")]
+
+
+def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
+    """(the worker's pid, the pids of old workers that still end their connections, failed reloads) of `show proc`."""
+    new, _, old = text.partition("# old workers")
+    pids = [[int(pid) for pid in re.findall(r"(?m)^(\d+)\s+worker", part)] for part in (new, old)]
+    failed = re.search(r"\[failed: (\d+)\]", text)
+    return next(iter(pids[0]), None), pids[1], int(failed[1]) if failed else 0
+
+
+def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
+    """`show servers state` without the servers whose address in the file is another one by now: a new server would
+    take over the health of the one that had its name."""
+    wanted = {rule.servers[color]: server.address for color, server in found.servers.items()}
+
+    def moved(fields: list[str]) -> bool:
+        address = wanted.get(fields[3]) if len(fields) > 18 and fields[1] == rule.backend else None
+        literal = re.fullmatch(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)", address or "")
+        return literal is not None and literal.groups() != (fields[4], fields[18])
+
+    return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
+
+
+def decide_traffic(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """The servers that get the requests as HAProxy routes: all usable ones, else the first usable backup."""
+    usable = [row for row in rows if row["status"].startswith(("UP", "no check"))]
+    return [row["svname"] for row in usable if row["bck"] == "0"] or [row["svname"] for row in usable[:1]]
+
+
+def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles: Mapping[str, str]) -> list[str]:
+    """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty where unreadable."""
+    names = {name: color for color, name in rule.servers.items()}
+    row_of = {names[row["svname"]]: row for row in rows if row["svname"] in names}
+    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name, c in names.items() if c not in row_of]
+    runs = {color: "backup" if row["bck"] == "1" else "active" for color, row in row_of.items()}
+    if differ := [color for color in runs if roles and runs[color] != roles[color]]:
+        said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
+        warnings.append(f"HAProxy does not run what its file says: {said}; a reload was lost")
+    takers = decide_traffic(rows)
+    for color, row in row_of.items():
+        if row["svname"] in takers and row["bck"] == "1":
+            warnings.append(f"HAProxy has failed over to {color}; `switch {color}` makes that explicit")
+        elif row["svname"] not in takers and not row["status"].startswith(("UP", "no check")):
+            warnings.append(f"{color} is {row['status']}: it would not take over")
+    return warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
 
 
 # ==============================================================================
