@@ -15,10 +15,12 @@
 | 5  | Messages           | the wire's verbs as dataclasses, encode and decode, size limits        |
 | 6  | Journal            | offsets, what to send, what to accept, run and job states              |
 | 7  | Pipeline           | plan a deployment as argument tuples, read versions out of output      |
+| 8  | HAProxy text       | read and rewrite the backend's servers, read what HAProxy says         |
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
 | 13 | Probes             | own address and role, health checks                                    |
+| 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Agent              | connect, hello, resume, take orders                                    |
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
 | 18 | Commander          | what the command line uses to talk to the master                       |
@@ -26,7 +28,7 @@
 | 20 | Tools              | build, demo, setup, doctor                                             |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
-A section uses only names from sections above it. Sections 1 to 7 are pure: time, bytes and randomness come in as
+A section uses only names from sections above it. Sections 1 to 8 are pure: time, bytes and randomness come in as
 arguments, and nothing there touches a socket, file, process, clock, environment or terminal.
 
 The one idea: a job's log is a file whose byte offset is the sequence number, and everything else (streaming, resuming,
@@ -258,6 +260,13 @@ TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't lear
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
+HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
+CONNECT_S = 3.0
+CHECK_S = RELOAD_COMMAND_S = 60.0
+RELOADS, RELOAD_S = 3, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+PROOF_S = 2.0  # for a request to reach the new colour
+SWITCH_LOCK_S = 10.0
+RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
@@ -1967,8 +1976,304 @@ def explain_failure(tail: bytes) -> str | None:
 
 
 # ==============================================================================
+# 8. HAProxy text: read and rewrite the backend's servers, read what HAProxy says
+# ==============================================================================
+
+
+COLORS = ("blue", "green")
+_HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
+_HAPROXY_SECTIONS = frozenset(
+    b"global defaults frontend backend listen peers resolvers mailers userlist cache program http-errors ring"
+    b" log-forward fcgi-app crt-store traces log-profile acme".split()
+)
+_SERVER_FLAG = re.compile(  # what a `server` line may say without an argument; every other word takes one
+    rb"agent-check|allow-0rtt|backup|check(-send-proxy|-ssl|-via-socks4)?|disabled|enabled|force-.*|no-.*|non-stick"
+    rb"|send-proxy.*|ssl(-reuse)?|stick|tfo|tls-tickets"
+)
+_OWN_ROUTES = {  # what sends requests past the `backup` words, so that changing those would not move all the traffic
+    b"cookie": "its cookie keeps clients on the old colour",
+    b"stick": "its stick table keeps clients on the old colour",
+    b"persist": "it keeps clients on the old colour",
+    b"use-server": "it chooses servers by a rule of its own",
+    b"server-template": "it makes servers whose lines can't be changed one by one",
+}
+_COSTS = {
+    b"httpchk": "a worker that accepts connections but does not work keeps its traffic",
+    b"redispatch": "requests to a worker that has just died wait for seconds and fail instead of going to the other",
+    b"idle-close-on-response": "keep-alive clients lose requests at every reload",
+    b"state": "until its first check a new HAProxy process takes a dead worker for alive, and requests fail meanwhile",
+}
+
+
+class _HaproxyLine(NamedTuple):
+    """A line's words, unquoted; None where only HAProxy's own reading would tell. Where each stands in the line."""
+
+    number: int
+    words: list[bytes | None]
+    spans: list[tuple[int, int]]
+    conditional: bool = False
+
+
+class ServerLine(NamedTuple):
+    """A `server` line: the places of its `backup` words, each with the space before, and where one would go."""
+
+    number: int
+    address: str
+    backups: tuple[tuple[int, int], ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class BackendText:
+    """The part of haproxy.cfg that says who is active."""
+
+    file: str
+    text: bytes
+    servers: Mapping[str, ServerLine]  # by colour
+    strangers: tuple[int, ...]  # lines of other servers that are no backup
+    warnings: tuple[str, ...]
+    state_file: str | None
+
+    def roles(self) -> dict[str, str]:
+        """Each colour as the file has it."""
+        return {color: "backup" if server.backups else "active" for color, server in self.servers.items()}
+
+    def active(self) -> str:
+        """The one colour that is no backup. Raises GuardError where that is not exactly one."""
+        active = [color for color, role in self.roles().items() if role == "active"]
+        if self.strangers:
+            raise _haproxy_refusal(self.file, self.strangers[0], "another server of the backend is no backup")
+        if len(active) != 1:
+            what = "both colours are active" if active else "neither colour is active"
+            lines = " and ".join(str(server.number) for server in self.servers.values())
+            raise GuardError(f"{self.file} lines {lines}: {what}", "write `backup` on exactly one of them, and reload")
+        return active[0]
+
+
+def _haproxy_refusal(file: str, number: int, why: str) -> GuardError:
+    return GuardError(f"{file} line {number}: {why}", "no switch can be made safely until this line is changed by hand")
+
+
+def _plain_word(raw: bytes) -> bytes | None:
+    """A word without its quotes; None where escapes, mixed quotes or the environment make its value uncertain."""
+    quotes = set(raw) & set(b"\"'\\")
+    if len(quotes) > 1 or b"\\" in raw or (b'"' in raw and b"$" in raw):
+        return None
+    return raw.replace(bytes(quotes), b"") if quotes else raw
+
+
+def _haproxy_sections(text: bytes, file: str) -> list[list[_HaproxyLine]]:
+    """The file's lines that say something, by section, each section's title first. Raises GuardError."""
+    sections: list[list[_HaproxyLine]] = [[]]
+    depth = 0
+    for number, line in enumerate(text.split(b"\n"), 1):
+        spans: list[tuple[int, int]] = []
+        place = len(line) - len(line.lstrip())
+        while place < len(line) and line[place] != ord("#"):
+            if (match := _HAPROXY_WORD.match(line, place)) is None:
+                raise _haproxy_refusal(file, number, "a quote or an escape does not end")
+            spans.append(match.span())
+            place = len(line) - len(line[match.end() :].lstrip())
+        if not spans:
+            continue
+        words = [_plain_word(line[start:end]) for start, end in spans]
+        if words[0] is None:
+            raise _haproxy_refusal(file, number, "its first word can't be read for certain")
+        depth += (words[0] == b".if") - (words[0] == b".endif")
+        if words[0] in _HAPROXY_SECTIONS:
+            sections.append([])
+        sections[-1].append(_HaproxyLine(number, words, spans, depth > 0 or words[0] == b".endif"))
+    return sections[1:]
+
+
+def _inherited(sections: list[list[_HaproxyLine]], own: list[_HaproxyLine]) -> list[_HaproxyLine]:
+    """The lines of `defaults` that hold for a section: those of the one it names, else of the last one above it."""
+    title = own[0].words
+    name = title[title.index(b"from") + 1 :][:1] if b"from" in title[1:] else []
+    if title[0] == b"defaults" and not name:
+        return []
+    above = (section for section in sections[: sections.index(own)] if section[0].words[0] == b"defaults")
+    found = [section for section in above if not name or section[0].words[1:2] == name]
+    return _inherited(sections, found[-1]) + found[-1] if found else []
+
+
+def _read_server(line: _HaproxyLine, file: str) -> ServerLine:
+    """A `server` line of the backend. Raises GuardError for one that can't be read or rewritten for certain."""
+    if None in line.words or len(line.words) < 3:
+        raise _haproxy_refusal(file, line.number, "a word of this server can't be read for certain (quotes, escapes)")
+    words = [word or b"" for word in line.words]
+    backups, index = [], 3
+    while index < len(words):
+        if words[index] == b"no-backup":
+            raise _haproxy_refusal(file, line.number, "`no-backup` and `backup` overrule each other")
+        if words[index] == b"backup":
+            backups.append((line.spans[index - 1][1], line.spans[index][1]))
+        index += 1 if _SERVER_FLAG.fullmatch(words[index]) else 2
+    place = line.spans[3 if words[3:4] == [b"check"] else 2][1]
+    return ServerLine(line.number, words[2].decode(errors="replace"), tuple(backups), place)
+
+
+def read_backend(text: bytes, file: str, rule: HaproxyRule) -> BackendText:
+    """Who is active by haproxy.cfg, in any encoding. Raises GuardError, with the line, for what no switch can change.
+
+    Judged as HAProxy reads it: quotes, comments, sections, `defaults`; where the environment or a condition decides,
+    it is refused, and so is whatever sends requests past the `backup` words.
+    """
+    sections = _haproxy_sections(text, file)
+    titles = ([b"backend", rule.backend.encode()], [b"listen", rule.backend.encode()])
+    uncertain = [s[0] for s in sections if s[0].words[0] in (b"backend", b"listen") and s[0].words[1:2] in ([], [None])]
+    found = [section for section in sections if section[0].words[:2] in titles]
+    if uncertain or len(found) > 1:
+        number = (uncertain or [section[0] for section in found[1:]])[0].number
+        raise _haproxy_refusal(file, number, f"it may be a second backend {rule.backend}")
+    if not found:
+        raise GuardError(f"{file} has no backend {rule.backend}", "correct `config` or `backend` in [haproxy]")
+    own, inherited = found[0], _inherited(sections, found[0])
+    for line in (*inherited, *own):
+        words = line.words
+        if why := _OWN_ROUTES.get(words[0] or b""):
+            raise _haproxy_refusal(file, line.number, why)
+        if words[0] == b"default-server" and {b"backup", b"no-backup", None} & set(words):
+            raise _haproxy_refusal(file, line.number, "`default-server` decides who is a backup")
+        if line.conditional or (words[0] or b"").startswith((b".if", b".el")):
+            raise _haproxy_refusal(file, line.number, "a condition (.if) decides about this backend")
+    colors = {name.encode(): color for color, name in rule.servers.items()}
+    servers: dict[str, ServerLine] = {}
+    strangers = []
+    for line in (line for line in own if line.words[0] == b"server"):
+        server, color = _read_server(line, file), colors.get(line.words[1] or b"")
+        if color in servers:
+            raise _haproxy_refusal(file, line.number, f"a second server {rule.servers[color]}")
+        if color:
+            servers[color] = server
+        elif not server.backups:
+            strangers.append(line.number)
+    if missing := [rule.servers[color] for color in COLORS if color not in servers]:
+        what = f"{file} line {own[0].number}: backend {rule.backend} has no server {' and no server '.join(missing)}"
+        raise GuardError(what, "correct `servers` in [haproxy]")
+    warnings, state_file = _haproxy_warnings(sections, own, rule.backend.encode())
+    return BackendText(file, text, {c: servers[c] for c in COLORS}, tuple(strangers), warnings, state_file)
+
+
+def _haproxy_warnings(
+    sections: list[list[_HaproxyLine]], own: list[_HaproxyLine], backend: bytes
+) -> tuple[tuple[str, ...], str | None]:
+    """What the configuration lacks to lose no request, with its cost; and the file that HAProxy reads states from."""
+
+    def lacks(section: list[_HaproxyLine], *words: bytes) -> bool:
+        return all(line.words[: len(words)] != [*words] for line in (*_inherited(sections, section), *section))
+
+    fronts = [s for s in sections if s[0].words[0] in (b"frontend", b"listen") and any(backend in x.words for x in s)]
+    lacking = [option for option in (b"httpchk", b"redispatch") if lacks(own, b"option", option)]
+    if any(lacks(front, b"option", b"idle-close-on-response") for front in fronts):
+        lacking.append(b"idle-close-on-response")
+    warnings = [f"no `option {option.decode()}`: {_COSTS[option]}" for option in lacking]
+    lines = [line.words for section in sections if section[0].words[0] == b"global" for line in section]
+    settings = {words[0]: (words[1] or b"").decode(errors="replace") for words in lines if len(words) > 1}
+    state_file: str | None = settings.get(b"server-state-file")
+    if not state_file or lacks(own, b"load-server-state-from-file", b"global"):
+        missing = "`server-state-file` in global, or `load-server-state-from-file global`"
+        return (*warnings, f"no {missing}: {_COSTS[b'state']}"), None
+    base = settings.get(b"server-state-base", "")
+    return tuple(warnings), state_file if state_file.startswith("/") else f"{base}/{state_file}"
+
+
+def switch_text(found: BackendText, color: str) -> bytes:
+    """The file's text with `color` active and the other a backup: only `backup` words change."""
+    lines = found.text.split(b"\n")
+    for other, server in found.servers.items():
+        line = lines[server.number - 1]
+        if other == color:
+            for start, end in reversed(server.backups):
+                line = line[:start] + line[end:]
+        elif not server.backups:
+            line = line[: server.place] + b" backup" + line[server.place :]
+        lines[server.number - 1] = line
+    return b"\n".join(lines)
+
+
+def render_diff(old: bytes, new: bytes, file: str) -> bytes:
+    """A unified diff, in the bytes of the file."""
+    import difflib
+
+    name = file.encode()
+    before, after = ([line + b"\n" for line in text.split(b"\n")] for text in (old, new))
+    return b"".join(difflib.diff_bytes(difflib.unified_diff, before, after, name, name))
+
+
+def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
+    """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is something else."""
+    import csv
+
+    rows = csv.DictReader(text.removeprefix("# ").splitlines())
+    named = [row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")]
+    return [row for row in named if row["svname"] not in ("FRONTEND", "BACKEND")]
+
+
+def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
+    """(the worker's pid, the pids of old workers that still end their connections, failed reloads) of `show proc`."""
+    new, _, old = text.partition("# old workers")
+    pids = [[int(pid) for pid in re.findall(r"(?m)^(\d+)\s+worker", part)] for part in (new, old)]
+    failed = re.search(r"\[failed: (\d+)\]", text)
+    return next(iter(pids[0]), None), pids[1], int(failed[1]) if failed else 0
+
+
+def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
+    """`show servers state` without the servers whose address in the file is another one by now: a new server would
+    take over the health of the one that had its name."""
+    wanted = {rule.servers[color]: server.address for color, server in found.servers.items()}
+
+    def moved(fields: list[str]) -> bool:
+        address = wanted.get(fields[3]) if len(fields) > 18 and fields[1] == rule.backend else None
+        literal = re.fullmatch(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)", address or "")
+        return literal is not None and literal.groups() != (fields[4], fields[18])
+
+    return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
+
+
+def decide_traffic(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """The servers that get the requests as HAProxy routes: all usable ones, else the first usable backup."""
+    usable = [row for row in rows if row["status"].startswith(("UP", "no check"))]
+    return [row["svname"] for row in usable if row["bck"] == "0"] or [row["svname"] for row in usable[:1]]
+
+
+def live_roles(rows: Iterable[Mapping[str, str]], rule: HaproxyRule) -> dict[str, str]:
+    """Each colour as the running HAProxy read it, whatever the file says by now."""
+    roles = {row["svname"]: "backup" if row["bck"] == "1" else "active" for row in rows}
+    return {color: roles[rule.servers[color]] for color in COLORS if rule.servers[color] in roles}
+
+
+def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles: Mapping[str, str]) -> list[str]:
+    """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty where unreadable."""
+    names = {name: color for color, name in rule.servers.items()}
+    row_of = {names[row["svname"]]: row for row in rows if row["svname"] in names}
+    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name, c in names.items() if c not in row_of]
+    runs = live_roles(rows, rule)
+    if differ := [color for color in runs if roles and runs[color] != roles[color]]:
+        said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
+        warnings.append(f"HAProxy does not run what its file says: {said}; a reload was lost")
+    takers = decide_traffic(rows)
+    for color, row in row_of.items():
+        if row["svname"] in takers and row["bck"] == "1":
+            warnings.append(f"HAProxy has failed over to {color}; `switch {color}` makes that explicit")
+        elif row["svname"] not in takers and not row["status"].startswith(("UP", "no check")):
+            warnings.append(f"{color} is {row['status']}: it would not take over")
+    return warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
+
+
+# ==============================================================================
 # 10. Files: atomic writes, append-only logs, locks, state folder, configuration
 # ==============================================================================
+
+
+def sync_folder(path: Path) -> None:
+    """Have the disk keep what was renamed or removed in a folder."""
+    if os.name != "nt":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
@@ -1989,12 +2294,8 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
                 if attempt == 19:
                     raise
                 time.sleep(0.02)
-        if durable and os.name != "nt":
-            fd = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        if durable:
+            sync_folder(path.parent)
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
@@ -2204,6 +2505,7 @@ class StateFolder:
         self.job_lock = root / "job.lock"
         self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
+        self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
         self.index = root / "history.jsonl"
 
@@ -3110,6 +3412,11 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
 
+def is_half_done(state: StateFolder, job: JobRecord) -> bool:
+    """Whether this job's runner may not just be dead: it left a switch half way, which a new runner ends."""
+    return (read_json(state.switch_file) or {}).get("run") == job.run
+
+
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
     if job.open_step:
@@ -3148,6 +3455,7 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
+        self.outcome: str | None = None  # stands for the version where nothing was deployed
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -3156,7 +3464,7 @@ class Runner:
             return 1
         try:
             job = self.state.load_job(self.run, self.host)
-            if job is None or job.state is not State.QUEUED:
+            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job)):
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
@@ -3182,7 +3490,8 @@ class Runner:
                 self.log.line(f"estelle-updater: error: {line}")
             if problem.hint:
                 self.log.line(f"hint: {problem.hint}")
-            self.finish(State.FAILED, step=self.job.step, error=problem.what)
+            refused = problem.exit_code if isinstance(problem, GuardError) else None
+            self.finish(State.FAILED, step=self.job.step, exit=refused, error=problem.what)
         except Exception as problem:
             self.finish(State.FAILED, step=self.job.step, error=f"internal error: {problem!r}")
             raise
@@ -3384,10 +3693,10 @@ class Runner:
 
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
-        commit = version = None
+        commit, version = None, self.outcome
         with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
-            version = self.read_version() if state is State.SUCCEEDED else None
+            version = self.outcome or self.read_version() if state is State.SUCCEEDED else None
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
         self.log.sync()
@@ -3697,6 +4006,486 @@ def run_checks(checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str])
 def checks_take_s(checks: Iterable[HealthRule]) -> float:
     """Within how many seconds all checks have an answer."""
     return max((check.timeout_s for check in checks), default=0.0) + 0.5
+
+
+# ==============================================================================
+# 14. Switch: the HAProxy transaction
+# ==============================================================================
+
+
+_HAPROXY_OWN = re.compile(
+    r"HAPROXY_(MWORKER.*|PROCESSES|(MASTER_)?CLI|STARTUP_VERSION|LOCALPEER|CFGFILES)|NOTIFY_SOCKET"
+)
+_SBIN = "/usr/sbin:/usr/local/sbin"  # where haproxy is, and no ordinary user's PATH
+
+
+def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str:
+    """HAProxy's answer to a command: the worker's, or with `master` that of the process above. Raises UpdaterError."""
+    path = rule.master_socket if master or not rule.socket else rule.socket
+    words = command if master or rule.socket else f"@1 {command}"
+    hint = f"is HAProxy running? `stats socket {path} user USER mode 600 level admin` lets this service's user in"
+    try:
+        with socket.socket(socket.AF_UNIX) as link:
+            link.settimeout(HAPROXY_S)
+            link.connect(path or "")
+            link.sendall(words.encode() + b"\n")
+            link.shutdown(socket.SHUT_WR)  # else HAProxy's master waits for more
+            answer = b"".join(iter(lambda: link.recv(CHUNK_BYTES), b"")).decode(errors="replace")
+    except (OSError, AttributeError) as problem:  # Windows' Python has no such sockets
+        raise UpdaterError(f"HAProxy does not answer at {path}: {problem}", hint) from problem
+    if answer.startswith("Permission denied"):
+        raise UpdaterError(f"HAProxy refuses `{command}` at {path}", hint)
+    return answer
+
+
+def live_rows(rule: HaproxyRule) -> list[dict[str, str]]:
+    """The backend's servers as HAProxy runs them. Raises UpdaterError."""
+    if rows := parse_show_stat(ask_haproxy(rule, "show stat"), rule.backend):
+        return rows
+    raise UpdaterError(f"HAProxy runs no backend {rule.backend}", "correct `backend` in [haproxy], or reload HAProxy")
+
+
+def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
+    """Where HAProxy sends the traffic, by its own word, and what should worry; never raises."""
+    warnings: list[str] = []
+    servers: dict[str, dict[str, Any]] = {
+        color: {"traffic": None, "file": None, "status": None, "address": None} for color in COLORS
+    }
+    roles: dict[str, str] = {}
+    takers: list[str] = []
+    try:
+        found = read_backend(Path(rule.config).read_bytes(), rule.config, rule)
+        roles = found.roles()
+        warnings += found.warnings
+        for color in COLORS:
+            servers[color] |= {"file": roles[color], "address": found.servers[color].address}
+        found.active()
+    except (UpdaterError, OSError) as problem:
+        warnings.append(str(problem))
+    try:
+        if not (rule.socket or rule.master_socket):
+            raise UpdaterError("no `socket` in [haproxy]: nobody can see where the traffic really goes")
+        rows = live_rows(rule)
+    except UpdaterError as problem:
+        return {"active": None, "servers": servers, "warnings": [*warnings, problem.what]}
+    takers = decide_traffic(rows)
+    for color, row in ((c, row) for row in rows for c in COLORS if row["svname"] == rule.servers[c]):
+        usable = row["status"].startswith(("UP", "no check"))
+        traffic = "active" if row["svname"] in takers else "standby" if usable else "down"
+        address = row.get("addr") or servers[color]["address"]
+        servers[color] |= {"traffic": traffic, "status": row["status"], "address": address}
+    active = [color for color in COLORS if servers[color]["traffic"] == "active"]
+    warnings += traffic_warnings(rule, rows, roles)
+    return {"active": active[0] if len(active) == 1 else None, "servers": servers, "warnings": warnings}
+
+
+def run_command(argv: Sequence[str], env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+    """A short command's exit code and output. Raises UpdaterError where it does not start or end."""
+    try:
+        program = resolve_program(argv[0], env.get("PATH", ""))
+        done = subprocess.run(
+            [*program, *argv[1:]], env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=timeout_s, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as problem:
+        raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
+    except OSError as problem:
+        raise UpdaterError(f"{argv[0]}: {problem.strerror}") from problem
+    return done.returncode, done.stdout.decode(errors="replace").strip()
+
+
+def stage_text(real: Path, text: bytes) -> Path:
+    """The text in a file beside `real`, with that one's owner, mode and attributes. Raises GuardError."""
+    temp = real.with_name(f".{real.name}.estelle")
+    try:
+        temp.unlink(missing_ok=True)
+        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(text)
+            file.flush()
+            stat = real.stat()
+            os.chown(temp, stat.st_uid, stat.st_gid)
+            shutil.copystat(real, temp)
+            os.utime(temp)
+            os.fsync(file.fileno())
+    except OSError as problem:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+        hint = f"this service's user must own the file and its folder: chown USER {real.parent} {real}"
+        raise GuardError(f"can't replace {real}: {problem.strerror}", hint) from problem
+    return temp
+
+
+def lock_text(real: Path) -> int:
+    """A lock that the shell's `flock` knows too, so that no certificate hook reloads in the middle; for this process's
+    lifetime. Raises GuardError."""
+    import fcntl
+
+    fd = os.open(f"{real}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    deadline = time.monotonic() + SWITCH_LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise GuardError(f"another program holds {real}.lock", "wait until its reload is over") from None
+            time.sleep(0.05)
+
+
+def probe_url(url: str) -> int:
+    """The HTTP status of a GET, whatever name the certificate has: it is asked on its own host. Raises OSError."""
+    import ssl
+    from urllib.error import HTTPError
+
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    handlers = urllib_request.ProxyHandler({}), urllib_request.HTTPSHandler(context=context)
+    try:
+        with urllib_request.build_opener(*handlers).open(url, timeout=CONNECT_S) as answer:
+            return int(answer.status)
+    except HTTPError as problem:
+        return problem.code
+
+
+@dataclass
+class SwitchEntry:
+    """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as Latin-1."""
+
+    run: str
+    rule: dict[str, Any]
+    real: str
+    color: str = ""
+    before: str = ""
+    old: str = ""
+    new: str = ""
+    address: str = ""
+    state_file: str | None = None
+    states: str = ""
+
+
+class Switch:
+    """One change of the active colour. A journal entry is open from before the first change until after the last, so
+    that whoever comes after a dead runner can finish or undo it; on disk exactly one colour is active throughout."""
+
+    def __init__(self, runner: Runner, entry: SwitchEntry) -> None:
+        self.runner, self.entry, self.say = runner, entry, runner.log.line
+        self.rule, self.real = HaproxyRule(**entry.rule), Path(entry.real)
+        self.live = bool(self.rule.socket or self.rule.master_socket)
+        self.env = scrub_environment(os.environ)
+        self.env["PATH"] = f"{self.env.get('PATH', '')}:{_SBIN}"
+        self.found: BackendText
+        self.temp: Path | None = None
+        self.lock = lock_text(self.real)
+
+    def phase(self, name: str, work: Callable[[], str]) -> None:
+        """One line before, and one after it with what came of it and the time it took."""
+        self.runner.announce(name)
+        began = time.monotonic()
+        said = work()
+        self.say(f"{name}: {said} ({time.monotonic() - began:.2f} s)")
+
+    def refusing(self, name: str, work: Callable[[], str]) -> None:
+        """A phase before anything changed: whatever fails is a guard's refusal."""
+        try:
+            self.phase(name, work)
+        except (UpdaterError, OSError) as problem:
+            if isinstance(problem, UsageError | ConfigError):
+                raise
+            raise GuardError(str(problem), getattr(problem, "hint", "")) from problem
+
+    def run(self) -> None:
+        """Switch, or leave everything as it was."""
+        options = self.runner.job.options
+        try:
+            self.refusing("gate", self.gate)
+            if self.entry.color == self.entry.before:
+                return
+            self.refusing("check", self.check)
+            if options.get("dry_run"):
+                return
+            phases = {"drain": self.drain, "write": self.write, "reload": self.reload, "proof": self.prove}
+            self.transact(phases)
+        except OSError as problem:
+            raise UpdaterError(f"{problem.filename or self.real}: {problem.strerror or problem}") from problem
+        finally:
+            if self.temp:
+                self.temp.unlink(missing_ok=True)
+
+    def transact(self, phases: Mapping[str, Callable[[], str]]) -> None:
+        """All phases, or none: what fails is undone."""
+        try:
+            for name, work in phases.items():
+                self.phase(name, work)
+        except Exception as problem:
+            self.say(f"undoing: {problem}")
+            if self.undo() and isinstance(problem, GuardError):  # by now it is no longer true that nothing changed
+                raise UpdaterError(problem.what, problem.hint) from problem
+            raise
+        self.close()
+
+    def resume(self) -> bool:
+        """End what a dead runner began; whether the traffic moved."""
+        self.say(f"the process that switched to {self.entry.color} died: taking it up again")
+        if moved := self.real.read_bytes() == self.new:
+            self.transact({"write": self.place_states, "reload": self.reload, "proof": self.prove})
+        else:
+            self.undo()
+        return moved
+
+    @property
+    def new(self) -> bytes:
+        return self.entry.new.encode("latin-1")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The `server` names of the new active and the old one."""
+        return self.rule.servers[self.entry.color], self.rule.servers[self.entry.before]
+
+    def gate(self) -> str:
+        """Refuse whatever could leave two active colours or none, before anything is touched. Raises GuardError."""
+        entry, rule = self.entry, self.rule
+        self.found = read_backend(self.real.read_bytes(), rule.config, rule)
+        entry.before = self.found.active()
+        for warning in self.found.warnings:
+            self.say(f"warning: {warning}")
+        rows = live_rows(rule) if self.live else []
+        standby = next(color for color in COLORS if color != entry.before)
+        wanted = self.runner.job.options.get("color")
+        if wanted == "standby" and self.live and decide_traffic(rows) == [rule.servers[standby]]:
+            hint = f"`switch {standby}` makes that explicit, `switch {entry.before}` changes nothing"
+            raise GuardError(f"HAProxy has failed over: {entry.before} or {standby} could be meant", hint)
+        entry.color = str(standby if wanted == "standby" else wanted)
+        if entry.color not in COLORS:
+            raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
+        if self.live and live_roles(rows, rule) != self.found.roles():
+            what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
+            raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
+        if entry.color == entry.before:
+            return f"{entry.color} is active already, nothing changes"
+        entry.old, entry.state_file = self.found.text.decode("latin-1"), self.found.state_file
+        entry.new = switch_text(self.found, entry.color).decode("latin-1")
+        if self.runner.job.options.get("dry_run"):
+            self.runner.log.write(render_diff(self.found.text, self.new, rule.config))
+        if self.runner.job.options.get("force"):
+            self.say(f"forced by {self.runner.job.by}: health and commit of {entry.color} are not required")
+        return self.look_at_standby(rows) + f"; {entry.before} is active"
+
+    def look_at_standby(self, rows: Sequence[Mapping[str, str]]) -> str:
+        """Only a server that HAProxy would use, and that answers here and now, may get the traffic."""
+        color, name = self.entry.color, self.names[0]
+        self.refuse_without_rights()
+        self.entry.address = self.found.servers[color].address
+        status = "unknown to us (no socket)"
+        if row := next((row for row in rows if row["svname"] == name), None):
+            status, self.entry.address = row["status"], row.get("addr") or self.entry.address
+            if not status.startswith(("UP", "no check")):
+                what = f"{color} is {status} for HAProxy: {row.get('check_status')} {row.get('last_chk')}"
+                raise GuardError(what, f"repair {color} first: HAProxy would send it nothing")
+        if problem := self.connect_problem():
+            raise GuardError(
+                f"{color} does not answer at {self.entry.address}: {problem}", f"is it running on {color}?"
+            )
+        return f"{color} at {self.entry.address} is {status} and accepts connections"
+
+    def connect_problem(self) -> str | None:
+        """Why the standby's port can't be reached from here, if so."""
+        host, port = split_port(self.entry.address)
+        if port is None or "/" in host:  # a UNIX socket, or the port that the client used
+            return None
+        try:
+            socket.create_connection((host.strip("[]"), port), CONNECT_S).close()
+        except OSError as problem:
+            return problem.strerror or str(problem)
+        return None
+
+    def refuse_without_rights(self) -> None:
+        """What would fail only after the file changed is refused before. Raises GuardError.
+
+        systemd asks polkit about any reload before it looks at a job mode that makes no sense: so nothing happens.
+        """
+        if Path(self.rule.reload[0]).name == "systemctl" and os.geteuid():
+            ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
+            _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
+            if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
+                hint = "the polkit rule in systemd/estelle-updater-haproxy.service allows exactly this"
+                raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
+
+    def check(self) -> str:
+        """`haproxy -c` on the new text beside the old, with HAProxy's own environment and its other files."""
+        self.temp = stage_text(self.real, self.new)
+        env, files = self.env, [str(self.real)]
+        if self.live:
+            known = dict(line.split("=", 1) for line in ask_haproxy(self.rule, "show env").splitlines() if "=" in line)
+            files = known.get("HAPROXY_CFGFILES", str(self.real)).split(";")
+            env = {k: v for k, v in known.items() if not _HAPROXY_OWN.fullmatch(k)} | {"PATH": self.env["PATH"]}
+        paths = [(self.real.parent / file).resolve() for file in files]  # a relative one is HAProxy's own folder's
+        ours = [path == self.real or (path.name == self.real.name and not Path(file).is_absolute())
+                for path, file in zip(paths, files, strict=True)]  # fmt: skip
+        if not any(ours):
+            raise GuardError(
+                f"HAProxy does not read {self.real}, but {', '.join(files)}", "correct `config` in [haproxy]"
+            )
+        used = [str(self.temp if own else path) for path, own in zip(paths, ours, strict=True)]
+        code, said = run_command(["haproxy", "-c", *(word for file in used for word in ("-f", file))], env, CHECK_S)
+        if code:
+            self.say(said)
+            raise GuardError(f"haproxy -c refuses the new text (exit {code})", "its words are in the log")
+        return "haproxy -c finds the new text valid"
+
+    def drain(self) -> str:
+        """The old colour gets nothing new, not even from the connections that stay with HAProxy's old process."""
+        if self.live:
+            self.entry.states = keep_states(ask_haproxy(self.rule, "show servers state"), self.found, self.rule)
+        write_atomic(self.runner.state.switch_file, _dump(self.entry), durable=True)
+        before = self.entry.before
+        if not self.live:
+            return f"without a socket, {before} answers what comes on connections of before until these end"
+        self.set_state("drain")
+        busy = next(row["scur"] for row in live_rows(self.rule) if row["svname"] == self.names[1])
+        return f"{before} gets no new requests, {busy} are under way there"
+
+    def set_state(self, state: str) -> None:
+        """Drain the old colour, or make it ready, also in processes that only end their connections. UpdaterError."""
+        command = f"set server {self.rule.backend}/{self.names[1]} state {state}"
+        if said := ask_haproxy(self.rule, command).strip():
+            raise GuardError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
+        if self.rule.master_socket:
+            for pid in parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))[1]:
+                ask_haproxy(self.rule, f"@!{pid} {command}", master=True)
+
+    def write(self) -> str:
+        """The new text in place of the old, at one blow."""
+        if self.real.read_bytes() != self.found.text or self.temp is None:
+            raise GuardError(f"{self.real} was changed meanwhile", "look at the change, then switch again")
+        os.replace(self.temp, self.real)
+        sync_folder(self.real.parent)
+        return self.place_states()
+
+    def place_states(self) -> str:
+        """The servers' states for the next process; those of before the drain, which must not last."""
+        if not (self.entry.state_file and self.entry.states):
+            return f"{self.entry.color} is active in {self.rule.config}"
+        try:
+            write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
+        except OSError as problem:
+            self.say(f"warning: can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}")
+        return f"{self.entry.color} is active in {self.rule.config}, the servers' states in {self.entry.state_file}"
+
+    def reload(self) -> str:
+        """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
+        for attempt in range(1, RELOADS + 1):
+            if self.live and self.runs(self.entry.color, 0):
+                return "HAProxy runs it already"
+            code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
+            if code:
+                raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
+            if not self.live:
+                return "done; without a socket nobody can tell whether HAProxy took it"
+            if self.runs(self.entry.color, RELOAD_S):
+                pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
+                again = f" at attempt {attempt}" if attempt > 1 else ""
+                return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
+        raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
+
+    def runs(self, color: str, patience_s: float) -> bool:
+        """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            with suppress(UpdaterError):
+                if live_roles(live_rows(self.rule), self.rule).get(color) == "active":
+                    return True
+                proc = ask_haproxy(self.rule, "show proc", master=True) if self.rule.master_socket else ""
+                if patience_s and parse_show_proc(proc)[2]:
+                    return False
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+
+    def prove(self) -> str:
+        """Requests reach the new colour. Raises UpdaterError where they do not."""
+        color, before = self.entry.color, self.entry.before
+        probed = ""
+        if self.rule.probe:
+            status = probe_url(self.rule.probe)
+            if not 200 <= status < 400:
+                raise UpdaterError(f"{self.rule.probe} answers {status}")
+            probed = f"{self.rule.probe} answers {status}; "
+        if not self.live:
+            return probed or "neither socket nor probe: nothing was proved"
+        deadline = time.monotonic() + PROOF_S
+        while True:
+            rows = live_rows(self.rule)
+            new, old = (next(row for row in rows if row["svname"] == name) for name in self.names)
+            if old["status"].startswith("DRAIN"):  # a reload that saves the states itself saved the drain too
+                self.set_state("ready")
+            if decide_traffic(rows) == [new["svname"]] and int(new["stot"]):
+                return f"{probed}{color} has {new['stot']} requests, {before} {old['stot']}"
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        if decide_traffic(rows) != [new["svname"]] or (problem := self.connect_problem()):
+            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {problem or ''}".rstrip())
+        return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
+
+    def undo(self) -> bool:
+        """The old text, a process that runs it, and nobody drained; a text that somebody else wrote stays. Whether the
+        text had changed."""
+        now = self.real.read_bytes()
+        if now == self.new:
+            os.replace(stage_text(self.real, self.entry.old.encode("latin-1")), self.real)
+            sync_folder(self.real.parent)
+            self.place_states()
+        elif now != self.entry.old.encode("latin-1"):
+            self.say(f"warning: {self.real} was changed by somebody else meanwhile and stays so")
+        if self.live:
+            with suppress(UpdaterError):
+                self.set_state("ready")
+        if now == self.new:
+            with suppress(UpdaterError):
+                run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
+            if self.live and not self.runs(self.entry.before, RELOAD_S):
+                self.say("warning: HAProxy does not run what its file says: reload it by hand")
+            if self.live:
+                with suppress(UpdaterError):
+                    self.set_state("ready")
+        self.say(f"undone: {self.entry.before} is active")
+        self.close()
+        return now == self.new
+
+    def close(self) -> None:
+        """Done or undone for good."""
+        self.runner.state.switch_file.unlink(missing_ok=True)
+        sync_folder(self.runner.state.root)
+
+
+def switch_traffic(runner: Runner) -> None:
+    """The whole job of a switch; what an earlier one left half done is ended first. Raises UpdaterError."""
+    runner.begin("gate")
+    entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
+    if entry:
+        half = Switch(runner, entry)
+        moved = half.resume()
+        if entry.run == runner.run and not moved:
+            raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
+        if entry.run == runner.run:
+            runner.outcome = entry.color
+            return
+        os.close(half.lock)
+    config, problem = load_config_or_last(runner.config_path, runner.state)
+    if problem:
+        runner.log.line(f"warning: {problem}")
+    if config.haproxy is None:
+        raise UsageError("this host's configuration has no [haproxy]", "add that section, and deploy it here")
+    try:
+        real = Path(config.haproxy.config).resolve(strict=True)
+        switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
+    except OSError as unreadable:
+        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+    switch.run()
+    runner.outcome = switch.entry.color
+
+
+WORK[Kind.SWITCH] = switch_traffic
 
 
 # ==============================================================================
@@ -4016,9 +4805,11 @@ class Agent:
 
     def recover(self) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
+        switching = self.state.switch_file.exists()
         for row in self.state.rows():
-            for record in () if row["over"] else self.state.load_jobs(row["run"]):
-                if record.machine == self.machine and record.revision and not record.acked:
+            for record in () if row["over"] and not switching else self.state.load_jobs(row["run"]):
+                unknown = not record.acked or is_half_done(self.state, record)
+                if record.machine == self.machine and record.revision and unknown:
                     self.jobs[record.run, record.host] = OwnJob(record)
 
     async def watch_forever(self) -> None:
@@ -4088,7 +4879,10 @@ class Agent:
         if FileLock.held_elsewhere(self.state.job_lock):
             return
         record = self.state.load_job(run, host) or job.record
-        if record.state in FINAL:
+        if is_half_done(self.state, record):
+            if time.monotonic() - job.launched > RESUME_S:
+                self.start_runner(record)
+        elif record.state in FINAL:
             job.stamp = ()
         elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
             self.own(replace(record, revision=record.revision + 1, state=State.CANCELLED, ended=time.time()))
@@ -4401,9 +5195,16 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
 
 
+def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
+    """Where HAProxy sends the traffic; only its own host knows."""
+    rule = agent.config.config.haproxy
+    return look_at_traffic(rule) if rule else {"active": None, "servers": {}, "warnings": []}
+
+
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
 QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
-    "status": Agent.tell_status, "plan": tell_plan, "health": Agent.tell_health, "traffic is": Agent.take_traffic,
+    "status": Agent.tell_status, "plan": tell_plan, "health": Agent.tell_health, "traffic": tell_traffic,
+    "traffic is": Agent.take_traffic,
 }  # fmt: skip
 
 
@@ -5129,7 +5930,10 @@ class Master:
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        hosts = select_targets(message.target, self.registry.hosts(), active)
+        known = self.registry.hosts()
+        if message.kind is Kind.SWITCH:  # it deploys nothing
+            known = [replace(host, deploys=True) for host in known]
+        hosts = select_targets(message.target, known, active)
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -5289,6 +6093,8 @@ class Desk:
     ) -> None:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
+            case Submit() if message.kind in GATES and self.master.load(message.run) is None:
+                group.create_task(self.submit_gated(link, message, by))
             case Submit():
                 self.start(group, link, self.submit(message, by))
             case Follow():
@@ -5301,6 +6107,15 @@ class Desk:
                 self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
+
+    async def submit_gated(self, link: Link, message: Submit, by: str) -> None:
+        """An order that hosts have to be asked about first."""
+        try:
+            link.post(self.master.submit(await GATES[message.kind](self, message), by))
+        except UpdaterError as problem:
+            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
+        except OSError as problem:
+            link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
@@ -5524,6 +6339,72 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
     "health": Desk.health, "traffic": Desk.traffic,
 }  # fmt: skip
+
+
+def haproxy_host(master: Master) -> tuple[HaproxyRule, HostRef]:
+    """[haproxy] and the host that it names, which may take no deployments. Raises UpdaterError."""
+    rule = master.config.config.haproxy
+    if rule is None:
+        raise UsageError("there is no [haproxy] in the configuration", "it says which host's HAProxy has the traffic")
+    hosts = [replace(host, deploys=True) for host in master.registry.hosts()]
+    host = select_targets(rule.host, hosts)[0]
+    if not host.online:
+        raise TargetError(f"{host.label} is offline, and its HAProxy has the traffic", "start its service")
+    return rule, host
+
+
+async def ask_traffic(master: Master) -> dict[str, Any]:
+    """Where HAProxy sends the traffic, as its host answers. Raises UpdaterError."""
+    _, host = haproxy_host(master)
+    agent = master.agents.get(host.machine)
+    answer = await agent.ask("traffic", {}, ANSWER_S / 2) if agent else None
+    if answer is None or "error" in answer:
+        raise GuardError(f"{host.label} does not say where the traffic goes", str((answer or {}).get("error", "")))
+    return answer
+
+
+def refuse_busy(master: Master, machines: Container[str], doing: str) -> None:
+    """Raise GuardError where a job runs or waits on one of these hosts."""
+    for run in master.runs.values():
+        for job in run.jobs.values():
+            if job.machine in machines and job.state not in FINAL:
+                raise GuardError(f"{doing}: run {job.run} is {job.state} on {job.host}", "wait for it, or cancel it")
+
+
+async def gate_switch(desk: Desk, order: Submit) -> Submit:
+    """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
+    Returns the order with its host and colour. Raises UpdaterError."""
+    master, options = desk.master, order.options
+    color, forced = options.get("color"), bool(options.get("force") or options.get("dry_run"))
+    if color not in (*COLORS, "standby"):
+        raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
+    _, data = haproxy_host(master)
+    files = {key: row["file"] for key, row in (await ask_traffic(master))["servers"].items()}
+    if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
+        color = next(key for key, role in files.items() if role == "backup")
+    workers = [host for host in master.registry.hosts() if host.color in COLORS]
+    standbys = [host for host in workers if host.color == color]
+    if not forced and files.get(str(color)) != "active":
+        for host in standbys:
+            await refuse_unfit(desk, host, options.get("commit"))
+    if not options.get("dry_run"):
+        refuse_busy(master, {data.machine, *(host.machine for host in workers)}, "no switch now")
+    return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
+
+
+async def refuse_unfit(desk: Desk, host: HostRef, commit: Any) -> None:
+    """Raise GuardError where a standby is not healthy, or has not the commit that was to take the traffic."""
+    agent = desk.master.agents.get(host.machine)
+    facts = await agent.ask("status", {"address": host.address}, ANSWER_S / 2) if agent else None
+    if facts is None:
+        raise GuardError(f"{host.label} ({host.color}) does not answer", "repair it first, or use --force")
+    if commit and facts.get("commit") != commit:
+        what = f"{host.label} ({host.color}) has commit {facts.get('commit')} and not {str(commit)[:64]}"
+        raise GuardError(what, "deploy it again, or use --force")
+
+
+# What has to be asked before an order is accepted.
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
 
 
 # ==============================================================================
@@ -7339,6 +8220,23 @@ def cmd_rollback(args: Args) -> int:
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
+def cmd_switch(args: Args) -> int:
+    options = {"color": args.color, "dry_run": args.dry_run, "force": args.force}
+    caller, view = make_caller(args), make_view(args)
+    run, nonce = make_run_id(), os.urandom(16).hex()
+    order = Submit(run, nonce, Kind.SWITCH, "", args.color, user_name(), options=options)
+    connection, record = submit_run(caller, order, PATIENCE_S)
+    view.notice(f"run {record.run}: switch to {record.branch} on {', '.join(record.hosts)}")
+    jobs: list[JobRecord] = []
+
+    def follow() -> list[JobRecord]:
+        jobs.extend(Follower(caller, run, view).follow(connection))
+        return jobs
+
+    code = watch_run(args, run, follow)
+    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code
+
+
 def cmd_deploy(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
@@ -7757,6 +8655,11 @@ COMMANDS = (
     )),
     Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
         option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+    )),
+    Command("switch", "move the traffic to another colour", cmd_switch, (
+        option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
+        option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
+        option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
     )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
