@@ -25,7 +25,7 @@ RULE = "# " + "=" * 78
 
 MODULE_LINES = 11_000  # one file stays readable at this size only while each section stands alone
 FUNCTION_LINES, MOST_FUNCTIONS_LINES, MOST = 60, 35, 0.9
-CLASS_LINES = 400
+CLASS_LINES = 450
 TOP_LEVEL = {
     ".ci", ".github", ".gitignore", "LICENSE", "README.md", "config", "estelle_updater.py", "pm2.config.js",
     "pyproject.toml", "systemd", "tests",
