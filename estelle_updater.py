@@ -16,6 +16,7 @@
 | 6  | Journal            | offsets, what to send, what to accept, run and job states              |
 | 7  | Pipeline           | plan a deployment as argument tuples, read versions out of output      |
 | 8  | HAProxy text       | read and rewrite the backend's servers, read what HAProxy says         |
+| 9  | MCP                | the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)       |
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
@@ -28,7 +29,7 @@
 | 20 | Tools              | build, demo, setup, doctor                                             |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
-A section uses only names from sections above it. Sections 1 to 8 are pure: time, bytes and randomness come in as
+A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and randomness come in as
 arguments, and nothing there touches a socket, file, process, clock, environment or terminal.
 
 The one idea: a job's log is a file whose byte offset is the sequence number, and everything else (streaming, resuming,
@@ -57,7 +58,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
 __version__ = "0.1.0"
 
@@ -215,7 +216,8 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
-TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
+PROGRESS_CHARS = 4000  # of a burst of lines, the last ones
+TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
 TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
@@ -257,6 +259,9 @@ LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, an
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
+MCP_CALLS = 32  # at once: more is a client gone wild
+MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
+MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
@@ -2262,6 +2267,276 @@ def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles
 
 
 # ==============================================================================
+# 9. MCP: the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)
+# ==============================================================================
+
+
+MCP_MODERN = ("2026-07-28",)  # stateless: every request carries its version in `_meta`
+MCP_OLDER = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begun by `initialize`
+_MCP_META = "io.modelcontextprotocol/"
+_PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = -32700, -32600, -32601, -32602, -32022
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
+}  # fmt: skip
+
+
+class JsonRpcError(Exception):
+    """A request that is no proper one, as the protocol answers it."""
+
+    def __init__(self, code: int, message: str, data: Any = None) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message} | ({} if data is None else {"data": data})
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a model may call. `effect` is how it is announced: it reads, it changes, or changes but once."""
+
+    name: str
+    effect: str  # "reads", "changes" or "stops"
+    description: str
+    takes: dict[str, dict[str, Any]]
+    needs: tuple[str, ...]
+    gives: dict[str, Any]
+
+    def render(self, require_plan: bool = False) -> dict[str, Any]:
+        """The tool as `tools/list` has it."""
+        reads = self.effect == "reads"
+        needs = [*self.needs, *["plan"] * (require_plan and "plan" in self.takes)]
+        return {
+            "name": self.name, "description": self.description, "outputSchema": self.gives,
+            "inputSchema": {
+                "type": "object", "properties": self.takes, "required": needs, "additionalProperties": False,
+            },
+            "annotations": {
+                "readOnlyHint": reads, "destructiveHint": not reads, "idempotentHint": self.effect != "changes",
+                "openWorldHint": False,
+            },
+        }  # fmt: skip
+
+
+def _a_text(description: str, **more: Any) -> dict[str, Any]:
+    return {"type": "string", "maxLength": 500, "description": description, **more}
+
+
+def _a_flag(description: str, default: bool) -> dict[str, Any]:
+    return {"type": "boolean", "description": description, "default": default}
+
+
+def _a_number(description: str, low: int, high: int, default: int) -> dict[str, Any]:
+    return {"type": "integer", "description": description, "minimum": low, "maximum": high, "default": default}
+
+
+def _answer(row: str, *names: str, **types: str) -> dict[str, Any]:
+    """The schema of an answer: `names` are there and strings, `types` there and of these types; `row` lists rows."""
+    properties: dict[str, Any] = {name: {"type": "string"} for name in names}
+    properties |= {name: {"type": kind.split("/")} for name, kind in types.items()}
+    if row:
+        host = {"type": "object", "properties": {"host": {"type": "string"}}}
+        properties[row] = {"type": "array", "items": host}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas")
+_BRANCH = _a_text("a branch, a tag or a full commit id")
+_COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
+_RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+_PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
+_ORDER = {
+    "plan": _PLAN_ID,
+    "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
+    "wait": _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True),
+}
+_RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
+TOOLS = (
+    Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
+        "Answers with each host's result, and the last lines of what failed.",
+        {"target": _TARGET, "branch": _BRANCH, **_ORDER}, ("target", "branch"), _RUN_ANSWER),
+    Tool("status", "reads", "The fleet now: who is online, what is checked out, which colour has the traffic, what "
+        "runs.", {}, (), _answer("hosts", master="object")),
+    Tool("plan", "reads", "What update, rollback, release or switch would do on each host, and what would be refused, "
+        "without doing it: commits that arrive, files that change, local changes in the way, a job that runs. Its id "
+        "stays good while it is fresh and still true. A release is planned as an update of the target standby.",
+        {"action": _a_text("default: update", enum=["update", "rollback", "switch"]), "target": _TARGET,
+         "branch": _a_text("for update: a branch, a tag or a full commit id"),
+         "to": _a_text("for rollback: a commit; default: the newest that succeeded before"), "color": _COLOR},
+        (), _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean")),
+    Tool("logs", "reads", "What a run's commands wrote, from a cursor on, and each host's state.",
+        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=9999),
+         "tail": _a_flag("without a cursor: only the end", False),
+         "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
+         "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
+        ("run",), _answer("hosts", "run", "cursor", done="boolean")),
+    Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
+        {"count": _a_number("how many", 1, 100, 10)}, (), _answer("runs")),
+    Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
+        {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
+    Tool("health", "reads", "Run the configured health checks on the hosts.",
+        {"target": _TARGET}, (), _answer("hosts")),
+    Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
+        {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
+    Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
+        {"branch": _BRANCH, "plan": _PLAN_ID}, ("branch",), _RUN_ANSWER),
+    Tool("rollback", "changes", "Back to the newest commit that succeeded before the one checked out now, per host.",
+        {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER}, (), _RUN_ANSWER),
+)  # fmt: skip
+
+
+def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "arguments") -> list[str]:
+    """Everything that is wrong with a value, in sentences that say what it should be."""
+    kinds = _JSON_TYPES[schema["type"]]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return [f"{where} must be of type {schema['type']}, not {_shown(value)}"]
+    if isinstance(value, dict):
+        known = schema["properties"]
+        problems = [f"{name} is missing" for name in schema["required"] if name not in value]
+        for name, item in value.items():
+            problems += schema_problems(known[name], item, name) if name in known else [f"there is no {_shown(name)}"]
+        return problems
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{where} must be one of {', '.join(schema['enum'])}, not {_shown(value)}"]
+    size = len(value) if isinstance(value, str) else 0
+    if not schema.get("minLength", 0) <= size <= schema.get("maxLength", size):
+        return [f"{where} must have {schema.get('minLength', 0)} to {schema['maxLength']} characters, not {size}"]
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], str(value)):
+        return [f"{where} can't be {_shown(value)}: {schema['description']}"]
+    if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
+        return [f"{where} must be from {schema['minimum']} to {schema['maximum']}, not {_shown(value)}"]
+    return []
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model waits for."""
+
+    id: str | int
+    tool: str
+    arguments: Any
+    token: str | int | None  # progress is sent only to a client that gave one
+    modern: bool
+
+
+class McpSession:
+    """One client's conversation: lines in; answers out, calls to do and calls that nobody waits for any more.
+
+    Each request tells its era by itself: 2026-07-28 has its version in `_meta`; without one, `initialize` came before.
+    """
+
+    def __init__(self, tools: Sequence[dict[str, Any]], instructions: str, version: str) -> None:
+        self.tools, self.instructions = {tool["name"]: tool for tool in tools}, instructions
+        self.info = {"name": "estelle-updater", "version": version}
+        self.older = ""  # the revision that `initialize` agreed on
+        self.calls: dict[str | int, ToolCall] = {}
+
+    def feed(self, line: bytes) -> tuple[list[dict[str, Any]], list[ToolCall], list[str | int]]:
+        """(answers, calls to begin, ids of calls to give up) for one line."""
+        try:
+            data = json.loads(line.decode(), parse_constant=lambda word: float(word + "!"))  # NaN is no JSON
+        except (ValueError, RecursionError):
+            return [self.failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
+        batch = data if isinstance(data, list) and self.older == "2025-03-26" and data else [data]
+        answers: list[dict[str, Any]] = []
+        begun, ended = list(self.calls), list[str | int]()
+        for item in batch:
+            answer, stop = self.take(item)
+            answers += [answer] if answer else []
+            ended += [] if stop is None else [stop]
+        return answers, [call for name, call in self.calls.items() if name not in begun], ended
+
+    def take(self, item: Any) -> tuple[dict[str, Any] | None, str | int | None]:
+        """One message: its answer if there is one by now, and the id of a call to give up."""
+        number = item.get("id") if isinstance(item, dict) else None
+        number = number if type(number) in (str, int) else None
+        try:
+            if not isinstance(item, dict) or item.get("jsonrpc") != "2.0":
+                raise JsonRpcError(_INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
+            if "method" not in item and ("result" in item or "error" in item):
+                return None, None  # an answer, and nothing was asked
+            method, params = item.get("method"), {} if item.get("params") is None else item["params"]
+            if not isinstance(method, str) or not isinstance(params, dict) or ("id" in item and number is None):
+                raise JsonRpcError(_INVALID_REQUEST, "method is a text, params an object, id a text or a whole number")
+            if number is None:
+                gone = params.get("requestId") if method == "notifications/cancelled" else None
+                given_up = isinstance(gone, str | int) and self.calls.pop(gone, None) is not None
+                return None, gone if given_up else None
+            if number in self.calls:
+                raise JsonRpcError(_INVALID_REQUEST, f"a request with the id {_shown(number)} is still open")
+            return self.answer(number, method, params), None
+        except JsonRpcError as problem:
+            return self.failure(number, problem), None
+
+    def answer(self, number: str | int, method: str, params: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer to a request; None for a tool's call, whose answer comes later. Raises JsonRpcError."""
+        meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+        if method == "initialize" or (method == "ping" and _MCP_META + "protocolVersion" not in meta):
+            return self.success(number, self.initialize(params) if method == "initialize" else {}, False)
+        modern = self.judge_era(method, meta)
+        if method == "server/discover" and modern:
+            found = {"supportedVersions": list(MCP_MODERN), **self.introduction(), "ttlMs": 0, "cacheScope": "private"}
+            return self.success(number, found, modern)
+        if method == "tools/list":
+            cache = {"ttlMs": 0, "cacheScope": "private"} if modern else {}
+            return self.success(number, {"tools": list(self.tools.values()), **cache}, modern)
+        if method != "tools/call":
+            raise JsonRpcError(_NO_METHOD, f"there is no method {_shown(method)}")
+        name, arguments, token = params.get("name"), params.get("arguments", {}), meta.get("progressToken")
+        if not isinstance(name, str) or name not in self.tools:
+            raise JsonRpcError(_INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools))
+        call = ToolCall(number, name, arguments, token if type(token) in (str, int) else None, modern)
+        self.calls[number] = call
+        if problems := schema_problems(self.tools[name]["inputSchema"], arguments):
+            return self.finish(call, "error: " + "; ".join(problems), True)
+        return None
+
+    def judge_era(self, method: str, meta: dict[str, Any]) -> bool:
+        """Whether a request is of the stateless revision. Raises JsonRpcError for one of neither era."""
+        version_key, capabilities_key = (_MCP_META + key for key in ("protocolVersion", "clientCapabilities"))
+        if version_key not in meta and (not self.older or method == "server/discover"):
+            raise JsonRpcError(_INVALID_PARAMS, f"params._meta must have {version_key}; or begin with initialize")
+        if version_key not in meta:
+            return False
+        version = meta[version_key]
+        if not isinstance(version, str) or not isinstance(meta.get(capabilities_key), dict):
+            what = f"{version_key} is a text, and {capabilities_key} an object"
+            raise JsonRpcError(_INVALID_PARAMS, f"params._meta is incomplete: {what}")
+        if version not in MCP_MODERN:
+            data = {"supported": list(MCP_MODERN), "requested": version}
+            raise JsonRpcError(_UNSUPPORTED, "unsupported protocol version", data)
+        return True
+
+    def introduction(self) -> dict[str, Any]:
+        return {"capabilities": {"tools": {}}, "serverInfo": self.info, "instructions": self.instructions}
+
+    def initialize(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The older revisions' handshake."""
+        asked = params.get("protocolVersion")
+        if not isinstance(asked, str):
+            raise JsonRpcError(_INVALID_PARAMS, "protocolVersion is missing")
+        self.older = asked if asked in MCP_OLDER else MCP_OLDER[-1]
+        return {"protocolVersion": self.older, **self.introduction()}
+
+    def success(self, number: str | int, result: dict[str, Any], modern: bool) -> dict[str, Any]:
+        if modern:
+            result = {"resultType": "complete", **result, "_meta": {_MCP_META + "serverInfo": self.info}}
+        return {"jsonrpc": "2.0", "id": number, "result": result}
+
+    @staticmethod
+    def failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
+        return {"jsonrpc": "2.0", "id": number, "error": problem.error}
+
+    def finish(self, call: ToolCall, answer: dict[str, Any] | str, wrong: bool) -> dict[str, Any] | None:
+        """A call's answer: an object that keeps the tool's schema, or words; None if nobody waits for it any more."""
+        if self.calls.get(call.id) is not call:
+            return None
+        del self.calls[call.id]
+        text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        result: dict[str, Any] = {"content": [{"type": "text", "text": text}], "isError": wrong}
+        if isinstance(answer, dict):
+            result["structuredContent"] = answer
+        return self.success(call.id, result, call.modern)
+
+
+# ==============================================================================
 # 10. Files: atomic writes, append-only logs, locks, state folder, configuration
 # ==============================================================================
 
@@ -2608,7 +2883,7 @@ class StateFolder:
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
-        inside = ("stamp", "machines", "over")
+        inside = ("stamp", "nonce", "machines", "over")
         return [{key: value for key, value in row.items() if key not in inside} for row in self.rows(count)]
 
     def rows(self, count: int | None = None) -> list[dict[str, Any]]:
@@ -2665,9 +2940,9 @@ class StateFolder:
         waiting = any(job.state not in FINAL or (job.machine == own and job.revision and not job.acked) for job in jobs)
         over = len(jobs) == len(record.hosts) and not waiting and time.time_ns() - stamp > INDEX_AFTER_S * 1e9
         return {
-            "run": run, "stamp": stamp, "over": over, "created": record.created, "by": record.by, "kind": record.kind,
-            "target": record.target, "branch": record.branch, "machines": record.machines,
-            "hosts": [job_summary(job) for job in jobs],
+            "run": run, "stamp": stamp, "over": over, "nonce": record.nonce, "created": record.created,
+            "by": record.by, "kind": record.kind, "target": record.target, "branch": record.branch,
+            "machines": record.machines, "hosts": [job_summary(job) for job in jobs],
         }  # fmt: skip
 
     @staticmethod
@@ -5645,12 +5920,14 @@ class Master:
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
+        self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.started = time.time()
 
     def recover(self) -> None:
         """After a start: the known hosts, and the runs that are not over."""
         self.registry.recover()
         for row in reversed(self.state.rows()):
+            self.nonces |= {row["nonce"]: row["run"]} if row.get("nonce") else {}
             for job in row["hosts"]:
                 self.remember(row["machines"].get(job["host"], ""), {"run": row["run"], "kind": row["kind"], **job})
             if not row["over"] and (found := self.load(row["run"])) and found.active:
@@ -5923,7 +6200,7 @@ class Master:
         """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
         if not message.nonce:  # it says that a run was ordered here
             raise UsageError("a run needs a nonce")
-        if found := self.load(message.run):
+        if found := self.load(self.nonces.get(message.nonce, message.run)):
             if found.record.nonce != message.nonce:
                 raise UpdaterError(f"the run id {message.run} is taken", "try again")
             return found.record
@@ -5948,6 +6225,7 @@ class Master:
             commits=message.commits,
         )  # fmt: skip
         self.state.save_run(record)
+        self.nonces[record.nonce] = record.run
         run = self.runs[record.run] = Run(record, {label: job_of_run(record, label) for label in record.hosts})
         for job in run.jobs.values():
             self.record(run, job)
@@ -6122,25 +6400,29 @@ class Desk:
         run = self.master.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
-        chosen = set(run.record.hosts)
-        if message.target:
-            names = {host.machine: host for host in self.master.registry.hosts()}
-            refs = [
-                replace(names[machine], label=label, deploys=True)
-                if machine in names
-                else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
-                for label, machine in run.record.machines.items()
-            ]
-            chosen = {host.label for host in select_targets(message.target, refs)}
+        chosen = self.choose(run, message.target)
         self.master.runs[message.run] = run
         run.followers.add(link)
-        link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
-        for host in run.record.hosts:
-            if host in chosen:
-                job = run.jobs[host]
-                size = log_size(self.master.state.log_file(message.run, host))
-                link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
-                link.open_log(message.run, host, self.master.state.log_file(message.run, host))
+        link.post(replace(run.record, hosts=chosen))
+        for host in chosen:
+            job = run.jobs[host]
+            size = log_size(self.master.state.log_file(message.run, host))
+            link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
+            link.open_log(message.run, host, self.master.state.log_file(message.run, host))
+
+    def choose(self, run: Run, target: str) -> list[str]:
+        """The hosts of a run that `target` means, by the labels that they had then. Raises UpdaterError."""
+        if not target:
+            return run.record.hosts
+        names = {host.machine: host for host in self.master.registry.hosts()}
+        refs = [
+            replace(names[machine], label=label, deploys=True)
+            if machine in names
+            else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
+            for label, machine in run.record.machines.items()
+        ]
+        chosen = {host.label for host in select_targets(target, refs)}
+        return [host for host in run.record.hosts if host in chosen]
 
     def refuse(self, problem: UpdaterError | OSError) -> Refuse:
         """A problem as the answer to the commander."""
@@ -6195,6 +6477,36 @@ class Desk:
         rows = min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
         return {"runs": await asyncio.to_thread(state.history, rows)}
 
+    async def log(self, args: dict[str, Any]) -> dict[str, Any]:
+        """How a run's jobs stand, and some text of each log: from an offset on, or its tail."""
+        name = str(args.get("run"))
+        if (run := self.master.load(name) if valid_run_id(name) else None) is None:
+            raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
+        hosts = self.choose(run, str(args.get("target") or ""))
+        offsets, room = args.get("offsets", {}), args.get("bytes", 0)
+        if not _fits("dict[str, int]", offsets) or not _fits("int", room):
+            raise UsageError("offsets are numbers by host, and bytes is a number")
+        share = max(0, min(room, CHUNK_BYTES)) // max(1, len(hosts))
+        rows = []
+        for host in hosts:
+            path, job = self.master.state.log_file(name, host), run.jobs[host]
+            size, done = log_size(path), job.state in FINAL
+            offset = max(0, size - share if args.get("tail") else offsets.get(host, 0))
+            data = read_log(path, offset, share)
+            if offset + len(data) < size or not done:  # whole lines, unless one alone is longer
+                data = data[: data.rfind(b"\n") + 1] or (data if len(data) == share else b"")
+            text = data.decode("utf-8", "replace")
+            rows.append({**job_summary(job), "text": text, "offset": offset + len(data), "size": size})
+        done = all(row["state"] in FINAL for row in rows)
+        return {
+            "run": name, "kind": run.record.kind, "target": run.record.target, "branch": run.record.branch,
+            "done": done, "ok": all(row["ok"] for row in rows) if done else None, "hosts": rows,
+        }  # fmt: skip
+
+    async def find(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The run that was started with a nonce, if there is one."""
+        return {"run": self.master.nonces.get(str(args.get("nonce")))}
+
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"forgotten": self.master.registry.forget(str(args.get("target")))}
 
@@ -6247,14 +6559,14 @@ class Planner:
     def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
         self.master = master
         self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
-        self.rollback = bool(args.get("rollback"))
+        self.action = str(args.get("action") or "update")
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
 
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
         registry = self.master.registry
         hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
-        if not self.rollback and (problem := valid_branch_problem(self.branch)):
+        if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
         past = await asyncio.to_thread(self.master.state.successes)
         rows = await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
@@ -6262,13 +6574,13 @@ class Planner:
             raise TargetError(f"no host of {self.target} is online", "start its service")
         truth = {row["host"]: (row.pop("machine"), row["current"], row["target"]) for row in rows}
         return {
-            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "rollback": self.rollback,
+            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "action": self.action,
             "fresh_s": PLAN_FRESH_S, "ok": not any(row["refused"] for row in rows), "hosts": rows,
         }  # fmt: skip
 
     def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
         """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
-        plans, request, now = self.master.plans, (self.target, self.branch, self.rollback, self.to), time.monotonic()
+        plans, request, now = self.master.plans, (self.action, self.target, self.branch, self.to), time.monotonic()
         for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
             del plans[name]
         if not self.known:
@@ -6302,7 +6614,9 @@ class Planner:
         if agent is None:
             return row | {"refused": ["the host is offline"], "exit": TargetError.exit_code}
         try:
-            branch, row["why"] = await self.choose(agent, host, past) if self.rollback else (self.branch, None)
+            branch = self.branch
+            if self.action == "rollback":
+                branch, row["why"] = await self.choose(agent, host, past)
             answer = await agent.ask("plan", {"address": host.address, "branch": branch}, PLAN_S)
             if answer is None:
                 raise UpdaterError(f"no answer within {PLAN_S:.0f} s")
@@ -6338,6 +6652,7 @@ async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
     "health": Desk.health, "traffic": Desk.traffic,
+    "log": Desk.log, "find": Desk.find,
 }  # fmt: skip
 
 
@@ -6428,6 +6743,7 @@ class View:
     def result(self, job: JobRecord) -> None: ...
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None: ...
     def notice(self, text: str) -> None: ...
+    def tick(self) -> None: ...  # now and then, while nothing comes
 
 
 class Connection:
@@ -6606,9 +6922,10 @@ class Follower:
         self.channels: dict[int, str] = {}
         self.unacked: dict[int, int] = {}
 
-    def follow(self, connection: Connection) -> list[JobRecord]:
-        """Show the run to its end: the jobs as they ended. Raises UpdaterError where the master refuses."""
+    def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
+        """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
         while True:
+            self.connection = connection
             try:
                 self.channels.clear()
                 self.unacked.clear()
@@ -6620,7 +6937,7 @@ class Follower:
             except EOFError:
                 self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
                 time.sleep(random.uniform(*RETRY_S))
-                connection = self.caller.dial(float("inf"))
+                connection = self.caller.dial(patience_s)
                 self.view.notice("connected again")
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
         assert self.record
@@ -6637,6 +6954,7 @@ class Follower:
         if message is None:
             self.acknowledge(connection)
             self.tell_silence()
+            self.view.tick()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
             followed = self.hosts[self.channels[channel]]
@@ -8207,7 +8525,7 @@ def confirm(args: Args, question: str) -> None:
 
 
 def cmd_rollback(args: Args) -> int:
-    asked = {"target": args.target, "rollback": True, "to": args.to}
+    asked = {"action": "rollback", "target": args.target, "to": args.to}
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     order, view = plan_rollback(plan), make_view(args)
     if not args.json:
@@ -8350,10 +8668,16 @@ def cmd_health(args: Args) -> int:
     return 0 if result["ok"] else 1
 
 
-def cmd_cancel(args: Args) -> int:
+def cancel_run(args: Args, run: str) -> RunRecord:
+    """Ask the master to stop a run."""
     connection = make_caller(args).dial(PATIENCE_S)
-    record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
+    record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
     connection.close()
+    return record
+
+
+def cmd_cancel(args: Args) -> int:
+    record = cancel_run(args, args.run)
     doing = f"cancelling {record.run} on {', '.join(record.hosts)}"
     text = doing if record.cancelled else f"{record.run} is over: there is nothing to cancel"
     say(json.dumps({"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}) if args.json else text)
@@ -8517,6 +8841,230 @@ def cmd_whitelist(args: Args) -> int:
     return 0
 
 
+class Abandoned(Exception):
+    """Nobody waits for this answer any more."""
+
+
+class ProgressOutput(Output):
+    """What a person would see, told to a model: plain text, of a burst of lines the last ones."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.terminal = self.color = False
+        self.tell = tell
+
+    def write(self, data: bytes) -> None:
+        if text := SGR.sub("", terminal_text(data.decode("utf-8", "replace"))).strip("\n"):
+            self.tell(text if len(text) <= PROGRESS_CHARS else "... " + text[-PROGRESS_CHARS:])
+
+
+class ProgressView(TextView):
+    """A run that a model follows: its lines are progress, and so is its silence, as clients give up without any."""
+
+    def __init__(self, tell: Callable[[str], None], gone: threading.Event) -> None:
+        super().__init__(ProgressOutput(self.tell))
+        self.send, self.gone, self.told = tell, gone, time.monotonic()
+
+    def tell(self, text: str) -> None:
+        self.tick()
+        self.send(text)
+        self.told = time.monotonic()
+
+    def tick(self) -> None:
+        if self.gone.is_set():
+            raise Abandoned
+        if time.monotonic() - self.told > MCP_SILENT_S:
+            self.told = time.monotonic()
+            self.send("still at work, and silent")
+
+    def notice(self, text: str) -> None:
+        self.tell(text)
+
+
+MCP_INSTRUCTIONS = (
+    "Deploys a small fleet of hosts. Look with status and plan before you change anything. A deployment is a run, and "
+    "goes on when you stop waiting for it: follow it with logs, stop it with cancel. Nothing rolls back by itself."
+)
+
+
+def mcp_offers(tool: str) -> bool:
+    """Whether this program can do what a tool promises."""
+    return tool not in ("health", "switch", "release")
+
+
+class McpServer:
+    """The tools for a model on standard input and output; every call has a thread of its own."""
+
+    def __init__(self, args: Args, wire: IO[bytes]) -> None:
+        self.args, self.wire = args, wire
+        self.lock = threading.Lock()  # of the session and the wire
+        self.gone: dict[str | int, threading.Event] = {}
+        tools = [tool for tool in TOOLS if hasattr(self, f"call_{tool.name}") and mcp_offers(tool.name)]
+        shown = [tool.render(args.require_plan) for tool in tools if tool.effect == "reads" or not args.read_only]
+        self.session = McpSession(shown, MCP_INSTRUCTIONS, __version__)
+
+    def serve(self, lines: IO[bytes]) -> None:
+        """Until the client closes our standard input. What it asked for goes on."""
+        while line := lines.readline(MESSAGE_BYTES):
+            while len(line) == MESSAGE_BYTES and not line.endswith(b"\n"):
+                line = lines.readline(MESSAGE_BYTES) and b"too long" + b"?" * (MESSAGE_BYTES - 8)
+            if not line.strip():
+                continue
+            with self.lock:
+                answers, calls, ended = self.session.feed(line)
+                self.send(*answers)
+                for name in ended:
+                    self.gone[name].set()
+                for call in calls:
+                    self.begin(call)
+
+    def send(self, *messages: dict[str, Any]) -> None:
+        with suppress(OSError, ValueError):  # the client is gone: standard input says so too
+            for message in messages:
+                self.wire.write(json.dumps(message).encode() + b"\n")
+            self.wire.flush()
+
+    def begin(self, call: ToolCall) -> None:
+        if len(self.session.calls) > MCP_CALLS:
+            self.send(*filter(None, [self.session.finish(call, "error: too many calls at once", True)]))
+            return
+        gone = self.gone[call.id] = threading.Event()
+        threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
+
+    def work(self, call: ToolCall, gone: threading.Event) -> None:
+        """One call, and every way it can end, as an answer that a model can act on."""
+        numbers = itertools.count(1)
+
+        def tell(text: str) -> None:
+            with self.lock:
+                if call.token is not None and self.session.calls.get(call.id) is call:
+                    params = {"progressToken": call.token, "progress": next(numbers), "message": text}
+                    self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
+
+        answer: dict[str, Any] | str
+        try:
+            answer = getattr(self, f"call_{call.tool}")(call.arguments, ProgressView(tell, gone))
+        except Abandoned:
+            return
+        except UpdaterError as problem:
+            answer = f"error: {problem.what}\nhint: {problem.hint or 'none'}\nexit: {problem.exit_code}"
+        except Exception as problem:
+            answer = f"internal error: {problem!r}"
+        reads = self.session.tools[call.tool]["annotations"]["readOnlyHint"]
+        wrong = isinstance(answer, str) or (answer.get("ok") is False and not reads)
+        with self.lock:
+            self.send(*filter(None, [self.session.finish(call, answer, wrong)]))
+            if self.gone.get(call.id) is gone:
+                del self.gone[call.id]
+
+    def ask(self, what: str, **details: Any) -> dict[str, Any]:
+        return ask_master(self.args, what, details, PLAN_ANSWER_S)
+
+    def order(
+        self, given: dict[str, Any], view: ProgressView, make: Callable[[], Submit], **same: str
+    ) -> dict[str, Any]:
+        """Start a run, or find the one that this idempotency key started, and follow it to its end."""
+        key = given.get("idempotency_key")
+        nonce = hashlib.sha256(f"estelle-updater {key}".encode()).hexdigest()[:32] if key else os.urandom(16).hex()
+        run = self.ask("find", nonce=nonce)["run"] if key else None
+        if run is None:
+            connection, record = submit_run(make_caller(self.args), replace(make(), nonce=nonce), PATIENCE_S)
+            connection.close()
+            run = record.run
+        try:
+            answer = self.ask("log", run=run)
+            if any(answer[name] != value for name, value in same.items()):
+                raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
+            if given.get("wait", True):
+                self.follow(run, view)
+            answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
+        except UpdaterError as problem:
+            problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
+            raise
+        for row in answer["hosts"]:
+            lines = row.pop("text").splitlines()[-TAIL_LINES:]
+            row["tail"] = "" if row["ok"] else "\n".join(lines)[-TAIL_BYTES:]
+        return answer
+
+    def follow(self, run: str, view: ProgressView) -> None:
+        view.notice(f"this is run {run}")
+        caller = make_caller(self.args)
+        connection, follower = caller.dial(PATIENCE_S), Follower(caller, run, view)
+        try:
+            follower.follow(connection, MCP_PATIENCE_S)
+        finally:
+            follower.connection.close()
+
+    def planned(self, given: dict[str, Any], **request: Any) -> None:
+        """Raises GuardError unless the plan that was given is fresh and still true."""
+        if "plan" in given:
+            self.ask("plan", plan=given["plan"], **request)
+
+    def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        target, branch = given["target"], given["branch"]
+
+        def make() -> Submit:
+            self.planned(given, target=target, branch=branch)
+            return Submit(make_run_id(), "", Kind.DEPLOY, target, branch, user_name())
+
+        return self.order(given, view, make, kind=Kind.DEPLOY, target=target, branch=branch)
+
+    def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        request = {"action": "rollback", "target": given.get("target", "all"), "to": given.get("to", "")}
+
+        def make() -> Submit:
+            self.planned(given, **request)
+            return plan_rollback(self.ask("plan", **request))
+
+        return self.order(given, view, make, kind=Kind.ROLLBACK)
+
+    def call_plan(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        action = given.get("action", "update")
+        if action == "update" and not ("target" in given and "branch" in given):
+            raise UsageError("the plan of an update needs target and branch")
+        return self.ask("plan", **{"action": action, "target": "all", **given})
+
+    def call_status(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        return self.ask("status")
+
+    def call_history(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        return self.ask("history", count=given.get("count", 10))
+
+    def call_cancel(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        record = cancel_run(self.args, given["run"])
+        return {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}
+
+    def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        deadline, tail = time.monotonic() + given.get("wait_s", 0), given.get("tail", False) and "cursor" not in given
+        try:
+            offsets = json.loads(given.get("cursor", "{}"))
+        except (ValueError, RecursionError):
+            raise UsageError("this is no cursor", "take the one of the last answer") from None
+        asked = {"run": given["run"], "target": given.get("target"), "bytes": given.get("max_bytes", 16_000)}
+        while True:
+            answer = self.ask("log", offsets=offsets, tail=tail, **asked)
+            if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
+                break
+            view.tick()
+            time.sleep(LOOK_S / 2)
+        at = {row["host"]: row.pop("offset") for row in answer["hosts"]}
+        return answer | {"cursor": json.dumps({**offsets, **at})}
+
+
+def divert_output() -> IO[bytes]:
+    """The real standard output, for the protocol alone: whatever else is printed goes to standard error."""
+    wire = os.fdopen(os.dup(1), "wb")
+    with suppress(OSError):
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return wire
+
+
+def cmd_mcp(args: Args) -> int:
+    preload()
+    McpServer(args, divert_output()).serve(sys.stdin.buffer)
+    return 0
+
+
 def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
@@ -8636,6 +9184,10 @@ COMMANDS = (
         option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
         option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
         option("--yes", action="store_true", help="do not ask"),
+    )),
+    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp, (
+        option("--read-only", action="store_true", help="offer only the tools that change nothing"),
+        option("--require-plan", action="store_true", help="change something only with the id of a fresh plan"),
     )),
     Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
         option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
