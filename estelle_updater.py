@@ -2093,7 +2093,7 @@ class StateFolder:
         self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
         self.last_config = root / "last-config"  # the last valid configuration that was used here
-        self.last_master = root / "last-master"  # the URL of the master that welcomed this host last
+        self.last_master = root / "last-master"  # the URL of the master that this host was, or was welcomed by, last
         self.serve_file = root / "serve.json"  # how the daemon was started
 
     def create(self) -> None:
@@ -2120,8 +2120,12 @@ class StateFolder:
         write_atomic(path, text.encode(), durable=True)
         return text
 
+    def save_master_url(self, url: MasterUrl) -> None:
+        with suppress(OSError):
+            write_atomic(self.last_master, str(url).encode())
+
     def last_master_url(self) -> MasterUrl | None:
-        """The master that welcomed this host last: masterUrl may have changed to one that does not answer."""
+        """The master that worked last: masterUrl may have changed to one that does not answer."""
         with suppress(OSError, ValueError, UsageError):
             return parse_master_url(self.last_master.read_text("utf-8"))
         return None
@@ -3850,8 +3854,7 @@ class Dialer:
             async with asyncio.timeout(WELCOME_S):
                 self.welcome = self.read_welcome(await link.wire.recv())
             self.said.clear()
-            with suppress(OSError):
-                write_atomic(self.agent.state.last_master, str(url).encode())
+            self.agent.state.save_master_url(url)
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
             self.url = str(url)
@@ -5193,6 +5196,7 @@ class Service:
         async with server, asyncio.TaskGroup() as group:
             facts |= {"listen": local_url(url, host, port), "label": own}
             self.save_facts(facts)
+            self.state.save_master_url(url)
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
                 group.create_task(self.prove(url, source))

@@ -1,4 +1,4 @@
-"""The master hands out its program; hosts take it if their configuration names it, and keep the old one if it is bad."""
+"""The master hands out its program; hosts take the one that their configuration names, and keep the old if need be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
-from tests.fleet import Fleet, Host, processes_of, wait_for
+from tests.fleet import Fleet, Host, need, processes_of, wait_for
+from tests.test_pm2 import SERVICE, Pm2
 
 MakeFleet = Callable[..., Fleet]
 NAME = "estelle_updater.pyz"
@@ -51,9 +52,9 @@ def variant(pyz: Path, output: Path, version: str, edits: dict[str, str] | None 
 
 def make(
     fleet: MakeFleet, pyz: Path, tmp_path: Path, new: dict[str, str] | None = None, old: dict[str, str] | None = None,
-    agents: int = 1,
+    agents: int = 1, start: bool = True,
 ) -> Fleet:  # fmt: skip
-    """A fleet whose master runs the new version, accepted by everybody's configuration, and whose agents run the old."""
+    """A fleet whose master runs the new version, which every host accepts, and whose agents run the old one."""
     file = tmp_path / "new" / NAME
     sha256 = variant(pyz, file, NEW, new)
     one = fleet(hosts=1 + agents, config={"updater": {"sha256": sha256}}, start=False)
@@ -61,7 +62,8 @@ def make(
     for agent in one.agents:
         agent.program = (sys.executable, str(agent.folder / NAME))
         variant(pyz, agent.folder / NAME, "0.0.9", QUICK | (old or {}))
-    one.start()
+    if start:
+        one.start()
     return one
 
 
@@ -221,7 +223,7 @@ def test_killed_on_the_way(fleet: MakeFleet, pyz: Path, tmp_path: Path, phase: s
         one.kill(agent)
     (agent.state / "go").touch()
     lost = phase == "download" and victim == "runner"
-    assert watcher.end(60) == lost, watcher.out
+    assert watcher.end(60) == lost, watcher.out + watcher.err
     assert ("✗ 연결 끊김 (the runner died)" if lost else f"✓ 완료 {NEW}") in watcher.out
     one.wait_online()
     if lost:
@@ -229,3 +231,62 @@ def test_killed_on_the_way(fleet: MakeFleet, pyz: Path, tmp_path: Path, phase: s
         assert one.cli("upgrade").code == 0
     assert versions(one)[agent.address] == NEW
     assert sorted(path.name for path in agent.folder.glob(f"*{NAME}*")) == [NAME]
+
+
+def test_the_runner_dies_while_it_puts_the_old_one_back(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    one = make(fleet, pyz, tmp_path, UNWELCOME, hold("            _replace_executable(self.file, self.old"))
+    agent = one.agents[0]
+    watcher = Watched(one, "upgrade", agent.address)
+    wait_for((agent.state / "here").exists, "it was not welcomed")
+    os.kill(runner_of(agent), signal.SIGKILL)
+    assert watcher.end(60) == 1 and "the old one is back" in watcher.out, watcher.out + watcher.err
+    one.wait_online()
+    assert versions(one)[agent.address] == "0.0.9"
+
+
+def test_under_pm2(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    need("pm2", "node")
+    one = make(fleet, pyz, tmp_path, start=False)
+    one.start(one.master)
+    agent = one.agents[0]
+    pm2 = Pm2(one, agent, tmp_path / "pm2", agent.folder / NAME)
+    try:
+        assert pm2("start", str(pm2.folder / "pm2.config.js")).code == 0
+        pm2.wait_welcomed()
+        assert one.cli("upgrade").code == 0
+        service = pm2.service()
+        assert versions(one)[agent.address] == NEW and service["pm2_env"]["status"] == "online"
+        assert service["pid"] == json.loads((agent.state / "daemon.json").read_text())["pid"]
+        assert pm2("restart", SERVICE).code == 0
+        pm2.wait_welcomed(3)
+
+        variant(pyz, pm2.folder / NAME, "0.0.9", QUICK)  # once more, and the new one crashes
+        assert pm2("restart", SERVICE).code == 0
+        pm2.wait_welcomed(4)
+        sha256 = variant(pyz, Path(one.master.program[1]), NEW, CRASHES)
+        for host in one.hosts:
+            host.config.write_text(host.config.read_text().replace(old_sha(host), sha256))
+        one.restart(one.master)
+        pm2.wait_welcomed(5)
+        done = one.cli("upgrade", agent.address, timeout_s=120)
+        assert done.code == 1 and "the old one is back" in done.out, done.out + done.err
+        assert versions(one)[agent.address] == "0.0.9" and pm2.service()["pm2_env"]["status"] == "online"
+    finally:
+        pm2("kill")
+
+
+def old_sha(host: Host) -> str:
+    return str(json.loads(host.config.read_text())["updater"]["sha256"])
+
+
+def test_versions_that_have_nothing_in_common_say_so(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    one = make(
+        fleet, pyz, tmp_path, {"PROTOCOL_OLDEST, PROTOCOL = 1, 1": "PROTOCOL_OLDEST, PROTOCOL = 2, 3"}, start=False
+    )
+    agent = one.agents[0]
+    one.start(one.master)
+    one.spawn(agent)
+    said = "the master speaks protocol 2 to 3, and this host 1 to 1: bring the older one to the other's version"
+    wait_for(lambda: said in agent.stderr and said in one.master.stderr, lambda: agent.stderr + one.master.stderr)
+    refused = one.cli("status", host=agent)
+    assert refused.code == 3 and said in refused.err
