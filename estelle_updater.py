@@ -2001,7 +2001,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         "git asked for a password",
     ),
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
-    (rb"Permission denied \(publickey", "ssh has no key that the remote accepts"),
+    (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
 )
 
@@ -2717,7 +2717,7 @@ class FileLock:
     def held_elsewhere(path: str | os.PathLike[str]) -> bool:
         """Whether anybody holds the lock now (this process through another FileLock included); creates nothing."""
         try:
-            fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))  # also on a disk that has become read-only
         except FileNotFoundError:
             return False
         try:
@@ -3383,8 +3383,12 @@ def runs_below(name: str, folder: Path) -> bool:
     """Whether a program called `name` runs with its working directory in `folder`; only Linux can tell."""
     for pid in os.listdir("/proc") if sys.platform == "linux" else ():
         with suppress(OSError, ValueError):
-            cwd = Path(os.readlink(f"/proc/{int(pid)}/cwd"))
-            if cwd.is_relative_to(folder.resolve()) and Path(f"/proc/{pid}/comm").read_text().strip() == name:
+            if Path(f"/proc/{int(pid)}/comm").read_text().strip() != name:
+                continue
+            try:
+                if Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to(folder.resolve()):
+                    return True
+            except PermissionError:  # another user's: it may well run there
                 return True
     return False
 
@@ -3586,10 +3590,17 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         if program.lower().endswith((".cmd", ".bat")):
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
     try:
-        popen = subprocess.Popen(
-            command, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
-        )  # fmt: skip
+        for words in (command, ["/bin/sh", *command]):
+            try:
+                popen = subprocess.Popen(
+                    words, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
+                )  # fmt: skip
+                break
+            except OSError as problem:  # text without `#!`: pnpm's shim, say; every shell gives it to sh
+                again = problem.errno == errno.ENOEXEC and words is command and os.name != "nt"
+                if not again or b"\0" in read_log(Path(program), 0, 80):
+                    raise
         if sys.platform == "linux" and popen.stdout:
             import fcntl
 
@@ -3726,17 +3737,19 @@ class LogWriter:
         self._line_open = False
         self.size = os.fstat(self._fd).st_size
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> bool:
+        """Append; whether everything until now is in the log, or the note that says how much is not."""
         with self._lock:
             if self._dropped:
                 note = b"\n[... %d bytes not recorded]\n" % self._dropped
                 if self._append(note) < len(note):
                     self._dropped += len(data)
-                    return
+                    return False
                 self._dropped = 0
             self._dropped += len(data) - self._append(data)
             self._line_open = not data.endswith(b"\n") if data else self._line_open
         self._poke()
+        return not self._dropped
 
     def _append(self, data: bytes) -> int:
         done = 0
@@ -4054,11 +4067,11 @@ class Runner:
             version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
-        self.log.sync()
-        fields |= {"open_step": None}
-        fields |= {"state": state, "size": self.log.size, "ended": time.time(), "commit": commit, "version": version}
+        fields |= {"open_step": None, "state": state, "ended": time.time(), "commit": commit, "version": version}
         for _ in range(RESULT_TRIES):
-            if self.save(durable=True, **fields):
+            whole = self.log.write(b"")  # else how much is missing is still to be said
+            self.log.sync()
+            if whole and self.save(durable=True, size=self.log.size, **fields):
                 return
             time.sleep(1)  # the disk is full: the result is worth waiting for room
 
@@ -5085,7 +5098,7 @@ class Link:
         if inbound and not inbound.closed:
             inbound.closed = True
             with suppress(OSError):
-                line = f"\n[estelle-updater: {message.reason}; what it has more is there]\n".encode()
+                line = f"\n[estelle-updater: log incomplete: {message.reason}]\n".encode()
                 append_log(inbound.path, log_size(inbound.path), line)
             inbound.on_size(log_size(inbound.path))
 
@@ -5139,6 +5152,7 @@ class OwnJob:
     looked: float = 0.0  # when its lock was last probed
     launched: float = float("-inf")  # when a runner was last started for it
     launches: int = 0
+    burying: bool = False  # what its dead runner left is being killed
 
 
 class Agent:
@@ -5218,20 +5232,31 @@ class Agent:
             job.stamp = stamp
             if record.revision > job.record.revision:
                 log.job(job.record, record)
-                job.record = record
+                job.record = self.mend_log(record)
                 if self.link:
-                    self.link.post(record)
+                    self.link.post(job.record)
         size = log_size(self.state.log_file(run, host))
         if size > job.size:
             job.size = size
             if self.link:
                 self.link.grew(run, host, size)
 
+    def mend_log(self, record: JobRecord) -> JobRecord:
+        """A log shorter than its result says (power loss, somebody's hand) says so, and the result gets its size: else
+        whoever wants all of it waits for ever."""
+        path = self.state.log_file(record.run, record.host)
+        if record.state not in FINAL or (size := log_size(path)) >= record.size:
+            return record
+        line = f"\n[estelle-updater: log incomplete: {record.size - size} bytes are lost]\n".encode()
+        with suppress(OSError):
+            size, _ = append_log(path, size, line)
+        return replace(record, revision=record.revision + 1, size=size)
+
     def check_runner(self, job: OwnJob) -> None:
         """A free lock says that no runner lives: an accepted job is started again, a running one is lost."""
         run, host = job.record.run, job.record.host
         before = self.state.load_job(run, host)
-        if FileLock.held_elsewhere(self.state.job_lock):
+        if job.burying or FileLock.held_elsewhere(self.state.job_lock):
             return
         record = self.state.load_job(run, host) or job.record
         if is_half_done(self.state, record):
@@ -5249,9 +5274,17 @@ class Agent:
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
             if not resumes(record) or job.launches >= LAUNCHES:
-                self.own(bury_runner(self.state, record))
+                job.burying = True
+                self.spawn(self.bury(job, record))
             elif time.monotonic() - job.launched > LAUNCH_S:
                 self.start_runner(record)
+
+    async def bury(self, job: OwnJob, record: JobRecord) -> None:
+        """End a job whose runner died, in a thread: what it left may take seconds to kill, and links can't wait."""
+        try:
+            self.own(await asyncio.to_thread(bury_runner, self.state, record))
+        finally:
+            job.burying = False
 
     def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
@@ -5260,7 +5293,8 @@ class Agent:
         except OSError as problem:
             log.error("can't write to %s: %s", self.state.root, problem.strerror)
             why = f"can't write to {self.state.root}: {problem.strerror}"
-            record = replace(record, state=State.FAILED, step=record.step or "start", error=why)
+            state = record.state if record.state in FINAL else State.FAILED
+            record = replace(record, state=state, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
         log.job(job.record if job.record is not record else None, record)
         job.record = record
@@ -5307,7 +5341,8 @@ class Agent:
             self.own(replace(record, revision=1, state=State.FAILED, step="check", error=f"no branch name: {problem}"))
             return
         self.adopt_run(record)
-        if record.state is State.RUNNING:  # the master knows it as running, and nothing is left of it here
+        if record.state is State.RUNNING or log_size(self.state.log_file(record.run, record.host)):
+            # it ran, as the master knows or its log shows, and its state is gone: running it again would be worse
             self.own(replace(record, revision=record.revision + 1, state=State.LOST, error="the host forgot this job"))
             return
         record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
@@ -5326,7 +5361,7 @@ class Agent:
         for (run, host), job in self.jobs.items():
             if run == message.run and job.record.state not in FINAL:
                 with suppress(OSError):
-                    write_atomic(self.state.cancel_file(run, host), message.by.encode(errors="replace"))
+                    self.state.cancel_file(run, host).touch()  # without content: that works on a full disk too
 
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
@@ -5390,6 +5425,7 @@ class Agent:
         """Tell the master of a job and offer its log."""
         assert self.link
         self.jobs.setdefault((job.record.run, job.record.host), job)
+        job.record = self.mend_log(job.record)
         self.link.post(job.record)
         self.link.open_log(job.record.run, job.record.host, self.state.log_file(job.record.run, job.record.host))
 
@@ -5698,6 +5734,13 @@ class Run:
     def active(self) -> bool:
         return any(job.state not in FINAL for job in self.jobs.values())
 
+    def tell(self, machine: str, text: str) -> None:
+        """Whoever watches a host's running job hears of its connection."""
+        for job in self.jobs.values():
+            if job.machine == machine and job.state is State.RUNNING:
+                for follower in self.followers:
+                    follower.post(Notice(f"{job.host}: {text}"))
+
 
 class AgentLink:
     """A connected agent, and the questions it has not answered yet."""
@@ -5719,6 +5762,16 @@ class AgentLink:
             return None
         finally:
             del self.questions[number]
+
+    async def answers_ping(self) -> bool:
+        """Is the connection alive at its other end, or a leftover of a host that went without a word?"""
+        if not isinstance(self.link.wire, SocketWire):
+            return True
+        with suppress(Exception):
+            async with asyncio.timeout(PING_S):
+                await (await self.link.wire.socket.ping())
+                return True
+        return False
 
 
 QUESTION_NUMBERS = itertools.count(1)
@@ -6110,7 +6163,7 @@ class Master:
         if hello.machine == self.machine and isinstance(link.wire, SocketWire):
             raise ProtocolError("this is the master's own machine id: a cloned state folder; delete machine-id in it")
         while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
-            if await self.answers_ping(old):
+            if await old.answers_ping():
                 what = f"this machine id is in use by {old.address}: a cloned state folder"
                 log.warning("refused %s: %s", address, what)
                 hint = "delete machine-id in its state folder and restart it"
@@ -6130,6 +6183,8 @@ class Master:
         link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
+            for run in self.runs.values():
+                run.tell(hello.machine, "connected again")
         self.resend(agent)
         try:
             async with asyncio.TaskGroup() as group:
@@ -6146,17 +6201,8 @@ class Master:
                 del self.agents[hello.machine]
                 self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
                 log.warning("agent %s is offline", label)
-
-    @staticmethod
-    async def answers_ping(agent: AgentLink) -> bool:
-        """Is the connection alive at its other end, or a leftover of a host that went without a word?"""
-        if not isinstance(agent.link.wire, SocketWire):
-            return True
-        with suppress(Exception):
-            async with asyncio.timeout(PING_S):
-                await (await agent.link.wire.socket.ping())
-                return True
-        return False
+                for run in self.runs.values():
+                    run.tell(hello.machine, "no connection; what runs there goes on")
 
     def resend(self, agent: AgentLink) -> None:
         """To a host that is back: the orders that it has not acknowledged, and the cancels that it missed."""
@@ -6253,7 +6299,8 @@ class Master:
                 old, hosts=[*old.hosts, job.host], machines={**old.machines, **record.machines},
                 addresses={**old.addresses, **record.addresses},
             )  # fmt: skip
-        self.state.save_run(record)
+        with suppress(OSError):  # `record` tries again
+            self.state.save_run(record)
         run = run or Run(record, {})
         run.record = record
         run.jobs[job.host] = replace(job_of_run(record, job.host), ordered=True)
@@ -6274,7 +6321,7 @@ class Master:
             self.settle(run, message.host)
 
         path = self.state.log_file(message.run, message.host)
-        agent.link.accept_log(message, Inbound(path, grew))
+        agent.link.accept_log(message, Inbound(path, grew, closed=message.host in run.torn))
 
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it."""
@@ -6301,6 +6348,8 @@ class Master:
         """
         if job.machine != self.machine or job.revision == 0:
             try:
+                if durable and self.state.load_run(job.run) is None:
+                    self.state.save_run(run.record)  # it was adopted while the disk was full
                 self.state.save_job(job, durable=durable)
             except OSError as problem:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
@@ -6459,7 +6508,10 @@ class Master:
         if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
             run.record = replace(run.record, cancelled=True)
-            self.state.save_run(run.record)
+            try:
+                self.state.save_run(run.record)
+            except OSError as problem:  # to stop something may be how to make room
+                log.error("can't write to %s: %s", self.state.root, problem.strerror)
             log.info("%s cancels run %s", by, name)
         for job in list(run.jobs.values()):
             if job.state in FINAL:
@@ -7070,6 +7122,7 @@ class Follower:
         self.hosts: dict[str, Followed] = {}
         self.channels: dict[int, str] = {}
         self.unacked: dict[int, int] = {}
+        self.looked = 0.0  # when silent hosts were last looked for
 
     def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
         """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
@@ -7081,6 +7134,7 @@ class Follower:
                 connection.send(Follow(self.run, self.target))
                 while not self.finished():
                     self.receive(connection, connection.receive(ACK_S if self.unacked else 1.0))
+                    self.tell_silence()
                 connection.close()
                 break
             except EOFError:
@@ -7102,7 +7156,6 @@ class Follower:
     def receive(self, connection: Connection, message: Any) -> None:
         if message is None:
             self.acknowledge(connection)
-            self.tell_silence()
             self.view.tick()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
@@ -7130,11 +7183,16 @@ class Follower:
             self.channels[message.channel] = message.host
             self.hosts[message.host].offered = message.size
             connection.send(Have(message.channel, self.hosts[message.host].size, rewind=True))
+        elif isinstance(message, Notice):
+            self.view.notice(terminal_text(message.text))
         elif isinstance(message, Refuse):
             raise refused(message)
 
     def tell_silence(self) -> None:
         """A step that hangs should not look like one that works: say what it said last, ever more rarely."""
+        if time.monotonic() - self.looked < 1:  # others may talk all the time
+            return
+        self.looked = time.monotonic()
         for host, followed in self.hosts.items():
             silent_s = time.monotonic() - (followed.heard or time.monotonic())
             running = followed.job and followed.job.state is State.RUNNING and not followed.shown
@@ -7340,7 +7398,8 @@ class Service:
             feeder.cancel()
             return 0
         finally:
-            self.state.daemon_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.state.daemon_file.unlink(missing_ok=True)
             lock.release()
 
     def stop(self, signal_name: str) -> None:
