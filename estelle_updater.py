@@ -3237,6 +3237,7 @@ def probe_public_address(
 # ==============================================================================
 
 
+REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
@@ -3883,7 +3884,7 @@ def refusal(status: int, body: bytes) -> UpdaterError:
     text = body.decode(errors="replace").strip()
     if status == 403:
         what, _, hint = text.partition("\n")
-        return RefusedError(f"the master refused us: {what}", hint)
+        return RefusedError(f"{REFUSED_US}: {what}", hint)
     return UnreachableError(f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?")
 
 
@@ -6044,6 +6045,8 @@ class Setup:
                     does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
                     self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
                     return
+                if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
+                    break
             time.sleep(LOCAL_LOOK_S)
         why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
         raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
