@@ -240,6 +240,7 @@ MACHINES = 256  # machine ids of one address
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 DOWNLOADS = 4  # at once: each holds a copy of the program in memory
+LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
@@ -279,6 +280,8 @@ RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its version
+CLOCK_S = 30.0  # more than the clocks of two hosts may differ
 SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
 TICK_S = CONFIG_LOOK_S = 1.0
@@ -1339,6 +1342,7 @@ class Welcome:
     nonce: str
     features: list[str] = field(default_factory=list)
     proof: str = ""  # that the master knows the token too
+    time: float = 0.0  # of the master's clock, for `doctor`
 
 
 @dataclass(frozen=True)
@@ -1887,6 +1891,23 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     return Step(label, ("systemctl", "restart", *units)), Step(
         "systemctl is-active " + " ".join(units), ("systemctl", "is-active", *units)
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`; `ok` is None where it does not apply. `certain`: a deployment can't but fail."""
+
+    name: str
+    ok: bool | None
+    text: str
+    fix: str = ""
+    certain: bool = False
+
+
+def judge_disk(place: str, free_bytes: int) -> Finding:
+    """Whether a deployment has room."""
+    text = f"{free_bytes / 1e9:.1f} GB free at {place}"
+    return Finding("disk", free_bytes >= LOW_DISK_BYTES, text, f"make room on the disk of {place}")
 
 
 # A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
@@ -3634,6 +3655,12 @@ def ask_git(repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = Q
     return done.returncode, done.stdout, done.stderr
 
 
+def git_output(repo: Path, env: Mapping[str, str], *args: str) -> bytes:
+    """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to ask."""
+    code, out, _ = ask_git(repo, env, *args)
+    return out if code == 0 else b""
+
+
 def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
     """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
 
@@ -3786,6 +3813,29 @@ def is_half_done(state: StateFolder, job: JobRecord) -> bool:
     return (read_json(state.switch_file) or {}).get("run") == job.run
 
 
+def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
+    """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by `doctor`."""
+    try:
+        inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
+        wrong = UsageError(f"{repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+    except UpdaterError as problem:
+        inside, wrong = False, problem  # type: ignore[assignment]
+    if not inside:
+        yield Finding("checkout", False, wrong.what, wrong.hint, certain=True)
+        return
+    yield Finding("checkout", True, str(repo))
+    url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
+    add = f"git -C {repo} remote add {rule.remote} URL"
+    yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
+    try:
+        yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
+    except UpdaterError as problem:  # the pull may bring it, or another command
+        yield Finding("command", False, problem.what, problem.hint)
+    for place in (repo, state):
+        with suppress(OSError):
+            yield judge_disk(str(place), shutil.disk_usage(place).free)
+
+
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
     if job.open_step:
@@ -3872,8 +3922,11 @@ class Runner:
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        if self.git("rev-parse", "--is-inside-work-tree").strip() != b"true":
-            raise UsageError(f"{self.repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        for found in probe_ground(self.repo, self.state.root, rule, self.env):
+            if not found.ok and found.certain:
+                raise UsageError(found.text, found.fix)
+            if not found.ok:
+                self.log.line(f"warning: {found.text}; {found.fix}")
         self.remove_git_locks()
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
@@ -3963,8 +4016,7 @@ class Runner:
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        code, out, _ = ask_git(self.repo, self.env, *args)
-        return out if code == 0 else b""
+        return git_output(self.repo, self.env, *args)
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
@@ -4861,6 +4913,7 @@ WORK[Kind.SWITCH] = switch_traffic
 # ==============================================================================
 
 
+REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
@@ -5698,7 +5751,7 @@ def refusal(status: int, body: bytes) -> UpdaterError:
     text = body.decode(errors="replace").strip()
     if status == 403:
         what, _, hint = text.partition("\n")
-        return RefusedError(f"the master refused us: {what}", hint)
+        return RefusedError(f"{REFUSED_US}: {what}", hint)
     return UnreachableError(f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?")
 
 
@@ -6184,7 +6237,7 @@ class Master:
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         protocol = common_protocol(hello.protocol)
-        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof))
+        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof, time.time()))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
             for run in self.runs.values():
@@ -6550,7 +6603,7 @@ class Desk:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
         protocol = common_protocol(hello.protocol)
-        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof))
+        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof, time.time()))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -8320,6 +8373,14 @@ def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: s
     )
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
+    with suppress(UsageError):
+        canonical_address(text)
+        return True
+    return False
+
+
 def own_address() -> str:
     """The address that this host would use towards the internet; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
@@ -8402,6 +8463,7 @@ polkit.addRule(function (action, subject) {{
   }}
 }});
 """
+LINGER = "sudo loginctl enable-linger $USER"
 _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
 
@@ -8457,6 +8519,11 @@ def call_program(
         return child.wait(), out.decode(errors="replace").strip()
     finally:
         child.close_pipe()
+
+
+def lingers() -> bool:
+    """Whether systemd keeps this user's services running without a login."""
+    return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
 
 
 class Setup:
@@ -8523,8 +8590,8 @@ class Setup:
             self.systemctl("restart", SERVICE)
         if self.root and self.user == "root":
             self.say("note: the repository is root's, so deployments run as root; better: chown it to an ordinary user")
-        if not self.root and not Path("/var/lib/systemd/linger", user_name().partition("@")[0]).exists():
-            self.say("note: it ends when you log out, until: sudo loginctl enable-linger $USER")
+        if not self.root and not lingers():
+            self.say(f"note: it ends when you log out, until: {LINGER}")
 
     def install_pm2(self) -> None:
         text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
@@ -8535,7 +8602,7 @@ class Setup:
         if os.name == "nt":
             boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
             self.say(f"note: to have it started at each logon: {boot}")
-        elif not Path(f"/etc/systemd/system/pm2-{user_name().partition('@')[0]}.service").exists():
+        elif not Path(f"/etc/systemd/system/pm2-{getpass.getuser()}.service").exists():
             self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
 
     def runs_under_pm2(self) -> bool:
@@ -8591,7 +8658,7 @@ class Setup:
         self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
         code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = "as this user, log in directly (not by su), or: sudo loginctl enable-linger $USER"
+            hint = f"as this user, log in directly (not by su), or: {LINGER}"
             raise UpdaterError(
                 f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
                 hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
@@ -8608,9 +8675,212 @@ class Setup:
                     does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
                     self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
                     return
+                if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
+                    break
             time.sleep(LOCAL_LOOK_S)
         why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
         raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
+
+
+def judge_encoding(encoding: str) -> Finding:
+    """Whether the last line of a deployment can be shown."""
+    try:
+        "✓ 완료".encode(encoding)
+    except (UnicodeError, LookupError):
+        return Finding("encoding", False, f"{encoding} has no ✓ and no Korean: they are shown as ?", "set PYTHONUTF8=1")
+    return Finding("encoding", True, encoding)
+
+
+def judge_clock(ahead_s: float) -> Finding:
+    """Whether this host's clock agrees with the master's."""
+    text = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the master"
+    fix = "w32tm /resync" if os.name == "nt" else "sudo timedatectl set-ntp true, here and on the master"
+    return Finding("clock", abs(ahead_s) < CLOCK_S, text, fix)
+
+
+def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding:
+    """Whether git reaches the remote as a service would: without a prompt, a terminal, or somebody's ssh-agent."""
+    text = explain_failure(said.encode()) or (said.splitlines() or ["no answer"])[-1]
+    fix = "give this user a key or a credential that asks for nothing, then: git ls-remote " + remote
+    if agent_only:
+        text, fix = f"{text}; your ssh-agent has the key, and a service has no ssh-agent", "a deploy key in ~/.ssh"
+    return Finding("access", code == 0, f"{remote} answers" if code == 0 else text, fix)
+
+
+def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
+    """Whether systemd starts the daemon after a boot, keeps it running, and spares its deployments."""
+    start = f"systemctl{scope} enable --now {SERVICE}"
+    if facts.get("KillMode") != "process":
+        fix = f"systemctl{scope} edit {SERVICE}: [Service] KillMode=process"
+        return Finding("service", False, "a restart of the unit would kill a running deployment", fix)
+    if facts.get("ActiveState") != "active" or facts.get("UnitFileState") != "enabled":
+        return Finding("service", False, f"systemd: {facts.get('ActiveState')}, {facts.get('UnitFileState')}", start)
+    return Finding("service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times")
+
+
+class Doctor:
+    """This host against the traps that deployments have met, each with its fix."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.state: StateFolder = args.state_folder()
+        self.env = scrub_environment(os.environ)
+        self.env.pop("SSH_AUTH_SOCK", None)  # a service has none
+        self.daemon = read_json(self.state.daemon_file) or {}
+        self.serves = FileLock.held_elsewhere(self.state.daemon_lock)
+
+    def look(self) -> Iterator[Finding]:
+        """The findings as they come; some take seconds."""
+        yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
+        yield self.packages()
+        yield judge_encoding(sys.stdout.encoding or "none")
+        yield self.detached()
+        yield self.place()
+        yield self.service()
+        try:
+            path = self.args.config_path()
+            problems, warnings = check_config(path)
+            config, _ = load_config_or_last(path, self.state)
+        except (ConfigError, OSError) as problem:
+            wrong = problem.what if isinstance(problem, ConfigError) else str(problem)
+            yield Finding(
+                "configuration", False, wrong, f"run this in the repository, or: {program_name()} config init"
+            )
+            return
+        more = f", {len(warnings)} warnings: see config check" if warnings else ""
+        fix = "mend the file, commit and push it"
+        yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
+        address = self.args.bind or (None if self.daemon.get("trouble") else self.daemon.get("label"))
+        rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
+        repo = work_tree(path) / (rule.repo or "")
+        yield from self.repository(repo, rule)
+        yield from self.master(config)
+        if config.haproxy and self.is_here(config.haproxy.host, rule.name):
+            yield from self.haproxy(config.haproxy)
+
+    def packages(self) -> Finding:
+        try:
+            require_packages()
+        except UsageError as problem:
+            return Finding("packages", False, problem.what, problem.hint)
+        return Finding("packages", True, "all there")
+
+    def detached(self) -> Finding:
+        """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look who lives."""
+        with tempfile.TemporaryDirectory(prefix="estelle-doctor-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            argv = [*program_argv(), "prove-detached", name]
+            daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, **HIDDEN)
+            ends = time.monotonic() + LAUNCH_S
+            while not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+            if os.name != "nt":
+                _kill_family(f"tree/{daemon.pid}", {daemon.pid}, KILL_S, root=daemon.pid)
+            Demo.end(daemon, 9)
+            daemon.wait()
+            lives = begun and FileLock.held_elsewhere(folder / "lock")
+            (folder / "end").touch()
+            while lives and FileLock.held_elsewhere(folder / "lock") and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+        fix = "serve under PM2 or systemd as `setup` sets it up"
+        return Finding("detachment", lives, "a deployment outlives its daemon's kill" if lives else "killed too", fix)
+
+    def place(self) -> Finding:
+        """The state folder."""
+        try:
+            self.state.create()
+        except UpdaterError as problem:
+            return Finding("state", False, problem.what, problem.hint)
+        return Finding("state", True, f"{self.state.root}, {len(self.state.run_ids())} recorded runs")
+
+    def service(self) -> Finding:
+        """Who starts the daemon after a reboot, and whether it runs."""
+        own = Path.home() / ".config/systemd/user"
+        for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
+            if (folder / f"{SERVICE}.service").exists():
+                keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
+                _, out = call_program(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
+                if found.ok and scope and not lingers():
+                    return Finding("service", False, "systemd ends it when you log out", LINGER)
+                return found
+        dump = Path(os.environ.get("PM2_HOME") or Path.home() / ".pm2") / "dump.pm2"
+        with suppress(OSError, ValueError):  # the file: any word to pm2 would start one
+            if any(app.get("name") == SERVICE for app in json.loads(dump.read_bytes())):
+                fix = f"pm2 restart {SERVICE}"
+                return Finding("service", self.serves, "PM2: saved" + ("" if self.serves else ", not running"), fix)
+        text = "it runs, but nothing starts it after a reboot" if self.serves else "none is installed"
+        return Finding("service", False, text, f"{program_name()} setup")
+
+    def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
+        """Git, the clone, its remote, and what the deploy command needs."""
+        code, said = call_program(["git", "--version"], self.env)
+        yield Finding("git", code == 0, said, "install git for this user")
+        if code:
+            return
+        if os.name != "nt" and (repo / ".git").exists() and (owner := (repo / ".git").stat().st_uid) != os.getuid():
+            text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
+            yield Finding("owner", False, text, f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}")
+        ground = list(probe_ground(repo, self.state.root, rule, self.env))
+        yield from ground
+        if not all(found.ok or not found.certain for found in ground):
+            return
+        changes = git_output(repo, self.env, "status", "--porcelain", "--untracked-files=no").decode(errors="replace")
+        names = ", ".join(line[3:] for line in changes.splitlines()[:5])
+        fix = f"git -C {repo} stash, or commit and push them"
+        yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
+        ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
+        code, said = call_program(ask, self.env, repo, ACCESS_S)
+        with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
+        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not call_program(ask, with_agent, repo, ACCESS_S)[0])
+        yield judge_remote(code, said, rule.remote, agent_only)
+        if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
+            for tool in dict.fromkeys(("node", name)):
+                code, said = call_program([tool, "--version"], self.env, repo, ACCESS_S)
+                fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
+                yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
+
+    def master(self, config: Config) -> Iterator[Finding]:
+        """Whether the master lets this host in, as it sees it, and what its clock says."""
+        options = ServeOptions(Path(), self.state, self.args.bind)
+        decision, _ = gather_role(config, options, outside=False)
+        yield Finding("role", True, decision.reason)
+        if decision.role is Role.MASTER and not self.serves:
+            yield Finding("master", None, "it is this host, and it does not serve yet")
+            return
+        try:
+            before = time.time()
+            connection = Caller(self.state, config, self.args.bind, work_tree(self.args.config_path())).dial(PATIENCE_S)
+            after, told = time.time(), connection.welcome
+            connection.close()
+        except UpdaterError as problem:
+            yield Finding("master", False, problem.what, problem.hint)
+        except ImportError:
+            yield Finding("master", None, "not asked: a package is missing")
+        else:
+            yield Finding("master", True, f"{config.master_url} lets {told.address} in, version {told.version}")
+            if told.time:
+                yield judge_clock((before + after) / 2 - told.time)
+
+    @staticmethod
+    def is_here(host: str, name: str) -> bool:
+        return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
+
+    def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
+        """What a switch on this host needs: a valid file that may be replaced, and the sockets."""
+        code, said = call_program(["haproxy", "-c", "-f", rule.config], self.env)
+        yield Finding("haproxy", code == 0, "valid" if code == 0 else said[-300:], f"haproxy -c -f {rule.config}")
+        folder = os.path.dirname(os.path.realpath(rule.config))
+        fix = f"use systemd/{SERVICE}-haproxy.service, which may"
+        yield Finding("haproxy file", os.access(folder, os.W_OK), f"{folder} must be writable", fix)
+        for path in filter(None, (rule.socket, rule.master_socket)):
+            try:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(path)
+                yield Finding("haproxy socket", True, path)
+            except OSError as problem:
+                fix = f"stats socket {path} level admin, with a group that this user is in"
+                yield Finding("haproxy socket", False, f"{path}: {problem.strerror}", fix)
 
 
 # ==============================================================================
@@ -9219,14 +9489,6 @@ def convert_config(args: Args, path: Path) -> int:
     return 0
 
 
-def is_address(text: str) -> bool:
-    """Whether a text is an IP address."""
-    with suppress(UsageError):
-        canonical_address(text)
-        return True
-    return False
-
-
 def cmd_whitelist(args: Args) -> int:
     path = args.config_path()
     config = load_config(path)
@@ -9511,6 +9773,37 @@ def cmd_setup(args: Args) -> int:
     return 0
 
 
+def cmd_doctor(args: Args) -> int:
+    findings: list[Finding] = []
+    for found in Doctor(args).look():
+        findings.append(found)
+        if not args.json:
+            mark = "–" if found.ok is None else "✓" if found.ok else "✗"
+            say(f"{mark} {found.name}: {found.text}" + (f"\n    fix: {found.fix}" if found.ok is False else ""))
+    healthy = all(found.ok is not False for found in findings)
+    if args.json:
+        keys = ("name", "ok", "text", "fix")
+        checks = [{key: getattr(one, key) for key in keys if key != "fix" or one.ok is False} for one in findings]
+        say(json.dumps({"ok": healthy, "checks": checks}, ensure_ascii=False))
+    return 0 if healthy else 1
+
+
+def cmd_prove_detached(args: Args) -> int:
+    """For doctor: a daemon in small, whose child detaches as a runner does. Not for people."""
+    folder = Path(args.folder)
+    if args.child:
+        detach_self()
+        with FileLock(folder / "lock"):
+            ends = time.monotonic() + LAUNCH_S
+            while folder.exists() and not (folder / "end").exists() and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+        return 0
+    argv = [*program_argv(), "prove-detached", str(folder), "--child"]
+    spawn_runner(argv, os.environ, folder / "log").wait()
+    time.sleep(LAUNCH_S)
+    return 0
+
+
 def cmd_demo(args: Args) -> int:
     if args.json:
         raise UsageError("demo tells a story, which has no JSON form", "leave --json out")
@@ -9664,6 +9957,7 @@ COMMANDS = (
         option("--remove", action="store_true", help="take the service away; recorded runs stay"),
         option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
+    Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
     )),
@@ -9671,6 +9965,9 @@ COMMANDS = (
         option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     )),
     Command("self-test", "", cmd_self_test, hidden=True),
+    Command("prove-detached", "", cmd_prove_detached, (
+        option("folder"), option("--child", action="store_true"),
+    ), hidden=True),
     Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
 )  # fmt: skip
 GLOBAL_OPTIONS = (
