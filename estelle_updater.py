@@ -4666,12 +4666,12 @@ def news_text(form: str, news: Mapping[str, Any]) -> str:
     head = "\n".join(filter(None, (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))))
     lines = list(news.get("log") or ())
     while True:
-        text, log = head, "\n".join(lines)
+        text, end = head, "\n".join(lines)
         if lines and form in ("slack", "discord"):
-            log = log.replace("```", "` ` `")
-            text = f"{head}\n```\n{log}\n```"
+            end = end.replace("```", "` ` `")
+            text = f"{head}\n```\n{end}\n```"
         elif lines:
-            text = f"{head}\n\n{log}"
+            text = f"{head}\n\n{end}"
         if form == "slack":
             text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # else <!channel> calls all
         data = text.encode("utf-8", "replace")
@@ -4826,11 +4826,11 @@ class Notifier:
         """Send what is due, to each receiver one message after the other."""
         while True:
             self.wake.clear()
-            waiting = False
+            waiting = True
             try:
                 waiting = self.send_due()
-            except OSError as problem:
-                log.error("can't read %s: %s", self.folder, problem.strerror)
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't send messages: %s", problem)
             with suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S if waiting else None):
                     await self.wake.wait()
@@ -4852,7 +4852,6 @@ class Notifier:
                 path.unlink(missing_ok=True)
             left = [path for when, path in found if (when, path) not in old]
             if left and key in rules and time.monotonic() >= receiver.due:
-                receiver.sending = True
                 self.send(receiver, rules[key], min(left, key=lambda path: receiver.tries[path.name]))
         return bool(waiting)
 
@@ -4867,6 +4866,7 @@ class Notifier:
                 loop.call_soon_threadsafe(self.on_sent, receiver, rule, path, problem, pause_s)
 
         threading.Thread(target=work, daemon=True).start()
+        receiver.sending = True
 
     def on_sent(self, receiver: Receiver, rule: NotifyRule, path: Path, problem: str, pause_s: float) -> None:
         receiver.sending = False
@@ -4898,12 +4898,12 @@ class Notifier:
                 self.look_for_agents()
                 if time.monotonic() - looked > TRAFFIC_LOOK_S:
                     looked = time.monotonic()
-                    self.look_at_certificate()
                     await self.look_at_traffic()
+                    self.look_at_certificate()
                     for path in self.folder.glob("*.sent"):
                         if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
                             path.unlink()
-            except (OSError, ValueError) as problem:
+            except Exception as problem:  # whatever it is, deployments go on
                 log.error("can't look for news: %s", problem)
             await asyncio.sleep(AWAY_LOOK_S)
 
