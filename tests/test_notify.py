@@ -232,8 +232,9 @@ def test_what_is_said_of_each_end() -> None:
     assert news(est.State.TIMEOUT, step="s")["event"] == "timeout"
     assert news(est.State.LOST, error="the runner died")["rollback"] == "estelle_updater.pyz rollback h"
     assert news(est.State.OFFLINE, started=None, ended=None)["rollback"] is None, "nothing was deployed"
-    switched = news(est.State.SUCCEEDED, kind=est.Kind.SWITCH, branch="green")
-    assert (switched["event"], switched["title"]) == ("switched", "[h] switched: green ✓ 완료")
+    switched = news(est.State.SUCCEEDED, kind=est.Kind.SWITCH, branch="green", marks=[[0, 1]] * 6)
+    assert (switched["event"], switched["title"]) == ("switched", "[h] switched to green ✓ 완료")
+    assert news(est.State.SUCCEEDED, kind=est.Kind.SWITCH, marks=[[0, 1]] * 2)["event"] == "succeeded", "a dry run"
     assert switched["rollback"] is None
     rule = est.NotifyRule(url="http://x", on=("failed",))
     assert rule.wants("timeout") and rule.wants("failed") and not rule.wants("lost")
@@ -327,14 +328,14 @@ def test_failover_is_what_no_switch_explains(tmp_path: Path) -> None:
 
         async def ask(what: str, args: dict[str, Any], deadline_s: float) -> dict[str, Any] | None:
             assert (what, args) == ("traffic", {"address": "127.0.0.1"})
-            return {"active": said[-1]} if said else None
+            return {"active": said[-1], "servers": {}}
 
         master.registry.machines["a" * 32] = est.Machine("a" * 32, "127.0.0.1", "lb")
         master.agents["a" * 32] = SimpleNamespace(ask=ask)  # type: ignore[assignment]
         for active in ("blue", "blue", None, "green", "green"):
             said.append(active)
             await notifier.look_at_traffic()
-        assert titles(notifier) == ["[127.0.0.1] the traffic went from blue to green without a switch"]
+        assert titles(notifier) == ["[lb] the traffic went from blue to green without a switch"]
         order = est.run_of_job(replace(JOB, kind=est.Kind.SWITCH))
         ended = replace(JOB, kind=est.Kind.SWITCH, state=est.State.SUCCEEDED, ended=time.time())
         notifier.tell_of_job(est.Run(order, {}), ended)
