@@ -5965,8 +5965,12 @@ class Door:
             return ""
         challenge = os.urandom(16).hex()
         await link.wire.send(encode_message(Challenge(challenge)))
-        async with asyncio.timeout(WELCOME_S):
-            frame = await link.wire.recv()
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                frame = await link.wire.recv()
+        except (EOFError, TimeoutError):
+            self.log_refusal(address, "it did not prove that it knows the token")
+            raise
         answer = decode_message(frame) if isinstance(frame, str) else None
         if not (
             isinstance(answer, Proof) and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
