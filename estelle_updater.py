@@ -24,6 +24,7 @@
 | 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Agent              | connect, hello, resume, take orders                                    |
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
+| 17 | Notify             | webhooks, sent from a spool on disk                                    |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
 | 20 | Tools              | build, upgrade, demo, setup, doctor                                    |
@@ -293,6 +294,15 @@ HISTORY_ROWS = 1000
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
 INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
+NEWS_S = 86400.0  # what is older is no news: not told any more, nor retried
+NEWS_TOLD_S = 7 * NEWS_S  # a message is remembered, so that a result that is reported again is not told again
+NEWS_KEPT = 200  # messages that may wait for one receiver
+NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
+NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
+POST_S = 10.0  # for each answer of a webhook
+POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
+AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 60.0
+CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
 DOWNLOAD_S = 120.0
@@ -707,7 +717,7 @@ def valid_branch_problem(name: str) -> str | None:
 
 MAX_TIMEOUT_S = 7 * 86400.0  # a longer one is a typo (milliseconds), not a step
 CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
-NOTIFY_EVENTS = (*sorted(FINAL), "switched")
+NOTIFY_EVENTS = (*sorted(FINAL), "switched", "failover", "agent-offline", "certificate")
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that file in tokenFile",
     "role": 'never for the whole fleet; write it into [hosts."ADDRESS"] or pass --role',
@@ -867,6 +877,7 @@ _flag = _is("true or false", lambda raw: isinstance(raw, bool))
 _count = _is("whole number above 0", lambda raw: type(raw) is int and raw > 0)  # isinstance would take true for 1
 _status = _is("HTTP status", lambda raw: type(raw) is int and 100 <= raw < 600)
 _seconds = _is("number of seconds, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S)
+_minutes = _is("number of minutes, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= 7 * 1440)
 _mapping = _is("table", lambda raw: isinstance(raw, dict))
 _url = _matches("http:// or https:// URL without a user", r"https?://[^\s/?#@]+([/?#]\S*)?")
 _endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
@@ -995,6 +1006,10 @@ class NotifyRule:
     format: Annotated[str, _notify_format] = "json"
     chat: Annotated[str | None, _text] = None
     on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
+    offline_minutes: Annotated[float, _minutes] = 10
+
+    def wants(self, event: str) -> bool:
+        return event in self.on or (event == State.TIMEOUT and State.FAILED in self.on)
 
 
 def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
@@ -1783,6 +1798,24 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
         "commit": job.commit, "seconds": seconds_of(job), "step": job.step, "exit": job.exit, "bytes": job.size,
         "error": job.error,
     }  # fmt: skip
+
+
+def result_text(job: JobRecord) -> str:
+    """A host's last line, in the operator's language."""
+    match job.state:
+        case State.SUCCEEDED:
+            return f"✓ 완료 {job.version or ''}".rstrip()
+        case State.FAILED:
+            exit_text = "" if job.exit is None else f" (exit {job.exit})"
+            return f"✗ 실패 {job.step or job.error}{exit_text}"
+        case State.CANCELLED:
+            return "✗ 취소"
+        case State.OFFLINE:
+            return "✗ 오프라인"
+        case State.TIMEOUT:
+            return f"✗ 시간 초과 {job.step}"
+        case _:
+            return f"✗ 연결 끊김 ({job.error})"
 
 
 def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -3997,7 +4030,7 @@ class Runner:
             self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        named = self.rule.secrets
+        named = (*self.rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
         secrets = secret_values(extra, {name: self.env.get(name, "") for name in named}, named=named)
         with suppress(ConfigError):
             token = load_token(config, tree)
@@ -6165,6 +6198,7 @@ class Master:
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
+        self.tell: Callable[[Run, JobRecord], None] = lambda run, job: None  # people want to know how a job ended
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.started = time.time()
@@ -6257,6 +6291,7 @@ class Master:
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
                 self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
+                self.registry.save()
                 log.warning("agent %s is offline", label)
                 for run in self.runs.values():
                     run.tell(hello.machine, "no connection; what runs there goes on")
@@ -6387,7 +6422,10 @@ class Master:
         size = log_size(path)
         if job is None or (size < job.size and host not in run.torn):
             return
-        if accepts_job(run.jobs[host], job):
+        accepted = accepts_job(run.jobs[host], job)
+        if accepted or run.jobs[host].state is job.state:  # known already: perhaps it was never told
+            self.tell(run, job)
+        if accepted:
             sync_file(path)
             if not self.record(run, replace(job, size=size), durable=True):
                 return  # the host keeps it until there is room
@@ -6430,6 +6468,7 @@ class Master:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
         size = log_size(self.state.log_file(job.run, job.host))
         job = replace(job, behind=None, state=state, error=error, provisional=guess, size=size, ended=time.time())
+        self.tell(run, job)
         self.record(run, job, durable=True)
 
     def drop_idle(self, run: Run) -> None:
@@ -6975,6 +7014,314 @@ async def refuse_unfit(desk: Desk, host: HostRef, commit: Any) -> None:
 
 # What has to be asked before an order is accepted.
 GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+
+
+# ==============================================================================
+# 17. Notify: webhooks, sent from a spool on disk
+# ==============================================================================
+
+
+def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any]:
+    """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are masked."""
+    # with nothing after its gate and its check, it was a dry run, or the colour was active already
+    switched = job.kind is Kind.SWITCH and job.state is State.SUCCEEDED and len(job.marks) > 2
+    seconds = seconds_of(job)
+    facts = (
+        f"{job.kind} {job.branch} on {run.target}", f"by {run.by}" if run.by else "",
+        f"{seconds:.1f} s" if seconds is not None else "", f"commit {job.commit[:12]}" if job.commit else "",
+        job.version if job.version and job.state is not State.SUCCEEDED else "", f"run {job.run}",
+    )  # fmt: skip
+    deployed = job.kind in (Kind.DEPLOY, Kind.ROLLBACK) and job.started is not None
+    lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
+    return {
+        "event": "switched" if switched else str(job.state),
+        "title": f"[{job.host}] {f'switched to {job.branch} ' if switched else ''}{result_text(job)}",
+        "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
+        "target": run.target, "branch": job.branch, "by": run.by,
+        "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
+        "log": [line[:NEWS_LINE_CHARS] for line in lines if line.strip()][-NEWS_LINES:],
+    }  # fmt: skip
+
+
+def news_text(form: str, news: Mapping[str, Any]) -> str:
+    """The message as a person reads it: as much of the log's end as the service takes."""
+    head = "\n".join(filter(None, (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))))
+    lines = list(news.get("log") or ())
+    while True:
+        text, end = head, "\n".join(lines)
+        if lines and form in ("slack", "discord"):
+            end = end.replace("```", "` ` `")
+            text = f"{head}\n```\n{end}\n```"
+        elif lines:
+            text = f"{head}\n\n{end}"
+        if form == "slack":
+            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # else <!channel> calls all
+        data = text.encode("utf-8", "replace")
+        if not lines or len(data) <= NEWS_BYTES[form]:
+            return data[: NEWS_BYTES[form]].decode("utf-8", "ignore")
+        del lines[0]
+
+
+def render_news(form: str, news: Mapping[str, Any], chat: str | None = None) -> tuple[dict[str, str], bytes]:
+    """Headers and body of the request that tells `news` in a service's own form."""
+    text = news_text(form, news)
+    headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
+    data: dict[str, Any]
+    match form:
+        case "slack":
+            data = {"text": text}
+        case "discord":
+            data = {"content": text, "allowed_mentions": {"parse": []}}
+        case "telegram":
+            data = {"chat_id": chat, "text": text, "disable_web_page_preview": True}
+        case "ntfy":
+            title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
+            headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
+            good = news["event"] in (State.SUCCEEDED, "switched")
+            return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
+        case _:
+            data = {**news, "text": text}
+    return headers, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def retry_after_s(text: str, now: float) -> float:
+    """What a receiver's Retry-After asks for: seconds, or a date; 0 where it asks for nothing that can be read."""
+    from email.utils import parsedate_to_datetime
+
+    with suppress(ValueError):
+        return max(0.0, min(float(text), RETRY_AFTER_S))
+    with suppress(ValueError, TypeError):
+        return max(0.0, min(parsedate_to_datetime(text).timestamp() - now, RETRY_AFTER_S))
+    return 0.0
+
+
+def receiver_id(rule: NotifyRule) -> str:
+    """Which messages wait for this receiver, whatever else changes in the configuration."""
+    identity = [rule.format, rule.url, rule.url_env, rule.url_file, rule.chat]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+
+
+def hook_url(rule: NotifyRule, tree: Path) -> str:
+    """Where to post. Raises UpdaterError, which never shows the URL: it is a secret."""
+    if rule.url_file:
+        path = tree / Path(rule.url_file).expanduser()
+        try:
+            url = path.read_text("utf-8-sig").strip()
+        except (OSError, ValueError) as problem:
+            raise UpdaterError(f"can't read urlFile {path}: {getattr(problem, 'strerror', 'it is no text')}") from None
+    else:
+        url = rule.url or os.environ.get(rule.url_env or "", "").strip()
+    try:
+        _url(url)
+    except _Wrong:
+        raise UpdaterError(f"{rule.url_file or rule.url_env} holds no http:// or https:// URL") from None
+    return url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage" if rule.format == "telegram" else url
+
+
+def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[str, float]:
+    """Send one message: what went wrong ("" if nothing did), without a word of the URL, and how long to wait at least.
+
+    A redirect is no delivery: it is not followed.
+    """
+    try:
+        headers, body = render_news(rule.format, news, rule.chat)
+        request = urllib_request.Request(hook_url(rule, tree), body, headers, method="POST")
+        opener = urllib_request.OpenerDirector()
+        for part in (urllib_request.ProxyHandler, urllib_request.HTTPHandler, urllib_request.HTTPSHandler):
+            opener.add_handler(part())
+        with opener.open(request, timeout=POST_S) as answer:
+            if 200 <= answer.status < 300:
+                return "", 0.0
+            return f"HTTP {answer.status}", retry_after_s(answer.headers.get("Retry-After", ""), time.time())
+    except UpdaterError as problem:
+        return problem.what, 0.0
+    except Exception as problem:  # its text may hold the URL
+        reason = getattr(problem, "reason", problem)
+        return str(getattr(reason, "strerror", None) or type(reason).__name__), 0.0
+
+
+@dataclass
+class Receiver:
+    """How it goes with one webhook, as long as this process lives."""
+
+    failures: int = 0
+    due: float = 0.0  # when to try again
+    sending: bool = False
+    tries: Counter[str] = field(default_factory=Counter)  # of each message: one that it never takes goes last
+
+
+class Notifier:
+    """Tells people what happened. One file per message and receiver, sent by a thread of its own that nobody waits for:
+    a receiver that is slow or gone delays nothing, and a message outlives the master.
+
+    A file ends as `.sent` and stays for a while, so that no event is told twice.
+    """
+
+    def __init__(self, master: Master) -> None:
+        self.master, self.folder = master, master.state.root / "notify"
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.traffic_file = self.folder / "traffic"
+        self.receivers: dict[str, Receiver] = {}
+        self.wake = asyncio.Event()
+        self.switched = False  # since the last look at the traffic
+        master.tell = self.tell_of_job
+
+    @property
+    def rules(self) -> tuple[NotifyRule, ...]:
+        return self.master.config.config.notify
+
+    @property
+    def tree(self) -> Path:
+        return work_tree(self.master.config.path)
+
+    def tell_of_job(self, run: Run, job: JobRecord) -> None:
+        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch its result."""
+        try:
+            self.switched |= job.kind is Kind.SWITCH
+            if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
+                path = self.master.state.log_file(job.run, job.host)
+                size = log_size(path)
+                end = read_log(path, max(0, size - CHUNK_BYTES), CHUNK_BYTES)
+                news = news_of_job(run.record, job, end)
+                self.tell(f"{job.run}-{job.host}-{job.state}", news)
+        except Exception as problem:
+            log.error("can't tell of run %s: %s", job.run, problem)
+
+    def tell(self, name: str, news: Mapping[str, Any], *rules: NotifyRule) -> None:
+        """Spool a message for those who want it, or for `rules`; each gets one of a name, and only one."""
+        for rule in rules or [rule for rule in self.rules if rule.wants(news["event"])]:
+            path = self.folder / f"{file_label(name)}.{receiver_id(rule)}.json"
+            if not path.exists() and not path.with_suffix(".sent").exists():
+                data = {"time": round(time.time(), 3), "master": self.master.own_address, **news}
+                write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+                self.wake.set()
+
+    async def send_forever(self) -> None:
+        """Send what is due, to each receiver one message after the other."""
+        while True:
+            self.wake.clear()
+            waiting = True
+            try:
+                waiting = self.send_due()
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't send messages: %s", problem)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S if waiting else None):
+                    await self.wake.wait()
+
+    def send_due(self) -> bool:
+        """Start what is due and forget what is no news any more; True while anything waits."""
+        rules = {receiver_id(rule): rule for rule in self.rules}
+        waiting: dict[str, list[tuple[float, Path]]] = {}
+        for path in self.folder.glob("*.json"):
+            waiting.setdefault(path.name.split(".")[-2], []).append((path.stat().st_mtime, path))
+        for key, found in waiting.items():
+            receiver = self.receivers.setdefault(key, Receiver())
+            found.sort()
+            old = [item for i, item in enumerate(found) if i < len(found) - NEWS_KEPT or time.time() - item[0] > NEWS_S]
+            if receiver.sending:
+                continue
+            for _, path in old:
+                log.warning("not delivered, and no news any more: %s", path.name)
+                path.unlink(missing_ok=True)
+            left = [path for when, path in found if (when, path) not in old]
+            if left and key in rules and time.monotonic() >= receiver.due:
+                self.send(receiver, rules[key], min(left, key=lambda path: receiver.tries[path.name]))
+        return bool(waiting)
+
+    def send(self, receiver: Receiver, rule: NotifyRule, path: Path) -> None:
+        """Post one message. In a thread that ends with the process: neither a hanging receiver nor its name's lookup
+        may hold up the daemon's stop, or take one of the few threads that answer questions."""
+        loop, tree = asyncio.get_running_loop(), self.tree
+
+        def work() -> None:
+            problem, pause_s = post_news(rule, tree, news) if (news := read_json(path)) else ("", 0.0)
+            with suppress(RuntimeError):  # the daemon has stopped meanwhile
+                loop.call_soon_threadsafe(self.on_sent, receiver, rule, path, problem, pause_s)
+
+        threading.Thread(target=work, daemon=True).start()
+        receiver.sending = True
+
+    def on_sent(self, receiver: Receiver, rule: NotifyRule, path: Path, problem: str, pause_s: float) -> None:
+        receiver.sending = False
+        try:
+            if not problem:
+                os.replace(path, path.with_suffix(".sent"))
+                del receiver.tries[path.name]
+        except OSError as refused:  # it would be sent for ever: with pauses, at least
+            problem = f"sent, but can't rename {path.name}: {refused.strerror}"
+        if problem:
+            if not receiver.failures:
+                log.warning(
+                    "no message to %s (%s): %s; trying again", rule.format, rule.url_file or rule.url_env, problem
+                )
+            receiver.failures += 1
+            receiver.tries[path.name] += 1
+            longest_s = min(POST_RETRY_S, 2.0 ** min(receiver.failures, 10))
+            receiver.due = time.monotonic() + max(pause_s, random.uniform(longest_s / 2, longest_s))
+        elif receiver.failures:
+            log.info("messages to %s (%s) arrive again", rule.format, rule.url_file or rule.url_env)
+            receiver.failures = 0
+        self.wake.set()
+
+    async def watch_forever(self) -> None:
+        """Look for what no job's end tells."""
+        looked = float("-inf")
+        while True:
+            try:
+                self.look_for_agents()
+                if time.monotonic() - looked > TRAFFIC_LOOK_S:
+                    looked = time.monotonic()
+                    await self.look_at_traffic()
+                    self.look_at_certificate()
+                    for path in self.folder.glob("*.sent"):
+                        if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
+                            path.unlink()
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't look for news: %s", problem)
+            await asyncio.sleep(AWAY_LOOK_S)
+
+    def look_for_agents(self) -> None:
+        """Agents that have been away for too long; this process's own start counts as their last chance to come."""
+        registry = self.master.registry
+        for rule in (rule for rule in self.rules if rule.wants("agent-offline")):
+            for host in registry.hosts():
+                since = registry.down_since.get(host.machine)
+                away_s = time.time() - max(since or 0.0, self.master.started)
+                if since is not None and away_s > rule.offline_minutes * 60:
+                    title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
+                    news = {"event": "agent-offline", "title": title, "host": host.label, "since": since}
+                    self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
+
+    def look_at_certificate(self) -> None:
+        """The master's own certificate, some days before its end."""
+        cert = self.master.config.config.tls.cert
+        if cert is None or not any(rule.wants("certificate") for rule in self.rules):
+            return
+        end = certificate_end((self.tree / cert).read_bytes())
+        days = (end - time.time()) / 86400
+        if (step := next((step for step in CERTIFICATE_DAYS if days <= step), None)) is not None:
+            title = f"[{self.master.own_address}] the certificate {cert} ends in {max(0.0, days):.0f} days"
+            news = {"event": "certificate", "title": title, "host": self.master.own_address, "ends": end}
+            self.tell(f"certificate-{end:.0f}-{step}", news)
+
+    async def look_at_traffic(self) -> None:
+        """Traffic that went to the other worker without an order."""
+        rule = self.master.config.config.haproxy
+        if rule is None or not any(wanting.wants("failover") for wanting in self.rules):
+            return
+        self.switched |= any(run.record.kind is Kind.SWITCH and run.active for run in self.master.runs.values())
+        active = (await self.master.registry.ask_traffic())["active"]
+        before = (read_json(self.traffic_file) or {}).get("active")
+        if active is None:
+            return
+        if before and active != before and not self.switched:
+            title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
+            news = {"event": "failover", "title": title, "host": rule.host, "active": active}
+            self.tell(f"failover-{time.time():.0f}", news)
+        if active != before:
+            write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
+        self.switched = False
 
 
 # ==============================================================================
@@ -7576,6 +7923,7 @@ class Service:
             iter(await asyncio.to_thread(probe_master_addresses, url.host, url.port)), url.host
         )
         master = Master(self.state, self.config, self.machine, self.nonce, own)
+        notifier = Notifier(master)
         master.recover()
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
@@ -7600,6 +7948,8 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
+            group.create_task(notifier.send_forever())
+            group.create_task(notifier.watch_forever())
             group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
             group.create_task(self.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs)))
@@ -8332,6 +8682,11 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
     for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
         if name and not (tree / name).exists():
             warnings.append(f"{key}: there is no {tree / name} on this host")
+    for i, hook in enumerate(config.notify):
+        try:
+            _ = hook.url_file and hook_url(hook, tree)
+        except UpdaterError as problem:
+            warnings.append(f"notify[{i}]: {problem.what}; the master needs it")
     return [], warnings
 
 
@@ -8886,24 +9241,6 @@ class Doctor:
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
-
-
-def result_text(job: JobRecord) -> str:
-    """A host's last line, in the operator's language."""
-    match job.state:
-        case State.SUCCEEDED:
-            return f"✓ 완료 {job.version or ''}".rstrip()
-        case State.FAILED:
-            exit_text = "" if job.exit is None else f" (exit {job.exit})"
-            return f"✗ 실패 {job.step or job.error}{exit_text}"
-        case State.CANCELLED:
-            return "✗ 취소"
-        case State.OFFLINE:
-            return "✗ 오프라인"
-        case State.TIMEOUT:
-            return f"✗ 시간 초과 {job.step}"
-        case _:
-            return f"✗ 연결 끊김 ({job.error})"
 
 
 class Output:
