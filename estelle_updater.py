@@ -196,6 +196,7 @@ class State(StrEnum):
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 
 DEFAULT_PORT = 9900
+TAILSCALE = "100.64.0.0/10"
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
@@ -1070,8 +1071,8 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
         for network in map(parse_network, entries):
             if network.prefixlen == 0:
                 warnings.append(f"{key}: {network} is everybody")
-            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network("100.64.0.0/10")):
-                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is 100.64.0.0/10")
+            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network(TAILSCALE)):
+                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}")
     names = {host_key(name) for rule in config.hosts for name in (rule.address, rule.hostname, rule.name) if name}
     names |= {host_key(name) for name in (*known, config.master_url.host)}
     listed = Whitelist(config.whitelist)
@@ -4270,7 +4271,13 @@ class Registry:
     async def active_for(self, target: str) -> str | None:
         """The colour that has the traffic, where TARGET needs to know."""
         words = {part.strip() for part in target.split(",")}
-        return (await self.ask_traffic())["active"] if words & {"active", "standby"} else None
+        if not words & {"active", "standby"}:
+            return None
+        traffic = await self.ask_traffic()
+        if traffic["active"] is None:
+            why = "; ".join(traffic["warnings"]) or "there is no [haproxy] in the configuration"
+            raise TargetError(f"nobody knows which host is {target}", why)
+        return str(traffic["active"])
 
     def on_traffic_step(self, agent: AgentLink, job: JobRecord) -> None:
         """A job waits for the master's word on the traffic."""
@@ -5950,12 +5957,47 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
     return rows
 
 
-def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str) -> str:
-    """A first configuration; as TOML with what each key means."""
-    if form == "json":
-        data = {"masterUrl": master, "whitelist": list(allow), "deploy": {"command": list(command)}}
-        return render_config(data, "json")
-    return (
+_BLUE_GREEN = """\
+restart = ["estelle-valkey.service", "estelle-web.service", "estelle-webhook.service"]  # on the workers; see systemd/
+
+[hosts.yq-data]
+deploy = false  # HAProxy and MariaDB live here; no deployment touches it
+
+[hosts.yq-blue]
+color = "blue"
+
+[hosts.yq-green]
+color = "green"
+
+[haproxy]
+host = "yq-data"
+config = "/etc/haproxy/haproxy.cfg"
+backend = "yquant_backend"
+servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
+socket = "/run/haproxy/admin.sock"
+masterSocket = "/run/haproxy-master.sock"
+reload = ["systemctl", "reload", "haproxy"]
+"""
+_WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
+_BLUE_GREEN_CHECKS = (  # name, what, where; certificate by the port, as the file with its key is root's alone
+    ("web", 'http = "http://127.0.0.1:2000/"', _WORKERS),
+    ("webhook", 'http = "http://127.0.0.1:6000/health"', _WORKERS),
+    ("valkey", 'valkey = "127.0.0.1:6379"', _WORKERS),
+    ("database", 'mariadb = "yq-data:3306"', _WORKERS),
+    ("web unit", 'systemd = "estelle-web.service"', _WORKERS),
+    ("webhook unit", 'systemd = "estelle-webhook.service"', _WORKERS),
+    ("valkey unit", 'systemd = "estelle-valkey.service"', _WORKERS),
+    ("mariadb", 'mariadb = "127.0.0.1:3306"', _DATA),
+    ("haproxy", 'tcp = "127.0.0.1:443"', _DATA),
+    ("certificate", 'certificate = "127.0.0.1:443"', _DATA),
+    ("catalog sync", 'systemd = "estelle-catalog-sync.timer"', _DATA),
+    ("disk", 'disk = "/"', ()),
+)
+
+
+def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str, blue_green: bool = False) -> str:
+    """A first configuration; as TOML with what each key means. `blue_green`: for two workers behind HAProxy."""
+    text = (
         "# Commit this file: every host reads it from its own clone.\n"
         f"masterUrl = {json.dumps(master)}  # the host that has this address is the master\n"
         "# Who may connect: addresses and networks (121.0.0.0/24). Nobody is allowed implicitly.\n"
@@ -5964,6 +6006,60 @@ def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: s
         f"command = [{', '.join(map(json.dumps, command))}]  # what runs after the pull, in the repository\n"
         "timeout = 1800  # seconds for one step\n"
     )
+    text += _BLUE_GREEN if blue_green else ""
+    for name, what, hosts in _BLUE_GREEN_CHECKS if blue_green else ():
+        text += f"\n[[health]]\nname = {json.dumps(name)}\n{what}\n"
+        text += f"hosts = {json.dumps(hosts)}\n" if hosts else ""
+    return text if form == "toml" else render_config(tomllib.loads(text), "json")
+
+
+def plan_ports(
+    config: Config, address: str | None, hostname: str, master: bool, subnet: str
+) -> list[tuple[str, str, str]]:
+    """The strategy's table of ports for one host: (who may come, a network or a word; port; what listens there)."""
+    rule = host_rule(config, address, hostname)
+    ports = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
+    if config.haproxy and host_key(config.haproxy.host) in map(host_key, filter(None, (address, hostname, rule.name))):
+        ports += [
+            ("anybody", "80/tcp", "HAProxy: certbot, and the way to 443"),
+            ("anybody", "443/tcp", "HAProxy: webhooks"),
+        ]
+        ports += [(subnet, "3306/tcp", "MariaDB, for the workers"), ("tailscale", "8404/tcp", "HAProxy: statistics")]
+    if rule.color:
+        ports += [(subnet, "6000/tcp", "webhooks, from HAProxy"), ("tailscale", "2000/tcp", "dashboard")]
+        ports += [("nobody", "6379/tcp", "Valkey, bound to 127.0.0.1")]
+    if master:
+        own = [entry for entry in map(parse_network, config.whitelist) if not entry.is_loopback]
+        ports += [(str(entry), f"{config.master_url.port}/tcp", "estelle-updater, whitelisted") for entry in own]
+    return ports
+
+
+def render_firewall(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> str:
+    """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that go with them."""
+    lines = ["firewall-cmd --permanent --new-zone=tailscale || true  # it may be there"]
+    lines.append("firewall-cmd --permanent --zone=tailscale --add-interface=tailscale0")
+    cloud = ["", "# The cloud's rules (VCN, ingress, stateful); what comes by Tailscale needs none:"]
+    for who, port, what in plan_ports(config, address, hostname, master, subnet):
+        number, _, protocol = port.partition("/")
+        network = parse_network(who) if who[0].isdigit() or ":" in who else None
+        by_vpn = who == "tailscale" or (
+            network and network.overlaps(parse_network(TAILSCALE)) and network.prefixlen > 9
+        )
+        zone = " --zone=tailscale" if by_vpn else ""
+        if network:
+            accept = f'source address="{network}" port port="{number}" protocol="{protocol}" accept'
+            lines.append(
+                f"firewall-cmd --permanent{zone} --add-rich-rule='rule family=\"ipv{network.version}\" {accept}'"
+            )
+        elif who == "nobody":
+            lines.append(f"# {port} stays closed: {what}")
+            continue
+        else:
+            lines.append(f"firewall-cmd --permanent{zone} --add-port={port}  # {what}")
+        if not by_vpn:
+            cloud.append(f"#   {network or '0.0.0.0/0'} -> {port}  {what}")
+    lines.append("firewall-cmd --permanent --remove-service=ssh  # last, and only once SSH by Tailscale works")
+    return "\n".join([*lines, "firewall-cmd --reload", *cloud])
 
 
 def own_address() -> str:
@@ -6429,7 +6525,7 @@ def init_config(args: Args) -> int:
     has_script = "deploy:release" in (read_json(repo / "package.json") or {}).get("scripts", {})
     command = ["pnpm", "deploy:release"] if has_script or not (repo / "deploy.sh").exists() else ["sh", "deploy.sh"]
     path.parent.mkdir(exist_ok=True)
-    text = init_text(str(url).removesuffix("/"), allow, command, args.format)
+    text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
     parse_config(text, str(path), args.format)
     path.write_text(text, "utf-8")
     say(f"wrote {path}\nnext: {commit_config(path, 'Configure estelle-updater', args.commit)}")
@@ -6636,6 +6732,7 @@ COMMANDS = (
         option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
         option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
         option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
+        option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
         option("--dry-run", action="store_true", help="convert: print the result only"),
         option("--commit", action="store_true", help="init: commit and push the file"),
     )),
