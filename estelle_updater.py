@@ -19,7 +19,7 @@
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
-| 13 | Probes             | own address and role                                                   |
+| 13 | Probes             | own address and role, health checks                                    |
 | 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Agent              | connect, hello, resume, take orders                                    |
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
@@ -98,9 +98,11 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import socket
+    import ssl
     import subprocess
     import tempfile
     import tomllib
+    import urllib.parse as urllib_parse
     import urllib.request as urllib_request
     import zipfile
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -121,9 +123,11 @@ else:
     shutil = _Lazy("shutil")
     signal = _Lazy("signal")
     socket = _Lazy("socket")
+    ssl = _Lazy("ssl")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
     tomllib = _Lazy("tomllib")
+    urllib_parse = _Lazy("urllib.parse")
     urllib_request = _Lazy("urllib.request")
     zipfile = _Lazy("zipfile")
 
@@ -196,6 +200,7 @@ FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 DEFAULT_PORT = 9900
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
+TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 
 # Sizes in bytes
 CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
@@ -232,6 +237,7 @@ FACTS_S = 2.0  # `status` asks live
 LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
+TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
@@ -597,6 +603,14 @@ def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = N
     return list(chosen.values())
 
 
+def expected_roles(target: str, hosts: Sequence[HostRef], active: str | None) -> dict[str, dict[str, str]]:
+    """Which of the chosen hosts were meant as `active` or `standby`, by label: an order's option, kept to its end."""
+    words = {part.strip() for part in target.split(",")}
+    roles = {host.label: "active" if host.color == active else "standby" for host in hosts if host.color and active}
+    expects = {label: role for label, role in roles.items() if role in words}
+    return {"expects": expects} if expects else {}
+
+
 def file_label(label: str) -> str:
     """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, `..`, CON."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
@@ -899,6 +913,7 @@ class HealthRule:
     hosts: Annotated[tuple[str, ...], _hosts] = ()
     status: Annotated[int, _status] = 200
     contains: Annotated[str | None, _argument] = None
+    least: Annotated[int | None, _count] = None
     timeout_s: Annotated[float, _seconds] = 5.0
 
     @property
@@ -948,8 +963,9 @@ def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
 
 
 def _check_health(raw: dict[str, Any]) -> _Problems:
-    stray = [key for key in ("status", "contains") if key in raw and "http" not in raw]
-    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to an http check") for key in stray]
+    owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
+    stray = [key for key, owner in owners.items() if key in raw and not any(kind in raw for kind in owner.split())]
+    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to {owners[key]} check") for key in stray]
     return _exactly_one(raw, CHECK_KINDS) + stray_problems
 
 
@@ -2413,6 +2429,9 @@ class StateFolder:
     def cancel_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.cancel"
 
+    def traffic_file(self, run: str, host: str) -> Path:
+        return self.runs / run / f"{file_label(host)}.traffic"
+
     def run_ids(self) -> list[str]:
         """All recorded runs, oldest first."""
         try:
@@ -3209,6 +3228,7 @@ class Runner:
         """The document's steps, in its order."""
         self.begin("check")
         self.load_rule(strict=False)
+        self.confirm_traffic()
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
@@ -3232,9 +3252,34 @@ class Runner:
             self.log.line("Nothing to pull: not a branch.")
         self.begin("config")
         self.load_rule(strict=True)
+        self.confirm_traffic()
         self.step(plan_command(self.rule.command), self.rule.timeout_s)
+        if self.rule.restart:
+            self.confirm_traffic()
         for step in plan_restart(self.rule.restart):
             self.step(step, self.rule.timeout_s)
+
+    def confirm_traffic(self) -> None:
+        """For a job that was given as `active` or `standby`: go on only while this host still is.
+
+        The step's name asks: it reaches the master with the job's state, over a new connection too if need be, and the
+        daemon writes down what the master says. Raises GuardError.
+        """
+        expected = self.job.options.get("expects", {}).get(self.host)
+        if not expected:
+            return
+        self.begin(TRAFFIC_STEP)
+        ends = time.monotonic() + TRAFFIC_S
+        while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get("at") != self.job.revision:
+            if self.cancel_file.exists():
+                raise StepFailed(State.CANCELLED, TRAFFIC_STEP)
+            if time.monotonic() > ends:
+                what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
+                raise GuardError(what, "is the data node online? `status` shows the traffic")
+            time.sleep(CANCEL_LOOK_S / 2)
+        if word.get("is") != expected:
+            now = f"it was {expected} when this was asked for, now it is {word['is']}"
+            raise GuardError("traffic moved", now)
 
     def load_rule(self, *, strict: bool) -> None:
         """What to do here, from the configuration as it stands now. Before the pull it need not be valid: the pull may
@@ -3401,7 +3446,7 @@ WORK: dict[Kind, Callable[[Runner], None]] = {Kind.DEPLOY: Runner.deploy, Kind.R
 
 
 # ==============================================================================
-# 13. Probes: own address and role
+# 13. Probes: own address and role, health checks
 # ==============================================================================
 
 
@@ -3511,6 +3556,196 @@ def probe_public_address(
             return address, "echo"
         seen.add(address)
     return None
+
+
+class CheckFailed(Exception):
+    """What a check found instead of what it wants."""
+
+
+_VALIDITY = re.compile(  # X.509's two dates
+    rb"(?:\x17\x0d\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)"
+)
+_LEAST_FREE_PERCENT, _LEAST_DAYS = 10, 14  # certbot renews when 30 days are left
+_HTTP_BYTES = 1 << 20  # of a body, to look for `contains`
+
+
+def certificate_end(data: bytes) -> float:
+    """When the first certificate in PEM or DER bytes ends, in seconds since 1970. Raises CheckFailed."""
+    import base64
+    import calendar
+
+    if pem := re.search(rb"-----BEGIN CERTIFICATE-----([^-]*)-----END", data):
+        with suppress(ValueError):
+            data = base64.b64decode(pem[1])
+    if not (found := _VALIDITY.search(data)):
+        raise CheckFailed("no certificate in it")
+    digits = (found[2] or (b"20" if found[1] < b"5" else b"19") + found[1]).decode()
+    return float(calendar.timegm(time.strptime(digits, "%Y%m%d%H%M%S")))
+
+
+def _dial(endpoint: str, timeout_s: float) -> socket.socket:
+    host, port = split_port(endpoint)
+    return socket.create_connection((host.strip("[]"), port or 0), timeout_s)
+
+
+def _tls_context(host: str) -> ssl.SSLContext:
+    """For a request to `host`: verified, except on a loopback address, which no certificate names."""
+    context = ssl.create_default_context()
+    with suppress(UsageError):
+        if _parse_ip(host).is_loopback:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | None = None) -> str:
+    """What a GET of `url` answers, no proxy used and no redirect followed. Raises CheckFailed, OSError."""
+    parts = urllib_parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        connection = http_client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=_tls_context(host))
+    else:
+        connection = http_client.HTTPConnection(host, parts.port, timeout=timeout_s)  # type: ignore[assignment]
+    try:
+        path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", path, headers={"User-Agent": "estelle-updater", "Connection": "close"})
+        answer = connection.getresponse()
+        body = answer.read(_HTTP_BYTES)
+    finally:
+        connection.close()
+    if answer.status != status:
+        raise CheckFailed(f"HTTP {answer.status}, not {status}")
+    if contains is not None and contains.encode() not in body:
+        raise CheckFailed(f"HTTP {answer.status}, but {contains!r} is not in the answer")
+    return f"HTTP {answer.status}"
+
+
+def _probe_valkey(endpoint: str, timeout_s: float) -> str:
+    """Valkey's or Redis' answer to PING. One that asks for a password is alive."""
+    with _dial(endpoint, timeout_s) as connection:
+        connection.sendall(b"PING\r\n")
+        with connection.makefile("rb") as file:
+            answer = file.readline(512).decode(errors="replace").strip()
+    if answer != "+PONG" and not answer.startswith("-NOAUTH"):
+        raise CheckFailed(answer.removeprefix("-") or "it ended the connection without an answer")
+    return "PONG" if answer == "+PONG" else "it answers, and wants a password"
+
+
+def _probe_mariadb(endpoint: str, timeout_s: float) -> str:
+    """The version in MariaDB's or MySQL's greeting.
+
+    It is answered with a login that is refused: a server counts those that leave without one as broken, and blocks
+    their address after max_connect_errors of them.
+    """
+    with _dial(endpoint, timeout_s) as connection, connection.makefile("rb") as file:
+        head = file.read(4)
+        greeting = file.read(int.from_bytes(head[:3], "little")) if len(head) == 4 else b""
+        if greeting[:1] == b"\xff":
+            raise CheckFailed(greeting[3:].decode(errors="replace"))
+        if greeting[:1] != b"\x0a":
+            raise CheckFailed("what answers there is no MariaDB")
+        login = struct.pack("<IIB23x", 0x8200, 1 << 20, 45) + b"estelle-updater-health\0\0"
+        connection.sendall(len(login).to_bytes(3, "little") + b"\x01" + login)
+        file.read(4)
+    return greeting[1 : greeting.index(b"\0")].decode(errors="replace").removeprefix("5.5.5-")  # for old replicas
+
+
+def _probe_command(argv: Sequence[str], repo: Path, env: Mapping[str, str], timeout_s: float) -> str:
+    """The last line that a command says before it ends with 0; at the deadline it and its children are killed."""
+    mark, tail, ends = f"health/{os.urandom(4).hex()}", b"", time.monotonic() + timeout_s
+    child = spawn_step([*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]], repo, env, mark=mark)
+    try:
+        while (data := child.read(timeout_s=max(0.0, ends - time.monotonic()))) != b"":
+            if data is None:
+                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, (child.pid,))
+                raise CheckFailed(f"not over within {timeout_s:g} s")
+            tail = (tail + data)[-TAIL_BYTES:]
+        code = child.wait()
+    finally:
+        child.close_pipe()
+    masker = Masker(secret_values(env))
+    said = (masker.feed(tail) + masker.flush()).decode(errors="replace").strip().splitlines()[-1:]
+    if code:
+        raise CheckFailed(": ".join([f"exit {code}", *said]))
+    return "".join(said) or "exit 0"
+
+
+def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: float) -> str:
+    """How long the certificate in a file, or of the server at HOST:PORT, is still valid."""
+    if re.fullmatch(r"[^/\\]+:[0-9]{1,5}", subject):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is looked at, not trusted
+        with _dial(subject, timeout_s) as plain:
+            host = split_port(subject)[0].strip("[]")
+            with context.wrap_socket(plain, server_hostname=host) as connection:
+                data = connection.getpeercert(binary_form=True) or b""
+    else:
+        data = (repo / subject).read_bytes()
+    days = (certificate_end(data) - time.time()) / 86400
+    if days < least_days:
+        raise CheckFailed(
+            f"{days:.0f} days left, less than {least_days}" if days > 0 else f"ended {-days:.0f} days ago"
+        )
+    return f"{days:.0f} days left"
+
+
+def _probe_disk(folder: Path, least_percent: int) -> str:
+    usage = shutil.disk_usage(folder)
+    percent = 100 * usage.free / usage.total
+    said = f"{percent:.0f} % free, {usage.free / 2**30:.1f} GiB"
+    if percent < least_percent:
+        raise CheckFailed(f"{said}; less than {least_percent} %")
+    return said
+
+
+def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
+    """What one check sees when all is well. Raises CheckFailed, OSError, UpdaterError with what is wrong."""
+    subject: Any = getattr(check, check.kind)
+    match check.kind:
+        case "http":
+            return probe_http(subject, check.timeout_s, check.status, check.contains)
+        case "tcp":
+            _dial(subject, check.timeout_s).close()
+            return "it accepts connections"
+        case "valkey":
+            return _probe_valkey(subject, check.timeout_s)
+        case "mariadb":
+            return _probe_mariadb(subject, check.timeout_s)
+        case "systemd":
+            return _probe_command(("systemctl", "is-active", subject), repo, env, check.timeout_s)
+        case "disk":
+            return _probe_disk(repo / subject, check.least or _LEAST_FREE_PERCENT)
+        case "certificate":
+            return _probe_certificate(subject, repo, check.least or _LEAST_DAYS, check.timeout_s)
+        case _:
+            return _probe_command(subject, repo, env, check.timeout_s)
+
+
+def run_checks(checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]) -> list[dict[str, Any]]:
+    """All checks at once: name, ok and detail of each in their order; one that hangs fails at its deadline."""
+
+    def look(index: int, check: HealthRule) -> tuple[int, bool, str]:
+        began = time.monotonic()
+        try:
+            detail = probe_health(check, repo, env)
+        except (CheckFailed, UpdaterError, OSError, ValueError, http_client.HTTPException) as problem:
+            return index, False, getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+        seconds = time.monotonic() - began
+        return index, seconds <= check.timeout_s, f"{detail} ({seconds:.2f} s)"
+
+    found = {}
+    calls = [functools.partial(look, index, check) for index, check in enumerate(checks)]
+    for index, ok, detail in _answers(calls, checks_take_s(checks)):
+        found[index] = ok, detail
+    rows = []
+    for index, check in enumerate(checks):
+        ok, detail = found.get(index, (False, f"no answer within {check.timeout_s:g} s"))
+        rows.append({"name": check.name, "kind": check.kind, "ok": ok, "detail": detail})
+    return rows
+
+
+def checks_take_s(checks: Iterable[HealthRule]) -> float:
+    """Within how many seconds all checks have an answer."""
+    return max((check.timeout_s for check in checks), default=0.0) + 0.5
 
 
 # ==============================================================================
@@ -3635,21 +3870,6 @@ def lock_text(real: Path) -> int:
             if time.monotonic() > deadline:
                 raise GuardError(f"another program holds {real}.lock", "wait until its reload is over") from None
             time.sleep(0.05)
-
-
-def probe_url(url: str) -> int:
-    """The HTTP status of a GET, whatever name the certificate has: it is asked on its own host. Raises OSError."""
-    import ssl
-    from urllib.error import HTTPError
-
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    handlers = urllib_request.ProxyHandler({}), urllib_request.HTTPSHandler(context=context)
-    try:
-        with urllib_request.build_opener(*handlers).open(url, timeout=CONNECT_S) as answer:
-            return int(answer.status)
-    except HTTPError as problem:
-        return problem.code
 
 
 @dataclass
@@ -3794,13 +4014,11 @@ class Switch:
 
     def connect_problem(self) -> str | None:
         """Why the standby's port can't be reached from here, if so."""
-        host, port = split_port(self.entry.address)
-        if port is None or "/" in host:  # a UNIX socket, or the port that the client used
-            return None
         try:
-            socket.create_connection((host.strip("[]"), port), CONNECT_S).close()
-        except OSError as problem:
-            return problem.strerror or str(problem)
+            if split_port(self.entry.address)[1]:  # else a UNIX socket, or the port that the client used
+                _dial(self.entry.address, CONNECT_S).close()
+        except (OSError, UsageError) as problem:
+            return str(problem)
         return None
 
     def refuse_without_rights(self) -> None:
@@ -3911,10 +4129,10 @@ class Switch:
         color, before = self.entry.color, self.entry.before
         probed = ""
         if self.rule.probe:
-            status = probe_url(self.rule.probe)
-            if not 200 <= status < 400:
-                raise UpdaterError(f"{self.rule.probe} answers {status}")
-            probed = f"{self.rule.probe} answers {status}; "
+            try:
+                probed = f"{self.rule.probe} answers {probe_http(self.rule.probe, CONNECT_S)}; "
+            except (CheckFailed, OSError, http_client.HTTPException) as problem:
+                raise UpdaterError(f"{self.rule.probe}: {problem}") from problem
         if not self.live:
             return probed or "neither socket nor probe: nothing was proved"
         deadline = time.monotonic() + PROOF_S
@@ -3928,8 +4146,9 @@ class Switch:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        if decide_traffic(rows) != [new["svname"]] or (problem := self.connect_problem()):
-            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {problem or ''}".rstrip())
+        refused = self.connect_problem()
+        if refused or decide_traffic(rows) != [new["svname"]]:
+            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {refused or ''}".rstrip())
         return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
 
     def undo(self) -> bool:
@@ -4494,6 +4713,22 @@ class Agent:
                     result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
         return result
 
+    def tell_health(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What this host's checks see, by the configuration as it stands now: a deployment may just have changed it."""
+        config, _ = load_config_or_last(self.config.path, self.state)
+        rule, repo = self.rule_and_repo(args.get("address"))
+        names = {host_key(name) for name in (args.get("address"), rule.name, socket.gethostname()) if name}
+        checks = [check for check in config.health if not check.hosts or names & {*map(host_key, check.hosts)}]
+        return {"checks": run_checks(checks, repo, scrub_environment(os.environ) | dict(rule.env))}
+
+    def take_traffic(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The master's word on whether this host is active or standby, for the runner that waits for it."""
+        run, host = args.get("run"), args.get("host")
+        if (run, host) in self.jobs:
+            word = {"at": args.get("at"), "is": str(args.get("is"))}
+            write_atomic(self.state.traffic_file(str(run), str(host)), json.dumps(word).encode())
+        return {}
+
     def offer(self, job: OwnJob) -> None:
         """Tell the master of a job and offer its log."""
         assert self.link
@@ -4669,7 +4904,8 @@ def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
 
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
 QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
-    "status": Agent.tell_status, "plan": tell_plan, "traffic": tell_traffic,
+    "status": Agent.tell_status, "health": Agent.tell_health, "traffic is": Agent.take_traffic, "plan": tell_plan,
+    "traffic": tell_traffic,
 }  # fmt: skip
 
 
@@ -4899,6 +5135,7 @@ class Registry:
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, AgentLink] = {}
         self.down_since: dict[str, float] = {}
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     def recover(self) -> None:
         """After a start: the known hosts, none of them connected yet."""
@@ -4932,8 +5169,8 @@ class Registry:
         self.machines[hello.machine] = known
         self.save()
 
-    def hosts(self) -> list[HostRef]:
-        """Every host of the fleet with its label, the master's own first."""
+    def hosts(self, everyone: bool = False) -> list[HostRef]:
+        """Every host of the fleet with its label, the master's own first; `everyone`: as if all took deployments."""
         known = [machine for machine in self.machines.values() if not machine.forgotten]
         known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
         labels = assign_labels([(host.address, host.name, host.machine) for host in known])
@@ -4941,12 +5178,13 @@ class Registry:
         for label, host in zip(labels, known, strict=True):
             rule = host_rule(self.config.config, host.address, host.name)
             online = host.machine in self.agents
-            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
+            deploys = rule.deploy or everyone
+            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys))
         return hosts
 
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
-        hosts = select_targets(target, [replace(host, deploys=True) for host in self.hosts()])
+        hosts = select_targets(target, self.hosts(everyone=True))
         if online := [host.label for host in hosts if host.online]:
             what = f"{', '.join(online)} is online and would only come back"
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
@@ -4954,6 +5192,60 @@ class Registry:
             self.machines[host.machine].forgotten = True
         self.save()
         return [host.label for host in hosts]
+
+    async def ask_traffic(self) -> dict[str, Any]:
+        """Where HAProxy sends the traffic, as its host says now; `active` is None where that is not known."""
+        rule = self.config.config.haproxy
+        if rule is None:
+            return {"active": None, "servers": {}, "warnings": []}
+        key, answer = host_key(rule.host), None
+        for host in self.hosts():
+            if key in (host.address, host_key(host.name)) and (agent := self.agents.get(host.machine)):
+                answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
+        if answer and "servers" in answer:
+            return answer
+        why = (answer or {}).get("error") or f"{rule.host} is offline or does not answer"
+        return {"active": None, "servers": {}, "warnings": [f"nobody knows where the traffic goes: {why}"]}
+
+    async def check_health(self, hosts: Sequence[HostRef]) -> list[dict[str, Any]]:
+        """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does not answer fails."""
+        patience_s = checks_take_s(self.config.config.health) + FACTS_S
+
+        async def ask(host: HostRef) -> list[dict[str, Any]]:
+            agent = self.agents.get(host.machine)
+            answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
+            why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
+            silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
+            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            return [
+                {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
+                 "detail": str(row.get("detail"))}
+                for row in found
+            ]  # fmt: skip
+
+        return [row for rows in await asyncio.gather(*map(ask, hosts)) for row in rows]
+
+    async def active_for(self, target: str) -> str | None:
+        """The colour that has the traffic, where TARGET needs to know."""
+        words = {part.strip() for part in target.split(",")}
+        return (await self.ask_traffic())["active"] if words & {"active", "standby"} else None
+
+    def on_traffic_step(self, agent: AgentLink, job: JobRecord) -> None:
+        """A job waits for the master's word on the traffic."""
+        task = asyncio.ensure_future(self.tell_traffic(agent, job))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
+        """Tell a job that waits for it whether its host is active or standby, once that is known."""
+        color = next((host.color for host in self.hosts() if host.machine == job.machine), None)
+        ends = time.monotonic() + TRAFFIC_S
+        while time.monotonic() < ends and self.agents.get(job.machine) is agent:
+            if active := (await self.ask_traffic())["active"]:
+                role = "active" if color == active else "standby"
+                await agent.ask("traffic is", {"run": job.run, "host": job.host, "at": job.revision, "is": role})
+                return
+            await asyncio.sleep(TICK_S)
 
 
 class Master:
@@ -5145,6 +5437,8 @@ class Master:
             self.settle(run, job.host)
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
+        if job.step == TRAFFIC_STEP and job.state is State.RUNNING:
+            self.registry.on_traffic_step(agent, job)
         self.drop_idle(run)
 
     def adopt(self, run: Run | None, job: JobRecord) -> None:
@@ -5232,7 +5526,7 @@ class Master:
 
     # The queue
 
-    def submit(self, message: Submit, by: str) -> RunRecord:
+    def submit(self, message: Submit, by: str, active: str | None = None) -> RunRecord:
         """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
         if found := self.load(message.run):
             if found.record.nonce != message.nonce:
@@ -5241,10 +5535,8 @@ class Master:
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        known = self.registry.hosts()
-        if message.kind is Kind.SWITCH:  # it deploys nothing
-            known = [replace(host, deploys=True) for host in known]
-        hosts = select_targets(message.target, known)
+        hosts = select_targets(message.target, self.registry.hosts(message.kind is Kind.SWITCH), active)
+        expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
@@ -5254,7 +5546,7 @@ class Master:
         record = RunRecord(
             message.run, message.nonce, message.kind, message.target, message.branch, [host.label for host in hosts],
             {host.label: host.machine for host in hosts}, {host.label: host.address for host in hosts}, time.time(),
-            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options,
+            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options | expects,
             commits=message.commits,
         )  # fmt: skip
         self.state.save_run(record)
@@ -5388,10 +5680,8 @@ class Desk:
                         self.receive_from_commander(group, link, message, address, hello)
                     except ProtocolError:
                         raise
-                    except UpdaterError as problem:
-                        link.post(Refuse(problem.what, problem.hint, problem.exit_code))
-                    except OSError as problem:
-                        link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
+                    except (UpdaterError, OSError) as problem:
+                        link.post(self.refuse(problem))
         finally:
             for run in list(self.master.runs.values()):
                 run.followers.discard(link)
@@ -5402,10 +5692,8 @@ class Desk:
     ) -> None:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
-            case Submit() if message.kind in GATES and self.master.load(message.run) is None:
-                group.create_task(self.submit_gated(link, message, by))
             case Submit():
-                link.post(self.master.submit(message, by))
+                group.create_task(self.reply(link, self.submit(message, by)))
             case Follow():
                 self.follow(link, message)
             case Have():
@@ -5413,18 +5701,9 @@ class Desk:
             case Cancel():
                 link.post(self.master.cancel(message.run, by))
             case Ask():
-                group.create_task(self.answer(link, message))
+                group.create_task(self.reply(link, self.answer(message)))
             case _:
                 raise ProtocolError("not a commander's message")
-
-    async def submit_gated(self, link: Link, message: Submit, by: str) -> None:
-        """An order that hosts have to be asked about first."""
-        try:
-            link.post(self.master.submit(await GATES[message.kind](self, message), by))
-        except UpdaterError as problem:
-            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
-        except OSError as problem:
-            link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
@@ -5451,14 +5730,42 @@ class Desk:
                 link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
                 link.open_log(message.run, host, self.master.state.log_file(message.run, host))
 
-    async def answer(self, link: Link, ask: Ask) -> None:
-        """Questions of a commander, each of a fixed set."""
+    def refuse(self, problem: UpdaterError | OSError) -> Refuse:
+        """A problem as the answer to the commander."""
+        if isinstance(problem, OSError):
+            return Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}")
+        return Refuse(problem.what, problem.hint, problem.exit_code)
+
+    async def reply(self, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
+        """Post an answer that takes time, or why there is none."""
         try:
-            if ask.what not in DESK:
-                raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
-            link.post(Answer(ask.id, await DESK[ask.what](self, ask.args)))
-        except UpdaterError as problem:
-            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
+            link.post(await answer)
+        except (UpdaterError, OSError) as problem:
+            link.post(self.refuse(problem))
+
+    async def submit(self, message: Submit, by: str) -> RunRecord:
+        """Start a run; whom it means may depend on the traffic of this moment, and whether it may start, on hosts."""
+        if message.kind in GATES and self.master.load(message.run) is None:
+            message = await GATES[message.kind](self, message)
+        return self.master.submit(message, by, await self.master.registry.active_for(message.target))
+
+    async def answer(self, ask: Ask) -> Answer:
+        """Questions of a commander, each of a fixed set."""
+        if ask.what not in DESK:
+            raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
+        return Answer(ask.id, await DESK[ask.what](self, ask.args))
+
+    async def traffic(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Where the traffic goes now."""
+        return await self.master.registry.ask_traffic()
+
+    async def health(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What the configured checks see on the hosts of TARGET, the data node included."""
+        target = str(args.get("target") or "all")
+        hosts = self.master.registry.hosts(everyone=True)
+        chosen = select_targets(target, hosts, await self.master.registry.active_for(target))
+        rows = await self.master.registry.check_health(chosen)
+        return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
         """The newest runs."""
@@ -5477,8 +5784,8 @@ class Desk:
             agent = self.master.agents.get(host.machine)
             return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
 
-        answers = await asyncio.gather(*(facts(host) for host in hosts))
-        rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
+        traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
+        rows = [self.status_row(host, found, traffic) for host, found in zip(hosts, answers, strict=True)]
         uptime = round(time.time() - self.master.started, 1)
         master = {
             "ip": self.master.own_address,
@@ -5486,9 +5793,9 @@ class Desk:
             "uptime": uptime,
             "problem": self.master.config.problem,
         }
-        return {"master": master, "hosts": rows}
+        return {"master": master, "hosts": rows, "warnings": traffic["warnings"]}
 
-    def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def status_row(self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]) -> dict[str, Any]:
         runs = sorted(self.master.runs.values(), key=lambda run: run.record.created)  # the queue's order
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
@@ -5498,7 +5805,8 @@ class Desk:
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
             "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
-            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color, "traffic": None,
+            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color,
+            "traffic": traffic["servers"].get(host.color, {}).get("traffic"),
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
@@ -5605,70 +5913,52 @@ async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 
 # What a commander may ask; the sections below add theirs.
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
+    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "health": Desk.health,
+    "traffic": Desk.traffic, "plan": answer_plan,
 }  # fmt: skip
 
 
-def haproxy_host(master: Master) -> tuple[HaproxyRule, HostRef]:
-    """[haproxy] and the host that it names, which may take no deployments. Raises UpdaterError."""
-    rule = master.config.config.haproxy
-    if rule is None:
-        raise UsageError("there is no [haproxy] in the configuration", "it says which host's HAProxy has the traffic")
-    hosts = [replace(host, deploys=True) for host in master.registry.hosts()]
-    host = select_targets(rule.host, hosts)[0]
-    if not host.online:
-        raise TargetError(f"{host.label} is offline, and its HAProxy has the traffic", "start its service")
-    return rule, host
-
-
-async def ask_traffic(master: Master) -> dict[str, Any]:
-    """Where HAProxy sends the traffic, as its host answers. Raises UpdaterError."""
-    _, host = haproxy_host(master)
-    agent = master.agents.get(host.machine)
-    answer = await agent.ask("traffic", {}, ANSWER_S / 2) if agent else None
-    if answer is None or "error" in answer:
-        raise GuardError(f"{host.label} does not say where the traffic goes", str((answer or {}).get("error", "")))
-    return answer
-
-
-def refuse_busy(master: Master, machines: Container[str], doing: str) -> None:
+def refuse_busy(master: Master, machines: Container[str]) -> None:
     """Raise GuardError where a job runs or waits on one of these hosts."""
-    for run in master.runs.values():
-        for job in run.jobs.values():
-            if job.machine in machines and job.state not in FINAL:
-                raise GuardError(f"{doing}: run {job.run} is {job.state} on {job.host}", "wait for it, or cancel it")
+    for job in (job for run in master.runs.values() for job in run.jobs.values()):
+        if job.machine in machines and job.state not in FINAL:
+            raise GuardError(f"run {job.run} ({job.kind}) is {job.state} on {job.host}", "wait for it, or cancel it")
 
 
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
     """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
     Returns the order with its host and colour. Raises UpdaterError."""
-    master, options = desk.master, order.options
-    color, forced = options.get("color"), bool(options.get("force") or options.get("dry_run"))
+    master, registry, options = desk.master, desk.master.registry, order.options
+    rule, color = master.config.config.haproxy, options.get("color")
     if color not in (*COLORS, "standby"):
         raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
-    _, data = haproxy_host(master)
-    files = {key: row["file"] for key, row in (await ask_traffic(master))["servers"].items()}
+    if rule is None:
+        raise UsageError("there is no [haproxy] in the configuration", "it says whose HAProxy has the traffic")
+    hosts = registry.hosts(everyone=True)
+    data = select_targets(rule.host, hosts)[0]
+    if not data.online:
+        raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
+    files = {key: row["file"] for key, row in (await registry.ask_traffic())["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
-    workers = [host for host in master.registry.hosts() if host.color in COLORS]
-    standbys = [host for host in workers if host.color == color]
-    if not forced and files.get(str(color)) != "active":
-        for host in standbys:
-            await refuse_unfit(desk, host, options.get("commit"))
+    free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
+    await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
     if not options.get("dry_run"):
-        refuse_busy(master, {data.machine, *(host.machine for host in workers)}, "no switch now")
+        refuse_busy(master, {data.machine, *(host.machine for host in hosts if host.color)})
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
-async def refuse_unfit(desk: Desk, host: HostRef, commit: Any) -> None:
+async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> None:
     """Raise GuardError where a standby is not healthy, or has not the commit that was to take the traffic."""
-    agent = desk.master.agents.get(host.machine)
-    facts = await agent.ask("status", {"address": host.address}, ANSWER_S / 2) if agent else None
-    if facts is None:
-        raise GuardError(f"{host.label} ({host.color}) does not answer", "repair it first, or use --force")
-    if commit and facts.get("commit") != commit:
-        what = f"{host.label} ({host.color}) has commit {facts.get('commit')} and not {str(commit)[:64]}"
-        raise GuardError(what, "deploy it again, or use --force")
+    hint = "repair it first; --force switches all the same"
+    for check in await desk.master.registry.check_health(standbys):
+        if not check["ok"]:
+            raise GuardError(f"{check['host']} is not healthy: {check['name']}: {check['detail']}", hint)
+    for host in standbys if commit else ():
+        agent = desk.master.agents.get(host.machine)
+        has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get("commit")
+        if has != commit:
+            raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
 
 
 # What has to be asked before an order is accepted.
@@ -7287,6 +7577,20 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     return answer.result
 
 
+def cmd_health(args: Args) -> int:
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    result = ask_master(args, "health", {"target": args.target}, take_s)
+    if args.json:
+        say(json.dumps(result, ensure_ascii=False))
+    elif result["checks"]:
+        mark = {True: "✓", False: "✗"}
+        rows = [(mark[row["ok"]], row["host"], row["name"], row["detail"]) for row in result["checks"]]
+        say(render_table(("", "host", "check", "what it saw"), rows).rstrip())
+    else:
+        say("no [[health]] check is configured for these hosts; `config init --blue-green` shows some")
+    return 0 if result["ok"] else 1
+
+
 def cmd_cancel(args: Args) -> int:
     connection = make_caller(args).dial(PATIENCE_S)
     record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
@@ -7310,6 +7614,8 @@ def cmd_status(args: Args) -> int:
     for row in (master, *result["hosts"]):
         if row.get("problem"):
             say(f"! {row.get('host', 'master')}: {row['problem']}")
+    for warning in result.get("warnings", ()):
+        say(f"! {warning}")
     return 0
 
 
@@ -7329,7 +7635,8 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
         row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
-        row["color"] or "-", short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
+        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
 
@@ -7541,7 +7848,7 @@ class Command:
     hidden: bool = False
 
 
-TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+TARGET_HELP = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
         option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
@@ -7575,6 +7882,9 @@ COMMANDS = (
         option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
     )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
+    Command("health", "run the configured checks on the hosts", cmd_health, (
+        option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)"),
+    )),
     Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
         option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
     )),
