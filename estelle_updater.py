@@ -4408,21 +4408,6 @@ def lock_text(real: Path) -> int:
             time.sleep(0.05)
 
 
-def probe_url(url: str) -> int:
-    """The HTTP status of a GET, whatever name the certificate has: it is asked on its own host. Raises OSError."""
-    import ssl
-    from urllib.error import HTTPError
-
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    handlers = urllib_request.ProxyHandler({}), urllib_request.HTTPSHandler(context=context)
-    try:
-        with urllib_request.build_opener(*handlers).open(url, timeout=CONNECT_S) as answer:
-            return int(answer.status)
-    except HTTPError as problem:
-        return problem.code
-
-
 @dataclass
 class SwitchEntry:
     """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as Latin-1."""
@@ -4565,13 +4550,11 @@ class Switch:
 
     def connect_problem(self) -> str | None:
         """Why the standby's port can't be reached from here, if so."""
-        host, port = split_port(self.entry.address)
-        if port is None or "/" in host:  # a UNIX socket, or the port that the client used
-            return None
         try:
-            socket.create_connection((host.strip("[]"), port), CONNECT_S).close()
-        except OSError as problem:
-            return problem.strerror or str(problem)
+            if split_port(self.entry.address)[1]:  # else a UNIX socket, or the port that the client used
+                _dial(self.entry.address, CONNECT_S).close()
+        except (OSError, UsageError) as problem:
+            return str(problem)
         return None
 
     def refuse_without_rights(self) -> None:
@@ -4682,10 +4665,10 @@ class Switch:
         color, before = self.entry.color, self.entry.before
         probed = ""
         if self.rule.probe:
-            status = probe_url(self.rule.probe)
-            if not 200 <= status < 400:
-                raise UpdaterError(f"{self.rule.probe} answers {status}")
-            probed = f"{self.rule.probe} answers {status}; "
+            try:
+                probed = f"{self.rule.probe} answers {probe_http(self.rule.probe, CONNECT_S)}; "
+            except (CheckFailed, OSError, http_client.HTTPException) as problem:
+                raise UpdaterError(f"{self.rule.probe}: {problem}") from problem
         if not self.live:
             return probed or "neither socket nor probe: nothing was proved"
         deadline = time.monotonic() + PROOF_S
@@ -4699,8 +4682,9 @@ class Switch:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        if decide_traffic(rows) != [new["svname"]] or (problem := self.connect_problem()):
-            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {problem or ''}".rstrip())
+        refused = self.connect_problem()
+        if refused or decide_traffic(rows) != [new["svname"]]:
+            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {refused or ''}".rstrip())
         return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
 
     def undo(self) -> bool:
@@ -5812,8 +5796,8 @@ class Registry:
         self.machines[hello.machine] = known
         self.save()
 
-    def hosts(self) -> list[HostRef]:
-        """Every host of the fleet with its label, the master's own first."""
+    def hosts(self, everyone: bool = False) -> list[HostRef]:
+        """Every host of the fleet with its label, the master's own first; `everyone`: as if all took deployments."""
         known = [machine for machine in self.machines.values() if not machine.forgotten]
         known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
         labels = assign_labels([(host.address, host.name, host.machine) for host in known])
@@ -5821,7 +5805,8 @@ class Registry:
         for label, host in zip(labels, known, strict=True):
             rule = host_rule(self.config.config, host.address, host.name)
             online = host.machine in self.agents
-            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
+            deploys = rule.deploy or everyone
+            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys))
         return hosts
 
     def check_adoption(
@@ -5845,7 +5830,7 @@ class Registry:
 
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
-        hosts = select_targets(target, [replace(host, deploys=True) for host in self.hosts()])
+        hosts = select_targets(target, self.hosts(everyone=True))
         if online := [host.label for host in hosts if host.online]:
             what = f"{', '.join(online)} is online and would only come back"
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
@@ -6214,10 +6199,7 @@ class Master:
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        known = self.registry.hosts()
-        if message.kind is Kind.SWITCH:  # it deploys nothing
-            known = [replace(host, deploys=True) for host in known]
-        hosts = select_targets(message.target, known, active)
+        hosts = select_targets(message.target, self.registry.hosts(message.kind is Kind.SWITCH), active)
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -6378,8 +6360,6 @@ class Desk:
     ) -> None:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
-            case Submit() if message.kind in GATES and self.master.load(message.run) is None:
-                group.create_task(self.submit_gated(link, message, by))
             case Submit():
                 self.start(group, link, self.submit(message, by))
             case Follow():
@@ -6392,15 +6372,6 @@ class Desk:
                 self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
-
-    async def submit_gated(self, link: Link, message: Submit, by: str) -> None:
-        """An order that hosts have to be asked about first."""
-        try:
-            link.post(self.master.submit(await GATES[message.kind](self, message), by))
-        except UpdaterError as problem:
-            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
-        except OSError as problem:
-            link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
@@ -6455,7 +6426,9 @@ class Desk:
             self.open -= 1
 
     async def submit(self, message: Submit, by: str) -> RunRecord:
-        """Start a run; whom it means may depend on the traffic of this moment."""
+        """Start a run; whom it means may depend on the traffic of this moment, and whether it may start, on hosts."""
+        if message.kind in GATES and self.master.load(message.run) is None:
+            message = await GATES[message.kind](self, message)
         return self.master.submit(message, by, await self.master.registry.active_for(message.target))
 
     async def answer(self, ask: Ask) -> Answer:
@@ -6471,7 +6444,7 @@ class Desk:
     async def health(self, args: dict[str, Any]) -> dict[str, Any]:
         """What the configured checks see on the hosts of TARGET, the data node included."""
         target = str(args.get("target") or "all")
-        hosts = [replace(host, deploys=True) for host in self.master.registry.hosts()]
+        hosts = self.master.registry.hosts(everyone=True)
         chosen = select_targets(target, hosts, await self.master.registry.active_for(target))
         rows = await self.master.registry.check_health(chosen)
         return {"ok": all(row["ok"] for row in rows), "checks": rows}
@@ -6663,66 +6636,47 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def haproxy_host(master: Master) -> tuple[HaproxyRule, HostRef]:
-    """[haproxy] and the host that it names, which may take no deployments. Raises UpdaterError."""
-    rule = master.config.config.haproxy
-    if rule is None:
-        raise UsageError("there is no [haproxy] in the configuration", "it says which host's HAProxy has the traffic")
-    hosts = [replace(host, deploys=True) for host in master.registry.hosts()]
-    host = select_targets(rule.host, hosts)[0]
-    if not host.online:
-        raise TargetError(f"{host.label} is offline, and its HAProxy has the traffic", "start its service")
-    return rule, host
-
-
-async def ask_traffic(master: Master) -> dict[str, Any]:
-    """Where HAProxy sends the traffic, as its host answers. Raises UpdaterError."""
-    _, host = haproxy_host(master)
-    agent = master.agents.get(host.machine)
-    answer = await agent.ask("traffic", {}, ANSWER_S / 2) if agent else None
-    if answer is None or "error" in answer:
-        raise GuardError(f"{host.label} does not say where the traffic goes", str((answer or {}).get("error", "")))
-    return answer
-
-
-def refuse_busy(master: Master, machines: Container[str], doing: str) -> None:
+def refuse_busy(master: Master, machines: Container[str]) -> None:
     """Raise GuardError where a job runs or waits on one of these hosts."""
-    for run in master.runs.values():
-        for job in run.jobs.values():
-            if job.machine in machines and job.state not in FINAL:
-                raise GuardError(f"{doing}: run {job.run} is {job.state} on {job.host}", "wait for it, or cancel it")
+    for job in (job for run in master.runs.values() for job in run.jobs.values()):
+        if job.machine in machines and job.state not in FINAL:
+            raise GuardError(f"run {job.run} ({job.kind}) is {job.state} on {job.host}", "wait for it, or cancel it")
 
 
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
     """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
     Returns the order with its host and colour. Raises UpdaterError."""
-    master, options = desk.master, order.options
-    color, forced = options.get("color"), bool(options.get("force") or options.get("dry_run"))
+    master, registry, options = desk.master, desk.master.registry, order.options
+    rule, color = master.config.config.haproxy, options.get("color")
     if color not in (*COLORS, "standby"):
         raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
-    _, data = haproxy_host(master)
-    files = {key: row["file"] for key, row in (await ask_traffic(master))["servers"].items()}
+    if rule is None:
+        raise UsageError("there is no [haproxy] in the configuration", "it says whose HAProxy has the traffic")
+    hosts = registry.hosts(everyone=True)
+    data = select_targets(rule.host, hosts)[0]
+    if not data.online:
+        raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
+    files = {key: row["file"] for key, row in (await registry.ask_traffic())["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
-    workers = [host for host in master.registry.hosts() if host.color in COLORS]
-    standbys = [host for host in workers if host.color == color]
-    if not forced and files.get(str(color)) != "active":
-        for host in standbys:
-            await refuse_unfit(desk, host, options.get("commit"))
+    free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
+    await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
     if not options.get("dry_run"):
-        refuse_busy(master, {data.machine, *(host.machine for host in workers)}, "no switch now")
+        refuse_busy(master, {data.machine, *(host.machine for host in hosts if host.color)})
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
-async def refuse_unfit(desk: Desk, host: HostRef, commit: Any) -> None:
+async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> None:
     """Raise GuardError where a standby is not healthy, or has not the commit that was to take the traffic."""
-    agent = desk.master.agents.get(host.machine)
-    facts = await agent.ask("status", {"address": host.address}, ANSWER_S / 2) if agent else None
-    if facts is None:
-        raise GuardError(f"{host.label} ({host.color}) does not answer", "repair it first, or use --force")
-    if commit and facts.get("commit") != commit:
-        what = f"{host.label} ({host.color}) has commit {facts.get('commit')} and not {str(commit)[:64]}"
-        raise GuardError(what, "deploy it again, or use --force")
+    hint = "repair it first; --force switches all the same"
+    for check in await desk.master.registry.check_health(standbys):
+        if not check["ok"]:
+            raise GuardError(f"{check['host']} is not healthy: {check['name']}: {check['detail']}", hint)
+    for host in standbys if commit else ():
+        agent = desk.master.agents.get(host.machine)
+        has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get("commit")
+        if has != commit:
+            raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
 
 
 # What has to be asked before an order is accepted.
