@@ -206,6 +206,7 @@ FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
 
 DEFAULT_PORT = 9900
+TAILSCALE = "100.64.0.0/10"
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
@@ -1139,8 +1140,8 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
         for network in map(parse_network, entries):
             if network.prefixlen == 0:
                 warnings.append(f"{key}: {network} is everybody")
-            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network("100.64.0.0/10")):
-                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is 100.64.0.0/10")
+            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network(TAILSCALE)):
+                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}")
     names = {host_key(name) for rule in config.hosts for name in (rule.address, rule.hostname, rule.name) if name}
     names |= {host_key(name) for name in (*known, config.master_url.host)}
     listed = Whitelist(config.whitelist)
@@ -4585,21 +4586,6 @@ def lock_text(real: Path) -> int:
             time.sleep(0.05)
 
 
-def probe_url(url: str) -> int:
-    """The HTTP status of a GET, whatever name the certificate has: it is asked on its own host. Raises OSError."""
-    import ssl
-    from urllib.error import HTTPError
-
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    handlers = urllib_request.ProxyHandler({}), urllib_request.HTTPSHandler(context=context)
-    try:
-        with urllib_request.build_opener(*handlers).open(url, timeout=CONNECT_S) as answer:
-            return int(answer.status)
-    except HTTPError as problem:
-        return problem.code
-
-
 @dataclass
 class SwitchEntry:
     """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as Latin-1."""
@@ -4742,13 +4728,11 @@ class Switch:
 
     def connect_problem(self) -> str | None:
         """Why the standby's port can't be reached from here, if so."""
-        host, port = split_port(self.entry.address)
-        if port is None or "/" in host:  # a UNIX socket, or the port that the client used
-            return None
         try:
-            socket.create_connection((host.strip("[]"), port), CONNECT_S).close()
-        except OSError as problem:
-            return problem.strerror or str(problem)
+            if split_port(self.entry.address)[1]:  # else a UNIX socket, or the port that the client used
+                _dial(self.entry.address, CONNECT_S).close()
+        except (OSError, UsageError) as problem:
+            return str(problem)
         return None
 
     def refuse_without_rights(self) -> None:
@@ -4859,10 +4843,10 @@ class Switch:
         color, before = self.entry.color, self.entry.before
         probed = ""
         if self.rule.probe:
-            status = probe_url(self.rule.probe)
-            if not 200 <= status < 400:
-                raise UpdaterError(f"{self.rule.probe} answers {status}")
-            probed = f"{self.rule.probe} answers {status}; "
+            try:
+                probed = f"{self.rule.probe} answers {probe_http(self.rule.probe, CONNECT_S)}; "
+            except (CheckFailed, OSError, http_client.HTTPException) as problem:
+                raise UpdaterError(f"{self.rule.probe}: {problem}") from problem
         if not self.live:
             return probed or "neither socket nor probe: nothing was proved"
         deadline = time.monotonic() + PROOF_S
@@ -4876,8 +4860,9 @@ class Switch:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        if decide_traffic(rows) != [new["svname"]] or (problem := self.connect_problem()):
-            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {problem or ''}".rstrip())
+        refused = self.connect_problem()
+        if refused or decide_traffic(rows) != [new["svname"]]:
+            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {refused or ''}".rstrip())
         return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
 
     def undo(self) -> bool:
@@ -6090,8 +6075,8 @@ class Registry:
         self.machines[hello.machine] = known
         self.save()
 
-    def hosts(self) -> list[HostRef]:
-        """Every host of the fleet with its label, the master's own first."""
+    def hosts(self, everyone: bool = False) -> list[HostRef]:
+        """Every host of the fleet with its label, the master's own first; `everyone`: as if all took deployments."""
         known = [machine for machine in self.machines.values() if not machine.forgotten]
         known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
         labels = assign_labels([(host.address, host.name, host.machine) for host in known])
@@ -6099,7 +6084,8 @@ class Registry:
         for label, host in zip(labels, known, strict=True):
             rule = host_rule(self.config.config, host.address, host.name)
             online = host.machine in self.agents
-            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
+            deploys = rule.deploy or everyone
+            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys))
         return hosts
 
     def check_adoption(
@@ -6123,7 +6109,7 @@ class Registry:
 
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
-        hosts = select_targets(target, [replace(host, deploys=True) for host in self.hosts()])
+        hosts = select_targets(target, self.hosts(everyone=True))
         if online := [host.label for host in hosts if host.online]:
             what = f"{', '.join(online)} is online and would only come back"
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
@@ -6167,7 +6153,13 @@ class Registry:
     async def active_for(self, target: str) -> str | None:
         """The colour that has the traffic, where TARGET needs to know."""
         words = {part.strip() for part in target.split(",")}
-        return (await self.ask_traffic())["active"] if words & {"active", "standby"} else None
+        if not words & {"active", "standby"}:
+            return None
+        traffic = await self.ask_traffic()
+        if traffic["active"] is None:
+            why = "; ".join(traffic["warnings"]) or "there is no [haproxy] in the configuration"
+            raise TargetError(f"nobody knows which host is {target}", why)
+        return str(traffic["active"])
 
     def on_traffic_step(self, agent: AgentLink, job: JobRecord) -> None:
         """A job waits for the master's word on the traffic."""
@@ -6489,8 +6481,7 @@ class Master:
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
-        known = [replace(host, deploys=host.deploys or not deploys) for host in self.registry.hosts()]
-        hosts = select_targets(message.target, known, active)
+        hosts = select_targets(message.target, self.registry.hosts(not deploys), active)
         if message.kind is Kind.UPGRADE:
             self.require_free(hosts)
             message = replace(message, options=self.door.handout.offer(self.config))
@@ -6665,8 +6656,6 @@ class Desk:
     ) -> None:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
-            case Submit() if message.kind in GATES and self.master.load(message.run) is None:
-                group.create_task(self.submit_gated(link, message, by))
             case Submit():
                 self.start(group, link, self.submit(message, by))
             case Follow():
@@ -6679,15 +6668,6 @@ class Desk:
                 self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
-
-    async def submit_gated(self, link: Link, message: Submit, by: str) -> None:
-        """An order that hosts have to be asked about first."""
-        try:
-            link.post(self.master.submit(await GATES[message.kind](self, message), by))
-        except UpdaterError as problem:
-            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
-        except OSError as problem:
-            link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
@@ -6742,7 +6722,9 @@ class Desk:
             self.open -= 1
 
     async def submit(self, message: Submit, by: str) -> RunRecord:
-        """Start a run; whom it means may depend on the traffic of this moment."""
+        """Start a run; whom it means may depend on the traffic of this moment, and whether it may start, on hosts."""
+        if message.kind in GATES and self.master.load(message.run) is None:
+            message = await GATES[message.kind](self, message)
         return self.master.submit(message, by, await self.master.registry.active_for(message.target))
 
     async def answer(self, ask: Ask) -> Answer:
@@ -6758,7 +6740,7 @@ class Desk:
     async def health(self, args: dict[str, Any]) -> dict[str, Any]:
         """What the configured checks see on the hosts of TARGET, the data node included."""
         target = str(args.get("target") or "all")
-        hosts = [replace(host, deploys=True) for host in self.master.registry.hosts()]
+        hosts = self.master.registry.hosts(everyone=True)
         chosen = select_targets(target, hosts, await self.master.registry.active_for(target))
         rows = await self.master.registry.check_health(chosen)
         return {"ok": all(row["ok"] for row in rows), "checks": rows}
@@ -6950,66 +6932,47 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def haproxy_host(master: Master) -> tuple[HaproxyRule, HostRef]:
-    """[haproxy] and the host that it names, which may take no deployments. Raises UpdaterError."""
-    rule = master.config.config.haproxy
-    if rule is None:
-        raise UsageError("there is no [haproxy] in the configuration", "it says which host's HAProxy has the traffic")
-    hosts = [replace(host, deploys=True) for host in master.registry.hosts()]
-    host = select_targets(rule.host, hosts)[0]
-    if not host.online:
-        raise TargetError(f"{host.label} is offline, and its HAProxy has the traffic", "start its service")
-    return rule, host
-
-
-async def ask_traffic(master: Master) -> dict[str, Any]:
-    """Where HAProxy sends the traffic, as its host answers. Raises UpdaterError."""
-    _, host = haproxy_host(master)
-    agent = master.agents.get(host.machine)
-    answer = await agent.ask("traffic", {}, ANSWER_S / 2) if agent else None
-    if answer is None or "error" in answer:
-        raise GuardError(f"{host.label} does not say where the traffic goes", str((answer or {}).get("error", "")))
-    return answer
-
-
-def refuse_busy(master: Master, machines: Container[str], doing: str) -> None:
+def refuse_busy(master: Master, machines: Container[str]) -> None:
     """Raise GuardError where a job runs or waits on one of these hosts."""
-    for run in master.runs.values():
-        for job in run.jobs.values():
-            if job.machine in machines and job.state not in FINAL:
-                raise GuardError(f"{doing}: run {job.run} is {job.state} on {job.host}", "wait for it, or cancel it")
+    for job in (job for run in master.runs.values() for job in run.jobs.values()):
+        if job.machine in machines and job.state not in FINAL:
+            raise GuardError(f"run {job.run} ({job.kind}) is {job.state} on {job.host}", "wait for it, or cancel it")
 
 
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
     """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
     Returns the order with its host and colour. Raises UpdaterError."""
-    master, options = desk.master, order.options
-    color, forced = options.get("color"), bool(options.get("force") or options.get("dry_run"))
+    master, registry, options = desk.master, desk.master.registry, order.options
+    rule, color = master.config.config.haproxy, options.get("color")
     if color not in (*COLORS, "standby"):
         raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
-    _, data = haproxy_host(master)
-    files = {key: row["file"] for key, row in (await ask_traffic(master))["servers"].items()}
+    if rule is None:
+        raise UsageError("there is no [haproxy] in the configuration", "it says whose HAProxy has the traffic")
+    hosts = registry.hosts(everyone=True)
+    data = select_targets(rule.host, hosts)[0]
+    if not data.online:
+        raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
+    files = {key: row["file"] for key, row in (await registry.ask_traffic())["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
-    workers = [host for host in master.registry.hosts() if host.color in COLORS]
-    standbys = [host for host in workers if host.color == color]
-    if not forced and files.get(str(color)) != "active":
-        for host in standbys:
-            await refuse_unfit(desk, host, options.get("commit"))
+    free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
+    await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
     if not options.get("dry_run"):
-        refuse_busy(master, {data.machine, *(host.machine for host in workers)}, "no switch now")
+        refuse_busy(master, {data.machine, *(host.machine for host in hosts if host.color)})
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
-async def refuse_unfit(desk: Desk, host: HostRef, commit: Any) -> None:
+async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> None:
     """Raise GuardError where a standby is not healthy, or has not the commit that was to take the traffic."""
-    agent = desk.master.agents.get(host.machine)
-    facts = await agent.ask("status", {"address": host.address}, ANSWER_S / 2) if agent else None
-    if facts is None:
-        raise GuardError(f"{host.label} ({host.color}) does not answer", "repair it first, or use --force")
-    if commit and facts.get("commit") != commit:
-        what = f"{host.label} ({host.color}) has commit {facts.get('commit')} and not {str(commit)[:64]}"
-        raise GuardError(what, "deploy it again, or use --force")
+    hint = "repair it first; --force switches all the same"
+    for check in await desk.master.registry.check_health(standbys):
+        if not check["ok"]:
+            raise GuardError(f"{check['host']} is not healthy: {check['name']}: {check['detail']}", hint)
+    for host in standbys if commit else ():
+        agent = desk.master.agents.get(host.machine)
+        has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get("commit")
+        if has != commit:
+            raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
 
 
 # What has to be asked before an order is accepted.
@@ -8712,12 +8675,47 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
     return rows
 
 
-def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str) -> str:
-    """A first configuration; as TOML with what each key means."""
-    if form == "json":
-        data = {"masterUrl": master, "whitelist": list(allow), "deploy": {"command": list(command)}}
-        return render_config(data, "json")
-    return (
+_BLUE_GREEN = """\
+restart = ["estelle-valkey.service", "estelle-web.service", "estelle-webhook.service"]  # on the workers; see systemd/
+
+[hosts.yq-data]
+deploy = false  # HAProxy and MariaDB live here; no deployment touches it
+
+[hosts.yq-blue]
+color = "blue"
+
+[hosts.yq-green]
+color = "green"
+
+[haproxy]
+host = "yq-data"
+config = "/etc/haproxy/haproxy.cfg"
+backend = "yquant_backend"
+servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
+socket = "/run/haproxy/admin.sock"
+masterSocket = "/run/haproxy-master.sock"
+reload = ["systemctl", "reload", "haproxy"]
+"""
+_WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
+_BLUE_GREEN_CHECKS = (  # name, what, where; certificate by the port, as the file with its key is root's alone
+    ("web", 'http = "http://127.0.0.1:2000/"', _WORKERS),
+    ("webhook", 'http = "http://127.0.0.1:6000/health"', _WORKERS),
+    ("valkey", 'valkey = "127.0.0.1:6379"', _WORKERS),
+    ("database", 'mariadb = "yq-data:3306"', _WORKERS),
+    ("web unit", 'systemd = "estelle-web.service"', _WORKERS),
+    ("webhook unit", 'systemd = "estelle-webhook.service"', _WORKERS),
+    ("valkey unit", 'systemd = "estelle-valkey.service"', _WORKERS),
+    ("mariadb", 'mariadb = "127.0.0.1:3306"', _DATA),
+    ("haproxy", 'tcp = "127.0.0.1:443"', _DATA),
+    ("certificate", 'certificate = "127.0.0.1:443"', _DATA),
+    ("catalog sync", 'systemd = "estelle-catalog-sync.timer"', _DATA),
+    ("disk", 'disk = "/"', ()),
+)
+
+
+def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str, blue_green: bool = False) -> str:
+    """A first configuration; as TOML with what each key means. `blue_green`: for two workers behind HAProxy."""
+    text = (
         "# Commit this file: every host reads it from its own clone.\n"
         f"masterUrl = {json.dumps(master)}  # the host that has this address is the master\n"
         "# Who may connect: addresses and networks (121.0.0.0/24). Nobody is allowed implicitly.\n"
@@ -8726,6 +8724,60 @@ def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: s
         f"command = [{', '.join(map(json.dumps, command))}]  # what runs after the pull, in the repository\n"
         "timeout = 1800  # seconds for one step\n"
     )
+    text += _BLUE_GREEN if blue_green else ""
+    for name, what, hosts in _BLUE_GREEN_CHECKS if blue_green else ():
+        text += f"\n[[health]]\nname = {json.dumps(name)}\n{what}\n"
+        text += f"hosts = {json.dumps(hosts)}\n" if hosts else ""
+    return text if form == "toml" else render_config(tomllib.loads(text), "json")
+
+
+def plan_ports(
+    config: Config, address: str | None, hostname: str, master: bool, subnet: str
+) -> list[tuple[str, str, str]]:
+    """The strategy's table of ports for one host: (who may come, a network or a word; port; what listens there)."""
+    rule = host_rule(config, address, hostname)
+    ports = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
+    if config.haproxy and host_key(config.haproxy.host) in map(host_key, filter(None, (address, hostname, rule.name))):
+        ports += [
+            ("anybody", "80/tcp", "HAProxy: certbot, and the way to 443"),
+            ("anybody", "443/tcp", "HAProxy: webhooks"),
+        ]
+        ports += [(subnet, "3306/tcp", "MariaDB, for the workers"), ("tailscale", "8404/tcp", "HAProxy: statistics")]
+    if rule.color:
+        ports += [(subnet, "6000/tcp", "webhooks, from HAProxy"), ("tailscale", "2000/tcp", "dashboard")]
+        ports += [("nobody", "6379/tcp", "Valkey, bound to 127.0.0.1")]
+    if master:
+        own = [entry for entry in map(parse_network, config.whitelist) if not entry.is_loopback]
+        ports += [(str(entry), f"{config.master_url.port}/tcp", "estelle-updater, whitelisted") for entry in own]
+    return ports
+
+
+def render_firewall(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> str:
+    """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that go with them."""
+    lines = ["firewall-cmd --permanent --new-zone=tailscale || true  # it may be there"]
+    lines.append("firewall-cmd --permanent --zone=tailscale --add-interface=tailscale0")
+    cloud = ["", "# The cloud's rules (VCN, ingress, stateful); what comes by Tailscale needs none:"]
+    for who, port, what in plan_ports(config, address, hostname, master, subnet):
+        number, _, protocol = port.partition("/")
+        network = parse_network(who) if who[0].isdigit() or ":" in who else None
+        by_vpn = who == "tailscale" or (
+            network and network.overlaps(parse_network(TAILSCALE)) and network.prefixlen > 9
+        )
+        zone = " --zone=tailscale" if by_vpn else ""
+        if network:
+            accept = f'source address="{network}" port port="{number}" protocol="{protocol}" accept'
+            lines.append(
+                f"firewall-cmd --permanent{zone} --add-rich-rule='rule family=\"ipv{network.version}\" {accept}'"
+            )
+        elif who == "nobody":
+            lines.append(f"# {port} stays closed: {what}")
+            continue
+        else:
+            lines.append(f"firewall-cmd --permanent{zone} --add-port={port}  # {what}")
+        if not by_vpn:
+            cloud.append(f"#   {network or '0.0.0.0/0'} -> {port}  {what}")
+    lines.append("firewall-cmd --permanent --remove-service=ssh  # last, and only once SSH by Tailscale works")
+    return "\n".join([*lines, "firewall-cmd --reload", *cloud])
 
 
 def is_address(text: str) -> bool:
@@ -9798,7 +9850,7 @@ def init_config(args: Args) -> int:
     has_script = "deploy:release" in (read_json(repo / "package.json") or {}).get("scripts", {})
     command = ["pnpm", "deploy:release"] if has_script or not (repo / "deploy.sh").exists() else ["sh", "deploy.sh"]
     path.parent.mkdir(exist_ok=True)
-    text = init_text(str(url).removesuffix("/"), allow, command, args.format)
+    text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
     parse_config(text, str(path), args.format)
     path.write_text(text, "utf-8")
     say(f"wrote {path}\nnext: {commit_config(path, 'Configure estelle-updater', args.commit)}")
@@ -10281,6 +10333,7 @@ COMMANDS = (
         option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
         option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
         option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
+        option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
         option("--dry-run", action="store_true", help="convert: print the result only"),
         option("--commit", action="store_true", help="init: commit and push the file"),
     )),
