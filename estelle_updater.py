@@ -16,6 +16,7 @@
 | 6  | Journal            | offsets, what to send, what to accept, run and job states              |
 | 7  | Pipeline           | plan a deployment as argument tuples, read versions out of output      |
 | 8  | HAProxy text       | read and rewrite the backend's servers, read what HAProxy says         |
+| 9  | MCP                | the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)       |
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
@@ -25,10 +26,10 @@
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build, demo                                                            |
+| 20 | Tools              | build, demo, setup, doctor                                             |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
-A section uses only names from sections above it. Sections 1 to 8 are pure: time, bytes and randomness come in as
+A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and randomness come in as
 arguments, and nothing there touches a socket, file, process, clock, environment or terminal.
 
 The one idea: a job's log is a file whose byte offset is the sequence number, and everything else (streaming, resuming,
@@ -57,7 +58,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
 __version__ = "0.1.0"
 
@@ -83,9 +84,11 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import calendar
     import ctypes
     import getpass
     import hashlib
+    import hmac
     import http.client as http_client
     import importlib.metadata as importlib_metadata
     import importlib.util as importlib_util
@@ -105,12 +108,15 @@ if TYPE_CHECKING:
     import urllib.parse as urllib_parse
     import urllib.request as urllib_request
     import zipfile
+    from collections.abc import Generator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 else:
     asyncio = _Lazy("asyncio")
+    calendar = _Lazy("calendar")
     ctypes = _Lazy("ctypes")
     getpass = _Lazy("getpass")
     hashlib = _Lazy("hashlib")
+    hmac = _Lazy("hmac")
     http_client = _Lazy("http.client")
     importlib_metadata = _Lazy("importlib.metadata")
     importlib_util = _Lazy("importlib.util")
@@ -210,12 +216,26 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
-TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
+PROGRESS_CHARS = 4000  # of a burst of lines, the last ones
+TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
+TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
 MESSAGE_BYTES = 4 << 20
 RUNNER_LOG_BYTES = 1 << 20
-REFUSED_KEPT = 10_000  # addresses whose refusals are counted
+INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
+HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
+WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
+
+# What one address, agent or commander can make the master hold
+REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
+HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
+CONNECTIONS = 512  # of one address
+FILES = 8192  # open at once, all connections together
+CHANNELS = 256  # logs being received from one agent
+QUESTIONS_OPEN = 32  # of one commander
+MACHINES = 256  # machine ids of one address
+ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
@@ -231,6 +251,7 @@ SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
+EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
@@ -238,6 +259,9 @@ LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, an
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
+MCP_CALLS = 32  # at once: more is a client gone wild
+MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
+MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
@@ -251,6 +275,7 @@ RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
 TICK_S = CONFIG_LOOK_S = 1.0
 BUSY_RETRY_S = 2.0
@@ -259,6 +284,8 @@ LOST_S = 900.0  # without a connection a running job counts as lost, which relea
 DISK_RETRY_S = 5.0
 HISTORY_ROWS = 1000
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
+INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
+INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
 
@@ -855,6 +882,7 @@ class DeployRule:
     restart: Annotated[tuple[str, ...], _units] = ()
     timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
     version: Annotated[str, _text] = "config/version.json"
+    secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1102,6 +1130,8 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     for i, notify in enumerate(config.notify):
         if re.search(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)", notify.url or ""):
             warnings.append(f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv")
+    if config.tls.cert and not config.master_url.secure:
+        warnings.append("tls: masterUrl is ws://, so nothing is encrypted; write wss:// there")
     if config.token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", config.token_file):
         warnings.append(f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not")
     if config.updater.sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", config.updater.sha256):
@@ -1247,8 +1277,9 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     return dict(_unquoted(*match.groups()) for _, match in matches if match)
 
 
-def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
-    """What no log may show: values under names that look secret, every line of them, and passwords in any URL.
+def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
+    """What no log may show: values under names that look secret or are `named`, every line of them, and passwords in
+    any URL.
 
     Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
     """
@@ -1256,7 +1287,7 @@ def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
 
     found: set[str] = set()
     for name, value in (item for environment in environments for item in environment.items()):
-        if _SECRET_NAME.match(name):
+        if name in named or _SECRET_NAME.match(name):
             found.update((value, value.strip(), *value.splitlines()))
         for password in _URL_PASSWORD.findall(value):
             found.update((password, unquote(password)))
@@ -1293,6 +1324,22 @@ class Welcome:
     label: str
     nonce: str
     features: list[str] = field(default_factory=list)
+    proof: str = ""  # that the master knows the token too
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """Master to whoever said `Hello`, where there is a token: prove that you know it."""
+
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The answer to `Challenge`; the master has to prove the same with `nonce` in its `Welcome`."""
+
+    nonce: str
+    proof: str
 
 
 @dataclass(frozen=True)
@@ -1469,8 +1516,8 @@ class Notice:
 
 
 MESSAGES: tuple[type, ...] = (
-    Hello, Welcome, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken, Submit, Follow, Ask,
-    Answer, Notice,
+    Hello, Welcome, Challenge, Proof, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken,
+    Submit, Follow, Ask, Answer, Notice,
 )  # fmt: skip
 VERBS: dict[str, type] = {cls.__name__.removesuffix("Record").lower(): cls for cls in MESSAGES}
 VERB_OF = {cls: verb for verb, cls in VERBS.items()}
@@ -1529,6 +1576,42 @@ def _fits(annotation: str, value: Any) -> bool:
     return annotation == "Any" or type(value).__name__ == annotation
 
 
+def make_proof(token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> str:
+    """That `side` ("client" or "master") knows the token, which itself is never sent.
+
+    Both nonces keep it from being used again, `side` from being sent back, and the hello's part from another's use.
+    """
+    words = [side, hello.role, hello.machine, hello.nonce, challenge, nonce]
+    return hmac.digest(token, json.dumps(words).encode(), "sha256").hex()
+
+
+def check_proof(proof: str, token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> bool:
+    """Whether `proof` is what `make_proof` makes, in a time that tells nothing about where they differ."""
+    return hmac.compare_digest(proof.encode(), make_proof(token, side, hello, challenge, nonce).encode())
+
+
+def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, Any, Welcome]:
+    """What a client says until it is welcomed: yields each message, is sent its answer, and returns the welcome.
+
+    With a token, a master that does not prove that it knows it is told nothing more. Raises RefusedError,
+    ProtocolError.
+    """
+    reply = yield hello
+    challenge = reply.nonce if isinstance(reply, Challenge) else ""
+    if isinstance(reply, Challenge):
+        if token is None:
+            raise RefusedError("the master asks for a token, and there is none here", _TOKEN_HINT)
+        reply = yield Proof(nonce, make_proof(token, "client", hello, challenge, nonce))
+    if isinstance(reply, Refuse):
+        raise RefusedError(reply.what, reply.hint)
+    if not isinstance(reply, Welcome):
+        raise ProtocolError("no welcome from the master")
+    if token and not (challenge and check_proof(reply.proof, token, "master", hello, challenge, nonce)):
+        raise RefusedError("whoever answers at masterUrl does not know our token", _TOKEN_HINT)
+    return reply
+
+
+_TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
 CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
@@ -1546,6 +1629,8 @@ def decode_chunk(frame: bytes) -> tuple[int, int, bytes]:
         raise ProtocolError("a binary frame of an unknown form")
     form, channel, offset = CHUNK_HEADER.unpack_from(frame)
     data = frame[CHUNK_HEADER.size :]
+    if len(data) > CHUNK_BYTES:
+        raise ProtocolError("a binary frame of more than a chunk")
     if form == 2:
         inflater = zlib.decompressobj()
         try:
@@ -1665,6 +1750,27 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per host and kind of order, out of the rows of `history`: how many ended how, the median seconds of those that
+    succeeded, and how often which step was the one that failed."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for job in row["hosts"]:
+            if job["state"] in FINAL:
+                groups.setdefault((job["host"], row["kind"]), []).append(job)
+    stats = []
+    for (host, kind), jobs in sorted(groups.items()):
+        seconds = sorted(job["seconds"] for job in jobs if job["ok"] and job["seconds"] is not None)
+        middle = seconds[(len(seconds) - 1) // 2 : len(seconds) // 2 + 1]
+        states = Counter(job["state"] for job in jobs)
+        steps = Counter(job["step"] for job in jobs if job["step"] and not job["ok"])
+        stats.append(
+            {"host": host, "kind": kind, "runs": len(jobs), "ok": states.pop(State.SUCCEEDED, 0), "states": states,
+             "median_s": round(sum(middle) / len(middle), 3) if middle else None, "steps": dict(steps.most_common())}
+        )  # fmt: skip
+    return stats
+
+
 def run_of_job(job: JobRecord) -> RunRecord:
     """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
     return RunRecord(
@@ -1770,9 +1876,16 @@ def parse_version_file(data: bytes) -> str | None:
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
+URL_SECRET = re.compile(
+    rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))"
+)  # user:password@ or token@
+URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
+
+
 class Masker:
     """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
-    `***`. A tail that could begin a secret is held back until the next byte or `flush`."""
+    `***`. A tail that could begin a secret is held back until the next byte or `flush`. Passwords in URLs are secrets,
+    whoever prints them."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
@@ -1782,7 +1895,9 @@ class Masker:
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
         data = self._held + data
-        return self._write(data, min((self._tail(data, value) for value in self._values), default=len(data)))
+        hold = min((self._tail(data, value) for value in self._values), default=len(data))
+        url = URL_BEGUN.search(data, max(0, len(data) - 515))
+        return self._write(data, min(hold, url.start()) if url else hold)
 
     def flush(self) -> bytes:
         """The tail that turned out to be no secret."""
@@ -1798,7 +1913,9 @@ class Masker:
 
     def _write(self, data: bytes, hold: int) -> bytes:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
-        spans = []
+        urls = [(match.start(), match.span(match.lastindex or 0)) for match in URL_SECRET.finditer(data)]
+        hold = min((start for start, (_, end) in urls if start < hold < end), default=hold)  # `://` and all
+        spans = [span for start, span in urls if start < hold]
         for value in self._values:
             start = data.find(value)
             while 0 <= start < hold:
@@ -2150,6 +2267,276 @@ def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles
 
 
 # ==============================================================================
+# 9. MCP: the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)
+# ==============================================================================
+
+
+MCP_MODERN = ("2026-07-28",)  # stateless: every request carries its version in `_meta`
+MCP_OLDER = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begun by `initialize`
+_MCP_META = "io.modelcontextprotocol/"
+_PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = -32700, -32600, -32601, -32602, -32022
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
+}  # fmt: skip
+
+
+class JsonRpcError(Exception):
+    """A request that is no proper one, as the protocol answers it."""
+
+    def __init__(self, code: int, message: str, data: Any = None) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message} | ({} if data is None else {"data": data})
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a model may call. `effect` is how it is announced: it reads, it changes, or changes but once."""
+
+    name: str
+    effect: str  # "reads", "changes" or "stops"
+    description: str
+    takes: dict[str, dict[str, Any]]
+    needs: tuple[str, ...]
+    gives: dict[str, Any]
+
+    def render(self, require_plan: bool = False) -> dict[str, Any]:
+        """The tool as `tools/list` has it."""
+        reads = self.effect == "reads"
+        needs = [*self.needs, *["plan"] * (require_plan and "plan" in self.takes)]
+        return {
+            "name": self.name, "description": self.description, "outputSchema": self.gives,
+            "inputSchema": {
+                "type": "object", "properties": self.takes, "required": needs, "additionalProperties": False,
+            },
+            "annotations": {
+                "readOnlyHint": reads, "destructiveHint": not reads, "idempotentHint": self.effect != "changes",
+                "openWorldHint": False,
+            },
+        }  # fmt: skip
+
+
+def _a_text(description: str, **more: Any) -> dict[str, Any]:
+    return {"type": "string", "maxLength": 500, "description": description, **more}
+
+
+def _a_flag(description: str, default: bool) -> dict[str, Any]:
+    return {"type": "boolean", "description": description, "default": default}
+
+
+def _a_number(description: str, low: int, high: int, default: int) -> dict[str, Any]:
+    return {"type": "integer", "description": description, "minimum": low, "maximum": high, "default": default}
+
+
+def _answer(row: str, *names: str, **types: str) -> dict[str, Any]:
+    """The schema of an answer: `names` are there and strings, `types` there and of these types; `row` lists rows."""
+    properties: dict[str, Any] = {name: {"type": "string"} for name in names}
+    properties |= {name: {"type": kind.split("/")} for name, kind in types.items()}
+    if row:
+        host = {"type": "object", "properties": {"host": {"type": "string"}}}
+        properties[row] = {"type": "array", "items": host}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas")
+_BRANCH = _a_text("a branch, a tag or a full commit id")
+_COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
+_RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+_PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
+_ORDER = {
+    "plan": _PLAN_ID,
+    "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
+    "wait": _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True),
+}
+_RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
+TOOLS = (
+    Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
+        "Answers with each host's result, and the last lines of what failed.",
+        {"target": _TARGET, "branch": _BRANCH, **_ORDER}, ("target", "branch"), _RUN_ANSWER),
+    Tool("status", "reads", "The fleet now: who is online, what is checked out, which colour has the traffic, what "
+        "runs.", {}, (), _answer("hosts", master="object")),
+    Tool("plan", "reads", "What update, rollback, release or switch would do on each host, and what would be refused, "
+        "without doing it: commits that arrive, files that change, local changes in the way, a job that runs. Its id "
+        "stays good while it is fresh and still true. A release is planned as an update of the target standby.",
+        {"action": _a_text("default: update", enum=["update", "rollback", "switch"]), "target": _TARGET,
+         "branch": _a_text("for update: a branch, a tag or a full commit id"),
+         "to": _a_text("for rollback: a commit; default: the newest that succeeded before"), "color": _COLOR},
+        (), _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean")),
+    Tool("logs", "reads", "What a run's commands wrote, from a cursor on, and each host's state.",
+        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=9999),
+         "tail": _a_flag("without a cursor: only the end", False),
+         "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
+         "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
+        ("run",), _answer("hosts", "run", "cursor", done="boolean")),
+    Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
+        {"count": _a_number("how many", 1, 100, 10)}, (), _answer("runs")),
+    Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
+        {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
+    Tool("health", "reads", "Run the configured health checks on the hosts.",
+        {"target": _TARGET}, (), _answer("hosts")),
+    Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
+        {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
+    Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
+        {"branch": _BRANCH, "plan": _PLAN_ID}, ("branch",), _RUN_ANSWER),
+    Tool("rollback", "changes", "Back to the newest commit that succeeded before the one checked out now, per host.",
+        {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER}, (), _RUN_ANSWER),
+)  # fmt: skip
+
+
+def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "arguments") -> list[str]:
+    """Everything that is wrong with a value, in sentences that say what it should be."""
+    kinds = _JSON_TYPES[schema["type"]]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return [f"{where} must be of type {schema['type']}, not {_shown(value)}"]
+    if isinstance(value, dict):
+        known = schema["properties"]
+        problems = [f"{name} is missing" for name in schema["required"] if name not in value]
+        for name, item in value.items():
+            problems += schema_problems(known[name], item, name) if name in known else [f"there is no {_shown(name)}"]
+        return problems
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{where} must be one of {', '.join(schema['enum'])}, not {_shown(value)}"]
+    size = len(value) if isinstance(value, str) else 0
+    if not schema.get("minLength", 0) <= size <= schema.get("maxLength", size):
+        return [f"{where} must have {schema.get('minLength', 0)} to {schema['maxLength']} characters, not {size}"]
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], str(value)):
+        return [f"{where} can't be {_shown(value)}: {schema['description']}"]
+    if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
+        return [f"{where} must be from {schema['minimum']} to {schema['maximum']}, not {_shown(value)}"]
+    return []
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model waits for."""
+
+    id: str | int
+    tool: str
+    arguments: Any
+    token: str | int | None  # progress is sent only to a client that gave one
+    modern: bool
+
+
+class McpSession:
+    """One client's conversation: lines in; answers out, calls to do and calls that nobody waits for any more.
+
+    Each request tells its era by itself: 2026-07-28 has its version in `_meta`; without one, `initialize` came before.
+    """
+
+    def __init__(self, tools: Sequence[dict[str, Any]], instructions: str, version: str) -> None:
+        self.tools, self.instructions = {tool["name"]: tool for tool in tools}, instructions
+        self.info = {"name": "estelle-updater", "version": version}
+        self.older = ""  # the revision that `initialize` agreed on
+        self.calls: dict[str | int, ToolCall] = {}
+
+    def feed(self, line: bytes) -> tuple[list[dict[str, Any]], list[ToolCall], list[str | int]]:
+        """(answers, calls to begin, ids of calls to give up) for one line."""
+        try:
+            data = json.loads(line.decode(), parse_constant=lambda word: float(word + "!"))  # NaN is no JSON
+        except (ValueError, RecursionError):
+            return [self.failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
+        batch = data if isinstance(data, list) and self.older == "2025-03-26" and data else [data]
+        answers: list[dict[str, Any]] = []
+        begun, ended = list(self.calls), list[str | int]()
+        for item in batch:
+            answer, stop = self.take(item)
+            answers += [answer] if answer else []
+            ended += [] if stop is None else [stop]
+        return answers, [call for name, call in self.calls.items() if name not in begun], ended
+
+    def take(self, item: Any) -> tuple[dict[str, Any] | None, str | int | None]:
+        """One message: its answer if there is one by now, and the id of a call to give up."""
+        number = item.get("id") if isinstance(item, dict) else None
+        number = number if type(number) in (str, int) else None
+        try:
+            if not isinstance(item, dict) or item.get("jsonrpc") != "2.0":
+                raise JsonRpcError(_INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
+            if "method" not in item and ("result" in item or "error" in item):
+                return None, None  # an answer, and nothing was asked
+            method, params = item.get("method"), {} if item.get("params") is None else item["params"]
+            if not isinstance(method, str) or not isinstance(params, dict) or ("id" in item and number is None):
+                raise JsonRpcError(_INVALID_REQUEST, "method is a text, params an object, id a text or a whole number")
+            if number is None:
+                gone = params.get("requestId") if method == "notifications/cancelled" else None
+                given_up = isinstance(gone, str | int) and self.calls.pop(gone, None) is not None
+                return None, gone if given_up else None
+            if number in self.calls:
+                raise JsonRpcError(_INVALID_REQUEST, f"a request with the id {_shown(number)} is still open")
+            return self.answer(number, method, params), None
+        except JsonRpcError as problem:
+            return self.failure(number, problem), None
+
+    def answer(self, number: str | int, method: str, params: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer to a request; None for a tool's call, whose answer comes later. Raises JsonRpcError."""
+        meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+        if method == "initialize" or (method == "ping" and _MCP_META + "protocolVersion" not in meta):
+            return self.success(number, self.initialize(params) if method == "initialize" else {}, False)
+        modern = self.judge_era(method, meta)
+        if method == "server/discover" and modern:
+            found = {"supportedVersions": list(MCP_MODERN), **self.introduction(), "ttlMs": 0, "cacheScope": "private"}
+            return self.success(number, found, modern)
+        if method == "tools/list":
+            cache = {"ttlMs": 0, "cacheScope": "private"} if modern else {}
+            return self.success(number, {"tools": list(self.tools.values()), **cache}, modern)
+        if method != "tools/call":
+            raise JsonRpcError(_NO_METHOD, f"there is no method {_shown(method)}")
+        name, arguments, token = params.get("name"), params.get("arguments", {}), meta.get("progressToken")
+        if not isinstance(name, str) or name not in self.tools:
+            raise JsonRpcError(_INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools))
+        call = ToolCall(number, name, arguments, token if type(token) in (str, int) else None, modern)
+        self.calls[number] = call
+        if problems := schema_problems(self.tools[name]["inputSchema"], arguments):
+            return self.finish(call, "error: " + "; ".join(problems), True)
+        return None
+
+    def judge_era(self, method: str, meta: dict[str, Any]) -> bool:
+        """Whether a request is of the stateless revision. Raises JsonRpcError for one of neither era."""
+        version_key, capabilities_key = (_MCP_META + key for key in ("protocolVersion", "clientCapabilities"))
+        if version_key not in meta and (not self.older or method == "server/discover"):
+            raise JsonRpcError(_INVALID_PARAMS, f"params._meta must have {version_key}; or begin with initialize")
+        if version_key not in meta:
+            return False
+        version = meta[version_key]
+        if not isinstance(version, str) or not isinstance(meta.get(capabilities_key), dict):
+            what = f"{version_key} is a text, and {capabilities_key} an object"
+            raise JsonRpcError(_INVALID_PARAMS, f"params._meta is incomplete: {what}")
+        if version not in MCP_MODERN:
+            data = {"supported": list(MCP_MODERN), "requested": version}
+            raise JsonRpcError(_UNSUPPORTED, "unsupported protocol version", data)
+        return True
+
+    def introduction(self) -> dict[str, Any]:
+        return {"capabilities": {"tools": {}}, "serverInfo": self.info, "instructions": self.instructions}
+
+    def initialize(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The older revisions' handshake."""
+        asked = params.get("protocolVersion")
+        if not isinstance(asked, str):
+            raise JsonRpcError(_INVALID_PARAMS, "protocolVersion is missing")
+        self.older = asked if asked in MCP_OLDER else MCP_OLDER[-1]
+        return {"protocolVersion": self.older, **self.introduction()}
+
+    def success(self, number: str | int, result: dict[str, Any], modern: bool) -> dict[str, Any]:
+        if modern:
+            result = {"resultType": "complete", **result, "_meta": {_MCP_META + "serverInfo": self.info}}
+        return {"jsonrpc": "2.0", "id": number, "result": result}
+
+    @staticmethod
+    def failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
+        return {"jsonrpc": "2.0", "id": number, "error": problem.error}
+
+    def finish(self, call: ToolCall, answer: dict[str, Any] | str, wrong: bool) -> dict[str, Any] | None:
+        """A call's answer: an object that keeps the tool's schema, or words; None if nobody waits for it any more."""
+        if self.calls.get(call.id) is not call:
+            return None
+        del self.calls[call.id]
+        text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        result: dict[str, Any] = {"content": [{"type": "text", "text": text}], "isError": wrong}
+        if isinstance(answer, dict):
+            result["structuredContent"] = answer
+        return self.success(call.id, result, call.modern)
+
+
+# ==============================================================================
 # 10. Files: atomic writes, append-only logs, locks, state folder, configuration
 # ==============================================================================
 
@@ -2336,7 +2723,7 @@ class DaemonLog:
             self._journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
     def _line(self, priority: int, word: str, text: str, args: tuple[Any, ...]) -> None:
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text % args if args else text)  # a peer's words stay in their line
+        text = terminal_text(text % args if args else text).replace("\n", " ")
         start = f"<{priority}>" if self._journal else time.strftime("%Y-%m-%d %H:%M:%S ") + word
         data = f"{start}{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
         with suppress(OSError, ValueError):
@@ -2395,11 +2782,13 @@ class StateFolder:
         self.runner_log = root / "runner.log"
         self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
+        self.index = root / "history.jsonl"
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
         try:
-            self.runs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.runs.mkdir(mode=0o700, exist_ok=True)
             probe = self.root / f".probe.{os.getpid()}"
             write_atomic(probe, b"")
             probe.unlink()
@@ -2463,43 +2852,98 @@ class StateFolder:
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
     def prune(self, keep: KeepRule, needed: Container[str], now: float) -> list[str]:
-        """Delete runs beyond `keep`, except those `needed`, those not over, and the last success of each host."""
+        """Delete runs beyond `keep`, except those `needed`, those not over, and each host's last success of a kind."""
         runs = self.run_ids()
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
-        old = [run for run in runs[: max(0, len(runs) - keep.runs)] if run not in needed]
-        old += [run for run in runs[max(0, len(runs) - keep.runs) :] if run < oldest and run not in needed]
+        excess = len(runs) - keep.runs
+        old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
         if not old:
             return []
-        jobs = {run: self.load_jobs(run) for run in runs}
-        last = {job.host: run for run in runs for job in jobs[run] if job.state is State.SUCCEEDED}
-        gone = [run for run in old if run not in last.values() and all(job.state in FINAL for job in jobs[run])]
-        for run in gone:
+        last: set[tuple[str, str]] = set()
+        for row in self.rows():
+            succeeded = {(job["host"], row["kind"]) for job in row["hosts"] if job["ok"]}
+            if succeeded - last or any(job["state"] not in FINAL for job in row["hosts"]):
+                old.discard(row["run"])
+            last |= succeeded
+        for run in old:
             shutil.rmtree(self.runs / run, ignore_errors=True)
-        return gone
+        if old:
+            lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
+            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+        return sorted(old)
 
-    def successes(self) -> dict[str, list[JobRecord]]:
+    def successes(self) -> dict[str, list[dict[str, Any]]]:
         """The deployments that succeeded, oldest first, per machine: its label may have been another one then."""
-        jobs = [job for run in self.run_ids() for job in self.load_jobs(run)]
-        found: dict[str, list[JobRecord]] = {}
-        for job in sorted(jobs, key=lambda job: job.ended or 0.0):
-            if job.state is State.SUCCEEDED and job.kind is Kind.DEPLOY and job.commit:
-                found.setdefault(job.machine, []).append(job)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in reversed(self.rows()):
+            for job in row["hosts"] if row["kind"] == Kind.DEPLOY else ():
+                if job["ok"] and job["commit"]:
+                    found.setdefault(row["machines"].get(job["host"], ""), []).append({"run": row["run"], **job})
         return found
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
+        inside = ("stamp", "nonce", "machines", "over")
+        return [{key: value for key, value in row.items() if key not in inside} for row in self.rows(count)]
+
+    def rows(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The newest runs, newest first. One that is over is a line of the index, for 10,000 folders take seconds.
+
+        The index only repeats what the folders say: a run whose folder changed since, or whose line is torn or
+        missing, is read anew, so it may be deleted at any time, and two processes may write to it.
+        """
+        indexed = self._indexed(None if count is None else INDEX_TAIL_BYTES)
         rows: list[dict[str, Any]] = []
+        new: list[bytes] = []
         for run in reversed(self.run_ids()):
-            if len(rows) >= count:
+            if len(rows) == count:
                 break
-            if record := self.load_run(run):
-                jobs = {job.host: job for job in self.load_jobs(run)}
-                results = [job_summary(jobs[host]) for host in record.hosts if host in jobs]
-                rows.append(
-                    {"run": run, "created": record.created, "by": record.by, "kind": record.kind,
-                     "target": record.target, "branch": record.branch, "hosts": results}
-                )  # fmt: skip
+            try:
+                stamp = (self.runs / run).stat().st_mtime_ns
+            except OSError:  # deleted meanwhile
+                continue
+            row = self._row_of_line(indexed[run][1]) if run in indexed and indexed[run][0] == stamp else None
+            if row is None and (row := self._row_of_folder(run, stamp)) and row["over"]:
+                new.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+            rows += [row] if row else []
+        if new:
+            with suppress(OSError), open(self.index, "ab") as file:
+                file.write(b"\n".join([b"", *reversed(new), b""]))  # a line end first: what is there may be torn
         return rows
+
+    def _indexed(self, tail_bytes: int | None = None) -> dict[str, tuple[int, bytes]]:
+        """The index's lines, or its last ones, by run, each with its folder's time; the last line of a run counts."""
+        found = {}
+        size = log_size(self.index)
+        for line in read_log(self.index, size - min(size, tail_bytes or size), size).splitlines():
+            if match := re.match(rb'\{"run":"([0-9a-f-]+)","stamp":([0-9]+),.*\}$', line):
+                found[match[1].decode()] = (int(match[2]), line)
+        return found
+
+    @staticmethod
+    def _row_of_line(line: bytes) -> dict[str, Any] | None:
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return None
+        return row
+
+    def _row_of_folder(self, run: str, stamp: int) -> dict[str, Any] | None:
+        """A run's line for the index. It is `over` where nobody, this host's agent included, still waits for anything
+        in it, and where the folder lay still for so long that the next change will show in its time."""
+        record = self.load_run(run)
+        if record is None:
+            return None
+        jobs = [job for job in self.load_jobs(run) if job.host in record.hosts]
+        jobs.sort(key=lambda job: record.hosts.index(job.host))
+        own = self.machine_id()
+        waiting = any(job.state not in FINAL or (job.machine == own and job.revision and not job.acked) for job in jobs)
+        over = len(jobs) == len(record.hosts) and not waiting and time.time_ns() - stamp > INDEX_AFTER_S * 1e9
+        return {
+            "run": run, "stamp": stamp, "over": over, "nonce": record.nonce, "created": record.created,
+            "by": record.by, "kind": record.kind, "target": record.target, "branch": record.branch,
+            "machines": record.machines, "hosts": [job_summary(job) for job in jobs],
+        }  # fmt: skip
 
     @staticmethod
     def _load(path: Path, cls: type[Any]) -> Any:
@@ -2514,10 +2958,19 @@ def _dump(record: Any) -> bytes:
     return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
 
 
+SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
+
+
 def default_state_folder(environ: Mapping[str, str]) -> Path:
-    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder."""
+    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder.
+
+    The system service's folder where that is this user's: a `deploy` by hand shares the job's lock with the daemon.
+    """
     if path := environ.get("ESTELLE_STATE") or environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]:
         return Path(path).absolute()
+    with suppress(OSError):
+        if os.name != "nt" and SYSTEM_STATE.stat().st_uid == os.getuid():
+            return SYSTEM_STATE
     if os.name == "nt":
         return Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
     return Path.home() / ".local/state/estelle-updater"
@@ -2585,6 +3038,9 @@ class ConfigFile:
             return None
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
+    def token(self) -> bytes | None:
+        return load_token(self.config, work_tree(self.path))
+
     def look(self) -> bool:
         """Called about once a second: True when new settings took effect."""
         stamp = self._stamp()
@@ -2603,6 +3059,97 @@ def work_tree(config_path: Path) -> Path:
         if (folder / ".git").exists():
             return folder
     return config_path.parent.parent
+
+
+def load_token(config: Config, tree: Path) -> bytes | None:
+    """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises ConfigError, without it."""
+    text, source = os.environ.get("ESTELLE_TOKEN", ""), "ESTELLE_TOKEN"
+    if not text and config.token_file:
+        source = f"tokenFile {tree / Path(config.token_file).expanduser()}"
+        try:
+            text = (tree / Path(config.token_file).expanduser()).read_text("utf-8-sig")
+        except (OSError, UnicodeError) as problem:
+            why = getattr(problem, "strerror", "") or "it is no text"
+            raise ConfigError(f"can't read {source}: {why}", _TOKEN_HINT) from None
+    elif not text:
+        return None
+    token = text.strip().encode()
+    if len(token) < TOKEN_BYTES:
+        raise ConfigError(f"the token in {source} has fewer than {TOKEN_BYTES} bytes", "openssl rand -hex 32")
+    return token
+
+
+def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
+    """How to connect to a wss:// master: trust [tls] ca or else the system's roots, and expect masterUrl's name, also
+    where `url` is the listener on the master's own host. Raises ConfigError."""
+    if not url.startswith("wss:"):
+        return {}
+    ca = tree / config.tls.ca if config.tls.ca else None
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as problem:
+        raise ConfigError(f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates") from None
+    return {"ssl": context, "server_hostname": config.master_url.host}
+
+
+_VALIDITY = re.compile(rb"(?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
+
+
+def certificate_end(data: bytes) -> float:
+    """When the first to end of the certificates in PEM or DER bytes does so, in seconds since 1970. Raises ValueError.
+
+    The standard library parses only certificates that it was shown in a handshake; a certificate's first two times
+    side by side are its validity (RFC 5280, 4.1).
+    """
+    blocks = re.findall("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", data.decode("latin-1"), re.DOTALL)
+    ends = []
+    for one in map(ssl.PEM_cert_to_DER_cert, blocks) if blocks else (data,):
+        if match := _VALIDITY.search(one):
+            short = (match[1] or b"").decode()  # two digits of the year, from 1950 to 2049
+            text = ("19" if short >= "5" else "20") + short if short else match[2].decode()
+            ends.append(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S")))
+    if not ends:
+        raise ValueError("no certificate in it")
+    return min(ends)
+
+
+class Certificate:
+    """The certificate of a wss:// master, read again when its files change, so that a renewal cuts nobody off.
+
+    `problem` says what will soon keep everybody out, or keeps a new certificate from being used.
+    """
+
+    def __init__(self, config: ConfigFile) -> None:
+        self.config = config
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.problem: str | None = None
+        self._stamp: object = None
+        self._ends = 0.0
+        self.look()
+        if self.problem and not self._ends:
+            raise UsageError(self.problem, "[tls] cert and key are PEM files that the serving user can read")
+
+    def look(self) -> None:
+        """Called about once a second."""
+        before, tree, rule = self.problem, work_tree(self.config.path), self.config.config.tls
+        cert, key = tree / (rule.cert or ""), tree / (rule.key or "")
+        try:
+            stats = [path.stat() for path in (cert, key)]
+            stamp = [cert, key, *((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)]
+            if stamp != self._stamp:
+                self._stamp = stamp
+                trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                for context in (trial, self.context):  # a pair that does not fit must not spoil the one in use
+                    context.load_cert_chain(cert, key, password="")  # or it would ask for one
+                self._ends, self.problem = certificate_end(cert.read_bytes()), None
+            elif self._ends and (left_s := self._ends - time.time()) < EXPIRY_S:
+                days = f"expires in {left_s // 86400:.0f} days" if left_s > 0 else "has expired"
+                self.problem = f"the certificate {cert} {days}"
+        except (OSError, ValueError) as problem:
+            self._stamp = None
+            self.problem = f"can't use the certificate {cert}: {getattr(problem, 'strerror', None) or problem}"
+        if self.problem and self.problem != before:
+            log.warning("%s", self.problem)
 
 
 # ==============================================================================
@@ -3304,7 +3851,12 @@ class Runner:
             self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        self.masker = Masker(secret_values(extra))
+        named = self.rule.secrets
+        secrets = secret_values(extra, {name: self.env.get(name, "") for name in named}, named=named)
+        with suppress(ConfigError):
+            token = load_token(config, tree)
+            secrets += (token.decode(),) if token else ()
+        self.masker = Masker(secrets)
 
     def warn_of_doors(self, config: Config) -> None:
         """A new whitelist may shut out this host, or who asked: better said before it takes effect."""
@@ -3562,25 +4114,8 @@ class CheckFailed(Exception):
     """What a check found instead of what it wants."""
 
 
-_VALIDITY = re.compile(  # X.509's two dates
-    rb"(?:\x17\x0d\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)"
-)
 _LEAST_FREE_PERCENT, _LEAST_DAYS = 10, 14  # certbot renews when 30 days are left
 _HTTP_BYTES = 1 << 20  # of a body, to look for `contains`
-
-
-def certificate_end(data: bytes) -> float:
-    """When the first certificate in PEM or DER bytes ends, in seconds since 1970. Raises CheckFailed."""
-    import base64
-    import calendar
-
-    if pem := re.search(rb"-----BEGIN CERTIFICATE-----([^-]*)-----END", data):
-        with suppress(ValueError):
-            data = base64.b64decode(pem[1])
-    if not (found := _VALIDITY.search(data)):
-        raise CheckFailed("no certificate in it")
-    digits = (found[2] or (b"20" if found[1] < b"5" else b"19") + found[1]).decode()
-    return float(calendar.timegm(time.strptime(digits, "%Y%m%d%H%M%S")))
 
 
 def _dial(endpoint: str, timeout_s: float) -> socket.socket:
@@ -4219,7 +4754,7 @@ WORK[Kind.SWITCH] = switch_traffic
 
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
-    "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
+    "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
     "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
 }  # fmt: skip
 CLIENT_OPTIONS: dict[str, Any] = {
@@ -4288,6 +4823,21 @@ class QueueWire:
         """Both ends live and die with this process."""
 
 
+async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
+    """Say hello, prove the token and have it proven. Raises RefusedError, ProtocolError, EOFError, TimeoutError."""
+    talk = greeting(hello, token, os.urandom(16).hex())
+    message = next(talk)
+    async with asyncio.timeout(WELCOME_S):
+        while True:
+            await wire.send(encode_message(message))
+            frame = await wire.recv()
+            try:
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+            except StopIteration as end:
+                welcome: Welcome = end.value
+                return welcome
+
+
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more than a window of
     unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Agent and master are both this."""
@@ -4301,10 +4851,14 @@ class Link:
         self._next_channel = 1
         self._wake = asyncio.Event()
         self._inbound: dict[int, Inbound] = {}
+        self._waiting_bytes = 0
 
     def post(self, message: Any) -> None:
-        """Send a message as soon as the connection takes it."""
+        """Send a message as soon as the connection takes it; who asks and asks and never reads is cut off."""
         self._control.append(encode_message(message))
+        self._waiting_bytes += len(self._control[-1])
+        if self._waiting_bytes > WAITING_BYTES:
+            self.wire.abort()
         self._wake.set()
 
     def open_log(self, run: str, host: str, path: Path) -> None:
@@ -4351,6 +4905,7 @@ class Link:
             self._wake.clear()
             while self._control or await self._write_chunks():
                 while self._control:
+                    self._waiting_bytes -= len(self._control[0])
                     await self.wire.send(self._control.popleft())
 
     async def _write_chunks(self) -> bool:
@@ -4376,6 +4931,8 @@ class Link:
 
     def accept_log(self, message: Log, inbound: Inbound) -> None:
         """Begin or resume receiving a log."""
+        if len(self._inbound) >= CHANNELS and message.channel not in self._inbound:
+            raise ProtocolError(f"more than {CHANNELS} logs at once")
         self._inbound[message.channel] = inbound
         size = log_size(inbound.path)
         self.post(Have(message.channel, size, rewind=True, check=log_check(inbound.path, size)))
@@ -4507,11 +5064,12 @@ class Agent:
 
     def recover(self) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
-        for run in self.state.run_ids():
-            for record in self.state.load_jobs(run):
+        switching = self.state.switch_file.exists()
+        for row in self.state.rows():
+            for record in () if row["over"] and not switching else self.state.load_jobs(row["run"]):
                 unknown = not record.acked or is_half_done(self.state, record)
                 if record.machine == self.machine and record.revision and unknown:
-                    self.jobs[run, record.host] = OwnJob(record)
+                    self.jobs[record.run, record.host] = OwnJob(record)
 
     async def watch_forever(self) -> None:
         """Look at the running jobs' files when a runner pokes, and once a second in case a poke was lost."""
@@ -4904,8 +5462,8 @@ def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
 
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
 QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
-    "status": Agent.tell_status, "health": Agent.tell_health, "traffic is": Agent.take_traffic, "plan": tell_plan,
-    "traffic": tell_traffic,
+    "status": Agent.tell_status, "plan": tell_plan, "health": Agent.tell_health, "traffic": tell_traffic,
+    "traffic is": Agent.take_traffic,
 }  # fmt: skip
 
 
@@ -4970,17 +5528,18 @@ class Dialer:
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidHandshake, InvalidStatus
 
+        config, tree = self.agent.config.config, work_tree(self.agent.config.path)
+        options = CLIENT_OPTIONS | client_tls(config, tree, str(url))
+        token = self.agent.config.token()
         try:
-            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
+            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **options)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except InvalidHandshake as problem:
             raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
         async with connection:
             link = Link(SocketWire(connection), squeeze=True)
-            await link.wire.send(encode_message(self.agent.hello()))
-            async with asyncio.timeout(WELCOME_S):
-                self.welcome = self.read_welcome(await link.wire.recv())
+            self.welcome = await greet(link.wire, self.agent.hello(), token)
             self.trouble = ""
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
@@ -4994,15 +5553,6 @@ class Dialer:
             finally:
                 self.link = None
             self.say("the connection to the master ended; trying again until it answers")
-
-    @staticmethod
-    def read_welcome(frame: str | bytes) -> Welcome:
-        message = decode_message(frame) if isinstance(frame, str) else None
-        if isinstance(message, Refuse):
-            raise RefusedError(message.what, message.hint)
-        if not isinstance(message, Welcome):
-            raise ProtocolError("no welcome from the master")
-        return message
 
 
 def refusal(status: int, body: bytes) -> UpdaterError:
@@ -5072,6 +5622,9 @@ class AgentLink:
 QUESTION_NUMBERS = itertools.count(1)
 
 
+_whitelist = functools.lru_cache(maxsize=8)(Whitelist)  # parsed once, not by every stranger who knocks
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
@@ -5079,13 +5632,46 @@ class Door:
         self.config, self.own_address, self.nonce = config, own_address, nonce
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
+        self.handshakes: Counter[str] = Counter()  # begun and not judged
+        self.token_file = config.config.token_file
+        tls = config.config.master_url.secure and config.config.tls.cert
+        self.certificate = Certificate(config) if tls else None
+
+    def connection_class(self) -> Any:
+        """A server connection that can't keep others out by beginning handshakes and not ending them."""
+        from websockets.asyncio.server import ServerConnection
+
+        door = self
+
+        class Guarded(ServerConnection):
+            def connection_made(self, transport: Any) -> None:
+                super().connection_made(transport)
+                self.peer = host_key((self.remote_address or ("",))[0])
+                config = door.config.config
+                known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
+                self.among = self.peer if any(verdict.allowed for verdict in known) else ""
+                door.handshakes[self.among] += 1
+                self.one_too_many = door.handshakes[self.among] > HANDSHAKES
+                if self.one_too_many:
+                    door.log_refusal(self.among or "strangers", f"more than {HANDSHAKES} handshakes at once")
+                    transport.abort()
+
+            async def handshake(self, *args: Any, **options: Any) -> None:
+                try:
+                    await super().handshake(*args, **options)
+                finally:
+                    door.handshakes[self.among] -= 1
+                    if self.request is None and not self.one_too_many:
+                        door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
+
+        return Guarded
 
     def judge_request(self, connection: Any, request: Any) -> Any:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
         config = self.config.config
         peer = canonical_address(connection.remote_address[0])
-        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), Whitelist(config.trusted_proxies))
-        verdict = Whitelist(config.whitelist).verdict(address)
+        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), _whitelist(config.trusted_proxies))
+        verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
             return self.refuse(connection, address, verdict.reason, f"add {address} to the whitelist in git")
         hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
@@ -5094,6 +5680,8 @@ class Door:
             return self.refuse(connection, address, "the Host header names another server", "use serverNames")
         if origin is not None and not (allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]):
             return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
+        if list(self.sockets.values()).count(address) >= CONNECTIONS:
+            return self.refuse(connection, address, f"more than {CONNECTIONS} connections", "close some")
         if request.path.partition("?")[0] != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         connection.estelle_address = address
@@ -5107,22 +5695,56 @@ class Door:
         return answer
 
     def log_refusal(self, address: str, reason: str) -> None:
-        """Once per address and minute, with a count: a flood must not become a flood of lines."""
-        began, count = self.refused.get(address, (0.0, 0))
-        now = time.monotonic()
-        if not began or now - began > 60:
-            log.warning("refused %s: %s%s", address, reason, f" ({count} more times)" if count else "")
-            began, count = now, -1
-        if len(self.refused) > REFUSED_KEPT:
-            self.refused.clear()
-        self.refused[address] = (began, count + 1)
+        """Once per address and minute, then a count: a flood must not become a flood of lines."""
+        if address not in self.refused and len(self.refused) >= REFUSED_KEPT:
+            address = "others"
+        began, count = self.refused.get(address, (time.monotonic(), -1))
+        if count < 0:
+            log.warning("refused %s: %s", address, reason)
+        self.refused[address] = began, count + 1
+
+    def look(self) -> None:
+        """Once a second: how often those were refused whose minute is over, and whether the certificate changed."""
+        for address, (began, count) in list(self.refused.items()):
+            if time.monotonic() - began > 60:
+                del self.refused[address]
+                if count:
+                    log.warning("refused %s %d more times within a minute", address, count)
+        if self.certificate:
+            self.certificate.look()
+
+    async def check_token(self, link: Link, hello: Hello, address: str) -> str:
+        """Have whoever said hello prove that it knows the token, if there is one: our own proof, for the welcome.
+
+        Raises RefusedError.
+        """
+        try:
+            token = self.config.token()
+        except ConfigError as problem:
+            log.error("%s", problem.what)
+            raise RefusedError("the master can't read its own token", "see the master's log") from None
+        if token is None:
+            return ""
+        challenge = os.urandom(16).hex()
+        await link.wire.send(encode_message(Challenge(challenge)))
+        async with asyncio.timeout(WELCOME_S):
+            frame = await link.wire.recv()
+        answer = decode_message(frame) if isinstance(frame, str) else None
+        if not (
+            isinstance(answer, Proof) and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
+        ):
+            raise RefusedError("the token is not the master's (the address is allowed)", _TOKEN_HINT)
+        return make_proof(token, "master", hello, challenge, answer.nonce)
 
     def drop_disallowed(self) -> None:
-        """After the configuration changed: whoever is no longer on the list is cut off."""
-        whitelist = Whitelist(self.config.config.whitelist)
+        """After the configuration changed: who is no longer on the list, or has not proven this token, is cut off."""
+        whitelist = _whitelist(self.config.config.whitelist)
+        unproven, self.token_file = self.token_file != self.config.config.token_file, self.config.config.token_file
         for socket, address in list(self.sockets.items()):
-            if not whitelist.verdict(address).allowed:
-                log.warning("dropped %s: no longer on the whitelist", address)
+            if unproven or not whitelist.verdict(address).allowed:
+                log.warning(
+                    "dropped %s: %s", address, "tokenFile changed" if unproven else "no longer on the whitelist"
+                )
                 socket.transport.abort()
 
 
@@ -5135,6 +5757,7 @@ class Registry:
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, AgentLink] = {}
         self.down_since: dict[str, float] = {}
+        self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def recover(self) -> None:
@@ -5161,11 +5784,14 @@ class Registry:
         return name
 
     def register(self, hello: Hello, address: str) -> None:
-        """Remember a host that is welcomed."""
+        """Remember a host that is welcomed. Raises RefusedError where one address has been too many machines."""
+        here = [known for known in self.machines.values() if known.address == address]
+        if hello.machine not in self.machines and len(here) >= MACHINES:
+            raise RefusedError(f"{address} has been {MACHINES} machines already", "forget those that are retired")
+        version, platform = (re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform))
         known = Machine(
-            hello.machine, address, self.host_name(hello.machine, address, hello.name), hello.version, hello.platform,
-            time.time(),
-        )  # fmt: skip
+            hello.machine, address, self.host_name(hello.machine, address, hello.name), version, platform, time.time()
+        )
         self.machines[hello.machine] = known
         self.save()
 
@@ -5181,6 +5807,25 @@ class Registry:
             deploys = rule.deploy or everyone
             hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys))
         return hosts
+
+    def check_adoption(
+        self, machine: str, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
+    ) -> None:
+        """Keep an agent from filling the history with runs that nobody ordered here, and from writing what looks like,
+        or is, the file of another of the run's `hosts`. Raises ProtocolError."""
+        others = [host.label for host in self.hosts() if host.machine != machine]
+        taken = {file_label(label).casefold() for label in (*others, *hosts)}
+        if file_label(job.host).casefold() in taken or not (job.host.isprintable() and 0 < len(job.host) <= 200):
+            raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
+        now = time.time()
+        latest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now + 86400))
+        if job.run > latest or not 0 <= job.created < now + 86400:
+            raise ProtocolError(f"run {job.run} is of the future")
+        still = sum(not run.nonce and machine in run.machines.values() for run in open_runs)
+        recent = self.adopted.setdefault(machine, deque([0.0] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR))
+        if still >= ADOPTED_OPEN or recent[0] > now - 3600:
+            raise ProtocolError(f"too many runs that nobody ordered here: {job.run} is not recorded")
+        recent.append(now)
 
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
@@ -5259,18 +5904,19 @@ class Master:
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
-        self.last: dict[str, JobRecord] = {}  # machine -> how its newest deployment ended
+        self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
+        self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.started = time.time()
 
     def recover(self) -> None:
         """After a start: the known hosts, and the runs that are not over."""
         self.registry.recover()
-        for run in self.state.run_ids():
-            found = self.load(run)
-            for job in found.jobs.values() if found else ():
-                self.remember(job)
-            if found and found.active:
-                self.runs[run] = found
+        for row in reversed(self.state.rows()):
+            self.nonces |= {row["nonce"]: row["run"]} if row.get("nonce") else {}
+            for job in row["hosts"]:
+                self.remember(row["machines"].get(job["host"], ""), {"run": row["run"], "kind": row["kind"], **job})
+            if not row["over"] and (found := self.load(row["run"])) and found.active:
+                self.runs[row["run"]] = found
                 for job in list(found.jobs.values()):
                     self.expire(found, job, self.started)
 
@@ -5282,30 +5928,32 @@ class Master:
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
-            hello = decode_message(frame) if isinstance(frame, str) else None
+            hello = decode_message(frame) if isinstance(frame, str) and len(frame) <= HELLO_BYTES else None
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
             if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
                 raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
-            if hello.role == "agent":
-                await self.serve_agent(link, hello, address)
-            elif hello.role == "commander":
-                await Desk(self).serve_commander(link, hello, address)
-            else:
+            if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
+            proof = await self.door.check_token(link, hello, address)
+            if hello.role == "agent":
+                await self.serve_agent(link, hello, address, proof)
+            else:
+                await Desk(self).serve_commander(link, hello, address, proof)
         except* (EOFError, TimeoutError):
             pass
-        except* ProtocolError as group:
-            reason = str(next(iter_leaves(group)))
-            log.warning("%s sent what is no part of the protocol: %s", address, reason)
+        except* (ProtocolError, RefusedError) as group:
+            problem = next(iter_leaves(group))
+            assert isinstance(problem, UpdaterError)
+            self.door.log_refusal(address, problem.what)
             with suppress(EOFError):
-                await link.wire.send(encode_message(Refuse(reason)))
+                await link.wire.send(encode_message(Refuse(problem.what[:1000], problem.hint, problem.exit_code)))
                 await socket.close()
         finally:
             link.wire.abort()
             del self.door.sockets[socket]
 
-    async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
+    async def serve_agent(self, link: Link, hello: Hello, address: str, proof: str = "") -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
@@ -5328,7 +5976,7 @@ class Master:
         self.registry.down_since.pop(hello.machine, None)
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
-        link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES)))
+        link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES), proof))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
         self.resend(agent)
@@ -5340,7 +5988,7 @@ class Master:
                     try:
                         self.receive_from_agent(agent, frame)
                     except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
-                        log.warning("a message of %s failed: %s", label, problem)
+                        self.door.log_refusal(f"a message of {label}", str(problem))
                         link.post(Refuse(str(problem)[:1000]))
         finally:
             if self.agents.get(hello.machine) is agent:
@@ -5377,6 +6025,8 @@ class Master:
         message = decode_message(frame)
         match message:
             case JobRecord():
+                if len(frame) > RECORD_BYTES:
+                    raise ProtocolError("a job's state of more than 64 KiB")
                 self.on_job(agent, message)
             case Log():
                 self.on_log(agent, message)
@@ -5389,7 +6039,7 @@ class Master:
                 if future and not future.done():
                     future.set_result(message.result)
             case Refuse():
-                log.warning("%s says: %s", agent.address, message.what)
+                self.door.log_refusal(f"by {agent.address}", message.what[:1000])
             case _:
                 raise ProtocolError(f"an agent can't say {VERB_OF[type(message)]}")
 
@@ -5427,6 +6077,8 @@ class Master:
         """A host's word about its job. A result counts once its log is here."""
         found = self.load(job.run)
         if found is None or (not found.record.nonce and job.host not in found.record.machines):
+            open_runs = [run.record for run in self.runs.values() if run.active]
+            self.registry.check_adoption(agent.hello.machine, job, found.record.hosts if found else [], open_runs)
             self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
@@ -5459,6 +6111,9 @@ class Master:
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
         run = self.own_job(agent, message.run, message.host)
+        job = run.jobs[message.host]
+        if job.state in FINAL and not job.provisional and message.host not in run.held:
+            return  # complete: nobody adds to it
 
         def grew(size: int) -> None:
             if (inbound := agent.link.inbound(message.channel)) and inbound.closed:
@@ -5503,16 +6158,16 @@ class Master:
         if job.machine != self.machine:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.jobs[job.host] = job
-        self.remember(job)
+        self.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
         for follower in run.followers:
             follower.post(job)
             follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
         return True
 
-    def remember(self, job: JobRecord) -> None:
+    def remember(self, machine: str, job: dict[str, Any]) -> None:
         """How a host's newest deployment ended, for `status`; not what never reached the host."""
-        if job.state in FINAL and job.started and job.kind in (Kind.DEPLOY, Kind.ROLLBACK):
-            self.last[job.machine] = job
+        if job["state"] in FINAL and job["seconds"] is not None and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK):
+            self.last[machine] = job
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
@@ -5528,7 +6183,9 @@ class Master:
 
     def submit(self, message: Submit, by: str, active: str | None = None) -> RunRecord:
         """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
-        if found := self.load(message.run):
+        if not message.nonce:  # it says that a run was ordered here
+            raise UsageError("a run needs a nonce")
+        if found := self.load(self.nonces.get(message.nonce, message.run)):
             if found.record.nonce != message.nonce:
                 raise UpdaterError(f"the run id {message.run} is taken", "try again")
             return found.record
@@ -5550,6 +6207,7 @@ class Master:
             commits=message.commits,
         )  # fmt: skip
         self.state.save_run(record)
+        self.nonces[record.nonce] = record.run
         run = self.runs[record.run] = Run(record, {label: job_of_run(record, label) for label in record.hosts})
         for job in run.jobs.values():
             self.record(run, job)
@@ -5596,12 +6254,14 @@ class Master:
         job = run.jobs[message.host]
         if job.state is State.QUEUED:
             self.busy[agent.hello.machine] = time.monotonic() + BUSY_RETRY_S
-            self.record(run, replace(job, ordered=False, behind=message.behind or None))
+            behind = message.behind if valid_run_id(message.behind) else None
+            self.record(run, replace(job, ordered=False, behind=behind))
 
     async def tick_forever(self) -> None:
         """Once a second while a run is active: what has waited too long."""
         while True:
             await asyncio.sleep(TICK_S)
+            self.door.look()
             for run in list(self.runs.values()):
                 for job in list(run.jobs.values()):
                     self.expire(run, job, time.time())
@@ -5665,11 +6325,12 @@ class Desk:
 
     def __init__(self, master: Master) -> None:
         self.master = master
+        self.open = 0  # questions
 
-    async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
+    async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
-        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES)))
+        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES), proof))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -5693,7 +6354,7 @@ class Desk:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
             case Submit():
-                group.create_task(self.reply(link, self.submit(message, by)))
+                self.start(group, link, self.submit(message, by))
             case Follow():
                 self.follow(link, message)
             case Have():
@@ -5701,7 +6362,7 @@ class Desk:
             case Cancel():
                 link.post(self.master.cancel(message.run, by))
             case Ask():
-                group.create_task(self.reply(link, self.answer(message)))
+                self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
 
@@ -5710,25 +6371,29 @@ class Desk:
         run = self.master.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
-        chosen = set(run.record.hosts)
-        if message.target:
-            names = {host.machine: host for host in self.master.registry.hosts()}
-            refs = [
-                replace(names[machine], label=label, deploys=True)
-                if machine in names
-                else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
-                for label, machine in run.record.machines.items()
-            ]
-            chosen = {host.label for host in select_targets(message.target, refs)}
+        chosen = self.choose(run, message.target)
         self.master.runs[message.run] = run
         run.followers.add(link)
-        link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
-        for host in run.record.hosts:
-            if host in chosen:
-                job = run.jobs[host]
-                size = log_size(self.master.state.log_file(message.run, host))
-                link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
-                link.open_log(message.run, host, self.master.state.log_file(message.run, host))
+        link.post(replace(run.record, hosts=chosen))
+        for host in chosen:
+            job = run.jobs[host]
+            size = log_size(self.master.state.log_file(message.run, host))
+            link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
+            link.open_log(message.run, host, self.master.state.log_file(message.run, host))
+
+    def choose(self, run: Run, target: str) -> list[str]:
+        """The hosts of a run that `target` means, by the labels that they had then. Raises UpdaterError."""
+        if not target:
+            return run.record.hosts
+        names = {host.machine: host for host in self.master.registry.hosts()}
+        refs = [
+            replace(names[machine], label=label, deploys=True)
+            if machine in names
+            else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
+            for label, machine in run.record.machines.items()
+        ]
+        chosen = {host.label for host in select_targets(target, refs)}
+        return [host for host in run.record.hosts if host in chosen]
 
     def refuse(self, problem: UpdaterError | OSError) -> Refuse:
         """A problem as the answer to the commander."""
@@ -5736,12 +6401,22 @@ class Desk:
             return Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}")
         return Refuse(problem.what, problem.hint, problem.exit_code)
 
+    def start(self, group: asyncio.TaskGroup, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
+        """Work on an answer that takes time. Raises UpdaterError where too many are open."""
+        if self.open >= QUESTIONS_OPEN:
+            answer.close()
+            raise UpdaterError(f"more than {QUESTIONS_OPEN} questions at once")
+        self.open += 1
+        group.create_task(self.reply(link, answer))
+
     async def reply(self, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
         """Post an answer that takes time, or why there is none."""
         try:
             link.post(await answer)
         except (UpdaterError, OSError) as problem:
             link.post(self.refuse(problem))
+        finally:
+            self.open -= 1
 
     async def submit(self, message: Submit, by: str) -> RunRecord:
         """Start a run; whom it means may depend on the traffic of this moment, and whether it may start, on hosts."""
@@ -5768,10 +6443,42 @@ class Desk:
         return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
-        """The newest runs."""
-        count = args.get("count")
+        """The newest runs, or what all of them together say."""
+        state, count = self.master.state, args.get("count")
+        if args.get("stats"):
+            return {"stats": await asyncio.to_thread(lambda: run_stats(state.rows()))}
         rows = min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
-        return {"runs": self.master.state.history(rows)}
+        return {"runs": await asyncio.to_thread(state.history, rows)}
+
+    async def log(self, args: dict[str, Any]) -> dict[str, Any]:
+        """How a run's jobs stand, and some text of each log: from an offset on, or its tail."""
+        name = str(args.get("run"))
+        if (run := self.master.load(name) if valid_run_id(name) else None) is None:
+            raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
+        hosts = self.choose(run, str(args.get("target") or ""))
+        offsets, room = args.get("offsets", {}), args.get("bytes", 0)
+        if not _fits("dict[str, int]", offsets) or not _fits("int", room):
+            raise UsageError("offsets are numbers by host, and bytes is a number")
+        share = max(0, min(room, CHUNK_BYTES)) // max(1, len(hosts))
+        rows = []
+        for host in hosts:
+            path, job = self.master.state.log_file(name, host), run.jobs[host]
+            size, done = log_size(path), job.state in FINAL
+            offset = max(0, size - share if args.get("tail") else offsets.get(host, 0))
+            data = read_log(path, offset, share)
+            if offset + len(data) < size or not done:  # whole lines, unless one alone is longer
+                data = data[: data.rfind(b"\n") + 1] or (data if len(data) == share else b"")
+            text = data.decode("utf-8", "replace")
+            rows.append({**job_summary(job), "text": text, "offset": offset + len(data), "size": size})
+        done = all(row["state"] in FINAL for row in rows)
+        return {
+            "run": name, "kind": run.record.kind, "target": run.record.target, "branch": run.record.branch,
+            "done": done, "ok": all(row["ok"] for row in rows) if done else None, "hosts": rows,
+        }  # fmt: skip
+
+    async def find(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The run that was started with a nonce, if there is one."""
+        return {"run": self.master.nonces.get(str(args.get("nonce")))}
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"forgotten": self.master.registry.forget(str(args.get("target")))}
@@ -5782,7 +6489,8 @@ class Desk:
 
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
-            return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
         traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
         rows = [self.status_row(host, found, traffic) for host, found in zip(hosts, answers, strict=True)]
@@ -5791,7 +6499,7 @@ class Desk:
             "ip": self.master.own_address,
             "version": __version__,
             "uptime": uptime,
-            "problem": self.master.config.problem,
+            "problem": self.master.config.problem or getattr(self.master.door.certificate, "problem", None),
         }
         return {"master": master, "hosts": rows, "warnings": traffic["warnings"]}
 
@@ -5800,7 +6508,6 @@ class Desk:
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
         machine = self.master.registry.machines[host.machine]
-        last = self.master.last.get(host.machine)
         return {
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
@@ -5814,7 +6521,7 @@ class Desk:
             "link_down_since": self.master.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
             "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
-            "last": {"run": last.run, **job_summary(last)} if last else None,
+            "last": self.master.last.get(host.machine),
             "problem": facts.get("problem"),
         }  # fmt: skip
 
@@ -5825,13 +6532,14 @@ class Planner:
     def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
         self.master = master
         self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
-        self.rollback = bool(args.get("rollback"))
+        self.action = str(args.get("action") or "update")
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
 
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
-        hosts = select_targets(self.target, self.master.registry.hosts())
-        if not self.rollback and (problem := valid_branch_problem(self.branch)):
+        registry = self.master.registry
+        hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
+        if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
         past = await asyncio.to_thread(self.master.state.successes)
         rows = await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
@@ -5839,13 +6547,13 @@ class Planner:
             raise TargetError(f"no host of {self.target} is online", "start its service")
         truth = {row["host"]: (row.pop("machine"), row["current"], row["target"]) for row in rows}
         return {
-            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "rollback": self.rollback,
+            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "action": self.action,
             "fresh_s": PLAN_FRESH_S, "ok": not any(row["refused"] for row in rows), "hosts": rows,
         }  # fmt: skip
 
     def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
         """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
-        plans, request, now = self.master.plans, (self.target, self.branch, self.rollback, self.to), time.monotonic()
+        plans, request, now = self.master.plans, (self.action, self.target, self.branch, self.to), time.monotonic()
         for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
             del plans[name]
         if not self.known:
@@ -5863,10 +6571,10 @@ class Planner:
             raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
         return self.known
 
-    async def look(self, host: HostRef, past: Sequence[JobRecord]) -> dict[str, Any]:
+    async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
         agent = self.master.agents.get(host.machine)
-        times = [seconds for job in past if (seconds := seconds_of(job)) is not None]
+        times = [job["seconds"] for job in past if job["seconds"] is not None]
         jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         row: dict[str, Any] = {
             "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
@@ -5879,7 +6587,9 @@ class Planner:
         if agent is None:
             return row | {"refused": ["the host is offline"], "exit": TargetError.exit_code}
         try:
-            branch, row["why"] = await self.choose(agent, host, past) if self.rollback else (self.branch, None)
+            branch = self.branch
+            if self.action == "rollback":
+                branch, row["why"] = await self.choose(agent, host, past)
             answer = await agent.ask("plan", {"address": host.address, "branch": branch}, PLAN_S)
             if answer is None:
                 raise UpdaterError(f"no answer within {PLAN_S:.0f} s")
@@ -5889,9 +6599,9 @@ class Planner:
             return row | {"refused": [problem.what], "exit": problem.exit_code}
         return row | answer
 
-    async def choose(self, agent: AgentLink, host: HostRef, past: Sequence[JobRecord]) -> tuple[str, str]:
+    async def choose(self, agent: AgentLink, host: HostRef, past: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         """The commit to go back to, and why that one. Raises TargetError."""
-        commits = [job.commit or "" for job in past]
+        commits = [job["commit"] for job in past]
         if self.to:
             found = {commit for commit in commits if commit.startswith(self.to)}
             if len(found) == 1 or is_commit_id(self.to):
@@ -5903,7 +6613,7 @@ class Planner:
         if (index := decide_rollback(commits, current)) is None:
             raise TargetError(f"no commit succeeded before {current[:7]}")
         before = f"before {current[:7]} first did" if current in commits else f"{current[:7]} never did"
-        return commits[index], f"the newest that succeeded (run {past[index].run}); {before}"
+        return commits[index], f"the newest that succeeded (run {past[index]['run']}); {before}"
 
 
 async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
@@ -5913,8 +6623,9 @@ async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 
 # What a commander may ask; the sections below add theirs.
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "health": Desk.health,
-    "traffic": Desk.traffic, "plan": answer_plan,
+    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
+    "health": Desk.health, "traffic": Desk.traffic,
+    "log": Desk.log, "find": Desk.find,
 }  # fmt: skip
 
 
@@ -5986,6 +6697,7 @@ class View:
     def result(self, job: JobRecord) -> None: ...
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None: ...
     def notice(self, text: str) -> None: ...
+    def tick(self) -> None: ...  # now and then, while nothing comes
 
 
 class Connection:
@@ -6043,8 +6755,9 @@ def refused(reply: Refuse) -> UpdaterError:
 class Caller:
     """Finds the master: on its own host by the local listener first, then by masterUrl."""
 
-    def __init__(self, state: StateFolder, config: Config, bind: str | None) -> None:
-        self.bind = bind
+    def __init__(self, state: StateFolder, config: Config, bind: str | None, tree: Path) -> None:
+        self.bind, self.config, self.tree = bind, config, tree
+        self.token = load_token(config, tree)
         self.urls = [str(config.master_url)]
         daemon = read_json(state.daemon_file) or {}
         local = daemon.get("listen")
@@ -6075,22 +6788,28 @@ class Caller:
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
             # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
-            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source}
-            socket = connect(url, **options).__enter__()
-            socket.send(
-                encode_message(Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), ""))
-            )
-            reply = decode_message(socket.recv(timeout=timeout_s))
+            tls = client_tls(self.config, self.tree, url)
+            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source, **tls}
+            connection = connect(url, **options).__enter__()
+            hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), os.urandom(16).hex())
+            talk = greeting(hello, self.token, os.urandom(16).hex())
+            message = next(talk)
+            while True:
+                connection.send(encode_message(message))
+                frame = connection.recv(timeout=timeout_s)
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+        except StopIteration as end:
+            return Connection(connection, end.value)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except (OSError, InvalidHandshake, ConnectionClosed, EOFError) as problem:
             what = getattr(problem, "strerror", None) or str(problem) or "no answer"
-            raise UnreachableError(f"can't reach the master at {url}: {what}", "is `serve` running there?") from problem
-        if isinstance(reply, Refuse):
-            raise RefusedError(reply.what, reply.hint)
-        if not isinstance(reply, Welcome):
-            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?")
-        return Connection(socket, reply)
+            hint = "is `serve` running there?"
+            if isinstance(problem, ssl.SSLError):
+                hint = "is masterUrl right, the certificate in force, and its authority trusted here or in [tls] ca?"
+            raise UnreachableError(f"can't reach the master at {url}: {what}", hint) from problem
+        except ProtocolError as problem:
+            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?") from problem
 
 
 def user_name() -> str:
@@ -6157,9 +6876,10 @@ class Follower:
         self.channels: dict[int, str] = {}
         self.unacked: dict[int, int] = {}
 
-    def follow(self, connection: Connection) -> list[JobRecord]:
-        """Show the run to its end: the jobs as they ended. Raises UpdaterError where the master refuses."""
+    def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
+        """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
         while True:
+            self.connection = connection
             try:
                 self.channels.clear()
                 self.unacked.clear()
@@ -6171,7 +6891,7 @@ class Follower:
             except EOFError:
                 self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
                 time.sleep(random.uniform(*RETRY_S))
-                connection = self.caller.dial(float("inf"))
+                connection = self.caller.dial(patience_s)
                 self.view.notice("connected again")
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
         assert self.record
@@ -6188,6 +6908,7 @@ class Follower:
         if message is None:
             self.acknowledge(connection)
             self.tell_silence()
+            self.view.tick()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
             followed = self.hosts[self.channels[channel]]
@@ -6406,8 +7127,8 @@ class Service:
                 "stop it, or give this one a state folder of its own with --state DIR",
             )
         try:
-            if self.config.config.token_file or self.config.config.tls.cert:
-                raise UsageError("this version serves neither tokenFile nor [tls]", "remove them; use a VPN")
+            self.config.token()  # one that can't be read is better said here
+            raise_file_limit()
             self.machine = self.state.machine_id()
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
@@ -6433,6 +7154,8 @@ class Service:
     def say_what_is_odd(self, agent: Agent) -> None:
         """What will make deployments fail later is worth a line now."""
         _, repo = agent.rule_and_repo(self.options.bind)
+        if self.config.config.tls.cert and not self.config.config.master_url.secure:
+            log.warning("[tls] is not used: masterUrl is ws://")
         if not (repo / ".git").exists():
             log.warning("%s is no git checkout: deployments will fail until it is one", repo)
         try:
@@ -6515,15 +7238,16 @@ class Service:
         master.recover()
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            server = await serve(
-                master.serve_socket, host, port, process_request=master.door.judge_request, **SERVER_OPTIONS
-            )
+            options = SERVER_OPTIONS | {"create_connection": master.door.connection_class()}
+            if certificate := master.door.certificate:
+                options |= {"ssl": certificate.context}
+            server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
         async with server, asyncio.TaskGroup() as group:
-            facts |= {"listen": local_url(url, host, port), "label": own}
+            facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
             self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
@@ -6544,16 +7268,20 @@ class Service:
         nonce = None
         for _ in range(PROVE_TRIES):
             try:
-                async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
+                config = self.config.config
+                options = CLIENT_OPTIONS | client_tls(config, work_tree(self.config.path), str(url))
+                async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
                     name = socket.gethostname()
                     hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
-                    await connection.send(encode_message(hello))
-                    nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+                    nonce = (await greet(SocketWire(connection), hello, self.config.token())).nonce
+                break
+            except RefusedError:  # another token is another master
+                nonce = ""
                 break
             except InvalidStatus as problem:  # even a refusal says who it is
                 nonce = problem.response.headers.get(WHO_HEADER)
                 break
-            except (OSError, TimeoutError, WebSocketException, ProtocolError):
+            except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
                 await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
             self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
@@ -6578,6 +7306,16 @@ class Service:
             problem = self.config.problem
 
 
+def raise_file_limit() -> None:
+    """Room for many connections, where the system's default is 1024 and the service may have more."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     """--listen HOST:PORT as (host or None for all, port). Raises UsageError."""
     if not text:
@@ -6588,14 +7326,14 @@ def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     return host.strip("[]") or None, int(number)
 
 
-def local_url(url: MasterUrl, host: str | None, port: int) -> str:
-    """How a commander on the master's own host reaches the listener."""
+def local_url(url: MasterUrl, host: str | None, port: int, secure: bool) -> str:
+    """How a commander on the master's own host reaches the listener; a proxy may be what makes masterUrl wss://."""
     name = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
-    return f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
+    return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
 
 
 # ==============================================================================
-# 20. Tools: build, demo
+# 20. Tools: build, demo, setup, doctor
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
@@ -7156,6 +7894,275 @@ def commit_config(path: Path, message: str, really: bool) -> str:
     return f"committed and pushed: {name}"
 
 
+SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
+_UNIT = """\
+# As `estelle_updater.pyz setup` writes it. What this host needs besides goes into: systemctl{scope} edit {service}
+[Unit]
+Description=estelle-updater: deploys what this host serves{wants}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+{user}WorkingDirectory={repo}
+ExecStart={command}
+Environment={environment}
+{state}Restart=always
+RestartSec=5
+WatchdogSec=60
+TimeoutStopSec=15
+# A deployment outlives its daemon: restart, update or crash of the service end this one process. For the same reason no
+# PrivateTmp= and no RemoveIPC=: they would take a running deployment's files away.
+KillMode=process
+{sandbox}
+[Install]
+WantedBy={target}
+"""
+_SANDBOX = """\
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+"""
+_SYSTEM_SANDBOX = """\
+ProtectSystem=strict
+ReadWritePaths={writable}
+ProtectProc=invisible
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+PrivateDevices=yes
+PrivateUsers=yes
+CapabilityBoundingSet=
+"""
+_POLKIT = """\
+// Written by estelle-updater setup: {user} may restart what its deployments restart, and nothing else.
+polkit.addRule(function (action, subject) {{
+  if (action.id == "org.freedesktop.systemd1.manage-units" && subject.user == {user} &&
+      action.lookup("verb") == "restart" && {units}.indexOf(action.lookup("unit")) >= 0) {{
+    return polkit.Result.YES;
+  }}
+}});
+"""
+_POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
+
+
+def _unit_words(words: Iterable[str]) -> str:
+    """Words as systemd's files have them: quoted, and `%` and `$` without their meaning."""
+    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%").replace("$", "$$") for word in words]
+    return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
+
+
+def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
+    """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
+    system = user is not None
+    writable = _unit_words([repo, f"-{home}", "/tmp", "/var/tmp"])
+    return _UNIT.format(
+        scope="" if system else " --user",
+        service=SERVICE,
+        wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
+        user=f"User={user}\n" if system else "",
+        repo=repo.replace("%", "%%"),
+        command=_unit_words(argv),
+        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]).replace("$$", "$"),
+        state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
+        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
+        target="multi-user.target" if system else "default.target",
+    )
+
+
+def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
+    """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
+    return {
+        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": repo,
+        "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
+        "exp_backoff_restart_delay": 500,
+    }  # fmt: skip
+
+
+def call_program(
+    argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
+) -> tuple[int, str]:
+    """Exit code and output of a program that can't ask anything; 127 and the reason where it can't be started."""
+    try:
+        program = [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]]
+        child = spawn_step(program, cwd or Path.cwd(), env, mark=f"call/{os.getpid()}")
+    except UpdaterError as problem:
+        return 127, problem.what
+    ends, out = time.monotonic() + timeout_s, b""
+    try:
+        while data := child.read(timeout_s=max(0.0, ends - time.monotonic())):
+            out += data
+        if data is None:
+            child.kill_tree()
+            return 124, f"{argv[0]} did not answer in {timeout_s:.0f} s"
+        return child.wait(), out.decode(errors="replace").strip()
+    finally:
+        child.close_pipe()
+
+
+class Setup:
+    """This host's service, under PM2 or systemd: installed, started and welcomed, or removed.
+
+    Everything that changes the host goes through `put`, `take` and `call`, which a dry run only says.
+    """
+
+    def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
+        self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
+        self.config_path, self.repo = config_path, work_tree(config_path)
+        self.root = os.name != "nt" and os.geteuid() == 0
+        self.home = Path.home()
+        self.user = ""
+        if self.root:  # the daemon is not root's business, but of whoever owns the repository
+            import pwd
+
+            owner = pwd.getpwuid(self.repo.stat().st_uid)
+            self.user, self.home = owner.pw_name, Path(owner.pw_dir)
+        options = [("--config", args.config and config_path), ("--bind", args.bind), ("--state", args.state)]
+        self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
+        system = Path("/etc/systemd/system")
+        self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
+        self.state: StateFolder = args.state_folder()
+        self.pm2_file = self.state.root / "pm2.json"
+
+    def choose(self, wanted: str | None) -> str:
+        """pm2 or systemd: as asked, as installed already, else PM2 where it is. Raises UsageError."""
+        booted = Path("/run/systemd/system").is_dir()
+        installed = "systemd" if self.unit.exists() else "pm2" if self.pm2_file.exists() else None
+        found = wanted or installed or ("pm2" if shutil.which("pm2") else "systemd" if booted else "")
+        if found == "systemd" and not booted:
+            raise UsageError("systemd does not run this host", "use --with pm2")
+        if found != "systemd" and not shutil.which("pm2"):
+            raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{', or --with systemd' * booted}")
+        return found
+
+    def install(self, wanted: str | None) -> None:
+        """Install, start, and wait for the master's welcome. Raises UpdaterError."""
+        if self.choose(wanted) == "systemd":
+            self.install_unit()
+        else:
+            self.install_pm2()
+        if self.dry_run:
+            return
+        self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
+        self.await_welcome()
+
+    def install_unit(self) -> None:
+        path = os.environ.get("PATH", os.defpath)
+        text = render_unit(self.argv, str(self.repo), path, self.user if self.root else None, str(self.home))
+        if self.root and "--state" not in self.argv:
+            self.state = StateFolder(SYSTEM_STATE)
+        fresh = self.put(self.unit, text)
+        units = load_config(self.config_path).deploy.restart if self.root else ()
+        if units and self.user != "root":
+            full = [unit if "." in unit else f"{unit}.service" for unit in units]
+            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(full)))
+        if fresh:
+            self.systemctl("daemon-reload")
+        if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
+            self.systemctl("enable", SERVICE)
+        if fresh or self.systemctl("is-active", "--quiet", SERVICE, look=True):
+            self.systemctl("restart", SERVICE)
+        if self.root and self.user == "root":
+            self.say("note: the repository is root's, so deployments run as root; better: chown it to an ordinary user")
+        if not self.root and not Path("/var/lib/systemd/linger", user_name().partition("@")[0]).exists():
+            self.say("note: it ends when you log out, until: sudo loginctl enable-linger $USER")
+
+    def install_pm2(self) -> None:
+        text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
+        if self.put(self.pm2_file, text) or not self.runs_under_pm2():
+            self.call("pm2", "delete", SERVICE, may_fail=True)
+            self.call("pm2", "start", str(self.pm2_file))
+            self.call("pm2", "save")
+        if os.name == "nt":
+            boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
+            self.say(f"note: to have it started at each logon: {boot}")
+        elif not Path(f"/etc/systemd/system/pm2-{user_name().partition('@')[0]}.service").exists():
+            self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
+
+    def runs_under_pm2(self) -> bool:
+        _, out = call_program(["pm2", "jlist"], os.environ)
+        with suppress(ValueError, IndexError, KeyError, TypeError):
+            apps = json.loads(out.splitlines()[-1])
+            return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
+        return False
+
+    def remove(self) -> None:
+        """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        if self.unit.exists():
+            self.systemctl("disable", "--now", SERVICE)
+            self.take(self.unit)
+            if self.root:
+                self.take(_POLKIT_FILE)
+            self.systemctl("daemon-reload")
+        if self.pm2_file.exists():
+            self.call("pm2", "delete", SERVICE, may_fail=True)
+            self.call("pm2", "save", "--force")
+            self.take(self.pm2_file)
+        if not self.dry_run:
+            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+
+    def put(self, path: Path, text: str) -> bool:
+        """Write a file unless it says just that; whether it was written."""
+        with suppress(OSError):
+            if path.read_text("utf-8") == text:
+                return False
+        self.changed = True
+        if self.dry_run:
+            self.say(f"would write {path}:\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+            return True
+        self.say(f"writing {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode(), durable=True)
+        path.chmod(0o644)
+        return True
+
+    def take(self, path: Path) -> None:
+        self.changed = True
+        self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
+        if not self.dry_run:
+            path.unlink(missing_ok=True)
+
+    def systemctl(self, *words: str, look: bool = False) -> int:
+        argv = ["systemctl", *([] if self.root else ["--user"]), *words]
+        return call_program(argv, os.environ)[0] if look else self.call(*argv)
+
+    def call(self, *argv: str, may_fail: bool = False) -> int:
+        """Run a command that changes this host. Raises UpdaterError where it fails."""
+        self.changed = True
+        self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
+        code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
+        if code and not may_fail:
+            hint = "as this user, log in directly (not by su), or: sudo loginctl enable-linger $USER"
+            raise UpdaterError(
+                f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
+                hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
+            )
+        return code
+
+    def await_welcome(self) -> None:
+        """Until the daemon says that its master has welcomed it, or that it is the master. Raises UpdaterError."""
+        ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
+        while time.monotonic() < ends:
+            if FileLock.held_elsewhere(self.state.daemon_lock):
+                facts = read_json(self.state.daemon_file) or {}
+                if facts.get("label") and not facts.get("trouble"):
+                    does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
+                    self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
+                    return
+            time.sleep(LOCAL_LOOK_S)
+        why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
+        raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
+
+
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
@@ -7282,7 +8289,7 @@ class TextView(View):
         self.output.write(("\n" + terminal_text(render_table(("host", "commit", "time", "result"), rows))).encode())
 
     def notice(self, text: str) -> None:
-        print(f"estelle-updater: {text}", file=sys.stderr, flush=True)
+        print(f"estelle-updater: {terminal_text(text)}", file=sys.stderr, flush=True)
 
 
 def seconds_text(job: JobRecord) -> str:
@@ -7385,7 +8392,8 @@ def make_view(args: Args) -> View:
 
 def make_caller(args: Args) -> Caller:
     require_packages()
-    return Caller(args.state_folder(), load_config(args.config_path()), args.bind)
+    path = args.config_path()
+    return Caller(args.state_folder(), load_config(path), args.bind, work_tree(path))
 
 
 def cmd_serve(args: Args) -> int:
@@ -7471,7 +8479,7 @@ def confirm(args: Args, question: str) -> None:
 
 
 def cmd_rollback(args: Args) -> int:
-    asked = {"target": args.target, "rollback": True, "to": args.to}
+    asked = {"action": "rollback", "target": args.target, "to": args.to}
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     order, view = plan_rollback(plan), make_view(args)
     if not args.json:
@@ -7530,16 +8538,27 @@ def cmd_logs(args: Args) -> int:
 
 def cmd_history(args: Args) -> int:
     try:
-        rows = ask_master(args, "history", {"count": args.count})["runs"]
+        found = ask_master(args, "history", {"count": args.count, "stats": args.stats})
     except (UnreachableError, RefusedError, ConfigError) as problem:
-        rows = args.state_folder().history(args.count)
-        if not rows:
+        state = args.state_folder()
+        found = {"stats": run_stats(state.rows())} if args.stats else {"runs": state.history(args.count)}
+        if not any(found.values()):
             raise
-        TextView(Output(False)).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+        TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
     if args.json:
-        say(json.dumps({"runs": rows}, ensure_ascii=False))
+        say(json.dumps(found, ensure_ascii=False))
         return 0
-    cells = [
+    head, cells = history_table(found["runs"]) if "runs" in found else stats_table(found["stats"])
+    Output(False).write(terminal_text(render_table(head, cells)).encode())
+    return 0
+
+
+_Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def history_table(rows: Iterable[Mapping[str, Any]]) -> _Table:
+    """The runs as head and cells."""
+    return ("run", "when", "who", "target", "branch", "result"), [
         (
             row["run"],
             time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
@@ -7550,10 +8569,22 @@ def cmd_history(args: Args) -> int:
         )
         for row in rows
     ]
-    Output(False).write(
-        terminal_text(render_table(("run", "when", "who", "target", "branch", "result"), cells)).encode()
-    )
-    return 0
+
+
+def stats_table(stats: Iterable[Mapping[str, Any]]) -> _Table:
+    """What all runs together say, as head and cells."""
+    return ("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
+        (
+            one["host"],
+            one["kind"],
+            str(one["runs"]),
+            str(one["ok"]),
+            ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
+            "-" if one["median_s"] is None else f"{one['median_s']:.1f} s",
+            ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
+        )
+        for one in stats
+    ]
 
 
 def short_result(host: Mapping[str, Any]) -> str:
@@ -7591,10 +8622,16 @@ def cmd_health(args: Args) -> int:
     return 0 if result["ok"] else 1
 
 
-def cmd_cancel(args: Args) -> int:
+def cancel_run(args: Args, run: str) -> RunRecord:
+    """Ask the master to stop a run."""
     connection = make_caller(args).dial(PATIENCE_S)
-    record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
+    record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
     connection.close()
+    return record
+
+
+def cmd_cancel(args: Args) -> int:
+    record = cancel_run(args, args.run)
     doing = f"cancelling {record.run} on {', '.join(record.hosts)}"
     text = doing if record.cancelled else f"{record.run} is over: there is nothing to cancel"
     say(json.dumps({"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}) if args.json else text)
@@ -7624,7 +8661,8 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        silent_s = row.get("silent_s")
+        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -7632,9 +8670,9 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
+        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
         " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
@@ -7757,6 +8795,230 @@ def cmd_whitelist(args: Args) -> int:
     return 0
 
 
+class Abandoned(Exception):
+    """Nobody waits for this answer any more."""
+
+
+class ProgressOutput(Output):
+    """What a person would see, told to a model: plain text, of a burst of lines the last ones."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.terminal = self.color = False
+        self.tell = tell
+
+    def write(self, data: bytes) -> None:
+        if text := SGR.sub("", terminal_text(data.decode("utf-8", "replace"))).strip("\n"):
+            self.tell(text if len(text) <= PROGRESS_CHARS else "... " + text[-PROGRESS_CHARS:])
+
+
+class ProgressView(TextView):
+    """A run that a model follows: its lines are progress, and so is its silence, as clients give up without any."""
+
+    def __init__(self, tell: Callable[[str], None], gone: threading.Event) -> None:
+        super().__init__(ProgressOutput(self.tell))
+        self.send, self.gone, self.told = tell, gone, time.monotonic()
+
+    def tell(self, text: str) -> None:
+        self.tick()
+        self.send(text)
+        self.told = time.monotonic()
+
+    def tick(self) -> None:
+        if self.gone.is_set():
+            raise Abandoned
+        if time.monotonic() - self.told > MCP_SILENT_S:
+            self.told = time.monotonic()
+            self.send("still at work, and silent")
+
+    def notice(self, text: str) -> None:
+        self.tell(text)
+
+
+MCP_INSTRUCTIONS = (
+    "Deploys a small fleet of hosts. Look with status and plan before you change anything. A deployment is a run, and "
+    "goes on when you stop waiting for it: follow it with logs, stop it with cancel. Nothing rolls back by itself."
+)
+
+
+def mcp_offers(tool: str) -> bool:
+    """Whether this program can do what a tool promises."""
+    return tool not in ("health", "switch", "release")
+
+
+class McpServer:
+    """The tools for a model on standard input and output; every call has a thread of its own."""
+
+    def __init__(self, args: Args, wire: IO[bytes]) -> None:
+        self.args, self.wire = args, wire
+        self.lock = threading.Lock()  # of the session and the wire
+        self.gone: dict[str | int, threading.Event] = {}
+        tools = [tool for tool in TOOLS if hasattr(self, f"call_{tool.name}") and mcp_offers(tool.name)]
+        shown = [tool.render(args.require_plan) for tool in tools if tool.effect == "reads" or not args.read_only]
+        self.session = McpSession(shown, MCP_INSTRUCTIONS, __version__)
+
+    def serve(self, lines: IO[bytes]) -> None:
+        """Until the client closes our standard input. What it asked for goes on."""
+        while line := lines.readline(MESSAGE_BYTES):
+            while len(line) == MESSAGE_BYTES and not line.endswith(b"\n"):
+                line = lines.readline(MESSAGE_BYTES) and b"too long" + b"?" * (MESSAGE_BYTES - 8)
+            if not line.strip():
+                continue
+            with self.lock:
+                answers, calls, ended = self.session.feed(line)
+                self.send(*answers)
+                for name in ended:
+                    self.gone[name].set()
+                for call in calls:
+                    self.begin(call)
+
+    def send(self, *messages: dict[str, Any]) -> None:
+        with suppress(OSError, ValueError):  # the client is gone: standard input says so too
+            for message in messages:
+                self.wire.write(json.dumps(message).encode() + b"\n")
+            self.wire.flush()
+
+    def begin(self, call: ToolCall) -> None:
+        if len(self.session.calls) > MCP_CALLS:
+            self.send(*filter(None, [self.session.finish(call, "error: too many calls at once", True)]))
+            return
+        gone = self.gone[call.id] = threading.Event()
+        threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
+
+    def work(self, call: ToolCall, gone: threading.Event) -> None:
+        """One call, and every way it can end, as an answer that a model can act on."""
+        numbers = itertools.count(1)
+
+        def tell(text: str) -> None:
+            with self.lock:
+                if call.token is not None and self.session.calls.get(call.id) is call:
+                    params = {"progressToken": call.token, "progress": next(numbers), "message": text}
+                    self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
+
+        answer: dict[str, Any] | str
+        try:
+            answer = getattr(self, f"call_{call.tool}")(call.arguments, ProgressView(tell, gone))
+        except Abandoned:
+            return
+        except UpdaterError as problem:
+            answer = f"error: {problem.what}\nhint: {problem.hint or 'none'}\nexit: {problem.exit_code}"
+        except Exception as problem:
+            answer = f"internal error: {problem!r}"
+        reads = self.session.tools[call.tool]["annotations"]["readOnlyHint"]
+        wrong = isinstance(answer, str) or (answer.get("ok") is False and not reads)
+        with self.lock:
+            self.send(*filter(None, [self.session.finish(call, answer, wrong)]))
+            if self.gone.get(call.id) is gone:
+                del self.gone[call.id]
+
+    def ask(self, what: str, **details: Any) -> dict[str, Any]:
+        return ask_master(self.args, what, details, PLAN_ANSWER_S)
+
+    def order(
+        self, given: dict[str, Any], view: ProgressView, make: Callable[[], Submit], **same: str
+    ) -> dict[str, Any]:
+        """Start a run, or find the one that this idempotency key started, and follow it to its end."""
+        key = given.get("idempotency_key")
+        nonce = hashlib.sha256(f"estelle-updater {key}".encode()).hexdigest()[:32] if key else os.urandom(16).hex()
+        run = self.ask("find", nonce=nonce)["run"] if key else None
+        if run is None:
+            connection, record = submit_run(make_caller(self.args), replace(make(), nonce=nonce), PATIENCE_S)
+            connection.close()
+            run = record.run
+        try:
+            answer = self.ask("log", run=run)
+            if any(answer[name] != value for name, value in same.items()):
+                raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
+            if given.get("wait", True):
+                self.follow(run, view)
+            answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
+        except UpdaterError as problem:
+            problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
+            raise
+        for row in answer["hosts"]:
+            lines = row.pop("text").splitlines()[-TAIL_LINES:]
+            row["tail"] = "" if row["ok"] else "\n".join(lines)[-TAIL_BYTES:]
+        return answer
+
+    def follow(self, run: str, view: ProgressView) -> None:
+        view.notice(f"this is run {run}")
+        caller = make_caller(self.args)
+        connection, follower = caller.dial(PATIENCE_S), Follower(caller, run, view)
+        try:
+            follower.follow(connection, MCP_PATIENCE_S)
+        finally:
+            follower.connection.close()
+
+    def planned(self, given: dict[str, Any], **request: Any) -> None:
+        """Raises GuardError unless the plan that was given is fresh and still true."""
+        if "plan" in given:
+            self.ask("plan", plan=given["plan"], **request)
+
+    def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        target, branch = given["target"], given["branch"]
+
+        def make() -> Submit:
+            self.planned(given, target=target, branch=branch)
+            return Submit(make_run_id(), "", Kind.DEPLOY, target, branch, user_name())
+
+        return self.order(given, view, make, kind=Kind.DEPLOY, target=target, branch=branch)
+
+    def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        request = {"action": "rollback", "target": given.get("target", "all"), "to": given.get("to", "")}
+
+        def make() -> Submit:
+            self.planned(given, **request)
+            return plan_rollback(self.ask("plan", **request))
+
+        return self.order(given, view, make, kind=Kind.ROLLBACK)
+
+    def call_plan(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        action = given.get("action", "update")
+        if action == "update" and not ("target" in given and "branch" in given):
+            raise UsageError("the plan of an update needs target and branch")
+        return self.ask("plan", **{"action": action, "target": "all", **given})
+
+    def call_status(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        return self.ask("status")
+
+    def call_history(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        return self.ask("history", count=given.get("count", 10))
+
+    def call_cancel(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        record = cancel_run(self.args, given["run"])
+        return {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}
+
+    def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        deadline, tail = time.monotonic() + given.get("wait_s", 0), given.get("tail", False) and "cursor" not in given
+        try:
+            offsets = json.loads(given.get("cursor", "{}"))
+        except (ValueError, RecursionError):
+            raise UsageError("this is no cursor", "take the one of the last answer") from None
+        asked = {"run": given["run"], "target": given.get("target"), "bytes": given.get("max_bytes", 16_000)}
+        while True:
+            answer = self.ask("log", offsets=offsets, tail=tail, **asked)
+            if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
+                break
+            view.tick()
+            time.sleep(LOOK_S / 2)
+        at = {row["host"]: row.pop("offset") for row in answer["hosts"]}
+        return answer | {"cursor": json.dumps({**offsets, **at})}
+
+
+def divert_output() -> IO[bytes]:
+    """The real standard output, for the protocol alone: whatever else is printed goes to standard error."""
+    wire = os.fdopen(os.dup(1), "wb")
+    with suppress(OSError):
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return wire
+
+
+def cmd_mcp(args: Args) -> int:
+    preload()
+    McpServer(args, divert_output()).serve(sys.stdin.buffer)
+    return 0
+
+
 def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
@@ -7766,6 +9028,13 @@ def cmd_run_job(args: Args) -> int:
 
 def cmd_build(args: Args) -> int:
     say(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
+    return 0
+
+
+def cmd_setup(args: Args) -> int:
+    require_packages()
+    setup = Setup(args, args.config_path(), say)
+    setup.remove() if args.remove else setup.install(args.manager)
     return 0
 
 
@@ -7870,6 +9139,10 @@ COMMANDS = (
         option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
         option("--yes", action="store_true", help="do not ask"),
     )),
+    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp, (
+        option("--read-only", action="store_true", help="offer only the tools that change nothing"),
+        option("--require-plan", action="store_true", help="change something only with the id of a fresh plan"),
+    )),
     Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
         option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
     )),
@@ -7880,6 +9153,7 @@ COMMANDS = (
     )),
     Command("history", "list the recent runs", cmd_history, (
         option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+        option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
     )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
     Command("health", "run the configured checks on the hosts", cmd_health, (
@@ -7908,6 +9182,11 @@ COMMANDS = (
         option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
         option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
         option("--commit", action="store_true", help="commit and push the change"),
+    )),
+    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
+        option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
+        option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
@@ -8000,7 +9279,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         lines = [f"estelle-updater: error: {problem.what}"]
         lines += [f"hint: {problem.hint}"] if problem.hint else []
         print(
-            "\n".join(lines).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
+            terminal_text("\n".join(lines)).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
             file=sys.stderr,
         )
     return problem.exit_code

@@ -29,13 +29,14 @@ MEANINGS: dict[str, dict[str, str]] = {
         "whitelist": "addresses and networks (CIDR) that may connect",
         "trustedProxies": "only these may say `X-Forwarded-For`",
         "serverNames": "names besides masterUrl's host that the `Host` header may have",
-        "tokenFile": "a file outside git with a shared secret that everybody must know (or `ESTELLE_TOKEN`)",
+        "tokenFile": "a file outside the repository with a shared secret; or `ESTELLE_TOKEN` in the environment",
     },
     "deploy": {
         "remote": "the git remote",
         "command": "what deploys: a program and its arguments, no shell",
         "restart": "systemd units to restart after the command; each must then be active",
         "timeout": "seconds for one step",
+        "secrets": "names of more variables whose values no log may show; those that look secret are masked anyway",
         "version": "where the version stands; else the last `vMMDD_N` of the output, else `git describe`",
     },
     'hosts."KEY"': {
@@ -75,7 +76,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "timeout": "seconds for one try",
     },
     "tls": {
-        "cert": "the certificate chain of a `wss://` master",
+        "cert": "PEM file with the certificate chain of a `wss://` master; read again when it changes",
         "key": "its private key",
         "ca": "whom agents and commanders trust instead of the system's authorities",
     },

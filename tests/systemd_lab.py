@@ -46,7 +46,7 @@ for pair; do mkdir -p "./${pair#*:}"; mount --bind "${pair%%:*}" "./${pair#*:}";
 ip link set lo up
 mkdir -p .old; pivot_root . .old; umount -l .old  # not chroot: from there no user namespace can be made (PrivateUsers=)
 exec /usr/bin/env -i container=lab PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd \
-  --unit=multi-user.target --log-target=console --log-level=notice
+  --unit=multi-user.target --log-target=journal --log-level=notice
 ' sh "$@"
 """
 
