@@ -26,7 +26,7 @@
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build, demo, setup, doctor                                             |
+| 20 | Tools              | build, upgrade, demo, setup, doctor                                    |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
 A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and randomness come in as
@@ -202,11 +202,13 @@ class State(StrEnum):
 
 
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
+SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
 
 DEFAULT_PORT = 9900
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
+PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
 # Sizes in bytes
 CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
@@ -236,6 +238,8 @@ CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
+PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
+DOWNLOADS = 4  # at once: each holds a copy of the program in memory
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
@@ -288,6 +292,11 @@ INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
+DOWNLOAD_S = 120.0
+TRY_S = 60.0  # a new program tries itself on a slow host
+BACK_S = 60.0  # the contract: a daemon with a new program is welcomed by then, or gets the old one back
+OBEY_S = 15.0  # a daemon that has not restarted by then is killed, to get the old program back
+MOVE_LOOK_S = (2.0, 5.0)  # between two looks whether the master that masterUrl names by now answers
 
 
 # ==============================================================================
@@ -1235,6 +1244,11 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     return new if new_data == old_data | {"whitelist": wanted} else None
 
 
+def accept_hint(sha256: str) -> str:
+    """What to commit so that hosts install the program with this checksum."""
+    return f'commit sha256 = "{sha256}" under [updater], or "updater": {{"sha256": "{sha256}"}} in JSON'
+
+
 def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the settings [hosts].
 
@@ -1612,6 +1626,18 @@ def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, An
 
 
 _TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
+
+
+def common_protocol(theirs: Sequence[int]) -> int:
+    """The newest protocol that this program and one that speaks `theirs` have in common. Raises ProtocolError."""
+    newest = min(PROTOCOL, max(theirs, default=0))
+    if newest < max(PROTOCOL_OLDEST, min(theirs, default=0)):
+        spoken = " to ".join(str(number) for number in theirs)
+        what = f"the master speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}, and this host {spoken}"
+        raise ProtocolError(f"{what}: bring the older one to the other's version")
+    return newest
+
+
 CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
@@ -1660,6 +1686,11 @@ def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
         return True
     later = new.revision > old.revision or new.state in FINAL  # a host may forget its revisions in a power loss
     return later and new.state in NEXT_STATES[old.state]
+
+
+def resumes(job: JobRecord) -> bool:
+    """Whether a job goes on after its runner's death: an upgrade must end with one program or the other."""
+    return job.kind is Kind.UPGRADE and job.state is State.RUNNING and job.step in (SWAP, RESTART, UNDO)
 
 
 def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
@@ -2551,6 +2582,21 @@ def sync_folder(path: Path) -> None:
             os.close(fd)
 
 
+def replace_file(fresh: Path, path: Path) -> None:
+    """Move `fresh` to `path` in one step. Windows replaces no open file: that is waited for, then moved aside."""
+    for _ in range(20):
+        with suppress(PermissionError):
+            os.replace(fresh, path)
+            return
+        time.sleep(0.02)
+    if os.name == "nt" and path.is_file():
+        aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+        os.rename(path, aside)
+        with suppress(OSError):  # whoever has it open may keep it until the end
+            aside.unlink()
+    os.replace(fresh, path)
+
+
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
@@ -2561,14 +2607,7 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        for attempt in range(20):
-            try:
-                os.replace(temp, path)
-                break
-            except PermissionError:  # Windows: somebody reads the old file right now
-                if attempt == 19:
-                    raise
-                time.sleep(0.02)
+        replace_file(temp, path)
         if durable:
             sync_folder(path.parent)
     except BaseException:
@@ -2758,10 +2797,23 @@ class DaemonLog:
 log = DaemonLog()
 
 
+def program_file() -> Path | None:
+    """The zipapp that this process runs from; None in a source checkout."""
+    archive = Path(__file__).absolute().parent
+    return archive if archive.is_file() else None
+
+
+def sha256_of(path: Path | None) -> str:
+    """A file's SHA-256 in hexadecimal; empty where there is none."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+    except OSError:
+        return ""
+
+
 def program_argv() -> list[str]:
     """How to start this very program: interpreter and zipapp or module, as absolute paths."""
-    module = Path(__file__).absolute()
-    return [sys.executable, str(module.parent if module.parent.is_file() else module)]
+    return [sys.executable, str(program_file() or Path(__file__).absolute())]
 
 
 def program_name() -> str:
@@ -2783,6 +2835,8 @@ class StateFolder:
         self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
         self.index = root / "history.jsonl"
+        self.last_master = root / "last-master"  # the URL of the master that this host was, or was welcomed by, last
+        self.serve_file = root / "serve.json"  # how the daemon was started
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
@@ -2808,6 +2862,16 @@ class StateFolder:
         text = os.urandom(16).hex()
         write_atomic(path, text.encode(), durable=True)
         return text
+
+    def save_master_url(self, url: MasterUrl) -> None:
+        with suppress(OSError):
+            write_atomic(self.last_master, str(url).encode())
+
+    def last_master_url(self) -> MasterUrl | None:
+        """The master that worked last: masterUrl may have changed to one that does not answer."""
+        with suppress(OSError, ValueError, UsageError):
+            return parse_master_url(self.last_master.read_text("utf-8"))
+        return None
 
     def log_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.log"
@@ -3158,6 +3222,7 @@ class Certificate:
 
 
 MARK = "ESTELLE_RUN"  # environment variable that every process of a step carries: it finds what a dead runner left
+RESTART_EXIT = 75  # EX_TEMPFAIL: a failure for every supervisor
 DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
 PIPE_BYTES = 1 << 20  # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -3591,6 +3656,22 @@ def detach_self(argv: Sequence[str] = ()) -> None:
         os._exit(1)
 
 
+def restart_self() -> int:
+    """Start this command anew, from its file as it is now: the same process, which its supervisor does not miss.
+
+    Windows has no such thing: there the exit code is returned after which PM2 starts it again.
+    """
+    if sys.platform != "win32":
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return RESTART_EXIT
+
+
+def is_supervised() -> bool:
+    """Whether PM2 or systemd started this very process, and will start it again."""
+    return "pm_id" in os.environ or "PM_ID" in os.environ or os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+
+
 def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
     """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM, SIGHUP, SIGBREAK."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -3730,7 +3811,6 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
-        self.outcome: str | None = None  # stands for the version where nothing was deployed
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -3739,13 +3819,13 @@ class Runner:
             return 1
         try:
             job = self.state.load_job(self.run, self.host)
-            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job)):
+            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job) or resumes(job)):
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
             with suppress(OSError):
                 write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
-            if not self.save(durable=True, state=State.RUNNING, started=time.time()):
+            if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
             return 0
@@ -3756,8 +3836,8 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED)
+            version = WORK[self.job.kind](self)
+            self.finish(State.SUCCEEDED, version=version)
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -3968,10 +4048,10 @@ class Runner:
 
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
-        commit, version = None, self.outcome
+        commit, version = None, fields.get("version")
         with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
-            version = self.outcome or self.read_version() if state is State.SUCCEEDED else None
+            version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
         self.log.sync()
@@ -3993,8 +4073,8 @@ class Runner:
         return True
 
 
-# What a runner does for each kind of order; the sections below add theirs.
-WORK: dict[Kind, Callable[[Runner], None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
+# What a runner does for each kind of order, and the version to show if not the project's; sections below add theirs.
+WORK: dict[Kind, Callable[[Runner], str | None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
 
 
 # ==============================================================================
@@ -4717,8 +4797,9 @@ class Switch:
         sync_folder(self.runner.state.root)
 
 
-def switch_traffic(runner: Runner) -> None:
-    """The whole job of a switch; what an earlier one left half done is ended first. Raises UpdaterError."""
+def switch_traffic(runner: Runner) -> str | None:
+    """The whole job of a switch; what an earlier one left half done is ended first. Returns the colour that takes the
+    traffic now. Raises UpdaterError."""
     runner.begin("gate")
     entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
     if entry:
@@ -4727,8 +4808,7 @@ def switch_traffic(runner: Runner) -> None:
         if entry.run == runner.run and not moved:
             raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
         if entry.run == runner.run:
-            runner.outcome = entry.color
-            return
+            return entry.color
         os.close(half.lock)
     config, problem = load_config_or_last(runner.config_path, runner.state)
     if problem:
@@ -4741,7 +4821,7 @@ def switch_traffic(runner: Runner) -> None:
     except OSError as unreadable:
         raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
     switch.run()
-    runner.outcome = switch.entry.color
+    return switch.entry.color
 
 
 WORK[Kind.SWITCH] = switch_traffic
@@ -5152,7 +5232,10 @@ class Agent:
             self.start_runner(record)
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
-            self.own(bury_runner(self.state, record))
+            if not resumes(record) or job.launches >= LAUNCHES:
+                self.own(bury_runner(self.state, record))
+            elif time.monotonic() - job.launched > LAUNCH_S:
+                self.start_runner(record)
 
     def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
@@ -5484,24 +5567,26 @@ class Dialer:
     ) -> None:
         self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
-        self.trouble = ""
+        self.said: set[str] = set()  # what went wrong since the last welcome
+        self.trouble = ""  # the last of it
         self.welcome: Welcome | None = None
-        self.link: Link | None = None
-        self.url = ""
+        self.url = ""  # of the master that is connected
 
     async def dial_forever(self) -> None:
         attempt = 0
         while True:
-            url = self.agent.config.config.master_url
             refused = False
-            try:
-                await self.dial(url)
-            except RefusedError as problem:
-                refused = True
-                self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
-            except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
-                what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
-                self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
+            for url in self.urls():
+                try:
+                    await self.dial(url)
+                except RefusedError as problem:
+                    refused = True
+                    self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
+                except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
+                    what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
+                    self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
+                if self.welcome:
+                    break
             if self.welcome:
                 attempt, self.welcome = 0, None
             else:
@@ -5512,15 +5597,15 @@ class Dialer:
                 async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
                     await self.config_changed.wait()
 
-    def on_config(self) -> None:
-        """New settings: try again at once, and leave a master that is no longer the one."""
-        self.config_changed.set()
-        if self.link and self.url != str(self.agent.config.config.master_url):
-            self.link.wire.abort()
+    def urls(self) -> list[MasterUrl]:
+        """The master that the configuration names, then the one that welcomed this host last."""
+        last = self.agent.state.last_master_url()
+        return list(dict.fromkeys([self.agent.config.config.master_url, *([last] if last else [])]))
 
     def say(self, text: str) -> None:
-        if text != self.trouble:
-            self.trouble = text
+        self.trouble = text
+        if text not in self.said:
+            self.said.add(text)
             log.warning("%s", text)
 
     async def dial(self, url: MasterUrl) -> None:
@@ -5540,10 +5625,11 @@ class Dialer:
         async with connection:
             link = Link(SocketWire(connection), squeeze=True)
             self.welcome = await greet(link.wire, self.agent.hello(), token)
-            self.trouble = ""
+            self.said.clear()
+            self.agent.state.save_master_url(url)
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
-            self.link, self.url = link, str(url)
+            self.url = str(url)
             try:
                 await self.agent.serve_link(link)
             except* (EOFError, OSError):
@@ -5551,7 +5637,7 @@ class Dialer:
             except* ProtocolError as group:
                 log.error("the master sent what is no part of the protocol: %s", next(iter_leaves(group)))
             finally:
-                self.link = None
+                self.url = ""
             self.say("the connection to the master ended; trying again until it answers")
 
 
@@ -5625,12 +5711,52 @@ QUESTION_NUMBERS = itertools.count(1)
 _whitelist = functools.lru_cache(maxsize=8)(Whitelist)  # parsed once, not by every stranger who knocks
 
 
+class Handout:
+    """The program that this master runs, which it hands out to new hosts and to `upgrade`; none in a checkout."""
+
+    def __init__(self) -> None:
+        self.program, self.sha256 = b"", ""
+        self.downloads: set[Any] = set()
+
+    def load(self, sha256: str) -> None:
+        """Read the file, unless it is no longer the one that runs here and has this checksum."""
+        if (file := program_file()) and sha256_of(file) == sha256:
+            self.program, self.sha256 = file.read_bytes(), sha256
+
+    def respond(self, connection: Any, *, whole: bool) -> Any:
+        """The program as an HTTP answer, or only its checksum."""
+        if not self.program:
+            return connection.respond(404, "this master does not run from a .pyz, and has none to hand out\n")
+        if not whole:
+            return connection.respond(200, f"{self.sha256}  {PROGRAM_NAME}\n")
+        self.downloads = {other for other in self.downloads if other.state.name != "CLOSED"}
+        if len(self.downloads) >= DOWNLOADS:
+            return connection.respond(503, "others are downloading; try again in a few seconds\n")
+        self.downloads.add(connection)
+        connection.allow(DOWNLOAD_S)
+        answer = connection.respond(200, "")
+        for name, value in {"Content-Type": "application/octet-stream", "Content-Length": len(self.program)}.items():
+            del answer.headers[name]
+            answer.headers[name] = str(value)
+        answer.body = self.program
+        return answer
+
+    def offer(self, config: ConfigFile) -> dict[str, Any]:
+        """What an upgrade's hosts are to install, if the committed configuration accepts it. Raises UpdaterError."""
+        if not self.program:
+            raise UsageError("the master does not run from a .pyz, and has none to hand out", "serve from a built one")
+        if (config.config.updater.sha256 or "").lower() != self.sha256:
+            raise ConfigError(f"{config.path} does not accept the master's program", accept_hint(self.sha256))
+        return {"sha256": self.sha256, "version": __version__}
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
     def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
         self.config, self.own_address, self.nonce = config, own_address, nonce
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
+        self.handout = Handout()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
         self.handshakes: Counter[str] = Counter()  # begun and not judged
         self.token_file = config.config.token_file
@@ -5658,11 +5784,17 @@ class Door:
 
             async def handshake(self, *args: Any, **options: Any) -> None:
                 try:
-                    await super().handshake(*args, **options)
+                    async with asyncio.timeout(WELCOME_S) as self.patience:
+                        await super().handshake(*args, **options)
                 finally:
                     door.handshakes[self.among] -= 1
                     if self.request is None and not self.one_too_many:
                         door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
+
+            def allow(self, seconds: float) -> None:
+                """Let the handshake take longer, as a download does."""
+                self.close_timeout = seconds
+                self.patience.reschedule(self.loop.time() + seconds)
 
         return Guarded
 
@@ -5682,7 +5814,11 @@ class Door:
             return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
         if list(self.sockets.values()).count(address) >= CONNECTIONS:
             return self.refuse(connection, address, f"more than {CONNECTIONS} connections", "close some")
-        if request.path.partition("?")[0] != config.master_url.path:
+        path = request.path.partition("?")[0]
+        program = f"{config.master_url.path.rstrip('/')}/{PROGRAM_NAME}"
+        if path in (program, f"{program}.sha256"):
+            return self.handout.respond(connection, whole=path == program)
+        if path != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         connection.estelle_address = address
         return None
@@ -5931,8 +6067,7 @@ class Master:
             hello = decode_message(frame) if isinstance(frame, str) and len(frame) <= HELLO_BYTES else None
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
-            if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
-                raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
+            common_protocol(hello.protocol)
             if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
             proof = await self.door.check_token(link, hello, address)
@@ -5976,7 +6111,8 @@ class Master:
         self.registry.down_since.pop(hello.machine, None)
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
-        link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES), proof))
+        protocol = common_protocol(hello.protocol)
+        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
         self.resend(agent)
@@ -6192,7 +6328,11 @@ class Master:
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        hosts = select_targets(message.target, self.registry.hosts(message.kind is Kind.SWITCH), active)
+        deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
+        hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
+        if message.kind is Kind.UPGRADE:
+            self.require_free(hosts)
+            message = replace(message, options=self.door.handout.offer(self.config))
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -6217,6 +6357,13 @@ class Master:
         self.replace_queued(run)
         asyncio.get_running_loop().call_soon(self.schedule)
         return record
+
+    def require_free(self, hosts: Sequence[HostRef]) -> None:
+        """Raises GuardError where a job runs or waits on one of `hosts`."""
+        machines = {host.machine for host in hosts}
+        for job in (job for run in self.runs.values() for job in run.jobs.values()):
+            if job.machine in machines and job.state not in FINAL:
+                raise GuardError(f"{job.host} has a {job.state} job: {job.run}", f"wait for it, or cancel {job.run}")
 
     def replace_queued(self, new: Run) -> None:
         """A newer request for the same branch takes the place of one that still waits."""
@@ -6330,7 +6477,8 @@ class Desk:
     async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
-        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES), proof))
+        protocol = common_protocol(hello.protocol)
+        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -6629,13 +6777,6 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def refuse_busy(master: Master, machines: Container[str]) -> None:
-    """Raise GuardError where a job runs or waits on one of these hosts."""
-    for job in (job for run in master.runs.values() for job in run.jobs.values()):
-        if job.machine in machines and job.state not in FINAL:
-            raise GuardError(f"run {job.run} ({job.kind}) is {job.state} on {job.host}", "wait for it, or cancel it")
-
-
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
     """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
     Returns the order with its host and colour. Raises UpdaterError."""
@@ -6655,7 +6796,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
     await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
     if not options.get("dry_run"):
-        refuse_busy(master, {data.machine, *(host.machine for host in hosts if host.color)})
+        master.require_free([data, *(host for host in hosts if host.color)])
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
@@ -6759,10 +6900,14 @@ class Caller:
         self.bind, self.config, self.tree = bind, config, tree
         self.token = load_token(config, tree)
         self.urls = [str(config.master_url)]
+        self.named = 0  # which of them masterUrl names: its problem is the one to tell
         daemon = read_json(state.daemon_file) or {}
         local = daemon.get("listen")
         if isinstance(local, str) and local not in self.urls and FileLock.held_elsewhere(state.daemon_lock):
             self.urls.insert(0, local)
+            self.named = 1
+        if (last := state.last_master_url()) and str(last) not in self.urls:
+            self.urls.append(str(last))  # masterUrl may be wrong by now: the commit that mends it must get through
 
     def dial(self, patience_s: float) -> Connection:
         """A welcomed connection, within `patience_s`. Raises UnreachableError or RefusedError."""
@@ -6774,11 +6919,10 @@ class Caller:
                     return self._dial(url, max(0.5, min(DIAL_S, deadline - time.monotonic())))
                 except UpdaterError as problem:
                     problems.append(problem)
-            if all(isinstance(problem, RefusedError) for problem in problems):
-                raise problems[-1]
             pause = random.uniform(*RETRY_S)
-            if time.monotonic() + pause > deadline:
-                raise problems[-1]
+            refused = all(isinstance(problem, RefusedError) for problem in problems)
+            if refused or time.monotonic() + pause > deadline:
+                raise problems[self.named]
             time.sleep(pause)
 
     def _dial(self, url: str, timeout_s: float) -> Connection:
@@ -7112,7 +7256,8 @@ class Service:
         options.state.create()
         self.config = ConfigFile(options.config_path, options.state)
         self.nonce = os.urandom(16).hex()
-        self.stopping = False
+        self.stopping = self.restarting = False
+        self.sha256 = sha256_of(program_file())  # of what runs here, whatever the file becomes
         self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
         self.machine = ""
         self.supervisor = Supervisor(os.environ)
@@ -7130,6 +7275,8 @@ class Service:
             self.config.token()  # one that can't be read is better said here
             raise_file_limit()
             self.machine = self.state.machine_id()
+            how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
+            write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
@@ -7150,6 +7297,14 @@ class Service:
         self.supervisor.tell("STOPPING=1", "STATUS=stopping")
         self.stopping = True
         self.over.set()
+
+    def restart_if_replaced(self, agent: Agent) -> None:
+        """An upgrade has put another program in place of this one, which may be the old one again."""
+        waits = any(resumes(job.record) and job.record.step != SWAP for job in agent.jobs.values())
+        if waits and sha256_of(program_file()) not in ("", self.sha256):
+            log.info("the program was replaced: starting anew")
+            self.stopping = self.restarting = True
+            self.over.set()
 
     def say_what_is_odd(self, agent: Agent) -> None:
         """What will make deployments fail later is worth a line now."""
@@ -7174,7 +7329,8 @@ class Service:
             lambda: PokeReceiver(agent.poked),
             local_addr=("127.0.0.1", 0),
         )
-        facts = {"pid": os.getpid(), "role": decision.role, "poke": transport.get_extra_info("sockname")[1]}
+        facts: dict[str, Any] = {"pid": os.getpid(), "role": decision.role, "sha256": self.sha256}
+        facts |= {"poke": transport.get_extra_info("sockname")[1], "bind": self.options.bind}
         try:
             async with asyncio.TaskGroup() as group:
                 role = self.serve_master(agent, facts, decision, source)
@@ -7216,7 +7372,25 @@ class Service:
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
             group.create_task(agent.prune_forever(tuple))
-            group.create_task(self.watch_config(agent, dialer.on_config))
+            group.create_task(self.watch_config(agent, dialer.config_changed.set))
+            group.create_task(self.follow_master(lambda: dialer.url, lambda: not agent.jobs))
+
+    async def follow_master(self, url: Callable[[], str], idle: Callable[[], bool]) -> None:
+        """A commit may move the master away from `url`: once nothing runs here, decide the role anew, and follow as
+        soon as the new one answers. One that does not is perhaps a mistake, which the old one is needed to mend."""
+        warned = None
+        while True:
+            await asyncio.sleep(random.uniform(*MOVE_LOOK_S))
+            new = self.config.config.master_url
+            if url() in ("", str(new)) or not idle():
+                continue
+            decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, False)
+            nonce, welcomed = await self.meet(new) if decision.role is Role.AGENT else (None, True)
+            if welcomed and nonce != self.nonce:
+                self.turn(decision, source)
+            elif new != warned:
+                log.warning("masterUrl is now %s, which does not welcome us: %s stays the master", new, url())
+            warned = new
 
     async def look_again(self, outside: bool) -> None:
         """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
@@ -7236,9 +7410,10 @@ class Service:
         )
         master = Master(self.state, self.config, self.machine, self.nonce, own)
         master.recover()
+        master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            options = SERVER_OPTIONS | {"create_connection": master.door.connection_class()}
+            options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
                 options |= {"ssl": certificate.context}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
@@ -7249,6 +7424,7 @@ class Service:
         async with server, asyncio.TaskGroup() as group:
             facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
             self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
+            self.state.save_master_url(url)
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
                 group.create_task(self.prove(url, source))
@@ -7259,30 +7435,34 @@ class Service:
             group.create_task(master.tick_forever())
             group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
+            group.create_task(self.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs)))
 
-    async def prove(self, url: MasterUrl, source: str | None) -> None:
-        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
+    async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
+        """The nonce of the process that answers at `url`, None where nobody does, and whether it lets us in."""
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidStatus, WebSocketException
 
-        nonce = None
+        options: dict[str, Any] = {"local_addr": (self.options.bind, 0)} if self.options.bind else {}
+        try:
+            options |= CLIENT_OPTIONS | client_tls(self.config.config, work_tree(self.config.path), str(url))
+            async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
+                name = socket.gethostname()
+                hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
+                return (await greet(SocketWire(connection), hello, self.config.token())).nonce, True
+        except RefusedError:  # another token is another master
+            return "", False
+        except InvalidStatus as problem:  # even a refusal says who it is
+            return problem.response.headers.get(WHO_HEADER), False
+        except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
+            return None, False
+
+    async def prove(self, url: MasterUrl, source: str | None) -> None:
+        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
         for _ in range(PROVE_TRIES):
-            try:
-                config = self.config.config
-                options = CLIENT_OPTIONS | client_tls(config, work_tree(self.config.path), str(url))
-                async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
-                    name = socket.gethostname()
-                    hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
-                    nonce = (await greet(SocketWire(connection), hello, self.config.token())).nonce
+            nonce, _ = await self.meet(url)
+            if nonce is not None:
                 break
-            except RefusedError:  # another token is another master
-                nonce = ""
-                break
-            except InvalidStatus as problem:  # even a refusal says who it is
-                nonce = problem.response.headers.get(WHO_HEADER)
-                break
-            except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
-                await asyncio.sleep(random.uniform(*RETRY_S))
+            await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
             self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
         elif nonce is None and source != "metadata":
@@ -7301,6 +7481,7 @@ class Service:
             if self.config.look():
                 log.info("new settings from %s", self.config.path)
                 changed()
+            self.restart_if_replaced(agent)
             if self.config.problem and self.config.problem != problem:
                 log.error("%s; the old settings stay in force", self.config.problem)
             problem = self.config.problem
@@ -7333,7 +7514,7 @@ def local_url(url: MasterUrl, host: str | None, port: int, secure: bool) -> str:
 
 
 # ==============================================================================
-# 20. Tools: build, demo, setup, doctor
+# 20. Tools: build, upgrade, demo, setup, doctor
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
@@ -7522,9 +7703,164 @@ def _replace_executable(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(fresh, 0o755)
-        os.replace(fresh, path)
+        replace_file(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> bytes:
+    """The program that the master at `url` hands out, unverified; `tls` as `client_tls` says. Raises UpdaterError."""
+    kind = functools.partial(http_client.HTTPSConnection, context=tls["ssl"]) if tls else http_client.HTTPConnection
+    connection = kind(url.host, url.port, timeout=SEND_S, source_address=(bind, 0) if bind else None)
+    deadline = time.monotonic() + SEND_S
+    try:
+        while True:
+            connection.request("GET", f"{url.path.rstrip('/')}/{PROGRAM_NAME}")
+            answer = connection.getresponse()
+            data = answer.read(PROGRAM_BYTES)
+            if answer.status == 200:
+                return data
+            if answer.status != 503 or time.monotonic() > deadline:  # 503: others are downloading
+                raise refusal(answer.status, data)
+            time.sleep(random.uniform(*RETRY_S))
+    except (OSError, http_client.HTTPException) as problem:
+        raise UnreachableError(f"can't fetch the program from {url}: {problem}", "try again") from problem
+    finally:
+        connection.close()
+
+
+class Upgrade:
+    """Brings this host to the master's program, from a runner that outlives the daemon's restart.
+
+    The job's step is its journal: another runner goes on where one died, so that in the end there is one program that
+    the master welcomes, the new or the old. It accepts what this host's own working tree names, and nothing else.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.state = runner, runner.state
+        self.sha256, self.version = (str(runner.job.options.get(key, "")) for key in ("sha256", "version"))
+        file = program_file()
+        if file is None:
+            raise UsageError("this host runs from a source checkout", "git pull there, and restart the service")
+        self.file = file.resolve()
+        self.fresh, self.old = (self.file.with_name(self.file.name + end) for end in (".new", ".old"))
+        self.launched = float("-inf")
+
+    def perform(self) -> str:
+        """The new version, once the master has welcomed it. Raises UpdaterError where the old one stays."""
+        runner = self.runner
+        if not resumes(runner.job):
+            runner.begin("check")
+            runner.load_rule(strict=False)
+            self.check()
+            if self.facts().get("sha256") == self.sha256:
+                runner.log.line(f"{self.version} runs here already.")
+                return self.version
+            try:
+                self.fetch()
+                runner.begin(SWAP)
+            except BaseException:
+                self.fresh.unlink(missing_ok=True)
+                raise
+            runner.save(durable=True)
+        if runner.job.step == SWAP:
+            self.swap()
+        if runner.job.step == RESTART:
+            runner.log.line(f"restarting the daemon with {self.version}")
+            if self.await_daemon(self.sha256):
+                self.clean()
+                return self.version
+            runner.save(durable=True, step=UNDO)
+        raise self.put_back()
+
+    def facts(self) -> dict[str, Any]:
+        """What the daemon says of itself; nothing while there is none."""
+        return (read_json(self.state.daemon_file) or {}) if FileLock.held_elsewhere(self.state.daemon_lock) else {}
+
+    def check(self) -> None:
+        """The committed checksum decides. Raises ConfigError."""
+        path = self.runner.config_path
+        accepted = (load_config(path).updater.sha256 or "").lower()
+        if not accepted or accepted != self.sha256:
+            named = f"the program {accepted[:12]}…" if accepted else "no program"
+            what = f"{path} accepts {named}, and the master has {self.sha256[:12]}…"
+            raise ConfigError(what, f"{accept_hint(self.sha256)}, and bring that commit to this host first")
+
+    def fetch(self) -> None:
+        """Download, verify, and try the new program beside the one that runs. Raises UpdaterError or StepFailed."""
+        runner = self.runner
+        config = load_config(runner.config_path)
+        url = self.state.last_master_url() or config.master_url
+        runner.announce(f"download {PROGRAM_NAME} from {url}")
+        tls = client_tls(config, work_tree(runner.config_path), str(url))
+        data = fetch_program(url, self.facts().get("bind"), tls)
+        if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
+            raise UpdaterError(f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again")
+        _replace_executable(self.fresh, data)
+        for words in (("--version",), ("self-test", "--config", str(runner.config_path))):
+            runner.step(Step(f"{self.fresh.name} {words[0]}", (sys.executable, str(self.fresh), *words)), TRY_S)
+
+    def swap(self) -> None:
+        """The new program takes the old one's place, of which a copy stays beside it."""
+        if sha256_of(self.file) != self.sha256:
+            if sha256_of(self.fresh) != self.sha256:
+                raise UpdaterError("the downloaded program is gone: nothing was changed", "upgrade again")
+            _replace_executable(self.old, self.file.read_bytes())
+            _replace_executable(self.file, self.fresh.read_bytes())
+        self.runner.save(durable=True, step=RESTART)
+
+    def put_back(self) -> UpdaterError:
+        """The old program again; what to report."""
+        if self.old.exists():
+            _replace_executable(self.file, self.old.read_bytes())
+        self.runner.log.line("not welcomed: restarting the daemon with the old program")
+        back = self.await_daemon(sha256_of(self.file))
+        self.clean()
+        after = "the old one is back" if back else "the old one is in its place again, and is not welcomed either"
+        return UpdaterError(f"{self.version} was not welcomed within {BACK_S:.0f} s: {after}", "see the daemon's log")
+
+    def await_daemon(self, sha256: str) -> bool:
+        """Whether a daemon with this program is welcomed in time. The one that runs starts itself anew; what does not
+        is killed, and what nobody else starts again is started."""
+        began, killed = time.monotonic(), False
+        while (waited_s := time.monotonic() - began) < BACK_S:
+            facts = self.facts()
+            if facts.get("sha256") == sha256 and "label" in facts:
+                return True
+            how = read_json(self.state.serve_file) or {}
+            if facts and facts.get("sha256") != sha256 and waited_s > OBEY_S and not killed:
+                killed = True
+                with suppress(OSError):
+                    os.kill(facts["pid"], 9)
+            elif not facts and how.get("supervised") is False:
+                self.revive(how)
+            time.sleep(CANCEL_LOOK_S)
+        return False
+
+    def revive(self, how: Mapping[str, Any]) -> None:
+        """Start a daemon that nobody else starts: by hand, and under Windows in any case, it can only end."""
+        lives = (process := _read_process(how["pid"])) and process.alive
+        if lives or FileLock.held_elsewhere(self.state.daemon_lock) or time.monotonic() - self.launched < LAUNCH_S:
+            return
+        self.launched = time.monotonic()
+        spawn_runner(how["argv"], os.environ, self.state.root / "daemon.log")
+
+    def clean(self) -> None:
+        for left in (self.fresh, self.old):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
+def upgrade(runner: Runner) -> str:
+    """What a runner does for `upgrade`; returns the new version."""
+    try:
+        return Upgrade(runner).perform()
+    except OSError as problem:
+        what = f"can't write {problem.filename or 'the program'}: {problem.strerror}"
+        raise UpdaterError(what, "give the program's folder to the user that serves") from problem
+
+
+WORK[Kind.UPGRADE] = upgrade
 
 
 _DEMO_HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
@@ -8406,7 +8742,9 @@ def cmd_serve(args: Args) -> int:
     options = ServeOptions(
         args.config_path(), args.state_folder(), args.bind, Role(role) if role != "auto" else None, args.listen
     )
-    return asyncio.run(Service(options).run())
+    service = Service(options)
+    code = asyncio.run(service.run())
+    return restart_self() if service.restarting else code
 
 
 def cmd_trigger(args: Args) -> int:
@@ -8416,9 +8754,14 @@ def cmd_trigger(args: Args) -> int:
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
+    return submit_and_watch(args, caller, order, args.detach)
+
+
+def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = False) -> int:
+    """Start a run and show it to its end, or only start it."""
     view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
-    if args.detach:
+    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
+    if detach:
         view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
@@ -8507,6 +8850,22 @@ def cmd_switch(args: Args) -> int:
 
     code = watch_run(args, run, follow)
     return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code
+
+
+def cmd_upgrade(args: Args) -> int:
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
+    return submit_and_watch(args, make_caller(args), order)
+
+
+def cmd_self_test(args: Args) -> int:
+    """What `upgrade` asks of a new program before it is used: not for people."""
+    for name in _PRELOADED:
+        if name.startswith(("tomli_w", "websockets")):
+            importlib.import_module(name)
+    preload()
+    load_config(args.config_path())
+    say(f"estelle-updater {__version__} speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}")
+    return 0
 
 
 def cmd_deploy(args: Args) -> int:
@@ -8646,7 +9005,7 @@ def cmd_status(args: Args) -> int:
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
     rows = [status_cells(row) for row in result["hosts"]]
-    head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "last", "job")
+    head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
@@ -8673,7 +9032,7 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
         row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
-        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        row["updater"] or "-", " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
@@ -9167,6 +9526,9 @@ COMMANDS = (
         option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
         option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
     )),
+    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
+        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
+    )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
     )),
@@ -9194,6 +9556,7 @@ COMMANDS = (
     Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo, (
         option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     )),
+    Command("self-test", "", cmd_self_test, hidden=True),
     Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
 )  # fmt: skip
 GLOBAL_OPTIONS = (
