@@ -6481,7 +6481,7 @@ class Master:
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
-        hosts = select_targets(message.target, self.registry.hosts(not deploys), active)
+        hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
         if message.kind is Kind.UPGRADE:
             self.require_free(hosts)
             message = replace(message, options=self.door.handout.offer(self.config))
@@ -6932,13 +6932,6 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def refuse_busy(master: Master, machines: Container[str]) -> None:
-    """Raise GuardError where a job runs or waits on one of these hosts."""
-    for job in (job for run in master.runs.values() for job in run.jobs.values()):
-        if job.machine in machines and job.state not in FINAL:
-            raise GuardError(f"run {job.run} ({job.kind}) is {job.state} on {job.host}", "wait for it, or cancel it")
-
-
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
     """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
     Returns the order with its host and colour. Raises UpdaterError."""
@@ -6958,7 +6951,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
     await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
     if not options.get("dry_run"):
-        refuse_busy(master, {data.machine, *(host.machine for host in hosts if host.color)})
+        master.require_free([data, *(host for host in hosts if host.color)])
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
