@@ -220,7 +220,7 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
-PROGRESS_CHARS = 4000  # of a burst of lines, the last ones
+PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -267,6 +267,7 @@ PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know wh
 PLANS_KEPT = 100
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 MCP_CALLS = 32  # at once: more is a client gone wild
+MCP_LINGER_S = 1.5  # for what was asked before the input ended; after 2 s the official client kills us
 MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
 MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
@@ -6835,6 +6836,7 @@ class Planner:
     def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
         self.master = master
         self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
+        self.target = self.target or "all"
         self.action = str(args.get("action") or "update")
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
 
@@ -7338,6 +7340,7 @@ class Connection:
             while (left := deadline - time.monotonic()) > 0:
                 reply = self.receive(left)
                 if isinstance(reply, Refuse):
+                    self.close()
                     raise refused(reply)
                 if reply is not None and not isinstance(reply, bytes):
                     return reply
@@ -9957,11 +9960,6 @@ MCP_INSTRUCTIONS = (
 )
 
 
-def mcp_offers(tool: str) -> bool:
-    """Whether this program can do what a tool promises."""
-    return tool not in ("health", "switch", "release")
-
-
 class McpServer:
     """The tools for a model on standard input and output; every call has a thread of its own."""
 
@@ -9969,15 +9967,17 @@ class McpServer:
         self.args, self.wire = args, wire
         self.lock = threading.Lock()  # of the session and the wire
         self.gone: dict[str | int, threading.Event] = {}
-        tools = [tool for tool in TOOLS if hasattr(self, f"call_{tool.name}") and mcp_offers(tool.name)]
-        shown = [tool.render(args.require_plan) for tool in tools if tool.effect == "reads" or not args.read_only]
-        self.session = McpSession(shown, MCP_INSTRUCTIONS, __version__)
+        shown = [tool for tool in TOOLS if f"call_{tool.name}" in dir(self) or tool.name in DESK]
+        shown = [tool for tool in shown if tool.effect == "reads" or not args.read_only]
+        self.session = McpSession([tool.render(args.require_plan) for tool in shown], MCP_INSTRUCTIONS, __version__)
 
     def serve(self, lines: IO[bytes]) -> None:
-        """Until the client closes our standard input. What it asked for goes on."""
+        """Until the client closes our standard input. The runs that it asked for go on."""
         while line := lines.readline(MESSAGE_BYTES):
-            while len(line) == MESSAGE_BYTES and not line.endswith(b"\n"):
-                line = lines.readline(MESSAGE_BYTES) and b"too long" + b"?" * (MESSAGE_BYTES - 8)
+            if len(line) == MESSAGE_BYTES and line[-1:] != b"\n":
+                while (rest := lines.readline(MESSAGE_BYTES)) and rest[-1:] != b"\n":
+                    pass
+                line = b"too long"  # which is no JSON
             if not line.strip():
                 continue
             with self.lock:
@@ -9987,16 +9987,19 @@ class McpServer:
                     self.gone[name].set()
                 for call in calls:
                     self.begin(call)
+        ends = time.monotonic() + MCP_LINGER_S
+        while self.session.calls and time.monotonic() < ends:
+            time.sleep(LOCAL_LOOK_S)
 
-    def send(self, *messages: dict[str, Any]) -> None:
+    def send(self, *messages: dict[str, Any] | None) -> None:
         with suppress(OSError, ValueError):  # the client is gone: standard input says so too
-            for message in messages:
+            for message in filter(None, messages):
                 self.wire.write(json.dumps(message).encode() + b"\n")
             self.wire.flush()
 
     def begin(self, call: ToolCall) -> None:
         if len(self.session.calls) > MCP_CALLS:
-            self.send(*filter(None, [self.session.finish(call, "error: too many calls at once", True)]))
+            self.send(self.session.finish(call, "error: too many calls at once; wait for some to end", True))
             return
         gone = self.gone[call.id] = threading.Event()
         threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
@@ -10011,21 +10014,29 @@ class McpServer:
                     params = {"progressToken": call.token, "progress": next(numbers), "message": text}
                     self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
 
-        answer: dict[str, Any] | str
+        answer: dict[str, Any] | str = ""
         try:
-            answer = getattr(self, f"call_{call.tool}")(call.arguments, ProgressView(tell, gone))
+            answer = self.call(call.tool, call.arguments, ProgressView(tell, gone))
         except Abandoned:
-            return
+            pass
         except UpdaterError as problem:
-            answer = f"error: {problem.what}\nhint: {problem.hint or 'none'}\nexit: {problem.exit_code}"
+            lines = [f"error: {problem.what}", f"hint: {problem.hint}", f"exit: {problem.exit_code}"]
+            answer = "\n".join(line for line in lines if not line.endswith(": "))
         except Exception as problem:
             answer = f"internal error: {problem!r}"
         reads = self.session.tools[call.tool]["annotations"]["readOnlyHint"]
         wrong = isinstance(answer, str) or (answer.get("ok") is False and not reads)
         with self.lock:
-            self.send(*filter(None, [self.session.finish(call, answer, wrong)]))
+            self.send(self.session.finish(call, answer, wrong))
             if self.gone.get(call.id) is gone:
                 del self.gone[call.id]
+
+    def call(self, tool: str, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        """A tool's answer: its own method's, or the master's to the question of this name. Raises UpdaterError."""
+        takes = self.session.tools[tool]["inputSchema"]["properties"]
+        given = {name: spec["default"] for name, spec in takes.items() if "default" in spec} | given
+        own: Callable[..., dict[str, Any]] | None = getattr(self, f"call_{tool}", None)
+        return own(given, view) if own else self.ask(tool, **given)
 
     def ask(self, what: str, **details: Any) -> dict[str, Any]:
         return ask_master(self.args, what, details, PLAN_ANSWER_S)
@@ -10045,7 +10056,7 @@ class McpServer:
             answer = self.ask("log", run=run)
             if any(answer[name] != value for name, value in same.items()):
                 raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
-            if given.get("wait", True):
+            if given["wait"]:
                 self.follow(run, view)
             answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
         except UpdaterError as problem:
@@ -10065,52 +10076,31 @@ class McpServer:
         finally:
             follower.connection.close()
 
-    def planned(self, given: dict[str, Any], **request: Any) -> None:
-        """Raises GuardError unless the plan that was given is fresh and still true."""
-        if "plan" in given:
-            self.ask("plan", plan=given["plan"], **request)
-
     def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        target, branch = given["target"], given["branch"]
+        wanted = {"target": given["target"], "branch": given["branch"]}
 
         def make() -> Submit:
-            self.planned(given, target=target, branch=branch)
-            return Submit(make_run_id(), "", Kind.DEPLOY, target, branch, user_name())
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], **wanted)
+            return Submit(make_run_id(), "", Kind.DEPLOY, **wanted, by=user_name())
 
-        return self.order(given, view, make, kind=Kind.DEPLOY, target=target, branch=branch)
+        return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
 
     def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        request = {"action": "rollback", "target": given.get("target", "all"), "to": given.get("to", "")}
+        request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {"action": "rollback"}
+        return self.order(given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK)
 
-        def make() -> Submit:
-            self.planned(given, **request)
-            return plan_rollback(self.ask("plan", **request))
-
-        return self.order(given, view, make, kind=Kind.ROLLBACK)
-
-    def call_plan(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        action = given.get("action", "update")
-        if action == "update" and not ("target" in given and "branch" in given):
-            raise UsageError("the plan of an update needs target and branch")
-        return self.ask("plan", **{"action": action, "target": "all", **given})
-
-    def call_status(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        return self.ask("status")
-
-    def call_history(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        return self.ask("history", count=given.get("count", 10))
-
-    def call_cancel(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+    def call_cancel(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         record = cancel_run(self.args, given["run"])
         return {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}
 
     def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        deadline, tail = time.monotonic() + given.get("wait_s", 0), given.get("tail", False) and "cursor" not in given
+        deadline, tail = time.monotonic() + given["wait_s"], given["tail"] and "cursor" not in given
         try:
-            offsets = json.loads(given.get("cursor", "{}"))
+            offsets: dict[str, int] = json.loads(given.get("cursor", "{}"))
         except (ValueError, RecursionError):
             raise UsageError("this is no cursor", "take the one of the last answer") from None
-        asked = {"run": given["run"], "target": given.get("target"), "bytes": given.get("max_bytes", 16_000)}
+        asked = {"run": given["run"], "target": given.get("target"), "bytes": given["max_bytes"]}
         while True:
             answer = self.ask("log", offsets=offsets, tail=tail, **asked)
             if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
