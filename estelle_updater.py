@@ -262,7 +262,7 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
@@ -2455,11 +2455,13 @@ TOOLS = (
          "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
         ("run",), _answer("hosts", "run", "cursor", done="boolean")),
     Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
-        {"count": _a_number("how many", 1, 100, 10)}, (), _answer("runs")),
+        {"count": _a_number("how many", 1, 100, 10),
+         "stats": _a_flag("instead of runs: per host how often, how long, and what failed at which step", False)},
+        (), _answer("")),
     Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
         {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
     Tool("health", "reads", "Run the configured health checks on the hosts.",
-        {"target": _TARGET}, (), _answer("hosts")),
+        {"target": _TARGET}, (), _answer("checks", ok="boolean")),
     Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
         {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
     Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
@@ -5640,8 +5642,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(address)
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
-    path = agent.config.path
-    if (name := os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")) in found.get("changed", ()):
+    path, name = agent.config.path, ""
+    with suppress(ValueError):  # another drive of Windows
+        name = os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")
+    if name in found.get("changed", ()):
         try:  # what runs comes from the configuration that arrives
             text = outlook.git("show", f"{found['target']}:{name}")
             if text is None:
@@ -6619,8 +6623,8 @@ class Plan:
     """What a plan was asked and what it found, to tell later whether that still holds."""
 
     made: float
-    request: tuple[Any, ...]
-    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then
+    request: dict[str, str]
+    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then, traffic
 
 
 class Desk:
@@ -6831,47 +6835,65 @@ class Desk:
 
 
 class Planner:
-    """Answers `plan`: what `trigger` or `rollback` would do on each host, asked of all hosts at once."""
+    """Answers `plan`: what an order would do on each host, asked of all hosts at once."""
 
-    def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
-        self.master = master
-        self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
-        self.target = self.target or "all"
-        self.action = str(args.get("action") or "update")
+    def __init__(self, desk: Desk, args: Mapping[str, Any]) -> None:
+        self.desk, self.master = desk, desk.master
+        words = ("action", "target", "branch", "to", "color")
+        self.request = {"action": "update", "target": "all"} | {key: str(args[key]) for key in words if args.get(key)}
+        self.branch, self.to = self.request.get("branch", ""), self.request.get("to", "")
+        self.action, self.target = self.request["action"], self.request["target"]
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
 
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
+        rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
+        now_and_then = ("machine", "current", "target", "traffic")
+        truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
+        return {
+            "plan": self.remember(truth), "branch": "", **self.request, "fresh_s": PLAN_FRESH_S,
+            "ok": not any(row["refused"] for row in rows), "hosts": rows,
+        }  # fmt: skip
+
+    async def look_at_traffic(self) -> list[dict[str, Any]]:
+        """The colours as they stand, and what a switch would be refused for."""
+        color, refused = self.request.get("color"), []
+        try:
+            await gate_switch(self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color}))
+        except GuardError as problem:
+            refused = [problem.what]
+        keys = ("host", "online", "color", "traffic", "version")
+        rows = [row for row in (await self.desk.status({}))["hosts"] if row["color"]]
+        return [{key: row[key] for key in keys} | {"current": row["commit"], "refused": refused} for row in rows]
+
+    async def look_at_hosts(self) -> list[dict[str, Any]]:
+        """What a deployment or a rollback would find on the hosts of the target."""
         registry = self.master.registry
         hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
         if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
         past = await asyncio.to_thread(self.master.state.successes)
-        rows = await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
+        rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
-        truth = {row["host"]: (row.pop("machine"), row["current"], row["target"]) for row in rows}
-        return {
-            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "action": self.action,
-            "fresh_s": PLAN_FRESH_S, "ok": not any(row["refused"] for row in rows), "hosts": rows,
-        }  # fmt: skip
+        return rows
 
     def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
         """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
-        plans, request, now = self.master.plans, (self.action, self.target, self.branch, self.to), time.monotonic()
+        plans, now = self.master.plans, time.monotonic()
         for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
             del plans[name]
         if not self.known:
             while len(plans) >= PLANS_KEPT:
                 del plans[next(iter(plans))]
             name = os.urandom(8).hex()
-            plans[name] = Plan(now, request, truth)
+            plans[name] = Plan(now, self.request, truth)
             return name
         plan, hint = plans.get(self.known), "make a new plan, and look at it"
         if plan is None:
             raise GuardError(f"there is no fresh plan {self.known[:40]!r}", hint)
-        if plan.request != request:
-            raise GuardError(f"plan {self.known} is for something else: {' '.join(map(str, plan.request))}", hint)
+        if plan.request != self.request:
+            raise GuardError(f"plan {self.known} is for something else: {' '.join(plan.request.values())}", hint)
         if changed := [host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)]:
             raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
         return self.known
@@ -6922,8 +6944,8 @@ class Planner:
 
 
 async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
-    """What a deployment or a rollback would do."""
-    return await Planner(desk.master, args).plan()
+    """What an order would do."""
+    return await Planner(desk, args).plan()
 
 
 # What a commander may ask; the sections below add theirs.
@@ -9537,7 +9559,8 @@ def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = F
 
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
-        if failed := ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT)):
+        failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
+        if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
@@ -9736,9 +9759,14 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     return answer.result
 
 
-def cmd_health(args: Args) -> int:
+def ask_health(args: Args, target: str) -> dict[str, Any]:
+    """What the checks see, with the patience that they need."""
     take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
-    result = ask_master(args, "health", {"target": args.target}, take_s)
+    return ask_master(args, "health", {"target": target}, take_s)
+
+
+def cmd_health(args: Args) -> int:
+    result = ask_health(args, args.target)
     if args.json:
         say(json.dumps(result, ensure_ascii=False))
     elif result["checks"]:
@@ -10063,8 +10091,7 @@ class McpServer:
             problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
             raise
         for row in answer["hosts"]:
-            lines = row.pop("text").splitlines()[-TAIL_LINES:]
-            row["tail"] = "" if row["ok"] else "\n".join(lines)[-TAIL_BYTES:]
+            row["tail"] = "\n".join(row.pop("text").splitlines()[-TAIL_LINES:])[-TAIL_BYTES:]
         return answer
 
     def follow(self, run: str, view: ProgressView) -> None:
@@ -10089,6 +10116,20 @@ class McpServer:
     def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
         request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {"action": "rollback"}
         return self.order(given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK)
+
+    def call_switch(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        color = given["color"]
+
+        def make() -> Submit:
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], action="switch", color=color)
+            options = {"color": color, "dry_run": given["dry_run"]}
+            return Submit(make_run_id(), "", Kind.SWITCH, "", color, user_name(), options=options)
+
+        return self.order(given, view, make, kind=Kind.SWITCH)
+
+    def call_health(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
+        return ask_health(self.args, given.get("target", "all"))
 
     def call_cancel(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         record = cancel_run(self.args, given["run"])
