@@ -15,18 +15,21 @@
 | 5  | Messages           | the wire's verbs as dataclasses, encode and decode, size limits        |
 | 6  | Journal            | offsets, what to send, what to accept, run and job states              |
 | 7  | Pipeline           | plan a deployment as argument tuples, read versions out of output      |
+| 8  | HAProxy text       | read and rewrite the backend's servers, read what HAProxy says         |
+| 9  | MCP                | the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)       |
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
-| 13 | Probes             | own address and role                                                   |
+| 13 | Probes             | own address and role, health checks                                    |
+| 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Agent              | connect, hello, resume, take orders                                    |
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build, upgrade, demo                                                   |
+| 20 | Tools              | build, upgrade, demo, setup, doctor                                    |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
-A section uses only names from sections above it. Sections 1 to 7 are pure: time, bytes and randomness come in as
+A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and randomness come in as
 arguments, and nothing there touches a socket, file, process, clock, environment or terminal.
 
 The one idea: a job's log is a file whose byte offset is the sequence number, and everything else (streaming, resuming,
@@ -53,9 +56,9 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
 __version__ = "0.1.0"
 
@@ -81,9 +84,11 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import calendar
     import ctypes
     import getpass
     import hashlib
+    import hmac
     import http.client as http_client
     import importlib.metadata as importlib_metadata
     import importlib.util as importlib_util
@@ -96,17 +101,22 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import socket
+    import ssl
     import subprocess
     import tempfile
     import tomllib
+    import urllib.parse as urllib_parse
     import urllib.request as urllib_request
     import zipfile
+    from collections.abc import Generator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 else:
     asyncio = _Lazy("asyncio")
+    calendar = _Lazy("calendar")
     ctypes = _Lazy("ctypes")
     getpass = _Lazy("getpass")
     hashlib = _Lazy("hashlib")
+    hmac = _Lazy("hmac")
     http_client = _Lazy("http.client")
     importlib_metadata = _Lazy("importlib.metadata")
     importlib_util = _Lazy("importlib.util")
@@ -119,9 +129,11 @@ else:
     shutil = _Lazy("shutil")
     signal = _Lazy("signal")
     socket = _Lazy("socket")
+    ssl = _Lazy("ssl")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
     tomllib = _Lazy("tomllib")
+    urllib_parse = _Lazy("urllib.parse")
     urllib_request = _Lazy("urllib.request")
     zipfile = _Lazy("zipfile")
 
@@ -196,6 +208,7 @@ DEFAULT_PORT = 9900
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
 PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
+TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 
 # Sizes in bytes
 CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
@@ -205,13 +218,28 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
-TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
+PROGRESS_CHARS = 4000  # of a burst of lines, the last ones
+TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
+TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
 MESSAGE_BYTES = 4 << 20
-REFUSED_KEPT = 10_000  # addresses whose refusals are counted
+RUNNER_LOG_BYTES = 1 << 20
+INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
+HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
+WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
-DOWNLOADS = 4  # at once: each holds a copy of the program in memory
+
+# What one address, agent or commander can make the master hold
+REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
+HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
+CONNECTIONS = 512  # of one address
+FILES = 8192  # open at once, all connections together
+CHANNELS = 256  # logs being received from one agent
+QUESTIONS_OPEN = 32  # of one commander
+MACHINES = 256  # machine ids of one address
+DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
+ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
@@ -227,15 +255,31 @@ SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
+EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
+LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
+PLANS_KEPT = 100
+TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
+MCP_CALLS = 32  # at once: more is a client gone wild
+MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
+MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
+HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
+CONNECT_S = 3.0
+CHECK_S = RELOAD_COMMAND_S = 60.0
+RELOADS, RELOAD_S = 3, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+PROOF_S = 2.0  # for a request to reach the new colour
+SWITCH_LOCK_S = 10.0
+RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
 TICK_S = CONFIG_LOOK_S = 1.0
 BUSY_RETRY_S = 2.0
@@ -243,6 +287,9 @@ ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after da
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
 HISTORY_ROWS = 1000
+PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
+INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
+INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
 DOWNLOAD_S = 120.0
@@ -592,6 +639,14 @@ def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = N
     return list(chosen.values())
 
 
+def expected_roles(target: str, hosts: Sequence[HostRef], active: str | None) -> dict[str, dict[str, str]]:
+    """Which of the chosen hosts were meant as `active` or `standby`, by label: an order's option, kept to its end."""
+    words = {part.strip() for part in target.split(",")}
+    roles = {host.label: "active" if host.color == active else "standby" for host in hosts if host.color and active}
+    expects = {label: role for label, role in roles.items() if role in words}
+    return {"expects": expects} if expects else {}
+
+
 def file_label(label: str) -> str:
     """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, `..`, CON."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
@@ -836,6 +891,7 @@ class DeployRule:
     restart: Annotated[tuple[str, ...], _units] = ()
     timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
     version: Annotated[str, _text] = "config/version.json"
+    secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -894,6 +950,7 @@ class HealthRule:
     hosts: Annotated[tuple[str, ...], _hosts] = ()
     status: Annotated[int, _status] = 200
     contains: Annotated[str | None, _argument] = None
+    least: Annotated[int | None, _count] = None
     timeout_s: Annotated[float, _seconds] = 5.0
 
     @property
@@ -943,8 +1000,9 @@ def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
 
 
 def _check_health(raw: dict[str, Any]) -> _Problems:
-    stray = [key for key in ("status", "contains") if key in raw and "http" not in raw]
-    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to an http check") for key in stray]
+    owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
+    stray = [key for key, owner in owners.items() if key in raw and not any(kind in raw for kind in owner.split())]
+    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to {owners[key]} check") for key in stray]
     return _exactly_one(raw, CHECK_KINDS) + stray_problems
 
 
@@ -1081,6 +1139,8 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     for i, notify in enumerate(config.notify):
         if re.search(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)", notify.url or ""):
             warnings.append(f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv")
+    if config.tls.cert and not config.master_url.secure:
+        warnings.append("tls: masterUrl is ws://, so nothing is encrypted; write wss:// there")
     if config.token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", config.token_file):
         warnings.append(f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not")
     if config.updater.sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", config.updater.sha256):
@@ -1231,8 +1291,9 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     return dict(_unquoted(*match.groups()) for _, match in matches if match)
 
 
-def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
-    """What no log may show: values under names that look secret, every line of them, and passwords in any URL.
+def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
+    """What no log may show: values under names that look secret or are `named`, every line of them, and passwords in
+    any URL.
 
     Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
     """
@@ -1240,7 +1301,7 @@ def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
 
     found: set[str] = set()
     for name, value in (item for environment in environments for item in environment.items()):
-        if _SECRET_NAME.match(name):
+        if name in named or _SECRET_NAME.match(name):
             found.update((value, value.strip(), *value.splitlines()))
         for password in _URL_PASSWORD.findall(value):
             found.update((password, unquote(password)))
@@ -1277,6 +1338,22 @@ class Welcome:
     label: str
     nonce: str
     features: list[str] = field(default_factory=list)
+    proof: str = ""  # that the master knows the token too
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """Master to whoever said `Hello`, where there is a token: prove that you know it."""
+
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The answer to `Challenge`; the master has to prove the same with `nonce` in its `Welcome`."""
+
+    nonce: str
+    proof: str
 
 
 @dataclass(frozen=True)
@@ -1453,8 +1530,8 @@ class Notice:
 
 
 MESSAGES: tuple[type, ...] = (
-    Hello, Welcome, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken, Submit, Follow, Ask,
-    Answer, Notice,
+    Hello, Welcome, Challenge, Proof, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken,
+    Submit, Follow, Ask, Answer, Notice,
 )  # fmt: skip
 VERBS: dict[str, type] = {cls.__name__.removesuffix("Record").lower(): cls for cls in MESSAGES}
 VERB_OF = {cls: verb for verb, cls in VERBS.items()}
@@ -1523,6 +1600,42 @@ def common_protocol(theirs: Sequence[int]) -> int:
     return newest
 
 
+def make_proof(token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> str:
+    """That `side` ("client" or "master") knows the token, which itself is never sent.
+
+    Both nonces keep it from being used again, `side` from being sent back, and the hello's part from another's use.
+    """
+    words = [side, hello.role, hello.machine, hello.nonce, challenge, nonce]
+    return hmac.digest(token, json.dumps(words).encode(), "sha256").hex()
+
+
+def check_proof(proof: str, token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> bool:
+    """Whether `proof` is what `make_proof` makes, in a time that tells nothing about where they differ."""
+    return hmac.compare_digest(proof.encode(), make_proof(token, side, hello, challenge, nonce).encode())
+
+
+def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, Any, Welcome]:
+    """What a client says until it is welcomed: yields each message, is sent its answer, and returns the welcome.
+
+    With a token, a master that does not prove that it knows it is told nothing more. Raises RefusedError,
+    ProtocolError.
+    """
+    reply = yield hello
+    challenge = reply.nonce if isinstance(reply, Challenge) else ""
+    if isinstance(reply, Challenge):
+        if token is None:
+            raise RefusedError("the master asks for a token, and there is none here", _TOKEN_HINT)
+        reply = yield Proof(nonce, make_proof(token, "client", hello, challenge, nonce))
+    if isinstance(reply, Refuse):
+        raise RefusedError(reply.what, reply.hint)
+    if not isinstance(reply, Welcome):
+        raise ProtocolError("no welcome from the master")
+    if token and not (challenge and check_proof(reply.proof, token, "master", hello, challenge, nonce)):
+        raise RefusedError("whoever answers at masterUrl does not know our token", _TOKEN_HINT)
+    return reply
+
+
+_TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
 CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
@@ -1540,6 +1653,8 @@ def decode_chunk(frame: bytes) -> tuple[int, int, bytes]:
         raise ProtocolError("a binary frame of an unknown form")
     form, channel, offset = CHUNK_HEADER.unpack_from(frame)
     data = frame[CHUNK_HEADER.size :]
+    if len(data) > CHUNK_BYTES:
+        raise ProtocolError("a binary frame of more than a chunk")
     if form == 2:
         inflater = zlib.decompressobj()
         try:
@@ -1664,6 +1779,27 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per host and kind of order, out of the rows of `history`: how many ended how, the median seconds of those that
+    succeeded, and how often which step was the one that failed."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for job in row["hosts"]:
+            if job["state"] in FINAL:
+                groups.setdefault((job["host"], row["kind"]), []).append(job)
+    stats = []
+    for (host, kind), jobs in sorted(groups.items()):
+        seconds = sorted(job["seconds"] for job in jobs if job["ok"] and job["seconds"] is not None)
+        middle = seconds[(len(seconds) - 1) // 2 : len(seconds) // 2 + 1]
+        states = Counter(job["state"] for job in jobs)
+        steps = Counter(job["step"] for job in jobs if job["step"] and not job["ok"])
+        stats.append(
+            {"host": host, "kind": kind, "runs": len(jobs), "ok": states.pop(State.SUCCEEDED, 0), "states": states,
+             "median_s": round(sum(middle) / len(middle), 3) if middle else None, "steps": dict(steps.most_common())}
+        )  # fmt: skip
+    return stats
+
+
 def run_of_job(job: JobRecord) -> RunRecord:
     """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
     return RunRecord(
@@ -1723,6 +1859,19 @@ def plan_checkout(branch: str, remote: str, refs: Container[str]) -> tuple[Step 
     return get, Step(label, ("git", "checkout", "--detach", tag, "--")), None
 
 
+LOCK_FILE = re.compile(r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)")
+
+
+def decide_rollback(successes: Sequence[str], current: str) -> int | None:
+    """Which of a host's successful commits (oldest first, rollbacks left out) to go back to, as its index.
+
+    The newest one before `current` first succeeded; the newest at all where `current` never did. As a rollback is no
+    step forward, the next one goes one step further back.
+    """
+    before = successes.index(current) if current in successes else len(successes)
+    return before - 1 if before else None
+
+
 def plan_command(command: tuple[str, ...]) -> Step:
     """The host's configured command."""
     return Step(" ".join(command), command)
@@ -1756,9 +1905,16 @@ def parse_version_file(data: bytes) -> str | None:
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
+URL_SECRET = re.compile(
+    rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))"
+)  # user:password@ or token@
+URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
+
+
 class Masker:
     """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
-    `***`. A tail that could begin a secret is held back until the next byte or `flush`."""
+    `***`. A tail that could begin a secret is held back until the next byte or `flush`. Passwords in URLs are secrets,
+    whoever prints them."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
@@ -1768,7 +1924,9 @@ class Masker:
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
         data = self._held + data
-        return self._write(data, min((self._tail(data, value) for value in self._values), default=len(data)))
+        hold = min((self._tail(data, value) for value in self._values), default=len(data))
+        url = URL_BEGUN.search(data, max(0, len(data) - 515))
+        return self._write(data, min(hold, url.start()) if url else hold)
 
     def flush(self) -> bytes:
         """The tail that turned out to be no secret."""
@@ -1784,7 +1942,9 @@ class Masker:
 
     def _write(self, data: bytes, hold: int) -> bytes:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
-        spans = []
+        urls = [(match.start(), match.span(match.lastindex or 0)) for match in URL_SECRET.finditer(data)]
+        hold = min((start for start, (_, end) in urls if start < hold < end), default=hold)  # `://` and all
+        spans = [span for start, span in urls if start < hold]
         for value in self._values:
             start = data.find(value)
             while 0 <= start < hold:
@@ -1850,6 +2010,562 @@ def explain_failure(tail: bytes) -> str | None:
 
 
 # ==============================================================================
+# 8. HAProxy text: read and rewrite the backend's servers, read what HAProxy says
+# ==============================================================================
+
+
+COLORS = ("blue", "green")
+_HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
+_HAPROXY_SECTIONS = frozenset(
+    b"global defaults frontend backend listen peers resolvers mailers userlist cache program http-errors ring"
+    b" log-forward fcgi-app crt-store traces log-profile acme".split()
+)
+_SERVER_FLAG = re.compile(  # what a `server` line may say without an argument; every other word takes one
+    rb"agent-check|allow-0rtt|backup|check(-send-proxy|-ssl|-via-socks4)?|disabled|enabled|force-.*|no-.*|non-stick"
+    rb"|send-proxy.*|ssl(-reuse)?|stick|tfo|tls-tickets"
+)
+_OWN_ROUTES = {  # what sends requests past the `backup` words, so that changing those would not move all the traffic
+    b"cookie": "its cookie keeps clients on the old colour",
+    b"stick": "its stick table keeps clients on the old colour",
+    b"persist": "it keeps clients on the old colour",
+    b"use-server": "it chooses servers by a rule of its own",
+    b"server-template": "it makes servers whose lines can't be changed one by one",
+}
+_COSTS = {
+    b"httpchk": "a worker that accepts connections but does not work keeps its traffic",
+    b"redispatch": "requests to a worker that has just died wait for seconds and fail instead of going to the other",
+    b"idle-close-on-response": "keep-alive clients lose requests at every reload",
+    b"state": "until its first check a new HAProxy process takes a dead worker for alive, and requests fail meanwhile",
+}
+
+
+class _HaproxyLine(NamedTuple):
+    """A line's words, unquoted; None where only HAProxy's own reading would tell. Where each stands in the line."""
+
+    number: int
+    words: list[bytes | None]
+    spans: list[tuple[int, int]]
+    conditional: bool = False
+
+
+class ServerLine(NamedTuple):
+    """A `server` line: the places of its `backup` words, each with the space before, and where one would go."""
+
+    number: int
+    address: str
+    backups: tuple[tuple[int, int], ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class BackendText:
+    """The part of haproxy.cfg that says who is active."""
+
+    file: str
+    text: bytes
+    servers: Mapping[str, ServerLine]  # by colour
+    strangers: tuple[int, ...]  # lines of other servers that are no backup
+    warnings: tuple[str, ...]
+    state_file: str | None
+
+    def roles(self) -> dict[str, str]:
+        """Each colour as the file has it."""
+        return {color: "backup" if server.backups else "active" for color, server in self.servers.items()}
+
+    def active(self) -> str:
+        """The one colour that is no backup. Raises GuardError where that is not exactly one."""
+        active = [color for color, role in self.roles().items() if role == "active"]
+        if self.strangers:
+            raise _haproxy_refusal(self.file, self.strangers[0], "another server of the backend is no backup")
+        if len(active) != 1:
+            what = "both colours are active" if active else "neither colour is active"
+            lines = " and ".join(str(server.number) for server in self.servers.values())
+            raise GuardError(f"{self.file} lines {lines}: {what}", "write `backup` on exactly one of them, and reload")
+        return active[0]
+
+
+def _haproxy_refusal(file: str, number: int, why: str) -> GuardError:
+    return GuardError(f"{file} line {number}: {why}", "no switch can be made safely until this line is changed by hand")
+
+
+def _plain_word(raw: bytes) -> bytes | None:
+    """A word without its quotes; None where escapes, mixed quotes or the environment make its value uncertain."""
+    quotes = set(raw) & set(b"\"'\\")
+    if len(quotes) > 1 or b"\\" in raw or (b'"' in raw and b"$" in raw):
+        return None
+    return raw.replace(bytes(quotes), b"") if quotes else raw
+
+
+def _haproxy_sections(text: bytes, file: str) -> list[list[_HaproxyLine]]:
+    """The file's lines that say something, by section, each section's title first. Raises GuardError."""
+    sections: list[list[_HaproxyLine]] = [[]]
+    depth = 0
+    for number, line in enumerate(text.split(b"\n"), 1):
+        spans: list[tuple[int, int]] = []
+        place = len(line) - len(line.lstrip())
+        while place < len(line) and line[place] != ord("#"):
+            if (match := _HAPROXY_WORD.match(line, place)) is None:
+                raise _haproxy_refusal(file, number, "a quote or an escape does not end")
+            spans.append(match.span())
+            place = len(line) - len(line[match.end() :].lstrip())
+        if not spans:
+            continue
+        words = [_plain_word(line[start:end]) for start, end in spans]
+        if words[0] is None:
+            raise _haproxy_refusal(file, number, "its first word can't be read for certain")
+        depth += (words[0] == b".if") - (words[0] == b".endif")
+        if words[0] in _HAPROXY_SECTIONS:
+            sections.append([])
+        sections[-1].append(_HaproxyLine(number, words, spans, depth > 0 or words[0] == b".endif"))
+    return sections[1:]
+
+
+def _inherited(sections: list[list[_HaproxyLine]], own: list[_HaproxyLine]) -> list[_HaproxyLine]:
+    """The lines of `defaults` that hold for a section: those of the one it names, else of the last one above it."""
+    title = own[0].words
+    name = title[title.index(b"from") + 1 :][:1] if b"from" in title[1:] else []
+    if title[0] == b"defaults" and not name:
+        return []
+    above = (section for section in sections[: sections.index(own)] if section[0].words[0] == b"defaults")
+    found = [section for section in above if not name or section[0].words[1:2] == name]
+    return _inherited(sections, found[-1]) + found[-1] if found else []
+
+
+def _read_server(line: _HaproxyLine, file: str) -> ServerLine:
+    """A `server` line of the backend. Raises GuardError for one that can't be read or rewritten for certain."""
+    if None in line.words or len(line.words) < 3:
+        raise _haproxy_refusal(file, line.number, "a word of this server can't be read for certain (quotes, escapes)")
+    words = [word or b"" for word in line.words]
+    backups, index = [], 3
+    while index < len(words):
+        if words[index] == b"no-backup":
+            raise _haproxy_refusal(file, line.number, "`no-backup` and `backup` overrule each other")
+        if words[index] == b"backup":
+            backups.append((line.spans[index - 1][1], line.spans[index][1]))
+        index += 1 if _SERVER_FLAG.fullmatch(words[index]) else 2
+    place = line.spans[3 if words[3:4] == [b"check"] else 2][1]
+    return ServerLine(line.number, words[2].decode(errors="replace"), tuple(backups), place)
+
+
+def read_backend(text: bytes, file: str, rule: HaproxyRule) -> BackendText:
+    """Who is active by haproxy.cfg, in any encoding. Raises GuardError, with the line, for what no switch can change.
+
+    Judged as HAProxy reads it: quotes, comments, sections, `defaults`; where the environment or a condition decides,
+    it is refused, and so is whatever sends requests past the `backup` words.
+    """
+    sections = _haproxy_sections(text, file)
+    titles = ([b"backend", rule.backend.encode()], [b"listen", rule.backend.encode()])
+    uncertain = [s[0] for s in sections if s[0].words[0] in (b"backend", b"listen") and s[0].words[1:2] in ([], [None])]
+    found = [section for section in sections if section[0].words[:2] in titles]
+    if uncertain or len(found) > 1:
+        number = (uncertain or [section[0] for section in found[1:]])[0].number
+        raise _haproxy_refusal(file, number, f"it may be a second backend {rule.backend}")
+    if not found:
+        raise GuardError(f"{file} has no backend {rule.backend}", "correct `config` or `backend` in [haproxy]")
+    own, inherited = found[0], _inherited(sections, found[0])
+    for line in (*inherited, *own):
+        words = line.words
+        if why := _OWN_ROUTES.get(words[0] or b""):
+            raise _haproxy_refusal(file, line.number, why)
+        if words[0] == b"default-server" and {b"backup", b"no-backup", None} & set(words):
+            raise _haproxy_refusal(file, line.number, "`default-server` decides who is a backup")
+        if line.conditional or (words[0] or b"").startswith((b".if", b".el")):
+            raise _haproxy_refusal(file, line.number, "a condition (.if) decides about this backend")
+    colors = {name.encode(): color for color, name in rule.servers.items()}
+    servers: dict[str, ServerLine] = {}
+    strangers = []
+    for line in (line for line in own if line.words[0] == b"server"):
+        server, color = _read_server(line, file), colors.get(line.words[1] or b"")
+        if color in servers:
+            raise _haproxy_refusal(file, line.number, f"a second server {rule.servers[color]}")
+        if color:
+            servers[color] = server
+        elif not server.backups:
+            strangers.append(line.number)
+    if missing := [rule.servers[color] for color in COLORS if color not in servers]:
+        what = f"{file} line {own[0].number}: backend {rule.backend} has no server {' and no server '.join(missing)}"
+        raise GuardError(what, "correct `servers` in [haproxy]")
+    warnings, state_file = _haproxy_warnings(sections, own, rule.backend.encode())
+    return BackendText(file, text, {c: servers[c] for c in COLORS}, tuple(strangers), warnings, state_file)
+
+
+def _haproxy_warnings(
+    sections: list[list[_HaproxyLine]], own: list[_HaproxyLine], backend: bytes
+) -> tuple[tuple[str, ...], str | None]:
+    """What the configuration lacks to lose no request, with its cost; and the file that HAProxy reads states from."""
+
+    def lacks(section: list[_HaproxyLine], *words: bytes) -> bool:
+        return all(line.words[: len(words)] != [*words] for line in (*_inherited(sections, section), *section))
+
+    fronts = [s for s in sections if s[0].words[0] in (b"frontend", b"listen") and any(backend in x.words for x in s)]
+    lacking = [option for option in (b"httpchk", b"redispatch") if lacks(own, b"option", option)]
+    if any(lacks(front, b"option", b"idle-close-on-response") for front in fronts):
+        lacking.append(b"idle-close-on-response")
+    warnings = [f"no `option {option.decode()}`: {_COSTS[option]}" for option in lacking]
+    lines = [line.words for section in sections if section[0].words[0] == b"global" for line in section]
+    settings = {words[0]: (words[1] or b"").decode(errors="replace") for words in lines if len(words) > 1}
+    state_file: str | None = settings.get(b"server-state-file")
+    if not state_file or lacks(own, b"load-server-state-from-file", b"global"):
+        missing = "`server-state-file` in global, or `load-server-state-from-file global`"
+        return (*warnings, f"no {missing}: {_COSTS[b'state']}"), None
+    base = settings.get(b"server-state-base", "")
+    return tuple(warnings), state_file if state_file.startswith("/") else f"{base}/{state_file}"
+
+
+def switch_text(found: BackendText, color: str) -> bytes:
+    """The file's text with `color` active and the other a backup: only `backup` words change."""
+    lines = found.text.split(b"\n")
+    for other, server in found.servers.items():
+        line = lines[server.number - 1]
+        if other == color:
+            for start, end in reversed(server.backups):
+                line = line[:start] + line[end:]
+        elif not server.backups:
+            line = line[: server.place] + b" backup" + line[server.place :]
+        lines[server.number - 1] = line
+    return b"\n".join(lines)
+
+
+def render_diff(old: bytes, new: bytes, file: str) -> bytes:
+    """A unified diff, in the bytes of the file."""
+    import difflib
+
+    name = file.encode()
+    before, after = ([line + b"\n" for line in text.split(b"\n")] for text in (old, new))
+    return b"".join(difflib.diff_bytes(difflib.unified_diff, before, after, name, name))
+
+
+def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
+    """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is something else."""
+    import csv
+
+    rows = csv.DictReader(text.removeprefix("# ").splitlines())
+    named = [row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")]
+    return [row for row in named if row["svname"] not in ("FRONTEND", "BACKEND")]
+
+
+def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
+    """(the worker's pid, the pids of old workers that still end their connections, failed reloads) of `show proc`."""
+    new, _, old = text.partition("# old workers")
+    pids = [[int(pid) for pid in re.findall(r"(?m)^(\d+)\s+worker", part)] for part in (new, old)]
+    failed = re.search(r"\[failed: (\d+)\]", text)
+    return next(iter(pids[0]), None), pids[1], int(failed[1]) if failed else 0
+
+
+def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
+    """`show servers state` without the servers whose address in the file is another one by now: a new server would
+    take over the health of the one that had its name."""
+    wanted = {rule.servers[color]: server.address for color, server in found.servers.items()}
+
+    def moved(fields: list[str]) -> bool:
+        address = wanted.get(fields[3]) if len(fields) > 18 and fields[1] == rule.backend else None
+        literal = re.fullmatch(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)", address or "")
+        return literal is not None and literal.groups() != (fields[4], fields[18])
+
+    return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
+
+
+def decide_traffic(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """The servers that get the requests as HAProxy routes: all usable ones, else the first usable backup."""
+    usable = [row for row in rows if row["status"].startswith(("UP", "no check"))]
+    return [row["svname"] for row in usable if row["bck"] == "0"] or [row["svname"] for row in usable[:1]]
+
+
+def live_roles(rows: Iterable[Mapping[str, str]], rule: HaproxyRule) -> dict[str, str]:
+    """Each colour as the running HAProxy read it, whatever the file says by now."""
+    roles = {row["svname"]: "backup" if row["bck"] == "1" else "active" for row in rows}
+    return {color: roles[rule.servers[color]] for color in COLORS if rule.servers[color] in roles}
+
+
+def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles: Mapping[str, str]) -> list[str]:
+    """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty where unreadable."""
+    names = {name: color for color, name in rule.servers.items()}
+    row_of = {names[row["svname"]]: row for row in rows if row["svname"] in names}
+    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name, c in names.items() if c not in row_of]
+    runs = live_roles(rows, rule)
+    if differ := [color for color in runs if roles and runs[color] != roles[color]]:
+        said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
+        warnings.append(f"HAProxy does not run what its file says: {said}; a reload was lost")
+    takers = decide_traffic(rows)
+    for color, row in row_of.items():
+        if row["svname"] in takers and row["bck"] == "1":
+            warnings.append(f"HAProxy has failed over to {color}; `switch {color}` makes that explicit")
+        elif row["svname"] not in takers and not row["status"].startswith(("UP", "no check")):
+            warnings.append(f"{color} is {row['status']}: it would not take over")
+    return warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
+
+
+# ==============================================================================
+# 9. MCP: the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)
+# ==============================================================================
+
+
+MCP_MODERN = ("2026-07-28",)  # stateless: every request carries its version in `_meta`
+MCP_OLDER = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begun by `initialize`
+_MCP_META = "io.modelcontextprotocol/"
+_PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = -32700, -32600, -32601, -32602, -32022
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
+}  # fmt: skip
+
+
+class JsonRpcError(Exception):
+    """A request that is no proper one, as the protocol answers it."""
+
+    def __init__(self, code: int, message: str, data: Any = None) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message} | ({} if data is None else {"data": data})
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a model may call. `effect` is how it is announced: it reads, it changes, or changes but once."""
+
+    name: str
+    effect: str  # "reads", "changes" or "stops"
+    description: str
+    takes: dict[str, dict[str, Any]]
+    needs: tuple[str, ...]
+    gives: dict[str, Any]
+
+    def render(self, require_plan: bool = False) -> dict[str, Any]:
+        """The tool as `tools/list` has it."""
+        reads = self.effect == "reads"
+        needs = [*self.needs, *["plan"] * (require_plan and "plan" in self.takes)]
+        return {
+            "name": self.name, "description": self.description, "outputSchema": self.gives,
+            "inputSchema": {
+                "type": "object", "properties": self.takes, "required": needs, "additionalProperties": False,
+            },
+            "annotations": {
+                "readOnlyHint": reads, "destructiveHint": not reads, "idempotentHint": self.effect != "changes",
+                "openWorldHint": False,
+            },
+        }  # fmt: skip
+
+
+def _a_text(description: str, **more: Any) -> dict[str, Any]:
+    return {"type": "string", "maxLength": 500, "description": description, **more}
+
+
+def _a_flag(description: str, default: bool) -> dict[str, Any]:
+    return {"type": "boolean", "description": description, "default": default}
+
+
+def _a_number(description: str, low: int, high: int, default: int) -> dict[str, Any]:
+    return {"type": "integer", "description": description, "minimum": low, "maximum": high, "default": default}
+
+
+def _answer(row: str, *names: str, **types: str) -> dict[str, Any]:
+    """The schema of an answer: `names` are there and strings, `types` there and of these types; `row` lists rows."""
+    properties: dict[str, Any] = {name: {"type": "string"} for name in names}
+    properties |= {name: {"type": kind.split("/")} for name, kind in types.items()}
+    if row:
+        host = {"type": "object", "properties": {"host": {"type": "string"}}}
+        properties[row] = {"type": "array", "items": host}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas")
+_BRANCH = _a_text("a branch, a tag or a full commit id")
+_COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
+_RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+_PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
+_ORDER = {
+    "plan": _PLAN_ID,
+    "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
+    "wait": _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True),
+}
+_RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
+TOOLS = (
+    Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
+        "Answers with each host's result, and the last lines of what failed.",
+        {"target": _TARGET, "branch": _BRANCH, **_ORDER}, ("target", "branch"), _RUN_ANSWER),
+    Tool("status", "reads", "The fleet now: who is online, what is checked out, which colour has the traffic, what "
+        "runs.", {}, (), _answer("hosts", master="object")),
+    Tool("plan", "reads", "What update, rollback, release or switch would do on each host, and what would be refused, "
+        "without doing it: commits that arrive, files that change, local changes in the way, a job that runs. Its id "
+        "stays good while it is fresh and still true. A release is planned as an update of the target standby.",
+        {"action": _a_text("default: update", enum=["update", "rollback", "switch"]), "target": _TARGET,
+         "branch": _a_text("for update: a branch, a tag or a full commit id"),
+         "to": _a_text("for rollback: a commit; default: the newest that succeeded before"), "color": _COLOR},
+        (), _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean")),
+    Tool("logs", "reads", "What a run's commands wrote, from a cursor on, and each host's state.",
+        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=9999),
+         "tail": _a_flag("without a cursor: only the end", False),
+         "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
+         "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
+        ("run",), _answer("hosts", "run", "cursor", done="boolean")),
+    Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
+        {"count": _a_number("how many", 1, 100, 10)}, (), _answer("runs")),
+    Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
+        {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
+    Tool("health", "reads", "Run the configured health checks on the hosts.",
+        {"target": _TARGET}, (), _answer("hosts")),
+    Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
+        {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
+    Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
+        {"branch": _BRANCH, "plan": _PLAN_ID}, ("branch",), _RUN_ANSWER),
+    Tool("rollback", "changes", "Back to the newest commit that succeeded before the one checked out now, per host.",
+        {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER}, (), _RUN_ANSWER),
+)  # fmt: skip
+
+
+def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "arguments") -> list[str]:
+    """Everything that is wrong with a value, in sentences that say what it should be."""
+    kinds = _JSON_TYPES[schema["type"]]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return [f"{where} must be of type {schema['type']}, not {_shown(value)}"]
+    if isinstance(value, dict):
+        known = schema["properties"]
+        problems = [f"{name} is missing" for name in schema["required"] if name not in value]
+        for name, item in value.items():
+            problems += schema_problems(known[name], item, name) if name in known else [f"there is no {_shown(name)}"]
+        return problems
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{where} must be one of {', '.join(schema['enum'])}, not {_shown(value)}"]
+    size = len(value) if isinstance(value, str) else 0
+    if not schema.get("minLength", 0) <= size <= schema.get("maxLength", size):
+        return [f"{where} must have {schema.get('minLength', 0)} to {schema['maxLength']} characters, not {size}"]
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], str(value)):
+        return [f"{where} can't be {_shown(value)}: {schema['description']}"]
+    if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
+        return [f"{where} must be from {schema['minimum']} to {schema['maximum']}, not {_shown(value)}"]
+    return []
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model waits for."""
+
+    id: str | int
+    tool: str
+    arguments: Any
+    token: str | int | None  # progress is sent only to a client that gave one
+    modern: bool
+
+
+class McpSession:
+    """One client's conversation: lines in; answers out, calls to do and calls that nobody waits for any more.
+
+    Each request tells its era by itself: 2026-07-28 has its version in `_meta`; without one, `initialize` came before.
+    """
+
+    def __init__(self, tools: Sequence[dict[str, Any]], instructions: str, version: str) -> None:
+        self.tools, self.instructions = {tool["name"]: tool for tool in tools}, instructions
+        self.info = {"name": "estelle-updater", "version": version}
+        self.older = ""  # the revision that `initialize` agreed on
+        self.calls: dict[str | int, ToolCall] = {}
+
+    def feed(self, line: bytes) -> tuple[list[dict[str, Any]], list[ToolCall], list[str | int]]:
+        """(answers, calls to begin, ids of calls to give up) for one line."""
+        try:
+            data = json.loads(line.decode(), parse_constant=lambda word: float(word + "!"))  # NaN is no JSON
+        except (ValueError, RecursionError):
+            return [self.failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
+        batch = data if isinstance(data, list) and self.older == "2025-03-26" and data else [data]
+        answers: list[dict[str, Any]] = []
+        begun, ended = list(self.calls), list[str | int]()
+        for item in batch:
+            answer, stop = self.take(item)
+            answers += [answer] if answer else []
+            ended += [] if stop is None else [stop]
+        return answers, [call for name, call in self.calls.items() if name not in begun], ended
+
+    def take(self, item: Any) -> tuple[dict[str, Any] | None, str | int | None]:
+        """One message: its answer if there is one by now, and the id of a call to give up."""
+        number = item.get("id") if isinstance(item, dict) else None
+        number = number if type(number) in (str, int) else None
+        try:
+            if not isinstance(item, dict) or item.get("jsonrpc") != "2.0":
+                raise JsonRpcError(_INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
+            if "method" not in item and ("result" in item or "error" in item):
+                return None, None  # an answer, and nothing was asked
+            method, params = item.get("method"), {} if item.get("params") is None else item["params"]
+            if not isinstance(method, str) or not isinstance(params, dict) or ("id" in item and number is None):
+                raise JsonRpcError(_INVALID_REQUEST, "method is a text, params an object, id a text or a whole number")
+            if number is None:
+                gone = params.get("requestId") if method == "notifications/cancelled" else None
+                given_up = isinstance(gone, str | int) and self.calls.pop(gone, None) is not None
+                return None, gone if given_up else None
+            if number in self.calls:
+                raise JsonRpcError(_INVALID_REQUEST, f"a request with the id {_shown(number)} is still open")
+            return self.answer(number, method, params), None
+        except JsonRpcError as problem:
+            return self.failure(number, problem), None
+
+    def answer(self, number: str | int, method: str, params: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer to a request; None for a tool's call, whose answer comes later. Raises JsonRpcError."""
+        meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+        if method == "initialize" or (method == "ping" and _MCP_META + "protocolVersion" not in meta):
+            return self.success(number, self.initialize(params) if method == "initialize" else {}, False)
+        modern = self.judge_era(method, meta)
+        if method == "server/discover" and modern:
+            found = {"supportedVersions": list(MCP_MODERN), **self.introduction(), "ttlMs": 0, "cacheScope": "private"}
+            return self.success(number, found, modern)
+        if method == "tools/list":
+            cache = {"ttlMs": 0, "cacheScope": "private"} if modern else {}
+            return self.success(number, {"tools": list(self.tools.values()), **cache}, modern)
+        if method != "tools/call":
+            raise JsonRpcError(_NO_METHOD, f"there is no method {_shown(method)}")
+        name, arguments, token = params.get("name"), params.get("arguments", {}), meta.get("progressToken")
+        if not isinstance(name, str) or name not in self.tools:
+            raise JsonRpcError(_INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools))
+        call = ToolCall(number, name, arguments, token if type(token) in (str, int) else None, modern)
+        self.calls[number] = call
+        if problems := schema_problems(self.tools[name]["inputSchema"], arguments):
+            return self.finish(call, "error: " + "; ".join(problems), True)
+        return None
+
+    def judge_era(self, method: str, meta: dict[str, Any]) -> bool:
+        """Whether a request is of the stateless revision. Raises JsonRpcError for one of neither era."""
+        version_key, capabilities_key = (_MCP_META + key for key in ("protocolVersion", "clientCapabilities"))
+        if version_key not in meta and (not self.older or method == "server/discover"):
+            raise JsonRpcError(_INVALID_PARAMS, f"params._meta must have {version_key}; or begin with initialize")
+        if version_key not in meta:
+            return False
+        version = meta[version_key]
+        if not isinstance(version, str) or not isinstance(meta.get(capabilities_key), dict):
+            what = f"{version_key} is a text, and {capabilities_key} an object"
+            raise JsonRpcError(_INVALID_PARAMS, f"params._meta is incomplete: {what}")
+        if version not in MCP_MODERN:
+            data = {"supported": list(MCP_MODERN), "requested": version}
+            raise JsonRpcError(_UNSUPPORTED, "unsupported protocol version", data)
+        return True
+
+    def introduction(self) -> dict[str, Any]:
+        return {"capabilities": {"tools": {}}, "serverInfo": self.info, "instructions": self.instructions}
+
+    def initialize(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The older revisions' handshake."""
+        asked = params.get("protocolVersion")
+        if not isinstance(asked, str):
+            raise JsonRpcError(_INVALID_PARAMS, "protocolVersion is missing")
+        self.older = asked if asked in MCP_OLDER else MCP_OLDER[-1]
+        return {"protocolVersion": self.older, **self.introduction()}
+
+    def success(self, number: str | int, result: dict[str, Any], modern: bool) -> dict[str, Any]:
+        if modern:
+            result = {"resultType": "complete", **result, "_meta": {_MCP_META + "serverInfo": self.info}}
+        return {"jsonrpc": "2.0", "id": number, "result": result}
+
+    @staticmethod
+    def failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
+        return {"jsonrpc": "2.0", "id": number, "error": problem.error}
+
+    def finish(self, call: ToolCall, answer: dict[str, Any] | str, wrong: bool) -> dict[str, Any] | None:
+        """A call's answer: an object that keeps the tool's schema, or words; None if nobody waits for it any more."""
+        if self.calls.get(call.id) is not call:
+            return None
+        del self.calls[call.id]
+        text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        result: dict[str, Any] = {"content": [{"type": "text", "text": text}], "isError": wrong}
+        if isinstance(answer, dict):
+            result["structuredContent"] = answer
+        return self.success(call.id, result, call.modern)
+
+
+# ==============================================================================
 # 10. Files: atomic writes, append-only logs, locks, state folder, configuration
 # ==============================================================================
 
@@ -1869,6 +2585,16 @@ def replace_file(fresh: Path, path: Path) -> None:
     os.replace(fresh, path)
 
 
+def sync_folder(path: Path) -> None:
+    """Have the disk keep what was renamed or removed in a folder."""
+    if os.name != "nt":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
@@ -1880,12 +2606,8 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         replace_file(temp, path)
-        if durable and os.name != "nt":
-            fd = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        if durable:
+            sync_folder(path.parent)
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
@@ -2028,12 +2750,17 @@ class FileLock:
 class DaemonLog:
     """The daemon's own log: one line per event on stderr, with its time, or with its priority under journald."""
 
+    _journal = False
+
     def __init__(self) -> None:
         self.verbose = False
-        self._journal = "JOURNAL_STREAM" in os.environ
+        with suppress(OSError):  # no standard error at all
+            stat = os.fstat(2)
+            # A PM2 that systemd started hands its variable on, but not its stream
+            self._journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
     def _line(self, priority: int, word: str, text: str, args: tuple[Any, ...]) -> None:
-        text = (text % args if args else text).replace("\n", " ")
+        text = terminal_text(text % args if args else text).replace("\n", " ")
         start = f"<{priority}>" if self._journal else time.strftime("%Y-%m-%d %H:%M:%S ") + word
         data = f"{start}{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
         with suppress(OSError, ValueError):
@@ -2052,6 +2779,17 @@ class DaemonLog:
 
     def error(self, text: str, *args: Any) -> None:
         self._line(3, "error: ", text, args)
+
+    def job(self, before: JobRecord | None, now: JobRecord) -> None:
+        """What became of a job; its steps only in detail."""
+        name = f"run {now.run} ({now.kind} {now.branch}) on {now.host}"
+        if before is None or before.state is not now.state:
+            where = f" at {now.step}" if now.state in FINAL and now.step else ""
+            why = f": {now.error}" if now.error else f" {now.version}" if now.version else ""
+            bad = now.state in FINAL and now.state is not State.SUCCEEDED
+            (self.warning if bad else self.info)("%s", f"{name}: {now.state}{where}{why}")
+        elif before.step != now.step:
+            self.debug("%s: %s", name, now.step)
 
 
 log = DaemonLog()
@@ -2092,14 +2830,17 @@ class StateFolder:
         self.job_lock = root / "job.lock"
         self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
+        self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
         self.last_master = root / "last-master"  # the URL of the master that this host was, or was welcomed by, last
         self.serve_file = root / "serve.json"  # how the daemon was started
+        self.index = root / "history.jsonl"
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
         try:
-            self.runs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.runs.mkdir(mode=0o700, exist_ok=True)
             probe = self.root / f".probe.{os.getpid()}"
             write_atomic(probe, b"")
             probe.unlink()
@@ -2139,6 +2880,9 @@ class StateFolder:
     def cancel_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.cancel"
 
+    def traffic_file(self, run: str, host: str) -> Path:
+        return self.runs / run / f"{file_label(host)}.traffic"
+
     def run_ids(self) -> list[str]:
         """All recorded runs, oldest first."""
         try:
@@ -2170,34 +2914,98 @@ class StateFolder:
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
     def prune(self, keep: KeepRule, needed: Container[str], now: float) -> list[str]:
-        """Delete runs beyond `keep`, except those `needed`, those not over, and the last success of each host."""
+        """Delete runs beyond `keep`, except those `needed`, those not over, and each host's last success of a kind."""
         runs = self.run_ids()
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
-        old = [run for run in runs[: max(0, len(runs) - keep.runs)] if run not in needed]
-        old += [run for run in runs[max(0, len(runs) - keep.runs) :] if run < oldest and run not in needed]
+        excess = len(runs) - keep.runs
+        old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
         if not old:
             return []
-        jobs = {run: self.load_jobs(run) for run in runs}
-        last = {job.host: run for run in runs for job in jobs[run] if job.state is State.SUCCEEDED}
-        gone = [run for run in old if run not in last.values() and all(job.state in FINAL for job in jobs[run])]
-        for run in gone:
+        last: set[tuple[str, str]] = set()
+        for row in self.rows():
+            succeeded = {(job["host"], row["kind"]) for job in row["hosts"] if job["ok"]}
+            if succeeded - last or any(job["state"] not in FINAL for job in row["hosts"]):
+                old.discard(row["run"])
+            last |= succeeded
+        for run in old:
             shutil.rmtree(self.runs / run, ignore_errors=True)
-        return gone
+        if old:
+            lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
+            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+        return sorted(old)
+
+    def successes(self) -> dict[str, list[dict[str, Any]]]:
+        """The deployments that succeeded, oldest first, per machine: its label may have been another one then."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in reversed(self.rows()):
+            for job in row["hosts"] if row["kind"] == Kind.DEPLOY else ():
+                if job["ok"] and job["commit"]:
+                    found.setdefault(row["machines"].get(job["host"], ""), []).append({"run": row["run"], **job})
+        return found
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
+        inside = ("stamp", "nonce", "machines", "over")
+        return [{key: value for key, value in row.items() if key not in inside} for row in self.rows(count)]
+
+    def rows(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The newest runs, newest first. One that is over is a line of the index, for 10,000 folders take seconds.
+
+        The index only repeats what the folders say: a run whose folder changed since, or whose line is torn or
+        missing, is read anew, so it may be deleted at any time, and two processes may write to it.
+        """
+        indexed = self._indexed(None if count is None else INDEX_TAIL_BYTES)
         rows: list[dict[str, Any]] = []
+        new: list[bytes] = []
         for run in reversed(self.run_ids()):
-            if len(rows) >= count:
+            if len(rows) == count:
                 break
-            if record := self.load_run(run):
-                jobs = {job.host: job for job in self.load_jobs(run)}
-                results = [job_summary(jobs[host]) for host in record.hosts if host in jobs]
-                rows.append(
-                    {"run": run, "created": record.created, "by": record.by, "kind": record.kind,
-                     "target": record.target, "branch": record.branch, "hosts": results}
-                )  # fmt: skip
+            try:
+                stamp = (self.runs / run).stat().st_mtime_ns
+            except OSError:  # deleted meanwhile
+                continue
+            row = self._row_of_line(indexed[run][1]) if run in indexed and indexed[run][0] == stamp else None
+            if row is None and (row := self._row_of_folder(run, stamp)) and row["over"]:
+                new.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+            rows += [row] if row else []
+        if new:
+            with suppress(OSError), open(self.index, "ab") as file:
+                file.write(b"\n".join([b"", *reversed(new), b""]))  # a line end first: what is there may be torn
         return rows
+
+    def _indexed(self, tail_bytes: int | None = None) -> dict[str, tuple[int, bytes]]:
+        """The index's lines, or its last ones, by run, each with its folder's time; the last line of a run counts."""
+        found = {}
+        size = log_size(self.index)
+        for line in read_log(self.index, size - min(size, tail_bytes or size), size).splitlines():
+            if match := re.match(rb'\{"run":"([0-9a-f-]+)","stamp":([0-9]+),.*\}$', line):
+                found[match[1].decode()] = (int(match[2]), line)
+        return found
+
+    @staticmethod
+    def _row_of_line(line: bytes) -> dict[str, Any] | None:
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return None
+        return row
+
+    def _row_of_folder(self, run: str, stamp: int) -> dict[str, Any] | None:
+        """A run's line for the index. It is `over` where nobody, this host's agent included, still waits for anything
+        in it, and where the folder lay still for so long that the next change will show in its time."""
+        record = self.load_run(run)
+        if record is None:
+            return None
+        jobs = [job for job in self.load_jobs(run) if job.host in record.hosts]
+        jobs.sort(key=lambda job: record.hosts.index(job.host))
+        own = self.machine_id()
+        waiting = any(job.state not in FINAL or (job.machine == own and job.revision and not job.acked) for job in jobs)
+        over = len(jobs) == len(record.hosts) and not waiting and time.time_ns() - stamp > INDEX_AFTER_S * 1e9
+        return {
+            "run": run, "stamp": stamp, "over": over, "nonce": record.nonce, "created": record.created,
+            "by": record.by, "kind": record.kind, "target": record.target, "branch": record.branch,
+            "machines": record.machines, "hosts": [job_summary(job) for job in jobs],
+        }  # fmt: skip
 
     @staticmethod
     def _load(path: Path, cls: type[Any]) -> Any:
@@ -2212,10 +3020,19 @@ def _dump(record: Any) -> bytes:
     return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
 
 
+SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
+
+
 def default_state_folder(environ: Mapping[str, str]) -> Path:
-    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder."""
+    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder.
+
+    The system service's folder where that is this user's: a `deploy` by hand shares the job's lock with the daemon.
+    """
     if path := environ.get("ESTELLE_STATE") or environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]:
         return Path(path).absolute()
+    with suppress(OSError):
+        if os.name != "nt" and SYSTEM_STATE.stat().st_uid == os.getuid():
+            return SYSTEM_STATE
     if os.name == "nt":
         return Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
     return Path.home() / ".local/state/estelle-updater"
@@ -2283,6 +3100,9 @@ class ConfigFile:
             return None
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
+    def token(self) -> bytes | None:
+        return load_token(self.config, work_tree(self.path))
+
     def look(self) -> bool:
         """Called about once a second: True when new settings took effect."""
         stamp = self._stamp()
@@ -2301,6 +3121,97 @@ def work_tree(config_path: Path) -> Path:
         if (folder / ".git").exists():
             return folder
     return config_path.parent.parent
+
+
+def load_token(config: Config, tree: Path) -> bytes | None:
+    """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises ConfigError, without it."""
+    text, source = os.environ.get("ESTELLE_TOKEN", ""), "ESTELLE_TOKEN"
+    if not text and config.token_file:
+        source = f"tokenFile {tree / Path(config.token_file).expanduser()}"
+        try:
+            text = (tree / Path(config.token_file).expanduser()).read_text("utf-8-sig")
+        except (OSError, UnicodeError) as problem:
+            why = getattr(problem, "strerror", "") or "it is no text"
+            raise ConfigError(f"can't read {source}: {why}", _TOKEN_HINT) from None
+    elif not text:
+        return None
+    token = text.strip().encode()
+    if len(token) < TOKEN_BYTES:
+        raise ConfigError(f"the token in {source} has fewer than {TOKEN_BYTES} bytes", "openssl rand -hex 32")
+    return token
+
+
+def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
+    """How to connect to a wss:// master: trust [tls] ca or else the system's roots, and expect masterUrl's name, also
+    where `url` is the listener on the master's own host. Raises ConfigError."""
+    if not url.startswith("wss:"):
+        return {}
+    ca = tree / config.tls.ca if config.tls.ca else None
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as problem:
+        raise ConfigError(f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates") from None
+    return {"ssl": context, "server_hostname": config.master_url.host}
+
+
+_VALIDITY = re.compile(rb"(?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
+
+
+def certificate_end(data: bytes) -> float:
+    """When the first to end of the certificates in PEM or DER bytes does so, in seconds since 1970. Raises ValueError.
+
+    The standard library parses only certificates that it was shown in a handshake; a certificate's first two times
+    side by side are its validity (RFC 5280, 4.1).
+    """
+    blocks = re.findall("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", data.decode("latin-1"), re.DOTALL)
+    ends = []
+    for one in map(ssl.PEM_cert_to_DER_cert, blocks) if blocks else (data,):
+        if match := _VALIDITY.search(one):
+            short = (match[1] or b"").decode()  # two digits of the year, from 1950 to 2049
+            text = ("19" if short >= "5" else "20") + short if short else match[2].decode()
+            ends.append(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S")))
+    if not ends:
+        raise ValueError("no certificate in it")
+    return min(ends)
+
+
+class Certificate:
+    """The certificate of a wss:// master, read again when its files change, so that a renewal cuts nobody off.
+
+    `problem` says what will soon keep everybody out, or keeps a new certificate from being used.
+    """
+
+    def __init__(self, config: ConfigFile) -> None:
+        self.config = config
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.problem: str | None = None
+        self._stamp: object = None
+        self._ends = 0.0
+        self.look()
+        if self.problem and not self._ends:
+            raise UsageError(self.problem, "[tls] cert and key are PEM files that the serving user can read")
+
+    def look(self) -> None:
+        """Called about once a second."""
+        before, tree, rule = self.problem, work_tree(self.config.path), self.config.config.tls
+        cert, key = tree / (rule.cert or ""), tree / (rule.key or "")
+        try:
+            stats = [path.stat() for path in (cert, key)]
+            stamp = [cert, key, *((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)]
+            if stamp != self._stamp:
+                self._stamp = stamp
+                trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                for context in (trial, self.context):  # a pair that does not fit must not spoil the one in use
+                    context.load_cert_chain(cert, key, password="")  # or it would ask for one
+                self._ends, self.problem = certificate_end(cert.read_bytes()), None
+            elif self._ends and (left_s := self._ends - time.time()) < EXPIRY_S:
+                days = f"expires in {left_s // 86400:.0f} days" if left_s > 0 else "has expired"
+                self.problem = f"the certificate {cert} {days}"
+        except (OSError, ValueError) as problem:
+            self._stamp = None
+            self.problem = f"can't use the certificate {cert}: {getattr(problem, 'strerror', None) or problem}"
+        if self.problem and self.problem != before:
+            log.warning("%s", self.problem)
 
 
 # ==============================================================================
@@ -2688,6 +3599,28 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         raise UpdaterError(f"{culprit}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
+def ask_git(repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S) -> tuple[int, bytes, bytes]:
+    """A question to git: its exit code, output and errors. Raises UpdaterError where there is nobody to ask."""
+    try:
+        argv = [*resolve_program("git", env.get("PATH", "")), *args]
+        done = subprocess.run(
+            argv, cwd=repo, env={**env, "LANGUAGE": "en"}, stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=timeout_s, check=False, **HIDDEN,
+        )  # fmt: skip
+    except NotADirectoryError as problem:
+        raise UsageError(f"{repo} is no folder", "set repo in [hosts]") from problem
+    except FileNotFoundError as problem:
+        raise UsageError(f"there is no folder {repo}", "clone the repository there, or set repo") from problem
+    except subprocess.TimeoutExpired as problem:
+        words = [word for word in args if not word.startswith("-")]
+        raise UpdaterError(f"git {words[0]} did not answer in {timeout_s:.0f} s") from problem
+    if b"dubious ownership" in done.stderr:
+        raise UsageError(
+            f"git refuses {repo}: it belongs to another user", f"git config --global --add safe.directory {repo}"
+        )
+    return done.returncode, done.stdout, done.stderr
+
+
 def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
     """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
 
@@ -2826,8 +3759,16 @@ class LogWriter:
 
 def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
     """Start the process that does a job: it takes the job's lock itself. What is returned only stands at its cradle."""
+    if log_size(state.runner_log) > RUNNER_LOG_BYTES:  # crashes of years must not fill a disk
+        with suppress(OSError):
+            os.replace(state.runner_log, state.runner_log.with_suffix(".old"))
     argv = [*program_argv(), "run-job", "--state", str(state.root), "--config", str(config_path), job.run, job.host]
     return spawn_runner(argv, dict(os.environ), state.runner_log)
+
+
+def is_half_done(state: StateFolder, job: JobRecord) -> bool:
+    """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
+    return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
 
 
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
@@ -2838,6 +3779,17 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     return replace(
         job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
     )
+
+
+def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
+    """The host's environmentFile, if it has one. Raises ConfigError."""
+    if not rule.environment_file:
+        return {}
+    path = repo / rule.environment_file
+    try:
+        return parse_environment_file(path.read_text("utf-8-sig"), str(path))
+    except (OSError, UnicodeError) as problem:
+        raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
 
 
 class Runner:
@@ -2857,6 +3809,7 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
+        self.outcome: str | None = None  # stands for the version where nothing was deployed
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -2865,7 +3818,7 @@ class Runner:
             return 1
         try:
             job = self.state.load_job(self.run, self.host)
-            if job is None or not (job.state is State.QUEUED or resumes(job)):
+            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job)):
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
@@ -2882,8 +3835,8 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            version = WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED, version=version)
+            WORK[self.job.kind](self)
+            self.finish(State.SUCCEEDED)
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -2891,7 +3844,8 @@ class Runner:
                 self.log.line(f"estelle-updater: error: {line}")
             if problem.hint:
                 self.log.line(f"hint: {problem.hint}")
-            self.finish(State.FAILED, step=self.job.step, error=problem.what)
+            refused = problem.exit_code if isinstance(problem, GuardError) else None
+            self.finish(State.FAILED, step=self.job.step, exit=refused, error=problem.what)
         except Exception as problem:
             self.finish(State.FAILED, step=self.job.step, error=f"internal error: {problem!r}")
             raise
@@ -2900,6 +3854,7 @@ class Runner:
         """The document's steps, in its order."""
         self.begin("check")
         self.load_rule(strict=False)
+        self.confirm_traffic()
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
@@ -2923,9 +3878,34 @@ class Runner:
             self.log.line("Nothing to pull: not a branch.")
         self.begin("config")
         self.load_rule(strict=True)
+        self.confirm_traffic()
         self.step(plan_command(self.rule.command), self.rule.timeout_s)
+        if self.rule.restart:
+            self.confirm_traffic()
         for step in plan_restart(self.rule.restart):
             self.step(step, self.rule.timeout_s)
+
+    def confirm_traffic(self) -> None:
+        """For a job that was given as `active` or `standby`: go on only while this host still is.
+
+        The step's name asks: it reaches the master with the job's state, over a new connection too if need be, and the
+        daemon writes down what the master says. Raises GuardError.
+        """
+        expected = self.job.options.get("expects", {}).get(self.host)
+        if not expected:
+            return
+        self.begin(TRAFFIC_STEP)
+        ends = time.monotonic() + TRAFFIC_S
+        while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get("at") != self.job.revision:
+            if self.cancel_file.exists():
+                raise StepFailed(State.CANCELLED, TRAFFIC_STEP)
+            if time.monotonic() > ends:
+                what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
+                raise GuardError(what, "is the data node online? `status` shows the traffic")
+            time.sleep(CANCEL_LOOK_S / 2)
+        if word.get("is") != expected:
+            now = f"it was {expected} when this was asked for, now it is {word['is']}"
+            raise GuardError("traffic moved", now)
 
     def load_rule(self, *, strict: bool) -> None:
         """What to do here, from the configuration as it stands now. Before the pull it need not be valid: the pull may
@@ -2939,7 +3919,7 @@ class Runner:
         self.repo = tree / self.rule.repo if self.rule.repo else tree
         extra: dict[str, str] = {}
         try:
-            extra = self.read_environment()
+            extra = read_environment(self.rule, self.repo)
         except ConfigError as wrong:
             if strict:
                 raise
@@ -2950,7 +3930,12 @@ class Runner:
             self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        self.masker = Masker(secret_values(extra))
+        named = self.rule.secrets
+        secrets = secret_values(extra, {name: self.env.get(name, "") for name in named}, named=named)
+        with suppress(ConfigError):
+            token = load_token(config, tree)
+            secrets += (token.decode(),) if token else ()
+        self.masker = Masker(secrets)
 
     def warn_of_doors(self, config: Config) -> None:
         """A new whitelist may shut out this host, or who asked: better said before it takes effect."""
@@ -2962,36 +3947,10 @@ class Runner:
                 if not allowed and address != config.master_url.host:
                     self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
 
-    def read_environment(self) -> dict[str, str]:
-        """The host's environmentFile, if it has one. Raises ConfigError."""
-        if not self.rule.environment_file:
-            return {}
-        path = self.repo / self.rule.environment_file
-        try:
-            return parse_environment_file(path.read_text("utf-8-sig"), str(path))
-        except (OSError, UnicodeError) as problem:
-            raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
-
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        try:
-            argv = [*resolve_program("git", self.env.get("PATH", "")), *args]
-            done = subprocess.run(
-                argv, cwd=self.repo, env=self.env, stdin=subprocess.DEVNULL, capture_output=True,
-                timeout=QUESTION_S, check=False, **HIDDEN,
-            )  # fmt: skip
-        except NotADirectoryError as problem:
-            raise UsageError(f"{self.repo} is no folder", "set repo in [hosts]") from problem
-        except FileNotFoundError as problem:
-            raise UsageError(f"there is no folder {self.repo}", "clone the repository there, or set repo") from problem
-        except subprocess.TimeoutExpired as problem:
-            raise UpdaterError(f"git {args[0]} did not answer in {QUESTION_S:.0f} s") from problem
-        if b"dubious ownership" in done.stderr:
-            raise UsageError(
-                f"git refuses {self.repo}: it belongs to another user",
-                f"git config --global --add safe.directory {self.repo}",
-            )
-        return done.stdout if done.returncode == 0 else b""
+        code, out, _ = ask_git(self.repo, self.env, *args)
+        return out if code == 0 else b""
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
@@ -3088,10 +4047,10 @@ class Runner:
 
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
-        commit, version = None, fields.get("version")
+        commit, version = None, self.outcome
         with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
-            version = version or (self.read_version() if state is State.SUCCEEDED else None)
+            version = self.outcome or self.read_version() if state is State.SUCCEEDED else None
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
         self.log.sync()
@@ -3113,12 +4072,12 @@ class Runner:
         return True
 
 
-# What a runner does for each kind of order, and the version to show if not the project's; sections below add theirs.
-WORK: dict[Kind, Callable[[Runner], str | None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
+# What a runner does for each kind of order; the sections below add theirs.
+WORK: dict[Kind, Callable[[Runner], None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
 
 
 # ==============================================================================
-# 13. Probes: own address and role
+# 13. Probes: own address and role, health checks
 # ==============================================================================
 
 
@@ -3230,6 +4189,659 @@ def probe_public_address(
     return None
 
 
+class CheckFailed(Exception):
+    """What a check found instead of what it wants."""
+
+
+_LEAST_FREE_PERCENT, _LEAST_DAYS = 10, 14  # certbot renews when 30 days are left
+_HTTP_BYTES = 1 << 20  # of a body, to look for `contains`
+
+
+def _dial(endpoint: str, timeout_s: float) -> socket.socket:
+    host, port = split_port(endpoint)
+    return socket.create_connection((host.strip("[]"), port or 0), timeout_s)
+
+
+def _tls_context(host: str) -> ssl.SSLContext:
+    """For a request to `host`: verified, except on a loopback address, which no certificate names."""
+    context = ssl.create_default_context()
+    with suppress(UsageError):
+        if _parse_ip(host).is_loopback:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | None = None) -> str:
+    """What a GET of `url` answers, no proxy used and no redirect followed. Raises CheckFailed, OSError."""
+    parts = urllib_parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        connection = http_client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=_tls_context(host))
+    else:
+        connection = http_client.HTTPConnection(host, parts.port, timeout=timeout_s)  # type: ignore[assignment]
+    try:
+        path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", path, headers={"User-Agent": "estelle-updater", "Connection": "close"})
+        answer = connection.getresponse()
+        body = answer.read(_HTTP_BYTES)
+    finally:
+        connection.close()
+    if answer.status != status:
+        raise CheckFailed(f"HTTP {answer.status}, not {status}")
+    if contains is not None and contains.encode() not in body:
+        raise CheckFailed(f"HTTP {answer.status}, but {contains!r} is not in the answer")
+    return f"HTTP {answer.status}"
+
+
+def _probe_valkey(endpoint: str, timeout_s: float) -> str:
+    """Valkey's or Redis' answer to PING. One that asks for a password is alive."""
+    with _dial(endpoint, timeout_s) as connection:
+        connection.sendall(b"PING\r\n")
+        with connection.makefile("rb") as file:
+            answer = file.readline(512).decode(errors="replace").strip()
+    if answer != "+PONG" and not answer.startswith("-NOAUTH"):
+        raise CheckFailed(answer.removeprefix("-") or "it ended the connection without an answer")
+    return "PONG" if answer == "+PONG" else "it answers, and wants a password"
+
+
+def _probe_mariadb(endpoint: str, timeout_s: float) -> str:
+    """The version in MariaDB's or MySQL's greeting.
+
+    It is answered with a login that is refused: a server counts those that leave without one as broken, and blocks
+    their address after max_connect_errors of them.
+    """
+    with _dial(endpoint, timeout_s) as connection, connection.makefile("rb") as file:
+        head = file.read(4)
+        greeting = file.read(int.from_bytes(head[:3], "little")) if len(head) == 4 else b""
+        if greeting[:1] == b"\xff":
+            raise CheckFailed(greeting[3:].decode(errors="replace"))
+        if greeting[:1] != b"\x0a":
+            raise CheckFailed("what answers there is no MariaDB")
+        login = struct.pack("<IIB23x", 0x8200, 1 << 20, 45) + b"estelle-updater-health\0\0"
+        connection.sendall(len(login).to_bytes(3, "little") + b"\x01" + login)
+        file.read(4)
+    return greeting[1 : greeting.index(b"\0")].decode(errors="replace").removeprefix("5.5.5-")  # for old replicas
+
+
+def _probe_command(argv: Sequence[str], repo: Path, env: Mapping[str, str], timeout_s: float) -> str:
+    """The last line that a command says before it ends with 0; at the deadline it and its children are killed."""
+    mark, tail, ends = f"health/{os.urandom(4).hex()}", b"", time.monotonic() + timeout_s
+    child = spawn_step([*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]], repo, env, mark=mark)
+    try:
+        while (data := child.read(timeout_s=max(0.0, ends - time.monotonic()))) != b"":
+            if data is None:
+                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, (child.pid,))
+                raise CheckFailed(f"not over within {timeout_s:g} s")
+            tail = (tail + data)[-TAIL_BYTES:]
+        code = child.wait()
+    finally:
+        child.close_pipe()
+    masker = Masker(secret_values(env))
+    said = (masker.feed(tail) + masker.flush()).decode(errors="replace").strip().splitlines()[-1:]
+    if code:
+        raise CheckFailed(": ".join([f"exit {code}", *said]))
+    return "".join(said) or "exit 0"
+
+
+def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: float) -> str:
+    """How long the certificate in a file, or of the server at HOST:PORT, is still valid."""
+    if re.fullmatch(r"[^/\\]+:[0-9]{1,5}", subject):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is looked at, not trusted
+        with _dial(subject, timeout_s) as plain:
+            host = split_port(subject)[0].strip("[]")
+            with context.wrap_socket(plain, server_hostname=host) as connection:
+                data = connection.getpeercert(binary_form=True) or b""
+    else:
+        data = (repo / subject).read_bytes()
+    days = (certificate_end(data) - time.time()) / 86400
+    if days < least_days:
+        raise CheckFailed(
+            f"{days:.0f} days left, less than {least_days}" if days > 0 else f"ended {-days:.0f} days ago"
+        )
+    return f"{days:.0f} days left"
+
+
+def _probe_disk(folder: Path, least_percent: int) -> str:
+    usage = shutil.disk_usage(folder)
+    percent = 100 * usage.free / usage.total
+    said = f"{percent:.0f} % free, {usage.free / 2**30:.1f} GiB"
+    if percent < least_percent:
+        raise CheckFailed(f"{said}; less than {least_percent} %")
+    return said
+
+
+def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
+    """What one check sees when all is well. Raises CheckFailed, OSError, UpdaterError with what is wrong."""
+    subject: Any = getattr(check, check.kind)
+    match check.kind:
+        case "http":
+            return probe_http(subject, check.timeout_s, check.status, check.contains)
+        case "tcp":
+            _dial(subject, check.timeout_s).close()
+            return "it accepts connections"
+        case "valkey":
+            return _probe_valkey(subject, check.timeout_s)
+        case "mariadb":
+            return _probe_mariadb(subject, check.timeout_s)
+        case "systemd":
+            return _probe_command(("systemctl", "is-active", subject), repo, env, check.timeout_s)
+        case "disk":
+            return _probe_disk(repo / subject, check.least or _LEAST_FREE_PERCENT)
+        case "certificate":
+            return _probe_certificate(subject, repo, check.least or _LEAST_DAYS, check.timeout_s)
+        case _:
+            return _probe_command(subject, repo, env, check.timeout_s)
+
+
+def run_checks(checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]) -> list[dict[str, Any]]:
+    """All checks at once: name, ok and detail of each in their order; one that hangs fails at its deadline."""
+
+    def look(index: int, check: HealthRule) -> tuple[int, bool, str]:
+        began = time.monotonic()
+        try:
+            detail = probe_health(check, repo, env)
+        except (CheckFailed, UpdaterError, OSError, ValueError, http_client.HTTPException) as problem:
+            return index, False, getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+        seconds = time.monotonic() - began
+        return index, seconds <= check.timeout_s, f"{detail} ({seconds:.2f} s)"
+
+    found = {}
+    calls = [functools.partial(look, index, check) for index, check in enumerate(checks)]
+    for index, ok, detail in _answers(calls, checks_take_s(checks)):
+        found[index] = ok, detail
+    rows = []
+    for index, check in enumerate(checks):
+        ok, detail = found.get(index, (False, f"no answer within {check.timeout_s:g} s"))
+        rows.append({"name": check.name, "kind": check.kind, "ok": ok, "detail": detail})
+    return rows
+
+
+def checks_take_s(checks: Iterable[HealthRule]) -> float:
+    """Within how many seconds all checks have an answer."""
+    return max((check.timeout_s for check in checks), default=0.0) + 0.5
+
+
+# ==============================================================================
+# 14. Switch: the HAProxy transaction
+# ==============================================================================
+
+
+_HAPROXY_OWN = re.compile(
+    r"HAPROXY_(MWORKER.*|PROCESSES|(MASTER_)?CLI|STARTUP_VERSION|LOCALPEER|CFGFILES)|NOTIFY_SOCKET"
+)
+_SBIN = "/usr/sbin:/usr/local/sbin"  # where haproxy is, and no ordinary user's PATH
+
+
+def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str:
+    """HAProxy's answer to a command: the worker's, or with `master` that of the process above. Raises UpdaterError."""
+    path = rule.master_socket if master or not rule.socket else rule.socket
+    words = command if master or rule.socket else f"@1 {command}"
+    hint = f"is HAProxy running? `stats socket {path} user USER mode 600 level admin` lets this service's user in"
+    try:
+        with socket.socket(socket.AF_UNIX) as link:
+            link.settimeout(HAPROXY_S)
+            link.connect(path or "")
+            link.sendall(words.encode() + b"\n")
+            link.shutdown(socket.SHUT_WR)  # else HAProxy's master waits for more
+            answer = b"".join(iter(lambda: link.recv(CHUNK_BYTES), b"")).decode(errors="replace")
+    except (OSError, AttributeError) as problem:  # Windows' Python has no such sockets
+        raise UpdaterError(f"HAProxy does not answer at {path}: {problem}", hint) from problem
+    if answer.startswith("Permission denied"):
+        raise UpdaterError(f"HAProxy refuses `{command}` at {path}", hint)
+    return answer
+
+
+def live_rows(rule: HaproxyRule) -> list[dict[str, str]]:
+    """The backend's servers as HAProxy runs them. Raises UpdaterError."""
+    if rows := parse_show_stat(ask_haproxy(rule, "show stat"), rule.backend):
+        return rows
+    raise UpdaterError(f"HAProxy runs no backend {rule.backend}", "correct `backend` in [haproxy], or reload HAProxy")
+
+
+def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
+    """Where HAProxy sends the traffic, by its own word, and what should worry; never raises."""
+    warnings: list[str] = []
+    servers: dict[str, dict[str, Any]] = {
+        color: {"traffic": None, "file": None, "status": None, "address": None} for color in COLORS
+    }
+    roles: dict[str, str] = {}
+    takers: list[str] = []
+    try:
+        found = read_backend(Path(rule.config).read_bytes(), rule.config, rule)
+        roles = found.roles()
+        warnings += found.warnings
+        for color in COLORS:
+            servers[color] |= {"file": roles[color], "address": found.servers[color].address}
+        found.active()
+    except (UpdaterError, OSError) as problem:
+        warnings.append(str(problem))
+    try:
+        if not (rule.socket or rule.master_socket):
+            raise UpdaterError("no `socket` in [haproxy]: nobody can see where the traffic really goes")
+        rows = live_rows(rule)
+    except UpdaterError as problem:
+        return {"active": None, "servers": servers, "warnings": [*warnings, problem.what]}
+    takers = decide_traffic(rows)
+    for color, row in ((c, row) for row in rows for c in COLORS if row["svname"] == rule.servers[c]):
+        usable = row["status"].startswith(("UP", "no check"))
+        traffic = "active" if row["svname"] in takers else "standby" if usable else "down"
+        address = row.get("addr") or servers[color]["address"]
+        servers[color] |= {"traffic": traffic, "status": row["status"], "address": address}
+    active = [color for color in COLORS if servers[color]["traffic"] == "active"]
+    warnings += traffic_warnings(rule, rows, roles)
+    return {"active": active[0] if len(active) == 1 else None, "servers": servers, "warnings": warnings}
+
+
+def run_command(argv: Sequence[str], env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+    """A short command's exit code and output. Raises UpdaterError where it does not start or end."""
+    try:
+        program = resolve_program(argv[0], env.get("PATH", ""))
+        done = subprocess.run(
+            [*program, *argv[1:]], env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=timeout_s, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as problem:
+        raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
+    except OSError as problem:
+        raise UpdaterError(f"{argv[0]}: {problem.strerror}") from problem
+    return done.returncode, done.stdout.decode(errors="replace").strip()
+
+
+def stage_text(real: Path, text: bytes) -> Path:
+    """The text in a file beside `real`, with that one's owner, mode and attributes. Raises GuardError."""
+    temp = real.with_name(f".{real.name}.estelle")
+    try:
+        temp.unlink(missing_ok=True)
+        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(text)
+            file.flush()
+            stat = real.stat()
+            os.chown(temp, stat.st_uid, stat.st_gid)
+            shutil.copystat(real, temp)
+            os.utime(temp)
+            os.fsync(file.fileno())
+    except OSError as problem:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+        hint = f"this service's user must own the file and its folder: chown USER {real.parent} {real}"
+        raise GuardError(f"can't replace {real}: {problem.strerror}", hint) from problem
+    return temp
+
+
+def lock_text(real: Path) -> int:
+    """A lock that the shell's `flock` knows too, so that no certificate hook reloads in the middle; for this process's
+    lifetime. Raises GuardError."""
+    import fcntl
+
+    fd = os.open(f"{real}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    deadline = time.monotonic() + SWITCH_LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise GuardError(f"another program holds {real}.lock", "wait until its reload is over") from None
+            time.sleep(0.05)
+
+
+def probe_url(url: str) -> int:
+    """The HTTP status of a GET, whatever name the certificate has: it is asked on its own host. Raises OSError."""
+    import ssl
+    from urllib.error import HTTPError
+
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    handlers = urllib_request.ProxyHandler({}), urllib_request.HTTPSHandler(context=context)
+    try:
+        with urllib_request.build_opener(*handlers).open(url, timeout=CONNECT_S) as answer:
+            return int(answer.status)
+    except HTTPError as problem:
+        return problem.code
+
+
+@dataclass
+class SwitchEntry:
+    """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as Latin-1."""
+
+    run: str
+    rule: dict[str, Any]
+    real: str
+    color: str = ""
+    before: str = ""
+    old: str = ""
+    new: str = ""
+    address: str = ""
+    state_file: str | None = None
+    states: str = ""
+
+
+class Switch:
+    """One change of the active colour. A journal entry is open from before the first change until after the last, so
+    that whoever comes after a dead runner can finish or undo it; on disk exactly one colour is active throughout."""
+
+    def __init__(self, runner: Runner, entry: SwitchEntry) -> None:
+        self.runner, self.entry, self.say = runner, entry, runner.log.line
+        self.rule, self.real = HaproxyRule(**entry.rule), Path(entry.real)
+        self.live = bool(self.rule.socket or self.rule.master_socket)
+        self.env = scrub_environment(os.environ)
+        self.env["PATH"] = f"{self.env.get('PATH', '')}:{_SBIN}"
+        self.found: BackendText
+        self.temp: Path | None = None
+        self.lock = lock_text(self.real)
+
+    def phase(self, name: str, work: Callable[[], str]) -> None:
+        """One line before, and one after it with what came of it and the time it took."""
+        self.runner.announce(name)
+        began = time.monotonic()
+        said = work()
+        self.say(f"{name}: {said} ({time.monotonic() - began:.2f} s)")
+
+    def refusing(self, name: str, work: Callable[[], str]) -> None:
+        """A phase before anything changed: whatever fails is a guard's refusal."""
+        try:
+            self.phase(name, work)
+        except (UpdaterError, OSError) as problem:
+            if isinstance(problem, UsageError | ConfigError):
+                raise
+            raise GuardError(str(problem), getattr(problem, "hint", "")) from problem
+
+    def run(self) -> None:
+        """Switch, or leave everything as it was."""
+        options = self.runner.job.options
+        try:
+            self.refusing("gate", self.gate)
+            if self.entry.color == self.entry.before:
+                return
+            self.refusing("check", self.check)
+            if options.get("dry_run"):
+                return
+            phases = {"drain": self.drain, "write": self.write, "reload": self.reload, "proof": self.prove}
+            self.transact(phases)
+        except OSError as problem:
+            raise UpdaterError(f"{problem.filename or self.real}: {problem.strerror or problem}") from problem
+        finally:
+            if self.temp:
+                self.temp.unlink(missing_ok=True)
+
+    def transact(self, phases: Mapping[str, Callable[[], str]]) -> None:
+        """All phases, or none: what fails is undone."""
+        try:
+            for name, work in phases.items():
+                self.phase(name, work)
+        except Exception as problem:
+            self.say(f"undoing: {problem}")
+            if self.undo() and isinstance(problem, GuardError):  # by now it is no longer true that nothing changed
+                raise UpdaterError(problem.what, problem.hint) from problem
+            raise
+        self.close()
+
+    def resume(self) -> bool:
+        """End what a dead runner began; whether the traffic moved."""
+        self.say(f"the process that switched to {self.entry.color} died: taking it up again")
+        if moved := self.real.read_bytes() == self.new:
+            self.transact({"write": self.place_states, "reload": self.reload, "proof": self.prove})
+        else:
+            self.undo()
+        return moved
+
+    @property
+    def new(self) -> bytes:
+        return self.entry.new.encode("latin-1")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The `server` names of the new active and the old one."""
+        return self.rule.servers[self.entry.color], self.rule.servers[self.entry.before]
+
+    def gate(self) -> str:
+        """Refuse whatever could leave two active colours or none, before anything is touched. Raises GuardError."""
+        entry, rule = self.entry, self.rule
+        self.found = read_backend(self.real.read_bytes(), rule.config, rule)
+        entry.before = self.found.active()
+        for warning in self.found.warnings:
+            self.say(f"warning: {warning}")
+        rows = live_rows(rule) if self.live else []
+        standby = next(color for color in COLORS if color != entry.before)
+        wanted = self.runner.job.options.get("color")
+        if wanted == "standby" and self.live and decide_traffic(rows) == [rule.servers[standby]]:
+            hint = f"`switch {standby}` makes that explicit, `switch {entry.before}` changes nothing"
+            raise GuardError(f"HAProxy has failed over: {entry.before} or {standby} could be meant", hint)
+        entry.color = str(standby if wanted == "standby" else wanted)
+        if entry.color not in COLORS:
+            raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
+        if self.live and live_roles(rows, rule) != self.found.roles():
+            what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
+            raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
+        if entry.color == entry.before:
+            return f"{entry.color} is active already, nothing changes"
+        entry.old, entry.state_file = self.found.text.decode("latin-1"), self.found.state_file
+        entry.new = switch_text(self.found, entry.color).decode("latin-1")
+        if self.runner.job.options.get("dry_run"):
+            self.runner.log.write(render_diff(self.found.text, self.new, rule.config))
+        if self.runner.job.options.get("force"):
+            self.say(f"forced by {self.runner.job.by}: health and commit of {entry.color} are not required")
+        return self.look_at_standby(rows) + f"; {entry.before} is active"
+
+    def look_at_standby(self, rows: Sequence[Mapping[str, str]]) -> str:
+        """Only a server that HAProxy would use, and that answers here and now, may get the traffic."""
+        color, name = self.entry.color, self.names[0]
+        self.refuse_without_rights()
+        self.entry.address = self.found.servers[color].address
+        status = "unknown to us (no socket)"
+        if row := next((row for row in rows if row["svname"] == name), None):
+            status, self.entry.address = row["status"], row.get("addr") or self.entry.address
+            if not status.startswith(("UP", "no check")):
+                what = f"{color} is {status} for HAProxy: {row.get('check_status')} {row.get('last_chk')}"
+                raise GuardError(what, f"repair {color} first: HAProxy would send it nothing")
+        if problem := self.connect_problem():
+            raise GuardError(
+                f"{color} does not answer at {self.entry.address}: {problem}", f"is it running on {color}?"
+            )
+        return f"{color} at {self.entry.address} is {status} and accepts connections"
+
+    def connect_problem(self) -> str | None:
+        """Why the standby's port can't be reached from here, if so."""
+        host, port = split_port(self.entry.address)
+        if port is None or "/" in host:  # a UNIX socket, or the port that the client used
+            return None
+        try:
+            socket.create_connection((host.strip("[]"), port), CONNECT_S).close()
+        except OSError as problem:
+            return problem.strerror or str(problem)
+        return None
+
+    def refuse_without_rights(self) -> None:
+        """What would fail only after the file changed is refused before. Raises GuardError.
+
+        systemd asks polkit about any reload before it looks at a job mode that makes no sense: so nothing happens.
+        """
+        if Path(self.rule.reload[0]).name == "systemctl" and os.geteuid():
+            ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
+            _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
+            if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
+                hint = "the polkit rule in systemd/estelle-updater-haproxy.service allows exactly this"
+                raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
+
+    def check(self) -> str:
+        """`haproxy -c` on the new text beside the old, with HAProxy's own environment and its other files."""
+        self.temp = stage_text(self.real, self.new)
+        env, files = self.env, [str(self.real)]
+        if self.live:
+            known = dict(line.split("=", 1) for line in ask_haproxy(self.rule, "show env").splitlines() if "=" in line)
+            files = known.get("HAPROXY_CFGFILES", str(self.real)).split(";")
+            env = {k: v for k, v in known.items() if not _HAPROXY_OWN.fullmatch(k)} | {"PATH": self.env["PATH"]}
+        paths = [(self.real.parent / file).resolve() for file in files]  # a relative one is HAProxy's own folder's
+        ours = [path == self.real or (path.name == self.real.name and not Path(file).is_absolute())
+                for path, file in zip(paths, files, strict=True)]  # fmt: skip
+        if not any(ours):
+            raise GuardError(
+                f"HAProxy does not read {self.real}, but {', '.join(files)}", "correct `config` in [haproxy]"
+            )
+        used = [str(self.temp if own else path) for path, own in zip(paths, ours, strict=True)]
+        code, said = run_command(["haproxy", "-c", *(word for file in used for word in ("-f", file))], env, CHECK_S)
+        if code:
+            self.say(said)
+            raise GuardError(f"haproxy -c refuses the new text (exit {code})", "its words are in the log")
+        return "haproxy -c finds the new text valid"
+
+    def drain(self) -> str:
+        """The old colour gets nothing new, not even from the connections that stay with HAProxy's old process."""
+        if self.live:
+            self.entry.states = keep_states(ask_haproxy(self.rule, "show servers state"), self.found, self.rule)
+        write_atomic(self.runner.state.switch_file, _dump(self.entry), durable=True)
+        before = self.entry.before
+        if not self.live:
+            return f"without a socket, {before} answers what comes on connections of before until these end"
+        self.set_state("drain")
+        busy = next(row["scur"] for row in live_rows(self.rule) if row["svname"] == self.names[1])
+        return f"{before} gets no new requests, {busy} are under way there"
+
+    def set_state(self, state: str) -> None:
+        """Drain the old colour, or make it ready, also in processes that only end their connections. UpdaterError."""
+        command = f"set server {self.rule.backend}/{self.names[1]} state {state}"
+        if said := ask_haproxy(self.rule, command).strip():
+            raise GuardError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
+        if self.rule.master_socket:
+            for pid in parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))[1]:
+                ask_haproxy(self.rule, f"@!{pid} {command}", master=True)
+
+    def write(self) -> str:
+        """The new text in place of the old, at one blow."""
+        if self.real.read_bytes() != self.found.text or self.temp is None:
+            raise GuardError(f"{self.real} was changed meanwhile", "look at the change, then switch again")
+        os.replace(self.temp, self.real)
+        sync_folder(self.real.parent)
+        return self.place_states()
+
+    def place_states(self) -> str:
+        """The servers' states for the next process; those of before the drain, which must not last."""
+        if not (self.entry.state_file and self.entry.states):
+            return f"{self.entry.color} is active in {self.rule.config}"
+        try:
+            write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
+        except OSError as problem:
+            self.say(f"warning: can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}")
+        return f"{self.entry.color} is active in {self.rule.config}, the servers' states in {self.entry.state_file}"
+
+    def reload(self) -> str:
+        """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
+        for attempt in range(1, RELOADS + 1):
+            if self.live and self.runs(self.entry.color, 0):
+                return "HAProxy runs it already"
+            code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
+            if code:
+                raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
+            if not self.live:
+                return "done; without a socket nobody can tell whether HAProxy took it"
+            if self.runs(self.entry.color, RELOAD_S):
+                pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
+                again = f" at attempt {attempt}" if attempt > 1 else ""
+                return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
+        raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
+
+    def runs(self, color: str, patience_s: float) -> bool:
+        """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            with suppress(UpdaterError):
+                if live_roles(live_rows(self.rule), self.rule).get(color) == "active":
+                    return True
+                proc = ask_haproxy(self.rule, "show proc", master=True) if self.rule.master_socket else ""
+                if patience_s and parse_show_proc(proc)[2]:
+                    return False
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+
+    def prove(self) -> str:
+        """Requests reach the new colour. Raises UpdaterError where they do not."""
+        color, before = self.entry.color, self.entry.before
+        probed = ""
+        if self.rule.probe:
+            status = probe_url(self.rule.probe)
+            if not 200 <= status < 400:
+                raise UpdaterError(f"{self.rule.probe} answers {status}")
+            probed = f"{self.rule.probe} answers {status}; "
+        if not self.live:
+            return probed or "neither socket nor probe: nothing was proved"
+        deadline = time.monotonic() + PROOF_S
+        while True:
+            rows = live_rows(self.rule)
+            new, old = (next(row for row in rows if row["svname"] == name) for name in self.names)
+            if old["status"].startswith("DRAIN"):  # a reload that saves the states itself saved the drain too
+                self.set_state("ready")
+            if decide_traffic(rows) == [new["svname"]] and int(new["stot"]):
+                return f"{probed}{color} has {new['stot']} requests, {before} {old['stot']}"
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        if decide_traffic(rows) != [new["svname"]] or (problem := self.connect_problem()):
+            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {problem or ''}".rstrip())
+        return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
+
+    def undo(self) -> bool:
+        """The old text, a process that runs it, and nobody drained; a text that somebody else wrote stays. Whether the
+        text had changed."""
+        now = self.real.read_bytes()
+        if now == self.new:
+            os.replace(stage_text(self.real, self.entry.old.encode("latin-1")), self.real)
+            sync_folder(self.real.parent)
+            self.place_states()
+        elif now != self.entry.old.encode("latin-1"):
+            self.say(f"warning: {self.real} was changed by somebody else meanwhile and stays so")
+        if self.live:
+            with suppress(UpdaterError):
+                self.set_state("ready")
+        if now == self.new:
+            with suppress(UpdaterError):
+                run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
+            if self.live and not self.runs(self.entry.before, RELOAD_S):
+                self.say("warning: HAProxy does not run what its file says: reload it by hand")
+            if self.live:
+                with suppress(UpdaterError):
+                    self.set_state("ready")
+        self.say(f"undone: {self.entry.before} is active")
+        self.close()
+        return now == self.new
+
+    def close(self) -> None:
+        """Done or undone for good."""
+        self.runner.state.switch_file.unlink(missing_ok=True)
+        sync_folder(self.runner.state.root)
+
+
+def switch_traffic(runner: Runner) -> None:
+    """The whole job of a switch; what an earlier one left half done is ended first. Raises UpdaterError."""
+    runner.begin("gate")
+    entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
+    if entry:
+        half = Switch(runner, entry)
+        moved = half.resume()
+        if entry.run == runner.run and not moved:
+            raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
+        if entry.run == runner.run:
+            runner.outcome = entry.color
+            return
+        os.close(half.lock)
+    config, problem = load_config_or_last(runner.config_path, runner.state)
+    if problem:
+        runner.log.line(f"warning: {problem}")
+    if config.haproxy is None:
+        raise UsageError("this host's configuration has no [haproxy]", "add that section, and deploy it here")
+    try:
+        real = Path(config.haproxy.config).resolve(strict=True)
+        switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
+    except OSError as unreadable:
+        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+    switch.run()
+    runner.outcome = switch.entry.color
+
+
+WORK[Kind.SWITCH] = switch_traffic
+
+
 # ==============================================================================
 # 15. Agent: connect, hello, resume, take orders
 # ==============================================================================
@@ -3237,7 +4849,7 @@ def probe_public_address(
 
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
-    "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
+    "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
     "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
 }  # fmt: skip
 CLIENT_OPTIONS: dict[str, Any] = {
@@ -3306,6 +4918,21 @@ class QueueWire:
         """Both ends live and die with this process."""
 
 
+async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
+    """Say hello, prove the token and have it proven. Raises RefusedError, ProtocolError, EOFError, TimeoutError."""
+    talk = greeting(hello, token, os.urandom(16).hex())
+    message = next(talk)
+    async with asyncio.timeout(WELCOME_S):
+        while True:
+            await wire.send(encode_message(message))
+            frame = await wire.recv()
+            try:
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+            except StopIteration as end:
+                welcome: Welcome = end.value
+                return welcome
+
+
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more than a window of
     unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Agent and master are both this."""
@@ -3319,10 +4946,14 @@ class Link:
         self._next_channel = 1
         self._wake = asyncio.Event()
         self._inbound: dict[int, Inbound] = {}
+        self._waiting_bytes = 0
 
     def post(self, message: Any) -> None:
-        """Send a message as soon as the connection takes it."""
+        """Send a message as soon as the connection takes it; who asks and asks and never reads is cut off."""
         self._control.append(encode_message(message))
+        self._waiting_bytes += len(self._control[-1])
+        if self._waiting_bytes > WAITING_BYTES:
+            self.wire.abort()
         self._wake.set()
 
     def open_log(self, run: str, host: str, path: Path) -> None:
@@ -3369,6 +5000,7 @@ class Link:
             self._wake.clear()
             while self._control or await self._write_chunks():
                 while self._control:
+                    self._waiting_bytes -= len(self._control[0])
                     await self.wire.send(self._control.popleft())
 
     async def _write_chunks(self) -> bool:
@@ -3394,6 +5026,8 @@ class Link:
 
     def accept_log(self, message: Log, inbound: Inbound) -> None:
         """Begin or resume receiving a log."""
+        if len(self._inbound) >= CHANNELS and message.channel not in self._inbound:
+            raise ProtocolError(f"more than {CHANNELS} logs at once")
         self._inbound[message.channel] = inbound
         size = log_size(inbound.path)
         self.post(Have(message.channel, size, rewind=True, check=log_check(inbound.path, size)))
@@ -3476,18 +5110,15 @@ class Inbound:
 def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     """What is checked out on this host right now; every value None where git does not say. Takes up to 2 s."""
     facts: dict[str, Any] = {"branch": None, "commit": None, "dirty": None, "version": None}
+    words = ("status", "--porcelain=v2", "--branch", "--untracked-files=no")
     try:
-        argv = [*resolve_program("git", environ.get("PATH", "")), "status", "--porcelain=v2", "--branch"]
-        done = subprocess.run(
-            [*argv, "--untracked-files=no"], cwd=repo, env=dict(environ), stdin=subprocess.DEVNULL,
-            capture_output=True, timeout=FACTS_S, check=False, **HIDDEN,
-        )  # fmt: skip
-    except (UpdaterError, OSError, subprocess.TimeoutExpired):
+        code, out, _ = ask_git(repo, environ, *words, timeout_s=FACTS_S)
+    except (UpdaterError, OSError):
         return facts
-    if done.returncode:
+    if code:
         return facts
     facts["dirty"] = False
-    for line in done.stdout.decode(errors="replace").splitlines():
+    for line in out.decode(errors="replace").splitlines():
         if line.startswith("# branch.oid "):
             facts["commit"] = line.split()[2]
         elif line.startswith("# branch.head "):
@@ -3528,10 +5159,12 @@ class Agent:
 
     def recover(self) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
-        for run in self.state.run_ids():
-            for record in self.state.load_jobs(run):
-                if record.machine == self.machine and record.revision and not record.acked:
-                    self.jobs[run, record.host] = OwnJob(record)
+        switching = self.state.switch_file.exists()
+        for row in self.state.rows():
+            for record in () if row["over"] and not switching else self.state.load_jobs(row["run"]):
+                unknown = not record.acked or is_half_done(self.state, record)
+                if record.machine == self.machine and record.revision and unknown:
+                    self.jobs[record.run, record.host] = OwnJob(record)
 
     async def watch_forever(self) -> None:
         """Look at the running jobs' files when a runner pokes, and once a second in case a poke was lost."""
@@ -3583,6 +5216,7 @@ class Agent:
         if stamp != job.stamp and (record := self.state.load_job(run, host)):
             job.stamp = stamp
             if record.revision > job.record.revision:
+                log.job(job.record, record)
                 job.record = record
                 if self.link:
                     self.link.post(record)
@@ -3599,7 +5233,10 @@ class Agent:
         if FileLock.held_elsewhere(self.state.job_lock):
             return
         record = self.state.load_job(run, host) or job.record
-        if record.state in FINAL:
+        if is_half_done(self.state, record):
+            if time.monotonic() - job.launched > RESUME_S:
+                self.start_runner(record)
+        elif record.state in FINAL:
             job.stamp = ()
         elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
             self.own(replace(record, revision=record.revision + 1, state=State.CANCELLED, ended=time.time()))
@@ -3610,10 +5247,7 @@ class Agent:
             self.start_runner(record)
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
-            if not resumes(record) or job.launches >= LAUNCHES:
-                self.own(bury_runner(self.state, record))
-            elif time.monotonic() - job.launched > LAUNCH_S:
-                self.start_runner(record)
+            self.own(bury_runner(self.state, record))
 
     def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
@@ -3624,6 +5258,7 @@ class Agent:
             why = f"can't write to {self.state.root}: {problem.strerror}"
             record = replace(record, state=State.FAILED, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
+        log.job(job.record if job.record is not record else None, record)
         job.record = record
         if self.link:
             self.link.post(record)
@@ -3731,6 +5366,22 @@ class Agent:
                     result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
         return result
 
+    def tell_health(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What this host's checks see, by the configuration as it stands now: a deployment may just have changed it."""
+        config, _ = load_config_or_last(self.config.path, self.state)
+        rule, repo = self.rule_and_repo(args.get("address"))
+        names = {host_key(name) for name in (args.get("address"), rule.name, socket.gethostname()) if name}
+        checks = [check for check in config.health if not check.hosts or names & {*map(host_key, check.hosts)}]
+        return {"checks": run_checks(checks, repo, scrub_environment(os.environ) | dict(rule.env))}
+
+    def take_traffic(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The master's word on whether this host is active or standby, for the runner that waits for it."""
+        run, host = args.get("run"), args.get("host")
+        if (run, host) in self.jobs:
+            word = {"at": args.get("at"), "is": str(args.get("is"))}
+            write_atomic(self.state.traffic_file(str(run), str(host)), json.dumps(word).encode())
+        return {}
+
     def offer(self, job: OwnJob) -> None:
         """Tell the master of a job and offer its log."""
         assert self.link
@@ -3777,8 +5428,138 @@ class Agent:
                 link.post(Refuse("an agent has no use for that message"))
 
 
+class Outlook:
+    """What a deployment would find in this host's clone, by questions to git alone: it fetches objects, and changes
+    neither the working tree nor the index nor any ref. A job may run meanwhile: no lock of git is taken."""
+
+    def __init__(self, repo: Path, rule: Effective) -> None:
+        self.repo, self.remote = repo, rule.remote
+        extra: dict[str, str] = {}
+        with suppress(ConfigError):  # the job will say so
+            extra = read_environment(rule, repo)
+        self.env = {**scrub_environment(os.environ), **extra, **rule.env}
+        self.deadline = time.monotonic() + LOOK_AHEAD_S
+        self.said = b""
+
+    def git(self, *args: str) -> str | None:
+        """git's answer, None where it says no. Raises UpdaterError, also when all the time is used up."""
+        left_s = max(0.1, self.deadline - time.monotonic())
+        code, out, self.said = ask_git(self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s)
+        return None if code else out.decode("utf-8", "replace")
+
+    def paths(self, *args: str) -> list[str]:
+        """The paths in an answer to `-z`."""
+        return [path for path in (self.git(*args) or "").split("\0") if path]
+
+    def why(self) -> str:
+        """What git said last."""
+        last = self.said.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return explain_failure(self.said) or "".join(last) or "git failed without a word"
+
+    def find_target(self, branch: str) -> tuple[str, str | None]:
+        """The commit that `branch` means on the remote, and where the local branch stands. Raises TargetError."""
+        names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
+        if (listed := self.git("ls-remote", self.remote, *names)) is None:
+            raise UpdaterError(self.why())
+        refs = {name: commit for commit, _, name in (line.partition("\t") for line in listed.splitlines())}
+        local = (self.git("rev-parse", "--verify", "--quiet", f"{names[0]}^{{commit}}") or "").strip() or None
+        if local or names[0] in refs or not is_commit_id(branch):
+            found = names[:1] if local or names[0] in refs else names[1:]
+            name, target = next(((name, refs[name]) for name in reversed(found) if name in refs), ("", ""))
+            if not name:
+                raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
+        else:
+            name = target = branch
+        if self.git("cat-file", "-e", f"{target}^{{commit}}") is None:
+            quiet = ("--quiet", "--no-write-fetch-head", "--no-tags", "--no-auto-maintenance", "--refmap=")
+            if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
+                raise TargetError(self.why())
+        return target, local
+
+    def look(self, branch: str) -> dict[str, Any]:
+        """From what is checked out now to what `branch` means on the remote, and what stands in the way."""
+        head = (self.git("rev-parse", "--verify", "HEAD^{commit}") or "").strip()
+        if not head:
+            raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
+        found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
+        found["branch"] = (self.git("branch", "--show-current") or "").strip() or None
+        dirty = self.paths("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
+        found["dirty"] = [line[3:] for line in dirty]
+        try:
+            target, local = self.find_target(branch)
+        except UpdaterError as problem:
+            return found | {"refused": [problem.what], "exit": problem.exit_code}
+        if local and (ahead := int(self.git("rev-list", "--count", f"{target}..{local}") or 0)):
+            found["diverged"] = self.git("merge-base", "--is-ancestor", target, local) is None
+            if found["diverged"]:
+                found["refused"].append(f"the local branch has {ahead} commits that the remote has not")
+            else:
+                target = local
+                found["warnings"].append(f"{ahead} commits of this host are not on the remote; they stay")
+        range_ = f"{head}..{target}"
+        found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
+        found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
+        subjects = self.git("log", "--format=%h %s", f"--max-count={PLAN_ROWS}", range_, "--") or ""
+        self.compare(found, [commit for commit in (head, local, target) if commit])
+        return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
+
+    def compare(self, found: dict[str, Any], stops: Sequence[str]) -> None:
+        """Which files change on the way from commit to commit, and which of them git would refuse to overwrite."""
+        diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
+        found["changed"] = self.paths(*diff, stops[0], stops[-1])
+        touched, added = set(found["changed"]), set[str]()
+        for one, two in itertools.pairwise(stops):
+            touched.update(self.paths(*diff, one, two))
+            added.update(self.paths(*diff, "--diff-filter=A", one, two))
+        there = sorted(path for path in added if os.path.lexists(self.repo / path))[:PLAN_ROWS]
+        untracked = self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there) if there else []
+        found["in_the_way"] = sorted(touched.intersection(found["dirty"])) + untracked
+        found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
+        if found["in_the_way"]:
+            names = ", ".join(found["in_the_way"][:PLAN_ROWS])
+            found["refused"].append(f"local changes are in the way of the incoming commits: {names}")
+
+
+def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """What deploying `branch` would do here: what arrives, what is in the way, what would run."""
+    address, branch = args.get("address"), str(args.get("branch"))
+    if problem := valid_branch_problem(branch):
+        raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+    rule, repo = agent.rule_and_repo(address)
+    outlook = Outlook(repo, rule)
+    found = outlook.look(branch)
+    path = agent.config.path
+    if (name := os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")) in found.get("changed", ()):
+        try:  # what runs comes from the configuration that arrives
+            text = outlook.git("show", f"{found['target']}:{name}")
+            if text is None:
+                raise ConfigError(f"there is no {name} in {found['target'][:7]}")
+            rule = host_rule(parse_config(text, name, path.suffix.removeprefix(".")), address, socket.gethostname())
+        except ConfigError as wrong:
+            found["refused"].append(wrong.what)
+    elif agent.config.problem:
+        found["refused"].append(agent.config.problem)
+    for name in ("changed", "dirty", "in_the_way"):
+        paths = found.get(name, [])
+        found |= {f"{name}_count": len(paths), name: [path[:300] for path in paths[:PLAN_ROWS]]}
+    if FileLock.held_elsewhere(agent.state.job_lock):
+        found["busy"] = (read_json(agent.state.current_file) or {}).get("run")
+    with suppress(OSError):
+        found["disk_free_bytes"] = shutil.disk_usage(repo).free
+    return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
+
+
+def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
+    """Where HAProxy sends the traffic; only its own host knows."""
+    rule = agent.config.config.haproxy
+    return look_at_traffic(rule) if rule else {"active": None, "servers": {}, "warnings": []}
+
+
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
-QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {"status": Agent.tell_status}
+QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
+    "status": Agent.tell_status, "plan": tell_plan, "health": Agent.tell_health, "traffic": tell_traffic,
+    "traffic is": Agent.take_traffic,
+}  # fmt: skip
 
 
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
@@ -3798,7 +5579,8 @@ class Dialer:
     ) -> None:
         self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
-        self.said: set[str] = set()  # what went wrong since the last welcome
+        self.trouble = ""
+        self.said: set[str] = set()  # of troubles, since the last welcome
         self.welcome: Welcome | None = None
         self.url = ""  # of the master that is connected
 
@@ -3833,6 +5615,7 @@ class Dialer:
         return list(dict.fromkeys([self.agent.config.config.master_url, *([last] if last else [])]))
 
     def say(self, text: str) -> None:
+        self.trouble = text
         if text not in self.said:
             self.said.add(text)
             log.warning("%s", text)
@@ -3842,18 +5625,20 @@ class Dialer:
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidHandshake, InvalidStatus
 
+        config, tree = self.agent.config.config, work_tree(self.agent.config.path)
+        options = CLIENT_OPTIONS | client_tls(config, tree, str(url))
+        token = self.agent.config.token()
         try:
-            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
+            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **options)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except InvalidHandshake as problem:
             raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
         async with connection:
             link = Link(SocketWire(connection), squeeze=True)
-            await link.wire.send(encode_message(self.agent.hello()))
-            async with asyncio.timeout(WELCOME_S):
-                self.welcome = self.read_welcome(await link.wire.recv())
+            self.welcome = await greet(link.wire, self.agent.hello(), token)
             self.said.clear()
+            self.trouble = ""
             self.agent.state.save_master_url(url)
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
@@ -3867,15 +5652,6 @@ class Dialer:
             finally:
                 self.url = ""
             self.say("the connection to the master ended; trying again until it answers")
-
-    @staticmethod
-    def read_welcome(frame: str | bytes) -> Welcome:
-        message = decode_message(frame) if isinstance(frame, str) else None
-        if isinstance(message, Refuse):
-            raise RefusedError(message.what, message.hint)
-        if not isinstance(message, Welcome):
-            raise ProtocolError("no welcome from the master")
-        return message
 
 
 def refusal(status: int, body: bytes) -> UpdaterError:
@@ -3945,6 +5721,9 @@ class AgentLink:
 QUESTION_NUMBERS = itertools.count(1)
 
 
+_whitelist = functools.lru_cache(maxsize=8)(Whitelist)  # parsed once, not by every stranger who knocks
+
+
 class Handout:
     """The program that this master runs, which it hands out to new hosts and to `upgrade`; none in a checkout."""
 
@@ -3992,13 +5771,52 @@ class Door:
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
         self.handout = Handout()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
+        self.handshakes: Counter[str] = Counter()  # begun and not judged
+        self.token_file = config.config.token_file
+        tls = config.config.master_url.secure and config.config.tls.cert
+        self.certificate = Certificate(config) if tls else None
+
+    def connection_class(self) -> Any:
+        """A server connection that can't keep others out by beginning handshakes and not ending them."""
+        from websockets.asyncio.server import ServerConnection
+
+        door = self
+
+        class Guarded(ServerConnection):
+            def connection_made(self, transport: Any) -> None:
+                super().connection_made(transport)
+                self.peer = host_key((self.remote_address or ("",))[0])
+                config = door.config.config
+                known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
+                self.among = self.peer if any(verdict.allowed for verdict in known) else ""
+                door.handshakes[self.among] += 1
+                self.one_too_many = door.handshakes[self.among] > HANDSHAKES
+                if self.one_too_many:
+                    door.log_refusal(self.among or "strangers", f"more than {HANDSHAKES} handshakes at once")
+                    transport.abort()
+
+            async def handshake(self, *args: Any, **options: Any) -> None:
+                try:
+                    async with asyncio.timeout(WELCOME_S) as self.patience:
+                        await super().handshake(*args, **options)
+                finally:
+                    door.handshakes[self.among] -= 1
+                    if self.request is None and not self.one_too_many:
+                        door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
+
+            def allow(self, seconds: float) -> None:
+                """More time, for a download."""
+                self.close_timeout = seconds
+                self.patience.reschedule(self.loop.time() + seconds)
+
+        return Guarded
 
     def judge_request(self, connection: Any, request: Any) -> Any:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
         config = self.config.config
         peer = canonical_address(connection.remote_address[0])
-        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), Whitelist(config.trusted_proxies))
-        verdict = Whitelist(config.whitelist).verdict(address)
+        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), _whitelist(config.trusted_proxies))
+        verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
             return self.refuse(connection, address, verdict.reason, f"add {address} to the whitelist in git")
         hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
@@ -4007,6 +5825,8 @@ class Door:
             return self.refuse(connection, address, "the Host header names another server", "use serverNames")
         if origin is not None and not (allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]):
             return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
+        if list(self.sockets.values()).count(address) >= CONNECTIONS:
+            return self.refuse(connection, address, f"more than {CONNECTIONS} connections", "close some")
         path = request.path.partition("?")[0]
         program = f"{config.master_url.path.rstrip('/')}/{PROGRAM_NAME}"
         if path in (program, f"{program}.sha256"):
@@ -4024,22 +5844,56 @@ class Door:
         return answer
 
     def log_refusal(self, address: str, reason: str) -> None:
-        """Once per address and minute, with a count: a flood must not become a flood of lines."""
-        began, count = self.refused.get(address, (0.0, 0))
-        now = time.monotonic()
-        if not began or now - began > 60:
-            log.warning("refused %s: %s%s", address, reason, f" ({count} more times)" if count else "")
-            began, count = now, -1
-        if len(self.refused) > REFUSED_KEPT:
-            self.refused.clear()
-        self.refused[address] = (began, count + 1)
+        """Once per address and minute, then a count: a flood must not become a flood of lines."""
+        if address not in self.refused and len(self.refused) >= REFUSED_KEPT:
+            address = "others"
+        began, count = self.refused.get(address, (time.monotonic(), -1))
+        if count < 0:
+            log.warning("refused %s: %s", address, reason)
+        self.refused[address] = began, count + 1
+
+    def look(self) -> None:
+        """Once a second: how often those were refused whose minute is over, and whether the certificate changed."""
+        for address, (began, count) in list(self.refused.items()):
+            if time.monotonic() - began > 60:
+                del self.refused[address]
+                if count:
+                    log.warning("refused %s %d more times within a minute", address, count)
+        if self.certificate:
+            self.certificate.look()
+
+    async def check_token(self, link: Link, hello: Hello, address: str) -> str:
+        """Have whoever said hello prove that it knows the token, if there is one: our own proof, for the welcome.
+
+        Raises RefusedError.
+        """
+        try:
+            token = self.config.token()
+        except ConfigError as problem:
+            log.error("%s", problem.what)
+            raise RefusedError("the master can't read its own token", "see the master's log") from None
+        if token is None:
+            return ""
+        challenge = os.urandom(16).hex()
+        await link.wire.send(encode_message(Challenge(challenge)))
+        async with asyncio.timeout(WELCOME_S):
+            frame = await link.wire.recv()
+        answer = decode_message(frame) if isinstance(frame, str) else None
+        if not (
+            isinstance(answer, Proof) and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
+        ):
+            raise RefusedError("the token is not the master's (the address is allowed)", _TOKEN_HINT)
+        return make_proof(token, "master", hello, challenge, answer.nonce)
 
     def drop_disallowed(self) -> None:
-        """After the configuration changed: whoever is no longer on the list is cut off."""
-        whitelist = Whitelist(self.config.config.whitelist)
+        """After the configuration changed: who is no longer on the list, or has not proven this token, is cut off."""
+        whitelist = _whitelist(self.config.config.whitelist)
+        unproven, self.token_file = self.token_file != self.config.config.token_file, self.config.config.token_file
         for socket, address in list(self.sockets.items()):
-            if not whitelist.verdict(address).allowed:
-                log.warning("dropped %s: no longer on the whitelist", address)
+            if unproven or not whitelist.verdict(address).allowed:
+                log.warning(
+                    "dropped %s: %s", address, "tokenFile changed" if unproven else "no longer on the whitelist"
+                )
                 socket.transport.abort()
 
 
@@ -4052,6 +5906,8 @@ class Registry:
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, AgentLink] = {}
         self.down_since: dict[str, float] = {}
+        self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     def recover(self) -> None:
         """After a start: the known hosts, none of them connected yet."""
@@ -4077,11 +5933,14 @@ class Registry:
         return name
 
     def register(self, hello: Hello, address: str) -> None:
-        """Remember a host that is welcomed."""
+        """Remember a host that is welcomed. Raises RefusedError where one address has been too many machines."""
+        here = [known for known in self.machines.values() if known.address == address]
+        if hello.machine not in self.machines and len(here) >= MACHINES:
+            raise RefusedError(f"{address} has been {MACHINES} machines already", "forget those that are retired")
+        version, platform = (re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform))
         known = Machine(
-            hello.machine, address, self.host_name(hello.machine, address, hello.name), hello.version, hello.platform,
-            time.time(),
-        )  # fmt: skip
+            hello.machine, address, self.host_name(hello.machine, address, hello.name), version, platform, time.time()
+        )
         self.machines[hello.machine] = known
         self.save()
 
@@ -4097,6 +5956,25 @@ class Registry:
             hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
         return hosts
 
+    def check_adoption(
+        self, machine: str, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
+    ) -> None:
+        """Keep an agent from filling the history with runs that nobody ordered here, and from writing what looks like,
+        or is, the file of another of the run's `hosts`. Raises ProtocolError."""
+        others = [host.label for host in self.hosts() if host.machine != machine]
+        taken = {file_label(label).casefold() for label in (*others, *hosts)}
+        if file_label(job.host).casefold() in taken or not (job.host.isprintable() and 0 < len(job.host) <= 200):
+            raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
+        now = time.time()
+        latest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now + 86400))
+        if job.run > latest or not 0 <= job.created < now + 86400:
+            raise ProtocolError(f"run {job.run} is of the future")
+        still = sum(not run.nonce and machine in run.machines.values() for run in open_runs)
+        recent = self.adopted.setdefault(machine, deque([0.0] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR))
+        if still >= ADOPTED_OPEN or recent[0] > now - 3600:
+            raise ProtocolError(f"too many runs that nobody ordered here: {job.run} is not recorded")
+        recent.append(now)
+
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
         hosts = select_targets(target, [replace(host, deploys=True) for host in self.hosts()])
@@ -4107,6 +5985,60 @@ class Registry:
             self.machines[host.machine].forgotten = True
         self.save()
         return [host.label for host in hosts]
+
+    async def ask_traffic(self) -> dict[str, Any]:
+        """Where HAProxy sends the traffic, as its host says now; `active` is None where that is not known."""
+        rule = self.config.config.haproxy
+        if rule is None:
+            return {"active": None, "servers": {}, "warnings": []}
+        key, answer = host_key(rule.host), None
+        for host in self.hosts():
+            if key in (host.address, host_key(host.name)) and (agent := self.agents.get(host.machine)):
+                answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
+        if answer and "servers" in answer:
+            return answer
+        why = (answer or {}).get("error") or f"{rule.host} is offline or does not answer"
+        return {"active": None, "servers": {}, "warnings": [f"nobody knows where the traffic goes: {why}"]}
+
+    async def check_health(self, hosts: Sequence[HostRef]) -> list[dict[str, Any]]:
+        """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does not answer fails."""
+        patience_s = checks_take_s(self.config.config.health) + FACTS_S
+
+        async def ask(host: HostRef) -> list[dict[str, Any]]:
+            agent = self.agents.get(host.machine)
+            answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
+            why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
+            silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
+            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            return [
+                {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
+                 "detail": str(row.get("detail"))}
+                for row in found
+            ]  # fmt: skip
+
+        return [row for rows in await asyncio.gather(*map(ask, hosts)) for row in rows]
+
+    async def active_for(self, target: str) -> str | None:
+        """The colour that has the traffic, where TARGET needs to know."""
+        words = {part.strip() for part in target.split(",")}
+        return (await self.ask_traffic())["active"] if words & {"active", "standby"} else None
+
+    def on_traffic_step(self, agent: AgentLink, job: JobRecord) -> None:
+        """A job waits for the master's word on the traffic."""
+        task = asyncio.ensure_future(self.tell_traffic(agent, job))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
+        """Tell a job that waits for it whether its host is active or standby, once that is known."""
+        color = next((host.color for host in self.hosts() if host.machine == job.machine), None)
+        ends = time.monotonic() + TRAFFIC_S
+        while time.monotonic() < ends and self.agents.get(job.machine) is agent:
+            if active := (await self.ask_traffic())["active"]:
+                role = "active" if color == active else "standby"
+                await agent.ask("traffic is", {"run": job.run, "host": job.host, "at": job.revision, "is": role})
+                return
+            await asyncio.sleep(TICK_S)
 
 
 class Master:
@@ -4119,14 +6051,20 @@ class Master:
         self.agents = self.registry.agents
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
+        self.plans: dict[str, Plan] = {}
+        self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
+        self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.started = time.time()
 
     def recover(self) -> None:
         """After a start: the known hosts, and the runs that are not over."""
         self.registry.recover()
-        for run in self.state.run_ids():
-            if (found := self.load(run)) and found.active:
-                self.runs[run] = found
+        for row in reversed(self.state.rows()):
+            self.nonces |= {row["nonce"]: row["run"]} if row.get("nonce") else {}
+            for job in row["hosts"]:
+                self.remember(row["machines"].get(job["host"], ""), {"run": row["run"], "kind": row["kind"], **job})
+            if not row["over"] and (found := self.load(row["run"])) and found.active:
+                self.runs[row["run"]] = found
                 for job in list(found.jobs.values()):
                     self.expire(found, job, self.started)
 
@@ -4138,29 +6076,31 @@ class Master:
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
-            hello = decode_message(frame) if isinstance(frame, str) else None
+            hello = decode_message(frame) if isinstance(frame, str) and len(frame) <= HELLO_BYTES else None
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
             common_protocol(hello.protocol)
-            if hello.role == "agent":
-                await self.serve_agent(link, hello, address)
-            elif hello.role == "commander":
-                await Desk(self).serve_commander(link, hello, address)
-            else:
+            if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
+            proof = await self.door.check_token(link, hello, address)
+            if hello.role == "agent":
+                await self.serve_agent(link, hello, address, proof)
+            else:
+                await Desk(self).serve_commander(link, hello, address, proof)
         except* (EOFError, TimeoutError):
             pass
-        except* ProtocolError as group:
-            reason = str(next(iter_leaves(group)))
-            log.warning("%s sent what is no part of the protocol: %s", address, reason)
+        except* (ProtocolError, RefusedError) as group:
+            problem = next(iter_leaves(group))
+            assert isinstance(problem, UpdaterError)
+            self.door.log_refusal(address, problem.what)
             with suppress(EOFError):
-                await link.wire.send(encode_message(Refuse(reason)))
+                await link.wire.send(encode_message(Refuse(problem.what[:1000], problem.hint, problem.exit_code)))
                 await socket.close()
         finally:
             link.wire.abort()
             del self.door.sockets[socket]
 
-    async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
+    async def serve_agent(self, link: Link, hello: Hello, address: str, proof: str = "") -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
@@ -4184,7 +6124,7 @@ class Master:
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         protocol = common_protocol(hello.protocol)
-        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES)))
+        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
         self.resend(agent)
@@ -4196,7 +6136,7 @@ class Master:
                     try:
                         self.receive_from_agent(agent, frame)
                     except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
-                        log.warning("a message of %s failed: %s", label, problem)
+                        self.door.log_refusal(f"a message of {label}", str(problem))
                         link.post(Refuse(str(problem)[:1000]))
         finally:
             if self.agents.get(hello.machine) is agent:
@@ -4233,6 +6173,8 @@ class Master:
         message = decode_message(frame)
         match message:
             case JobRecord():
+                if len(frame) > RECORD_BYTES:
+                    raise ProtocolError("a job's state of more than 64 KiB")
                 self.on_job(agent, message)
             case Log():
                 self.on_log(agent, message)
@@ -4245,7 +6187,7 @@ class Master:
                 if future and not future.done():
                     future.set_result(message.result)
             case Refuse():
-                log.warning("%s says: %s", agent.address, message.what)
+                self.door.log_refusal(f"by {agent.address}", message.what[:1000])
             case _:
                 raise ProtocolError(f"an agent can't say {VERB_OF[type(message)]}")
 
@@ -4283,6 +6225,8 @@ class Master:
         """A host's word about its job. A result counts once its log is here."""
         found = self.load(job.run)
         if found is None or (not found.record.nonce and job.host not in found.record.machines):
+            open_runs = [run.record for run in self.runs.values() if run.active]
+            self.registry.check_adoption(agent.hello.machine, job, found.record.hosts if found else [], open_runs)
             self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
@@ -4293,6 +6237,8 @@ class Master:
             self.settle(run, job.host)
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
+        if job.step == TRAFFIC_STEP and job.state is State.RUNNING:
+            self.registry.on_traffic_step(agent, job)
         self.drop_idle(run)
 
     def adopt(self, run: Run | None, job: JobRecord) -> None:
@@ -4313,6 +6259,9 @@ class Master:
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
         run = self.own_job(agent, message.run, message.host)
+        job = run.jobs[message.host]
+        if job.state in FINAL and not job.provisional and message.host not in run.held:
+            return  # complete: nobody adds to it
 
         def grew(size: int) -> None:
             if (inbound := agent.link.inbound(message.channel)) and inbound.closed:
@@ -4354,11 +6303,19 @@ class Master:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
                 if durable and job.state in FINAL and job.revision:
                     return False
+        if job.machine != self.machine:  # its own agent says so already
+            log.job(run.jobs[job.host], job)
         run.jobs[job.host] = job
+        self.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
         for follower in run.followers:
             follower.post(job)
             follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
         return True
+
+    def remember(self, machine: str, job: dict[str, Any]) -> None:
+        """How a host's newest deployment ended, for `status`; not what never reached the host."""
+        if job["state"] in FINAL and job["seconds"] is not None and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK):
+            self.last[machine] = job
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
@@ -4372,21 +6329,22 @@ class Master:
 
     # The queue
 
-    def submit(self, message: Submit, by: str) -> RunRecord:
+    def submit(self, message: Submit, by: str, active: str | None = None) -> RunRecord:
         """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
-        if found := self.load(message.run):
+        if not message.nonce:  # it says that a run was ordered here
+            raise UsageError("a run needs a nonce")
+        if found := self.load(self.nonces.get(message.nonce, message.run)):
             if found.record.nonce != message.nonce:
                 raise UpdaterError(f"the run id {message.run} is taken", "try again")
             return found.record
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        upgrade = message.kind is Kind.UPGRADE  # which also the data node takes
-        known = [replace(host, deploys=host.deploys or upgrade) for host in self.registry.hosts()]
-        hosts = select_targets(message.target, known)
-        if upgrade:
-            self.require_free(hosts)
-            message = replace(message, options=self.door.handout.offer(self.config))
+        known = self.registry.hosts()
+        if message.kind in (Kind.SWITCH, Kind.UPGRADE):  # they deploy nothing
+            known = [replace(host, deploys=True) for host in known]
+        hosts = select_targets(message.target, known, active)
+        expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
@@ -4396,10 +6354,11 @@ class Master:
         record = RunRecord(
             message.run, message.nonce, message.kind, message.target, message.branch, [host.label for host in hosts],
             {host.label: host.machine for host in hosts}, {host.label: host.address for host in hosts}, time.time(),
-            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options,
+            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options | expects,
             commits=message.commits,
         )  # fmt: skip
         self.state.save_run(record)
+        self.nonces[record.nonce] = record.run
         run = self.runs[record.run] = Run(record, {label: job_of_run(record, label) for label in record.hosts})
         for job in run.jobs.values():
             self.record(run, job)
@@ -4409,13 +6368,6 @@ class Master:
         self.replace_queued(run)
         asyncio.get_running_loop().call_soon(self.schedule)
         return record
-
-    def require_free(self, hosts: Sequence[HostRef]) -> None:
-        """Raises GuardError where a job runs or waits on one of `hosts`."""
-        machines = {host.machine for host in hosts}
-        for job in (job for run in self.runs.values() for job in run.jobs.values()):
-            if job.machine in machines and job.state not in FINAL:
-                raise GuardError(f"{job.host} has a {job.state} job: {job.run}", f"wait for it, or cancel {job.run}")
 
     def replace_queued(self, new: Run) -> None:
         """A newer request for the same branch takes the place of one that still waits."""
@@ -4453,12 +6405,14 @@ class Master:
         job = run.jobs[message.host]
         if job.state is State.QUEUED:
             self.busy[agent.hello.machine] = time.monotonic() + BUSY_RETRY_S
-            self.record(run, replace(job, ordered=False, behind=message.behind or None))
+            behind = message.behind if valid_run_id(message.behind) else None
+            self.record(run, replace(job, ordered=False, behind=behind))
 
     async def tick_forever(self) -> None:
         """Once a second while a run is active: what has waited too long."""
         while True:
             await asyncio.sleep(TICK_S)
+            self.door.look()
             for run in list(self.runs.values()):
                 for job in list(run.jobs.values()):
                     self.expire(run, job, time.time())
@@ -4508,16 +6462,27 @@ class Master:
         return run.record
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a plan was asked and what it found, to tell later whether that still holds."""
+
+    made: float
+    request: tuple[Any, ...]
+    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then
+
+
 class Desk:
     """What a commander can ask of the master."""
 
     def __init__(self, master: Master) -> None:
         self.master = master
+        self.open = 0  # questions
 
-    async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
+    async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
+        log.debug("%s connects from %s", hello.name, address)
         protocol = common_protocol(hello.protocol)
-        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES)))
+        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -4528,10 +6493,8 @@ class Desk:
                         self.receive_from_commander(group, link, message, address, hello)
                     except ProtocolError:
                         raise
-                    except UpdaterError as problem:
-                        link.post(Refuse(problem.what, problem.hint, problem.exit_code))
-                    except OSError as problem:
-                        link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
+                    except (UpdaterError, OSError) as problem:
+                        link.post(self.refuse(problem))
         finally:
             for run in list(self.master.runs.values()):
                 run.followers.discard(link)
@@ -4542,8 +6505,10 @@ class Desk:
     ) -> None:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
+            case Submit() if message.kind in GATES and self.master.load(message.run) is None:
+                group.create_task(self.submit_gated(link, message, by))
             case Submit():
-                link.post(self.master.submit(message, by))
+                self.start(group, link, self.submit(message, by))
             case Follow():
                 self.follow(link, message)
             case Have():
@@ -4551,49 +6516,130 @@ class Desk:
             case Cancel():
                 link.post(self.master.cancel(message.run, by))
             case Ask():
-                group.create_task(self.answer(link, message))
+                self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
+
+    async def submit_gated(self, link: Link, message: Submit, by: str) -> None:
+        """An order that hosts have to be asked about first."""
+        try:
+            link.post(self.master.submit(await GATES[message.kind](self, message), by))
+        except UpdaterError as problem:
+            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
+        except OSError as problem:
+            link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
         run = self.master.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
-        chosen = set(run.record.hosts)
-        if message.target:
-            names = {host.machine: host for host in self.master.registry.hosts()}
-            refs = [
-                replace(names[machine], label=label, deploys=True)
-                if machine in names
-                else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
-                for label, machine in run.record.machines.items()
-            ]
-            chosen = {host.label for host in select_targets(message.target, refs)}
+        chosen = self.choose(run, message.target)
         self.master.runs[message.run] = run
         run.followers.add(link)
-        link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
-        for host in run.record.hosts:
-            if host in chosen:
-                job = run.jobs[host]
-                size = log_size(self.master.state.log_file(message.run, host))
-                link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
-                link.open_log(message.run, host, self.master.state.log_file(message.run, host))
+        link.post(replace(run.record, hosts=chosen))
+        for host in chosen:
+            job = run.jobs[host]
+            size = log_size(self.master.state.log_file(message.run, host))
+            link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
+            link.open_log(message.run, host, self.master.state.log_file(message.run, host))
 
-    async def answer(self, link: Link, ask: Ask) -> None:
-        """Questions of a commander, each of a fixed set."""
+    def choose(self, run: Run, target: str) -> list[str]:
+        """The hosts of a run that `target` means, by the labels that they had then. Raises UpdaterError."""
+        if not target:
+            return run.record.hosts
+        names = {host.machine: host for host in self.master.registry.hosts()}
+        refs = [
+            replace(names[machine], label=label, deploys=True)
+            if machine in names
+            else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
+            for label, machine in run.record.machines.items()
+        ]
+        chosen = {host.label for host in select_targets(target, refs)}
+        return [host for host in run.record.hosts if host in chosen]
+
+    def refuse(self, problem: UpdaterError | OSError) -> Refuse:
+        """A problem as the answer to the commander."""
+        if isinstance(problem, OSError):
+            return Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}")
+        return Refuse(problem.what, problem.hint, problem.exit_code)
+
+    def start(self, group: asyncio.TaskGroup, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
+        """Work on an answer that takes time. Raises UpdaterError where too many are open."""
+        if self.open >= QUESTIONS_OPEN:
+            answer.close()
+            raise UpdaterError(f"more than {QUESTIONS_OPEN} questions at once")
+        self.open += 1
+        group.create_task(self.reply(link, answer))
+
+    async def reply(self, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
+        """Post an answer that takes time, or why there is none."""
         try:
-            if ask.what not in DESK:
-                raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
-            link.post(Answer(ask.id, await DESK[ask.what](self, ask.args)))
-        except UpdaterError as problem:
-            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
+            link.post(await answer)
+        except (UpdaterError, OSError) as problem:
+            link.post(self.refuse(problem))
+        finally:
+            self.open -= 1
+
+    async def submit(self, message: Submit, by: str) -> RunRecord:
+        """Start a run; whom it means may depend on the traffic of this moment."""
+        return self.master.submit(message, by, await self.master.registry.active_for(message.target))
+
+    async def answer(self, ask: Ask) -> Answer:
+        """Questions of a commander, each of a fixed set."""
+        if ask.what not in DESK:
+            raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
+        return Answer(ask.id, await DESK[ask.what](self, ask.args))
+
+    async def traffic(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Where the traffic goes now."""
+        return await self.master.registry.ask_traffic()
+
+    async def health(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What the configured checks see on the hosts of TARGET, the data node included."""
+        target = str(args.get("target") or "all")
+        hosts = [replace(host, deploys=True) for host in self.master.registry.hosts()]
+        chosen = select_targets(target, hosts, await self.master.registry.active_for(target))
+        rows = await self.master.registry.check_health(chosen)
+        return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
-        """The newest runs."""
-        count = args.get("count")
+        """The newest runs, or what all of them together say."""
+        state, count = self.master.state, args.get("count")
+        if args.get("stats"):
+            return {"stats": await asyncio.to_thread(lambda: run_stats(state.rows()))}
         rows = min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
-        return {"runs": self.master.state.history(rows)}
+        return {"runs": await asyncio.to_thread(state.history, rows)}
+
+    async def log(self, args: dict[str, Any]) -> dict[str, Any]:
+        """How a run's jobs stand, and some text of each log: from an offset on, or its tail."""
+        name = str(args.get("run"))
+        if (run := self.master.load(name) if valid_run_id(name) else None) is None:
+            raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
+        hosts = self.choose(run, str(args.get("target") or ""))
+        offsets, room = args.get("offsets", {}), args.get("bytes", 0)
+        if not _fits("dict[str, int]", offsets) or not _fits("int", room):
+            raise UsageError("offsets are numbers by host, and bytes is a number")
+        share = max(0, min(room, CHUNK_BYTES)) // max(1, len(hosts))
+        rows = []
+        for host in hosts:
+            path, job = self.master.state.log_file(name, host), run.jobs[host]
+            size, done = log_size(path), job.state in FINAL
+            offset = max(0, size - share if args.get("tail") else offsets.get(host, 0))
+            data = read_log(path, offset, share)
+            if offset + len(data) < size or not done:  # whole lines, unless one alone is longer
+                data = data[: data.rfind(b"\n") + 1] or (data if len(data) == share else b"")
+            text = data.decode("utf-8", "replace")
+            rows.append({**job_summary(job), "text": text, "offset": offset + len(data), "size": size})
+        done = all(row["state"] in FINAL for row in rows)
+        return {
+            "run": name, "kind": run.record.kind, "target": run.record.target, "branch": run.record.branch,
+            "done": done, "ok": all(row["ok"] for row in rows) if done else None, "hosts": rows,
+        }  # fmt: skip
+
+    async def find(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The run that was started with a nonce, if there is one."""
+        return {"run": self.master.nonces.get(str(args.get("nonce")))}
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"forgotten": self.master.registry.forget(str(args.get("target")))}
@@ -4604,20 +6650,21 @@ class Desk:
 
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
-            return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
-        answers = await asyncio.gather(*(facts(host) for host in hosts))
-        rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
+        traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
+        rows = [self.status_row(host, found, traffic) for host, found in zip(hosts, answers, strict=True)]
         uptime = round(time.time() - self.master.started, 1)
         master = {
             "ip": self.master.own_address,
             "version": __version__,
             "uptime": uptime,
-            "problem": self.master.config.problem,
+            "problem": self.master.config.problem or getattr(self.master.door.certificate, "problem", None),
         }
-        return {"master": master, "hosts": rows}
+        return {"master": master, "hosts": rows, "warnings": traffic["warnings"]}
 
-    def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def status_row(self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]) -> dict[str, Any]:
         runs = sorted(self.master.runs.values(), key=lambda run: run.record.created)  # the queue's order
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
@@ -4626,7 +6673,8 @@ class Desk:
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
             "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
-            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color, "traffic": None,
+            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color,
+            "traffic": traffic["servers"].get(host.color, {}).get("traffic"),
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
@@ -4634,13 +6682,187 @@ class Desk:
             "link_down_since": self.master.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
             "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
+            "last": self.master.last.get(host.machine),
             "problem": facts.get("problem"),
         }  # fmt: skip
 
 
+class Planner:
+    """Answers `plan`: what `trigger` or `rollback` would do on each host, asked of all hosts at once."""
+
+    def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
+        self.master = master
+        self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
+        self.action = str(args.get("action") or "update")
+        self.known = str(args.get("plan") or "")  # a plan that has to hold still
+
+    async def plan(self) -> dict[str, Any]:
+        """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
+        registry = self.master.registry
+        hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
+        if self.action == "update" and (problem := valid_branch_problem(self.branch)):
+            raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
+        past = await asyncio.to_thread(self.master.state.successes)
+        rows = await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
+        if not any(row["online"] for row in rows):
+            raise TargetError(f"no host of {self.target} is online", "start its service")
+        truth = {row["host"]: (row.pop("machine"), row["current"], row["target"]) for row in rows}
+        return {
+            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "action": self.action,
+            "fresh_s": PLAN_FRESH_S, "ok": not any(row["refused"] for row in rows), "hosts": rows,
+        }  # fmt: skip
+
+    def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
+        """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
+        plans, request, now = self.master.plans, (self.action, self.target, self.branch, self.to), time.monotonic()
+        for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
+            del plans[name]
+        if not self.known:
+            while len(plans) >= PLANS_KEPT:
+                del plans[next(iter(plans))]
+            name = os.urandom(8).hex()
+            plans[name] = Plan(now, request, truth)
+            return name
+        plan, hint = plans.get(self.known), "make a new plan, and look at it"
+        if plan is None:
+            raise GuardError(f"there is no fresh plan {self.known[:40]!r}", hint)
+        if plan.request != request:
+            raise GuardError(f"plan {self.known} is for something else: {' '.join(map(str, plan.request))}", hint)
+        if changed := [host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)]:
+            raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
+        return self.known
+
+    async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One host's row."""
+        agent = self.master.agents.get(host.machine)
+        times = [job["seconds"] for job in past if job["seconds"] is not None]
+        jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        row: dict[str, Any] = {
+            "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
+            "target": None, "why": None, "commits": 0, "leaving": 0, "subjects": [], "changed_count": 0, "changed": [],
+            "lock_file": False, "dirty_count": 0, "dirty": [], "in_the_way_count": 0, "in_the_way": [],
+            "diverged": False, "busy": None, "queued": [job.run for job in jobs if job.state is State.QUEUED],
+            "disk_free_bytes": None, "expected_s": sorted(times)[len(times) // 2] if times else None, "command": None,
+            "restart": [], "refused": [], "warnings": [],
+        }  # fmt: skip
+        if agent is None:
+            return row | {"refused": ["the host is offline"], "exit": TargetError.exit_code}
+        try:
+            branch = self.branch
+            if self.action == "rollback":
+                branch, row["why"] = await self.choose(agent, host, past)
+            answer = await agent.ask("plan", {"address": host.address, "branch": branch}, PLAN_S)
+            if answer is None:
+                raise UpdaterError(f"no answer within {PLAN_S:.0f} s")
+            if "error" in answer:
+                return row | {"refused": [str(answer["error"])], "exit": answer.get("exit")}
+        except UpdaterError as problem:
+            return row | {"refused": [problem.what], "exit": problem.exit_code}
+        return row | answer
+
+    async def choose(self, agent: AgentLink, host: HostRef, past: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+        """The commit to go back to, and why that one. Raises TargetError."""
+        commits = [job["commit"] for job in past]
+        if self.to:
+            found = {commit for commit in commits if commit.startswith(self.to)}
+            if len(found) == 1 or is_commit_id(self.to):
+                return (found or {self.to}).pop(), "as asked"
+            raise TargetError(f"{len(found) or 'no'} recorded successes have a commit {self.to[:80]!r}...")
+        current = ((await agent.ask("status", {"address": host.address})) or {}).get("commit")
+        if current is None:
+            raise UpdaterError("git does not say what is checked out")
+        if (index := decide_rollback(commits, current)) is None:
+            raise TargetError(f"no commit succeeded before {current[:7]}")
+        before = f"before {current[:7]} first did" if current in commits else f"{current[:7]} never did"
+        return commits[index], f"the newest that succeeded (run {past[index]['run']}); {before}"
+
+
+async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
+    """What a deployment or a rollback would do."""
+    return await Planner(desk.master, args).plan()
+
+
 # What a commander may ask; the sections below add theirs.
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "status": Desk.status, "history": Desk.history, "forget": Desk.forget,
+    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
+    "health": Desk.health, "traffic": Desk.traffic,
+    "log": Desk.log, "find": Desk.find,
+}  # fmt: skip
+
+
+def haproxy_host(master: Master) -> tuple[HaproxyRule, HostRef]:
+    """[haproxy] and the host that it names, which may take no deployments. Raises UpdaterError."""
+    rule = master.config.config.haproxy
+    if rule is None:
+        raise UsageError("there is no [haproxy] in the configuration", "it says which host's HAProxy has the traffic")
+    hosts = [replace(host, deploys=True) for host in master.registry.hosts()]
+    host = select_targets(rule.host, hosts)[0]
+    if not host.online:
+        raise TargetError(f"{host.label} is offline, and its HAProxy has the traffic", "start its service")
+    return rule, host
+
+
+async def ask_traffic(master: Master) -> dict[str, Any]:
+    """Where HAProxy sends the traffic, as its host answers. Raises UpdaterError."""
+    _, host = haproxy_host(master)
+    agent = master.agents.get(host.machine)
+    answer = await agent.ask("traffic", {}, ANSWER_S / 2) if agent else None
+    if answer is None or "error" in answer:
+        raise GuardError(f"{host.label} does not say where the traffic goes", str((answer or {}).get("error", "")))
+    return answer
+
+
+def refuse_busy(master: Master, machines: Container[str], doing: str) -> None:
+    """Raise GuardError where a job runs or waits on one of these hosts."""
+    for run in master.runs.values():
+        for job in run.jobs.values():
+            if job.machine in machines and job.state not in FINAL:
+                raise GuardError(f"{doing}: run {job.run} is {job.state} on {job.host}", "wait for it, or cancel it")
+
+
+async def gate_switch(desk: Desk, order: Submit) -> Submit:
+    """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
+    Returns the order with its host and colour. Raises UpdaterError."""
+    master, options = desk.master, order.options
+    color, forced = options.get("color"), bool(options.get("force") or options.get("dry_run"))
+    if color not in (*COLORS, "standby"):
+        raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
+    _, data = haproxy_host(master)
+    files = {key: row["file"] for key, row in (await ask_traffic(master))["servers"].items()}
+    if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
+        color = next(key for key, role in files.items() if role == "backup")
+    workers = [host for host in master.registry.hosts() if host.color in COLORS]
+    standbys = [host for host in workers if host.color == color]
+    if not forced and files.get(str(color)) != "active":
+        for host in standbys:
+            await refuse_unfit(desk, host, options.get("commit"))
+    if not options.get("dry_run"):
+        refuse_busy(master, {data.machine, *(host.machine for host in workers)}, "no switch now")
+    return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
+
+
+async def refuse_unfit(desk: Desk, host: HostRef, commit: Any) -> None:
+    """Raise GuardError where a standby is not healthy, or has not the commit that was to take the traffic."""
+    agent = desk.master.agents.get(host.machine)
+    facts = await agent.ask("status", {"address": host.address}, ANSWER_S / 2) if agent else None
+    if facts is None:
+        raise GuardError(f"{host.label} ({host.color}) does not answer", "repair it first, or use --force")
+    if commit and facts.get("commit") != commit:
+        what = f"{host.label} ({host.color}) has commit {facts.get('commit')} and not {str(commit)[:64]}"
+        raise GuardError(what, "deploy it again, or use --force")
+
+
+async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
+    """The order with the program that the hosts are to install. Raises UpdaterError."""
+    master = desk.master
+    hosts = select_targets(order.target, [replace(host, deploys=True) for host in master.registry.hosts()])
+    refuse_busy(master, {host.machine for host in hosts}, "no upgrade now")
+    return replace(order, options=master.door.handout.offer(master.config))
+
+
+# What has to be asked before an order is accepted.
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
 }  # fmt: skip
 
 
@@ -4665,6 +6887,7 @@ class View:
     def result(self, job: JobRecord) -> None: ...
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None: ...
     def notice(self, text: str) -> None: ...
+    def tick(self) -> None: ...  # now and then, while nothing comes
 
 
 class Connection:
@@ -4722,8 +6945,9 @@ def refused(reply: Refuse) -> UpdaterError:
 class Caller:
     """Finds the master: on its own host by the local listener first, then by masterUrl."""
 
-    def __init__(self, state: StateFolder, config: Config, bind: str | None) -> None:
-        self.bind = bind
+    def __init__(self, state: StateFolder, config: Config, bind: str | None, tree: Path) -> None:
+        self.bind, self.config, self.tree = bind, config, tree
+        self.token = load_token(config, tree)
         self.urls = [str(config.master_url)]
         self.named = 0  # which of them masterUrl names: its problem is the one to tell
         daemon = read_json(state.daemon_file) or {}
@@ -4757,22 +6981,28 @@ class Caller:
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
             # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
-            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source}
-            socket = connect(url, **options).__enter__()
-            socket.send(
-                encode_message(Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), ""))
-            )
-            reply = decode_message(socket.recv(timeout=timeout_s))
+            tls = client_tls(self.config, self.tree, url)
+            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source, **tls}
+            connection = connect(url, **options).__enter__()
+            hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), os.urandom(16).hex())
+            talk = greeting(hello, self.token, os.urandom(16).hex())
+            message = next(talk)
+            while True:
+                connection.send(encode_message(message))
+                frame = connection.recv(timeout=timeout_s)
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+        except StopIteration as end:
+            return Connection(connection, end.value)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except (OSError, InvalidHandshake, ConnectionClosed, EOFError) as problem:
             what = getattr(problem, "strerror", None) or str(problem) or "no answer"
-            raise UnreachableError(f"can't reach the master at {url}: {what}", "is `serve` running there?") from problem
-        if isinstance(reply, Refuse):
-            raise RefusedError(reply.what, reply.hint)
-        if not isinstance(reply, Welcome):
-            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?")
-        return Connection(socket, reply)
+            hint = "is `serve` running there?"
+            if isinstance(problem, ssl.SSLError):
+                hint = "is masterUrl right, the certificate in force, and its authority trusted here or in [tls] ca?"
+            raise UnreachableError(f"can't reach the master at {url}: {what}", hint) from problem
+        except ProtocolError as problem:
+            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?") from problem
 
 
 def user_name() -> str:
@@ -4801,6 +7031,21 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
         return connection, reply
 
 
+def plan_rollback(plan: Mapping[str, Any]) -> Submit:
+    """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
+    stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
+    if stuck:
+        what = "; ".join(f"{row['host']}: {row['refused'][0]}" for row in stuck)
+        problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
+        problem.exit_code = stuck[0]["exit"]
+        raise problem
+    commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
+    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "rollback"
+    return Submit(
+        make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(), commits=commits
+    )
+
+
 @dataclass
 class Followed:
     """What a commander has of one host's log, and where it ends."""
@@ -4824,9 +7069,10 @@ class Follower:
         self.channels: dict[int, str] = {}
         self.unacked: dict[int, int] = {}
 
-    def follow(self, connection: Connection) -> list[JobRecord]:
-        """Show the run to its end: the jobs as they ended. Raises UpdaterError where the master refuses."""
+    def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
+        """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
         while True:
+            self.connection = connection
             try:
                 self.channels.clear()
                 self.unacked.clear()
@@ -4838,7 +7084,7 @@ class Follower:
             except EOFError:
                 self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
                 time.sleep(random.uniform(*RETRY_S))
-                connection = self.caller.dial(float("inf"))
+                connection = self.caller.dial(patience_s)
                 self.view.notice("connected again")
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
         assert self.record
@@ -4855,6 +7101,7 @@ class Follower:
         if message is None:
             self.acknowledge(connection)
             self.tell_silence()
+            self.view.tick()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
             followed = self.hosts[self.channels[channel]]
@@ -4995,6 +7242,33 @@ class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # ty
         self._poked.set()
 
 
+class Supervisor:
+    """systemd, where it started this daemon: hears that it is ready, what it does, and that its event loop turns."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.address = environ.get("NOTIFY_SOCKET", "")
+        mine = environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        self.watchdog_s = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if mine else 0.0
+        if self.watchdog_s:
+            import faulthandler  # the watchdog kills by SIGABRT: then the journal has what the loop hung in
+
+            faulthandler.enable()
+
+    def tell(self, *facts: str) -> None:
+        """Send KEY=VALUE lines; nobody's loss where nobody listens."""
+        if self.address:
+            place = "\0" + self.address[1:] if self.address[0] == "@" else self.address
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.setblocking(False)
+                out.sendto("\n".join(facts).encode(errors="replace"), place)
+
+    async def feed_forever(self) -> None:
+        """A sign of life three times per period, which a loop that hangs can't give."""
+        while self.watchdog_s:
+            self.tell("WATCHDOG=1")
+            await asyncio.sleep(self.watchdog_s / 3)
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """What `serve` was told on its command line."""
@@ -5035,6 +7309,7 @@ class Service:
         self.sha256 = sha256_of(program_file())  # of what runs here, whatever the file becomes
         self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
         self.machine = ""
+        self.supervisor = Supervisor(os.environ)
 
     async def run(self) -> int:
         """Serve until a signal. Raises UpdaterError where the start is impossible."""
@@ -5046,12 +7321,13 @@ class Service:
                 "stop it, or give this one a state folder of its own with --state DIR",
             )
         try:
-            if self.config.config.token_file or self.config.config.tls.cert:
-                raise UsageError("this version serves neither tokenFile nor [tls]", "remove them; use a VPN")
+            self.config.token()  # one that can't be read is better said here
+            raise_file_limit()
             self.machine = self.state.machine_id()
             how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
             write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
+            feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
             agent.recover()
             self.say_what_is_odd(agent)
@@ -5059,6 +7335,7 @@ class Service:
             while not self.stopping:
                 log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
                 decision, source = await self.serve_as(agent, decision, source)
+            feeder.cancel()
             return 0
         finally:
             self.state.daemon_file.unlink(missing_ok=True)
@@ -5066,6 +7343,7 @@ class Service:
 
     def stop(self, signal_name: str) -> None:
         log.info("stopping on %s; a running deployment goes on", signal_name)
+        self.supervisor.tell("STOPPING=1", "STATUS=stopping")
         self.stopping = True
         self.over.set()
 
@@ -5080,6 +7358,8 @@ class Service:
     def say_what_is_odd(self, agent: Agent) -> None:
         """What will make deployments fail later is worth a line now."""
         _, repo = agent.rule_and_repo(self.options.bind)
+        if self.config.config.tls.cert and not self.config.config.master_url.secure:
+            log.warning("[tls] is not used: masterUrl is ws://")
         if not (repo / ".git").exists():
             log.warning("%s is no git checkout: deployments will fail until it is one", repo)
         try:
@@ -5119,17 +7399,25 @@ class Service:
         self.decision, self.source = decision, source
         self.over.set()
 
-    def save_facts(self, facts: Mapping[str, Any]) -> None:
+    def save_facts(self, facts: Mapping[str, Any], status: str) -> None:
+        """Say that this daemon is ready, and as what: to commands on this host, and to systemd."""
         with suppress(OSError):
             write_atomic(self.state.daemon_file, json.dumps(dict(facts)).encode())
+        self.supervisor.tell("READY=1", f"STATUS={facts['role']}: {status}")
 
     async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
-        self.save_facts(facts)
+        self.save_facts(facts, f"calling {self.config.config.master_url}")
 
         def welcomed(label: str) -> None:
-            self.save_facts({**facts, "label": label})
+            facts.update(label=label, trouble="")
+            self.save_facts(facts, f"welcomed as {label} by {self.config.config.master_url}")
 
-        dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
+        async def failed(outside: bool) -> None:
+            facts["trouble"] = dialer.trouble  # beside the label, which a deployment by hand still goes by
+            self.save_facts(facts, dialer.trouble)
+            await self.look_again(outside)
+
+        dialer = Dialer(agent, self.options.bind, failed, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
             group.create_task(agent.prune_forever(tuple))
@@ -5163,18 +7451,7 @@ class Service:
         self, agent: Agent, facts: dict[str, Any], decision: RoleDecision, source: str | None
     ) -> None:
         """Listen, and let the master's own agent in by its private door."""
-        from websockets.asyncio.server import ServerConnection, serve
-
-        class Visit(ServerConnection):
-            """A connection whose handshake may take longer where it is a download."""
-
-            async def handshake(self, *rules: Any) -> None:
-                async with asyncio.timeout(WELCOME_S) as self.patience:
-                    await super().handshake(*rules)
-
-            def allow(self, seconds: float) -> None:
-                self.close_timeout = seconds
-                self.patience.reschedule(self.loop.time() + seconds)
+        from websockets.asyncio.server import serve
 
         url = self.config.config.master_url
         own = self.options.bind or next(
@@ -5185,17 +7462,17 @@ class Service:
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            server = await serve(
-                master.serve_socket, host, port, process_request=master.door.judge_request, create_connection=Visit,
-                **SERVER_OPTIONS | {"open_timeout": None},
-            )  # fmt: skip
+            options = SERVER_OPTIONS | {"create_connection": master.door.connection_class()}
+            if certificate := master.door.certificate:
+                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
+            server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
         async with server, asyncio.TaskGroup() as group:
-            facts |= {"listen": local_url(url, host, port), "label": own}
-            self.save_facts(facts)
+            facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
+            self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
             self.state.save_master_url(url)
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
@@ -5214,23 +7491,23 @@ class Service:
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidStatus, WebSocketException
 
+        options = CLIENT_OPTIONS | client_tls(self.config.config, work_tree(self.config.path), str(url))
         source = (self.options.bind, 0) if self.options.bind else None
+        hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", socket.gethostname(), self.nonce)
         try:
-            async with asyncio.timeout(WELCOME_S), connect(str(url), local_addr=source, **CLIENT_OPTIONS) as connection:
-                name = socket.gethostname()
-                hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
-                await connection.send(encode_message(hello))
-                nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
-                return nonce, nonce is not None
+            async with asyncio.timeout(WELCOME_S), connect(str(url), local_addr=source, **options) as connection:
+                return (await greet(SocketWire(connection), hello, self.config.token())).nonce, True
+        except RefusedError:  # another token is another master
+            return "", False
         except InvalidStatus as problem:  # even a refusal says who it is
             return problem.response.headers.get(WHO_HEADER), False
-        except (OSError, TimeoutError, WebSocketException, ProtocolError):
+        except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
             return None, False
 
     async def prove(self, url: MasterUrl, source: str | None) -> None:
         """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
         for _ in range(PROVE_TRIES):
-            if nonce := (await self.meet(url))[0]:
+            if (nonce := (await self.meet(url))[0]) is not None:
                 break
             await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
@@ -5257,6 +7534,16 @@ class Service:
             problem = self.config.problem
 
 
+def raise_file_limit() -> None:
+    """Room for many connections, where the system's default is 1024 and the service may have more."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     """--listen HOST:PORT as (host or None for all, port). Raises UsageError."""
     if not text:
@@ -5267,14 +7554,14 @@ def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     return host.strip("[]") or None, int(number)
 
 
-def local_url(url: MasterUrl, host: str | None, port: int) -> str:
-    """How a commander on the master's own host reaches the listener."""
+def local_url(url: MasterUrl, host: str | None, port: int, secure: bool) -> str:
+    """How a commander on the master's own host reaches the listener; a proxy may be what makes masterUrl wss://."""
     name = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
-    return f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
+    return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
 
 
 # ==============================================================================
-# 20. Tools: build, upgrade, demo
+# 20. Tools: build, upgrade, demo, setup, doctor
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
@@ -5468,10 +7755,15 @@ def _replace_executable(path: Path, content: bytes) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def fetch_program(url: MasterUrl, bind: str | None) -> bytes:
-    """The program that the master at `url` hands out, unverified. Raises UpdaterError."""
-    kind = http_client.HTTPSConnection if url.secure else http_client.HTTPConnection
-    connection = kind(url.host, url.port, timeout=SEND_S, source_address=(bind, 0) if bind else None)
+def fetch_program(url: MasterUrl, bind: str | None, context: ssl.SSLContext | None) -> bytes:
+    """The program that the master at `url` hands out, unverified; `context` for wss://. Raises UpdaterError."""
+    options: dict[str, Any] = {"timeout": SEND_S, "source_address": (bind, 0) if bind else None}
+    if context:
+        connection: http_client.HTTPConnection = http_client.HTTPSConnection(
+            url.host, url.port, context=context, **options
+        )
+    else:
+        connection = http_client.HTTPConnection(url.host, url.port, **options)
     deadline = time.monotonic() + SEND_S
     try:
         while True:
@@ -5549,9 +7841,11 @@ class Upgrade:
     def fetch(self) -> None:
         """Download, verify, and try the new program beside the one that runs. Raises UpdaterError or StepFailed."""
         runner = self.runner
-        url = self.state.last_master_url() or load_config(runner.config_path).master_url
+        config = load_config(runner.config_path)
+        url = self.state.last_master_url() or config.master_url
         runner.announce(f"download {PROGRAM_NAME} from {url}")
-        data = fetch_program(url, self.facts().get("bind"))
+        tls = client_tls(config, work_tree(runner.config_path), str(url))
+        data = fetch_program(url, self.facts().get("bind"), tls.get("ssl"))
         if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
             raise UpdaterError(f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again")
         _replace_executable(self.fresh, data)
@@ -5609,10 +7903,10 @@ class Upgrade:
                 left.unlink(missing_ok=True)
 
 
-def upgrade(runner: Runner) -> str:
-    """What a runner does for `upgrade`; returns the new version."""
+def upgrade(runner: Runner) -> None:
+    """What a runner does for `upgrade`: its outcome is the new version."""
     try:
-        return Upgrade(runner).perform()
+        runner.outcome = Upgrade(runner).perform()
     except OSError as problem:
         what = f"can't write {problem.filename or 'the program'}: {problem.strerror}"
         raise UpdaterError(what, "give the program's folder to the user that serves") from problem
@@ -5988,6 +8282,276 @@ def commit_config(path: Path, message: str, really: bool) -> str:
     return f"committed and pushed: {name}"
 
 
+SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
+_UNIT = """\
+# As `estelle_updater.pyz setup` writes it. What this host needs besides goes into: systemctl{scope} edit {service}
+[Unit]
+Description=estelle-updater: deploys what this host serves{wants}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+{user}WorkingDirectory={repo}
+ExecStart={command}
+Environment={environment}
+{state}Restart=always
+RestartSec=5
+WatchdogSec=60
+TimeoutStopSec=15
+# A deployment outlives its daemon: restart, update or crash of the service end this one process. For the same reason no
+# PrivateTmp= and no RemoveIPC=: they would take a running deployment's files away.
+KillMode=process
+{sandbox}
+[Install]
+WantedBy={target}
+"""
+_SANDBOX = """\
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+"""
+_SYSTEM_SANDBOX = """\
+ProtectSystem=strict
+ReadWritePaths={writable}
+ProtectProc=invisible
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+PrivateDevices=yes
+PrivateUsers=yes
+CapabilityBoundingSet=
+"""
+_POLKIT = """\
+// Written by estelle-updater setup: {user} may restart what its deployments restart, and nothing else.
+polkit.addRule(function (action, subject) {{
+  if (action.id == "org.freedesktop.systemd1.manage-units" && subject.user == {user} &&
+      action.lookup("verb") == "restart" && {units}.indexOf(action.lookup("unit")) >= 0) {{
+    return polkit.Result.YES;
+  }}
+}});
+"""
+_POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
+
+
+def _unit_words(words: Iterable[str]) -> str:
+    """Words as systemd's files have them: quoted, and `%` and `$` without their meaning."""
+    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%").replace("$", "$$") for word in words]
+    return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
+
+
+def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
+    """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
+    system = user is not None
+    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
+    writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
+    return _UNIT.format(
+        scope="" if system else " --user",
+        service=SERVICE,
+        wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
+        user=f"User={user}\n" if system else "",
+        repo=repo.replace("%", "%%"),
+        command=_unit_words(argv),
+        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]).replace("$$", "$"),
+        state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
+        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
+        target="multi-user.target" if system else "default.target",
+    )
+
+
+def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
+    """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
+    return {
+        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": repo,
+        "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
+        "exp_backoff_restart_delay": 500,
+    }  # fmt: skip
+
+
+def call_program(
+    argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
+) -> tuple[int, str]:
+    """Exit code and output of a program that can't ask anything; 127 and the reason where it can't be started."""
+    try:
+        program = [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]]
+        child = spawn_step(program, cwd or Path.cwd(), env, mark=f"call/{os.getpid()}")
+    except UpdaterError as problem:
+        return 127, problem.what
+    ends, out = time.monotonic() + timeout_s, b""
+    try:
+        while data := child.read(timeout_s=max(0.0, ends - time.monotonic())):
+            out += data
+        if data is None:
+            child.kill_tree()
+            return 124, f"{argv[0]} did not answer in {timeout_s:.0f} s"
+        return child.wait(), out.decode(errors="replace").strip()
+    finally:
+        child.close_pipe()
+
+
+class Setup:
+    """This host's service, under PM2 or systemd: installed, started and welcomed, or removed.
+
+    Everything that changes the host goes through `put`, `take` and `call`, which a dry run only says.
+    """
+
+    def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
+        self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
+        self.config_path, self.repo = config_path, work_tree(config_path)
+        self.root = os.name != "nt" and os.geteuid() == 0
+        self.home = Path.home()
+        self.user = ""
+        if self.root:  # the daemon is not root's business, but of whoever owns the repository
+            import pwd
+
+            owner = pwd.getpwuid(self.repo.stat().st_uid)
+            self.user, self.home = owner.pw_name, Path(owner.pw_dir)
+        options = [("--config", args.config and config_path), ("--bind", args.bind), ("--state", args.state)]
+        self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
+        system = Path("/etc/systemd/system")
+        self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
+        self.state: StateFolder = args.state_folder()
+        self.pm2_file = self.state.root / "pm2.json"
+
+    def choose(self, wanted: str | None) -> str:
+        """pm2 or systemd: as asked, as installed already, else PM2 where it is. Raises UsageError."""
+        booted = Path("/run/systemd/system").is_dir()
+        installed = "systemd" if self.unit.exists() else "pm2" if self.pm2_file.exists() else None
+        found = wanted or installed or ("pm2" if shutil.which("pm2") else "systemd" if booted else "")
+        if found == "systemd" and not booted:
+            raise UsageError("systemd does not run this host", "use --with pm2")
+        if found != "systemd" and not shutil.which("pm2"):
+            raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{', or --with systemd' * booted}")
+        return found
+
+    def install(self, wanted: str | None) -> None:
+        """Install, start, and wait for the master's welcome. Raises UpdaterError."""
+        if self.choose(wanted) == "systemd":
+            self.install_unit()
+        else:
+            self.install_pm2()
+        if self.dry_run:
+            return
+        self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
+        self.await_welcome()
+
+    def install_unit(self) -> None:
+        path = os.environ.get("PATH", os.defpath)
+        text = render_unit(self.argv, str(self.repo), path, self.user if self.root else None, str(self.home))
+        if self.root and "--state" not in self.argv:
+            self.state = StateFolder(SYSTEM_STATE)
+        fresh = self.put(self.unit, text)
+        units = load_config(self.config_path).deploy.restart if self.root else ()
+        if units and self.user != "root":
+            full = [unit if "." in unit else f"{unit}.service" for unit in units]
+            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(full)))
+        if fresh:
+            self.systemctl("daemon-reload")
+        if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
+            self.systemctl("enable", SERVICE)
+        if fresh or self.systemctl("is-active", "--quiet", SERVICE, look=True):
+            self.systemctl("restart", SERVICE)
+        if self.root and self.user == "root":
+            self.say("note: the repository is root's, so deployments run as root; better: chown it to an ordinary user")
+        if not self.root and not Path("/var/lib/systemd/linger", user_name().partition("@")[0]).exists():
+            self.say("note: it ends when you log out, until: sudo loginctl enable-linger $USER")
+
+    def install_pm2(self) -> None:
+        text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
+        if self.put(self.pm2_file, text) or not self.runs_under_pm2():
+            self.call("pm2", "delete", SERVICE, may_fail=True)
+            self.call("pm2", "start", str(self.pm2_file))
+            self.call("pm2", "save")
+        if os.name == "nt":
+            boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
+            self.say(f"note: to have it started at each logon: {boot}")
+        elif not Path(f"/etc/systemd/system/pm2-{user_name().partition('@')[0]}.service").exists():
+            self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
+
+    def runs_under_pm2(self) -> bool:
+        _, out = call_program(["pm2", "jlist"], os.environ)
+        with suppress(ValueError, IndexError, KeyError, TypeError):
+            apps = json.loads(out.splitlines()[-1])
+            return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
+        return False
+
+    def remove(self) -> None:
+        """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        if self.unit.exists():
+            self.systemctl("disable", "--now", SERVICE)
+            self.take(self.unit)
+            if self.root:
+                self.take(_POLKIT_FILE)
+            self.systemctl("daemon-reload")
+        if self.pm2_file.exists():
+            self.call("pm2", "delete", SERVICE, may_fail=True)
+            self.call("pm2", "save", "--force")
+            self.take(self.pm2_file)
+        if not self.dry_run:
+            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+
+    def put(self, path: Path, text: str) -> bool:
+        """Write a file unless it says just that; whether it was written."""
+        with suppress(OSError):
+            if path.read_text("utf-8") == text:
+                return False
+        self.changed = True
+        if self.dry_run:
+            self.say(f"would write {path}:\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+            return True
+        self.say(f"writing {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode(), durable=True)
+        path.chmod(0o644)
+        return True
+
+    def take(self, path: Path) -> None:
+        self.changed = True
+        self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
+        if not self.dry_run:
+            path.unlink(missing_ok=True)
+
+    def systemctl(self, *words: str, look: bool = False) -> int:
+        argv = ["systemctl", *([] if self.root else ["--user"]), *words]
+        return call_program(argv, os.environ)[0] if look else self.call(*argv)
+
+    def call(self, *argv: str, may_fail: bool = False) -> int:
+        """Run a command that changes this host. Raises UpdaterError where it fails."""
+        self.changed = True
+        self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
+        code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
+        if code and not may_fail:
+            hint = "as this user, log in directly (not by su), or: sudo loginctl enable-linger $USER"
+            raise UpdaterError(
+                f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
+                hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
+            )
+        return code
+
+    def await_welcome(self) -> None:
+        """Until the daemon says that its master has welcomed it, or that it is the master. Raises UpdaterError."""
+        ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
+        while time.monotonic() < ends:
+            if FileLock.held_elsewhere(self.state.daemon_lock):
+                facts = read_json(self.state.daemon_file) or {}
+                if facts.get("label") and not facts.get("trouble"):
+                    does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
+                    self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
+                    return
+            time.sleep(LOCAL_LOOK_S)
+        why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
+        raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
+
+
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
@@ -6114,7 +8678,7 @@ class TextView(View):
         self.output.write(("\n" + terminal_text(render_table(("host", "commit", "time", "result"), rows))).encode())
 
     def notice(self, text: str) -> None:
-        print(f"estelle-updater: {text}", file=sys.stderr, flush=True)
+        print(f"estelle-updater: {terminal_text(text)}", file=sys.stderr, flush=True)
 
 
 def seconds_text(job: JobRecord) -> str:
@@ -6217,12 +8781,14 @@ def make_view(args: Args) -> View:
 
 def make_caller(args: Args) -> Caller:
     require_packages()
-    return Caller(args.state_folder(), load_config(args.config_path()), args.bind)
+    path = args.config_path()
+    return Caller(args.state_folder(), load_config(path), args.bind, work_tree(path))
 
 
 def cmd_serve(args: Args) -> int:
     require_packages()
     preload()
+    log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
         raise UsageError(f"{role!r} is no role", "auto, master or agent")
@@ -6241,23 +8807,105 @@ def cmd_trigger(args: Args) -> int:
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
-    return submit_and_watch(args, caller, order, args.detach)
-
-
-def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = False) -> int:
-    """Start a run and show it to its end, or only start it."""
     view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
-    if detach:
+    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
+    if args.detach:
         view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
-    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+
+    def follow() -> list[JobRecord]:
+        jobs = Follower(caller, record.run, view).follow(connection)
+        if failed := ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT)):
+            view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
+        return jobs
+
+    return watch_run(args, record.run, follow)
+
+
+PLAN_ANSWER_S = ANSWER_S + PLAN_S
+
+
+def plan_text(row: Mapping[str, Any]) -> str:
+    """One host's outlook for people."""
+
+    def listed(name: str, word: str) -> list[str]:
+        more = row[f"{name}_count"] - len(row[name])
+        return [f"{word}: {', '.join(row[name])}" + (f" and {more} more" if more else "")] if row[name] else []
+
+    facts = []
+    if target := row["target"]:
+        facts += [f"{row['current'][:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"]
+        facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
+        facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
+    facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
+    facts += [f"{row['disk_free_bytes'] >> 20} MB free"] if row["disk_free_bytes"] is not None else []
+    lines = [row["why"]] if row["why"] else []
+    lines += [*row["subjects"], *listed("changed", "changes"), *listed("dirty", "local changes")]
+    lines += [f"restarts {' '.join(row['restart'])}"] if row["restart"] else []
+    lines += [f"busy with run {row['busy']}"] if row["busy"] else []
+    lines += [f"run {run} is queued" for run in row["queued"]]
+    lines += [f"! {text}" for text in row["warnings"]] + [f"✗ refused: {text}" for text in row["refused"]]
+    return "\n    ".join([f"{row['host']}  {', '.join(facts)}", *lines])
+
+
+def cmd_plan(args: Args) -> int:
+    result = ask_master(args, "plan", {"target": args.target, "branch": args.branch}, PLAN_ANSWER_S)
+    if args.json:
+        say(json.dumps(result, ensure_ascii=False))
+    else:
+        say("\n".join(map(plan_text, result["hosts"])))
+    return 0 if result["ok"] else 1
+
+
+def confirm(args: Args, question: str) -> None:
+    """Ask the person at the terminal, unless `--yes`. Raises GuardError for a no, and where nobody can be asked."""
+    if args.yes:
+        return
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().casefold() not in ("y", "yes", "ㅛ", "예", "네"):
+        raise GuardError("nothing was done", "")
+
+
+def cmd_rollback(args: Args) -> int:
+    asked = {"action": "rollback", "target": args.target, "to": args.to}
+    plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
+    order, view = plan_rollback(plan), make_view(args)
+    if not args.json:
+        print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
+    confirm(args, f"roll back {', '.join(order.commits)}?")
+    caller = make_caller(args)
+    connection, record = submit_run(caller, order, PATIENCE_S)
+    view.notice(f"run {record.run}: rollback of {', '.join(record.hosts)}")
+    code = watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+    return code or int(len(order.commits) < len(plan["hosts"]))
 
 
 def cmd_upgrade(args: Args) -> int:
+    caller, view = make_caller(args), make_view(args)
     order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
-    return submit_and_watch(args, make_caller(args), order)
+    connection, record = submit_run(caller, order, PATIENCE_S)
+    view.notice(f"run {record.run}: upgrade of {', '.join(record.hosts)}")
+    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+
+
+def cmd_switch(args: Args) -> int:
+    options = {"color": args.color, "dry_run": args.dry_run, "force": args.force}
+    caller, view = make_caller(args), make_view(args)
+    run, nonce = make_run_id(), os.urandom(16).hex()
+    order = Submit(run, nonce, Kind.SWITCH, "", args.color, user_name(), options=options)
+    connection, record = submit_run(caller, order, PATIENCE_S)
+    view.notice(f"run {record.run}: switch to {record.branch} on {', '.join(record.hosts)}")
+    jobs: list[JobRecord] = []
+
+    def follow() -> list[JobRecord]:
+        jobs.extend(Follower(caller, run, view).follow(connection))
+        return jobs
+
+    code = watch_run(args, run, follow)
+    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code
 
 
 def cmd_self_test(args: Args) -> int:
@@ -6300,16 +8948,27 @@ def cmd_logs(args: Args) -> int:
 
 def cmd_history(args: Args) -> int:
     try:
-        rows = ask_master(args, "history", {"count": args.count})["runs"]
+        found = ask_master(args, "history", {"count": args.count, "stats": args.stats})
     except (UnreachableError, RefusedError, ConfigError) as problem:
-        rows = args.state_folder().history(args.count)
-        if not rows:
+        state = args.state_folder()
+        found = {"stats": run_stats(state.rows())} if args.stats else {"runs": state.history(args.count)}
+        if not any(found.values()):
             raise
-        TextView(Output(False)).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+        TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
     if args.json:
-        say(json.dumps({"runs": rows}, ensure_ascii=False))
+        say(json.dumps(found, ensure_ascii=False))
         return 0
-    cells = [
+    head, cells = history_table(found["runs"]) if "runs" in found else stats_table(found["stats"])
+    Output(False).write(terminal_text(render_table(head, cells)).encode())
+    return 0
+
+
+_Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def history_table(rows: Iterable[Mapping[str, Any]]) -> _Table:
+    """The runs as head and cells."""
+    return ("run", "when", "who", "target", "branch", "result"), [
         (
             row["run"],
             time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
@@ -6320,10 +8979,22 @@ def cmd_history(args: Args) -> int:
         )
         for row in rows
     ]
-    Output(False).write(
-        terminal_text(render_table(("run", "when", "who", "target", "branch", "result"), cells)).encode()
-    )
-    return 0
+
+
+def stats_table(stats: Iterable[Mapping[str, Any]]) -> _Table:
+    """What all runs together say, as head and cells."""
+    return ("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
+        (
+            one["host"],
+            one["kind"],
+            str(one["runs"]),
+            str(one["ok"]),
+            ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
+            "-" if one["median_s"] is None else f"{one['median_s']:.1f} s",
+            ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
+        )
+        for one in stats
+    ]
 
 
 def short_result(host: Mapping[str, Any]) -> str:
@@ -6347,10 +9018,30 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     return answer.result
 
 
-def cmd_cancel(args: Args) -> int:
+def cmd_health(args: Args) -> int:
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    result = ask_master(args, "health", {"target": args.target}, take_s)
+    if args.json:
+        say(json.dumps(result, ensure_ascii=False))
+    elif result["checks"]:
+        mark = {True: "✓", False: "✗"}
+        rows = [(mark[row["ok"]], row["host"], row["name"], row["detail"]) for row in result["checks"]]
+        say(render_table(("", "host", "check", "what it saw"), rows).rstrip())
+    else:
+        say("no [[health]] check is configured for these hosts; `config init --blue-green` shows some")
+    return 0 if result["ok"] else 1
+
+
+def cancel_run(args: Args, run: str) -> RunRecord:
+    """Ask the master to stop a run."""
     connection = make_caller(args).dial(PATIENCE_S)
-    record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
+    record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
     connection.close()
+    return record
+
+
+def cmd_cancel(args: Args) -> int:
+    record = cancel_run(args, args.run)
     doing = f"cancelling {record.run} on {', '.join(record.hosts)}"
     text = doing if record.cancelled else f"{record.run} is over: there is nothing to cancel"
     say(json.dumps({"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}) if args.json else text)
@@ -6365,11 +9056,13 @@ def cmd_status(args: Args) -> int:
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
     rows = [status_cells(row) for row in result["hosts"]]
-    head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "job")
+    head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
             say(f"! {row.get('host', 'master')}: {row['problem']}")
+    for warning in result.get("warnings", ()):
+        say(f"! {warning}")
     return 0
 
 
@@ -6378,7 +9071,8 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        silent_s = row.get("silent_s")
+        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -6386,10 +9080,11 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
-        row["updater"] or "-", row["color"] or "-", "; ".join(jobs) or "-",
+        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
+        row["updater"] or "-", " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
 
@@ -6510,6 +9205,230 @@ def cmd_whitelist(args: Args) -> int:
     return 0
 
 
+class Abandoned(Exception):
+    """Nobody waits for this answer any more."""
+
+
+class ProgressOutput(Output):
+    """What a person would see, told to a model: plain text, of a burst of lines the last ones."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.terminal = self.color = False
+        self.tell = tell
+
+    def write(self, data: bytes) -> None:
+        if text := SGR.sub("", terminal_text(data.decode("utf-8", "replace"))).strip("\n"):
+            self.tell(text if len(text) <= PROGRESS_CHARS else "... " + text[-PROGRESS_CHARS:])
+
+
+class ProgressView(TextView):
+    """A run that a model follows: its lines are progress, and so is its silence, as clients give up without any."""
+
+    def __init__(self, tell: Callable[[str], None], gone: threading.Event) -> None:
+        super().__init__(ProgressOutput(self.tell))
+        self.send, self.gone, self.told = tell, gone, time.monotonic()
+
+    def tell(self, text: str) -> None:
+        self.tick()
+        self.send(text)
+        self.told = time.monotonic()
+
+    def tick(self) -> None:
+        if self.gone.is_set():
+            raise Abandoned
+        if time.monotonic() - self.told > MCP_SILENT_S:
+            self.told = time.monotonic()
+            self.send("still at work, and silent")
+
+    def notice(self, text: str) -> None:
+        self.tell(text)
+
+
+MCP_INSTRUCTIONS = (
+    "Deploys a small fleet of hosts. Look with status and plan before you change anything. A deployment is a run, and "
+    "goes on when you stop waiting for it: follow it with logs, stop it with cancel. Nothing rolls back by itself."
+)
+
+
+def mcp_offers(tool: str) -> bool:
+    """Whether this program can do what a tool promises."""
+    return tool not in ("health", "switch", "release")
+
+
+class McpServer:
+    """The tools for a model on standard input and output; every call has a thread of its own."""
+
+    def __init__(self, args: Args, wire: IO[bytes]) -> None:
+        self.args, self.wire = args, wire
+        self.lock = threading.Lock()  # of the session and the wire
+        self.gone: dict[str | int, threading.Event] = {}
+        tools = [tool for tool in TOOLS if hasattr(self, f"call_{tool.name}") and mcp_offers(tool.name)]
+        shown = [tool.render(args.require_plan) for tool in tools if tool.effect == "reads" or not args.read_only]
+        self.session = McpSession(shown, MCP_INSTRUCTIONS, __version__)
+
+    def serve(self, lines: IO[bytes]) -> None:
+        """Until the client closes our standard input. What it asked for goes on."""
+        while line := lines.readline(MESSAGE_BYTES):
+            while len(line) == MESSAGE_BYTES and not line.endswith(b"\n"):
+                line = lines.readline(MESSAGE_BYTES) and b"too long" + b"?" * (MESSAGE_BYTES - 8)
+            if not line.strip():
+                continue
+            with self.lock:
+                answers, calls, ended = self.session.feed(line)
+                self.send(*answers)
+                for name in ended:
+                    self.gone[name].set()
+                for call in calls:
+                    self.begin(call)
+
+    def send(self, *messages: dict[str, Any]) -> None:
+        with suppress(OSError, ValueError):  # the client is gone: standard input says so too
+            for message in messages:
+                self.wire.write(json.dumps(message).encode() + b"\n")
+            self.wire.flush()
+
+    def begin(self, call: ToolCall) -> None:
+        if len(self.session.calls) > MCP_CALLS:
+            self.send(*filter(None, [self.session.finish(call, "error: too many calls at once", True)]))
+            return
+        gone = self.gone[call.id] = threading.Event()
+        threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
+
+    def work(self, call: ToolCall, gone: threading.Event) -> None:
+        """One call, and every way it can end, as an answer that a model can act on."""
+        numbers = itertools.count(1)
+
+        def tell(text: str) -> None:
+            with self.lock:
+                if call.token is not None and self.session.calls.get(call.id) is call:
+                    params = {"progressToken": call.token, "progress": next(numbers), "message": text}
+                    self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
+
+        answer: dict[str, Any] | str
+        try:
+            answer = getattr(self, f"call_{call.tool}")(call.arguments, ProgressView(tell, gone))
+        except Abandoned:
+            return
+        except UpdaterError as problem:
+            answer = f"error: {problem.what}\nhint: {problem.hint or 'none'}\nexit: {problem.exit_code}"
+        except Exception as problem:
+            answer = f"internal error: {problem!r}"
+        reads = self.session.tools[call.tool]["annotations"]["readOnlyHint"]
+        wrong = isinstance(answer, str) or (answer.get("ok") is False and not reads)
+        with self.lock:
+            self.send(*filter(None, [self.session.finish(call, answer, wrong)]))
+            if self.gone.get(call.id) is gone:
+                del self.gone[call.id]
+
+    def ask(self, what: str, **details: Any) -> dict[str, Any]:
+        return ask_master(self.args, what, details, PLAN_ANSWER_S)
+
+    def order(
+        self, given: dict[str, Any], view: ProgressView, make: Callable[[], Submit], **same: str
+    ) -> dict[str, Any]:
+        """Start a run, or find the one that this idempotency key started, and follow it to its end."""
+        key = given.get("idempotency_key")
+        nonce = hashlib.sha256(f"estelle-updater {key}".encode()).hexdigest()[:32] if key else os.urandom(16).hex()
+        run = self.ask("find", nonce=nonce)["run"] if key else None
+        if run is None:
+            connection, record = submit_run(make_caller(self.args), replace(make(), nonce=nonce), PATIENCE_S)
+            connection.close()
+            run = record.run
+        try:
+            answer = self.ask("log", run=run)
+            if any(answer[name] != value for name, value in same.items()):
+                raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
+            if given.get("wait", True):
+                self.follow(run, view)
+            answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
+        except UpdaterError as problem:
+            problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
+            raise
+        for row in answer["hosts"]:
+            lines = row.pop("text").splitlines()[-TAIL_LINES:]
+            row["tail"] = "" if row["ok"] else "\n".join(lines)[-TAIL_BYTES:]
+        return answer
+
+    def follow(self, run: str, view: ProgressView) -> None:
+        view.notice(f"this is run {run}")
+        caller = make_caller(self.args)
+        connection, follower = caller.dial(PATIENCE_S), Follower(caller, run, view)
+        try:
+            follower.follow(connection, MCP_PATIENCE_S)
+        finally:
+            follower.connection.close()
+
+    def planned(self, given: dict[str, Any], **request: Any) -> None:
+        """Raises GuardError unless the plan that was given is fresh and still true."""
+        if "plan" in given:
+            self.ask("plan", plan=given["plan"], **request)
+
+    def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        target, branch = given["target"], given["branch"]
+
+        def make() -> Submit:
+            self.planned(given, target=target, branch=branch)
+            return Submit(make_run_id(), "", Kind.DEPLOY, target, branch, user_name())
+
+        return self.order(given, view, make, kind=Kind.DEPLOY, target=target, branch=branch)
+
+    def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        request = {"action": "rollback", "target": given.get("target", "all"), "to": given.get("to", "")}
+
+        def make() -> Submit:
+            self.planned(given, **request)
+            return plan_rollback(self.ask("plan", **request))
+
+        return self.order(given, view, make, kind=Kind.ROLLBACK)
+
+    def call_plan(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        action = given.get("action", "update")
+        if action == "update" and not ("target" in given and "branch" in given):
+            raise UsageError("the plan of an update needs target and branch")
+        return self.ask("plan", **{"action": action, "target": "all", **given})
+
+    def call_status(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        return self.ask("status")
+
+    def call_history(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        return self.ask("history", count=given.get("count", 10))
+
+    def call_cancel(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        record = cancel_run(self.args, given["run"])
+        return {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}
+
+    def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        deadline, tail = time.monotonic() + given.get("wait_s", 0), given.get("tail", False) and "cursor" not in given
+        try:
+            offsets = json.loads(given.get("cursor", "{}"))
+        except (ValueError, RecursionError):
+            raise UsageError("this is no cursor", "take the one of the last answer") from None
+        asked = {"run": given["run"], "target": given.get("target"), "bytes": given.get("max_bytes", 16_000)}
+        while True:
+            answer = self.ask("log", offsets=offsets, tail=tail, **asked)
+            if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
+                break
+            view.tick()
+            time.sleep(LOOK_S / 2)
+        at = {row["host"]: row.pop("offset") for row in answer["hosts"]}
+        return answer | {"cursor": json.dumps({**offsets, **at})}
+
+
+def divert_output() -> IO[bytes]:
+    """The real standard output, for the protocol alone: whatever else is printed goes to standard error."""
+    wire = os.fdopen(os.dup(1), "wb")
+    with suppress(OSError):
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return wire
+
+
+def cmd_mcp(args: Args) -> int:
+    preload()
+    McpServer(args, divert_output()).serve(sys.stdin.buffer)
+    return 0
+
+
 def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
@@ -6519,6 +9438,13 @@ def cmd_run_job(args: Args) -> int:
 
 def cmd_build(args: Args) -> int:
     say(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
+    return 0
+
+
+def cmd_setup(args: Args) -> int:
+    require_packages()
+    setup = Setup(args, args.config_path(), say)
+    setup.remove() if args.remove else setup.install(args.manager)
     return 0
 
 
@@ -6601,7 +9527,7 @@ class Command:
     hidden: bool = False
 
 
-TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+TARGET_HELP = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
         option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
@@ -6614,6 +9540,19 @@ COMMANDS = (
         option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
         option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
     )),
+    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, (
+        option("target", metavar="TARGET", help=TARGET_HELP),
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+    )),
+    Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback, (
+        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
+        option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
+        option("--yes", action="store_true", help="do not ask"),
+    )),
+    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp, (
+        option("--read-only", action="store_true", help="offer only the tools that change nothing"),
+        option("--require-plan", action="store_true", help="change something only with the id of a fresh plan"),
+    )),
     Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
         option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
     )),
@@ -6624,13 +9563,22 @@ COMMANDS = (
     )),
     Command("history", "list the recent runs", cmd_history, (
         option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+        option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
     )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
+    Command("health", "run the configured checks on the hosts", cmd_health, (
+        option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)"),
+    )),
     Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
         option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
     )),
     Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
         option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
+    )),
+    Command("switch", "move the traffic to another colour", cmd_switch, (
+        option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
+        option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
+        option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
     )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
@@ -6647,6 +9595,11 @@ COMMANDS = (
         option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
         option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
         option("--commit", action="store_true", help="commit and push the change"),
+    )),
+    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
+        option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
+        option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
@@ -6674,8 +9627,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"argument COMMAND: invalid choice: ('.*?')", message):
+            from difflib import get_close_matches
+
             names = ", ".join(command.name for command in COMMANDS if not command.hidden)
-            raise UsageError(f"there is no command {unknown[1]}", f"the commands are: {names}")
+            like = get_close_matches(unknown[1], names.split(", "), 1)
+            hint = f"did you mean {like[0]}?" if like else f"the commands are: {names}"
+            raise UsageError(f"there is no command {unknown[1]}", hint)
         raise UsageError(message, f"see: {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -6736,7 +9693,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         lines = [f"estelle-updater: error: {problem.what}"]
         lines += [f"hint: {problem.hint}"] if problem.hint else []
         print(
-            "\n".join(lines).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
+            terminal_text("\n".join(lines)).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
             file=sys.stderr,
         )
     return problem.exit_code

@@ -726,7 +726,8 @@ def test_settings_of_single_hosts(fleet: Callable[..., Fleet], tmp_path: Path):
     )
     made.origin.clone(tmp_path / "elsewhere")
     write_script("env\n", made.master)
-    poison = {"ESTELLE_TOKEN": "t", "pm_id": "1", "PM2_HOME": "/kept", "NODE_APP_INSTANCE": "0", "GIT_DIR": "/nowhere"}
+    made.env["ESTELLE_TOKEN"] = "t" * 32
+    poison = {"pm_id": "1", "PM2_HOME": "/kept", "NODE_APP_INSTANCE": "0", "GIT_DIR": "/nowhere"}
     made.start(env=poison | {"PYTHONPATH": "", "NOTIFY_SOCKET": "/x", "INVOCATION_ID": "x", "KEPT": "yes"})
     code, out, _ = made.cli("trigger", "all", "master")
     assert code == 0, out
