@@ -57,7 +57,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
@@ -230,6 +230,7 @@ RUNNER_LOG_BYTES = 1 << 20
 INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
+PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
@@ -239,6 +240,7 @@ FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
+DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 DOWNLOADS = 4  # at once: each holds a copy of the program in memory
@@ -3846,8 +3848,8 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
 
 
 def is_half_done(state: StateFolder, job: JobRecord) -> bool:
-    """Whether this job's runner may not just be dead: it left a switch half way, which a new runner ends."""
-    return (read_json(state.switch_file) or {}).get("run") == job.run
+    """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
+    return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
 
 
 def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
@@ -3919,7 +3921,7 @@ class Runner:
             return 1
         try:
             job = self.state.load_job(self.run, self.host)
-            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job) or resumes(job)):
+            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job)):
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
@@ -3936,8 +3938,8 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            version = WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED, version=version)
+            WORK[self.job.kind](self)
+            self.finish(State.SUCCEEDED)
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -5937,7 +5939,7 @@ class Door:
                         door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
 
             def allow(self, seconds: float) -> None:
-                """Let the handshake take longer, as a download does."""
+                """More time, for a download."""
                 self.close_timeout = seconds
                 self.patience.reschedule(self.loop.time() + seconds)
 
@@ -6487,9 +6489,6 @@ class Master:
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
         hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
-        if message.kind is Kind.UPGRADE:
-            self.require_free(hosts)
-            message = replace(message, options=self.door.handout.offer(self.config))
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -6992,8 +6991,17 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
             raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
 
 
+async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
+    """The order with the program that the hosts are to install. Raises UpdaterError."""
+    master = desk.master
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    return replace(order, options=master.door.handout.offer(master.config))
+
+
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
+}  # fmt: skip
 
 
 # ==============================================================================
@@ -7911,7 +7919,7 @@ class Service:
         try:
             options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context}
+                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
@@ -8350,7 +8358,7 @@ class Upgrade:
 
 
 def upgrade(runner: Runner) -> str:
-    """What a runner does for `upgrade`; returns the new version."""
+    """What a runner does for `upgrade`. Returns the new version."""
     try:
         return Upgrade(runner).perform()
     except OSError as problem:
@@ -8901,7 +8909,8 @@ def _unit_words(words: Iterable[str]) -> str:
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    writable = _unit_words([repo, f"-{home}", "/tmp", "/var/tmp"])
+    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
+    writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
@@ -9545,14 +9554,9 @@ def cmd_trigger(args: Args) -> int:
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
-    return submit_and_watch(args, caller, order, args.detach)
-
-
-def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = False) -> int:
-    """Start a run and show it to its end, or only start it."""
     view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
-    if detach:
+    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
+    if args.detach:
         view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
@@ -9627,6 +9631,14 @@ def cmd_rollback(args: Args) -> int:
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
+def cmd_upgrade(args: Args) -> int:
+    caller, view = make_caller(args), make_view(args)
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
+    connection, record = submit_run(caller, order, PATIENCE_S)
+    view.notice(f"run {record.run}: upgrade of {', '.join(record.hosts)}")
+    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+
+
 def cmd_switch(args: Args) -> int:
     options = {"color": args.color, "dry_run": args.dry_run, "force": args.force}
     caller, view = make_caller(args), make_view(args)
@@ -9642,11 +9654,6 @@ def cmd_switch(args: Args) -> int:
 
     code = watch_run(args, run, follow)
     return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code
-
-
-def cmd_upgrade(args: Args) -> int:
-    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
-    return submit_and_watch(args, make_caller(args), order)
 
 
 def cmd_self_test(args: Args) -> int:
