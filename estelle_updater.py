@@ -3938,8 +3938,7 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED)
+            self.finish(State.SUCCEEDED, version=WORK[self.job.kind](self))
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -5349,11 +5348,8 @@ class Agent:
             self.start_runner(record)
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
-            if not resumes(record) or job.launches >= LAUNCHES:
-                job.burying = True
-                self.spawn(self.bury(job, record))
-            elif time.monotonic() - job.launched > LAUNCH_S:
-                self.start_runner(record)
+            job.burying = True
+            self.spawn(self.bury(job, record))
 
     async def bury(self, job: OwnJob, record: JobRecord) -> None:
         """End a job whose runner died, in a thread: what it left may take seconds to kill, and links can't wait."""
