@@ -5571,10 +5571,11 @@ class Outlook:
     def find_target(self, branch: str) -> tuple[str, str | None]:
         """The commit that `branch` means on the remote, and where the local branch stands. Raises TargetError."""
         names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
-        if (listed := self.git("ls-remote", self.remote, *names)) is None:
+        # a star and not the third name: the ^ would get lost in a git.cmd
+        if (listed := self.git("ls-remote", self.remote, names[0], f"{names[1]}*")) is None:
             raise UpdaterError(self.why())
         refs = {name: commit for commit, _, name in (line.partition("\t") for line in listed.splitlines())}
-        local = (self.git("rev-parse", "--verify", "--quiet", f"{names[0]}^{{commit}}") or "").strip() or None
+        local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
         if local or names[0] in refs or not is_commit_id(branch):
             found = names[:1] if local or names[0] in refs else names[1:]
             name, target = next(((name, refs[name]) for name in reversed(found) if name in refs), ("", ""))
@@ -5582,7 +5583,7 @@ class Outlook:
                 raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
         else:
             name = target = branch
-        if self.git("cat-file", "-e", f"{target}^{{commit}}") is None:
+        if self.git("cat-file", "-e", target) is None:
             quiet = ("--quiet", "--no-write-fetch-head", "--no-tags", "--no-auto-maintenance", "--refmap=")
             if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
                 raise TargetError(self.why())
@@ -5590,7 +5591,7 @@ class Outlook:
 
     def look(self, branch: str) -> dict[str, Any]:
         """From what is checked out now to what `branch` means on the remote, and what stands in the way."""
-        head = (self.git("rev-parse", "--verify", "HEAD^{commit}") or "").strip()
+        head = (self.git("rev-parse", "--verify", "HEAD") or "").strip()
         if not head:
             raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
         found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
