@@ -236,6 +236,7 @@ PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
 HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
 CONNECTIONS = 512  # of one address
+ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
@@ -4939,7 +4940,7 @@ REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
+    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": ACCEPTED, "server_header": None,
 }  # fmt: skip
 CLIENT_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
@@ -7922,6 +7923,10 @@ class Service:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
+        if os.name != "nt":  # there, asyncio takes one after the other
+            for listener in server.sockets:  # what asyncio was told is both: how many it takes, how many may wait
+                with socket.socket(fileno=os.dup(listener.fileno())) as same:
+                    same.listen(BACKLOG)
         async with server, asyncio.TaskGroup() as group:
             facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
             self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
