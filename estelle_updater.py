@@ -268,6 +268,7 @@ FACTS_S = 2.0  # `status` asks live
 LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
+HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 MCP_CALLS = 32  # at once: more is a client gone wild
 MCP_LINGER_S = 1.5  # for what was asked before the input ended; after 2 s the official client kills us
@@ -9608,15 +9609,20 @@ def cmd_plan(args: Args) -> int:
     return 0 if result["ok"] else 1
 
 
-def confirm(args: Args, question: str) -> None:
+def require_answer(args: Args) -> None:
+    """Raise GuardError where a question will come up that nobody can answer."""
+    if not (args.yes or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())):
+        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
+
+
+def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
     """Ask the person at the terminal, unless `--yes`. Raises GuardError for a no, and where nobody can be asked."""
+    require_answer(args)
     if args.yes:
         return
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().casefold() not in ("y", "yes", "ㅛ", "예", "네"):
-        raise GuardError("nothing was done", "")
+        raise GuardError(no, "")
 
 
 def cmd_rollback(args: Args) -> int:
@@ -9633,29 +9639,90 @@ def cmd_rollback(args: Args) -> int:
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
-def cmd_upgrade(args: Args) -> int:
+def run_order(args: Args, order: Submit, doing: str = "") -> tuple[int, list[JobRecord]]:
+    """Start a run and show it to its end: the exit code, and the jobs as they ended."""
     caller, view = make_caller(args), make_view(args)
-    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
     connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: upgrade of {', '.join(record.hosts)}")
-    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
-
-
-def cmd_switch(args: Args) -> int:
-    options = {"color": args.color, "dry_run": args.dry_run, "force": args.force}
-    caller, view = make_caller(args), make_view(args)
-    run, nonce = make_run_id(), os.urandom(16).hex()
-    order = Submit(run, nonce, Kind.SWITCH, "", args.color, user_name(), options=options)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: switch to {record.branch} on {', '.join(record.hosts)}")
+    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
     jobs: list[JobRecord] = []
 
     def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, run, view).follow(connection))
+        jobs.extend(Follower(caller, record.run, view).follow(connection))
         return jobs
 
-    code = watch_run(args, run, follow)
-    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code
+    code = watch_run(args, record.run, follow)
+    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code, jobs
+
+
+def order_switch(color: str, **options: Any) -> Submit:
+    run, nonce = make_run_id(), os.urandom(16).hex()
+    return Submit(run, nonce, Kind.SWITCH, "", color, user_name(), options={"color": color, **options})
+
+
+def cmd_switch(args: Args) -> int:
+    return run_order(args, order_switch(args.color, dry_run=args.dry_run, force=args.force), "switch to ")[0]
+
+
+def cmd_upgrade(args: Args) -> int:
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
+    return run_order(args, order)[0]
+
+
+def await_standby(args: Args, hosts: Sequence[str]) -> list[dict[str, Any]]:
+    """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
+    time. Raises GuardError where that does not come about."""
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    ends = time.monotonic() + args.wait
+    while True:
+        checks = ask_master(args, "health", {"target": ",".join(hosts)}, take_s)["checks"]
+        rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
+        wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
+        where = {row["host"]: row["traffic"] for row in rows}
+        wrong += [
+            f"{host}: {where.get(host) or 'unknown'} for HAProxy" for host in hosts if where.get(host) != "standby"
+        ]
+        if not wrong:
+            return rows
+        if time.monotonic() > ends:
+            raise GuardError(
+                f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}", "`health` looks again"
+            )
+        time.sleep(TICK_S)
+
+
+def cmd_release(args: Args) -> int:
+    """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
+    if problem := valid_branch_problem(args.branch):
+        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_answer(args)
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "standby", args.branch, user_name())
+    code, jobs = run_order(args, order)
+    commits = {job.commit for job in jobs}
+    if code or len(commits) != 1:
+        return code or 1
+    view = make_view(args)
+    rows = await_standby(args, [job.host for job in jobs])
+    for row in rows:
+        view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
+    color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
+    confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
+    if code := run_order(args, order_switch(color, commit=commits.pop()), "switch to ")[0]:
+        return code
+    status = ask_master(args, "status", {})
+    rows = [row for row in status["hosts"] if row["color"]]
+    if args.json:
+        keys = ("host", "color", "traffic", "commit", "version")
+        event = {"event": "release", "ok": True, "color": color, "hosts": [{k: row[k] for k in keys} for row in rows]}
+        say(json.dumps(event | {"warnings": status["warnings"]}, ensure_ascii=False))
+    else:
+        say("\n".join([f"{row['traffic'] or 'unknown'}: {color_text(row)}" for row in rows]))
+        say("\n".join(f"! {warning}" for warning in status["warnings"]))
+    return 0
+
+
+def color_text(row: Mapping[str, Any]) -> str:
+    """A worker and what it runs."""
+    return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
 
 
 def cmd_self_test(args: Args) -> int:
@@ -10190,6 +10257,12 @@ def cmd_build(args: Args) -> int:
 
 def cmd_setup(args: Args) -> int:
     require_packages()
+    if args.firewall:
+        config = load_config(args.config_path())
+        master = gather_role(config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False)[0].role
+        text = render_firewall(config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet))
+        say(json.dumps({"firewall": text.splitlines()}) if args.json else text)
+        return 0
     setup = Setup(args, args.config_path(), say)
     setup.remove() if args.remove else setup.install(args.manager)
     return 0
@@ -10358,6 +10431,12 @@ COMMANDS = (
     Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
         option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
     )),
+    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, (
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+        option("--yes", action="store_true", help="switch without asking"),
+        option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
+               help="how long it may take to become healthy (default: 60)"),
+    )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
     )),
@@ -10378,6 +10457,8 @@ COMMANDS = (
     Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
         option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
         option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        option("--firewall", action="store_true", help="only print the firewall commands for this host"),
+        option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
         option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
     Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
