@@ -2063,6 +2063,10 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
     (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
+    (
+        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host",
+        "the git remote does not answer",
+    ),
 )
 
 
