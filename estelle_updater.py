@@ -234,7 +234,7 @@ PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
-HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
+HANDSHAKES, STRANGERS = 128, 32  # begun and not judged: of one allowed address, and of all others together
 CONNECTIONS = 512  # of one address
 ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
@@ -5927,9 +5927,10 @@ class Door:
                 known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
                 self.among = self.peer if any(verdict.allowed for verdict in known) else ""
                 door.handshakes[self.among] += 1
-                self.one_too_many = door.handshakes[self.among] > HANDSHAKES
+                most = HANDSHAKES if self.among else STRANGERS
+                self.one_too_many = door.handshakes[self.among] > most
                 if self.one_too_many:
-                    door.log_refusal(self.among or "strangers", f"more than {HANDSHAKES} handshakes at once")
+                    door.log_refusal(self.among or "strangers", f"more than {most} handshakes at once")
                     transport.abort()
 
             async def handshake(self, *args: Any, **options: Any) -> None:
