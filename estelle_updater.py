@@ -4459,8 +4459,9 @@ def stage_text(real: Path, text: bytes) -> Path:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(text)
             file.flush()
-            stat = real.stat()
-            os.chown(temp, stat.st_uid, stat.st_gid)
+            wanted, own = real.stat(), temp.stat()
+            if (wanted.st_uid, wanted.st_gid) != (own.st_uid, own.st_gid):
+                os.chown(temp, wanted.st_uid, wanted.st_gid)
             shutil.copystat(real, temp)
             os.utime(temp)
             os.fsync(file.fileno())
@@ -4649,7 +4650,7 @@ class Switch:
             ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
             _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
             if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
-                hint = "the polkit rule in systemd/estelle-updater-haproxy.service allows exactly this"
+                hint = "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
                 raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
 
     def check(self) -> str:

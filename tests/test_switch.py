@@ -323,8 +323,10 @@ def runner_of(folder: Path) -> int | None:
     return next((pid for pid, command in processes_of(folder).items() if " run-job " in command), None)
 
 
-@pytest.mark.parametrize("phase", PHASES[1:])
-@pytest.mark.parametrize("daemon", [False, True], ids=["runner", "both"])
+@pytest.mark.parametrize(
+    ("phase", "daemon"),
+    [("check", True), ("drain", False), ("drain", True), ("write", False), ("reload", True), ("proof", False)],
+)
 def test_death_at_every_phase_is_finished_or_undone(site: Site, phase: str, daemon: bool):
     fleet, proxy = site.fleet, site.proxy
     with Load(proxy.port) as load:
