@@ -280,7 +280,7 @@ CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
 CONNECT_S = 3.0
 CHECK_S = RELOAD_COMMAND_S = 60.0
-RELOADS, RELOAD_S = 3, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+RELOADS, RELOAD_S = 2, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
 PROOF_S = 2.0  # for a request to reach the new colour
 SWITCH_LOCK_S = 10.0
 RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
@@ -3919,6 +3919,7 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
+        self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -3936,6 +3937,7 @@ class Runner:
             if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
+            self.last_act()
             return 0
         finally:
             lock.release()
@@ -4566,8 +4568,9 @@ def stage_text(real: Path, text: bytes) -> Path:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(text)
             file.flush()
-            stat = real.stat()
-            os.chown(temp, stat.st_uid, stat.st_gid)
+            wanted, own = real.stat(), temp.stat()
+            if (wanted.st_uid, wanted.st_gid) != (own.st_uid, own.st_gid):
+                os.chown(temp, wanted.st_uid, wanted.st_gid)
             shutil.copystat(real, temp)
             os.utime(temp)
             os.fsync(file.fileno())
@@ -4670,7 +4673,7 @@ class Switch:
             if self.undo() and isinstance(problem, GuardError):  # by now it is no longer true that nothing changed
                 raise UpdaterError(problem.what, problem.hint) from problem
             raise
-        self.close()
+        self.runner.last_act = self.close
 
     def resume(self) -> bool:
         """End what a dead runner began; whether the traffic moved."""
@@ -4706,6 +4709,8 @@ class Switch:
         entry.color = str(standby if wanted == "standby" else wanted)
         if entry.color not in COLORS:
             raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
+        if self.runner.job.branch not in ("standby", entry.color):
+            raise GuardError(f"{self.runner.job.branch} was the standby and is it no more", "look at `status`")
         if self.live and live_roles(rows, rule) != self.found.roles():
             what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
             raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
@@ -4754,7 +4759,7 @@ class Switch:
             ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
             _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
             if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
-                hint = "the polkit rule in systemd/estelle-updater-haproxy.service allows exactly this"
+                hint = "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
                 raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
 
     def check(self) -> str:
@@ -4816,13 +4821,14 @@ class Switch:
             write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
         except OSError as problem:
             self.say(f"warning: can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}")
-        return f"{self.entry.color} is active in {self.rule.config}, the servers' states in {self.entry.state_file}"
+        return f"{self.entry.color} is active in {self.rule.config}, the servers' states are kept"
 
     def reload(self) -> str:
         """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
+        if self.live and self.runs(self.entry.color, 0):
+            return "HAProxy runs it already"
+        failed = self.failed_reloads()
         for attempt in range(1, RELOADS + 1):
-            if self.live and self.runs(self.entry.color, 0):
-                return "HAProxy runs it already"
             code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if code:
                 raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
@@ -4832,7 +4838,18 @@ class Switch:
                 pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
                 again = f" at attempt {attempt}" if attempt > 1 else ""
                 return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
+            if self.failed_reloads() > failed:  # not again: while it fails, new connections are refused for seconds
+                raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
         raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
+
+    def failed_reloads(self) -> int:
+        """How many in a row HAProxy counts; 0 without a master socket, which leaves only to wait."""
+        for _ in range(20 if self.rule.master_socket else 0):
+            with suppress(UpdaterError):  # silent while it starts itself anew
+                if (counted := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
+                    return counted[2]
+            time.sleep(0.1)
+        return 0
 
     def runs(self, color: str, patience_s: float) -> bool:
         """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
@@ -4841,9 +4858,6 @@ class Switch:
             with suppress(UpdaterError):
                 if live_roles(live_rows(self.rule), self.rule).get(color) == "active":
                     return True
-                proc = ask_haproxy(self.rule, "show proc", master=True) if self.rule.master_socket else ""
-                if patience_s and parse_show_proc(proc)[2]:
-                    return False
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
@@ -4888,7 +4902,7 @@ class Switch:
         if self.live:
             with suppress(UpdaterError):
                 self.set_state("ready")
-        if now == self.new:
+        if now == self.new and not (self.live and self.runs(self.entry.before, 0)):
             with suppress(UpdaterError):
                 run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if self.live and not self.runs(self.entry.before, RELOAD_S):
@@ -4897,11 +4911,11 @@ class Switch:
                 with suppress(UpdaterError):
                     self.set_state("ready")
         self.say(f"undone: {self.entry.before} is active")
-        self.close()
+        self.runner.last_act = self.close
         return now == self.new
 
     def close(self) -> None:
-        """Done or undone for good."""
+        """Done or undone for good; not before that is the job's recorded result."""
         self.runner.state.switch_file.unlink(missing_ok=True)
         sync_folder(self.runner.state.root)
 
@@ -4918,6 +4932,7 @@ def switch_traffic(runner: Runner) -> str | None:
             raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
         if entry.run == runner.run:
             return entry.color
+        half.close()
         os.close(half.lock)
     config, problem = load_config_or_last(runner.config_path, runner.state)
     if problem:
@@ -6972,7 +6987,10 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     data = select_targets(rule.host, hosts)[0]
     if not data.online:
         raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
-    files = {key: row["file"] for key, row in (await registry.ask_traffic())["servers"].items()}
+    traffic = await registry.ask_traffic()
+    if not traffic["servers"]:
+        raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
+    files = {key: row["file"] for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
