@@ -24,9 +24,10 @@
 | 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Agent              | connect, hello, resume, take orders                                    |
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
+| 17 | Notify             | webhooks, sent from a spool on disk                                    |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build, demo, setup, doctor                                             |
+| 20 | Tools              | build, upgrade, demo, setup, doctor                                    |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
 A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and randomness come in as
@@ -56,7 +57,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
@@ -202,12 +203,14 @@ class State(StrEnum):
 
 
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
+SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
 
 DEFAULT_PORT = 9900
 TAILSCALE = "100.64.0.0/10"
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
+PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
 # Sizes in bytes
 CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
@@ -217,7 +220,7 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
-PROGRESS_CHARS = 4000  # of a burst of lines, the last ones
+PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -227,16 +230,22 @@ RUNNER_LOG_BYTES = 1 << 20
 INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
+PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
 HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
 CONNECTIONS = 512  # of one address
+ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
+DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
+PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
+DOWNLOADS = 4  # at once: each holds a copy of the program in memory
+LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
@@ -256,12 +265,13 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 MCP_CALLS = 32  # at once: more is a client gone wild
+MCP_LINGER_S = 1.5  # for what was asked before the input ended; after 2 s the official client kills us
 MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
 MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
@@ -277,6 +287,8 @@ RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its version
+CLOCK_S = 30.0  # more than the clocks of two hosts may differ
 SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
 TICK_S = CONFIG_LOOK_S = 1.0
@@ -288,8 +300,22 @@ HISTORY_ROWS = 1000
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
 INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
+NEWS_S = 86400.0  # what is older is no news: not told any more, nor retried
+NEWS_TOLD_S = 7 * NEWS_S  # a message is remembered, so that a result that is reported again is not told again
+NEWS_KEPT = 200  # messages that may wait for one receiver
+NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
+NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
+POST_S = 10.0  # for each answer of a webhook
+POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
+AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 60.0
+CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
+DOWNLOAD_S = 120.0
+TRY_S = 60.0  # a new program tries itself on a slow host
+BACK_S = 60.0  # the contract: a daemon with a new program is welcomed by then, or gets the old one back
+OBEY_S = 15.0  # a daemon that has not restarted by then is killed, to get the old program back
+MOVE_LOOK_S = (2.0, 5.0)  # between two looks whether the master that masterUrl names by now answers
 
 
 # ==============================================================================
@@ -697,7 +723,7 @@ def valid_branch_problem(name: str) -> str | None:
 
 MAX_TIMEOUT_S = 7 * 86400.0  # a longer one is a typo (milliseconds), not a step
 CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
-NOTIFY_EVENTS = (*sorted(FINAL), "switched")
+NOTIFY_EVENTS = (*sorted(FINAL), "switched", "failover", "agent-offline", "certificate")
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that file in tokenFile",
     "role": 'never for the whole fleet; write it into [hosts."ADDRESS"] or pass --role',
@@ -857,6 +883,7 @@ _flag = _is("true or false", lambda raw: isinstance(raw, bool))
 _count = _is("whole number above 0", lambda raw: type(raw) is int and raw > 0)  # isinstance would take true for 1
 _status = _is("HTTP status", lambda raw: type(raw) is int and 100 <= raw < 600)
 _seconds = _is("number of seconds, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S)
+_minutes = _is("number of minutes, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= 7 * 1440)
 _mapping = _is("table", lambda raw: isinstance(raw, dict))
 _url = _matches("http:// or https:// URL without a user", r"https?://[^\s/?#@]+([/?#]\S*)?")
 _endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
@@ -985,6 +1012,10 @@ class NotifyRule:
     format: Annotated[str, _notify_format] = "json"
     chat: Annotated[str | None, _text] = None
     on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
+    offline_minutes: Annotated[float, _minutes] = 10
+
+    def wants(self, event: str) -> bool:
+        return event in self.on or (event == State.TIMEOUT and State.FAILED in self.on)
 
 
 def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
@@ -1237,6 +1268,11 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     return new if new_data == old_data | {"whitelist": wanted} else None
 
 
+def accept_hint(sha256: str) -> str:
+    """What to commit so that hosts install the program with this checksum."""
+    return f'commit sha256 = "{sha256}" under [updater], or "updater": {{"sha256": "{sha256}"}} in JSON'
+
+
 def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the settings [hosts].
 
@@ -1327,6 +1363,7 @@ class Welcome:
     nonce: str
     features: list[str] = field(default_factory=list)
     proof: str = ""  # that the master knows the token too
+    time: float = 0.0  # of the master's clock, for `doctor`
 
 
 @dataclass(frozen=True)
@@ -1614,6 +1651,18 @@ def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, An
 
 
 _TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
+
+
+def common_protocol(theirs: Sequence[int]) -> int:
+    """The newest protocol that this program and one that speaks `theirs` have in common. Raises ProtocolError."""
+    newest = min(PROTOCOL, max(theirs, default=0))
+    if newest < max(PROTOCOL_OLDEST, min(theirs, default=0)):
+        spoken = " to ".join(str(number) for number in theirs)
+        what = f"the master speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}, and this host {spoken}"
+        raise ProtocolError(f"{what}: bring the older one to the other's version")
+    return newest
+
+
 CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
@@ -1662,6 +1711,11 @@ def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
         return True
     later = new.revision > old.revision or new.state in FINAL  # a host may forget its revisions in a power loss
     return later and new.state in NEXT_STATES[old.state]
+
+
+def resumes(job: JobRecord) -> bool:
+    """Whether a job goes on after its runner's death: an upgrade must end with one program or the other."""
+    return job.kind is Kind.UPGRADE and job.state is State.RUNNING and job.step in (SWAP, RESTART, UNDO)
 
 
 def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
@@ -1750,6 +1804,24 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
         "commit": job.commit, "seconds": seconds_of(job), "step": job.step, "exit": job.exit, "bytes": job.size,
         "error": job.error,
     }  # fmt: skip
+
+
+def result_text(job: JobRecord) -> str:
+    """A host's last line, in the operator's language."""
+    match job.state:
+        case State.SUCCEEDED:
+            return f"✓ 완료 {job.version or ''}".rstrip()
+        case State.FAILED:
+            exit_text = "" if job.exit is None else f" (exit {job.exit})"
+            return f"✗ 실패 {job.step or job.error}{exit_text}"
+        case State.CANCELLED:
+            return "✗ 취소"
+        case State.OFFLINE:
+            return "✗ 오프라인"
+        case State.TIMEOUT:
+            return f"✗ 시간 초과 {job.step}"
+        case _:
+            return f"✗ 연결 끊김 ({job.error})"
 
 
 def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -1858,6 +1930,23 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     return Step(label, ("systemctl", "restart", *units)), Step(
         "systemctl is-active " + " ".join(units), ("systemctl", "is-active", *units)
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`; `ok` is None where it does not apply. `certain`: a deployment can't but fail."""
+
+    name: str
+    ok: bool | None
+    text: str
+    fix: str = ""
+    certain: bool = False
+
+
+def judge_disk(place: str, free_bytes: int) -> Finding:
+    """Whether a deployment has room."""
+    text = f"{free_bytes / 1e9:.1f} GB free at {place}"
+    return Finding("disk", free_bytes >= LOW_DISK_BYTES, text, f"make room on the disk of {place}")
 
 
 # A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
@@ -1972,7 +2061,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         "git asked for a password",
     ),
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
-    (rb"Permission denied \(publickey", "ssh has no key that the remote accepts"),
+    (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
 )
 
@@ -2370,11 +2459,13 @@ TOOLS = (
          "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
         ("run",), _answer("hosts", "run", "cursor", done="boolean")),
     Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
-        {"count": _a_number("how many", 1, 100, 10)}, (), _answer("runs")),
+        {"count": _a_number("how many", 1, 100, 10),
+         "stats": _a_flag("instead of runs: per host how often, how long, and what failed at which step", False)},
+        (), _answer("")),
     Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
         {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
     Tool("health", "reads", "Run the configured health checks on the hosts.",
-        {"target": _TARGET}, (), _answer("hosts")),
+        {"target": _TARGET}, (), _answer("checks", ok="boolean")),
     Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
         {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
     Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
@@ -2553,6 +2644,21 @@ def sync_folder(path: Path) -> None:
             os.close(fd)
 
 
+def replace_file(fresh: Path, path: Path) -> None:
+    """Move `fresh` to `path` in one step. Windows replaces no open file: that is waited for, then moved aside."""
+    for _ in range(20):
+        with suppress(PermissionError):
+            os.replace(fresh, path)
+            return
+        time.sleep(0.02)
+    if os.name == "nt" and path.is_file():
+        aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+        os.rename(path, aside)
+        with suppress(OSError):  # whoever has it open may keep it until the end
+            aside.unlink()
+    os.replace(fresh, path)
+
+
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
@@ -2563,14 +2669,7 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        for attempt in range(20):
-            try:
-                os.replace(temp, path)
-                break
-            except PermissionError:  # Windows: somebody reads the old file right now
-                if attempt == 19:
-                    raise
-                time.sleep(0.02)
+        replace_file(temp, path)
         if durable:
             sync_folder(path.parent)
     except BaseException:
@@ -2680,7 +2779,7 @@ class FileLock:
     def held_elsewhere(path: str | os.PathLike[str]) -> bool:
         """Whether anybody holds the lock now (this process through another FileLock included); creates nothing."""
         try:
-            fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))  # also on a disk that has become read-only
         except FileNotFoundError:
             return False
         try:
@@ -2760,10 +2859,23 @@ class DaemonLog:
 log = DaemonLog()
 
 
+def program_file() -> Path | None:
+    """The zipapp that this process runs from; None in a source checkout."""
+    archive = Path(__file__).absolute().parent
+    return archive if archive.is_file() else None
+
+
+def sha256_of(path: Path | None) -> str:
+    """A file's SHA-256 in hexadecimal; empty where there is none."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+    except OSError:
+        return ""
+
+
 def program_argv() -> list[str]:
     """How to start this very program: interpreter and zipapp or module, as absolute paths."""
-    module = Path(__file__).absolute()
-    return [sys.executable, str(module.parent if module.parent.is_file() else module)]
+    return [sys.executable, str(program_file() or Path(__file__).absolute())]
 
 
 def program_name() -> str:
@@ -2785,6 +2897,8 @@ class StateFolder:
         self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
         self.index = root / "history.jsonl"
+        self.last_master = root / "last-master"  # the URL of the master that this host was, or was welcomed by, last
+        self.serve_file = root / "serve.json"  # how the daemon was started
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
@@ -2810,6 +2924,16 @@ class StateFolder:
         text = os.urandom(16).hex()
         write_atomic(path, text.encode(), durable=True)
         return text
+
+    def save_master_url(self, url: MasterUrl) -> None:
+        with suppress(OSError):
+            write_atomic(self.last_master, str(url).encode())
+
+    def last_master_url(self) -> MasterUrl | None:
+        """The master that worked last: masterUrl may have changed to one that does not answer."""
+        with suppress(OSError, ValueError, UsageError):
+            return parse_master_url(self.last_master.read_text("utf-8"))
+        return None
 
     def log_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.log"
@@ -3160,6 +3284,7 @@ class Certificate:
 
 
 MARK = "ESTELLE_RUN"  # environment variable that every process of a step carries: it finds what a dead runner left
+RESTART_EXIT = 75  # EX_TEMPFAIL: a failure for every supervisor
 DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
 PIPE_BYTES = 1 << 20  # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -3320,8 +3445,12 @@ def runs_below(name: str, folder: Path) -> bool:
     """Whether a program called `name` runs with its working directory in `folder`; only Linux can tell."""
     for pid in os.listdir("/proc") if sys.platform == "linux" else ():
         with suppress(OSError, ValueError):
-            cwd = Path(os.readlink(f"/proc/{int(pid)}/cwd"))
-            if cwd.is_relative_to(folder.resolve()) and Path(f"/proc/{pid}/comm").read_text().strip() == name:
+            if Path(f"/proc/{int(pid)}/comm").read_text().strip() != name:
+                continue
+            try:
+                if Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to(folder.resolve()):
+                    return True
+            except PermissionError:  # another user's: it may well run there
                 return True
     return False
 
@@ -3523,10 +3652,17 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         if program.lower().endswith((".cmd", ".bat")):
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
     try:
-        popen = subprocess.Popen(
-            command, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
-        )  # fmt: skip
+        for words in (command, ["/bin/sh", *command]):
+            try:
+                popen = subprocess.Popen(
+                    words, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
+                )  # fmt: skip
+                break
+            except OSError as problem:  # text without `#!`: pnpm's shim, say; every shell gives it to sh
+                again = problem.errno == errno.ENOEXEC and words is command and os.name != "nt"
+                if not again or b"\0" in read_log(Path(program), 0, 80):
+                    raise
         if sys.platform == "linux" and popen.stdout:
             import fcntl
 
@@ -3560,6 +3696,12 @@ def ask_git(repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = Q
     return done.returncode, done.stdout, done.stderr
 
 
+def git_output(repo: Path, env: Mapping[str, str], *args: str) -> bytes:
+    """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to ask."""
+    code, out, _ = ask_git(repo, env, *args)
+    return out if code == 0 else b""
+
+
 def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
     """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
 
@@ -3591,6 +3733,22 @@ def detach_self(argv: Sequence[str] = ()) -> None:
                 subprocess.Popen(command, env=env, stdin=null, stdout=null, creationflags=flags)
                 os._exit(0)
         os._exit(1)
+
+
+def restart_self() -> int:
+    """Start this command anew, from its file as it is now: the same process, which its supervisor does not miss.
+
+    Windows has no such thing: there the exit code is returned after which PM2 starts it again.
+    """
+    if sys.platform != "win32":
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return RESTART_EXIT
+
+
+def is_supervised() -> bool:
+    """Whether PM2 or systemd started this very process, and will start it again."""
+    return "pm_id" in os.environ or "PM_ID" in os.environ or os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
 
 
 def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
@@ -3647,17 +3805,19 @@ class LogWriter:
         self._line_open = False
         self.size = os.fstat(self._fd).st_size
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> bool:
+        """Append; whether everything until now is in the log, or the note that says how much is not."""
         with self._lock:
             if self._dropped:
                 note = b"\n[... %d bytes not recorded]\n" % self._dropped
                 if self._append(note) < len(note):
                     self._dropped += len(data)
-                    return
+                    return False
                 self._dropped = 0
             self._dropped += len(data) - self._append(data)
             self._line_open = not data.endswith(b"\n") if data else self._line_open
         self._poke()
+        return not self._dropped
 
     def _append(self, data: bytes) -> int:
         done = 0
@@ -3690,8 +3850,31 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
 
 
 def is_half_done(state: StateFolder, job: JobRecord) -> bool:
-    """Whether this job's runner may not just be dead: it left a switch half way, which a new runner ends."""
-    return (read_json(state.switch_file) or {}).get("run") == job.run
+    """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
+    return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
+
+
+def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
+    """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by `doctor`."""
+    try:
+        inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
+        wrong = UsageError(f"{repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+    except UpdaterError as problem:
+        inside, wrong = False, problem  # type: ignore[assignment]
+    if not inside:
+        yield Finding("checkout", False, wrong.what, wrong.hint, certain=True)
+        return
+    yield Finding("checkout", True, str(repo))
+    url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
+    add = f"git -C {repo} remote add {rule.remote} URL"
+    yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
+    try:
+        yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
+    except UpdaterError as problem:  # the pull may bring it, or another command
+        yield Finding("command", False, problem.what, problem.hint)
+    for place in (repo, state):
+        with suppress(OSError):
+            yield judge_disk(str(place), shutil.disk_usage(place).free)
 
 
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
@@ -3732,7 +3915,6 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
-        self.outcome: str | None = None  # stands for the version where nothing was deployed
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -3747,7 +3929,7 @@ class Runner:
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
             with suppress(OSError):
                 write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
-            if not self.save(durable=True, state=State.RUNNING, started=time.time()):
+            if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
             return 0
@@ -3758,8 +3940,7 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED)
+            self.finish(State.SUCCEEDED, version=WORK[self.job.kind](self))
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -3781,8 +3962,11 @@ class Runner:
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        if self.git("rev-parse", "--is-inside-work-tree").strip() != b"true":
-            raise UsageError(f"{self.repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        for found in probe_ground(self.repo, self.state.root, rule, self.env):
+            if not found.ok and found.certain:
+                raise UsageError(found.text, found.fix)
+            if not found.ok:
+                self.log.line(f"warning: {found.text}; {found.fix}")
         self.remove_git_locks()
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
@@ -3853,7 +4037,7 @@ class Runner:
             self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        named = self.rule.secrets
+        named = (*self.rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
         secrets = secret_values(extra, {name: self.env.get(name, "") for name in named}, named=named)
         with suppress(ConfigError):
             token = load_token(config, tree)
@@ -3872,8 +4056,7 @@ class Runner:
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        code, out, _ = ask_git(self.repo, self.env, *args)
-        return out if code == 0 else b""
+        return git_output(self.repo, self.env, *args)
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
@@ -3970,17 +4153,17 @@ class Runner:
 
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
-        commit, version = None, self.outcome
+        commit, version = None, fields.get("version")
         with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
-            version = self.outcome or self.read_version() if state is State.SUCCEEDED else None
+            version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
-        self.log.sync()
-        fields |= {"open_step": None}
-        fields |= {"state": state, "size": self.log.size, "ended": time.time(), "commit": commit, "version": version}
+        fields |= {"open_step": None, "state": state, "ended": time.time(), "commit": commit, "version": version}
         for _ in range(RESULT_TRIES):
-            if self.save(durable=True, **fields):
+            whole = self.log.write(b"")  # else how much is missing is still to be said
+            self.log.sync()
+            if whole and self.save(durable=True, size=self.log.size, **fields):
                 return
             time.sleep(1)  # the disk is full: the result is worth waiting for room
 
@@ -3995,8 +4178,8 @@ class Runner:
         return True
 
 
-# What a runner does for each kind of order; the sections below add theirs.
-WORK: dict[Kind, Callable[[Runner], None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
+# What a runner does for each kind of order, and the version to show if not the project's; sections below add theirs.
+WORK: dict[Kind, Callable[[Runner], str | None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
 
 
 # ==============================================================================
@@ -4719,8 +4902,9 @@ class Switch:
         sync_folder(self.runner.state.root)
 
 
-def switch_traffic(runner: Runner) -> None:
-    """The whole job of a switch; what an earlier one left half done is ended first. Raises UpdaterError."""
+def switch_traffic(runner: Runner) -> str | None:
+    """The whole job of a switch; what an earlier one left half done is ended first. Returns the colour that takes the
+    traffic now. Raises UpdaterError."""
     runner.begin("gate")
     entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
     if entry:
@@ -4729,8 +4913,7 @@ def switch_traffic(runner: Runner) -> None:
         if entry.run == runner.run and not moved:
             raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
         if entry.run == runner.run:
-            runner.outcome = entry.color
-            return
+            return entry.color
         os.close(half.lock)
     config, problem = load_config_or_last(runner.config_path, runner.state)
     if problem:
@@ -4743,7 +4926,7 @@ def switch_traffic(runner: Runner) -> None:
     except OSError as unreadable:
         raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
     switch.run()
-    runner.outcome = switch.entry.color
+    return switch.entry.color
 
 
 WORK[Kind.SWITCH] = switch_traffic
@@ -4754,10 +4937,11 @@ WORK[Kind.SWITCH] = switch_traffic
 # ==============================================================================
 
 
+REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
+    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": ACCEPTED, "server_header": None,
 }  # fmt: skip
 CLIENT_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
@@ -4991,7 +5175,7 @@ class Link:
         if inbound and not inbound.closed:
             inbound.closed = True
             with suppress(OSError):
-                line = f"\n[estelle-updater: {message.reason}; what it has more is there]\n".encode()
+                line = f"\n[estelle-updater: log incomplete: {message.reason}]\n".encode()
                 append_log(inbound.path, log_size(inbound.path), line)
             inbound.on_size(log_size(inbound.path))
 
@@ -5045,6 +5229,7 @@ class OwnJob:
     looked: float = 0.0  # when its lock was last probed
     launched: float = float("-inf")  # when a runner was last started for it
     launches: int = 0
+    burying: bool = False  # what its dead runner left is being killed
 
 
 class Agent:
@@ -5124,20 +5309,31 @@ class Agent:
             job.stamp = stamp
             if record.revision > job.record.revision:
                 log.job(job.record, record)
-                job.record = record
+                job.record = self.mend_log(record)
                 if self.link:
-                    self.link.post(record)
+                    self.link.post(job.record)
         size = log_size(self.state.log_file(run, host))
         if size > job.size:
             job.size = size
             if self.link:
                 self.link.grew(run, host, size)
 
+    def mend_log(self, record: JobRecord) -> JobRecord:
+        """A log shorter than its result says (power loss, somebody's hand) says so, and the result gets its size: else
+        whoever wants all of it waits for ever."""
+        path = self.state.log_file(record.run, record.host)
+        if record.state not in FINAL or (size := log_size(path)) >= record.size:
+            return record
+        line = f"\n[estelle-updater: log incomplete: {record.size - size} bytes are lost]\n".encode()
+        with suppress(OSError):
+            size, _ = append_log(path, size, line)
+        return replace(record, revision=record.revision + 1, size=size)
+
     def check_runner(self, job: OwnJob) -> None:
         """A free lock says that no runner lives: an accepted job is started again, a running one is lost."""
         run, host = job.record.run, job.record.host
         before = self.state.load_job(run, host)
-        if FileLock.held_elsewhere(self.state.job_lock):
+        if job.burying or FileLock.held_elsewhere(self.state.job_lock):
             return
         record = self.state.load_job(run, host) or job.record
         if is_half_done(self.state, record):
@@ -5154,7 +5350,15 @@ class Agent:
             self.start_runner(record)
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
-            self.own(bury_runner(self.state, record))
+            job.burying = True
+            self.spawn(self.bury(job, record))
+
+    async def bury(self, job: OwnJob, record: JobRecord) -> None:
+        """End a job whose runner died, in a thread: what it left may take seconds to kill, and links can't wait."""
+        try:
+            self.own(await asyncio.to_thread(bury_runner, self.state, record))
+        finally:
+            job.burying = False
 
     def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
@@ -5163,7 +5367,8 @@ class Agent:
         except OSError as problem:
             log.error("can't write to %s: %s", self.state.root, problem.strerror)
             why = f"can't write to {self.state.root}: {problem.strerror}"
-            record = replace(record, state=State.FAILED, step=record.step or "start", error=why)
+            state = record.state if record.state in FINAL else State.FAILED
+            record = replace(record, state=state, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
         log.job(job.record if job.record is not record else None, record)
         job.record = record
@@ -5210,7 +5415,8 @@ class Agent:
             self.own(replace(record, revision=1, state=State.FAILED, step="check", error=f"no branch name: {problem}"))
             return
         self.adopt_run(record)
-        if record.state is State.RUNNING:  # the master knows it as running, and nothing is left of it here
+        if record.state is State.RUNNING or log_size(self.state.log_file(record.run, record.host)):
+            # it ran, as the master knows or its log shows, and its state is gone: running it again would be worse
             self.own(replace(record, revision=record.revision + 1, state=State.LOST, error="the host forgot this job"))
             return
         record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
@@ -5229,7 +5435,7 @@ class Agent:
         for (run, host), job in self.jobs.items():
             if run == message.run and job.record.state not in FINAL:
                 with suppress(OSError):
-                    write_atomic(self.state.cancel_file(run, host), message.by.encode(errors="replace"))
+                    self.state.cancel_file(run, host).touch()  # without content: that works on a full disk too
 
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
@@ -5293,6 +5499,7 @@ class Agent:
         """Tell the master of a job and offer its log."""
         assert self.link
         self.jobs.setdefault((job.record.run, job.record.host), job)
+        job.record = self.mend_log(job.record)
         self.link.post(job.record)
         self.link.open_log(job.record.run, job.record.host, self.state.log_file(job.record.run, job.record.host))
 
@@ -5366,10 +5573,11 @@ class Outlook:
     def find_target(self, branch: str) -> tuple[str, str | None]:
         """The commit that `branch` means on the remote, and where the local branch stands. Raises TargetError."""
         names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
-        if (listed := self.git("ls-remote", self.remote, *names)) is None:
+        # a star and not the third name: the ^ would get lost in a git.cmd
+        if (listed := self.git("ls-remote", self.remote, names[0], f"{names[1]}*")) is None:
             raise UpdaterError(self.why())
         refs = {name: commit for commit, _, name in (line.partition("\t") for line in listed.splitlines())}
-        local = (self.git("rev-parse", "--verify", "--quiet", f"{names[0]}^{{commit}}") or "").strip() or None
+        local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
         if local or names[0] in refs or not is_commit_id(branch):
             found = names[:1] if local or names[0] in refs else names[1:]
             name, target = next(((name, refs[name]) for name in reversed(found) if name in refs), ("", ""))
@@ -5377,7 +5585,7 @@ class Outlook:
                 raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
         else:
             name = target = branch
-        if self.git("cat-file", "-e", f"{target}^{{commit}}") is None:
+        if self.git("cat-file", "-e", target) is None:
             quiet = ("--quiet", "--no-write-fetch-head", "--no-tags", "--no-auto-maintenance", "--refmap=")
             if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
                 raise TargetError(self.why())
@@ -5385,7 +5593,7 @@ class Outlook:
 
     def look(self, branch: str) -> dict[str, Any]:
         """From what is checked out now to what `branch` means on the remote, and what stands in the way."""
-        head = (self.git("rev-parse", "--verify", "HEAD^{commit}") or "").strip()
+        head = (self.git("rev-parse", "--verify", "HEAD") or "").strip()
         if not head:
             raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
         found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
@@ -5435,8 +5643,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(address)
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
-    path = agent.config.path
-    if (name := os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")) in found.get("changed", ()):
+    path, name = agent.config.path, ""
+    with suppress(ValueError):  # another drive of Windows
+        name = os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")
+    if name in found.get("changed", ()):
         try:  # what runs comes from the configuration that arrives
             text = outlook.git("show", f"{found['target']}:{name}")
             if text is None:
@@ -5486,24 +5696,26 @@ class Dialer:
     ) -> None:
         self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
-        self.trouble = ""
+        self.said: set[str] = set()  # what went wrong since the last welcome
+        self.trouble = ""  # the last of it
         self.welcome: Welcome | None = None
-        self.link: Link | None = None
-        self.url = ""
+        self.url = ""  # of the master that is connected
 
     async def dial_forever(self) -> None:
         attempt = 0
         while True:
-            url = self.agent.config.config.master_url
             refused = False
-            try:
-                await self.dial(url)
-            except RefusedError as problem:
-                refused = True
-                self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
-            except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
-                what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
-                self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
+            for url in self.urls():
+                try:
+                    await self.dial(url)
+                except RefusedError as problem:
+                    refused = True
+                    self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
+                except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
+                    what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
+                    self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
+                if self.welcome:
+                    break
             if self.welcome:
                 attempt, self.welcome = 0, None
             else:
@@ -5514,15 +5726,15 @@ class Dialer:
                 async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
                     await self.config_changed.wait()
 
-    def on_config(self) -> None:
-        """New settings: try again at once, and leave a master that is no longer the one."""
-        self.config_changed.set()
-        if self.link and self.url != str(self.agent.config.config.master_url):
-            self.link.wire.abort()
+    def urls(self) -> list[MasterUrl]:
+        """The master that the configuration names, then the one that welcomed this host last."""
+        last = self.agent.state.last_master_url()
+        return list(dict.fromkeys([self.agent.config.config.master_url, *([last] if last else [])]))
 
     def say(self, text: str) -> None:
-        if text != self.trouble:
-            self.trouble = text
+        self.trouble = text
+        if text not in self.said:
+            self.said.add(text)
             log.warning("%s", text)
 
     async def dial(self, url: MasterUrl) -> None:
@@ -5542,10 +5754,11 @@ class Dialer:
         async with connection:
             link = Link(SocketWire(connection), squeeze=True)
             self.welcome = await greet(link.wire, self.agent.hello(), token)
-            self.trouble = ""
+            self.said.clear()
+            self.agent.state.save_master_url(url)
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
-            self.link, self.url = link, str(url)
+            self.url = str(url)
             try:
                 await self.agent.serve_link(link)
             except* (EOFError, OSError):
@@ -5553,7 +5766,7 @@ class Dialer:
             except* ProtocolError as group:
                 log.error("the master sent what is no part of the protocol: %s", next(iter_leaves(group)))
             finally:
-                self.link = None
+                self.url = ""
             self.say("the connection to the master ended; trying again until it answers")
 
 
@@ -5562,7 +5775,7 @@ def refusal(status: int, body: bytes) -> UpdaterError:
     text = body.decode(errors="replace").strip()
     if status == 403:
         what, _, hint = text.partition("\n")
-        return RefusedError(f"the master refused us: {what}", hint)
+        return RefusedError(f"{REFUSED_US}: {what}", hint)
     return UnreachableError(f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?")
 
 
@@ -5598,6 +5811,13 @@ class Run:
     def active(self) -> bool:
         return any(job.state not in FINAL for job in self.jobs.values())
 
+    def tell(self, machine: str, text: str) -> None:
+        """Whoever watches a host's running job hears of its connection."""
+        for job in self.jobs.values():
+            if job.machine == machine and job.state is State.RUNNING:
+                for follower in self.followers:
+                    follower.post(Notice(f"{job.host}: {text}"))
+
 
 class AgentLink:
     """A connected agent, and the questions it has not answered yet."""
@@ -5620,11 +5840,60 @@ class AgentLink:
         finally:
             del self.questions[number]
 
+    async def answers_ping(self) -> bool:
+        """Is the connection alive at its other end, or a leftover of a host that went without a word?"""
+        if not isinstance(self.link.wire, SocketWire):
+            return True
+        with suppress(Exception):
+            async with asyncio.timeout(PING_S):
+                await (await self.link.wire.socket.ping())
+                return True
+        return False
+
 
 QUESTION_NUMBERS = itertools.count(1)
 
 
 _whitelist = functools.lru_cache(maxsize=8)(Whitelist)  # parsed once, not by every stranger who knocks
+
+
+class Handout:
+    """The program that this master runs, which it hands out to new hosts and to `upgrade`; none in a checkout."""
+
+    def __init__(self) -> None:
+        self.program, self.sha256 = b"", ""
+        self.downloads: set[Any] = set()
+
+    def load(self, sha256: str) -> None:
+        """Read the file, unless it is no longer the one that runs here and has this checksum."""
+        if (file := program_file()) and sha256_of(file) == sha256:
+            self.program, self.sha256 = file.read_bytes(), sha256
+
+    def respond(self, connection: Any, *, whole: bool) -> Any:
+        """The program as an HTTP answer, or only its checksum."""
+        if not self.program:
+            return connection.respond(404, "this master does not run from a .pyz, and has none to hand out\n")
+        if not whole:
+            return connection.respond(200, f"{self.sha256}  {PROGRAM_NAME}\n")
+        self.downloads = {other for other in self.downloads if other.state.name != "CLOSED"}
+        if len(self.downloads) >= DOWNLOADS:
+            return connection.respond(503, "others are downloading; try again in a few seconds\n")
+        self.downloads.add(connection)
+        connection.allow(DOWNLOAD_S)
+        answer = connection.respond(200, "")
+        for name, value in {"Content-Type": "application/octet-stream", "Content-Length": len(self.program)}.items():
+            del answer.headers[name]
+            answer.headers[name] = str(value)
+        answer.body = self.program
+        return answer
+
+    def offer(self, config: ConfigFile) -> dict[str, Any]:
+        """What an upgrade's hosts are to install, if the committed configuration accepts it. Raises UpdaterError."""
+        if not self.program:
+            raise UsageError("the master does not run from a .pyz, and has none to hand out", "serve from a built one")
+        if (config.config.updater.sha256 or "").lower() != self.sha256:
+            raise ConfigError(f"{config.path} does not accept the master's program", accept_hint(self.sha256))
+        return {"sha256": self.sha256, "version": __version__}
 
 
 class Door:
@@ -5633,6 +5902,7 @@ class Door:
     def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
         self.config, self.own_address, self.nonce = config, own_address, nonce
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
+        self.handout = Handout()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
         self.handshakes: Counter[str] = Counter()  # begun and not judged
         self.token_file = config.config.token_file
@@ -5660,11 +5930,17 @@ class Door:
 
             async def handshake(self, *args: Any, **options: Any) -> None:
                 try:
-                    await super().handshake(*args, **options)
+                    async with asyncio.timeout(WELCOME_S) as self.patience:
+                        await super().handshake(*args, **options)
                 finally:
                     door.handshakes[self.among] -= 1
                     if self.request is None and not self.one_too_many:
                         door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
+
+            def allow(self, seconds: float) -> None:
+                """More time, for a download."""
+                self.close_timeout = seconds
+                self.patience.reschedule(self.loop.time() + seconds)
 
         return Guarded
 
@@ -5684,7 +5960,11 @@ class Door:
             return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
         if list(self.sockets.values()).count(address) >= CONNECTIONS:
             return self.refuse(connection, address, f"more than {CONNECTIONS} connections", "close some")
-        if request.path.partition("?")[0] != config.master_url.path:
+        path = request.path.partition("?")[0]
+        program = f"{config.master_url.path.rstrip('/')}/{PROGRAM_NAME}"
+        if path in (program, f"{program}.sha256"):
+            return self.handout.respond(connection, whole=path == program)
+        if path != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         connection.estelle_address = address
         return None
@@ -5729,8 +6009,12 @@ class Door:
             return ""
         challenge = os.urandom(16).hex()
         await link.wire.send(encode_message(Challenge(challenge)))
-        async with asyncio.timeout(WELCOME_S):
-            frame = await link.wire.recv()
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                frame = await link.wire.recv()
+        except (EOFError, TimeoutError):
+            self.log_refusal(address, "it did not prove that it knows the token")
+            raise
         answer = decode_message(frame) if isinstance(frame, str) else None
         if not (
             isinstance(answer, Proof) and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
@@ -5912,6 +6196,7 @@ class Master:
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
+        self.tell: Callable[[Run, JobRecord], None] = lambda run, job: None  # people want to know how a job ended
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.started = time.time()
@@ -5939,8 +6224,7 @@ class Master:
             hello = decode_message(frame) if isinstance(frame, str) and len(frame) <= HELLO_BYTES else None
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
-            if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
-                raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
+            common_protocol(hello.protocol)
             if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
             proof = await self.door.check_token(link, hello, address)
@@ -5968,7 +6252,7 @@ class Master:
         if hello.machine == self.machine and isinstance(link.wire, SocketWire):
             raise ProtocolError("this is the master's own machine id: a cloned state folder; delete machine-id in it")
         while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
-            if await self.answers_ping(old):
+            if await old.answers_ping():
                 what = f"this machine id is in use by {old.address}: a cloned state folder"
                 log.warning("refused %s: %s", address, what)
                 hint = "delete machine-id in its state folder and restart it"
@@ -5984,9 +6268,12 @@ class Master:
         self.registry.down_since.pop(hello.machine, None)
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
-        link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES), proof))
+        protocol = common_protocol(hello.protocol)
+        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof, time.time()))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
+            for run in self.runs.values():
+                run.tell(hello.machine, "connected again")
         self.resend(agent)
         try:
             async with asyncio.TaskGroup() as group:
@@ -6002,18 +6289,10 @@ class Master:
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
                 self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
+                self.registry.save()
                 log.warning("agent %s is offline", label)
-
-    @staticmethod
-    async def answers_ping(agent: AgentLink) -> bool:
-        """Is the connection alive at its other end, or a leftover of a host that went without a word?"""
-        if not isinstance(agent.link.wire, SocketWire):
-            return True
-        with suppress(Exception):
-            async with asyncio.timeout(PING_S):
-                await (await agent.link.wire.socket.ping())
-                return True
-        return False
+                for run in self.runs.values():
+                    run.tell(hello.machine, "no connection; what runs there goes on")
 
     def resend(self, agent: AgentLink) -> None:
         """To a host that is back: the orders that it has not acknowledged, and the cancels that it missed."""
@@ -6110,7 +6389,8 @@ class Master:
                 old, hosts=[*old.hosts, job.host], machines={**old.machines, **record.machines},
                 addresses={**old.addresses, **record.addresses},
             )  # fmt: skip
-        self.state.save_run(record)
+        with suppress(OSError):  # `record` tries again
+            self.state.save_run(record)
         run = run or Run(record, {})
         run.record = record
         run.jobs[job.host] = replace(job_of_run(record, job.host), ordered=True)
@@ -6131,7 +6411,7 @@ class Master:
             self.settle(run, message.host)
 
         path = self.state.log_file(message.run, message.host)
-        agent.link.accept_log(message, Inbound(path, grew))
+        agent.link.accept_log(message, Inbound(path, grew, closed=message.host in run.torn))
 
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it."""
@@ -6140,7 +6420,10 @@ class Master:
         size = log_size(path)
         if job is None or (size < job.size and host not in run.torn):
             return
-        if accepts_job(run.jobs[host], job):
+        accepted = accepts_job(run.jobs[host], job)
+        if accepted or run.jobs[host].state is job.state:  # known already: perhaps it was never told
+            self.tell(run, job)
+        if accepted:
             sync_file(path)
             if not self.record(run, replace(job, size=size), durable=True):
                 return  # the host keeps it until there is room
@@ -6158,6 +6441,8 @@ class Master:
         """
         if job.machine != self.machine or job.revision == 0:
             try:
+                if durable and self.state.load_run(job.run) is None:
+                    self.state.save_run(run.record)  # it was adopted while the disk was full
                 self.state.save_job(job, durable=durable)
             except OSError as problem:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
@@ -6181,6 +6466,7 @@ class Master:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
         size = log_size(self.state.log_file(job.run, job.host))
         job = replace(job, behind=None, state=state, error=error, provisional=guess, size=size, ended=time.time())
+        self.tell(run, job)
         self.record(run, job, durable=True)
 
     def drop_idle(self, run: Run) -> None:
@@ -6200,7 +6486,8 @@ class Master:
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        hosts = select_targets(message.target, self.registry.hosts(message.kind is Kind.SWITCH), active)
+        deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
+        hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -6225,6 +6512,13 @@ class Master:
         self.replace_queued(run)
         asyncio.get_running_loop().call_soon(self.schedule)
         return record
+
+    def require_free(self, hosts: Sequence[HostRef]) -> None:
+        """Raises GuardError where a job runs or waits on one of `hosts`."""
+        machines = {host.machine for host in hosts}
+        for job in (job for run in self.runs.values() for job in run.jobs.values()):
+            if job.machine in machines and job.state not in FINAL:
+                raise GuardError(f"{job.host} has a {job.state} job: {job.run}", f"wait for it, or cancel {job.run}")
 
     def replace_queued(self, new: Run) -> None:
         """A newer request for the same branch takes the place of one that still waits."""
@@ -6304,7 +6598,10 @@ class Master:
         if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
             run.record = replace(run.record, cancelled=True)
-            self.state.save_run(run.record)
+            try:
+                self.state.save_run(run.record)
+            except OSError as problem:  # to stop something may be how to make room
+                log.error("can't write to %s: %s", self.state.root, problem.strerror)
             log.info("%s cancels run %s", by, name)
         for job in list(run.jobs.values()):
             if job.state in FINAL:
@@ -6324,8 +6621,8 @@ class Plan:
     """What a plan was asked and what it found, to tell later whether that still holds."""
 
     made: float
-    request: tuple[Any, ...]
-    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then
+    request: dict[str, str]
+    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then, traffic
 
 
 class Desk:
@@ -6338,7 +6635,8 @@ class Desk:
     async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
-        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES), proof))
+        protocol = common_protocol(hello.protocol)
+        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof, time.time()))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -6535,46 +6833,65 @@ class Desk:
 
 
 class Planner:
-    """Answers `plan`: what `trigger` or `rollback` would do on each host, asked of all hosts at once."""
+    """Answers `plan`: what an order would do on each host, asked of all hosts at once."""
 
-    def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
-        self.master = master
-        self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
-        self.action = str(args.get("action") or "update")
+    def __init__(self, desk: Desk, args: Mapping[str, Any]) -> None:
+        self.desk, self.master = desk, desk.master
+        words = ("action", "target", "branch", "to", "color")
+        self.request = {"action": "update", "target": "all"} | {key: str(args[key]) for key in words if args.get(key)}
+        self.branch, self.to = self.request.get("branch", ""), self.request.get("to", "")
+        self.action, self.target = self.request["action"], self.request["target"]
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
 
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
+        rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
+        now_and_then = ("machine", "current", "target", "traffic")
+        truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
+        return {
+            "plan": self.remember(truth), "branch": "", **self.request, "fresh_s": PLAN_FRESH_S,
+            "ok": not any(row["refused"] for row in rows), "hosts": rows,
+        }  # fmt: skip
+
+    async def look_at_traffic(self) -> list[dict[str, Any]]:
+        """The colours as they stand, and what a switch would be refused for."""
+        color, refused = self.request.get("color"), []
+        try:
+            await gate_switch(self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color}))
+        except GuardError as problem:
+            refused = [problem.what]
+        keys = ("host", "online", "color", "traffic", "version")
+        rows = [row for row in (await self.desk.status({}))["hosts"] if row["color"]]
+        return [{key: row[key] for key in keys} | {"current": row["commit"], "refused": refused} for row in rows]
+
+    async def look_at_hosts(self) -> list[dict[str, Any]]:
+        """What a deployment or a rollback would find on the hosts of the target."""
         registry = self.master.registry
         hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
         if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
         past = await asyncio.to_thread(self.master.state.successes)
-        rows = await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
+        rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
-        truth = {row["host"]: (row.pop("machine"), row["current"], row["target"]) for row in rows}
-        return {
-            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "action": self.action,
-            "fresh_s": PLAN_FRESH_S, "ok": not any(row["refused"] for row in rows), "hosts": rows,
-        }  # fmt: skip
+        return rows
 
     def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
         """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
-        plans, request, now = self.master.plans, (self.action, self.target, self.branch, self.to), time.monotonic()
+        plans, now = self.master.plans, time.monotonic()
         for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
             del plans[name]
         if not self.known:
             while len(plans) >= PLANS_KEPT:
                 del plans[next(iter(plans))]
             name = os.urandom(8).hex()
-            plans[name] = Plan(now, request, truth)
+            plans[name] = Plan(now, self.request, truth)
             return name
         plan, hint = plans.get(self.known), "make a new plan, and look at it"
         if plan is None:
             raise GuardError(f"there is no fresh plan {self.known[:40]!r}", hint)
-        if plan.request != request:
-            raise GuardError(f"plan {self.known} is for something else: {' '.join(map(str, plan.request))}", hint)
+        if plan.request != self.request:
+            raise GuardError(f"plan {self.known} is for something else: {' '.join(plan.request.values())}", hint)
         if changed := [host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)]:
             raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
         return self.known
@@ -6625,8 +6942,8 @@ class Planner:
 
 
 async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
-    """What a deployment or a rollback would do."""
-    return await Planner(desk.master, args).plan()
+    """What an order would do."""
+    return await Planner(desk, args).plan()
 
 
 # What a commander may ask; the sections below add theirs.
@@ -6635,13 +6952,6 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "health": Desk.health, "traffic": Desk.traffic,
     "log": Desk.log, "find": Desk.find,
 }  # fmt: skip
-
-
-def refuse_busy(master: Master, machines: Container[str]) -> None:
-    """Raise GuardError where a job runs or waits on one of these hosts."""
-    for job in (job for run in master.runs.values() for job in run.jobs.values()):
-        if job.machine in machines and job.state not in FINAL:
-            raise GuardError(f"run {job.run} ({job.kind}) is {job.state} on {job.host}", "wait for it, or cancel it")
 
 
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
@@ -6663,7 +6973,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
     await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
     if not options.get("dry_run"):
-        refuse_busy(master, {data.machine, *(host.machine for host in hosts if host.color)})
+        master.require_free([data, *(host for host in hosts if host.color)])
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
@@ -6680,8 +6990,325 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
             raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
 
 
+async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
+    """The order with the program that the hosts are to install. Raises UpdaterError."""
+    master = desk.master
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    return replace(order, options=master.door.handout.offer(master.config))
+
+
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
+}  # fmt: skip
+
+
+# ==============================================================================
+# 17. Notify: webhooks, sent from a spool on disk
+# ==============================================================================
+
+
+def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any]:
+    """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are masked."""
+    # with nothing after its gate and its check, it was a dry run, or the colour was active already
+    switched = job.kind is Kind.SWITCH and job.state is State.SUCCEEDED and len(job.marks) > 2
+    seconds = seconds_of(job)
+    facts = (
+        f"{job.kind} {job.branch} on {run.target}", f"by {run.by}" if run.by else "",
+        f"{seconds:.1f} s" if seconds is not None else "", f"commit {job.commit[:12]}" if job.commit else "",
+        job.version if job.version and job.state is not State.SUCCEEDED else "", f"run {job.run}",
+    )  # fmt: skip
+    deployed = job.kind in (Kind.DEPLOY, Kind.ROLLBACK) and job.started is not None
+    lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
+    return {
+        "event": "switched" if switched else str(job.state),
+        "title": f"[{job.host}] {f'switched to {job.branch} ' if switched else ''}{result_text(job)}",
+        "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
+        "target": run.target, "branch": job.branch, "by": run.by,
+        "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
+        "log": [line[:NEWS_LINE_CHARS] for line in lines if line.strip()][-NEWS_LINES:],
+    }  # fmt: skip
+
+
+def news_text(form: str, news: Mapping[str, Any]) -> str:
+    """The message as a person reads it: as much of the log's end as the service takes."""
+    head = "\n".join(filter(None, (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))))
+    lines = list(news.get("log") or ())
+    while True:
+        text, end = head, "\n".join(lines)
+        if lines and form in ("slack", "discord"):
+            end = end.replace("```", "` ` `")
+            text = f"{head}\n```\n{end}\n```"
+        elif lines:
+            text = f"{head}\n\n{end}"
+        if form == "slack":
+            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # else <!channel> calls all
+        data = text.encode("utf-8", "replace")
+        if not lines or len(data) <= NEWS_BYTES[form]:
+            return data[: NEWS_BYTES[form]].decode("utf-8", "ignore")
+        del lines[0]
+
+
+def render_news(form: str, news: Mapping[str, Any], chat: str | None = None) -> tuple[dict[str, str], bytes]:
+    """Headers and body of the request that tells `news` in a service's own form."""
+    text = news_text(form, news)
+    headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
+    data: dict[str, Any]
+    match form:
+        case "slack":
+            data = {"text": text}
+        case "discord":
+            data = {"content": text, "allowed_mentions": {"parse": []}}
+        case "telegram":
+            data = {"chat_id": chat, "text": text, "disable_web_page_preview": True}
+        case "ntfy":
+            title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
+            headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
+            good = news["event"] in (State.SUCCEEDED, "switched")
+            return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
+        case _:
+            data = {**news, "text": text}
+    return headers, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def retry_after_s(text: str, now: float) -> float:
+    """What a receiver's Retry-After asks for: seconds, or a date; 0 where it asks for nothing that can be read."""
+    from email.utils import parsedate_to_datetime
+
+    with suppress(ValueError):
+        return max(0.0, min(float(text), RETRY_AFTER_S))
+    with suppress(ValueError, TypeError):
+        return max(0.0, min(parsedate_to_datetime(text).timestamp() - now, RETRY_AFTER_S))
+    return 0.0
+
+
+def receiver_id(rule: NotifyRule) -> str:
+    """Which messages wait for this receiver, whatever else changes in the configuration."""
+    identity = [rule.format, rule.url, rule.url_env, rule.url_file, rule.chat]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+
+
+def hook_url(rule: NotifyRule, tree: Path) -> str:
+    """Where to post. Raises UpdaterError, which never shows the URL: it is a secret."""
+    if rule.url_file:
+        path = tree / Path(rule.url_file).expanduser()
+        try:
+            url = path.read_text("utf-8-sig").strip()
+        except (OSError, ValueError) as problem:
+            raise UpdaterError(f"can't read urlFile {path}: {getattr(problem, 'strerror', 'it is no text')}") from None
+    else:
+        url = rule.url or os.environ.get(rule.url_env or "", "").strip()
+    try:
+        _url(url)
+    except _Wrong:
+        raise UpdaterError(f"{rule.url_file or rule.url_env} holds no http:// or https:// URL") from None
+    return url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage" if rule.format == "telegram" else url
+
+
+def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[str, float]:
+    """Send one message: what went wrong ("" if nothing did), without a word of the URL, and how long to wait at least.
+
+    A redirect is no delivery: it is not followed.
+    """
+    try:
+        headers, body = render_news(rule.format, news, rule.chat)
+        request = urllib_request.Request(hook_url(rule, tree), body, headers, method="POST")
+        opener = urllib_request.OpenerDirector()
+        for part in (urllib_request.ProxyHandler, urllib_request.HTTPHandler, urllib_request.HTTPSHandler):
+            opener.add_handler(part())
+        with opener.open(request, timeout=POST_S) as answer:
+            if 200 <= answer.status < 300:
+                return "", 0.0
+            return f"HTTP {answer.status}", retry_after_s(answer.headers.get("Retry-After", ""), time.time())
+    except UpdaterError as problem:
+        return problem.what, 0.0
+    except Exception as problem:  # its text may hold the URL
+        reason = getattr(problem, "reason", problem)
+        return str(getattr(reason, "strerror", None) or type(reason).__name__), 0.0
+
+
+@dataclass
+class Receiver:
+    """How it goes with one webhook, as long as this process lives."""
+
+    failures: int = 0
+    due: float = 0.0  # when to try again
+    sending: bool = False
+    tries: Counter[str] = field(default_factory=Counter)  # of each message: one that it never takes goes last
+
+
+class Notifier:
+    """Tells people what happened. One file per message and receiver, sent by a thread of its own that nobody waits for:
+    a receiver that is slow or gone delays nothing, and a message outlives the master.
+
+    A file ends as `.sent` and stays for a while, so that no event is told twice.
+    """
+
+    def __init__(self, master: Master) -> None:
+        self.master, self.folder = master, master.state.root / "notify"
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.traffic_file = self.folder / "traffic"
+        self.receivers: dict[str, Receiver] = {}
+        self.wake = asyncio.Event()
+        self.switched = False  # since the last look at the traffic
+        master.tell = self.tell_of_job
+
+    @property
+    def rules(self) -> tuple[NotifyRule, ...]:
+        return self.master.config.config.notify
+
+    @property
+    def tree(self) -> Path:
+        return work_tree(self.master.config.path)
+
+    def tell_of_job(self, run: Run, job: JobRecord) -> None:
+        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch its result."""
+        try:
+            self.switched |= job.kind is Kind.SWITCH
+            if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
+                path = self.master.state.log_file(job.run, job.host)
+                size = log_size(path)
+                end = read_log(path, max(0, size - CHUNK_BYTES), CHUNK_BYTES)
+                news = news_of_job(run.record, job, end)
+                self.tell(f"{job.run}-{job.host}-{job.state}", news)
+        except Exception as problem:
+            log.error("can't tell of run %s: %s", job.run, problem)
+
+    def tell(self, name: str, news: Mapping[str, Any], *rules: NotifyRule) -> None:
+        """Spool a message for those who want it, or for `rules`; each gets one of a name, and only one."""
+        for rule in rules or [rule for rule in self.rules if rule.wants(news["event"])]:
+            path = self.folder / f"{file_label(name)}.{receiver_id(rule)}.json"
+            if not path.exists() and not path.with_suffix(".sent").exists():
+                data = {"time": round(time.time(), 3), "master": self.master.own_address, **news}
+                write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+                self.wake.set()
+
+    async def send_forever(self) -> None:
+        """Send what is due, to each receiver one message after the other."""
+        while True:
+            self.wake.clear()
+            waiting = True
+            try:
+                waiting = self.send_due()
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't send messages: %s", problem)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S if waiting else None):
+                    await self.wake.wait()
+
+    def send_due(self) -> bool:
+        """Start what is due and forget what is no news any more; True while anything waits."""
+        rules = {receiver_id(rule): rule for rule in self.rules}
+        waiting: dict[str, list[tuple[float, Path]]] = {}
+        for path in self.folder.glob("*.json"):
+            waiting.setdefault(path.name.split(".")[-2], []).append((path.stat().st_mtime, path))
+        for key, found in waiting.items():
+            receiver = self.receivers.setdefault(key, Receiver())
+            found.sort()
+            old = [item for i, item in enumerate(found) if i < len(found) - NEWS_KEPT or time.time() - item[0] > NEWS_S]
+            if receiver.sending:
+                continue
+            for _, path in old:
+                log.warning("not delivered, and no news any more: %s", path.name)
+                path.unlink(missing_ok=True)
+            left = [path for when, path in found if (when, path) not in old]
+            if left and key in rules and time.monotonic() >= receiver.due:
+                self.send(receiver, rules[key], min(left, key=lambda path: receiver.tries[path.name]))
+        return bool(waiting)
+
+    def send(self, receiver: Receiver, rule: NotifyRule, path: Path) -> None:
+        """Post one message. In a thread that ends with the process: neither a hanging receiver nor its name's lookup
+        may hold up the daemon's stop, or take one of the few threads that answer questions."""
+        loop, tree = asyncio.get_running_loop(), self.tree
+
+        def work() -> None:
+            problem, pause_s = post_news(rule, tree, news) if (news := read_json(path)) else ("", 0.0)
+            with suppress(RuntimeError):  # the daemon has stopped meanwhile
+                loop.call_soon_threadsafe(self.on_sent, receiver, rule, path, problem, pause_s)
+
+        threading.Thread(target=work, daemon=True).start()
+        receiver.sending = True
+
+    def on_sent(self, receiver: Receiver, rule: NotifyRule, path: Path, problem: str, pause_s: float) -> None:
+        receiver.sending = False
+        try:
+            if not problem:
+                os.replace(path, path.with_suffix(".sent"))
+                del receiver.tries[path.name]
+        except OSError as refused:  # it would be sent for ever: with pauses, at least
+            problem = f"sent, but can't rename {path.name}: {refused.strerror}"
+        if problem:
+            if not receiver.failures:
+                log.warning(
+                    "no message to %s (%s): %s; trying again", rule.format, rule.url_file or rule.url_env, problem
+                )
+            receiver.failures += 1
+            receiver.tries[path.name] += 1
+            longest_s = min(POST_RETRY_S, 2.0 ** min(receiver.failures, 10))
+            receiver.due = time.monotonic() + max(pause_s, random.uniform(longest_s / 2, longest_s))
+        elif receiver.failures:
+            log.info("messages to %s (%s) arrive again", rule.format, rule.url_file or rule.url_env)
+            receiver.failures = 0
+        self.wake.set()
+
+    async def watch_forever(self) -> None:
+        """Look for what no job's end tells."""
+        looked = float("-inf")
+        while True:
+            try:
+                self.look_for_agents()
+                if time.monotonic() - looked > TRAFFIC_LOOK_S:
+                    looked = time.monotonic()
+                    await self.look_at_traffic()
+                    self.look_at_certificate()
+                    for path in self.folder.glob("*.sent"):
+                        if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
+                            path.unlink()
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't look for news: %s", problem)
+            await asyncio.sleep(AWAY_LOOK_S)
+
+    def look_for_agents(self) -> None:
+        """Agents that have been away for too long; this process's own start counts as their last chance to come."""
+        registry = self.master.registry
+        for rule in (rule for rule in self.rules if rule.wants("agent-offline")):
+            for host in registry.hosts():
+                since = registry.down_since.get(host.machine)
+                away_s = time.time() - max(since or 0.0, self.master.started)
+                if since is not None and away_s > rule.offline_minutes * 60:
+                    title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
+                    news = {"event": "agent-offline", "title": title, "host": host.label, "since": since}
+                    self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
+
+    def look_at_certificate(self) -> None:
+        """The master's own certificate, some days before its end."""
+        cert = self.master.config.config.tls.cert
+        if cert is None or not any(rule.wants("certificate") for rule in self.rules):
+            return
+        end = certificate_end((self.tree / cert).read_bytes())
+        days = (end - time.time()) / 86400
+        if (step := next((step for step in CERTIFICATE_DAYS if days <= step), None)) is not None:
+            title = f"[{self.master.own_address}] the certificate {cert} ends in {max(0.0, days):.0f} days"
+            news = {"event": "certificate", "title": title, "host": self.master.own_address, "ends": end}
+            self.tell(f"certificate-{end:.0f}-{step}", news)
+
+    async def look_at_traffic(self) -> None:
+        """Traffic that went to the other worker without an order."""
+        rule = self.master.config.config.haproxy
+        if rule is None or not any(wanting.wants("failover") for wanting in self.rules):
+            return
+        self.switched |= any(run.record.kind is Kind.SWITCH and run.active for run in self.master.runs.values())
+        active = (await self.master.registry.ask_traffic())["active"]
+        before = (read_json(self.traffic_file) or {}).get("active")
+        if active is None:
+            return
+        if before and active != before and not self.switched:
+            title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
+            news = {"event": "failover", "title": title, "host": rule.host, "active": active}
+            self.tell(f"failover-{time.time():.0f}", news)
+        if active != before:
+            write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
+        self.switched = False
 
 
 # ==============================================================================
@@ -6742,6 +7369,7 @@ class Connection:
             while (left := deadline - time.monotonic()) > 0:
                 reply = self.receive(left)
                 if isinstance(reply, Refuse):
+                    self.close()
                     raise refused(reply)
                 if reply is not None and not isinstance(reply, bytes):
                     return reply
@@ -6767,10 +7395,14 @@ class Caller:
         self.bind, self.config, self.tree = bind, config, tree
         self.token = load_token(config, tree)
         self.urls = [str(config.master_url)]
+        self.named = 0  # which of them masterUrl names: its problem is the one to tell
         daemon = read_json(state.daemon_file) or {}
         local = daemon.get("listen")
         if isinstance(local, str) and local not in self.urls and FileLock.held_elsewhere(state.daemon_lock):
             self.urls.insert(0, local)
+            self.named = 1
+        if (last := state.last_master_url()) and str(last) not in self.urls:
+            self.urls.append(str(last))  # masterUrl may be wrong by now: the commit that mends it must get through
 
     def dial(self, patience_s: float) -> Connection:
         """A welcomed connection, within `patience_s`. Raises UnreachableError or RefusedError."""
@@ -6782,11 +7414,10 @@ class Caller:
                     return self._dial(url, max(0.5, min(DIAL_S, deadline - time.monotonic())))
                 except UpdaterError as problem:
                     problems.append(problem)
-            if all(isinstance(problem, RefusedError) for problem in problems):
-                raise problems[-1]
             pause = random.uniform(*RETRY_S)
-            if time.monotonic() + pause > deadline:
-                raise problems[-1]
+            refused = all(isinstance(problem, RefusedError) for problem in problems)
+            if refused or time.monotonic() + pause > deadline:
+                raise problems[self.named]
             time.sleep(pause)
 
     def _dial(self, url: str, timeout_s: float) -> Connection:
@@ -6883,6 +7514,7 @@ class Follower:
         self.hosts: dict[str, Followed] = {}
         self.channels: dict[int, str] = {}
         self.unacked: dict[int, int] = {}
+        self.looked = 0.0  # when silent hosts were last looked for
 
     def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
         """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
@@ -6894,6 +7526,7 @@ class Follower:
                 connection.send(Follow(self.run, self.target))
                 while not self.finished():
                     self.receive(connection, connection.receive(ACK_S if self.unacked else 1.0))
+                    self.tell_silence()
                 connection.close()
                 break
             except EOFError:
@@ -6915,7 +7548,6 @@ class Follower:
     def receive(self, connection: Connection, message: Any) -> None:
         if message is None:
             self.acknowledge(connection)
-            self.tell_silence()
             self.view.tick()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
@@ -6943,11 +7575,16 @@ class Follower:
             self.channels[message.channel] = message.host
             self.hosts[message.host].offered = message.size
             connection.send(Have(message.channel, self.hosts[message.host].size, rewind=True))
+        elif isinstance(message, Notice):
+            self.view.notice(terminal_text(message.text))
         elif isinstance(message, Refuse):
             raise refused(message)
 
     def tell_silence(self) -> None:
         """A step that hangs should not look like one that works: say what it said last, ever more rarely."""
+        if time.monotonic() - self.looked < 1:  # others may talk all the time
+            return
+        self.looked = time.monotonic()
         for host, followed in self.hosts.items():
             silent_s = time.monotonic() - (followed.heard or time.monotonic())
             running = followed.job and followed.job.state is State.RUNNING and not followed.shown
@@ -7120,7 +7757,8 @@ class Service:
         options.state.create()
         self.config = ConfigFile(options.config_path, options.state)
         self.nonce = os.urandom(16).hex()
-        self.stopping = False
+        self.stopping = self.restarting = False
+        self.sha256 = sha256_of(program_file())  # of what runs here, whatever the file becomes
         self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
         self.machine = ""
         self.supervisor = Supervisor(os.environ)
@@ -7138,6 +7776,8 @@ class Service:
             self.config.token()  # one that can't be read is better said here
             raise_file_limit()
             self.machine = self.state.machine_id()
+            how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
+            write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
@@ -7150,7 +7790,8 @@ class Service:
             feeder.cancel()
             return 0
         finally:
-            self.state.daemon_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.state.daemon_file.unlink(missing_ok=True)
             lock.release()
 
     def stop(self, signal_name: str) -> None:
@@ -7158,6 +7799,14 @@ class Service:
         self.supervisor.tell("STOPPING=1", "STATUS=stopping")
         self.stopping = True
         self.over.set()
+
+    def restart_if_replaced(self, agent: Agent) -> None:
+        """An upgrade has put another program in place of this one, which may be the old one again."""
+        waits = any(resumes(job.record) and job.record.step != SWAP for job in agent.jobs.values())
+        if waits and sha256_of(program_file()) not in ("", self.sha256):
+            log.info("the program was replaced: starting anew")
+            self.stopping = self.restarting = True
+            self.over.set()
 
     def say_what_is_odd(self, agent: Agent) -> None:
         """What will make deployments fail later is worth a line now."""
@@ -7182,7 +7831,8 @@ class Service:
             lambda: PokeReceiver(agent.poked),
             local_addr=("127.0.0.1", 0),
         )
-        facts = {"pid": os.getpid(), "role": decision.role, "poke": transport.get_extra_info("sockname")[1]}
+        facts: dict[str, Any] = {"pid": os.getpid(), "role": decision.role, "sha256": self.sha256}
+        facts |= {"poke": transport.get_extra_info("sockname")[1], "bind": self.options.bind}
         try:
             async with asyncio.TaskGroup() as group:
                 role = self.serve_master(agent, facts, decision, source)
@@ -7224,7 +7874,25 @@ class Service:
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
             group.create_task(agent.prune_forever(tuple))
-            group.create_task(self.watch_config(agent, dialer.on_config))
+            group.create_task(self.watch_config(agent, dialer.config_changed.set))
+            group.create_task(self.follow_master(lambda: dialer.url, lambda: not agent.jobs))
+
+    async def follow_master(self, url: Callable[[], str], idle: Callable[[], bool]) -> None:
+        """A commit may move the master away from `url`: once nothing runs here, decide the role anew, and follow as
+        soon as the new one answers. One that does not is perhaps a mistake, which the old one is needed to mend."""
+        warned = None
+        while True:
+            await asyncio.sleep(random.uniform(*MOVE_LOOK_S))
+            new = self.config.config.master_url
+            if url() in ("", str(new)) or not idle():
+                continue
+            decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, False)
+            nonce, welcomed = await self.meet(new) if decision.role is Role.AGENT else (None, True)
+            if welcomed and nonce != self.nonce:
+                self.turn(decision, source)
+            elif new != warned:
+                log.warning("masterUrl is now %s, which does not welcome us: %s stays the master", new, url())
+            warned = new
 
     async def look_again(self, outside: bool) -> None:
         """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
@@ -7243,20 +7911,27 @@ class Service:
             iter(await asyncio.to_thread(probe_master_addresses, url.host, url.port)), url.host
         )
         master = Master(self.state, self.config, self.machine, self.nonce, own)
+        notifier = Notifier(master)
         master.recover()
+        master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            options = SERVER_OPTIONS | {"create_connection": master.door.connection_class()}
+            options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context}
+                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
+        if os.name != "nt":  # there, asyncio takes one after the other
+            for listener in server.sockets:  # what asyncio was told is both: how many it takes, how many may wait
+                with socket.socket(fileno=os.dup(listener.fileno())) as same:
+                    same.listen(BACKLOG)
         async with server, asyncio.TaskGroup() as group:
             facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
             self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
+            self.state.save_master_url(url)
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
                 group.create_task(self.prove(url, source))
@@ -7265,32 +7940,38 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
+            group.create_task(notifier.send_forever())
+            group.create_task(notifier.watch_forever())
             group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
+            group.create_task(self.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs)))
 
-    async def prove(self, url: MasterUrl, source: str | None) -> None:
-        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
+    async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
+        """The nonce of the process that answers at `url`, None where nobody does, and whether it lets us in."""
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidStatus, WebSocketException
 
-        nonce = None
+        options: dict[str, Any] = {"local_addr": (self.options.bind, 0)} if self.options.bind else {}
+        try:
+            options |= CLIENT_OPTIONS | client_tls(self.config.config, work_tree(self.config.path), str(url))
+            async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
+                name = socket.gethostname()
+                hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
+                return (await greet(SocketWire(connection), hello, self.config.token())).nonce, True
+        except RefusedError:  # another token is another master
+            return "", False
+        except InvalidStatus as problem:  # even a refusal says who it is
+            return problem.response.headers.get(WHO_HEADER), False
+        except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
+            return None, False
+
+    async def prove(self, url: MasterUrl, source: str | None) -> None:
+        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
         for _ in range(PROVE_TRIES):
-            try:
-                config = self.config.config
-                options = CLIENT_OPTIONS | client_tls(config, work_tree(self.config.path), str(url))
-                async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
-                    name = socket.gethostname()
-                    hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
-                    nonce = (await greet(SocketWire(connection), hello, self.config.token())).nonce
+            nonce, _ = await self.meet(url)
+            if nonce is not None:
                 break
-            except RefusedError:  # another token is another master
-                nonce = ""
-                break
-            except InvalidStatus as problem:  # even a refusal says who it is
-                nonce = problem.response.headers.get(WHO_HEADER)
-                break
-            except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
-                await asyncio.sleep(random.uniform(*RETRY_S))
+            await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
             self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
         elif nonce is None and source != "metadata":
@@ -7309,6 +7990,7 @@ class Service:
             if self.config.look():
                 log.info("new settings from %s", self.config.path)
                 changed()
+            self.restart_if_replaced(agent)
             if self.config.problem and self.config.problem != problem:
                 log.error("%s; the old settings stay in force", self.config.problem)
             problem = self.config.problem
@@ -7341,7 +8023,7 @@ def local_url(url: MasterUrl, host: str | None, port: int, secure: bool) -> str:
 
 
 # ==============================================================================
-# 20. Tools: build, demo, setup, doctor
+# 20. Tools: build, upgrade, demo, setup, doctor
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
@@ -7530,9 +8212,164 @@ def _replace_executable(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(fresh, 0o755)
-        os.replace(fresh, path)
+        replace_file(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> bytes:
+    """The program that the master at `url` hands out, unverified; `tls` as `client_tls` says. Raises UpdaterError."""
+    kind = functools.partial(http_client.HTTPSConnection, context=tls["ssl"]) if tls else http_client.HTTPConnection
+    connection = kind(url.host, url.port, timeout=SEND_S, source_address=(bind, 0) if bind else None)
+    deadline = time.monotonic() + SEND_S
+    try:
+        while True:
+            connection.request("GET", f"{url.path.rstrip('/')}/{PROGRAM_NAME}")
+            answer = connection.getresponse()
+            data = answer.read(PROGRAM_BYTES)
+            if answer.status == 200:
+                return data
+            if answer.status != 503 or time.monotonic() > deadline:  # 503: others are downloading
+                raise refusal(answer.status, data)
+            time.sleep(random.uniform(*RETRY_S))
+    except (OSError, http_client.HTTPException) as problem:
+        raise UnreachableError(f"can't fetch the program from {url}: {problem}", "try again") from problem
+    finally:
+        connection.close()
+
+
+class Upgrade:
+    """Brings this host to the master's program, from a runner that outlives the daemon's restart.
+
+    The job's step is its journal: another runner goes on where one died, so that in the end there is one program that
+    the master welcomes, the new or the old. It accepts what this host's own working tree names, and nothing else.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.state = runner, runner.state
+        self.sha256, self.version = (str(runner.job.options.get(key, "")) for key in ("sha256", "version"))
+        file = program_file()
+        if file is None:
+            raise UsageError("this host runs from a source checkout", "git pull there, and restart the service")
+        self.file = file.resolve()
+        self.fresh, self.old = (self.file.with_name(self.file.name + end) for end in (".new", ".old"))
+        self.launched = float("-inf")
+
+    def perform(self) -> str:
+        """The new version, once the master has welcomed it. Raises UpdaterError where the old one stays."""
+        runner = self.runner
+        if not resumes(runner.job):
+            runner.begin("check")
+            runner.load_rule(strict=False)
+            self.check()
+            if self.facts().get("sha256") == self.sha256:
+                runner.log.line(f"{self.version} runs here already.")
+                return self.version
+            try:
+                self.fetch()
+                runner.begin(SWAP)
+            except BaseException:
+                self.fresh.unlink(missing_ok=True)
+                raise
+            runner.save(durable=True)
+        if runner.job.step == SWAP:
+            self.swap()
+        if runner.job.step == RESTART:
+            runner.log.line(f"restarting the daemon with {self.version}")
+            if self.await_daemon(self.sha256):
+                self.clean()
+                return self.version
+            runner.save(durable=True, step=UNDO)
+        raise self.put_back()
+
+    def facts(self) -> dict[str, Any]:
+        """What the daemon says of itself; nothing while there is none."""
+        return (read_json(self.state.daemon_file) or {}) if FileLock.held_elsewhere(self.state.daemon_lock) else {}
+
+    def check(self) -> None:
+        """The committed checksum decides. Raises ConfigError."""
+        path = self.runner.config_path
+        accepted = (load_config(path).updater.sha256 or "").lower()
+        if not accepted or accepted != self.sha256:
+            named = f"the program {accepted[:12]}…" if accepted else "no program"
+            what = f"{path} accepts {named}, and the master has {self.sha256[:12]}…"
+            raise ConfigError(what, f"{accept_hint(self.sha256)}, and bring that commit to this host first")
+
+    def fetch(self) -> None:
+        """Download, verify, and try the new program beside the one that runs. Raises UpdaterError or StepFailed."""
+        runner = self.runner
+        config = load_config(runner.config_path)
+        url = self.state.last_master_url() or config.master_url
+        runner.announce(f"download {PROGRAM_NAME} from {url}")
+        tls = client_tls(config, work_tree(runner.config_path), str(url))
+        data = fetch_program(url, self.facts().get("bind"), tls)
+        if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
+            raise UpdaterError(f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again")
+        _replace_executable(self.fresh, data)
+        for words in (("--version",), ("self-test", "--config", str(runner.config_path))):
+            runner.step(Step(f"{self.fresh.name} {words[0]}", (sys.executable, str(self.fresh), *words)), TRY_S)
+
+    def swap(self) -> None:
+        """The new program takes the old one's place, of which a copy stays beside it."""
+        if sha256_of(self.file) != self.sha256:
+            if sha256_of(self.fresh) != self.sha256:
+                raise UpdaterError("the downloaded program is gone: nothing was changed", "upgrade again")
+            _replace_executable(self.old, self.file.read_bytes())
+            _replace_executable(self.file, self.fresh.read_bytes())
+        self.runner.save(durable=True, step=RESTART)
+
+    def put_back(self) -> UpdaterError:
+        """The old program again; what to report."""
+        if self.old.exists():
+            _replace_executable(self.file, self.old.read_bytes())
+        self.runner.log.line("not welcomed: restarting the daemon with the old program")
+        back = self.await_daemon(sha256_of(self.file))
+        self.clean()
+        after = "the old one is back" if back else "the old one is in its place again, and is not welcomed either"
+        return UpdaterError(f"{self.version} was not welcomed within {BACK_S:.0f} s: {after}", "see the daemon's log")
+
+    def await_daemon(self, sha256: str) -> bool:
+        """Whether a daemon with this program is welcomed in time. The one that runs starts itself anew; what does not
+        is killed, and what nobody else starts again is started."""
+        began, killed = time.monotonic(), False
+        while (waited_s := time.monotonic() - began) < BACK_S:
+            facts = self.facts()
+            if facts.get("sha256") == sha256 and "label" in facts:
+                return True
+            how = read_json(self.state.serve_file) or {}
+            if facts and facts.get("sha256") != sha256 and waited_s > OBEY_S and not killed:
+                killed = True
+                with suppress(OSError):
+                    os.kill(facts["pid"], 9)
+            elif not facts and how.get("supervised") is False:
+                self.revive(how)
+            time.sleep(CANCEL_LOOK_S)
+        return False
+
+    def revive(self, how: Mapping[str, Any]) -> None:
+        """Start a daemon that nobody else starts: by hand, and under Windows in any case, it can only end."""
+        lives = (process := _read_process(how["pid"])) and process.alive
+        if lives or FileLock.held_elsewhere(self.state.daemon_lock) or time.monotonic() - self.launched < LAUNCH_S:
+            return
+        self.launched = time.monotonic()
+        spawn_runner(how["argv"], os.environ, self.state.root / "daemon.log")
+
+    def clean(self) -> None:
+        for left in (self.fresh, self.old):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
+def upgrade(runner: Runner) -> str:
+    """What a runner does for `upgrade`. Returns the new version."""
+    try:
+        return Upgrade(runner).perform()
+    except OSError as problem:
+        what = f"can't write {problem.filename or 'the program'}: {problem.strerror}"
+        raise UpdaterError(what, "give the program's folder to the user that serves") from problem
+
+
+WORK[Kind.UPGRADE] = upgrade
 
 
 _DEMO_HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
@@ -7837,6 +8674,11 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
     for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
         if name and not (tree / name).exists():
             warnings.append(f"{key}: there is no {tree / name} on this host")
+    for i, hook in enumerate(config.notify):
+        try:
+            _ = hook.url_file and hook_url(hook, tree)
+        except UpdaterError as problem:
+            warnings.append(f"notify[{i}]: {problem.what}; the master needs it")
     return [], warnings
 
 
@@ -7967,6 +8809,14 @@ def render_firewall(config: Config, address: str | None, hostname: str, master: 
     return "\n".join([*lines, "firewall-cmd --reload", *cloud])
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
+    with suppress(UsageError):
+        canonical_address(text)
+        return True
+    return False
+
+
 def own_address() -> str:
     """The address that this host would use towards the internet; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
@@ -8049,6 +8899,7 @@ polkit.addRule(function (action, subject) {{
   }}
 }});
 """
+LINGER = "sudo loginctl enable-linger $USER"
 _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
 
@@ -8061,7 +8912,8 @@ def _unit_words(words: Iterable[str]) -> str:
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    writable = _unit_words([repo, f"-{home}", "/tmp", "/var/tmp"])
+    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
+    writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
@@ -8104,6 +8956,11 @@ def call_program(
         return child.wait(), out.decode(errors="replace").strip()
     finally:
         child.close_pipe()
+
+
+def lingers() -> bool:
+    """Whether systemd keeps this user's services running without a login."""
+    return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
 
 
 class Setup:
@@ -8170,8 +9027,8 @@ class Setup:
             self.systemctl("restart", SERVICE)
         if self.root and self.user == "root":
             self.say("note: the repository is root's, so deployments run as root; better: chown it to an ordinary user")
-        if not self.root and not Path("/var/lib/systemd/linger", user_name().partition("@")[0]).exists():
-            self.say("note: it ends when you log out, until: sudo loginctl enable-linger $USER")
+        if not self.root and not lingers():
+            self.say(f"note: it ends when you log out, until: {LINGER}")
 
     def install_pm2(self) -> None:
         text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
@@ -8182,7 +9039,7 @@ class Setup:
         if os.name == "nt":
             boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
             self.say(f"note: to have it started at each logon: {boot}")
-        elif not Path(f"/etc/systemd/system/pm2-{user_name().partition('@')[0]}.service").exists():
+        elif not Path(f"/etc/systemd/system/pm2-{getpass.getuser()}.service").exists():
             self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
 
     def runs_under_pm2(self) -> bool:
@@ -8238,7 +9095,7 @@ class Setup:
         self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
         code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = "as this user, log in directly (not by su), or: sudo loginctl enable-linger $USER"
+            hint = f"as this user, log in directly (not by su), or: {LINGER}"
             raise UpdaterError(
                 f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
                 hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
@@ -8255,32 +9112,217 @@ class Setup:
                     does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
                     self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
                     return
+                if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
+                    break
             time.sleep(LOCAL_LOOK_S)
         why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
         raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
 
 
+def judge_encoding(encoding: str) -> Finding:
+    """Whether the last line of a deployment can be shown."""
+    try:
+        "✓ 완료".encode(encoding)
+    except (UnicodeError, LookupError):
+        return Finding("encoding", False, f"{encoding} has no ✓ and no Korean: they are shown as ?", "set PYTHONUTF8=1")
+    return Finding("encoding", True, encoding)
+
+
+def judge_clock(ahead_s: float) -> Finding:
+    """Whether this host's clock agrees with the master's."""
+    text = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the master"
+    fix = "w32tm /resync" if os.name == "nt" else "sudo timedatectl set-ntp true, here and on the master"
+    return Finding("clock", abs(ahead_s) < CLOCK_S, text, fix)
+
+
+def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding:
+    """Whether git reaches the remote as a service would: without a prompt, a terminal, or somebody's ssh-agent."""
+    text = explain_failure(said.encode()) or (said.splitlines() or ["no answer"])[-1]
+    fix = "give this user a key or a credential that asks for nothing, then: git ls-remote " + remote
+    if agent_only:
+        text, fix = f"{text}; your ssh-agent has the key, and a service has no ssh-agent", "a deploy key in ~/.ssh"
+    return Finding("access", code == 0, f"{remote} answers" if code == 0 else text, fix)
+
+
+def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
+    """Whether systemd starts the daemon after a boot, keeps it running, and spares its deployments."""
+    start = f"systemctl{scope} enable --now {SERVICE}"
+    if facts.get("KillMode") != "process":
+        fix = f"systemctl{scope} edit {SERVICE}: [Service] KillMode=process"
+        return Finding("service", False, "a restart of the unit would kill a running deployment", fix)
+    if facts.get("ActiveState") != "active" or facts.get("UnitFileState") != "enabled":
+        return Finding("service", False, f"systemd: {facts.get('ActiveState')}, {facts.get('UnitFileState')}", start)
+    return Finding("service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times")
+
+
+class Doctor:
+    """This host against the traps that deployments have met, each with its fix."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.state: StateFolder = args.state_folder()
+        self.env = scrub_environment(os.environ)
+        self.env.pop("SSH_AUTH_SOCK", None)  # a service has none
+        self.daemon = read_json(self.state.daemon_file) or {}
+        self.serves = FileLock.held_elsewhere(self.state.daemon_lock)
+
+    def look(self) -> Iterator[Finding]:
+        """The findings as they come; some take seconds."""
+        yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
+        yield self.packages()
+        yield judge_encoding(sys.stdout.encoding or "none")
+        yield self.detached()
+        yield self.place()
+        yield self.service()
+        try:
+            path = self.args.config_path()
+            problems, warnings = check_config(path)
+            config, _ = load_config_or_last(path, self.state)
+        except (ConfigError, OSError) as problem:
+            wrong = problem.what if isinstance(problem, ConfigError) else str(problem)
+            yield Finding(
+                "configuration", False, wrong, f"run this in the repository, or: {program_name()} config init"
+            )
+            return
+        more = f", {len(warnings)} warnings: see config check" if warnings else ""
+        fix = "mend the file, commit and push it"
+        yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
+        address = self.args.bind or (None if self.daemon.get("trouble") else self.daemon.get("label"))
+        rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
+        repo = work_tree(path) / (rule.repo or "")
+        yield from self.repository(repo, rule)
+        yield from self.master(config)
+        if config.haproxy and self.is_here(config.haproxy.host, rule.name):
+            yield from self.haproxy(config.haproxy)
+
+    def packages(self) -> Finding:
+        try:
+            require_packages()
+        except UsageError as problem:
+            return Finding("packages", False, problem.what, problem.hint)
+        return Finding("packages", True, "all there")
+
+    def detached(self) -> Finding:
+        """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look who lives."""
+        with tempfile.TemporaryDirectory(prefix="estelle-doctor-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            argv = [*program_argv(), "prove-detached", name]
+            daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, **HIDDEN)
+            ends = time.monotonic() + LAUNCH_S
+            while not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+            if os.name != "nt":
+                _kill_family(f"tree/{daemon.pid}", {daemon.pid}, KILL_S, root=daemon.pid)
+            Demo.end(daemon, 9)
+            daemon.wait()
+            lives = begun and FileLock.held_elsewhere(folder / "lock")
+            (folder / "end").touch()
+            while lives and FileLock.held_elsewhere(folder / "lock") and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+        fix = "serve under PM2 or systemd as `setup` sets it up"
+        return Finding("detachment", lives, "a deployment outlives its daemon's kill" if lives else "killed too", fix)
+
+    def place(self) -> Finding:
+        """The state folder."""
+        try:
+            self.state.create()
+        except UpdaterError as problem:
+            return Finding("state", False, problem.what, problem.hint)
+        return Finding("state", True, f"{self.state.root}, {len(self.state.run_ids())} recorded runs")
+
+    def service(self) -> Finding:
+        """Who starts the daemon after a reboot, and whether it runs."""
+        own = Path.home() / ".config/systemd/user"
+        for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
+            if (folder / f"{SERVICE}.service").exists():
+                keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
+                _, out = call_program(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
+                if found.ok and scope and not lingers():
+                    return Finding("service", False, "systemd ends it when you log out", LINGER)
+                return found
+        dump = Path(os.environ.get("PM2_HOME") or Path.home() / ".pm2") / "dump.pm2"
+        with suppress(OSError, ValueError):  # the file: any word to pm2 would start one
+            if any(app.get("name") == SERVICE for app in json.loads(dump.read_bytes())):
+                fix = f"pm2 restart {SERVICE}"
+                return Finding("service", self.serves, "PM2: saved" + ("" if self.serves else ", not running"), fix)
+        text = "it runs, but nothing starts it after a reboot" if self.serves else "none is installed"
+        return Finding("service", False, text, f"{program_name()} setup")
+
+    def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
+        """Git, the clone, its remote, and what the deploy command needs."""
+        code, said = call_program(["git", "--version"], self.env)
+        yield Finding("git", code == 0, said, "install git for this user")
+        if code:
+            return
+        if os.name != "nt" and (repo / ".git").exists() and (owner := (repo / ".git").stat().st_uid) != os.getuid():
+            text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
+            yield Finding("owner", False, text, f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}")
+        ground = list(probe_ground(repo, self.state.root, rule, self.env))
+        yield from ground
+        if not all(found.ok or not found.certain for found in ground):
+            return
+        changes = git_output(repo, self.env, "status", "--porcelain", "--untracked-files=no").decode(errors="replace")
+        names = ", ".join(line[3:] for line in changes.splitlines()[:5])
+        fix = f"git -C {repo} stash, or commit and push them"
+        yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
+        ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
+        code, said = call_program(ask, self.env, repo, ACCESS_S)
+        with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
+        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not call_program(ask, with_agent, repo, ACCESS_S)[0])
+        yield judge_remote(code, said, rule.remote, agent_only)
+        if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
+            for tool in dict.fromkeys(("node", name)):
+                code, said = call_program([tool, "--version"], self.env, repo, ACCESS_S)
+                fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
+                yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
+
+    def master(self, config: Config) -> Iterator[Finding]:
+        """Whether the master lets this host in, as it sees it, and what its clock says."""
+        options = ServeOptions(Path(), self.state, self.args.bind)
+        decision, _ = gather_role(config, options, outside=False)
+        yield Finding("role", True, decision.reason)
+        if decision.role is Role.MASTER and not self.serves:
+            yield Finding("master", None, "it is this host, and it does not serve yet")
+            return
+        try:
+            before = time.time()
+            connection = Caller(self.state, config, self.args.bind, work_tree(self.args.config_path())).dial(PATIENCE_S)
+            after, told = time.time(), connection.welcome
+            connection.close()
+        except UpdaterError as problem:
+            yield Finding("master", False, problem.what, problem.hint)
+        except ImportError:
+            yield Finding("master", None, "not asked: a package is missing")
+        else:
+            yield Finding("master", True, f"{config.master_url} lets {told.address} in, version {told.version}")
+            if told.time:
+                yield judge_clock((before + after) / 2 - told.time)
+
+    @staticmethod
+    def is_here(host: str, name: str) -> bool:
+        return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
+
+    def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
+        """What a switch on this host needs: a valid file that may be replaced, and the sockets."""
+        code, said = call_program(["haproxy", "-c", "-f", rule.config], self.env)
+        yield Finding("haproxy", code == 0, "valid" if code == 0 else said[-300:], f"haproxy -c -f {rule.config}")
+        folder = os.path.dirname(os.path.realpath(rule.config))
+        fix = f"use systemd/{SERVICE}-haproxy.service, which may"
+        yield Finding("haproxy file", os.access(folder, os.W_OK), f"{folder} must be writable", fix)
+        for path in filter(None, (rule.socket, rule.master_socket)):
+            try:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(path)
+                yield Finding("haproxy socket", True, path)
+            except OSError as problem:
+                fix = f"stats socket {path} level admin, with a group that this user is in"
+                yield Finding("haproxy socket", False, f"{path}: {problem.strerror}", fix)
+
+
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
-
-
-def result_text(job: JobRecord) -> str:
-    """A host's last line, in the operator's language."""
-    match job.state:
-        case State.SUCCEEDED:
-            return f"✓ 완료 {job.version or ''}".rstrip()
-        case State.FAILED:
-            exit_text = "" if job.exit is None else f" (exit {job.exit})"
-            return f"✗ 실패 {job.step or job.error}{exit_text}"
-        case State.CANCELLED:
-            return "✗ 취소"
-        case State.OFFLINE:
-            return "✗ 오프라인"
-        case State.TIMEOUT:
-            return f"✗ 시간 초과 {job.step}"
-        case _:
-            return f"✗ 연결 끊김 ({job.error})"
 
 
 class Output:
@@ -8503,7 +9545,9 @@ def cmd_serve(args: Args) -> int:
     options = ServeOptions(
         args.config_path(), args.state_folder(), args.bind, Role(role) if role != "auto" else None, args.listen
     )
-    return asyncio.run(Service(options).run())
+    service = Service(options)
+    code = asyncio.run(service.run())
+    return restart_self() if service.restarting else code
 
 
 def cmd_trigger(args: Args) -> int:
@@ -8522,7 +9566,8 @@ def cmd_trigger(args: Args) -> int:
 
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
-        if failed := ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT)):
+        failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
+        if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
@@ -8618,6 +9663,11 @@ def cmd_switch(args: Args) -> int:
     return run_order(args, order_switch(args.color, dry_run=args.dry_run, force=args.force), "switch to ")[0]
 
 
+def cmd_upgrade(args: Args) -> int:
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
+    return run_order(args, order)[0]
+
+
 def await_standby(args: Args, hosts: Sequence[str]) -> list[dict[str, Any]]:
     """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
     time. Raises GuardError where that does not come about."""
@@ -8673,6 +9723,17 @@ def cmd_release(args: Args) -> int:
 def color_text(row: Mapping[str, Any]) -> str:
     """A worker and what it runs."""
     return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
+
+
+def cmd_self_test(args: Args) -> int:
+    """What `upgrade` asks of a new program before it is used: not for people."""
+    for name in _PRELOADED:
+        if name.startswith(("tomli_w", "websockets")):
+            importlib.import_module(name)
+    preload()
+    load_config(args.config_path())
+    say(f"estelle-updater {__version__} speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}")
+    return 0
 
 
 def cmd_deploy(args: Args) -> int:
@@ -8774,9 +9835,14 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     return answer.result
 
 
-def cmd_health(args: Args) -> int:
+def ask_health(args: Args, target: str) -> dict[str, Any]:
+    """What the checks see, with the patience that they need."""
     take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
-    result = ask_master(args, "health", {"target": args.target}, take_s)
+    return ask_master(args, "health", {"target": target}, take_s)
+
+
+def cmd_health(args: Args) -> int:
+    result = ask_health(args, args.target)
     if args.json:
         say(json.dumps(result, ensure_ascii=False))
     elif result["checks"]:
@@ -8812,7 +9878,7 @@ def cmd_status(args: Args) -> int:
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
     rows = [status_cells(row) for row in result["hosts"]]
-    head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "last", "job")
+    head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
@@ -8839,7 +9905,7 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
         row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
-        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        row["updater"] or "-", " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
@@ -8910,14 +9976,6 @@ def convert_config(args: Args, path: Path) -> int:
         path.unlink()
     say(f"wrote {new}" + (f", removed {path}" if new != path else ""))
     return 0
-
-
-def is_address(text: str) -> bool:
-    """Whether a text is an IP address."""
-    with suppress(UsageError):
-        canonical_address(text)
-        return True
-    return False
 
 
 def cmd_whitelist(args: Args) -> int:
@@ -9006,11 +10064,6 @@ MCP_INSTRUCTIONS = (
 )
 
 
-def mcp_offers(tool: str) -> bool:
-    """Whether this program can do what a tool promises."""
-    return tool not in ("health", "switch", "release")
-
-
 class McpServer:
     """The tools for a model on standard input and output; every call has a thread of its own."""
 
@@ -9018,15 +10071,17 @@ class McpServer:
         self.args, self.wire = args, wire
         self.lock = threading.Lock()  # of the session and the wire
         self.gone: dict[str | int, threading.Event] = {}
-        tools = [tool for tool in TOOLS if hasattr(self, f"call_{tool.name}") and mcp_offers(tool.name)]
-        shown = [tool.render(args.require_plan) for tool in tools if tool.effect == "reads" or not args.read_only]
-        self.session = McpSession(shown, MCP_INSTRUCTIONS, __version__)
+        shown = [tool for tool in TOOLS if f"call_{tool.name}" in dir(self) or tool.name in DESK]
+        shown = [tool for tool in shown if tool.effect == "reads" or not args.read_only]
+        self.session = McpSession([tool.render(args.require_plan) for tool in shown], MCP_INSTRUCTIONS, __version__)
 
     def serve(self, lines: IO[bytes]) -> None:
-        """Until the client closes our standard input. What it asked for goes on."""
+        """Until the client closes our standard input. The runs that it asked for go on."""
         while line := lines.readline(MESSAGE_BYTES):
-            while len(line) == MESSAGE_BYTES and not line.endswith(b"\n"):
-                line = lines.readline(MESSAGE_BYTES) and b"too long" + b"?" * (MESSAGE_BYTES - 8)
+            if len(line) == MESSAGE_BYTES and line[-1:] != b"\n":
+                while (rest := lines.readline(MESSAGE_BYTES)) and rest[-1:] != b"\n":
+                    pass
+                line = b"too long"  # which is no JSON
             if not line.strip():
                 continue
             with self.lock:
@@ -9036,16 +10091,19 @@ class McpServer:
                     self.gone[name].set()
                 for call in calls:
                     self.begin(call)
+        ends = time.monotonic() + MCP_LINGER_S
+        while self.session.calls and time.monotonic() < ends:
+            time.sleep(LOCAL_LOOK_S)
 
-    def send(self, *messages: dict[str, Any]) -> None:
+    def send(self, *messages: dict[str, Any] | None) -> None:
         with suppress(OSError, ValueError):  # the client is gone: standard input says so too
-            for message in messages:
+            for message in filter(None, messages):
                 self.wire.write(json.dumps(message).encode() + b"\n")
             self.wire.flush()
 
     def begin(self, call: ToolCall) -> None:
         if len(self.session.calls) > MCP_CALLS:
-            self.send(*filter(None, [self.session.finish(call, "error: too many calls at once", True)]))
+            self.send(self.session.finish(call, "error: too many calls at once; wait for some to end", True))
             return
         gone = self.gone[call.id] = threading.Event()
         threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
@@ -9060,21 +10118,29 @@ class McpServer:
                     params = {"progressToken": call.token, "progress": next(numbers), "message": text}
                     self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
 
-        answer: dict[str, Any] | str
+        answer: dict[str, Any] | str = ""
         try:
-            answer = getattr(self, f"call_{call.tool}")(call.arguments, ProgressView(tell, gone))
+            answer = self.call(call.tool, call.arguments, ProgressView(tell, gone))
         except Abandoned:
-            return
+            pass
         except UpdaterError as problem:
-            answer = f"error: {problem.what}\nhint: {problem.hint or 'none'}\nexit: {problem.exit_code}"
+            lines = [f"error: {problem.what}", f"hint: {problem.hint}", f"exit: {problem.exit_code}"]
+            answer = "\n".join(line for line in lines if not line.endswith(": "))
         except Exception as problem:
             answer = f"internal error: {problem!r}"
         reads = self.session.tools[call.tool]["annotations"]["readOnlyHint"]
         wrong = isinstance(answer, str) or (answer.get("ok") is False and not reads)
         with self.lock:
-            self.send(*filter(None, [self.session.finish(call, answer, wrong)]))
+            self.send(self.session.finish(call, answer, wrong))
             if self.gone.get(call.id) is gone:
                 del self.gone[call.id]
+
+    def call(self, tool: str, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        """A tool's answer: its own method's, or the master's to the question of this name. Raises UpdaterError."""
+        takes = self.session.tools[tool]["inputSchema"]["properties"]
+        given = {name: spec["default"] for name, spec in takes.items() if "default" in spec} | given
+        own: Callable[..., dict[str, Any]] | None = getattr(self, f"call_{tool}", None)
+        return own(given, view) if own else self.ask(tool, **given)
 
     def ask(self, what: str, **details: Any) -> dict[str, Any]:
         return ask_master(self.args, what, details, PLAN_ANSWER_S)
@@ -9094,15 +10160,14 @@ class McpServer:
             answer = self.ask("log", run=run)
             if any(answer[name] != value for name, value in same.items()):
                 raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
-            if given.get("wait", True):
+            if given["wait"]:
                 self.follow(run, view)
             answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
         except UpdaterError as problem:
             problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
             raise
         for row in answer["hosts"]:
-            lines = row.pop("text").splitlines()[-TAIL_LINES:]
-            row["tail"] = "" if row["ok"] else "\n".join(lines)[-TAIL_BYTES:]
+            row["tail"] = "\n".join(row.pop("text").splitlines()[-TAIL_LINES:])[-TAIL_BYTES:]
         return answer
 
     def follow(self, run: str, view: ProgressView) -> None:
@@ -9114,52 +10179,45 @@ class McpServer:
         finally:
             follower.connection.close()
 
-    def planned(self, given: dict[str, Any], **request: Any) -> None:
-        """Raises GuardError unless the plan that was given is fresh and still true."""
-        if "plan" in given:
-            self.ask("plan", plan=given["plan"], **request)
-
     def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        target, branch = given["target"], given["branch"]
+        wanted = {"target": given["target"], "branch": given["branch"]}
 
         def make() -> Submit:
-            self.planned(given, target=target, branch=branch)
-            return Submit(make_run_id(), "", Kind.DEPLOY, target, branch, user_name())
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], **wanted)
+            return Submit(make_run_id(), "", Kind.DEPLOY, **wanted, by=user_name())
 
-        return self.order(given, view, make, kind=Kind.DEPLOY, target=target, branch=branch)
+        return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
 
     def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        request = {"action": "rollback", "target": given.get("target", "all"), "to": given.get("to", "")}
+        request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {"action": "rollback"}
+        return self.order(given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK)
+
+    def call_switch(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        color = given["color"]
 
         def make() -> Submit:
-            self.planned(given, **request)
-            return plan_rollback(self.ask("plan", **request))
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], action="switch", color=color)
+            options = {"color": color, "dry_run": given["dry_run"]}
+            return Submit(make_run_id(), "", Kind.SWITCH, "", color, user_name(), options=options)
 
-        return self.order(given, view, make, kind=Kind.ROLLBACK)
+        return self.order(given, view, make, kind=Kind.SWITCH)
 
-    def call_plan(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        action = given.get("action", "update")
-        if action == "update" and not ("target" in given and "branch" in given):
-            raise UsageError("the plan of an update needs target and branch")
-        return self.ask("plan", **{"action": action, "target": "all", **given})
+    def call_health(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
+        return ask_health(self.args, given.get("target", "all"))
 
-    def call_status(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        return self.ask("status")
-
-    def call_history(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        return self.ask("history", count=given.get("count", 10))
-
-    def call_cancel(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+    def call_cancel(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         record = cancel_run(self.args, given["run"])
         return {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}
 
     def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        deadline, tail = time.monotonic() + given.get("wait_s", 0), given.get("tail", False) and "cursor" not in given
+        deadline, tail = time.monotonic() + given["wait_s"], given["tail"] and "cursor" not in given
         try:
-            offsets = json.loads(given.get("cursor", "{}"))
+            offsets: dict[str, int] = json.loads(given.get("cursor", "{}"))
         except (ValueError, RecursionError):
             raise UsageError("this is no cursor", "take the one of the last answer") from None
-        asked = {"run": given["run"], "target": given.get("target"), "bytes": given.get("max_bytes", 16_000)}
+        asked = {"run": given["run"], "target": given.get("target"), "bytes": given["max_bytes"]}
         while True:
             answer = self.ask("log", offsets=offsets, tail=tail, **asked)
             if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
@@ -9207,6 +10265,37 @@ def cmd_setup(args: Args) -> int:
         return 0
     setup = Setup(args, args.config_path(), say)
     setup.remove() if args.remove else setup.install(args.manager)
+    return 0
+
+
+def cmd_doctor(args: Args) -> int:
+    findings: list[Finding] = []
+    for found in Doctor(args).look():
+        findings.append(found)
+        if not args.json:
+            mark = "–" if found.ok is None else "✓" if found.ok else "✗"
+            say(f"{mark} {found.name}: {found.text}" + (f"\n    fix: {found.fix}" if found.ok is False else ""))
+    healthy = all(found.ok is not False for found in findings)
+    if args.json:
+        keys = ("name", "ok", "text", "fix")
+        checks = [{key: getattr(one, key) for key in keys if key != "fix" or one.ok is False} for one in findings]
+        say(json.dumps({"ok": healthy, "checks": checks}, ensure_ascii=False))
+    return 0 if healthy else 1
+
+
+def cmd_prove_detached(args: Args) -> int:
+    """For doctor: a daemon in small, whose child detaches as a runner does. Not for people."""
+    folder = Path(args.folder)
+    if args.child:
+        detach_self()
+        with FileLock(folder / "lock"):
+            ends = time.monotonic() + LAUNCH_S
+            while folder.exists() and not (folder / "end").exists() and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+        return 0
+    argv = [*program_argv(), "prove-detached", str(folder), "--child"]
+    spawn_runner(argv, os.environ, folder / "log").wait()
+    time.sleep(LAUNCH_S)
     return 0
 
 
@@ -9339,6 +10428,9 @@ COMMANDS = (
         option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
         option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
     )),
+    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
+        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
+    )),
     Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, (
         option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
         option("--yes", action="store_true", help="switch without asking"),
@@ -9369,12 +10461,17 @@ COMMANDS = (
         option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
         option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
+    Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
     )),
     Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo, (
         option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     )),
+    Command("self-test", "", cmd_self_test, hidden=True),
+    Command("prove-detached", "", cmd_prove_detached, (
+        option("folder"), option("--child", action="store_true"),
+    ), hidden=True),
     Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
 )  # fmt: skip
 GLOBAL_OPTIONS = (
