@@ -24,6 +24,7 @@
 | 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Agent              | connect, hello, resume, take orders                                    |
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
+| 17 | Notify             | webhooks, sent from a spool on disk                                    |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
 | 20 | Tools              | build, upgrade, demo, setup, doctor                                    |
@@ -56,7 +57,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
@@ -205,10 +206,11 @@ FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
 
 DEFAULT_PORT = 9900
+TAILSCALE = "100.64.0.0/10"
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
-PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
+PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
 # Sizes in bytes
 CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
@@ -218,7 +220,7 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
-PROGRESS_CHARS = 4000  # of a burst of lines, the last ones
+PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -228,7 +230,6 @@ RUNNER_LOG_BYTES = 1 << 20
 INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
-PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
@@ -238,8 +239,10 @@ FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
-DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
+PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
+DOWNLOADS = 4  # at once: each holds a copy of the program in memory
+LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
@@ -264,6 +267,7 @@ PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know wh
 PLANS_KEPT = 100
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 MCP_CALLS = 32  # at once: more is a client gone wild
+MCP_LINGER_S = 1.5  # for what was asked before the input ended; after 2 s the official client kills us
 MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
 MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
@@ -279,6 +283,8 @@ RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its version
+CLOCK_S = 30.0  # more than the clocks of two hosts may differ
 SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
 TICK_S = CONFIG_LOOK_S = 1.0
@@ -290,6 +296,15 @@ HISTORY_ROWS = 1000
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
 INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
+NEWS_S = 86400.0  # what is older is no news: not told any more, nor retried
+NEWS_TOLD_S = 7 * NEWS_S  # a message is remembered, so that a result that is reported again is not told again
+NEWS_KEPT = 200  # messages that may wait for one receiver
+NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
+NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
+POST_S = 10.0  # for each answer of a webhook
+POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
+AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 60.0
+CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
 DOWNLOAD_S = 120.0
@@ -704,7 +719,7 @@ def valid_branch_problem(name: str) -> str | None:
 
 MAX_TIMEOUT_S = 7 * 86400.0  # a longer one is a typo (milliseconds), not a step
 CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
-NOTIFY_EVENTS = (*sorted(FINAL), "switched")
+NOTIFY_EVENTS = (*sorted(FINAL), "switched", "failover", "agent-offline", "certificate")
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that file in tokenFile",
     "role": 'never for the whole fleet; write it into [hosts."ADDRESS"] or pass --role',
@@ -864,6 +879,7 @@ _flag = _is("true or false", lambda raw: isinstance(raw, bool))
 _count = _is("whole number above 0", lambda raw: type(raw) is int and raw > 0)  # isinstance would take true for 1
 _status = _is("HTTP status", lambda raw: type(raw) is int and 100 <= raw < 600)
 _seconds = _is("number of seconds, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S)
+_minutes = _is("number of minutes, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= 7 * 1440)
 _mapping = _is("table", lambda raw: isinstance(raw, dict))
 _url = _matches("http:// or https:// URL without a user", r"https?://[^\s/?#@]+([/?#]\S*)?")
 _endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
@@ -992,6 +1008,10 @@ class NotifyRule:
     format: Annotated[str, _notify_format] = "json"
     chat: Annotated[str | None, _text] = None
     on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
+    offline_minutes: Annotated[float, _minutes] = 10
+
+    def wants(self, event: str) -> bool:
+        return event in self.on or (event == State.TIMEOUT and State.FAILED in self.on)
 
 
 def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
@@ -1121,8 +1141,8 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
         for network in map(parse_network, entries):
             if network.prefixlen == 0:
                 warnings.append(f"{key}: {network} is everybody")
-            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network("100.64.0.0/10")):
-                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is 100.64.0.0/10")
+            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network(TAILSCALE)):
+                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}")
     names = {host_key(name) for rule in config.hosts for name in (rule.address, rule.hostname, rule.name) if name}
     names |= {host_key(name) for name in (*known, config.master_url.host)}
     listed = Whitelist(config.whitelist)
@@ -1339,6 +1359,7 @@ class Welcome:
     nonce: str
     features: list[str] = field(default_factory=list)
     proof: str = ""  # that the master knows the token too
+    time: float = 0.0  # of the master's clock, for `doctor`
 
 
 @dataclass(frozen=True)
@@ -1590,16 +1611,6 @@ def _fits(annotation: str, value: Any) -> bool:
     return annotation == "Any" or type(value).__name__ == annotation
 
 
-def common_protocol(theirs: Sequence[int]) -> int:
-    """The newest protocol that this program and one that speaks `theirs` have in common. Raises ProtocolError."""
-    newest = min(PROTOCOL, max(theirs, default=0))
-    if newest < max(PROTOCOL_OLDEST, min(theirs, default=0)):
-        spoken = " to ".join(str(number) for number in theirs)
-        what = f"the master speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}, and this host {spoken}"
-        raise ProtocolError(f"{what}: bring the older one to the other's version")
-    return newest
-
-
 def make_proof(token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> str:
     """That `side` ("client" or "master") knows the token, which itself is never sent.
 
@@ -1636,6 +1647,18 @@ def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, An
 
 
 _TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
+
+
+def common_protocol(theirs: Sequence[int]) -> int:
+    """The newest protocol that this program and one that speaks `theirs` have in common. Raises ProtocolError."""
+    newest = min(PROTOCOL, max(theirs, default=0))
+    if newest < max(PROTOCOL_OLDEST, min(theirs, default=0)):
+        spoken = " to ".join(str(number) for number in theirs)
+        what = f"the master speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}, and this host {spoken}"
+        raise ProtocolError(f"{what}: bring the older one to the other's version")
+    return newest
+
+
 CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
@@ -1779,6 +1802,24 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def result_text(job: JobRecord) -> str:
+    """A host's last line, in the operator's language."""
+    match job.state:
+        case State.SUCCEEDED:
+            return f"✓ 완료 {job.version or ''}".rstrip()
+        case State.FAILED:
+            exit_text = "" if job.exit is None else f" (exit {job.exit})"
+            return f"✗ 실패 {job.step or job.error}{exit_text}"
+        case State.CANCELLED:
+            return "✗ 취소"
+        case State.OFFLINE:
+            return "✗ 오프라인"
+        case State.TIMEOUT:
+            return f"✗ 시간 초과 {job.step}"
+        case _:
+            return f"✗ 연결 끊김 ({job.error})"
+
+
 def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Per host and kind of order, out of the rows of `history`: how many ended how, the median seconds of those that
     succeeded, and how often which step was the one that failed."""
@@ -1885,6 +1926,23 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     return Step(label, ("systemctl", "restart", *units)), Step(
         "systemctl is-active " + " ".join(units), ("systemctl", "is-active", *units)
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`; `ok` is None where it does not apply. `certain`: a deployment can't but fail."""
+
+    name: str
+    ok: bool | None
+    text: str
+    fix: str = ""
+    certain: bool = False
+
+
+def judge_disk(place: str, free_bytes: int) -> Finding:
+    """Whether a deployment has room."""
+    text = f"{free_bytes / 1e9:.1f} GB free at {place}"
+    return Finding("disk", free_bytes >= LOW_DISK_BYTES, text, f"make room on the disk of {place}")
 
 
 # A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
@@ -1999,7 +2057,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         "git asked for a password",
     ),
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
-    (rb"Permission denied \(publickey", "ssh has no key that the remote accepts"),
+    (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
 )
 
@@ -2570,6 +2628,16 @@ class McpSession:
 # ==============================================================================
 
 
+def sync_folder(path: Path) -> None:
+    """Have the disk keep what was renamed or removed in a folder."""
+    if os.name != "nt":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def replace_file(fresh: Path, path: Path) -> None:
     """Move `fresh` to `path` in one step. Windows replaces no open file: that is waited for, then moved aside."""
     for _ in range(20):
@@ -2583,16 +2651,6 @@ def replace_file(fresh: Path, path: Path) -> None:
         with suppress(OSError):  # whoever has it open may keep it until the end
             aside.unlink()
     os.replace(fresh, path)
-
-
-def sync_folder(path: Path) -> None:
-    """Have the disk keep what was renamed or removed in a folder."""
-    if os.name != "nt":
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
@@ -2715,7 +2773,7 @@ class FileLock:
     def held_elsewhere(path: str | os.PathLike[str]) -> bool:
         """Whether anybody holds the lock now (this process through another FileLock included); creates nothing."""
         try:
-            fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))  # also on a disk that has become read-only
         except FileNotFoundError:
             return False
         try:
@@ -2832,9 +2890,9 @@ class StateFolder:
         self.runner_log = root / "runner.log"
         self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
+        self.index = root / "history.jsonl"
         self.last_master = root / "last-master"  # the URL of the master that this host was, or was welcomed by, last
         self.serve_file = root / "serve.json"  # how the daemon was started
-        self.index = root / "history.jsonl"
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
@@ -3381,8 +3439,12 @@ def runs_below(name: str, folder: Path) -> bool:
     """Whether a program called `name` runs with its working directory in `folder`; only Linux can tell."""
     for pid in os.listdir("/proc") if sys.platform == "linux" else ():
         with suppress(OSError, ValueError):
-            cwd = Path(os.readlink(f"/proc/{int(pid)}/cwd"))
-            if cwd.is_relative_to(folder.resolve()) and Path(f"/proc/{pid}/comm").read_text().strip() == name:
+            if Path(f"/proc/{int(pid)}/comm").read_text().strip() != name:
+                continue
+            try:
+                if Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to(folder.resolve()):
+                    return True
+            except PermissionError:  # another user's: it may well run there
                 return True
     return False
 
@@ -3584,10 +3646,17 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         if program.lower().endswith((".cmd", ".bat")):
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
     try:
-        popen = subprocess.Popen(
-            command, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
-        )  # fmt: skip
+        for words in (command, ["/bin/sh", *command]):
+            try:
+                popen = subprocess.Popen(
+                    words, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
+                )  # fmt: skip
+                break
+            except OSError as problem:  # text without `#!`: pnpm's shim, say; every shell gives it to sh
+                again = problem.errno == errno.ENOEXEC and words is command and os.name != "nt"
+                if not again or b"\0" in read_log(Path(program), 0, 80):
+                    raise
         if sys.platform == "linux" and popen.stdout:
             import fcntl
 
@@ -3619,6 +3688,12 @@ def ask_git(repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = Q
             f"git refuses {repo}: it belongs to another user", f"git config --global --add safe.directory {repo}"
         )
     return done.returncode, done.stdout, done.stderr
+
+
+def git_output(repo: Path, env: Mapping[str, str], *args: str) -> bytes:
+    """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to ask."""
+    code, out, _ = ask_git(repo, env, *args)
+    return out if code == 0 else b""
 
 
 def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
@@ -3724,17 +3799,19 @@ class LogWriter:
         self._line_open = False
         self.size = os.fstat(self._fd).st_size
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> bool:
+        """Append; whether everything until now is in the log, or the note that says how much is not."""
         with self._lock:
             if self._dropped:
                 note = b"\n[... %d bytes not recorded]\n" % self._dropped
                 if self._append(note) < len(note):
                     self._dropped += len(data)
-                    return
+                    return False
                 self._dropped = 0
             self._dropped += len(data) - self._append(data)
             self._line_open = not data.endswith(b"\n") if data else self._line_open
         self._poke()
+        return not self._dropped
 
     def _append(self, data: bytes) -> int:
         done = 0
@@ -3769,6 +3846,29 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
 def is_half_done(state: StateFolder, job: JobRecord) -> bool:
     """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
     return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
+
+
+def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
+    """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by `doctor`."""
+    try:
+        inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
+        wrong = UsageError(f"{repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+    except UpdaterError as problem:
+        inside, wrong = False, problem  # type: ignore[assignment]
+    if not inside:
+        yield Finding("checkout", False, wrong.what, wrong.hint, certain=True)
+        return
+    yield Finding("checkout", True, str(repo))
+    url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
+    add = f"git -C {repo} remote add {rule.remote} URL"
+    yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
+    try:
+        yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
+    except UpdaterError as problem:  # the pull may bring it, or another command
+        yield Finding("command", False, problem.what, problem.hint)
+    for place in (repo, state):
+        with suppress(OSError):
+            yield judge_disk(str(place), shutil.disk_usage(place).free)
 
 
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
@@ -3809,7 +3909,6 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
-        self.outcome: str | None = None  # stands for the version where nothing was deployed
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -3835,8 +3934,8 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED)
+            version = WORK[self.job.kind](self)
+            self.finish(State.SUCCEEDED, version=version)
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -3858,8 +3957,11 @@ class Runner:
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        if self.git("rev-parse", "--is-inside-work-tree").strip() != b"true":
-            raise UsageError(f"{self.repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        for found in probe_ground(self.repo, self.state.root, rule, self.env):
+            if not found.ok and found.certain:
+                raise UsageError(found.text, found.fix)
+            if not found.ok:
+                self.log.line(f"warning: {found.text}; {found.fix}")
         self.remove_git_locks()
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
@@ -3930,7 +4032,7 @@ class Runner:
             self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        named = self.rule.secrets
+        named = (*self.rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
         secrets = secret_values(extra, {name: self.env.get(name, "") for name in named}, named=named)
         with suppress(ConfigError):
             token = load_token(config, tree)
@@ -3949,8 +4051,7 @@ class Runner:
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        code, out, _ = ask_git(self.repo, self.env, *args)
-        return out if code == 0 else b""
+        return git_output(self.repo, self.env, *args)
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
@@ -4047,17 +4148,17 @@ class Runner:
 
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
-        commit, version = None, self.outcome
+        commit, version = None, fields.get("version")
         with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
-            version = self.outcome or self.read_version() if state is State.SUCCEEDED else None
+            version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
-        self.log.sync()
-        fields |= {"open_step": None}
-        fields |= {"state": state, "size": self.log.size, "ended": time.time(), "commit": commit, "version": version}
+        fields |= {"open_step": None, "state": state, "ended": time.time(), "commit": commit, "version": version}
         for _ in range(RESULT_TRIES):
-            if self.save(durable=True, **fields):
+            whole = self.log.write(b"")  # else how much is missing is still to be said
+            self.log.sync()
+            if whole and self.save(durable=True, size=self.log.size, **fields):
                 return
             time.sleep(1)  # the disk is full: the result is worth waiting for room
 
@@ -4072,8 +4173,8 @@ class Runner:
         return True
 
 
-# What a runner does for each kind of order; the sections below add theirs.
-WORK: dict[Kind, Callable[[Runner], None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
+# What a runner does for each kind of order, and the version to show if not the project's; sections below add theirs.
+WORK: dict[Kind, Callable[[Runner], str | None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
 
 
 # ==============================================================================
@@ -4486,21 +4587,6 @@ def lock_text(real: Path) -> int:
             time.sleep(0.05)
 
 
-def probe_url(url: str) -> int:
-    """The HTTP status of a GET, whatever name the certificate has: it is asked on its own host. Raises OSError."""
-    import ssl
-    from urllib.error import HTTPError
-
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    handlers = urllib_request.ProxyHandler({}), urllib_request.HTTPSHandler(context=context)
-    try:
-        with urllib_request.build_opener(*handlers).open(url, timeout=CONNECT_S) as answer:
-            return int(answer.status)
-    except HTTPError as problem:
-        return problem.code
-
-
 @dataclass
 class SwitchEntry:
     """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as Latin-1."""
@@ -4643,13 +4729,11 @@ class Switch:
 
     def connect_problem(self) -> str | None:
         """Why the standby's port can't be reached from here, if so."""
-        host, port = split_port(self.entry.address)
-        if port is None or "/" in host:  # a UNIX socket, or the port that the client used
-            return None
         try:
-            socket.create_connection((host.strip("[]"), port), CONNECT_S).close()
-        except OSError as problem:
-            return problem.strerror or str(problem)
+            if split_port(self.entry.address)[1]:  # else a UNIX socket, or the port that the client used
+                _dial(self.entry.address, CONNECT_S).close()
+        except (OSError, UsageError) as problem:
+            return str(problem)
         return None
 
     def refuse_without_rights(self) -> None:
@@ -4760,10 +4844,10 @@ class Switch:
         color, before = self.entry.color, self.entry.before
         probed = ""
         if self.rule.probe:
-            status = probe_url(self.rule.probe)
-            if not 200 <= status < 400:
-                raise UpdaterError(f"{self.rule.probe} answers {status}")
-            probed = f"{self.rule.probe} answers {status}; "
+            try:
+                probed = f"{self.rule.probe} answers {probe_http(self.rule.probe, CONNECT_S)}; "
+            except (CheckFailed, OSError, http_client.HTTPException) as problem:
+                raise UpdaterError(f"{self.rule.probe}: {problem}") from problem
         if not self.live:
             return probed or "neither socket nor probe: nothing was proved"
         deadline = time.monotonic() + PROOF_S
@@ -4777,8 +4861,9 @@ class Switch:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        if decide_traffic(rows) != [new["svname"]] or (problem := self.connect_problem()):
-            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {problem or ''}".rstrip())
+        refused = self.connect_problem()
+        if refused or decide_traffic(rows) != [new["svname"]]:
+            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {refused or ''}".rstrip())
         return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
 
     def undo(self) -> bool:
@@ -4812,8 +4897,9 @@ class Switch:
         sync_folder(self.runner.state.root)
 
 
-def switch_traffic(runner: Runner) -> None:
-    """The whole job of a switch; what an earlier one left half done is ended first. Raises UpdaterError."""
+def switch_traffic(runner: Runner) -> str | None:
+    """The whole job of a switch; what an earlier one left half done is ended first. Returns the colour that takes the
+    traffic now. Raises UpdaterError."""
     runner.begin("gate")
     entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
     if entry:
@@ -4822,8 +4908,7 @@ def switch_traffic(runner: Runner) -> None:
         if entry.run == runner.run and not moved:
             raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
         if entry.run == runner.run:
-            runner.outcome = entry.color
-            return
+            return entry.color
         os.close(half.lock)
     config, problem = load_config_or_last(runner.config_path, runner.state)
     if problem:
@@ -4836,7 +4921,7 @@ def switch_traffic(runner: Runner) -> None:
     except OSError as unreadable:
         raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
     switch.run()
-    runner.outcome = switch.entry.color
+    return switch.entry.color
 
 
 WORK[Kind.SWITCH] = switch_traffic
@@ -4847,6 +4932,7 @@ WORK[Kind.SWITCH] = switch_traffic
 # ==============================================================================
 
 
+REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
@@ -5084,7 +5170,7 @@ class Link:
         if inbound and not inbound.closed:
             inbound.closed = True
             with suppress(OSError):
-                line = f"\n[estelle-updater: {message.reason}; what it has more is there]\n".encode()
+                line = f"\n[estelle-updater: log incomplete: {message.reason}]\n".encode()
                 append_log(inbound.path, log_size(inbound.path), line)
             inbound.on_size(log_size(inbound.path))
 
@@ -5138,6 +5224,7 @@ class OwnJob:
     looked: float = 0.0  # when its lock was last probed
     launched: float = float("-inf")  # when a runner was last started for it
     launches: int = 0
+    burying: bool = False  # what its dead runner left is being killed
 
 
 class Agent:
@@ -5217,20 +5304,31 @@ class Agent:
             job.stamp = stamp
             if record.revision > job.record.revision:
                 log.job(job.record, record)
-                job.record = record
+                job.record = self.mend_log(record)
                 if self.link:
-                    self.link.post(record)
+                    self.link.post(job.record)
         size = log_size(self.state.log_file(run, host))
         if size > job.size:
             job.size = size
             if self.link:
                 self.link.grew(run, host, size)
 
+    def mend_log(self, record: JobRecord) -> JobRecord:
+        """A log shorter than its result says (power loss, somebody's hand) says so, and the result gets its size: else
+        whoever wants all of it waits for ever."""
+        path = self.state.log_file(record.run, record.host)
+        if record.state not in FINAL or (size := log_size(path)) >= record.size:
+            return record
+        line = f"\n[estelle-updater: log incomplete: {record.size - size} bytes are lost]\n".encode()
+        with suppress(OSError):
+            size, _ = append_log(path, size, line)
+        return replace(record, revision=record.revision + 1, size=size)
+
     def check_runner(self, job: OwnJob) -> None:
         """A free lock says that no runner lives: an accepted job is started again, a running one is lost."""
         run, host = job.record.run, job.record.host
         before = self.state.load_job(run, host)
-        if FileLock.held_elsewhere(self.state.job_lock):
+        if job.burying or FileLock.held_elsewhere(self.state.job_lock):
             return
         record = self.state.load_job(run, host) or job.record
         if is_half_done(self.state, record):
@@ -5247,7 +5345,15 @@ class Agent:
             self.start_runner(record)
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
-            self.own(bury_runner(self.state, record))
+            job.burying = True
+            self.spawn(self.bury(job, record))
+
+    async def bury(self, job: OwnJob, record: JobRecord) -> None:
+        """End a job whose runner died, in a thread: what it left may take seconds to kill, and links can't wait."""
+        try:
+            self.own(await asyncio.to_thread(bury_runner, self.state, record))
+        finally:
+            job.burying = False
 
     def own(self, record: JobRecord) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
@@ -5256,7 +5362,8 @@ class Agent:
         except OSError as problem:
             log.error("can't write to %s: %s", self.state.root, problem.strerror)
             why = f"can't write to {self.state.root}: {problem.strerror}"
-            record = replace(record, state=State.FAILED, step=record.step or "start", error=why)
+            state = record.state if record.state in FINAL else State.FAILED
+            record = replace(record, state=state, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
         log.job(job.record if job.record is not record else None, record)
         job.record = record
@@ -5303,7 +5410,8 @@ class Agent:
             self.own(replace(record, revision=1, state=State.FAILED, step="check", error=f"no branch name: {problem}"))
             return
         self.adopt_run(record)
-        if record.state is State.RUNNING:  # the master knows it as running, and nothing is left of it here
+        if record.state is State.RUNNING or log_size(self.state.log_file(record.run, record.host)):
+            # it ran, as the master knows or its log shows, and its state is gone: running it again would be worse
             self.own(replace(record, revision=record.revision + 1, state=State.LOST, error="the host forgot this job"))
             return
         record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
@@ -5322,7 +5430,7 @@ class Agent:
         for (run, host), job in self.jobs.items():
             if run == message.run and job.record.state not in FINAL:
                 with suppress(OSError):
-                    write_atomic(self.state.cancel_file(run, host), message.by.encode(errors="replace"))
+                    self.state.cancel_file(run, host).touch()  # without content: that works on a full disk too
 
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
@@ -5386,6 +5494,7 @@ class Agent:
         """Tell the master of a job and offer its log."""
         assert self.link
         self.jobs.setdefault((job.record.run, job.record.host), job)
+        job.record = self.mend_log(job.record)
         self.link.post(job.record)
         self.link.open_log(job.record.run, job.record.host, self.state.log_file(job.record.run, job.record.host))
 
@@ -5579,8 +5688,8 @@ class Dialer:
     ) -> None:
         self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
-        self.trouble = ""
-        self.said: set[str] = set()  # of troubles, since the last welcome
+        self.said: set[str] = set()  # what went wrong since the last welcome
+        self.trouble = ""  # the last of it
         self.welcome: Welcome | None = None
         self.url = ""  # of the master that is connected
 
@@ -5638,7 +5747,6 @@ class Dialer:
             link = Link(SocketWire(connection), squeeze=True)
             self.welcome = await greet(link.wire, self.agent.hello(), token)
             self.said.clear()
-            self.trouble = ""
             self.agent.state.save_master_url(url)
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
@@ -5659,7 +5767,7 @@ def refusal(status: int, body: bytes) -> UpdaterError:
     text = body.decode(errors="replace").strip()
     if status == 403:
         what, _, hint = text.partition("\n")
-        return RefusedError(f"the master refused us: {what}", hint)
+        return RefusedError(f"{REFUSED_US}: {what}", hint)
     return UnreachableError(f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?")
 
 
@@ -5695,6 +5803,13 @@ class Run:
     def active(self) -> bool:
         return any(job.state not in FINAL for job in self.jobs.values())
 
+    def tell(self, machine: str, text: str) -> None:
+        """Whoever watches a host's running job hears of its connection."""
+        for job in self.jobs.values():
+            if job.machine == machine and job.state is State.RUNNING:
+                for follower in self.followers:
+                    follower.post(Notice(f"{job.host}: {text}"))
+
 
 class AgentLink:
     """A connected agent, and the questions it has not answered yet."""
@@ -5716,6 +5831,16 @@ class AgentLink:
             return None
         finally:
             del self.questions[number]
+
+    async def answers_ping(self) -> bool:
+        """Is the connection alive at its other end, or a leftover of a host that went without a word?"""
+        if not isinstance(self.link.wire, SocketWire):
+            return True
+        with suppress(Exception):
+            async with asyncio.timeout(PING_S):
+                await (await self.link.wire.socket.ping())
+                return True
+        return False
 
 
 QUESTION_NUMBERS = itertools.count(1)
@@ -5805,7 +5930,7 @@ class Door:
                         door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
 
             def allow(self, seconds: float) -> None:
-                """More time, for a download."""
+                """Let the handshake take longer, as a download does."""
                 self.close_timeout = seconds
                 self.patience.reschedule(self.loop.time() + seconds)
 
@@ -5876,8 +6001,12 @@ class Door:
             return ""
         challenge = os.urandom(16).hex()
         await link.wire.send(encode_message(Challenge(challenge)))
-        async with asyncio.timeout(WELCOME_S):
-            frame = await link.wire.recv()
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                frame = await link.wire.recv()
+        except (EOFError, TimeoutError):
+            self.log_refusal(address, "it did not prove that it knows the token")
+            raise
         answer = decode_message(frame) if isinstance(frame, str) else None
         if not (
             isinstance(answer, Proof) and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
@@ -5944,8 +6073,8 @@ class Registry:
         self.machines[hello.machine] = known
         self.save()
 
-    def hosts(self) -> list[HostRef]:
-        """Every host of the fleet with its label, the master's own first."""
+    def hosts(self, everyone: bool = False) -> list[HostRef]:
+        """Every host of the fleet with its label, the master's own first; `everyone`: as if all took deployments."""
         known = [machine for machine in self.machines.values() if not machine.forgotten]
         known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
         labels = assign_labels([(host.address, host.name, host.machine) for host in known])
@@ -5953,7 +6082,8 @@ class Registry:
         for label, host in zip(labels, known, strict=True):
             rule = host_rule(self.config.config, host.address, host.name)
             online = host.machine in self.agents
-            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
+            deploys = rule.deploy or everyone
+            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys))
         return hosts
 
     def check_adoption(
@@ -5977,7 +6107,7 @@ class Registry:
 
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
-        hosts = select_targets(target, [replace(host, deploys=True) for host in self.hosts()])
+        hosts = select_targets(target, self.hosts(everyone=True))
         if online := [host.label for host in hosts if host.online]:
             what = f"{', '.join(online)} is online and would only come back"
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
@@ -6021,7 +6151,13 @@ class Registry:
     async def active_for(self, target: str) -> str | None:
         """The colour that has the traffic, where TARGET needs to know."""
         words = {part.strip() for part in target.split(",")}
-        return (await self.ask_traffic())["active"] if words & {"active", "standby"} else None
+        if not words & {"active", "standby"}:
+            return None
+        traffic = await self.ask_traffic()
+        if traffic["active"] is None:
+            why = "; ".join(traffic["warnings"]) or "there is no [haproxy] in the configuration"
+            raise TargetError(f"nobody knows which host is {target}", why)
+        return str(traffic["active"])
 
     def on_traffic_step(self, agent: AgentLink, job: JobRecord) -> None:
         """A job waits for the master's word on the traffic."""
@@ -6052,6 +6188,7 @@ class Master:
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
+        self.tell: Callable[[Run, JobRecord], None] = lambda run, job: None  # people want to know how a job ended
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.started = time.time()
@@ -6107,7 +6244,7 @@ class Master:
         if hello.machine == self.machine and isinstance(link.wire, SocketWire):
             raise ProtocolError("this is the master's own machine id: a cloned state folder; delete machine-id in it")
         while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
-            if await self.answers_ping(old):
+            if await old.answers_ping():
                 what = f"this machine id is in use by {old.address}: a cloned state folder"
                 log.warning("refused %s: %s", address, what)
                 hint = "delete machine-id in its state folder and restart it"
@@ -6124,9 +6261,11 @@ class Master:
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         protocol = common_protocol(hello.protocol)
-        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof))
+        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof, time.time()))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
+            for run in self.runs.values():
+                run.tell(hello.machine, "connected again")
         self.resend(agent)
         try:
             async with asyncio.TaskGroup() as group:
@@ -6142,18 +6281,10 @@ class Master:
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
                 self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
+                self.registry.save()
                 log.warning("agent %s is offline", label)
-
-    @staticmethod
-    async def answers_ping(agent: AgentLink) -> bool:
-        """Is the connection alive at its other end, or a leftover of a host that went without a word?"""
-        if not isinstance(agent.link.wire, SocketWire):
-            return True
-        with suppress(Exception):
-            async with asyncio.timeout(PING_S):
-                await (await agent.link.wire.socket.ping())
-                return True
-        return False
+                for run in self.runs.values():
+                    run.tell(hello.machine, "no connection; what runs there goes on")
 
     def resend(self, agent: AgentLink) -> None:
         """To a host that is back: the orders that it has not acknowledged, and the cancels that it missed."""
@@ -6250,7 +6381,8 @@ class Master:
                 old, hosts=[*old.hosts, job.host], machines={**old.machines, **record.machines},
                 addresses={**old.addresses, **record.addresses},
             )  # fmt: skip
-        self.state.save_run(record)
+        with suppress(OSError):  # `record` tries again
+            self.state.save_run(record)
         run = run or Run(record, {})
         run.record = record
         run.jobs[job.host] = replace(job_of_run(record, job.host), ordered=True)
@@ -6271,7 +6403,7 @@ class Master:
             self.settle(run, message.host)
 
         path = self.state.log_file(message.run, message.host)
-        agent.link.accept_log(message, Inbound(path, grew))
+        agent.link.accept_log(message, Inbound(path, grew, closed=message.host in run.torn))
 
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it."""
@@ -6280,7 +6412,10 @@ class Master:
         size = log_size(path)
         if job is None or (size < job.size and host not in run.torn):
             return
-        if accepts_job(run.jobs[host], job):
+        accepted = accepts_job(run.jobs[host], job)
+        if accepted or run.jobs[host].state is job.state:  # known already: perhaps it was never told
+            self.tell(run, job)
+        if accepted:
             sync_file(path)
             if not self.record(run, replace(job, size=size), durable=True):
                 return  # the host keeps it until there is room
@@ -6298,6 +6433,8 @@ class Master:
         """
         if job.machine != self.machine or job.revision == 0:
             try:
+                if durable and self.state.load_run(job.run) is None:
+                    self.state.save_run(run.record)  # it was adopted while the disk was full
                 self.state.save_job(job, durable=durable)
             except OSError as problem:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
@@ -6321,6 +6458,7 @@ class Master:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
         size = log_size(self.state.log_file(job.run, job.host))
         job = replace(job, behind=None, state=state, error=error, provisional=guess, size=size, ended=time.time())
+        self.tell(run, job)
         self.record(run, job, durable=True)
 
     def drop_idle(self, run: Run) -> None:
@@ -6340,10 +6478,11 @@ class Master:
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        known = self.registry.hosts()
-        if message.kind in (Kind.SWITCH, Kind.UPGRADE):  # they deploy nothing
-            known = [replace(host, deploys=True) for host in known]
-        hosts = select_targets(message.target, known, active)
+        deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
+        hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
+        if message.kind is Kind.UPGRADE:
+            self.require_free(hosts)
+            message = replace(message, options=self.door.handout.offer(self.config))
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -6368,6 +6507,13 @@ class Master:
         self.replace_queued(run)
         asyncio.get_running_loop().call_soon(self.schedule)
         return record
+
+    def require_free(self, hosts: Sequence[HostRef]) -> None:
+        """Raises GuardError where a job runs or waits on one of `hosts`."""
+        machines = {host.machine for host in hosts}
+        for job in (job for run in self.runs.values() for job in run.jobs.values()):
+            if job.machine in machines and job.state not in FINAL:
+                raise GuardError(f"{job.host} has a {job.state} job: {job.run}", f"wait for it, or cancel {job.run}")
 
     def replace_queued(self, new: Run) -> None:
         """A newer request for the same branch takes the place of one that still waits."""
@@ -6447,7 +6593,10 @@ class Master:
         if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
             run.record = replace(run.record, cancelled=True)
-            self.state.save_run(run.record)
+            try:
+                self.state.save_run(run.record)
+            except OSError as problem:  # to stop something may be how to make room
+                log.error("can't write to %s: %s", self.state.root, problem.strerror)
             log.info("%s cancels run %s", by, name)
         for job in list(run.jobs.values()):
             if job.state in FINAL:
@@ -6482,7 +6631,7 @@ class Desk:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
         protocol = common_protocol(hello.protocol)
-        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof))
+        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof, time.time()))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -6505,8 +6654,6 @@ class Desk:
     ) -> None:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
-            case Submit() if message.kind in GATES and self.master.load(message.run) is None:
-                group.create_task(self.submit_gated(link, message, by))
             case Submit():
                 self.start(group, link, self.submit(message, by))
             case Follow():
@@ -6519,15 +6666,6 @@ class Desk:
                 self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
-
-    async def submit_gated(self, link: Link, message: Submit, by: str) -> None:
-        """An order that hosts have to be asked about first."""
-        try:
-            link.post(self.master.submit(await GATES[message.kind](self, message), by))
-        except UpdaterError as problem:
-            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
-        except OSError as problem:
-            link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
@@ -6582,7 +6720,9 @@ class Desk:
             self.open -= 1
 
     async def submit(self, message: Submit, by: str) -> RunRecord:
-        """Start a run; whom it means may depend on the traffic of this moment."""
+        """Start a run; whom it means may depend on the traffic of this moment, and whether it may start, on hosts."""
+        if message.kind in GATES and self.master.load(message.run) is None:
+            message = await GATES[message.kind](self, message)
         return self.master.submit(message, by, await self.master.registry.active_for(message.target))
 
     async def answer(self, ask: Ask) -> Answer:
@@ -6598,7 +6738,7 @@ class Desk:
     async def health(self, args: dict[str, Any]) -> dict[str, Any]:
         """What the configured checks see on the hosts of TARGET, the data node included."""
         target = str(args.get("target") or "all")
-        hosts = [replace(host, deploys=True) for host in self.master.registry.hosts()]
+        hosts = self.master.registry.hosts(everyone=True)
         chosen = select_targets(target, hosts, await self.master.registry.active_for(target))
         rows = await self.master.registry.check_health(chosen)
         return {"ok": all(row["ok"] for row in rows), "checks": rows}
@@ -6693,6 +6833,7 @@ class Planner:
     def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
         self.master = master
         self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
+        self.target = self.target or "all"
         self.action = str(args.get("action") or "update")
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
 
@@ -6790,80 +6931,352 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def haproxy_host(master: Master) -> tuple[HaproxyRule, HostRef]:
-    """[haproxy] and the host that it names, which may take no deployments. Raises UpdaterError."""
-    rule = master.config.config.haproxy
-    if rule is None:
-        raise UsageError("there is no [haproxy] in the configuration", "it says which host's HAProxy has the traffic")
-    hosts = [replace(host, deploys=True) for host in master.registry.hosts()]
-    host = select_targets(rule.host, hosts)[0]
-    if not host.online:
-        raise TargetError(f"{host.label} is offline, and its HAProxy has the traffic", "start its service")
-    return rule, host
-
-
-async def ask_traffic(master: Master) -> dict[str, Any]:
-    """Where HAProxy sends the traffic, as its host answers. Raises UpdaterError."""
-    _, host = haproxy_host(master)
-    agent = master.agents.get(host.machine)
-    answer = await agent.ask("traffic", {}, ANSWER_S / 2) if agent else None
-    if answer is None or "error" in answer:
-        raise GuardError(f"{host.label} does not say where the traffic goes", str((answer or {}).get("error", "")))
-    return answer
-
-
-def refuse_busy(master: Master, machines: Container[str], doing: str) -> None:
-    """Raise GuardError where a job runs or waits on one of these hosts."""
-    for run in master.runs.values():
-        for job in run.jobs.values():
-            if job.machine in machines and job.state not in FINAL:
-                raise GuardError(f"{doing}: run {job.run} is {job.state} on {job.host}", "wait for it, or cancel it")
-
-
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
     """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
     Returns the order with its host and colour. Raises UpdaterError."""
-    master, options = desk.master, order.options
-    color, forced = options.get("color"), bool(options.get("force") or options.get("dry_run"))
+    master, registry, options = desk.master, desk.master.registry, order.options
+    rule, color = master.config.config.haproxy, options.get("color")
     if color not in (*COLORS, "standby"):
         raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
-    _, data = haproxy_host(master)
-    files = {key: row["file"] for key, row in (await ask_traffic(master))["servers"].items()}
+    if rule is None:
+        raise UsageError("there is no [haproxy] in the configuration", "it says whose HAProxy has the traffic")
+    hosts = registry.hosts(everyone=True)
+    data = select_targets(rule.host, hosts)[0]
+    if not data.online:
+        raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
+    files = {key: row["file"] for key, row in (await registry.ask_traffic())["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
-    workers = [host for host in master.registry.hosts() if host.color in COLORS]
-    standbys = [host for host in workers if host.color == color]
-    if not forced and files.get(str(color)) != "active":
-        for host in standbys:
-            await refuse_unfit(desk, host, options.get("commit"))
+    free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
+    await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
     if not options.get("dry_run"):
-        refuse_busy(master, {data.machine, *(host.machine for host in workers)}, "no switch now")
+        master.require_free([data, *(host for host in hosts if host.color)])
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
-async def refuse_unfit(desk: Desk, host: HostRef, commit: Any) -> None:
+async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> None:
     """Raise GuardError where a standby is not healthy, or has not the commit that was to take the traffic."""
-    agent = desk.master.agents.get(host.machine)
-    facts = await agent.ask("status", {"address": host.address}, ANSWER_S / 2) if agent else None
-    if facts is None:
-        raise GuardError(f"{host.label} ({host.color}) does not answer", "repair it first, or use --force")
-    if commit and facts.get("commit") != commit:
-        what = f"{host.label} ({host.color}) has commit {facts.get('commit')} and not {str(commit)[:64]}"
-        raise GuardError(what, "deploy it again, or use --force")
-
-
-async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
-    """The order with the program that the hosts are to install. Raises UpdaterError."""
-    master = desk.master
-    hosts = select_targets(order.target, [replace(host, deploys=True) for host in master.registry.hosts()])
-    refuse_busy(master, {host.machine for host in hosts}, "no upgrade now")
-    return replace(order, options=master.door.handout.offer(master.config))
+    hint = "repair it first; --force switches all the same"
+    for check in await desk.master.registry.check_health(standbys):
+        if not check["ok"]:
+            raise GuardError(f"{check['host']} is not healthy: {check['name']}: {check['detail']}", hint)
+    for host in standbys if commit else ():
+        agent = desk.master.agents.get(host.machine)
+        has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get("commit")
+        if has != commit:
+            raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
-    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
-}  # fmt: skip
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+
+
+# ==============================================================================
+# 17. Notify: webhooks, sent from a spool on disk
+# ==============================================================================
+
+
+def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any]:
+    """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are masked."""
+    # with nothing after its gate and its check, it was a dry run, or the colour was active already
+    switched = job.kind is Kind.SWITCH and job.state is State.SUCCEEDED and len(job.marks) > 2
+    seconds = seconds_of(job)
+    facts = (
+        f"{job.kind} {job.branch} on {run.target}", f"by {run.by}" if run.by else "",
+        f"{seconds:.1f} s" if seconds is not None else "", f"commit {job.commit[:12]}" if job.commit else "",
+        job.version if job.version and job.state is not State.SUCCEEDED else "", f"run {job.run}",
+    )  # fmt: skip
+    deployed = job.kind in (Kind.DEPLOY, Kind.ROLLBACK) and job.started is not None
+    lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
+    return {
+        "event": "switched" if switched else str(job.state),
+        "title": f"[{job.host}] {f'switched to {job.branch} ' if switched else ''}{result_text(job)}",
+        "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
+        "target": run.target, "branch": job.branch, "by": run.by,
+        "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
+        "log": [line[:NEWS_LINE_CHARS] for line in lines if line.strip()][-NEWS_LINES:],
+    }  # fmt: skip
+
+
+def news_text(form: str, news: Mapping[str, Any]) -> str:
+    """The message as a person reads it: as much of the log's end as the service takes."""
+    head = "\n".join(filter(None, (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))))
+    lines = list(news.get("log") or ())
+    while True:
+        text, end = head, "\n".join(lines)
+        if lines and form in ("slack", "discord"):
+            end = end.replace("```", "` ` `")
+            text = f"{head}\n```\n{end}\n```"
+        elif lines:
+            text = f"{head}\n\n{end}"
+        if form == "slack":
+            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # else <!channel> calls all
+        data = text.encode("utf-8", "replace")
+        if not lines or len(data) <= NEWS_BYTES[form]:
+            return data[: NEWS_BYTES[form]].decode("utf-8", "ignore")
+        del lines[0]
+
+
+def render_news(form: str, news: Mapping[str, Any], chat: str | None = None) -> tuple[dict[str, str], bytes]:
+    """Headers and body of the request that tells `news` in a service's own form."""
+    text = news_text(form, news)
+    headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
+    data: dict[str, Any]
+    match form:
+        case "slack":
+            data = {"text": text}
+        case "discord":
+            data = {"content": text, "allowed_mentions": {"parse": []}}
+        case "telegram":
+            data = {"chat_id": chat, "text": text, "disable_web_page_preview": True}
+        case "ntfy":
+            title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
+            headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
+            good = news["event"] in (State.SUCCEEDED, "switched")
+            return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
+        case _:
+            data = {**news, "text": text}
+    return headers, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def retry_after_s(text: str, now: float) -> float:
+    """What a receiver's Retry-After asks for: seconds, or a date; 0 where it asks for nothing that can be read."""
+    from email.utils import parsedate_to_datetime
+
+    with suppress(ValueError):
+        return max(0.0, min(float(text), RETRY_AFTER_S))
+    with suppress(ValueError, TypeError):
+        return max(0.0, min(parsedate_to_datetime(text).timestamp() - now, RETRY_AFTER_S))
+    return 0.0
+
+
+def receiver_id(rule: NotifyRule) -> str:
+    """Which messages wait for this receiver, whatever else changes in the configuration."""
+    identity = [rule.format, rule.url, rule.url_env, rule.url_file, rule.chat]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+
+
+def hook_url(rule: NotifyRule, tree: Path) -> str:
+    """Where to post. Raises UpdaterError, which never shows the URL: it is a secret."""
+    if rule.url_file:
+        path = tree / Path(rule.url_file).expanduser()
+        try:
+            url = path.read_text("utf-8-sig").strip()
+        except (OSError, ValueError) as problem:
+            raise UpdaterError(f"can't read urlFile {path}: {getattr(problem, 'strerror', 'it is no text')}") from None
+    else:
+        url = rule.url or os.environ.get(rule.url_env or "", "").strip()
+    try:
+        _url(url)
+    except _Wrong:
+        raise UpdaterError(f"{rule.url_file or rule.url_env} holds no http:// or https:// URL") from None
+    return url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage" if rule.format == "telegram" else url
+
+
+def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[str, float]:
+    """Send one message: what went wrong ("" if nothing did), without a word of the URL, and how long to wait at least.
+
+    A redirect is no delivery: it is not followed.
+    """
+    try:
+        headers, body = render_news(rule.format, news, rule.chat)
+        request = urllib_request.Request(hook_url(rule, tree), body, headers, method="POST")
+        opener = urllib_request.OpenerDirector()
+        for part in (urllib_request.ProxyHandler, urllib_request.HTTPHandler, urllib_request.HTTPSHandler):
+            opener.add_handler(part())
+        with opener.open(request, timeout=POST_S) as answer:
+            if 200 <= answer.status < 300:
+                return "", 0.0
+            return f"HTTP {answer.status}", retry_after_s(answer.headers.get("Retry-After", ""), time.time())
+    except UpdaterError as problem:
+        return problem.what, 0.0
+    except Exception as problem:  # its text may hold the URL
+        reason = getattr(problem, "reason", problem)
+        return str(getattr(reason, "strerror", None) or type(reason).__name__), 0.0
+
+
+@dataclass
+class Receiver:
+    """How it goes with one webhook, as long as this process lives."""
+
+    failures: int = 0
+    due: float = 0.0  # when to try again
+    sending: bool = False
+    tries: Counter[str] = field(default_factory=Counter)  # of each message: one that it never takes goes last
+
+
+class Notifier:
+    """Tells people what happened. One file per message and receiver, sent by a thread of its own that nobody waits for:
+    a receiver that is slow or gone delays nothing, and a message outlives the master.
+
+    A file ends as `.sent` and stays for a while, so that no event is told twice.
+    """
+
+    def __init__(self, master: Master) -> None:
+        self.master, self.folder = master, master.state.root / "notify"
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.traffic_file = self.folder / "traffic"
+        self.receivers: dict[str, Receiver] = {}
+        self.wake = asyncio.Event()
+        self.switched = False  # since the last look at the traffic
+        master.tell = self.tell_of_job
+
+    @property
+    def rules(self) -> tuple[NotifyRule, ...]:
+        return self.master.config.config.notify
+
+    @property
+    def tree(self) -> Path:
+        return work_tree(self.master.config.path)
+
+    def tell_of_job(self, run: Run, job: JobRecord) -> None:
+        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch its result."""
+        try:
+            self.switched |= job.kind is Kind.SWITCH
+            if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
+                path = self.master.state.log_file(job.run, job.host)
+                size = log_size(path)
+                end = read_log(path, max(0, size - CHUNK_BYTES), CHUNK_BYTES)
+                news = news_of_job(run.record, job, end)
+                self.tell(f"{job.run}-{job.host}-{job.state}", news)
+        except Exception as problem:
+            log.error("can't tell of run %s: %s", job.run, problem)
+
+    def tell(self, name: str, news: Mapping[str, Any], *rules: NotifyRule) -> None:
+        """Spool a message for those who want it, or for `rules`; each gets one of a name, and only one."""
+        for rule in rules or [rule for rule in self.rules if rule.wants(news["event"])]:
+            path = self.folder / f"{file_label(name)}.{receiver_id(rule)}.json"
+            if not path.exists() and not path.with_suffix(".sent").exists():
+                data = {"time": round(time.time(), 3), "master": self.master.own_address, **news}
+                write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+                self.wake.set()
+
+    async def send_forever(self) -> None:
+        """Send what is due, to each receiver one message after the other."""
+        while True:
+            self.wake.clear()
+            waiting = True
+            try:
+                waiting = self.send_due()
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't send messages: %s", problem)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S if waiting else None):
+                    await self.wake.wait()
+
+    def send_due(self) -> bool:
+        """Start what is due and forget what is no news any more; True while anything waits."""
+        rules = {receiver_id(rule): rule for rule in self.rules}
+        waiting: dict[str, list[tuple[float, Path]]] = {}
+        for path in self.folder.glob("*.json"):
+            waiting.setdefault(path.name.split(".")[-2], []).append((path.stat().st_mtime, path))
+        for key, found in waiting.items():
+            receiver = self.receivers.setdefault(key, Receiver())
+            found.sort()
+            old = [item for i, item in enumerate(found) if i < len(found) - NEWS_KEPT or time.time() - item[0] > NEWS_S]
+            if receiver.sending:
+                continue
+            for _, path in old:
+                log.warning("not delivered, and no news any more: %s", path.name)
+                path.unlink(missing_ok=True)
+            left = [path for when, path in found if (when, path) not in old]
+            if left and key in rules and time.monotonic() >= receiver.due:
+                self.send(receiver, rules[key], min(left, key=lambda path: receiver.tries[path.name]))
+        return bool(waiting)
+
+    def send(self, receiver: Receiver, rule: NotifyRule, path: Path) -> None:
+        """Post one message. In a thread that ends with the process: neither a hanging receiver nor its name's lookup
+        may hold up the daemon's stop, or take one of the few threads that answer questions."""
+        loop, tree = asyncio.get_running_loop(), self.tree
+
+        def work() -> None:
+            problem, pause_s = post_news(rule, tree, news) if (news := read_json(path)) else ("", 0.0)
+            with suppress(RuntimeError):  # the daemon has stopped meanwhile
+                loop.call_soon_threadsafe(self.on_sent, receiver, rule, path, problem, pause_s)
+
+        threading.Thread(target=work, daemon=True).start()
+        receiver.sending = True
+
+    def on_sent(self, receiver: Receiver, rule: NotifyRule, path: Path, problem: str, pause_s: float) -> None:
+        receiver.sending = False
+        try:
+            if not problem:
+                os.replace(path, path.with_suffix(".sent"))
+                del receiver.tries[path.name]
+        except OSError as refused:  # it would be sent for ever: with pauses, at least
+            problem = f"sent, but can't rename {path.name}: {refused.strerror}"
+        if problem:
+            if not receiver.failures:
+                log.warning(
+                    "no message to %s (%s): %s; trying again", rule.format, rule.url_file or rule.url_env, problem
+                )
+            receiver.failures += 1
+            receiver.tries[path.name] += 1
+            longest_s = min(POST_RETRY_S, 2.0 ** min(receiver.failures, 10))
+            receiver.due = time.monotonic() + max(pause_s, random.uniform(longest_s / 2, longest_s))
+        elif receiver.failures:
+            log.info("messages to %s (%s) arrive again", rule.format, rule.url_file or rule.url_env)
+            receiver.failures = 0
+        self.wake.set()
+
+    async def watch_forever(self) -> None:
+        """Look for what no job's end tells."""
+        looked = float("-inf")
+        while True:
+            try:
+                self.look_for_agents()
+                if time.monotonic() - looked > TRAFFIC_LOOK_S:
+                    looked = time.monotonic()
+                    await self.look_at_traffic()
+                    self.look_at_certificate()
+                    for path in self.folder.glob("*.sent"):
+                        if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
+                            path.unlink()
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't look for news: %s", problem)
+            await asyncio.sleep(AWAY_LOOK_S)
+
+    def look_for_agents(self) -> None:
+        """Agents that have been away for too long; this process's own start counts as their last chance to come."""
+        registry = self.master.registry
+        for rule in (rule for rule in self.rules if rule.wants("agent-offline")):
+            for host in registry.hosts():
+                since = registry.down_since.get(host.machine)
+                away_s = time.time() - max(since or 0.0, self.master.started)
+                if since is not None and away_s > rule.offline_minutes * 60:
+                    title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
+                    news = {"event": "agent-offline", "title": title, "host": host.label, "since": since}
+                    self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
+
+    def look_at_certificate(self) -> None:
+        """The master's own certificate, some days before its end."""
+        cert = self.master.config.config.tls.cert
+        if cert is None or not any(rule.wants("certificate") for rule in self.rules):
+            return
+        end = certificate_end((self.tree / cert).read_bytes())
+        days = (end - time.time()) / 86400
+        if (step := next((step for step in CERTIFICATE_DAYS if days <= step), None)) is not None:
+            title = f"[{self.master.own_address}] the certificate {cert} ends in {max(0.0, days):.0f} days"
+            news = {"event": "certificate", "title": title, "host": self.master.own_address, "ends": end}
+            self.tell(f"certificate-{end:.0f}-{step}", news)
+
+    async def look_at_traffic(self) -> None:
+        """Traffic that went to the other worker without an order."""
+        rule = self.master.config.config.haproxy
+        if rule is None or not any(wanting.wants("failover") for wanting in self.rules):
+            return
+        self.switched |= any(run.record.kind is Kind.SWITCH and run.active for run in self.master.runs.values())
+        active = (await self.master.registry.ask_traffic())["active"]
+        before = (read_json(self.traffic_file) or {}).get("active")
+        if active is None:
+            return
+        if before and active != before and not self.switched:
+            title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
+            news = {"event": "failover", "title": title, "host": rule.host, "active": active}
+            self.tell(f"failover-{time.time():.0f}", news)
+        if active != before:
+            write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
+        self.switched = False
 
 
 # ==============================================================================
@@ -6924,6 +7337,7 @@ class Connection:
             while (left := deadline - time.monotonic()) > 0:
                 reply = self.receive(left)
                 if isinstance(reply, Refuse):
+                    self.close()
                     raise refused(reply)
                 if reply is not None and not isinstance(reply, bytes):
                     return reply
@@ -7068,6 +7482,7 @@ class Follower:
         self.hosts: dict[str, Followed] = {}
         self.channels: dict[int, str] = {}
         self.unacked: dict[int, int] = {}
+        self.looked = 0.0  # when silent hosts were last looked for
 
     def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
         """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
@@ -7079,6 +7494,7 @@ class Follower:
                 connection.send(Follow(self.run, self.target))
                 while not self.finished():
                     self.receive(connection, connection.receive(ACK_S if self.unacked else 1.0))
+                    self.tell_silence()
                 connection.close()
                 break
             except EOFError:
@@ -7100,7 +7516,6 @@ class Follower:
     def receive(self, connection: Connection, message: Any) -> None:
         if message is None:
             self.acknowledge(connection)
-            self.tell_silence()
             self.view.tick()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
@@ -7128,11 +7543,16 @@ class Follower:
             self.channels[message.channel] = message.host
             self.hosts[message.host].offered = message.size
             connection.send(Have(message.channel, self.hosts[message.host].size, rewind=True))
+        elif isinstance(message, Notice):
+            self.view.notice(terminal_text(message.text))
         elif isinstance(message, Refuse):
             raise refused(message)
 
     def tell_silence(self) -> None:
         """A step that hangs should not look like one that works: say what it said last, ever more rarely."""
+        if time.monotonic() - self.looked < 1:  # others may talk all the time
+            return
+        self.looked = time.monotonic()
         for host, followed in self.hosts.items():
             silent_s = time.monotonic() - (followed.heard or time.monotonic())
             running = followed.job and followed.job.state is State.RUNNING and not followed.shown
@@ -7338,7 +7758,8 @@ class Service:
             feeder.cancel()
             return 0
         finally:
-            self.state.daemon_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.state.daemon_file.unlink(missing_ok=True)
             lock.release()
 
     def stop(self, signal_name: str) -> None:
@@ -7458,13 +7879,14 @@ class Service:
             iter(await asyncio.to_thread(probe_master_addresses, url.host, url.port)), url.host
         )
         master = Master(self.state, self.config, self.machine, self.nonce, own)
+        notifier = Notifier(master)
         master.recover()
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            options = SERVER_OPTIONS | {"create_connection": master.door.connection_class()}
+            options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
+                options |= {"ssl": certificate.context}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
@@ -7482,6 +7904,8 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
+            group.create_task(notifier.send_forever())
+            group.create_task(notifier.watch_forever())
             group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
             group.create_task(self.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs)))
@@ -7491,11 +7915,12 @@ class Service:
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidStatus, WebSocketException
 
-        options = CLIENT_OPTIONS | client_tls(self.config.config, work_tree(self.config.path), str(url))
-        source = (self.options.bind, 0) if self.options.bind else None
-        hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", socket.gethostname(), self.nonce)
+        options: dict[str, Any] = {"local_addr": (self.options.bind, 0)} if self.options.bind else {}
         try:
-            async with asyncio.timeout(WELCOME_S), connect(str(url), local_addr=source, **options) as connection:
+            options |= CLIENT_OPTIONS | client_tls(self.config.config, work_tree(self.config.path), str(url))
+            async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
+                name = socket.gethostname()
+                hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
                 return (await greet(SocketWire(connection), hello, self.config.token())).nonce, True
         except RefusedError:  # another token is another master
             return "", False
@@ -7507,7 +7932,8 @@ class Service:
     async def prove(self, url: MasterUrl, source: str | None) -> None:
         """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
         for _ in range(PROVE_TRIES):
-            if (nonce := (await self.meet(url))[0]) is not None:
+            nonce, _ = await self.meet(url)
+            if nonce is not None:
                 break
             await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
@@ -7755,15 +8181,10 @@ def _replace_executable(path: Path, content: bytes) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def fetch_program(url: MasterUrl, bind: str | None, context: ssl.SSLContext | None) -> bytes:
-    """The program that the master at `url` hands out, unverified; `context` for wss://. Raises UpdaterError."""
-    options: dict[str, Any] = {"timeout": SEND_S, "source_address": (bind, 0) if bind else None}
-    if context:
-        connection: http_client.HTTPConnection = http_client.HTTPSConnection(
-            url.host, url.port, context=context, **options
-        )
-    else:
-        connection = http_client.HTTPConnection(url.host, url.port, **options)
+def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> bytes:
+    """The program that the master at `url` hands out, unverified; `tls` as `client_tls` says. Raises UpdaterError."""
+    kind = functools.partial(http_client.HTTPSConnection, context=tls["ssl"]) if tls else http_client.HTTPConnection
+    connection = kind(url.host, url.port, timeout=SEND_S, source_address=(bind, 0) if bind else None)
     deadline = time.monotonic() + SEND_S
     try:
         while True:
@@ -7845,7 +8266,7 @@ class Upgrade:
         url = self.state.last_master_url() or config.master_url
         runner.announce(f"download {PROGRAM_NAME} from {url}")
         tls = client_tls(config, work_tree(runner.config_path), str(url))
-        data = fetch_program(url, self.facts().get("bind"), tls.get("ssl"))
+        data = fetch_program(url, self.facts().get("bind"), tls)
         if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
             raise UpdaterError(f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again")
         _replace_executable(self.fresh, data)
@@ -7903,10 +8324,10 @@ class Upgrade:
                 left.unlink(missing_ok=True)
 
 
-def upgrade(runner: Runner) -> None:
-    """What a runner does for `upgrade`: its outcome is the new version."""
+def upgrade(runner: Runner) -> str:
+    """What a runner does for `upgrade`; returns the new version."""
     try:
-        runner.outcome = Upgrade(runner).perform()
+        return Upgrade(runner).perform()
     except OSError as problem:
         what = f"can't write {problem.filename or 'the program'}: {problem.strerror}"
         raise UpdaterError(what, "give the program's folder to the user that serves") from problem
@@ -8217,6 +8638,11 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
     for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
         if name and not (tree / name).exists():
             warnings.append(f"{key}: there is no {tree / name} on this host")
+    for i, hook in enumerate(config.notify):
+        try:
+            _ = hook.url_file and hook_url(hook, tree)
+        except UpdaterError as problem:
+            warnings.append(f"notify[{i}]: {problem.what}; the master needs it")
     return [], warnings
 
 
@@ -8242,12 +8668,47 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
     return rows
 
 
-def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str) -> str:
-    """A first configuration; as TOML with what each key means."""
-    if form == "json":
-        data = {"masterUrl": master, "whitelist": list(allow), "deploy": {"command": list(command)}}
-        return render_config(data, "json")
-    return (
+_BLUE_GREEN = """\
+restart = ["estelle-valkey.service", "estelle-web.service", "estelle-webhook.service"]  # on the workers; see systemd/
+
+[hosts.yq-data]
+deploy = false  # HAProxy and MariaDB live here; no deployment touches it
+
+[hosts.yq-blue]
+color = "blue"
+
+[hosts.yq-green]
+color = "green"
+
+[haproxy]
+host = "yq-data"
+config = "/etc/haproxy/haproxy.cfg"
+backend = "yquant_backend"
+servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
+socket = "/run/haproxy/admin.sock"
+masterSocket = "/run/haproxy-master.sock"
+reload = ["systemctl", "reload", "haproxy"]
+"""
+_WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
+_BLUE_GREEN_CHECKS = (  # name, what, where; certificate by the port, as the file with its key is root's alone
+    ("web", 'http = "http://127.0.0.1:2000/"', _WORKERS),
+    ("webhook", 'http = "http://127.0.0.1:6000/health"', _WORKERS),
+    ("valkey", 'valkey = "127.0.0.1:6379"', _WORKERS),
+    ("database", 'mariadb = "yq-data:3306"', _WORKERS),
+    ("web unit", 'systemd = "estelle-web.service"', _WORKERS),
+    ("webhook unit", 'systemd = "estelle-webhook.service"', _WORKERS),
+    ("valkey unit", 'systemd = "estelle-valkey.service"', _WORKERS),
+    ("mariadb", 'mariadb = "127.0.0.1:3306"', _DATA),
+    ("haproxy", 'tcp = "127.0.0.1:443"', _DATA),
+    ("certificate", 'certificate = "127.0.0.1:443"', _DATA),
+    ("catalog sync", 'systemd = "estelle-catalog-sync.timer"', _DATA),
+    ("disk", 'disk = "/"', ()),
+)
+
+
+def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str, blue_green: bool = False) -> str:
+    """A first configuration; as TOML with what each key means. `blue_green`: for two workers behind HAProxy."""
+    text = (
         "# Commit this file: every host reads it from its own clone.\n"
         f"masterUrl = {json.dumps(master)}  # the host that has this address is the master\n"
         "# Who may connect: addresses and networks (121.0.0.0/24). Nobody is allowed implicitly.\n"
@@ -8256,6 +8717,68 @@ def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: s
         f"command = [{', '.join(map(json.dumps, command))}]  # what runs after the pull, in the repository\n"
         "timeout = 1800  # seconds for one step\n"
     )
+    text += _BLUE_GREEN if blue_green else ""
+    for name, what, hosts in _BLUE_GREEN_CHECKS if blue_green else ():
+        text += f"\n[[health]]\nname = {json.dumps(name)}\n{what}\n"
+        text += f"hosts = {json.dumps(hosts)}\n" if hosts else ""
+    return text if form == "toml" else render_config(tomllib.loads(text), "json")
+
+
+def plan_ports(
+    config: Config, address: str | None, hostname: str, master: bool, subnet: str
+) -> list[tuple[str, str, str]]:
+    """The strategy's table of ports for one host: (who may come, a network or a word; port; what listens there)."""
+    rule = host_rule(config, address, hostname)
+    ports = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
+    if config.haproxy and host_key(config.haproxy.host) in map(host_key, filter(None, (address, hostname, rule.name))):
+        ports += [
+            ("anybody", "80/tcp", "HAProxy: certbot, and the way to 443"),
+            ("anybody", "443/tcp", "HAProxy: webhooks"),
+        ]
+        ports += [(subnet, "3306/tcp", "MariaDB, for the workers"), ("tailscale", "8404/tcp", "HAProxy: statistics")]
+    if rule.color:
+        ports += [(subnet, "6000/tcp", "webhooks, from HAProxy"), ("tailscale", "2000/tcp", "dashboard")]
+        ports += [("nobody", "6379/tcp", "Valkey, bound to 127.0.0.1")]
+    if master:
+        own = [entry for entry in map(parse_network, config.whitelist) if not entry.is_loopback]
+        ports += [(str(entry), f"{config.master_url.port}/tcp", "estelle-updater, whitelisted") for entry in own]
+    return ports
+
+
+def render_firewall(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> str:
+    """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that go with them."""
+    lines = ["firewall-cmd --permanent --new-zone=tailscale || true  # it may be there"]
+    lines.append("firewall-cmd --permanent --zone=tailscale --add-interface=tailscale0")
+    cloud = ["", "# The cloud's rules (VCN, ingress, stateful); what comes by Tailscale needs none:"]
+    for who, port, what in plan_ports(config, address, hostname, master, subnet):
+        number, _, protocol = port.partition("/")
+        network = parse_network(who) if who[0].isdigit() or ":" in who else None
+        by_vpn = who == "tailscale" or (
+            network and network.overlaps(parse_network(TAILSCALE)) and network.prefixlen > 9
+        )
+        zone = " --zone=tailscale" if by_vpn else ""
+        if network:
+            accept = f'source address="{network}" port port="{number}" protocol="{protocol}" accept'
+            lines.append(
+                f"firewall-cmd --permanent{zone} --add-rich-rule='rule family=\"ipv{network.version}\" {accept}'"
+            )
+        elif who == "nobody":
+            lines.append(f"# {port} stays closed: {what}")
+            continue
+        else:
+            lines.append(f"firewall-cmd --permanent{zone} --add-port={port}  # {what}")
+        if not by_vpn:
+            cloud.append(f"#   {network or '0.0.0.0/0'} -> {port}  {what}")
+    lines.append("firewall-cmd --permanent --remove-service=ssh  # last, and only once SSH by Tailscale works")
+    return "\n".join([*lines, "firewall-cmd --reload", *cloud])
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
+    with suppress(UsageError):
+        canonical_address(text)
+        return True
+    return False
 
 
 def own_address() -> str:
@@ -8340,6 +8863,7 @@ polkit.addRule(function (action, subject) {{
   }}
 }});
 """
+LINGER = "sudo loginctl enable-linger $USER"
 _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
 
@@ -8352,7 +8876,7 @@ def _unit_words(words: Iterable[str]) -> str:
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
+    program = os.path.dirname(argv[1])  # where `upgrade` puts the next one
     writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
@@ -8396,6 +8920,11 @@ def call_program(
         return child.wait(), out.decode(errors="replace").strip()
     finally:
         child.close_pipe()
+
+
+def lingers() -> bool:
+    """Whether systemd keeps this user's services running without a login."""
+    return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
 
 
 class Setup:
@@ -8462,8 +8991,8 @@ class Setup:
             self.systemctl("restart", SERVICE)
         if self.root and self.user == "root":
             self.say("note: the repository is root's, so deployments run as root; better: chown it to an ordinary user")
-        if not self.root and not Path("/var/lib/systemd/linger", user_name().partition("@")[0]).exists():
-            self.say("note: it ends when you log out, until: sudo loginctl enable-linger $USER")
+        if not self.root and not lingers():
+            self.say(f"note: it ends when you log out, until: {LINGER}")
 
     def install_pm2(self) -> None:
         text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
@@ -8474,7 +9003,7 @@ class Setup:
         if os.name == "nt":
             boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
             self.say(f"note: to have it started at each logon: {boot}")
-        elif not Path(f"/etc/systemd/system/pm2-{user_name().partition('@')[0]}.service").exists():
+        elif not Path(f"/etc/systemd/system/pm2-{getpass.getuser()}.service").exists():
             self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
 
     def runs_under_pm2(self) -> bool:
@@ -8530,7 +9059,7 @@ class Setup:
         self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
         code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = "as this user, log in directly (not by su), or: sudo loginctl enable-linger $USER"
+            hint = f"as this user, log in directly (not by su), or: {LINGER}"
             raise UpdaterError(
                 f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
                 hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
@@ -8547,32 +9076,217 @@ class Setup:
                     does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
                     self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
                     return
+                if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
+                    break
             time.sleep(LOCAL_LOOK_S)
         why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
         raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
 
 
+def judge_encoding(encoding: str) -> Finding:
+    """Whether the last line of a deployment can be shown."""
+    try:
+        "✓ 완료".encode(encoding)
+    except (UnicodeError, LookupError):
+        return Finding("encoding", False, f"{encoding} has no ✓ and no Korean: they are shown as ?", "set PYTHONUTF8=1")
+    return Finding("encoding", True, encoding)
+
+
+def judge_clock(ahead_s: float) -> Finding:
+    """Whether this host's clock agrees with the master's."""
+    text = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the master"
+    fix = "w32tm /resync" if os.name == "nt" else "sudo timedatectl set-ntp true, here and on the master"
+    return Finding("clock", abs(ahead_s) < CLOCK_S, text, fix)
+
+
+def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding:
+    """Whether git reaches the remote as a service would: without a prompt, a terminal, or somebody's ssh-agent."""
+    text = explain_failure(said.encode()) or (said.splitlines() or ["no answer"])[-1]
+    fix = "give this user a key or a credential that asks for nothing, then: git ls-remote " + remote
+    if agent_only:
+        text, fix = f"{text}; your ssh-agent has the key, and a service has no ssh-agent", "a deploy key in ~/.ssh"
+    return Finding("access", code == 0, f"{remote} answers" if code == 0 else text, fix)
+
+
+def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
+    """Whether systemd starts the daemon after a boot, keeps it running, and spares its deployments."""
+    start = f"systemctl{scope} enable --now {SERVICE}"
+    if facts.get("KillMode") != "process":
+        fix = f"systemctl{scope} edit {SERVICE}: [Service] KillMode=process"
+        return Finding("service", False, "a restart of the unit would kill a running deployment", fix)
+    if facts.get("ActiveState") != "active" or facts.get("UnitFileState") != "enabled":
+        return Finding("service", False, f"systemd: {facts.get('ActiveState')}, {facts.get('UnitFileState')}", start)
+    return Finding("service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times")
+
+
+class Doctor:
+    """This host against the traps that deployments have met, each with its fix."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.state: StateFolder = args.state_folder()
+        self.env = scrub_environment(os.environ)
+        self.env.pop("SSH_AUTH_SOCK", None)  # a service has none
+        self.daemon = read_json(self.state.daemon_file) or {}
+        self.serves = FileLock.held_elsewhere(self.state.daemon_lock)
+
+    def look(self) -> Iterator[Finding]:
+        """The findings as they come; some take seconds."""
+        yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
+        yield self.packages()
+        yield judge_encoding(sys.stdout.encoding or "none")
+        yield self.detached()
+        yield self.place()
+        yield self.service()
+        try:
+            path = self.args.config_path()
+            problems, warnings = check_config(path)
+            config, _ = load_config_or_last(path, self.state)
+        except (ConfigError, OSError) as problem:
+            wrong = problem.what if isinstance(problem, ConfigError) else str(problem)
+            yield Finding(
+                "configuration", False, wrong, f"run this in the repository, or: {program_name()} config init"
+            )
+            return
+        more = f", {len(warnings)} warnings: see config check" if warnings else ""
+        fix = "mend the file, commit and push it"
+        yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
+        address = self.args.bind or (None if self.daemon.get("trouble") else self.daemon.get("label"))
+        rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
+        repo = work_tree(path) / (rule.repo or "")
+        yield from self.repository(repo, rule)
+        yield from self.master(config)
+        if config.haproxy and self.is_here(config.haproxy.host, rule.name):
+            yield from self.haproxy(config.haproxy)
+
+    def packages(self) -> Finding:
+        try:
+            require_packages()
+        except UsageError as problem:
+            return Finding("packages", False, problem.what, problem.hint)
+        return Finding("packages", True, "all there")
+
+    def detached(self) -> Finding:
+        """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look who lives."""
+        with tempfile.TemporaryDirectory(prefix="estelle-doctor-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            argv = [*program_argv(), "prove-detached", name]
+            daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, **HIDDEN)
+            ends = time.monotonic() + LAUNCH_S
+            while not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+            if os.name != "nt":
+                _kill_family(f"tree/{daemon.pid}", {daemon.pid}, KILL_S, root=daemon.pid)
+            Demo.end(daemon, 9)
+            daemon.wait()
+            lives = begun and FileLock.held_elsewhere(folder / "lock")
+            (folder / "end").touch()
+            while lives and FileLock.held_elsewhere(folder / "lock") and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+        fix = "serve under PM2 or systemd as `setup` sets it up"
+        return Finding("detachment", lives, "a deployment outlives its daemon's kill" if lives else "killed too", fix)
+
+    def place(self) -> Finding:
+        """The state folder."""
+        try:
+            self.state.create()
+        except UpdaterError as problem:
+            return Finding("state", False, problem.what, problem.hint)
+        return Finding("state", True, f"{self.state.root}, {len(self.state.run_ids())} recorded runs")
+
+    def service(self) -> Finding:
+        """Who starts the daemon after a reboot, and whether it runs."""
+        own = Path.home() / ".config/systemd/user"
+        for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
+            if (folder / f"{SERVICE}.service").exists():
+                keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
+                _, out = call_program(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
+                if found.ok and scope and not lingers():
+                    return Finding("service", False, "systemd ends it when you log out", LINGER)
+                return found
+        dump = Path(os.environ.get("PM2_HOME") or Path.home() / ".pm2") / "dump.pm2"
+        with suppress(OSError, ValueError):  # the file: any word to pm2 would start one
+            if any(app.get("name") == SERVICE for app in json.loads(dump.read_bytes())):
+                fix = f"pm2 restart {SERVICE}"
+                return Finding("service", self.serves, "PM2: saved" + ("" if self.serves else ", not running"), fix)
+        text = "it runs, but nothing starts it after a reboot" if self.serves else "none is installed"
+        return Finding("service", False, text, f"{program_name()} setup")
+
+    def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
+        """Git, the clone, its remote, and what the deploy command needs."""
+        code, said = call_program(["git", "--version"], self.env)
+        yield Finding("git", code == 0, said, "install git for this user")
+        if code:
+            return
+        if os.name != "nt" and (repo / ".git").exists() and (owner := (repo / ".git").stat().st_uid) != os.getuid():
+            text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
+            yield Finding("owner", False, text, f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}")
+        ground = list(probe_ground(repo, self.state.root, rule, self.env))
+        yield from ground
+        if not all(found.ok or not found.certain for found in ground):
+            return
+        changes = git_output(repo, self.env, "status", "--porcelain", "--untracked-files=no").decode(errors="replace")
+        names = ", ".join(line[3:] for line in changes.splitlines()[:5])
+        fix = f"git -C {repo} stash, or commit and push them"
+        yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
+        ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
+        code, said = call_program(ask, self.env, repo, ACCESS_S)
+        with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
+        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not call_program(ask, with_agent, repo, ACCESS_S)[0])
+        yield judge_remote(code, said, rule.remote, agent_only)
+        if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
+            for tool in dict.fromkeys(("node", name)):
+                code, said = call_program([tool, "--version"], self.env, repo, ACCESS_S)
+                fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
+                yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
+
+    def master(self, config: Config) -> Iterator[Finding]:
+        """Whether the master lets this host in, as it sees it, and what its clock says."""
+        options = ServeOptions(Path(), self.state, self.args.bind)
+        decision, _ = gather_role(config, options, outside=False)
+        yield Finding("role", True, decision.reason)
+        if decision.role is Role.MASTER and not self.serves:
+            yield Finding("master", None, "it is this host, and it does not serve yet")
+            return
+        try:
+            before = time.time()
+            connection = Caller(self.state, config, self.args.bind, work_tree(self.args.config_path())).dial(PATIENCE_S)
+            after, told = time.time(), connection.welcome
+            connection.close()
+        except UpdaterError as problem:
+            yield Finding("master", False, problem.what, problem.hint)
+        except ImportError:
+            yield Finding("master", None, "not asked: a package is missing")
+        else:
+            yield Finding("master", True, f"{config.master_url} lets {told.address} in, version {told.version}")
+            if told.time:
+                yield judge_clock((before + after) / 2 - told.time)
+
+    @staticmethod
+    def is_here(host: str, name: str) -> bool:
+        return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
+
+    def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
+        """What a switch on this host needs: a valid file that may be replaced, and the sockets."""
+        code, said = call_program(["haproxy", "-c", "-f", rule.config], self.env)
+        yield Finding("haproxy", code == 0, "valid" if code == 0 else said[-300:], f"haproxy -c -f {rule.config}")
+        folder = os.path.dirname(os.path.realpath(rule.config))
+        fix = f"use systemd/{SERVICE}-haproxy.service, which may"
+        yield Finding("haproxy file", os.access(folder, os.W_OK), f"{folder} must be writable", fix)
+        for path in filter(None, (rule.socket, rule.master_socket)):
+            try:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(path)
+                yield Finding("haproxy socket", True, path)
+            except OSError as problem:
+                fix = f"stats socket {path} level admin, with a group that this user is in"
+                yield Finding("haproxy socket", False, f"{path}: {problem.strerror}", fix)
+
+
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
-
-
-def result_text(job: JobRecord) -> str:
-    """A host's last line, in the operator's language."""
-    match job.state:
-        case State.SUCCEEDED:
-            return f"✓ 완료 {job.version or ''}".rstrip()
-        case State.FAILED:
-            exit_text = "" if job.exit is None else f" (exit {job.exit})"
-            return f"✗ 실패 {job.step or job.error}{exit_text}"
-        case State.CANCELLED:
-            return "✗ 취소"
-        case State.OFFLINE:
-            return "✗ 오프라인"
-        case State.TIMEOUT:
-            return f"✗ 시간 초과 {job.step}"
-        case _:
-            return f"✗ 연결 끊김 ({job.error})"
 
 
 class Output:
@@ -8807,9 +9521,14 @@ def cmd_trigger(args: Args) -> int:
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
+    return submit_and_watch(args, caller, order, args.detach)
+
+
+def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = False) -> int:
+    """Start a run and show it to its end, or only start it."""
     view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
-    if args.detach:
+    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
+    if detach:
         view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
@@ -8883,14 +9602,6 @@ def cmd_rollback(args: Args) -> int:
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
-def cmd_upgrade(args: Args) -> int:
-    caller, view = make_caller(args), make_view(args)
-    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: upgrade of {', '.join(record.hosts)}")
-    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
-
-
 def cmd_switch(args: Args) -> int:
     options = {"color": args.color, "dry_run": args.dry_run, "force": args.force}
     caller, view = make_caller(args), make_view(args)
@@ -8906,6 +9617,11 @@ def cmd_switch(args: Args) -> int:
 
     code = watch_run(args, run, follow)
     return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code
+
+
+def cmd_upgrade(args: Args) -> int:
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
+    return submit_and_watch(args, make_caller(args), order)
 
 
 def cmd_self_test(args: Args) -> int:
@@ -9128,7 +9844,7 @@ def init_config(args: Args) -> int:
     has_script = "deploy:release" in (read_json(repo / "package.json") or {}).get("scripts", {})
     command = ["pnpm", "deploy:release"] if has_script or not (repo / "deploy.sh").exists() else ["sh", "deploy.sh"]
     path.parent.mkdir(exist_ok=True)
-    text = init_text(str(url).removesuffix("/"), allow, command, args.format)
+    text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
     parse_config(text, str(path), args.format)
     path.write_text(text, "utf-8")
     say(f"wrote {path}\nnext: {commit_config(path, 'Configure estelle-updater', args.commit)}")
@@ -9154,14 +9870,6 @@ def convert_config(args: Args, path: Path) -> int:
         path.unlink()
     say(f"wrote {new}" + (f", removed {path}" if new != path else ""))
     return 0
-
-
-def is_address(text: str) -> bool:
-    """Whether a text is an IP address."""
-    with suppress(UsageError):
-        canonical_address(text)
-        return True
-    return False
 
 
 def cmd_whitelist(args: Args) -> int:
@@ -9250,11 +9958,6 @@ MCP_INSTRUCTIONS = (
 )
 
 
-def mcp_offers(tool: str) -> bool:
-    """Whether this program can do what a tool promises."""
-    return tool not in ("health", "switch", "release")
-
-
 class McpServer:
     """The tools for a model on standard input and output; every call has a thread of its own."""
 
@@ -9262,15 +9965,17 @@ class McpServer:
         self.args, self.wire = args, wire
         self.lock = threading.Lock()  # of the session and the wire
         self.gone: dict[str | int, threading.Event] = {}
-        tools = [tool for tool in TOOLS if hasattr(self, f"call_{tool.name}") and mcp_offers(tool.name)]
-        shown = [tool.render(args.require_plan) for tool in tools if tool.effect == "reads" or not args.read_only]
-        self.session = McpSession(shown, MCP_INSTRUCTIONS, __version__)
+        shown = [tool for tool in TOOLS if f"call_{tool.name}" in dir(self) or tool.name in DESK]
+        shown = [tool for tool in shown if tool.effect == "reads" or not args.read_only]
+        self.session = McpSession([tool.render(args.require_plan) for tool in shown], MCP_INSTRUCTIONS, __version__)
 
     def serve(self, lines: IO[bytes]) -> None:
-        """Until the client closes our standard input. What it asked for goes on."""
+        """Until the client closes our standard input. The runs that it asked for go on."""
         while line := lines.readline(MESSAGE_BYTES):
-            while len(line) == MESSAGE_BYTES and not line.endswith(b"\n"):
-                line = lines.readline(MESSAGE_BYTES) and b"too long" + b"?" * (MESSAGE_BYTES - 8)
+            if len(line) == MESSAGE_BYTES and line[-1:] != b"\n":
+                while (rest := lines.readline(MESSAGE_BYTES)) and rest[-1:] != b"\n":
+                    pass
+                line = b"too long"  # which is no JSON
             if not line.strip():
                 continue
             with self.lock:
@@ -9280,16 +9985,19 @@ class McpServer:
                     self.gone[name].set()
                 for call in calls:
                     self.begin(call)
+        ends = time.monotonic() + MCP_LINGER_S
+        while self.session.calls and time.monotonic() < ends:
+            time.sleep(LOCAL_LOOK_S)
 
-    def send(self, *messages: dict[str, Any]) -> None:
+    def send(self, *messages: dict[str, Any] | None) -> None:
         with suppress(OSError, ValueError):  # the client is gone: standard input says so too
-            for message in messages:
+            for message in filter(None, messages):
                 self.wire.write(json.dumps(message).encode() + b"\n")
             self.wire.flush()
 
     def begin(self, call: ToolCall) -> None:
         if len(self.session.calls) > MCP_CALLS:
-            self.send(*filter(None, [self.session.finish(call, "error: too many calls at once", True)]))
+            self.send(self.session.finish(call, "error: too many calls at once; wait for some to end", True))
             return
         gone = self.gone[call.id] = threading.Event()
         threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
@@ -9304,21 +10012,29 @@ class McpServer:
                     params = {"progressToken": call.token, "progress": next(numbers), "message": text}
                     self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
 
-        answer: dict[str, Any] | str
+        answer: dict[str, Any] | str = ""
         try:
-            answer = getattr(self, f"call_{call.tool}")(call.arguments, ProgressView(tell, gone))
+            answer = self.call(call.tool, call.arguments, ProgressView(tell, gone))
         except Abandoned:
-            return
+            pass
         except UpdaterError as problem:
-            answer = f"error: {problem.what}\nhint: {problem.hint or 'none'}\nexit: {problem.exit_code}"
+            lines = [f"error: {problem.what}", f"hint: {problem.hint}", f"exit: {problem.exit_code}"]
+            answer = "\n".join(line for line in lines if not line.endswith(": "))
         except Exception as problem:
             answer = f"internal error: {problem!r}"
         reads = self.session.tools[call.tool]["annotations"]["readOnlyHint"]
         wrong = isinstance(answer, str) or (answer.get("ok") is False and not reads)
         with self.lock:
-            self.send(*filter(None, [self.session.finish(call, answer, wrong)]))
+            self.send(self.session.finish(call, answer, wrong))
             if self.gone.get(call.id) is gone:
                 del self.gone[call.id]
+
+    def call(self, tool: str, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        """A tool's answer: its own method's, or the master's to the question of this name. Raises UpdaterError."""
+        takes = self.session.tools[tool]["inputSchema"]["properties"]
+        given = {name: spec["default"] for name, spec in takes.items() if "default" in spec} | given
+        own: Callable[..., dict[str, Any]] | None = getattr(self, f"call_{tool}", None)
+        return own(given, view) if own else self.ask(tool, **given)
 
     def ask(self, what: str, **details: Any) -> dict[str, Any]:
         return ask_master(self.args, what, details, PLAN_ANSWER_S)
@@ -9338,7 +10054,7 @@ class McpServer:
             answer = self.ask("log", run=run)
             if any(answer[name] != value for name, value in same.items()):
                 raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
-            if given.get("wait", True):
+            if given["wait"]:
                 self.follow(run, view)
             answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
         except UpdaterError as problem:
@@ -9358,52 +10074,31 @@ class McpServer:
         finally:
             follower.connection.close()
 
-    def planned(self, given: dict[str, Any], **request: Any) -> None:
-        """Raises GuardError unless the plan that was given is fresh and still true."""
-        if "plan" in given:
-            self.ask("plan", plan=given["plan"], **request)
-
     def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        target, branch = given["target"], given["branch"]
+        wanted = {"target": given["target"], "branch": given["branch"]}
 
         def make() -> Submit:
-            self.planned(given, target=target, branch=branch)
-            return Submit(make_run_id(), "", Kind.DEPLOY, target, branch, user_name())
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], **wanted)
+            return Submit(make_run_id(), "", Kind.DEPLOY, **wanted, by=user_name())
 
-        return self.order(given, view, make, kind=Kind.DEPLOY, target=target, branch=branch)
+        return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
 
     def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        request = {"action": "rollback", "target": given.get("target", "all"), "to": given.get("to", "")}
+        request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {"action": "rollback"}
+        return self.order(given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK)
 
-        def make() -> Submit:
-            self.planned(given, **request)
-            return plan_rollback(self.ask("plan", **request))
-
-        return self.order(given, view, make, kind=Kind.ROLLBACK)
-
-    def call_plan(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        action = given.get("action", "update")
-        if action == "update" and not ("target" in given and "branch" in given):
-            raise UsageError("the plan of an update needs target and branch")
-        return self.ask("plan", **{"action": action, "target": "all", **given})
-
-    def call_status(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        return self.ask("status")
-
-    def call_history(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        return self.ask("history", count=given.get("count", 10))
-
-    def call_cancel(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+    def call_cancel(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         record = cancel_run(self.args, given["run"])
         return {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}
 
     def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        deadline, tail = time.monotonic() + given.get("wait_s", 0), given.get("tail", False) and "cursor" not in given
+        deadline, tail = time.monotonic() + given["wait_s"], given["tail"] and "cursor" not in given
         try:
-            offsets = json.loads(given.get("cursor", "{}"))
+            offsets: dict[str, int] = json.loads(given.get("cursor", "{}"))
         except (ValueError, RecursionError):
             raise UsageError("this is no cursor", "take the one of the last answer") from None
-        asked = {"run": given["run"], "target": given.get("target"), "bytes": given.get("max_bytes", 16_000)}
+        asked = {"run": given["run"], "target": given.get("target"), "bytes": given["max_bytes"]}
         while True:
             answer = self.ask("log", offsets=offsets, tail=tail, **asked)
             if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
@@ -9445,6 +10140,37 @@ def cmd_setup(args: Args) -> int:
     require_packages()
     setup = Setup(args, args.config_path(), say)
     setup.remove() if args.remove else setup.install(args.manager)
+    return 0
+
+
+def cmd_doctor(args: Args) -> int:
+    findings: list[Finding] = []
+    for found in Doctor(args).look():
+        findings.append(found)
+        if not args.json:
+            mark = "–" if found.ok is None else "✓" if found.ok else "✗"
+            say(f"{mark} {found.name}: {found.text}" + (f"\n    fix: {found.fix}" if found.ok is False else ""))
+    healthy = all(found.ok is not False for found in findings)
+    if args.json:
+        keys = ("name", "ok", "text", "fix")
+        checks = [{key: getattr(one, key) for key in keys if key != "fix" or one.ok is False} for one in findings]
+        say(json.dumps({"ok": healthy, "checks": checks}, ensure_ascii=False))
+    return 0 if healthy else 1
+
+
+def cmd_prove_detached(args: Args) -> int:
+    """For doctor: a daemon in small, whose child detaches as a runner does. Not for people."""
+    folder = Path(args.folder)
+    if args.child:
+        detach_self()
+        with FileLock(folder / "lock"):
+            ends = time.monotonic() + LAUNCH_S
+            while folder.exists() and not (folder / "end").exists() and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+        return 0
+    argv = [*program_argv(), "prove-detached", str(folder), "--child"]
+    spawn_runner(argv, os.environ, folder / "log").wait()
+    time.sleep(LAUNCH_S)
     return 0
 
 
@@ -9572,13 +10298,13 @@ COMMANDS = (
     Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
         option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
     )),
-    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
-        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
-    )),
     Command("switch", "move the traffic to another colour", cmd_switch, (
         option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
         option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
         option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
+    )),
+    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
+        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
     )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
@@ -9588,6 +10314,7 @@ COMMANDS = (
         option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
         option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
         option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
+        option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
         option("--dry-run", action="store_true", help="convert: print the result only"),
         option("--commit", action="store_true", help="init: commit and push the file"),
     )),
@@ -9601,6 +10328,7 @@ COMMANDS = (
         option("--remove", action="store_true", help="take the service away; recorded runs stay"),
         option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
+    Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
     )),
@@ -9608,6 +10336,9 @@ COMMANDS = (
         option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     )),
     Command("self-test", "", cmd_self_test, hidden=True),
+    Command("prove-detached", "", cmd_prove_detached, (
+        option("folder"), option("--child", action="store_true"),
+    ), hidden=True),
     Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
 )  # fmt: skip
 GLOBAL_OPTIONS = (

@@ -88,7 +88,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "urlFile": "a file outside git that holds it",
         "format": "`slack`, `discord`, `telegram`, `ntfy` or `json`",
         "chat": "telegram: the chat's id",
-        "on": "which events",
+        "on": "which events: see Notifications",
+        "offlineMinutes": "how long an agent may be away before `agent-offline` tells of it",
     },
 }
 TABLES: Mapping[str, Any] = {

@@ -16,12 +16,13 @@ import estelle_updater as est
 from tests.fleet import ROOT, Fleet, Host, Result, need, run, unavailable, wait_for
 from tests.systemd_lab import PYTHON, Lab
 
-HOME = "/home/deployer"
+HOMES = "/home"  # of the lab
+HOME = f"{HOMES}/deployer"
 _ARGV = ["/usr/bin/python3", "/opt/estelle-updater/estelle_updater.pyz", "serve"]
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 EXAMPLES = {  # what lies in the repository is what `setup` would write for these
-    "systemd/estelle-updater.service": (_ARGV, "/srv/estelle", _PATH, "estelle", "/home/estelle"),
-    "systemd/user/estelle-updater.service": (_ARGV, "/home/estelle/app", _PATH, None, "/home/estelle"),
+    "systemd/estelle-updater.service": (_ARGV, "/srv/estelle", _PATH, "estelle", "/var/lib/estelle"),
+    "systemd/user/estelle-updater.service": (_ARGV, "/srv/estelle", _PATH, None, ""),
 }
 # An application with a dependency, a build, and a deployment that can be held up: its temporary file comes only then.
 _MAKE = r"""set -e
@@ -91,7 +92,7 @@ class Site:
         return out.strip()
 
 
-SYSTEM_STATE, USER_STATE = "/var/lib/estelle-updater", "/home/other/.local/state/estelle-updater"
+SYSTEM_STATE, USER_STATE = "/var/lib/estelle-updater", f"{HOMES}/other/.local/state/estelle-updater"
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_status_text_and_priorities(site: Site) -> None:
 def test_the_watchdog_replaces_a_daemon_that_hangs(site: Site, how: str) -> None:
     lab, unit = site.lab, "estelle-updater"
     hang = "import sys, time; sys.path[0] = '/opt/estelle/estelle_updater.pyz'\nimport estelle_updater as est, os\n"
-    hang += "def look(self):\n    if os.path.exists('/home/deployer/hang'):\n        os.unlink('/home/deployer/hang')\n"
+    hang += "def look(self):\n    if os.path.exists('../hang'):\n        os.unlink('../hang')\n"
     hang += "        time.sleep(3600)\nest.ConfigFile.look = look\nsys.exit(est.main(['serve']))\n"
     lab.write("/opt/hang.py", hang)
     drop_in = "[Service]\nWatchdogSec=2\nTimeoutStopSec=2\nRestartSec=100ms\n"
@@ -220,6 +221,17 @@ def test_the_watchdog_replaces_a_daemon_that_hangs(site: Site, how: str) -> None
         assert lab.systemctl("restart", unit).code == 0
 
 
+@pytest.mark.parametrize("user", ["deployer", "other"])
+def test_doctor_finds_nothing(site: Site, user: str) -> None:
+    words = ("--bind", "127.0.0.2") if user == "other" else ()
+    code, out, err = site.est(*words, "doctor", user=user)
+    assert code == 0, out + err
+    assert "✓ service: systemd: active and enabled" in out
+    site.lab.ok("rm", "-f", "/var/lib/systemd/linger/other")
+    assert ("when you log out" in site.est(*words, "doctor", user=user).out) == (user == "other")
+    site.lab.ok("touch", "/var/lib/systemd/linger/other")
+
+
 def test_setup_again_changes_nothing_and_removes(site: Site) -> None:
     lab = site.lab
     for user in ("", "other"):
@@ -234,11 +246,11 @@ def test_setup_again_changes_nothing_and_removes(site: Site) -> None:
     code, out, err = site.est("setup", "--remove", user="other")
     assert (code, "removed" in out) == (0, True), out + err
     assert lab.systemctl("is-active", "estelle-updater", user="other").code != 0
-    assert not lab.path("/home/other/.config/systemd/user/estelle-updater.service").exists()
+    assert not lab.path(f"{HOMES}/other/.config/systemd/user/estelle-updater.service").exists()
     assert "unchanged: nothing is installed" in site.est("setup", "--remove", user="other").out
     code, out, err = site.est("--bind", "127.0.0.2", "setup", "--with", "systemd", "--dry-run", user="other")
     assert "Type=notify" in out and "would run: systemctl --user enable estelle-updater" in out
-    assert not lab.path("/home/other/.config/systemd/user/estelle-updater.service").exists()
+    assert not lab.path(f"{HOMES}/other/.config/systemd/user/estelle-updater.service").exists()
 
 
 @pytest.mark.parametrize("abstract", [True, False])
