@@ -57,7 +57,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
@@ -230,7 +230,6 @@ RUNNER_LOG_BYTES = 1 << 20
 INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
-PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
@@ -241,7 +240,6 @@ FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
-DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 DOWNLOADS = 4  # at once: each holds a copy of the program in memory
@@ -7021,9 +7019,7 @@ async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
-    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
-}  # fmt: skip
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
 
 
 # ==============================================================================
@@ -7941,7 +7937,7 @@ class Service:
         try:
             options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
+                options |= {"ssl": certificate.context}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
@@ -8935,7 +8931,7 @@ def _unit_words(words: Iterable[str]) -> str:
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
+    program = os.path.dirname(argv[1])  # where `upgrade` puts the next one
     writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
@@ -9580,9 +9576,14 @@ def cmd_trigger(args: Args) -> int:
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
+    return submit_and_watch(args, caller, order, args.detach)
+
+
+def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = False) -> int:
+    """Start a run and show it to its end, or only start it."""
     view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
-    if args.detach:
+    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
+    if detach:
         view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
@@ -9746,6 +9747,11 @@ def cmd_release(args: Args) -> int:
 def color_text(row: Mapping[str, Any]) -> str:
     """A worker and what it runs."""
     return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
+
+
+def cmd_upgrade(args: Args) -> int:
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
+    return submit_and_watch(args, make_caller(args), order)
 
 
 def cmd_self_test(args: Args) -> int:
