@@ -9572,30 +9572,32 @@ def cmd_serve(args: Args) -> int:
 def cmd_trigger(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
-    caller = make_caller(args)
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
-    return submit_and_watch(args, caller, order, args.detach)
+    return run_order(args, order, detach=args.detach)[0]
 
 
-def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = False) -> int:
-    """Start a run and show it to its end, or only start it."""
-    view = make_view(args)
+def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = False) -> tuple[int, list[JobRecord]]:
+    """Start a run and show it to its end, or only start it: the exit code, and the jobs as they ended."""
+    caller, view = make_caller(args), make_view(args)
     connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
     if detach:
         view.begin(record) if args.json else say(record.run)
-        return 0
-    view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
+        return 0, []
+    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
+    jobs: list[JobRecord] = []
 
     def follow() -> list[JobRecord]:
-        jobs = Follower(caller, record.run, view).follow(connection)
+        jobs.extend(Follower(caller, record.run, view).follow(connection))
         failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
-    return watch_run(args, record.run, follow)
+    code = watch_run(args, record.run, follow)
+    refused = record.kind is Kind.SWITCH and any(job.exit == GuardError.exit_code for job in jobs)
+    return GuardError.exit_code if refused else code, jobs
 
 
 PLAN_ANSWER_S = ANSWER_S + PLAN_S
@@ -9652,30 +9654,12 @@ def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
 def cmd_rollback(args: Args) -> int:
     asked = {"action": "rollback", "target": args.target, "to": args.to}
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
-    order, view = plan_rollback(plan), make_view(args)
+    order = plan_rollback(plan)
     if not args.json:
         print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
     confirm(args, f"roll back {', '.join(order.commits)}?")
-    caller = make_caller(args)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: rollback of {', '.join(record.hosts)}")
-    code = watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+    code, _ = run_order(args, order, "rollback to ")
     return code or int(len(order.commits) < len(plan["hosts"]))
-
-
-def run_order(args: Args, order: Submit, doing: str = "") -> tuple[int, list[JobRecord]]:
-    """Start a run and show it to its end: the exit code, and the jobs as they ended."""
-    caller, view = make_caller(args), make_view(args)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
-    jobs: list[JobRecord] = []
-
-    def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, record.run, view).follow(connection))
-        return jobs
-
-    code = watch_run(args, record.run, follow)
-    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code, jobs
 
 
 def order_switch(color: str, **options: Any) -> Submit:
@@ -9747,11 +9731,6 @@ def cmd_release(args: Args) -> int:
 def color_text(row: Mapping[str, Any]) -> str:
     """A worker and what it runs."""
     return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
-
-
-def cmd_upgrade(args: Args) -> int:
-    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
-    return submit_and_watch(args, make_caller(args), order)
 
 
 def cmd_self_test(args: Args) -> int:
