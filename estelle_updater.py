@@ -7281,7 +7281,7 @@ class Notifier:
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
             news = {"event": "failover", "title": title, "host": rule.host, "active": active}
-            self.tell(f"failover-{time.time():.0f}", news)
+            self.tell(f"failover-{time.time():.3f}", news)
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
         self.switched = False

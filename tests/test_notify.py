@@ -369,7 +369,6 @@ def test_failover_is_what_no_switch_explains(tmp_path: Path) -> None:
         later.master.registry.machines, later.master.agents = master.registry.machines, master.agents
         later.master.registry.agents = master.agents
         said.append("green")
-        await asyncio.sleep(1.01)  # the name holds the second
         await later.look_at_traffic()
         return titles(later)
 
