@@ -57,7 +57,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
@@ -220,7 +220,7 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
-PROGRESS_CHARS = 4000  # of a burst of lines, the last ones
+PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -230,15 +230,18 @@ RUNNER_LOG_BYTES = 1 << 20
 INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
+PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
 HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
 CONNECTIONS = 512  # of one address
+ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
+DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 DOWNLOADS = 4  # at once: each holds a copy of the program in memory
@@ -262,11 +265,13 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
+HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 MCP_CALLS = 32  # at once: more is a client gone wild
+MCP_LINGER_S = 1.5  # for what was asked before the input ended; after 2 s the official client kills us
 MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
 MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
@@ -2058,6 +2063,10 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
     (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
+    (
+        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host",
+        "the git remote does not answer",
+    ),
 )
 
 
@@ -2454,11 +2463,13 @@ TOOLS = (
          "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
         ("run",), _answer("hosts", "run", "cursor", done="boolean")),
     Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
-        {"count": _a_number("how many", 1, 100, 10)}, (), _answer("runs")),
+        {"count": _a_number("how many", 1, 100, 10),
+         "stats": _a_flag("instead of runs: per host how often, how long, and what failed at which step", False)},
+        (), _answer("")),
     Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
         {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
     Tool("health", "reads", "Run the configured health checks on the hosts.",
-        {"target": _TARGET}, (), _answer("hosts")),
+        {"target": _TARGET}, (), _answer("checks", ok="boolean")),
     Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
         {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
     Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
@@ -3843,8 +3854,8 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
 
 
 def is_half_done(state: StateFolder, job: JobRecord) -> bool:
-    """Whether this job's runner may not just be dead: it left a switch half way, which a new runner ends."""
-    return (read_json(state.switch_file) or {}).get("run") == job.run
+    """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
+    return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
 
 
 def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
@@ -3916,7 +3927,7 @@ class Runner:
             return 1
         try:
             job = self.state.load_job(self.run, self.host)
-            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job) or resumes(job)):
+            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job)):
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
@@ -3933,8 +3944,7 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            version = WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED, version=version)
+            self.finish(State.SUCCEEDED, version=WORK[self.job.kind](self))
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -4935,7 +4945,7 @@ REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
+    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": ACCEPTED, "server_header": None,
 }  # fmt: skip
 CLIENT_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
@@ -5344,11 +5354,8 @@ class Agent:
             self.start_runner(record)
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
-            if not resumes(record) or job.launches >= LAUNCHES:
-                job.burying = True
-                self.spawn(self.bury(job, record))
-            elif time.monotonic() - job.launched > LAUNCH_S:
-                self.start_runner(record)
+            job.burying = True
+            self.spawn(self.bury(job, record))
 
     async def bury(self, job: OwnJob, record: JobRecord) -> None:
         """End a job whose runner died, in a thread: what it left may take seconds to kill, and links can't wait."""
@@ -5570,10 +5577,11 @@ class Outlook:
     def find_target(self, branch: str) -> tuple[str, str | None]:
         """The commit that `branch` means on the remote, and where the local branch stands. Raises TargetError."""
         names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
-        if (listed := self.git("ls-remote", self.remote, *names)) is None:
+        # a star and not the third name: the ^ would get lost in a git.cmd
+        if (listed := self.git("ls-remote", self.remote, names[0], f"{names[1]}*")) is None:
             raise UpdaterError(self.why())
         refs = {name: commit for commit, _, name in (line.partition("\t") for line in listed.splitlines())}
-        local = (self.git("rev-parse", "--verify", "--quiet", f"{names[0]}^{{commit}}") or "").strip() or None
+        local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
         if local or names[0] in refs or not is_commit_id(branch):
             found = names[:1] if local or names[0] in refs else names[1:]
             name, target = next(((name, refs[name]) for name in reversed(found) if name in refs), ("", ""))
@@ -5581,7 +5589,7 @@ class Outlook:
                 raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
         else:
             name = target = branch
-        if self.git("cat-file", "-e", f"{target}^{{commit}}") is None:
+        if self.git("cat-file", "-e", target) is None:
             quiet = ("--quiet", "--no-write-fetch-head", "--no-tags", "--no-auto-maintenance", "--refmap=")
             if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
                 raise TargetError(self.why())
@@ -5589,7 +5597,7 @@ class Outlook:
 
     def look(self, branch: str) -> dict[str, Any]:
         """From what is checked out now to what `branch` means on the remote, and what stands in the way."""
-        head = (self.git("rev-parse", "--verify", "HEAD^{commit}") or "").strip()
+        head = (self.git("rev-parse", "--verify", "HEAD") or "").strip()
         if not head:
             raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
         found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
@@ -5639,8 +5647,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(address)
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
-    path = agent.config.path
-    if (name := os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")) in found.get("changed", ()):
+    path, name = agent.config.path, ""
+    with suppress(ValueError):  # another drive of Windows
+        name = os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")
+    if name in found.get("changed", ()):
         try:  # what runs comes from the configuration that arrives
             text = outlook.git("show", f"{found['target']}:{name}")
             if text is None:
@@ -5932,7 +5942,7 @@ class Door:
                         door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
 
             def allow(self, seconds: float) -> None:
-                """Let the handshake take longer, as a download does."""
+                """More time, for a download."""
                 self.close_timeout = seconds
                 self.patience.reschedule(self.loop.time() + seconds)
 
@@ -6481,10 +6491,7 @@ class Master:
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
-        hosts = select_targets(message.target, self.registry.hosts(not deploys), active)
-        if message.kind is Kind.UPGRADE:
-            self.require_free(hosts)
-            message = replace(message, options=self.door.handout.offer(self.config))
+        hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -6618,8 +6625,8 @@ class Plan:
     """What a plan was asked and what it found, to tell later whether that still holds."""
 
     made: float
-    request: tuple[Any, ...]
-    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then
+    request: dict[str, str]
+    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then, traffic
 
 
 class Desk:
@@ -6830,46 +6837,65 @@ class Desk:
 
 
 class Planner:
-    """Answers `plan`: what `trigger` or `rollback` would do on each host, asked of all hosts at once."""
+    """Answers `plan`: what an order would do on each host, asked of all hosts at once."""
 
-    def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
-        self.master = master
-        self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
-        self.action = str(args.get("action") or "update")
+    def __init__(self, desk: Desk, args: Mapping[str, Any]) -> None:
+        self.desk, self.master = desk, desk.master
+        words = ("action", "target", "branch", "to", "color")
+        self.request = {"action": "update", "target": "all"} | {key: str(args[key]) for key in words if args.get(key)}
+        self.branch, self.to = self.request.get("branch", ""), self.request.get("to", "")
+        self.action, self.target = self.request["action"], self.request["target"]
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
 
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
+        rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
+        now_and_then = ("machine", "current", "target", "traffic")
+        truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
+        return {
+            "plan": self.remember(truth), "branch": "", **self.request, "fresh_s": PLAN_FRESH_S,
+            "ok": not any(row["refused"] for row in rows), "hosts": rows,
+        }  # fmt: skip
+
+    async def look_at_traffic(self) -> list[dict[str, Any]]:
+        """The colours as they stand, and what a switch would be refused for."""
+        color, refused = self.request.get("color"), []
+        try:
+            await gate_switch(self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color}))
+        except GuardError as problem:
+            refused = [problem.what]
+        keys = ("host", "online", "color", "traffic", "version")
+        rows = [row for row in (await self.desk.status({}))["hosts"] if row["color"]]
+        return [{key: row[key] for key in keys} | {"current": row["commit"], "refused": refused} for row in rows]
+
+    async def look_at_hosts(self) -> list[dict[str, Any]]:
+        """What a deployment or a rollback would find on the hosts of the target."""
         registry = self.master.registry
         hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
         if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
         past = await asyncio.to_thread(self.master.state.successes)
-        rows = await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
+        rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
-        truth = {row["host"]: (row.pop("machine"), row["current"], row["target"]) for row in rows}
-        return {
-            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "action": self.action,
-            "fresh_s": PLAN_FRESH_S, "ok": not any(row["refused"] for row in rows), "hosts": rows,
-        }  # fmt: skip
+        return rows
 
     def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
         """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
-        plans, request, now = self.master.plans, (self.action, self.target, self.branch, self.to), time.monotonic()
+        plans, now = self.master.plans, time.monotonic()
         for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
             del plans[name]
         if not self.known:
             while len(plans) >= PLANS_KEPT:
                 del plans[next(iter(plans))]
             name = os.urandom(8).hex()
-            plans[name] = Plan(now, request, truth)
+            plans[name] = Plan(now, self.request, truth)
             return name
         plan, hint = plans.get(self.known), "make a new plan, and look at it"
         if plan is None:
             raise GuardError(f"there is no fresh plan {self.known[:40]!r}", hint)
-        if plan.request != request:
-            raise GuardError(f"plan {self.known} is for something else: {' '.join(map(str, plan.request))}", hint)
+        if plan.request != self.request:
+            raise GuardError(f"plan {self.known} is for something else: {' '.join(plan.request.values())}", hint)
         if changed := [host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)]:
             raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
         return self.known
@@ -6920,8 +6946,8 @@ class Planner:
 
 
 async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
-    """What a deployment or a rollback would do."""
-    return await Planner(desk.master, args).plan()
+    """What an order would do."""
+    return await Planner(desk, args).plan()
 
 
 # What a commander may ask; the sections below add theirs.
@@ -6930,13 +6956,6 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "health": Desk.health, "traffic": Desk.traffic,
     "log": Desk.log, "find": Desk.find,
 }  # fmt: skip
-
-
-def refuse_busy(master: Master, machines: Container[str]) -> None:
-    """Raise GuardError where a job runs or waits on one of these hosts."""
-    for job in (job for run in master.runs.values() for job in run.jobs.values()):
-        if job.machine in machines and job.state not in FINAL:
-            raise GuardError(f"run {job.run} ({job.kind}) is {job.state} on {job.host}", "wait for it, or cancel it")
 
 
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
@@ -6958,7 +6977,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
     await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
     if not options.get("dry_run"):
-        refuse_busy(master, {data.machine, *(host.machine for host in hosts if host.color)})
+        master.require_free([data, *(host for host in hosts if host.color)])
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
@@ -6975,8 +6994,17 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
             raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
 
 
+async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
+    """The order with the program that the hosts are to install. Raises UpdaterError."""
+    master = desk.master
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    return replace(order, options=master.door.handout.offer(master.config))
+
+
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
+}  # fmt: skip
 
 
 # ==============================================================================
@@ -7345,6 +7373,7 @@ class Connection:
             while (left := deadline - time.monotonic()) > 0:
                 reply = self.receive(left)
                 if isinstance(reply, Refuse):
+                    self.close()
                     raise refused(reply)
                 if reply is not None and not isinstance(reply, bytes):
                     return reply
@@ -7893,12 +7922,16 @@ class Service:
         try:
             options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context}
+                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
+        if os.name != "nt":  # there, asyncio takes one after the other
+            for listener in server.sockets:  # what asyncio was told is both: how many it takes, how many may wait
+                with socket.socket(fileno=os.dup(listener.fileno())) as same:
+                    same.listen(BACKLOG)
         async with server, asyncio.TaskGroup() as group:
             facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
             self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
@@ -8332,7 +8365,7 @@ class Upgrade:
 
 
 def upgrade(runner: Runner) -> str:
-    """What a runner does for `upgrade`; returns the new version."""
+    """What a runner does for `upgrade`. Returns the new version."""
     try:
         return Upgrade(runner).perform()
     except OSError as problem:
@@ -8883,7 +8916,8 @@ def _unit_words(words: Iterable[str]) -> str:
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    writable = _unit_words([repo, f"-{home}", "/tmp", "/var/tmp"])
+    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
+    writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
@@ -9527,21 +9561,17 @@ def cmd_trigger(args: Args) -> int:
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
-    return submit_and_watch(args, caller, order, args.detach)
-
-
-def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = False) -> int:
-    """Start a run and show it to its end, or only start it."""
     view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
-    if detach:
+    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
+    if args.detach:
         view.begin(record) if args.json else say(record.run)
         return 0
     view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
 
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
-        if failed := ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT)):
+        failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
+        if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
@@ -9583,15 +9613,20 @@ def cmd_plan(args: Args) -> int:
     return 0 if result["ok"] else 1
 
 
-def confirm(args: Args, question: str) -> None:
+def require_answer(args: Args) -> None:
+    """Raise GuardError where a question will come up that nobody can answer."""
+    if not (args.yes or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())):
+        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
+
+
+def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
     """Ask the person at the terminal, unless `--yes`. Raises GuardError for a no, and where nobody can be asked."""
+    require_answer(args)
     if args.yes:
         return
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().casefold() not in ("y", "yes", "ㅛ", "예", "네"):
-        raise GuardError("nothing was done", "")
+        raise GuardError(no, "")
 
 
 def cmd_rollback(args: Args) -> int:
@@ -9608,26 +9643,90 @@ def cmd_rollback(args: Args) -> int:
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
-def cmd_switch(args: Args) -> int:
-    options = {"color": args.color, "dry_run": args.dry_run, "force": args.force}
+def run_order(args: Args, order: Submit, doing: str = "") -> tuple[int, list[JobRecord]]:
+    """Start a run and show it to its end: the exit code, and the jobs as they ended."""
     caller, view = make_caller(args), make_view(args)
-    run, nonce = make_run_id(), os.urandom(16).hex()
-    order = Submit(run, nonce, Kind.SWITCH, "", args.color, user_name(), options=options)
     connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: switch to {record.branch} on {', '.join(record.hosts)}")
+    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
     jobs: list[JobRecord] = []
 
     def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, run, view).follow(connection))
+        jobs.extend(Follower(caller, record.run, view).follow(connection))
         return jobs
 
-    code = watch_run(args, run, follow)
-    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code
+    code = watch_run(args, record.run, follow)
+    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code, jobs
+
+
+def order_switch(color: str, **options: Any) -> Submit:
+    run, nonce = make_run_id(), os.urandom(16).hex()
+    return Submit(run, nonce, Kind.SWITCH, "", color, user_name(), options={"color": color, **options})
+
+
+def cmd_switch(args: Args) -> int:
+    return run_order(args, order_switch(args.color, dry_run=args.dry_run, force=args.force), "switch to ")[0]
 
 
 def cmd_upgrade(args: Args) -> int:
     order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
-    return submit_and_watch(args, make_caller(args), order)
+    return run_order(args, order)[0]
+
+
+def await_standby(args: Args, hosts: Sequence[str]) -> list[dict[str, Any]]:
+    """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
+    time. Raises GuardError where that does not come about."""
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    ends = time.monotonic() + args.wait
+    while True:
+        checks = ask_master(args, "health", {"target": ",".join(hosts)}, take_s)["checks"]
+        rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
+        wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
+        where = {row["host"]: row["traffic"] for row in rows}
+        wrong += [
+            f"{host}: {where.get(host) or 'unknown'} for HAProxy" for host in hosts if where.get(host) != "standby"
+        ]
+        if not wrong:
+            return rows
+        if time.monotonic() > ends:
+            raise GuardError(
+                f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}", "`health` looks again"
+            )
+        time.sleep(TICK_S)
+
+
+def cmd_release(args: Args) -> int:
+    """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
+    if problem := valid_branch_problem(args.branch):
+        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_answer(args)
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "standby", args.branch, user_name())
+    code, jobs = run_order(args, order)
+    commits = {job.commit for job in jobs}
+    if code or len(commits) != 1:
+        return code or 1
+    view = make_view(args)
+    rows = await_standby(args, [job.host for job in jobs])
+    for row in rows:
+        view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
+    color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
+    confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
+    if code := run_order(args, order_switch(color, commit=commits.pop()), "switch to ")[0]:
+        return code
+    status = ask_master(args, "status", {})
+    rows = [row for row in status["hosts"] if row["color"]]
+    if args.json:
+        keys = ("host", "color", "traffic", "commit", "version")
+        event = {"event": "release", "ok": True, "color": color, "hosts": [{k: row[k] for k in keys} for row in rows]}
+        say(json.dumps(event | {"warnings": status["warnings"]}, ensure_ascii=False))
+    else:
+        say("\n".join([f"{row['traffic'] or 'unknown'}: {color_text(row)}" for row in rows]))
+        say("\n".join(f"! {warning}" for warning in status["warnings"]))
+    return 0
+
+
+def color_text(row: Mapping[str, Any]) -> str:
+    """A worker and what it runs."""
+    return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
 
 
 def cmd_self_test(args: Args) -> int:
@@ -9740,9 +9839,14 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     return answer.result
 
 
-def cmd_health(args: Args) -> int:
+def ask_health(args: Args, target: str) -> dict[str, Any]:
+    """What the checks see, with the patience that they need."""
     take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
-    result = ask_master(args, "health", {"target": args.target}, take_s)
+    return ask_master(args, "health", {"target": target}, take_s)
+
+
+def cmd_health(args: Args) -> int:
+    result = ask_health(args, args.target)
     if args.json:
         say(json.dumps(result, ensure_ascii=False))
     elif result["checks"]:
@@ -9964,11 +10068,6 @@ MCP_INSTRUCTIONS = (
 )
 
 
-def mcp_offers(tool: str) -> bool:
-    """Whether this program can do what a tool promises."""
-    return tool not in ("health", "switch", "release")
-
-
 class McpServer:
     """The tools for a model on standard input and output; every call has a thread of its own."""
 
@@ -9976,15 +10075,17 @@ class McpServer:
         self.args, self.wire = args, wire
         self.lock = threading.Lock()  # of the session and the wire
         self.gone: dict[str | int, threading.Event] = {}
-        tools = [tool for tool in TOOLS if hasattr(self, f"call_{tool.name}") and mcp_offers(tool.name)]
-        shown = [tool.render(args.require_plan) for tool in tools if tool.effect == "reads" or not args.read_only]
-        self.session = McpSession(shown, MCP_INSTRUCTIONS, __version__)
+        shown = [tool for tool in TOOLS if f"call_{tool.name}" in dir(self) or tool.name in DESK]
+        shown = [tool for tool in shown if tool.effect == "reads" or not args.read_only]
+        self.session = McpSession([tool.render(args.require_plan) for tool in shown], MCP_INSTRUCTIONS, __version__)
 
     def serve(self, lines: IO[bytes]) -> None:
-        """Until the client closes our standard input. What it asked for goes on."""
+        """Until the client closes our standard input. The runs that it asked for go on."""
         while line := lines.readline(MESSAGE_BYTES):
-            while len(line) == MESSAGE_BYTES and not line.endswith(b"\n"):
-                line = lines.readline(MESSAGE_BYTES) and b"too long" + b"?" * (MESSAGE_BYTES - 8)
+            if len(line) == MESSAGE_BYTES and line[-1:] != b"\n":
+                while (rest := lines.readline(MESSAGE_BYTES)) and rest[-1:] != b"\n":
+                    pass
+                line = b"too long"  # which is no JSON
             if not line.strip():
                 continue
             with self.lock:
@@ -9994,16 +10095,19 @@ class McpServer:
                     self.gone[name].set()
                 for call in calls:
                     self.begin(call)
+        ends = time.monotonic() + MCP_LINGER_S
+        while self.session.calls and time.monotonic() < ends:
+            time.sleep(LOCAL_LOOK_S)
 
-    def send(self, *messages: dict[str, Any]) -> None:
+    def send(self, *messages: dict[str, Any] | None) -> None:
         with suppress(OSError, ValueError):  # the client is gone: standard input says so too
-            for message in messages:
+            for message in filter(None, messages):
                 self.wire.write(json.dumps(message).encode() + b"\n")
             self.wire.flush()
 
     def begin(self, call: ToolCall) -> None:
         if len(self.session.calls) > MCP_CALLS:
-            self.send(*filter(None, [self.session.finish(call, "error: too many calls at once", True)]))
+            self.send(self.session.finish(call, "error: too many calls at once; wait for some to end", True))
             return
         gone = self.gone[call.id] = threading.Event()
         threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
@@ -10018,21 +10122,29 @@ class McpServer:
                     params = {"progressToken": call.token, "progress": next(numbers), "message": text}
                     self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
 
-        answer: dict[str, Any] | str
+        answer: dict[str, Any] | str = ""
         try:
-            answer = getattr(self, f"call_{call.tool}")(call.arguments, ProgressView(tell, gone))
+            answer = self.call(call.tool, call.arguments, ProgressView(tell, gone))
         except Abandoned:
-            return
+            pass
         except UpdaterError as problem:
-            answer = f"error: {problem.what}\nhint: {problem.hint or 'none'}\nexit: {problem.exit_code}"
+            lines = [f"error: {problem.what}", f"hint: {problem.hint}", f"exit: {problem.exit_code}"]
+            answer = "\n".join(line for line in lines if not line.endswith(": "))
         except Exception as problem:
             answer = f"internal error: {problem!r}"
         reads = self.session.tools[call.tool]["annotations"]["readOnlyHint"]
         wrong = isinstance(answer, str) or (answer.get("ok") is False and not reads)
         with self.lock:
-            self.send(*filter(None, [self.session.finish(call, answer, wrong)]))
+            self.send(self.session.finish(call, answer, wrong))
             if self.gone.get(call.id) is gone:
                 del self.gone[call.id]
+
+    def call(self, tool: str, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        """A tool's answer: its own method's, or the master's to the question of this name. Raises UpdaterError."""
+        takes = self.session.tools[tool]["inputSchema"]["properties"]
+        given = {name: spec["default"] for name, spec in takes.items() if "default" in spec} | given
+        own: Callable[..., dict[str, Any]] | None = getattr(self, f"call_{tool}", None)
+        return own(given, view) if own else self.ask(tool, **given)
 
     def ask(self, what: str, **details: Any) -> dict[str, Any]:
         return ask_master(self.args, what, details, PLAN_ANSWER_S)
@@ -10052,15 +10164,14 @@ class McpServer:
             answer = self.ask("log", run=run)
             if any(answer[name] != value for name, value in same.items()):
                 raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
-            if given.get("wait", True):
+            if given["wait"]:
                 self.follow(run, view)
             answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
         except UpdaterError as problem:
             problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
             raise
         for row in answer["hosts"]:
-            lines = row.pop("text").splitlines()[-TAIL_LINES:]
-            row["tail"] = "" if row["ok"] else "\n".join(lines)[-TAIL_BYTES:]
+            row["tail"] = "\n".join(row.pop("text").splitlines()[-TAIL_LINES:])[-TAIL_BYTES:]
         return answer
 
     def follow(self, run: str, view: ProgressView) -> None:
@@ -10072,52 +10183,45 @@ class McpServer:
         finally:
             follower.connection.close()
 
-    def planned(self, given: dict[str, Any], **request: Any) -> None:
-        """Raises GuardError unless the plan that was given is fresh and still true."""
-        if "plan" in given:
-            self.ask("plan", plan=given["plan"], **request)
-
     def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        target, branch = given["target"], given["branch"]
+        wanted = {"target": given["target"], "branch": given["branch"]}
 
         def make() -> Submit:
-            self.planned(given, target=target, branch=branch)
-            return Submit(make_run_id(), "", Kind.DEPLOY, target, branch, user_name())
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], **wanted)
+            return Submit(make_run_id(), "", Kind.DEPLOY, **wanted, by=user_name())
 
-        return self.order(given, view, make, kind=Kind.DEPLOY, target=target, branch=branch)
+        return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
 
     def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        request = {"action": "rollback", "target": given.get("target", "all"), "to": given.get("to", "")}
+        request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {"action": "rollback"}
+        return self.order(given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK)
+
+    def call_switch(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        color = given["color"]
 
         def make() -> Submit:
-            self.planned(given, **request)
-            return plan_rollback(self.ask("plan", **request))
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], action="switch", color=color)
+            options = {"color": color, "dry_run": given["dry_run"]}
+            return Submit(make_run_id(), "", Kind.SWITCH, "", color, user_name(), options=options)
 
-        return self.order(given, view, make, kind=Kind.ROLLBACK)
+        return self.order(given, view, make, kind=Kind.SWITCH)
 
-    def call_plan(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        action = given.get("action", "update")
-        if action == "update" and not ("target" in given and "branch" in given):
-            raise UsageError("the plan of an update needs target and branch")
-        return self.ask("plan", **{"action": action, "target": "all", **given})
+    def call_health(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
+        return ask_health(self.args, given.get("target", "all"))
 
-    def call_status(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        return self.ask("status")
-
-    def call_history(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        return self.ask("history", count=given.get("count", 10))
-
-    def call_cancel(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+    def call_cancel(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         record = cancel_run(self.args, given["run"])
         return {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}
 
     def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        deadline, tail = time.monotonic() + given.get("wait_s", 0), given.get("tail", False) and "cursor" not in given
+        deadline, tail = time.monotonic() + given["wait_s"], given["tail"] and "cursor" not in given
         try:
-            offsets = json.loads(given.get("cursor", "{}"))
+            offsets: dict[str, int] = json.loads(given.get("cursor", "{}"))
         except (ValueError, RecursionError):
             raise UsageError("this is no cursor", "take the one of the last answer") from None
-        asked = {"run": given["run"], "target": given.get("target"), "bytes": given.get("max_bytes", 16_000)}
+        asked = {"run": given["run"], "target": given.get("target"), "bytes": given["max_bytes"]}
         while True:
             answer = self.ask("log", offsets=offsets, tail=tail, **asked)
             if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
@@ -10157,6 +10261,12 @@ def cmd_build(args: Args) -> int:
 
 def cmd_setup(args: Args) -> int:
     require_packages()
+    if args.firewall:
+        config = load_config(args.config_path())
+        master = gather_role(config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False)[0].role
+        text = render_firewall(config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet))
+        say(json.dumps({"firewall": text.splitlines()}) if args.json else text)
+        return 0
     setup = Setup(args, args.config_path(), say)
     setup.remove() if args.remove else setup.install(args.manager)
     return 0
@@ -10325,6 +10435,12 @@ COMMANDS = (
     Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
         option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
     )),
+    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, (
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+        option("--yes", action="store_true", help="switch without asking"),
+        option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
+               help="how long it may take to become healthy (default: 60)"),
+    )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
     )),
@@ -10345,6 +10461,8 @@ COMMANDS = (
     Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
         option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
         option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        option("--firewall", action="store_true", help="only print the firewall commands for this host"),
+        option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
         option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
     Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -38,6 +39,18 @@ def test_messages_exist() -> None:
         assert advice
         for text in re.findall(r"`([^`]+)`", message):
             assert text in plain, text
+
+
+def test_the_lines_for_ai_clients_start_the_server() -> None:
+    part = README.split("\n## AI clients (MCP)\n", 1)[1].split("\n## ", 1)[0]
+    blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", part, re.DOTALL)]
+    assert [list(block) for block in blocks] == [["mcpServers"], ["servers"]]
+    lines = [server["args"] for block in blocks for servers in block.values() for server in servers.values()]
+    lines += [line.split()[1:] for line in re.findall(r"-- (python3 [^`]+)`", part)]
+    for line in lines:
+        args = est.make_parser().parse_args(line[1:])
+        assert (args.command, args.config) == ("mcp", "/srv/app/config/updater.json")
+    assert len(lines) == 3
 
 
 def test_the_smallest_configuration_is_valid() -> None:

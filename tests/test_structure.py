@@ -245,7 +245,8 @@ def breaks_hosts(text: str) -> list[str]:
 
 
 def breaks_words(text: str) -> list[str]:
-    """The repository speaks of the product alone, and leaves nothing for later."""
+    """The repository speaks of the product alone, and leaves nothing for later; README names clients that it serves."""
+    text = re.sub("(?i)`?clau" + r"de(?: Desktop|_desktop_config\.json| Code| mcp add)", "", text)
     later = "|".join(("TO" + "DO", "FIX" + "ME", "X" + "XX", "NotImplemented" + "Error"))
     tools = "|".join(("clau" + "de", "anthro" + "pic", "open" + "ai", "chat" + "gpt", "copi" + "lot"))
     story = "|".join((r"issues? #?\d", r"(?:close|fixe|resolve)[sd] #\d", "co-authored" + "-by", "sub" + "agent"))

@@ -25,7 +25,8 @@ NAME = "estelle_updater.pyz"
 NEW = "9.9.0"
 QUICK = {"BACK_S = 60.0": "BACK_S = 10.0", "LAUNCH_S = 15.0": "LAUNCH_S = 3.0", "OBEY_S = 15.0": "OBEY_S = 4.0"}
 CRASHES = {"        dialer = Dialer(agent": "        os._exit(3)\n        dialer = Dialer(agent"}
-UNWELCOME = {"encode_message(self.agent.hello())": "encode_message(replace(self.agent.hello(), protocol=[98, 99]))"}
+HELLO = "greet(link.wire, {}, token)"
+UNWELCOME = {HELLO.format("self.agent.hello()"): HELLO.format("replace(self.agent.hello(), protocol=[98, 99])")}
 STUCK = {"                await self.over.wait()\n": "                await asyncio.Event().wait()\n"} | UNWELCOME
 
 
