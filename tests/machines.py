@@ -89,9 +89,10 @@ class Network:
         """Put the cable back; traffic flows within about a second."""
         self._ip("-n", self._switch, "link", "set", f"p{host}", "up")
 
-    def cut_way(self, sender: int, receiver: int, undo: bool = False) -> None:
-        """Drop what one host sends to one other; the way back and everybody else are not touched."""
-        rule = ["INPUT", "-s", self.address(sender), "-j", "DROP"]
+    def cut_way(self, sender: int, receiver: int, undo: bool = False, reset: bool = False) -> None:
+        """Drop what one host sends to one other, or reset it; the way back and everybody else are not touched."""
+        verdict = ["-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset"] if reset else ["-j", "DROP"]
+        rule = ["INPUT", "-s", self.address(sender), *verdict]
         code, _, err = self.run(receiver, ["iptables", "-D" if undo else "-A", *rule])
         assert code == 0, err
 

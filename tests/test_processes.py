@@ -224,6 +224,13 @@ def test_a_program_with_a_folder_is_the_repositorys(step: Callable[..., Spawned]
     assert read_all(step(*updater.resolve_program("./deploy.sh", "/nowhere"), "x")) == b"mine x\n"
 
 
+def test_a_script_without_an_interpreter_line_is_a_shell_s(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    (tmp_path / "shim").write_text('echo "shim $1"; exit 7')
+    (tmp_path / "shim").chmod(0o755)
+    one = step(*updater.resolve_program("shim", str(tmp_path)), "a b")
+    assert (read_all(one), one.wait()) == (b"shim a b\n", 7)
+
+
 def test_a_program_is_looked_up_in_the_given_path(tmp_path: Path) -> None:
     (tmp_path / "tool").write_text("")
     (tmp_path / "tool").chmod(0o755)

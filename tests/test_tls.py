@@ -175,14 +175,14 @@ def test_the_end_of_certificates(tmp_path: Path) -> None:
     ends = {}
     for days in (1, 400, 15_000):  # the last one's year has four digits in the file
         authority.renew(days)
-        pem = (authority.folder / "master.pem").read_text()
+        pem = (authority.folder / "master.pem").read_bytes()
         shown = run(["openssl", "x509", "-enddate", "-noout", "-in", "master.pem"], os.environ, authority.folder).out
         text = shown.strip().removeprefix("notAfter=").removesuffix(" GMT")
         wanted = datetime.datetime.strptime(text, "%b %d %H:%M:%S %Y").replace(tzinfo=datetime.UTC).timestamp()
         assert est.certificate_end(pem) == wanted
         assert abs(wanted - time.time() - days * 86400) < 60
         ends[wanted] = pem
-    assert est.certificate_end("".join(ends.values())) == min(ends), "the first to end breaks the chain"
-    for text in ("", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
+    assert est.certificate_end(b"".join(ends.values())) == min(ends), "the first to end breaks the chain"
+    for nothing in (b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
         with pytest.raises(ValueError, match="no certificate"):
-            est.certificate_end(text)
+            est.certificate_end(nothing)
