@@ -9885,8 +9885,10 @@ def cmd_status(args: Args) -> int:
         return 0
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
-    rows = [status_cells(row) for row in result["hosts"]]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
+    rows = [head, *(status_cells(row, master["version"]) for row in result["hosts"])]
+    told = [column for column in zip(*rows, strict=True) if {*column[1:]} != {"-"}]  # a terminal has 80 columns
+    head, *rows = zip(*told, strict=True)
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
@@ -9896,8 +9898,8 @@ def cmd_status(args: Args) -> int:
     return 0
 
 
-def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One host's row of the `status` table."""
+def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
+    """One host's row of the `status` table; a host's own program is only worth a word where it is not the master's."""
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
@@ -9913,7 +9915,8 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
         row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
-        row["updater"] or "-", " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        "-" if row["updater"] in ("", program) else row["updater"],
+        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
