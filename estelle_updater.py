@@ -987,10 +987,11 @@ class TlsRule:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
-    """[keep]: how many recorded runs stay, and for how long."""
+    """[keep]: how many recorded runs stay, for how long, and how much of the disk they may take."""
 
     runs: Annotated[int, _count] = 500
     days: Annotated[int, _count] = 90
+    megabytes: Annotated[int, _count] = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2985,6 +2986,12 @@ class StateFolder:
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
         excess = len(runs) - keep.runs
         old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
+        room = keep.megabytes * 1_000_000
+        for run in reversed(runs):
+            with suppress(OSError):
+                room -= sum(log_size(file) for file in (self.runs / run).iterdir())
+            if room < 0 and run not in needed and run != runs[-1]:  # the newest stays however large it is
+                old.add(run)
         if not old:
             return []
         last: set[tuple[str, str]] = set()
@@ -4543,13 +4550,15 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     return {"active": active[0] if len(active) == 1 else None, "servers": servers, "warnings": warnings}
 
 
-def run_command(argv: Sequence[str], env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+def run_command(
+    argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
+) -> tuple[int, str]:
     """A short command's exit code and output. Raises UpdaterError where it does not start or end."""
     try:
         program = resolve_program(argv[0], env.get("PATH", ""))
         done = subprocess.run(
-            [*program, *argv[1:]], env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=timeout_s, check=False,
+            [*program, *argv[1:]], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=timeout_s, check=False, **HIDDEN,
         )  # fmt: skip
     except subprocess.TimeoutExpired as problem:
         raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
@@ -8923,24 +8932,24 @@ _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
 
 def _unit_words(words: Iterable[str]) -> str:
-    """Words as systemd's files have them: quoted, and `%` and `$` without their meaning."""
-    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%").replace("$", "$$") for word in words]
+    """Words as systemd's files have them: quoted, and `%` without its meaning."""
+    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%") for word in words]
     return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
 
 
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    program = os.path.dirname(argv[1])  # where `upgrade` puts the next one
-    writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
+    program = os.path.dirname(argv[1])  # for `upgrade`, where the folder's owner lets it
+    writable = _unit_words([repo, f"-{home}", program, "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
         wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
         user=f"User={user}\n" if system else "",
         repo=repo.replace("%", "%%"),
-        command=_unit_words(argv),
-        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]).replace("$$", "$"),
+        command=_unit_words(argv).replace("$", "$$"),
+        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
         state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
         sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
         target="multi-user.target" if system else "default.target",
@@ -8956,25 +8965,14 @@ def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def call_program(
+def try_command(
     argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
 ) -> tuple[int, str]:
-    """Exit code and output of a program that can't ask anything; 127 and the reason where it can't be started."""
+    """`run_command`; where that is not possible, 127 and why."""
     try:
-        program = [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]]
-        child = spawn_step(program, cwd or Path.cwd(), env, mark=f"call/{os.getpid()}")
+        return run_command(argv, env, timeout_s, cwd)
     except UpdaterError as problem:
         return 127, problem.what
-    ends, out = time.monotonic() + timeout_s, b""
-    try:
-        while data := child.read(timeout_s=max(0.0, ends - time.monotonic())):
-            out += data
-        if data is None:
-            child.kill_tree()
-            return 124, f"{argv[0]} did not answer in {timeout_s:.0f} s"
-        return child.wait(), out.decode(errors="replace").strip()
-    finally:
-        child.close_pipe()
 
 
 def lingers() -> bool:
@@ -9062,7 +9060,7 @@ class Setup:
             self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
 
     def runs_under_pm2(self) -> bool:
-        _, out = call_program(["pm2", "jlist"], os.environ)
+        _, out = try_command(["pm2", "jlist"], os.environ)
         with suppress(ValueError, IndexError, KeyError, TypeError):
             apps = json.loads(out.splitlines()[-1])
             return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
@@ -9106,13 +9104,13 @@ class Setup:
 
     def systemctl(self, *words: str, look: bool = False) -> int:
         argv = ["systemctl", *([] if self.root else ["--user"]), *words]
-        return call_program(argv, os.environ)[0] if look else self.call(*argv)
+        return try_command(argv, os.environ)[0] if look else self.call(*argv)
 
     def call(self, *argv: str, may_fail: bool = False) -> int:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
         self.changed = True
         self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
-        code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
+        code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
             hint = f"as this user, log in directly (not by su), or: {LINGER}"
             raise UpdaterError(
@@ -9210,9 +9208,24 @@ class Doctor:
         rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
         repo = work_tree(path) / (rule.repo or "")
         yield from self.repository(repo, rule)
+        if config.updater.sha256:
+            folder = os.path.dirname(program_argv()[1])
+            text = f"upgrade writes to {folder}"
+            yield Finding("program", os.access(folder, os.W_OK), text, f"sudo chown -R $USER {folder}")
+        if config.tls.cert and (cert := work_tree(path) / config.tls.cert).exists():
+            yield self.certificate(cert)
         yield from self.master(config)
         if config.haproxy and self.is_here(config.haproxy.host, rule.name):
             yield from self.haproxy(config.haproxy)
+
+    @staticmethod
+    def certificate(cert: Path) -> Finding:
+        try:
+            left_s = certificate_end(cert.read_bytes()) - time.time()
+        except (OSError, ValueError) as problem:
+            return Finding("certificate", False, f"{cert}: {problem}", "a PEM file that this user can read")
+        text = f"{cert}: {left_s // 86400:.0f} days left"
+        return Finding("certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew")
 
     def packages(self) -> Finding:
         try:
@@ -9255,7 +9268,7 @@ class Doctor:
         for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
             if (folder / f"{SERVICE}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
-                _, out = call_program(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                _, out = try_command(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
                 found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
                 if found.ok and scope and not lingers():
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
@@ -9270,7 +9283,7 @@ class Doctor:
 
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
         """Git, the clone, its remote, and what the deploy command needs."""
-        code, said = call_program(["git", "--version"], self.env)
+        code, said = try_command(["git", "--version"], self.env)
         yield Finding("git", code == 0, said, "install git for this user")
         if code:
             return
@@ -9286,13 +9299,13 @@ class Doctor:
         fix = f"git -C {repo} stash, or commit and push them"
         yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
         ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
-        code, said = call_program(ask, self.env, repo, ACCESS_S)
+        code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
-        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not call_program(ask, with_agent, repo, ACCESS_S)[0])
+        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not try_command(ask, with_agent, repo, ACCESS_S)[0])
         yield judge_remote(code, said, rule.remote, agent_only)
         if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
             for tool in dict.fromkeys(("node", name)):
-                code, said = call_program([tool, "--version"], self.env, repo, ACCESS_S)
+                code, said = try_command([tool, "--version"], self.env, repo, ACCESS_S)
                 fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
                 yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
 
@@ -9323,20 +9336,25 @@ class Doctor:
         return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
 
     def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
-        """What a switch on this host needs: a valid file that may be replaced, and the sockets."""
-        code, said = call_program(["haproxy", "-c", "-f", rule.config], self.env)
-        yield Finding("haproxy", code == 0, "valid" if code == 0 else said[-300:], f"haproxy -c -f {rule.config}")
-        folder = os.path.dirname(os.path.realpath(rule.config))
-        fix = f"use systemd/{SERVICE}-haproxy.service, which may"
-        yield Finding("haproxy file", os.access(folder, os.W_OK), f"{folder} must be writable", fix)
-        for path in filter(None, (rule.socket, rule.master_socket)):
+        """What a switch on this host needs: a valid file that may be replaced, the sockets, and two true colours."""
+        env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
+        code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
+        lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
+        yield Finding(
+            "haproxy", code == 0, lines[0], f"mend the file until this is silent: haproxy -c -f {rule.config}"
+        )
+        real = os.path.realpath(rule.config)
+        fix = f"this service's user must own the file and its folder: chown USER {os.path.dirname(real)} {real}"
+        yield Finding("haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix)
+        for path, master in ((rule.socket, False), (rule.master_socket, True)):
             try:
-                with socket.socket(socket.AF_UNIX) as client:
-                    client.connect(path)
-                yield Finding("haproxy socket", True, path)
-            except OSError as problem:
-                fix = f"stats socket {path} level admin, with a group that this user is in"
-                yield Finding("haproxy socket", False, f"{path}: {problem.strerror}", fix)
+                if path:
+                    ask_haproxy(rule, "show proc" if master else "show info", master=master)
+                    yield Finding("haproxy socket", True, path)
+            except UpdaterError as problem:
+                yield Finding("haproxy socket", False, problem.what, problem.hint)
+        for warning in look_at_traffic(rule)["warnings"]:
+            yield Finding("traffic", False, warning, f"edit {real}, then: {' '.join(rule.reload)}")
 
 
 # ==============================================================================
