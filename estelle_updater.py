@@ -57,7 +57,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
@@ -230,18 +230,16 @@ RUNNER_LOG_BYTES = 1 << 20
 INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
-PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
-HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
+HANDSHAKES, STRANGERS = 128, 32  # begun and not judged: of one allowed address, and of all others together
 CONNECTIONS = 512  # of one address
 ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
-DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 DOWNLOADS = 4  # at once: each holds a copy of the program in memory
@@ -280,7 +278,7 @@ CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
 CONNECT_S = 3.0
 CHECK_S = RELOAD_COMMAND_S = 60.0
-RELOADS, RELOAD_S = 3, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+RELOADS, RELOAD_S = 2, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
 PROOF_S = 2.0  # for a request to reach the new colour
 SWITCH_LOCK_S = 10.0
 RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
@@ -307,7 +305,7 @@ NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
 NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
 POST_S = 10.0  # for each answer of a webhook
 POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
-AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 60.0
+AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 20.0  # between two looks for what no job's end tells
 CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
@@ -2063,6 +2061,10 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
     (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
+    (
+        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host",
+        "the git remote does not answer",
+    ),
 )
 
 
@@ -3916,6 +3918,7 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
+        self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -3933,6 +3936,7 @@ class Runner:
             if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
+            self.last_act()
             return 0
         finally:
             lock.release()
@@ -4563,8 +4567,9 @@ def stage_text(real: Path, text: bytes) -> Path:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(text)
             file.flush()
-            stat = real.stat()
-            os.chown(temp, stat.st_uid, stat.st_gid)
+            wanted, own = real.stat(), temp.stat()
+            if (wanted.st_uid, wanted.st_gid) != (own.st_uid, own.st_gid):
+                os.chown(temp, wanted.st_uid, wanted.st_gid)
             shutil.copystat(real, temp)
             os.utime(temp)
             os.fsync(file.fileno())
@@ -4667,7 +4672,7 @@ class Switch:
             if self.undo() and isinstance(problem, GuardError):  # by now it is no longer true that nothing changed
                 raise UpdaterError(problem.what, problem.hint) from problem
             raise
-        self.close()
+        self.runner.last_act = self.close
 
     def resume(self) -> bool:
         """End what a dead runner began; whether the traffic moved."""
@@ -4703,6 +4708,8 @@ class Switch:
         entry.color = str(standby if wanted == "standby" else wanted)
         if entry.color not in COLORS:
             raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
+        if self.runner.job.branch not in ("standby", entry.color):
+            raise GuardError(f"{self.runner.job.branch} was the standby and is it no more", "look at `status`")
         if self.live and live_roles(rows, rule) != self.found.roles():
             what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
             raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
@@ -4751,7 +4758,7 @@ class Switch:
             ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
             _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
             if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
-                hint = "the polkit rule in systemd/estelle-updater-haproxy.service allows exactly this"
+                hint = "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
                 raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
 
     def check(self) -> str:
@@ -4813,13 +4820,14 @@ class Switch:
             write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
         except OSError as problem:
             self.say(f"warning: can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}")
-        return f"{self.entry.color} is active in {self.rule.config}, the servers' states in {self.entry.state_file}"
+        return f"{self.entry.color} is active in {self.rule.config}, the servers' states are kept"
 
     def reload(self) -> str:
         """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
+        if self.live and self.runs(self.entry.color, 0):
+            return "HAProxy runs it already"
+        failed = self.failed_reloads()
         for attempt in range(1, RELOADS + 1):
-            if self.live and self.runs(self.entry.color, 0):
-                return "HAProxy runs it already"
             code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if code:
                 raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
@@ -4829,7 +4837,18 @@ class Switch:
                 pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
                 again = f" at attempt {attempt}" if attempt > 1 else ""
                 return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
+            if self.failed_reloads() > failed:  # not again: while it fails, new connections are refused for seconds
+                raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
         raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
+
+    def failed_reloads(self) -> int:
+        """How many in a row HAProxy counts; 0 without a master socket, which leaves only to wait."""
+        for _ in range(20 if self.rule.master_socket else 0):
+            with suppress(UpdaterError):  # silent while it starts itself anew
+                if (counted := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
+                    return counted[2]
+            time.sleep(0.1)
+        return 0
 
     def runs(self, color: str, patience_s: float) -> bool:
         """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
@@ -4838,9 +4857,6 @@ class Switch:
             with suppress(UpdaterError):
                 if live_roles(live_rows(self.rule), self.rule).get(color) == "active":
                     return True
-                proc = ask_haproxy(self.rule, "show proc", master=True) if self.rule.master_socket else ""
-                if patience_s and parse_show_proc(proc)[2]:
-                    return False
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
@@ -4885,7 +4901,7 @@ class Switch:
         if self.live:
             with suppress(UpdaterError):
                 self.set_state("ready")
-        if now == self.new:
+        if now == self.new and not (self.live and self.runs(self.entry.before, 0)):
             with suppress(UpdaterError):
                 run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if self.live and not self.runs(self.entry.before, RELOAD_S):
@@ -4894,11 +4910,11 @@ class Switch:
                 with suppress(UpdaterError):
                     self.set_state("ready")
         self.say(f"undone: {self.entry.before} is active")
-        self.close()
+        self.runner.last_act = self.close
         return now == self.new
 
     def close(self) -> None:
-        """Done or undone for good."""
+        """Done or undone for good; not before that is the job's recorded result."""
         self.runner.state.switch_file.unlink(missing_ok=True)
         sync_folder(self.runner.state.root)
 
@@ -4915,6 +4931,7 @@ def switch_traffic(runner: Runner) -> str | None:
             raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
         if entry.run == runner.run:
             return entry.color
+        half.close()
         os.close(half.lock)
     config, problem = load_config_or_last(runner.config_path, runner.state)
     if problem:
@@ -5924,9 +5941,10 @@ class Door:
                 known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
                 self.among = self.peer if any(verdict.allowed for verdict in known) else ""
                 door.handshakes[self.among] += 1
-                self.one_too_many = door.handshakes[self.among] > HANDSHAKES
+                most = HANDSHAKES if self.among else STRANGERS
+                self.one_too_many = door.handshakes[self.among] > most
                 if self.one_too_many:
-                    door.log_refusal(self.among or "strangers", f"more than {HANDSHAKES} handshakes at once")
+                    door.log_refusal(self.among or "strangers", f"more than {most} handshakes at once")
                     transport.abort()
 
             async def handshake(self, *args: Any, **options: Any) -> None:
@@ -6968,7 +6986,10 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     data = select_targets(rule.host, hosts)[0]
     if not data.online:
         raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
-    files = {key: row["file"] for key, row in (await registry.ask_traffic())["servers"].items()}
+    traffic = await registry.ask_traffic()
+    if not traffic["servers"]:
+        raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
+    files = {key: row["file"] for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
@@ -6999,9 +7020,7 @@ async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
-    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
-}  # fmt: skip
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
 
 
 # ==============================================================================
@@ -7023,7 +7042,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": "switched" if switched else str(job.state),
-        "title": f"[{job.host}] {f'switched to {job.branch} ' if switched else ''}{result_text(job)}",
+        "title": f"[{job.host}] {'switched: ' if switched else ''}{result_text(job)}",
         "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
         "target": run.target, "branch": job.branch, "by": run.by,
         "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
@@ -7306,7 +7325,7 @@ class Notifier:
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
             news = {"event": "failover", "title": title, "host": rule.host, "active": active}
-            self.tell(f"failover-{time.time():.0f}", news)
+            self.tell(f"failover-{time.time():.3f}", news)
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
         self.switched = False
@@ -7919,7 +7938,7 @@ class Service:
         try:
             options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
+                options |= {"ssl": certificate.context}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
@@ -8723,7 +8742,7 @@ config = "/etc/haproxy/haproxy.cfg"
 backend = "yquant_backend"
 servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
 socket = "/run/haproxy/admin.sock"
-masterSocket = "/run/haproxy-master.sock"
+# masterSocket = "/run/haproxy-master.sock"  # where it is not root's alone: reloads are proved by it too
 reload = ["systemctl", "reload", "haproxy"]
 """
 _WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
@@ -8913,7 +8932,7 @@ def _unit_words(words: Iterable[str]) -> str:
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
+    program = os.path.dirname(argv[1])  # where `upgrade` puts the next one
     writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
@@ -9560,15 +9579,15 @@ def cmd_trigger(args: Args) -> int:
     return run_order(args, order, detach=args.detach)[0]
 
 
-def run_order(args: Args, order: Submit, doing: str = "", detach: bool = False) -> tuple[int, list[JobRecord]]:
+def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = False) -> tuple[int, list[JobRecord]]:
     """Start a run and show it to its end, or only start it: the exit code, and the jobs as they ended."""
     caller, view = make_caller(args), make_view(args)
     connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
-    jobs: list[JobRecord] = []
     if detach:
         view.begin(record) if args.json else say(record.run)
-        return 0, jobs
+        return 0, []
     view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
+    jobs: list[JobRecord] = []
 
     def follow() -> list[JobRecord]:
         jobs.extend(Follower(caller, record.run, view).follow(connection))
@@ -9640,7 +9659,8 @@ def cmd_rollback(args: Args) -> int:
     if not args.json:
         print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
     confirm(args, f"roll back {', '.join(order.commits)}?")
-    return run_order(args, order, "rollback to ")[0] or int(len(order.commits) < len(plan["hosts"]))
+    code, _ = run_order(args, order, "rollback to ")
+    return code or int(len(order.commits) < len(plan["hosts"]))
 
 
 def order_switch(color: str, **options: Any) -> Submit:
