@@ -2436,11 +2436,12 @@ _BRANCH = _a_text("a branch, a tag or a full commit id")
 _COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
 _RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 _PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
-_ORDER = {
+_ONCE = {
     "plan": _PLAN_ID,
     "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
-    "wait": _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True),
 }
+_WAIT = _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True)
+_ORDER = {**_ONCE, "wait": _WAIT}
 _RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
 TOOLS = (
     Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
@@ -2472,7 +2473,7 @@ TOOLS = (
     Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
         {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
     Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
-        {"branch": _BRANCH, "plan": _PLAN_ID}, ("branch",), _RUN_ANSWER),
+        {"branch": _BRANCH, **_ONCE}, ("branch",), _RUN_ANSWER),
     Tool("rollback", "changes", "Back to the newest commit that succeeded before the one checked out now, per host.",
         {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER}, (), _RUN_ANSWER),
 )  # fmt: skip
@@ -7514,7 +7515,7 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
         problem.exit_code = stuck[0]["exit"]
         raise problem
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
-    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "rollback"
+    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
     return Submit(
         make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(), commits=commits
     )
@@ -9694,13 +9695,19 @@ def cmd_upgrade(args: Args) -> int:
     return run_order(args, order)[0]
 
 
-def await_standby(args: Args, hosts: Sequence[str]) -> list[dict[str, Any]]:
+def ask_health(args: Args, target: str) -> dict[str, Any]:
+    """What the checks see, with the patience that they need."""
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    return ask_master(args, "health", {"target": target}, take_s)
+
+
+def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> list[dict[str, Any]]:
     """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
     time. Raises GuardError where that does not come about."""
-    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
-    ends = time.monotonic() + args.wait
+    ends = time.monotonic() + wait_s
     while True:
-        checks = ask_master(args, "health", {"target": ",".join(hosts)}, take_s)["checks"]
+        view.tick()
+        checks = ask_health(args, ",".join(hosts))["checks"]
         rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
         wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
         where = {row["host"]: row["traffic"] for row in rows}
@@ -9727,7 +9734,7 @@ def cmd_release(args: Args) -> int:
     if code or len(commits) != 1:
         return code or 1
     view = make_view(args)
-    rows = await_standby(args, [job.host for job in jobs])
+    rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
         view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
     color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
@@ -9859,12 +9866,6 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     answer: Answer = connection.request(Ask(1, what, details), timeout_s)
     connection.close()
     return answer.result
-
-
-def ask_health(args: Args, target: str) -> dict[str, Any]:
-    """What the checks see, with the patience that they need."""
-    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
-    return ask_master(args, "health", {"target": target}, take_s)
 
 
 def cmd_health(args: Args) -> int:
@@ -10120,6 +10121,8 @@ class McpServer:
                     self.gone[name].set()
                 for call in calls:
                     self.begin(call)
+        for gone in list(self.gone.values()):  # whoever only reads does not look, and may still answer
+            gone.set()
         ends = time.monotonic() + MCP_LINGER_S
         while self.session.calls and time.monotonic() < ends:
             time.sleep(LOCAL_LOOK_S)
@@ -10147,7 +10150,7 @@ class McpServer:
                     params = {"progressToken": call.token, "progress": next(numbers), "message": text}
                     self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
 
-        answer: dict[str, Any] | str = ""
+        answer: dict[str, Any] | str = "error: the input ended before the answer"
         try:
             answer = self.call(call.tool, call.arguments, ProgressView(tell, gone))
         except Abandoned:
@@ -10228,10 +10231,24 @@ class McpServer:
         def make() -> Submit:
             if "plan" in given:
                 self.ask("plan", plan=given["plan"], action="switch", color=color)
-            options = {"color": color, "dry_run": given["dry_run"]}
-            return Submit(make_run_id(), "", Kind.SWITCH, "", color, user_name(), options=options)
+            return order_switch(color, dry_run=given["dry_run"])
 
         return self.order(given, view, make, kind=Kind.SWITCH)
+
+    def call_release(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        deployed = self.call_update({**given, "target": "standby", "wait": True}, view)
+        commits = {row["commit"] for row in deployed["hosts"]}
+        if not deployed["ok"] or len(commits) != 1:
+            return deployed
+
+        def make() -> Submit:
+            hosts = [row["host"] for row in deployed["hosts"]]
+            rows = await_standby(self.args, hosts, HEALTHY_S, view)
+            color = next(row["color"] for row in rows if row["host"] == hosts[0])
+            return order_switch(color, commit=commits.pop())
+
+        key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
+        return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {"deployed": deployed["run"]}
 
     def call_health(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         return ask_health(self.args, given.get("target", "all"))
