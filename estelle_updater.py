@@ -15,18 +15,22 @@
 | 5  | Messages           | the wire's verbs as dataclasses, encode and decode, size limits        |
 | 6  | Journal            | offsets, what to send, what to accept, run and job states              |
 | 7  | Pipeline           | plan a deployment as argument tuples, read versions out of output      |
+| 8  | HAProxy text       | read and rewrite the backend's servers, read what HAProxy says         |
+| 9  | MCP                | the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)       |
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
-| 13 | Probes             | own address and role                                                   |
+| 13 | Probes             | own address and role, health checks                                    |
+| 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Agent              | connect, hello, resume, take orders                                    |
 | 16 | Master             | handshake, registry, runs, queue, followers                            |
+| 17 | Notify             | webhooks, sent from a spool on disk                                    |
 | 18 | Commander          | what the command line uses to talk to the master                       |
 | 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build, demo                                                            |
+| 20 | Tools              | build, upgrade, demo, setup, doctor                                    |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
-A section uses only names from sections above it. Sections 1 to 7 are pure: time, bytes and randomness come in as
+A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and randomness come in as
 arguments, and nothing there touches a socket, file, process, clock, environment or terminal.
 
 The one idea: a job's log is a file whose byte offset is the sequence number, and everything else (streaming, resuming,
@@ -55,7 +59,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
 __version__ = "0.1.0"
 
@@ -81,9 +85,11 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import calendar
     import ctypes
     import getpass
     import hashlib
+    import hmac
     import http.client as http_client
     import importlib.metadata as importlib_metadata
     import importlib.util as importlib_util
@@ -96,17 +102,22 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import socket
+    import ssl
     import subprocess
     import tempfile
     import tomllib
+    import urllib.parse as urllib_parse
     import urllib.request as urllib_request
     import zipfile
+    from collections.abc import Generator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 else:
     asyncio = _Lazy("asyncio")
+    calendar = _Lazy("calendar")
     ctypes = _Lazy("ctypes")
     getpass = _Lazy("getpass")
     hashlib = _Lazy("hashlib")
+    hmac = _Lazy("hmac")
     http_client = _Lazy("http.client")
     importlib_metadata = _Lazy("importlib.metadata")
     importlib_util = _Lazy("importlib.util")
@@ -119,9 +130,11 @@ else:
     shutil = _Lazy("shutil")
     signal = _Lazy("signal")
     socket = _Lazy("socket")
+    ssl = _Lazy("ssl")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
     tomllib = _Lazy("tomllib")
+    urllib_parse = _Lazy("urllib.parse")
     urllib_request = _Lazy("urllib.request")
     zipfile = _Lazy("zipfile")
 
@@ -190,10 +203,14 @@ class State(StrEnum):
 
 
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
+SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
 
 DEFAULT_PORT = 9900
+TAILSCALE = "100.64.0.0/10"
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
 FEATURES: tuple[str, ...] = ()
+TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
+PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
 # Sizes in bytes
 CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
@@ -203,11 +220,30 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
-TAIL_BYTES = 4 << 10  # of a step's output, to explain its failure
+PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
+TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
+TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
 MESSAGE_BYTES = 4 << 20
-REFUSED_KEPT = 10_000  # addresses whose refusals are counted
+RUNNER_LOG_BYTES = 1 << 20
+INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
+HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
+WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
+
+# What one address, agent or commander can make the master hold
+REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
+HANDSHAKES, STRANGERS = 128, 32  # begun and not judged: of one allowed address, and of all others together
+CONNECTIONS = 512  # of one address
+ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
+FILES = 8192  # open at once, all connections together
+CHANNELS = 256  # logs being received from one agent
+QUESTIONS_OPEN = 32  # of one commander
+MACHINES = 256  # machine ids of one address
+ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
+PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
+DOWNLOADS = 4  # at once: each holds a copy of the program in memory
+LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
@@ -223,15 +259,35 @@ SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
+EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
+PLANS_KEPT = 100
+HEALTHY_S = 60.0  # `release` waits so long for what has just been started
+TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
+MCP_CALLS = 32  # at once: more is a client gone wild
+MCP_LINGER_S = 1.5  # for what was asked before the input ended; after 2 s the official client kills us
+MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
+MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
+HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
+CONNECT_S = 3.0
+CHECK_S = RELOAD_COMMAND_S = 60.0
+RELOADS, RELOAD_S = 2, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+PROOF_S = 2.0  # for a request to reach the new colour
+SWITCH_LOCK_S = 10.0
+RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its version
+CLOCK_S = 30.0  # more than the clocks of two hosts may differ
+SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
 TICK_S = CONFIG_LOOK_S = 1.0
 BUSY_RETRY_S = 2.0
@@ -239,8 +295,25 @@ ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after da
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
 HISTORY_ROWS = 1000
+PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
+INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
+INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
+NEWS_S = 86400.0  # what is older is no news: not told any more, nor retried
+NEWS_TOLD_S = 7 * NEWS_S  # a message is remembered, so that a result that is reported again is not told again
+NEWS_KEPT = 200  # messages that may wait for one receiver
+NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
+NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
+POST_S = 10.0  # for each answer of a webhook
+POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
+AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 20.0  # between two looks for what no job's end tells
+CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
+DOWNLOAD_S = 120.0
+TRY_S = 60.0  # a new program tries itself on a slow host
+BACK_S = 60.0  # the contract: a daemon with a new program is welcomed by then, or gets the old one back
+OBEY_S = 15.0  # a daemon that has not restarted by then is killed, to get the old program back
+MOVE_LOOK_S = (2.0, 5.0)  # between two looks whether the master that masterUrl names by now answers
 
 
 # ==============================================================================
@@ -583,6 +656,14 @@ def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = N
     return list(chosen.values())
 
 
+def expected_roles(target: str, hosts: Sequence[HostRef], active: str | None) -> dict[str, dict[str, str]]:
+    """Which of the chosen hosts were meant as `active` or `standby`, by label: an order's option, kept to its end."""
+    words = {part.strip() for part in target.split(",")}
+    roles = {host.label: "active" if host.color == active else "standby" for host in hosts if host.color and active}
+    expects = {label: role for label, role in roles.items() if role in words}
+    return {"expects": expects} if expects else {}
+
+
 def file_label(label: str) -> str:
     """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, `..`, CON."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
@@ -640,7 +721,7 @@ def valid_branch_problem(name: str) -> str | None:
 
 MAX_TIMEOUT_S = 7 * 86400.0  # a longer one is a typo (milliseconds), not a step
 CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
-NOTIFY_EVENTS = (*sorted(FINAL), "switched")
+NOTIFY_EVENTS = (*sorted(FINAL), "switched", "failover", "agent-offline", "certificate")
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that file in tokenFile",
     "role": 'never for the whole fleet; write it into [hosts."ADDRESS"] or pass --role',
@@ -800,6 +881,7 @@ _flag = _is("true or false", lambda raw: isinstance(raw, bool))
 _count = _is("whole number above 0", lambda raw: type(raw) is int and raw > 0)  # isinstance would take true for 1
 _status = _is("HTTP status", lambda raw: type(raw) is int and 100 <= raw < 600)
 _seconds = _is("number of seconds, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S)
+_minutes = _is("number of minutes, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= 7 * 1440)
 _mapping = _is("table", lambda raw: isinstance(raw, dict))
 _url = _matches("http:// or https:// URL without a user", r"https?://[^\s/?#@]+([/?#]\S*)?")
 _endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
@@ -827,6 +909,7 @@ class DeployRule:
     restart: Annotated[tuple[str, ...], _units] = ()
     timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
     version: Annotated[str, _text] = "config/version.json"
+    secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -885,6 +968,7 @@ class HealthRule:
     hosts: Annotated[tuple[str, ...], _hosts] = ()
     status: Annotated[int, _status] = 200
     contains: Annotated[str | None, _argument] = None
+    least: Annotated[int | None, _count] = None
     timeout_s: Annotated[float, _seconds] = 5.0
 
     @property
@@ -903,10 +987,11 @@ class TlsRule:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
-    """[keep]: how many recorded runs stay, and for how long."""
+    """[keep]: how many recorded runs stay, for how long, and how much of the disk they may take."""
 
     runs: Annotated[int, _count] = 500
     days: Annotated[int, _count] = 90
+    megabytes: Annotated[int, _count] = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -926,6 +1011,10 @@ class NotifyRule:
     format: Annotated[str, _notify_format] = "json"
     chat: Annotated[str | None, _text] = None
     on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
+    offline_minutes: Annotated[float, _minutes] = 10
+
+    def wants(self, event: str) -> bool:
+        return event in self.on or (event == State.TIMEOUT and State.FAILED in self.on)
 
 
 def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
@@ -934,8 +1023,9 @@ def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
 
 
 def _check_health(raw: dict[str, Any]) -> _Problems:
-    stray = [key for key in ("status", "contains") if key in raw and "http" not in raw]
-    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to an http check") for key in stray]
+    owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
+    stray = [key for key, owner in owners.items() if key in raw and not any(kind in raw for kind in owner.split())]
+    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to {owners[key]} check") for key in stray]
     return _exactly_one(raw, CHECK_KINDS) + stray_problems
 
 
@@ -1054,8 +1144,8 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
         for network in map(parse_network, entries):
             if network.prefixlen == 0:
                 warnings.append(f"{key}: {network} is everybody")
-            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network("100.64.0.0/10")):
-                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is 100.64.0.0/10")
+            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network(TAILSCALE)):
+                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}")
     names = {host_key(name) for rule in config.hosts for name in (rule.address, rule.hostname, rule.name) if name}
     names |= {host_key(name) for name in (*known, config.master_url.host)}
     listed = Whitelist(config.whitelist)
@@ -1072,6 +1162,8 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     for i, notify in enumerate(config.notify):
         if re.search(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)", notify.url or ""):
             warnings.append(f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv")
+    if config.tls.cert and not config.master_url.secure:
+        warnings.append("tls: masterUrl is ws://, so nothing is encrypted; write wss:// there")
     if config.token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", config.token_file):
         warnings.append(f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not")
     if config.updater.sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", config.updater.sha256):
@@ -1175,6 +1267,11 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     return new if new_data == old_data | {"whitelist": wanted} else None
 
 
+def accept_hint(sha256: str) -> str:
+    """What to commit so that hosts install the program with this checksum."""
+    return f'commit sha256 = "{sha256}" under [updater], or "updater": {{"sha256": "{sha256}"}} in JSON'
+
+
 def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the settings [hosts].
 
@@ -1217,8 +1314,9 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     return dict(_unquoted(*match.groups()) for _, match in matches if match)
 
 
-def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
-    """What no log may show: values under names that look secret, every line of them, and passwords in any URL.
+def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
+    """What no log may show: values under names that look secret or are `named`, every line of them, and passwords in
+    any URL.
 
     Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
     """
@@ -1226,7 +1324,7 @@ def secret_values(*environments: Mapping[str, str]) -> tuple[str, ...]:
 
     found: set[str] = set()
     for name, value in (item for environment in environments for item in environment.items()):
-        if _SECRET_NAME.match(name):
+        if name in named or _SECRET_NAME.match(name):
             found.update((value, value.strip(), *value.splitlines()))
         for password in _URL_PASSWORD.findall(value):
             found.update((password, unquote(password)))
@@ -1263,6 +1361,23 @@ class Welcome:
     label: str
     nonce: str
     features: list[str] = field(default_factory=list)
+    proof: str = ""  # that the master knows the token too
+    time: float = 0.0  # of the master's clock, for `doctor`
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """Master to whoever said `Hello`, where there is a token: prove that you know it."""
+
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The answer to `Challenge`; the master has to prove the same with `nonce` in its `Welcome`."""
+
+    nonce: str
+    proof: str
 
 
 @dataclass(frozen=True)
@@ -1439,8 +1554,8 @@ class Notice:
 
 
 MESSAGES: tuple[type, ...] = (
-    Hello, Welcome, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken, Submit, Follow, Ask,
-    Answer, Notice,
+    Hello, Welcome, Challenge, Proof, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken,
+    Submit, Follow, Ask, Answer, Notice,
 )  # fmt: skip
 VERBS: dict[str, type] = {cls.__name__.removesuffix("Record").lower(): cls for cls in MESSAGES}
 VERB_OF = {cls: verb for verb, cls in VERBS.items()}
@@ -1499,6 +1614,54 @@ def _fits(annotation: str, value: Any) -> bool:
     return annotation == "Any" or type(value).__name__ == annotation
 
 
+def make_proof(token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> str:
+    """That `side` ("client" or "master") knows the token, which itself is never sent.
+
+    Both nonces keep it from being used again, `side` from being sent back, and the hello's part from another's use.
+    """
+    words = [side, hello.role, hello.machine, hello.nonce, challenge, nonce]
+    return hmac.digest(token, json.dumps(words).encode(), "sha256").hex()
+
+
+def check_proof(proof: str, token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> bool:
+    """Whether `proof` is what `make_proof` makes, in a time that tells nothing about where they differ."""
+    return hmac.compare_digest(proof.encode(), make_proof(token, side, hello, challenge, nonce).encode())
+
+
+def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, Any, Welcome]:
+    """What a client says until it is welcomed: yields each message, is sent its answer, and returns the welcome.
+
+    With a token, a master that does not prove that it knows it is told nothing more. Raises RefusedError,
+    ProtocolError.
+    """
+    reply = yield hello
+    challenge = reply.nonce if isinstance(reply, Challenge) else ""
+    if isinstance(reply, Challenge):
+        if token is None:
+            raise RefusedError("the master asks for a token, and there is none here", _TOKEN_HINT)
+        reply = yield Proof(nonce, make_proof(token, "client", hello, challenge, nonce))
+    if isinstance(reply, Refuse):
+        raise RefusedError(reply.what, reply.hint)
+    if not isinstance(reply, Welcome):
+        raise ProtocolError("no welcome from the master")
+    if token and not (challenge and check_proof(reply.proof, token, "master", hello, challenge, nonce)):
+        raise RefusedError("whoever answers at masterUrl does not know our token", _TOKEN_HINT)
+    return reply
+
+
+_TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
+
+
+def common_protocol(theirs: Sequence[int]) -> int:
+    """The newest protocol that this program and one that speaks `theirs` have in common. Raises ProtocolError."""
+    newest = min(PROTOCOL, max(theirs, default=0))
+    if newest < max(PROTOCOL_OLDEST, min(theirs, default=0)):
+        spoken = " to ".join(str(number) for number in theirs)
+        what = f"the master speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}, and this host {spoken}"
+        raise ProtocolError(f"{what}: bring the older one to the other's version")
+    return newest
+
+
 CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
@@ -1516,6 +1679,8 @@ def decode_chunk(frame: bytes) -> tuple[int, int, bytes]:
         raise ProtocolError("a binary frame of an unknown form")
     form, channel, offset = CHUNK_HEADER.unpack_from(frame)
     data = frame[CHUNK_HEADER.size :]
+    if len(data) > CHUNK_BYTES:
+        raise ProtocolError("a binary frame of more than a chunk")
     if form == 2:
         inflater = zlib.decompressobj()
         try:
@@ -1545,6 +1710,11 @@ def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
         return True
     later = new.revision > old.revision or new.state in FINAL  # a host may forget its revisions in a power loss
     return later and new.state in NEXT_STATES[old.state]
+
+
+def resumes(job: JobRecord) -> bool:
+    """Whether a job goes on after its runner's death: an upgrade must end with one program or the other."""
+    return job.kind is Kind.UPGRADE and job.state is State.RUNNING and job.step in (SWAP, RESTART, UNDO)
 
 
 def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
@@ -1635,6 +1805,45 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def result_text(job: JobRecord) -> str:
+    """A host's last line, in the operator's language."""
+    match job.state:
+        case State.SUCCEEDED:
+            return f"✓ 완료 {job.version or ''}".rstrip()
+        case State.FAILED:
+            exit_text = "" if job.exit is None else f" (exit {job.exit})"
+            return f"✗ 실패 {job.step or job.error}{exit_text}"
+        case State.CANCELLED:
+            return "✗ 취소"
+        case State.OFFLINE:
+            return "✗ 오프라인"
+        case State.TIMEOUT:
+            return f"✗ 시간 초과 {job.step}"
+        case _:
+            return f"✗ 연결 끊김 ({job.error})"
+
+
+def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per host and kind of order, out of the rows of `history`: how many ended how, the median seconds of those that
+    succeeded, and how often which step was the one that failed."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for job in row["hosts"]:
+            if job["state"] in FINAL:
+                groups.setdefault((job["host"], row["kind"]), []).append(job)
+    stats = []
+    for (host, kind), jobs in sorted(groups.items()):
+        seconds = sorted(job["seconds"] for job in jobs if job["ok"] and job["seconds"] is not None)
+        middle = seconds[(len(seconds) - 1) // 2 : len(seconds) // 2 + 1]
+        states = Counter(job["state"] for job in jobs)
+        steps = Counter(job["step"] for job in jobs if job["step"] and not job["ok"])
+        stats.append(
+            {"host": host, "kind": kind, "runs": len(jobs), "ok": states.pop(State.SUCCEEDED, 0), "states": states,
+             "median_s": round(sum(middle) / len(middle), 3) if middle else None, "steps": dict(steps.most_common())}
+        )  # fmt: skip
+    return stats
+
+
 def run_of_job(job: JobRecord) -> RunRecord:
     """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
     return RunRecord(
@@ -1694,6 +1903,19 @@ def plan_checkout(branch: str, remote: str, refs: Container[str]) -> tuple[Step 
     return get, Step(label, ("git", "checkout", "--detach", tag, "--")), None
 
 
+LOCK_FILE = re.compile(r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)")
+
+
+def decide_rollback(successes: Sequence[str], current: str) -> int | None:
+    """Which of a host's successful commits (oldest first, rollbacks left out) to go back to, as its index.
+
+    The newest one before `current` first succeeded; the newest at all where `current` never did. As a rollback is no
+    step forward, the next one goes one step further back.
+    """
+    before = successes.index(current) if current in successes else len(successes)
+    return before - 1 if before else None
+
+
 def plan_command(command: tuple[str, ...]) -> Step:
     """The host's configured command."""
     return Step(" ".join(command), command)
@@ -1707,6 +1929,23 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     return Step(label, ("systemctl", "restart", *units)), Step(
         "systemctl is-active " + " ".join(units), ("systemctl", "is-active", *units)
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`; `ok` is None where it does not apply. `certain`: a deployment can't but fail."""
+
+    name: str
+    ok: bool | None
+    text: str
+    fix: str = ""
+    certain: bool = False
+
+
+def judge_disk(place: str, free_bytes: int) -> Finding:
+    """Whether a deployment has room."""
+    text = f"{free_bytes / 1e9:.1f} GB free at {place}"
+    return Finding("disk", free_bytes >= LOW_DISK_BYTES, text, f"make room on the disk of {place}")
 
 
 # A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
@@ -1727,9 +1966,16 @@ def parse_version_file(data: bytes) -> str | None:
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
+URL_SECRET = re.compile(
+    rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))"
+)  # user:password@ or token@
+URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
+
+
 class Masker:
     """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
-    `***`. A tail that could begin a secret is held back until the next byte or `flush`."""
+    `***`. A tail that could begin a secret is held back until the next byte or `flush`. Passwords in URLs are secrets,
+    whoever prints them."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
@@ -1739,7 +1985,9 @@ class Masker:
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
         data = self._held + data
-        return self._write(data, min((self._tail(data, value) for value in self._values), default=len(data)))
+        hold = min((self._tail(data, value) for value in self._values), default=len(data))
+        url = URL_BEGUN.search(data, max(0, len(data) - 515))
+        return self._write(data, min(hold, url.start()) if url else hold)
 
     def flush(self) -> bytes:
         """The tail that turned out to be no secret."""
@@ -1755,7 +2003,9 @@ class Masker:
 
     def _write(self, data: bytes, hold: int) -> bytes:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
-        spans = []
+        urls = [(match.start(), match.span(match.lastindex or 0)) for match in URL_SECRET.finditer(data)]
+        hold = min((start for start, (_, end) in urls if start < hold < end), default=hold)  # `://` and all
+        spans = [span for start, span in urls if start < hold]
         for value in self._values:
             start = data.find(value)
             while 0 <= start < hold:
@@ -1825,8 +2075,592 @@ def explain_failure(tail: bytes) -> str | None:
 
 
 # ==============================================================================
+# 8. HAProxy text: read and rewrite the backend's servers, read what HAProxy says
+# ==============================================================================
+
+
+COLORS = ("blue", "green")
+_HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
+_HAPROXY_SECTIONS = frozenset(
+    b"global defaults frontend backend listen peers resolvers mailers userlist cache program http-errors ring"
+    b" log-forward fcgi-app crt-store traces log-profile acme".split()
+)
+_SERVER_FLAG = re.compile(  # what a `server` line may say without an argument; every other word takes one
+    rb"agent-check|allow-0rtt|backup|check(-send-proxy|-ssl|-via-socks4)?|disabled|enabled|force-.*|no-.*|non-stick"
+    rb"|send-proxy.*|ssl(-reuse)?|stick|tfo|tls-tickets"
+)
+_OWN_ROUTES = {  # what sends requests past the `backup` words, so that changing those would not move all the traffic
+    b"cookie": "its cookie keeps clients on the old colour",
+    b"stick": "its stick table keeps clients on the old colour",
+    b"persist": "it keeps clients on the old colour",
+    b"use-server": "it chooses servers by a rule of its own",
+    b"server-template": "it makes servers whose lines can't be changed one by one",
+}
+_COSTS = {
+    b"httpchk": "a worker that accepts connections but does not work keeps its traffic",
+    b"redispatch": "requests to a worker that has just died wait for seconds and fail instead of going to the other",
+    b"idle-close-on-response": "keep-alive clients lose requests at every reload",
+    b"state": "until its first check a new HAProxy process takes a dead worker for alive, and requests fail meanwhile",
+}
+
+
+class _HaproxyLine(NamedTuple):
+    """A line's words, unquoted; None where only HAProxy's own reading would tell. Where each stands in the line."""
+
+    number: int
+    words: list[bytes | None]
+    spans: list[tuple[int, int]]
+    conditional: bool = False
+
+
+class ServerLine(NamedTuple):
+    """A `server` line: the places of its `backup` words, each with the space before, and where one would go."""
+
+    number: int
+    address: str
+    backups: tuple[tuple[int, int], ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class BackendText:
+    """The part of haproxy.cfg that says who is active."""
+
+    file: str
+    text: bytes
+    servers: Mapping[str, ServerLine]  # by colour
+    strangers: tuple[int, ...]  # lines of other servers that are no backup
+    warnings: tuple[str, ...]
+    state_file: str | None
+
+    def roles(self) -> dict[str, str]:
+        """Each colour as the file has it."""
+        return {color: "backup" if server.backups else "active" for color, server in self.servers.items()}
+
+    def active(self) -> str:
+        """The one colour that is no backup. Raises GuardError where that is not exactly one."""
+        active = [color for color, role in self.roles().items() if role == "active"]
+        if self.strangers:
+            raise _haproxy_refusal(self.file, self.strangers[0], "another server of the backend is no backup")
+        if len(active) != 1:
+            what = "both colours are active" if active else "neither colour is active"
+            lines = " and ".join(str(server.number) for server in self.servers.values())
+            raise GuardError(f"{self.file} lines {lines}: {what}", "write `backup` on exactly one of them, and reload")
+        return active[0]
+
+
+def _haproxy_refusal(file: str, number: int, why: str) -> GuardError:
+    return GuardError(f"{file} line {number}: {why}", "no switch can be made safely until this line is changed by hand")
+
+
+def _plain_word(raw: bytes) -> bytes | None:
+    """A word without its quotes; None where escapes, mixed quotes or the environment make its value uncertain."""
+    quotes = set(raw) & set(b"\"'\\")
+    if len(quotes) > 1 or b"\\" in raw or (b'"' in raw and b"$" in raw):
+        return None
+    return raw.replace(bytes(quotes), b"") if quotes else raw
+
+
+def _haproxy_sections(text: bytes, file: str) -> list[list[_HaproxyLine]]:
+    """The file's lines that say something, by section, each section's title first. Raises GuardError."""
+    sections: list[list[_HaproxyLine]] = [[]]
+    depth = 0
+    for number, line in enumerate(text.split(b"\n"), 1):
+        spans: list[tuple[int, int]] = []
+        place = len(line) - len(line.lstrip())
+        while place < len(line) and line[place] != ord("#"):
+            if (match := _HAPROXY_WORD.match(line, place)) is None:
+                raise _haproxy_refusal(file, number, "a quote or an escape does not end")
+            spans.append(match.span())
+            place = len(line) - len(line[match.end() :].lstrip())
+        if not spans:
+            continue
+        words = [_plain_word(line[start:end]) for start, end in spans]
+        if words[0] is None:
+            raise _haproxy_refusal(file, number, "its first word can't be read for certain")
+        depth += (words[0] == b".if") - (words[0] == b".endif")
+        if words[0] in _HAPROXY_SECTIONS:
+            sections.append([])
+        sections[-1].append(_HaproxyLine(number, words, spans, depth > 0 or words[0] == b".endif"))
+    return sections[1:]
+
+
+def _inherited(sections: list[list[_HaproxyLine]], own: list[_HaproxyLine]) -> list[_HaproxyLine]:
+    """The lines of `defaults` that hold for a section: those of the one it names, else of the last one above it."""
+    title = own[0].words
+    name = title[title.index(b"from") + 1 :][:1] if b"from" in title[1:] else []
+    if title[0] == b"defaults" and not name:
+        return []
+    above = (section for section in sections[: sections.index(own)] if section[0].words[0] == b"defaults")
+    found = [section for section in above if not name or section[0].words[1:2] == name]
+    return _inherited(sections, found[-1]) + found[-1] if found else []
+
+
+def _read_server(line: _HaproxyLine, file: str) -> ServerLine:
+    """A `server` line of the backend. Raises GuardError for one that can't be read or rewritten for certain."""
+    if None in line.words or len(line.words) < 3:
+        raise _haproxy_refusal(file, line.number, "a word of this server can't be read for certain (quotes, escapes)")
+    words = [word or b"" for word in line.words]
+    backups, index = [], 3
+    while index < len(words):
+        if words[index] == b"no-backup":
+            raise _haproxy_refusal(file, line.number, "`no-backup` and `backup` overrule each other")
+        if words[index] == b"backup":
+            backups.append((line.spans[index - 1][1], line.spans[index][1]))
+        index += 1 if _SERVER_FLAG.fullmatch(words[index]) else 2
+    place = line.spans[3 if words[3:4] == [b"check"] else 2][1]
+    return ServerLine(line.number, words[2].decode(errors="replace"), tuple(backups), place)
+
+
+def read_backend(text: bytes, file: str, rule: HaproxyRule) -> BackendText:
+    """Who is active by haproxy.cfg, in any encoding. Raises GuardError, with the line, for what no switch can change.
+
+    Judged as HAProxy reads it: quotes, comments, sections, `defaults`; where the environment or a condition decides,
+    it is refused, and so is whatever sends requests past the `backup` words.
+    """
+    sections = _haproxy_sections(text, file)
+    titles = ([b"backend", rule.backend.encode()], [b"listen", rule.backend.encode()])
+    uncertain = [s[0] for s in sections if s[0].words[0] in (b"backend", b"listen") and s[0].words[1:2] in ([], [None])]
+    found = [section for section in sections if section[0].words[:2] in titles]
+    if uncertain or len(found) > 1:
+        number = (uncertain or [section[0] for section in found[1:]])[0].number
+        raise _haproxy_refusal(file, number, f"it may be a second backend {rule.backend}")
+    if not found:
+        raise GuardError(f"{file} has no backend {rule.backend}", "correct `config` or `backend` in [haproxy]")
+    own, inherited = found[0], _inherited(sections, found[0])
+    for line in (*inherited, *own):
+        words = line.words
+        if why := _OWN_ROUTES.get(words[0] or b""):
+            raise _haproxy_refusal(file, line.number, why)
+        if words[0] == b"default-server" and {b"backup", b"no-backup", None} & set(words):
+            raise _haproxy_refusal(file, line.number, "`default-server` decides who is a backup")
+        if line.conditional or (words[0] or b"").startswith((b".if", b".el")):
+            raise _haproxy_refusal(file, line.number, "a condition (.if) decides about this backend")
+    colors = {name.encode(): color for color, name in rule.servers.items()}
+    servers: dict[str, ServerLine] = {}
+    strangers = []
+    for line in (line for line in own if line.words[0] == b"server"):
+        server, color = _read_server(line, file), colors.get(line.words[1] or b"")
+        if color in servers:
+            raise _haproxy_refusal(file, line.number, f"a second server {rule.servers[color]}")
+        if color:
+            servers[color] = server
+        elif not server.backups:
+            strangers.append(line.number)
+    if missing := [rule.servers[color] for color in COLORS if color not in servers]:
+        what = f"{file} line {own[0].number}: backend {rule.backend} has no server {' and no server '.join(missing)}"
+        raise GuardError(what, "correct `servers` in [haproxy]")
+    warnings, state_file = _haproxy_warnings(sections, own, rule.backend.encode())
+    return BackendText(file, text, {c: servers[c] for c in COLORS}, tuple(strangers), warnings, state_file)
+
+
+def _haproxy_warnings(
+    sections: list[list[_HaproxyLine]], own: list[_HaproxyLine], backend: bytes
+) -> tuple[tuple[str, ...], str | None]:
+    """What the configuration lacks to lose no request, with its cost; and the file that HAProxy reads states from."""
+
+    def lacks(section: list[_HaproxyLine], *words: bytes) -> bool:
+        return all(line.words[: len(words)] != [*words] for line in (*_inherited(sections, section), *section))
+
+    fronts = [s for s in sections if s[0].words[0] in (b"frontend", b"listen") and any(backend in x.words for x in s)]
+    lacking = [option for option in (b"httpchk", b"redispatch") if lacks(own, b"option", option)]
+    if any(lacks(front, b"option", b"idle-close-on-response") for front in fronts):
+        lacking.append(b"idle-close-on-response")
+    warnings = [f"no `option {option.decode()}`: {_COSTS[option]}" for option in lacking]
+    lines = [line.words for section in sections if section[0].words[0] == b"global" for line in section]
+    settings = {words[0]: (words[1] or b"").decode(errors="replace") for words in lines if len(words) > 1}
+    state_file: str | None = settings.get(b"server-state-file")
+    if not state_file or lacks(own, b"load-server-state-from-file", b"global"):
+        missing = "`server-state-file` in global, or `load-server-state-from-file global`"
+        return (*warnings, f"no {missing}: {_COSTS[b'state']}"), None
+    base = settings.get(b"server-state-base", "")
+    return tuple(warnings), state_file if state_file.startswith("/") else f"{base}/{state_file}"
+
+
+def switch_text(found: BackendText, color: str) -> bytes:
+    """The file's text with `color` active and the other a backup: only `backup` words change."""
+    lines = found.text.split(b"\n")
+    for other, server in found.servers.items():
+        line = lines[server.number - 1]
+        if other == color:
+            for start, end in reversed(server.backups):
+                line = line[:start] + line[end:]
+        elif not server.backups:
+            line = line[: server.place] + b" backup" + line[server.place :]
+        lines[server.number - 1] = line
+    return b"\n".join(lines)
+
+
+def render_diff(old: bytes, new: bytes, file: str) -> bytes:
+    """A unified diff, in the bytes of the file."""
+    import difflib
+
+    name = file.encode()
+    before, after = ([line + b"\n" for line in text.split(b"\n")] for text in (old, new))
+    return b"".join(difflib.diff_bytes(difflib.unified_diff, before, after, name, name))
+
+
+def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
+    """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is something else."""
+    import csv
+
+    rows = csv.DictReader(text.removeprefix("# ").splitlines())
+    named = [row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")]
+    return [row for row in named if row["svname"] not in ("FRONTEND", "BACKEND")]
+
+
+def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
+    """(the worker's pid, the pids of old workers that still end their connections, failed reloads) of `show proc`."""
+    new, _, old = text.partition("# old workers")
+    pids = [[int(pid) for pid in re.findall(r"(?m)^(\d+)\s+worker", part)] for part in (new, old)]
+    failed = re.search(r"\[failed: (\d+)\]", text)
+    return next(iter(pids[0]), None), pids[1], int(failed[1]) if failed else 0
+
+
+def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
+    """`show servers state` without the servers whose address in the file is another one by now: a new server would
+    take over the health of the one that had its name."""
+    wanted = {rule.servers[color]: server.address for color, server in found.servers.items()}
+
+    def moved(fields: list[str]) -> bool:
+        address = wanted.get(fields[3]) if len(fields) > 18 and fields[1] == rule.backend else None
+        literal = re.fullmatch(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)", address or "")
+        return literal is not None and literal.groups() != (fields[4], fields[18])
+
+    return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
+
+
+def decide_traffic(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """The servers that get the requests as HAProxy routes: all usable ones, else the first usable backup."""
+    usable = [row for row in rows if row["status"].startswith(("UP", "no check"))]
+    return [row["svname"] for row in usable if row["bck"] == "0"] or [row["svname"] for row in usable[:1]]
+
+
+def live_roles(rows: Iterable[Mapping[str, str]], rule: HaproxyRule) -> dict[str, str]:
+    """Each colour as the running HAProxy read it, whatever the file says by now."""
+    roles = {row["svname"]: "backup" if row["bck"] == "1" else "active" for row in rows}
+    return {color: roles[rule.servers[color]] for color in COLORS if rule.servers[color] in roles}
+
+
+def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles: Mapping[str, str]) -> list[str]:
+    """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty where unreadable."""
+    names = {name: color for color, name in rule.servers.items()}
+    row_of = {names[row["svname"]]: row for row in rows if row["svname"] in names}
+    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name, c in names.items() if c not in row_of]
+    runs = live_roles(rows, rule)
+    if differ := [color for color in runs if roles and runs[color] != roles[color]]:
+        said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
+        warnings.append(f"HAProxy does not run what its file says: {said}; a reload was lost")
+    takers = decide_traffic(rows)
+    for color, row in row_of.items():
+        if row["svname"] in takers and row["bck"] == "1":
+            warnings.append(f"HAProxy has failed over to {color}; `switch {color}` makes that explicit")
+        elif row["svname"] not in takers and not row["status"].startswith(("UP", "no check")):
+            warnings.append(f"{color} is {row['status']}: it would not take over")
+    return warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
+
+
+# ==============================================================================
+# 9. MCP: the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)
+# ==============================================================================
+
+
+MCP_MODERN = ("2026-07-28",)  # stateless: every request carries its version in `_meta`
+MCP_OLDER = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begun by `initialize`
+_MCP_META = "io.modelcontextprotocol/"
+_PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = -32700, -32600, -32601, -32602, -32022
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
+}  # fmt: skip
+
+
+class JsonRpcError(Exception):
+    """A request that is no proper one, as the protocol answers it."""
+
+    def __init__(self, code: int, message: str, data: Any = None) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message} | ({} if data is None else {"data": data})
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a model may call. `effect` is how it is announced: it reads, it changes, or changes but once."""
+
+    name: str
+    effect: str  # "reads", "changes" or "stops"
+    description: str
+    takes: dict[str, dict[str, Any]]
+    needs: tuple[str, ...]
+    gives: dict[str, Any]
+
+    def render(self, require_plan: bool = False) -> dict[str, Any]:
+        """The tool as `tools/list` has it."""
+        reads = self.effect == "reads"
+        needs = [*self.needs, *["plan"] * (require_plan and "plan" in self.takes)]
+        return {
+            "name": self.name, "description": self.description, "outputSchema": self.gives,
+            "inputSchema": {
+                "type": "object", "properties": self.takes, "required": needs, "additionalProperties": False,
+            },
+            "annotations": {
+                "readOnlyHint": reads, "destructiveHint": not reads, "idempotentHint": self.effect != "changes",
+                "openWorldHint": False,
+            },
+        }  # fmt: skip
+
+
+def _a_text(description: str, **more: Any) -> dict[str, Any]:
+    return {"type": "string", "maxLength": 500, "description": description, **more}
+
+
+def _a_flag(description: str, default: bool) -> dict[str, Any]:
+    return {"type": "boolean", "description": description, "default": default}
+
+
+def _a_number(description: str, low: int, high: int, default: int) -> dict[str, Any]:
+    return {"type": "integer", "description": description, "minimum": low, "maximum": high, "default": default}
+
+
+def _answer(row: str, *names: str, **types: str) -> dict[str, Any]:
+    """The schema of an answer: `names` are there and strings, `types` there and of these types; `row` lists rows."""
+    properties: dict[str, Any] = {name: {"type": "string"} for name in names}
+    properties |= {name: {"type": kind.split("/")} for name, kind in types.items()}
+    if row:
+        host = {"type": "object", "properties": {"host": {"type": "string"}}}
+        properties[row] = {"type": "array", "items": host}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas")
+_BRANCH = _a_text("a branch, a tag or a full commit id")
+_COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
+_RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+_PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
+_ONCE = {
+    "plan": _PLAN_ID,
+    "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
+}
+_WAIT = _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True)
+_ORDER = {**_ONCE, "wait": _WAIT}
+_RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
+TOOLS = (
+    Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
+        "Answers with each host's result, and the last lines of what failed.",
+        {"target": _TARGET, "branch": _BRANCH, **_ORDER}, ("target", "branch"), _RUN_ANSWER),
+    Tool("status", "reads", "The fleet now: who is online, what is checked out, which colour has the traffic, what "
+        "runs.", {}, (), _answer("hosts", master="object")),
+    Tool("plan", "reads", "What update, rollback, release or switch would do on each host, and what would be refused, "
+        "without doing it: commits that arrive, files that change, local changes in the way, a job that runs. Its id "
+        "stays good while it is fresh and still true. A release is planned as an update of the target standby.",
+        {"action": _a_text("default: update", enum=["update", "rollback", "switch"]), "target": _TARGET,
+         "branch": _a_text("for update: a branch, a tag or a full commit id"),
+         "to": _a_text("for rollback: a commit; default: the newest that succeeded before"), "color": _COLOR},
+        (), _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean")),
+    Tool("logs", "reads", "What a run's commands wrote, from a cursor on, and each host's state.",
+        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=9999),
+         "tail": _a_flag("without a cursor: only the end", False),
+         "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
+         "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
+        ("run",), _answer("hosts", "run", "cursor", done="boolean")),
+    Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
+        {"count": _a_number("how many", 1, 100, 10),
+         "stats": _a_flag("instead of runs: per host how often, how long, and what failed at which step", False)},
+        (), _answer("")),
+    Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
+        {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
+    Tool("health", "reads", "Run the configured health checks on the hosts.",
+        {"target": _TARGET}, (), _answer("checks", ok="boolean")),
+    Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
+        {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
+    Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
+        {"branch": _BRANCH, **_ONCE}, ("branch",), _RUN_ANSWER),
+    Tool("rollback", "changes", "Back to the newest commit that succeeded before the one checked out now, per host.",
+        {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER}, (), _RUN_ANSWER),
+)  # fmt: skip
+
+
+def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "arguments") -> list[str]:
+    """Everything that is wrong with a value, in sentences that say what it should be."""
+    kinds = _JSON_TYPES[schema["type"]]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return [f"{where} must be of type {schema['type']}, not {_shown(value)}"]
+    if isinstance(value, dict):
+        known = schema["properties"]
+        problems = [f"{name} is missing" for name in schema["required"] if name not in value]
+        for name, item in value.items():
+            problems += schema_problems(known[name], item, name) if name in known else [f"there is no {_shown(name)}"]
+        return problems
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{where} must be one of {', '.join(schema['enum'])}, not {_shown(value)}"]
+    size = len(value) if isinstance(value, str) else 0
+    if not schema.get("minLength", 0) <= size <= schema.get("maxLength", size):
+        return [f"{where} must have {schema.get('minLength', 0)} to {schema['maxLength']} characters, not {size}"]
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], str(value)):
+        return [f"{where} can't be {_shown(value)}: {schema['description']}"]
+    if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
+        return [f"{where} must be from {schema['minimum']} to {schema['maximum']}, not {_shown(value)}"]
+    return []
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model waits for."""
+
+    id: str | int
+    tool: str
+    arguments: Any
+    token: str | int | None  # progress is sent only to a client that gave one
+    modern: bool
+
+
+class McpSession:
+    """One client's conversation: lines in; answers out, calls to do and calls that nobody waits for any more.
+
+    Each request tells its era by itself: 2026-07-28 has its version in `_meta`; without one, `initialize` came before.
+    """
+
+    def __init__(self, tools: Sequence[dict[str, Any]], instructions: str, version: str) -> None:
+        self.tools, self.instructions = {tool["name"]: tool for tool in tools}, instructions
+        self.info = {"name": "estelle-updater", "version": version}
+        self.older = ""  # the revision that `initialize` agreed on
+        self.calls: dict[str | int, ToolCall] = {}
+
+    def feed(self, line: bytes) -> tuple[list[dict[str, Any]], list[ToolCall], list[str | int]]:
+        """(answers, calls to begin, ids of calls to give up) for one line."""
+        try:
+            data = json.loads(line.decode(), parse_constant=lambda word: float(word + "!"))  # NaN is no JSON
+        except (ValueError, RecursionError):
+            return [self.failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
+        batch = data if isinstance(data, list) and self.older == "2025-03-26" and data else [data]
+        answers: list[dict[str, Any]] = []
+        begun, ended = list(self.calls), list[str | int]()
+        for item in batch:
+            answer, stop = self.take(item)
+            answers += [answer] if answer else []
+            ended += [] if stop is None else [stop]
+        return answers, [call for name, call in self.calls.items() if name not in begun], ended
+
+    def take(self, item: Any) -> tuple[dict[str, Any] | None, str | int | None]:
+        """One message: its answer if there is one by now, and the id of a call to give up."""
+        number = item.get("id") if isinstance(item, dict) else None
+        number = number if type(number) in (str, int) else None
+        try:
+            if not isinstance(item, dict) or item.get("jsonrpc") != "2.0":
+                raise JsonRpcError(_INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
+            if "method" not in item and ("result" in item or "error" in item):
+                return None, None  # an answer, and nothing was asked
+            method, params = item.get("method"), {} if item.get("params") is None else item["params"]
+            if not isinstance(method, str) or not isinstance(params, dict) or ("id" in item and number is None):
+                raise JsonRpcError(_INVALID_REQUEST, "method is a text, params an object, id a text or a whole number")
+            if number is None:
+                gone = params.get("requestId") if method == "notifications/cancelled" else None
+                given_up = isinstance(gone, str | int) and self.calls.pop(gone, None) is not None
+                return None, gone if given_up else None
+            if number in self.calls:
+                raise JsonRpcError(_INVALID_REQUEST, f"a request with the id {_shown(number)} is still open")
+            return self.answer(number, method, params), None
+        except JsonRpcError as problem:
+            return self.failure(number, problem), None
+
+    def answer(self, number: str | int, method: str, params: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer to a request; None for a tool's call, whose answer comes later. Raises JsonRpcError."""
+        meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+        if method == "initialize" or (method == "ping" and _MCP_META + "protocolVersion" not in meta):
+            return self.success(number, self.initialize(params) if method == "initialize" else {}, False)
+        modern = self.judge_era(method, meta)
+        if method == "server/discover" and modern:
+            found = {"supportedVersions": list(MCP_MODERN), **self.introduction(), "ttlMs": 0, "cacheScope": "private"}
+            return self.success(number, found, modern)
+        if method == "tools/list":
+            cache = {"ttlMs": 0, "cacheScope": "private"} if modern else {}
+            return self.success(number, {"tools": list(self.tools.values()), **cache}, modern)
+        if method != "tools/call":
+            raise JsonRpcError(_NO_METHOD, f"there is no method {_shown(method)}")
+        name, arguments, token = params.get("name"), params.get("arguments", {}), meta.get("progressToken")
+        if not isinstance(name, str) or name not in self.tools:
+            raise JsonRpcError(_INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools))
+        call = ToolCall(number, name, arguments, token if type(token) in (str, int) else None, modern)
+        self.calls[number] = call
+        if problems := schema_problems(self.tools[name]["inputSchema"], arguments):
+            return self.finish(call, "error: " + "; ".join(problems), True)
+        return None
+
+    def judge_era(self, method: str, meta: dict[str, Any]) -> bool:
+        """Whether a request is of the stateless revision. Raises JsonRpcError for one of neither era."""
+        version_key, capabilities_key = (_MCP_META + key for key in ("protocolVersion", "clientCapabilities"))
+        if version_key not in meta and (not self.older or method == "server/discover"):
+            raise JsonRpcError(_INVALID_PARAMS, f"params._meta must have {version_key}; or begin with initialize")
+        if version_key not in meta:
+            return False
+        version = meta[version_key]
+        if not isinstance(version, str) or not isinstance(meta.get(capabilities_key), dict):
+            what = f"{version_key} is a text, and {capabilities_key} an object"
+            raise JsonRpcError(_INVALID_PARAMS, f"params._meta is incomplete: {what}")
+        if version not in MCP_MODERN:
+            data = {"supported": list(MCP_MODERN), "requested": version}
+            raise JsonRpcError(_UNSUPPORTED, "unsupported protocol version", data)
+        return True
+
+    def introduction(self) -> dict[str, Any]:
+        return {"capabilities": {"tools": {}}, "serverInfo": self.info, "instructions": self.instructions}
+
+    def initialize(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The older revisions' handshake."""
+        asked = params.get("protocolVersion")
+        if not isinstance(asked, str):
+            raise JsonRpcError(_INVALID_PARAMS, "protocolVersion is missing")
+        self.older = asked if asked in MCP_OLDER else MCP_OLDER[-1]
+        return {"protocolVersion": self.older, **self.introduction()}
+
+    def success(self, number: str | int, result: dict[str, Any], modern: bool) -> dict[str, Any]:
+        if modern:
+            result = {"resultType": "complete", **result, "_meta": {_MCP_META + "serverInfo": self.info}}
+        return {"jsonrpc": "2.0", "id": number, "result": result}
+
+    @staticmethod
+    def failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
+        return {"jsonrpc": "2.0", "id": number, "error": problem.error}
+
+    def finish(self, call: ToolCall, answer: dict[str, Any] | str, wrong: bool) -> dict[str, Any] | None:
+        """A call's answer: an object that keeps the tool's schema, or words; None if nobody waits for it any more."""
+        if self.calls.get(call.id) is not call:
+            return None
+        del self.calls[call.id]
+        text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        result: dict[str, Any] = {"content": [{"type": "text", "text": text}], "isError": wrong}
+        if isinstance(answer, dict):
+            result["structuredContent"] = answer
+        return self.success(call.id, result, call.modern)
+
+
+# ==============================================================================
 # 10. Files: atomic writes, append-only logs, locks, state folder, configuration
 # ==============================================================================
+
+
+def sync_folder(path: Path) -> None:
+    """Have the disk keep what was renamed or removed in a folder."""
+    if os.name != "nt":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def replace_file(fresh: Path, path: Path) -> None:
+    """Move `fresh` to `path` in one step. Windows replaces no open file: that is waited for, then moved aside."""
+    for _ in range(20):
+        with suppress(PermissionError):
+            os.replace(fresh, path)
+            return
+        time.sleep(0.02)
+    if os.name == "nt" and path.is_file():
+        aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+        os.rename(path, aside)
+        with suppress(OSError):  # whoever has it open may keep it until the end
+            aside.unlink()
+    os.replace(fresh, path)
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
@@ -1839,20 +2673,9 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        for attempt in range(20):
-            try:
-                os.replace(temp, path)
-                break
-            except PermissionError:  # Windows: somebody reads the old file right now
-                if attempt == 19:
-                    raise
-                time.sleep(0.02)
-        if durable and os.name != "nt":
-            fd = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        replace_file(temp, path)
+        if durable:
+            sync_folder(path.parent)
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
@@ -1995,12 +2818,17 @@ class FileLock:
 class DaemonLog:
     """The daemon's own log: one line per event on stderr, with its time, or with its priority under journald."""
 
+    _journal = False
+
     def __init__(self) -> None:
         self.verbose = False
-        self._journal = "JOURNAL_STREAM" in os.environ
+        with suppress(OSError):  # no standard error at all
+            stat = os.fstat(2)
+            # A PM2 that systemd started hands its variable on, but not its stream
+            self._journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
     def _line(self, priority: int, word: str, text: str, args: tuple[Any, ...]) -> None:
-        text = (text % args if args else text).replace("\n", " ")
+        text = terminal_text(text % args if args else text).replace("\n", " ")
         start = f"<{priority}>" if self._journal else time.strftime("%Y-%m-%d %H:%M:%S ") + word
         data = f"{start}{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
         with suppress(OSError, ValueError):
@@ -2020,14 +2848,38 @@ class DaemonLog:
     def error(self, text: str, *args: Any) -> None:
         self._line(3, "error: ", text, args)
 
+    def job(self, before: JobRecord | None, now: JobRecord) -> None:
+        """What became of a job; its steps only in detail."""
+        name = f"run {now.run} ({now.kind} {now.branch}) on {now.host}"
+        if before is None or before.state is not now.state:
+            where = f" at {now.step}" if now.state in FINAL and now.step else ""
+            why = f": {now.error}" if now.error else f" {now.version}" if now.version else ""
+            bad = now.state in FINAL and now.state is not State.SUCCEEDED
+            (self.warning if bad else self.info)("%s", f"{name}: {now.state}{where}{why}")
+        elif before.step != now.step:
+            self.debug("%s: %s", name, now.step)
+
 
 log = DaemonLog()
 
 
+def program_file() -> Path | None:
+    """The zipapp that this process runs from; None in a source checkout."""
+    archive = Path(__file__).absolute().parent
+    return archive if archive.is_file() else None
+
+
+def sha256_of(path: Path | None) -> str:
+    """A file's SHA-256 in hexadecimal; empty where there is none."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+    except OSError:
+        return ""
+
+
 def program_argv() -> list[str]:
     """How to start this very program: interpreter and zipapp or module, as absolute paths."""
-    module = Path(__file__).absolute()
-    return [sys.executable, str(module.parent if module.parent.is_file() else module)]
+    return [sys.executable, str(program_file() or Path(__file__).absolute())]
 
 
 def program_name() -> str:
@@ -2046,12 +2898,17 @@ class StateFolder:
         self.job_lock = root / "job.lock"
         self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
+        self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
+        self.index = root / "history.jsonl"
+        self.last_master = root / "last-master"  # the URL of the master that this host was, or was welcomed by, last
+        self.serve_file = root / "serve.json"  # how the daemon was started
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
         try:
-            self.runs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.runs.mkdir(mode=0o700, exist_ok=True)
             probe = self.root / f".probe.{os.getpid()}"
             write_atomic(probe, b"")
             probe.unlink()
@@ -2072,6 +2929,16 @@ class StateFolder:
         write_atomic(path, text.encode(), durable=True)
         return text
 
+    def save_master_url(self, url: MasterUrl) -> None:
+        with suppress(OSError):
+            write_atomic(self.last_master, str(url).encode())
+
+    def last_master_url(self) -> MasterUrl | None:
+        """The master that worked last: masterUrl may have changed to one that does not answer."""
+        with suppress(OSError, ValueError, UsageError):
+            return parse_master_url(self.last_master.read_text("utf-8"))
+        return None
+
     def log_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.log"
 
@@ -2080,6 +2947,9 @@ class StateFolder:
 
     def cancel_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.cancel"
+
+    def traffic_file(self, run: str, host: str) -> Path:
+        return self.runs / run / f"{file_label(host)}.traffic"
 
     def run_ids(self) -> list[str]:
         """All recorded runs, oldest first."""
@@ -2112,34 +2982,104 @@ class StateFolder:
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
     def prune(self, keep: KeepRule, needed: Container[str], now: float) -> list[str]:
-        """Delete runs beyond `keep`, except those `needed`, those not over, and the last success of each host."""
+        """Delete runs beyond `keep`, except those `needed`, those not over, and each host's last success of a kind."""
         runs = self.run_ids()
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
-        old = [run for run in runs[: max(0, len(runs) - keep.runs)] if run not in needed]
-        old += [run for run in runs[max(0, len(runs) - keep.runs) :] if run < oldest and run not in needed]
+        excess = len(runs) - keep.runs
+        old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
+        room = keep.megabytes * 1_000_000
+        for run in reversed(runs):
+            with suppress(OSError):
+                room -= sum(log_size(file) for file in (self.runs / run).iterdir())
+            if room < 0 and run not in needed and run != runs[-1]:  # the newest stays however large it is
+                old.add(run)
         if not old:
             return []
-        jobs = {run: self.load_jobs(run) for run in runs}
-        last = {(job.host, job.kind): run for run in runs for job in jobs[run] if job.state is State.SUCCEEDED}
-        gone = [run for run in old if run not in last.values() and all(job.state in FINAL for job in jobs[run])]
-        for run in gone:
+        last: set[tuple[str, str]] = set()
+        for row in self.rows():
+            succeeded = {(job["host"], row["kind"]) for job in row["hosts"] if job["ok"]}
+            if succeeded - last or any(job["state"] not in FINAL for job in row["hosts"]):
+                old.discard(row["run"])
+            last |= succeeded
+        for run in old:
             shutil.rmtree(self.runs / run, ignore_errors=True)
-        return gone
+        if old:
+            lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
+            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+        return sorted(old)
+
+    def successes(self) -> dict[str, list[dict[str, Any]]]:
+        """The deployments that succeeded, oldest first, per machine: its label may have been another one then."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in reversed(self.rows()):
+            for job in row["hosts"] if row["kind"] == Kind.DEPLOY else ():
+                if job["ok"] and job["commit"]:
+                    found.setdefault(row["machines"].get(job["host"], ""), []).append({"run": row["run"], **job})
+        return found
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
+        inside = ("stamp", "nonce", "machines", "over")
+        return [{key: value for key, value in row.items() if key not in inside} for row in self.rows(count)]
+
+    def rows(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The newest runs, newest first. One that is over is a line of the index, for 10,000 folders take seconds.
+
+        The index only repeats what the folders say: a run whose folder changed since, or whose line is torn or
+        missing, is read anew, so it may be deleted at any time, and two processes may write to it.
+        """
+        indexed = self._indexed(None if count is None else INDEX_TAIL_BYTES)
         rows: list[dict[str, Any]] = []
+        new: list[bytes] = []
         for run in reversed(self.run_ids()):
-            if len(rows) >= count:
+            if len(rows) == count:
                 break
-            if record := self.load_run(run):
-                jobs = {job.host: job for job in self.load_jobs(run)}
-                results = [job_summary(jobs[host]) for host in record.hosts if host in jobs]
-                rows.append(
-                    {"run": run, "created": record.created, "by": record.by, "kind": record.kind,
-                     "target": record.target, "branch": record.branch, "hosts": results}
-                )  # fmt: skip
+            try:
+                stamp = (self.runs / run).stat().st_mtime_ns
+            except OSError:  # deleted meanwhile
+                continue
+            row = self._row_of_line(indexed[run][1]) if run in indexed and indexed[run][0] == stamp else None
+            if row is None and (row := self._row_of_folder(run, stamp)) and row["over"]:
+                new.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+            rows += [row] if row else []
+        if new:
+            with suppress(OSError), open(self.index, "ab") as file:
+                file.write(b"\n".join([b"", *reversed(new), b""]))  # a line end first: what is there may be torn
         return rows
+
+    def _indexed(self, tail_bytes: int | None = None) -> dict[str, tuple[int, bytes]]:
+        """The index's lines, or its last ones, by run, each with its folder's time; the last line of a run counts."""
+        found = {}
+        size = log_size(self.index)
+        for line in read_log(self.index, size - min(size, tail_bytes or size), size).splitlines():
+            if match := re.match(rb'\{"run":"([0-9a-f-]+)","stamp":([0-9]+),.*\}$', line):
+                found[match[1].decode()] = (int(match[2]), line)
+        return found
+
+    @staticmethod
+    def _row_of_line(line: bytes) -> dict[str, Any] | None:
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return None
+        return row
+
+    def _row_of_folder(self, run: str, stamp: int) -> dict[str, Any] | None:
+        """A run's line for the index. It is `over` where nobody, this host's agent included, still waits for anything
+        in it, and where the folder lay still for so long that the next change will show in its time."""
+        record = self.load_run(run)
+        if record is None:
+            return None
+        jobs = [job for job in self.load_jobs(run) if job.host in record.hosts]
+        jobs.sort(key=lambda job: record.hosts.index(job.host))
+        own = self.machine_id()
+        waiting = any(job.state not in FINAL or (job.machine == own and job.revision and not job.acked) for job in jobs)
+        over = len(jobs) == len(record.hosts) and not waiting and time.time_ns() - stamp > INDEX_AFTER_S * 1e9
+        return {
+            "run": run, "stamp": stamp, "over": over, "nonce": record.nonce, "created": record.created,
+            "by": record.by, "kind": record.kind, "target": record.target, "branch": record.branch,
+            "machines": record.machines, "hosts": [job_summary(job) for job in jobs],
+        }  # fmt: skip
 
     @staticmethod
     def _load(path: Path, cls: type[Any]) -> Any:
@@ -2154,10 +3094,19 @@ def _dump(record: Any) -> bytes:
     return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
 
 
+SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
+
+
 def default_state_folder(environ: Mapping[str, str]) -> Path:
-    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder."""
+    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder.
+
+    The system service's folder where that is this user's: a `deploy` by hand shares the job's lock with the daemon.
+    """
     if path := environ.get("ESTELLE_STATE") or environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]:
         return Path(path).absolute()
+    with suppress(OSError):
+        if os.name != "nt" and SYSTEM_STATE.stat().st_uid == os.getuid():
+            return SYSTEM_STATE
     if os.name == "nt":
         return Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
     return Path.home() / ".local/state/estelle-updater"
@@ -2225,6 +3174,9 @@ class ConfigFile:
             return None
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
+    def token(self) -> bytes | None:
+        return load_token(self.config, work_tree(self.path))
+
     def look(self) -> bool:
         """Called about once a second: True when new settings took effect."""
         stamp = self._stamp()
@@ -2245,12 +3197,104 @@ def work_tree(config_path: Path) -> Path:
     return config_path.parent.parent
 
 
+def load_token(config: Config, tree: Path) -> bytes | None:
+    """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises ConfigError, without it."""
+    text, source = os.environ.get("ESTELLE_TOKEN", ""), "ESTELLE_TOKEN"
+    if not text and config.token_file:
+        source = f"tokenFile {tree / Path(config.token_file).expanduser()}"
+        try:
+            text = (tree / Path(config.token_file).expanduser()).read_text("utf-8-sig")
+        except (OSError, UnicodeError) as problem:
+            why = getattr(problem, "strerror", "") or "it is no text"
+            raise ConfigError(f"can't read {source}: {why}", _TOKEN_HINT) from None
+    elif not text:
+        return None
+    token = text.strip().encode()
+    if len(token) < TOKEN_BYTES:
+        raise ConfigError(f"the token in {source} has fewer than {TOKEN_BYTES} bytes", "openssl rand -hex 32")
+    return token
+
+
+def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
+    """How to connect to a wss:// master: trust [tls] ca or else the system's roots, and expect masterUrl's name, also
+    where `url` is the listener on the master's own host. Raises ConfigError."""
+    if not url.startswith("wss:"):
+        return {}
+    ca = tree / config.tls.ca if config.tls.ca else None
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as problem:
+        raise ConfigError(f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates") from None
+    return {"ssl": context, "server_hostname": config.master_url.host}
+
+
+_VALIDITY = re.compile(rb"(?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
+
+
+def certificate_end(data: bytes) -> float:
+    """When the first to end of the certificates in PEM or DER bytes does so, in seconds since 1970. Raises ValueError.
+
+    The standard library parses only certificates that it was shown in a handshake; a certificate's first two times
+    side by side are its validity (RFC 5280, 4.1).
+    """
+    blocks = re.findall("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", data.decode("latin-1"), re.DOTALL)
+    ends = []
+    for one in map(ssl.PEM_cert_to_DER_cert, blocks) if blocks else (data,):
+        if match := _VALIDITY.search(one):
+            short = (match[1] or b"").decode()  # two digits of the year, from 1950 to 2049
+            text = ("19" if short >= "5" else "20") + short if short else match[2].decode()
+            ends.append(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S")))
+    if not ends:
+        raise ValueError("no certificate in it")
+    return min(ends)
+
+
+class Certificate:
+    """The certificate of a wss:// master, read again when its files change, so that a renewal cuts nobody off.
+
+    `problem` says what will soon keep everybody out, or keeps a new certificate from being used.
+    """
+
+    def __init__(self, config: ConfigFile) -> None:
+        self.config = config
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.problem: str | None = None
+        self._stamp: object = None
+        self._ends = 0.0
+        self.look()
+        if self.problem and not self._ends:
+            raise UsageError(self.problem, "[tls] cert and key are PEM files that the serving user can read")
+
+    def look(self) -> None:
+        """Called about once a second."""
+        before, tree, rule = self.problem, work_tree(self.config.path), self.config.config.tls
+        cert, key = tree / (rule.cert or ""), tree / (rule.key or "")
+        try:
+            stats = [path.stat() for path in (cert, key)]
+            stamp = [cert, key, *((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)]
+            if stamp != self._stamp:
+                self._stamp = stamp
+                trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                for context in (trial, self.context):  # a pair that does not fit must not spoil the one in use
+                    context.load_cert_chain(cert, key, password="")  # or it would ask for one
+                self._ends, self.problem = certificate_end(cert.read_bytes()), None
+            elif self._ends and (left_s := self._ends - time.time()) < EXPIRY_S:
+                days = f"expires in {left_s // 86400:.0f} days" if left_s > 0 else "has expired"
+                self.problem = f"the certificate {cert} {days}"
+        except (OSError, ValueError) as problem:
+            self._stamp = None
+            self.problem = f"can't use the certificate {cert}: {getattr(problem, 'strerror', None) or problem}"
+        if self.problem and self.problem != before:
+            log.warning("%s", self.problem)
+
+
 # ==============================================================================
 # 11. Processes: spawn, stream, interrupt, kill trees, detach; POSIX and Windows
 # ==============================================================================
 
 
 MARK = "ESTELLE_RUN"  # environment variable that every process of a step carries: it finds what a dead runner left
+RESTART_EXIT = 75  # EX_TEMPFAIL: a failure for every supervisor
 DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
 PIPE_BYTES = 1 << 20  # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -2640,6 +3684,34 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         raise UpdaterError(f"{culprit}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
+def ask_git(repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S) -> tuple[int, bytes, bytes]:
+    """A question to git: its exit code, output and errors. Raises UpdaterError where there is nobody to ask."""
+    try:
+        argv = [*resolve_program("git", env.get("PATH", "")), *args]
+        done = subprocess.run(
+            argv, cwd=repo, env={**env, "LANGUAGE": "en"}, stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=timeout_s, check=False, **HIDDEN,
+        )  # fmt: skip
+    except NotADirectoryError as problem:
+        raise UsageError(f"{repo} is no folder", "set repo in [hosts]") from problem
+    except FileNotFoundError as problem:
+        raise UsageError(f"there is no folder {repo}", "clone the repository there, or set repo") from problem
+    except subprocess.TimeoutExpired as problem:
+        words = [word for word in args if not word.startswith("-")]
+        raise UpdaterError(f"git {words[0]} did not answer in {timeout_s:.0f} s") from problem
+    if b"dubious ownership" in done.stderr:
+        raise UsageError(
+            f"git refuses {repo}: it belongs to another user", f"git config --global --add safe.directory {repo}"
+        )
+    return done.returncode, done.stdout, done.stderr
+
+
+def git_output(repo: Path, env: Mapping[str, str], *args: str) -> bytes:
+    """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to ask."""
+    code, out, _ = ask_git(repo, env, *args)
+    return out if code == 0 else b""
+
+
 def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
     """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
 
@@ -2671,6 +3743,22 @@ def detach_self(argv: Sequence[str] = ()) -> None:
                 subprocess.Popen(command, env=env, stdin=null, stdout=null, creationflags=flags)
                 os._exit(0)
         os._exit(1)
+
+
+def restart_self() -> int:
+    """Start this command anew, from its file as it is now: the same process, which its supervisor does not miss.
+
+    Windows has no such thing: there the exit code is returned after which PM2 starts it again.
+    """
+    if sys.platform != "win32":
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return RESTART_EXIT
+
+
+def is_supervised() -> bool:
+    """Whether PM2 or systemd started this very process, and will start it again."""
+    return "pm_id" in os.environ or "PM_ID" in os.environ or os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
 
 
 def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
@@ -2764,8 +3852,39 @@ class LogWriter:
 
 def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
     """Start the process that does a job: it takes the job's lock itself. What is returned only stands at its cradle."""
+    if log_size(state.runner_log) > RUNNER_LOG_BYTES:  # crashes of years must not fill a disk
+        with suppress(OSError):
+            os.replace(state.runner_log, state.runner_log.with_suffix(".old"))
     argv = [*program_argv(), "run-job", "--state", str(state.root), "--config", str(config_path), job.run, job.host]
     return spawn_runner(argv, dict(os.environ), state.runner_log)
+
+
+def is_half_done(state: StateFolder, job: JobRecord) -> bool:
+    """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
+    return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
+
+
+def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
+    """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by `doctor`."""
+    try:
+        inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
+        wrong = UsageError(f"{repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+    except UpdaterError as problem:
+        inside, wrong = False, problem  # type: ignore[assignment]
+    if not inside:
+        yield Finding("checkout", False, wrong.what, wrong.hint, certain=True)
+        return
+    yield Finding("checkout", True, str(repo))
+    url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
+    add = f"git -C {repo} remote add {rule.remote} URL"
+    yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
+    try:
+        yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
+    except UpdaterError as problem:  # the pull may bring it, or another command
+        yield Finding("command", False, problem.what, problem.hint)
+    for place in (repo, state):
+        with suppress(OSError):
+            yield judge_disk(str(place), shutil.disk_usage(place).free)
 
 
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
@@ -2776,6 +3895,17 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     return replace(
         job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
     )
+
+
+def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
+    """The host's environmentFile, if it has one. Raises ConfigError."""
+    if not rule.environment_file:
+        return {}
+    path = repo / rule.environment_file
+    try:
+        return parse_environment_file(path.read_text("utf-8-sig"), str(path))
+    except (OSError, UnicodeError) as problem:
+        raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
 
 
 class Runner:
@@ -2795,6 +3925,7 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
+        self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -2803,15 +3934,16 @@ class Runner:
             return 1
         try:
             job = self.state.load_job(self.run, self.host)
-            if job is None or job.state is not State.QUEUED:
+            if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job)):
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
             with suppress(OSError):
                 write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
-            if not self.save(durable=True, state=State.RUNNING, started=time.time()):
+            if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
+            self.last_act()
             return 0
         finally:
             lock.release()
@@ -2820,8 +3952,7 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED)
+            self.finish(State.SUCCEEDED, version=WORK[self.job.kind](self))
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -2829,7 +3960,8 @@ class Runner:
                 self.log.line(f"estelle-updater: error: {line}")
             if problem.hint:
                 self.log.line(f"hint: {problem.hint}")
-            self.finish(State.FAILED, step=self.job.step, error=problem.what)
+            refused = problem.exit_code if isinstance(problem, GuardError) else None
+            self.finish(State.FAILED, step=self.job.step, exit=refused, error=problem.what)
         except Exception as problem:
             self.finish(State.FAILED, step=self.job.step, error=f"internal error: {problem!r}")
             raise
@@ -2838,11 +3970,15 @@ class Runner:
         """The document's steps, in its order."""
         self.begin("check")
         self.load_rule(strict=False)
+        self.confirm_traffic()
         rule, branch = self.rule, self.job.branch
         if problem := valid_branch_problem(branch):
             raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        if self.git("rev-parse", "--is-inside-work-tree").strip() != b"true":
-            raise UsageError(f"{self.repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        for found in probe_ground(self.repo, self.state.root, rule, self.env):
+            if not found.ok and found.certain:
+                raise UsageError(found.text, found.fix)
+            if not found.ok:
+                self.log.line(f"warning: {found.text}; {found.fix}")
         self.remove_git_locks()
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
@@ -2861,9 +3997,34 @@ class Runner:
             self.log.line("Nothing to pull: not a branch.")
         self.begin("config")
         self.load_rule(strict=True)
+        self.confirm_traffic()
         self.step(plan_command(self.rule.command), self.rule.timeout_s)
+        if self.rule.restart:
+            self.confirm_traffic()
         for step in plan_restart(self.rule.restart):
             self.step(step, self.rule.timeout_s)
+
+    def confirm_traffic(self) -> None:
+        """For a job that was given as `active` or `standby`: go on only while this host still is.
+
+        The step's name asks: it reaches the master with the job's state, over a new connection too if need be, and the
+        daemon writes down what the master says. Raises GuardError.
+        """
+        expected = self.job.options.get("expects", {}).get(self.host)
+        if not expected:
+            return
+        self.begin(TRAFFIC_STEP)
+        ends = time.monotonic() + TRAFFIC_S
+        while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get("at") != self.job.revision:
+            if self.cancel_file.exists():
+                raise StepFailed(State.CANCELLED, TRAFFIC_STEP)
+            if time.monotonic() > ends:
+                what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
+                raise GuardError(what, "is the data node online? `status` shows the traffic")
+            time.sleep(CANCEL_LOOK_S / 2)
+        if word.get("is") != expected:
+            now = f"it was {expected} when this was asked for, now it is {word['is']}"
+            raise GuardError("traffic moved", now)
 
     def load_rule(self, *, strict: bool) -> None:
         """What to do here, from the configuration as it stands now. Before the pull it need not be valid: the pull may
@@ -2877,7 +4038,7 @@ class Runner:
         self.repo = tree / self.rule.repo if self.rule.repo else tree
         extra: dict[str, str] = {}
         try:
-            extra = self.read_environment()
+            extra = read_environment(self.rule, self.repo)
         except ConfigError as wrong:
             if strict:
                 raise
@@ -2888,7 +4049,12 @@ class Runner:
             self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        self.masker = Masker(secret_values(extra))
+        named = (*self.rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
+        secrets = secret_values(extra, {name: self.env.get(name, "") for name in named}, named=named)
+        with suppress(ConfigError):
+            token = load_token(config, tree)
+            secrets += (token.decode(),) if token else ()
+        self.masker = Masker(secrets)
 
     def warn_of_doors(self, config: Config) -> None:
         """A new whitelist may shut out this host, or who asked: better said before it takes effect."""
@@ -2900,36 +4066,9 @@ class Runner:
                 if not allowed and address != config.master_url.host:
                     self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
 
-    def read_environment(self) -> dict[str, str]:
-        """The host's environmentFile, if it has one. Raises ConfigError."""
-        if not self.rule.environment_file:
-            return {}
-        path = self.repo / self.rule.environment_file
-        try:
-            return parse_environment_file(path.read_text("utf-8-sig"), str(path))
-        except (OSError, UnicodeError) as problem:
-            raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
-
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        try:
-            argv = [*resolve_program("git", self.env.get("PATH", "")), *args]
-            done = subprocess.run(
-                argv, cwd=self.repo, env=self.env, stdin=subprocess.DEVNULL, capture_output=True,
-                timeout=QUESTION_S, check=False, **HIDDEN,
-            )  # fmt: skip
-        except NotADirectoryError as problem:
-            raise UsageError(f"{self.repo} is no folder", "set repo in [hosts]") from problem
-        except FileNotFoundError as problem:
-            raise UsageError(f"there is no folder {self.repo}", "clone the repository there, or set repo") from problem
-        except subprocess.TimeoutExpired as problem:
-            raise UpdaterError(f"git {args[0]} did not answer in {QUESTION_S:.0f} s") from problem
-        if b"dubious ownership" in done.stderr:
-            raise UsageError(
-                f"git refuses {self.repo}: it belongs to another user",
-                f"git config --global --add safe.directory {self.repo}",
-            )
-        return done.stdout if done.returncode == 0 else b""
+        return git_output(self.repo, self.env, *args)
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
@@ -3026,10 +4165,10 @@ class Runner:
 
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
-        commit = version = None
+        commit, version = None, fields.get("version")
         with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
-            version = self.read_version() if state is State.SUCCEEDED else None
+            version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
         fields |= {"open_step": None, "state": state, "ended": time.time(), "commit": commit, "version": version}
@@ -3051,12 +4190,12 @@ class Runner:
         return True
 
 
-# What a runner does for each kind of order; the sections below add theirs.
-WORK: dict[Kind, Callable[[Runner], None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
+# What a runner does for each kind of order, and the version to show if not the project's; sections below add theirs.
+WORK: dict[Kind, Callable[[Runner], str | None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
 
 
 # ==============================================================================
-# 13. Probes: own address and role
+# 13. Probes: own address and role, health checks
 # ==============================================================================
 
 
@@ -3168,15 +4307,668 @@ def probe_public_address(
     return None
 
 
+class CheckFailed(Exception):
+    """What a check found instead of what it wants."""
+
+
+_LEAST_FREE_PERCENT, _LEAST_DAYS = 10, 14  # certbot renews when 30 days are left
+_HTTP_BYTES = 1 << 20  # of a body, to look for `contains`
+
+
+def _dial(endpoint: str, timeout_s: float) -> socket.socket:
+    host, port = split_port(endpoint)
+    return socket.create_connection((host.strip("[]"), port or 0), timeout_s)
+
+
+def _tls_context(host: str) -> ssl.SSLContext:
+    """For a request to `host`: verified, except on a loopback address, which no certificate names."""
+    context = ssl.create_default_context()
+    with suppress(UsageError):
+        if _parse_ip(host).is_loopback:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | None = None) -> str:
+    """What a GET of `url` answers, no proxy used and no redirect followed. Raises CheckFailed, OSError."""
+    parts = urllib_parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        connection = http_client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=_tls_context(host))
+    else:
+        connection = http_client.HTTPConnection(host, parts.port, timeout=timeout_s)  # type: ignore[assignment]
+    try:
+        path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", path, headers={"User-Agent": "estelle-updater", "Connection": "close"})
+        answer = connection.getresponse()
+        body = answer.read(_HTTP_BYTES)
+    finally:
+        connection.close()
+    if answer.status != status:
+        raise CheckFailed(f"HTTP {answer.status}, not {status}")
+    if contains is not None and contains.encode() not in body:
+        raise CheckFailed(f"HTTP {answer.status}, but {contains!r} is not in the answer")
+    return f"HTTP {answer.status}"
+
+
+def _probe_valkey(endpoint: str, timeout_s: float) -> str:
+    """Valkey's or Redis' answer to PING. One that asks for a password is alive."""
+    with _dial(endpoint, timeout_s) as connection:
+        connection.sendall(b"PING\r\n")
+        with connection.makefile("rb") as file:
+            answer = file.readline(512).decode(errors="replace").strip()
+    if answer != "+PONG" and not answer.startswith("-NOAUTH"):
+        raise CheckFailed(answer.removeprefix("-") or "it ended the connection without an answer")
+    return "PONG" if answer == "+PONG" else "it answers, and wants a password"
+
+
+def _probe_mariadb(endpoint: str, timeout_s: float) -> str:
+    """The version in MariaDB's or MySQL's greeting.
+
+    It is answered with a login that is refused: a server counts those that leave without one as broken, and blocks
+    their address after max_connect_errors of them.
+    """
+    with _dial(endpoint, timeout_s) as connection, connection.makefile("rb") as file:
+        head = file.read(4)
+        greeting = file.read(int.from_bytes(head[:3], "little")) if len(head) == 4 else b""
+        if greeting[:1] == b"\xff":
+            raise CheckFailed(greeting[3:].decode(errors="replace"))
+        if greeting[:1] != b"\x0a":
+            raise CheckFailed("what answers there is no MariaDB")
+        login = struct.pack("<IIB23x", 0x8200, 1 << 20, 45) + b"estelle-updater-health\0\0"
+        connection.sendall(len(login).to_bytes(3, "little") + b"\x01" + login)
+        file.read(4)
+    return greeting[1 : greeting.index(b"\0")].decode(errors="replace").removeprefix("5.5.5-")  # for old replicas
+
+
+def _probe_command(argv: Sequence[str], repo: Path, env: Mapping[str, str], timeout_s: float) -> str:
+    """The last line that a command says before it ends with 0; at the deadline it and its children are killed."""
+    mark, tail, ends = f"health/{os.urandom(4).hex()}", b"", time.monotonic() + timeout_s
+    child = spawn_step([*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]], repo, env, mark=mark)
+    try:
+        while (data := child.read(timeout_s=max(0.0, ends - time.monotonic()))) != b"":
+            if data is None:
+                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, (child.pid,))
+                raise CheckFailed(f"not over within {timeout_s:g} s")
+            tail = (tail + data)[-TAIL_BYTES:]
+        code = child.wait()
+    finally:
+        child.close_pipe()
+    masker = Masker(secret_values(env))
+    said = (masker.feed(tail) + masker.flush()).decode(errors="replace").strip().splitlines()[-1:]
+    if code:
+        raise CheckFailed(": ".join([f"exit {code}", *said]))
+    return "".join(said) or "exit 0"
+
+
+def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: float) -> str:
+    """How long the certificate in a file, or of the server at HOST:PORT, is still valid."""
+    if re.fullmatch(r"[^/\\]+:[0-9]{1,5}", subject):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is looked at, not trusted
+        with _dial(subject, timeout_s) as plain:
+            host = split_port(subject)[0].strip("[]")
+            with context.wrap_socket(plain, server_hostname=host) as connection:
+                data = connection.getpeercert(binary_form=True) or b""
+    else:
+        data = (repo / subject).read_bytes()
+    days = (certificate_end(data) - time.time()) / 86400
+    if days < least_days:
+        raise CheckFailed(
+            f"{days:.0f} days left, less than {least_days}" if days > 0 else f"ended {-days:.0f} days ago"
+        )
+    return f"{days:.0f} days left"
+
+
+def _probe_disk(folder: Path, least_percent: int) -> str:
+    usage = shutil.disk_usage(folder)
+    percent = 100 * usage.free / usage.total
+    said = f"{percent:.0f} % free, {usage.free / 2**30:.1f} GiB"
+    if percent < least_percent:
+        raise CheckFailed(f"{said}; less than {least_percent} %")
+    return said
+
+
+def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
+    """What one check sees when all is well. Raises CheckFailed, OSError, UpdaterError with what is wrong."""
+    subject: Any = getattr(check, check.kind)
+    match check.kind:
+        case "http":
+            return probe_http(subject, check.timeout_s, check.status, check.contains)
+        case "tcp":
+            _dial(subject, check.timeout_s).close()
+            return "it accepts connections"
+        case "valkey":
+            return _probe_valkey(subject, check.timeout_s)
+        case "mariadb":
+            return _probe_mariadb(subject, check.timeout_s)
+        case "systemd":
+            return _probe_command(("systemctl", "is-active", subject), repo, env, check.timeout_s)
+        case "disk":
+            return _probe_disk(repo / subject, check.least or _LEAST_FREE_PERCENT)
+        case "certificate":
+            return _probe_certificate(subject, repo, check.least or _LEAST_DAYS, check.timeout_s)
+        case _:
+            return _probe_command(subject, repo, env, check.timeout_s)
+
+
+def run_checks(checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]) -> list[dict[str, Any]]:
+    """All checks at once: name, ok and detail of each in their order; one that hangs fails at its deadline."""
+
+    def look(index: int, check: HealthRule) -> tuple[int, bool, str]:
+        began = time.monotonic()
+        try:
+            detail = probe_health(check, repo, env)
+        except (CheckFailed, UpdaterError, OSError, ValueError, http_client.HTTPException) as problem:
+            return index, False, getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+        seconds = time.monotonic() - began
+        return index, seconds <= check.timeout_s, f"{detail} ({seconds:.2f} s)"
+
+    found = {}
+    calls = [functools.partial(look, index, check) for index, check in enumerate(checks)]
+    for index, ok, detail in _answers(calls, checks_take_s(checks)):
+        found[index] = ok, detail
+    rows = []
+    for index, check in enumerate(checks):
+        ok, detail = found.get(index, (False, f"no answer within {check.timeout_s:g} s"))
+        rows.append({"name": check.name, "kind": check.kind, "ok": ok, "detail": detail})
+    return rows
+
+
+def checks_take_s(checks: Iterable[HealthRule]) -> float:
+    """Within how many seconds all checks have an answer."""
+    return max((check.timeout_s for check in checks), default=0.0) + 0.5
+
+
+# ==============================================================================
+# 14. Switch: the HAProxy transaction
+# ==============================================================================
+
+
+_HAPROXY_OWN = re.compile(
+    r"HAPROXY_(MWORKER.*|PROCESSES|(MASTER_)?CLI|STARTUP_VERSION|LOCALPEER|CFGFILES)|NOTIFY_SOCKET"
+)
+_SBIN = "/usr/sbin:/usr/local/sbin"  # where haproxy is, and no ordinary user's PATH
+
+
+def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str:
+    """HAProxy's answer to a command: the worker's, or with `master` that of the process above. Raises UpdaterError."""
+    path = rule.master_socket if master or not rule.socket else rule.socket
+    words = command if master or rule.socket else f"@1 {command}"
+    hint = f"is HAProxy running? `stats socket {path} user USER mode 600 level admin` lets this service's user in"
+    try:
+        with socket.socket(socket.AF_UNIX) as link:
+            link.settimeout(HAPROXY_S)
+            link.connect(path or "")
+            link.sendall(words.encode() + b"\n")
+            link.shutdown(socket.SHUT_WR)  # else HAProxy's master waits for more
+            answer = b"".join(iter(lambda: link.recv(CHUNK_BYTES), b"")).decode(errors="replace")
+    except (OSError, AttributeError) as problem:  # Windows' Python has no such sockets
+        raise UpdaterError(f"HAProxy does not answer at {path}: {problem}", hint) from problem
+    if answer.startswith("Permission denied"):
+        raise UpdaterError(f"HAProxy refuses `{command}` at {path}", hint)
+    return answer
+
+
+def live_rows(rule: HaproxyRule) -> list[dict[str, str]]:
+    """The backend's servers as HAProxy runs them. Raises UpdaterError."""
+    if rows := parse_show_stat(ask_haproxy(rule, "show stat"), rule.backend):
+        return rows
+    raise UpdaterError(f"HAProxy runs no backend {rule.backend}", "correct `backend` in [haproxy], or reload HAProxy")
+
+
+def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
+    """Where HAProxy sends the traffic, by its own word, and what should worry; never raises."""
+    warnings: list[str] = []
+    servers: dict[str, dict[str, Any]] = {
+        color: {"traffic": None, "file": None, "status": None, "address": None} for color in COLORS
+    }
+    roles: dict[str, str] = {}
+    takers: list[str] = []
+    try:
+        found = read_backend(Path(rule.config).read_bytes(), rule.config, rule)
+        roles = found.roles()
+        warnings += found.warnings
+        for color in COLORS:
+            servers[color] |= {"file": roles[color], "address": found.servers[color].address}
+        found.active()
+    except (UpdaterError, OSError) as problem:
+        warnings.append(str(problem))
+    try:
+        if not (rule.socket or rule.master_socket):
+            raise UpdaterError("no `socket` in [haproxy]: nobody can see where the traffic really goes")
+        rows = live_rows(rule)
+    except UpdaterError as problem:
+        return {"active": None, "servers": servers, "warnings": [*warnings, problem.what]}
+    takers = decide_traffic(rows)
+    for color, row in ((c, row) for row in rows for c in COLORS if row["svname"] == rule.servers[c]):
+        usable = row["status"].startswith(("UP", "no check"))
+        traffic = "active" if row["svname"] in takers else "standby" if usable else "down"
+        address = row.get("addr") or servers[color]["address"]
+        servers[color] |= {"traffic": traffic, "status": row["status"], "address": address}
+    active = [color for color in COLORS if servers[color]["traffic"] == "active"]
+    warnings += traffic_warnings(rule, rows, roles)
+    return {"active": active[0] if len(active) == 1 else None, "servers": servers, "warnings": warnings}
+
+
+def run_command(
+    argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
+) -> tuple[int, str]:
+    """A short command's exit code and output. Raises UpdaterError where it does not start or end."""
+    try:
+        program = resolve_program(argv[0], env.get("PATH", ""))
+        done = subprocess.run(
+            [*program, *argv[1:]], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=timeout_s, check=False, **HIDDEN,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as problem:
+        raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
+    except OSError as problem:
+        raise UpdaterError(f"{argv[0]}: {problem.strerror}") from problem
+    return done.returncode, done.stdout.decode(errors="replace").strip()
+
+
+def stage_text(real: Path, text: bytes) -> Path:
+    """The text in a file beside `real`, with that one's owner, mode and attributes. Raises GuardError."""
+    temp = real.with_name(f".{real.name}.estelle")
+    try:
+        temp.unlink(missing_ok=True)
+        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(text)
+            file.flush()
+            wanted, own = real.stat(), temp.stat()
+            if (wanted.st_uid, wanted.st_gid) != (own.st_uid, own.st_gid):
+                os.chown(temp, wanted.st_uid, wanted.st_gid)
+            shutil.copystat(real, temp)
+            os.utime(temp)
+            os.fsync(file.fileno())
+    except OSError as problem:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+        hint = f"this service's user must own the file and its folder: chown USER {real.parent} {real}"
+        raise GuardError(f"can't replace {real}: {problem.strerror}", hint) from problem
+    return temp
+
+
+def lock_text(real: Path) -> int:
+    """A lock that the shell's `flock` knows too, so that no certificate hook reloads in the middle; for this process's
+    lifetime. Raises GuardError."""
+    import fcntl
+
+    fd = os.open(f"{real}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    deadline = time.monotonic() + SWITCH_LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise GuardError(f"another program holds {real}.lock", "wait until its reload is over") from None
+            time.sleep(0.05)
+
+
+@dataclass
+class SwitchEntry:
+    """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as Latin-1."""
+
+    run: str
+    rule: dict[str, Any]
+    real: str
+    color: str = ""
+    before: str = ""
+    old: str = ""
+    new: str = ""
+    address: str = ""
+    state_file: str | None = None
+    states: str = ""
+
+
+class Switch:
+    """One change of the active colour. A journal entry is open from before the first change until after the last, so
+    that whoever comes after a dead runner can finish or undo it; on disk exactly one colour is active throughout."""
+
+    def __init__(self, runner: Runner, entry: SwitchEntry) -> None:
+        self.runner, self.entry, self.say = runner, entry, runner.log.line
+        self.rule, self.real = HaproxyRule(**entry.rule), Path(entry.real)
+        self.live = bool(self.rule.socket or self.rule.master_socket)
+        self.env = scrub_environment(os.environ)
+        self.env["PATH"] = f"{self.env.get('PATH', '')}:{_SBIN}"
+        self.found: BackendText
+        self.temp: Path | None = None
+        self.lock = lock_text(self.real)
+
+    def phase(self, name: str, work: Callable[[], str]) -> None:
+        """One line before, and one after it with what came of it and the time it took."""
+        self.runner.announce(name)
+        began = time.monotonic()
+        said = work()
+        self.say(f"{name}: {said} ({time.monotonic() - began:.2f} s)")
+
+    def refusing(self, name: str, work: Callable[[], str]) -> None:
+        """A phase before anything changed: whatever fails is a guard's refusal."""
+        try:
+            self.phase(name, work)
+        except (UpdaterError, OSError) as problem:
+            if isinstance(problem, UsageError | ConfigError):
+                raise
+            raise GuardError(str(problem), getattr(problem, "hint", "")) from problem
+
+    def run(self) -> None:
+        """Switch, or leave everything as it was."""
+        options = self.runner.job.options
+        try:
+            self.refusing("gate", self.gate)
+            if self.entry.color == self.entry.before:
+                return
+            self.refusing("check", self.check)
+            if options.get("dry_run"):
+                return
+            phases = {"drain": self.drain, "write": self.write, "reload": self.reload, "proof": self.prove}
+            self.transact(phases)
+        except OSError as problem:
+            raise UpdaterError(f"{problem.filename or self.real}: {problem.strerror or problem}") from problem
+        finally:
+            if self.temp:
+                self.temp.unlink(missing_ok=True)
+
+    def transact(self, phases: Mapping[str, Callable[[], str]]) -> None:
+        """All phases, or none: what fails is undone."""
+        try:
+            for name, work in phases.items():
+                self.phase(name, work)
+        except Exception as problem:
+            self.say(f"undoing: {problem}")
+            if self.undo() and isinstance(problem, GuardError):  # by now it is no longer true that nothing changed
+                raise UpdaterError(problem.what, problem.hint) from problem
+            raise
+        self.runner.last_act = self.close
+
+    def resume(self) -> bool:
+        """End what a dead runner began; whether the traffic moved."""
+        self.say(f"the process that switched to {self.entry.color} died: taking it up again")
+        if moved := self.real.read_bytes() == self.new:
+            self.transact({"write": self.place_states, "reload": self.reload, "proof": self.prove})
+        else:
+            self.undo()
+        return moved
+
+    @property
+    def new(self) -> bytes:
+        return self.entry.new.encode("latin-1")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The `server` names of the new active and the old one."""
+        return self.rule.servers[self.entry.color], self.rule.servers[self.entry.before]
+
+    def gate(self) -> str:
+        """Refuse whatever could leave two active colours or none, before anything is touched. Raises GuardError."""
+        entry, rule = self.entry, self.rule
+        self.found = read_backend(self.real.read_bytes(), rule.config, rule)
+        entry.before = self.found.active()
+        for warning in self.found.warnings:
+            self.say(f"warning: {warning}")
+        rows = live_rows(rule) if self.live else []
+        standby = next(color for color in COLORS if color != entry.before)
+        wanted = self.runner.job.options.get("color")
+        if wanted == "standby" and self.live and decide_traffic(rows) == [rule.servers[standby]]:
+            hint = f"`switch {standby}` makes that explicit, `switch {entry.before}` changes nothing"
+            raise GuardError(f"HAProxy has failed over: {entry.before} or {standby} could be meant", hint)
+        entry.color = str(standby if wanted == "standby" else wanted)
+        if entry.color not in COLORS:
+            raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
+        if self.runner.job.branch not in ("standby", entry.color):
+            raise GuardError(f"{self.runner.job.branch} was the standby and is it no more", "look at `status`")
+        if self.live and live_roles(rows, rule) != self.found.roles():
+            what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
+            raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
+        if entry.color == entry.before:
+            return f"{entry.color} is active already, nothing changes"
+        entry.old, entry.state_file = self.found.text.decode("latin-1"), self.found.state_file
+        entry.new = switch_text(self.found, entry.color).decode("latin-1")
+        if self.runner.job.options.get("dry_run"):
+            self.runner.log.write(render_diff(self.found.text, self.new, rule.config))
+        if self.runner.job.options.get("force"):
+            self.say(f"forced by {self.runner.job.by}: health and commit of {entry.color} are not required")
+        return self.look_at_standby(rows) + f"; {entry.before} is active"
+
+    def look_at_standby(self, rows: Sequence[Mapping[str, str]]) -> str:
+        """Only a server that HAProxy would use, and that answers here and now, may get the traffic."""
+        color, name = self.entry.color, self.names[0]
+        self.refuse_without_rights()
+        self.entry.address = self.found.servers[color].address
+        status = "unknown to us (no socket)"
+        if row := next((row for row in rows if row["svname"] == name), None):
+            status, self.entry.address = row["status"], row.get("addr") or self.entry.address
+            if not status.startswith(("UP", "no check")):
+                what = f"{color} is {status} for HAProxy: {row.get('check_status')} {row.get('last_chk')}"
+                raise GuardError(what, f"repair {color} first: HAProxy would send it nothing")
+        if problem := self.connect_problem():
+            raise GuardError(
+                f"{color} does not answer at {self.entry.address}: {problem}", f"is it running on {color}?"
+            )
+        return f"{color} at {self.entry.address} is {status} and accepts connections"
+
+    def connect_problem(self) -> str | None:
+        """Why the standby's port can't be reached from here, if so."""
+        try:
+            if split_port(self.entry.address)[1]:  # else a UNIX socket, or the port that the client used
+                _dial(self.entry.address, CONNECT_S).close()
+        except (OSError, UsageError) as problem:
+            return str(problem)
+        return None
+
+    def refuse_without_rights(self) -> None:
+        """What would fail only after the file changed is refused before. Raises GuardError.
+
+        systemd asks polkit about any reload before it looks at a job mode that makes no sense: so nothing happens.
+        """
+        if Path(self.rule.reload[0]).name == "systemctl" and os.geteuid():
+            ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
+            _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
+            if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
+                hint = "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
+                raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
+
+    def check(self) -> str:
+        """`haproxy -c` on the new text beside the old, with HAProxy's own environment and its other files."""
+        self.temp = stage_text(self.real, self.new)
+        env, files = self.env, [str(self.real)]
+        if self.live:
+            known = dict(line.split("=", 1) for line in ask_haproxy(self.rule, "show env").splitlines() if "=" in line)
+            files = known.get("HAPROXY_CFGFILES", str(self.real)).split(";")
+            env = {k: v for k, v in known.items() if not _HAPROXY_OWN.fullmatch(k)} | {"PATH": self.env["PATH"]}
+        paths = [(self.real.parent / file).resolve() for file in files]  # a relative one is HAProxy's own folder's
+        ours = [path == self.real or (path.name == self.real.name and not Path(file).is_absolute())
+                for path, file in zip(paths, files, strict=True)]  # fmt: skip
+        if not any(ours):
+            raise GuardError(
+                f"HAProxy does not read {self.real}, but {', '.join(files)}", "correct `config` in [haproxy]"
+            )
+        used = [str(self.temp if own else path) for path, own in zip(paths, ours, strict=True)]
+        code, said = run_command(["haproxy", "-c", *(word for file in used for word in ("-f", file))], env, CHECK_S)
+        if code:
+            self.say(said)
+            raise GuardError(f"haproxy -c refuses the new text (exit {code})", "its words are in the log")
+        return "haproxy -c finds the new text valid"
+
+    def drain(self) -> str:
+        """The old colour gets nothing new, not even from the connections that stay with HAProxy's old process."""
+        if self.live:
+            self.entry.states = keep_states(ask_haproxy(self.rule, "show servers state"), self.found, self.rule)
+        write_atomic(self.runner.state.switch_file, _dump(self.entry), durable=True)
+        before = self.entry.before
+        if not self.live:
+            return f"without a socket, {before} answers what comes on connections of before until these end"
+        self.set_state("drain")
+        busy = next(row["scur"] for row in live_rows(self.rule) if row["svname"] == self.names[1])
+        return f"{before} gets no new requests, {busy} are under way there"
+
+    def set_state(self, state: str) -> None:
+        """Drain the old colour, or make it ready, also in processes that only end their connections. UpdaterError."""
+        command = f"set server {self.rule.backend}/{self.names[1]} state {state}"
+        if said := ask_haproxy(self.rule, command).strip():
+            raise GuardError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
+        if self.rule.master_socket:
+            for pid in parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))[1]:
+                ask_haproxy(self.rule, f"@!{pid} {command}", master=True)
+
+    def write(self) -> str:
+        """The new text in place of the old, at one blow."""
+        if self.real.read_bytes() != self.found.text or self.temp is None:
+            raise GuardError(f"{self.real} was changed meanwhile", "look at the change, then switch again")
+        os.replace(self.temp, self.real)
+        sync_folder(self.real.parent)
+        return self.place_states()
+
+    def place_states(self) -> str:
+        """The servers' states for the next process; those of before the drain, which must not last."""
+        if not (self.entry.state_file and self.entry.states):
+            return f"{self.entry.color} is active in {self.rule.config}"
+        try:
+            write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
+        except OSError as problem:
+            self.say(f"warning: can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}")
+        return f"{self.entry.color} is active in {self.rule.config}, the servers' states are kept"
+
+    def reload(self) -> str:
+        """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
+        if self.live and self.runs(self.entry.color, 0):
+            return "HAProxy runs it already"
+        failed = self.failed_reloads()
+        for attempt in range(1, RELOADS + 1):
+            code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
+            if code:
+                raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
+            if not self.live:
+                return "done; without a socket nobody can tell whether HAProxy took it"
+            if self.runs(self.entry.color, RELOAD_S):
+                pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
+                again = f" at attempt {attempt}" if attempt > 1 else ""
+                return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
+            if self.failed_reloads() > failed:  # not again: while it fails, new connections are refused for seconds
+                raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
+        raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
+
+    def failed_reloads(self) -> int:
+        """How many in a row HAProxy counts; 0 without a master socket, which leaves only to wait."""
+        for _ in range(20 if self.rule.master_socket else 0):
+            with suppress(UpdaterError):  # silent while it starts itself anew
+                if (counted := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
+                    return counted[2]
+            time.sleep(0.1)
+        return 0
+
+    def runs(self, color: str, patience_s: float) -> bool:
+        """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            with suppress(UpdaterError):
+                if live_roles(live_rows(self.rule), self.rule).get(color) == "active":
+                    return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+
+    def prove(self) -> str:
+        """Requests reach the new colour. Raises UpdaterError where they do not."""
+        color, before = self.entry.color, self.entry.before
+        probed = ""
+        if self.rule.probe:
+            try:
+                probed = f"{self.rule.probe} answers {probe_http(self.rule.probe, CONNECT_S)}; "
+            except (CheckFailed, OSError, http_client.HTTPException) as problem:
+                raise UpdaterError(f"{self.rule.probe}: {problem}") from problem
+        if not self.live:
+            return probed or "neither socket nor probe: nothing was proved"
+        deadline = time.monotonic() + PROOF_S
+        while True:
+            rows = live_rows(self.rule)
+            new, old = (next(row for row in rows if row["svname"] == name) for name in self.names)
+            if old["status"].startswith("DRAIN"):  # a reload that saves the states itself saved the drain too
+                self.set_state("ready")
+            if decide_traffic(rows) == [new["svname"]] and int(new["stot"]):
+                return f"{probed}{color} has {new['stot']} requests, {before} {old['stot']}"
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        refused = self.connect_problem()
+        if refused or decide_traffic(rows) != [new["svname"]]:
+            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {refused or ''}".rstrip())
+        return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
+
+    def undo(self) -> bool:
+        """The old text, a process that runs it, and nobody drained; a text that somebody else wrote stays. Whether the
+        text had changed."""
+        now = self.real.read_bytes()
+        if now == self.new:
+            os.replace(stage_text(self.real, self.entry.old.encode("latin-1")), self.real)
+            sync_folder(self.real.parent)
+            self.place_states()
+        elif now != self.entry.old.encode("latin-1"):
+            self.say(f"warning: {self.real} was changed by somebody else meanwhile and stays so")
+        if self.live:
+            with suppress(UpdaterError):
+                self.set_state("ready")
+        if now == self.new and not (self.live and self.runs(self.entry.before, 0)):
+            with suppress(UpdaterError):
+                run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
+            if self.live and not self.runs(self.entry.before, RELOAD_S):
+                self.say("warning: HAProxy does not run what its file says: reload it by hand")
+            if self.live:
+                with suppress(UpdaterError):
+                    self.set_state("ready")
+        self.say(f"undone: {self.entry.before} is active")
+        self.runner.last_act = self.close
+        return now == self.new
+
+    def close(self) -> None:
+        """Done or undone for good; not before that is the job's recorded result."""
+        self.runner.state.switch_file.unlink(missing_ok=True)
+        sync_folder(self.runner.state.root)
+
+
+def switch_traffic(runner: Runner) -> str | None:
+    """The whole job of a switch; what an earlier one left half done is ended first. Returns the colour that takes the
+    traffic now. Raises UpdaterError."""
+    runner.begin("gate")
+    entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
+    if entry:
+        half = Switch(runner, entry)
+        moved = half.resume()
+        if entry.run == runner.run and not moved:
+            raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
+        if entry.run == runner.run:
+            return entry.color
+        half.close()
+        os.close(half.lock)
+    config, problem = load_config_or_last(runner.config_path, runner.state)
+    if problem:
+        runner.log.line(f"warning: {problem}")
+    if config.haproxy is None:
+        raise UsageError("this host's configuration has no [haproxy]", "add that section, and deploy it here")
+    try:
+        real = Path(config.haproxy.config).resolve(strict=True)
+        switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
+    except OSError as unreadable:
+        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+    switch.run()
+    return switch.entry.color
+
+
+WORK[Kind.SWITCH] = switch_traffic
+
+
 # ==============================================================================
 # 15. Agent: connect, hello, resume, take orders
 # ==============================================================================
 
 
+REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
-    "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
+    "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
+    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": ACCEPTED, "server_header": None,
 }  # fmt: skip
 CLIENT_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
@@ -3244,6 +5036,21 @@ class QueueWire:
         """Both ends live and die with this process."""
 
 
+async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
+    """Say hello, prove the token and have it proven. Raises RefusedError, ProtocolError, EOFError, TimeoutError."""
+    talk = greeting(hello, token, os.urandom(16).hex())
+    message = next(talk)
+    async with asyncio.timeout(WELCOME_S):
+        while True:
+            await wire.send(encode_message(message))
+            frame = await wire.recv()
+            try:
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+            except StopIteration as end:
+                welcome: Welcome = end.value
+                return welcome
+
+
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more than a window of
     unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Agent and master are both this."""
@@ -3257,10 +5064,14 @@ class Link:
         self._next_channel = 1
         self._wake = asyncio.Event()
         self._inbound: dict[int, Inbound] = {}
+        self._waiting_bytes = 0
 
     def post(self, message: Any) -> None:
-        """Send a message as soon as the connection takes it."""
+        """Send a message as soon as the connection takes it; who asks and asks and never reads is cut off."""
         self._control.append(encode_message(message))
+        self._waiting_bytes += len(self._control[-1])
+        if self._waiting_bytes > WAITING_BYTES:
+            self.wire.abort()
         self._wake.set()
 
     def open_log(self, run: str, host: str, path: Path) -> None:
@@ -3307,6 +5118,7 @@ class Link:
             self._wake.clear()
             while self._control or await self._write_chunks():
                 while self._control:
+                    self._waiting_bytes -= len(self._control[0])
                     await self.wire.send(self._control.popleft())
 
     async def _write_chunks(self) -> bool:
@@ -3332,6 +5144,8 @@ class Link:
 
     def accept_log(self, message: Log, inbound: Inbound) -> None:
         """Begin or resume receiving a log."""
+        if len(self._inbound) >= CHANNELS and message.channel not in self._inbound:
+            raise ProtocolError(f"more than {CHANNELS} logs at once")
         self._inbound[message.channel] = inbound
         size = log_size(inbound.path)
         self.post(Have(message.channel, size, rewind=True, check=log_check(inbound.path, size)))
@@ -3414,18 +5228,15 @@ class Inbound:
 def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     """What is checked out on this host right now; every value None where git does not say. Takes up to 2 s."""
     facts: dict[str, Any] = {"branch": None, "commit": None, "dirty": None, "version": None}
+    words = ("status", "--porcelain=v2", "--branch", "--untracked-files=no")
     try:
-        argv = [*resolve_program("git", environ.get("PATH", "")), "status", "--porcelain=v2", "--branch"]
-        done = subprocess.run(
-            [*argv, "--untracked-files=no"], cwd=repo, env=dict(environ), stdin=subprocess.DEVNULL,
-            capture_output=True, timeout=FACTS_S, check=False, **HIDDEN,
-        )  # fmt: skip
-    except (UpdaterError, OSError, subprocess.TimeoutExpired):
+        code, out, _ = ask_git(repo, environ, *words, timeout_s=FACTS_S)
+    except (UpdaterError, OSError):
         return facts
-    if done.returncode:
+    if code:
         return facts
     facts["dirty"] = False
-    for line in done.stdout.decode(errors="replace").splitlines():
+    for line in out.decode(errors="replace").splitlines():
         if line.startswith("# branch.oid "):
             facts["commit"] = line.split()[2]
         elif line.startswith("# branch.head "):
@@ -3467,10 +5278,12 @@ class Agent:
 
     def recover(self) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
-        for run in self.state.run_ids():
-            for record in self.state.load_jobs(run):
-                if record.machine == self.machine and record.revision and not record.acked:
-                    self.jobs[run, record.host] = OwnJob(record)
+        switching = self.state.switch_file.exists()
+        for row in self.state.rows():
+            for record in () if row["over"] and not switching else self.state.load_jobs(row["run"]):
+                unknown = not record.acked or is_half_done(self.state, record)
+                if record.machine == self.machine and record.revision and unknown:
+                    self.jobs[record.run, record.host] = OwnJob(record)
 
     async def watch_forever(self) -> None:
         """Look at the running jobs' files when a runner pokes, and once a second in case a poke was lost."""
@@ -3522,6 +5335,7 @@ class Agent:
         if stamp != job.stamp and (record := self.state.load_job(run, host)):
             job.stamp = stamp
             if record.revision > job.record.revision:
+                log.job(job.record, record)
                 job.record = self.mend_log(record)
                 if self.link:
                     self.link.post(job.record)
@@ -3549,7 +5363,10 @@ class Agent:
         if job.burying or FileLock.held_elsewhere(self.state.job_lock):
             return
         record = self.state.load_job(run, host) or job.record
-        if record.state in FINAL:
+        if is_half_done(self.state, record):
+            if time.monotonic() - job.launched > RESUME_S:
+                self.start_runner(record)
+        elif record.state in FINAL:
             job.stamp = ()
         elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
             self.own(replace(record, revision=record.revision + 1, state=State.CANCELLED, ended=time.time()))
@@ -3580,6 +5397,7 @@ class Agent:
             state = record.state if record.state in FINAL else State.FAILED
             record = replace(record, state=state, step=record.step or "start", error=why)
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
+        log.job(job.record if job.record is not record else None, record)
         job.record = record
         if self.link:
             self.link.post(record)
@@ -3688,6 +5506,22 @@ class Agent:
                     result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
         return result
 
+    def tell_health(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What this host's checks see, by the configuration as it stands now: a deployment may just have changed it."""
+        config, _ = load_config_or_last(self.config.path, self.state)
+        rule, repo = self.rule_and_repo(args.get("address"))
+        names = {host_key(name) for name in (args.get("address"), rule.name, socket.gethostname()) if name}
+        checks = [check for check in config.health if not check.hosts or names & {*map(host_key, check.hosts)}]
+        return {"checks": run_checks(checks, repo, scrub_environment(os.environ) | dict(rule.env))}
+
+    def take_traffic(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The master's word on whether this host is active or standby, for the runner that waits for it."""
+        run, host = args.get("run"), args.get("host")
+        if (run, host) in self.jobs:
+            word = {"at": args.get("at"), "is": str(args.get("is"))}
+            write_atomic(self.state.traffic_file(str(run), str(host)), json.dumps(word).encode())
+        return {}
+
     def offer(self, job: OwnJob) -> None:
         """Tell the master of a job and offer its log."""
         assert self.link
@@ -3735,8 +5569,141 @@ class Agent:
                 link.post(Refuse("an agent has no use for that message"))
 
 
+class Outlook:
+    """What a deployment would find in this host's clone, by questions to git alone: it fetches objects, and changes
+    neither the working tree nor the index nor any ref. A job may run meanwhile: no lock of git is taken."""
+
+    def __init__(self, repo: Path, rule: Effective) -> None:
+        self.repo, self.remote = repo, rule.remote
+        extra: dict[str, str] = {}
+        with suppress(ConfigError):  # the job will say so
+            extra = read_environment(rule, repo)
+        self.env = {**scrub_environment(os.environ), **extra, **rule.env}
+        self.deadline = time.monotonic() + LOOK_AHEAD_S
+        self.said = b""
+
+    def git(self, *args: str) -> str | None:
+        """git's answer, None where it says no. Raises UpdaterError, also when all the time is used up."""
+        left_s = max(0.1, self.deadline - time.monotonic())
+        code, out, self.said = ask_git(self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s)
+        return None if code else out.decode("utf-8", "replace")
+
+    def paths(self, *args: str) -> list[str]:
+        """The paths in an answer to `-z`."""
+        return [path for path in (self.git(*args) or "").split("\0") if path]
+
+    def why(self) -> str:
+        """What git said last."""
+        last = self.said.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return explain_failure(self.said) or "".join(last) or "git failed without a word"
+
+    def find_target(self, branch: str) -> tuple[str, str | None]:
+        """The commit that `branch` means on the remote, and where the local branch stands. Raises TargetError."""
+        names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
+        # a star and not the third name: the ^ would get lost in a git.cmd
+        if (listed := self.git("ls-remote", self.remote, names[0], f"{names[1]}*")) is None:
+            raise UpdaterError(self.why())
+        refs = {name: commit for commit, _, name in (line.partition("\t") for line in listed.splitlines())}
+        local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
+        if local or names[0] in refs or not is_commit_id(branch):
+            found = names[:1] if local or names[0] in refs else names[1:]
+            name, target = next(((name, refs[name]) for name in reversed(found) if name in refs), ("", ""))
+            if not name:
+                raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
+        else:
+            name = target = branch
+        if self.git("cat-file", "-e", target) is None:
+            quiet = ("--quiet", "--no-write-fetch-head", "--no-tags", "--no-auto-maintenance", "--refmap=")
+            if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
+                raise TargetError(self.why())
+        return target, local
+
+    def look(self, branch: str) -> dict[str, Any]:
+        """From what is checked out now to what `branch` means on the remote, and what stands in the way."""
+        head = (self.git("rev-parse", "--verify", "HEAD") or "").strip()
+        if not head:
+            raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
+        found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
+        found["branch"] = (self.git("branch", "--show-current") or "").strip() or None
+        dirty = self.paths("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
+        found["dirty"] = [line[3:] for line in dirty]
+        try:
+            target, local = self.find_target(branch)
+        except UpdaterError as problem:
+            return found | {"refused": [problem.what], "exit": problem.exit_code}
+        if local and (ahead := int(self.git("rev-list", "--count", f"{target}..{local}") or 0)):
+            found["diverged"] = self.git("merge-base", "--is-ancestor", target, local) is None
+            if found["diverged"]:
+                found["refused"].append(f"the local branch has {ahead} commits that the remote has not")
+            else:
+                target = local
+                found["warnings"].append(f"{ahead} commits of this host are not on the remote; they stay")
+        range_ = f"{head}..{target}"
+        found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
+        found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
+        subjects = self.git("log", "--format=%h %s", f"--max-count={PLAN_ROWS}", range_, "--") or ""
+        self.compare(found, [commit for commit in (head, local, target) if commit])
+        return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
+
+    def compare(self, found: dict[str, Any], stops: Sequence[str]) -> None:
+        """Which files change on the way from commit to commit, and which of them git would refuse to overwrite."""
+        diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
+        found["changed"] = self.paths(*diff, stops[0], stops[-1])
+        touched, added = set(found["changed"]), set[str]()
+        for one, two in itertools.pairwise(stops):
+            touched.update(self.paths(*diff, one, two))
+            added.update(self.paths(*diff, "--diff-filter=A", one, two))
+        there = sorted(path for path in added if os.path.lexists(self.repo / path))[:PLAN_ROWS]
+        untracked = self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there) if there else []
+        found["in_the_way"] = sorted(touched.intersection(found["dirty"])) + untracked
+        found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
+        if found["in_the_way"]:
+            names = ", ".join(found["in_the_way"][:PLAN_ROWS])
+            found["refused"].append(f"local changes are in the way of the incoming commits: {names}")
+
+
+def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """What deploying `branch` would do here: what arrives, what is in the way, what would run."""
+    address, branch = args.get("address"), str(args.get("branch"))
+    if problem := valid_branch_problem(branch):
+        raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+    rule, repo = agent.rule_and_repo(address)
+    outlook = Outlook(repo, rule)
+    found = outlook.look(branch)
+    path, name = agent.config.path, ""
+    with suppress(ValueError):  # another drive of Windows
+        name = os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")
+    if name in found.get("changed", ()):
+        try:  # what runs comes from the configuration that arrives
+            text = outlook.git("show", f"{found['target']}:{name}")
+            if text is None:
+                raise ConfigError(f"there is no {name} in {found['target'][:7]}")
+            rule = host_rule(parse_config(text, name, path.suffix.removeprefix(".")), address, socket.gethostname())
+        except ConfigError as wrong:
+            found["refused"].append(wrong.what)
+    elif agent.config.problem:
+        found["refused"].append(agent.config.problem)
+    for name in ("changed", "dirty", "in_the_way"):
+        paths = found.get(name, [])
+        found |= {f"{name}_count": len(paths), name: [path[:300] for path in paths[:PLAN_ROWS]]}
+    if FileLock.held_elsewhere(agent.state.job_lock):
+        found["busy"] = (read_json(agent.state.current_file) or {}).get("run")
+    with suppress(OSError):
+        found["disk_free_bytes"] = shutil.disk_usage(repo).free
+    return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
+
+
+def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
+    """Where HAProxy sends the traffic; only its own host knows."""
+    rule = agent.config.config.haproxy
+    return look_at_traffic(rule) if rule else {"active": None, "servers": {}, "warnings": []}
+
+
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
-QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {"status": Agent.tell_status}
+QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
+    "status": Agent.tell_status, "plan": tell_plan, "health": Agent.tell_health, "traffic": tell_traffic,
+    "traffic is": Agent.take_traffic,
+}  # fmt: skip
 
 
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
@@ -3756,24 +5723,26 @@ class Dialer:
     ) -> None:
         self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
         self.config_changed = asyncio.Event()
-        self.trouble = ""
+        self.said: set[str] = set()  # what went wrong since the last welcome
+        self.trouble = ""  # the last of it
         self.welcome: Welcome | None = None
-        self.link: Link | None = None
-        self.url = ""
+        self.url = ""  # of the master that is connected
 
     async def dial_forever(self) -> None:
         attempt = 0
         while True:
-            url = self.agent.config.config.master_url
             refused = False
-            try:
-                await self.dial(url)
-            except RefusedError as problem:
-                refused = True
-                self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
-            except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
-                what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
-                self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
+            for url in self.urls():
+                try:
+                    await self.dial(url)
+                except RefusedError as problem:
+                    refused = True
+                    self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
+                except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
+                    what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
+                    self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
+                if self.welcome:
+                    break
             if self.welcome:
                 attempt, self.welcome = 0, None
             else:
@@ -3784,15 +5753,15 @@ class Dialer:
                 async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
                     await self.config_changed.wait()
 
-    def on_config(self) -> None:
-        """New settings: try again at once, and leave a master that is no longer the one."""
-        self.config_changed.set()
-        if self.link and self.url != str(self.agent.config.config.master_url):
-            self.link.wire.abort()
+    def urls(self) -> list[MasterUrl]:
+        """The master that the configuration names, then the one that welcomed this host last."""
+        last = self.agent.state.last_master_url()
+        return list(dict.fromkeys([self.agent.config.config.master_url, *([last] if last else [])]))
 
     def say(self, text: str) -> None:
-        if text != self.trouble:
-            self.trouble = text
+        self.trouble = text
+        if text not in self.said:
+            self.said.add(text)
             log.warning("%s", text)
 
     async def dial(self, url: MasterUrl) -> None:
@@ -3800,21 +5769,23 @@ class Dialer:
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidHandshake, InvalidStatus
 
+        config, tree = self.agent.config.config, work_tree(self.agent.config.path)
+        options = CLIENT_OPTIONS | client_tls(config, tree, str(url))
+        token = self.agent.config.token()
         try:
-            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **CLIENT_OPTIONS)
+            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **options)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except InvalidHandshake as problem:
             raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
         async with connection:
             link = Link(SocketWire(connection), squeeze=True)
-            await link.wire.send(encode_message(self.agent.hello()))
-            async with asyncio.timeout(WELCOME_S):
-                self.welcome = self.read_welcome(await link.wire.recv())
-            self.trouble = ""
+            self.welcome = await greet(link.wire, self.agent.hello(), token)
+            self.said.clear()
+            self.agent.state.save_master_url(url)
             log.info("welcomed by the master at %s as %s", url, self.welcome.label)
             self.on_welcome(self.welcome.label)
-            self.link, self.url = link, str(url)
+            self.url = str(url)
             try:
                 await self.agent.serve_link(link)
             except* (EOFError, OSError):
@@ -3822,17 +5793,8 @@ class Dialer:
             except* ProtocolError as group:
                 log.error("the master sent what is no part of the protocol: %s", next(iter_leaves(group)))
             finally:
-                self.link = None
+                self.url = ""
             self.say("the connection to the master ended; trying again until it answers")
-
-    @staticmethod
-    def read_welcome(frame: str | bytes) -> Welcome:
-        message = decode_message(frame) if isinstance(frame, str) else None
-        if isinstance(message, Refuse):
-            raise RefusedError(message.what, message.hint)
-        if not isinstance(message, Welcome):
-            raise ProtocolError("no welcome from the master")
-        return message
 
 
 def refusal(status: int, body: bytes) -> UpdaterError:
@@ -3840,7 +5802,7 @@ def refusal(status: int, body: bytes) -> UpdaterError:
     text = body.decode(errors="replace").strip()
     if status == 403:
         what, _, hint = text.partition("\n")
-        return RefusedError(f"the master refused us: {what}", hint)
+        return RefusedError(f"{REFUSED_US}: {what}", hint)
     return UnreachableError(f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?")
 
 
@@ -3919,20 +5881,103 @@ class AgentLink:
 QUESTION_NUMBERS = itertools.count(1)
 
 
+_whitelist = functools.lru_cache(maxsize=8)(Whitelist)  # parsed once, not by every stranger who knocks
+
+
+class Handout:
+    """The program that this master runs, which it hands out to new hosts and to `upgrade`; none in a checkout."""
+
+    def __init__(self) -> None:
+        self.program, self.sha256 = b"", ""
+        self.downloads: set[Any] = set()
+
+    def load(self, sha256: str) -> None:
+        """Read the file, unless it is no longer the one that runs here and has this checksum."""
+        if (file := program_file()) and sha256_of(file) == sha256:
+            self.program, self.sha256 = file.read_bytes(), sha256
+
+    def respond(self, connection: Any, *, whole: bool) -> Any:
+        """The program as an HTTP answer, or only its checksum."""
+        if not self.program:
+            return connection.respond(404, "this master does not run from a .pyz, and has none to hand out\n")
+        if not whole:
+            return connection.respond(200, f"{self.sha256}  {PROGRAM_NAME}\n")
+        self.downloads = {other for other in self.downloads if other.state.name != "CLOSED"}
+        if len(self.downloads) >= DOWNLOADS:
+            return connection.respond(503, "others are downloading; try again in a few seconds\n")
+        self.downloads.add(connection)
+        connection.allow(DOWNLOAD_S)
+        answer = connection.respond(200, "")
+        for name, value in {"Content-Type": "application/octet-stream", "Content-Length": len(self.program)}.items():
+            del answer.headers[name]
+            answer.headers[name] = str(value)
+        answer.body = self.program
+        return answer
+
+    def offer(self, config: ConfigFile) -> dict[str, Any]:
+        """What an upgrade's hosts are to install, if the committed configuration accepts it. Raises UpdaterError."""
+        if not self.program:
+            raise UsageError("the master does not run from a .pyz, and has none to hand out", "serve from a built one")
+        if (config.config.updater.sha256 or "").lower() != self.sha256:
+            raise ConfigError(f"{config.path} does not accept the master's program", accept_hint(self.sha256))
+        return {"sha256": self.sha256, "version": __version__}
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
     def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
         self.config, self.own_address, self.nonce = config, own_address, nonce
         self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
+        self.handout = Handout()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
+        self.handshakes: Counter[str] = Counter()  # begun and not judged
+        self.token_file = config.config.token_file
+        tls = config.config.master_url.secure and config.config.tls.cert
+        self.certificate = Certificate(config) if tls else None
+
+    def connection_class(self) -> Any:
+        """A server connection that can't keep others out by beginning handshakes and not ending them."""
+        from websockets.asyncio.server import ServerConnection
+
+        door = self
+
+        class Guarded(ServerConnection):
+            def connection_made(self, transport: Any) -> None:
+                super().connection_made(transport)
+                self.peer = host_key((self.remote_address or ("",))[0])
+                config = door.config.config
+                known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
+                self.among = self.peer if any(verdict.allowed for verdict in known) else ""
+                door.handshakes[self.among] += 1
+                most = HANDSHAKES if self.among else STRANGERS
+                self.one_too_many = door.handshakes[self.among] > most
+                if self.one_too_many:
+                    door.log_refusal(self.among or "strangers", f"more than {most} handshakes at once")
+                    transport.abort()
+
+            async def handshake(self, *args: Any, **options: Any) -> None:
+                try:
+                    async with asyncio.timeout(WELCOME_S) as self.patience:
+                        await super().handshake(*args, **options)
+                finally:
+                    door.handshakes[self.among] -= 1
+                    if self.request is None and not self.one_too_many:
+                        door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
+
+            def allow(self, seconds: float) -> None:
+                """More time, for a download."""
+                self.close_timeout = seconds
+                self.patience.reschedule(self.loop.time() + seconds)
+
+        return Guarded
 
     def judge_request(self, connection: Any, request: Any) -> Any:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
         config = self.config.config
         peer = canonical_address(connection.remote_address[0])
-        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), Whitelist(config.trusted_proxies))
-        verdict = Whitelist(config.whitelist).verdict(address)
+        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), _whitelist(config.trusted_proxies))
+        verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
             return self.refuse(connection, address, verdict.reason, f"add {address} to the whitelist in git")
         hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
@@ -3941,7 +5986,13 @@ class Door:
             return self.refuse(connection, address, "the Host header names another server", "use serverNames")
         if origin is not None and not (allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]):
             return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
-        if request.path.partition("?")[0] != config.master_url.path:
+        if list(self.sockets.values()).count(address) >= CONNECTIONS:
+            return self.refuse(connection, address, f"more than {CONNECTIONS} connections", "close some")
+        path = request.path.partition("?")[0]
+        program = f"{config.master_url.path.rstrip('/')}/{PROGRAM_NAME}"
+        if path in (program, f"{program}.sha256"):
+            return self.handout.respond(connection, whole=path == program)
+        if path != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         connection.estelle_address = address
         return None
@@ -3954,22 +6005,60 @@ class Door:
         return answer
 
     def log_refusal(self, address: str, reason: str) -> None:
-        """Once per address and minute, with a count: a flood must not become a flood of lines."""
-        began, count = self.refused.get(address, (0.0, 0))
-        now = time.monotonic()
-        if not began or now - began > 60:
-            log.warning("refused %s: %s%s", address, reason, f" ({count} more times)" if count else "")
-            began, count = now, -1
-        if len(self.refused) > REFUSED_KEPT:
-            self.refused.clear()
-        self.refused[address] = (began, count + 1)
+        """Once per address and minute, then a count: a flood must not become a flood of lines."""
+        if address not in self.refused and len(self.refused) >= REFUSED_KEPT:
+            address = "others"
+        began, count = self.refused.get(address, (time.monotonic(), -1))
+        if count < 0:
+            log.warning("refused %s: %s", address, reason)
+        self.refused[address] = began, count + 1
+
+    def look(self) -> None:
+        """Once a second: how often those were refused whose minute is over, and whether the certificate changed."""
+        for address, (began, count) in list(self.refused.items()):
+            if time.monotonic() - began > 60:
+                del self.refused[address]
+                if count:
+                    log.warning("refused %s %d more times within a minute", address, count)
+        if self.certificate:
+            self.certificate.look()
+
+    async def check_token(self, link: Link, hello: Hello, address: str) -> str:
+        """Have whoever said hello prove that it knows the token, if there is one: our own proof, for the welcome.
+
+        Raises RefusedError.
+        """
+        try:
+            token = self.config.token()
+        except ConfigError as problem:
+            log.error("%s", problem.what)
+            raise RefusedError("the master can't read its own token", "see the master's log") from None
+        if token is None:
+            return ""
+        challenge = os.urandom(16).hex()
+        await link.wire.send(encode_message(Challenge(challenge)))
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                frame = await link.wire.recv()
+        except (EOFError, TimeoutError):
+            self.log_refusal(address, "it did not prove that it knows the token")
+            raise
+        answer = decode_message(frame) if isinstance(frame, str) else None
+        if not (
+            isinstance(answer, Proof) and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
+        ):
+            raise RefusedError("the token is not the master's (the address is allowed)", _TOKEN_HINT)
+        return make_proof(token, "master", hello, challenge, answer.nonce)
 
     def drop_disallowed(self) -> None:
-        """After the configuration changed: whoever is no longer on the list is cut off."""
-        whitelist = Whitelist(self.config.config.whitelist)
+        """After the configuration changed: who is no longer on the list, or has not proven this token, is cut off."""
+        whitelist = _whitelist(self.config.config.whitelist)
+        unproven, self.token_file = self.token_file != self.config.config.token_file, self.config.config.token_file
         for socket, address in list(self.sockets.items()):
-            if not whitelist.verdict(address).allowed:
-                log.warning("dropped %s: no longer on the whitelist", address)
+            if unproven or not whitelist.verdict(address).allowed:
+                log.warning(
+                    "dropped %s: %s", address, "tokenFile changed" if unproven else "no longer on the whitelist"
+                )
                 socket.transport.abort()
 
 
@@ -3982,6 +6071,8 @@ class Registry:
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, AgentLink] = {}
         self.down_since: dict[str, float] = {}
+        self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     def recover(self) -> None:
         """After a start: the known hosts, none of them connected yet."""
@@ -4007,16 +6098,19 @@ class Registry:
         return name
 
     def register(self, hello: Hello, address: str) -> None:
-        """Remember a host that is welcomed."""
+        """Remember a host that is welcomed. Raises RefusedError where one address has been too many machines."""
+        here = [known for known in self.machines.values() if known.address == address]
+        if hello.machine not in self.machines and len(here) >= MACHINES:
+            raise RefusedError(f"{address} has been {MACHINES} machines already", "forget those that are retired")
+        version, platform = (re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform))
         known = Machine(
-            hello.machine, address, self.host_name(hello.machine, address, hello.name), hello.version, hello.platform,
-            time.time(),
-        )  # fmt: skip
+            hello.machine, address, self.host_name(hello.machine, address, hello.name), version, platform, time.time()
+        )
         self.machines[hello.machine] = known
         self.save()
 
-    def hosts(self) -> list[HostRef]:
-        """Every host of the fleet with its label, the master's own first."""
+    def hosts(self, everyone: bool = False) -> list[HostRef]:
+        """Every host of the fleet with its label, the master's own first; `everyone`: as if all took deployments."""
         known = [machine for machine in self.machines.values() if not machine.forgotten]
         known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
         labels = assign_labels([(host.address, host.name, host.machine) for host in known])
@@ -4024,12 +6118,32 @@ class Registry:
         for label, host in zip(labels, known, strict=True):
             rule = host_rule(self.config.config, host.address, host.name)
             online = host.machine in self.agents
-            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, rule.deploy))
+            deploys = rule.deploy or everyone
+            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys))
         return hosts
+
+    def check_adoption(
+        self, machine: str, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
+    ) -> None:
+        """Keep an agent from filling the history with runs that nobody ordered here, and from writing what looks like,
+        or is, the file of another of the run's `hosts`. Raises ProtocolError."""
+        others = [host.label for host in self.hosts() if host.machine != machine]
+        taken = {file_label(label).casefold() for label in (*others, *hosts)}
+        if file_label(job.host).casefold() in taken or not (job.host.isprintable() and 0 < len(job.host) <= 200):
+            raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
+        now = time.time()
+        latest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now + 86400))
+        if job.run > latest or not 0 <= job.created < now + 86400:
+            raise ProtocolError(f"run {job.run} is of the future")
+        still = sum(not run.nonce and machine in run.machines.values() for run in open_runs)
+        recent = self.adopted.setdefault(machine, deque([0.0] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR))
+        if still >= ADOPTED_OPEN or recent[0] > now - 3600:
+            raise ProtocolError(f"too many runs that nobody ordered here: {job.run} is not recorded")
+        recent.append(now)
 
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
-        hosts = select_targets(target, [replace(host, deploys=True) for host in self.hosts()])
+        hosts = select_targets(target, self.hosts(everyone=True))
         if online := [host.label for host in hosts if host.online]:
             what = f"{', '.join(online)} is online and would only come back"
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
@@ -4037,6 +6151,66 @@ class Registry:
             self.machines[host.machine].forgotten = True
         self.save()
         return [host.label for host in hosts]
+
+    async def ask_traffic(self) -> dict[str, Any]:
+        """Where HAProxy sends the traffic, as its host says now; `active` is None where that is not known."""
+        rule = self.config.config.haproxy
+        if rule is None:
+            return {"active": None, "servers": {}, "warnings": []}
+        key, answer = host_key(rule.host), None
+        for host in self.hosts():
+            if key in (host.address, host_key(host.name)) and (agent := self.agents.get(host.machine)):
+                answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
+        if answer and "servers" in answer:
+            return answer
+        why = (answer or {}).get("error") or f"{rule.host} is offline or does not answer"
+        return {"active": None, "servers": {}, "warnings": [f"nobody knows where the traffic goes: {why}"]}
+
+    async def check_health(self, hosts: Sequence[HostRef]) -> list[dict[str, Any]]:
+        """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does not answer fails."""
+        patience_s = checks_take_s(self.config.config.health) + FACTS_S
+
+        async def ask(host: HostRef) -> list[dict[str, Any]]:
+            agent = self.agents.get(host.machine)
+            answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
+            why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
+            silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
+            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            return [
+                {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
+                 "detail": str(row.get("detail"))}
+                for row in found
+            ]  # fmt: skip
+
+        return [row for rows in await asyncio.gather(*map(ask, hosts)) for row in rows]
+
+    async def active_for(self, target: str) -> str | None:
+        """The colour that has the traffic, where TARGET needs to know."""
+        words = {part.strip() for part in target.split(",")}
+        if not words & {"active", "standby"}:
+            return None
+        traffic = await self.ask_traffic()
+        if traffic["active"] is None:
+            why = "; ".join(traffic["warnings"]) or "there is no [haproxy] in the configuration"
+            raise TargetError(f"nobody knows which host is {target}", why)
+        return str(traffic["active"])
+
+    def on_traffic_step(self, agent: AgentLink, job: JobRecord) -> None:
+        """A job waits for the master's word on the traffic."""
+        task = asyncio.ensure_future(self.tell_traffic(agent, job))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
+        """Tell a job that waits for it whether its host is active or standby, once that is known."""
+        color = next((host.color for host in self.hosts() if host.machine == job.machine), None)
+        ends = time.monotonic() + TRAFFIC_S
+        while time.monotonic() < ends and self.agents.get(job.machine) is agent:
+            if active := (await self.ask_traffic())["active"]:
+                role = "active" if color == active else "standby"
+                await agent.ask("traffic is", {"run": job.run, "host": job.host, "at": job.revision, "is": role})
+                return
+            await asyncio.sleep(TICK_S)
 
 
 class Master:
@@ -4049,14 +6223,21 @@ class Master:
         self.agents = self.registry.agents
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
+        self.plans: dict[str, Plan] = {}
+        self.tell: Callable[[Run, JobRecord], None] = lambda run, job: None  # people want to know how a job ended
+        self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
+        self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.started = time.time()
 
     def recover(self) -> None:
         """After a start: the known hosts, and the runs that are not over."""
         self.registry.recover()
-        for run in self.state.run_ids():
-            if (found := self.load(run)) and found.active:
-                self.runs[run] = found
+        for row in reversed(self.state.rows()):
+            self.nonces |= {row["nonce"]: row["run"]} if row.get("nonce") else {}
+            for job in row["hosts"]:
+                self.remember(row["machines"].get(job["host"], ""), {"run": row["run"], "kind": row["kind"], **job})
+            if not row["over"] and (found := self.load(row["run"])) and found.active:
+                self.runs[row["run"]] = found
                 for job in list(found.jobs.values()):
                     self.expire(found, job, self.started)
 
@@ -4068,30 +6249,31 @@ class Master:
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
-            hello = decode_message(frame) if isinstance(frame, str) else None
+            hello = decode_message(frame) if isinstance(frame, str) and len(frame) <= HELLO_BYTES else None
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
-            if not hello.protocol or not min(hello.protocol) <= PROTOCOL <= max(hello.protocol):
-                raise ProtocolError(f"this master speaks protocol {PROTOCOL}; upgrade the older side")
-            if hello.role == "agent":
-                await self.serve_agent(link, hello, address)
-            elif hello.role == "commander":
-                await Desk(self).serve_commander(link, hello, address)
-            else:
+            common_protocol(hello.protocol)
+            if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
+            proof = await self.door.check_token(link, hello, address)
+            if hello.role == "agent":
+                await self.serve_agent(link, hello, address, proof)
+            else:
+                await Desk(self).serve_commander(link, hello, address, proof)
         except* (EOFError, TimeoutError):
             pass
-        except* ProtocolError as group:
-            reason = str(next(iter_leaves(group)))
-            log.warning("%s sent what is no part of the protocol: %s", address, reason)
+        except* (ProtocolError, RefusedError) as group:
+            problem = next(iter_leaves(group))
+            assert isinstance(problem, UpdaterError)
+            self.door.log_refusal(address, problem.what)
             with suppress(EOFError):
-                await link.wire.send(encode_message(Refuse(reason)))
+                await link.wire.send(encode_message(Refuse(problem.what[:1000], problem.hint, problem.exit_code)))
                 await socket.close()
         finally:
             link.wire.abort()
             del self.door.sockets[socket]
 
-    async def serve_agent(self, link: Link, hello: Hello, address: str) -> None:
+    async def serve_agent(self, link: Link, hello: Hello, address: str, proof: str = "") -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
@@ -4114,7 +6296,8 @@ class Master:
         self.registry.down_since.pop(hello.machine, None)
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
-        link.post(Welcome(PROTOCOL, __version__, address, label, self.nonce, list(FEATURES)))
+        protocol = common_protocol(hello.protocol)
+        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof, time.time()))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
             for run in self.runs.values():
@@ -4128,12 +6311,13 @@ class Master:
                     try:
                         self.receive_from_agent(agent, frame)
                     except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
-                        log.warning("a message of %s failed: %s", label, problem)
+                        self.door.log_refusal(f"a message of {label}", str(problem))
                         link.post(Refuse(str(problem)[:1000]))
         finally:
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
                 self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
+                self.registry.save()
                 log.warning("agent %s is offline", label)
                 for run in self.runs.values():
                     run.tell(hello.machine, "no connection; what runs there goes on")
@@ -4156,6 +6340,8 @@ class Master:
         message = decode_message(frame)
         match message:
             case JobRecord():
+                if len(frame) > RECORD_BYTES:
+                    raise ProtocolError("a job's state of more than 64 KiB")
                 self.on_job(agent, message)
             case Log():
                 self.on_log(agent, message)
@@ -4168,7 +6354,7 @@ class Master:
                 if future and not future.done():
                     future.set_result(message.result)
             case Refuse():
-                log.warning("%s says: %s", agent.address, message.what)
+                self.door.log_refusal(f"by {agent.address}", message.what[:1000])
             case _:
                 raise ProtocolError(f"an agent can't say {VERB_OF[type(message)]}")
 
@@ -4206,6 +6392,8 @@ class Master:
         """A host's word about its job. A result counts once its log is here."""
         found = self.load(job.run)
         if found is None or (not found.record.nonce and job.host not in found.record.machines):
+            open_runs = [run.record for run in self.runs.values() if run.active]
+            self.registry.check_adoption(agent.hello.machine, job, found.record.hosts if found else [], open_runs)
             self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
@@ -4216,6 +6404,8 @@ class Master:
             self.settle(run, job.host)
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
+        if job.step == TRAFFIC_STEP and job.state is State.RUNNING:
+            self.registry.on_traffic_step(agent, job)
         self.drop_idle(run)
 
     def adopt(self, run: Run | None, job: JobRecord) -> None:
@@ -4237,6 +6427,9 @@ class Master:
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
         run = self.own_job(agent, message.run, message.host)
+        job = run.jobs[message.host]
+        if job.state in FINAL and not job.provisional and message.host not in run.held:
+            return  # complete: nobody adds to it
 
         def grew(size: int) -> None:
             if (inbound := agent.link.inbound(message.channel)) and inbound.closed:
@@ -4255,7 +6448,10 @@ class Master:
         size = log_size(path)
         if job is None or (size < job.size and host not in run.torn):
             return
-        if accepts_job(run.jobs[host], job):
+        accepted = accepts_job(run.jobs[host], job)
+        if accepted or run.jobs[host].state is job.state:  # known already: perhaps it was never told
+            self.tell(run, job)
+        if accepted:
             sync_file(path)
             if not self.record(run, replace(job, size=size), durable=True):
                 return  # the host keeps it until there is room
@@ -4280,16 +6476,25 @@ class Master:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
                 if durable and job.state in FINAL and job.revision:
                     return False
+        if job.machine != self.machine:  # its own agent says so already
+            log.job(run.jobs[job.host], job)
         run.jobs[job.host] = job
+        self.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
         for follower in run.followers:
             follower.post(job)
             follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
         return True
 
+    def remember(self, machine: str, job: dict[str, Any]) -> None:
+        """How a host's newest deployment ended, for `status`; not what never reached the host."""
+        if job["state"] in FINAL and job["seconds"] is not None and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK):
+            self.last[machine] = job
+
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
         size = log_size(self.state.log_file(job.run, job.host))
         job = replace(job, behind=None, state=state, error=error, provisional=guess, size=size, ended=time.time())
+        self.tell(run, job)
         self.record(run, job, durable=True)
 
     def drop_idle(self, run: Run) -> None:
@@ -4298,16 +6503,20 @@ class Master:
 
     # The queue
 
-    def submit(self, message: Submit, by: str) -> RunRecord:
+    def submit(self, message: Submit, by: str, active: str | None = None) -> RunRecord:
         """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
-        if found := self.load(message.run):
+        if not message.nonce:  # it says that a run was ordered here
+            raise UsageError("a run needs a nonce")
+        if found := self.load(self.nonces.get(message.nonce, message.run)):
             if found.record.nonce != message.nonce:
                 raise UpdaterError(f"the run id {message.run} is taken", "try again")
             return found.record
         for branch in (message.branch, *message.commits.values()):
             if problem := valid_branch_problem(branch):
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
-        hosts = select_targets(message.target, self.registry.hosts())
+        deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
+        hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
+        expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
@@ -4317,10 +6526,11 @@ class Master:
         record = RunRecord(
             message.run, message.nonce, message.kind, message.target, message.branch, [host.label for host in hosts],
             {host.label: host.machine for host in hosts}, {host.label: host.address for host in hosts}, time.time(),
-            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options,
+            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options | expects,
             commits=message.commits,
         )  # fmt: skip
         self.state.save_run(record)
+        self.nonces[record.nonce] = record.run
         run = self.runs[record.run] = Run(record, {label: job_of_run(record, label) for label in record.hosts})
         for job in run.jobs.values():
             self.record(run, job)
@@ -4330,6 +6540,13 @@ class Master:
         self.replace_queued(run)
         asyncio.get_running_loop().call_soon(self.schedule)
         return record
+
+    def require_free(self, hosts: Sequence[HostRef]) -> None:
+        """Raises GuardError where a job runs or waits on one of `hosts`."""
+        machines = {host.machine for host in hosts}
+        for job in (job for run in self.runs.values() for job in run.jobs.values()):
+            if job.machine in machines and job.state not in FINAL:
+                raise GuardError(f"{job.host} has a {job.state} job: {job.run}", f"wait for it, or cancel {job.run}")
 
     def replace_queued(self, new: Run) -> None:
         """A newer request for the same branch takes the place of one that still waits."""
@@ -4367,12 +6584,14 @@ class Master:
         job = run.jobs[message.host]
         if job.state is State.QUEUED:
             self.busy[agent.hello.machine] = time.monotonic() + BUSY_RETRY_S
-            self.record(run, replace(job, ordered=False, behind=message.behind or None))
+            behind = message.behind if valid_run_id(message.behind) else None
+            self.record(run, replace(job, ordered=False, behind=behind))
 
     async def tick_forever(self) -> None:
         """Once a second while a run is active: what has waited too long."""
         while True:
             await asyncio.sleep(TICK_S)
+            self.door.look()
             for run in list(self.runs.values()):
                 for job in list(run.jobs.values()):
                     self.expire(run, job, time.time())
@@ -4425,15 +6644,27 @@ class Master:
         return run.record
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a plan was asked and what it found, to tell later whether that still holds."""
+
+    made: float
+    request: dict[str, str]
+    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then, traffic
+
+
 class Desk:
     """What a commander can ask of the master."""
 
     def __init__(self, master: Master) -> None:
         self.master = master
+        self.open = 0  # questions
 
-    async def serve_commander(self, link: Link, hello: Hello, address: str) -> None:
+    async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
-        link.post(Welcome(PROTOCOL, __version__, address, "", self.master.nonce, list(FEATURES)))
+        log.debug("%s connects from %s", hello.name, address)
+        protocol = common_protocol(hello.protocol)
+        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof, time.time()))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -4444,10 +6675,8 @@ class Desk:
                         self.receive_from_commander(group, link, message, address, hello)
                     except ProtocolError:
                         raise
-                    except UpdaterError as problem:
-                        link.post(Refuse(problem.what, problem.hint, problem.exit_code))
-                    except OSError as problem:
-                        link.post(Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}"))
+                    except (UpdaterError, OSError) as problem:
+                        link.post(self.refuse(problem))
         finally:
             for run in list(self.master.runs.values()):
                 run.followers.discard(link)
@@ -4459,7 +6688,7 @@ class Desk:
         by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
         match message:
             case Submit():
-                link.post(self.master.submit(message, by))
+                self.start(group, link, self.submit(message, by))
             case Follow():
                 self.follow(link, message)
             case Have():
@@ -4467,7 +6696,7 @@ class Desk:
             case Cancel():
                 link.post(self.master.cancel(message.run, by))
             case Ask():
-                group.create_task(self.answer(link, message))
+                self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
 
@@ -4476,40 +6705,114 @@ class Desk:
         run = self.master.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
-        chosen = set(run.record.hosts)
-        if message.target:
-            names = {host.machine: host for host in self.master.registry.hosts()}
-            refs = [
-                replace(names[machine], label=label, deploys=True)
-                if machine in names
-                else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
-                for label, machine in run.record.machines.items()
-            ]
-            chosen = {host.label for host in select_targets(message.target, refs)}
+        chosen = self.choose(run, message.target)
         self.master.runs[message.run] = run
         run.followers.add(link)
-        link.post(replace(run.record, hosts=[host for host in run.record.hosts if host in chosen]))
-        for host in run.record.hosts:
-            if host in chosen:
-                job = run.jobs[host]
-                size = log_size(self.master.state.log_file(message.run, host))
-                link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
-                link.open_log(message.run, host, self.master.state.log_file(message.run, host))
+        link.post(replace(run.record, hosts=chosen))
+        for host in chosen:
+            job = run.jobs[host]
+            size = log_size(self.master.state.log_file(message.run, host))
+            link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
+            link.open_log(message.run, host, self.master.state.log_file(message.run, host))
 
-    async def answer(self, link: Link, ask: Ask) -> None:
-        """Questions of a commander, each of a fixed set."""
+    def choose(self, run: Run, target: str) -> list[str]:
+        """The hosts of a run that `target` means, by the labels that they had then. Raises UpdaterError."""
+        if not target:
+            return run.record.hosts
+        names = {host.machine: host for host in self.master.registry.hosts()}
+        refs = [
+            replace(names[machine], label=label, deploys=True)
+            if machine in names
+            else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
+            for label, machine in run.record.machines.items()
+        ]
+        chosen = {host.label for host in select_targets(target, refs)}
+        return [host for host in run.record.hosts if host in chosen]
+
+    def refuse(self, problem: UpdaterError | OSError) -> Refuse:
+        """A problem as the answer to the commander."""
+        if isinstance(problem, OSError):
+            return Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}")
+        return Refuse(problem.what, problem.hint, problem.exit_code)
+
+    def start(self, group: asyncio.TaskGroup, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
+        """Work on an answer that takes time. Raises UpdaterError where too many are open."""
+        if self.open >= QUESTIONS_OPEN:
+            answer.close()
+            raise UpdaterError(f"more than {QUESTIONS_OPEN} questions at once")
+        self.open += 1
+        group.create_task(self.reply(link, answer))
+
+    async def reply(self, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
+        """Post an answer that takes time, or why there is none."""
         try:
-            if ask.what not in DESK:
-                raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
-            link.post(Answer(ask.id, await DESK[ask.what](self, ask.args)))
-        except UpdaterError as problem:
-            link.post(Refuse(problem.what, problem.hint, problem.exit_code))
+            link.post(await answer)
+        except (UpdaterError, OSError) as problem:
+            link.post(self.refuse(problem))
+        finally:
+            self.open -= 1
+
+    async def submit(self, message: Submit, by: str) -> RunRecord:
+        """Start a run; whom it means may depend on the traffic of this moment, and whether it may start, on hosts."""
+        if message.kind in GATES and self.master.load(message.run) is None:
+            message = await GATES[message.kind](self, message)
+        return self.master.submit(message, by, await self.master.registry.active_for(message.target))
+
+    async def answer(self, ask: Ask) -> Answer:
+        """Questions of a commander, each of a fixed set."""
+        if ask.what not in DESK:
+            raise UpdaterError(f"this master can't answer {ask.what[:40]!r}", "upgrade the master")
+        return Answer(ask.id, await DESK[ask.what](self, ask.args))
+
+    async def traffic(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Where the traffic goes now."""
+        return await self.master.registry.ask_traffic()
+
+    async def health(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What the configured checks see on the hosts of TARGET, the data node included."""
+        target = str(args.get("target") or "all")
+        hosts = self.master.registry.hosts(everyone=True)
+        chosen = select_targets(target, hosts, await self.master.registry.active_for(target))
+        rows = await self.master.registry.check_health(chosen)
+        return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
-        """The newest runs."""
-        count = args.get("count")
+        """The newest runs, or what all of them together say."""
+        state, count = self.master.state, args.get("count")
+        if args.get("stats"):
+            return {"stats": await asyncio.to_thread(lambda: run_stats(state.rows()))}
         rows = min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
-        return {"runs": await asyncio.to_thread(self.master.state.history, rows)}  # thousands of files
+        return {"runs": await asyncio.to_thread(state.history, rows)}
+
+    async def log(self, args: dict[str, Any]) -> dict[str, Any]:
+        """How a run's jobs stand, and some text of each log: from an offset on, or its tail."""
+        name = str(args.get("run"))
+        if (run := self.master.load(name) if valid_run_id(name) else None) is None:
+            raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
+        hosts = self.choose(run, str(args.get("target") or ""))
+        offsets, room = args.get("offsets", {}), args.get("bytes", 0)
+        if not _fits("dict[str, int]", offsets) or not _fits("int", room):
+            raise UsageError("offsets are numbers by host, and bytes is a number")
+        share = max(0, min(room, CHUNK_BYTES)) // max(1, len(hosts))
+        rows = []
+        for host in hosts:
+            path, job = self.master.state.log_file(name, host), run.jobs[host]
+            size, done = log_size(path), job.state in FINAL
+            offset = max(0, size - share if args.get("tail") else offsets.get(host, 0))
+            data = read_log(path, offset, share)
+            if offset + len(data) < size or not done:  # whole lines, unless one alone is longer
+                data = data[: data.rfind(b"\n") + 1] or (data if len(data) == share else b"")
+            text = data.decode("utf-8", "replace")
+            rows.append({**job_summary(job), "text": text, "offset": offset + len(data), "size": size})
+        done = all(row["state"] in FINAL for row in rows)
+        return {
+            "run": name, "kind": run.record.kind, "target": run.record.target, "branch": run.record.branch,
+            "done": done, "ok": all(row["ok"] for row in rows) if done else None, "hosts": rows,
+        }  # fmt: skip
+
+    async def find(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The run that was started with a nonce, if there is one."""
+        return {"run": self.master.nonces.get(str(args.get("nonce")))}
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"forgotten": self.master.registry.forget(str(args.get("target")))}
@@ -4520,20 +6823,21 @@ class Desk:
 
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
-            return (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
-        answers = await asyncio.gather(*(facts(host) for host in hosts))
-        rows = [self.status_row(host, found) for host, found in zip(hosts, answers, strict=True)]
+        traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
+        rows = [self.status_row(host, found, traffic) for host, found in zip(hosts, answers, strict=True)]
         uptime = round(time.time() - self.master.started, 1)
         master = {
             "ip": self.master.own_address,
             "version": __version__,
             "uptime": uptime,
-            "problem": self.master.config.problem,
+            "problem": self.master.config.problem or getattr(self.master.door.certificate, "problem", None),
         }
-        return {"master": master, "hosts": rows}
+        return {"master": master, "hosts": rows, "warnings": traffic["warnings"]}
 
-    def status_row(self, host: HostRef, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def status_row(self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]) -> dict[str, Any]:
         runs = sorted(self.master.runs.values(), key=lambda run: run.record.created)  # the queue's order
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
@@ -4542,7 +6846,8 @@ class Desk:
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
             "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
-            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color, "traffic": None,
+            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color,
+            "traffic": traffic["servers"].get(host.color, {}).get("traffic"),
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
             "since": running.started if running else None,
@@ -4550,14 +6855,489 @@ class Desk:
             "link_down_since": self.master.registry.down_since.get(host.machine),
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
             "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
+            "last": self.master.last.get(host.machine),
             "problem": facts.get("problem"),
         }  # fmt: skip
 
 
+class Planner:
+    """Answers `plan`: what an order would do on each host, asked of all hosts at once."""
+
+    def __init__(self, desk: Desk, args: Mapping[str, Any]) -> None:
+        self.desk, self.master = desk, desk.master
+        words = ("action", "target", "branch", "to", "color")
+        self.request = {"action": "update", "target": "all"} | {key: str(args[key]) for key in words if args.get(key)}
+        self.branch, self.to = self.request.get("branch", ""), self.request.get("to", "")
+        self.action, self.target = self.request["action"], self.request["target"]
+        self.known = str(args.get("plan") or "")  # a plan that has to hold still
+
+    async def plan(self) -> dict[str, Any]:
+        """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
+        rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
+        now_and_then = ("machine", "current", "target", "traffic")
+        truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
+        return {
+            "plan": self.remember(truth), "branch": "", **self.request, "fresh_s": PLAN_FRESH_S,
+            "ok": not any(row["refused"] for row in rows), "hosts": rows,
+        }  # fmt: skip
+
+    async def look_at_traffic(self) -> list[dict[str, Any]]:
+        """The colours as they stand, and what a switch would be refused for."""
+        color, refused = self.request.get("color"), []
+        try:
+            await gate_switch(self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color}))
+        except GuardError as problem:
+            refused = [problem.what]
+        keys = ("host", "online", "color", "traffic", "version")
+        rows = [row for row in (await self.desk.status({}))["hosts"] if row["color"]]
+        return [{key: row[key] for key in keys} | {"current": row["commit"], "refused": refused} for row in rows]
+
+    async def look_at_hosts(self) -> list[dict[str, Any]]:
+        """What a deployment or a rollback would find on the hosts of the target."""
+        registry = self.master.registry
+        hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
+        if self.action == "update" and (problem := valid_branch_problem(self.branch)):
+            raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
+        past = await asyncio.to_thread(self.master.state.successes)
+        rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
+        if not any(row["online"] for row in rows):
+            raise TargetError(f"no host of {self.target} is online", "start its service")
+        return rows
+
+    def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
+        """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
+        plans, now = self.master.plans, time.monotonic()
+        for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
+            del plans[name]
+        if not self.known:
+            while len(plans) >= PLANS_KEPT:
+                del plans[next(iter(plans))]
+            name = os.urandom(8).hex()
+            plans[name] = Plan(now, self.request, truth)
+            return name
+        plan, hint = plans.get(self.known), "make a new plan, and look at it"
+        if plan is None:
+            raise GuardError(f"there is no fresh plan {self.known[:40]!r}", hint)
+        if plan.request != self.request:
+            raise GuardError(f"plan {self.known} is for something else: {' '.join(plan.request.values())}", hint)
+        if changed := [host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)]:
+            raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
+        return self.known
+
+    async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One host's row."""
+        agent = self.master.agents.get(host.machine)
+        times = [job["seconds"] for job in past if job["seconds"] is not None]
+        jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        row: dict[str, Any] = {
+            "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
+            "target": None, "why": None, "commits": 0, "leaving": 0, "subjects": [], "changed_count": 0, "changed": [],
+            "lock_file": False, "dirty_count": 0, "dirty": [], "in_the_way_count": 0, "in_the_way": [],
+            "diverged": False, "busy": None, "queued": [job.run for job in jobs if job.state is State.QUEUED],
+            "disk_free_bytes": None, "expected_s": sorted(times)[len(times) // 2] if times else None, "command": None,
+            "restart": [], "refused": [], "warnings": [],
+        }  # fmt: skip
+        if agent is None:
+            return row | {"refused": ["the host is offline"], "exit": TargetError.exit_code}
+        try:
+            branch = self.branch
+            if self.action == "rollback":
+                branch, row["why"] = await self.choose(agent, host, past)
+            answer = await agent.ask("plan", {"address": host.address, "branch": branch}, PLAN_S)
+            if answer is None:
+                raise UpdaterError(f"no answer within {PLAN_S:.0f} s")
+            if "error" in answer:
+                return row | {"refused": [str(answer["error"])], "exit": answer.get("exit")}
+        except UpdaterError as problem:
+            return row | {"refused": [problem.what], "exit": problem.exit_code}
+        return row | answer
+
+    async def choose(self, agent: AgentLink, host: HostRef, past: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+        """The commit to go back to, and why that one. Raises TargetError."""
+        commits = [job["commit"] for job in past]
+        if self.to:
+            found = {commit for commit in commits if commit.startswith(self.to)}
+            if len(found) == 1 or is_commit_id(self.to):
+                return (found or {self.to}).pop(), "as asked"
+            raise TargetError(f"{len(found) or 'no'} recorded successes have a commit {self.to[:80]!r}...")
+        current = ((await agent.ask("status", {"address": host.address})) or {}).get("commit")
+        if current is None:
+            raise UpdaterError("git does not say what is checked out")
+        if (index := decide_rollback(commits, current)) is None:
+            raise TargetError(f"no commit succeeded before {current[:7]}")
+        before = f"before {current[:7]} first did" if current in commits else f"{current[:7]} never did"
+        return commits[index], f"the newest that succeeded (run {past[index]['run']}); {before}"
+
+
+async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
+    """What an order would do."""
+    return await Planner(desk, args).plan()
+
+
 # What a commander may ask; the sections below add theirs.
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "status": Desk.status, "history": Desk.history, "forget": Desk.forget,
+    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
+    "health": Desk.health, "traffic": Desk.traffic,
+    "log": Desk.log, "find": Desk.find,
 }  # fmt: skip
+
+
+async def gate_switch(desk: Desk, order: Submit) -> Submit:
+    """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
+    Returns the order with its host and colour. Raises UpdaterError."""
+    master, registry, options = desk.master, desk.master.registry, order.options
+    rule, color = master.config.config.haproxy, options.get("color")
+    if color not in (*COLORS, "standby"):
+        raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
+    if rule is None:
+        raise UsageError("there is no [haproxy] in the configuration", "it says whose HAProxy has the traffic")
+    hosts = registry.hosts(everyone=True)
+    data = select_targets(rule.host, hosts)[0]
+    if not data.online:
+        raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
+    traffic = await registry.ask_traffic()
+    if not traffic["servers"]:
+        raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
+    files = {key: row["file"] for key, row in traffic["servers"].items()}
+    if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
+        color = next(key for key, role in files.items() if role == "backup")
+    free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
+    await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
+    if not options.get("dry_run"):
+        master.require_free([data, *(host for host in hosts if host.color)])
+    return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
+
+
+async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> None:
+    """Raise GuardError where a standby is not healthy, or has not the commit that was to take the traffic."""
+    hint = "repair it first; --force switches all the same"
+    for check in await desk.master.registry.check_health(standbys):
+        if not check["ok"]:
+            raise GuardError(f"{check['host']} is not healthy: {check['name']}: {check['detail']}", hint)
+    for host in standbys if commit else ():
+        agent = desk.master.agents.get(host.machine)
+        has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get("commit")
+        if has != commit:
+            raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
+
+
+async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
+    """The order with the program that the hosts are to install. Raises UpdaterError."""
+    master = desk.master
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    return replace(order, options=master.door.handout.offer(master.config))
+
+
+# What has to be asked before an order is accepted.
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+
+
+# ==============================================================================
+# 17. Notify: webhooks, sent from a spool on disk
+# ==============================================================================
+
+
+def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any]:
+    """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are masked."""
+    # with nothing after its gate and its check, it was a dry run, or the colour was active already
+    switched = job.kind is Kind.SWITCH and job.state is State.SUCCEEDED and len(job.marks) > 2
+    seconds = seconds_of(job)
+    facts = (
+        f"{job.kind} {job.branch} on {run.target}", f"by {run.by}" if run.by else "",
+        f"{seconds:.1f} s" if seconds is not None else "", f"commit {job.commit[:12]}" if job.commit else "",
+        job.version if job.version and job.state is not State.SUCCEEDED else "", f"run {job.run}",
+    )  # fmt: skip
+    deployed = job.kind in (Kind.DEPLOY, Kind.ROLLBACK) and job.started is not None
+    lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
+    return {
+        "event": "switched" if switched else str(job.state),
+        "title": f"[{job.host}] {'switched: ' if switched else ''}{result_text(job)}",
+        "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
+        "target": run.target, "branch": job.branch, "by": run.by,
+        "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
+        "log": [line[:NEWS_LINE_CHARS] for line in lines if line.strip()][-NEWS_LINES:],
+    }  # fmt: skip
+
+
+def news_text(form: str, news: Mapping[str, Any]) -> str:
+    """The message as a person reads it: as much of the log's end as the service takes."""
+    head = "\n".join(filter(None, (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))))
+    lines = list(news.get("log") or ())
+    while True:
+        text, end = head, "\n".join(lines)
+        if lines and form in ("slack", "discord"):
+            end = end.replace("```", "` ` `")
+            text = f"{head}\n```\n{end}\n```"
+        elif lines:
+            text = f"{head}\n\n{end}"
+        if form == "slack":
+            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # else <!channel> calls all
+        data = text.encode("utf-8", "replace")
+        if not lines or len(data) <= NEWS_BYTES[form]:
+            return data[: NEWS_BYTES[form]].decode("utf-8", "ignore")
+        del lines[0]
+
+
+def render_news(form: str, news: Mapping[str, Any], chat: str | None = None) -> tuple[dict[str, str], bytes]:
+    """Headers and body of the request that tells `news` in a service's own form."""
+    text = news_text(form, news)
+    headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
+    data: dict[str, Any]
+    match form:
+        case "slack":
+            data = {"text": text}
+        case "discord":
+            data = {"content": text, "allowed_mentions": {"parse": []}}
+        case "telegram":
+            data = {"chat_id": chat, "text": text, "disable_web_page_preview": True}
+        case "ntfy":
+            title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
+            headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
+            good = news["event"] in (State.SUCCEEDED, "switched")
+            return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
+        case _:
+            data = {**news, "text": text}
+    return headers, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def retry_after_s(text: str, now: float) -> float:
+    """What a receiver's Retry-After asks for: seconds, or a date; 0 where it asks for nothing that can be read."""
+    from email.utils import parsedate_to_datetime
+
+    with suppress(ValueError):
+        return max(0.0, min(float(text), RETRY_AFTER_S))
+    with suppress(ValueError, TypeError):
+        return max(0.0, min(parsedate_to_datetime(text).timestamp() - now, RETRY_AFTER_S))
+    return 0.0
+
+
+def receiver_id(rule: NotifyRule) -> str:
+    """Which messages wait for this receiver, whatever else changes in the configuration."""
+    identity = [rule.format, rule.url, rule.url_env, rule.url_file, rule.chat]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+
+
+def hook_url(rule: NotifyRule, tree: Path) -> str:
+    """Where to post. Raises UpdaterError, which never shows the URL: it is a secret."""
+    if rule.url_file:
+        path = tree / Path(rule.url_file).expanduser()
+        try:
+            url = path.read_text("utf-8-sig").strip()
+        except (OSError, ValueError) as problem:
+            raise UpdaterError(f"can't read urlFile {path}: {getattr(problem, 'strerror', 'it is no text')}") from None
+    else:
+        url = rule.url or os.environ.get(rule.url_env or "", "").strip()
+    try:
+        _url(url)
+    except _Wrong:
+        raise UpdaterError(f"{rule.url_file or rule.url_env} holds no http:// or https:// URL") from None
+    return url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage" if rule.format == "telegram" else url
+
+
+def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[str, float]:
+    """Send one message: what went wrong ("" if nothing did), without a word of the URL, and how long to wait at least.
+
+    A redirect is no delivery: it is not followed.
+    """
+    try:
+        headers, body = render_news(rule.format, news, rule.chat)
+        request = urllib_request.Request(hook_url(rule, tree), body, headers, method="POST")
+        opener = urllib_request.OpenerDirector()
+        for part in (urllib_request.ProxyHandler, urllib_request.HTTPHandler, urllib_request.HTTPSHandler):
+            opener.add_handler(part())
+        with opener.open(request, timeout=POST_S) as answer:
+            if 200 <= answer.status < 300:
+                return "", 0.0
+            return f"HTTP {answer.status}", retry_after_s(answer.headers.get("Retry-After", ""), time.time())
+    except UpdaterError as problem:
+        return problem.what, 0.0
+    except Exception as problem:  # its text may hold the URL
+        reason = getattr(problem, "reason", problem)
+        return str(getattr(reason, "strerror", None) or type(reason).__name__), 0.0
+
+
+@dataclass
+class Receiver:
+    """How it goes with one webhook, as long as this process lives."""
+
+    failures: int = 0
+    due: float = 0.0  # when to try again
+    sending: bool = False
+    tries: Counter[str] = field(default_factory=Counter)  # of each message: one that it never takes goes last
+
+
+class Notifier:
+    """Tells people what happened. One file per message and receiver, sent by a thread of its own that nobody waits for:
+    a receiver that is slow or gone delays nothing, and a message outlives the master.
+
+    A file ends as `.sent` and stays for a while, so that no event is told twice.
+    """
+
+    def __init__(self, master: Master) -> None:
+        self.master, self.folder = master, master.state.root / "notify"
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.traffic_file = self.folder / "traffic"
+        self.receivers: dict[str, Receiver] = {}
+        self.wake = asyncio.Event()
+        self.switched = False  # since the last look at the traffic
+        master.tell = self.tell_of_job
+
+    @property
+    def rules(self) -> tuple[NotifyRule, ...]:
+        return self.master.config.config.notify
+
+    @property
+    def tree(self) -> Path:
+        return work_tree(self.master.config.path)
+
+    def tell_of_job(self, run: Run, job: JobRecord) -> None:
+        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch its result."""
+        try:
+            self.switched |= job.kind is Kind.SWITCH
+            if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
+                path = self.master.state.log_file(job.run, job.host)
+                size = log_size(path)
+                end = read_log(path, max(0, size - CHUNK_BYTES), CHUNK_BYTES)
+                news = news_of_job(run.record, job, end)
+                self.tell(f"{job.run}-{job.host}-{job.state}", news)
+        except Exception as problem:
+            log.error("can't tell of run %s: %s", job.run, problem)
+
+    def tell(self, name: str, news: Mapping[str, Any], *rules: NotifyRule) -> None:
+        """Spool a message for those who want it, or for `rules`; each gets one of a name, and only one."""
+        for rule in rules or [rule for rule in self.rules if rule.wants(news["event"])]:
+            path = self.folder / f"{file_label(name)}.{receiver_id(rule)}.json"
+            if not path.exists() and not path.with_suffix(".sent").exists():
+                data = {"time": round(time.time(), 3), "master": self.master.own_address, **news}
+                write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+                self.wake.set()
+
+    async def send_forever(self) -> None:
+        """Send what is due, to each receiver one message after the other."""
+        while True:
+            self.wake.clear()
+            waiting = True
+            try:
+                waiting = self.send_due()
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't send messages: %s", problem)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S if waiting else None):
+                    await self.wake.wait()
+
+    def send_due(self) -> bool:
+        """Start what is due and forget what is no news any more; True while anything waits."""
+        rules = {receiver_id(rule): rule for rule in self.rules}
+        waiting: dict[str, list[tuple[float, Path]]] = {}
+        for path in self.folder.glob("*.json"):
+            waiting.setdefault(path.name.split(".")[-2], []).append((path.stat().st_mtime, path))
+        for key, found in waiting.items():
+            receiver = self.receivers.setdefault(key, Receiver())
+            found.sort()
+            old = [item for i, item in enumerate(found) if i < len(found) - NEWS_KEPT or time.time() - item[0] > NEWS_S]
+            if receiver.sending:
+                continue
+            for _, path in old:
+                log.warning("not delivered, and no news any more: %s", path.name)
+                path.unlink(missing_ok=True)
+            left = [path for when, path in found if (when, path) not in old]
+            if left and key in rules and time.monotonic() >= receiver.due:
+                self.send(receiver, rules[key], min(left, key=lambda path: receiver.tries[path.name]))
+        return bool(waiting)
+
+    def send(self, receiver: Receiver, rule: NotifyRule, path: Path) -> None:
+        """Post one message. In a thread that ends with the process: neither a hanging receiver nor its name's lookup
+        may hold up the daemon's stop, or take one of the few threads that answer questions."""
+        loop, tree = asyncio.get_running_loop(), self.tree
+
+        def work() -> None:
+            problem, pause_s = post_news(rule, tree, news) if (news := read_json(path)) else ("", 0.0)
+            with suppress(RuntimeError):  # the daemon has stopped meanwhile
+                loop.call_soon_threadsafe(self.on_sent, receiver, rule, path, problem, pause_s)
+
+        threading.Thread(target=work, daemon=True).start()
+        receiver.sending = True
+
+    def on_sent(self, receiver: Receiver, rule: NotifyRule, path: Path, problem: str, pause_s: float) -> None:
+        receiver.sending = False
+        try:
+            if not problem:
+                os.replace(path, path.with_suffix(".sent"))
+                del receiver.tries[path.name]
+        except OSError as refused:  # it would be sent for ever: with pauses, at least
+            problem = f"sent, but can't rename {path.name}: {refused.strerror}"
+        if problem:
+            if not receiver.failures:
+                log.warning(
+                    "no message to %s (%s): %s; trying again", rule.format, rule.url_file or rule.url_env, problem
+                )
+            receiver.failures += 1
+            receiver.tries[path.name] += 1
+            longest_s = min(POST_RETRY_S, 2.0 ** min(receiver.failures, 10))
+            receiver.due = time.monotonic() + max(pause_s, random.uniform(longest_s / 2, longest_s))
+        elif receiver.failures:
+            log.info("messages to %s (%s) arrive again", rule.format, rule.url_file or rule.url_env)
+            receiver.failures = 0
+        self.wake.set()
+
+    async def watch_forever(self) -> None:
+        """Look for what no job's end tells."""
+        looked = float("-inf")
+        while True:
+            try:
+                self.look_for_agents()
+                if time.monotonic() - looked > TRAFFIC_LOOK_S:
+                    looked = time.monotonic()
+                    await self.look_at_traffic()
+                    self.look_at_certificate()
+                    for path in self.folder.glob("*.sent"):
+                        if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
+                            path.unlink()
+            except Exception as problem:  # whatever it is, deployments go on
+                log.error("can't look for news: %s", problem)
+            await asyncio.sleep(AWAY_LOOK_S)
+
+    def look_for_agents(self) -> None:
+        """Agents that have been away for too long; this process's own start counts as their last chance to come."""
+        registry = self.master.registry
+        for rule in (rule for rule in self.rules if rule.wants("agent-offline")):
+            for host in registry.hosts():
+                since = registry.down_since.get(host.machine)
+                away_s = time.time() - max(since or 0.0, self.master.started)
+                if since is not None and away_s > rule.offline_minutes * 60:
+                    title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
+                    news = {"event": "agent-offline", "title": title, "host": host.label, "since": since}
+                    self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
+
+    def look_at_certificate(self) -> None:
+        """The master's own certificate, some days before its end."""
+        cert = self.master.config.config.tls.cert
+        if cert is None or not any(rule.wants("certificate") for rule in self.rules):
+            return
+        end = certificate_end((self.tree / cert).read_bytes())
+        days = (end - time.time()) / 86400
+        if (step := next((step for step in CERTIFICATE_DAYS if days <= step), None)) is not None:
+            title = f"[{self.master.own_address}] the certificate {cert} ends in {max(0.0, days):.0f} days"
+            news = {"event": "certificate", "title": title, "host": self.master.own_address, "ends": end}
+            self.tell(f"certificate-{end:.0f}-{step}", news)
+
+    async def look_at_traffic(self) -> None:
+        """Traffic that went to the other worker without an order."""
+        rule = self.master.config.config.haproxy
+        if rule is None or not any(wanting.wants("failover") for wanting in self.rules):
+            return
+        self.switched |= any(run.record.kind is Kind.SWITCH and run.active for run in self.master.runs.values())
+        active = (await self.master.registry.ask_traffic())["active"]
+        before = (read_json(self.traffic_file) or {}).get("active")
+        if active is None:
+            return
+        if before and active != before and not self.switched:
+            title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
+            news = {"event": "failover", "title": title, "host": rule.host, "active": active}
+            self.tell(f"failover-{time.time():.3f}", news)
+        if active != before:
+            write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
+        self.switched = False
 
 
 # ==============================================================================
@@ -4581,6 +7361,7 @@ class View:
     def result(self, job: JobRecord) -> None: ...
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None: ...
     def notice(self, text: str) -> None: ...
+    def tick(self) -> None: ...  # now and then, while nothing comes
 
 
 class Connection:
@@ -4617,6 +7398,7 @@ class Connection:
             while (left := deadline - time.monotonic()) > 0:
                 reply = self.receive(left)
                 if isinstance(reply, Refuse):
+                    self.close()
                     raise refused(reply)
                 if reply is not None and not isinstance(reply, bytes):
                     return reply
@@ -4638,13 +7420,18 @@ def refused(reply: Refuse) -> UpdaterError:
 class Caller:
     """Finds the master: on its own host by the local listener first, then by masterUrl."""
 
-    def __init__(self, state: StateFolder, config: Config, bind: str | None) -> None:
-        self.bind = bind
+    def __init__(self, state: StateFolder, config: Config, bind: str | None, tree: Path) -> None:
+        self.bind, self.config, self.tree = bind, config, tree
+        self.token = load_token(config, tree)
         self.urls = [str(config.master_url)]
+        self.named = 0  # which of them masterUrl names: its problem is the one to tell
         daemon = read_json(state.daemon_file) or {}
         local = daemon.get("listen")
         if isinstance(local, str) and local not in self.urls and FileLock.held_elsewhere(state.daemon_lock):
             self.urls.insert(0, local)
+            self.named = 1
+        if (last := state.last_master_url()) and str(last) not in self.urls:
+            self.urls.append(str(last))  # masterUrl may be wrong by now: the commit that mends it must get through
 
     def dial(self, patience_s: float) -> Connection:
         """A welcomed connection, within `patience_s`. Raises UnreachableError or RefusedError."""
@@ -4656,11 +7443,10 @@ class Caller:
                     return self._dial(url, max(0.5, min(DIAL_S, deadline - time.monotonic())))
                 except UpdaterError as problem:
                     problems.append(problem)
-            if all(isinstance(problem, RefusedError) for problem in problems):
-                raise problems[-1]
             pause = random.uniform(*RETRY_S)
-            if time.monotonic() + pause > deadline:
-                raise problems[-1]
+            refused = all(isinstance(problem, RefusedError) for problem in problems)
+            if refused or time.monotonic() + pause > deadline:
+                raise problems[self.named]
             time.sleep(pause)
 
     def _dial(self, url: str, timeout_s: float) -> Connection:
@@ -4670,22 +7456,28 @@ class Caller:
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
             # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
-            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source}
-            socket = connect(url, **options).__enter__()
-            socket.send(
-                encode_message(Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), ""))
-            )
-            reply = decode_message(socket.recv(timeout=timeout_s))
+            tls = client_tls(self.config, self.tree, url)
+            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source, **tls}
+            connection = connect(url, **options).__enter__()
+            hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), os.urandom(16).hex())
+            talk = greeting(hello, self.token, os.urandom(16).hex())
+            message = next(talk)
+            while True:
+                connection.send(encode_message(message))
+                frame = connection.recv(timeout=timeout_s)
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+        except StopIteration as end:
+            return Connection(connection, end.value)
         except InvalidStatus as problem:
             raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
         except (OSError, InvalidHandshake, ConnectionClosed, EOFError) as problem:
             what = getattr(problem, "strerror", None) or str(problem) or "no answer"
-            raise UnreachableError(f"can't reach the master at {url}: {what}", "is `serve` running there?") from problem
-        if isinstance(reply, Refuse):
-            raise RefusedError(reply.what, reply.hint)
-        if not isinstance(reply, Welcome):
-            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?")
-        return Connection(socket, reply)
+            hint = "is `serve` running there?"
+            if isinstance(problem, ssl.SSLError):
+                hint = "is masterUrl right, the certificate in force, and its authority trusted here or in [tls] ca?"
+            raise UnreachableError(f"can't reach the master at {url}: {what}", hint) from problem
+        except ProtocolError as problem:
+            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?") from problem
 
 
 def user_name() -> str:
@@ -4714,6 +7506,21 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
         return connection, reply
 
 
+def plan_rollback(plan: Mapping[str, Any]) -> Submit:
+    """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
+    stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
+    if stuck:
+        what = "; ".join(f"{row['host']}: {row['refused'][0]}" for row in stuck)
+        problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
+        problem.exit_code = stuck[0]["exit"]
+        raise problem
+    commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
+    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
+    return Submit(
+        make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(), commits=commits
+    )
+
+
 @dataclass
 class Followed:
     """What a commander has of one host's log, and where it ends."""
@@ -4738,9 +7545,10 @@ class Follower:
         self.unacked: dict[int, int] = {}
         self.looked = 0.0  # when silent hosts were last looked for
 
-    def follow(self, connection: Connection) -> list[JobRecord]:
-        """Show the run to its end: the jobs as they ended. Raises UpdaterError where the master refuses."""
+    def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
+        """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
         while True:
+            self.connection = connection
             try:
                 self.channels.clear()
                 self.unacked.clear()
@@ -4753,7 +7561,7 @@ class Follower:
             except EOFError:
                 self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
                 time.sleep(random.uniform(*RETRY_S))
-                connection = self.caller.dial(float("inf"))
+                connection = self.caller.dial(patience_s)
                 self.view.notice("connected again")
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
         assert self.record
@@ -4769,6 +7577,7 @@ class Follower:
     def receive(self, connection: Connection, message: Any) -> None:
         if message is None:
             self.acknowledge(connection)
+            self.view.tick()
         elif isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
             followed = self.hosts[self.channels[channel]]
@@ -4914,6 +7723,33 @@ class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # ty
         self._poked.set()
 
 
+class Supervisor:
+    """systemd, where it started this daemon: hears that it is ready, what it does, and that its event loop turns."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.address = environ.get("NOTIFY_SOCKET", "")
+        mine = environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        self.watchdog_s = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if mine else 0.0
+        if self.watchdog_s:
+            import faulthandler  # the watchdog kills by SIGABRT: then the journal has what the loop hung in
+
+            faulthandler.enable()
+
+    def tell(self, *facts: str) -> None:
+        """Send KEY=VALUE lines; nobody's loss where nobody listens."""
+        if self.address:
+            place = "\0" + self.address[1:] if self.address[0] == "@" else self.address
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.setblocking(False)
+                out.sendto("\n".join(facts).encode(errors="replace"), place)
+
+    async def feed_forever(self) -> None:
+        """A sign of life three times per period, which a loop that hangs can't give."""
+        while self.watchdog_s:
+            self.tell("WATCHDOG=1")
+            await asyncio.sleep(self.watchdog_s / 3)
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """What `serve` was told on its command line."""
@@ -4950,9 +7786,11 @@ class Service:
         options.state.create()
         self.config = ConfigFile(options.config_path, options.state)
         self.nonce = os.urandom(16).hex()
-        self.stopping = False
+        self.stopping = self.restarting = False
+        self.sha256 = sha256_of(program_file())  # of what runs here, whatever the file becomes
         self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
         self.machine = ""
+        self.supervisor = Supervisor(os.environ)
 
     async def run(self) -> int:
         """Serve until a signal. Raises UpdaterError where the start is impossible."""
@@ -4964,10 +7802,13 @@ class Service:
                 "stop it, or give this one a state folder of its own with --state DIR",
             )
         try:
-            if self.config.config.token_file or self.config.config.tls.cert:
-                raise UsageError("this version serves neither tokenFile nor [tls]", "remove them; use a VPN")
+            self.config.token()  # one that can't be read is better said here
+            raise_file_limit()
             self.machine = self.state.machine_id()
+            how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
+            write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
+            feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
             agent.recover()
             self.say_what_is_odd(agent)
@@ -4975,6 +7816,7 @@ class Service:
             while not self.stopping:
                 log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
                 decision, source = await self.serve_as(agent, decision, source)
+            feeder.cancel()
             return 0
         finally:
             with suppress(OSError):
@@ -4983,12 +7825,23 @@ class Service:
 
     def stop(self, signal_name: str) -> None:
         log.info("stopping on %s; a running deployment goes on", signal_name)
+        self.supervisor.tell("STOPPING=1", "STATUS=stopping")
         self.stopping = True
         self.over.set()
+
+    def restart_if_replaced(self, agent: Agent) -> None:
+        """An upgrade has put another program in place of this one, which may be the old one again."""
+        waits = any(resumes(job.record) and job.record.step != SWAP for job in agent.jobs.values())
+        if waits and sha256_of(program_file()) not in ("", self.sha256):
+            log.info("the program was replaced: starting anew")
+            self.stopping = self.restarting = True
+            self.over.set()
 
     def say_what_is_odd(self, agent: Agent) -> None:
         """What will make deployments fail later is worth a line now."""
         _, repo = agent.rule_and_repo(self.options.bind)
+        if self.config.config.tls.cert and not self.config.config.master_url.secure:
+            log.warning("[tls] is not used: masterUrl is ws://")
         if not (repo / ".git").exists():
             log.warning("%s is no git checkout: deployments will fail until it is one", repo)
         try:
@@ -5007,7 +7860,8 @@ class Service:
             lambda: PokeReceiver(agent.poked),
             local_addr=("127.0.0.1", 0),
         )
-        facts = {"pid": os.getpid(), "role": decision.role, "poke": transport.get_extra_info("sockname")[1]}
+        facts: dict[str, Any] = {"pid": os.getpid(), "role": decision.role, "sha256": self.sha256}
+        facts |= {"poke": transport.get_extra_info("sockname")[1], "bind": self.options.bind}
         try:
             async with asyncio.TaskGroup() as group:
                 role = self.serve_master(agent, facts, decision, source)
@@ -5027,21 +7881,47 @@ class Service:
         self.decision, self.source = decision, source
         self.over.set()
 
-    def save_facts(self, facts: Mapping[str, Any]) -> None:
+    def save_facts(self, facts: Mapping[str, Any], status: str) -> None:
+        """Say that this daemon is ready, and as what: to commands on this host, and to systemd."""
         with suppress(OSError):
             write_atomic(self.state.daemon_file, json.dumps(dict(facts)).encode())
+        self.supervisor.tell("READY=1", f"STATUS={facts['role']}: {status}")
 
     async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
-        self.save_facts(facts)
+        self.save_facts(facts, f"calling {self.config.config.master_url}")
 
         def welcomed(label: str) -> None:
-            self.save_facts({**facts, "label": label})
+            facts.update(label=label, trouble="")
+            self.save_facts(facts, f"welcomed as {label} by {self.config.config.master_url}")
 
-        dialer = Dialer(agent, self.options.bind, self.look_again, welcomed)
+        async def failed(outside: bool) -> None:
+            facts["trouble"] = dialer.trouble  # beside the label, which a deployment by hand still goes by
+            self.save_facts(facts, dialer.trouble)
+            await self.look_again(outside)
+
+        dialer = Dialer(agent, self.options.bind, failed, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
             group.create_task(agent.prune_forever(tuple))
-            group.create_task(self.watch_config(agent, dialer.on_config))
+            group.create_task(self.watch_config(agent, dialer.config_changed.set))
+            group.create_task(self.follow_master(lambda: dialer.url, lambda: not agent.jobs))
+
+    async def follow_master(self, url: Callable[[], str], idle: Callable[[], bool]) -> None:
+        """A commit may move the master away from `url`: once nothing runs here, decide the role anew, and follow as
+        soon as the new one answers. One that does not is perhaps a mistake, which the old one is needed to mend."""
+        warned = None
+        while True:
+            await asyncio.sleep(random.uniform(*MOVE_LOOK_S))
+            new = self.config.config.master_url
+            if url() in ("", str(new)) or not idle():
+                continue
+            decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, False)
+            nonce, welcomed = await self.meet(new) if decision.role is Role.AGENT else (None, True)
+            if welcomed and nonce != self.nonce:
+                self.turn(decision, source)
+            elif new != warned:
+                log.warning("masterUrl is now %s, which does not welcome us: %s stays the master", new, url())
+            warned = new
 
     async def look_again(self, outside: bool) -> None:
         """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
@@ -5060,19 +7940,27 @@ class Service:
             iter(await asyncio.to_thread(probe_master_addresses, url.host, url.port)), url.host
         )
         master = Master(self.state, self.config, self.machine, self.nonce, own)
+        notifier = Notifier(master)
         master.recover()
+        master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            server = await serve(
-                master.serve_socket, host, port, process_request=master.door.judge_request, **SERVER_OPTIONS
-            )
+            options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
+            if certificate := master.door.certificate:
+                options |= {"ssl": certificate.context}
+            server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
+        if os.name != "nt":  # there, asyncio takes one after the other
+            for listener in server.sockets:  # what asyncio was told is both: how many it takes, how many may wait
+                with socket.socket(fileno=os.dup(listener.fileno())) as same:
+                    same.listen(BACKLOG)
         async with server, asyncio.TaskGroup() as group:
-            facts |= {"listen": local_url(url, host, port), "label": own}
-            self.save_facts(facts)
+            facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
+            self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
+            self.state.save_master_url(url)
             log.info("listening on %s port %d", host or "all addresses", port)
             if decision.provisional:
                 group.create_task(self.prove(url, source))
@@ -5081,28 +7969,38 @@ class Service:
             await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
+            group.create_task(notifier.send_forever())
+            group.create_task(notifier.watch_forever())
             group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
+            group.create_task(self.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs)))
 
-    async def prove(self, url: MasterUrl, source: str | None) -> None:
-        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
+    async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
+        """The nonce of the process that answers at `url`, None where nobody does, and whether it lets us in."""
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidStatus, WebSocketException
 
-        nonce = None
+        options: dict[str, Any] = {"local_addr": (self.options.bind, 0)} if self.options.bind else {}
+        try:
+            options |= CLIENT_OPTIONS | client_tls(self.config.config, work_tree(self.config.path), str(url))
+            async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
+                name = socket.gethostname()
+                hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
+                return (await greet(SocketWire(connection), hello, self.config.token())).nonce, True
+        except RefusedError:  # another token is another master
+            return "", False
+        except InvalidStatus as problem:  # even a refusal says who it is
+            return problem.response.headers.get(WHO_HEADER), False
+        except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
+            return None, False
+
+    async def prove(self, url: MasterUrl, source: str | None) -> None:
+        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
         for _ in range(PROVE_TRIES):
-            try:
-                async with asyncio.timeout(WELCOME_S), connect(str(url), **CLIENT_OPTIONS) as connection:
-                    name = socket.gethostname()
-                    hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
-                    await connection.send(encode_message(hello))
-                    nonce = getattr(decode_message(await connection.recv(decode=True)), "nonce", None)
+            nonce, _ = await self.meet(url)
+            if nonce is not None:
                 break
-            except InvalidStatus as problem:  # even a refusal says who it is
-                nonce = problem.response.headers.get(WHO_HEADER)
-                break
-            except (OSError, TimeoutError, WebSocketException, ProtocolError):
-                await asyncio.sleep(random.uniform(*RETRY_S))
+            await asyncio.sleep(random.uniform(*RETRY_S))
         if nonce is not None and nonce != self.nonce:
             self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
         elif nonce is None and source != "metadata":
@@ -5121,9 +8019,20 @@ class Service:
             if self.config.look():
                 log.info("new settings from %s", self.config.path)
                 changed()
+            self.restart_if_replaced(agent)
             if self.config.problem and self.config.problem != problem:
                 log.error("%s; the old settings stay in force", self.config.problem)
             problem = self.config.problem
+
+
+def raise_file_limit() -> None:
+    """Room for many connections, where the system's default is 1024 and the service may have more."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
@@ -5136,14 +8045,14 @@ def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     return host.strip("[]") or None, int(number)
 
 
-def local_url(url: MasterUrl, host: str | None, port: int) -> str:
-    """How a commander on the master's own host reaches the listener."""
+def local_url(url: MasterUrl, host: str | None, port: int, secure: bool) -> str:
+    """How a commander on the master's own host reaches the listener; a proxy may be what makes masterUrl wss://."""
     name = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
-    return f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
+    return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
 
 
 # ==============================================================================
-# 20. Tools: build, demo
+# 20. Tools: build, upgrade, demo, setup, doctor
 # ==============================================================================
 
 _BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
@@ -5332,9 +8241,164 @@ def _replace_executable(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(fresh, 0o755)
-        os.replace(fresh, path)
+        replace_file(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> bytes:
+    """The program that the master at `url` hands out, unverified; `tls` as `client_tls` says. Raises UpdaterError."""
+    kind = functools.partial(http_client.HTTPSConnection, context=tls["ssl"]) if tls else http_client.HTTPConnection
+    connection = kind(url.host, url.port, timeout=SEND_S, source_address=(bind, 0) if bind else None)
+    deadline = time.monotonic() + SEND_S
+    try:
+        while True:
+            connection.request("GET", f"{url.path.rstrip('/')}/{PROGRAM_NAME}")
+            answer = connection.getresponse()
+            data = answer.read(PROGRAM_BYTES)
+            if answer.status == 200:
+                return data
+            if answer.status != 503 or time.monotonic() > deadline:  # 503: others are downloading
+                raise refusal(answer.status, data)
+            time.sleep(random.uniform(*RETRY_S))
+    except (OSError, http_client.HTTPException) as problem:
+        raise UnreachableError(f"can't fetch the program from {url}: {problem}", "try again") from problem
+    finally:
+        connection.close()
+
+
+class Upgrade:
+    """Brings this host to the master's program, from a runner that outlives the daemon's restart.
+
+    The job's step is its journal: another runner goes on where one died, so that in the end there is one program that
+    the master welcomes, the new or the old. It accepts what this host's own working tree names, and nothing else.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.state = runner, runner.state
+        self.sha256, self.version = (str(runner.job.options.get(key, "")) for key in ("sha256", "version"))
+        file = program_file()
+        if file is None:
+            raise UsageError("this host runs from a source checkout", "git pull there, and restart the service")
+        self.file = file.resolve()
+        self.fresh, self.old = (self.file.with_name(self.file.name + end) for end in (".new", ".old"))
+        self.launched = float("-inf")
+
+    def perform(self) -> str:
+        """The new version, once the master has welcomed it. Raises UpdaterError where the old one stays."""
+        runner = self.runner
+        if not resumes(runner.job):
+            runner.begin("check")
+            runner.load_rule(strict=False)
+            self.check()
+            if self.facts().get("sha256") == self.sha256:
+                runner.log.line(f"{self.version} runs here already.")
+                return self.version
+            try:
+                self.fetch()
+                runner.begin(SWAP)
+            except BaseException:
+                self.fresh.unlink(missing_ok=True)
+                raise
+            runner.save(durable=True)
+        if runner.job.step == SWAP:
+            self.swap()
+        if runner.job.step == RESTART:
+            runner.log.line(f"restarting the daemon with {self.version}")
+            if self.await_daemon(self.sha256):
+                self.clean()
+                return self.version
+            runner.save(durable=True, step=UNDO)
+        raise self.put_back()
+
+    def facts(self) -> dict[str, Any]:
+        """What the daemon says of itself; nothing while there is none."""
+        return (read_json(self.state.daemon_file) or {}) if FileLock.held_elsewhere(self.state.daemon_lock) else {}
+
+    def check(self) -> None:
+        """The committed checksum decides. Raises ConfigError."""
+        path = self.runner.config_path
+        accepted = (load_config(path).updater.sha256 or "").lower()
+        if not accepted or accepted != self.sha256:
+            named = f"the program {accepted[:12]}…" if accepted else "no program"
+            what = f"{path} accepts {named}, and the master has {self.sha256[:12]}…"
+            raise ConfigError(what, f"{accept_hint(self.sha256)}, and bring that commit to this host first")
+
+    def fetch(self) -> None:
+        """Download, verify, and try the new program beside the one that runs. Raises UpdaterError or StepFailed."""
+        runner = self.runner
+        config = load_config(runner.config_path)
+        url = self.state.last_master_url() or config.master_url
+        runner.announce(f"download {PROGRAM_NAME} from {url}")
+        tls = client_tls(config, work_tree(runner.config_path), str(url))
+        data = fetch_program(url, self.facts().get("bind"), tls)
+        if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
+            raise UpdaterError(f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again")
+        _replace_executable(self.fresh, data)
+        for words in (("--version",), ("self-test", "--config", str(runner.config_path))):
+            runner.step(Step(f"{self.fresh.name} {words[0]}", (sys.executable, str(self.fresh), *words)), TRY_S)
+
+    def swap(self) -> None:
+        """The new program takes the old one's place, of which a copy stays beside it."""
+        if sha256_of(self.file) != self.sha256:
+            if sha256_of(self.fresh) != self.sha256:
+                raise UpdaterError("the downloaded program is gone: nothing was changed", "upgrade again")
+            _replace_executable(self.old, self.file.read_bytes())
+            _replace_executable(self.file, self.fresh.read_bytes())
+        self.runner.save(durable=True, step=RESTART)
+
+    def put_back(self) -> UpdaterError:
+        """The old program again; what to report."""
+        if self.old.exists():
+            _replace_executable(self.file, self.old.read_bytes())
+        self.runner.log.line("not welcomed: restarting the daemon with the old program")
+        back = self.await_daemon(sha256_of(self.file))
+        self.clean()
+        after = "the old one is back" if back else "the old one is in its place again, and is not welcomed either"
+        return UpdaterError(f"{self.version} was not welcomed within {BACK_S:.0f} s: {after}", "see the daemon's log")
+
+    def await_daemon(self, sha256: str) -> bool:
+        """Whether a daemon with this program is welcomed in time. The one that runs starts itself anew; what does not
+        is killed, and what nobody else starts again is started."""
+        began, killed = time.monotonic(), False
+        while (waited_s := time.monotonic() - began) < BACK_S:
+            facts = self.facts()
+            if facts.get("sha256") == sha256 and "label" in facts:
+                return True
+            how = read_json(self.state.serve_file) or {}
+            if facts and facts.get("sha256") != sha256 and waited_s > OBEY_S and not killed:
+                killed = True
+                with suppress(OSError):
+                    os.kill(facts["pid"], 9)
+            elif not facts and how.get("supervised") is False:
+                self.revive(how)
+            time.sleep(CANCEL_LOOK_S)
+        return False
+
+    def revive(self, how: Mapping[str, Any]) -> None:
+        """Start a daemon that nobody else starts: by hand, and under Windows in any case, it can only end."""
+        lives = (process := _read_process(how["pid"])) and process.alive
+        if lives or FileLock.held_elsewhere(self.state.daemon_lock) or time.monotonic() - self.launched < LAUNCH_S:
+            return
+        self.launched = time.monotonic()
+        spawn_runner(how["argv"], os.environ, self.state.root / "daemon.log")
+
+    def clean(self) -> None:
+        for left in (self.fresh, self.old):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
+def upgrade(runner: Runner) -> str:
+    """What a runner does for `upgrade`. Returns the new version."""
+    try:
+        return Upgrade(runner).perform()
+    except OSError as problem:
+        what = f"can't write {problem.filename or 'the program'}: {problem.strerror}"
+        raise UpdaterError(what, "give the program's folder to the user that serves") from problem
+
+
+WORK[Kind.UPGRADE] = upgrade
 
 
 _DEMO_HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
@@ -5639,6 +8703,11 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
     for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
         if name and not (tree / name).exists():
             warnings.append(f"{key}: there is no {tree / name} on this host")
+    for i, hook in enumerate(config.notify):
+        try:
+            _ = hook.url_file and hook_url(hook, tree)
+        except UpdaterError as problem:
+            warnings.append(f"notify[{i}]: {problem.what}; the master needs it")
     return [], warnings
 
 
@@ -5664,12 +8733,47 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
     return rows
 
 
-def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str) -> str:
-    """A first configuration; as TOML with what each key means."""
-    if form == "json":
-        data = {"masterUrl": master, "whitelist": list(allow), "deploy": {"command": list(command)}}
-        return render_config(data, "json")
-    return (
+_BLUE_GREEN = """\
+restart = ["estelle-valkey.service", "estelle-web.service", "estelle-webhook.service"]  # on the workers; see systemd/
+
+[hosts.yq-data]
+deploy = false  # HAProxy and MariaDB live here; no deployment touches it
+
+[hosts.yq-blue]
+color = "blue"
+
+[hosts.yq-green]
+color = "green"
+
+[haproxy]
+host = "yq-data"
+config = "/etc/haproxy/haproxy.cfg"
+backend = "yquant_backend"
+servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
+socket = "/run/haproxy/admin.sock"
+# masterSocket = "/run/haproxy-master.sock"  # where it is not root's alone: reloads are proved by it too
+reload = ["systemctl", "reload", "haproxy"]
+"""
+_WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
+_BLUE_GREEN_CHECKS = (  # name, what, where; certificate by the port, as the file with its key is root's alone
+    ("web", 'http = "http://127.0.0.1:2000/"', _WORKERS),
+    ("webhook", 'http = "http://127.0.0.1:6000/health"', _WORKERS),
+    ("valkey", 'valkey = "127.0.0.1:6379"', _WORKERS),
+    ("database", 'mariadb = "yq-data:3306"', _WORKERS),
+    ("web unit", 'systemd = "estelle-web.service"', _WORKERS),
+    ("webhook unit", 'systemd = "estelle-webhook.service"', _WORKERS),
+    ("valkey unit", 'systemd = "estelle-valkey.service"', _WORKERS),
+    ("mariadb", 'mariadb = "127.0.0.1:3306"', _DATA),
+    ("haproxy", 'tcp = "127.0.0.1:443"', _DATA),
+    ("certificate", 'certificate = "127.0.0.1:443"', _DATA),
+    ("catalog sync", 'systemd = "estelle-catalog-sync.timer"', _DATA),
+    ("disk", 'disk = "/"', ()),
+)
+
+
+def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str, blue_green: bool = False) -> str:
+    """A first configuration; as TOML with what each key means. `blue_green`: for two workers behind HAProxy."""
+    text = (
         "# Commit this file: every host reads it from its own clone.\n"
         f"masterUrl = {json.dumps(master)}  # the host that has this address is the master\n"
         "# Who may connect: addresses and networks (121.0.0.0/24). Nobody is allowed implicitly.\n"
@@ -5678,6 +8782,68 @@ def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: s
         f"command = [{', '.join(map(json.dumps, command))}]  # what runs after the pull, in the repository\n"
         "timeout = 1800  # seconds for one step\n"
     )
+    text += _BLUE_GREEN if blue_green else ""
+    for name, what, hosts in _BLUE_GREEN_CHECKS if blue_green else ():
+        text += f"\n[[health]]\nname = {json.dumps(name)}\n{what}\n"
+        text += f"hosts = {json.dumps(hosts)}\n" if hosts else ""
+    return text if form == "toml" else render_config(tomllib.loads(text), "json")
+
+
+def plan_ports(
+    config: Config, address: str | None, hostname: str, master: bool, subnet: str
+) -> list[tuple[str, str, str]]:
+    """The strategy's table of ports for one host: (who may come, a network or a word; port; what listens there)."""
+    rule = host_rule(config, address, hostname)
+    ports = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
+    if config.haproxy and host_key(config.haproxy.host) in map(host_key, filter(None, (address, hostname, rule.name))):
+        ports += [
+            ("anybody", "80/tcp", "HAProxy: certbot, and the way to 443"),
+            ("anybody", "443/tcp", "HAProxy: webhooks"),
+        ]
+        ports += [(subnet, "3306/tcp", "MariaDB, for the workers"), ("tailscale", "8404/tcp", "HAProxy: statistics")]
+    if rule.color:
+        ports += [(subnet, "6000/tcp", "webhooks, from HAProxy"), ("tailscale", "2000/tcp", "dashboard")]
+        ports += [("nobody", "6379/tcp", "Valkey, bound to 127.0.0.1")]
+    if master:
+        own = [entry for entry in map(parse_network, config.whitelist) if not entry.is_loopback]
+        ports += [(str(entry), f"{config.master_url.port}/tcp", "estelle-updater, whitelisted") for entry in own]
+    return ports
+
+
+def render_firewall(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> str:
+    """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that go with them."""
+    lines = ["firewall-cmd --permanent --new-zone=tailscale || true  # it may be there"]
+    lines.append("firewall-cmd --permanent --zone=tailscale --add-interface=tailscale0")
+    cloud = ["", "# The cloud's rules (VCN, ingress, stateful); what comes by Tailscale needs none:"]
+    for who, port, what in plan_ports(config, address, hostname, master, subnet):
+        number, _, protocol = port.partition("/")
+        network = parse_network(who) if who[0].isdigit() or ":" in who else None
+        by_vpn = who == "tailscale" or (
+            network and network.overlaps(parse_network(TAILSCALE)) and network.prefixlen > 9
+        )
+        zone = " --zone=tailscale" if by_vpn else ""
+        if network:
+            accept = f'source address="{network}" port port="{number}" protocol="{protocol}" accept'
+            lines.append(
+                f"firewall-cmd --permanent{zone} --add-rich-rule='rule family=\"ipv{network.version}\" {accept}'"
+            )
+        elif who == "nobody":
+            lines.append(f"# {port} stays closed: {what}")
+            continue
+        else:
+            lines.append(f"firewall-cmd --permanent{zone} --add-port={port}  # {what}")
+        if not by_vpn:
+            cloud.append(f"#   {network or '0.0.0.0/0'} -> {port}  {what}")
+    lines.append("firewall-cmd --permanent --remove-service=ssh  # last, and only once SSH by Tailscale works")
+    return "\n".join([*lines, "firewall-cmd --reload", *cloud])
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
+    with suppress(UsageError):
+        canonical_address(text)
+        return True
+    return False
 
 
 def own_address() -> str:
@@ -5704,27 +8870,497 @@ def commit_config(path: Path, message: str, really: bool) -> str:
     return f"committed and pushed: {name}"
 
 
+SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
+_UNIT = """\
+# As `estelle_updater.pyz setup` writes it. What this host needs besides goes into: systemctl{scope} edit {service}
+[Unit]
+Description=estelle-updater: deploys what this host serves{wants}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+{user}WorkingDirectory={repo}
+ExecStart={command}
+Environment={environment}
+{state}Restart=always
+RestartSec=5
+WatchdogSec=60
+TimeoutStopSec=15
+# A deployment outlives its daemon: restart, update or crash of the service end this one process. For the same reason no
+# PrivateTmp= and no RemoveIPC=: they would take a running deployment's files away.
+KillMode=process
+{sandbox}
+[Install]
+WantedBy={target}
+"""
+_SANDBOX = """\
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+"""
+_SYSTEM_SANDBOX = """\
+ProtectSystem=strict
+ReadWritePaths={writable}
+ProtectProc=invisible
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+PrivateDevices=yes
+PrivateUsers=yes
+CapabilityBoundingSet=
+"""
+_POLKIT = """\
+// Written by estelle-updater setup: {user} may restart what its deployments restart, and nothing else.
+polkit.addRule(function (action, subject) {{
+  if (action.id == "org.freedesktop.systemd1.manage-units" && subject.user == {user} &&
+      action.lookup("verb") == "restart" && {units}.indexOf(action.lookup("unit")) >= 0) {{
+    return polkit.Result.YES;
+  }}
+}});
+"""
+LINGER = "sudo loginctl enable-linger $USER"
+_POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
+
+
+def _unit_words(words: Iterable[str]) -> str:
+    """Words as systemd's files have them: quoted, and `%` without its meaning."""
+    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%") for word in words]
+    return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
+
+
+def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
+    """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
+    system = user is not None
+    program = os.path.dirname(argv[1])  # for `upgrade`, where the folder's owner lets it
+    writable = _unit_words([repo, f"-{home}", program, "/tmp", "/var/tmp"])
+    return _UNIT.format(
+        scope="" if system else " --user",
+        service=SERVICE,
+        wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
+        user=f"User={user}\n" if system else "",
+        repo=repo.replace("%", "%%"),
+        command=_unit_words(argv).replace("$", "$$"),
+        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
+        state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
+        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
+        target="multi-user.target" if system else "default.target",
+    )
+
+
+def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
+    """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
+    return {
+        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": repo,
+        "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
+        "exp_backoff_restart_delay": 500,
+    }  # fmt: skip
+
+
+def try_command(
+    argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
+) -> tuple[int, str]:
+    """`run_command`; where that is not possible, 127 and why."""
+    try:
+        return run_command(argv, env, timeout_s, cwd)
+    except UpdaterError as problem:
+        return 127, problem.what
+
+
+def lingers() -> bool:
+    """Whether systemd keeps this user's services running without a login."""
+    return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
+
+
+class Setup:
+    """This host's service, under PM2 or systemd: installed, started and welcomed, or removed.
+
+    Everything that changes the host goes through `put`, `take` and `call`, which a dry run only says.
+    """
+
+    def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
+        self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
+        self.config_path, self.repo = config_path, work_tree(config_path)
+        self.root = os.name != "nt" and os.geteuid() == 0
+        self.home = Path.home()
+        self.user = ""
+        if self.root:  # the daemon is not root's business, but of whoever owns the repository
+            import pwd
+
+            owner = pwd.getpwuid(self.repo.stat().st_uid)
+            self.user, self.home = owner.pw_name, Path(owner.pw_dir)
+        options = [("--config", args.config and config_path), ("--bind", args.bind), ("--state", args.state)]
+        self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
+        system = Path("/etc/systemd/system")
+        self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
+        self.state: StateFolder = args.state_folder()
+        self.pm2_file = self.state.root / "pm2.json"
+
+    def choose(self, wanted: str | None) -> str:
+        """pm2 or systemd: as asked, as installed already, else PM2 where it is. Raises UsageError."""
+        booted = Path("/run/systemd/system").is_dir()
+        installed = "systemd" if self.unit.exists() else "pm2" if self.pm2_file.exists() else None
+        found = wanted or installed or ("pm2" if shutil.which("pm2") else "systemd" if booted else "")
+        if found == "systemd" and not booted:
+            raise UsageError("systemd does not run this host", "use --with pm2")
+        if found != "systemd" and not shutil.which("pm2"):
+            raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{', or --with systemd' * booted}")
+        return found
+
+    def install(self, wanted: str | None) -> None:
+        """Install, start, and wait for the master's welcome. Raises UpdaterError."""
+        if self.choose(wanted) == "systemd":
+            self.install_unit()
+        else:
+            self.install_pm2()
+        if self.dry_run:
+            return
+        self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
+        self.await_welcome()
+
+    def install_unit(self) -> None:
+        path = os.environ.get("PATH", os.defpath)
+        text = render_unit(self.argv, str(self.repo), path, self.user if self.root else None, str(self.home))
+        if self.root and "--state" not in self.argv:
+            self.state = StateFolder(SYSTEM_STATE)
+        fresh = self.put(self.unit, text)
+        units = load_config(self.config_path).deploy.restart if self.root else ()
+        if units and self.user != "root":
+            full = [unit if "." in unit else f"{unit}.service" for unit in units]
+            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(full)))
+        if fresh:
+            self.systemctl("daemon-reload")
+        if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
+            self.systemctl("enable", SERVICE)
+        if fresh or self.systemctl("is-active", "--quiet", SERVICE, look=True):
+            self.systemctl("restart", SERVICE)
+        if self.root and self.user == "root":
+            self.say("note: the repository is root's, so deployments run as root; better: chown it to an ordinary user")
+        if not self.root and not lingers():
+            self.say(f"note: it ends when you log out, until: {LINGER}")
+
+    def install_pm2(self) -> None:
+        text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
+        if self.put(self.pm2_file, text) or not self.runs_under_pm2():
+            self.call("pm2", "delete", SERVICE, may_fail=True)
+            self.call("pm2", "start", str(self.pm2_file))
+            self.call("pm2", "save")
+        if os.name == "nt":
+            boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
+            self.say(f"note: to have it started at each logon: {boot}")
+        elif not Path(f"/etc/systemd/system/pm2-{getpass.getuser()}.service").exists():
+            self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
+
+    def runs_under_pm2(self) -> bool:
+        _, out = try_command(["pm2", "jlist"], os.environ)
+        with suppress(ValueError, IndexError, KeyError, TypeError):
+            apps = json.loads(out.splitlines()[-1])
+            return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
+        return False
+
+    def remove(self) -> None:
+        """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        if self.unit.exists():
+            self.systemctl("disable", "--now", SERVICE)
+            self.take(self.unit)
+            if self.root:
+                self.take(_POLKIT_FILE)
+            self.systemctl("daemon-reload")
+        if self.pm2_file.exists():
+            self.call("pm2", "delete", SERVICE, may_fail=True)
+            self.call("pm2", "save", "--force")
+            self.take(self.pm2_file)
+        if not self.dry_run:
+            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+
+    def put(self, path: Path, text: str) -> bool:
+        """Write a file unless it says just that; whether it was written."""
+        with suppress(OSError):
+            if path.read_text("utf-8") == text:
+                return False
+        self.changed = True
+        if self.dry_run:
+            self.say(f"would write {path}:\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+            return True
+        self.say(f"writing {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode(), durable=True)
+        path.chmod(0o644)
+        return True
+
+    def take(self, path: Path) -> None:
+        self.changed = True
+        self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
+        if not self.dry_run:
+            path.unlink(missing_ok=True)
+
+    def systemctl(self, *words: str, look: bool = False) -> int:
+        argv = ["systemctl", *([] if self.root else ["--user"]), *words]
+        return try_command(argv, os.environ)[0] if look else self.call(*argv)
+
+    def call(self, *argv: str, may_fail: bool = False) -> int:
+        """Run a command that changes this host. Raises UpdaterError where it fails."""
+        self.changed = True
+        self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
+        code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
+        if code and not may_fail:
+            hint = f"as this user, log in directly (not by su), or: {LINGER}"
+            raise UpdaterError(
+                f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
+                hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
+            )
+        return code
+
+    def await_welcome(self) -> None:
+        """Until the daemon says that its master has welcomed it, or that it is the master. Raises UpdaterError."""
+        ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
+        while time.monotonic() < ends:
+            if FileLock.held_elsewhere(self.state.daemon_lock):
+                facts = read_json(self.state.daemon_file) or {}
+                if facts.get("label") and not facts.get("trouble"):
+                    does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
+                    self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
+                    return
+                if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
+                    break
+            time.sleep(LOCAL_LOOK_S)
+        why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
+        raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
+
+
+def judge_encoding(encoding: str) -> Finding:
+    """Whether the last line of a deployment can be shown."""
+    try:
+        "✓ 완료".encode(encoding)
+    except (UnicodeError, LookupError):
+        return Finding("encoding", False, f"{encoding} has no ✓ and no Korean: they are shown as ?", "set PYTHONUTF8=1")
+    return Finding("encoding", True, encoding)
+
+
+def judge_clock(ahead_s: float) -> Finding:
+    """Whether this host's clock agrees with the master's."""
+    text = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the master"
+    fix = "w32tm /resync" if os.name == "nt" else "sudo timedatectl set-ntp true, here and on the master"
+    return Finding("clock", abs(ahead_s) < CLOCK_S, text, fix)
+
+
+def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding:
+    """Whether git reaches the remote as a service would: without a prompt, a terminal, or somebody's ssh-agent."""
+    text = explain_failure(said.encode()) or (said.splitlines() or ["no answer"])[-1]
+    fix = "give this user a key or a credential that asks for nothing, then: git ls-remote " + remote
+    if agent_only:
+        text, fix = f"{text}; your ssh-agent has the key, and a service has no ssh-agent", "a deploy key in ~/.ssh"
+    return Finding("access", code == 0, f"{remote} answers" if code == 0 else text, fix)
+
+
+def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
+    """Whether systemd starts the daemon after a boot, keeps it running, and spares its deployments."""
+    start = f"systemctl{scope} enable --now {SERVICE}"
+    if facts.get("KillMode") != "process":
+        fix = f"systemctl{scope} edit {SERVICE}: [Service] KillMode=process"
+        return Finding("service", False, "a restart of the unit would kill a running deployment", fix)
+    if facts.get("ActiveState") != "active" or facts.get("UnitFileState") != "enabled":
+        return Finding("service", False, f"systemd: {facts.get('ActiveState')}, {facts.get('UnitFileState')}", start)
+    return Finding("service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times")
+
+
+class Doctor:
+    """This host against the traps that deployments have met, each with its fix."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.state: StateFolder = args.state_folder()
+        self.env = scrub_environment(os.environ)
+        self.env.pop("SSH_AUTH_SOCK", None)  # a service has none
+        self.daemon = read_json(self.state.daemon_file) or {}
+        self.serves = FileLock.held_elsewhere(self.state.daemon_lock)
+
+    def look(self) -> Iterator[Finding]:
+        """The findings as they come; some take seconds."""
+        yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
+        yield self.packages()
+        yield judge_encoding(sys.stdout.encoding or "none")
+        yield self.detached()
+        yield self.place()
+        yield self.service()
+        try:
+            path = self.args.config_path()
+            problems, warnings = check_config(path)
+            config, _ = load_config_or_last(path, self.state)
+        except (ConfigError, OSError) as problem:
+            wrong = problem.what if isinstance(problem, ConfigError) else str(problem)
+            yield Finding(
+                "configuration", False, wrong, f"run this in the repository, or: {program_name()} config init"
+            )
+            return
+        more = f", {len(warnings)} warnings: see config check" if warnings else ""
+        fix = "mend the file, commit and push it"
+        yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
+        address = self.args.bind or (None if self.daemon.get("trouble") else self.daemon.get("label"))
+        rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
+        repo = work_tree(path) / (rule.repo or "")
+        yield from self.repository(repo, rule)
+        if config.updater.sha256:
+            folder = os.path.dirname(program_argv()[1])
+            text = f"upgrade writes to {folder}"
+            yield Finding("program", os.access(folder, os.W_OK), text, f"sudo chown -R $USER {folder}")
+        if config.tls.cert and (cert := work_tree(path) / config.tls.cert).exists():
+            yield self.certificate(cert)
+        yield from self.master(config)
+        if config.haproxy and self.is_here(config.haproxy.host, rule.name):
+            yield from self.haproxy(config.haproxy)
+
+    @staticmethod
+    def certificate(cert: Path) -> Finding:
+        try:
+            left_s = certificate_end(cert.read_bytes()) - time.time()
+        except (OSError, ValueError) as problem:
+            return Finding("certificate", False, f"{cert}: {problem}", "a PEM file that this user can read")
+        text = f"{cert}: {left_s // 86400:.0f} days left"
+        return Finding("certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew")
+
+    def packages(self) -> Finding:
+        try:
+            require_packages()
+        except UsageError as problem:
+            return Finding("packages", False, problem.what, problem.hint)
+        return Finding("packages", True, "all there")
+
+    def detached(self) -> Finding:
+        """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look who lives."""
+        with tempfile.TemporaryDirectory(prefix="estelle-doctor-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            argv = [*program_argv(), "prove-detached", name]
+            daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, **HIDDEN)
+            ends = time.monotonic() + LAUNCH_S
+            while not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+            if os.name != "nt":
+                _kill_family(f"tree/{daemon.pid}", {daemon.pid}, KILL_S, root=daemon.pid)
+            Demo.end(daemon, 9)
+            daemon.wait()
+            lives = begun and FileLock.held_elsewhere(folder / "lock")
+            (folder / "end").touch()
+            while lives and FileLock.held_elsewhere(folder / "lock") and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+        fix = "serve under PM2 or systemd as `setup` sets it up"
+        return Finding("detachment", lives, "a deployment outlives its daemon's kill" if lives else "killed too", fix)
+
+    def place(self) -> Finding:
+        """The state folder."""
+        try:
+            self.state.create()
+        except UpdaterError as problem:
+            return Finding("state", False, problem.what, problem.hint)
+        return Finding("state", True, f"{self.state.root}, {len(self.state.run_ids())} recorded runs")
+
+    def service(self) -> Finding:
+        """Who starts the daemon after a reboot, and whether it runs."""
+        own = Path.home() / ".config/systemd/user"
+        for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
+            if (folder / f"{SERVICE}.service").exists():
+                keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
+                _, out = try_command(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
+                if found.ok and scope and not lingers():
+                    return Finding("service", False, "systemd ends it when you log out", LINGER)
+                return found
+        dump = Path(os.environ.get("PM2_HOME") or Path.home() / ".pm2") / "dump.pm2"
+        with suppress(OSError, ValueError):  # the file: any word to pm2 would start one
+            if any(app.get("name") == SERVICE for app in json.loads(dump.read_bytes())):
+                fix = f"pm2 restart {SERVICE}"
+                return Finding("service", self.serves, "PM2: saved" + ("" if self.serves else ", not running"), fix)
+        text = "it runs, but nothing starts it after a reboot" if self.serves else "none is installed"
+        return Finding("service", False, text, f"{program_name()} setup")
+
+    def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
+        """Git, the clone, its remote, and what the deploy command needs."""
+        code, said = try_command(["git", "--version"], self.env)
+        yield Finding("git", code == 0, said, "install git for this user")
+        if code:
+            return
+        if os.name != "nt" and (repo / ".git").exists() and (owner := (repo / ".git").stat().st_uid) != os.getuid():
+            text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
+            yield Finding("owner", False, text, f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}")
+        ground = list(probe_ground(repo, self.state.root, rule, self.env))
+        yield from ground
+        if not all(found.ok or not found.certain for found in ground):
+            return
+        changes = git_output(repo, self.env, "status", "--porcelain", "--untracked-files=no").decode(errors="replace")
+        names = ", ".join(line[3:] for line in changes.splitlines()[:5])
+        fix = f"git -C {repo} stash, or commit and push them"
+        yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
+        ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
+        code, said = try_command(ask, self.env, repo, ACCESS_S)
+        with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
+        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not try_command(ask, with_agent, repo, ACCESS_S)[0])
+        yield judge_remote(code, said, rule.remote, agent_only)
+        if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
+            for tool in dict.fromkeys(("node", name)):
+                code, said = try_command([tool, "--version"], self.env, repo, ACCESS_S)
+                fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
+                yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
+
+    def master(self, config: Config) -> Iterator[Finding]:
+        """Whether the master lets this host in, as it sees it, and what its clock says."""
+        options = ServeOptions(Path(), self.state, self.args.bind)
+        decision, _ = gather_role(config, options, outside=False)
+        yield Finding("role", True, decision.reason)
+        if decision.role is Role.MASTER and not self.serves:
+            yield Finding("master", None, "it is this host, and it does not serve yet")
+            return
+        try:
+            before = time.time()
+            connection = Caller(self.state, config, self.args.bind, work_tree(self.args.config_path())).dial(PATIENCE_S)
+            after, told = time.time(), connection.welcome
+            connection.close()
+        except UpdaterError as problem:
+            yield Finding("master", False, problem.what, problem.hint)
+        except ImportError:
+            yield Finding("master", None, "not asked: a package is missing")
+        else:
+            yield Finding("master", True, f"{config.master_url} lets {told.address} in, version {told.version}")
+            if told.time:
+                yield judge_clock((before + after) / 2 - told.time)
+
+    @staticmethod
+    def is_here(host: str, name: str) -> bool:
+        return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
+
+    def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
+        """What a switch on this host needs: a valid file that may be replaced, the sockets, and two true colours."""
+        env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
+        code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
+        lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
+        yield Finding(
+            "haproxy", code == 0, lines[0], f"mend the file until this is silent: haproxy -c -f {rule.config}"
+        )
+        real = os.path.realpath(rule.config)
+        fix = f"this service's user must own the file and its folder: chown USER {os.path.dirname(real)} {real}"
+        yield Finding("haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix)
+        for path, master in ((rule.socket, False), (rule.master_socket, True)):
+            try:
+                if path:
+                    ask_haproxy(rule, "show proc" if master else "show info", master=master)
+                    yield Finding("haproxy socket", True, path)
+            except UpdaterError as problem:
+                yield Finding("haproxy socket", False, problem.what, problem.hint)
+        for warning in look_at_traffic(rule)["warnings"]:
+            yield Finding("traffic", False, warning, f"edit {real}, then: {' '.join(rule.reload)}")
+
+
 # ==============================================================================
 # 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
-
-
-def result_text(job: JobRecord) -> str:
-    """A host's last line, in the operator's language."""
-    match job.state:
-        case State.SUCCEEDED:
-            return f"✓ 완료 {job.version or ''}".rstrip()
-        case State.FAILED:
-            exit_text = "" if job.exit is None else f" (exit {job.exit})"
-            return f"✗ 실패 {job.step or job.error}{exit_text}"
-        case State.CANCELLED:
-            return "✗ 취소"
-        case State.OFFLINE:
-            return "✗ 오프라인"
-        case State.TIMEOUT:
-            return f"✗ 시간 초과 {job.step}"
-        case _:
-            return f"✗ 연결 끊김 ({job.error})"
 
 
 class Output:
@@ -5830,7 +9466,7 @@ class TextView(View):
         self.output.write(("\n" + terminal_text(render_table(("host", "commit", "time", "result"), rows))).encode())
 
     def notice(self, text: str) -> None:
-        print(f"estelle-updater: {text}", file=sys.stderr, flush=True)
+        print(f"estelle-updater: {terminal_text(text)}", file=sys.stderr, flush=True)
 
 
 def seconds_text(job: JobRecord) -> str:
@@ -5933,35 +9569,204 @@ def make_view(args: Args) -> View:
 
 def make_caller(args: Args) -> Caller:
     require_packages()
-    return Caller(args.state_folder(), load_config(args.config_path()), args.bind)
+    path = args.config_path()
+    return Caller(args.state_folder(), load_config(path), args.bind, work_tree(path))
 
 
 def cmd_serve(args: Args) -> int:
     require_packages()
     preload()
+    log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
         raise UsageError(f"{role!r} is no role", "auto, master or agent")
     options = ServeOptions(
         args.config_path(), args.state_folder(), args.bind, Role(role) if role != "auto" else None, args.listen
     )
-    return asyncio.run(Service(options).run())
+    service = Service(options)
+    code = asyncio.run(service.run())
+    return restart_self() if service.restarting else code
 
 
 def cmd_trigger(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
-    caller = make_caller(args)
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
-    view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
-    if args.detach:
+    return run_order(args, order, detach=args.detach)[0]
+
+
+def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = False) -> tuple[int, list[JobRecord]]:
+    """Start a run and show it to its end, or only start it: the exit code, and the jobs as they ended."""
+    caller, view = make_caller(args), make_view(args)
+    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
+    if detach:
         view.begin(record) if args.json else say(record.run)
-        return 0
-    view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
-    return watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+        return 0, []
+    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
+    jobs: list[JobRecord] = []
+
+    def follow() -> list[JobRecord]:
+        jobs.extend(Follower(caller, record.run, view).follow(connection))
+        failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
+        if failed and record.kind is Kind.DEPLOY:
+            view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
+        return jobs
+
+    code = watch_run(args, record.run, follow)
+    refused = record.kind is Kind.SWITCH and any(job.exit == GuardError.exit_code for job in jobs)
+    return GuardError.exit_code if refused else code, jobs
+
+
+PLAN_ANSWER_S = ANSWER_S + PLAN_S
+
+
+def plan_text(row: Mapping[str, Any]) -> str:
+    """One host's outlook for people."""
+
+    def listed(name: str, word: str) -> list[str]:
+        more = row[f"{name}_count"] - len(row[name])
+        return [f"{word}: {', '.join(row[name])}" + (f" and {more} more" if more else "")] if row[name] else []
+
+    facts = []
+    if target := row["target"]:
+        facts += [f"{row['current'][:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"]
+        facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
+        facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
+    facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
+    facts += [f"{row['disk_free_bytes'] >> 20} MB free"] if row["disk_free_bytes"] is not None else []
+    lines = [row["why"]] if row["why"] else []
+    lines += [*row["subjects"], *listed("changed", "changes"), *listed("dirty", "local changes")]
+    lines += [f"restarts {' '.join(row['restart'])}"] if row["restart"] else []
+    lines += [f"busy with run {row['busy']}"] if row["busy"] else []
+    lines += [f"run {run} is queued" for run in row["queued"]]
+    lines += [f"! {text}" for text in row["warnings"]] + [f"✗ refused: {text}" for text in row["refused"]]
+    return "\n    ".join([f"{row['host']}  {', '.join(facts)}", *lines])
+
+
+def cmd_plan(args: Args) -> int:
+    result = ask_master(args, "plan", {"target": args.target, "branch": args.branch}, PLAN_ANSWER_S)
+    if args.json:
+        say(json.dumps(result, ensure_ascii=False))
+    else:
+        say("\n".join(map(plan_text, result["hosts"])))
+    return 0 if result["ok"] else 1
+
+
+def require_answer(args: Args) -> None:
+    """Raise GuardError where a question will come up that nobody can answer."""
+    if not (args.yes or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())):
+        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
+
+
+def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
+    """Ask the person at the terminal, unless `--yes`. Raises GuardError for a no, and where nobody can be asked."""
+    require_answer(args)
+    if args.yes:
+        return
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().casefold() not in ("y", "yes", "ㅛ", "예", "네"):
+        raise GuardError(no, "")
+
+
+def cmd_rollback(args: Args) -> int:
+    asked = {"action": "rollback", "target": args.target, "to": args.to}
+    plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
+    order = plan_rollback(plan)
+    if not args.json:
+        print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
+    confirm(args, f"roll back {', '.join(order.commits)}?")
+    code, _ = run_order(args, order, "rollback to ")
+    return code or int(len(order.commits) < len(plan["hosts"]))
+
+
+def order_switch(color: str, **options: Any) -> Submit:
+    run, nonce = make_run_id(), os.urandom(16).hex()
+    return Submit(run, nonce, Kind.SWITCH, "", color, user_name(), options={"color": color, **options})
+
+
+def cmd_switch(args: Args) -> int:
+    return run_order(args, order_switch(args.color, dry_run=args.dry_run, force=args.force), "switch to ")[0]
+
+
+def cmd_upgrade(args: Args) -> int:
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
+    return run_order(args, order)[0]
+
+
+def ask_health(args: Args, target: str) -> dict[str, Any]:
+    """What the checks see, with the patience that they need."""
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    return ask_master(args, "health", {"target": target}, take_s)
+
+
+def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> list[dict[str, Any]]:
+    """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
+    time. Raises GuardError where that does not come about."""
+    ends = time.monotonic() + wait_s
+    while True:
+        view.tick()
+        checks = ask_health(args, ",".join(hosts))["checks"]
+        rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
+        wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
+        where = {row["host"]: row["traffic"] for row in rows}
+        wrong += [
+            f"{host}: {where.get(host) or 'unknown'} for HAProxy" for host in hosts if where.get(host) != "standby"
+        ]
+        if not wrong:
+            return rows
+        if time.monotonic() > ends:
+            raise GuardError(
+                f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}", "`health` looks again"
+            )
+        time.sleep(TICK_S)
+
+
+def cmd_release(args: Args) -> int:
+    """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
+    if problem := valid_branch_problem(args.branch):
+        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_answer(args)
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "standby", args.branch, user_name())
+    code, jobs = run_order(args, order)
+    commits = {job.commit for job in jobs}
+    if code or len(commits) != 1:
+        return code or 1
+    view = make_view(args)
+    rows = await_standby(args, [job.host for job in jobs], args.wait, view)
+    for row in rows:
+        view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
+    color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
+    confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
+    if code := run_order(args, order_switch(color, commit=commits.pop()), "switch to ")[0]:
+        return code
+    status = ask_master(args, "status", {})
+    rows = [row for row in status["hosts"] if row["color"]]
+    if args.json:
+        keys = ("host", "color", "traffic", "commit", "version")
+        event = {"event": "release", "ok": True, "color": color, "hosts": [{k: row[k] for k in keys} for row in rows]}
+        say(json.dumps(event | {"warnings": status["warnings"]}, ensure_ascii=False))
+    else:
+        say("\n".join([f"{row['traffic'] or 'unknown'}: {color_text(row)}" for row in rows]))
+        say("\n".join(f"! {warning}" for warning in status["warnings"]))
+    return 0
+
+
+def color_text(row: Mapping[str, Any]) -> str:
+    """A worker and what it runs."""
+    return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
+
+
+def cmd_self_test(args: Args) -> int:
+    """What `upgrade` asks of a new program before it is used: not for people."""
+    for name in _PRELOADED:
+        if name.startswith(("tomli_w", "websockets")):
+            importlib.import_module(name)
+    preload()
+    load_config(args.config_path())
+    say(f"estelle-updater {__version__} speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}")
+    return 0
 
 
 def cmd_deploy(args: Args) -> int:
@@ -5993,16 +9798,27 @@ def cmd_logs(args: Args) -> int:
 
 def cmd_history(args: Args) -> int:
     try:
-        rows = ask_master(args, "history", {"count": args.count})["runs"]
+        found = ask_master(args, "history", {"count": args.count, "stats": args.stats})
     except (UnreachableError, RefusedError, ConfigError) as problem:
-        rows = args.state_folder().history(args.count)
-        if not rows:
+        state = args.state_folder()
+        found = {"stats": run_stats(state.rows())} if args.stats else {"runs": state.history(args.count)}
+        if not any(found.values()):
             raise
-        TextView(Output(False)).notice(f"{problem.what}; this is what {args.state_folder().root} has")
+        TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
     if args.json:
-        say(json.dumps({"runs": rows}, ensure_ascii=False))
+        say(json.dumps(found, ensure_ascii=False))
         return 0
-    cells = [
+    head, cells = history_table(found["runs"]) if "runs" in found else stats_table(found["stats"])
+    Output(False).write(terminal_text(render_table(head, cells)).encode())
+    return 0
+
+
+_Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def history_table(rows: Iterable[Mapping[str, Any]]) -> _Table:
+    """The runs as head and cells."""
+    return ("run", "when", "who", "target", "branch", "result"), [
         (
             row["run"],
             time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
@@ -6013,10 +9829,22 @@ def cmd_history(args: Args) -> int:
         )
         for row in rows
     ]
-    Output(False).write(
-        terminal_text(render_table(("run", "when", "who", "target", "branch", "result"), cells)).encode()
-    )
-    return 0
+
+
+def stats_table(stats: Iterable[Mapping[str, Any]]) -> _Table:
+    """What all runs together say, as head and cells."""
+    return ("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
+        (
+            one["host"],
+            one["kind"],
+            str(one["runs"]),
+            str(one["ok"]),
+            ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
+            "-" if one["median_s"] is None else f"{one['median_s']:.1f} s",
+            ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
+        )
+        for one in stats
+    ]
 
 
 def short_result(host: Mapping[str, Any]) -> str:
@@ -6040,10 +9868,29 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     return answer.result
 
 
-def cmd_cancel(args: Args) -> int:
+def cmd_health(args: Args) -> int:
+    result = ask_health(args, args.target)
+    if args.json:
+        say(json.dumps(result, ensure_ascii=False))
+    elif result["checks"]:
+        mark = {True: "✓", False: "✗"}
+        rows = [(mark[row["ok"]], row["host"], row["name"], row["detail"]) for row in result["checks"]]
+        say(render_table(("", "host", "check", "what it saw"), rows).rstrip())
+    else:
+        say("no [[health]] check is configured for these hosts; `config init --blue-green` shows some")
+    return 0 if result["ok"] else 1
+
+
+def cancel_run(args: Args, run: str) -> RunRecord:
+    """Ask the master to stop a run."""
     connection = make_caller(args).dial(PATIENCE_S)
-    record: RunRecord = connection.request(Cancel(args.run, user_name()), ANSWER_S)
+    record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
     connection.close()
+    return record
+
+
+def cmd_cancel(args: Args) -> int:
+    record = cancel_run(args, args.run)
     doing = f"cancelling {record.run} on {', '.join(record.hosts)}"
     text = doing if record.cancelled else f"{record.run} is over: there is nothing to cancel"
     say(json.dumps({"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}) if args.json else text)
@@ -6057,21 +9904,26 @@ def cmd_status(args: Args) -> int:
         return 0
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
-    rows = [status_cells(row) for row in result["hosts"]]
-    head = ("host", "name", "role", "online", "branch", "commit", "version", "colour", "job")
+    head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
+    rows = [head, *(status_cells(row, master["version"]) for row in result["hosts"])]
+    told = [column for column in zip(*rows, strict=True) if {*column[1:]} != {"-"}]  # a terminal has 80 columns
+    head, *rows = zip(*told, strict=True)
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
             say(f"! {row.get('host', 'master')}: {row['problem']}")
+    for warning in result.get("warnings", ()):
+        say(f"! {warning}")
     return 0
 
 
-def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One host's row of the `status` table."""
+def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
+    """One host's row of the `status` table; a host's own program is only worth a word where it is not the master's."""
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        silent_s = row.get("silent_s")
+        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -6079,10 +9931,12 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
-        row["color"] or "-", "; ".join(jobs) or "-",
+        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
+        "-" if row["updater"] in ("", program) else row["updater"],
+        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
 
@@ -6126,7 +9980,7 @@ def init_config(args: Args) -> int:
     has_script = "deploy:release" in (read_json(repo / "package.json") or {}).get("scripts", {})
     command = ["pnpm", "deploy:release"] if has_script or not (repo / "deploy.sh").exists() else ["sh", "deploy.sh"]
     path.parent.mkdir(exist_ok=True)
-    text = init_text(str(url).removesuffix("/"), allow, command, args.format)
+    text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
     parse_config(text, str(path), args.format)
     path.write_text(text, "utf-8")
     say(f"wrote {path}\nnext: {commit_config(path, 'Configure estelle-updater', args.commit)}")
@@ -6152,14 +10006,6 @@ def convert_config(args: Args, path: Path) -> int:
         path.unlink()
     say(f"wrote {new}" + (f", removed {path}" if new != path else ""))
     return 0
-
-
-def is_address(text: str) -> bool:
-    """Whether a text is an IP address."""
-    with suppress(UsageError):
-        canonical_address(text)
-        return True
-    return False
 
 
 def cmd_whitelist(args: Args) -> int:
@@ -6203,6 +10049,246 @@ def cmd_whitelist(args: Args) -> int:
     return 0
 
 
+class Abandoned(Exception):
+    """Nobody waits for this answer any more."""
+
+
+class ProgressOutput(Output):
+    """What a person would see, told to a model: plain text, of a burst of lines the last ones."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.terminal = self.color = False
+        self.tell = tell
+
+    def write(self, data: bytes) -> None:
+        if text := SGR.sub("", terminal_text(data.decode("utf-8", "replace"))).strip("\n"):
+            self.tell(text if len(text) <= PROGRESS_CHARS else "... " + text[-PROGRESS_CHARS:])
+
+
+class ProgressView(TextView):
+    """A run that a model follows: its lines are progress, and so is its silence, as clients give up without any."""
+
+    def __init__(self, tell: Callable[[str], None], gone: threading.Event) -> None:
+        super().__init__(ProgressOutput(self.tell))
+        self.send, self.gone, self.told = tell, gone, time.monotonic()
+
+    def tell(self, text: str) -> None:
+        self.tick()
+        self.send(text)
+        self.told = time.monotonic()
+
+    def tick(self) -> None:
+        if self.gone.is_set():
+            raise Abandoned
+        if time.monotonic() - self.told > MCP_SILENT_S:
+            self.told = time.monotonic()
+            self.send("still at work, and silent")
+
+    def notice(self, text: str) -> None:
+        self.tell(text)
+
+
+MCP_INSTRUCTIONS = (
+    "Deploys a small fleet of hosts. Look with status and plan before you change anything. A deployment is a run, and "
+    "goes on when you stop waiting for it: follow it with logs, stop it with cancel. Nothing rolls back by itself."
+)
+
+
+class McpServer:
+    """The tools for a model on standard input and output; every call has a thread of its own."""
+
+    def __init__(self, args: Args, wire: IO[bytes]) -> None:
+        self.args, self.wire = args, wire
+        self.lock = threading.Lock()  # of the session and the wire
+        self.gone: dict[str | int, threading.Event] = {}
+        shown = [tool for tool in TOOLS if f"call_{tool.name}" in dir(self) or tool.name in DESK]
+        shown = [tool for tool in shown if tool.effect == "reads" or not args.read_only]
+        self.session = McpSession([tool.render(args.require_plan) for tool in shown], MCP_INSTRUCTIONS, __version__)
+
+    def serve(self, lines: IO[bytes]) -> None:
+        """Until the client closes our standard input. The runs that it asked for go on."""
+        while line := lines.readline(MESSAGE_BYTES):
+            if len(line) == MESSAGE_BYTES and line[-1:] != b"\n":
+                while (rest := lines.readline(MESSAGE_BYTES)) and rest[-1:] != b"\n":
+                    pass
+                line = b"too long"  # which is no JSON
+            if not line.strip():
+                continue
+            with self.lock:
+                answers, calls, ended = self.session.feed(line)
+                self.send(*answers)
+                for name in ended:
+                    self.gone[name].set()
+                for call in calls:
+                    self.begin(call)
+        for gone in list(self.gone.values()):  # whoever only reads does not look, and may still answer
+            gone.set()
+        ends = time.monotonic() + MCP_LINGER_S
+        while self.session.calls and time.monotonic() < ends:
+            time.sleep(LOCAL_LOOK_S)
+
+    def send(self, *messages: dict[str, Any] | None) -> None:
+        with suppress(OSError, ValueError):  # the client is gone: standard input says so too
+            for message in filter(None, messages):
+                self.wire.write(json.dumps(message).encode() + b"\n")
+            self.wire.flush()
+
+    def begin(self, call: ToolCall) -> None:
+        if len(self.session.calls) > MCP_CALLS:
+            self.send(self.session.finish(call, "error: too many calls at once; wait for some to end", True))
+            return
+        gone = self.gone[call.id] = threading.Event()
+        threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
+
+    def work(self, call: ToolCall, gone: threading.Event) -> None:
+        """One call, and every way it can end, as an answer that a model can act on."""
+        numbers = itertools.count(1)
+
+        def tell(text: str) -> None:
+            with self.lock:
+                if call.token is not None and self.session.calls.get(call.id) is call:
+                    params = {"progressToken": call.token, "progress": next(numbers), "message": text}
+                    self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
+
+        answer: dict[str, Any] | str = "error: the input ended before the answer"
+        try:
+            answer = self.call(call.tool, call.arguments, ProgressView(tell, gone))
+        except Abandoned:
+            pass
+        except UpdaterError as problem:
+            lines = [f"error: {problem.what}", f"hint: {problem.hint}", f"exit: {problem.exit_code}"]
+            answer = "\n".join(line for line in lines if not line.endswith(": "))
+        except Exception as problem:
+            answer = f"internal error: {problem!r}"
+        reads = self.session.tools[call.tool]["annotations"]["readOnlyHint"]
+        wrong = isinstance(answer, str) or (answer.get("ok") is False and not reads)
+        with self.lock:
+            self.send(self.session.finish(call, answer, wrong))
+            if self.gone.get(call.id) is gone:
+                del self.gone[call.id]
+
+    def call(self, tool: str, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        """A tool's answer: its own method's, or the master's to the question of this name. Raises UpdaterError."""
+        takes = self.session.tools[tool]["inputSchema"]["properties"]
+        given = {name: spec["default"] for name, spec in takes.items() if "default" in spec} | given
+        own: Callable[..., dict[str, Any]] | None = getattr(self, f"call_{tool}", None)
+        return own(given, view) if own else self.ask(tool, **given)
+
+    def ask(self, what: str, **details: Any) -> dict[str, Any]:
+        return ask_master(self.args, what, details, PLAN_ANSWER_S)
+
+    def order(
+        self, given: dict[str, Any], view: ProgressView, make: Callable[[], Submit], **same: str
+    ) -> dict[str, Any]:
+        """Start a run, or find the one that this idempotency key started, and follow it to its end."""
+        key = given.get("idempotency_key")
+        nonce = hashlib.sha256(f"estelle-updater {key}".encode()).hexdigest()[:32] if key else os.urandom(16).hex()
+        run = self.ask("find", nonce=nonce)["run"] if key else None
+        if run is None:
+            connection, record = submit_run(make_caller(self.args), replace(make(), nonce=nonce), PATIENCE_S)
+            connection.close()
+            run = record.run
+        try:
+            answer = self.ask("log", run=run)
+            if any(answer[name] != value for name, value in same.items()):
+                raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
+            if given["wait"]:
+                self.follow(run, view)
+            answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
+        except UpdaterError as problem:
+            problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
+            raise
+        for row in answer["hosts"]:
+            row["tail"] = "\n".join(row.pop("text").splitlines()[-TAIL_LINES:])[-TAIL_BYTES:]
+        return answer
+
+    def follow(self, run: str, view: ProgressView) -> None:
+        view.notice(f"this is run {run}")
+        caller = make_caller(self.args)
+        connection, follower = caller.dial(PATIENCE_S), Follower(caller, run, view)
+        try:
+            follower.follow(connection, MCP_PATIENCE_S)
+        finally:
+            follower.connection.close()
+
+    def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        wanted = {"target": given["target"], "branch": given["branch"]}
+
+        def make() -> Submit:
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], **wanted)
+            return Submit(make_run_id(), "", Kind.DEPLOY, **wanted, by=user_name())
+
+        return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
+
+    def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {"action": "rollback"}
+        return self.order(given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK)
+
+    def call_switch(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        color = given["color"]
+
+        def make() -> Submit:
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], action="switch", color=color)
+            return order_switch(color, dry_run=given["dry_run"])
+
+        return self.order(given, view, make, kind=Kind.SWITCH)
+
+    def call_release(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        deployed = self.call_update({**given, "target": "standby", "wait": True}, view)
+        commits = {row["commit"] for row in deployed["hosts"]}
+        if not deployed["ok"] or len(commits) != 1:
+            return deployed
+
+        def make() -> Submit:
+            hosts = [row["host"] for row in deployed["hosts"]]
+            rows = await_standby(self.args, hosts, HEALTHY_S, view)
+            color = next(row["color"] for row in rows if row["host"] == hosts[0])
+            return order_switch(color, commit=commits.pop())
+
+        key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
+        return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {"deployed": deployed["run"]}
+
+    def call_health(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
+        return ask_health(self.args, given.get("target", "all"))
+
+    def call_cancel(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
+        record = cancel_run(self.args, given["run"])
+        return {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}
+
+    def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        deadline, tail = time.monotonic() + given["wait_s"], given["tail"] and "cursor" not in given
+        try:
+            offsets: dict[str, int] = json.loads(given.get("cursor", "{}"))
+        except (ValueError, RecursionError):
+            raise UsageError("this is no cursor", "take the one of the last answer") from None
+        asked = {"run": given["run"], "target": given.get("target"), "bytes": given["max_bytes"]}
+        while True:
+            answer = self.ask("log", offsets=offsets, tail=tail, **asked)
+            if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
+                break
+            view.tick()
+            time.sleep(LOOK_S / 2)
+        at = {row["host"]: row.pop("offset") for row in answer["hosts"]}
+        return answer | {"cursor": json.dumps({**offsets, **at})}
+
+
+def divert_output() -> IO[bytes]:
+    """The real standard output, for the protocol alone: whatever else is printed goes to standard error."""
+    wire = os.fdopen(os.dup(1), "wb")
+    with suppress(OSError):
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return wire
+
+
+def cmd_mcp(args: Args) -> int:
+    preload()
+    McpServer(args, divert_output()).serve(sys.stdin.buffer)
+    return 0
+
+
 def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
@@ -6212,6 +10298,50 @@ def cmd_run_job(args: Args) -> int:
 
 def cmd_build(args: Args) -> int:
     say(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
+    return 0
+
+
+def cmd_setup(args: Args) -> int:
+    require_packages()
+    if args.firewall:
+        config = load_config(args.config_path())
+        master = gather_role(config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False)[0].role
+        text = render_firewall(config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet))
+        say(json.dumps({"firewall": text.splitlines()}) if args.json else text)
+        return 0
+    setup = Setup(args, args.config_path(), say)
+    setup.remove() if args.remove else setup.install(args.manager)
+    return 0
+
+
+def cmd_doctor(args: Args) -> int:
+    findings: list[Finding] = []
+    for found in Doctor(args).look():
+        findings.append(found)
+        if not args.json:
+            mark = "–" if found.ok is None else "✓" if found.ok else "✗"
+            say(f"{mark} {found.name}: {found.text}" + (f"\n    fix: {found.fix}" if found.ok is False else ""))
+    healthy = all(found.ok is not False for found in findings)
+    if args.json:
+        keys = ("name", "ok", "text", "fix")
+        checks = [{key: getattr(one, key) for key in keys if key != "fix" or one.ok is False} for one in findings]
+        say(json.dumps({"ok": healthy, "checks": checks}, ensure_ascii=False))
+    return 0 if healthy else 1
+
+
+def cmd_prove_detached(args: Args) -> int:
+    """For doctor: a daemon in small, whose child detaches as a runner does. Not for people."""
+    folder = Path(args.folder)
+    if args.child:
+        detach_self()
+        with FileLock(folder / "lock"):
+            ends = time.monotonic() + LAUNCH_S
+            while folder.exists() and not (folder / "end").exists() and time.monotonic() < ends:
+                time.sleep(LOCAL_LOOK_S)
+        return 0
+    argv = [*program_argv(), "prove-detached", str(folder), "--child"]
+    spawn_runner(argv, os.environ, folder / "log").wait()
+    time.sleep(LAUNCH_S)
     return 0
 
 
@@ -6294,7 +10424,7 @@ class Command:
     hidden: bool = False
 
 
-TARGET_HELP = "all, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+TARGET_HELP = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
         option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
@@ -6307,6 +10437,19 @@ COMMANDS = (
         option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
         option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
     )),
+    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, (
+        option("target", metavar="TARGET", help=TARGET_HELP),
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+    )),
+    Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback, (
+        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
+        option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
+        option("--yes", action="store_true", help="do not ask"),
+    )),
+    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp, (
+        option("--read-only", action="store_true", help="offer only the tools that change nothing"),
+        option("--require-plan", action="store_true", help="change something only with the id of a fresh plan"),
+    )),
     Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
         option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
     )),
@@ -6317,10 +10460,28 @@ COMMANDS = (
     )),
     Command("history", "list the recent runs", cmd_history, (
         option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+        option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
     )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
+    Command("health", "run the configured checks on the hosts", cmd_health, (
+        option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)"),
+    )),
     Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
         option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+    )),
+    Command("switch", "move the traffic to another colour", cmd_switch, (
+        option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
+        option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
+        option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
+    )),
+    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
+        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
+    )),
+    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, (
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+        option("--yes", action="store_true", help="switch without asking"),
+        option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
+               help="how long it may take to become healthy (default: 60)"),
     )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
@@ -6330,6 +10491,7 @@ COMMANDS = (
         option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
         option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
         option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
+        option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
         option("--dry-run", action="store_true", help="convert: print the result only"),
         option("--commit", action="store_true", help="init: commit and push the file"),
     )),
@@ -6338,12 +10500,24 @@ COMMANDS = (
         option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
         option("--commit", action="store_true", help="commit and push the change"),
     )),
+    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
+        option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
+        option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        option("--firewall", action="store_true", help="only print the firewall commands for this host"),
+        option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
+        option("--dry-run", action="store_true", help="only say everything that would be done"),
+    )),
+    Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
         option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
     )),
     Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo, (
         option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     )),
+    Command("self-test", "", cmd_self_test, hidden=True),
+    Command("prove-detached", "", cmd_prove_detached, (
+        option("folder"), option("--child", action="store_true"),
+    ), hidden=True),
     Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
 )  # fmt: skip
 GLOBAL_OPTIONS = (
@@ -6363,8 +10537,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"argument COMMAND: invalid choice: ('.*?')", message):
+            from difflib import get_close_matches
+
             names = ", ".join(command.name for command in COMMANDS if not command.hidden)
-            raise UsageError(f"there is no command {unknown[1]}", f"the commands are: {names}")
+            like = get_close_matches(unknown[1], names.split(", "), 1)
+            hint = f"did you mean {like[0]}?" if like else f"the commands are: {names}"
+            raise UsageError(f"there is no command {unknown[1]}", hint)
         raise UsageError(message, f"see: {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -6425,7 +10603,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         lines = [f"estelle-updater: error: {problem.what}"]
         lines += [f"hint: {problem.hint}"] if problem.hint else []
         print(
-            "\n".join(lines).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
+            terminal_text("\n".join(lines)).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
             file=sys.stderr,
         )
     return problem.exit_code

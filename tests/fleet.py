@@ -227,6 +227,7 @@ class Host:
     folder: Path
     prefix: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
+    program: tuple[str, ...] = ()  # instead of the fleet's
     log_start: int = 0  # where the present daemon's part of stderr begins
 
     @property
@@ -304,7 +305,8 @@ class Fleet:
         """Start one daemon without waiting for anything."""
         assert host.process is None or host.process.poll() is not None, f"{host.address} runs already"
         bind = [] if self.network else ["--bind", host.address]
-        argv = [*host.prefix, *self.program, "serve", *bind, "--state", str(host.state), "--config", str(host.config)]
+        program = host.program or self.program
+        argv = [*host.prefix, *program, "serve", *bind, "--state", str(host.state), "--config", str(host.config)]
         with open(host.folder / "stdout", "ab") as out, open(host.folder / "stderr", "ab") as err:
             host.log_start = os.fstat(err.fileno()).st_size
             host.process = subprocess.Popen(
@@ -393,7 +395,7 @@ class Fleet:
         own = {"ESTELLE_CONFIG": str(host.config), "ESTELLE_STATE": str(host.state)}
         if not self.network:
             own["ESTELLE_BIND"] = bind or host.address
-        return [*host.prefix, *self.program, *arguments], self.env | own | dict(env or {}), host.repo
+        return [*host.prefix, *(host.program or self.program), *arguments], self.env | own | dict(env or {}), host.repo
 
     def runs(self, host: Host | None = None) -> list[Path]:
         """The folders of the recorded runs, oldest first."""

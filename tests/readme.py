@@ -1,15 +1,106 @@
-"""The parts of README.md that are made from the program: python3 tests/readme.py writes them anew."""
+"""The parts of README.md that are made from the program.
+
+python3 tests/readme.py            say which of them are stale (exit 1)
+python3 tests/readme.py --write    write them anew
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields
+from difflib import unified_diff
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import estelle_updater as est  # noqa: E402
+
+# Every key of the configuration, by table. One that stands only here, or only in the program, is an error.
+MEANINGS: dict[str, dict[str, str]] = {
+    "": {
+        "masterUrl": "where the master listens: `ws://` or `wss://`, an address or a name, and a port (9900)",
+        "whitelist": "addresses and networks (CIDR) that may connect",
+        "trustedProxies": "only these may say `X-Forwarded-For`",
+        "serverNames": "names besides masterUrl's host that the `Host` header may have",
+        "tokenFile": "a file outside the repository with a shared secret; or `ESTELLE_TOKEN` in the environment",
+    },
+    "deploy": {
+        "remote": "the git remote",
+        "command": "what deploys: a program and its arguments, no shell",
+        "restart": "systemd units to restart after the command; each must then be active",
+        "timeout": "seconds for one step",
+        "secrets": "names of more variables whose values no log may show; those that look secret are masked anyway",
+        "version": "where the version stands; else the last `vMMDD_N` of the output, else `git describe`",
+    },
+    'hosts."KEY"': {
+        "name": "what the host is called; nobody else may claim the name",
+        "role": "`master` or `agent`, where the address can't tell",
+        "repo": "the checkout to deploy; default: the one that holds this file",
+        "command": "instead of `deploy.command`",
+        "environmentFile": "a flat JSON object of strings, or `KEY=VALUE` lines, for the steps' environment",
+        "env": "the same, here",
+        "color": "`blue` or `green`: which worker this host is",
+        "deploy": "`false` keeps it out of `all`, `active` and `standby`",
+    },
+    "haproxy": {
+        "host": "the host that runs HAProxy, by name or address",
+        "backend": "the backend whose two servers are the colours",
+        "config": "its configuration file",
+        "servers": "the names of the two `server` lines",
+        "socket": "the stats socket (level admin): who is up, draining, proof by counters",
+        "masterSocket": "the master CLI socket: proof that a new worker runs",
+        "reload": "how to reload it",
+        "probe": "a URL whose answer proves the switch by a real request (GET only)",
+    },
+    "[[health]]": {
+        "name": "what the check is called",
+        "http": "a URL that must answer",
+        "tcp": "HOST:PORT that must accept a connection",
+        "valkey": "HOST:PORT that must answer PING",
+        "mariadb": "HOST:PORT that must greet as MariaDB or MySQL does",
+        "systemd": "a unit that must be active",
+        "disk": "a folder whose disk must have room",
+        "certificate": "a certificate file, or HOST:PORT, that must stay valid",
+        "command": "a program and its arguments that must end with 0",
+        "hosts": "which hosts run it; default: all",
+        "status": "http: the status to expect",
+        "contains": "http: a text that the body must hold",
+        "least": "disk: percent that must be free (10); certificate: days that must be left (14)",
+        "timeout": "seconds for one try",
+    },
+    "tls": {
+        "cert": "PEM file with the certificate chain of a `wss://` master; read again when it changes",
+        "key": "its private key",
+        "ca": "whom agents and commanders trust instead of the system's authorities",
+    },
+    "keep": {
+        "runs": "how many recorded runs stay",
+        "days": "for how many days",
+        "megabytes": "and how much of the disk, the oldest going first",
+    },
+    "updater": {"sha256": "the `.pyz` that `upgrade` may install"},
+    "[[notify]]": {
+        "url": "where to post; only where the URL is no secret",
+        "urlEnv": "the master's environment variable that holds the URL",
+        "urlFile": "a file outside git that holds it",
+        "format": "`slack`, `discord`, `telegram`, `ntfy` or `json`",
+        "chat": "telegram: the chat's id",
+        "on": "which events: see Notifications",
+        "offlineMinutes": "how long an agent may be away before `agent-offline` tells of it",
+    },
+}
+TABLES: Mapping[str, Any] = {
+    "": est.Config, "deploy": est.DeployRule, 'hosts."KEY"': est.HostRule, "haproxy": est.HaproxyRule,
+    "[[health]]": est.HealthRule, "tls": est.TlsRule, "keep": est.KeepRule, "updater": est.UpdaterRule,
+    "[[notify]]": est.NotifyRule,
+}  # fmt: skip
 
 
 def words(item: est.Option) -> str:
@@ -44,14 +135,83 @@ def options() -> str:
     return "\n".join(rows)
 
 
+def help_blocks() -> str:
+    """What each command's `--help` says, less the options that all have."""
+    shared = {name for item in est.GLOBAL_OPTIONS for name in item.names} | {"-h"}
+    blocks = []
+    parser = est.make_parser()
+    (choices,) = (dict(action.choices or ()) for action in parser._actions if action.dest == "command")
+    for command in est.COMMANDS:
+        if command.hidden or not command.options:
+            continue
+        with patch.dict(os.environ, COLUMNS="2000"):  # where Python breaks a line differs between its versions
+            text = re.sub(r"(-\w) \S+, (--)", r"\1, \2", choices[command.name].format_help())
+        lines = [line for line in text.splitlines() if not line.strip() or line.split()[0].strip(",") not in shared]
+        used = f"usage: estelle_updater.pyz {command.name} " + " ".join(map(words, command.options))
+        blocks.append("\n".join([used, *lines[1:]]))
+    return "```\n" + "\n\n".join(re.sub(r"\n{2,}|\noptions:\s*$", "\n", block).strip() for block in blocks) + "\n```"
+
+
+def default_text(setting: Field[Any]) -> str:
+    """A key's default as the file would spell it."""
+    if setting.default is MISSING and setting.default_factory is MISSING:
+        return "required"
+    value = setting.default_factory() if setting.default_factory is not MISSING else setting.default
+    if value is None or value in ((), {}) or hasattr(value, "__dataclass_fields__"):
+        return ""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
+
+
+def keys_of(cls: Any) -> Iterator[tuple[str, Field[Any]]]:
+    """The keys of a table that hold a value, not a table."""
+    for setting in fields(cls):
+        key = re.sub("_(.)", lambda match: match[1].upper(), setting.name.removesuffix("_s"))
+        is_table = cls is est.Config and (key in ("hosts", *TABLES) or f"[[{key}]]" in TABLES)
+        if "Annotated" in str(setting.type) and not is_table:
+            yield key, setting
+
+
+def configuration() -> str:
+    """The table of the configuration's keys."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for table, cls in TABLES.items():
+        found = dict(keys_of(cls))
+        if wrong := set(found) ^ set(MEANINGS[table]):
+            raise SystemExit(f"{table or 'top level'}: {', '.join(sorted(wrong))} stands on one side only")
+        for key, meaning in MEANINGS[table].items():
+            shown = f"{table} {key}" if table.startswith("[[") else f"{table}.{key}".removeprefix(".")
+            rows.append(f"| `{shown}` | {default_text(found[key])} | {meaning} |")
+    return "\n".join(rows)
+
+
 def rewrite(text: str) -> str:
     """README's text with its generated parts as the program has them now."""
-    for name, make in (("commands", commands), ("options", options)):
+    parts = {"commands": commands, "options": options, "configuration": configuration, "help": help_blocks}
+    for name, make in parts.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+        made, count = re.subn(
+            pattern,
+            lambda match, make=make: f"{match[1]}{make()}\n{match[2]}",  # type: ignore[misc]
+            text,
+            flags=re.DOTALL,
+        )
+        if count != 1:
+            raise SystemExit(f"README.md has no place for: {name}")
+        text = made
     return text
 
 
-if __name__ == "__main__":
+def main() -> int:
     readme = ROOT / "README.md"
-    readme.write_text(rewrite(readme.read_text("utf-8")), "utf-8")
+    old = readme.read_text("utf-8")
+    new = rewrite(old)
+    if "--write" in sys.argv[1:]:
+        readme.write_text(new, "utf-8")
+        return 0
+    sys.stdout.writelines(unified_diff(old.splitlines(True), new.splitlines(True), "README.md", "the program", n=0))
+    return 1 if old != new else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -94,6 +94,7 @@ def test_hostile_branch_names_reach_nobody(tmp_path: Path, branch: str) -> None:
     [
         (["trigger"], ["TARGET"]),
         (["frobnicate"], ["frobnicate", "trigger"]),
+        (["trigge"], ["did you mean trigger?"]),
         (["trigger", "all", "master", "--wait", "soon"], ["soon"]),
         (["trigger", "all", "master", "--batch", "0"], ["0"]),
         (["logs", "../../etc"], ["../../etc", "history"]),

@@ -57,6 +57,7 @@ command = ["pnpm", "deploy:release"]
 restart = []                                  # systemd units, as one more step after the command: "systemctl restart A B", then each must be active
 timeout = 1800                                # seconds for one step
 version = "config/version.json"               # its "version", or the first line of plain text; else the last vMMDD_N in the output, else git describe --always
+secrets = []                                  # names of more variables whose values are masked in the logs
 
 [hosts."121.0.0.7"]                           # ADDRESS/HOSTNAME, HOSTNAME or ADDRESS: the first that matches, in this order; all keys optional
 name = "office"
@@ -230,7 +231,8 @@ def test_health_kinds(kind: str, subject: Any):
 
 
 def test_every_final_state_can_be_notified():
-    assert {"succeeded", "failed", "cancelled", "timeout", "offline", "lost", "switched"} == set(NOTIFY_EVENTS)
+    more = {"switched", "failover", "agent-offline", "certificate"}
+    assert {"succeeded", "failed", "cancelled", "timeout", "offline", "lost"} | more == set(NOTIFY_EVENTS)
     (rule,) = config_of(notify=[{"urlEnv": "HOOK", "format": "telegram", "chat": "42"}]).notify
     assert rule == NotifyRule(url_env="HOOK", format="telegram", chat="42", on=("failed", "lost", "switched"))
 

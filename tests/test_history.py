@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import estelle_updater as est
 from tests.fleet import VERSION, Fleet, Host, wait_for
 
 MakeFleet = Callable[..., Fleet]
@@ -34,19 +39,158 @@ def test_history_and_logs_with_and_without_the_master(fleet: MakeFleet) -> None:
     ]  # fmt: skip
     assert history(one, agent) == [newest, first], "any commander sees the same"
     assert len(json.loads(one.cli("history", "-n", "1", "--json").out)["runs"]) == 1
+    stats = json.loads(one.cli("history", "--stats", "--json").out)["stats"]
+    assert [(host["host"], host["runs"], host["ok"], host["steps"]) for host in stats] == [
+        ("127.0.0.1", 1, 1, {}), ("127.0.0.2", 2, 1, {"sh deploy.sh": 1}),
+    ]  # fmt: skip
+    text = one.cli("history", "--stats", host=agent).out
+    assert "1 failed" in text and "sh deploy.sh (1)" in text
     table = one.cli("history").out
     assert str(newest["run"]) in table and f"127.0.0.1 ✓ {VERSION}" in table and "✗ failed sh deploy.sh" in table
     shown = one.cli("logs", str(first["run"])).out
     assert one.cli("logs", str(first["run"]), agent.address).out.count("✓") == 1
+
+    one.restart(one.master)
+    one.wait_online()
+    rows = json.loads(one.cli("status", "--json").out)["hosts"]
+    assert [(row["last"]["run"], row["last"]["ok"]) for row in rows] == [(first["run"], True), (newest["run"], False)]
+    assert "✗ failed sh deploy.sh" in one.cli("status").out, "a new commit alone is no success"
 
     one.stop(one.master)
     offline = one.cli("logs", str(first["run"]))
     assert (offline.code, sorted(offline.out.splitlines())) == (0, sorted(shown.splitlines()))
     assert "can't reach the master" in offline.err
     assert [run["run"] for run in history(one)] == [newest["run"], first["run"]]
+    assert json.loads(one.cli("history", "--stats", "--json").out)["stats"] == stats
     own = history(one, agent)
     assert [run["run"] for run in own] == [newest["run"], first["run"]], "an agent knows its own jobs"
     assert [host["host"] for host in own[1]["hosts"]] == [agent.address]
+
+
+HOSTS = {"127.0.0.1": "a" * 32, "127.0.0.2": "b" * 32}
+SETTLED_S = est.INDEX_AFTER_S + 5
+
+
+def record(state: est.StateFolder, number: int, *states: est.State, kind: est.Kind = est.Kind.DEPLOY) -> str:
+    """A run of two hosts, a day after the one with the number before; its folder has lain still for a while."""
+    created = 1_700_000_000.0 + 86400 * number
+    run = f"202311{15 + number:02}-000000-{number:04x}"
+    order = est.RunRecord(run, "n", kind, "all", "master", list(HOSTS), HOSTS, {h: h for h in HOSTS}, created, "me")
+    state.save_run(order)
+    for host, end in zip(HOSTS, states, strict=True):
+        ended = created + 10 + number if end in est.FINAL else None
+        step = "sh deploy.sh" if end is est.State.FAILED else None
+        job = replace(est.job_of_run(order, host), state=end, revision=3, started=created, ended=ended, step=step)
+        state.save_job(job)
+    os.utime(state.runs / run, (created, created))
+    return run
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> est.StateFolder:
+    folder = est.StateFolder(tmp_path / "state")
+    folder.create()
+    return folder
+
+
+OK, FAILED, RUNNING = est.State.SUCCEEDED, est.State.FAILED, est.State.RUNNING
+
+
+def spoil(state: est.StateFolder, run: str) -> None:
+    """Make a run's records unreadable without a trace in its folder's times: who reads them then sees nothing."""
+    for path in (state.runs / run).glob("*.json"):
+        path.write_bytes(b"{")
+
+
+def test_runs_that_are_over_are_read_from_the_index(state: est.StateFolder) -> None:
+    runs = [record(state, number, OK, FAILED) for number in range(3)]
+    open_run = record(state, 3, OK, RUNNING)
+    first = state.history(10)
+    assert [row["run"] for row in first] == [open_run, *reversed(runs)]
+    assert [host["state"] for host in first[1]["hosts"]] == ["succeeded", "failed"]
+    spoil(state, runs[0])
+    spoil(state, open_run)
+    assert state.history(10) == first[1:], "the open run was read from its folder, the others were not"
+    assert [json.loads(line)["run"] for line in state.index.read_text().splitlines() if line] == runs
+
+
+@pytest.mark.parametrize(
+    "torn", [b"", b"{", b'{"run":"20231115-000000-0000","stamp":1,"over":tr', b"\xff\xfe{}\n\n[]\n"]
+)
+def test_the_index_may_be_lost_or_torn(state: est.StateFolder, torn: bytes) -> None:
+    record(state, 0, OK, FAILED)
+    rows = state.history(10)
+    state.index.write_bytes(torn)
+    assert state.history(10) == rows
+    record(state, 1, OK, OK)
+    assert state.history(10)[1:] == rows
+    for line in state.index.read_bytes().split(b"\n")[-2:-1]:
+        assert json.loads(line)["over"]
+    whole = state.index.read_bytes()
+    state.index.write_bytes(whole[:-40])
+    assert state.history(10)[1:] == rows
+
+
+def test_a_late_word_replaces_what_the_index_says(state: est.StateFolder) -> None:
+    run = record(state, 0, OK, est.State.LOST)
+    assert [host["state"] for host in state.history(1)[0]["hosts"]] == ["succeeded", "lost"]
+    job = state.load_job(run, "127.0.0.2")
+    assert job
+    state.save_job(replace(job, state=OK, revision=4))
+    assert [host["state"] for host in state.history(1)[0]["hosts"]] == ["succeeded", "succeeded"]
+
+
+def test_what_the_master_has_not_acknowledged_is_not_over(state: est.StateFolder) -> None:
+    run = record(state, 0, OK, OK)
+    job = state.load_job(run, "127.0.0.1")
+    assert job
+    state.save_job(replace(job, machine=state.machine_id()))
+    os.utime(state.runs / run, (1, 1))
+    assert not state.rows()[0]["over"]
+
+
+def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) -> None:
+    runs = [
+        record(state, 0, OK, OK, kind=est.Kind.SWITCH),
+        record(state, 1, FAILED, OK),
+        record(state, 2, OK, FAILED),
+        record(state, 3, OK, FAILED),
+        record(state, 4, FAILED, RUNNING),
+        record(state, 5, FAILED, FAILED),
+        record(state, 6, FAILED, FAILED),
+    ]
+    state.rows()
+    keep = est.KeepRule(runs=1, days=36500)
+    assert state.prune(keep, {runs[5]}, SETTLED_S) == [runs[2]]
+    left = [runs[i] for i in (6, 5, 4, 3, 1, 0)]
+    assert [row["run"] for row in state.history(10)] == left
+    assert [json.loads(line)["run"] for line in state.index.read_bytes().split(b"\n") if line] == sorted(
+        {*left} - {runs[4]}
+    )
+    assert state.prune(keep, {runs[5]}, SETTLED_S) == []
+    assert state.prune(est.KeepRule(runs=500, days=1), (), 1_700_000_000.0 + 86400 * 20) == [runs[5], runs[6]]
+
+
+def test_old_runs_go_where_all_take_too_much_of_the_disk(state: est.StateFolder) -> None:
+    runs = [record(state, i, FAILED, FAILED) for i in range(4)]
+    for run, megabytes in zip(runs, (1, 1, 2, 3), strict=True):
+        (state.runs / run / "127.0.0.1.log").write_bytes(bytes(megabytes * 1_000_000))
+    keep = est.KeepRule(megabytes=6)
+    assert state.prune(keep, {runs[0]}, SETTLED_S) == [runs[1]]
+    assert state.prune(est.KeepRule(megabytes=1), (), SETTLED_S) == [runs[0], runs[2]], "the newest stays"
+
+
+def test_statistics(state: est.StateFolder) -> None:
+    for number, ends in enumerate([(OK, OK), (OK, FAILED), (FAILED, est.State.OFFLINE), (OK, FAILED), (OK, OK)]):
+        record(state, number, *ends)
+    record(state, 5, RUNNING, OK)
+    record(state, 6, OK, OK, kind=est.Kind.SWITCH)
+    stats = est.run_stats(state.rows())
+    assert [(one["host"], one["kind"], one["runs"], one["ok"], one["median_s"]) for one in stats] == [
+        ("127.0.0.1", "deploy", 5, 4, 12.0), ("127.0.0.1", "switch", 1, 1, 16.0),
+        ("127.0.0.2", "deploy", 6, 3, 14.0), ("127.0.0.2", "switch", 1, 1, 16.0),
+    ]  # fmt: skip
+    assert stats[2]["states"] == {"failed": 2, "offline": 1} and stats[2]["steps"] == {"sh deploy.sh": 2}
 
 
 def test_a_deployment_by_hand_is_adopted_by_the_master(fleet: MakeFleet) -> None:

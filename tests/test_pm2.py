@@ -94,24 +94,39 @@ def test_starts_shows_logs_restarts_and_stops(under_pm2: tuple[Fleet, Pm2], tmp_
 
 @pytest.mark.parametrize("who", ["operator", "deployment"])
 def test_a_deployment_survives_a_restart(under_pm2: tuple[Fleet, Pm2], who: str):
+    """ESTELLE_PM2_ROUNDS=20 for as many rounds; the operator's go through everything that PM2 can do to a service."""
     fleet, pm2 = under_pm2
     assert pm2("start", str(pm2.folder / "pm2.config.js")).code == 0  # in the repository, without ESTELLE_REPO
     pm2.wait_welcomed()
-    go = pm2.host.repo.parent / "go"
+    assert pm2("save").code == 0
+    go, runs = pm2.host.repo.parent / "go", pm2.host.state / "runs"
     if who == "operator":
         fleet.origin.commit({"deploy.sh": WAITING})
     else:  # PM2 calls are made with the environment of a deployment, which keeps PM2_HOME
         fleet.origin.commit({"deploy.sh": f"pm2 restart {SERVICE} || exit 9\n{WAITING}"})
-    trigger = fleet.popen("trigger", pm2.host.address, "master")
-    log = pm2.host.state / "runs"
-    wait_for(lambda: any("begun" in file.read_text() for file in log.glob("*/*.log")), lambda: pm2.log())
-    if who == "operator":
-        assert pm2("restart", SERVICE).code == 0
-    pm2.wait_welcomed(2)
-    go.touch()
-    out, err = trigger.communicate(timeout=60)
-    assert trigger.returncode == 0, (out, err)
-    assert f"[{pm2.host.address}] went on\n[{pm2.host.address}] ✓ 완료 ".encode() in out
+    ways: tuple[tuple[tuple[str, ...], ...], ...] = (
+        (("restart", SERVICE),),
+        (("reload", SERVICE),),
+        (("stop", SERVICE), ("start", SERVICE)),
+        (("kill",), ("resurrect",)),
+    )
+
+    def begun() -> bool:
+        return any("begun" in one.read_text() for one in {*runs.glob("*/*.log")} - done)
+
+    for number in range(int(os.environ.get("ESTELLE_PM2_ROUNDS", "4" if who == "operator" else "1"))):
+        go.unlink(missing_ok=True)
+        welcomes, done = pm2.log().count("welcomed by the master"), set(runs.glob("*/*.log"))
+        trigger = fleet.popen("trigger", pm2.host.address, "master")
+        wait_for(begun, pm2.log)
+        if who == "operator":
+            for words in ways[number % len(ways)]:
+                assert pm2(*words).code == 0, words
+        pm2.wait_welcomed(welcomes + 1)
+        go.touch()
+        out, err = trigger.communicate(timeout=60)
+        assert trigger.returncode == 0, (number, out, err)
+        assert f"[{pm2.host.address}] went on\n[{pm2.host.address}] ✓ 완료 ".encode() in out
 
 
 def test_a_deployment_replaces_its_program_and_restarts_its_service(
@@ -148,6 +163,7 @@ def test_comes_up_by_itself_once_the_configuration_is_there(under_pm2: tuple[Fle
     assert pm2("start", str(pm2.folder / "pm2.config.js")).code == 0
     wait_for(lambda: pm2.log().count("no config/updater.json") >= 3, lambda: pm2.log(), 30)
     wait_for(lambda: pm2.service()["pm2_env"]["status"] == "waiting restart", "PM2 has patience")
+    wait_for(lambda: pm2.service()["pm2_env"]["prev_restart_delay"] >= 1100, "and more of it each time")
     pm2.host.config.write_bytes(config)
     pm2.wait_welcomed()
 

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import estelle_updater as est
@@ -62,18 +62,16 @@ def test_every_state_and_verdict_has_a_row() -> None:
     assert len(said) > 20 and not without, without
 
 
-def camel(name: str) -> str:
-    return re.sub(r"_(\w)", lambda match: match[1].upper(), name.removesuffix("_s"))
-
-
-def test_configuration_keys_are_the_program_s() -> None:
-    keys = " ".join(row[0] for row in table("Configuration"))
-    for rule, prefix in ((est.DeployRule, "deploy."), (est.KeepRule, "keep.")):
-        for one in fields(rule):
-            assert f"`{prefix}{camel(one.name)}`" in keys
-    top = set(re.findall(r"`([a-zA-Z]+)[.`]", keys))
-    known = {camel(one.name) for one in fields(est.Config)}
-    assert top - {"role", "repo", "command", "environmentFile", "env", "color"} <= known, top - known
+def test_the_lines_for_ai_clients_start_the_server() -> None:
+    part = README.split("\n## AI clients (MCP)\n", 1)[1].split("\n## ", 1)[0]
+    blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", part, re.DOTALL)]
+    assert [list(block) for block in blocks] == [["mcpServers"], ["servers"]]
+    lines = [server["args"] for block in blocks for servers in block.values() for server in servers.values()]
+    lines += [line.split()[1:] for line in re.findall(r"-- (python3 [^`]+)`", part)]
+    for line in lines:
+        args = est.make_parser().parse_args(line[1:])
+        assert (args.command, args.config) == ("mcp", "/srv/app/config/updater.json")
+    assert len(lines) == 3
 
 
 def test_the_smallest_configuration_is_valid() -> None:
@@ -83,27 +81,49 @@ def test_the_smallest_configuration_is_valid() -> None:
     assert config.whitelist == ("5.223.72.58", "121.0.0.7")
 
 
-def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet], pyz: Path) -> None:
-    """Build (the fixture did), copy, configure, serve, trigger: the README's own lines in an empty home."""
+def test_exit_codes_are_the_program_s() -> None:
+    codes = {int(row[0]) for row in table("Commands") if row[0].isdigit()}
+    kinds = [kind for kind in vars(est).values() if isinstance(kind, type) and issubclass(kind, est.UpdaterError)]
+    assert codes == {0, 130} | {kind.exit_code for kind in kinds}
+
+
+def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
+    """Build, copy, configure, serve, trigger: the README's own lines, with loopback addresses for the example's."""
     one = fleet(hosts=1, start=False)
-    clone = one.master.repo
-    shutil.copy(pyz, tmp_path / "estelle_updater.pyz")
-    config = {"masterUrl": f"ws://127.0.0.1:{free_port()}", "whitelist": ["127.0.0.1"], "deploy": {"command": ["true"]}}
-    one.origin.commit({"config/updater.json": json.dumps(config)})
+    clone, port = one.master.repo, free_port()
+    one.origin.commit({"deploy.sh": "echo v0301_4", "config/updater.json": None, "package.json": None})
     one.origin.git("pull", "--quiet", cwd=clone)
-    commands = re.findall(r"^ +python3 estelle_updater\.pyz (.*)$", README, re.MULTILINE)
-    assert commands[:3] == ["serve", "status", "trigger all master"]
+    shutil.copy(ROOT / "estelle_updater.py", tmp_path)
     env = one.env | {"ESTELLE_STATE": str(tmp_path / "state")}
-    program = [sys.executable, str(tmp_path / "estelle_updater.pyz")]
+    commands = re.findall(r"^ +python3 (estelle_updater\.py.*)$", README, re.MULTILINE)
+    words = ["build", "config", "serve", "doctor", "setup", "status", "trigger"]
+    assert [line.split()[1] for line in commands[:7]] == words
+
+    def type_in(line: str, folder: Path) -> tuple[int, str]:
+        line = line.replace("5.223.72.58:9900", f"127.0.0.1:{port}").replace("121.0.0.7", "127.0.0.1")
+        program, *words = shlex.split(line)
+        result = run([sys.executable, str(tmp_path / program), *words], env, folder)
+        return result.code, result.out + result.err
+
+    assert type_in(commands[0], tmp_path)[0] == 0  # the file appears where one builds
+    code, text = type_in(commands[1], clone)
+    assert (code, "committed and pushed" in text) == (0, True), text
     with open(tmp_path / "serve.log", "wb") as log:
-        daemon = subprocess.Popen([*program, "serve"], cwd=clone, env=env, stdin=subprocess.DEVNULL, stderr=log)
+        program = [sys.executable, str(tmp_path / "estelle_updater.pyz"), "serve"]
+        daemon = subprocess.Popen(program, cwd=clone, env=env, stdin=subprocess.DEVNULL, stderr=log)
     try:
         wait_for(lambda: "listening on" in (tmp_path / "serve.log").read_text(), "the master listens")
-        for command in commands[1:3]:
-            result = run([*program, *shlex.split(command)], env, clone)
-            assert result.code == 0, result.out + result.err
-        assert "[127.0.0.1] ✓ 완료" in result.out
+        code, text = type_in(commands[3], clone)
+        assert (code, "✗ service: it runs, but nothing starts it after a reboot" in text) == (1, True), text
+        assert "estelle_updater.pyz setup\n" in text, "the fix"
+        assert type_in(commands[5], clone)[0] == 0
+        code, text = type_in(commands[6], clone)
+        assert (code, "[127.0.0.1] ✓ 완료 v0301_4" in text) == (0, True), text
+        est_ = "estelle_updater.pyz"
+        ends = {"trigger all nowhere": 1, "trigger all -- -x": 2, "trigger 10.9.9.9 master": 4, "forget 127.0.0.1": 5}
+        assert {line: type_in(f"{est_} {line}", clone)[0] for line in ends} == ends
     finally:
         daemon.terminate()
         assert daemon.wait(20) == 0
+    assert type_in(commands[5], clone)[0] == 3
     wait_for(lambda: os.getpid() in processes_of(tmp_path) or not processes_of(tmp_path), "nothing is left running")

@@ -564,8 +564,9 @@ def test_queue(one: Fleet):
     assert [first.end(), second.end(), third.end()] == [0, 1, 0]
     result = next(e for e in second.events if e["event"] == "result" and e["host"] == A)
     assert result["state"] == "succeeded"
-    records = {folder.name: json.loads((folder / f"{B}.json").read_text()) for folder in one.runs()}
-    assert records[first.run]["ended"] <= records[third.run]["started"]
+    folders = {folder.name: folder for folder in one.runs()}
+    begun, ended = (json.loads((folders[watched.run] / f"{B}.json").read_text()) for watched in (third, first))
+    assert ended["ended"] <= begun["started"]
 
 
 @one_fleet
@@ -726,7 +727,8 @@ def test_settings_of_single_hosts(fleet: Callable[..., Fleet], tmp_path: Path):
     )
     made.origin.clone(tmp_path / "elsewhere")
     write_script("env\n", made.master)
-    poison = {"ESTELLE_TOKEN": "t", "pm_id": "1", "PM2_HOME": "/kept", "NODE_APP_INSTANCE": "0", "GIT_DIR": "/nowhere"}
+    made.env["ESTELLE_TOKEN"] = "t" * 32
+    poison = {"pm_id": "1", "PM2_HOME": "/kept", "NODE_APP_INSTANCE": "0", "GIT_DIR": "/nowhere"}
     made.start(env=poison | {"PYTHONPATH": "", "NOTIFY_SOCKET": "/x", "INVOCATION_ID": "x", "KEPT": "yes"})
     code, out, _ = made.cli("trigger", "all", "master")
     assert code == 0, out

@@ -184,6 +184,22 @@ def bench_memory(fleet: Fleet) -> None:
         )
 
 
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far, all threads, in seconds."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def bench_idle(fleet: Fleet, seconds: float = 30.0) -> None:
+    """What a host pays for a daemon that has nothing to do."""
+    time.sleep(5)
+    before = [cpu_s(daemon.pid) for daemon in fleet.daemons]
+    time.sleep(seconds)
+    for name, daemon, cpu in zip(("master", "agent"), fleet.daemons, before, strict=False):
+        share = (cpu_s(daemon.pid) - cpu) / seconds
+        print(f"idle {name}: {rss_mb(daemon.pid):.1f} MB resident, {share:.3%} of a core")
+
+
 def bench_resume(fleet: Fleet) -> None:
     """How long after the master's return a watching commander shows the next line; agents come back with jitter."""
     watcher = fleet.trigger("127.0.0.2", "live", subprocess.PIPE)
@@ -216,6 +232,7 @@ def main() -> None:
         bench_start(program)
         fleet = Fleet(folder, program)
         try:
+            bench_idle(fleet)
             bench_noop(fleet)
             bench_live(fleet)
             bench_lines(fleet)

@@ -1,0 +1,88 @@
+"""The official MCP client, of the era whose package is on PYTHONPATH, against `mcp`: one conversation, told as JSON.
+
+    PYTHONPATH=FOLDER python mcp_client.py MODE BRANCH COMMAND...
+
+MODE: `initialize` (both packages), or `auto` (2.x: asks `server/discover` first).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import mcp  # type: ignore[import-not-found,unused-ignore]
+from mcp.client.stdio import StdioServerParameters, stdio_client  # type: ignore[import-not-found,unused-ignore]
+
+
+@contextlib.asynccontextmanager
+async def connect(mode: str, command: list[str]) -> AsyncIterator[Any]:
+    """A client that has agreed on a revision."""
+    server = StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
+    if hasattr(mcp, "Client"):
+        async with mcp.Client(server, mode={"initialize": "legacy"}.get(mode, mode)) as client:
+            yield client.session
+    else:
+        async with stdio_client(server) as streams, mcp.ClientSession(*streams) as session:
+            await session.initialize()
+            yield session
+
+
+def plain(result: Any) -> dict[str, Any]:
+    """A result as it was on the wire."""
+    data: dict[str, Any] = result.model_dump(by_alias=True, mode="json", exclude_none=True)
+    return data
+
+
+async def talk(mode: str, branch: str, command: list[str]) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    progress: list[str] = []
+
+    async def on_progress(_: float, __: float | None, message: str | None) -> None:
+        progress.append(message or "")
+
+    async with connect(mode, command) as session:
+        said["tools"] = plain(await session.list_tools())["tools"]
+
+        async def call(tool: str, **arguments: Any) -> dict[str, Any]:
+            return plain(await session.call_tool(tool, arguments))
+
+        deploy = {"target": "all", "branch": branch, "idempotency_key": f"{mode}-{branch}"}
+        said["plan"] = await call("plan", target="all", branch=branch)
+        said["update"] = plain(await session.call_tool("update", deploy, progress_callback=on_progress))
+        said["again"] = await call("update", **deploy)
+        said["progress"] = progress
+        run = said["update"]["structuredContent"]["run"]
+        said["logs"] = [await call("logs", run=run, max_bytes=1000)]
+        while len(said["logs"]) < 50 and any(
+            row["bytes"] > json.loads(said["logs"][-1]["structuredContent"]["cursor"])[row["host"]]
+            for row in said["logs"][-1]["structuredContent"]["hosts"]
+        ):
+            cursor = said["logs"][-1]["structuredContent"]["cursor"]
+            said["logs"].append(await call("logs", run=run, cursor=cursor, max_bytes=1000))
+        said["status"] = await call("status")
+        said["history"] = await call("history", count=1)
+        said["wrong"] = [
+            await call("update", target="all"),
+            await call("update", target=3, branch="master"),
+            await call("update", target="nobody", branch="master"),
+            await call("update", target="all", branch="--upload-pack=x"),
+            await call("logs", run="20261122-210501-7f3a"),
+            await call("logs", run="../../etc"),
+            await call("logs", run=run, cursor="x"),
+            await call("logs", run=run, cursor="[]"),
+            await call("cancel", run="20261122-210501-7f3a"),
+        ]
+        try:
+            said["unknown"] = plain(await session.call_tool("no-such-tool", {}))
+        except Exception as problem:
+            said["unknown"] = str(problem)
+    return said
+
+
+if __name__ == "__main__":
+    json.dump(asyncio.run(talk(sys.argv[1], sys.argv[2], sys.argv[3:])), sys.stdout)

@@ -1,0 +1,250 @@
+"""`doctor` names each trap on a host that really has it, and the fix; a part of it runs before each deployment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import estelle_updater as est
+from tests.fleet import MODULE, Fleet, Host, need, run, unavailable, wait_for
+
+Findings = dict[str, dict[str, Any]]
+
+
+def doctor(fleet: Fleet, host: Host, *words: str, **options: Any) -> Findings:
+    """What it says of a host; several of one name: the last that is not well."""
+    code, out, err = fleet.cli(*words, "doctor", "--json", host=host, **options)
+    answer = json.loads(out)
+    assert code == (0 if answer["ok"] else 1), err
+    assert answer["ok"] == all(check["ok"] is not False for check in answer["checks"])
+    found: Findings = {}
+    for check in sorted(answer["checks"], key=lambda check: check["ok"] is False):
+        assert bool(check.get("fix")) == (check["ok"] is False), "a fix for what is wrong"
+        found[check["name"]] = check
+    return found
+
+
+def wrong(found: Findings) -> set[str]:
+    return {name for name, check in found.items() if check["ok"] is False}
+
+
+@pytest.fixture
+def two(fleet: Callable[..., Fleet]) -> Fleet:
+    """A master that serves; the agent's host is the one to look at."""
+    one = fleet(hosts=2, start=False)
+    one.start(one.master)
+    return one
+
+
+def test_a_host_without_a_trap(two: Fleet) -> None:
+    """All but the service: this fleet runs by hand. With one, `test_service` sees the exit code 0."""
+    agent = two.agents[0]
+    two.start(agent)
+    found = doctor(two, agent)
+    assert wrong(found) == {"service"}
+    assert "nothing starts it after a reboot" in found["service"]["text"]
+    assert found["clock"]["ok"] and found["detachment"]["ok"] and found["access"]["ok"]
+    assert f"{two.url}/ lets {agent.address} in" in found["master"]["text"]
+    assert wrong(doctor(two, two.master)) == {"service"}
+    text = two.cli("doctor", host=agent).out
+    assert "✓ clean: no local changes\n" in text
+    assert "✗ service: " in text and "    fix: " in text
+
+
+def test_what_is_wrong_with_the_clone_and_the_way_to_it(two: Fleet, tmp_path: Path) -> None:
+    agent = two.agents[0]
+    (agent.repo / "app.txt").write_text("x")
+    (agent.repo / "deploy.sh").write_text("echo local\n")
+    two.origin.git("remote", "set-url", "origin", "ssh://nobody@127.0.0.1:1/x.git", cwd=agent.repo)
+    found = doctor(two, agent, env={"ESTELLE_BIND": "127.0.0.9"})
+    assert wrong(found) == {"service", "clean", "access", "master"}
+    assert found["clean"]["text"] == "local changes: deploy.sh"
+    assert "127.0.0.9 is not in the whitelist" in found["master"]["text"]
+    assert "127.0.0.9" in found["master"]["fix"]
+    two.origin.git("remote", "remove", "origin", cwd=agent.repo)
+    two.stop(two.master)
+    found = doctor(two, agent)
+    assert "remote" in wrong(found) and "remote add origin" in found["remote"]["fix"]
+    assert "can't reach the master" in found["master"]["text"]
+    shutil.rmtree(agent.repo / ".git")
+    found = doctor(two, agent, env={"GIT_CEILING_DIRECTORIES": str(tmp_path)})
+    assert "is no git checkout" in found["checkout"]["text"]
+
+
+def test_what_is_wrong_with_the_configuration_and_the_console(two: Fleet) -> None:
+    agent = two.agents[0]
+    config = json.loads(agent.config.read_text())
+    agent.config.write_text(json.dumps(config | {"deploy": {"command": ["pnpm-9", "x"]}}))
+    found = doctor(two, agent, env={"PYTHONIOENCODING": "cp1252"})
+    assert wrong(found) == {"service", "command", "clean", "encoding"}
+    assert "pnpm-9: not found in PATH" in found["command"]["text"]
+    agent.config.write_text('{"masterUrl": 7}')
+    assert "masterUrl" in doctor(two, agent)["configuration"]["text"]
+    agent.config.unlink()
+    assert wrong(doctor(two, agent, env={"ESTELLE_CONFIG": ""})) == {"service", "configuration"}
+
+
+def test_a_remote_that_only_the_operator_s_agent_opens() -> None:
+    """A service has no ssh-agent: what works at the prompt does not work at night."""
+    said = "git@h: Permission denied (publickey)."
+    found = est.judge_remote(128, said, "origin", agent_only=True)
+    assert found.ok is False and "a service has no ssh-agent" in found.text
+    assert est.judge_remote(0, "", "origin", agent_only=False).ok
+
+
+def test_other_owners_and_full_disks(two: Fleet, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        unavailable("only root can give files away and mount")
+    agent = two.agents[0]
+    for path in [agent.repo, *agent.repo.rglob("*")]:
+        os.chown(path, 12345, 12345)
+    found = doctor(two, agent)
+    assert {"owner", "checkout"} <= wrong(found)
+    assert "belongs to user 12345" in found["owner"]["text"]
+    assert f"safe.directory {agent.repo}" in found["checkout"]["fix"]
+    for path in [agent.repo, *agent.repo.rglob("*")]:
+        os.chown(path, 0, 0)
+    mount = 'mount -t tmpfs -o size=9m tmpfs "$0" && exec "$@"'
+    words = [*two.program, "--state", str(tmp_path / "small"), "--bind", agent.address, "doctor", "--json"]
+    (tmp_path / "small").mkdir()
+    code, out, err = run(["unshare", "-m", "sh", "-c", mount, tmp_path / "small", *words], two.env, agent.repo)
+    assert code == 1, err
+    disks = [check for check in json.loads(out)["checks"] if check["name"] == "disk"]
+    assert [check["ok"] for check in disks] == [True, False]
+
+
+def test_detachment_is_proven_by_a_kill(tmp_path: Path) -> None:
+    """Where a runner does not leave the daemon's tree, doctor sees it die."""
+    text = MODULE.read_text("utf-8")
+    leave = "        if os.fork():\n            os._exit(0)\n        os.setsid()\n"
+    assert text.count(leave) == 1
+    (tmp_path / "estelle_updater.py").write_text(text.replace(leave, ""), "utf-8")
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C.UTF-8"}
+    code, out, err = run([sys.executable, tmp_path / "estelle_updater.py", "doctor", "--json"], env, tmp_path)
+    assert code == 1, err
+    found = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert found["detachment"]["ok"] is False, found
+
+
+def test_works_without_packages(two: Fleet) -> None:
+    python = [sys.executable, "-S"]  # no site-packages
+    argv = [*python, str(MODULE), "doctor", "--json", "--bind", two.agents[0].address]
+    code, out, err = run([*argv, "--state", two.agents[0].state], two.env, two.agents[0].repo)
+    assert code == 1, err
+    found = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert "not installed" in found["packages"]["text"]
+    assert found["master"]["ok"] is None
+
+
+@contextmanager
+def haproxy(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A real one with its stats socket; yields the file and the socket."""
+    config, socket = folder / "haproxy.cfg", folder / "admin.sock"
+    config.write_text(
+        f"global\n stats socket {socket} level admin\ndefaults\n mode http\n timeout connect 1s\n timeout client 1s\n"
+        " timeout server 1s\nbackend app\n server blue 127.0.0.1:1\n server green 127.0.0.1:2 backup\n"
+    )
+    process = subprocess.Popen(["haproxy", "-db", "-f", config], stderr=subprocess.DEVNULL)
+    try:
+        yield config, socket
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def test_the_host_of_haproxy(two: Fleet, tmp_path: Path) -> None:
+    need("haproxy")
+    agent = two.agents[0]
+    with haproxy(tmp_path) as (config, socket):
+        rule = {"host": "balancer", "backend": "app", "config": str(config), "socket": str(socket)}
+        settings = json.loads(agent.config.read_text())
+        settings |= {"haproxy": rule, "hosts": {agent.address: {"name": "balancer"}}}
+        agent.config.write_text(json.dumps(settings))
+        wait_for(socket.exists, "HAProxy serves")
+        found = doctor(two, agent)
+        assert found["haproxy"]["ok"] and found["haproxy socket"]["ok"] and found["haproxy file"]["ok"]
+        assert "haproxy" not in doctor(two, two.master)
+        config.write_text(config.read_text() + "nonsense\n")
+    found = doctor(two, agent)
+    assert {"haproxy", "haproxy socket"} <= wrong(found)
+    assert "nonsense" in found["haproxy"]["text"]
+    assert "level admin" in found["haproxy socket"]["fix"]
+
+
+def test_certificates_and_the_program_s_folder(two: Fleet, tmp_path: Path) -> None:
+    need("openssl")
+    agent = two.agents[0]
+    settings = json.loads(agent.config.read_text())
+    for days, ok in ((9, False), (60, True)):
+        words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", str(days)]
+        pair = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
+        assert run(["openssl", *words, *pair], two.env).code == 0
+        settings["tls"] = {"cert": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+        agent.config.write_text(json.dumps(settings | {"updater": {"sha256": "0" * 64}}))
+        found = doctor(two, agent)
+        assert found["certificate"]["ok"] is ok
+        assert " days left" in found["certificate"]["text"]
+        assert found["program"]["ok"]
+    (tmp_path / "cert.pem").write_text("none")
+    assert "no certificate" in doctor(two, agent)["certificate"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("found", "ok"),
+    [
+        (est.judge_clock(0.4), True),
+        (est.judge_clock(-29), True),
+        (est.judge_clock(31), False),
+        (est.judge_clock(-3600), False),
+        (est.judge_disk("/", 10 << 30), True),
+        (est.judge_disk("/", 1 << 20), False),
+        (est.judge_encoding("utf-8"), True),
+        (est.judge_encoding("cp949"), False),  # Korean, but no ✓
+        (est.judge_encoding("cp1252"), False),
+        (est.judge_encoding("no-such"), False),
+        (est.judge_unit({}), False),
+    ],
+)
+def test_judgement(found: est.Finding, ok: bool) -> None:
+    assert found.ok is ok
+    assert found.fix or ok
+
+
+UNIT = {"ActiveState": "active", "UnitFileState": "enabled", "KillMode": "process", "NRestarts": "0"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("KillMode", "control-group", "kill a running deployment"),
+        ("ActiveState", "failed", "failed"),
+        ("UnitFileState", "disabled", "disabled"),
+    ],
+)
+def test_judgement_of_a_unit(key: str, value: str, words: str) -> None:
+    assert est.judge_unit(UNIT).ok
+    found = est.judge_unit(UNIT | {key: value}, " --user")
+    assert found.ok is False and words in found.text and "systemctl --user" in found.fix
+
+
+def test_before_each_deployment(fleet: Callable[..., Fleet]) -> None:
+    """What is certain to fail does, before anything is fetched; what may be mended by the pull is a warning."""
+    one = fleet(hosts=1, command=("no-such-program",))
+    one.origin.commit({"config/updater.json": json.dumps(json.loads(one.master.config.read_text()) | {
+        "deploy": {"command": ["sh", "deploy.sh"]}})})  # fmt: skip
+    code, out, _ = one.cli("trigger", "all", "master")
+    assert code == 0, out
+    assert "warning: no-such-program: not found in PATH" in out
+    one.origin.git("remote", "remove", "origin", cwd=one.master.repo)
+    code, out, _ = one.cli("trigger", "all", "master")
+    assert code == 1
+    assert "there is no remote origin" in out and "git fetch" not in out

@@ -1,0 +1,280 @@
+"""Health checks against real servers, and the `health` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estelle_updater import (
+    HealthRule,
+    _probe_mariadb,
+    certificate_end,
+    own_address,
+    parse_config,
+    run_checks,
+)
+from tests.fleet import Fleet, free_port, processes_of, wait_for
+from tests.stores import certificate, mariadb, valkey, worker
+
+
+def check(timeout: float = 5, **settings: Any) -> HealthRule:
+    """A check as the configuration would read it."""
+    data = {"masterUrl": "ws://127.0.0.1", "whitelist": [], "health": [{"name": "x", "timeout": timeout, **settings}]}
+    return parse_config(json.dumps(data), "updater.json", "json").health[0]
+
+
+def see(folder: Path, env: dict[str, str] | None = None, **settings: Any) -> tuple[bool, str]:
+    """Whether a check is content, and what it says."""
+    (row,) = run_checks([check(**settings)], folder, env or dict(os.environ))
+    return row["ok"], row["detail"]
+
+
+@contextmanager
+def says(data: bytes, wait_s: float = 0) -> Iterator[str]:
+    """A server that sends some bytes to whoever connects, then waits before it closes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        over = threading.Event()
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, suppress(OSError):
+                        connection.sendall(data)
+                        over.wait(wait_s)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            over.set()
+            listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def closed() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+def test_http(tmp_path: Path):
+    version = tmp_path / "version"
+    version.write_text("v0301_4 정상")
+    port = free_port()
+    with worker("green", f"127.0.0.1:{port}", version):
+        url = f"http://127.0.0.1:{port}"
+        assert see(tmp_path, http=url, contains="green")[0]
+        assert see(tmp_path, http=f"{url}/version", contains="정상")[0]
+        ok, detail = see(tmp_path, http=url, contains="blue")
+        assert not ok and "'blue' is not in the answer" in detail
+        assert see(tmp_path, http=url, status=204) == (False, "HTTP 200, not 204")
+        ok, detail = see(tmp_path, http=f"{url}/slow", timeout=0.3)
+        assert not ok and "timed out" in detail
+    ok, detail = see(tmp_path, http=url)
+    assert not ok and "refused" in detail
+
+
+def test_http_follows_no_redirect_and_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with says(b"HTTP/1.1 301 Moved\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", 0.3) as address:
+        assert see(tmp_path, http=f"http://{address}/", status=301)[0]
+    with says(b"\x15\x03\x01\x00\x02\x02") as address:
+        assert not see(tmp_path, http=f"http://{address}/")[0]
+
+
+def test_https_verifies_names_but_not_loopback(tmp_path: Path):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate(tmp_path / "a.pem", days=20))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with suppress(OSError), connection, context.wrap_socket(connection, server_side=True) as secure:
+                        secure.recv(4096)
+                        secure.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        assert see(tmp_path, http=f"https://127.0.0.1:{port}/", contains="ok")[0]
+        ok, detail = see(tmp_path, http=f"https://localhost:{port}/")
+        assert not ok and "certificate" in detail.lower()
+        ok, detail = see(tmp_path, certificate=f"127.0.0.1:{port}")
+        assert ok and detail.startswith(("19 days", "20 days"))
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def test_certificate_files(tmp_path: Path):
+    file = certificate(tmp_path / "short.pem", days=5)
+    assert see(tmp_path, certificate=str(file)) == (False, "5 days left, less than 14")
+    assert see(tmp_path, certificate="short.pem", least=3)[0]  # below the repository
+    der = ssl.PEM_cert_to_DER_cert(file.read_text().partition("-----BEGIN PRIVATE KEY")[0])
+    argv = ["openssl", "x509", "-in", str(file), "-noout", "-enddate"]
+    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip().partition("=")[2]
+    assert certificate_end(der) == certificate_end(file.read_bytes()) == ssl.cert_time_to_seconds(told)
+    (tmp_path / "empty.pem").write_text("nothing")
+    assert see(tmp_path, certificate="empty.pem") == (False, "no certificate in it")
+    assert see(tmp_path, certificate="none.pem") == (False, "No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("text", "year"),
+    [(b"\x17\x0d491231235959Z", 2049), (b"\x17\x0d500101000000Z", 1950), (b"\x18\x0f20520101000000Z", 2052)],
+)
+def test_certificate_dates_in_both_forms(text: bytes, year: int):
+    assert time.gmtime(certificate_end(b"\x17\x0d260101000000Z" + text)).tm_year == year
+
+
+def test_expired_certificate(tmp_path: Path):
+    (tmp_path / "old.der").write_bytes(b"\x17\x0d200101000000Z\x17\x0d210101000000Z")
+    ok, detail = see(tmp_path, certificate="old.der")
+    assert not ok and detail.startswith("ended ")
+
+
+def test_tcp(tmp_path: Path):
+    with says(b"") as address:
+        assert see(tmp_path, tcp=address)[0]
+    ok, detail = see(tmp_path, tcp=closed())
+    assert not ok and "refused" in detail
+
+
+def test_valkey(tmp_path: Path):
+    with valkey() as address:
+        assert see(tmp_path, valkey=address)[1].startswith("PONG")
+        assert see(tmp_path, mariadb=address, timeout=0.5)[0] is False
+    with valkey("--requirepass", "secret") as address:
+        ok, detail = see(tmp_path, valkey=address)
+        assert ok and "wants a password" in detail
+    assert not see(tmp_path, valkey=address)[0]
+    with says(b"-LOADING the dataset is being loaded\r\n") as address:
+        assert see(tmp_path, valkey=address) == (False, "LOADING the dataset is being loaded")
+    with says(b"", wait_s=5) as address:  # it accepts and stays silent
+        assert not see(tmp_path, valkey=address, timeout=0.3)[0]
+    with says(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address:
+        assert not see(tmp_path, valkey=address)[0]
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    folder = Path(tempfile.mkdtemp(prefix="est-mariadb-"))
+    folder.chmod(0o755)  # pytest's own folders are closed to the server's user
+    try:
+        with mariadb(folder / "db", "--max-connect-errors=3") as address:
+            yield address
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_mariadb(tmp_path: Path, database: str):
+    ok, detail = see(tmp_path, mariadb=database)
+    assert ok and "MariaDB" in detail, detail
+    assert not see(tmp_path, mariadb=closed())[0]
+    with says(b"\x11\x00\x00\x00\xff\x10\x04Too many conns") as address:
+        assert see(tmp_path, mariadb=address) == (False, "Too many conns")
+    with says(b"-ERR no\r\n") as address:
+        assert not see(tmp_path, mariadb=address, timeout=0.5)[0]
+
+
+def test_checks_do_not_make_mariadb_block_their_host(database: str):
+    """A server blocks an address that hangs up without a login more than max_connect_errors times; loopback never."""
+    if (address := own_address()) == "127.0.0.1":
+        pytest.skip("this machine has no address beside loopback")
+    endpoint = f"{address}:{database.rpartition(':')[2]}"
+    for _ in range(10):
+        assert "MariaDB" in _probe_mariadb(endpoint, 5)
+
+
+def test_disk(tmp_path: Path):
+    assert see(tmp_path, disk="/", least=1)[0]
+    ok, detail = see(tmp_path, disk=".", least=101)
+    assert not ok and "less than 101 %" in detail
+    assert see(tmp_path, disk="nowhere") == (False, "No such file or directory")
+
+
+def test_command(tmp_path: Path):
+    assert see(tmp_path, command=["sh", "-c", "echo one; echo fine; pwd"])[1].startswith(str(tmp_path))
+    assert see(tmp_path, command=["sh", "-c", "echo broken; exit 3"]) == (False, "exit 3: broken")
+    assert see(tmp_path, command=["true"])[0]
+    ok, detail = see(tmp_path, command=["no-such-program-here"])
+    assert not ok and "no-such-program-here" in detail
+    env = {**os.environ, "API_TOKEN": "hunter2hunter2"}
+    assert "hunter2" not in see(tmp_path, env, command=["sh", "-c", "echo with $API_TOKEN"])[1]
+
+
+def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path):
+    ok, detail = see(tmp_path, command=["sh", "-c", f"cd {tmp_path}; sleep 777 & sleep 777"], timeout=0.5)
+    assert not ok and "not over within 0.5 s" in detail
+    wait_for(lambda: not processes_of(tmp_path), lambda: f"nothing is left: {processes_of(tmp_path)}", 10)
+
+
+def test_systemd_says_why_not(tmp_path: Path):
+    ok, detail = see(tmp_path, systemd="estelle-no-such-unit.service")
+    assert not ok and detail
+
+
+def test_checks_run_at_once_and_end_at_their_deadline(tmp_path: Path):
+    with says(b"", wait_s=20) as address:
+        checks = [check(timeout=1, valkey=address) for _ in range(8)] + [check(disk="/", least=1)]
+        rows = run_checks(checks, tmp_path, dict(os.environ))
+    assert [row["ok"] for row in rows] == [False] * 8 + [True]
+
+
+def test_the_command_on_a_fleet(fleet: Callable[..., Fleet], tmp_path: Path):
+    port = free_port()
+    settings = {
+        "hosts": {
+            "127.0.0.2": {"name": "yq-green", "color": "green"},
+            "127.0.0.3": {"name": "yq-data", "deploy": False, "env": {"STORE_PASSWORD": "hunter2hunter2"}},
+        },
+        "health": [
+            {"name": "web", "http": f"http://127.0.0.1:{port}/", "contains": "green", "hosts": ["yq-green"]},
+            {"name": "disk", "disk": "/", "least": 1, "hosts": ["127.0.0.3", "YQ-GREEN"]},
+            {"name": "own", "command": ["sh", "-c", "echo $STORE_PASSWORD"], "hosts": ["yq-data"]},
+        ],
+    }
+    one = fleet(hosts=4, config=settings)
+    with worker("green", f"127.0.0.1:{port}"):
+        code, out, err = one.cli("health", "--json")
+        found = json.loads(out)
+        rows = [f"{row['host'][-1]} {row['name']} {row['ok']}" for row in found["checks"]]
+        assert (code, found["ok"]) == (0, True), out + err
+        assert rows == ["2 web True", "2 disk True", "3 disk True", "3 own True"]
+        assert "hunter2" not in out
+    code, out, _ = one.cli("health")
+    assert code == 1 and "✗  127.0.0.2  web" in out and "refused" in out and "✓  127.0.0.3  disk" in out, out
+    assert one.cli("health", "yq-data").code == 0  # also a host that takes no deployments
+    code, out, _ = one.cli("health", "127.0.0.4")
+    assert code == 0 and "no [[health]] check" in out
+    assert one.cli("health", "nobody").code == 4
+    code, _, err = one.cli("health", "standby")
+    assert code == 4 and "nobody knows which host is standby" in err
+    one.stop(one.hosts[2])
+    wait_for(lambda: "the host is offline" in one.cli("health", "yq-data").out, "the host counts as failed")
+    assert one.cli("health", "yq-data").code == 1
+
+
+def test_checks_of_a_deployed_configuration_hold_at_once(fleet: Callable[..., Fleet]):
+    """A deployment brings new checks: whoever asks right after it must not get the old ones' verdict."""
+    one = fleet(hosts=1)
+    settings = json.loads((one.origin.seed / "config/updater.json").read_text())
+    settings["health"] = [{"name": "new", "disk": "/", "least": 1}]
+    one.origin.commit({"config/updater.json": json.dumps(settings)})
+    assert one.cli("trigger", "all", "master").code == 0
+    code, out, _ = one.cli("health")
+    assert code == 0 and "new" in out

@@ -1,0 +1,243 @@
+"""`plan` says beforehand what a deployment would find, and changes nothing; `rollback` goes back to what worked."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import estelle_updater as est
+from tests.commands import GATED, Watched, detach, open_gate, wait_state, write_script
+from tests.fleet import Fleet, Host, wait_for
+
+MakeFleet = Callable[..., Fleet]
+COMMAND = ("sh", "../script")
+
+
+def plan(fleet: Fleet, target: str, branch: str, code: int = 0) -> dict[str, dict[str, Any]]:
+    """Each host's row."""
+    answer = fleet.cli("plan", target, branch, "--json")
+    assert answer.code == code, answer.out + answer.err
+    return {row["host"]: row for row in json.loads(answer.out)["hosts"]}
+
+
+def photograph(repo: Path) -> dict[str, bytes]:
+    """Every file of a clone but git's objects: working tree, index, refs, FETCH_HEAD."""
+    files = (path for path in repo.rglob("*") if path.is_file() and "objects" not in path.parts)
+    return {str(path): path.read_bytes() for path in files}
+
+
+def head(fleet: Fleet, host: Host) -> str:
+    return fleet.origin.git("rev-parse", "HEAD", cwd=host.repo)
+
+
+def test_plan_tells_what_would_arrive_and_what_is_in_the_way(fleet: MakeFleet) -> None:
+    one = fleet(hosts=4, command=COMMAND, config={"deploy": {"command": list(COMMAND), "restart": ["app.service"]}})
+    write_script("echo ok\n", *one.hosts)
+    clean, dirty, diverged, gone = one.hosts
+    first = head(one, clean)
+    one.origin.git("branch", "other")
+    one.origin.git("push", "--quiet", "origin", "other")
+    one.origin.commit({"app.txt": "1", "pnpm-lock.yaml": "1"}, message="Add the app")
+    second = one.origin.commit({"deploy.sh": "echo 2\n", "new.txt": "x"}, message="Say two")
+    (dirty.repo / "deploy.sh").write_text("local\n")
+    (dirty.repo / "package.json").write_text("{}")
+    (dirty.repo / "new.txt").write_text("untracked\n")
+    one.origin.git("-c", "user.name=x", "commit", "--quiet", "--allow-empty", "-m", "own", cwd=diverged.repo)
+    one.stop(gone)
+    before = [photograph(host.repo) for host in one.hosts]
+    wait_for(lambda: not next(r for r in status(one) if r["host"] == gone.address)["online"], "the agent is gone")
+
+    rows = plan(one, "all", "master", code=1)
+    row = rows[clean.address]
+    assert (row["current"], row["target"], row["commits"], row["leaving"]) == (first, second, 2, 0)
+    assert [subject.split(" ", 1)[1] for subject in row["subjects"]] == ["Say two", "Add the app"]
+    assert row["changed"] == ["app.txt", "deploy.sh", "new.txt", "pnpm-lock.yaml"] and row["lock_file"]
+    assert row["restart"] == ["app.service"] and row["command"] == "sh ../script"
+    assert not row["refused"] and not row["in_the_way"] and row["busy"] is None and row["disk_free_bytes"] > 0
+    assert row["branch"] == "master" and row["expected_s"] is None and not row["diverged"]
+    assert rows[dirty.address]["dirty"] == ["deploy.sh", "package.json"]
+    assert rows[dirty.address]["in_the_way"] == ["deploy.sh", "new.txt"]
+    assert rows[diverged.address]["diverged"] and "1 commits that the remote has not" in str(rows[diverged.address])
+    assert rows[gone.address]["refused"] == ["the host is offline"]
+    text = one.cli("plan", "all", "master").out
+    assert f"{first[:7]} → {second[:7]}" in text and "✗ refused: local changes are in the way" in text
+
+    assert plan(one, clean.address, "other")[clean.address]["commits"] == 0
+    one.origin.git("tag", "--annotate", "--message=x", "v1", first)
+    one.origin.git("push", "--quiet", "origin", "v1")
+    for name, commit in ((second, second), (first, first), ("v1", first)):
+        assert plan(one, clean.address, name)[clean.address]["target"] == commit
+    missing = plan(one, clean.address, "no-such", code=1)[clean.address]
+    assert "no such branch, tag or commit" in missing["refused"][0] and missing["target"] is None
+    assert plan(one, clean.address, "0" * 40, code=1)[clean.address]["refused"]
+    assert [photograph(host.repo) for host in one.hosts] == before, "nothing was changed"
+    assert one.cli("plan", "nobody", "master").code == 4
+    assert one.cli("plan", gone.address, "master").code == 4
+    assert one.cli("plan", "all", "--", "-x").code == 2
+
+
+def status(fleet: Fleet) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(fleet.cli("status", "--json").out)["hosts"]
+    return rows
+
+
+def test_what_git_would_refuse_is_what_the_plan_says(fleet: MakeFleet) -> None:
+    """The prophecy and the deed: for each state of a clone, plan's verdict is that of the deployment."""
+    one = fleet(hosts=1, command=COMMAND)
+    host = one.master
+    write_script("echo ok\n", host)
+    one.origin.commit({"side.txt": "1", "a.txt": "side"}, branch="side")
+    one.origin.commit({"a.txt": "1", "ignored.txt": "upstream", ".gitignore": ""})
+
+    def staged() -> None:
+        (host.repo / "a.txt").write_text("mine")
+        one.origin.git("add", "a.txt", cwd=host.repo)
+
+    stages: list[tuple[str, Callable[[], object]]] = [
+        ("side", lambda: (host.repo / "deploy.sh").write_text("mine\n")),
+        ("master", lambda: (host.repo / "config" / "version.json").write_text("{}")),
+        ("side", lambda: (host.repo / "side.txt").write_text("mine")),
+        ("master", staged),
+        ("master", lambda: (host.repo / ".gitignore").write_text("ignored.txt\n")),
+        ("gone", lambda: one.origin.git("branch", "gone", cwd=host.repo)),
+        ("master", lambda: one.origin.git("commit", "-q", "--allow-empty", "-m", "own", cwd=host.repo)),
+    ]
+    verdicts = []
+    for branch, prepare in stages:
+        one.origin.git("reset", "--quiet", "--hard", one.origin.first, cwd=host.repo)
+        one.origin.git("clean", "-fdxq", cwd=host.repo)
+        prepare()
+        answer = one.cli("plan", "all", branch)
+        run = one.cli("trigger", "all", branch)
+        assert (answer.code, run.code) in ((0, 0), (1, 1)), (branch, answer.out, run.out)
+        verdicts.append(answer.code)
+        if one.origin.git("branch", "--show-current", cwd=host.repo) != "master":
+            one.origin.git("checkout", "--quiet", "--force", "master", cwd=host.repo)
+    assert verdicts == [0, 0, 1, 1, 1, 1, 1]
+
+
+def test_plan_sees_the_incoming_configuration_and_a_running_job(fleet: MakeFleet) -> None:
+    one = fleet(hosts=2, command=COMMAND)
+    agent = one.agents[0]
+    write_script(GATED, agent)
+    run = detach(one, agent.address)
+    wait_state(one, run, agent, "running")
+    waiting = detach(one, agent.address, "other")
+    good = json.loads(agent.config.read_text())
+    config = good | {"deploy": {"command": ["sh", "x.sh"], "restart": ["b.service"]}}
+    one.origin.commit({"config/updater.json": json.dumps(config)})
+    row = plan(one, agent.address, "master")[agent.address]
+    assert (row["busy"], row["queued"]) == (run, [waiting])
+    assert (row["command"], row["restart"]) == ("sh x.sh", ["b.service"])
+    one.origin.commit({"config/updater.json": "{"})
+    assert "config/updater.json" in plan(one, agent.address, "master", code=1)[agent.address]["refused"][0]
+    open_gate(agent)
+    assert one.cli("logs", run, "-f").code == 0
+    one.origin.commit({"config/updater.json": json.dumps(good)})
+    assert plan(one, agent.address, "master")[agent.address]["expected_s"] is not None
+    one.origin.bare.rename(one.origin.bare.with_suffix(".away"))
+    assert plan(one, agent.address, "master", code=1)[agent.address]["refused"]
+
+
+def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
+    one = fleet(hosts=2, command=COMMAND)
+    master, agent = one.hosts
+    write_script("cat app.txt\n", *one.hosts)
+    commits = [one.origin.first]
+    for number in range(3):
+        commits.append(one.origin.commit({"app.txt": str(number)}))
+        assert one.cli("trigger", "all" if number else agent.address, "master").code == 0
+    broken = one.origin.commit({"app.txt": "broken"})
+    write_script("exit 3\n", agent)
+    failed = one.cli("trigger", "all", "master")
+    assert failed.code == 1 and f"rollback {agent.address}\n" in failed.err, "the line to type"
+    write_script("cat app.txt\n", agent)
+
+    asked = one.cli("rollback", agent.address)
+    assert asked.code == 5 and "--yes" in asked.err and commits[3][:7] in asked.err, "nobody to ask"
+    assert head(one, agent) == broken
+    back = one.cli("rollback", "--yes")
+    assert back.code == 0, back.out + back.err
+    assert f"{broken[:7]} never did" in back.err and f"before {broken[:7]} first did" in back.err, "it says why"
+    assert [head(one, host) for host in one.hosts] == [commits[3]] * 2
+    assert one.cli("rollback", "--yes").code == 0
+    assert [head(one, host) for host in one.hosts] == [commits[2]] * 2, "a rollback is no step forward"
+    stuck = one.cli("rollback", "--yes")
+    assert stuck.code == 4 and f"{master.address}: no commit succeeded before {commits[2][:7]}" in stuck.err
+    assert [head(one, host) for host in one.hosts] == [commits[2]] * 2, "and nothing was done anywhere"
+    assert one.cli("rollback", agent.address, "--yes").code == 0
+    assert head(one, agent) == commits[1]
+
+    assert one.cli("rollback", "all", "--to", commits[3][:8], "--yes").code == 0
+    assert [head(one, host) for host in one.hosts] == [commits[3]] * 2
+    for nowhere in ("0" * 40, "0123456"):
+        answer = one.cli("rollback", agent.address, "--to", nowhere, "--yes")
+        assert answer.code == 4 and agent.address in answer.err, answer.err
+    rows = json.loads(one.cli("history", "--json").out)["runs"]
+    assert [row["kind"] for row in rows[:2]] == ["rollback", "deploy"] or rows[0]["kind"] == "rollback"
+    one.stop(agent)
+    wait_for(lambda: not status(one)[1]["online"], "the agent is gone")
+    part = one.cli("rollback", "--yes")
+    assert part.code == 1 and "the host is offline" in part.err and head(one, master) == commits[2]
+
+
+def test_rollback_asks_at_a_terminal(fleet: MakeFleet) -> None:
+    one = fleet(hosts=1, command=COMMAND)
+    write_script("echo ok\n", one.master)
+    assert one.cli("trigger", "all", "master").code == 0
+    one.origin.commit({"a": "1"})
+    assert one.cli("trigger", "all", "master").code == 0
+    latest = head(one, one.master)
+    for answer, code in (("n\n", 5), ("y\n", 0)):
+        pid, terminal = pty.fork()
+        if not pid:
+            argv, env, cwd = one._command(["rollback"], None, None, None)
+            os.chdir(cwd)
+            os.execvpe(argv[0], argv, env)
+        said = b""
+        while b"[y/N]" not in said:
+            said += os.read(terminal, 4096)
+        assert head(one, one.master) == latest
+        os.write(terminal, answer.encode())
+        with pytest.raises(OSError):
+            while os.read(terminal, 4096):
+                pass
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+        os.close(terminal)
+    assert head(one, one.master) == one.origin.first
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=8), st.sampled_from("abcde"))
+def test_decide_rollback(successes: list[str], current: str) -> None:
+    index = est.decide_rollback(successes, current)
+    first = successes.index(current) if current in successes else len(successes)
+    if index is None:
+        assert first == 0
+    else:
+        assert index == first - 1 and current not in successes[: index + 1]
+
+
+@pytest.mark.parametrize("path", ["pnpm-lock.yaml", "a/b/package-lock.json", "yarn.lock", "x/bun.lockb", "go.sum"])
+def test_lock_files(path: str) -> None:
+    assert est.LOCK_FILE.fullmatch(path)
+    assert not est.LOCK_FILE.fullmatch(path + ".txt") and not est.LOCK_FILE.fullmatch("src/clock.yaml")
+
+
+def test_a_plan_is_quick_and_in_parallel(fleet: MakeFleet) -> None:
+    """A host whose remote hangs is answered for in time, and does not hold up the others."""
+    one = fleet(hosts=3, command=COMMAND)
+    hanging = one.agents[0]
+    one.origin.git("config", "remote.origin.uploadpack", "sleep 60; git-upload-pack", cwd=hanging.repo)
+    watched = Watched(one, "plan", "all", "master", "--json")
+    assert watched.end() == 1
+    rows = {row["host"]: row for row in json.loads(watched.out)["hosts"]}
+    assert "did not answer" in rows[hanging.address]["refused"][0] or "no answer" in rows[hanging.address]["refused"][0]
+    assert not rows[one.agents[1].address]["refused"] and not rows[one.master.address]["refused"]

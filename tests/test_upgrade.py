@@ -1,0 +1,295 @@
+"""The master hands out its program; hosts take the one that their configuration names, and keep the old if need be."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import signal
+import socket
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import estelle_updater
+from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
+from tests.fleet import Fleet, Host, need, processes_of, wait_for
+from tests.test_pm2 import SERVICE, Pm2
+
+MakeFleet = Callable[..., Fleet]
+NAME = "estelle_updater.pyz"
+NEW = "9.9.0"
+QUICK = {"BACK_S = 60.0": "BACK_S = 10.0", "LAUNCH_S = 15.0": "LAUNCH_S = 3.0", "OBEY_S = 15.0": "OBEY_S = 4.0"}
+CRASHES = {"        dialer = Dialer(agent": "        os._exit(3)\n        dialer = Dialer(agent"}
+HELLO = "greet(link.wire, {}, token)"
+UNWELCOME = {HELLO.format("self.agent.hello()"): HELLO.format("replace(self.agent.hello(), protocol=[98, 99])")}
+STUCK = {"                await self.over.wait()\n": "                await asyncio.Event().wait()\n"} | UNWELCOME
+
+
+def variant(pyz: Path, output: Path, version: str, edits: dict[str, str] | None = None) -> str:
+    """Another version of the program: the zipapp with its source edited; returns its checksum."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(pyz) as old, open(output, "wb") as file:
+        file.write(b"#!/usr/bin/env python3\n")
+        with zipfile.ZipFile(file, "w") as new:
+            for name in old.namelist():
+                data = old.read(name)
+                if name in ("__main__.pyc", "estelle_updater.pyc"):
+                    continue  # made of the edited sources below
+                if name in ("__main__.py", "estelle_updater.py"):
+                    text = data.decode().replace("0.1.0", version)
+                    for before, after in (edits or {}).items() if name == "estelle_updater.py" else ():
+                        assert text.count(before) == 1, before
+                        text = text.replace(before, after)
+                    data = text.encode()
+                    new.writestr(zipfile.ZipInfo(f"{name}c"), estelle_updater._compile(data, name))
+                new.writestr(zipfile.ZipInfo(name), data)
+    output.chmod(0o755)
+    return hashlib.sha256(output.read_bytes()).hexdigest()
+
+
+def make(
+    fleet: MakeFleet, pyz: Path, tmp_path: Path, new: dict[str, str] | None = None, old: dict[str, str] | None = None,
+    agents: int = 1, start: bool = True,
+) -> Fleet:  # fmt: skip
+    """A fleet whose master runs the new version, which every host accepts, and whose agents run the old one."""
+    file = tmp_path / "new" / NAME
+    sha256 = variant(pyz, file, NEW, new)
+    one = fleet(hosts=1 + agents, config={"updater": {"sha256": sha256}}, start=False)
+    one.master.program = (sys.executable, str(file))
+    for agent in one.agents:
+        agent.program = (sys.executable, str(agent.folder / NAME))
+        variant(pyz, agent.folder / NAME, "0.0.9", QUICK | (old or {}))
+    if start:
+        one.start()
+    return one
+
+
+def get(one: Fleet, path: str, source: str = "127.0.0.1", **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=30, source_address=(source, 0))
+    with closing(connection):
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+def versions(one: Fleet) -> dict[str, str]:
+    rows = json.loads(one.cli("status", "--json").out)["hosts"]
+    return {row["host"]: row["updater"] for row in rows if row["online"]}
+
+
+def runner_of(host: Host) -> int:
+    """The process id of the runner that works on a host."""
+
+    def found() -> int:
+        return next((pid for pid, words in processes_of(host.state).items() if " run-job " in words), 0)
+
+    return wait_for(found, f"a runner works for {host.address}")
+
+
+def test_a_new_host_gets_the_program(fleet: MakeFleet, pyz: Path) -> None:
+    one = fleet(hosts=1, program=(sys.executable, str(pyz)), config={"whitelist": ["127.0.0.1", "127.0.0.2"]})
+    data, sha256 = pyz.read_bytes(), hashlib.sha256(pyz.read_bytes()).hexdigest()
+    assert get(one, f"/{NAME}", "127.0.0.2") == (200, data)
+    assert get(one, f"/{NAME}.sha256") == (200, f"{sha256}  {NAME}\n".encode())
+    assert get(one, f"/{NAME}", "127.0.0.9")[0] == 403
+    assert get(one, f"/{NAME}", Host="evil.example")[0] == 403
+    assert get(one, f"/{NAME}", Origin="http://evil.example")[0] == 403
+    assert get(one, "/other.pyz")[0] == 404
+
+    stalled = []
+    for _ in range(4):  # they ask, and read nothing
+        stalled.append(socket.socket())
+        stalled[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled[-1].connect(("127.0.0.1", one.port))
+        stalled[-1].sendall(f"GET /{NAME} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        assert stalled[-1].recv(15, socket.MSG_WAITALL) == b"HTTP/1.1 200 OK"
+    assert get(one, f"/{NAME}")[0] == 503
+    for connection in stalled:
+        connection.close()
+    wait_for(lambda: get(one, f"/{NAME}") == (200, data), "there is room again")
+    assert one.cli("status").code == 0
+
+
+def test_a_checkout_has_nothing_to_hand_out(fleet: MakeFleet) -> None:
+    one = fleet(hosts=1)
+    status, text = get(one, f"/{NAME}")
+    assert status == 404 and b".pyz" in text
+    code, _, err = one.cli("upgrade")
+    assert code == 2 and ".pyz" in err
+
+
+def test_hosts_of_the_previous_version_work_and_are_upgraded(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    one = make(fleet, pyz, tmp_path, {"PROTOCOL_OLDEST, PROTOCOL = 1, 1": "PROTOCOL_OLDEST, PROTOCOL = 1, 2"}, agents=2)
+    first, second = one.agents
+    old = {one.master.address: NEW, first.address: "0.0.9", second.address: "0.0.9"}
+    assert versions(one) == old
+    assert "0.0.9" in one.cli("status").out
+    assert one.cli("trigger", "all", "master").code == 0
+    settings = json.loads(second.config.read_text())
+    second.config.write_text(json.dumps(settings | {"updater": {"sha256": "0" * 64}}))
+    done = one.cli("upgrade")
+    assert done.code == 1, done.out + done.err
+    assert f"[{one.master.address}] {NEW} runs here already." in done.out
+    assert f"[{first.address}] ✓ 완료 {NEW}" in done.out
+    assert f"[{second.address}] hint: commit sha256 = " in done.out and f"[{second.address}] ✗ 실패 check" in done.out
+    assert versions(one) == old | {first.address: NEW}
+    assert first.process and first.process.poll() is None  # the same process: no supervisor had to do anything
+    assert sorted(path.name for path in first.folder.glob(f"*{NAME}*")) == [NAME]
+    second.config.write_text(json.dumps(settings))
+    assert one.cli("upgrade", second.address, host=first).code == 0
+    assert set(versions(one).values()) == {NEW}
+    assert one.cli("trigger", "all", "master").code == 0
+    again = one.cli("upgrade")
+    assert again.code == 0 and again.out.count("runs here already") == 3
+
+
+def test_what_the_configuration_does_not_name_is_refused(fleet: MakeFleet, pyz: Path) -> None:
+    one = fleet(hosts=1, program=(sys.executable, str(pyz)))
+    code, _, err = one.cli("upgrade")
+    line = f'sha256 = "{hashlib.sha256(pyz.read_bytes()).hexdigest()}"'
+    assert code == 2 and line in err and "[updater]" in err
+    assert not one.runs()
+
+
+def test_a_guard_keeps_it_from_a_host_with_a_job(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / NAME
+    config = {"updater": {"sha256": variant(pyz, file, NEW)}, "deploy": {"command": COMMAND}}
+    one = fleet(hosts=2, config=config, program=(sys.executable, str(file)))
+    agent = one.agents[0]
+    write_script(GATED, agent)
+    run = detach(one, agent.address)
+    wait_state(one, run, agent, "running")
+    refused = one.cli("upgrade")
+    assert refused.code == 5 and run in refused.err
+    assert one.cli("upgrade", one.master.address).code == 0  # the other host is free
+    open_gate(agent)
+    wait_state(one, run, agent, "succeeded")
+    assert one.cli("upgrade").code == 0
+
+
+@pytest.mark.parametrize("how", ["crashes", "is not welcomed", "hangs"])
+def test_the_old_program_comes_back(fleet: MakeFleet, pyz: Path, tmp_path: Path, how: str) -> None:
+    one = make(fleet, pyz, tmp_path, {"crashes": CRASHES, "is not welcomed": UNWELCOME, "hangs": STUCK}[how])
+    agent = one.agents[0]
+    before = (agent.folder / NAME).read_bytes()
+    done = one.cli("upgrade", agent.address, "--json", timeout_s=90)
+    result = next(event for event in done.events if event["event"] == "result")
+    assert done.code == 1 and result["state"] == "failed" and result["error"].endswith("the old one is back"), result
+    assert (agent.folder / NAME).read_bytes() == before
+    assert versions(one)[agent.address] == "0.0.9"
+    assert one.cli("trigger", "all", "master").code == 0
+    assert sorted(path.name for path in agent.folder.glob(f"*{NAME}*")) == [NAME]
+
+
+def test_one_that_fails_its_own_test_changes_nothing(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    one = make(fleet, pyz, tmp_path, {"    preload()\n    load_config(": "    sys.exit(7)\n    load_config("})
+    agent = one.agents[0]
+    before = (agent.folder / NAME).read_bytes()
+    done = one.cli("upgrade", agent.address)
+    assert done.code == 1 and f"[{agent.address}] ✗ 실패 {NAME}.new self-test (exit 7)" in done.out, done.out
+    assert (agent.folder / NAME).read_bytes() == before and versions(one)[agent.address] == "0.0.9"
+    assert agent.stderr.count("welcomed by the master") == 1  # it was never disturbed
+    assert sorted(path.name for path in agent.folder.glob(f"*{NAME}*")) == [NAME]
+
+
+# Where the old program's runner stops until the test goes on: before these lines.
+PHASES = {
+    "download": "        data = fetch_program(",
+    "swap": "            _replace_executable(self.file, self.fresh",
+    "swapped": "        self.runner.save(durable=True, step=RESTART)",
+    "restart": "            if self.await_daemon(self.sha256)",
+}
+
+
+def hold(line: str) -> dict[str, str]:
+    space = " " * (len(line) - len(line.lstrip()))
+    here, go = "(self.state.root / 'here')", "(self.state.root / 'go')"
+    return {line: f"{space}{here}.touch()\n{space}while not {go}.exists():\n{space}    time.sleep(0.05)\n{line}"}
+
+
+@pytest.mark.parametrize("victim", ["runner", "daemon"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_on_the_way(fleet: MakeFleet, pyz: Path, tmp_path: Path, phase: str, victim: str) -> None:
+    one = make(fleet, pyz, tmp_path, old=hold(PHASES[phase]))
+    agent = one.agents[0]
+    watcher = Watched(one, "upgrade", agent.address)
+    wait_for((agent.state / "here").exists, f"{phase} is reached")
+    if victim == "runner":
+        os.kill(runner_of(agent), signal.SIGKILL)
+    else:
+        one.kill(agent)
+    (agent.state / "go").touch()
+    lost = phase == "download" and victim == "runner"
+    assert watcher.end(60) == lost, watcher.out + watcher.err
+    assert ("✗ 연결 끊김 (the runner died)" if lost else f"✓ 완료 {NEW}") in watcher.out
+    one.wait_online()
+    if lost:
+        assert versions(one)[agent.address] == "0.0.9"
+        assert one.cli("upgrade").code == 0
+    assert versions(one)[agent.address] == NEW
+    assert sorted(path.name for path in agent.folder.glob(f"*{NAME}*")) == [NAME]
+
+
+def test_the_runner_dies_while_it_puts_the_old_one_back(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    one = make(fleet, pyz, tmp_path, UNWELCOME, hold("            _replace_executable(self.file, self.old"))
+    agent = one.agents[0]
+    watcher = Watched(one, "upgrade", agent.address)
+    wait_for((agent.state / "here").exists, "it was not welcomed")
+    os.kill(runner_of(agent), signal.SIGKILL)
+    assert watcher.end(60) == 1 and "the old one is back" in watcher.out, watcher.out + watcher.err
+    one.wait_online()
+    assert versions(one)[agent.address] == "0.0.9"
+
+
+def test_under_pm2(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    need("pm2", "node")
+    one = make(fleet, pyz, tmp_path, start=False)
+    one.start(one.master)
+    agent = one.agents[0]
+    pm2 = Pm2(one, agent, tmp_path / "pm2", agent.folder / NAME)
+    try:
+        assert pm2("start", str(pm2.folder / "pm2.config.js")).code == 0
+        pm2.wait_welcomed()
+        assert one.cli("upgrade").code == 0
+        service = pm2.service()
+        assert versions(one)[agent.address] == NEW and service["pm2_env"]["status"] == "online"
+        assert service["pid"] == json.loads((agent.state / "daemon.json").read_text())["pid"]
+        assert pm2("restart", SERVICE).code == 0
+        pm2.wait_welcomed(3)
+
+        variant(pyz, pm2.folder / NAME, "0.0.9", QUICK)  # once more, and the new one crashes
+        assert pm2("restart", SERVICE).code == 0
+        pm2.wait_welcomed(4)
+        sha256 = variant(pyz, Path(one.master.program[1]), NEW, CRASHES)
+        for host in one.hosts:
+            host.config.write_text(host.config.read_text().replace(old_sha(host), sha256))
+        one.restart(one.master)
+        pm2.wait_welcomed(5)
+        done = one.cli("upgrade", agent.address, timeout_s=120)
+        assert done.code == 1 and "the old one is back" in done.out, done.out + done.err
+        assert versions(one)[agent.address] == "0.0.9" and pm2.service()["pm2_env"]["status"] == "online"
+    finally:
+        pm2("kill")
+
+
+def old_sha(host: Host) -> str:
+    return str(json.loads(host.config.read_text())["updater"]["sha256"])
+
+
+def test_versions_that_have_nothing_in_common_say_so(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    one = make(
+        fleet, pyz, tmp_path, {"PROTOCOL_OLDEST, PROTOCOL = 1, 1": "PROTOCOL_OLDEST, PROTOCOL = 2, 3"}, start=False
+    )
+    agent = one.agents[0]
+    one.start(one.master)
+    one.spawn(agent)
+    said = "the master speaks protocol 2 to 3, and this host 1 to 1: bring the older one to the other's version"
+    wait_for(lambda: said in agent.stderr and said in one.master.stderr, lambda: agent.stderr + one.master.stderr)
+    refused = one.cli("status", host=agent)
+    assert refused.code == 3 and said in refused.err
