@@ -7680,8 +7680,8 @@ class LocalFollower:
         return job
 
 
-def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobRecord:
-    """Record a deployment of this host alone, as the master would. Raises GuardError where a job holds the host."""
+def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRecord:
+    """Record an order to this host alone, as the master would. Raises GuardError where a job holds the host."""
     state.create()
     if FileLock.held_elsewhere(state.job_lock):
         current = (read_json(state.current_file) or {}).get("run")
@@ -7689,8 +7689,8 @@ def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobReco
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
     record = RunRecord(
-        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, label, branch, [label], {label: machine}, {label: bind or ""},
-        now, user_name(),
+        order.run, order.nonce, order.kind, label, order.branch, [label], {label: machine}, {label: bind or ""},
+        now, order.by, options=order.options,
     )  # fmt: skip
     state.save_run(record)
     job = replace(job_of_run(record, label), revision=1, ordered=True)
@@ -9666,13 +9666,27 @@ def run_order(args: Args, order: Submit, doing: str = "") -> tuple[int, list[Job
     caller, view = make_caller(args), make_view(args)
     connection, record = submit_run(caller, order, PATIENCE_S)
     view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
+    return watch_order(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+
+
+def run_here(args: Args, order: Submit, doing: str = "") -> int:
+    """Start an order on this host without the master, and show it to its end."""
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, order, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {doing}{job.branch} on this host")
+    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True).follow)[0]
+
+
+def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
+    """Show a run to its end: the exit code, which is that of a guard that refused on the host, and the jobs."""
     jobs: list[JobRecord] = []
 
-    def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, record.run, view).follow(connection))
+    def keep() -> list[JobRecord]:
+        jobs.extend(follow())
         return jobs
 
-    code = watch_run(args, record.run, follow)
+    code = watch_run(args, run, keep)
     return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code, jobs
 
 
@@ -9682,7 +9696,19 @@ def order_switch(color: str, **options: Any) -> Submit:
 
 
 def cmd_switch(args: Args) -> int:
-    return run_order(args, order_switch(args.color, dry_run=args.dry_run, force=args.force), "switch to ")[0]
+    order = order_switch(args.color, dry_run=args.dry_run, force=args.force)
+    try:
+        return run_order(args, order, "switch to ")[0]
+    except UnreachableError as problem:
+        config = load_config(args.config_path())
+        rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
+        here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
+        if rule is None or host_key(rule.host) not in (host_key(name) for name in here if name):
+            raise
+        if not (args.force or args.dry_run):
+            problem.hint += "; here on HAProxy's host, --force switches without it, and so without health checks"
+            raise
+        return run_here(args, order, "switch to ")
 
 
 def cmd_upgrade(args: Args) -> int:
@@ -9762,11 +9788,7 @@ def cmd_deploy(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
-    state, view = args.state_folder(), make_view(args)
-    job = make_local_job(state, args.branch, args.bind)
-    start_runner(state, args.config_path(), job).wait()
-    view.notice(f"run {job.run}: {job.branch} on this host")
-    return watch_run(args, job.run, LocalFollower(state, job.run, view, live=True).follow)
+    return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
 
 
 def cmd_logs(args: Args) -> int:
