@@ -57,7 +57,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
@@ -230,18 +230,16 @@ RUNNER_LOG_BYTES = 1 << 20
 INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
-PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
-HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
+HANDSHAKES, STRANGERS = 128, 32  # begun and not judged: of one allowed address, and of all others together
 CONNECTIONS = 512  # of one address
 ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
-DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 DOWNLOADS = 4  # at once: each holds a copy of the program in memory
@@ -307,7 +305,7 @@ NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
 NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
 POST_S = 10.0  # for each answer of a webhook
 POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
-AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 60.0
+AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 20.0  # between two looks for what no job's end tells
 CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
@@ -5942,9 +5940,10 @@ class Door:
                 known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
                 self.among = self.peer if any(verdict.allowed for verdict in known) else ""
                 door.handshakes[self.among] += 1
-                self.one_too_many = door.handshakes[self.among] > HANDSHAKES
+                most = HANDSHAKES if self.among else STRANGERS
+                self.one_too_many = door.handshakes[self.among] > most
                 if self.one_too_many:
-                    door.log_refusal(self.among or "strangers", f"more than {HANDSHAKES} handshakes at once")
+                    door.log_refusal(self.among or "strangers", f"more than {most} handshakes at once")
                     transport.abort()
 
             async def handshake(self, *args: Any, **options: Any) -> None:
@@ -7020,9 +7019,7 @@ async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
-    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
-}  # fmt: skip
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
 
 
 # ==============================================================================
@@ -7044,7 +7041,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": "switched" if switched else str(job.state),
-        "title": f"[{job.host}] {f'switched to {job.branch} ' if switched else ''}{result_text(job)}",
+        "title": f"[{job.host}] {'switched: ' if switched else ''}{result_text(job)}",
         "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
         "target": run.target, "branch": job.branch, "by": run.by,
         "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
@@ -7327,7 +7324,7 @@ class Notifier:
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
             news = {"event": "failover", "title": title, "host": rule.host, "active": active}
-            self.tell(f"failover-{time.time():.0f}", news)
+            self.tell(f"failover-{time.time():.3f}", news)
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
         self.switched = False
@@ -7940,7 +7937,7 @@ class Service:
         try:
             options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
+                options |= {"ssl": certificate.context}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
@@ -8744,7 +8741,7 @@ config = "/etc/haproxy/haproxy.cfg"
 backend = "yquant_backend"
 servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
 socket = "/run/haproxy/admin.sock"
-masterSocket = "/run/haproxy-master.sock"
+# masterSocket = "/run/haproxy-master.sock"  # where it is not root's alone: reloads are proved by it too
 reload = ["systemctl", "reload", "haproxy"]
 """
 _WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
@@ -8934,7 +8931,7 @@ def _unit_words(words: Iterable[str]) -> str:
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
+    program = os.path.dirname(argv[1])  # where `upgrade` puts the next one
     writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
@@ -9575,16 +9572,20 @@ def cmd_serve(args: Args) -> int:
 def cmd_trigger(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
-    caller = make_caller(args)
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
-    view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
-    if args.detach:
+    return run_order(args, order, detach=args.detach)[0]
+
+
+def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = False) -> tuple[int, list[JobRecord]]:
+    """Start a run and show it to its end, or only start it: the exit code, and the jobs as they ended."""
+    caller, view = make_caller(args), make_view(args)
+    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
+    if detach:
         view.begin(record) if args.json else say(record.run)
-        return 0
-    view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
+        return 0, []
+    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
 
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
@@ -9593,7 +9594,29 @@ def cmd_trigger(args: Args) -> int:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
-    return watch_run(args, record.run, follow)
+    return watch_order(args, record.run, follow)
+
+
+def run_here(args: Args, order: Submit, doing: str = "") -> int:
+    """Start an order on this host without the master, and show it to its end."""
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, order, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {doing}{job.branch} on this host")
+    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True).follow)[0]
+
+
+def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
+    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs."""
+    jobs: list[JobRecord] = []
+
+    def keep() -> list[JobRecord]:
+        jobs.extend(follow())
+        return jobs
+
+    code = watch_run(args, run, keep)
+    refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
+    return GuardError.exit_code if refused else code, jobs
 
 
 PLAN_ANSWER_S = ANSWER_S + PLAN_S
@@ -9650,44 +9673,12 @@ def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
 def cmd_rollback(args: Args) -> int:
     asked = {"action": "rollback", "target": args.target, "to": args.to}
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
-    order, view = plan_rollback(plan), make_view(args)
+    order = plan_rollback(plan)
     if not args.json:
         print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
     confirm(args, f"roll back {', '.join(order.commits)}?")
-    caller = make_caller(args)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: rollback of {', '.join(record.hosts)}")
-    code = watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+    code, _ = run_order(args, order, "rollback to ")
     return code or int(len(order.commits) < len(plan["hosts"]))
-
-
-def run_order(args: Args, order: Submit, doing: str = "") -> tuple[int, list[JobRecord]]:
-    """Start a run and show it to its end: the exit code, and the jobs as they ended."""
-    caller, view = make_caller(args), make_view(args)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
-    return watch_order(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
-
-
-def run_here(args: Args, order: Submit, doing: str = "") -> int:
-    """Start an order on this host without the master, and show it to its end."""
-    state, view = args.state_folder(), make_view(args)
-    job = make_local_job(state, order, args.bind)
-    start_runner(state, args.config_path(), job).wait()
-    view.notice(f"run {job.run}: {doing}{job.branch} on this host")
-    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True).follow)[0]
-
-
-def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
-    """Show a run to its end: the exit code, which is that of a guard that refused on the host, and the jobs."""
-    jobs: list[JobRecord] = []
-
-    def keep() -> list[JobRecord]:
-        jobs.extend(follow())
-        return jobs
-
-    code = watch_run(args, run, keep)
-    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code, jobs
 
 
 def order_switch(color: str, **options: Any) -> Submit:

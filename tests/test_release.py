@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
+import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,9 @@ import pytest
 import estelle_updater
 from estelle_updater import GuardError, JobRecord, Kind, LogWriter, Runner, StateFolder
 from tests.commands import COMMAND, GATE, GATED, Watched, detach, job_of, log_of, open_gate, wait_state, write_script
-from tests.fleet import Fleet, Host, wait_for
+from tests.fleet import ROOT, Fleet, Host, Result, need, run, wait_for
 from tests.haproxy import Proxy
+from tests.stores import certificate, mariadb, valkey
 
 BLUE, GREEN = "127.0.0.2", "127.0.0.3"
 
@@ -35,8 +40,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 class Round:
     """A master that is the data node, blue and green; blue is active."""
 
-    def __init__(self, proxy: Proxy, fleet: Callable[..., Fleet]) -> None:
+    def __init__(self, proxy: Proxy, fleet: Callable[..., Fleet], *more: dict[str, Any], token: str = "") -> None:
         checks = [
+            *more,
             {"name": "well", "command": ["sh", "-c", "test ! -e ../sick || { echo sick; exit 1; }"]},
             *({"name": c, "http": f"http://127.0.0.1:{proxy.ports[c]}/", "contains": c, "hosts": [f"yq-{c}"]} for c in
               ("blue", "green")),
@@ -51,7 +57,8 @@ class Round:
             "health": checks,
         }
         self.proxy = proxy
-        self.fleet = fleet(hosts=3, command=COMMAND, config=self.settings)
+        self.fleet = fleet(hosts=3, command=COMMAND, config=self.settings, start=False)
+        self.fleet.start(env={"ESTELLE_TOKEN": token} if token else None)
         self.data, self.blue, self.green = self.fleet.hosts
         write_script("echo deployed\n", self.blue, self.green)
         self.cli = self.fleet.cli
@@ -147,9 +154,9 @@ def test_a_job_ends_where_the_traffic_moved(one: Round):
     wait_state(one.fleet, queued, one.green, "queued")
     one.fail_over()
     open_gate(one.green)
-    for run, steps in ((running, 1), (queued, 0)):
-        job = wait_state(one.fleet, run, one.green, "failed")
-        log = one.green_log(run)
+    for name, steps in ((running, 1), (queued, 0)):
+        job = wait_state(one.fleet, name, one.green, "failed")
+        log = one.green_log(name)
         assert (job["error"], job["step"]) == ("traffic moved", "check traffic"), log
         assert log.count("../script...") == steps and "systemctl" not in log
         assert "now it is active" in log
@@ -280,3 +287,95 @@ def test_the_person_decides_and_the_commit_must_still_be_the_one_shown(one: Roun
     process, terminal = ask_person(one, "release", "master")
     read_until(terminal, "[y/N]")
     assert answer(process, terminal, "y")[0] == 0 and one.proxy.answers() == "green"
+
+
+# ---------------------------------------------------------------------------- README's runbook and recipe
+
+
+def readme_block(after: str) -> str:
+    """The first block of commands after a text of README.md."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return text[text.index(after) :].split("```")[1].partition("\n")[2]
+
+
+def test_runbook_application_failure(one: Round):
+    one.commit("1")
+    deploy_by_hand(one, one.blue)
+    one.commit("2")
+    deploy_by_hand(one, one.blue)
+    one.fail_over()
+    code, out, _ = one.cli("status")
+    assert code == 0 and "HAProxy has failed over to green; `switch green` makes that explicit" in out, out
+    assert one.cli("switch", "green").code == 0
+    one.proxy.start_worker("blue")
+    wait_for(lambda: one.traffic() == {"blue": "standby", "green": "active"}, "blue stands by")
+    assert one.cli("rollback", "standby", "--yes").code == 0
+    assert one.rows()["blue"]["commit"] == one.fleet.origin.git("rev-parse", "master~1")
+    assert one.cli("health", "standby").code == 0
+
+
+def test_runbook_valkey_and_mariadb_failure(proxy: Proxy, fleet: Callable[..., Fleet]):
+    folder = Path(tempfile.mkdtemp(prefix="est-mariadb-"))
+    folder.chmod(0o755)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        blue, green = ExitStack(), stack.enter_context(valkey())
+        own = blue.enter_context(valkey())
+        database = ExitStack()
+        address = database.enter_context(mariadb(folder / "db"))
+        one = Round(
+            proxy, fleet,
+            {"name": "valkey", "valkey": own, "hosts": ["yq-blue"]},
+            {"name": "valkey", "valkey": green, "hosts": ["yq-green"]},
+            {"name": "database", "mariadb": address, "hosts": ["yq-blue", "yq-green"]},
+            {"name": "mariadb", "mariadb": address, "hosts": ["yq-data"]},
+        )  # fmt: skip
+        assert one.cli("health").code == 0
+        blue.close()
+        code, out, _ = one.cli("health", "active")
+        assert code == 1 and re.search(r"✗ +127.0.0.2 +valkey .*refused", out), out
+        assert one.cli("switch", "standby").code == 0 and proxy.answers() == "green"
+
+        database.close()
+        code, out, _ = one.cli("health", "yq-data")
+        assert code == 1 and re.search(r"✗ +127.0.0.1 +mariadb", out), out
+        code, _, err = one.cli("switch", "blue")
+        assert code == 5 and "not healthy" in err and proxy.answers() == "green"
+
+
+def test_runbook_data_node_failure(tmp_path: Path):
+    """What README does to a copy of the data node's file makes one that serves from the worker itself."""
+    need("haproxy")
+    (line,) = (line for line in readme_block("**The data node is gone.**").splitlines() if line.startswith("sed "))
+    shutil.copy(ROOT / "config/haproxy.cfg", tmp_path / "haproxy.cfg")
+    subprocess.run(["sh", "-c", line.replace("/etc/haproxy/", f"{tmp_path}/")], check=True, timeout=20)
+    text = (tmp_path / "haproxy.cfg").read_text()
+    assert re.findall(r"(?m)^ *server (\w+ .*)$", text)[1:] == ["green 127.0.0.1:6000"]
+    pem = certificate(tmp_path / "yquant.pem")
+    (tmp_path / "haproxy.cfg").write_text(text.replace("/etc/haproxy/certs/yquant.pem", str(pem)))
+    code, _, err = run(["haproxy", "-c", "-f", tmp_path / "haproxy.cfg"], os.environ)
+    assert code == 0, err
+
+
+def test_recipe_for_github_actions(proxy: Proxy, fleet: Callable[..., Fleet], tmp_path: Path):
+    """The recipe's own commands, in a checkout: green for a good deployment, red for a failed one or a wrong token."""
+    one = Round(proxy, fleet, token="a secret of the fleet")
+    checkout = one.fleet.origin.clone(tmp_path / "checkout")
+    (checkout / "estelle_updater.pyz").symlink_to(ROOT / "estelle_updater.py")
+    recipe = readme_block("### From GitHub Actions")
+    commands = "".join(line.strip() + "\n" for line in recipe.partition("run: |\n")[2].splitlines())
+    assert commands.count("estelle_updater.pyz") == 2
+    programs = Path(sys.executable).parent
+
+    def act(token: str) -> Result:
+        env = one.fleet.env | {"ESTELLE_TOKEN": token, "BRANCH": "master", "ESTELLE_BIND": "127.0.0.1"}
+        env |= {"PATH": f"{programs}:{env['PATH']}", "ESTELLE_STATE": str(tmp_path / "runner")}
+        return run(["bash", "-e", "-c", commands], env, checkout)
+
+    code, out, err = act("a secret of the fleet")
+    assert code == 0 and '"event": "done"' in out and GREEN in out, out + err
+    assert act("not the secret of the fleet").code == 3
+    write_script("exit 7\n", one.green)
+    code, out, _ = act("a secret of the fleet")
+    assert code == 1 and '"ok": false' in out
+    assert proxy.answers() == "blue"
