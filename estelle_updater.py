@@ -5314,7 +5314,8 @@ class Agent:
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
         run, host = job.record.run, job.record.host
-        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and job.record.state not in FINAL:
+        over = job.record.state in FINAL and not is_half_done(self.state, job.record)
+        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and not over:
             job.looked = now
             self.check_runner(job)
         try:
@@ -5457,7 +5458,8 @@ class Agent:
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
         job = self.jobs.get((message.run, message.host))
-        if job and job.record.state in FINAL and message.revision >= job.record.revision:
+        known = job and job.record.state in FINAL and message.revision >= job.record.revision
+        if job and known and not is_half_done(self.state, job.record):
             del self.jobs[message.run, message.host]
             with suppress(OSError):
                 self.state.save_job(replace(job.record, acked=True))
