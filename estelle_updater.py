@@ -5324,7 +5324,8 @@ class Agent:
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
         run, host = job.record.run, job.record.host
-        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and job.record.state not in FINAL:
+        over = job.record.state in FINAL and not is_half_done(self.state, job.record)
+        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and not over:
             job.looked = now
             self.check_runner(job)
         try:
@@ -5467,7 +5468,8 @@ class Agent:
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
         job = self.jobs.get((message.run, message.host))
-        if job and job.record.state in FINAL and message.revision >= job.record.revision:
+        known = job and job.record.state in FINAL and message.revision >= job.record.revision
+        if job and known and not is_half_done(self.state, job.record):
             del self.jobs[message.run, message.host]
             with suppress(OSError):
                 self.state.save_job(replace(job.record, acked=True))
@@ -7687,8 +7689,8 @@ class LocalFollower:
         return job
 
 
-def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobRecord:
-    """Record a deployment of this host alone, as the master would. Raises GuardError where a job holds the host."""
+def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRecord:
+    """Record an order to this host alone, as the master would. Raises GuardError where a job holds the host."""
     state.create()
     if FileLock.held_elsewhere(state.job_lock):
         current = (read_json(state.current_file) or {}).get("run")
@@ -7696,8 +7698,8 @@ def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobReco
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
     record = RunRecord(
-        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, label, branch, [label], {label: machine}, {label: bind or ""},
-        now, user_name(),
+        order.run, order.nonce, order.kind, label, order.branch, [label], {label: machine}, {label: bind or ""},
+        now, order.by, options=order.options,
     )  # fmt: skip
     state.save_run(record)
     job = replace(job_of_run(record, label), revision=1, ordered=True)
@@ -9605,17 +9607,36 @@ def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = Fals
         view.begin(record) if args.json else say(record.run)
         return 0, []
     view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
-    jobs: list[JobRecord] = []
 
     def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, record.run, view).follow(connection))
+        jobs = Follower(caller, record.run, view).follow(connection)
         failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
-    code = watch_run(args, record.run, follow)
-    refused = record.kind is Kind.SWITCH and any(job.exit == GuardError.exit_code for job in jobs)
+    return watch_order(args, record.run, follow)
+
+
+def run_here(args: Args, order: Submit, doing: str = "") -> int:
+    """Start an order on this host without the master, and show it to its end."""
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, order, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {doing}{job.branch} on this host")
+    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True).follow)[0]
+
+
+def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
+    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs."""
+    jobs: list[JobRecord] = []
+
+    def keep() -> list[JobRecord]:
+        jobs.extend(follow())
+        return jobs
+
+    code = watch_run(args, run, keep)
+    refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
     return GuardError.exit_code if refused else code, jobs
 
 
@@ -9687,7 +9708,19 @@ def order_switch(color: str, **options: Any) -> Submit:
 
 
 def cmd_switch(args: Args) -> int:
-    return run_order(args, order_switch(args.color, dry_run=args.dry_run, force=args.force), "switch to ")[0]
+    order = order_switch(args.color, dry_run=args.dry_run, force=args.force)
+    try:
+        return run_order(args, order, "switch to ")[0]
+    except UnreachableError as problem:
+        config = load_config(args.config_path())
+        rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
+        here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
+        if rule is None or host_key(rule.host) not in (host_key(name) for name in here if name):
+            raise
+        if not (args.force or args.dry_run):
+            problem.hint += "; here on HAProxy's host, --force switches without it, and so without health checks"
+            raise
+        return run_here(args, order, "switch to ")
 
 
 def cmd_upgrade(args: Args) -> int:
@@ -9773,11 +9806,7 @@ def cmd_deploy(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
-    state, view = args.state_folder(), make_view(args)
-    job = make_local_job(state, args.branch, args.bind)
-    start_runner(state, args.config_path(), job).wait()
-    view.notice(f"run {job.run}: {job.branch} on this host")
-    return watch_run(args, job.run, LocalFollower(state, job.run, view, live=True).follow)
+    return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
 
 
 def cmd_logs(args: Args) -> int:
