@@ -57,7 +57,7 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable,
 from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
 
@@ -230,18 +230,16 @@ RUNNER_LOG_BYTES = 1 << 20
 INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
-PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
-HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
+HANDSHAKES, STRANGERS = 128, 32  # begun and not judged: of one allowed address, and of all others together
 CONNECTIONS = 512  # of one address
 ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
-DOWNLOADS = 4  # of the program, at once: each holds a copy of it in memory
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 DOWNLOADS = 4  # at once: each holds a copy of the program in memory
@@ -280,7 +278,7 @@ CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
 CONNECT_S = 3.0
 CHECK_S = RELOAD_COMMAND_S = 60.0
-RELOADS, RELOAD_S = 3, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+RELOADS, RELOAD_S = 2, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
 PROOF_S = 2.0  # for a request to reach the new colour
 SWITCH_LOCK_S = 10.0
 RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
@@ -307,7 +305,7 @@ NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
 NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
 POST_S = 10.0  # for each answer of a webhook
 POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
-AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 60.0
+AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 20.0  # between two looks for what no job's end tells
 CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
@@ -989,10 +987,11 @@ class TlsRule:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
-    """[keep]: how many recorded runs stay, and for how long."""
+    """[keep]: how many recorded runs stay, for how long, and how much of the disk they may take."""
 
     runs: Annotated[int, _count] = 500
     days: Annotated[int, _count] = 90
+    megabytes: Annotated[int, _count] = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2060,6 +2059,10 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
     (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
+    (
+        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host",
+        "the git remote does not answer",
+    ),
 )
 
 
@@ -2430,11 +2433,12 @@ _BRANCH = _a_text("a branch, a tag or a full commit id")
 _COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
 _RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 _PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
-_ORDER = {
+_ONCE = {
     "plan": _PLAN_ID,
     "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
-    "wait": _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True),
 }
+_WAIT = _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True)
+_ORDER = {**_ONCE, "wait": _WAIT}
 _RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
 TOOLS = (
     Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
@@ -2466,7 +2470,7 @@ TOOLS = (
     Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
         {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
     Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
-        {"branch": _BRANCH, "plan": _PLAN_ID}, ("branch",), _RUN_ANSWER),
+        {"branch": _BRANCH, **_ONCE}, ("branch",), _RUN_ANSWER),
     Tool("rollback", "changes", "Back to the newest commit that succeeded before the one checked out now, per host.",
         {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER}, (), _RUN_ANSWER),
 )  # fmt: skip
@@ -2980,6 +2984,12 @@ class StateFolder:
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
         excess = len(runs) - keep.runs
         old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
+        room = keep.megabytes * 1_000_000
+        for run in reversed(runs):
+            with suppress(OSError):
+                room -= sum(log_size(file) for file in (self.runs / run).iterdir())
+            if room < 0 and run not in needed and run != runs[-1]:  # the newest stays however large it is
+                old.add(run)
         if not old:
             return []
         last: set[tuple[str, str]] = set()
@@ -3912,6 +3922,7 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
+        self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -3929,6 +3940,7 @@ class Runner:
             if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
+            self.last_act()
             return 0
         finally:
             lock.release()
@@ -4536,13 +4548,15 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     return {"active": active[0] if len(active) == 1 else None, "servers": servers, "warnings": warnings}
 
 
-def run_command(argv: Sequence[str], env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+def run_command(
+    argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
+) -> tuple[int, str]:
     """A short command's exit code and output. Raises UpdaterError where it does not start or end."""
     try:
         program = resolve_program(argv[0], env.get("PATH", ""))
         done = subprocess.run(
-            [*program, *argv[1:]], env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=timeout_s, check=False,
+            [*program, *argv[1:]], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=timeout_s, check=False, **HIDDEN,
         )  # fmt: skip
     except subprocess.TimeoutExpired as problem:
         raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
@@ -4559,8 +4573,9 @@ def stage_text(real: Path, text: bytes) -> Path:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(text)
             file.flush()
-            stat = real.stat()
-            os.chown(temp, stat.st_uid, stat.st_gid)
+            wanted, own = real.stat(), temp.stat()
+            if (wanted.st_uid, wanted.st_gid) != (own.st_uid, own.st_gid):
+                os.chown(temp, wanted.st_uid, wanted.st_gid)
             shutil.copystat(real, temp)
             os.utime(temp)
             os.fsync(file.fileno())
@@ -4663,7 +4678,7 @@ class Switch:
             if self.undo() and isinstance(problem, GuardError):  # by now it is no longer true that nothing changed
                 raise UpdaterError(problem.what, problem.hint) from problem
             raise
-        self.close()
+        self.runner.last_act = self.close
 
     def resume(self) -> bool:
         """End what a dead runner began; whether the traffic moved."""
@@ -4699,6 +4714,8 @@ class Switch:
         entry.color = str(standby if wanted == "standby" else wanted)
         if entry.color not in COLORS:
             raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
+        if self.runner.job.branch not in ("standby", entry.color):
+            raise GuardError(f"{self.runner.job.branch} was the standby and is it no more", "look at `status`")
         if self.live and live_roles(rows, rule) != self.found.roles():
             what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
             raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
@@ -4747,7 +4764,7 @@ class Switch:
             ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
             _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
             if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
-                hint = "the polkit rule in systemd/estelle-updater-haproxy.service allows exactly this"
+                hint = "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
                 raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
 
     def check(self) -> str:
@@ -4809,13 +4826,14 @@ class Switch:
             write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
         except OSError as problem:
             self.say(f"warning: can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}")
-        return f"{self.entry.color} is active in {self.rule.config}, the servers' states in {self.entry.state_file}"
+        return f"{self.entry.color} is active in {self.rule.config}, the servers' states are kept"
 
     def reload(self) -> str:
         """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
+        if self.live and self.runs(self.entry.color, 0):
+            return "HAProxy runs it already"
+        failed = self.failed_reloads()
         for attempt in range(1, RELOADS + 1):
-            if self.live and self.runs(self.entry.color, 0):
-                return "HAProxy runs it already"
             code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if code:
                 raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
@@ -4825,7 +4843,18 @@ class Switch:
                 pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
                 again = f" at attempt {attempt}" if attempt > 1 else ""
                 return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
+            if self.failed_reloads() > failed:  # not again: while it fails, new connections are refused for seconds
+                raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
         raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
+
+    def failed_reloads(self) -> int:
+        """How many in a row HAProxy counts; 0 without a master socket, which leaves only to wait."""
+        for _ in range(20 if self.rule.master_socket else 0):
+            with suppress(UpdaterError):  # silent while it starts itself anew
+                if (counted := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
+                    return counted[2]
+            time.sleep(0.1)
+        return 0
 
     def runs(self, color: str, patience_s: float) -> bool:
         """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
@@ -4834,9 +4863,6 @@ class Switch:
             with suppress(UpdaterError):
                 if live_roles(live_rows(self.rule), self.rule).get(color) == "active":
                     return True
-                proc = ask_haproxy(self.rule, "show proc", master=True) if self.rule.master_socket else ""
-                if patience_s and parse_show_proc(proc)[2]:
-                    return False
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
@@ -4881,7 +4907,7 @@ class Switch:
         if self.live:
             with suppress(UpdaterError):
                 self.set_state("ready")
-        if now == self.new:
+        if now == self.new and not (self.live and self.runs(self.entry.before, 0)):
             with suppress(UpdaterError):
                 run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if self.live and not self.runs(self.entry.before, RELOAD_S):
@@ -4890,11 +4916,11 @@ class Switch:
                 with suppress(UpdaterError):
                     self.set_state("ready")
         self.say(f"undone: {self.entry.before} is active")
-        self.close()
+        self.runner.last_act = self.close
         return now == self.new
 
     def close(self) -> None:
-        """Done or undone for good."""
+        """Done or undone for good; not before that is the job's recorded result."""
         self.runner.state.switch_file.unlink(missing_ok=True)
         sync_folder(self.runner.state.root)
 
@@ -4911,6 +4937,7 @@ def switch_traffic(runner: Runner) -> str | None:
             raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
         if entry.run == runner.run:
             return entry.color
+        half.close()
         os.close(half.lock)
     config, problem = load_config_or_last(runner.config_path, runner.state)
     if problem:
@@ -5920,9 +5947,10 @@ class Door:
                 known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
                 self.among = self.peer if any(verdict.allowed for verdict in known) else ""
                 door.handshakes[self.among] += 1
-                self.one_too_many = door.handshakes[self.among] > HANDSHAKES
+                most = HANDSHAKES if self.among else STRANGERS
+                self.one_too_many = door.handshakes[self.among] > most
                 if self.one_too_many:
-                    door.log_refusal(self.among or "strangers", f"more than {HANDSHAKES} handshakes at once")
+                    door.log_refusal(self.among or "strangers", f"more than {most} handshakes at once")
                     transport.abort()
 
             async def handshake(self, *args: Any, **options: Any) -> None:
@@ -6964,7 +6992,10 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     data = select_targets(rule.host, hosts)[0]
     if not data.online:
         raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
-    files = {key: row["file"] for key, row in (await registry.ask_traffic())["servers"].items()}
+    traffic = await registry.ask_traffic()
+    if not traffic["servers"]:
+        raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
+    files = {key: row["file"] for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
@@ -6995,9 +7026,7 @@ async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
-    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade
-}  # fmt: skip
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
 
 
 # ==============================================================================
@@ -7019,7 +7048,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": "switched" if switched else str(job.state),
-        "title": f"[{job.host}] {f'switched to {job.branch} ' if switched else ''}{result_text(job)}",
+        "title": f"[{job.host}] {'switched: ' if switched else ''}{result_text(job)}",
         "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
         "target": run.target, "branch": job.branch, "by": run.by,
         "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
@@ -7302,7 +7331,7 @@ class Notifier:
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
             news = {"event": "failover", "title": title, "host": rule.host, "active": active}
-            self.tell(f"failover-{time.time():.0f}", news)
+            self.tell(f"failover-{time.time():.3f}", news)
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
         self.switched = False
@@ -7483,7 +7512,7 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
         problem.exit_code = stuck[0]["exit"]
         raise problem
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
-    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "rollback"
+    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
     return Submit(
         make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(), commits=commits
     )
@@ -7915,7 +7944,7 @@ class Service:
         try:
             options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
             if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context, "ssl_handshake_timeout": WELCOME_S}
+                options |= {"ssl": certificate.context}
             server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
         except OSError as problem:
             raise UsageError(
@@ -8901,24 +8930,24 @@ _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
 
 def _unit_words(words: Iterable[str]) -> str:
-    """Words as systemd's files have them: quoted, and `%` and `$` without their meaning."""
-    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%").replace("$", "$$") for word in words]
+    """Words as systemd's files have them: quoted, and `%` without its meaning."""
+    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%") for word in words]
     return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
 
 
 def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
     """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
     system = user is not None
-    program = PurePosixPath(argv[1]).parent  # where `upgrade` puts the next one
-    writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
+    program = os.path.dirname(argv[1])  # for `upgrade`, where the folder's owner lets it
+    writable = _unit_words([repo, f"-{home}", program, "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
         wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
         user=f"User={user}\n" if system else "",
         repo=repo.replace("%", "%%"),
-        command=_unit_words(argv),
-        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]).replace("$$", "$"),
+        command=_unit_words(argv).replace("$", "$$"),
+        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
         state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
         sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
         target="multi-user.target" if system else "default.target",
@@ -8934,25 +8963,14 @@ def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def call_program(
+def try_command(
     argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
 ) -> tuple[int, str]:
-    """Exit code and output of a program that can't ask anything; 127 and the reason where it can't be started."""
+    """`run_command`; where that is not possible, 127 and why."""
     try:
-        program = [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]]
-        child = spawn_step(program, cwd or Path.cwd(), env, mark=f"call/{os.getpid()}")
+        return run_command(argv, env, timeout_s, cwd)
     except UpdaterError as problem:
         return 127, problem.what
-    ends, out = time.monotonic() + timeout_s, b""
-    try:
-        while data := child.read(timeout_s=max(0.0, ends - time.monotonic())):
-            out += data
-        if data is None:
-            child.kill_tree()
-            return 124, f"{argv[0]} did not answer in {timeout_s:.0f} s"
-        return child.wait(), out.decode(errors="replace").strip()
-    finally:
-        child.close_pipe()
 
 
 def lingers() -> bool:
@@ -9040,7 +9058,7 @@ class Setup:
             self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
 
     def runs_under_pm2(self) -> bool:
-        _, out = call_program(["pm2", "jlist"], os.environ)
+        _, out = try_command(["pm2", "jlist"], os.environ)
         with suppress(ValueError, IndexError, KeyError, TypeError):
             apps = json.loads(out.splitlines()[-1])
             return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
@@ -9084,13 +9102,13 @@ class Setup:
 
     def systemctl(self, *words: str, look: bool = False) -> int:
         argv = ["systemctl", *([] if self.root else ["--user"]), *words]
-        return call_program(argv, os.environ)[0] if look else self.call(*argv)
+        return try_command(argv, os.environ)[0] if look else self.call(*argv)
 
     def call(self, *argv: str, may_fail: bool = False) -> int:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
         self.changed = True
         self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
-        code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
+        code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
             hint = f"as this user, log in directly (not by su), or: {LINGER}"
             raise UpdaterError(
@@ -9188,9 +9206,24 @@ class Doctor:
         rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
         repo = work_tree(path) / (rule.repo or "")
         yield from self.repository(repo, rule)
+        if config.updater.sha256:
+            folder = os.path.dirname(program_argv()[1])
+            text = f"upgrade writes to {folder}"
+            yield Finding("program", os.access(folder, os.W_OK), text, f"sudo chown -R $USER {folder}")
+        if config.tls.cert and (cert := work_tree(path) / config.tls.cert).exists():
+            yield self.certificate(cert)
         yield from self.master(config)
         if config.haproxy and self.is_here(config.haproxy.host, rule.name):
             yield from self.haproxy(config.haproxy)
+
+    @staticmethod
+    def certificate(cert: Path) -> Finding:
+        try:
+            left_s = certificate_end(cert.read_bytes()) - time.time()
+        except (OSError, ValueError) as problem:
+            return Finding("certificate", False, f"{cert}: {problem}", "a PEM file that this user can read")
+        text = f"{cert}: {left_s // 86400:.0f} days left"
+        return Finding("certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew")
 
     def packages(self) -> Finding:
         try:
@@ -9233,7 +9266,7 @@ class Doctor:
         for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
             if (folder / f"{SERVICE}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
-                _, out = call_program(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                _, out = try_command(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
                 found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
                 if found.ok and scope and not lingers():
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
@@ -9248,7 +9281,7 @@ class Doctor:
 
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
         """Git, the clone, its remote, and what the deploy command needs."""
-        code, said = call_program(["git", "--version"], self.env)
+        code, said = try_command(["git", "--version"], self.env)
         yield Finding("git", code == 0, said, "install git for this user")
         if code:
             return
@@ -9264,13 +9297,13 @@ class Doctor:
         fix = f"git -C {repo} stash, or commit and push them"
         yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
         ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
-        code, said = call_program(ask, self.env, repo, ACCESS_S)
+        code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
-        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not call_program(ask, with_agent, repo, ACCESS_S)[0])
+        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not try_command(ask, with_agent, repo, ACCESS_S)[0])
         yield judge_remote(code, said, rule.remote, agent_only)
         if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
             for tool in dict.fromkeys(("node", name)):
-                code, said = call_program([tool, "--version"], self.env, repo, ACCESS_S)
+                code, said = try_command([tool, "--version"], self.env, repo, ACCESS_S)
                 fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
                 yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
 
@@ -9301,20 +9334,25 @@ class Doctor:
         return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
 
     def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
-        """What a switch on this host needs: a valid file that may be replaced, and the sockets."""
-        code, said = call_program(["haproxy", "-c", "-f", rule.config], self.env)
-        yield Finding("haproxy", code == 0, "valid" if code == 0 else said[-300:], f"haproxy -c -f {rule.config}")
-        folder = os.path.dirname(os.path.realpath(rule.config))
-        fix = f"use systemd/{SERVICE}-haproxy.service, which may"
-        yield Finding("haproxy file", os.access(folder, os.W_OK), f"{folder} must be writable", fix)
-        for path in filter(None, (rule.socket, rule.master_socket)):
+        """What a switch on this host needs: a valid file that may be replaced, the sockets, and two true colours."""
+        env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
+        code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
+        lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
+        yield Finding(
+            "haproxy", code == 0, lines[0], f"mend the file until this is silent: haproxy -c -f {rule.config}"
+        )
+        real = os.path.realpath(rule.config)
+        fix = f"this service's user must own the file and its folder: chown USER {os.path.dirname(real)} {real}"
+        yield Finding("haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix)
+        for path, master in ((rule.socket, False), (rule.master_socket, True)):
             try:
-                with socket.socket(socket.AF_UNIX) as client:
-                    client.connect(path)
-                yield Finding("haproxy socket", True, path)
-            except OSError as problem:
-                fix = f"stats socket {path} level admin, with a group that this user is in"
-                yield Finding("haproxy socket", False, f"{path}: {problem.strerror}", fix)
+                if path:
+                    ask_haproxy(rule, "show proc" if master else "show info", master=master)
+                    yield Finding("haproxy socket", True, path)
+            except UpdaterError as problem:
+                yield Finding("haproxy socket", False, problem.what, problem.hint)
+        for warning in look_at_traffic(rule)["warnings"]:
+            yield Finding("traffic", False, warning, f"edit {real}, then: {' '.join(rule.reload)}")
 
 
 # ==============================================================================
@@ -9550,25 +9588,32 @@ def cmd_serve(args: Args) -> int:
 def cmd_trigger(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
-    caller = make_caller(args)
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
-    view = make_view(args)
-    connection, record = submit_run(caller, order, max(PATIENCE_S, args.wait))
-    if args.detach:
+    return run_order(args, order, detach=args.detach)[0]
+
+
+def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = False) -> tuple[int, list[JobRecord]]:
+    """Start a run and show it to its end, or only start it: the exit code, and the jobs as they ended."""
+    caller, view = make_caller(args), make_view(args)
+    connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
+    if detach:
         view.begin(record) if args.json else say(record.run)
-        return 0
-    view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
+        return 0, []
+    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
+    jobs: list[JobRecord] = []
 
     def follow() -> list[JobRecord]:
-        jobs = Follower(caller, record.run, view).follow(connection)
+        jobs.extend(Follower(caller, record.run, view).follow(connection))
         failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
-    return watch_run(args, record.run, follow)
+    code = watch_run(args, record.run, follow)
+    refused = record.kind is Kind.SWITCH and any(job.exit == GuardError.exit_code for job in jobs)
+    return GuardError.exit_code if refused else code, jobs
 
 
 PLAN_ANSWER_S = ANSWER_S + PLAN_S
@@ -9625,30 +9670,12 @@ def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
 def cmd_rollback(args: Args) -> int:
     asked = {"action": "rollback", "target": args.target, "to": args.to}
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
-    order, view = plan_rollback(plan), make_view(args)
+    order = plan_rollback(plan)
     if not args.json:
         print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
     confirm(args, f"roll back {', '.join(order.commits)}?")
-    caller = make_caller(args)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: rollback of {', '.join(record.hosts)}")
-    code = watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+    code, _ = run_order(args, order, "rollback to ")
     return code or int(len(order.commits) < len(plan["hosts"]))
-
-
-def run_order(args: Args, order: Submit, doing: str = "") -> tuple[int, list[JobRecord]]:
-    """Start a run and show it to its end: the exit code, and the jobs as they ended."""
-    caller, view = make_caller(args), make_view(args)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
-    jobs: list[JobRecord] = []
-
-    def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, record.run, view).follow(connection))
-        return jobs
-
-    code = watch_run(args, record.run, follow)
-    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code, jobs
 
 
 def order_switch(color: str, **options: Any) -> Submit:
@@ -9665,13 +9692,19 @@ def cmd_upgrade(args: Args) -> int:
     return run_order(args, order)[0]
 
 
-def await_standby(args: Args, hosts: Sequence[str]) -> list[dict[str, Any]]:
+def ask_health(args: Args, target: str) -> dict[str, Any]:
+    """What the checks see, with the patience that they need."""
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    return ask_master(args, "health", {"target": target}, take_s)
+
+
+def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> list[dict[str, Any]]:
     """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
     time. Raises GuardError where that does not come about."""
-    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
-    ends = time.monotonic() + args.wait
+    ends = time.monotonic() + wait_s
     while True:
-        checks = ask_master(args, "health", {"target": ",".join(hosts)}, take_s)["checks"]
+        view.tick()
+        checks = ask_health(args, ",".join(hosts))["checks"]
         rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
         wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
         where = {row["host"]: row["traffic"] for row in rows}
@@ -9698,7 +9731,7 @@ def cmd_release(args: Args) -> int:
     if code or len(commits) != 1:
         return code or 1
     view = make_view(args)
-    rows = await_standby(args, [job.host for job in jobs])
+    rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
         view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
     color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
@@ -9832,12 +9865,6 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
     return answer.result
 
 
-def ask_health(args: Args, target: str) -> dict[str, Any]:
-    """What the checks see, with the patience that they need."""
-    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
-    return ask_master(args, "health", {"target": target}, take_s)
-
-
 def cmd_health(args: Args) -> int:
     result = ask_health(args, args.target)
     if args.json:
@@ -9874,8 +9901,10 @@ def cmd_status(args: Args) -> int:
         return 0
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
-    rows = [status_cells(row) for row in result["hosts"]]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
+    rows = [head, *(status_cells(row, master["version"]) for row in result["hosts"])]
+    told = [column for column in zip(*rows, strict=True) if {*column[1:]} != {"-"}]  # a terminal has 80 columns
+    head, *rows = zip(*told, strict=True)
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
@@ -9885,8 +9914,8 @@ def cmd_status(args: Args) -> int:
     return 0
 
 
-def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One host's row of the `status` table."""
+def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
+    """One host's row of the `status` table; a host's own program is only worth a word where it is not the master's."""
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
@@ -9902,7 +9931,8 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
         row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
-        row["updater"] or "-", " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        "-" if row["updater"] in ("", program) else row["updater"],
+        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
@@ -10088,6 +10118,8 @@ class McpServer:
                     self.gone[name].set()
                 for call in calls:
                     self.begin(call)
+        for gone in list(self.gone.values()):  # whoever only reads does not look, and may still answer
+            gone.set()
         ends = time.monotonic() + MCP_LINGER_S
         while self.session.calls and time.monotonic() < ends:
             time.sleep(LOCAL_LOOK_S)
@@ -10115,7 +10147,7 @@ class McpServer:
                     params = {"progressToken": call.token, "progress": next(numbers), "message": text}
                     self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
 
-        answer: dict[str, Any] | str = ""
+        answer: dict[str, Any] | str = "error: the input ended before the answer"
         try:
             answer = self.call(call.tool, call.arguments, ProgressView(tell, gone))
         except Abandoned:
@@ -10196,10 +10228,24 @@ class McpServer:
         def make() -> Submit:
             if "plan" in given:
                 self.ask("plan", plan=given["plan"], action="switch", color=color)
-            options = {"color": color, "dry_run": given["dry_run"]}
-            return Submit(make_run_id(), "", Kind.SWITCH, "", color, user_name(), options=options)
+            return order_switch(color, dry_run=given["dry_run"])
 
         return self.order(given, view, make, kind=Kind.SWITCH)
+
+    def call_release(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        deployed = self.call_update({**given, "target": "standby", "wait": True}, view)
+        commits = {row["commit"] for row in deployed["hosts"]}
+        if not deployed["ok"] or len(commits) != 1:
+            return deployed
+
+        def make() -> Submit:
+            hosts = [row["host"] for row in deployed["hosts"]]
+            rows = await_standby(self.args, hosts, HEALTHY_S, view)
+            color = next(row["color"] for row in rows if row["host"] == hosts[0])
+            return order_switch(color, commit=commits.pop())
+
+        key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
+        return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {"deployed": deployed["run"]}
 
     def call_health(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         return ask_health(self.args, given.get("target", "all"))

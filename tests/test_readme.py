@@ -75,7 +75,8 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
     shutil.copy(ROOT / "estelle_updater.py", tmp_path)
     env = one.env | {"ESTELLE_STATE": str(tmp_path / "state")}
     commands = re.findall(r"^ +python3 (estelle_updater\.py.*)$", README, re.MULTILINE)
-    assert [line.split()[1] for line in commands[:5]] == ["build", "config", "serve", "status", "trigger"]
+    words = ["build", "config", "serve", "doctor", "setup", "status", "trigger"]
+    assert [line.split()[1] for line in commands[:7]] == words
 
     def type_in(line: str, folder: Path) -> tuple[int, str]:
         line = line.replace("5.223.72.58:9900", f"127.0.0.1:{port}").replace("121.0.0.7", "127.0.0.1")
@@ -91,8 +92,11 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
         daemon = subprocess.Popen(program, cwd=clone, env=env, stdin=subprocess.DEVNULL, stderr=log)
     try:
         wait_for(lambda: "listening on" in (tmp_path / "serve.log").read_text(), "the master listens")
-        assert type_in(commands[3], clone)[0] == 0
-        code, text = type_in(commands[4], clone)
+        code, text = type_in(commands[3], clone)
+        assert (code, "✗ service: it runs, but nothing starts it after a reboot" in text) == (1, True), text
+        assert "estelle_updater.pyz setup\n" in text, "the fix"
+        assert type_in(commands[5], clone)[0] == 0
+        code, text = type_in(commands[6], clone)
         assert (code, "[127.0.0.1] ✓ 완료 v0301_4" in text) == (0, True), text
         est_ = "estelle_updater.pyz"
         ends = {"trigger all nowhere": 1, "trigger all -- -x": 2, "trigger 10.9.9.9 master": 4, "forget 127.0.0.1": 5}
@@ -100,5 +104,5 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
     finally:
         daemon.terminate()
         assert daemon.wait(20) == 0
-    assert type_in(commands[3], clone)[0] == 3
+    assert type_in(commands[5], clone)[0] == 3
     wait_for(lambda: os.getpid() in processes_of(tmp_path) or not processes_of(tmp_path), "nothing is left running")

@@ -121,4 +121,4 @@ def test_words_in_units() -> None:
     text = est.render_unit(["/usr/bin/python3", "/opt/my $x 100%/a.pyz"], "/srv/a b%c", "/bin", "u", "/h")
     assert 'ExecStart=/usr/bin/python3 "/opt/my $$x 100%%/a.pyz"\n' in text
     assert "WorkingDirectory=/srv/a b%%c\n" in text
-    assert 'ReadWritePaths="/srv/a b%%c" -/h /tmp /var/tmp\n' in text
+    assert 'ReadWritePaths="/srv/a b%%c" -/h "/opt/my $x 100%%" /tmp /var/tmp\n' in text

@@ -564,8 +564,9 @@ def test_queue(one: Fleet):
     assert [first.end(), second.end(), third.end()] == [0, 1, 0]
     result = next(e for e in second.events if e["event"] == "result" and e["host"] == A)
     assert result["state"] == "succeeded"
-    records = {folder.name: json.loads((folder / f"{B}.json").read_text()) for folder in one.runs()}
-    assert records[first.run]["ended"] <= records[third.run]["started"]
+    folders = {folder.name: folder for folder in one.runs()}
+    begun, ended = (json.loads((folders[watched.run] / f"{B}.json").read_text()) for watched in (third, first))
+    assert ended["ended"] <= begun["started"]
 
 
 @one_fleet

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import estelle_updater
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Host, need, processes_of, wait_for
 from tests.test_pm2 import SERVICE, Pm2
@@ -39,13 +40,14 @@ def variant(pyz: Path, output: Path, version: str, edits: dict[str, str] | None 
             for name in old.namelist():
                 data = old.read(name)
                 if name in ("__main__.pyc", "estelle_updater.pyc"):
-                    continue
+                    continue  # made of the edited sources below
                 if name in ("__main__.py", "estelle_updater.py"):
                     text = data.decode().replace("0.1.0", version)
                     for before, after in (edits or {}).items() if name == "estelle_updater.py" else ():
                         assert text.count(before) == 1, before
                         text = text.replace(before, after)
                     data = text.encode()
+                    new.writestr(zipfile.ZipInfo(f"{name}c"), estelle_updater._compile(data, name))
                 new.writestr(zipfile.ZipInfo(name), data)
     output.chmod(0o755)
     return hashlib.sha256(output.read_bytes()).hexdigest()
