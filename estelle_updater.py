@@ -1922,13 +1922,10 @@ def plan_command(command: tuple[str, ...]) -> Step:
 
 
 def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
-    """Restart the configured systemd units, then require each to be active."""
-    if not units:
-        return ()
-    label = "systemctl restart " + " ".join(units)
-    return Step(label, ("systemctl", "restart", *units)), Step(
-        "systemctl is-active " + " ".join(units), ("systemctl", "is-active", *units)
-    )
+    """Restart the configured systemd units, then require each to be active: asked about several, systemctl is content
+    with one."""
+    asked = [("systemctl", "restart", *units), *(("systemctl", "is-active", unit) for unit in units)]
+    return tuple(Step(" ".join(argv), argv) for argv in asked) if units else ()
 
 
 @dataclass(frozen=True)
