@@ -2366,9 +2366,7 @@ MCP_MODERN = ("2026-07-28",)  # stateless: every request carries its version in 
 MCP_OLDER = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begun by `initialize`
 _MCP_META = "io.modelcontextprotocol/"
 _PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = -32700, -32600, -32601, -32602, -32022
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
-}  # fmt: skip
+_JSON_TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool, "object": dict}
 
 
 class JsonRpcError(Exception):
@@ -2407,7 +2405,7 @@ class Tool:
 
 
 def _a_text(description: str, **more: Any) -> dict[str, Any]:
-    return {"type": "string", "maxLength": 500, "description": description, **more}
+    return {"type": "string", "maxLength": 2000, "description": description, **more}
 
 
 def _a_flag(description: str, default: bool) -> dict[str, Any]:
@@ -2432,13 +2430,11 @@ _TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or
 _BRANCH = _a_text("a branch, a tag or a full commit id")
 _COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
 _RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
-_PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
 _ONCE = {
-    "plan": _PLAN_ID,
+    "plan": _a_text("the id that the tool plan answered; it must be fresh and still true"),
     "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
 }
-_WAIT = _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True)
-_ORDER = {**_ONCE, "wait": _WAIT}
+_ORDER = _ONCE | {"wait": _a_flag("wait for the end; false returns the run's id at once, for the tool logs", True)}
 _RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
 TOOLS = (
     Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
@@ -2454,7 +2450,7 @@ TOOLS = (
          "to": _a_text("for rollback: a commit; default: the newest that succeeded before"), "color": _COLOR},
         (), _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean")),
     Tool("logs", "reads", "What a run's commands wrote, from a cursor on, and each host's state.",
-        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=9999),
+        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=99999),
          "tail": _a_flag("without a cursor: only the end", False),
          "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
          "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
@@ -2478,8 +2474,7 @@ TOOLS = (
 
 def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "arguments") -> list[str]:
     """Everything that is wrong with a value, in sentences that say what it should be."""
-    kinds = _JSON_TYPES[schema["type"]]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    if type(value) is not _JSON_TYPES[schema["type"]]:
         return [f"{where} must be of type {schema['type']}, not {_shown(value)}"]
     if isinstance(value, dict):
         known = schema["properties"]
@@ -2573,7 +2568,8 @@ class McpSession:
             return self.success(number, {"tools": list(self.tools.values()), **cache}, modern)
         if method != "tools/call":
             raise JsonRpcError(_NO_METHOD, f"there is no method {_shown(method)}")
-        name, arguments, token = params.get("name"), params.get("arguments", {}), meta.get("progressToken")
+        name, token = params.get("name"), meta.get("progressToken")
+        arguments = {} if params.get("arguments") is None else params["arguments"]
         if not isinstance(name, str) or name not in self.tools:
             raise JsonRpcError(_INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools))
         call = ToolCall(number, name, arguments, token if type(token) in (str, int) else None, modern)
