@@ -7176,6 +7176,11 @@ class Notifier:
         self.wake = asyncio.Event()
         self.switched = False  # since the last look at the traffic
         master.tell = self.tell_of_job
+        for rule in self.rules:  # said at the start, not when the first deployment fails
+            try:
+                hook_url(rule, self.tree)
+            except UpdaterError as problem:
+                log.warning("no message can be sent to %s: %s", rule.format, problem.what)
 
     @property
     def rules(self) -> tuple[NotifyRule, ...]:
