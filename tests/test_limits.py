@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.commands import (
     COMMAND,
     GATE,
     GATED,
+    STEP,
     Watched,
     detach,
     job_of,
@@ -106,6 +108,28 @@ def test_a_silent_step_is_announced_while_others_talk(one: Fleet):
     assert f"{A}: silent" not in watched.err
     open_gate(*one.hosts)
     assert watched.end() == 0
+
+
+def test_status_says_what_runs_waits_and_is_away(one: Fleet):
+    a, _, c = one.hosts
+    one.stop(c)
+    wait_for(lambda: f"agent {C} is offline" in a.stderr, "the master notices")
+    write_script(GATED, *one.hosts)
+    first = detach(one, B)
+    wait_state(one, first, B, "running")
+    one.origin.commit({}, branch="hotfix")
+    second = detach(one, B, "hotfix")
+    wait_for(lambda: job_of(one, second, B).get("behind"), "it is queued")
+    what = rf"{first} {STEP} for \d+ s, silent for \d+ s; {second} queued behind {first}"
+    told = ""
+
+    def tells() -> bool:
+        nonlocal told
+        told = one.cli("status", env={"LIMITS": '{"SILENT_S": 0.1}'}).out
+        return re.search(what, told) is not None
+
+    wait_for(tells, lambda: told)
+    assert re.search(rf"^{C} .* no, since \d\d-\d\d \d\d:\d\d ", told, re.MULTILINE)
 
 
 def test_the_master_dies_between_recording_and_answering(one: Fleet):
