@@ -601,6 +601,46 @@ def test_an_agent_s_words_hurt_no_terminal_and_no_status(open_fleet: Fleet) -> N
     assert "\x1b" not in one.master.stderr
 
 
+@one_fleet
+def test_a_host_speaks_in_a_plan_for_itself_alone(open_fleet: Fleet) -> None:
+    """Other hosts' names in an answer, and values of the wrong kind: neither an order nor a table comes of them."""
+    one, commit = open_fleet, "66" * 20
+    lies: dict[str, Any] = {"host": A, "machine": "", "online": False, "queued": 5, "target": commit, "current": "x"}
+    wrong: list[dict[str, Any]] = [
+        lies, {"target": {"a": 1}}, {"current": 5}, {"subjects": "text"}, {"dirty": [1]}, {"changed_count": "many"}, {},
+        {"error": {"a": 1}}, {"checks": [{"name": 5}]}, {"checks": [5]}, {"exit": "x", "refused": []},
+    ]  # fmt: skip
+    with Peer(one, "127.0.1.7", "agent", "56" * 16) as false:
+        said: list[dict[str, Any]] = [{}]
+
+        def answer() -> None:
+            while (message := false.hear()) is not None:
+                if isinstance(message, est.Ask):
+                    false.say(est.Answer(message.id, said[-1]))
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        try:
+            with Peer(one, FALSE, "commander") as commander:
+                for number, lie in enumerate(wrong):
+                    said.append(lie)
+                    for what in ("status", "plan", "health"):
+                        commander.say(est.Ask(number, what, {"target": f"127.0.1.7,{B}", "branch": "master"}))
+                        result = commander.until(lambda message: isinstance(message, est.Answer)).result
+                        assert "127.0.1.7" in repr(result)
+                        if what == "plan":
+                            rows = {row["host"]: row for row in result["hosts"]}
+                            assert list(rows) == ["127.0.1.7", B] and rows[B]["target"] != commit
+                            assert est.plan_text(rows["127.0.1.7"])
+                            assert rows["127.0.1.7"]["target"] == (commit if lie is lies else None)
+                    if lie is not lies:
+                        assert one.cli("rollback", "127.0.1.7").code in (1, 4)
+        finally:
+            false.close()
+            answering.join()
+    assert "Traceback" not in one.master.stderr
+
+
 # Branch names, secrets, files
 
 
