@@ -5701,6 +5701,31 @@ QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`, nor speak in a plan
+# for another host, by whose name the master would then act.
+_TEXTS, _SERVER = dict.fromkeys(("branch", "current", "target", "busy"), "str | None"), "dict[str, str | None]"
+_LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
+_COUNTS = ("commits", "leaving", "changed_count", "dirty_count", "in_the_way_count", "disk_free_bytes")
+ANSWERS: dict[str, dict[str, str]] = {
+    "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
+    | {"dirty": "bool | None", "silent_s": "int | None"},
+    "traffic": {"active": "str | None", "servers": f"dict[str, {_SERVER}]", "warnings": "list[str]"},
+    "health": {"checks": "list[dict[str, Any]]"},
+    "plan": {**_TEXTS, **dict.fromkeys(_LISTS, "list[str]"), **dict.fromkeys(_COUNTS, "int"), "command": "str",
+             "lock_file": "bool", "diverged": "bool", "exit": "int"},
+}  # fmt: skip
+
+
+def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
+    shape = {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
+    if shape is None:
+        return answer
+    if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
+        return {"error": f"the host's answer makes no sense: its {wrong[0]}", "exit": 1}
+    return {key: answer[key] for key in shape if key in answer}
+
+
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
     """Seconds until the next try: full jitter, so that a master that returns is not met by everybody at once."""
     return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
@@ -5855,8 +5880,7 @@ class AgentLink:
         self.link.post(Ask(number, what, args))
         try:
             async with asyncio.timeout(deadline_s):
-                result: dict[str, Any] = await future
-                return result
+                return fitting_answer(what, await future)
         except TimeoutError:
             return None
         finally:
@@ -6170,7 +6194,7 @@ class Registry:
             answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
             why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
             silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
-            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            found = (answer or {}).get("checks", silent)
             return [
                 {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
                  "detail": str(row.get("detail"))}
@@ -6819,6 +6843,7 @@ class Desk:
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
             found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found["problem"] = found.get("problem") or found.pop("error", None)
             return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
         traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
@@ -6993,7 +7018,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     traffic = await registry.ask_traffic()
     if not traffic["servers"]:
         raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
-    files = {key: row["file"] for key, row in traffic["servers"].items()}
+    files = {key: row.get("file") for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
@@ -7510,9 +7535,9 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
     stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
     if stuck:
-        what = "; ".join(f"{row['host']}: {row['refused'][0]}" for row in stuck)
+        what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
         problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
-        problem.exit_code = stuck[0]["exit"]
+        problem.exit_code = stuck[0].get("exit") or 1
         raise problem
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
     branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
@@ -9650,7 +9675,9 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
     facts = []
     if target := row["target"]:
-        facts += [f"{row['current'][:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"]
+        facts += [
+            f"{(row['current'] or '')[:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"
+        ]
         facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
         facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
     facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
@@ -9949,8 +9976,7 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent_s = row.get("silent_s")
-        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
+        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -9958,9 +9984,9 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
+        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
         "-" if row["updater"] in ("", program) else row["updater"],
         " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
