@@ -4944,7 +4944,8 @@ def switch_traffic(runner: Runner) -> str | None:
         real = Path(config.haproxy.config).resolve(strict=True)
         switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
     except OSError as unreadable:
-        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+        hint = "[haproxy] config must name a file that this service's user owns, with its folder"
+        raise GuardError(f"{unreadable.filename}: {unreadable.strerror}", hint) from unreadable
     switch.run()
     return switch.entry.color
 
