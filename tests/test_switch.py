@@ -417,14 +417,16 @@ def test_the_fleet_is_asked_first(proxy: Proxy, fleet: Callable[..., Fleet]):
 def test_several_files_and_haproxys_own_environment(
     proxy: Proxy, fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
 ):
-    """`-f` more than once, settings that only HAProxy's own environment has, and roles that it decides."""
+    """`-f` with a file and with a folder, settings that only HAProxy's own environment has, roles that it decides."""
     text = proxy.file.read_text()
     head, backend = text.split("\nbackend yquant_backend")
     first = proxy.folder / "first.cfg"
     first.write_text(head.replace("timeout connect 2s", 'timeout connect "${CONNECT}"') + "\n")
+    proxy.file = proxy.folder / "conf.d" / "backend.cfg"
+    proxy.file.parent.mkdir()
     proxy.file.write_text("backend yquant_backend" + backend)
     monkeypatch.setenv("CONNECT", "2s")
-    proxy.start(first, proxy.file)
+    proxy.start(first, proxy.file.parent)
     monkeypatch.delenv("CONNECT")
     one = fleet(hosts=1, config={"haproxy": proxy.rule})
     code, out, err = one.cli("switch", "green")
