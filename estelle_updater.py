@@ -4798,13 +4798,10 @@ class Switch:
         return f"{before} gets no new requests, {busy} are under way there"
 
     def set_state(self, state: str) -> None:
-        """Drain the old colour, or make it ready, also in processes that only end their connections. UpdaterError."""
-        command = f"set server {self.rule.backend}/{self.names[1]} state {state}"
-        if said := ask_haproxy(self.rule, command).strip():
-            raise GuardError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
-        if self.rule.master_socket:
-            for pid in parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))[1]:
-                ask_haproxy(self.rule, f"@!{pid} {command}", master=True)
+        """Drain the old colour, or make it ready. HAProxy's older processes no longer listen. Raises UpdaterError."""
+        said = ask_haproxy(self.rule, f"set server {self.rule.backend}/{self.names[1]} state {state}").strip()
+        if said:
+            raise UpdaterError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
 
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
@@ -4944,7 +4941,8 @@ def switch_traffic(runner: Runner) -> str | None:
         real = Path(config.haproxy.config).resolve(strict=True)
         switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
     except OSError as unreadable:
-        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+        hint = "[haproxy] config must name a file that this service's user owns, with its folder"
+        raise GuardError(f"{unreadable.filename}: {unreadable.strerror}", hint) from unreadable
     switch.run()
     return switch.entry.color
 
