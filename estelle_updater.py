@@ -8774,7 +8774,7 @@ config = "/etc/haproxy/haproxy.cfg"
 backend = "yquant_backend"
 servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
 socket = "/run/haproxy/admin.sock"
-# masterSocket = "/run/haproxy-master.sock"  # where it is not root's alone: reloads are proved by it too
+# masterSocket = "/run/haproxy-master.sock"  # once it is not root's alone: see systemd/estelle-updater-haproxy.service
 reload = ["systemctl", "reload", "haproxy"]
 """
 _WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
