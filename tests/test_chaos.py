@@ -126,7 +126,9 @@ def test_chaos(chaos: Chaos, number: int):
             if " run-job " in command:
                 os.kill(pid, signal.SIGKILL)
     open_gate(*chaos.hosts)
-    assert watcher.end(PATIENCE_S) == (1 if lost else 0), watcher.out[-3000:] + watcher.err
+    while (code := watcher.end(PATIENCE_S)) == 3:  # it was still starting when the master died
+        watcher = chaos.watch("logs", run, "-f")
+    assert code == (1 if lost else 0), watcher.out[-3000:] + watcher.err
     check(chaos, run, watcher, lost, [host for host in chaos.hosts if kinds[host.address] != "bytes"])
     fleet.wait_online(*chaos.hosts)
 

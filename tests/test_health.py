@@ -175,7 +175,7 @@ def database() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="est-mariadb-"))
     folder.chmod(0o755)  # pytest's own folders are closed to the server's user
     try:
-        with mariadb(folder / "db", "--max-connect-errors=3", host="0.0.0.0") as address:
+        with mariadb(folder / "db", "--max-connect-errors=3") as address:
             yield address
     finally:
         shutil.rmtree(folder)

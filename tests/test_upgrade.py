@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import estelle_updater
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Host, need, processes_of, wait_for
 from tests.test_pm2 import SERVICE, Pm2
@@ -25,7 +26,8 @@ NAME = "estelle_updater.pyz"
 NEW = "9.9.0"
 QUICK = {"BACK_S = 60.0": "BACK_S = 10.0", "LAUNCH_S = 15.0": "LAUNCH_S = 3.0", "OBEY_S = 15.0": "OBEY_S = 4.0"}
 CRASHES = {"        dialer = Dialer(agent": "        os._exit(3)\n        dialer = Dialer(agent"}
-UNWELCOME = {"encode_message(self.agent.hello())": "encode_message(replace(self.agent.hello(), protocol=[98, 99]))"}
+HELLO = "greet(link.wire, {}, token)"
+UNWELCOME = {HELLO.format("self.agent.hello()"): HELLO.format("replace(self.agent.hello(), protocol=[98, 99])")}
 STUCK = {"                await self.over.wait()\n": "                await asyncio.Event().wait()\n"} | UNWELCOME
 
 
@@ -38,13 +40,14 @@ def variant(pyz: Path, output: Path, version: str, edits: dict[str, str] | None 
             for name in old.namelist():
                 data = old.read(name)
                 if name in ("__main__.pyc", "estelle_updater.pyc"):
-                    continue
+                    continue  # made of the edited sources below
                 if name in ("__main__.py", "estelle_updater.py"):
                     text = data.decode().replace("0.1.0", version)
                     for before, after in (edits or {}).items() if name == "estelle_updater.py" else ():
                         assert text.count(before) == 1, before
                         text = text.replace(before, after)
                     data = text.encode()
+                    new.writestr(zipfile.ZipInfo(f"{name}c"), estelle_updater._compile(data, name))
                 new.writestr(zipfile.ZipInfo(name), data)
     output.chmod(0o755)
     return hashlib.sha256(output.read_bytes()).hexdigest()
