@@ -3870,6 +3870,7 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
     yield Finding("checkout", True, str(repo))
     url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
     add = f"git -C {repo} remote add {rule.remote} URL"
+    url = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
     yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
     try:
         yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
@@ -8902,7 +8903,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-{user}WorkingDirectory={repo}
+{user}WorkingDirectory={folder}
 ExecStart={command}
 Environment={environment}
 {state}Restart=always
@@ -8961,29 +8962,27 @@ def _unit_words(words: Iterable[str]) -> str:
     return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
 
 
-def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
-    """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
+def render_unit(argv: Sequence[str], folder: str, path_env: str, user: str | None, writable: Iterable[str]) -> str:
+    """The systemd unit of the daemon `argv` in `folder`: the system's for `user`, or, for None, a user's own."""
     system = user is not None
-    program = os.path.dirname(argv[1])  # for `upgrade`, where the folder's owner lets it
-    writable = _unit_words([repo, f"-{home}", program, "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
         wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
         user=f"User={user}\n" if system else "",
-        repo=repo.replace("%", "%%"),
+        folder=folder.replace("%", "%%"),
         command=_unit_words(argv).replace("$", "$$"),
         environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
         state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
-        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
+        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=_unit_words(writable)) if system else ""),
         target="multi-user.target" if system else "default.target",
     )
 
 
-def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
+def pm2_app(argv: Sequence[str], folder: str) -> dict[str, Any]:
     """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
     return {
-        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": repo,
+        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": folder,
         "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
         "exp_backoff_restart_delay": 500,
     }  # fmt: skip
@@ -9012,7 +9011,11 @@ class Setup:
 
     def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
         self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
-        self.config_path, self.repo = config_path, work_tree(config_path)
+        self.config, self.folder, self.repo = (
+            load_config(config_path),
+            config_path.parent.parent,
+            work_tree(config_path),
+        )
         self.root = os.name != "nt" and os.geteuid() == 0
         self.home = Path.home()
         self.user = ""
@@ -9021,11 +9024,16 @@ class Setup:
 
             owner = pwd.getpwuid(self.repo.stat().st_uid)
             self.user, self.home = owner.pw_name, Path(owner.pw_dir)
-        options = [("--config", args.config and config_path), ("--bind", args.bind), ("--state", args.state)]
+        self.state: StateFolder = args.state_folder()
+        options = [("--config", args.config and config_path), ("--bind", args.bind)]
+        options += [("--state", args.state and self.state.root)]
         self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
         system = Path("/etc/systemd/system")
         self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
-        self.state: StateFolder = args.state_folder()
+        other = host_rule(self.config, args.bind, socket.gethostname()).repo
+        # The program's folder for `upgrade`, where its owner lets it
+        places = [self.repo, other and self.repo / other, args.state and self.state.root, Path(self.argv[1]).parent]
+        self.writable = [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
         self.pm2_file = self.state.root / "pm2.json"
 
     def choose(self, wanted: str | None) -> str:
@@ -9042,8 +9050,10 @@ class Setup:
     def install(self, wanted: str | None) -> None:
         """Install, start, and wait for the master's welcome. Raises UpdaterError."""
         if self.choose(wanted) == "systemd":
+            self.remove_pm2()
             self.install_unit()
         else:
+            self.remove_unit()
             self.install_pm2()
         if self.dry_run:
             return
@@ -9052,14 +9062,15 @@ class Setup:
 
     def install_unit(self) -> None:
         path = os.environ.get("PATH", os.defpath)
-        text = render_unit(self.argv, str(self.repo), path, self.user if self.root else None, str(self.home))
+        text = render_unit(self.argv, str(self.folder), path, self.user if self.root else None, self.writable)
         if self.root and "--state" not in self.argv:
             self.state = StateFolder(SYSTEM_STATE)
         fresh = self.put(self.unit, text)
-        units = load_config(self.config_path).deploy.restart if self.root else ()
-        if units and self.user != "root":
-            full = [unit if "." in unit else f"{unit}.service" for unit in units]
-            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(full)))
+        units = [unit if "." in unit else f"{unit}.service" for unit in self.config.deploy.restart]
+        if self.root and units and self.user != "root":
+            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(units)))
+        elif self.root:
+            self.take(_POLKIT_FILE)
         if fresh:
             self.systemctl("daemon-reload")
         if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
@@ -9072,7 +9083,7 @@ class Setup:
             self.say(f"note: it ends when you log out, until: {LINGER}")
 
     def install_pm2(self) -> None:
-        text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
+        text = json.dumps({"apps": [pm2_app(self.argv, str(self.folder))]}, indent=2) + "\n"
         if self.put(self.pm2_file, text) or not self.runs_under_pm2():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "start", str(self.pm2_file))
@@ -9092,18 +9103,24 @@ class Setup:
 
     def remove(self) -> None:
         """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        self.remove_unit()
+        self.remove_pm2()
+        if not self.dry_run:
+            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+
+    def remove_unit(self) -> None:
         if self.unit.exists():
             self.systemctl("disable", "--now", SERVICE)
             self.take(self.unit)
             if self.root:
                 self.take(_POLKIT_FILE)
             self.systemctl("daemon-reload")
+
+    def remove_pm2(self) -> None:
         if self.pm2_file.exists():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "save", "--force")
             self.take(self.pm2_file)
-        if not self.dry_run:
-            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
 
     def put(self, path: Path, text: str) -> bool:
         """Write a file unless it says just that; whether it was written."""
@@ -9121,10 +9138,12 @@ class Setup:
         return True
 
     def take(self, path: Path) -> None:
+        if not path.exists():
+            return
         self.changed = True
         self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
         if not self.dry_run:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
     def systemctl(self, *words: str, look: bool = False) -> int:
         argv = ["systemctl", *([] if self.root else ["--user"]), *words]
