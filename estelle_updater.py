@@ -2366,9 +2366,7 @@ MCP_MODERN = ("2026-07-28",)  # stateless: every request carries its version in 
 MCP_OLDER = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begun by `initialize`
 _MCP_META = "io.modelcontextprotocol/"
 _PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = -32700, -32600, -32601, -32602, -32022
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
-}  # fmt: skip
+_JSON_TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool, "object": dict}
 
 
 class JsonRpcError(Exception):
@@ -2407,7 +2405,7 @@ class Tool:
 
 
 def _a_text(description: str, **more: Any) -> dict[str, Any]:
-    return {"type": "string", "maxLength": 500, "description": description, **more}
+    return {"type": "string", "maxLength": 2000, "description": description, **more}
 
 
 def _a_flag(description: str, default: bool) -> dict[str, Any]:
@@ -2432,13 +2430,11 @@ _TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or
 _BRANCH = _a_text("a branch, a tag or a full commit id")
 _COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
 _RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
-_PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
 _ONCE = {
-    "plan": _PLAN_ID,
+    "plan": _a_text("the id that the tool plan answered; it must be fresh and still true"),
     "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
 }
-_WAIT = _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True)
-_ORDER = {**_ONCE, "wait": _WAIT}
+_ORDER = _ONCE | {"wait": _a_flag("wait for the end; false returns the run's id at once, for the tool logs", True)}
 _RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
 TOOLS = (
     Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
@@ -2454,7 +2450,7 @@ TOOLS = (
          "to": _a_text("for rollback: a commit; default: the newest that succeeded before"), "color": _COLOR},
         (), _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean")),
     Tool("logs", "reads", "What a run's commands wrote, from a cursor on, and each host's state.",
-        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=9999),
+        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=99999),
          "tail": _a_flag("without a cursor: only the end", False),
          "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
          "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
@@ -2478,8 +2474,7 @@ TOOLS = (
 
 def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "arguments") -> list[str]:
     """Everything that is wrong with a value, in sentences that say what it should be."""
-    kinds = _JSON_TYPES[schema["type"]]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    if type(value) is not _JSON_TYPES[schema["type"]]:
         return [f"{where} must be of type {schema['type']}, not {_shown(value)}"]
     if isinstance(value, dict):
         known = schema["properties"]
@@ -2573,7 +2568,8 @@ class McpSession:
             return self.success(number, {"tools": list(self.tools.values()), **cache}, modern)
         if method != "tools/call":
             raise JsonRpcError(_NO_METHOD, f"there is no method {_shown(method)}")
-        name, arguments, token = params.get("name"), params.get("arguments", {}), meta.get("progressToken")
+        name, token = params.get("name"), meta.get("progressToken")
+        arguments = {} if params.get("arguments") is None else params["arguments"]
         if not isinstance(name, str) or name not in self.tools:
             raise JsonRpcError(_INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools))
         call = ToolCall(number, name, arguments, token if type(token) in (str, int) else None, modern)
@@ -3874,6 +3870,7 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
     yield Finding("checkout", True, str(repo))
     url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
     add = f"git -C {repo} remote add {rule.remote} URL"
+    url = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
     yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
     try:
         yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
@@ -4802,13 +4799,10 @@ class Switch:
         return f"{before} gets no new requests, {busy} are under way there"
 
     def set_state(self, state: str) -> None:
-        """Drain the old colour, or make it ready, also in processes that only end their connections. UpdaterError."""
-        command = f"set server {self.rule.backend}/{self.names[1]} state {state}"
-        if said := ask_haproxy(self.rule, command).strip():
-            raise GuardError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
-        if self.rule.master_socket:
-            for pid in parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))[1]:
-                ask_haproxy(self.rule, f"@!{pid} {command}", master=True)
+        """Drain the old colour, or make it ready. HAProxy's older processes no longer listen. Raises UpdaterError."""
+        said = ask_haproxy(self.rule, f"set server {self.rule.backend}/{self.names[1]} state {state}").strip()
+        if said:
+            raise UpdaterError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
 
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
@@ -4948,7 +4942,8 @@ def switch_traffic(runner: Runner) -> str | None:
         real = Path(config.haproxy.config).resolve(strict=True)
         switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
     except OSError as unreadable:
-        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+        hint = "[haproxy] config must name a file that this service's user owns, with its folder"
+        raise GuardError(f"{unreadable.filename}: {unreadable.strerror}", hint) from unreadable
     switch.run()
     return switch.entry.color
 
@@ -5321,7 +5316,8 @@ class Agent:
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
         run, host = job.record.run, job.record.host
-        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and job.record.state not in FINAL:
+        over = job.record.state in FINAL and not is_half_done(self.state, job.record)
+        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and not over:
             job.looked = now
             self.check_runner(job)
         try:
@@ -5464,7 +5460,8 @@ class Agent:
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
         job = self.jobs.get((message.run, message.host))
-        if job and job.record.state in FINAL and message.revision >= job.record.revision:
+        known = job and job.record.state in FINAL and message.revision >= job.record.revision
+        if job and known and not is_half_done(self.state, job.record):
             del self.jobs[message.run, message.host]
             with suppress(OSError):
                 self.state.save_job(replace(job.record, acked=True))
@@ -5703,6 +5700,31 @@ QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`, nor speak in a plan
+# for another host, by whose name the master would then act.
+_TEXTS, _SERVER = dict.fromkeys(("branch", "current", "target", "busy"), "str | None"), "dict[str, str | None]"
+_LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
+_COUNTS = ("commits", "leaving", "changed_count", "dirty_count", "in_the_way_count", "disk_free_bytes")
+ANSWERS: dict[str, dict[str, str]] = {
+    "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
+    | {"dirty": "bool | None", "silent_s": "int | None"},
+    "traffic": {"active": "str | None", "servers": f"dict[str, {_SERVER}]", "warnings": "list[str]"},
+    "health": {"checks": "list[dict[str, Any]]"},
+    "plan": {**_TEXTS, **dict.fromkeys(_LISTS, "list[str]"), **dict.fromkeys(_COUNTS, "int"), "command": "str",
+             "lock_file": "bool", "diverged": "bool", "exit": "int"},
+}  # fmt: skip
+
+
+def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
+    shape = {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
+    if shape is None:
+        return answer
+    if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
+        return {"error": f"the host's answer makes no sense: its {wrong[0]}", "exit": 1}
+    return {key: answer[key] for key in shape if key in answer}
+
+
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
     """Seconds until the next try: full jitter, so that a master that returns is not met by everybody at once."""
     return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
@@ -5857,8 +5879,7 @@ class AgentLink:
         self.link.post(Ask(number, what, args))
         try:
             async with asyncio.timeout(deadline_s):
-                result: dict[str, Any] = await future
-                return result
+                return fitting_answer(what, await future)
         except TimeoutError:
             return None
         finally:
@@ -6172,7 +6193,7 @@ class Registry:
             answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
             why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
             silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
-            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            found = (answer or {}).get("checks", silent)
             return [
                 {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
                  "detail": str(row.get("detail"))}
@@ -6821,6 +6842,7 @@ class Desk:
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
             found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found["problem"] = found.get("problem") or found.pop("error", None)
             return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
         traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
@@ -6995,7 +7017,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     traffic = await registry.ask_traffic()
     if not traffic["servers"]:
         raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
-    files = {key: row["file"] for key, row in traffic["servers"].items()}
+    files = {key: row.get("file") for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
@@ -7178,6 +7200,11 @@ class Notifier:
         self.wake = asyncio.Event()
         self.switched = False  # since the last look at the traffic
         master.tell = self.tell_of_job
+        for rule in self.rules:  # said at the start, not when the first deployment fails
+            try:
+                hook_url(rule, self.tree)
+            except UpdaterError as problem:
+                log.warning("no message can be sent to %s: %s", rule.format, problem.what)
 
     @property
     def rules(self) -> tuple[NotifyRule, ...]:
@@ -7507,9 +7534,9 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
     stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
     if stuck:
-        what = "; ".join(f"{row['host']}: {row['refused'][0]}" for row in stuck)
+        what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
         problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
-        problem.exit_code = stuck[0]["exit"]
+        problem.exit_code = stuck[0].get("exit") or 1
         raise problem
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
     branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
@@ -7684,8 +7711,8 @@ class LocalFollower:
         return job
 
 
-def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobRecord:
-    """Record a deployment of this host alone, as the master would. Raises GuardError where a job holds the host."""
+def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRecord:
+    """Record an order to this host alone, as the master would. Raises GuardError where a job holds the host."""
     state.create()
     if FileLock.held_elsewhere(state.job_lock):
         current = (read_json(state.current_file) or {}).get("run")
@@ -7693,8 +7720,8 @@ def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobReco
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
     record = RunRecord(
-        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, label, branch, [label], {label: machine}, {label: bind or ""},
-        now, user_name(),
+        order.run, order.nonce, order.kind, label, order.branch, [label], {label: machine}, {label: bind or ""},
+        now, order.by, options=order.options,
     )  # fmt: skip
     state.save_run(record)
     job = replace(job_of_run(record, label), revision=1, ordered=True)
@@ -8876,7 +8903,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-{user}WorkingDirectory={repo}
+{user}WorkingDirectory={folder}
 ExecStart={command}
 Environment={environment}
 {state}Restart=always
@@ -8935,29 +8962,27 @@ def _unit_words(words: Iterable[str]) -> str:
     return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
 
 
-def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
-    """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
+def render_unit(argv: Sequence[str], folder: str, path_env: str, user: str | None, writable: Iterable[str]) -> str:
+    """The systemd unit of the daemon `argv` in `folder`: the system's for `user`, or, for None, a user's own."""
     system = user is not None
-    program = os.path.dirname(argv[1])  # for `upgrade`, where the folder's owner lets it
-    writable = _unit_words([repo, f"-{home}", program, "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
         wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
         user=f"User={user}\n" if system else "",
-        repo=repo.replace("%", "%%"),
+        folder=folder.replace("%", "%%"),
         command=_unit_words(argv).replace("$", "$$"),
         environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
         state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
-        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
+        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=_unit_words(writable)) if system else ""),
         target="multi-user.target" if system else "default.target",
     )
 
 
-def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
+def pm2_app(argv: Sequence[str], folder: str) -> dict[str, Any]:
     """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
     return {
-        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": repo,
+        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": folder,
         "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
         "exp_backoff_restart_delay": 500,
     }  # fmt: skip
@@ -8986,7 +9011,11 @@ class Setup:
 
     def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
         self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
-        self.config_path, self.repo = config_path, work_tree(config_path)
+        self.config, self.folder, self.repo = (
+            load_config(config_path),
+            config_path.parent.parent,
+            work_tree(config_path),
+        )
         self.root = os.name != "nt" and os.geteuid() == 0
         self.home = Path.home()
         self.user = ""
@@ -8995,11 +9024,16 @@ class Setup:
 
             owner = pwd.getpwuid(self.repo.stat().st_uid)
             self.user, self.home = owner.pw_name, Path(owner.pw_dir)
-        options = [("--config", args.config and config_path), ("--bind", args.bind), ("--state", args.state)]
+        self.state: StateFolder = args.state_folder()
+        options = [("--config", args.config and config_path), ("--bind", args.bind)]
+        options += [("--state", args.state and self.state.root)]
         self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
         system = Path("/etc/systemd/system")
         self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
-        self.state: StateFolder = args.state_folder()
+        other = host_rule(self.config, args.bind, socket.gethostname()).repo
+        # The program's folder for `upgrade`, where its owner lets it
+        places = [self.repo, other and self.repo / other, args.state and self.state.root, Path(self.argv[1]).parent]
+        self.writable = [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
         self.pm2_file = self.state.root / "pm2.json"
 
     def choose(self, wanted: str | None) -> str:
@@ -9016,8 +9050,10 @@ class Setup:
     def install(self, wanted: str | None) -> None:
         """Install, start, and wait for the master's welcome. Raises UpdaterError."""
         if self.choose(wanted) == "systemd":
+            self.remove_pm2()
             self.install_unit()
         else:
+            self.remove_unit()
             self.install_pm2()
         if self.dry_run:
             return
@@ -9026,14 +9062,15 @@ class Setup:
 
     def install_unit(self) -> None:
         path = os.environ.get("PATH", os.defpath)
-        text = render_unit(self.argv, str(self.repo), path, self.user if self.root else None, str(self.home))
+        text = render_unit(self.argv, str(self.folder), path, self.user if self.root else None, self.writable)
         if self.root and "--state" not in self.argv:
             self.state = StateFolder(SYSTEM_STATE)
         fresh = self.put(self.unit, text)
-        units = load_config(self.config_path).deploy.restart if self.root else ()
-        if units and self.user != "root":
-            full = [unit if "." in unit else f"{unit}.service" for unit in units]
-            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(full)))
+        units = [unit if "." in unit else f"{unit}.service" for unit in self.config.deploy.restart]
+        if self.root and units and self.user != "root":
+            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(units)))
+        elif self.root:
+            self.take(_POLKIT_FILE)
         if fresh:
             self.systemctl("daemon-reload")
         if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
@@ -9046,7 +9083,7 @@ class Setup:
             self.say(f"note: it ends when you log out, until: {LINGER}")
 
     def install_pm2(self) -> None:
-        text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
+        text = json.dumps({"apps": [pm2_app(self.argv, str(self.folder))]}, indent=2) + "\n"
         if self.put(self.pm2_file, text) or not self.runs_under_pm2():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "start", str(self.pm2_file))
@@ -9066,18 +9103,24 @@ class Setup:
 
     def remove(self) -> None:
         """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        self.remove_unit()
+        self.remove_pm2()
+        if not self.dry_run:
+            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+
+    def remove_unit(self) -> None:
         if self.unit.exists():
             self.systemctl("disable", "--now", SERVICE)
             self.take(self.unit)
             if self.root:
                 self.take(_POLKIT_FILE)
             self.systemctl("daemon-reload")
+
+    def remove_pm2(self) -> None:
         if self.pm2_file.exists():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "save", "--force")
             self.take(self.pm2_file)
-        if not self.dry_run:
-            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
 
     def put(self, path: Path, text: str) -> bool:
         """Write a file unless it says just that; whether it was written."""
@@ -9095,10 +9138,12 @@ class Setup:
         return True
 
     def take(self, path: Path) -> None:
+        if not path.exists():
+            return
         self.changed = True
         self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
         if not self.dry_run:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
     def systemctl(self, *words: str, look: bool = False) -> int:
         argv = ["systemctl", *([] if self.root else ["--user"]), *words]
@@ -9602,17 +9647,36 @@ def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = Fals
         view.begin(record) if args.json else say(record.run)
         return 0, []
     view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
-    jobs: list[JobRecord] = []
 
     def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, record.run, view).follow(connection))
+        jobs = Follower(caller, record.run, view).follow(connection)
         failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
-    code = watch_run(args, record.run, follow)
-    refused = record.kind is Kind.SWITCH and any(job.exit == GuardError.exit_code for job in jobs)
+    return watch_order(args, record.run, follow)
+
+
+def run_here(args: Args, order: Submit, doing: str = "") -> int:
+    """Start an order on this host without the master, and show it to its end."""
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, order, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {doing}{job.branch} on this host")
+    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True).follow)[0]
+
+
+def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
+    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs."""
+    jobs: list[JobRecord] = []
+
+    def keep() -> list[JobRecord]:
+        jobs.extend(follow())
+        return jobs
+
+    code = watch_run(args, run, keep)
+    refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
     return GuardError.exit_code if refused else code, jobs
 
 
@@ -9628,7 +9692,9 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
     facts = []
     if target := row["target"]:
-        facts += [f"{row['current'][:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"]
+        facts += [
+            f"{(row['current'] or '')[:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"
+        ]
         facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
         facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
     facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
@@ -9684,7 +9750,19 @@ def order_switch(color: str, **options: Any) -> Submit:
 
 
 def cmd_switch(args: Args) -> int:
-    return run_order(args, order_switch(args.color, dry_run=args.dry_run, force=args.force), "switch to ")[0]
+    order = order_switch(args.color, dry_run=args.dry_run, force=args.force)
+    try:
+        return run_order(args, order, "switch to ")[0]
+    except UnreachableError as problem:
+        config = load_config(args.config_path())
+        rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
+        here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
+        if rule is None or host_key(rule.host) not in (host_key(name) for name in here if name):
+            raise
+        if not (args.force or args.dry_run):
+            problem.hint += "; here on HAProxy's host, --force switches without it, and so without health checks"
+            raise
+        return run_here(args, order, "switch to ")
 
 
 def cmd_upgrade(args: Args) -> int:
@@ -9777,11 +9855,7 @@ def cmd_deploy(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
-    state, view = args.state_folder(), make_view(args)
-    job = make_local_job(state, args.branch, args.bind)
-    start_runner(state, args.config_path(), job).wait()
-    view.notice(f"run {job.run}: {job.branch} on this host")
-    return watch_run(args, job.run, LocalFollower(state, job.run, view, live=True).follow)
+    return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
 
 
 def cmd_logs(args: Args) -> int:
@@ -9926,8 +10000,7 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent_s = row.get("silent_s")
-        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
+        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -9935,9 +10008,9 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
+        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
         "-" if row["updater"] in ("", program) else row["updater"],
         " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",

@@ -153,8 +153,8 @@ def call(tool: str, arguments: Any, number: int = 1) -> dict[str, Any]:
         ("update", {"target": 1, "branch": None}, ["target must be of type string, not 1", "branch must be"]),
         ("update", {"target": "all", "branch": "b", "force": 1}, ['there is no "force"']),
         ("update", {"target": "all", "branch": "b", "wait": "no"}, ["wait must be of type boolean"]),
-        ("update", {"target": "all", "branch": "b" * 501}, ["0 to 500 characters, not 501"]),
-        ("update", {"target": "all", "branch": "b", "idempotency_key": ""}, ["must have 1 to 500 characters"]),
+        ("update", {"target": "all", "branch": "b" * 2001}, ["0 to 2000 characters, not 2001"]),
+        ("update", {"target": "all", "branch": "b", "idempotency_key": ""}, ["must have 1 to 2000 characters"]),
         ("history", {"count": 0}, ["count must be from 1 to 100, not 0"]),
         ("history", {"count": True}, ["count must be of type integer"]),
         ("logs", {"run": "../x"}, ['run can\'t be "../x"']),
@@ -168,7 +168,7 @@ def test_a_bad_argument_is_a_result_that_says_what_to_do(tool: str, arguments: A
 
 def test_calls_are_answered_once_or_given_up() -> None:
     one = session()
-    line = json.dumps({"jsonrpc": "2.0", **call("status", {})}).encode()
+    line = json.dumps({"jsonrpc": "2.0", **call("status", None)}).encode()
     [begun] = one.feed(line)[1]
     assert (begun.tool, begun.token, begun.modern) == ("status", None, True)
     assert one.feed(line)[0][0]["error"]["code"] == -32600, "its id is in use"

@@ -168,6 +168,7 @@ def test_failing_gone_and_back(fleet: MakeFleet, receiver: Callable[..., Receive
         {"urlFile": str(tmp_path / "gone"), "on": ["succeeded"]},
         {"urlFile": str(tmp_path / "never"), "on": ["succeeded"]},
     ]})  # fmt: skip
+    assert f"no message can be sent to json: can't read urlFile {tmp_path / 'never'}" in one.master.stderr
     hooks.answers = [(500, {}), (429, {"Retry-After": "3"}), (302, {"Location": hooks.url})]
     hooks.open.clear()
     assert one.cli("trigger", "all", "master").code == 0, "a receiver that hangs delays no result"

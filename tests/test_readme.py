@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import estelle_updater as est
@@ -39,6 +41,25 @@ def test_messages_exist() -> None:
         assert advice
         for text in re.findall(r"`([^`]+)`", message):
             assert text in plain, text
+
+
+def test_every_state_and_verdict_has_a_row() -> None:
+    """What a job can end with, however it is said, tells its reader what to do next."""
+    known = [text for row in table("When something is wrong") for text in re.findall(r"`([^`]+)`", row[0])]
+    said = [text for _, text in est.KNOWN_FAILURES]
+    job = est.JobRecord("20260101-000000-0000", "h", "0" * 32, est.Kind.DEPLOY, "master")
+    for state in est.FINAL - {est.State.SUCCEEDED}:
+        said.append(est.result_text(replace(job, state=state, step="step", error="why")))
+    for node in ast.walk(ast.parse(SOURCE)):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="end"), args=[_, _, _, verdict]):  # the master's
+                said.append(ast.unparse(verdict))
+            case ast.keyword(arg="error", value=ast.Constant(value=str()) | ast.JoinedStr() as verdict):
+                said.append(ast.unparse(verdict))
+            case ast.Assign(targets=[ast.Name("why")], value=ast.JoinedStr() as verdict):
+                said.append(ast.unparse(verdict))
+    without = [text for text in said if text != "reason" and not any(message in text for message in known)]
+    assert len(said) > 20 and not without, without
 
 
 def test_the_lines_for_ai_clients_start_the_server() -> None:
