@@ -9798,6 +9798,14 @@ def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -
         time.sleep(TICK_S)
 
 
+def only_commit(commits: Iterable[str | None]) -> str:
+    """What the standby's hosts have now, to hold the switch to it. Raises GuardError where that is not one commit."""
+    commit, *others = {*commits}
+    if others or not commit:
+        raise GuardError("nobody can say which one commit the standby has", "the traffic stays; look at `status`")
+    return commit
+
+
 def cmd_release(args: Args) -> int:
     """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
     if problem := valid_branch_problem(args.branch):
@@ -9805,16 +9813,15 @@ def cmd_release(args: Args) -> int:
     require_answer(args)
     order = Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "standby", args.branch, user_name())
     code, jobs = run_order(args, order)
-    commits = {job.commit for job in jobs}
-    if code or len(commits) != 1:
-        return code or 1
-    view = make_view(args)
+    if code:
+        return code
+    commit, view = only_commit(job.commit for job in jobs), make_view(args)
     rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
         view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
     color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
     confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
-    if code := run_order(args, order_switch(color, commit=commits.pop()), "switch to ")[0]:
+    if code := run_order(args, order_switch(color, commit=commit), "switch to ")[0]:
         return code
     status = ask_master(args, "status", {})
     rows = [row for row in status["hosts"] if row["color"]]
@@ -10307,15 +10314,15 @@ class McpServer:
 
     def call_release(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
         deployed = self.call_update({**given, "target": "standby", "wait": True}, view)
-        commits = {row["commit"] for row in deployed["hosts"]}
-        if not deployed["ok"] or len(commits) != 1:
+        if not deployed["ok"]:
             return deployed
+        commit = only_commit(row["commit"] for row in deployed["hosts"])
 
         def make() -> Submit:
             hosts = [row["host"] for row in deployed["hosts"]]
             rows = await_standby(self.args, hosts, HEALTHY_S, view)
             color = next(row["color"] for row in rows if row["host"] == hosts[0])
-            return order_switch(color, commit=commits.pop())
+            return order_switch(color, commit=commit)
 
         key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
         return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {"deployed": deployed["run"]}
