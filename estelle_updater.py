@@ -3005,7 +3005,8 @@ class StateFolder:
             shutil.rmtree(self.runs / run, ignore_errors=True)
         if old:
             lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
-            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+            with suppress(OSError):  # a line of a run that is gone does no harm
+                write_atomic(self.index, b"".join(line + b"\n" for line in lines))
         return sorted(old)
 
     def successes(self) -> dict[str, list[dict[str, Any]]]:
