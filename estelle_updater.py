@@ -7807,7 +7807,8 @@ class Service:
             raise_file_limit()
             self.machine = self.state.machine_id()
             how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
-            write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
+            with suppress(OSError):  # a full disk is no reason not to serve
+                write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)

@@ -128,6 +128,9 @@ def test_a_full_agent_says_how_much_is_missing(one: Fleet):
 def test_a_full_agent_refuses_an_order_with_the_reason(one: Fleet):
     b = one.hosts[1]
     fill(b)
+    one.kill(b)
+    one.start(b)  # a daemon starts all the same
+    one.wait_online(b)
     code, out, err = one.cli("trigger", f"{A},{B}", "master")
     assert code == 1
     assert lines_of(out, A)[-1] == f"✓ 완료 {VERSION}"
