@@ -2998,7 +2998,8 @@ class StateFolder:
             shutil.rmtree(self.runs / run, ignore_errors=True)
         if old:
             lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
-            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+            with suppress(OSError):  # a line of a run that is gone does no harm
+                write_atomic(self.index, b"".join(line + b"\n" for line in lines))
         return sorted(old)
 
     def successes(self) -> dict[str, list[dict[str, Any]]]:
@@ -7830,7 +7831,8 @@ class Service:
             raise_file_limit()
             self.machine = self.state.machine_id()
             how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
-            write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
+            with suppress(OSError):  # a full disk is no reason not to serve
+                write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
