@@ -263,11 +263,8 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S, HISTORY_S = (
-    3.8,
-    4.3,
-    0.3,
-)  # `plan` answers in 5 s: a host, the master for it, its history
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.3  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
