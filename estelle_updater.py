@@ -988,10 +988,11 @@ class TlsRule:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
-    """[keep]: how many recorded runs stay, and for how long."""
+    """[keep]: how many recorded runs stay, for how long, and how much of the disk they may take."""
 
     runs: Annotated[int, _count] = 500
     days: Annotated[int, _count] = 90
+    megabytes: Annotated[int, _count] = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1922,13 +1923,10 @@ def plan_command(command: tuple[str, ...]) -> Step:
 
 
 def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
-    """Restart the configured systemd units, then require each to be active."""
-    if not units:
-        return ()
-    label = "systemctl restart " + " ".join(units)
-    return Step(label, ("systemctl", "restart", *units)), Step(
-        "systemctl is-active " + " ".join(units), ("systemctl", "is-active", *units)
-    )
+    """Restart the configured systemd units, then require each to be active: asked about several, systemctl is content
+    with one."""
+    asked = [("systemctl", "restart", *units), *(("systemctl", "is-active", unit) for unit in units)]
+    return tuple(Step(" ".join(argv), argv) for argv in asked) if units else ()
 
 
 @dataclass(frozen=True)
@@ -2983,6 +2981,12 @@ class StateFolder:
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
         excess = len(runs) - keep.runs
         old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
+        room = keep.megabytes * 1_000_000
+        for run in reversed(runs):
+            with suppress(OSError):
+                room -= sum(log_size(file) for file in (self.runs / run).iterdir())
+            if room < 0 and run not in needed and run != runs[-1]:  # the newest stays however large it is
+                old.add(run)
         if not old:
             return []
         last: set[tuple[str, str]] = set()
@@ -3867,6 +3871,7 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
     yield Finding("checkout", True, str(repo))
     url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
     add = f"git -C {repo} remote add {rule.remote} URL"
+    url = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
     yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
     try:
         yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
@@ -4541,13 +4546,15 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     return {"active": active[0] if len(active) == 1 else None, "servers": servers, "warnings": warnings}
 
 
-def run_command(argv: Sequence[str], env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+def run_command(
+    argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
+) -> tuple[int, str]:
     """A short command's exit code and output. Raises UpdaterError where it does not start or end."""
     try:
         program = resolve_program(argv[0], env.get("PATH", ""))
         done = subprocess.run(
-            [*program, *argv[1:]], env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=timeout_s, check=False,
+            [*program, *argv[1:]], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=timeout_s, check=False, **HIDDEN,
         )  # fmt: skip
     except subprocess.TimeoutExpired as problem:
         raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
@@ -4793,13 +4800,10 @@ class Switch:
         return f"{before} gets no new requests, {busy} are under way there"
 
     def set_state(self, state: str) -> None:
-        """Drain the old colour, or make it ready, also in processes that only end their connections. UpdaterError."""
-        command = f"set server {self.rule.backend}/{self.names[1]} state {state}"
-        if said := ask_haproxy(self.rule, command).strip():
-            raise GuardError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
-        if self.rule.master_socket:
-            for pid in parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))[1]:
-                ask_haproxy(self.rule, f"@!{pid} {command}", master=True)
+        """Drain the old colour, or make it ready. HAProxy's older processes no longer listen. Raises UpdaterError."""
+        said = ask_haproxy(self.rule, f"set server {self.rule.backend}/{self.names[1]} state {state}").strip()
+        if said:
+            raise UpdaterError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
 
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
@@ -4939,7 +4943,8 @@ def switch_traffic(runner: Runner) -> str | None:
         real = Path(config.haproxy.config).resolve(strict=True)
         switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
     except OSError as unreadable:
-        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+        hint = "[haproxy] config must name a file that this service's user owns, with its folder"
+        raise GuardError(f"{unreadable.filename}: {unreadable.strerror}", hint) from unreadable
     switch.run()
     return switch.entry.color
 
@@ -5312,7 +5317,8 @@ class Agent:
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
         run, host = job.record.run, job.record.host
-        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and job.record.state not in FINAL:
+        over = job.record.state in FINAL and not is_half_done(self.state, job.record)
+        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and not over:
             job.looked = now
             self.check_runner(job)
         try:
@@ -5455,7 +5461,8 @@ class Agent:
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
         job = self.jobs.get((message.run, message.host))
-        if job and job.record.state in FINAL and message.revision >= job.record.revision:
+        known = job and job.record.state in FINAL and message.revision >= job.record.revision
+        if job and known and not is_half_done(self.state, job.record):
             del self.jobs[message.run, message.host]
             with suppress(OSError):
                 self.state.save_job(replace(job.record, acked=True))
@@ -5694,6 +5701,31 @@ QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`, nor speak in a plan
+# for another host, by whose name the master would then act.
+_TEXTS, _SERVER = dict.fromkeys(("branch", "current", "target", "busy"), "str | None"), "dict[str, str | None]"
+_LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
+_COUNTS = ("commits", "leaving", "changed_count", "dirty_count", "in_the_way_count", "disk_free_bytes")
+ANSWERS: dict[str, dict[str, str]] = {
+    "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
+    | {"dirty": "bool | None", "silent_s": "int | None"},
+    "traffic": {"active": "str | None", "servers": f"dict[str, {_SERVER}]", "warnings": "list[str]"},
+    "health": {"checks": "list[dict[str, Any]]"},
+    "plan": {**_TEXTS, **dict.fromkeys(_LISTS, "list[str]"), **dict.fromkeys(_COUNTS, "int"), "command": "str",
+             "lock_file": "bool", "diverged": "bool", "exit": "int"},
+}  # fmt: skip
+
+
+def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
+    shape = {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
+    if shape is None:
+        return answer
+    if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
+        return {"error": f"the host's answer makes no sense: its {wrong[0]}", "exit": 1}
+    return {key: answer[key] for key in shape if key in answer}
+
+
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
     """Seconds until the next try: full jitter, so that a master that returns is not met by everybody at once."""
     return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
@@ -5848,8 +5880,7 @@ class AgentLink:
         self.link.post(Ask(number, what, args))
         try:
             async with asyncio.timeout(deadline_s):
-                result: dict[str, Any] = await future
-                return result
+                return fitting_answer(what, await future)
         except TimeoutError:
             return None
         finally:
@@ -6163,7 +6194,7 @@ class Registry:
             answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
             why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
             silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
-            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            found = (answer or {}).get("checks", silent)
             return [
                 {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
                  "detail": str(row.get("detail"))}
@@ -6812,6 +6843,7 @@ class Desk:
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
             found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found["problem"] = found.get("problem") or found.pop("error", None)
             return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
         traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
@@ -6992,7 +7024,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     traffic = await registry.ask_traffic()
     if not traffic["servers"]:
         raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
-    files = {key: row["file"] for key, row in traffic["servers"].items()}
+    files = {key: row.get("file") for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
@@ -7175,6 +7207,11 @@ class Notifier:
         self.wake = asyncio.Event()
         self.switched = False  # since the last look at the traffic
         master.tell = self.tell_of_job
+        for rule in self.rules:  # said at the start, not when the first deployment fails
+            try:
+                hook_url(rule, self.tree)
+            except UpdaterError as problem:
+                log.warning("no message can be sent to %s: %s", rule.format, problem.what)
 
     @property
     def rules(self) -> tuple[NotifyRule, ...]:
@@ -7504,9 +7541,9 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
     stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
     if stuck:
-        what = "; ".join(f"{row['host']}: {row['refused'][0]}" for row in stuck)
+        what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
         problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
-        problem.exit_code = stuck[0]["exit"]
+        problem.exit_code = stuck[0].get("exit") or 1
         raise problem
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
     branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
@@ -7681,8 +7718,8 @@ class LocalFollower:
         return job
 
 
-def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobRecord:
-    """Record a deployment of this host alone, as the master would. Raises GuardError where a job holds the host."""
+def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRecord:
+    """Record an order to this host alone, as the master would. Raises GuardError where a job holds the host."""
     state.create()
     if FileLock.held_elsewhere(state.job_lock):
         current = (read_json(state.current_file) or {}).get("run")
@@ -7690,8 +7727,8 @@ def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobReco
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
     record = RunRecord(
-        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, label, branch, [label], {label: machine}, {label: bind or ""},
-        now, user_name(),
+        order.run, order.nonce, order.kind, label, order.branch, [label], {label: machine}, {label: bind or ""},
+        now, order.by, options=order.options,
     )  # fmt: skip
     state.save_run(record)
     job = replace(job_of_run(record, label), revision=1, ordered=True)
@@ -8745,7 +8782,7 @@ config = "/etc/haproxy/haproxy.cfg"
 backend = "yquant_backend"
 servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
 socket = "/run/haproxy/admin.sock"
-# masterSocket = "/run/haproxy-master.sock"  # where it is not root's alone: reloads are proved by it too
+# masterSocket = "/run/haproxy-master.sock"  # once it is not root's alone: see systemd/estelle-updater-haproxy.service
 reload = ["systemctl", "reload", "haproxy"]
 """
 _WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
@@ -8873,7 +8910,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-{user}WorkingDirectory={repo}
+{user}WorkingDirectory={folder}
 ExecStart={command}
 Environment={environment}
 {state}Restart=always
@@ -8927,58 +8964,45 @@ _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
 
 def _unit_words(words: Iterable[str]) -> str:
-    """Words as systemd's files have them: quoted, and `%` and `$` without their meaning."""
-    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%").replace("$", "$$") for word in words]
+    """Words as systemd's files have them: quoted, and `%` without its meaning."""
+    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%") for word in words]
     return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
 
 
-def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
-    """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
+def render_unit(argv: Sequence[str], folder: str, path_env: str, user: str | None, writable: Iterable[str]) -> str:
+    """The systemd unit of the daemon `argv` in `folder`: the system's for `user`, or, for None, a user's own."""
     system = user is not None
-    program = os.path.dirname(argv[1])  # where `upgrade` puts the next one
-    writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
         wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
         user=f"User={user}\n" if system else "",
-        repo=repo.replace("%", "%%"),
-        command=_unit_words(argv),
-        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]).replace("$$", "$"),
+        folder=folder.replace("%", "%%"),
+        command=_unit_words(argv).replace("$", "$$"),
+        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
         state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
-        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
+        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=_unit_words(writable)) if system else ""),
         target="multi-user.target" if system else "default.target",
     )
 
 
-def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
+def pm2_app(argv: Sequence[str], folder: str) -> dict[str, Any]:
     """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
     return {
-        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": repo,
+        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": folder,
         "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
         "exp_backoff_restart_delay": 500,
     }  # fmt: skip
 
 
-def call_program(
+def try_command(
     argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
 ) -> tuple[int, str]:
-    """Exit code and output of a program that can't ask anything; 127 and the reason where it can't be started."""
+    """`run_command`; where that is not possible, 127 and why."""
     try:
-        program = [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]]
-        child = spawn_step(program, cwd or Path.cwd(), env, mark=f"call/{os.getpid()}")
+        return run_command(argv, env, timeout_s, cwd)
     except UpdaterError as problem:
         return 127, problem.what
-    ends, out = time.monotonic() + timeout_s, b""
-    try:
-        while data := child.read(timeout_s=max(0.0, ends - time.monotonic())):
-            out += data
-        if data is None:
-            child.kill_tree()
-            return 124, f"{argv[0]} did not answer in {timeout_s:.0f} s"
-        return child.wait(), out.decode(errors="replace").strip()
-    finally:
-        child.close_pipe()
 
 
 def lingers() -> bool:
@@ -8994,7 +9018,11 @@ class Setup:
 
     def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
         self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
-        self.config_path, self.repo = config_path, work_tree(config_path)
+        self.config, self.folder, self.repo = (
+            load_config(config_path),
+            config_path.parent.parent,
+            work_tree(config_path),
+        )
         self.root = os.name != "nt" and os.geteuid() == 0
         self.home = Path.home()
         self.user = ""
@@ -9003,11 +9031,16 @@ class Setup:
 
             owner = pwd.getpwuid(self.repo.stat().st_uid)
             self.user, self.home = owner.pw_name, Path(owner.pw_dir)
-        options = [("--config", args.config and config_path), ("--bind", args.bind), ("--state", args.state)]
+        self.state: StateFolder = args.state_folder()
+        options = [("--config", args.config and config_path), ("--bind", args.bind)]
+        options += [("--state", args.state and self.state.root)]
         self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
         system = Path("/etc/systemd/system")
         self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
-        self.state: StateFolder = args.state_folder()
+        other = host_rule(self.config, args.bind, socket.gethostname()).repo
+        # The program's folder for `upgrade`, where its owner lets it
+        places = [self.repo, other and self.repo / other, args.state and self.state.root, Path(self.argv[1]).parent]
+        self.writable = [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
         self.pm2_file = self.state.root / "pm2.json"
 
     def choose(self, wanted: str | None) -> str:
@@ -9024,8 +9057,10 @@ class Setup:
     def install(self, wanted: str | None) -> None:
         """Install, start, and wait for the master's welcome. Raises UpdaterError."""
         if self.choose(wanted) == "systemd":
+            self.remove_pm2()
             self.install_unit()
         else:
+            self.remove_unit()
             self.install_pm2()
         if self.dry_run:
             return
@@ -9034,14 +9069,15 @@ class Setup:
 
     def install_unit(self) -> None:
         path = os.environ.get("PATH", os.defpath)
-        text = render_unit(self.argv, str(self.repo), path, self.user if self.root else None, str(self.home))
+        text = render_unit(self.argv, str(self.folder), path, self.user if self.root else None, self.writable)
         if self.root and "--state" not in self.argv:
             self.state = StateFolder(SYSTEM_STATE)
         fresh = self.put(self.unit, text)
-        units = load_config(self.config_path).deploy.restart if self.root else ()
-        if units and self.user != "root":
-            full = [unit if "." in unit else f"{unit}.service" for unit in units]
-            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(full)))
+        units = [unit if "." in unit else f"{unit}.service" for unit in self.config.deploy.restart]
+        if self.root and units and self.user != "root":
+            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(units)))
+        elif self.root:
+            self.take(_POLKIT_FILE)
         if fresh:
             self.systemctl("daemon-reload")
         if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
@@ -9054,7 +9090,7 @@ class Setup:
             self.say(f"note: it ends when you log out, until: {LINGER}")
 
     def install_pm2(self) -> None:
-        text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
+        text = json.dumps({"apps": [pm2_app(self.argv, str(self.folder))]}, indent=2) + "\n"
         if self.put(self.pm2_file, text) or not self.runs_under_pm2():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "start", str(self.pm2_file))
@@ -9066,7 +9102,7 @@ class Setup:
             self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
 
     def runs_under_pm2(self) -> bool:
-        _, out = call_program(["pm2", "jlist"], os.environ)
+        _, out = try_command(["pm2", "jlist"], os.environ)
         with suppress(ValueError, IndexError, KeyError, TypeError):
             apps = json.loads(out.splitlines()[-1])
             return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
@@ -9074,18 +9110,24 @@ class Setup:
 
     def remove(self) -> None:
         """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        self.remove_unit()
+        self.remove_pm2()
+        if not self.dry_run:
+            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+
+    def remove_unit(self) -> None:
         if self.unit.exists():
             self.systemctl("disable", "--now", SERVICE)
             self.take(self.unit)
             if self.root:
                 self.take(_POLKIT_FILE)
             self.systemctl("daemon-reload")
+
+    def remove_pm2(self) -> None:
         if self.pm2_file.exists():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "save", "--force")
             self.take(self.pm2_file)
-        if not self.dry_run:
-            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
 
     def put(self, path: Path, text: str) -> bool:
         """Write a file unless it says just that; whether it was written."""
@@ -9103,20 +9145,22 @@ class Setup:
         return True
 
     def take(self, path: Path) -> None:
+        if not path.exists():
+            return
         self.changed = True
         self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
         if not self.dry_run:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
     def systemctl(self, *words: str, look: bool = False) -> int:
         argv = ["systemctl", *([] if self.root else ["--user"]), *words]
-        return call_program(argv, os.environ)[0] if look else self.call(*argv)
+        return try_command(argv, os.environ)[0] if look else self.call(*argv)
 
     def call(self, *argv: str, may_fail: bool = False) -> int:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
         self.changed = True
         self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
-        code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
+        code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
             hint = f"as this user, log in directly (not by su), or: {LINGER}"
             raise UpdaterError(
@@ -9214,9 +9258,24 @@ class Doctor:
         rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
         repo = work_tree(path) / (rule.repo or "")
         yield from self.repository(repo, rule)
+        if config.updater.sha256:
+            folder = os.path.dirname(program_argv()[1])
+            text = f"upgrade writes to {folder}"
+            yield Finding("program", os.access(folder, os.W_OK), text, f"sudo chown -R $USER {folder}")
+        if config.tls.cert and (cert := work_tree(path) / config.tls.cert).exists():
+            yield self.certificate(cert)
         yield from self.master(config)
         if config.haproxy and self.is_here(config.haproxy.host, rule.name):
             yield from self.haproxy(config.haproxy)
+
+    @staticmethod
+    def certificate(cert: Path) -> Finding:
+        try:
+            left_s = certificate_end(cert.read_bytes()) - time.time()
+        except (OSError, ValueError) as problem:
+            return Finding("certificate", False, f"{cert}: {problem}", "a PEM file that this user can read")
+        text = f"{cert}: {left_s // 86400:.0f} days left"
+        return Finding("certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew")
 
     def packages(self) -> Finding:
         try:
@@ -9259,7 +9318,7 @@ class Doctor:
         for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
             if (folder / f"{SERVICE}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
-                _, out = call_program(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                _, out = try_command(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
                 found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
                 if found.ok and scope and not lingers():
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
@@ -9274,7 +9333,7 @@ class Doctor:
 
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
         """Git, the clone, its remote, and what the deploy command needs."""
-        code, said = call_program(["git", "--version"], self.env)
+        code, said = try_command(["git", "--version"], self.env)
         yield Finding("git", code == 0, said, "install git for this user")
         if code:
             return
@@ -9290,13 +9349,13 @@ class Doctor:
         fix = f"git -C {repo} stash, or commit and push them"
         yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
         ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
-        code, said = call_program(ask, self.env, repo, ACCESS_S)
+        code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
-        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not call_program(ask, with_agent, repo, ACCESS_S)[0])
+        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not try_command(ask, with_agent, repo, ACCESS_S)[0])
         yield judge_remote(code, said, rule.remote, agent_only)
         if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
             for tool in dict.fromkeys(("node", name)):
-                code, said = call_program([tool, "--version"], self.env, repo, ACCESS_S)
+                code, said = try_command([tool, "--version"], self.env, repo, ACCESS_S)
                 fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
                 yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
 
@@ -9327,20 +9386,25 @@ class Doctor:
         return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
 
     def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
-        """What a switch on this host needs: a valid file that may be replaced, and the sockets."""
-        code, said = call_program(["haproxy", "-c", "-f", rule.config], self.env)
-        yield Finding("haproxy", code == 0, "valid" if code == 0 else said[-300:], f"haproxy -c -f {rule.config}")
-        folder = os.path.dirname(os.path.realpath(rule.config))
-        fix = f"use systemd/{SERVICE}-haproxy.service, which may"
-        yield Finding("haproxy file", os.access(folder, os.W_OK), f"{folder} must be writable", fix)
-        for path in filter(None, (rule.socket, rule.master_socket)):
+        """What a switch on this host needs: a valid file that may be replaced, the sockets, and two true colours."""
+        env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
+        code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
+        lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
+        yield Finding(
+            "haproxy", code == 0, lines[0], f"mend the file until this is silent: haproxy -c -f {rule.config}"
+        )
+        real = os.path.realpath(rule.config)
+        fix = f"this service's user must own the file and its folder: chown USER {os.path.dirname(real)} {real}"
+        yield Finding("haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix)
+        for path, master in ((rule.socket, False), (rule.master_socket, True)):
             try:
-                with socket.socket(socket.AF_UNIX) as client:
-                    client.connect(path)
-                yield Finding("haproxy socket", True, path)
-            except OSError as problem:
-                fix = f"stats socket {path} level admin, with a group that this user is in"
-                yield Finding("haproxy socket", False, f"{path}: {problem.strerror}", fix)
+                if path:
+                    ask_haproxy(rule, "show proc" if master else "show info", master=master)
+                    yield Finding("haproxy socket", True, path)
+            except UpdaterError as problem:
+                yield Finding("haproxy socket", False, problem.what, problem.hint)
+        for warning in look_at_traffic(rule)["warnings"]:
+            yield Finding("traffic", False, warning, f"edit {real}, then: {' '.join(rule.reload)}")
 
 
 # ==============================================================================
@@ -9590,17 +9654,36 @@ def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = Fals
         view.begin(record) if args.json else say(record.run)
         return 0, []
     view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
-    jobs: list[JobRecord] = []
 
     def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, record.run, view).follow(connection))
+        jobs = Follower(caller, record.run, view).follow(connection)
         failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
-    code = watch_run(args, record.run, follow)
-    refused = record.kind is Kind.SWITCH and any(job.exit == GuardError.exit_code for job in jobs)
+    return watch_order(args, record.run, follow)
+
+
+def run_here(args: Args, order: Submit, doing: str = "") -> int:
+    """Start an order on this host without the master, and show it to its end."""
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, order, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {doing}{job.branch} on this host")
+    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True).follow)[0]
+
+
+def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
+    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs."""
+    jobs: list[JobRecord] = []
+
+    def keep() -> list[JobRecord]:
+        jobs.extend(follow())
+        return jobs
+
+    code = watch_run(args, run, keep)
+    refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
     return GuardError.exit_code if refused else code, jobs
 
 
@@ -9616,7 +9699,9 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
     facts = []
     if target := row["target"]:
-        facts += [f"{row['current'][:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"]
+        facts += [
+            f"{(row['current'] or '')[:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"
+        ]
         facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
         facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
     facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
@@ -9672,7 +9757,19 @@ def order_switch(color: str, **options: Any) -> Submit:
 
 
 def cmd_switch(args: Args) -> int:
-    return run_order(args, order_switch(args.color, dry_run=args.dry_run, force=args.force), "switch to ")[0]
+    order = order_switch(args.color, dry_run=args.dry_run, force=args.force)
+    try:
+        return run_order(args, order, "switch to ")[0]
+    except UnreachableError as problem:
+        config = load_config(args.config_path())
+        rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
+        here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
+        if rule is None or host_key(rule.host) not in (host_key(name) for name in here if name):
+            raise
+        if not (args.force or args.dry_run):
+            problem.hint += "; here on HAProxy's host, --force switches without it, and so without health checks"
+            raise
+        return run_here(args, order, "switch to ")
 
 
 def cmd_upgrade(args: Args) -> int:
@@ -9758,11 +9855,7 @@ def cmd_deploy(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
-    state, view = args.state_folder(), make_view(args)
-    job = make_local_job(state, args.branch, args.bind)
-    start_runner(state, args.config_path(), job).wait()
-    view.notice(f"run {job.run}: {job.branch} on this host")
-    return watch_run(args, job.run, LocalFollower(state, job.run, view, live=True).follow)
+    return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
 
 
 def cmd_logs(args: Args) -> int:
@@ -9889,8 +9982,10 @@ def cmd_status(args: Args) -> int:
         return 0
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
-    rows = [status_cells(row) for row in result["hosts"]]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
+    rows = [head, *(status_cells(row, master["version"]) for row in result["hosts"])]
+    told = [column for column in zip(*rows, strict=True) if {*column[1:]} != {"-"}]  # a terminal has 80 columns
+    head, *rows = zip(*told, strict=True)
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
@@ -9900,13 +9995,12 @@ def cmd_status(args: Args) -> int:
     return 0
 
 
-def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One host's row of the `status` table."""
+def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
+    """One host's row of the `status` table; a host's own program is only worth a word where it is not the master's."""
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent_s = row.get("silent_s")
-        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
+        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -9914,10 +10008,11 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
-        row["updater"] or "-", " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
+        "-" if row["updater"] in ("", program) else row["updater"],
+        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 

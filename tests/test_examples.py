@@ -62,7 +62,7 @@ class Example:
     @contextmanager
     def running(self) -> Iterator[int]:
         master = ["-S", str(self.file.with_name("master.sock"))]
-        with server(["haproxy", "-W", "-db", "-f", str(self.file), *master], f"127.0.0.1:{self.https}") as pid:
+        with server(["haproxy", "-W", "-db", "-f", str(self.file), *master], self.https) as pid:
             yield pid
 
 

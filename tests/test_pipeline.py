@@ -62,7 +62,8 @@ def test_the_commands_of_the_configuration() -> None:
     assert est.plan_restart(()) == ()
     assert est.plan_restart(("a", "b.service")) == (
         Step("systemctl restart a b.service", ("systemctl", "restart", "a", "b.service")),
-        Step("systemctl is-active a b.service", ("systemctl", "is-active", "a", "b.service")),
+        Step("systemctl is-active a", ("systemctl", "is-active", "a")),
+        Step("systemctl is-active b.service", ("systemctl", "is-active", "b.service")),
     )
 
 

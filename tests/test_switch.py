@@ -8,16 +8,16 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import Watched, wait_state
+from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Result, kill_processes_of, processes_of, wait_for
-from tests.haproxy import Load, Proxy
+from tests.haproxy import CONFIG, Load, Proxy
 
 pytestmark = pytest.mark.xdist_group("switch")  # they share one site
 PHASES = ("gate", "check", "drain", "write", "reload", "proof")
@@ -351,3 +351,119 @@ def test_death_at_every_phase_is_finished_or_undone(site: Site, phase: str, daem
         assert not failed
         if job["state"] != "succeeded":
             assert proxy.file.read_bytes() == site.text
+
+
+def test_without_the_master_on_haproxys_own_host(site: Site):
+    """Only where a person insists: nobody is there to look at the standby's health."""
+    fleet = site.fleet
+    fleet.stop(fleet.master)
+    try:
+        code, _, err = site.switch("green")
+        assert code == 3
+        assert "--force switches without it" in err
+        code, out, err = site.switch("green", "--force")
+        assert code == 0, (out, err)
+        assert "forced by" in out
+        assert site.proxy.answers() == "green"
+    finally:
+        fleet.start(fleet.master)
+    site.expect_peace()
+
+
+@pytest.fixture
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    found = Proxy(tmp_path_factory.mktemp("haproxy"))
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def test_the_fleet_is_asked_first(proxy: Proxy, fleet: Callable[..., Fleet]):
+    """Whatever runs or waits on a colour, a standby that is gone or ill: no switch, unless forced past its health."""
+    proxy.start()
+    hosts = {"127.0.0.1": {"deploy": False}, "127.0.0.2": {"color": "blue"}, "127.0.0.3": {"color": "green"}}
+    check = {"name": "flag", "command": ["test", "-e", "../well"], "hosts": ["127.0.0.3"]}
+    settings = {"haproxy": proxy.rule, "hosts": hosts, "health": [check]}
+    one = fleet(hosts=3, command=COMMAND, config=settings)
+    text = proxy.file.read_bytes()
+
+    def refused(*words: str) -> None:
+        code, out, err = one.cli("switch", *words)
+        assert (code, out) == (5, ""), (code, out, err)
+        assert proxy.file.read_bytes() == text
+
+    blue, green = one.agents
+    refused("green")  # ill
+    (green.folder / "well").touch()
+    write_script(GATED, blue)
+    run = detach(one, blue.address)
+    wait_state(one, run, blue, "running")
+    refused("green")
+    refused("green", "--force")
+    open_gate(blue)
+    wait_state(one, run, blue, "succeeded")
+    one.stop(green)
+    refused("standby")
+    code, out, err = one.cli("switch", "green", "--force")
+    assert code == 0, (out, err)
+    assert "forced by" in out
+    record = json.loads((one.runs()[-1] / "run.json").read_text())
+    assert record["options"]["force"] is True
+    assert proxy.answers() == "green"
+    assert one.cli("trigger", "127.0.0.1", "master").code == 4
+
+
+def test_several_files_and_haproxys_own_environment(
+    proxy: Proxy, fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+):
+    """`-f` with a file and with a folder, settings that only HAProxy's own environment has, roles that it decides."""
+    text = proxy.file.read_text()
+    head, backend = text.split("\nbackend yquant_backend")
+    first = proxy.folder / "first.cfg"
+    first.write_text(head.replace("timeout connect 2s", 'timeout connect "${CONNECT}"') + "\n")
+    proxy.file = proxy.folder / "conf.d" / "backend.cfg"
+    proxy.file.parent.mkdir()
+    proxy.file.write_text("backend yquant_backend" + backend)
+    monkeypatch.setenv("CONNECT", "2s")
+    proxy.start(first, proxy.file.parent)
+    monkeypatch.delenv("CONNECT")
+    one = fleet(hosts=1, config={"haproxy": proxy.rule})
+    code, out, err = one.cli("switch", "green")
+    assert code == 0, (out, err)
+    assert proxy.answers() == "green"
+    proxy.file.write_text("backend yquant_backend" + backend.replace("check cookie blue", 'check "${ROLE}"'))
+    code, out, err = one.cli("switch", "blue")
+    assert code == 5
+    assert "can't be read for certain" in out
+
+
+def test_connections_of_before_follow_every_switch(
+    tmp_path_factory: pytest.TempPathFactory, fleet: Callable[..., Fleet]
+):
+    """They stay with the process that they were opened to, whose drain sends them to the new colour. One that idles
+    through two switches gets one more answer from there, as nobody can talk to that process any more."""
+    config = CONFIG.replace("http-keep-alive 3s", "http-keep-alive 60s").replace(
+        "timeout client 10s", "timeout client 60s"
+    )
+    proxy = Proxy(tmp_path_factory.mktemp("haproxy"), config)
+
+    def ask(link: socket.socket) -> str:
+        link.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = link.recv(65536).decode()
+        return answer.rpartition("\r\n\r\n")[2] if " 200 " in answer else answer
+
+    try:
+        proxy.start()
+        one = fleet(hosts=1, config={"haproxy": proxy.rule})
+        links = [socket.create_connection(("127.0.0.1", proxy.port), 10) for _ in range(2)]
+        with links[0], links[1]:
+            assert [ask(link) for link in links] == ["blue", "blue"]
+            assert one.cli("switch", "green").code == 0
+            assert ask(links[0]) == "green"
+            assert one.cli("switch", "blue").code == 0
+            assert ask(links[1]) == "green"
+            assert links[1].recv(1) == b""
+            assert proxy.answers() == "blue"
+    finally:
+        proxy.close()

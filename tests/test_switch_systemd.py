@@ -21,7 +21,7 @@ CONFIG = """\
 global
     log /dev/log local0
     chroot /var/lib/haproxy
-    stats socket /run/haproxy/admin.sock user estelle mode 600 level admin expose-fd listeners
+    stats socket /run/haproxy/admin.sock user haproxy group haproxy mode 660 level admin expose-fd listeners
     server-state-file /etc/haproxy/server-state
     hard-stop-after 30s
     user haproxy
@@ -59,14 +59,14 @@ class DataNode:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        lab.ok("useradd", "--system", "estelle")
+        lab.ok("useradd", "--system", "--groups", "haproxy", "estelle")
         lab.ok("mkdir", "-p", "/srv/estelle/config", "/run/haproxy")
         lab.write("/srv/estelle/config/updater.json", json.dumps(SETTINGS))
         lab.write("/etc/haproxy/haproxy.cfg", CONFIG, 0o640)
         lab.ok("sh", "-c", "cd /etc/haproxy && openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -keyout k -out c "
                            "2>/dev/null && cat c k >both.pem && chmod 600 both.pem && rm c k")  # fmt: skip
         lab.ok("chown", "-R", "estelle:", "/etc/haproxy", "/srv/estelle")
-        lab.write("/etc/default/haproxy", 'EXTRAOPTS="-S /run/haproxy-master.sock,user,estelle,mode,600"\n')
+        lab.write("/etc/default/haproxy", 'EXTRAOPTS="-S /run/haproxy-master.sock,group,haproxy,mode,660"\n')
         lab.write("/opt/worker.py", WORKER)
         worker = "[Service]\nExecStart={} /opt/worker.py {} {}\n"
         for color, port in (("blue", 6001), ("green", 6002)):
