@@ -458,7 +458,7 @@ def test_mcp_ends_quietly_when_its_client_dies(fleet: MakeFleet, model: Callable
 # ---------------------------------------------------------------------------- the official clients
 
 
-@pytest.mark.parametrize(("package", "mode"), [("1", "initialize"), ("2", "initialize"), ("2", "auto")])
+@pytest.mark.parametrize(("package", "mode"), [("1", "initialize"), ("2", "auto")])
 def test_the_official_client(fleet: MakeFleet, package: str, mode: str) -> None:
     folder = Path(os.environ.get("ESTELLE_TEST_MCP", "/nonexistent")) / package
     if not (folder / "mcp").is_dir():
