@@ -4540,7 +4540,7 @@ def run_command(argv: Sequence[str], env: Mapping[str, str], timeout_s: float) -
         program = resolve_program(argv[0], env.get("PATH", ""))
         done = subprocess.run(
             [*program, *argv[1:]], env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=timeout_s, check=False,
+            stderr=subprocess.STDOUT, timeout=timeout_s, check=False, **HIDDEN,
         )  # fmt: skip
     except subprocess.TimeoutExpired as problem:
         raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
