@@ -233,8 +233,9 @@ WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
-HANDSHAKES = 128  # begun and not judged, of one allowed address, or of all others together
+HANDSHAKES, STRANGERS = 128, 32  # begun and not judged: of one allowed address, and of all others together
 CONNECTIONS = 512  # of one address
+ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
@@ -262,9 +263,10 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S = 4.0, 4.8  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
+HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 MCP_CALLS = 32  # at once: more is a client gone wild
 MCP_LINGER_S = 1.5  # for what was asked before the input ended; after 2 s the official client kills us
@@ -276,7 +278,7 @@ CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
 CONNECT_S = 3.0
 CHECK_S = RELOAD_COMMAND_S = 60.0
-RELOADS, RELOAD_S = 3, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+RELOADS, RELOAD_S = 2, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
 PROOF_S = 2.0  # for a request to reach the new colour
 SWITCH_LOCK_S = 10.0
 RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
@@ -303,7 +305,7 @@ NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
 NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
 POST_S = 10.0  # for each answer of a webhook
 POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
-AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 60.0
+AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 20.0  # between two looks for what no job's end tells
 CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
@@ -985,10 +987,11 @@ class TlsRule:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
-    """[keep]: how many recorded runs stay, and for how long."""
+    """[keep]: how many recorded runs stay, for how long, and how much of the disk they may take."""
 
     runs: Annotated[int, _count] = 500
     days: Annotated[int, _count] = 90
+    megabytes: Annotated[int, _count] = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1919,13 +1922,10 @@ def plan_command(command: tuple[str, ...]) -> Step:
 
 
 def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
-    """Restart the configured systemd units, then require each to be active."""
-    if not units:
-        return ()
-    label = "systemctl restart " + " ".join(units)
-    return Step(label, ("systemctl", "restart", *units)), Step(
-        "systemctl is-active " + " ".join(units), ("systemctl", "is-active", *units)
-    )
+    """Restart the configured systemd units, then require each to be active: asked about several, systemctl is content
+    with one."""
+    asked = [("systemctl", "restart", *units), *(("systemctl", "is-active", unit) for unit in units)]
+    return tuple(Step(" ".join(argv), argv) for argv in asked) if units else ()
 
 
 @dataclass(frozen=True)
@@ -2059,6 +2059,10 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
     (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
+    (
+        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host",
+        "the git remote does not answer",
+    ),
 )
 
 
@@ -2362,9 +2366,7 @@ MCP_MODERN = ("2026-07-28",)  # stateless: every request carries its version in 
 MCP_OLDER = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begun by `initialize`
 _MCP_META = "io.modelcontextprotocol/"
 _PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = -32700, -32600, -32601, -32602, -32022
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
-}  # fmt: skip
+_JSON_TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool, "object": dict}
 
 
 class JsonRpcError(Exception):
@@ -2403,7 +2405,7 @@ class Tool:
 
 
 def _a_text(description: str, **more: Any) -> dict[str, Any]:
-    return {"type": "string", "maxLength": 500, "description": description, **more}
+    return {"type": "string", "maxLength": 2000, "description": description, **more}
 
 
 def _a_flag(description: str, default: bool) -> dict[str, Any]:
@@ -2428,12 +2430,11 @@ _TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or
 _BRANCH = _a_text("a branch, a tag or a full commit id")
 _COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
 _RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
-_PLAN_ID = _a_text("the id that the tool plan answered; it must be fresh and still true")
-_ORDER = {
-    "plan": _PLAN_ID,
+_ONCE = {
+    "plan": _a_text("the id that the tool plan answered; it must be fresh and still true"),
     "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
-    "wait": _a_flag("wait for the end; false returns the run's id at once, to be followed with the tool logs", True),
 }
+_ORDER = _ONCE | {"wait": _a_flag("wait for the end; false returns the run's id at once, for the tool logs", True)}
 _RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
 TOOLS = (
     Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
@@ -2449,21 +2450,23 @@ TOOLS = (
          "to": _a_text("for rollback: a commit; default: the newest that succeeded before"), "color": _COLOR},
         (), _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean")),
     Tool("logs", "reads", "What a run's commands wrote, from a cursor on, and each host's state.",
-        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=9999),
+        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=99999),
          "tail": _a_flag("without a cursor: only the end", False),
          "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
          "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
         ("run",), _answer("hosts", "run", "cursor", done="boolean")),
     Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
-        {"count": _a_number("how many", 1, 100, 10)}, (), _answer("runs")),
+        {"count": _a_number("how many", 1, 100, 10),
+         "stats": _a_flag("instead of runs: per host how often, how long, and what failed at which step", False)},
+        (), _answer("")),
     Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
         {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
     Tool("health", "reads", "Run the configured health checks on the hosts.",
-        {"target": _TARGET}, (), _answer("hosts")),
+        {"target": _TARGET}, (), _answer("checks", ok="boolean")),
     Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
         {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
     Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
-        {"branch": _BRANCH, "plan": _PLAN_ID}, ("branch",), _RUN_ANSWER),
+        {"branch": _BRANCH, **_ONCE}, ("branch",), _RUN_ANSWER),
     Tool("rollback", "changes", "Back to the newest commit that succeeded before the one checked out now, per host.",
         {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER}, (), _RUN_ANSWER),
 )  # fmt: skip
@@ -2471,8 +2474,7 @@ TOOLS = (
 
 def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "arguments") -> list[str]:
     """Everything that is wrong with a value, in sentences that say what it should be."""
-    kinds = _JSON_TYPES[schema["type"]]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    if type(value) is not _JSON_TYPES[schema["type"]]:
         return [f"{where} must be of type {schema['type']}, not {_shown(value)}"]
     if isinstance(value, dict):
         known = schema["properties"]
@@ -2566,7 +2568,8 @@ class McpSession:
             return self.success(number, {"tools": list(self.tools.values()), **cache}, modern)
         if method != "tools/call":
             raise JsonRpcError(_NO_METHOD, f"there is no method {_shown(method)}")
-        name, arguments, token = params.get("name"), params.get("arguments", {}), meta.get("progressToken")
+        name, token = params.get("name"), meta.get("progressToken")
+        arguments = {} if params.get("arguments") is None else params["arguments"]
         if not isinstance(name, str) or name not in self.tools:
             raise JsonRpcError(_INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools))
         call = ToolCall(number, name, arguments, token if type(token) in (str, int) else None, modern)
@@ -2977,6 +2980,12 @@ class StateFolder:
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
         excess = len(runs) - keep.runs
         old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
+        room = keep.megabytes * 1_000_000
+        for run in reversed(runs):
+            with suppress(OSError):
+                room -= sum(log_size(file) for file in (self.runs / run).iterdir())
+            if room < 0 and run not in needed and run != runs[-1]:  # the newest stays however large it is
+                old.add(run)
         if not old:
             return []
         last: set[tuple[str, str]] = set()
@@ -3861,6 +3870,7 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
     yield Finding("checkout", True, str(repo))
     url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
     add = f"git -C {repo} remote add {rule.remote} URL"
+    url = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
     yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
     try:
         yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
@@ -3909,6 +3919,7 @@ class Runner:
         self.masker = Masker(())
         self.tail = b""
         self.version: bytes | None = None
+        self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -3926,6 +3937,7 @@ class Runner:
             if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
+            self.last_act()
             return 0
         finally:
             lock.release()
@@ -3934,8 +3946,7 @@ class Runner:
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
         try:
-            version = WORK[self.job.kind](self)
-            self.finish(State.SUCCEEDED, version=version)
+            self.finish(State.SUCCEEDED, version=WORK[self.job.kind](self))
         except StepFailed as failure:
             self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
         except UpdaterError as problem:
@@ -4534,12 +4545,14 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     return {"active": active[0] if len(active) == 1 else None, "servers": servers, "warnings": warnings}
 
 
-def run_command(argv: Sequence[str], env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+def run_command(
+    argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
+) -> tuple[int, str]:
     """A short command's exit code and output. Raises UpdaterError where it does not start or end."""
     try:
         program = resolve_program(argv[0], env.get("PATH", ""))
         done = subprocess.run(
-            [*program, *argv[1:]], env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            [*program, *argv[1:]], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, timeout=timeout_s, check=False, **HIDDEN,
         )  # fmt: skip
     except subprocess.TimeoutExpired as problem:
@@ -4557,8 +4570,9 @@ def stage_text(real: Path, text: bytes) -> Path:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(text)
             file.flush()
-            stat = real.stat()
-            os.chown(temp, stat.st_uid, stat.st_gid)
+            wanted, own = real.stat(), temp.stat()
+            if (wanted.st_uid, wanted.st_gid) != (own.st_uid, own.st_gid):
+                os.chown(temp, wanted.st_uid, wanted.st_gid)
             shutil.copystat(real, temp)
             os.utime(temp)
             os.fsync(file.fileno())
@@ -4661,7 +4675,7 @@ class Switch:
             if self.undo() and isinstance(problem, GuardError):  # by now it is no longer true that nothing changed
                 raise UpdaterError(problem.what, problem.hint) from problem
             raise
-        self.close()
+        self.runner.last_act = self.close
 
     def resume(self) -> bool:
         """End what a dead runner began; whether the traffic moved."""
@@ -4697,6 +4711,8 @@ class Switch:
         entry.color = str(standby if wanted == "standby" else wanted)
         if entry.color not in COLORS:
             raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
+        if self.runner.job.branch not in ("standby", entry.color):
+            raise GuardError(f"{self.runner.job.branch} was the standby and is it no more", "look at `status`")
         if self.live and live_roles(rows, rule) != self.found.roles():
             what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
             raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
@@ -4745,7 +4761,7 @@ class Switch:
             ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
             _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
             if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
-                hint = "the polkit rule in systemd/estelle-updater-haproxy.service allows exactly this"
+                hint = "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
                 raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
 
     def check(self) -> str:
@@ -4783,13 +4799,10 @@ class Switch:
         return f"{before} gets no new requests, {busy} are under way there"
 
     def set_state(self, state: str) -> None:
-        """Drain the old colour, or make it ready, also in processes that only end their connections. UpdaterError."""
-        command = f"set server {self.rule.backend}/{self.names[1]} state {state}"
-        if said := ask_haproxy(self.rule, command).strip():
-            raise GuardError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
-        if self.rule.master_socket:
-            for pid in parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))[1]:
-                ask_haproxy(self.rule, f"@!{pid} {command}", master=True)
+        """Drain the old colour, or make it ready. HAProxy's older processes no longer listen. Raises UpdaterError."""
+        said = ask_haproxy(self.rule, f"set server {self.rule.backend}/{self.names[1]} state {state}").strip()
+        if said:
+            raise UpdaterError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
 
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
@@ -4807,13 +4820,14 @@ class Switch:
             write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
         except OSError as problem:
             self.say(f"warning: can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}")
-        return f"{self.entry.color} is active in {self.rule.config}, the servers' states in {self.entry.state_file}"
+        return f"{self.entry.color} is active in {self.rule.config}, the servers' states are kept"
 
     def reload(self) -> str:
         """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
+        if self.live and self.runs(self.entry.color, 0):
+            return "HAProxy runs it already"
+        failed = self.failed_reloads()
         for attempt in range(1, RELOADS + 1):
-            if self.live and self.runs(self.entry.color, 0):
-                return "HAProxy runs it already"
             code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if code:
                 raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
@@ -4823,7 +4837,18 @@ class Switch:
                 pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
                 again = f" at attempt {attempt}" if attempt > 1 else ""
                 return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
+            if self.failed_reloads() > failed:  # not again: while it fails, new connections are refused for seconds
+                raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
         raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
+
+    def failed_reloads(self) -> int:
+        """How many in a row HAProxy counts; 0 without a master socket, which leaves only to wait."""
+        for _ in range(20 if self.rule.master_socket else 0):
+            with suppress(UpdaterError):  # silent while it starts itself anew
+                if (counted := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
+                    return counted[2]
+            time.sleep(0.1)
+        return 0
 
     def runs(self, color: str, patience_s: float) -> bool:
         """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
@@ -4832,9 +4857,6 @@ class Switch:
             with suppress(UpdaterError):
                 if live_roles(live_rows(self.rule), self.rule).get(color) == "active":
                     return True
-                proc = ask_haproxy(self.rule, "show proc", master=True) if self.rule.master_socket else ""
-                if patience_s and parse_show_proc(proc)[2]:
-                    return False
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
@@ -4879,7 +4901,7 @@ class Switch:
         if self.live:
             with suppress(UpdaterError):
                 self.set_state("ready")
-        if now == self.new:
+        if now == self.new and not (self.live and self.runs(self.entry.before, 0)):
             with suppress(UpdaterError):
                 run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if self.live and not self.runs(self.entry.before, RELOAD_S):
@@ -4888,11 +4910,11 @@ class Switch:
                 with suppress(UpdaterError):
                     self.set_state("ready")
         self.say(f"undone: {self.entry.before} is active")
-        self.close()
+        self.runner.last_act = self.close
         return now == self.new
 
     def close(self) -> None:
-        """Done or undone for good."""
+        """Done or undone for good; not before that is the job's recorded result."""
         self.runner.state.switch_file.unlink(missing_ok=True)
         sync_folder(self.runner.state.root)
 
@@ -4909,6 +4931,7 @@ def switch_traffic(runner: Runner) -> str | None:
             raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
         if entry.run == runner.run:
             return entry.color
+        half.close()
         os.close(half.lock)
     config, problem = load_config_or_last(runner.config_path, runner.state)
     if problem:
@@ -4919,7 +4942,8 @@ def switch_traffic(runner: Runner) -> str | None:
         real = Path(config.haproxy.config).resolve(strict=True)
         switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
     except OSError as unreadable:
-        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+        hint = "[haproxy] config must name a file that this service's user owns, with its folder"
+        raise GuardError(f"{unreadable.filename}: {unreadable.strerror}", hint) from unreadable
     switch.run()
     return switch.entry.color
 
@@ -4936,7 +4960,7 @@ REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": 4096, "server_header": None,
+    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": ACCEPTED, "server_header": None,
 }  # fmt: skip
 CLIENT_OPTIONS: dict[str, Any] = {
     "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
@@ -5292,7 +5316,8 @@ class Agent:
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
         run, host = job.record.run, job.record.host
-        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and job.record.state not in FINAL:
+        over = job.record.state in FINAL and not is_half_done(self.state, job.record)
+        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and not over:
             job.looked = now
             self.check_runner(job)
         try:
@@ -5435,7 +5460,8 @@ class Agent:
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
         job = self.jobs.get((message.run, message.host))
-        if job and job.record.state in FINAL and message.revision >= job.record.revision:
+        known = job and job.record.state in FINAL and message.revision >= job.record.revision
+        if job and known and not is_half_done(self.state, job.record):
             del self.jobs[message.run, message.host]
             with suppress(OSError):
                 self.state.save_job(replace(job.record, acked=True))
@@ -5568,10 +5594,11 @@ class Outlook:
     def find_target(self, branch: str) -> tuple[str, str | None]:
         """The commit that `branch` means on the remote, and where the local branch stands. Raises TargetError."""
         names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
-        if (listed := self.git("ls-remote", self.remote, *names)) is None:
+        # a star and not the third name: the ^ would get lost in a git.cmd
+        if (listed := self.git("ls-remote", self.remote, names[0], f"{names[1]}*")) is None:
             raise UpdaterError(self.why())
         refs = {name: commit for commit, _, name in (line.partition("\t") for line in listed.splitlines())}
-        local = (self.git("rev-parse", "--verify", "--quiet", f"{names[0]}^{{commit}}") or "").strip() or None
+        local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
         if local or names[0] in refs or not is_commit_id(branch):
             found = names[:1] if local or names[0] in refs else names[1:]
             name, target = next(((name, refs[name]) for name in reversed(found) if name in refs), ("", ""))
@@ -5579,7 +5606,7 @@ class Outlook:
                 raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
         else:
             name = target = branch
-        if self.git("cat-file", "-e", f"{target}^{{commit}}") is None:
+        if self.git("cat-file", "-e", target) is None:
             quiet = ("--quiet", "--no-write-fetch-head", "--no-tags", "--no-auto-maintenance", "--refmap=")
             if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
                 raise TargetError(self.why())
@@ -5587,7 +5614,7 @@ class Outlook:
 
     def look(self, branch: str) -> dict[str, Any]:
         """From what is checked out now to what `branch` means on the remote, and what stands in the way."""
-        head = (self.git("rev-parse", "--verify", "HEAD^{commit}") or "").strip()
+        head = (self.git("rev-parse", "--verify", "HEAD") or "").strip()
         if not head:
             raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
         found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
@@ -5637,8 +5664,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(address)
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
-    path = agent.config.path
-    if (name := os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")) in found.get("changed", ()):
+    path, name = agent.config.path, ""
+    with suppress(ValueError):  # another drive of Windows
+        name = os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")
+    if name in found.get("changed", ()):
         try:  # what runs comes from the configuration that arrives
             text = outlook.git("show", f"{found['target']}:{name}")
             if text is None:
@@ -5669,6 +5698,31 @@ QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
     "status": Agent.tell_status, "plan": tell_plan, "health": Agent.tell_health, "traffic": tell_traffic,
     "traffic is": Agent.take_traffic,
 }  # fmt: skip
+
+
+# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`, nor speak in a plan
+# for another host, by whose name the master would then act.
+_TEXTS, _SERVER = dict.fromkeys(("branch", "current", "target", "busy"), "str | None"), "dict[str, str | None]"
+_LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
+_COUNTS = ("commits", "leaving", "changed_count", "dirty_count", "in_the_way_count", "disk_free_bytes")
+ANSWERS: dict[str, dict[str, str]] = {
+    "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
+    | {"dirty": "bool | None", "silent_s": "int | None"},
+    "traffic": {"active": "str | None", "servers": f"dict[str, {_SERVER}]", "warnings": "list[str]"},
+    "health": {"checks": "list[dict[str, Any]]"},
+    "plan": {**_TEXTS, **dict.fromkeys(_LISTS, "list[str]"), **dict.fromkeys(_COUNTS, "int"), "command": "str",
+             "lock_file": "bool", "diverged": "bool", "exit": "int"},
+}  # fmt: skip
+
+
+def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
+    shape = {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
+    if shape is None:
+        return answer
+    if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
+        return {"error": f"the host's answer makes no sense: its {wrong[0]}", "exit": 1}
+    return {key: answer[key] for key in shape if key in answer}
 
 
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
@@ -5825,8 +5879,7 @@ class AgentLink:
         self.link.post(Ask(number, what, args))
         try:
             async with asyncio.timeout(deadline_s):
-                result: dict[str, Any] = await future
-                return result
+                return fitting_answer(what, await future)
         except TimeoutError:
             return None
         finally:
@@ -5915,9 +5968,10 @@ class Door:
                 known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
                 self.among = self.peer if any(verdict.allowed for verdict in known) else ""
                 door.handshakes[self.among] += 1
-                self.one_too_many = door.handshakes[self.among] > HANDSHAKES
+                most = HANDSHAKES if self.among else STRANGERS
+                self.one_too_many = door.handshakes[self.among] > most
                 if self.one_too_many:
-                    door.log_refusal(self.among or "strangers", f"more than {HANDSHAKES} handshakes at once")
+                    door.log_refusal(self.among or "strangers", f"more than {most} handshakes at once")
                     transport.abort()
 
             async def handshake(self, *args: Any, **options: Any) -> None:
@@ -5930,7 +5984,7 @@ class Door:
                         door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
 
             def allow(self, seconds: float) -> None:
-                """Let the handshake take longer, as a download does."""
+                """More time, for a download."""
                 self.close_timeout = seconds
                 self.patience.reschedule(self.loop.time() + seconds)
 
@@ -6139,7 +6193,7 @@ class Registry:
             answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
             why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
             silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
-            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            found = (answer or {}).get("checks", silent)
             return [
                 {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
                  "detail": str(row.get("detail"))}
@@ -6480,9 +6534,6 @@ class Master:
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
         hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
-        if message.kind is Kind.UPGRADE:
-            self.require_free(hosts)
-            message = replace(message, options=self.door.handout.offer(self.config))
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -6616,8 +6667,8 @@ class Plan:
     """What a plan was asked and what it found, to tell later whether that still holds."""
 
     made: float
-    request: tuple[Any, ...]
-    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then
+    request: dict[str, str]
+    truth: dict[str, tuple[Any, ...]]  # label -> machine, commit now, commit then, traffic
 
 
 class Desk:
@@ -6791,6 +6842,7 @@ class Desk:
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
             found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found["problem"] = found.get("problem") or found.pop("error", None)
             return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
         traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
@@ -6828,47 +6880,65 @@ class Desk:
 
 
 class Planner:
-    """Answers `plan`: what `trigger` or `rollback` would do on each host, asked of all hosts at once."""
+    """Answers `plan`: what an order would do on each host, asked of all hosts at once."""
 
-    def __init__(self, master: Master, args: Mapping[str, Any]) -> None:
-        self.master = master
-        self.target, self.branch, self.to = (str(args.get(key) or "") for key in ("target", "branch", "to"))
-        self.target = self.target or "all"
-        self.action = str(args.get("action") or "update")
+    def __init__(self, desk: Desk, args: Mapping[str, Any]) -> None:
+        self.desk, self.master = desk, desk.master
+        words = ("action", "target", "branch", "to", "color")
+        self.request = {"action": "update", "target": "all"} | {key: str(args[key]) for key in words if args.get(key)}
+        self.branch, self.to = self.request.get("branch", ""), self.request.get("to", "")
+        self.action, self.target = self.request["action"], self.request["target"]
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
 
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
+        rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
+        now_and_then = ("machine", "current", "target", "traffic")
+        truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
+        return {
+            "plan": self.remember(truth), "branch": "", **self.request, "fresh_s": PLAN_FRESH_S,
+            "ok": not any(row["refused"] for row in rows), "hosts": rows,
+        }  # fmt: skip
+
+    async def look_at_traffic(self) -> list[dict[str, Any]]:
+        """The colours as they stand, and what a switch would be refused for."""
+        color, refused = self.request.get("color"), []
+        try:
+            await gate_switch(self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color}))
+        except GuardError as problem:
+            refused = [problem.what]
+        keys = ("host", "online", "color", "traffic", "version")
+        rows = [row for row in (await self.desk.status({}))["hosts"] if row["color"]]
+        return [{key: row[key] for key in keys} | {"current": row["commit"], "refused": refused} for row in rows]
+
+    async def look_at_hosts(self) -> list[dict[str, Any]]:
+        """What a deployment or a rollback would find on the hosts of the target."""
         registry = self.master.registry
         hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
         if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
         past = await asyncio.to_thread(self.master.state.successes)
-        rows = await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
+        rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
-        truth = {row["host"]: (row.pop("machine"), row["current"], row["target"]) for row in rows}
-        return {
-            "plan": self.remember(truth), "target": self.target, "branch": self.branch, "action": self.action,
-            "fresh_s": PLAN_FRESH_S, "ok": not any(row["refused"] for row in rows), "hosts": rows,
-        }  # fmt: skip
+        return rows
 
     def remember(self, truth: dict[str, tuple[Any, ...]]) -> str:
         """The plan's id: the known one, if it is fresh and still true. Raises GuardError."""
-        plans, request, now = self.master.plans, (self.action, self.target, self.branch, self.to), time.monotonic()
+        plans, now = self.master.plans, time.monotonic()
         for name in [name for name, plan in plans.items() if now - plan.made > PLAN_FRESH_S]:
             del plans[name]
         if not self.known:
             while len(plans) >= PLANS_KEPT:
                 del plans[next(iter(plans))]
             name = os.urandom(8).hex()
-            plans[name] = Plan(now, request, truth)
+            plans[name] = Plan(now, self.request, truth)
             return name
         plan, hint = plans.get(self.known), "make a new plan, and look at it"
         if plan is None:
             raise GuardError(f"there is no fresh plan {self.known[:40]!r}", hint)
-        if plan.request != request:
-            raise GuardError(f"plan {self.known} is for something else: {' '.join(map(str, plan.request))}", hint)
+        if plan.request != self.request:
+            raise GuardError(f"plan {self.known} is for something else: {' '.join(plan.request.values())}", hint)
         if changed := [host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)]:
             raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
         return self.known
@@ -6919,8 +6989,8 @@ class Planner:
 
 
 async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
-    """What a deployment or a rollback would do."""
-    return await Planner(desk.master, args).plan()
+    """What an order would do."""
+    return await Planner(desk, args).plan()
 
 
 # What a commander may ask; the sections below add theirs.
@@ -6944,7 +7014,10 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     data = select_targets(rule.host, hosts)[0]
     if not data.online:
         raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
-    files = {key: row["file"] for key, row in (await registry.ask_traffic())["servers"].items()}
+    traffic = await registry.ask_traffic()
+    if not traffic["servers"]:
+        raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
+    files = {key: row.get("file") for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
@@ -6965,6 +7038,13 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
         has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get("commit")
         if has != commit:
             raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
+
+
+async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
+    """The order with the program that the hosts are to install. Raises UpdaterError."""
+    master = desk.master
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    return replace(order, options=master.door.handout.offer(master.config))
 
 
 # What has to be asked before an order is accepted.
@@ -6990,7 +7070,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": "switched" if switched else str(job.state),
-        "title": f"[{job.host}] {f'switched to {job.branch} ' if switched else ''}{result_text(job)}",
+        "title": f"[{job.host}] {'switched: ' if switched else ''}{result_text(job)}",
         "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
         "target": run.target, "branch": job.branch, "by": run.by,
         "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
@@ -7120,6 +7200,11 @@ class Notifier:
         self.wake = asyncio.Event()
         self.switched = False  # since the last look at the traffic
         master.tell = self.tell_of_job
+        for rule in self.rules:  # said at the start, not when the first deployment fails
+            try:
+                hook_url(rule, self.tree)
+            except UpdaterError as problem:
+                log.warning("no message can be sent to %s: %s", rule.format, problem.what)
 
     @property
     def rules(self) -> tuple[NotifyRule, ...]:
@@ -7273,7 +7358,7 @@ class Notifier:
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
             news = {"event": "failover", "title": title, "host": rule.host, "active": active}
-            self.tell(f"failover-{time.time():.0f}", news)
+            self.tell(f"failover-{time.time():.3f}", news)
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
         self.switched = False
@@ -7449,12 +7534,12 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
     stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
     if stuck:
-        what = "; ".join(f"{row['host']}: {row['refused'][0]}" for row in stuck)
+        what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
         problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
-        problem.exit_code = stuck[0]["exit"]
+        problem.exit_code = stuck[0].get("exit") or 1
         raise problem
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
-    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "rollback"
+    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
     return Submit(
         make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(), commits=commits
     )
@@ -7626,8 +7711,8 @@ class LocalFollower:
         return job
 
 
-def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobRecord:
-    """Record a deployment of this host alone, as the master would. Raises GuardError where a job holds the host."""
+def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRecord:
+    """Record an order to this host alone, as the master would. Raises GuardError where a job holds the host."""
     state.create()
     if FileLock.held_elsewhere(state.job_lock):
         current = (read_json(state.current_file) or {}).get("run")
@@ -7635,8 +7720,8 @@ def make_local_job(state: StateFolder, branch: str, bind: str | None) -> JobReco
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
     record = RunRecord(
-        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, label, branch, [label], {label: machine}, {label: bind or ""},
-        now, user_name(),
+        order.run, order.nonce, order.kind, label, order.branch, [label], {label: machine}, {label: bind or ""},
+        now, order.by, options=order.options,
     )  # fmt: skip
     state.save_run(record)
     job = replace(job_of_run(record, label), revision=1, ordered=True)
@@ -7892,6 +7977,10 @@ class Service:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
             ) from problem
+        if os.name != "nt":  # there, asyncio takes one after the other
+            for listener in server.sockets:  # what asyncio was told is both: how many it takes, how many may wait
+                with socket.socket(fileno=os.dup(listener.fileno())) as same:
+                    same.listen(BACKLOG)
         async with server, asyncio.TaskGroup() as group:
             facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
             self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
@@ -8325,7 +8414,7 @@ class Upgrade:
 
 
 def upgrade(runner: Runner) -> str:
-    """What a runner does for `upgrade`; returns the new version."""
+    """What a runner does for `upgrade`. Returns the new version."""
     try:
         return Upgrade(runner).perform()
     except OSError as problem:
@@ -8686,7 +8775,7 @@ config = "/etc/haproxy/haproxy.cfg"
 backend = "yquant_backend"
 servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
 socket = "/run/haproxy/admin.sock"
-masterSocket = "/run/haproxy-master.sock"
+# masterSocket = "/run/haproxy-master.sock"  # once it is not root's alone: see systemd/estelle-updater-haproxy.service
 reload = ["systemctl", "reload", "haproxy"]
 """
 _WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
@@ -8814,7 +8903,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-{user}WorkingDirectory={repo}
+{user}WorkingDirectory={folder}
 ExecStart={command}
 Environment={environment}
 {state}Restart=always
@@ -8868,58 +8957,45 @@ _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
 
 def _unit_words(words: Iterable[str]) -> str:
-    """Words as systemd's files have them: quoted, and `%` and `$` without their meaning."""
-    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%").replace("$", "$$") for word in words]
+    """Words as systemd's files have them: quoted, and `%` without its meaning."""
+    plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%") for word in words]
     return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
 
 
-def render_unit(argv: Sequence[str], repo: str, path_env: str, user: str | None, home: str) -> str:
-    """The systemd unit of a daemon that `argv` starts in `repo`: the system's for `user`, or a user's own for None."""
+def render_unit(argv: Sequence[str], folder: str, path_env: str, user: str | None, writable: Iterable[str]) -> str:
+    """The systemd unit of the daemon `argv` in `folder`: the system's for `user`, or, for None, a user's own."""
     system = user is not None
-    program = os.path.dirname(argv[1])  # where `upgrade` puts the next one
-    writable = _unit_words([repo, f"-{home}", f"-{program}", "/tmp", "/var/tmp"])
     return _UNIT.format(
         scope="" if system else " --user",
         service=SERVICE,
         wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
         user=f"User={user}\n" if system else "",
-        repo=repo.replace("%", "%%"),
-        command=_unit_words(argv),
-        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]).replace("$$", "$"),
+        folder=folder.replace("%", "%%"),
+        command=_unit_words(argv).replace("$", "$$"),
+        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
         state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
-        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=writable) if system else ""),
+        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=_unit_words(writable)) if system else ""),
         target="multi-user.target" if system else "default.target",
     )
 
 
-def pm2_app(argv: Sequence[str], repo: str) -> dict[str, Any]:
+def pm2_app(argv: Sequence[str], folder: str) -> dict[str, Any]:
     """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
     return {
-        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": repo,
+        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": folder,
         "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
         "exp_backoff_restart_delay": 500,
     }  # fmt: skip
 
 
-def call_program(
+def try_command(
     argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
 ) -> tuple[int, str]:
-    """Exit code and output of a program that can't ask anything; 127 and the reason where it can't be started."""
+    """`run_command`; where that is not possible, 127 and why."""
     try:
-        program = [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]]
-        child = spawn_step(program, cwd or Path.cwd(), env, mark=f"call/{os.getpid()}")
+        return run_command(argv, env, timeout_s, cwd)
     except UpdaterError as problem:
         return 127, problem.what
-    ends, out = time.monotonic() + timeout_s, b""
-    try:
-        while data := child.read(timeout_s=max(0.0, ends - time.monotonic())):
-            out += data
-        if data is None:
-            child.kill_tree()
-            return 124, f"{argv[0]} did not answer in {timeout_s:.0f} s"
-        return child.wait(), out.decode(errors="replace").strip()
-    finally:
-        child.close_pipe()
 
 
 def lingers() -> bool:
@@ -8935,7 +9011,11 @@ class Setup:
 
     def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
         self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
-        self.config_path, self.repo = config_path, work_tree(config_path)
+        self.config, self.folder, self.repo = (
+            load_config(config_path),
+            config_path.parent.parent,
+            work_tree(config_path),
+        )
         self.root = os.name != "nt" and os.geteuid() == 0
         self.home = Path.home()
         self.user = ""
@@ -8944,11 +9024,16 @@ class Setup:
 
             owner = pwd.getpwuid(self.repo.stat().st_uid)
             self.user, self.home = owner.pw_name, Path(owner.pw_dir)
-        options = [("--config", args.config and config_path), ("--bind", args.bind), ("--state", args.state)]
+        self.state: StateFolder = args.state_folder()
+        options = [("--config", args.config and config_path), ("--bind", args.bind)]
+        options += [("--state", args.state and self.state.root)]
         self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
         system = Path("/etc/systemd/system")
         self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
-        self.state: StateFolder = args.state_folder()
+        other = host_rule(self.config, args.bind, socket.gethostname()).repo
+        # The program's folder for `upgrade`, where its owner lets it
+        places = [self.repo, other and self.repo / other, args.state and self.state.root, Path(self.argv[1]).parent]
+        self.writable = [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
         self.pm2_file = self.state.root / "pm2.json"
 
     def choose(self, wanted: str | None) -> str:
@@ -8965,8 +9050,10 @@ class Setup:
     def install(self, wanted: str | None) -> None:
         """Install, start, and wait for the master's welcome. Raises UpdaterError."""
         if self.choose(wanted) == "systemd":
+            self.remove_pm2()
             self.install_unit()
         else:
+            self.remove_unit()
             self.install_pm2()
         if self.dry_run:
             return
@@ -8975,14 +9062,15 @@ class Setup:
 
     def install_unit(self) -> None:
         path = os.environ.get("PATH", os.defpath)
-        text = render_unit(self.argv, str(self.repo), path, self.user if self.root else None, str(self.home))
+        text = render_unit(self.argv, str(self.folder), path, self.user if self.root else None, self.writable)
         if self.root and "--state" not in self.argv:
             self.state = StateFolder(SYSTEM_STATE)
         fresh = self.put(self.unit, text)
-        units = load_config(self.config_path).deploy.restart if self.root else ()
-        if units and self.user != "root":
-            full = [unit if "." in unit else f"{unit}.service" for unit in units]
-            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(full)))
+        units = [unit if "." in unit else f"{unit}.service" for unit in self.config.deploy.restart]
+        if self.root and units and self.user != "root":
+            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(units)))
+        elif self.root:
+            self.take(_POLKIT_FILE)
         if fresh:
             self.systemctl("daemon-reload")
         if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
@@ -8995,7 +9083,7 @@ class Setup:
             self.say(f"note: it ends when you log out, until: {LINGER}")
 
     def install_pm2(self) -> None:
-        text = json.dumps({"apps": [pm2_app(self.argv, str(self.repo))]}, indent=2) + "\n"
+        text = json.dumps({"apps": [pm2_app(self.argv, str(self.folder))]}, indent=2) + "\n"
         if self.put(self.pm2_file, text) or not self.runs_under_pm2():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "start", str(self.pm2_file))
@@ -9007,7 +9095,7 @@ class Setup:
             self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
 
     def runs_under_pm2(self) -> bool:
-        _, out = call_program(["pm2", "jlist"], os.environ)
+        _, out = try_command(["pm2", "jlist"], os.environ)
         with suppress(ValueError, IndexError, KeyError, TypeError):
             apps = json.loads(out.splitlines()[-1])
             return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
@@ -9015,18 +9103,24 @@ class Setup:
 
     def remove(self) -> None:
         """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        self.remove_unit()
+        self.remove_pm2()
+        if not self.dry_run:
+            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+
+    def remove_unit(self) -> None:
         if self.unit.exists():
             self.systemctl("disable", "--now", SERVICE)
             self.take(self.unit)
             if self.root:
                 self.take(_POLKIT_FILE)
             self.systemctl("daemon-reload")
+
+    def remove_pm2(self) -> None:
         if self.pm2_file.exists():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "save", "--force")
             self.take(self.pm2_file)
-        if not self.dry_run:
-            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
 
     def put(self, path: Path, text: str) -> bool:
         """Write a file unless it says just that; whether it was written."""
@@ -9044,20 +9138,22 @@ class Setup:
         return True
 
     def take(self, path: Path) -> None:
+        if not path.exists():
+            return
         self.changed = True
         self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
         if not self.dry_run:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
     def systemctl(self, *words: str, look: bool = False) -> int:
         argv = ["systemctl", *([] if self.root else ["--user"]), *words]
-        return call_program(argv, os.environ)[0] if look else self.call(*argv)
+        return try_command(argv, os.environ)[0] if look else self.call(*argv)
 
     def call(self, *argv: str, may_fail: bool = False) -> int:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
         self.changed = True
         self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
-        code, out = (0, "") if self.dry_run else call_program(argv, os.environ, timeout_s=SETUP_S)
+        code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
             hint = f"as this user, log in directly (not by su), or: {LINGER}"
             raise UpdaterError(
@@ -9155,9 +9251,24 @@ class Doctor:
         rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
         repo = work_tree(path) / (rule.repo or "")
         yield from self.repository(repo, rule)
+        if config.updater.sha256:
+            folder = os.path.dirname(program_argv()[1])
+            text = f"upgrade writes to {folder}"
+            yield Finding("program", os.access(folder, os.W_OK), text, f"sudo chown -R $USER {folder}")
+        if config.tls.cert and (cert := work_tree(path) / config.tls.cert).exists():
+            yield self.certificate(cert)
         yield from self.master(config)
         if config.haproxy and self.is_here(config.haproxy.host, rule.name):
             yield from self.haproxy(config.haproxy)
+
+    @staticmethod
+    def certificate(cert: Path) -> Finding:
+        try:
+            left_s = certificate_end(cert.read_bytes()) - time.time()
+        except (OSError, ValueError) as problem:
+            return Finding("certificate", False, f"{cert}: {problem}", "a PEM file that this user can read")
+        text = f"{cert}: {left_s // 86400:.0f} days left"
+        return Finding("certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew")
 
     def packages(self) -> Finding:
         try:
@@ -9200,7 +9311,7 @@ class Doctor:
         for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
             if (folder / f"{SERVICE}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
-                _, out = call_program(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                _, out = try_command(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
                 found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
                 if found.ok and scope and not lingers():
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
@@ -9215,7 +9326,7 @@ class Doctor:
 
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
         """Git, the clone, its remote, and what the deploy command needs."""
-        code, said = call_program(["git", "--version"], self.env)
+        code, said = try_command(["git", "--version"], self.env)
         yield Finding("git", code == 0, said, "install git for this user")
         if code:
             return
@@ -9231,13 +9342,13 @@ class Doctor:
         fix = f"git -C {repo} stash, or commit and push them"
         yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
         ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
-        code, said = call_program(ask, self.env, repo, ACCESS_S)
+        code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
-        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not call_program(ask, with_agent, repo, ACCESS_S)[0])
+        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not try_command(ask, with_agent, repo, ACCESS_S)[0])
         yield judge_remote(code, said, rule.remote, agent_only)
         if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
             for tool in dict.fromkeys(("node", name)):
-                code, said = call_program([tool, "--version"], self.env, repo, ACCESS_S)
+                code, said = try_command([tool, "--version"], self.env, repo, ACCESS_S)
                 fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
                 yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
 
@@ -9268,20 +9379,25 @@ class Doctor:
         return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
 
     def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
-        """What a switch on this host needs: a valid file that may be replaced, and the sockets."""
-        code, said = call_program(["haproxy", "-c", "-f", rule.config], self.env)
-        yield Finding("haproxy", code == 0, "valid" if code == 0 else said[-300:], f"haproxy -c -f {rule.config}")
-        folder = os.path.dirname(os.path.realpath(rule.config))
-        fix = f"use systemd/{SERVICE}-haproxy.service, which may"
-        yield Finding("haproxy file", os.access(folder, os.W_OK), f"{folder} must be writable", fix)
-        for path in filter(None, (rule.socket, rule.master_socket)):
+        """What a switch on this host needs: a valid file that may be replaced, the sockets, and two true colours."""
+        env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
+        code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
+        lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
+        yield Finding(
+            "haproxy", code == 0, lines[0], f"mend the file until this is silent: haproxy -c -f {rule.config}"
+        )
+        real = os.path.realpath(rule.config)
+        fix = f"this service's user must own the file and its folder: chown USER {os.path.dirname(real)} {real}"
+        yield Finding("haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix)
+        for path, master in ((rule.socket, False), (rule.master_socket, True)):
             try:
-                with socket.socket(socket.AF_UNIX) as client:
-                    client.connect(path)
-                yield Finding("haproxy socket", True, path)
-            except OSError as problem:
-                fix = f"stats socket {path} level admin, with a group that this user is in"
-                yield Finding("haproxy socket", False, f"{path}: {problem.strerror}", fix)
+                if path:
+                    ask_haproxy(rule, "show proc" if master else "show info", master=master)
+                    yield Finding("haproxy socket", True, path)
+            except UpdaterError as problem:
+                yield Finding("haproxy socket", False, problem.what, problem.hint)
+        for warning in look_at_traffic(rule)["warnings"]:
+            yield Finding("traffic", False, warning, f"edit {real}, then: {' '.join(rule.reload)}")
 
 
 # ==============================================================================
@@ -9517,29 +9633,51 @@ def cmd_serve(args: Args) -> int:
 def cmd_trigger(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
-    caller = make_caller(args)
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
-    return submit_and_watch(args, caller, order, args.detach)
+    return run_order(args, order, detach=args.detach)[0]
 
 
-def submit_and_watch(args: Args, caller: Caller, order: Submit, detach: bool = False) -> int:
-    """Start a run and show it to its end, or only start it."""
-    view = make_view(args)
+def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = False) -> tuple[int, list[JobRecord]]:
+    """Start a run and show it to its end, or only start it: the exit code, and the jobs as they ended."""
+    caller, view = make_caller(args), make_view(args)
     connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
     if detach:
         view.begin(record) if args.json else say(record.run)
-        return 0
-    view.notice(f"run {record.run}: {record.branch} on {', '.join(record.hosts)}")
+        return 0, []
+    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
 
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
-        if failed := ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT)):
+        failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
+        if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
 
-    return watch_run(args, record.run, follow)
+    return watch_order(args, record.run, follow)
+
+
+def run_here(args: Args, order: Submit, doing: str = "") -> int:
+    """Start an order on this host without the master, and show it to its end."""
+    state, view = args.state_folder(), make_view(args)
+    job = make_local_job(state, order, args.bind)
+    start_runner(state, args.config_path(), job).wait()
+    view.notice(f"run {job.run}: {doing}{job.branch} on this host")
+    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True).follow)[0]
+
+
+def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
+    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs."""
+    jobs: list[JobRecord] = []
+
+    def keep() -> list[JobRecord]:
+        jobs.extend(follow())
+        return jobs
+
+    code = watch_run(args, run, keep)
+    refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
+    return GuardError.exit_code if refused else code, jobs
 
 
 PLAN_ANSWER_S = ANSWER_S + PLAN_S
@@ -9554,7 +9692,9 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
     facts = []
     if target := row["target"]:
-        facts += [f"{row['current'][:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"]
+        facts += [
+            f"{(row['current'] or '')[:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"
+        ]
         facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
         facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
     facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
@@ -9577,51 +9717,120 @@ def cmd_plan(args: Args) -> int:
     return 0 if result["ok"] else 1
 
 
-def confirm(args: Args, question: str) -> None:
+def require_answer(args: Args) -> None:
+    """Raise GuardError where a question will come up that nobody can answer."""
+    if not (args.yes or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())):
+        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
+
+
+def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
     """Ask the person at the terminal, unless `--yes`. Raises GuardError for a no, and where nobody can be asked."""
+    require_answer(args)
     if args.yes:
         return
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().casefold() not in ("y", "yes", "ㅛ", "예", "네"):
-        raise GuardError("nothing was done", "")
+        raise GuardError(no, "")
 
 
 def cmd_rollback(args: Args) -> int:
     asked = {"action": "rollback", "target": args.target, "to": args.to}
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
-    order, view = plan_rollback(plan), make_view(args)
+    order = plan_rollback(plan)
     if not args.json:
         print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
     confirm(args, f"roll back {', '.join(order.commits)}?")
-    caller = make_caller(args)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: rollback of {', '.join(record.hosts)}")
-    code = watch_run(args, record.run, lambda: Follower(caller, record.run, view).follow(connection))
+    code, _ = run_order(args, order, "rollback to ")
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
-def cmd_switch(args: Args) -> int:
-    options = {"color": args.color, "dry_run": args.dry_run, "force": args.force}
-    caller, view = make_caller(args), make_view(args)
+def order_switch(color: str, **options: Any) -> Submit:
     run, nonce = make_run_id(), os.urandom(16).hex()
-    order = Submit(run, nonce, Kind.SWITCH, "", args.color, user_name(), options=options)
-    connection, record = submit_run(caller, order, PATIENCE_S)
-    view.notice(f"run {record.run}: switch to {record.branch} on {', '.join(record.hosts)}")
-    jobs: list[JobRecord] = []
+    return Submit(run, nonce, Kind.SWITCH, "", color, user_name(), options={"color": color, **options})
 
-    def follow() -> list[JobRecord]:
-        jobs.extend(Follower(caller, run, view).follow(connection))
-        return jobs
 
-    code = watch_run(args, run, follow)
-    return GuardError.exit_code if any(job.exit == GuardError.exit_code for job in jobs) else code
+def cmd_switch(args: Args) -> int:
+    order = order_switch(args.color, dry_run=args.dry_run, force=args.force)
+    try:
+        return run_order(args, order, "switch to ")[0]
+    except UnreachableError as problem:
+        config = load_config(args.config_path())
+        rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
+        here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
+        if rule is None or host_key(rule.host) not in (host_key(name) for name in here if name):
+            raise
+        if not (args.force or args.dry_run):
+            problem.hint += "; here on HAProxy's host, --force switches without it, and so without health checks"
+            raise
+        return run_here(args, order, "switch to ")
 
 
 def cmd_upgrade(args: Args) -> int:
     order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
-    return submit_and_watch(args, make_caller(args), order)
+    return run_order(args, order)[0]
+
+
+def ask_health(args: Args, target: str) -> dict[str, Any]:
+    """What the checks see, with the patience that they need."""
+    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    return ask_master(args, "health", {"target": target}, take_s)
+
+
+def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> list[dict[str, Any]]:
+    """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
+    time. Raises GuardError where that does not come about."""
+    ends = time.monotonic() + wait_s
+    while True:
+        view.tick()
+        checks = ask_health(args, ",".join(hosts))["checks"]
+        rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
+        wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
+        where = {row["host"]: row["traffic"] for row in rows}
+        wrong += [
+            f"{host}: {where.get(host) or 'unknown'} for HAProxy" for host in hosts if where.get(host) != "standby"
+        ]
+        if not wrong:
+            return rows
+        if time.monotonic() > ends:
+            raise GuardError(
+                f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}", "`health` looks again"
+            )
+        time.sleep(TICK_S)
+
+
+def cmd_release(args: Args) -> int:
+    """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
+    if problem := valid_branch_problem(args.branch):
+        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_answer(args)
+    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "standby", args.branch, user_name())
+    code, jobs = run_order(args, order)
+    commits = {job.commit for job in jobs}
+    if code or len(commits) != 1:
+        return code or 1
+    view = make_view(args)
+    rows = await_standby(args, [job.host for job in jobs], args.wait, view)
+    for row in rows:
+        view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
+    color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
+    confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
+    if code := run_order(args, order_switch(color, commit=commits.pop()), "switch to ")[0]:
+        return code
+    status = ask_master(args, "status", {})
+    rows = [row for row in status["hosts"] if row["color"]]
+    if args.json:
+        keys = ("host", "color", "traffic", "commit", "version")
+        event = {"event": "release", "ok": True, "color": color, "hosts": [{k: row[k] for k in keys} for row in rows]}
+        say(json.dumps(event | {"warnings": status["warnings"]}, ensure_ascii=False))
+    else:
+        say("\n".join([f"{row['traffic'] or 'unknown'}: {color_text(row)}" for row in rows]))
+        say("\n".join(f"! {warning}" for warning in status["warnings"]))
+    return 0
+
+
+def color_text(row: Mapping[str, Any]) -> str:
+    """A worker and what it runs."""
+    return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
 
 
 def cmd_self_test(args: Args) -> int:
@@ -9639,11 +9848,7 @@ def cmd_deploy(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
-    state, view = args.state_folder(), make_view(args)
-    job = make_local_job(state, args.branch, args.bind)
-    start_runner(state, args.config_path(), job).wait()
-    view.notice(f"run {job.run}: {job.branch} on this host")
-    return watch_run(args, job.run, LocalFollower(state, job.run, view, live=True).follow)
+    return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
 
 
 def cmd_logs(args: Args) -> int:
@@ -9735,8 +9940,7 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
 
 
 def cmd_health(args: Args) -> int:
-    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
-    result = ask_master(args, "health", {"target": args.target}, take_s)
+    result = ask_health(args, args.target)
     if args.json:
         say(json.dumps(result, ensure_ascii=False))
     elif result["checks"]:
@@ -9771,8 +9975,10 @@ def cmd_status(args: Args) -> int:
         return 0
     master = result["master"]
     say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
-    rows = [status_cells(row) for row in result["hosts"]]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
+    rows = [head, *(status_cells(row, master["version"]) for row in result["hosts"])]
+    told = [column for column in zip(*rows, strict=True) if {*column[1:]} != {"-"}]  # a terminal has 80 columns
+    head, *rows = zip(*told, strict=True)
     say(render_table(head, rows).rstrip())
     for row in (master, *result["hosts"]):
         if row.get("problem"):
@@ -9782,13 +9988,12 @@ def cmd_status(args: Args) -> int:
     return 0
 
 
-def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One host's row of the `status` table."""
+def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
+    """One host's row of the `status` table; a host's own program is only worth a word where it is not the master's."""
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent_s = row.get("silent_s")
-        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
+        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -9796,10 +10001,11 @@ def status_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
-        row["updater"] or "-", " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
+        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
+        "-" if row["updater"] in ("", program) else row["updater"],
+        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
 
@@ -9985,6 +10191,8 @@ class McpServer:
                     self.gone[name].set()
                 for call in calls:
                     self.begin(call)
+        for gone in list(self.gone.values()):  # whoever only reads does not look, and may still answer
+            gone.set()
         ends = time.monotonic() + MCP_LINGER_S
         while self.session.calls and time.monotonic() < ends:
             time.sleep(LOCAL_LOOK_S)
@@ -10012,7 +10220,7 @@ class McpServer:
                     params = {"progressToken": call.token, "progress": next(numbers), "message": text}
                     self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
 
-        answer: dict[str, Any] | str = ""
+        answer: dict[str, Any] | str = "error: the input ended before the answer"
         try:
             answer = self.call(call.tool, call.arguments, ProgressView(tell, gone))
         except Abandoned:
@@ -10061,8 +10269,7 @@ class McpServer:
             problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
             raise
         for row in answer["hosts"]:
-            lines = row.pop("text").splitlines()[-TAIL_LINES:]
-            row["tail"] = "" if row["ok"] else "\n".join(lines)[-TAIL_BYTES:]
+            row["tail"] = "\n".join(row.pop("text").splitlines()[-TAIL_LINES:])[-TAIL_BYTES:]
         return answer
 
     def follow(self, run: str, view: ProgressView) -> None:
@@ -10087,6 +10294,34 @@ class McpServer:
     def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
         request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {"action": "rollback"}
         return self.order(given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK)
+
+    def call_switch(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        color = given["color"]
+
+        def make() -> Submit:
+            if "plan" in given:
+                self.ask("plan", plan=given["plan"], action="switch", color=color)
+            return order_switch(color, dry_run=given["dry_run"])
+
+        return self.order(given, view, make, kind=Kind.SWITCH)
+
+    def call_release(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+        deployed = self.call_update({**given, "target": "standby", "wait": True}, view)
+        commits = {row["commit"] for row in deployed["hosts"]}
+        if not deployed["ok"] or len(commits) != 1:
+            return deployed
+
+        def make() -> Submit:
+            hosts = [row["host"] for row in deployed["hosts"]]
+            rows = await_standby(self.args, hosts, HEALTHY_S, view)
+            color = next(row["color"] for row in rows if row["host"] == hosts[0])
+            return order_switch(color, commit=commits.pop())
+
+        key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
+        return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {"deployed": deployed["run"]}
+
+    def call_health(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
+        return ask_health(self.args, given.get("target", "all"))
 
     def call_cancel(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         record = cancel_run(self.args, given["run"])
@@ -10138,6 +10373,12 @@ def cmd_build(args: Args) -> int:
 
 def cmd_setup(args: Args) -> int:
     require_packages()
+    if args.firewall:
+        config = load_config(args.config_path())
+        master = gather_role(config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False)[0].role
+        text = render_firewall(config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet))
+        say(json.dumps({"firewall": text.splitlines()}) if args.json else text)
+        return 0
     setup = Setup(args, args.config_path(), say)
     setup.remove() if args.remove else setup.install(args.manager)
     return 0
@@ -10306,6 +10547,12 @@ COMMANDS = (
     Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
         option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
     )),
+    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, (
+        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
+        option("--yes", action="store_true", help="switch without asking"),
+        option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
+               help="how long it may take to become healthy (default: 60)"),
+    )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
         option("host", metavar="HOST", help="as `status` shows it"),
     )),
@@ -10326,6 +10573,8 @@ COMMANDS = (
     Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
         option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
         option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        option("--firewall", action="store_true", help="only print the firewall commands for this host"),
+        option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
         option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
     Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),

@@ -1,5 +1,6 @@
 // The service for PM2, the same on every host: `pm2 start pm2.config.js` in the repository to deploy, or from
-// anywhere with ESTELLE_REPO=/path/to/it. Keep this file beside estelle_updater.pyz, wherever that lies.
+// anywhere with ESTELLE_REPO=/path/to/it (PowerShell: `$env:ESTELLE_REPO = "C:\path"` first; cmd: `set "ESTELLE_REPO=C:\path"`).
+// Keep this file beside estelle_updater.pyz, wherever that lies.
 const fs = require('fs');
 const path = require('path');
 

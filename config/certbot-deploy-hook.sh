@@ -6,7 +6,6 @@
 # certbot sets RENEWED_LINEAGE. Whatever fails, the certificate that is in use stays, and certbot reports the exit code.
 # HAPROXY_CERT, HAPROXY_CFG and HAPROXY_RELOAD say otherwise than the defaults below.
 set -eu
-umask 077
 lineage=${RENEWED_LINEAGE:?certbot sets it; by hand: the folder with fullchain.pem and privkey.pem}
 config=${HAPROXY_CFG:-/etc/haproxy/haproxy.cfg}
 target=${HAPROXY_CERT:-/etc/haproxy/certs/yquant.pem}
@@ -16,13 +15,16 @@ fail() {
     exit 1
 }
 
-new=$(mktemp "$target.XXXXXX")
+new=$(mktemp "$target.XXXXXX") # 0600: nobody but its owner reads the key
 old=$new.old
 trap 'rm -f "$new" "$old"' EXIT
 cat "$lineage/fullchain.pem" "$lineage/privkey.pem" >"$new"
 openssl x509 -in "$new" -noout -checkend 172800 >/dev/null || fail "the certificate ends within two days"
 [ "$(openssl x509 -in "$new" -noout -pubkey)" = "$(openssl pkey -in "$new" -pubout)" ] ||
     fail "the key is not the certificate's"
+
+# The folder's owner is the user who runs `haproxy -c` before a switch.
+chown --reference="$(dirname "$target")" "$new"
 
 # The lock that `switch` holds: no reload in the middle of a switch, whose proof it would spoil.
 exec 9>>"$(readlink -f "$config").lock"

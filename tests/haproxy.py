@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,82 @@ backend yquant_backend
     server blue 127.0.0.1:{blue} check cookie blue
     server green 127.0.0.1:{green} check backup cookie green
 """
+
+
+CLIENT = r"""
+import asyncio, json, signal, ssl, sys, time
+port, tls, keep, new, slow, think = (json.loads(word) for word in sys.argv[1:])
+context = None
+if tls:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+answers, failed, over = [], {}, False
+async def ask(link, path, close):
+    reader, writer = link
+    writer.write(b"GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n" % (path, b"Connection: close\r\n" if close else b""))
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    body = await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r")[0] or 0))
+    return head, body
+async def client(path, close):
+    link, reused = None, False
+    while not over:
+        began, why = time.time(), "connect"
+        try:
+            if link is None:
+                link, reused = await asyncio.open_connection("127.0.0.1", port, ssl=context), False
+            why = ("reused " if reused else "fresh ") + path.decode()
+            async with asyncio.timeout(15):
+                head, body = await ask(link, path, close)
+            if b" 200 " not in head.partition(b"\r\n")[0]:
+                raise ValueError(head[9:12].decode())
+            answers.append((began, body.decode()))
+            reused = True
+            if close or b"connection: close" in head:
+                link[1].close()
+                link = None
+        except (OSError, EOFError, ValueError, TimeoutError) as problem:
+            key = f"{why}: {type(problem).__name__} {problem if isinstance(problem, ValueError) else ''}"
+            failed[key] = failed.get(key, 0) + 1
+            if link:
+                link[1].close()
+            link = None
+        await asyncio.sleep(think)
+async def main():
+    def stop():
+        global over
+        over = True
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    kinds = [(b"/", False)] * keep + [(b"/", True)] * new + [(b"/slow", False)] * slow
+    await asyncio.gather(*(client(*kind) for kind in kinds))
+asyncio.run(main())
+print(json.dumps({"answers": answers, "failed": failed}))
+"""
+
+
+class Load:
+    """Clients that ask all the time: on kept connections, on new ones, and for answers that take 2 s."""
+
+    def __init__(
+        self, port: int, *, tls: bool = False, keep: int = 4, new: int = 2, slow: int = 1, think_s: float = 0.02
+    ) -> None:
+        words = (json.dumps(word) for word in (port, tls, keep, new, slow, think_s))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, *words], stdout=subprocess.PIPE, start_new_session=True, text=True
+        )
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.process:
+            self.process.kill()
+
+    def end(self) -> tuple[list[tuple[float, str]], dict[str, int]]:
+        """(when each request began and which colour answered it, failures by kind)."""
+        self.process.send_signal(signal.SIGTERM)
+        out, _ = self.process.communicate(timeout=60)
+        found = json.loads(out)
+        return found["answers"], found["failed"]
 
 
 class Proxy:
@@ -157,8 +235,21 @@ class Proxy:
             return answer.rpartition("\r\n\r\n")[2] if " 200 " in answer else answer[:12]
         return ""
 
-    def workers_of_old(self) -> int:
-        return len(self.command("show proc", self.master_socket).partition("# old workers")[2].split("\n")) - 3
+    def roles(self) -> str:
+        """What the file says: the one `server` line without `backup`; both or none are joined."""
+        lines = (line.split() for line in self.file.read_text().splitlines())
+        return "+".join(line[1] for line in lines if line[:1] == ["server"] and "backup" not in line)
+
+    def reload(self) -> None:
+        """As a person would; until a new process has the file."""
+        pid = self.command("show info").partition("Pid: ")[2].split("\n")[0]
+
+        def replaced() -> bool:
+            os.kill(int(self.pid_file.read_text()), signal.SIGUSR2)
+            time.sleep(0.3)  # a second signal within 0.1 s is lost
+            return self.command("show info").partition("Pid: ")[2].split("\n")[0] not in (pid, "")
+
+        wait_for(replaced, lambda: f"HAProxy reloads\n{self.said}")
 
     def close(self) -> None:
         """End everything."""

@@ -80,7 +80,11 @@ MEANINGS: dict[str, dict[str, str]] = {
         "key": "its private key",
         "ca": "whom agents and commanders trust instead of the system's authorities",
     },
-    "keep": {"runs": "how many recorded runs stay", "days": "for how many days"},
+    "keep": {
+        "runs": "how many recorded runs stay",
+        "days": "for how many days",
+        "megabytes": "and how much of the disk, the oldest going first",
+    },
     "updater": {"sha256": "the `.pyz` that `upgrade` may install"},
     "[[notify]]": {
         "url": "where to post; only where the URL is no secret",

@@ -99,6 +99,7 @@ def children(host: Host) -> dict[int, str]:
     return {pid: command for pid, command in processes_of(host.repo).items() if " ../" in command}
 
 
+@pytest.mark.timeout(5 * PATIENCE_S)
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_chaos(chaos: Chaos, number: int):
     seed = SEED + number
@@ -126,7 +127,9 @@ def test_chaos(chaos: Chaos, number: int):
             if " run-job " in command:
                 os.kill(pid, signal.SIGKILL)
     open_gate(*chaos.hosts)
-    assert watcher.end(PATIENCE_S) == (1 if lost else 0), watcher.out[-3000:] + watcher.err
+    while (code := watcher.end(PATIENCE_S)) == 3:  # it was still starting when the master died
+        watcher = chaos.watch("logs", run, "-f")
+    assert code == (1 if lost else 0), watcher.out[-3000:] + watcher.err
     check(chaos, run, watcher, lost, [host for host in chaos.hosts if kinds[host.address] != "bytes"])
     fleet.wait_online(*chaos.hosts)
 

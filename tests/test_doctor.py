@@ -180,6 +180,24 @@ def test_the_host_of_haproxy(two: Fleet, tmp_path: Path) -> None:
     assert "level admin" in found["haproxy socket"]["fix"]
 
 
+def test_certificates_and_the_program_s_folder(two: Fleet, tmp_path: Path) -> None:
+    need("openssl")
+    agent = two.agents[0]
+    settings = json.loads(agent.config.read_text())
+    for days, ok in ((9, False), (60, True)):
+        words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", str(days)]
+        pair = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
+        assert run(["openssl", *words, *pair], two.env).code == 0
+        settings["tls"] = {"cert": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+        agent.config.write_text(json.dumps(settings | {"updater": {"sha256": "0" * 64}}))
+        found = doctor(two, agent)
+        assert found["certificate"]["ok"] is ok
+        assert " days left" in found["certificate"]["text"]
+        assert found["program"]["ok"]
+    (tmp_path / "cert.pem").write_text("none")
+    assert "no certificate" in doctor(two, agent)["certificate"]["text"]
+
+
 @pytest.mark.parametrize(
     ("found", "ok"),
     [

@@ -171,6 +171,15 @@ def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) 
     assert state.prune(est.KeepRule(runs=500, days=1), (), 1_700_000_000.0 + 86400 * 20) == [runs[5], runs[6]]
 
 
+def test_old_runs_go_where_all_take_too_much_of_the_disk(state: est.StateFolder) -> None:
+    runs = [record(state, i, FAILED, FAILED) for i in range(4)]
+    for run, megabytes in zip(runs, (1, 1, 2, 3), strict=True):
+        (state.runs / run / "127.0.0.1.log").write_bytes(bytes(megabytes * 1_000_000))
+    keep = est.KeepRule(megabytes=6)
+    assert state.prune(keep, {runs[0]}, SETTLED_S) == [runs[1]]
+    assert state.prune(est.KeepRule(megabytes=1), (), SETTLED_S) == [runs[0], runs[2]], "the newest stays"
+
+
 def test_statistics(state: est.StateFolder) -> None:
     for number, ends in enumerate([(OK, OK), (OK, FAILED), (FAILED, est.State.OFFLINE), (OK, FAILED), (OK, OK)]):
         record(state, number, *ends)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import estelle_updater as est
 from tests.commands import COMMAND as SCRIPT
 from tests.commands import GATED, STEP, job_of, log_of, open_gate, wait_state, write_script
 from tests.fleet import PROGRAM, Fleet, clean_env, unavailable, wait_for
+from tests.haproxy import Proxy
+from tests.test_release import Round
 
 MakeFleet = Callable[..., Fleet]
 META = {"io.modelcontextprotocol/protocolVersion": "2026-07-28", "io.modelcontextprotocol/clientCapabilities": {}}
@@ -151,8 +153,8 @@ def call(tool: str, arguments: Any, number: int = 1) -> dict[str, Any]:
         ("update", {"target": 1, "branch": None}, ["target must be of type string, not 1", "branch must be"]),
         ("update", {"target": "all", "branch": "b", "force": 1}, ['there is no "force"']),
         ("update", {"target": "all", "branch": "b", "wait": "no"}, ["wait must be of type boolean"]),
-        ("update", {"target": "all", "branch": "b" * 501}, ["0 to 500 characters, not 501"]),
-        ("update", {"target": "all", "branch": "b", "idempotency_key": ""}, ["must have 1 to 500 characters"]),
+        ("update", {"target": "all", "branch": "b" * 2001}, ["0 to 2000 characters, not 2001"]),
+        ("update", {"target": "all", "branch": "b", "idempotency_key": ""}, ["must have 1 to 2000 characters"]),
         ("history", {"count": 0}, ["count must be from 1 to 100, not 0"]),
         ("history", {"count": True}, ["count must be of type integer"]),
         ("logs", {"run": "../x"}, ['run can\'t be "../x"']),
@@ -166,7 +168,7 @@ def test_a_bad_argument_is_a_result_that_says_what_to_do(tool: str, arguments: A
 
 def test_calls_are_answered_once_or_given_up() -> None:
     one = session()
-    line = json.dumps({"jsonrpc": "2.0", **call("status", {})}).encode()
+    line = json.dumps({"jsonrpc": "2.0", **call("status", None)}).encode()
     [begun] = one.feed(line)[1]
     assert (begun.tool, begun.token, begun.modern) == ("status", None, True)
     assert one.feed(line)[0][0]["error"]["code"] == -32600, "its id is in use"
@@ -307,7 +309,7 @@ def test_a_model_deploys_watches_leaves_and_cancels(fleet: MakeFleet, model: Cal
     failed = client.call("update", target="all", branch="master")
     assert failed["isError"] and failed["structuredContent"]["ok"] is False
     good, bad = failed["structuredContent"]["hosts"]
-    assert good["ok"] and good["tail"] == "" and (bad["state"], bad["exit"], bad["step"]) == ("failed", 3, STEP)
+    assert good["ok"] and "ok\n" in good["tail"] and (bad["state"], bad["exit"], bad["step"]) == ("failed", 3, STEP)
     assert bad["tail"].splitlines() == [f"line {i}" for i in range(41, 61)]
     assert json.loads(failed["content"][0]["text"]) == failed["structuredContent"]
     assert client.end() == ""
@@ -371,6 +373,44 @@ def test_only_reading_and_only_as_planned(fleet: MakeFleet, model: Callable[...,
     assert rolled["structuredContent"]["kind"] == "rollback" and rolled["structuredContent"]["ok"], rolled
     assert [job_of(one, rolled["structuredContent"]["run"], host)["commit"] for host in one.hosts] == [second, second]
     assert planner.end() == "" and reader.end() == ""
+
+
+def test_a_model_does_the_blue_green_round(
+    fleet: MakeFleet, model: Callable[..., Model], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with closing(Proxy(tmp_path_factory.mktemp("haproxy")).start()) as proxy:
+        one = Round(proxy, fleet)
+        client = model(one.fleet, "--require-plan")
+        health = client.call("health")["structuredContent"]
+        assert health["ok"] and {row["host"] for row in health["checks"]} >= {"127.0.0.2", "127.0.0.3"}
+        wanted = {"target": "standby", "branch": "master"}
+        old = client.call("plan", **wanted)["structuredContent"]
+        assert [row["host"] for row in old["hosts"]] == ["127.0.0.3"], "green is the standby"
+        commit = one.commit("1")
+        assert "no longer true on 127.0.0.3" in client.error("release", branch="master", plan=old["plan"])
+        plan = client.call("plan", **wanted)["structuredContent"]["plan"]
+        release = {"branch": "master", "plan": plan, "idempotency_key": "release 1"}
+        released = client.call("release", **release)["structuredContent"]
+        assert released["ok"] and released["kind"] == "switch" and proxy.answers() == "green", released
+        deployed = job_of(one.fleet, released["deployed"], one.green)
+        assert (deployed["commit"], deployed["state"]) == (commit, "succeeded")
+        assert client.call("release", **release)["structuredContent"] == released and proxy.answers() == "green"
+
+        back = client.call("plan", action="switch", color="standby")["structuredContent"]
+        assert {row["host"]: row["traffic"] for row in back["hosts"]} == {"127.0.0.2": "standby", "127.0.0.3": "active"}
+        wrong = client.error("switch", color="blue", plan=back["plan"])
+        assert "is for something else" in wrong and proxy.answers() == "green"
+        tried = client.call("switch", color="standby", dry_run=True, plan=back["plan"])["structuredContent"]
+        assert tried["ok"] and tried["hosts"][0]["tail"] and proxy.answers() == "green"
+        assert client.call("switch", color="standby", plan=back["plan"])["structuredContent"]["ok"]
+        assert proxy.answers() == "blue"
+        assert "no longer true on 127.0.0.2, 127.0.0.3" in client.error("switch", color="standby", plan=back["plan"])
+        assert proxy.answers() == "blue"
+        (one.green.folder / "sick").touch()
+        refused = client.call("plan", action="switch", color="green")["structuredContent"]
+        assert not refused["ok"] and "is not healthy" in refused["hosts"][0]["refused"][0]
+        sick = client.error("switch", color="green", plan=refused["plan"])
+        assert "is not healthy" in sick and "exit: 5" in sick and proxy.answers() == "blue"
 
 
 def test_a_broken_master_and_garbage_are_answers(fleet: MakeFleet, model: Callable[..., Model]) -> None:

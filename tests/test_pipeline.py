@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_the_commands_of_the_configuration() -> None:
     assert est.plan_restart(()) == ()
     assert est.plan_restart(("a", "b.service")) == (
         Step("systemctl restart a b.service", ("systemctl", "restart", "a", "b.service")),
-        Step("systemctl is-active a b.service", ("systemctl", "is-active", "a", "b.service")),
+        Step("systemctl is-active a", ("systemctl", "is-active", "a")),
+        Step("systemctl is-active b.service", ("systemctl", "is-active", "b.service")),
     )
 
 
@@ -368,3 +370,42 @@ def test_a_step_that_ends_inside_a_secret_shows_what_it_wrote_and_the_next_one_s
     masker = Masker(["secret-1"])
     assert masker.feed(b"a secret") == b"a " and masker.flush() == b"secret"
     assert masker.feed(b"-1 secret-1s") == b"-1 ***" and masker.flush() == b"s" and masker.flush() == b""
+
+
+URL_PARTS = [
+    "://",
+    ":",
+    "/",
+    "@",
+    " ",
+    "u",
+    "https://bob:geheim@h",
+    "ftp://x:y@",
+    "//:abcdef@",
+    "abcdef",
+    "?",
+    "t" * 16,
+    "://u:abc",
+]
+
+
+@quick
+@given(st.lists(st.sampled_from(URL_PARTS), max_size=9).map("".join), st.lists(st.integers(0, 99), max_size=5))
+@example("https://bob:geheim@h", [11])
+@example("://u:abcdef:x@", [8])
+def test_passwords_in_urls_are_masked_wherever_the_text_is_cut(text: str, cuts: list[int]) -> None:
+    data = text.encode()
+    whole = fed(["abcdef"], [data])
+    naive = re.sub(rb"(?<=://)([^\s/?#:@]*:)[^\s/?#]+(?=@)", rb"\1***", data)
+    naive = re.sub(rb"(?<=://)[^\s/?#:@]{16,}(?=@)", b"***", naive)
+    assert fed([], [data]) == naive
+    assert b"abcdef" not in whole and not re.search(rb"://[^\s/?#:@]*:(?!\*\*\*)[^\s/?#*]+@", whole)
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    assert fed(["abcdef"], [data[start:end] for start, end in itertools.pairwise(edges)]) == whole
+    assert fed(["abcdef"], [data[i : i + 1] for i in range(len(data))]) == whole
+
+
+def test_a_url_that_never_ends_is_not_held_back() -> None:
+    masker = Masker([])
+    assert masker.feed(b"http://" + b"x" * 300) == b"http"
+    assert len(masker.feed(b"x" * 300)) > 590 and masker.flush() == b""

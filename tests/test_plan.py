@@ -71,8 +71,10 @@ def test_plan_tells_what_would_arrive_and_what_is_in_the_way(fleet: MakeFleet) -
     assert f"{first[:7]} → {second[:7]}" in text and "✗ refused: local changes are in the way" in text
 
     assert plan(one, clean.address, "other")[clean.address]["commits"] == 0
-    for name in (second, first):
-        assert plan(one, clean.address, name)[clean.address]["target"] == name
+    one.origin.git("tag", "--annotate", "--message=x", "v1", first)
+    one.origin.git("push", "--quiet", "origin", "v1")
+    for name, commit in ((second, second), (first, first), ("v1", first)):
+        assert plan(one, clean.address, name)[clean.address]["target"] == commit
     missing = plan(one, clean.address, "no-such", code=1)[clean.address]
     assert "no such branch, tag or commit" in missing["refused"][0] and missing["target"] is None
     assert plan(one, clean.address, "0" * 40, code=1)[clean.address]["refused"]

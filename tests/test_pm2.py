@@ -7,15 +7,18 @@ import os
 import shlex
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fleet import MODULE, ROOT, Fleet, Host, Result, need, run, wait_for
+from tests.commands import Watched, lines_of
+from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, need, run, wait_for
 
 SERVICE = "estelle-updater"
+ROUNDS = int(os.environ.get("ESTELLE_SELF_ROUNDS", "1"))
 # Waits for the word to go on, so that the test knows that it runs; then shows that it was not disturbed.
 WAITING = "echo begun; while ! [ -e ../go ]; do sleep 0.05; done; echo went on\n"
 
@@ -124,6 +127,34 @@ def test_a_deployment_survives_a_restart(under_pm2: tuple[Fleet, Pm2], who: str)
         out, err = trigger.communicate(timeout=60)
         assert trigger.returncode == 0, (number, out, err)
         assert f"[{pm2.host.address}] went on\n[{pm2.host.address}] ✓ 완료 ".encode() in out
+
+
+@pytest.mark.timeout(120 * (1 + ROUNDS))
+def test_a_deployment_replaces_its_program_and_restarts_its_service(
+    under_pm2: tuple[Fleet, Pm2], tmp_path: Path, pyz: Path
+):
+    """On the master and on an agent at once, by what a project would write in its deployment."""
+    fleet, of_agent = under_pm2
+    fleet.stop(fleet.master)
+    of_master = Pm2(fleet, fleet.master, tmp_path / "pm2-master", pyz)
+    try:
+        for pm2 in (of_master, of_agent):
+            assert pm2("start", str(pm2.folder / "pm2.config.js")).code == 0
+        shutil.copy(pyz, tmp_path / "new.pyz")
+        with zipfile.ZipFile(tmp_path / "new.pyz", "a") as archive:
+            archive.comment = b"another build"
+        replace = 'cat ../../new.pyz > "$PM2_HOME/../estelle_updater.pyz"'
+        fleet.origin.commit({"deploy.sh": f"seq 1 99\n{replace}\npm2 restart {SERVICE} || exit 9\nseq 100 200\n"})
+        for _ in range(ROUNDS):
+            fleet.wait_online()
+            watched = Watched(fleet, "trigger", "all", "master")
+            assert watched.end(120) == 0, watched.out + watched.err
+            for host in fleet.hosts:
+                said = lines_of(watched.out, host.address)
+                assert [line for line in said if line.isdigit()] == [str(number) for number in range(1, 201)]
+                assert said[-1] == f"✓ 완료 {VERSION}"
+    finally:
+        of_master("kill")
 
 
 def test_comes_up_by_itself_once_the_configuration_is_there(under_pm2: tuple[Fleet, Pm2]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import estelle_updater as est
@@ -39,6 +41,25 @@ def test_messages_exist() -> None:
         assert advice
         for text in re.findall(r"`([^`]+)`", message):
             assert text in plain, text
+
+
+def test_every_state_and_verdict_has_a_row() -> None:
+    """What a job can end with, however it is said, tells its reader what to do next."""
+    known = [text for row in table("When something is wrong") for text in re.findall(r"`([^`]+)`", row[0])]
+    said = [text for _, text in est.KNOWN_FAILURES]
+    job = est.JobRecord("20260101-000000-0000", "h", "0" * 32, est.Kind.DEPLOY, "master")
+    for state in est.FINAL - {est.State.SUCCEEDED}:
+        said.append(est.result_text(replace(job, state=state, step="step", error="why")))
+    for node in ast.walk(ast.parse(SOURCE)):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="end"), args=[_, _, _, verdict]):  # the master's
+                said.append(ast.unparse(verdict))
+            case ast.keyword(arg="error", value=ast.Constant(value=str()) | ast.JoinedStr() as verdict):
+                said.append(ast.unparse(verdict))
+            case ast.Assign(targets=[ast.Name("why")], value=ast.JoinedStr() as verdict):
+                said.append(ast.unparse(verdict))
+    without = [text for text in said if text != "reason" and not any(message in text for message in known)]
+    assert len(said) > 20 and not without, without
 
 
 def test_the_lines_for_ai_clients_start_the_server() -> None:
@@ -75,7 +96,8 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
     shutil.copy(ROOT / "estelle_updater.py", tmp_path)
     env = one.env | {"ESTELLE_STATE": str(tmp_path / "state")}
     commands = re.findall(r"^ +python3 (estelle_updater\.py.*)$", README, re.MULTILINE)
-    assert [line.split()[1] for line in commands[:5]] == ["build", "config", "serve", "status", "trigger"]
+    words = ["build", "config", "serve", "doctor", "setup", "status", "trigger"]
+    assert [line.split()[1] for line in commands[:7]] == words
 
     def type_in(line: str, folder: Path) -> tuple[int, str]:
         line = line.replace("5.223.72.58:9900", f"127.0.0.1:{port}").replace("121.0.0.7", "127.0.0.1")
@@ -91,8 +113,11 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
         daemon = subprocess.Popen(program, cwd=clone, env=env, stdin=subprocess.DEVNULL, stderr=log)
     try:
         wait_for(lambda: "listening on" in (tmp_path / "serve.log").read_text(), "the master listens")
-        assert type_in(commands[3], clone)[0] == 0
-        code, text = type_in(commands[4], clone)
+        code, text = type_in(commands[3], clone)
+        assert (code, "✗ service: it runs, but nothing starts it after a reboot" in text) == (1, True), text
+        assert "estelle_updater.pyz setup\n" in text, "the fix"
+        assert type_in(commands[5], clone)[0] == 0
+        code, text = type_in(commands[6], clone)
         assert (code, "[127.0.0.1] ✓ 완료 v0301_4" in text) == (0, True), text
         est_ = "estelle_updater.pyz"
         ends = {"trigger all nowhere": 1, "trigger all -- -x": 2, "trigger 10.9.9.9 master": 4, "forget 127.0.0.1": 5}
@@ -100,5 +125,5 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
     finally:
         daemon.terminate()
         assert daemon.wait(20) == 0
-    assert type_in(commands[3], clone)[0] == 3
+    assert type_in(commands[5], clone)[0] == 3
     wait_for(lambda: os.getpid() in processes_of(tmp_path) or not processes_of(tmp_path), "nothing is left running")

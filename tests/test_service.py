@@ -20,9 +20,12 @@ HOMES = "/home"  # of the lab
 HOME = f"{HOMES}/deployer"
 _ARGV = ["/usr/bin/python3", "/opt/estelle-updater/estelle_updater.pyz", "serve"]
 _PATH = "/usr/local/bin:/usr/bin:/bin"
-EXAMPLES = {  # what lies in the repository is what `setup` would write for these
-    "systemd/estelle-updater.service": (_ARGV, "/srv/estelle", _PATH, "estelle", "/var/lib/estelle"),
-    "systemd/user/estelle-updater.service": (_ARGV, "/srv/estelle", _PATH, None, ""),
+_WRITABLE = ("/srv/estelle", "/opt/estelle-updater", "-/var/lib/estelle", "/tmp", "/var/tmp")
+EXAMPLES: dict[
+    str, tuple[list[str], str, str, str | None, tuple[str, ...]]
+] = {  # what lies in the repository is what `setup` would write for these
+    "systemd/estelle-updater.service": (_ARGV, "/srv/estelle", _PATH, "estelle", _WRITABLE),
+    "systemd/user/estelle-updater.service": (_ARGV, "/srv/estelle", _PATH, None, ()),
 }
 # An application with a dependency, a build, and a deployment that can be held up: its temporary file comes only then.
 _MAKE = r"""set -e
@@ -85,7 +88,7 @@ class Site:
 
     def deploy(self, target: str, state: str) -> str:
         """Start a deployment that is held up; its id once it waits."""
-        code, out, err = self.est("trigger", target, "master", "--detach")
+        code, out, err = self.est("trigger", target, "master", "--detach", "--wait", "60")
         assert code == 0, err
         log = self.lab.path(f"{state}/runs/{out.strip()}/{target}.log")
         wait_for(lambda: log.exists() and "begun" in log.read_text(), lambda: self.lab.journal("-n", "50"))

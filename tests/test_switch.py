@@ -2,36 +2,468 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import stat
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.fleet import Fleet, wait_for
-from tests.haproxy import Proxy
+from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
+from tests.fleet import Fleet, Result, kill_processes_of, processes_of, wait_for
+from tests.haproxy import CONFIG, Load, Proxy
+
+pytestmark = pytest.mark.xdist_group("switch")  # they share one site
+PHASES = ("gate", "check", "drain", "write", "reload", "proof")
+
+
+class Site:
+    """The data node, which is its own master here, its HAProxy and its two workers."""
+
+    def __init__(self, proxy: Proxy, fleet: Fleet) -> None:
+        self.proxy, self.fleet, self.text = proxy, fleet, proxy.file.read_bytes()
+
+    def configure(self, **changes: Any) -> None:
+        """[haproxy] with changes (None takes a key out), in force."""
+        rule = {key: value for key, value in (self.proxy.rule | changes).items() if value is not None}
+        path = self.fleet.master.config
+        settings = json.loads(path.read_text())
+        if settings["haproxy"] != rule:
+            seen = self.fleet.master.stderr.count("new settings")
+            path.write_text(json.dumps(settings | {"haproxy": rule}))
+            wait_for(lambda: self.fleet.master.stderr.count("new settings") > seen, "the settings are in force")
+
+    def switch(self, color: str, *options: str) -> Result:
+        return self.fleet.cli("switch", color, *options)
+
+    def refused(self, color: str, *words: str) -> str:
+        """A switch that is refused: exit 5, and the file as it was."""
+        text = self.proxy.file.read_bytes()
+        code, out, err = self.switch(color)
+        assert code == 5, (code, out, err)
+        assert all(word in out + err for word in words), (words, out, err)
+        assert self.proxy.file.read_bytes() == text
+        self.expect_peace()
+        return out + err
+
+    def expect_peace(self) -> None:
+        """Nothing is left half done: one active, the same on disk and in HAProxy, and nobody drained."""
+        proxy = self.proxy
+        wait_for(lambda: "DRAIN" not in "".join(proxy.statuses().values()), lambda: f"{proxy.statuses()}")
+        assert not (self.fleet.master.state / "switch.json").exists()
+        assert proxy.roles() == proxy.live() in ("blue", "green")
+
+    def reset(self) -> None:
+        """Blue active, both up, everything as at the start."""
+        proxy = self.proxy
+        for color in proxy.ports:
+            if proxy.workers[color].poll() is not None:
+                proxy.start_worker(color)
+        if proxy.file.is_symlink() or proxy.file.read_bytes() != self.text or proxy.live() != "blue":
+            proxy.file.unlink()
+            proxy.file.write_bytes(self.text)
+            proxy.reload()
+        wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, lambda: f"{proxy.statuses()}\n{proxy.said}")
+        self.configure()
+
+    def traffic(self) -> dict[str, Any]:
+        """Each colour's traffic as `status` shows it, and what it warns of."""
+        found: dict[str, Any] = json.loads(self.fleet.cli("status", "--json").out)
+        return found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    proxy = Proxy(tmp_path_factory.mktemp("haproxy")).start()
+    folder = tmp_path_factory.mktemp("fleet")
+    fleet = Fleet(folder, hosts=1, config={"haproxy": proxy.rule})
+    try:
+        fleet.start()
+        yield Site(proxy, fleet)
+    finally:
+        fleet.stop_all()
+        kill_processes_of(folder)
+        proxy.close()
+
+
+@pytest.fixture
+def site(shared: Site) -> Site:
+    shared.reset()
+    return shared
+
+
+def test_traffic_moves_and_back_and_no_request_is_lost(site: Site):
+    with Load(site.proxy.port) as load:
+        code, out, err = site.switch("green")
+        assert code == 0, (out, err)
+        lines = [line.removeprefix("[127.0.0.1] ") for line in out.splitlines()]
+        assert [line.removesuffix("...") for line in lines if line.endswith("...")] == [*PHASES]
+        assert lines[-1] == "✓ 완료 green"
+        moved = time.time()
+        code, out, err = site.switch("standby", "--json")
+        assert code == 0, (out, err)
+        began = next(event for event in map(json.loads, out.splitlines()) if event["event"] == "run")
+        assert began["branch"] == "blue"
+        answers, failed = load.end()
+        assert not failed
+        assert {color for _, color in answers} == {"blue", "green"}
+        between = [color for at, color in answers if moved < at < moved + 0.2]
+        assert set(between) <= {"green"}
+        assert site.proxy.file.read_bytes() == site.text
+        site.expect_peace()
+
+
+def test_active_already_changes_nothing(site: Site):
+    pid = site.proxy.command("show info").partition("Pid: ")[2].split()[0]
+    code, out, err = site.switch("blue")
+    assert code == 0, (out, err)
+    assert "active already" in out
+    assert site.proxy.command("show info").partition("Pid: ")[2].split()[0] == pid
+
+
+def test_dry_run_shows_the_exact_change(site: Site):
+    code, out, err = site.switch("green", "--dry-run")
+    assert code == 0, (out, err)
+    ports = site.proxy.ports
+    changed = [line.removeprefix("[127.0.0.1] ") for line in out.splitlines() if "] -  " in line or "] +  " in line]
+    assert changed == [
+        f"-    server blue 127.0.0.1:{ports['blue']} check cookie blue",
+        f"-    server green 127.0.0.1:{ports['green']} check backup cookie green",
+        f"+    server blue 127.0.0.1:{ports['blue']} check backup cookie blue",
+        f"+    server green 127.0.0.1:{ports['green']} check cookie green",
+    ]
+    assert site.proxy.file.read_bytes() == site.text
+    site.expect_peace()
+
+
+def test_usage(site: Site):
+    assert site.switch("red").code == 2
+    site.configure(backend="other")
+    site.refused("green", "has no backend other")
+
+
+def test_no_haproxy_is_a_wrong_configuration(site: Site):
+    path = site.fleet.master.config
+    settings = json.loads(path.read_text())
+    seen = site.fleet.master.stderr.count("new settings")
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "haproxy"}))
+    wait_for(lambda: site.fleet.master.stderr.count("new settings") > seen, "the settings are in force")
+    code, out, err = site.switch("green")
+    path.write_text(json.dumps(settings))
+    assert (code, out) == (2, "")
+    assert "no [haproxy]" in err
+    wait_for(lambda: site.fleet.master.stderr.count("new settings") > seen + 1, "the settings are in force")
+
+
+def test_standby_that_is_down_or_gone_is_refused(site: Site):
+    site.proxy.stop_worker("green")
+    site.refused("green", "✗ 실패 gate (exit 5)")  # whether HAProxy has noticed yet or not
+    wait_for(lambda: site.proxy.statuses()["green"] == "DOWN", "HAProxy notices")
+    site.refused("standby", "green is DOWN for HAProxy")
+    site.proxy.start_worker("green", "sick")
+    site.refused("green", "green is DOWN for HAProxy")
+    site.proxy.stop_worker("green")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (" check backup cookie green", " check cookie green", "both colours are active"),
+        (" check cookie blue", " check backup cookie blue", "neither colour is active"),
+        ("    option http-server-close", "    cookie SRV insert indirect nocache", "keeps clients on the old colour"),
+    ],
+)
+def test_wrong_roles_are_refused(site: Site, old: str, new: str, words: str):
+    assert old in site.text.decode()
+    site.proxy.file.write_text(site.text.decode().replace(old, new))
+    code, out, err = site.switch("green")
+    assert code == 5, (out, err)
+    assert words in out
+    assert site.proxy.file.read_text() == site.text.decode().replace(old, new)
+    assert site.proxy.live() == "blue"
+    assert site.proxy.statuses() == {"blue": "UP", "green": "UP"}
+
+
+def test_text_that_haproxy_refuses_is_refused(site: Site):
+    site.proxy.file.write_bytes(site.text + b"    no such word\n")
+    site.refused("green", "haproxy -c refuses the new text", "unknown keyword")
+
+
+def test_file_that_haproxy_does_not_run_is_refused(site: Site, tmp_path: Path):
+    (tmp_path / "other.cfg").write_bytes(site.text)
+    site.configure(config=str(tmp_path / "other.cfg"))
+    site.refused("green", "HAProxy does not read")
+    site.configure()
+    site.proxy.file.write_text(moved(site.text.decode()))  # edited by hand, and never reloaded
+    code, out, _ = site.switch("blue")
+    assert code == 5
+    assert "HAProxy does not run what" in out
+    assert any("a reload was lost" in warning for warning in site.traffic()["warnings"])
+
+
+def moved(text: str) -> str:
+    return text.replace("check cookie blue", "check backup cookie blue").replace("check backup cookie green", "check")
+
+
+def test_owner_mode_and_symlink_stay(site: Site):
+    real = site.proxy.file.with_name("real.cfg")
+    site.proxy.file.rename(real)
+    site.proxy.file.symlink_to(real)
+    real.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(real, 1234, 2345)
+    before = real.stat()
+    site.proxy.reload()
+    code, out, err = site.switch("green")
+    assert code == 0, (out, err)
+    assert site.proxy.file.is_symlink()
+    after = real.stat()
+    assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (before.st_uid, before.st_gid, 0o640)
+    assert site.proxy.live() == "green"
+    assert site.switch("blue").code == 0
+    assert real.read_bytes() == site.text
+
+
+def test_reload_that_was_swallowed_is_repeated(site: Site):
+    script = site.proxy.folder / "swallowed.sh"
+    script.write_text(f'[ -e "$0.once" ] || {{ touch "$0.once"; exit 0; }}\nkill -USR2 $(cat {site.proxy.pid_file})\n')
+    site.configure(reload=["sh", str(script)])
+    code, out, err = site.switch("green")
+    assert code == 0, (out, err)
+    assert "runs the new text at attempt 2" in out
+    site.expect_peace()
+
+
+@pytest.mark.parametrize("command", [["true"], ["false"]])
+def test_reload_that_does_nothing_is_noticed_and_undone(site: Site, command: list[str]):
+    site.configure(reload=command)
+    with Load(site.proxy.port) as load:
+        code, out, err = site.switch("green")
+        assert code == 1, (out, err)
+        assert "undone: blue is active" in out
+        assert site.proxy.file.read_bytes() == site.text
+        _, failed = load.end()
+        assert not failed
+        site.expect_peace()
+
+
+def test_reload_that_fails_though_the_text_is_valid_is_undone(site: Site):
+    """A port that somebody else has: `haproxy -c` passes, the new process can't start, the old one goes on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        text = site.text.decode().replace(
+            "    default_backend", f"    bind 127.0.0.1:{taken.getsockname()[1]}\n    default_backend"
+        )
+        site.proxy.file.write_text(text)  # somebody's edit that was never loaded
+        with Load(site.proxy.port) as load:
+            code, out, err = site.switch("green")
+            assert code == 1, (out, err)
+            assert "undone: blue is active" in out
+            assert site.proxy.file.read_text() == text
+            _, failed = load.end()
+    # HAProxy itself stops to listen for the 3 s in which its new process tries to get the port
+    assert {kind.split()[1] for kind in failed} <= {"ConnectionRefusedError"}
+    site.expect_peace()
+
+
+def test_failover_is_told_and_made_explicit(site: Site):
+    with Load(site.proxy.port, slow=0) as load:
+        site.proxy.stop_worker("blue")
+        wait_for(lambda: site.proxy.statuses()["blue"] == "DOWN", "HAProxy notices")
+        assert site.proxy.answers() == "green"
+        assert any("has failed over to green; `switch green`" in warning for warning in site.traffic()["warnings"])
+        code, out, err = site.switch("standby")
+        assert code == 5, (out, err)
+        code, out, err = site.switch("green")
+        assert code == 0, (out, err)
+        answers, failed = load.end()
+        assert answers[-1][1] == "green"
+        assert sum(failed.values()) <= 6, failed  # what was under way on blue when it died
+        assert site.proxy.roles() == "green"
+
+
+def test_without_any_socket_it_works_and_says_what_that_costs(site: Site):
+    site.configure(socket=None, masterSocket=None, probe=f"http://127.0.0.1:{site.proxy.port}/")
+    code, out, err = site.switch("green")
+    assert code == 0, (out, err)
+    assert "without a socket" in out
+    wait_for(lambda: site.proxy.answers() == "green", "green answers")
+
+
+@pytest.mark.parametrize("without", ["socket", "masterSocket"])
+def test_one_socket_is_enough(site: Site, without: str):
+    site.configure(**{without: None})
+    code, out, err = site.switch("green")
+    assert code == 0, (out, err)
+    assert "gets no new requests" in out
+    assert "runs the new text" in out
+    site.expect_peace()
+
+
+def test_socket_that_does_not_answer_is_refused(site: Site):
+    site.configure(socket=str(site.proxy.folder / "nowhere.sock"), masterSocket=None)
+    site.refused("green", "HAProxy does not answer at", "level admin")
+
+
+def test_probe_that_fails_undoes_the_switch(site: Site):
+    site.configure(probe=f"http://127.0.0.1:{site.proxy.port + 1}/")
+    code, out, err = site.switch("green")
+    assert code == 1, (out, err)
+    assert "undone: blue is active" in out
+    assert site.proxy.file.read_bytes() == site.text
+    site.expect_peace()
+
+
+def runner_of(folder: Path) -> int | None:
+    return next((pid for pid, command in processes_of(folder).items() if " run-job " in command), None)
+
+
+@pytest.mark.parametrize(
+    ("phase", "daemon"),
+    [("check", True), ("drain", False), ("drain", True), ("write", False), ("reload", True), ("proof", False)],
+)
+def test_death_at_every_phase_is_finished_or_undone(site: Site, phase: str, daemon: bool):
+    fleet, proxy = site.fleet, site.proxy
+    with Load(proxy.port) as load:
+        watched = Watched(fleet, "switch", "green")
+        run = watched.run
+        log = fleet.master.state / "runs" / run / "127.0.0.1.log"
+        wait_for(lambda: f"{phase}..." in (log.read_text() if log.exists() else ""), f"{phase} begins")
+        with suppress(ProcessLookupError):
+            if pid := runner_of(fleet.tmp_path):
+                os.kill(pid, signal.SIGKILL)
+        if daemon:
+            fleet.kill(fleet.master)
+        assert proxy.roles() in ("blue", "green")
+        assert proxy.answers() in ("blue", "green")
+        if daemon:
+            fleet.start(fleet.master)
+        job = wait_state(fleet, run, fleet.master, "succeeded", "failed", "lost", timeout_s=60)
+        watched.end()
+        site.expect_peace()
+        assert proxy.live() == ("green" if job["state"] == "succeeded" else "blue"), job
+        _, failed = load.end()
+        assert not failed
+        if job["state"] != "succeeded":
+            assert proxy.file.read_bytes() == site.text
+
+
+def test_without_the_master_on_haproxys_own_host(site: Site):
+    """Only where a person insists: nobody is there to look at the standby's health."""
+    fleet = site.fleet
+    fleet.stop(fleet.master)
+    try:
+        code, _, err = site.switch("green")
+        assert code == 3
+        assert "--force switches without it" in err
+        code, out, err = site.switch("green", "--force")
+        assert code == 0, (out, err)
+        assert "forced by" in out
+        assert site.proxy.answers() == "green"
+    finally:
+        fleet.start(fleet.master)
+    site.expect_peace()
 
 
 @pytest.fixture
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    found = Proxy(tmp_path_factory.mktemp("haproxy"))  # not below tmp_path, where the fleet's end kills everything
+    found = Proxy(tmp_path_factory.mktemp("haproxy"))
     try:
-        yield found.start()
+        yield found
     finally:
         found.close()
 
 
-@pytest.fixture
-def data(proxy: Proxy, fleet: Callable[..., Fleet]) -> Fleet:
-    """The data node, which is its own master here."""
-    return fleet(hosts=1, config={"haproxy": proxy.rule})
-
-
-def test_a_switch_moves_the_traffic_and_back(proxy: Proxy, data: Fleet):
+def test_the_fleet_is_asked_first(proxy: Proxy, fleet: Callable[..., Fleet]):
+    """Whatever runs or waits on a colour, a standby that is gone or ill: no switch, unless forced past its health."""
+    proxy.start()
+    hosts = {"127.0.0.1": {"deploy": False}, "127.0.0.2": {"color": "blue"}, "127.0.0.3": {"color": "green"}}
+    check = {"name": "flag", "command": ["test", "-e", "../well"], "hosts": ["127.0.0.3"]}
+    settings = {"haproxy": proxy.rule, "hosts": hosts, "health": [check]}
+    one = fleet(hosts=3, command=COMMAND, config=settings)
     text = proxy.file.read_bytes()
-    code, out, err = data.cli("switch", "green")
+
+    def refused(*words: str) -> None:
+        code, out, err = one.cli("switch", *words)
+        assert (code, out) == (5, ""), (code, out, err)
+        assert proxy.file.read_bytes() == text
+
+    blue, green = one.agents
+    refused("green")  # ill
+    (green.folder / "well").touch()
+    write_script(GATED, blue)
+    run = detach(one, blue.address)
+    wait_state(one, run, blue, "running")
+    refused("green")
+    refused("green", "--force")
+    open_gate(blue)
+    wait_state(one, run, blue, "succeeded")
+    one.stop(green)
+    refused("standby")
+    code, out, err = one.cli("switch", "green", "--force")
+    assert code == 0, (out, err)
+    assert "forced by" in out
+    record = json.loads((one.runs()[-1] / "run.json").read_text())
+    assert record["options"]["force"] is True
+    assert proxy.answers() == "green"
+    assert one.cli("trigger", "127.0.0.1", "master").code == 4
+
+
+def test_several_files_and_haproxys_own_environment(
+    proxy: Proxy, fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+):
+    """`-f` with a file and with a folder, settings that only HAProxy's own environment has, roles that it decides."""
+    text = proxy.file.read_text()
+    head, backend = text.split("\nbackend yquant_backend")
+    first = proxy.folder / "first.cfg"
+    first.write_text(head.replace("timeout connect 2s", 'timeout connect "${CONNECT}"') + "\n")
+    proxy.file = proxy.folder / "conf.d" / "backend.cfg"
+    proxy.file.parent.mkdir()
+    proxy.file.write_text("backend yquant_backend" + backend)
+    monkeypatch.setenv("CONNECT", "2s")
+    proxy.start(first, proxy.file.parent)
+    monkeypatch.delenv("CONNECT")
+    one = fleet(hosts=1, config={"haproxy": proxy.rule})
+    code, out, err = one.cli("switch", "green")
     assert code == 0, (out, err)
     assert proxy.answers() == "green"
-    code, out, err = data.cli("switch", "standby")
-    assert code == 0, (out, err)
-    assert proxy.answers() == "blue"
-    assert proxy.file.read_bytes() == text
-    assert wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, lambda: str(proxy.statuses()))
+    proxy.file.write_text("backend yquant_backend" + backend.replace("check cookie blue", 'check "${ROLE}"'))
+    code, out, err = one.cli("switch", "blue")
+    assert code == 5
+    assert "can't be read for certain" in out
+
+
+def test_connections_of_before_follow_every_switch(
+    tmp_path_factory: pytest.TempPathFactory, fleet: Callable[..., Fleet]
+):
+    """They stay with the process that they were opened to, whose drain sends them to the new colour. One that idles
+    through two switches gets one more answer from there, as nobody can talk to that process any more."""
+    config = CONFIG.replace("http-keep-alive 3s", "http-keep-alive 60s").replace(
+        "timeout client 10s", "timeout client 60s"
+    )
+    proxy = Proxy(tmp_path_factory.mktemp("haproxy"), config)
+
+    def ask(link: socket.socket) -> str:
+        link.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = link.recv(65536).decode()
+        return answer.rpartition("\r\n\r\n")[2] if " 200 " in answer else answer
+
+    try:
+        proxy.start()
+        one = fleet(hosts=1, config={"haproxy": proxy.rule})
+        links = [socket.create_connection(("127.0.0.1", proxy.port), 10) for _ in range(2)]
+        with links[0], links[1]:
+            assert [ask(link) for link in links] == ["blue", "blue"]
+            assert one.cli("switch", "green").code == 0
+            assert ask(links[0]) == "green"
+            assert one.cli("switch", "blue").code == 0
+            assert ask(links[1]) == "green"
+            assert links[1].recv(1) == b""
+            assert proxy.answers() == "blue"
+    finally:
+        proxy.close()

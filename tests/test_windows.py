@@ -152,6 +152,18 @@ def test_version(windows_python: Windows, pyz: Path) -> None:
     assert (result.code, result.out.split()[0]) == (0, "estelle-updater")
 
 
+def test_doctor(windows_fleet: MakeHosts) -> None:
+    """Each trap is looked at on Windows too; a runner really outlives its daemon's kill there."""
+    _, windows = windows_fleet()
+    result = windows.run("doctor", "--json")
+    found = {check["name"]: check for check in json.loads(result.out)["checks"]}
+    wrong = {name for name, check in found.items() if check["ok"] is False}
+    assert wrong == {"service", "encoding"}, found  # cp1252, and no PM2 under Wine
+    assert {"detachment", "access", "command", "disk", "clock", "master"} <= found.keys()
+    result = windows.run("setup")
+    assert result.code == 2 and "npm install -g pm2" in result.err
+
+
 def test_an_agent_deploys_fails_and_is_cancelled(windows_fleet: MakeHosts) -> None:
     one, windows = windows_fleet()
     row = next(row for row in json.loads(one.cli("status", "--json").out)["hosts"] if row["host"] == AGENT)

@@ -1,0 +1,252 @@
+"""Full and read-only disks, torn files, shortened logs: right results or clear ones, and no daemon dies of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from estelle_updater import JobRecord, KeepRule, Kind, State, StateFolder, log_size
+from tests.commands import (
+    COMMAND,
+    GATE,
+    GATED,
+    STEP,
+    Watched,
+    job_of,
+    lines_of,
+    log_of,
+    open_gate,
+    wait_state,
+    write_script,
+)  # fmt: skip
+from tests.fleet import VERSION, Fleet, Host, kill_processes_of, need, run, unavailable, wait_for
+
+A, B = "127.0.0.1", "127.0.0.2"
+SIZE_KB = 1024  # the master has room for several times as much
+pytestmark = pytest.mark.xdist_group("disk")
+# More than the disk holds, in lines, before and after the gate
+FLOOD = f"seq 1 300000\necho flooded > ../flooded\n{GATE}seq 1 1000\ntouch ../ended\n"
+NOT_RECORDED = re.compile(rb"\n\[\.\.\. (\d+) bytes not recorded\]\n")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A master and two agents, each with a small disk of its own for its state."""
+    need("git", "mount")
+    if os.geteuid() != 0:
+        unavailable("only root can mount a small disk")
+    fleet = Fleet(tmp_path_factory.mktemp("disk"), command=COMMAND)
+    mounted: list[Path] = []
+    try:
+        for host in fleet.hosts:
+            host.state.mkdir()
+            size_kb = SIZE_KB * (8 if host is fleet.master else 1)
+            code, _, err = run(["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "none", host.state], os.environ)
+            if code:
+                unavailable(f"no small disk can be mounted here: {err}")
+            mounted.append(host.state)
+        fleet.start()
+        yield fleet
+    finally:
+        fleet.stop_all()
+        for path in mounted:
+            run(["umount", "--lazy", path], os.environ)
+
+
+@pytest.fixture
+def one(made: Fleet) -> Iterator[Fleet]:
+    write_script("echo fine\n", *made.hosts)
+    for host in made.hosts:
+        (host.folder / "flooded").unlink(missing_ok=True)
+    alive = [host.process for host in made.hosts]
+    yield made
+    for host in made.hosts:
+        (host.state / "filler").unlink(missing_ok=True)
+        for path in host.state.glob("runs/*/*.log"):  # room for the next test
+            path.write_bytes(b"")
+    open_gate(*made.hosts)
+    write_script("echo fine\n", *made.hosts)
+    assert all(process.poll() in (None, 0, -9) for process in alive if process), "no daemon has died"
+    made.wait_online()
+    assert made.cli("trigger", "all", "master").code == 0, "all is well again"
+
+
+def fill(host: Host) -> Path:
+    """Leave no room on a host's disk."""
+    path = host.state / "filler"
+    with path.open("ab", buffering=0) as file:
+        for size in (65536, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                pass
+    return path
+
+
+def mount(host: Host, *options: str) -> None:
+    code, _, err = run(["mount", *options, host.state], os.environ)
+    assert code == 0, err
+
+
+def recorded(log: bytes) -> tuple[int, int]:
+    """Bytes of the deployment's output in a log, and how many it says are missing."""
+    output = log.partition(f"{STEP}...\n".encode())[2]
+    missing = sum(int(number) for number in NOT_RECORDED.findall(output))
+    return len(NOT_RECORDED.sub(b"", output)), missing
+
+
+def test_a_full_agent_says_how_much_is_missing(one: Fleet):
+    """The disk fills up in the middle: the deployment itself goes on, and so does everybody else."""
+    b = one.hosts[1]
+    write_script(FLOOD, b)
+    watched = Watched(one, "trigger", B, "master")
+    wait_for((b.folder / "flooded").exists, "it wrote more than there is room")
+    wait_for(lambda: log_size(b.state / f"runs/{watched.run}/{B}.log") > SIZE_KB * 512, "the disk is full")
+    assert one.cli("trigger", A, "master").code == 0
+    (b.folder / "ended").unlink(missing_ok=True)
+    open_gate(b)
+    wait_for((b.folder / "ended").exists, "the deployment is over")
+    assert job_of(one, watched.run, B)["state"] == "running", "its result waits for room"
+    mount(b, "-o", f"remount,size={2 * SIZE_KB}k")
+    assert watched.end() == 0
+    log = log_of(one, watched.run, b)
+    whole = len("".join(f"{i}\n" for i in range(1, 300001))) + len("".join(f"{i}\n" for i in range(1, 1001)))
+    written, missing = recorded(log)
+    assert missing and written + missing == whole
+    assert log_of(one, watched.run, b, at=b) == log
+    assert lines_of(watched.out, B)[-1] == f"✓ 완료 {VERSION}"
+    for path in b.state.glob("runs/*/*.log"):
+        path.write_bytes(b"")
+    mount(b, "-o", f"remount,size={SIZE_KB}k")
+
+
+def test_a_full_agent_refuses_an_order_with_the_reason(one: Fleet):
+    b = one.hosts[1]
+    fill(b)
+    code, out, err = one.cli("trigger", f"{A},{B}", "master")
+    assert code == 1
+    assert lines_of(out, A)[-1] == f"✓ 완료 {VERSION}"
+    assert lines_of(out, B)[-1] == "✗ 실패 start"
+    assert f"can't write to {b.state}: No space left on device" in err
+
+
+def test_a_full_agent_can_be_cancelled(one: Fleet):
+    b = one.hosts[1]
+    write_script("echo begun; sleep 86411\n", b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    fill(b)
+    assert one.cli("cancel", watched.run).code == 0
+    wait_for(lambda: "sleep 86411" not in str(run(["ps", "-eo", "args"], os.environ).out), "the step is killed")
+    (b.state / "filler").unlink()
+    assert watched.end() == 1
+    assert lines_of(watched.out, B)[-1] == "✗ 취소"
+
+
+def test_a_full_master_takes_nothing_new_and_fetches_the_rest(one: Fleet):
+    a, b, _ = one.hosts
+    write_script(GATED.replace("echo ended", "seq 1 20000; echo ended"), b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    fill(a)
+    code, _, err = one.cli("trigger", "all", "master")
+    assert code == 1
+    assert f"the master can't write to {a.state}: No space left on device" in err
+    open_gate(b)
+    wait_for(lambda: job_of(one, watched.run, b, at=b)["state"] == "succeeded", "the deployment ends")
+    wait_for(lambda: f"can't write {a.state}" in a.stderr, "the master says so")
+    assert watched.process.poll() is None
+    (a.state / "filler").unlink()
+    assert watched.end() == 0
+    assert log_of(one, watched.run, b) == log_of(one, watched.run, b, at=b)
+    assert lines_of(watched.out, B)[-2:] == ["ended", f"✓ 완료 {VERSION}"]
+
+
+def test_a_deployment_by_hand_reaches_a_master_that_was_full(one: Fleet):
+    a, b, _ = one.hosts
+    fill(a)
+    code, out, err = one.cli("deploy", "master", host=b)
+    assert code == 0, out + err
+    name = one.runs(b)[-1].name
+    wait_for(lambda: "can't write" in a.stderr, "the master can't take it")
+    (a.state / "filler").unlink()
+    wait_state(one, name, B, "succeeded")
+    assert one.cli("logs", name).out == out
+
+
+def test_a_read_only_state_folder(one: Fleet):
+    """As a file system is after an error: nothing can be ordered there, all others can, and a new daemon says why."""
+    b = one.hosts[1]
+    mount(b, "--bind", str(b.state))  # over itself: a daemon that has files open does not keep this one writable
+    mount(b, "-o", "remount,bind,ro")
+    try:
+        code, out, err = one.cli("trigger", f"{A},{B}", "master")
+        assert code == 1
+        assert lines_of(out, A)[-1] == f"✓ 완료 {VERSION}"
+        assert f"can't write to {b.state}: Read-only file system" in err
+        assert one.cli("status").code == 0
+        assert one.stop(b) == 0
+        code, _, err = one.cli("serve", host=b)
+        assert code == 2
+        assert f"can't write to the state folder {b.state}: Read-only file system" in err
+    finally:
+        run(["umount", b.state], os.environ)
+        one.restart(b)
+
+
+def test_a_power_loss_shortens_a_log_and_tears_a_state(one: Fleet):
+    """The longer copy stays, and a job whose state is gone does not run again."""
+    b = one.hosts[1]
+    for tear, reason in ((False, "the runner died"), (True, "the host forgot this job")):
+        write_script("seq 1 100\necho begun >> ../begun\nsleep 86412\n", b)
+        (b.folder / "begun").unlink(missing_ok=True)
+        watched = Watched(one, "trigger", B, "master")
+        watched.until(f"[{B}] 100\n")
+        wait_for((b.folder / "begun").exists, "it began")
+        one.kill(b)
+        kill_processes_of(b.repo)
+        folder = b.state / "runs" / watched.run
+        os.truncate(folder / f"{B}.log", log_size(folder / f"{B}.log") - 50)
+        if tear:
+            os.truncate(folder / f"{B}.json", 60)
+        one.start(b)
+        assert watched.end() == 1
+        assert lines_of(watched.out, B)[-1] == f"✗ 연결 끊김 ({reason})"
+        assert b"\n100\n" in log_of(one, watched.run, b)
+        assert (b.folder / "begun").read_text() == "begun\n"
+
+
+def test_a_result_whose_log_was_shortened_is_not_waited_for(one: Fleet):
+    a, b, _ = one.hosts
+    write_script(GATED, b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    one.kill(a)
+    open_gate(b)
+    wait_for(lambda: job_of(one, watched.run, b, at=b)["state"] == "succeeded", "it ends while the master is away")
+    one.kill(b)
+    log = b.state / "runs" / watched.run / f"{B}.log"
+    os.truncate(log, log_size(log) - 4)
+    one.start(a, b)
+    assert watched.end() == 0
+    assert lines_of(watched.out, B)[-3:-1] == ["en", "[estelle-updater: log incomplete: 4 bytes are lost]"]
+
+
+def test_old_runs_go_but_none_that_somebody_needs(tmp_path: Path):
+    state = StateFolder(tmp_path)
+    state.create()
+    names = [f"20260101-00000{n}-0000" for n in range(7)]
+    kinds = [Kind.DEPLOY, Kind.SWITCH, Kind.DEPLOY, Kind.DEPLOY, Kind.DEPLOY, Kind.DEPLOY, Kind.DEPLOY]
+    states = [State.SUCCEEDED, State.SUCCEEDED, State.FAILED, State.RUNNING, State.FAILED, State.FAILED, State.FAILED]
+    for name, kind, job in zip(names, kinds, states, strict=True):
+        state.save_job(JobRecord(name, "h", "0" * 32, kind, "master", job, 1))
+    gone = state.prune(KeepRule(runs=1, days=90), {names[4]}, 1767225700.0)
+    # kept: each kind's last success, what runs, what is followed or unacknowledged, the newest
+    assert gone == [names[2], names[5]]
+    assert state.run_ids() == [name for name in names if name not in gone]
+    assert state.prune(KeepRule(runs=100, days=1), (), 1767225700.0 + 2 * 86400) == [names[4], names[6]]

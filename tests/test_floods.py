@@ -1,0 +1,162 @@
+"""Floods and rubbish: the master goes on serving, holds little of it, and says it once. ESTELLE_TEST_LONG=1 for all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+import estelle_updater as est
+from tests import floods
+from tests.commands import COMMAND, GATED, Watched, open_gate, write_script
+from tests.fleet import Fleet, need
+from tests.peers import Peer
+from tests.test_messages import JSON, messages
+
+A, B, ALLOWED = "127.0.0.1", "127.0.0.2", "127.0.0.8"
+LONG = bool(os.environ.get("ESTELLE_TEST_LONG"))
+one_fleet = pytest.mark.xdist_group("floods")  # one worker makes the fleet that all of these tests share
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    need("git")
+    fleet = Fleet(tmp_path_factory.mktemp("floods"), 2, COMMAND, {"whitelist": [A, B, ALLOWED, "127.0.2.0/24"]})
+    fleet.start()
+    yield fleet
+    fleet.stop_all()
+
+
+@pytest.fixture
+def one(made: Fleet) -> Iterator[Fleet]:
+    """Whatever comes, a run that is watched goes on, no link is lost, and the master holds little of it."""
+    assert made.master.process
+    write_script(GATED, *made.hosts)
+    watched = Watched(made, "trigger", B, "master")
+    watched.until("begun")
+    before, lines = floods.rss_mb(made.master.process.pid), made.master.stderr.count("\n")
+    yield made
+    open_gate(*made.hosts)
+    assert watched.end(60) == 0 and "ended" in watched.out
+    assert made.cli("status").code == 0
+    assert floods.rss_mb(made.master.process.pid) < before + 150
+    said = made.master.stderr
+    assert said.count("\n") - lines < 3 * est.REFUSED_KEPT
+    assert (
+        "Traceback" not in said and f"agent {B} is offline" not in said and made.agents[0].stderr.count("welcomed") == 1
+    )
+
+
+@one_fleet
+def test_refused_connections(one: Fleet) -> None:
+    count = 2000 if LONG else 300
+    for source in ("", "127.0.0.66"):
+        ends = asyncio.run(floods.refused(one.port, count, source=source))
+        assert set(ends) <= {"HTTP/1.1 403 Forbidden", "reset", "closed"} and ends["HTTP/1.1 403 Forbidden"], ends
+    assert one.master.stderr.count("refused 127.0.0.66: ") == 1, "once a minute, however many"
+
+
+@one_fleet
+def test_handshakes_of_a_byte_a_second(one: Fleet) -> None:
+    async def attack() -> tuple[Any, Any, int]:
+        strangers = asyncio.create_task(floods.slow(one.port, 2000 if LONG else 300))
+        known = asyncio.create_task(floods.slow(one.port, est.HANDSHAKES + 20, source=ALLOWED))
+        await asyncio.sleep(2)
+        status = await asyncio.to_thread(one.cli, "status")
+        return await strangers, await known, status.code
+
+    strangers, known, code = asyncio.run(attack())
+    assert code == 0, "others come in meanwhile"
+    for ends in (strangers, known):
+        assert set(ends) <= {"reset", "closed"}, f"none stays open: {ends}"
+    assert "refused strangers: more than 32 handshakes at once" in one.master.stderr
+    assert f"refused {ALLOWED}: more than 128 handshakes at once" in one.master.stderr
+    with Peer(one, ALLOWED, "commander"):
+        pass
+
+
+@one_fleet
+def test_rubbish(one: Fleet) -> None:
+    for source in ("", "127.0.0.67", ALLOWED):
+        ends = asyncio.run(floods.rubbish(one.port, 20 if LONG else 2, source))
+        assert "still open" not in ends and "HTTP/1.1 101 Switching Protocols" not in ends, ends
+    assert one.master.stderr.count("refused 127.0.0.67: ") == 1
+
+
+@one_fleet
+def test_frames_that_are_none(one: Fleet) -> None:
+    ends = asyncio.run(floods.bad_frames(one.port, ALLOWED, 20 if LONG else 2))
+    assert set(ends) <= {"reset", "closed"}, ends
+
+
+@one_fleet
+def test_one_address_has_only_so_many_connections(one: Fleet) -> None:
+    async def attack() -> tuple[int, str]:
+        async with AsyncExitStack() as stack:
+            for _ in range(est.CONNECTIONS):
+                answer = await floods.commander(stack, one.port, "127.0.2.1")
+                assert answer.startswith("HTTP/1.1 101")
+            last = await floods.commander(stack, one.port, "127.0.2.1")
+            status = await asyncio.to_thread(one.cli, "status")
+            return status.code, last
+
+    assert asyncio.run(attack()) == (0, "HTTP/1.1 403 Forbidden")
+
+
+@pytest.mark.timeout(600)
+@one_fleet
+def test_ten_thousand_random_messages(one: Fleet) -> None:
+    sizes = settings(
+        max_examples=100 if LONG else 10, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
+    said = st.one_of(
+        messages(), st.dictionaries(st.sampled_from(["verb", "run", "host"]), JSON), st.binary(max_size=99)
+    )
+    several = st.lists(said, min_size=100, max_size=100)
+
+    @seed(20261124)
+    @sizes
+    @given(several, st.sampled_from(["agent", "commander"]))
+    def attack(chosen: list[Any], role: str) -> None:
+        peer = Peer(one, ALLOWED, role)
+        for message in chosen:
+            try:
+                peer.say(message)
+                with suppress(TimeoutError):
+                    while peer.hear(0) is not None:
+                        pass
+            except Exception:  # its connection was ended: it comes back
+                peer.close()
+                peer = Peer(one, ALLOWED, role)
+        peer.close()
+
+    attack()
+    known = json.loads((one.master.state / "machines.json").read_bytes())
+    assert len(known) <= 3
+
+
+def test_refusals_are_counted(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "updater.json").write_text('{"masterUrl": "ws://127.0.0.1", "whitelist": []}')
+    state = est.StateFolder(tmp_path / "state")
+    state.create()
+    door = est.Door(est.ConfigFile(folder / "updater.json", state), A, "n")
+    for number in range(est.REFUSED_KEPT + 500):
+        for _ in range(3):
+            door.log_refusal(f"10.0.{number // 256}.{number % 256}", "why")
+    assert len(door.refused) == est.REFUSED_KEPT + 1
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == est.REFUSED_KEPT + 1 and lines[0].endswith("refused 10.0.0.0: why") and "others" in lines[-1]
+    door.refused = {address: (began - 61, count) for address, (began, count) in door.refused.items()}
+    door.look()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].endswith("refused 10.0.0.0 2 more times within a minute") and not door.refused
+    assert lines[-1].endswith("refused others 1499 more times within a minute")

@@ -1,0 +1,325 @@
+"""What only happens after minutes or days, with the program's own limits made short; and what must stay bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import estelle_updater as updater
+from tests.commands import (
+    COMMAND,
+    GATE,
+    GATED,
+    STEP,
+    Watched,
+    detach,
+    job_of,
+    lines_of,
+    log_of,
+    open_gate,
+    wait_state,
+    write_script,
+)  # fmt: skip
+from tests.fleet import ROOT, Fleet, Host, need, processes_of, wait_for
+
+A, B, C = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+# The program with other limits (JSON in LIMITS), or a fault at a chosen place (code in FAULT).
+HURRIED = f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import estelle_updater
+vars(estelle_updater).update(json.loads(os.environ.get("LIMITS", "{{}}")))
+exec(os.environ.get("FAULT", ""), vars(estelle_updater))
+sys.exit(estelle_updater.main(sys.argv[1:]))
+"""
+PEAK = "import atexit; atexit.register(lambda: print('peak', *open('/proc/self/status'), file=sys.stderr))"
+IMPATIENT = "SERVER_OPTIONS.update(ping_interval=0.5, ping_timeout=0.5)"  # and a send that blocks is given up after 1 s
+DIES = """save = StateFolder.save_run
+def save_and_die(self, record):
+    save(self, record)
+    os._exit(9)
+StateFolder.save_run = save_and_die"""
+TALK = "until [ -e ../go ]; do echo talking; sleep 0.05; done\n"
+BOUND_KB = 64 << 10  # over what a process of this program needs anyway
+pytestmark = pytest.mark.xdist_group("limits")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    need("git")
+    folder = tmp_path_factory.mktemp("limits")
+    fleet = Fleet(
+        folder, config={"whitelist": ["127.0.0.0/8"]}, command=COMMAND, program=(sys.executable, "-c", HURRIED)
+    )
+    fleet.start()
+    yield fleet
+    fleet.stop_all()
+
+
+@pytest.fixture
+def one(made: Fleet) -> Iterator[Fleet]:
+    write_script("echo fine\n", *made.hosts)
+    for host in made.hosts:
+        (host.folder / "begun").unlink(missing_ok=True)
+    yield made
+    open_gate(*made.hosts)
+    for host in made.hosts:
+        if host.process and host.process.poll() is not None:
+            made.start(host)
+    made.wait_online()
+    for folder in made.runs():
+        if any(json.loads(path.read_text())["state"] in ("queued", "running") for path in folder.glob("127*.json")):
+            made.cli("cancel", folder.name)
+
+
+def again(one: Fleet, host: Host, **env: str) -> None:
+    """Start a daemon once more, with other limits or a fault."""
+    one.stop(host)
+    one.start(host, env=env)
+    one.wait_online()
+
+
+def hwm_kb(status: str) -> int:
+    return int(next(line.split()[1] for line in status.splitlines() if line.strip().startswith("VmHWM")))
+
+
+def peak_kb(pid: int) -> int:
+    """The most memory that a process ever had."""
+    return hwm_kb(Path(f"/proc/{pid}/status").read_text())
+
+
+def test_a_silent_step_is_announced_while_others_talk(one: Fleet):
+    write_script(TALK, one.hosts[0])
+    write_script(f"echo last words\n{GATE}", one.hosts[1])
+    watched = Watched(one, "trigger", f"{A},{B}", "master", env={"LIMITS": '{"SILENT_S": 0.5}'})
+    watched.until(lambda: f"{B}: silent for " in watched.err and "; last line: last words\n" in watched.err)
+    assert f"{A}: silent" not in watched.err
+    open_gate(*one.hosts)
+    assert watched.end() == 0
+
+
+def test_status_says_what_runs_waits_and_is_away(one: Fleet):
+    a, _, c = one.hosts
+    one.stop(c)
+    wait_for(lambda: f"agent {C} is offline" in a.stderr, "the master notices")
+    write_script(GATED, *one.hosts)
+    first = detach(one, B)
+    wait_state(one, first, B, "running")
+    one.origin.commit({}, branch="hotfix")
+    second = detach(one, B, "hotfix")
+    wait_for(lambda: job_of(one, second, B).get("behind"), "it is queued")
+    what = rf"{first} {STEP} for \d+ s, silent for \d+ s; {second} queued behind {first}"
+    told = ""
+
+    def tells() -> bool:
+        nonlocal told
+        told = one.cli("status", env={"LIMITS": '{"SILENT_S": 0.1}'}).out
+        return re.search(what, told) is not None
+
+    wait_for(tells, lambda: told)
+    assert re.search(rf"^{C} .* no, since \d\d-\d\d \d\d:\d\d ", told, re.MULTILINE)
+
+
+def test_the_master_dies_between_recording_and_answering(one: Fleet):
+    a, b, _ = one.hosts
+    again(one, a, FAULT=DIES)
+    write_script("echo x >> ../begun\n", b)
+    before = len(one.runs())
+    watched = Watched(one, "trigger", B, "master", "--wait", "60")
+    assert a.process
+    assert a.process.wait(30) == 9
+    assert len(one.runs()) == before + 1
+    one.start(a)
+    assert watched.end() == 0
+    assert len(one.runs()) == before + 1
+    assert (b.folder / "begun").read_text() == "x\n"
+
+
+def test_an_order_that_was_not_taken_expires(one: Fleet):
+    """As for a host that is back after three days: neither what was sent to it nor what waited for it runs."""
+    a, b, _ = one.hosts
+    again(one, a, LIMITS='{"ORDER_EXPIRES_S": 1}')
+    write_script("echo x >> ../begun\n", b)
+    assert b.process
+    b.process.send_signal(signal.SIGSTOP)  # the order reaches its kernel only
+    sent = detach(one, B)
+    one.origin.commit({}, branch="hotfix")
+    waiting = detach(one, B, "hotfix")
+    wait_for(lambda: job_of(one, sent, B).get("ordered"), "it is ordered")
+    one.kill(b)
+    assert wait_state(one, sent, B, "lost")["error"] == "the order was never acknowledged"
+    assert wait_state(one, waiting, B, "offline")["error"] == "the host is offline"
+    one.start(b)
+    one.wait_online(b)
+    assert one.cli("trigger", B, "master").code == 0
+    assert (b.folder / "begun").read_text() == "x\n"
+    assert [job_of(one, run, B)["state"] for run in (sent, waiting)] == ["lost", "offline"]
+
+
+def test_batches_and_waiting_outlive_the_daemons(one: Fleet):
+    a, b, c = one.hosts
+    one.stop(c)
+    wait_for(lambda: f"agent {C} is offline" in a.stderr, "the master notices")
+    write_script(f"echo x >> ../begun\n{GATED}", *one.hosts)
+    watched = Watched(one, "trigger", "all", "master", "--batch", "1", "--wait", "100")
+    watched.until(f"[{A}] begun")
+    one.kill(a)
+    open_gate(a)
+    one.start(a)
+    watched.until(f"[{B}] begun")
+    one.kill(b)
+    one.kill(a)
+    one.start(a, b)
+    assert not (c.folder / "begun").exists()
+    open_gate(b)
+    wait_state(one, watched.run, B, "succeeded")
+    assert job_of(one, watched.run, C)["state"] == "queued"
+    one.start(c)
+    watched.until(f"[{C}] begun")
+    open_gate(c)
+    assert watched.end() == 0
+    assert [(host.folder / "begun").read_text() for host in one.hosts] == ["x\n"] * 3
+
+
+def test_two_commanders_at_once_get_one_order_on_all_hosts(one: Fleet):
+    one.origin.commit({}, branch="hotfix")
+    one.origin.git("switch", "--quiet", "master")
+    for _ in range(3):
+        both = [Watched(one, "trigger", "all", branch, host=host)
+                for branch, host in zip(("master", "hotfix"), one.hosts[1:], strict=True)]  # fmt: skip
+        assert [watched.end() for watched in both] == [0, 0]
+        began = [[job_of(one, watched.run, host)["started"] for watched in both] for host in one.hosts]
+        assert len({first < second for first, second in began}) == 1, began
+
+
+def test_a_stopped_terminal_slows_nobody_and_is_not_cut_off(one: Fleet):
+    a, b, _ = one.hosts
+    again(one, a, FAULT=IMPATIENT, LIMITS='{"SEND_S": 1}')
+    assert a.process
+    before = peak_kb(a.process.pid)
+    write_script("yes 123456789 | head -n 2000000\n", b)  # 20 MB
+    stopped = one.popen("trigger", B, "master")  # nobody reads its output
+    wait_for(lambda: one.runs() and job_of(one, one.runs()[-1].name, B).get("state") == "running", "it runs")
+    other = Watched(one, "logs", one.runs()[-1].name, "-f")
+    assert other.end() == 0
+    until = time.monotonic() + 3  # several times as long as pings and sends are waited for
+    wait_for(lambda: time.monotonic() > until and one.cli("status").code == 0, "time passes")
+    assert peak_kb(a.process.pid) - before < BOUND_KB
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 0
+    assert b"reconnecting" not in err
+    assert out.decode() == other.out
+
+
+def test_a_suspended_commander_goes_on_where_it_was(one: Fleet):
+    a, b, _ = one.hosts
+    again(one, a, FAULT=IMPATIENT, LIMITS='{"SEND_S": 1}')
+    write_script("n=0; until [ -e ../go ]; do n=$((n+1)); echo line $n; sleep 0.01; done\n", b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until("line 10\n")
+    watched.process.send_signal(signal.SIGSTOP)
+    size = log_of(one, watched.run, b)
+    wait_for(lambda: len(log_of(one, watched.run, b)) > len(size) + 4000, "the deployment goes on")
+    watched.process.send_signal(signal.SIGCONT)
+    open_gate(b)
+    assert watched.end() == 0
+    assert lines_of(watched.out, B)[:-1] == log_of(one, watched.run, b).decode().splitlines()
+
+
+def test_a_line_without_end_in_bounded_memory(one: Fleet):
+    a, b, _ = one.hosts
+    assert a.process and b.process
+    size = 50_000_000
+    write_script(f"head -c {size} /dev/zero | tr '\\0' x\n{GATE}", b)
+    watched = [Watched(one, "trigger", B, "master", env={"FAULT": PEAK})]
+    run = watched[0].run
+    watched.append(Watched(one, "logs", run, "-f", "--json", env={"FAULT": PEAK}))
+    log = a.state / "runs" / run / f"{B}.log"
+    wait_for(lambda: updater.log_size(log) > size, "all of it is here", 120)
+    (runner,) = [pid for pid, command in processes_of(b.state).items() if " run-job " in command]
+    peaks = {"master": peak_kb(a.process.pid), "agent": peak_kb(b.process.pid), "runner": peak_kb(runner)}
+    open_gate(b)
+    assert [each.end(120) for each in watched] == [0, 0]
+    assert watched[0].out.count("x") == size
+    assert sum(event["line"].count("x") for event in watched[1].events if event["event"] == "log") == size
+    peaks |= {f"commander {i}": hwm_kb(each.err.split("peak ")[1]) for i, each in enumerate(watched)}
+    print(peaks)
+    assert all(peak < 80 << 10 for peak in peaks.values()), peaks
+
+
+def test_git_locks_are_removed_only_when_nobody_uses_them(one: Fleet):
+    b = one.hosts[1]
+    lock = b.repo / ".git" / "index.lock"
+    lock.touch()
+    code, out, _ = one.cli("trigger", B, "master")
+    assert code == 0
+    assert f"[{B}] warning: removed index.lock, left behind by a git that was killed\n" in out
+    assert not lock.exists()
+    one.origin.commit({"new.txt": "1"})
+    lock.touch()
+    with subprocess.Popen(["git", "hash-object", "--stdin"], cwd=b.repo, stdin=subprocess.PIPE, stdout=-3) as git:
+        code, out, err = one.cli("trigger", B, "master")
+        assert (code, lock.exists()) == (1, True)
+        assert f"{B}: a git process left its index.lock behind" in err
+        git.communicate()
+    assert one.cli("trigger", B, "master").code == 0
+
+
+AGENTS = 200
+
+
+def test_two_hundred_agents_come_back(
+    one: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    """The agents' own code, all in one process; what is measured is printed."""
+    welcomed: dict[int, list[float]] = {number: [] for number in range(AGENTS)}
+
+    async def dial(number: int) -> None:
+        state = updater.StateFolder(tmp_path / str(number))
+        state.create()
+        config = updater.ConfigFile(one.master.config, state)
+        agent = updater.Agent(state, config, state.machine_id(), os.urandom(16).hex())
+
+        async def failed(_: bool) -> None: ...
+
+        def heard(_: str) -> None:
+            welcomed[number].append(time.monotonic())
+
+        await updater.Dialer(agent, f"127.0.{1 + number // 100}.{1 + number % 100}", failed, heard).dial_forever()
+
+    async def all_agents() -> None:
+        dialing = asyncio.gather(*(dial(number) for number in range(AGENTS)))
+        await asyncio.to_thread(over.wait, 300)
+        dialing.cancel()
+        with suppress(asyncio.CancelledError):
+            await dialing
+
+    over = threading.Event()
+    monkeypatch.setattr(updater.DaemonLog, "_line", lambda *_: None)
+    thread = threading.Thread(target=lambda: asyncio.run(all_agents()))
+    thread.start()
+    request.addfinalizer(thread.join)
+    request.addfinalizer(over.set)
+    wait_for(lambda: all(welcomed.values()), "all are welcomed", 120)
+    one.kill(one.master)
+    one.start(one.master)
+    began = time.monotonic()
+    wait_for(lambda: all(len(times) > 1 for times in welcomed.values()), "all are back", 120)
+    waits = sorted(times[1] - began for times in welcomed.values())
+    first, half, last = waits[0], waits[AGENTS // 2], waits[-1]
+    print(f"{AGENTS} agents came back {first:.2f} to {last:.2f} s after the master, half within {half:.2f}")
+    assert all(len(times) == 2 for times in welcomed.values()), "nobody was dropped again"
+    rows = json.loads(one.cli("status", "--json").out)["hosts"]
+    assert sum(row["online"] for row in rows) == AGENTS + 3
