@@ -263,7 +263,8 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.3  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
@@ -2998,7 +2999,8 @@ class StateFolder:
             shutil.rmtree(self.runs / run, ignore_errors=True)
         if old:
             lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
-            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+            with suppress(OSError):  # a line of a run that is gone does no harm
+                write_atomic(self.index, b"".join(line + b"\n" for line in lines))
         return sorted(old)
 
     def successes(self) -> dict[str, list[dict[str, Any]]]:
@@ -6917,8 +6919,15 @@ class Planner:
         hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
         if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
-        past = await asyncio.to_thread(self.master.state.successes)
+        history = asyncio.ensure_future(asyncio.to_thread(self.master.state.successes))
+        past = await history if self.action == "rollback" else {}
         rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
+        if not past:  # how long it takes is worth no waiting: a large history that was never read takes seconds
+            await asyncio.wait({history}, timeout=HISTORY_S)
+            past = history.result() if history.done() else {}
+        for row in rows:
+            times = sorted(job["seconds"] for job in past.get(row["machine"], []) if job["seconds"] is not None)
+            row["expected_s"] = times[len(times) // 2] if times else None
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
         return rows
@@ -6946,14 +6955,13 @@ class Planner:
     async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
         agent = self.master.agents.get(host.machine)
-        times = [job["seconds"] for job in past if job["seconds"] is not None]
         jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         row: dict[str, Any] = {
             "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
             "target": None, "why": None, "commits": 0, "leaving": 0, "subjects": [], "changed_count": 0, "changed": [],
             "lock_file": False, "dirty_count": 0, "dirty": [], "in_the_way_count": 0, "in_the_way": [],
             "diverged": False, "busy": None, "queued": [job.run for job in jobs if job.state is State.QUEUED],
-            "disk_free_bytes": None, "expected_s": sorted(times)[len(times) // 2] if times else None, "command": None,
+            "disk_free_bytes": None, "expected_s": None, "command": None,
             "restart": [], "refused": [], "warnings": [],
         }  # fmt: skip
         if agent is None:
@@ -7830,7 +7838,8 @@ class Service:
             raise_file_limit()
             self.machine = self.state.machine_id()
             how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
-            write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
+            with suppress(OSError):  # a full disk is no reason not to serve
+                write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
