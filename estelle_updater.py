@@ -263,7 +263,8 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.3  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
@@ -2998,7 +2999,8 @@ class StateFolder:
             shutil.rmtree(self.runs / run, ignore_errors=True)
         if old:
             lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
-            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+            with suppress(OSError):  # a line of a run that is gone does no harm
+                write_atomic(self.index, b"".join(line + b"\n" for line in lines))
         return sorted(old)
 
     def successes(self) -> dict[str, list[dict[str, Any]]]:
@@ -4799,13 +4801,10 @@ class Switch:
         return f"{before} gets no new requests, {busy} are under way there"
 
     def set_state(self, state: str) -> None:
-        """Drain the old colour, or make it ready, also in processes that only end their connections. UpdaterError."""
-        command = f"set server {self.rule.backend}/{self.names[1]} state {state}"
-        if said := ask_haproxy(self.rule, command).strip():
-            raise GuardError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
-        if self.rule.master_socket:
-            for pid in parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))[1]:
-                ask_haproxy(self.rule, f"@!{pid} {command}", master=True)
+        """Drain the old colour, or make it ready. HAProxy's older processes no longer listen. Raises UpdaterError."""
+        said = ask_haproxy(self.rule, f"set server {self.rule.backend}/{self.names[1]} state {state}").strip()
+        if said:
+            raise UpdaterError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
 
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
@@ -4945,7 +4944,8 @@ def switch_traffic(runner: Runner) -> str | None:
         real = Path(config.haproxy.config).resolve(strict=True)
         switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
     except OSError as unreadable:
-        raise GuardError(f"{config.haproxy.config}: {unreadable.strerror}", "correct it in [haproxy]") from unreadable
+        hint = "[haproxy] config must name a file that this service's user owns, with its folder"
+        raise GuardError(f"{unreadable.filename}: {unreadable.strerror}", hint) from unreadable
     switch.run()
     return switch.entry.color
 
@@ -5702,6 +5702,31 @@ QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`, nor speak in a plan
+# for another host, by whose name the master would then act.
+_TEXTS, _SERVER = dict.fromkeys(("branch", "current", "target", "busy"), "str | None"), "dict[str, str | None]"
+_LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
+_COUNTS = ("commits", "leaving", "changed_count", "dirty_count", "in_the_way_count", "disk_free_bytes")
+ANSWERS: dict[str, dict[str, str]] = {
+    "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
+    | {"dirty": "bool | None", "silent_s": "int | None"},
+    "traffic": {"active": "str | None", "servers": f"dict[str, {_SERVER}]", "warnings": "list[str]"},
+    "health": {"checks": "list[dict[str, Any]]"},
+    "plan": {**_TEXTS, **dict.fromkeys(_LISTS, "list[str]"), **dict.fromkeys(_COUNTS, "int"), "command": "str",
+             "lock_file": "bool", "diverged": "bool", "exit": "int"},
+}  # fmt: skip
+
+
+def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
+    shape = {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
+    if shape is None:
+        return answer
+    if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
+        return {"error": f"the host's answer makes no sense: its {wrong[0]}", "exit": 1}
+    return {key: answer[key] for key in shape if key in answer}
+
+
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
     """Seconds until the next try: full jitter, so that a master that returns is not met by everybody at once."""
     return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
@@ -5856,8 +5881,7 @@ class AgentLink:
         self.link.post(Ask(number, what, args))
         try:
             async with asyncio.timeout(deadline_s):
-                result: dict[str, Any] = await future
-                return result
+                return fitting_answer(what, await future)
         except TimeoutError:
             return None
         finally:
@@ -6171,7 +6195,7 @@ class Registry:
             answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
             why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
             silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
-            found = answer["checks"] if answer and isinstance(answer.get("checks"), list) else silent
+            found = (answer or {}).get("checks", silent)
             return [
                 {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
                  "detail": str(row.get("detail"))}
@@ -6820,6 +6844,7 @@ class Desk:
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
             found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            found["problem"] = found.get("problem") or found.pop("error", None)
             return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
         traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
@@ -6894,8 +6919,15 @@ class Planner:
         hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
         if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
-        past = await asyncio.to_thread(self.master.state.successes)
+        history = asyncio.ensure_future(asyncio.to_thread(self.master.state.successes))
+        past = await history if self.action == "rollback" else {}
         rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
+        if not past:  # how long it takes is worth no waiting: a large history that was never read takes seconds
+            await asyncio.wait({history}, timeout=HISTORY_S)
+            past = history.result() if history.done() else {}
+        for row in rows:
+            times = sorted(job["seconds"] for job in past.get(row["machine"], []) if job["seconds"] is not None)
+            row["expected_s"] = times[len(times) // 2] if times else None
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
         return rows
@@ -6923,14 +6955,13 @@ class Planner:
     async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
         agent = self.master.agents.get(host.machine)
-        times = [job["seconds"] for job in past if job["seconds"] is not None]
         jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         row: dict[str, Any] = {
             "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
             "target": None, "why": None, "commits": 0, "leaving": 0, "subjects": [], "changed_count": 0, "changed": [],
             "lock_file": False, "dirty_count": 0, "dirty": [], "in_the_way_count": 0, "in_the_way": [],
             "diverged": False, "busy": None, "queued": [job.run for job in jobs if job.state is State.QUEUED],
-            "disk_free_bytes": None, "expected_s": sorted(times)[len(times) // 2] if times else None, "command": None,
+            "disk_free_bytes": None, "expected_s": None, "command": None,
             "restart": [], "refused": [], "warnings": [],
         }  # fmt: skip
         if agent is None:
@@ -6994,7 +7025,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     traffic = await registry.ask_traffic()
     if not traffic["servers"]:
         raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
-    files = {key: row["file"] for key, row in traffic["servers"].items()}
+    files = {key: row.get("file") for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
@@ -7511,9 +7542,9 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
     stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
     if stuck:
-        what = "; ".join(f"{row['host']}: {row['refused'][0]}" for row in stuck)
+        what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
         problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
-        problem.exit_code = stuck[0]["exit"]
+        problem.exit_code = stuck[0].get("exit") or 1
         raise problem
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
     branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
@@ -7807,7 +7838,8 @@ class Service:
             raise_file_limit()
             self.machine = self.state.machine_id()
             how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
-            write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
+            with suppress(OSError):  # a full disk is no reason not to serve
+                write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
@@ -8752,7 +8784,7 @@ config = "/etc/haproxy/haproxy.cfg"
 backend = "yquant_backend"
 servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
 socket = "/run/haproxy/admin.sock"
-# masterSocket = "/run/haproxy-master.sock"  # where it is not root's alone: reloads are proved by it too
+# masterSocket = "/run/haproxy-master.sock"  # once it is not root's alone: see systemd/estelle-updater-haproxy.service
 reload = ["systemctl", "reload", "haproxy"]
 """
 _WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
@@ -9679,7 +9711,9 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
     facts = []
     if target := row["target"]:
-        facts += [f"{row['current'][:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"]
+        facts += [
+            f"{(row['current'] or '')[:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"
+        ]
         facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
         facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
     facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
@@ -9783,6 +9817,14 @@ def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -
         time.sleep(TICK_S)
 
 
+def only_commit(commits: Iterable[str | None]) -> str:
+    """What the standby's hosts have now, to hold the switch to it. Raises GuardError where that is not one commit."""
+    commit, *others = {*commits}
+    if others or not commit:
+        raise GuardError("nobody can say which one commit the standby has", "the traffic stays; look at `status`")
+    return commit
+
+
 def cmd_release(args: Args) -> int:
     """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
     if problem := valid_branch_problem(args.branch):
@@ -9790,16 +9832,15 @@ def cmd_release(args: Args) -> int:
     require_answer(args)
     order = Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "standby", args.branch, user_name())
     code, jobs = run_order(args, order)
-    commits = {job.commit for job in jobs}
-    if code or len(commits) != 1:
-        return code or 1
-    view = make_view(args)
+    if code:
+        return code
+    commit, view = only_commit(job.commit for job in jobs), make_view(args)
     rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
         view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
     color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
     confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
-    if code := run_order(args, order_switch(color, commit=commits.pop()), "switch to ")[0]:
+    if code := run_order(args, order_switch(color, commit=commit), "switch to ")[0]:
         return code
     status = ask_master(args, "status", {})
     rows = [row for row in status["hosts"] if row["color"]]
@@ -9978,8 +10019,7 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent_s = row.get("silent_s")
-        silent = f", silent for {silent_s} s" if isinstance(silent_s, int) and silent_s >= SILENT_S else ""
+        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -9987,9 +10027,9 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     down = row.get("link_down_since")
     since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
     online = "yes" if row["online"] else f"no{since}"
-    commit = str(row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, str(row["branch"] or "-"), commit, str(row["version"] or "-"),
+        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
         "-" if row["updater"] in ("", program) else row["updater"],
         " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
@@ -10293,15 +10333,15 @@ class McpServer:
 
     def call_release(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
         deployed = self.call_update({**given, "target": "standby", "wait": True}, view)
-        commits = {row["commit"] for row in deployed["hosts"]}
-        if not deployed["ok"] or len(commits) != 1:
+        if not deployed["ok"]:
             return deployed
+        commit = only_commit(row["commit"] for row in deployed["hosts"])
 
         def make() -> Submit:
             hosts = [row["host"] for row in deployed["hosts"]]
             rows = await_standby(self.args, hosts, HEALTHY_S, view)
             color = next(row["color"] for row in rows if row["host"] == hosts[0])
-            return order_switch(color, commit=commits.pop())
+            return order_switch(color, commit=commit)
 
         key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
         return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {"deployed": deployed["run"]}

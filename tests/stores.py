@@ -13,32 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.fleet import free_port, is_listening, need, run, unavailable, wait_for
-
-WORKER = """
-import http.server, sys, time
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        if self.path.startswith("/slow"):
-            time.sleep(2)
-        body = open(sys.argv[3], "rb").read() if self.path == "/version" else sys.argv[2].encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.do_GET()
-
-    def log_message(self, *words):
-        pass
-
-host, _, port = sys.argv[1].rpartition(":")
-http.server.ThreadingHTTPServer((host, int(port)), Handler).serve_forever()
-"""
+from tests.haproxy import WORKER
 
 
 @contextmanager
@@ -115,8 +90,8 @@ def certificate(file: Path, days: int = 60, name: str = "localhost") -> Path:
 
 
 @contextmanager
-def worker(color: str, address: str, version: Path | None = None, prefix: Sequence[str] = ()) -> Iterator[int]:
-    """A worker that answers every request with its colour, `/version` with a file's content, `/slow` after 2 s."""
-    argv = [*prefix, sys.executable, "-c", WORKER, address, color, str(version or os.devnull)]
-    with server(argv, int(address.rpartition(":")[2])) as pid:
+def worker(color: str, address: str, prefix: Sequence[str] = ()) -> Iterator[int]:
+    """A worker that answers every request with its colour, `/slow` after 2 s; its process id."""
+    host, _, port = address.rpartition(":")
+    with server([*prefix, sys.executable, "-c", WORKER.replace("127.0.0.1", host), color, port], int(port)) as pid:
         yield pid

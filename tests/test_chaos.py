@@ -99,6 +99,7 @@ def children(host: Host) -> dict[int, str]:
     return {pid: command for pid, command in processes_of(host.repo).items() if " ../" in command}
 
 
+@pytest.mark.timeout(5 * PATIENCE_S)
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_chaos(chaos: Chaos, number: int):
     seed = SEED + number

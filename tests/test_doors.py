@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import http.server
 import json
 import os
 import re
+import select
 import signal
+import socket
 import stat
 import subprocess
 import threading
@@ -334,21 +337,22 @@ function knock(name, url) {
 }
 knock("%(name)s-master", "ws://%(host)s:%(master)s/");
 knock("%(name)s-control", "ws://%(host)s:%(control)s/");
-fetch("http://%(host)s:%(master)s/").then(answer => answer.text()).then(
-  text => tell("%(name)s-read", "read"), () => tell("%(name)s-read", "refused"));
+fetch("http://%(host)s:%(master)s/").then(
+  answer => tell("%(name)s-read", answer.status), () => tell("%(name)s-read", "refused"));
 </script>"""
 FRAMED = """<!doctype html><iframe sandbox="allow-scripts" src="data:text/html;base64,%s"></iframe>"""
 
 
 def test_pages_in_a_browser_can_not_use_the_port(fleet: MakeFleet, tmp_path: Path) -> None:
-    """A page on another port, one without an origin, and one whose name is ours by a rebound DNS entry."""
+    """A page on another port, one without an origin, and one whose own name and port lead to the master by now, as a
+    rebound DNS entry would: the site is this browser's proxy and decides where its name leads."""
     need("chromium")
     one = fleet(hosts=1, command=COMMAND)
     said: dict[str, str] = {}
     origins: dict[str, str | None] = {}
 
-    def keep(socket: Any) -> None:
-        origins[socket.request.headers["Host"].partition(":")[0]] = socket.request.headers.get("Origin")
+    def keep(peer: Any) -> None:
+        origins[peer.request.headers["Host"].partition(":")[0]] = peer.request.headers.get("Origin")
 
     control = serve(keep, A, 0)
     ports = {"master": one.port, "control": control.socket.getsockname()[1]}
@@ -356,6 +360,12 @@ def test_pages_in_a_browser_can_not_use_the_port(fleet: MakeFleet, tmp_path: Pat
     class Site(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path, query = urlsplit(self.path)[2:4]
+            if path == "/":
+                request = http.client.HTTPConnection(A, one.port)
+                request.request("GET", "/", headers={"Host": self.headers["Host"]})
+                self.send_response(request.getresponse().status)
+                self.end_headers()
+                return
             if path == "/said":
                 said[query.partition("=")[0]] = query.partition("=")[2]
             host = "evil.example" if path == "/rebound" else A
@@ -369,6 +379,17 @@ def test_pages_in_a_browser_can_not_use_the_port(fleet: MakeFleet, tmp_path: Pat
             self.end_headers()
             self.wfile.write(page.encode())
 
+        def do_CONNECT(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with socket.create_connection((A, int(self.path.rpartition(":")[2]))) as far:
+                ends = {self.connection: far, far: self.connection}
+                while ready := select.select(list(ends), [], [], 60)[0]:
+                    for end in ready:
+                        if not (data := end.recv(65536)):
+                            return
+                        ends[end].sendall(data)
+
         def log_message(self, *words: Any) -> None: ...
 
     site = http.server.ThreadingHTTPServer((A, 0), Site)
@@ -378,9 +399,10 @@ def test_pages_in_a_browser_can_not_use_the_port(fleet: MakeFleet, tmp_path: Pat
     here = site.server_port
     try:
         for name, host in (("port", A), ("null", A), ("rebound", "evil.example")):
-            argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--no-proxy-server"]
-            argv += [f"--user-data-dir={tmp_path / name}", f"--host-resolver-rules=MAP evil.example {A}"]
-            argv += ["--remote-debugging-port=0", f"http://{host}:{here}/{name}"]
+            proxy = f"--proxy-server={A}:{here}" if name == "rebound" else "--no-proxy-server"
+            argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", proxy]
+            argv += [f"--user-data-dir={tmp_path / name}", "--remote-debugging-port=0"]
+            argv += [f"http://{host}:{one.port if name == 'rebound' else here}/{name}"]
             with open(tmp_path / f"{name}.log", "wb") as log:
                 browser = subprocess.Popen(argv, stdout=log, stderr=log, env=one.env, start_new_session=True)
             try:
@@ -390,8 +412,8 @@ def test_pages_in_a_browser_can_not_use_the_port(fleet: MakeFleet, tmp_path: Pat
                 browser.wait()
         for name in ("port", "null", "rebound"):
             assert said[f"{name}-master"] == "refused" and said[f"{name}-control"] == "open", said
-            assert said[f"{name}-read"] == "refused", said
-        assert origins["evil.example"] == f"http://evil.example:{here}" and "null" in origins.values(), origins
+            assert said[f"{name}-read"] == ("403" if name == "rebound" else "refused"), said
+        assert origins["evil.example"] == f"http://evil.example:{one.port}" and "null" in origins.values(), origins
         assert "refused 127.0.0.1" in one.master.stderr
     finally:
         site.shutdown()
@@ -599,6 +621,46 @@ def test_an_agent_s_words_hurt_no_terminal_and_no_status(open_fleet: Fleet) -> N
             false.close()
             answering.join()
     assert "\x1b" not in one.master.stderr
+
+
+@one_fleet
+def test_a_host_speaks_in_a_plan_for_itself_alone(open_fleet: Fleet) -> None:
+    """Other hosts' names in an answer, and values of the wrong kind: neither an order nor a table comes of them."""
+    one, commit = open_fleet, "66" * 20
+    lies: dict[str, Any] = {"host": A, "machine": "", "online": False, "queued": 5, "target": commit, "current": "x"}
+    wrong: list[dict[str, Any]] = [
+        lies, {"target": {"a": 1}}, {"current": 5}, {"subjects": "text"}, {"dirty": [1]}, {"changed_count": "many"}, {},
+        {"error": {"a": 1}}, {"checks": [{"name": 5}]}, {"checks": [5]}, {"exit": "x", "refused": []},
+    ]  # fmt: skip
+    with Peer(one, "127.0.1.7", "agent", "56" * 16) as false:
+        said: list[dict[str, Any]] = [{}]
+
+        def answer() -> None:
+            while (message := false.hear()) is not None:
+                if isinstance(message, est.Ask):
+                    false.say(est.Answer(message.id, said[-1]))
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        try:
+            with Peer(one, FALSE, "commander") as commander:
+                for number, lie in enumerate(wrong):
+                    said.append(lie)
+                    for what in ("status", "plan", "health"):
+                        commander.say(est.Ask(number, what, {"target": f"127.0.1.7,{B}", "branch": "master"}))
+                        result = commander.until(lambda message: isinstance(message, est.Answer)).result
+                        assert "127.0.1.7" in repr(result)
+                        if what == "plan":
+                            rows = {row["host"]: row for row in result["hosts"]}
+                            assert list(rows) == ["127.0.1.7", B] and rows[B]["target"] != commit
+                            assert est.plan_text(rows["127.0.1.7"])
+                            assert rows["127.0.1.7"]["target"] == (commit if lie is lies else None)
+                    if lie is not lies:
+                        assert one.cli("rollback", "127.0.1.7").code in (1, 4)
+        finally:
+            false.close()
+            answering.join()
+    assert "Traceback" not in one.master.stderr
 
 
 # Branch names, secrets, files

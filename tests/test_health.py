@@ -71,13 +71,10 @@ def closed() -> str:
 
 
 def test_http(tmp_path: Path):
-    version = tmp_path / "version"
-    version.write_text("v0301_4 정상")
     port = free_port()
-    with worker("green", f"127.0.0.1:{port}", version):
+    with worker("green", f"127.0.0.1:{port}"):
         url = f"http://127.0.0.1:{port}"
         assert see(tmp_path, http=url, contains="green")[0]
-        assert see(tmp_path, http=f"{url}/version", contains="정상")[0]
         ok, detail = see(tmp_path, http=url, contains="blue")
         assert not ok and "'blue' is not in the answer" in detail
         assert see(tmp_path, http=url, status=204) == (False, "HTTP 200, not 204")
@@ -85,6 +82,8 @@ def test_http(tmp_path: Path):
         assert not ok and "timed out" in detail
     ok, detail = see(tmp_path, http=url)
     assert not ok and "refused" in detail
+    with says("HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\nv0301_4 정상".encode(), 0.3) as address:
+        assert see(tmp_path, http=f"http://{address}/", contains="정상")[0]
 
 
 def test_http_follows_no_redirect_and_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

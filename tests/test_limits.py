@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.commands import (
     COMMAND,
     GATE,
     GATED,
+    STEP,
     Watched,
     detach,
     job_of,
@@ -42,9 +44,7 @@ vars(estelle_updater).update(json.loads(os.environ.get("LIMITS", "{{}}")))
 exec(os.environ.get("FAULT", ""), vars(estelle_updater))
 sys.exit(estelle_updater.main(sys.argv[1:]))
 """
-PEAK = (
-    "import atexit, resource; atexit.register(lambda: print('peak', resource.getrusage(0).ru_maxrss, file=sys.stderr))"
-)
+PEAK = "import atexit; atexit.register(lambda: print('peak', *open('/proc/self/status'), file=sys.stderr))"
 IMPATIENT = "SERVER_OPTIONS.update(ping_interval=0.5, ping_timeout=0.5)"  # and a send that blocks is given up after 1 s
 DIES = """save = StateFolder.save_run
 def save_and_die(self, record):
@@ -91,10 +91,13 @@ def again(one: Fleet, host: Host, **env: str) -> None:
     one.wait_online()
 
 
+def hwm_kb(status: str) -> int:
+    return int(next(line.split()[1] for line in status.splitlines() if line.strip().startswith("VmHWM")))
+
+
 def peak_kb(pid: int) -> int:
     """The most memory that a process ever had."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    return hwm_kb(Path(f"/proc/{pid}/status").read_text())
 
 
 def test_a_silent_step_is_announced_while_others_talk(one: Fleet):
@@ -105,6 +108,28 @@ def test_a_silent_step_is_announced_while_others_talk(one: Fleet):
     assert f"{A}: silent" not in watched.err
     open_gate(*one.hosts)
     assert watched.end() == 0
+
+
+def test_status_says_what_runs_waits_and_is_away(one: Fleet):
+    a, _, c = one.hosts
+    one.stop(c)
+    wait_for(lambda: f"agent {C} is offline" in a.stderr, "the master notices")
+    write_script(GATED, *one.hosts)
+    first = detach(one, B)
+    wait_state(one, first, B, "running")
+    one.origin.commit({}, branch="hotfix")
+    second = detach(one, B, "hotfix")
+    wait_for(lambda: job_of(one, second, B).get("behind"), "it is queued")
+    what = rf"{first} {STEP} for \d+ s, silent for \d+ s; {second} queued behind {first}"
+    told = ""
+
+    def tells() -> bool:
+        nonlocal told
+        told = one.cli("status", env={"LIMITS": '{"SILENT_S": 0.1}'}).out
+        return re.search(what, told) is not None
+
+    wait_for(tells, lambda: told)
+    assert re.search(rf"^{C} .* no, since \d\d-\d\d \d\d:\d\d ", told, re.MULTILINE)
 
 
 def test_the_master_dies_between_recording_and_answering(one: Fleet):
@@ -229,7 +254,7 @@ def test_a_line_without_end_in_bounded_memory(one: Fleet):
     assert [each.end(120) for each in watched] == [0, 0]
     assert watched[0].out.count("x") == size
     assert sum(event["line"].count("x") for event in watched[1].events if event["event"] == "log") == size
-    peaks |= {f"commander {i}": int(each.err.split("peak ")[1]) for i, each in enumerate(watched)}
+    peaks |= {f"commander {i}": hwm_kb(each.err.split("peak ")[1]) for i, each in enumerate(watched)}
     print(peaks)
     assert all(peak < 80 << 10 for peak in peaks.values()), peaks
 

@@ -129,6 +129,7 @@ def test_a_deployment_survives_a_restart(under_pm2: tuple[Fleet, Pm2], who: str)
         assert f"[{pm2.host.address}] went on\n[{pm2.host.address}] ✓ 완료 ".encode() in out
 
 
+@pytest.mark.timeout(120 * (1 + ROUNDS))
 def test_a_deployment_replaces_its_program_and_restarts_its_service(
     under_pm2: tuple[Fleet, Pm2], tmp_path: Path, pyz: Path
 ):
