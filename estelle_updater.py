@@ -7053,12 +7053,15 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
 async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
     """The order with the program that the hosts are to install. Raises UpdaterError."""
     master = desk.master
-    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    active = await master.registry.active_for(order.target)
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True), active))
     return replace(order, options=master.door.handout.offer(master.config))
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade,
+}  # fmt: skip
 
 
 # ==============================================================================
