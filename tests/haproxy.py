@@ -245,7 +245,10 @@ class Proxy:
         pid = self.command("show info").partition("Pid: ")[2].split("\n")[0]
 
         def replaced() -> bool:
-            os.kill(int(self.pid_file.read_text()), signal.SIGUSR2)
+            number = self.pid_file.read_text()
+            if not number:  # it is being written
+                return False
+            os.kill(int(number), signal.SIGUSR2)
             time.sleep(0.3)  # a second signal within 0.1 s is lost
             return self.command("show info").partition("Pid: ")[2].split("\n")[0] not in (pid, "")
 
