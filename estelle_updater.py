@@ -263,7 +263,8 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S = 3.8, 4.4  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+LOOK_AHEAD_S, PLAN_S = 3.8, 4.3  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
@@ -2998,7 +2999,8 @@ class StateFolder:
             shutil.rmtree(self.runs / run, ignore_errors=True)
         if old:
             lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
-            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+            with suppress(OSError):  # a line of a run that is gone does no harm
+                write_atomic(self.index, b"".join(line + b"\n" for line in lines))
         return sorted(old)
 
     def successes(self) -> dict[str, list[dict[str, Any]]]:
@@ -4826,7 +4828,7 @@ class Switch:
         """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
         if self.live and self.runs(self.entry.color, 0):
             return "HAProxy runs it already"
-        failed = self.failed_reloads()
+        failed = self.processes()[2]
         for attempt in range(1, RELOADS + 1):
             code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if code:
@@ -4834,21 +4836,23 @@ class Switch:
             if not self.live:
                 return "done; without a socket nobody can tell whether HAProxy took it"
             if self.runs(self.entry.color, RELOAD_S):
-                pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
+                pid, older, _ = self.processes()
+                who = f"HAProxy's process {pid}" if pid else "HAProxy"
                 again = f" at attempt {attempt}" if attempt > 1 else ""
-                return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
-            if self.failed_reloads() > failed:  # not again: while it fails, new connections are refused for seconds
+                ending = f"; {len(older)} older still end what was begun" if older else ""
+                return f"{who} runs the new text{again}{ending}"
+            if self.processes()[2] > failed:  # not again: while it fails, new connections are refused for seconds
                 raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
         raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
 
-    def failed_reloads(self) -> int:
-        """How many in a row HAProxy counts; 0 without a master socket, which leaves only to wait."""
+    def processes(self) -> tuple[int | None, list[int], int]:
+        """HAProxy's worker, its older ones, and how many reloads failed in a row; nothing without a master socket."""
         for _ in range(20 if self.rule.master_socket else 0):
             with suppress(UpdaterError):  # silent while it starts itself anew
-                if (counted := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
-                    return counted[2]
+                if (found := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
+                    return found
             time.sleep(0.1)
-        return 0
+        return None, [], 0
 
     def runs(self, color: str, patience_s: float) -> bool:
         """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
@@ -6920,8 +6924,15 @@ class Planner:
         hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
         if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
-        past = await asyncio.to_thread(self.master.state.successes)
+        history = asyncio.ensure_future(asyncio.to_thread(self.master.state.successes))
+        past = await history if self.action == "rollback" else {}
         rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
+        if not past:  # how long it takes is worth no waiting: a large history that was never read takes seconds
+            await asyncio.wait({history}, timeout=HISTORY_S)
+            past = history.result() if history.done() else {}
+        for row in rows:
+            times = sorted(job["seconds"] for job in past.get(row["machine"], []) if job["seconds"] is not None)
+            row["expected_s"] = times[len(times) // 2] if times else None
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
         return rows
@@ -6949,14 +6960,13 @@ class Planner:
     async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
         agent = self.master.agents.get(host.machine)
-        times = [job["seconds"] for job in past if job["seconds"] is not None]
         jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
         row: dict[str, Any] = {
             "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
             "target": None, "why": None, "commits": 0, "leaving": 0, "subjects": [], "changed_count": 0, "changed": [],
             "lock_file": False, "dirty_count": 0, "dirty": [], "in_the_way_count": 0, "in_the_way": [],
             "diverged": False, "busy": None, "queued": [job.run for job in jobs if job.state is State.QUEUED],
-            "disk_free_bytes": None, "expected_s": sorted(times)[len(times) // 2] if times else None, "command": None,
+            "disk_free_bytes": None, "expected_s": None, "command": None,
             "restart": [], "refused": [], "warnings": [],
         }  # fmt: skip
         if agent is None:
@@ -7046,12 +7056,15 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
 async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
     """The order with the program that the hosts are to install. Raises UpdaterError."""
     master = desk.master
-    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    active = await master.registry.active_for(order.target)
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True), active))
     return replace(order, options=master.door.handout.offer(master.config))
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade,
+}  # fmt: skip
 
 
 # ==============================================================================
@@ -7833,7 +7846,8 @@ class Service:
             raise_file_limit()
             self.machine = self.state.machine_id()
             how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
-            write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
+            with suppress(OSError):  # a full disk is no reason not to serve
+                write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
@@ -9310,11 +9324,15 @@ class Doctor:
 
     def service(self) -> Finding:
         """Who starts the daemon after a reboot, and whether it runs."""
-        own = Path.home() / ".config/systemd/user"
-        for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
-            if (folder / f"{SERVICE}.service").exists():
+        own, system = Path.home() / ".config/systemd/user", Path("/etc/systemd/system")
+        for folder, scope, unit in (
+            (own, " --user", SERVICE),
+            (system, "", SERVICE),
+            (system, "", f"{SERVICE}-haproxy"),
+        ):
+            if (folder / f"{unit}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
-                _, out = try_command(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                _, out = try_command(["systemctl", *scope.split(), "show", keys, unit], os.environ)
                 found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
                 if found.ok and scope and not lingers():
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
@@ -9621,6 +9639,12 @@ def make_caller(args: Args) -> Caller:
 def cmd_serve(args: Args) -> int:
     require_packages()
     preload()
+    if sys.platform == "linux":  # a Python that had to compile this module took 30 MB for that, and would keep them
+        import gc
+
+        gc.collect()
+        with suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
     log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
@@ -9801,6 +9825,14 @@ def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -
         time.sleep(TICK_S)
 
 
+def only_commit(commits: Iterable[str | None]) -> str:
+    """What the standby's hosts have now, to hold the switch to it. Raises GuardError where that is not one commit."""
+    commit, *others = {*commits}
+    if others or not commit:
+        raise GuardError("nobody can say which one commit the standby has", "the traffic stays; look at `status`")
+    return commit
+
+
 def cmd_release(args: Args) -> int:
     """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
     if problem := valid_branch_problem(args.branch):
@@ -9808,16 +9840,15 @@ def cmd_release(args: Args) -> int:
     require_answer(args)
     order = Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "standby", args.branch, user_name())
     code, jobs = run_order(args, order)
-    commits = {job.commit for job in jobs}
-    if code or len(commits) != 1:
-        return code or 1
-    view = make_view(args)
+    if code:
+        return code
+    commit, view = only_commit(job.commit for job in jobs), make_view(args)
     rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
         view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
     color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
     confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
-    if code := run_order(args, order_switch(color, commit=commits.pop()), "switch to ")[0]:
+    if code := run_order(args, order_switch(color, commit=commit), "switch to ")[0]:
         return code
     status = ask_master(args, "status", {})
     rows = [row for row in status["hosts"] if row["color"]]
@@ -10310,15 +10341,15 @@ class McpServer:
 
     def call_release(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
         deployed = self.call_update({**given, "target": "standby", "wait": True}, view)
-        commits = {row["commit"] for row in deployed["hosts"]}
-        if not deployed["ok"] or len(commits) != 1:
+        if not deployed["ok"]:
             return deployed
+        commit = only_commit(row["commit"] for row in deployed["hosts"])
 
         def make() -> Submit:
             hosts = [row["host"] for row in deployed["hosts"]]
             rows = await_standby(self.args, hosts, HEALTHY_S, view)
             color = next(row["color"] for row in rows if row["host"] == hosts[0])
-            return order_switch(color, commit=commits.pop())
+            return order_switch(color, commit=commit)
 
         key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
         return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {"deployed": deployed["run"]}

@@ -211,6 +211,10 @@ def test_config_init_writes_it(tmp_path: Path):
     assert code == 0, err
     written = tomllib.loads((tmp_path / "config/updater.toml").read_text())
     assert written["hosts"]["yq-green"] == {"color": "green"} and len(written["health"]) == 12
+    code, out, _ = run(
+        [*PROGRAM, "setup", "--firewall", "--subnet", "10.9.0.0/24", "--bind", "5.223.72.58"], env, tmp_path
+    )
+    assert code == 0 and "default 5.223.72.58/32 9900/tcp" in opened(out)  # it is the master, by its address
     path = tmp_path / "config/updater.toml"
     path.write_text(path.read_text().replace('hosts = ["yq-blue", "yq-green"]', 'hosts = ["yq-bleu"]', 1))
     code, out, _ = run([*PROGRAM, "config", "check", "--json"], env, tmp_path)

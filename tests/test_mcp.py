@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import estelle_updater as est
 from tests.commands import COMMAND as SCRIPT
 from tests.commands import GATED, STEP, job_of, log_of, open_gate, wait_state, write_script
-from tests.fleet import PROGRAM, Fleet, clean_env, unavailable, wait_for
+from tests.fleet import PROGRAM, ROOT, Fleet, clean_env, unavailable, wait_for
 from tests.haproxy import Proxy
 from tests.test_release import Round
 
@@ -458,7 +458,7 @@ def test_mcp_ends_quietly_when_its_client_dies(fleet: MakeFleet, model: Callable
 # ---------------------------------------------------------------------------- the official clients
 
 
-@pytest.mark.parametrize(("package", "mode"), [("1", "initialize"), ("2", "initialize"), ("2", "auto")])
+@pytest.mark.parametrize(("package", "mode"), [("1", "initialize"), ("2", "auto")])
 def test_the_official_client(fleet: MakeFleet, package: str, mode: str) -> None:
     folder = Path(os.environ.get("ESTELLE_TEST_MCP", "/nonexistent")) / package
     if not (folder / "mcp").is_dir():
@@ -508,3 +508,9 @@ def test_nothing_is_printed_that_is_no_json(tmp_path: Path) -> None:
     assert done.returncode == 0
     [answer] = [json.loads(text) for text in done.stdout.splitlines()]
     assert answer["result"]["isError"] and "config/updater" in answer["result"]["content"][0]["text"]
+
+
+def test_what_else_prints_goes_to_standard_error() -> None:
+    code = "import os, estelle_updater as e; w = e.divert_output(); print('x'); os.system('echo y'); w.write(b'{}')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=30, check=False)
+    assert (done.stdout, sorted(done.stderr.split())) == (b"{}", [b"x", b"y"])

@@ -1,20 +1,27 @@
-"""The zipapp on Windows (a real Windows Python under Wine): an agent of a Linux master deploys and is cancelled."""
+"""The zipapp on Windows (a real Windows Python under Wine): agent, master and commands, against Linux ones."""
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import re
+import shutil
 import socketserver
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
-from tests.fleet import VERSION, Fleet, wait_for
+from tests.commands import Watched, job_of, log_of
+from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, is_listening, kill_processes_of, wait_for
 from tests.machines import Windows
+from tests.test_upgrade import NAME, NEW, QUICK, variant, versions
 
 WINE_S = 120.0  # Wine starts each process slowly
 AGENT = "127.0.0.2"
@@ -33,6 +40,9 @@ BROKEN = "@echo off\r\necho broken\r\nexit /b 5\r\n"
 ENDLESS = "@echo off\r\necho begun\r\n:again\r\necho alive>>..\\beat\r\nping -n 2 127.0.0.1 >nul\r\ngoto again\r\n"
 
 
+MakeHosts = Callable[..., tuple[Fleet, "WindowsHost"]]
+
+
 class GitServer(socketserver.StreamRequestHandler):
     """Runs git for `git.cmd`."""
 
@@ -46,44 +56,95 @@ class GitServer(socketserver.StreamRequestHandler):
         )
 
 
+class WindowsHost:
+    """A host of a fleet that runs under Wine: its daemon, and commands on it."""
+
+    def __init__(self, windows: Windows, one: Fleet, host: Host, program: Path, git: Path) -> None:
+        self.windows, self.one, self.host = windows, one, host
+        self.program = host.folder / NAME
+        shutil.copy(program, self.program)
+        self.env = {"WINEPATH": f"{Windows.path(git)};{Windows.path(host.repo)}", "HOME": str(one.tmp_path / "home")}
+        self.daemon: subprocess.Popen[bytes] | None = None
+        self.said: list[bytes] = []
+        self.readers: list[threading.Thread] = []
+
+    def words(self, *words: str) -> list[Any]:
+        where: list[Any] = ["--bind", self.host.address, "--state", self.host.state, "--config", self.host.config]
+        return [self.program, *words, *where]
+
+    def start(self) -> None:
+        self.daemon = self.windows.popen(*self.words("serve"), env=self.env)
+        for pipe in (self.daemon.stdout, self.daemon.stderr):
+            self.readers.append(threading.Thread(target=self.read, args=(pipe,)))
+            self.readers[-1].start()
+
+    def read(self, pipe: IO[bytes]) -> None:
+        """Until its end, which under Wine comes late: a runner that outlives the daemon still has a hold of it."""
+        with pipe:
+            self.said += iter(pipe.readline, b"")
+
+    def run(self, *words: str, **env: str) -> Result:
+        return self.windows.run(*self.words(*words), env=self.env | env, timeout_s=WINE_S)
+
+    def end(self) -> None:
+        """Kill the daemon, and nothing else."""
+        if self.daemon:
+            self.daemon.kill()
+            self.daemon.wait()
+
+
 @pytest.fixture
-def windows_fleet(fleet: Callable[..., Fleet], windows_python: Windows, pyz: Path, tmp_path: Path) -> Iterator[Fleet]:
-    """A Linux master and, on 127.0.0.2, an agent under Wine."""
-    config = {
-        "whitelist": ["127.0.0.1", AGENT],
-        "hosts": {AGENT: {"command": ["deploy.cmd", "it"], "repo": Windows.path(tmp_path / "windows" / "repo")}},
-    }
-    one = fleet(hosts=1, config=config)
-    one.origin.commit({"deploy.cmd": DEPLOY})
-    folder = tmp_path / "windows"
-    (folder / "bin").mkdir(parents=True)
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), GitServer)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    client = folder / "bin" / "client.py"
-    client.write_text(GIT_CLIENT)
-    python, script = windows_python.path(windows_python.python), Windows.path(client)
-    shim = f'@"{python}" "{script}" {server.server_address[1]} %*\r\n'
-    (folder / "bin" / "git.cmd").write_bytes(shim.encode())
-    one.origin.clone(folder / "repo")
-    env = {
-        "WINEPATH": f"{Windows.path(folder / 'bin')};{Windows.path(folder / 'repo')}",
-        "HOME": str(tmp_path / "home"),
-    }
-    words: list[Any] = [pyz, "serve", "--bind", AGENT, "--state", folder / "state"]
-    daemon = windows_python.popen(*words, "--config", folder / "repo" / "config" / "updater.json", env=env)
-    one.watched.append(daemon)
-    try:
-        wait_for(lambda: AGENT in one.cli("status").out, "the agent under Wine is welcomed", WINE_S)
-        yield one
-    finally:
+def git_folder(windows_python: Windows, tmp_path: Path) -> Iterator[Path]:
+    """A folder with a `git.cmd`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), GitServer) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = folder / "client.py"
+        client.write_text(GIT_CLIENT)
+        python, script = Windows.path(windows_python.python), Windows.path(client)
+        (folder / "git.cmd").write_bytes(f'@"{python}" "{script}" {server.server_address[1]} %*\r\n'.encode())
+        yield folder
         server.shutdown()
-        server.server_close()
-        daemon.kill()
-        out, err = daemon.communicate()
-        print(f"--- under Wine\n{out.decode('utf-8', 'replace')}{err.decode('utf-8', 'replace')}")
-        for log in (folder / "state").glob("runner.log"):
-            print(log.read_text(errors="replace"))
+
+
+@pytest.fixture
+def windows_fleet(
+    fleet: Callable[..., Fleet], windows_python: Windows, pyz: Path, git_folder: Path, tmp_path: Path
+) -> Iterator[Callable[..., tuple[Fleet, WindowsHost]]]:
+    """Makes two hosts, one of which runs under Wine and is started already: by default the agent."""
+    made: list[WindowsHost] = []
+
+    def make(index: int = 1, program: Path = pyz, on_master: Path = pyz, **options: Any) -> tuple[Fleet, WindowsHost]:
+        repo = Windows.path(tmp_path / f"host{index + 1}" / "repo").replace("\\", "/" if index else "\\")
+        own = {"command": ["deploy.cmd", "it"], "repo": repo}
+        one = fleet(hosts=2, start=False, program=(sys.executable, str(on_master)), **options)
+        settings = json.loads((one.origin.seed / "config/updater.json").read_text())
+        settings["hosts"] = {one.hosts[index].address: own}
+        one.origin.commit({"deploy.cmd": DEPLOY, "config/updater.json": json.dumps(settings)})
+        for host in one.hosts:
+            one.origin.git("pull", "--quiet", cwd=host.repo)
+        made.append(WindowsHost(windows_python, one, one.hosts[index], program, git_folder))
+        if index:
+            one.start(one.master)
+        made[-1].start()
+        wait_for(
+            lambda: AGENT in one.cli("status").out if index else is_listening(os.getpid(), one.port),
+            "it serves",
+            WINE_S,
+        )
+        return one, made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+        kill_processes_of(tmp_path)
+        for reader in one.readers:
+            reader.join()
+        print(b"".join(one.said).decode("utf-8", "replace"))
+        for log in one.host.state.glob("*.log"):
+            print(log, log.read_text(errors="replace"))
 
 
 def test_version(windows_python: Windows, pyz: Path) -> None:
@@ -91,29 +152,20 @@ def test_version(windows_python: Windows, pyz: Path) -> None:
     assert (result.code, result.out.split()[0]) == (0, "estelle-updater")
 
 
-def test_doctor(windows_fleet: Fleet, windows_python: Windows, pyz: Path) -> None:
+def test_doctor(windows_fleet: MakeHosts) -> None:
     """Each trap is looked at on Windows too; a runner really outlives its daemon's kill there."""
-    folder = windows_fleet.tmp_path / "windows"
-    own: list[Any] = [
-        "--bind",
-        AGENT,
-        "--state",
-        folder / "state",
-        "--config",
-        folder / "repo" / "config" / "updater.json",
-    ]
-    env = {"WINEPATH": f"{Windows.path(folder / 'bin')};{Windows.path(folder / 'repo')}"}
-    result = windows_python.run(pyz, *own, "doctor", "--json", env=env, timeout_s=WINE_S)
+    _, windows = windows_fleet()
+    result = windows.run("doctor", "--json")
     found = {check["name"]: check for check in json.loads(result.out)["checks"]}
     wrong = {name for name, check in found.items() if check["ok"] is False}
     assert wrong == {"service", "encoding"}, found  # cp1252, and no PM2 under Wine
     assert {"detachment", "access", "command", "disk", "clock", "master"} <= found.keys()
-    result = windows_python.run(pyz, *own, "setup", env=env, timeout_s=WINE_S)
+    result = windows.run("setup")
     assert result.code == 2 and "npm install -g pm2" in result.err
 
 
-def test_an_agent_deploys_fails_and_is_cancelled(windows_fleet: Fleet) -> None:
-    one = windows_fleet
+def test_an_agent_deploys_fails_and_is_cancelled(windows_fleet: MakeHosts) -> None:
+    one, windows = windows_fleet()
     row = next(row for row in json.loads(one.cli("status", "--json").out)["hosts"] if row["host"] == AGENT)
     assert row["platform"] == "win32" and row["online"]
     done = one.cli("trigger", AGENT, "master", timeout_s=WINE_S)
@@ -133,7 +185,7 @@ def test_an_agent_deploys_fails_and_is_cancelled(windows_fleet: Fleet) -> None:
     assert one.cli("cancel", run).code == 0
     out, _ = watcher.communicate(timeout=WINE_S)
     assert watcher.returncode == 1 and f"[{AGENT}] ✗ 취소" in out.decode()
-    beat = one.tmp_path / "windows" / "beat"
+    beat = windows.host.folder / "beat"
 
     def silent() -> bool:
         before = beat.stat().st_size
@@ -141,3 +193,93 @@ def test_an_agent_deploys_fails_and_is_cancelled(windows_fleet: Fleet) -> None:
         return beat.stat().st_size == before
 
     wait_for(silent, "nothing of the command is left", WINE_S)
+
+
+def test_an_agent_that_is_killed_comes_back_with_every_byte(windows_fleet: MakeHosts) -> None:
+    one, windows = windows_fleet()
+    many = "for /L %%i in (1,1,500) do @echo {} %%i\r\n"
+    wait = ":again\r\nif exist ..\\go goto on\r\nping -n 2 127.0.0.1 >nul\r\ngoto again\r\n:on\r\n"
+    one.origin.commit({"deploy.cmd": "@echo off\r\n" + many.format("before") + wait + many.format("after")})
+    watcher = Watched(one, "trigger", AGENT, "master")
+    watcher.until("before 500", WINE_S)
+    windows.end()
+    (windows.host.folder / "go").touch()
+    run = watcher.run
+    wait_for(lambda: job_of(one, run, AGENT, windows.host).get("state") == "succeeded", "the runner goes on", WINE_S)
+    windows.start()
+    assert watcher.end(WINE_S) == 0, watcher.out + watcher.err
+    lines = [line.removeprefix(f"[{AGENT}] ").rstrip() for line in watcher.out.splitlines()]
+    expected = [f"{word} {number}" for word in ("before", "after") for number in range(1, 501)]
+    assert [line for line in lines if re.fullmatch("(before|after) [0-9]+", line)] == expected
+    assert log_of(one, run, windows.host) == log_of(one, run, windows.host, windows.host)
+
+
+def test_an_agent_is_upgraded(windows_fleet: MakeHosts, pyz: Path, tmp_path: Path) -> None:
+    variant(pyz, tmp_path / "old" / NAME, "0.0.9", QUICK | {"BACK_S = 60.0": "BACK_S = 30.0"})
+    new = tmp_path / "new" / NAME
+    config = {"updater": {"sha256": variant(pyz, new, NEW)}}
+    one, _ = windows_fleet(program=tmp_path / "old" / NAME, config=config, on_master=new)
+    assert versions(one)[AGENT] == "0.0.9"
+    done = one.cli("upgrade", AGENT, timeout_s=WINE_S)
+    assert done.code == 0 and f"[{AGENT}] ✓ 완료 {NEW}" in done.out, done.out + done.err
+    assert versions(one)[AGENT] == NEW
+    assert one.cli("trigger", AGENT, "master", timeout_s=WINE_S).code == 0
+
+
+def test_a_windows_master_and_its_commands(windows_fleet: MakeHosts) -> None:
+    """Steps of a Linux agent on a Windows console, in pipes that nobody gave an encoding that knows Korean."""
+    one, windows = windows_fleet(0)
+    agent = one.agents[0]
+    one.start(agent)
+    one.origin.commit({"deploy.sh": "echo 배포 ✓\n"})
+    done = windows.run("trigger", "all", "master", PYTHONIOENCODING="cp1252")
+    assert done.code == 0, done.out + done.err
+    for line in (f"[127.0.0.1] ✓ 완료 {VERSION}", f"[{AGENT}] ✓ 완료 {VERSION}", f"[{AGENT}] 배포 ✓"):
+        assert line in done.out.splitlines(), done.out
+    rows = {row["host"]: row for row in json.loads(one.cli("status", "--json", host=agent).out)["hosts"]}
+    assert (rows["127.0.0.1"]["platform"], rows["127.0.0.1"]["role"]) == ("win32", "master")
+    assert rows[AGENT]["platform"] == "linux" and rows[AGENT]["online"]
+    refused = windows.run("trigger", "121.x.x.x", "master", PYTHONIOENCODING="cp949")
+    assert refused.code == 2 and "121.0.0.7" in refused.err
+
+
+CONSOLES = r"""
+import io, os, sys
+import estelle_updater as updater
+
+class Console(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+shown = []
+for encoding in ("cp949", "cp1252", "cp437"):
+    real, sys.stdout = sys.stdout, Console(io.BytesIO(), encoding=encoding)
+    updater.Output(False).write("✓ 완료\n".encode())
+    console, sys.stdout = sys.stdout, real
+    shown.append(console.buffer.getvalue().decode(encoding).strip())
+    sys.stderr = Console(io.BytesIO(), encoding=encoding)
+    updater.log.info("완료 ✓")
+    updater.print_error(updater.UpdaterError("실패 ✗"), updater.Args(json=False, verbose=False))
+    sys.stderr = sys.__stderr__
+assert shown == ["? 완료", "? ??", "? ??"], shown
+assert updater.default_state_folder(os.environ) == updater.Path(os.environ["LOCALAPPDATA"]) / "estelle-updater"
+print("all good")
+"""
+
+
+def test_consoles_without_our_letters_and_the_place_of_the_state(windows_python: Windows, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(CONSOLES, "utf-8")
+    done = windows_python.run(tmp_path / "script.py", env={"PYTHONPATH": Windows.path(ROOT)})
+    assert done.out.strip() == "all good", done.out + done.err
+
+
+def test_no_console_window_pops_up() -> None:
+    """Whatever a daemon or runner starts says so; `build` and `demo` are started on a console, and share it."""
+    tree = ast.parse(MODULE.read_text("utf-8"))
+    shown = []
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            words = ast.unparse(call)
+            if re.match(r"subprocess\.(run|Popen)\(", words) and not re.search(r"\*\*HIDDEN|creationflags=", words):
+                shown.append(function.name)
+    assert sorted(shown) == ["_fetch_wheels", "end", "start"]

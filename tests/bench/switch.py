@@ -43,6 +43,7 @@ def under_load(proxy: Proxy, fleet: Fleet, rounds: int, tls: bool) -> None:
             code, out, err = fleet.cli("switch", color)
             assert code == 0, out + err
             moves.append((began, time.time(), color))
+            time.sleep(1)  # what is answered by the old colour now is late
         answers, failed = load.end()
     wrk.send_signal(signal.SIGINT)
     said, _ = wrk.communicate()
