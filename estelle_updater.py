@@ -6123,7 +6123,10 @@ class Registry:
         """Remember a host that is welcomed. Raises RefusedError where one address has been too many machines."""
         here = [known for known in self.machines.values() if known.address == address]
         if hello.machine not in self.machines and len(here) >= MACHINES:
-            raise RefusedError(f"{address} has been {MACHINES} machines already", "forget those that are retired")
+            retired = next((known.machine for known in here if known.forgotten), None)
+            if retired is None:
+                raise RefusedError(f"{address} has been {MACHINES} machines already", "`forget` those that are retired")
+            del self.machines[retired]
         version, platform = (re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform))
         known = Machine(
             hello.machine, address, self.host_name(hello.machine, address, hello.name), version, platform, time.time()

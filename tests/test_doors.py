@@ -582,6 +582,9 @@ def test_what_an_agent_can_make_the_master_hold_is_bounded(open_fleet: Fleet) ->
         known = json.loads((one.master.state / "machines.json").read_bytes())
         assert sum(machine["address"] == "127.0.1.4" for machine in known.values()) == est.MACHINES
     assert one.cli("status").code == 0 and one.cli("history").code == 0
+    wait_for(lambda: one.cli("forget", "127.0.1.4").code == 0, "all of them are offline and forgotten")
+    with Peer(one, "127.0.1.4", "agent", "f" * 32):
+        pass
     with Peer(one, "127.0.1.5", "commander") as eager:
         for number in range(est.QUESTIONS_OPEN + 1):
             eager.say(est.Ask(number, "status"))
@@ -655,7 +658,7 @@ def test_a_host_speaks_in_a_plan_for_itself_alone(open_fleet: Fleet) -> None:
                             assert list(rows) == ["127.0.1.7", B] and rows[B]["target"] != commit
                             assert est.plan_text(rows["127.0.1.7"])
                             assert rows["127.0.1.7"]["target"] == (commit if lie is lies else None)
-                    if lie is not lies:
+                    if lie in wrong[-2:]:
                         assert one.cli("rollback", "127.0.1.7").code in (1, 4)
         finally:
             false.close()
@@ -726,15 +729,7 @@ def test_an_agent_takes_no_hostile_branch_of_a_false_master(fleet: MakeFleet) ->
 def test_a_branch_that_looks_like_a_command_is_only_a_name(fleet: MakeFleet) -> None:
     one = fleet(hosts=1, command=COMMAND)
     write_script("echo deploying\n", *one.hosts)
-    for branch in (
-        "$(touch${IFS}pwned)",
-        "`touch${IFS}pwned`",
-        "a;touch${IFS}pwned",
-        "a|b&c",
-        "'a'",
-        "%PATH%",
-        "mаster",
-    ):
+    for branch in ("$(touch${IFS}pwned)", "a;touch${IFS}pwned|`touch${IFS}pwned`&", "%PATH%'a'", "mаster"):
         code, out, _ = one.cli("trigger", "all", branch)
         assert (code, lines_of(out, A)[-1][:4]) == (1, "✗ 실패"), out
     assert not list(one.tmp_path.rglob("pwned*"))
