@@ -7053,12 +7053,15 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
 async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
     """The order with the program that the hosts are to install. Raises UpdaterError."""
     master = desk.master
-    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    active = await master.registry.active_for(order.target)
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True), active))
     return replace(order, options=master.door.handout.offer(master.config))
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade,
+}  # fmt: skip
 
 
 # ==============================================================================
@@ -9319,11 +9322,15 @@ class Doctor:
 
     def service(self) -> Finding:
         """Who starts the daemon after a reboot, and whether it runs."""
-        own = Path.home() / ".config/systemd/user"
-        for folder, scope in ((own, " --user"), (Path("/etc/systemd/system"), "")):
-            if (folder / f"{SERVICE}.service").exists():
+        own, system = Path.home() / ".config/systemd/user", Path("/etc/systemd/system")
+        for folder, scope, unit in (
+            (own, " --user", SERVICE),
+            (system, "", SERVICE),
+            (system, "", f"{SERVICE}-haproxy"),
+        ):
+            if (folder / f"{unit}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
-                _, out = try_command(["systemctl", *scope.split(), "show", keys, SERVICE], os.environ)
+                _, out = try_command(["systemctl", *scope.split(), "show", keys, unit], os.environ)
                 found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
                 if found.ok and scope and not lingers():
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
@@ -9630,6 +9637,12 @@ def make_caller(args: Args) -> Caller:
 def cmd_serve(args: Args) -> int:
     require_packages()
     preload()
+    if sys.platform == "linux":  # a Python that had to compile this module took 30 MB for that, and would keep them
+        import gc
+
+        gc.collect()
+        with suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
     log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
