@@ -7532,10 +7532,11 @@ def user_name() -> str:
 def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connection, RunRecord]:
     """Start a run; a connection that dies before the answer is no reason to start two. Raises UpdaterError."""
     deadline = time.monotonic() + patience_s
+    looks_s = checks_take_s(caller.config.health) if order.kind is Kind.SWITCH else 0  # the master asks for them first
     while True:
         connection = caller.dial(max(0.1, deadline - time.monotonic()))
         try:
-            reply = connection.request(order, ANSWER_S)
+            reply = connection.request(order, ANSWER_S + looks_s)
         except UnreachableError as problem:
             if time.monotonic() > deadline:
                 problem.hint = f"it may have started all the same: {program_name()} logs {order.run} -f"

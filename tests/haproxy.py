@@ -140,6 +140,17 @@ class Load:
         return found["answers"], found["failed"]
 
 
+def ask(path: Path, words: str) -> str:
+    """An answer of HAProxy's, empty where it is silent."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(5)
+        link.connect(str(path))
+        link.sendall(words.encode() + b"\n")
+        link.shutdown(socket.SHUT_WR)  # else HAProxy's master waits for more
+        return b"".join(iter(lambda: link.recv(65536), b"")).decode()
+    return ""
+
+
 class Proxy:
     """HAProxy as master and worker, reloaded by SIGUSR2, with blue and green behind it."""
 
@@ -207,14 +218,7 @@ class Proxy:
         self.workers[color].wait()
 
     def command(self, words: str, path: Path | None = None) -> str:
-        """An answer of HAProxy's, empty where it is silent."""
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as link:
-            link.settimeout(5)
-            link.connect(str(path or self.socket))
-            link.sendall(words.encode() + b"\n")
-            link.shutdown(socket.SHUT_WR)  # else HAProxy's master waits for more
-            return b"".join(iter(lambda: link.recv(65536), b"")).decode()
-        return ""
+        return ask(path or self.socket, words)
 
     def rows(self) -> dict[str, list[str]]:
         lines = (line.split(",") for line in self.command("show stat").splitlines())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import estelle_updater as est
 from tests.fleet import need, wait_for
-from tests.haproxy import Proxy
+from tests.haproxy import ask
 
 RULE = est.HaproxyRule(host="data", backend="be")
 FILE = "haproxy.cfg"
@@ -245,20 +245,19 @@ class Judge:
     """A fresh HAProxy for each text: what it says, and who is a backup in its `show stat`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.proxy = folder, Proxy.__new__(Proxy)
-        self.proxy.socket = folder / "s"
+        self.folder, self.socket = folder, folder / "s"
 
     def roles(self, text: bytes) -> dict[str, str] | None:
         """Server name to `bck`; None where HAProxy does not take the text."""
         path = self.folder / "cfg"
-        path.write_bytes(text.replace(b"global", f"global\n stats socket {self.proxy.socket} level admin".encode(), 1))
+        path.write_bytes(text.replace(b"global", f"global\n stats socket {self.socket} level admin".encode(), 1))
         if subprocess.run(["haproxy", "-q", "-c", "-f", path], capture_output=True, check=False).returncode:
             return None
         with subprocess.Popen(
             ["haproxy", "-db", "-f", path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:
             try:
-                answer = wait_for(lambda: self.proxy.command("show stat"), "HAProxy answers")
+                answer = wait_for(lambda: ask(self.socket, "show stat"), "HAProxy answers")
             finally:
                 process.kill()
         lines = [line.split(",") for line in answer.splitlines()]
