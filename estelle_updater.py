@@ -4828,7 +4828,7 @@ class Switch:
         """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
         if self.live and self.runs(self.entry.color, 0):
             return "HAProxy runs it already"
-        failed = self.failed_reloads()
+        failed = self.processes()[2]
         for attempt in range(1, RELOADS + 1):
             code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if code:
@@ -4836,21 +4836,23 @@ class Switch:
             if not self.live:
                 return "done; without a socket nobody can tell whether HAProxy took it"
             if self.runs(self.entry.color, RELOAD_S):
-                pid = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
+                pid, older, _ = self.processes()
+                who = f"HAProxy's process {pid}" if pid else "HAProxy"
                 again = f" at attempt {attempt}" if attempt > 1 else ""
-                return f"HAProxy's process {pid[1] if pid else '?'} runs the new text{again}"
-            if self.failed_reloads() > failed:  # not again: while it fails, new connections are refused for seconds
+                ending = f"; {len(older)} older still end what was begun" if older else ""
+                return f"{who} runs the new text{again}{ending}"
+            if self.processes()[2] > failed:  # not again: while it fails, new connections are refused for seconds
                 raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
         raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
 
-    def failed_reloads(self) -> int:
-        """How many in a row HAProxy counts; 0 without a master socket, which leaves only to wait."""
+    def processes(self) -> tuple[int | None, list[int], int]:
+        """HAProxy's worker, its older ones, and how many reloads failed in a row; nothing without a master socket."""
         for _ in range(20 if self.rule.master_socket else 0):
             with suppress(UpdaterError):  # silent while it starts itself anew
-                if (counted := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
-                    return counted[2]
+                if (found := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
+                    return found
             time.sleep(0.1)
-        return 0
+        return None, [], 0
 
     def runs(self, color: str, patience_s: float) -> bool:
         """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
@@ -7051,12 +7053,15 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
 async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
     """The order with the program that the hosts are to install. Raises UpdaterError."""
     master = desk.master
-    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True)))
+    active = await master.registry.active_for(order.target)
+    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True), active))
     return replace(order, options=master.door.handout.offer(master.config))
 
 
 # What has to be asked before an order is accepted.
-GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {Kind.SWITCH: gate_switch}
+GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade,
+}  # fmt: skip
 
 
 # ==============================================================================

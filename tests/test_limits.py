@@ -32,7 +32,7 @@ from tests.commands import (
     wait_state,
     write_script,
 )  # fmt: skip
-from tests.fleet import ROOT, Fleet, Host, need, processes_of, wait_for
+from tests.fleet import ROOT, VERSION, Fleet, Host, need, processes_of, wait_for
 
 A, B, C = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 # The program with other limits (JSON in LIMITS), or a fault at a chosen place (code in FAULT).
@@ -236,6 +236,51 @@ def test_a_suspended_commander_goes_on_where_it_was(one: Fleet):
     open_gate(b)
     assert watched.end() == 0
     assert lines_of(watched.out, B)[:-1] == log_of(one, watched.run, b).decode().splitlines()
+
+
+def test_a_send_that_nobody_takes_is_given_up(one: Fleet):
+    """A peer that asks and does not read: long before its pings would be missed."""
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    again(one, one.hosts[0], LIMITS='{"SEND_S": 1}')
+    write_script("yes 123456789 | head -n 300000\n", one.hosts[1])
+    code, out, _ = one.cli("trigger", B, "master", "--detach")
+    assert code == 0
+    wait_state(one, run := out.strip(), B, "succeeded")
+    with connect(one.url, source_address=(A, 0), proxy=None, compression=None, max_queue=1) as socket:
+
+        def send(message: object) -> None:
+            socket.send(updater.encode_message(message))
+
+        send(updater.Hello("commander", [1, 1], "1", "", "test", ""))
+        send(updater.Follow(run))
+
+        def cut_off() -> bool:
+            try:
+                send(updater.Have(1, 0, rewind=True))  # again, and again
+            except (ConnectionClosed, OSError):
+                return True
+            return False
+
+        wait_for(cut_off, "the master gives the connection up", 30)
+    assert one.cli("logs", run).code == 0
+
+
+def test_a_host_that_is_cut_off_for_long_releases_its_watchers(one: Fleet):
+    a, b, _ = one.hosts
+    again(one, a, LIMITS='{"LOST_S": 1}')
+    write_script(GATED, b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    one.kill(b)
+    assert watched.end() == 1
+    assert lines_of(watched.out, B)[-1] == "✗ 연결 끊김 (no connection for 1 s)"
+    assert f"{B}: no connection; what runs there goes on" in watched.err
+    open_gate(b)
+    one.start(b)
+    wait_state(one, watched.run, B, "succeeded")  # its late word
+    assert lines_of(one.cli("logs", watched.run).out, B)[-1] == f"✓ 완료 {VERSION}"
 
 
 def test_a_line_without_end_in_bounded_memory(one: Fleet):

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ import pytest
 
 import estelle_updater
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
-from tests.fleet import Fleet, Host, need, processes_of, wait_for
+from tests.fleet import ROOT, Fleet, Host, need, processes_of, run, wait_for
 from tests.test_pm2 import SERVICE, Pm2
 
 MakeFleet = Callable[..., Fleet]
@@ -114,6 +115,20 @@ def test_a_new_host_gets_the_program(fleet: MakeFleet, pyz: Path) -> None:
         connection.close()
     wait_for(lambda: get(one, f"/{NAME}") == (200, data), "there is room again")
     assert one.cli("status").code == 0
+
+
+def test_the_line_for_a_new_host(fleet: MakeFleet, pyz: Path) -> None:
+    """README's, in a clone whose configuration names the file, and in one whose does not."""
+    need("curl", "sha256sum")
+    config = {"updater": {"sha256": hashlib.sha256(pyz.read_bytes()).hexdigest()}}
+    one = fleet(hosts=1, program=(sys.executable, str(pyz)), config=config)
+    (line,) = re.findall(r"(?m)^curl -fO http://.*$", (ROOT / "README.md").read_text("utf-8"))
+    line = line.replace("5.223.72.58:9900", f"127.0.0.1:{one.port}").replace("python3", sys.executable)
+    words = ["bash", "-c", line.replace(" setup", " --version")]
+    done = run(words, one.env, one.master.repo)
+    assert done.code == 0 and done.out.startswith("estelle-updater "), done.err
+    one.origin.commit({"config/updater.json": json.dumps({"masterUrl": one.url, "whitelist": []})})
+    assert run(words, one.env, one.origin.seed)[:2] == (1, "")
 
 
 def test_a_checkout_has_nothing_to_hand_out(fleet: MakeFleet) -> None:
