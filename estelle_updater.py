@@ -9242,7 +9242,9 @@ class Doctor:
         self.env = scrub_environment(os.environ)
         self.env.pop("SSH_AUTH_SOCK", None)  # a service has none
         self.daemon = read_json(self.state.daemon_file) or {}
-        self.serves = FileLock.held_elsewhere(self.state.daemon_lock)
+        self.serves = False
+        with suppress(OSError):  # another user's folder
+            self.serves = FileLock.held_elsewhere(self.state.daemon_lock)
 
     def look(self) -> Iterator[Finding]:
         """The findings as they come; some take seconds."""
@@ -9339,7 +9341,7 @@ class Doctor:
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
                 return found
         dump = Path(os.environ.get("PM2_HOME") or Path.home() / ".pm2") / "dump.pm2"
-        with suppress(OSError, ValueError):  # the file: any word to pm2 would start one
+        with suppress(OSError, ValueError, AttributeError):  # the file: any word to pm2 would start one
             if any(app.get("name") == SERVICE for app in json.loads(dump.read_bytes())):
                 fix = f"pm2 restart {SERVICE}"
                 return Finding("service", self.serves, "PM2: saved" + ("" if self.serves else ", not running"), fix)
@@ -9363,7 +9365,7 @@ class Doctor:
         names = ", ".join(line[3:] for line in changes.splitlines()[:5])
         fix = f"git -C {repo} stash, or commit and push them"
         yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
-        ask = ["git", "ls-remote", "--exit-code", rule.remote, "HEAD"]
+        ask = ["git", "ls-remote", rule.remote, "HEAD"]
         code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
         agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not try_command(ask, with_agent, repo, ACCESS_S)[0])

@@ -20,7 +20,7 @@ PYTHON = "/usr/bin/python3"  # one that ordinary users and hidden home folders c
 _BOOT = r"""
 set -e
 echo $$ >"$2/cgroup.procs"
-exec unshare --mount --pid --fork --ipc --uts --cgroup $4 --propagation private sh -e -c '
+exec unshare --kill-child --mount --pid --fork --ipc --uts --cgroup $4 --propagation private sh -e -c '
 name=$1 base=$3 R=$3/root; shift 4
 hostname "$name"
 mount -t tmpfs tmpfs "$base" -o mode=755
@@ -81,6 +81,7 @@ class Lab:
         with open(self.console, "wb") as out:
             null = subprocess.DEVNULL
             argv = ["ip", "netns", "exec", netns, *words] if netns else words
+            argv = ["setpriv", "--pdeathsig", "KILL", *argv]  # a test that is killed takes its lab along
             self._boot = subprocess.Popen(argv, stdin=null, stdout=out, stderr=out, start_new_session=True)
         self.pid = 0
         try:
