@@ -21,7 +21,7 @@ import pytest
 from tests.commands import Watched, job_of, log_of
 from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, is_listening, kill_processes_of, wait_for
 from tests.machines import Windows
-from tests.test_upgrade import NAME, NEW, QUICK, variant, versions
+from tests.test_upgrade import NAME, NEW, variant, versions
 
 WINE_S = 120.0  # Wine starts each process slowly
 AGENT = "127.0.0.2"
@@ -215,7 +215,7 @@ def test_an_agent_that_is_killed_comes_back_with_every_byte(windows_fleet: MakeH
 
 
 def test_an_agent_is_upgraded(windows_fleet: MakeHosts, pyz: Path, tmp_path: Path) -> None:
-    variant(pyz, tmp_path / "old" / NAME, "0.0.9", QUICK | {"BACK_S = 60.0": "BACK_S = 30.0"})
+    variant(pyz, tmp_path / "old" / NAME, "0.0.9")
     new = tmp_path / "new" / NAME
     config = {"updater": {"sha256": variant(pyz, new, NEW)}}
     one, _ = windows_fleet(program=tmp_path / "old" / NAME, config=config, on_master=new)
