@@ -3958,6 +3958,10 @@ class Runner:
                 self.log.line(f"hint: {problem.hint}")
             refused = problem.exit_code if isinstance(problem, GuardError) else None
             self.finish(State.FAILED, step=self.job.step, exit=refused, error=problem.what)
+        except OSError as problem:  # a disk is full, a folder went away
+            where = problem.filename or self.state.root
+            self.finish(State.FAILED, step=self.job.step, error=f"{where}: {problem.strerror or problem}")
+            raise
         except Exception as problem:
             self.finish(State.FAILED, step=self.job.step, error=f"internal error: {problem!r}")
             raise
