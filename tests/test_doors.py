@@ -458,8 +458,9 @@ def test_an_agent_has_few_verbs_and_only_its_own_jobs(open_fleet: Fleet) -> None
     run_id = detach(one)
     wait_state(one, run_id, agent, "succeeded")
     wait_state(one, run_id, A, "succeeded")
+    wait_for(lambda: job_of(one, run_id, A)["acked"], "the last word on it is written")
     runs = one.master.state / "runs"
-    before = files_of(runs)
+    before = files_of(runs / run_id), {path.name for path in one.runs()}
     with Peer(one, FALSE, "agent") as false:
         for cls in VERBS:
             said = example_of(cls)
@@ -475,7 +476,7 @@ def test_an_agent_has_few_verbs_and_only_its_own_jobs(open_fleet: Fleet) -> None
         false.say(est.Broken(1, "forged"))
         assert "can't say" in false.refused(est.Cancel(run_id)), "and it is still heard"
         assert not [message for message in false.heard if isinstance(message, bytes)], "no log was sent to it"
-    assert files_of(runs) == before
+    assert (files_of(runs / run_id), {path.name for path in one.runs()}) == before
     table = json.loads(one.cli("history", "--json").out)["runs"]
     assert [row["run"] for row in table if row["run"] == run_id] == [run_id]
 
