@@ -95,6 +95,7 @@ ca = "config/fleet-ca.pem"
 [keep]                                        # recorded runs
 runs = 500
 days = 90
+megabytes = 2000
 
 [updater]
 sha256 = "..."                                # the .pyz that `upgrade` may install: what runs still comes from git
