@@ -354,9 +354,10 @@ class ProtocolError(UpdaterError):
 
 
 class UnreachableError(UpdaterError):
-    """The master did not answer in time."""
+    """The master did not answer in time; `asked`: it may have got the order all the same."""
 
     exit_code = 3
+    asked = False
 
 
 class RefusedError(UpdaterError):
@@ -3959,8 +3960,8 @@ class Runner:
             refused = problem.exit_code if isinstance(problem, GuardError) else None
             self.finish(State.FAILED, step=self.job.step, exit=refused, error=problem.what)
         except OSError as problem:  # a disk is full, a folder went away
-            where = problem.filename or self.state.root
-            self.finish(State.FAILED, step=self.job.step, error=f"{where}: {problem.strerror or problem}")
+            why = f"can't write to {problem.filename or self.state.root}: {problem.strerror or problem}"
+            self.finish(State.FAILED, step=self.job.step, error=why)
             raise
         except Exception as problem:
             self.finish(State.FAILED, step=self.job.step, error=f"internal error: {problem!r}")
@@ -4810,6 +4811,19 @@ class Switch:
         if said:
             raise UpdaterError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
 
+    def make_ready(self) -> None:
+        """The old colour gets requests again: a socket that is silent for a moment must not leave it drained."""
+        ends = time.monotonic() + RELOAD_S
+        while True:
+            try:
+                self.set_state("ready")
+                return
+            except UpdaterError as problem:
+                if time.monotonic() > ends:
+                    self.say(f"warning: {self.names[1]} may still be drained: {problem}")
+                    return
+            time.sleep(0.1)
+
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
         if self.real.read_bytes() != self.found.text or self.temp is None:
@@ -4907,16 +4921,14 @@ class Switch:
         elif now != self.entry.old.encode("latin-1"):
             self.say(f"warning: {self.real} was changed by somebody else meanwhile and stays so")
         if self.live:
-            with suppress(UpdaterError):
-                self.set_state("ready")
+            self.make_ready()
         if now == self.new and not (self.live and self.runs(self.entry.before, 0)):
             with suppress(UpdaterError):
                 run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if self.live and not self.runs(self.entry.before, RELOAD_S):
                 self.say("warning: HAProxy does not run what its file says: reload it by hand")
             if self.live:
-                with suppress(UpdaterError):
-                    self.set_state("ready")
+                self.make_ready()
         self.say(f"undone: {self.entry.before} is active")
         self.runner.last_act = self.close
         return now == self.new
@@ -6545,6 +6557,8 @@ class Master:
                 raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
         hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
+        if message.options.get("alone"):  # a release begins with nothing under way on either colour
+            self.require_free([host for host in self.registry.hosts(everyone=True) if host.color])
         expects = expected_roles(message.target, hosts, active)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
@@ -6900,6 +6914,7 @@ class Planner:
         self.branch, self.to = self.request.get("branch", ""), self.request.get("to", "")
         self.action, self.target = self.request["action"], self.request["target"]
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
+        self.expects: dict[str, Any] = {}  # a rollback names its hosts by label, which says nothing of the traffic
 
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
@@ -6907,7 +6922,7 @@ class Planner:
         now_and_then = ("machine", "current", "target", "traffic")
         truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
         return {
-            "plan": self.remember(truth), "branch": "", **self.request, "fresh_s": PLAN_FRESH_S,
+            "plan": self.remember(truth), "branch": "", **self.request, **self.expects, "fresh_s": PLAN_FRESH_S,
             "ok": not any(row["refused"] for row in rows), "hosts": rows,
         }  # fmt: skip
 
@@ -6925,7 +6940,9 @@ class Planner:
     async def look_at_hosts(self) -> list[dict[str, Any]]:
         """What a deployment or a rollback would find on the hosts of the target."""
         registry = self.master.registry
-        hosts = select_targets(self.target, registry.hosts(), await registry.active_for(self.target))
+        active = await registry.active_for(self.target)
+        hosts = select_targets(self.target, registry.hosts(), active)
+        self.expects = expected_roles(self.target, hosts, active)
         if self.action == "update" and (problem := valid_branch_problem(self.branch)):
             raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
         history = asyncio.ensure_future(asyncio.to_thread(self.master.state.successes))
@@ -7537,12 +7554,17 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
     """Start a run; a connection that dies before the answer is no reason to start two. Raises UpdaterError."""
     deadline = time.monotonic() + patience_s
     looks_s = checks_take_s(caller.config.health) if order.kind is Kind.SWITCH else 0  # the master asks for them first
+    asked = False
     while True:
-        connection = caller.dial(max(0.1, deadline - time.monotonic()))
         try:
+            connection = caller.dial(max(0.1, deadline - time.monotonic()))
+            asked = True
             reply = connection.request(order, ANSWER_S + looks_s)
         except UnreachableError as problem:
+            if not asked:
+                raise
             if time.monotonic() > deadline:
+                problem.asked = True
                 problem.hint = f"it may have started all the same: {program_name()} logs {order.run} -f"
                 raise
             continue
@@ -7562,8 +7584,9 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
     branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
     return Submit(
-        make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(), commits=commits
-    )
+        make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(),
+        options={"expects": plan["expects"]} if plan.get("expects") else {}, commits=commits,
+    )  # fmt: skip
 
 
 @dataclass
@@ -9778,6 +9801,11 @@ def cmd_rollback(args: Args) -> int:
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
+def order_release(branch: str) -> Submit:
+    """The deployment that a release begins with; it still lacks its nonce."""
+    return Submit(make_run_id(), "", Kind.DEPLOY, "standby", branch, user_name(), options={"alone": True})
+
+
 def order_switch(color: str, **options: Any) -> Submit:
     run, nonce = make_run_id(), os.urandom(16).hex()
     return Submit(run, nonce, Kind.SWITCH, "", color, user_name(), options={"color": color, **options})
@@ -9791,10 +9819,11 @@ def cmd_switch(args: Args) -> int:
         config = load_config(args.config_path())
         rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
         here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
-        if rule is None or host_key(rule.host) not in (host_key(name) for name in here if name):
+        if problem.asked or rule is None or host_key(rule.host) not in (host_key(name) for name in here if name):
             raise
         if not (args.force or args.dry_run):
-            problem.hint += "; here on HAProxy's host, --force switches without it, and so without health checks"
+            problem.hint += "; here on HAProxy's host, --force switches without it, and so without health checks:"
+            problem.hint += " make sure that no deployment runs on the workers"
             raise
         return run_here(args, order, "switch to ")
 
@@ -9845,7 +9874,7 @@ def cmd_release(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
     require_answer(args)
-    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "standby", args.branch, user_name())
+    order = replace(order_release(args.branch), nonce=os.urandom(16).hex())
     code, jobs = run_order(args, order)
     if code:
         return code
@@ -10094,7 +10123,8 @@ def init_config(args: Args) -> int:
     text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
     parse_config(text, str(path), args.format)
     path.write_text(text, "utf-8")
-    say(f"wrote {path}\nnext: {commit_config(path, 'Configure estelle-updater', args.commit)}")
+    told = commit_config(path, "Configure estelle-updater", args.commit)
+    say(json.dumps({"file": str(path), "git": told}) if args.json else f"wrote {path}\nnext: {told}")
     return 0
 
 
@@ -10109,13 +10139,14 @@ def convert_config(args: Args, path: Path) -> int:
     text = render_config(convert_data(data), form)
     parse_config(text, str(new), form)
     if args.dry_run:
-        say(text.rstrip())
+        say(json.dumps({"file": str(new), "text": text}) if args.json else text.rstrip())
         return 0
     write_atomic(new, text.encode())
     new.chmod(path.stat().st_mode & 0o777)
     if new != path:
         path.unlink()
-    say(f"wrote {new}" + (f", removed {path}" if new != path else ""))
+    told = f"wrote {new}" + (f", removed {path}" if new != path else "")
+    say(json.dumps({"file": str(new)}) if args.json else told)
     return 0
 
 
@@ -10140,7 +10171,8 @@ def cmd_whitelist(args: Args) -> int:
         ]
         remove: list[str] = []
         if not add:
-            say(f"unchanged: {', '.join(networks)} is covered already")
+            told = f"unchanged: {', '.join(networks)} is covered already"
+            say(json.dumps({"file": str(path), "added": [], "removed": []}) if args.json else told)
             return 0
     else:
         add, remove = [], [written[text] for text in networks if text in written]
@@ -10155,8 +10187,11 @@ def cmd_whitelist(args: Args) -> int:
     mode = path.stat().st_mode & 0o777
     write_atomic(path, text.encode())
     path.chmod(mode)
-    say(f"{path}: {'added ' + ', '.join(add) if add else 'removed ' + ', '.join(remove)}")
-    say(commit_config(path, f"Whitelist: {args.action} {', '.join(add or remove)}", args.commit))
+    told = commit_config(path, f"Whitelist: {args.action} {', '.join(add or remove)}", args.commit)
+    if args.json:
+        say(json.dumps({"file": str(path), "added": add, "removed": remove, "git": told}))
+    else:
+        say(f"{path}: {'added ' + ', '.join(add) if add else 'removed ' + ', '.join(remove)}\n{told}")
     return 0
 
 
@@ -10229,7 +10264,8 @@ class McpServer:
                 answers, calls, ended = self.session.feed(line)
                 self.send(*answers)
                 for name in ended:
-                    self.gone[name].set()
+                    if event := self.gone.get(name):  # else it was begun and given up in one batch
+                        event.set()
                 for call in calls:
                     self.begin(call)
         for gone in list(self.gone.values()):  # whoever only reads does not look, and may still answer
@@ -10322,12 +10358,14 @@ class McpServer:
         finally:
             follower.connection.close()
 
-    def call_update(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
+    def call_update(self, given: dict[str, Any], view: ProgressView, *, alone: bool = False) -> dict[str, Any]:
         wanted = {"target": given["target"], "branch": given["branch"]}
 
         def make() -> Submit:
             if "plan" in given:
                 self.ask("plan", plan=given["plan"], **wanted)
+            if alone:
+                return order_release(given["branch"])
             return Submit(make_run_id(), "", Kind.DEPLOY, **wanted, by=user_name())
 
         return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
@@ -10344,10 +10382,13 @@ class McpServer:
                 self.ask("plan", plan=given["plan"], action="switch", color=color)
             return order_switch(color, dry_run=given["dry_run"])
 
-        return self.order(given, view, make, kind=Kind.SWITCH)
+        if given["dry_run"] and "idempotency_key" in given:  # else its rehearsal would answer for the switch itself
+            given = given | {"idempotency_key": f"{given['idempotency_key']} dry run"}
+        same = {} if color == "standby" else {"branch": color}
+        return self.order(given, view, make, kind=Kind.SWITCH, **same)
 
     def call_release(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        deployed = self.call_update({**given, "target": "standby", "wait": True}, view)
+        deployed = self.call_update({**given, "target": "standby", "wait": True}, view, alone=True)
         if not deployed["ok"]:
             return deployed
         commit = only_commit(row["commit"] for row in deployed["hosts"])
@@ -10408,7 +10449,9 @@ def cmd_run_job(args: Args) -> int:
 
 
 def cmd_build(args: Args) -> int:
-    say(render_build(build_zipapp(Path(__file__).resolve(), Path(args.output))))
+    made = build_zipapp(Path(__file__).resolve(), Path(args.output))
+    facts = {"file": str(made.path), "sha256": made.sha256, "bytes": made.size_bytes}
+    say(json.dumps(facts) if args.json else render_build(made))
     return 0
 
 
@@ -10420,8 +10463,11 @@ def cmd_setup(args: Args) -> int:
         text = render_firewall(config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet))
         say(json.dumps({"firewall": text.splitlines()}) if args.json else text)
         return 0
-    setup = Setup(args, args.config_path(), say)
+    lines: list[str] = []
+    setup = Setup(args, args.config_path(), lines.append if args.json else say)
     setup.remove() if args.remove else setup.install(args.manager)
+    if args.json:
+        say(json.dumps({"changed": setup.changed, "lines": lines}, ensure_ascii=False))
     return 0
 
 
@@ -10694,6 +10740,11 @@ def main(argv: list[str]) -> int:
         return print_error(problem, args)
     except (KeyboardInterrupt, Output.Closed):
         return 130
+    except OSError as problem:  # a folder that is not ours, a full disk
+        place = f"{problem.filename}: " if problem.filename else ""
+        wrong = UpdaterError(f"{place}{problem.strerror or problem}", "give it to this user, or make room there")
+        wrong.__cause__ = problem  # which -v shows
+        return print_error(wrong, args)
     except BaseExceptionGroup as group:
         leaf = next(iter_leaves(group))
         if not isinstance(leaf, UpdaterError):

@@ -69,6 +69,11 @@ def test_several_problems_are_told_at_once(tmp_path: Path) -> None:
     assert "more" in result.err or ("whitelist" in result.err and "nope" in result.err)
 
 
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("")
+    assert_refused(est(tmp_path, "config", "init", "--master", "ws://127.0.0.1:9"), 1, str(tmp_path / "config"))
+
+
 def test_two_configurations_or_none(tmp_path: Path) -> None:
     assert_refused(est(tmp_path, "status"), 2, "config/updater.json", "--config")
     repository(tmp_path)

@@ -146,6 +146,9 @@ def test_whitelist(repo: Path) -> None:
     assert "git add config/updater.json && git commit" in added.out
     assert "covered already" in ok(repo, "whitelist", "add", "10.1.0.9").out
     assert ok(repo, "whitelist", "list").out.split() == ["1.2.3.4", "121.0.0.7", "10.1.0.0/24"]
+    told = json.loads(ok(repo, "whitelist", "add", "121.0.0.8", "--json").out)
+    assert (told["added"], told["removed"]) == (["121.0.0.8"], []), "one object and nothing else"
+    assert json.loads(ok(repo, "whitelist", "remove", "121.0.0.8", "--json").out)["removed"] == ["121.0.0.8"]
     for words in (["remove", "9.9.9.9"], ["add", "121.x.x.x"], ["add"], ["add", "10.0.0.1/8"]):
         refused = est(repo, "whitelist", *words)
         assert refused.code == 2 and "hint: " in refused.err, words
