@@ -443,6 +443,18 @@ def test_a_broken_master_and_garbage_are_answers(fleet: MakeFleet, model: Callab
     assert client.end() == ""
 
 
+def test_a_call_given_up_in_the_batch_that_begins_it(fleet: MakeFleet, model: Callable[..., Model]) -> None:
+    one = model(fleet(hosts=1, start=False))
+    params = {"protocolVersion": "2025-03-26", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}
+    one.say(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}).encode())
+    begun = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "status"}}
+    given_up = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 2}}
+    one.say(json.dumps([begun, given_up]).encode())
+    one.say(b'{"jsonrpc":"2.0","id":3,"method":"ping"}')
+    assert "result" in one.answer(3)
+    assert "Traceback" not in one.end()
+
+
 def test_mcp_ends_quietly_when_its_client_dies(fleet: MakeFleet, model: Callable[..., Model]) -> None:
     one = fleet(hosts=1, command=SCRIPT)
     write_script(GATED, one.master)

@@ -136,6 +136,12 @@ def test_targets_by_role(one: Round):
     assert code == 0 and {row["host"] for row in json.loads(out)["checks"]} == {BLUE}
     code, out, _ = one.cli("health", "standby")
     assert code == 0 and GREEN in out and BLUE not in out
+    one.commit("2")
+    assert one.cli("trigger", "standby", "master").code == 0
+    code, out, err = one.cli("rollback", "standby", "--yes")
+    assert code == 0 and one.rows()["green"]["commit"] == commit, out + err
+    expects = json.loads((one.fleet.runs()[-1] / "run.json").read_text())["options"]["expects"]
+    assert expects == {GREEN: "standby"}, "should the traffic move, it ends"
 
     assert one.proxy.process  # nobody knows: nothing may be guessed
     os.killpg(one.proxy.process.pid, signal.SIGSTOP)
@@ -152,6 +158,8 @@ def test_a_job_ends_where_the_traffic_moved(one: Round):
     one.wait_begun(running)
     queued = detach(one.fleet, "standby", "master")
     wait_state(one.fleet, queued, one.green, "queued")
+    code, _, err = one.cli("release", "master", "--yes")
+    assert code == 5 and running in err, "a release begins with nothing under way"
     one.fail_over()
     open_gate(one.green)
     for name, steps in ((running, 1), (queued, 0)):
