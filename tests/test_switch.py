@@ -55,7 +55,7 @@ class Site:
         """Nothing is left half done: one active, the same on disk and in HAProxy, and nobody drained."""
         proxy = self.proxy
         wait_for(lambda: "DRAIN" not in "".join(proxy.statuses().values()), lambda: f"{proxy.statuses()}")
-        assert not (self.fleet.master.state / "switch.json").exists()
+        wait_for(lambda: not (self.fleet.master.state / "switch.json").exists(), "its journal is closed")
         assert proxy.roles() == proxy.live() in ("blue", "green")
 
     def reset(self) -> None:
