@@ -61,17 +61,19 @@ def mariadb(folder: Path, *options: str, prefix: Sequence[str] = (), port: int =
     need("mariadbd", "mariadb-install-db")
     folder.mkdir(parents=True)
     as_user = ["--user=mysql"] if os.geteuid() == 0 else []
-    data = folder / "data"
-    data.mkdir()
-    if as_user:
-        shutil.chown(folder, "mysql")
-        shutil.chown(data, "mysql")
+    data, temporary = folder / "data", folder / "tmp"  # names in /tmp hold a pid, which another namespace has too
+    for place in (folder, data, temporary):
+        place.mkdir(exist_ok=True)
+        if as_user:
+            shutil.chown(place, "mysql")
     (folder / "init").write_text("CREATE USER app@'%' IDENTIFIED BY 'secret';\n")
     made = ["--no-defaults", *as_user, f"--datadir={data}", "--skip-test-db"]
-    code, out, err = run(["mariadb-install-db", *made, "--auth-root-authentication-method=normal"], os.environ)
+    env = {**os.environ, "TMPDIR": str(temporary)}
+    code, out, err = run(["mariadb-install-db", *made, "--auth-root-authentication-method=normal"], env)
     assert code == 0, out + err
     port = port or free_port()
     listen = [f"--socket={folder}/socket", "--bind-address=0.0.0.0", f"--port={port}", f"--init-file={folder}/init"]
+    listen.append(f"--tmpdir={temporary}")
     with server([*prefix, "mariadbd", "--no-defaults", *as_user, f"--datadir={data}", *listen, *options], port):
         yield f"127.0.0.1:{port}"
 
