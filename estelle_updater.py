@@ -3028,8 +3028,8 @@ class StateFolder:
         rows: list[dict[str, Any]] = []
         new: list[bytes] = []
         for run in reversed(self.run_ids()):
-            if len(rows) == count:
-                break
+            if count is not None and len(rows) >= count and run[:15] != rows[-1]["run"][:15]:
+                break  # the ids of one second are in no order
             try:
                 stamp = (self.runs / run).stat().st_mtime_ns
             except OSError:  # deleted meanwhile
@@ -3041,7 +3041,7 @@ class StateFolder:
         if new:
             with suppress(OSError), open(self.index, "ab") as file:
                 file.write(b"\n".join([b"", *reversed(new), b""]))  # a line end first: what is there may be torn
-        return rows
+        return sorted(rows, key=lambda row: (row["run"][:15], row["created"]), reverse=True)[:count]
 
     def _indexed(self, tail_bytes: int | None = None) -> dict[str, tuple[int, bytes]]:
         """The index's lines, or its last ones, by run, each with its folder's time; the last line of a run counts."""
@@ -3211,6 +3211,52 @@ def load_token(config: Config, tree: Path) -> bytes | None:
     return token
 
 
+@functools.cache
+def tls_socket_class() -> type[ssl.SSLSocket]:
+    """A TLS socket that one thread may read while another writes, as websockets' threads do: OpenSSL, which CPython
+    calls without a lock of its own, then sends garbage, or waits for an answer to what it has not sent."""
+
+    class TlsSocket(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            super().do_handshake(block)
+            self._turn, self._patience_s = threading.Lock(), self.gettimeout()
+            super().settimeout(0)
+
+        def settimeout(self, value: float | None) -> None:
+            if "_turn" in vars(self):
+                self._patience_s = value
+            else:
+                super().settimeout(value)
+
+        def _take_turns(self, action: Callable[[], Any]) -> Any:
+            """Do what does not wait under the lock, and wait without it, looking up for who closes the socket."""
+            until = time.monotonic() + (float("inf") if self._patience_s is None else self._patience_s)
+            while True:
+                reads, writes = list[TlsSocket](), list[TlsSocket]()
+                with self._turn:
+                    try:
+                        return action()
+                    except ssl.SSLWantReadError:
+                        reads = [self]
+                    except ssl.SSLWantWriteError:
+                        writes = [self]
+                if time.monotonic() > until:
+                    raise TimeoutError("no answer in time")
+                select.select(reads, writes, [], max(0.0, min(1.0, until - time.monotonic())))
+
+        def recv(self, size: int = 1024, flags: int = 0) -> bytes:
+            read = super().recv
+            data: bytes = self._take_turns(functools.partial(read, size, flags))
+            return data
+
+        def sendall(self, data: Any, flags: int = 0) -> None:
+            write, rest = super().send, memoryview(data)
+            while rest:
+                rest = rest[self._take_turns(functools.partial(write, rest, flags)) :]
+
+    return TlsSocket
+
+
 def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
     """How to connect to a wss:// master: trust [tls] ca or else the system's roots, and expect masterUrl's name, also
     where `url` is the listener on the master's own host. Raises ConfigError."""
@@ -3219,6 +3265,7 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
     ca = tree / config.tls.ca if config.tls.ca else None
     try:
         context = ssl.create_default_context(cafile=ca)
+        context.sslsocket_class = tls_socket_class()
     except OSError as problem:
         raise ConfigError(f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates") from None
     return {"ssl": context, "server_hostname": config.master_url.host}
@@ -7601,6 +7648,23 @@ class Followed:
     tail: bytes = b""
     silence_told_s: float = 0.0
 
+    def hear(self, data: bytes) -> None:
+        """The log's next bytes have come."""
+        self.size += len(data)
+        self.heard, self.silence_told_s = time.monotonic(), 0.0
+        self.tail = (self.tail + data)[-LAST_LINE_BYTES:]
+
+    def silence(self) -> str:
+        """What a step said last that has been silent for long, ever more rarely; else nothing: one that hangs should
+        not look like one that works."""
+        silent_s = time.monotonic() - (self.heard or time.monotonic())
+        running = self.job and self.job.state is State.RUNNING and not self.shown
+        if not running or silent_s <= max(SILENT_S, 2 * self.silence_told_s):
+            return ""
+        self.silence_told_s = silent_s
+        last = self.tail.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return f"silent for {silent_s:.0f} s; last line: {terminal_text(''.join(last))}"
+
 
 class Follower:
     """Follows one run over any number of connections: each log byte is shown once, in order, whoever dies meanwhile."""
@@ -7650,9 +7714,7 @@ class Follower:
             channel, offset, data = decode_chunk(message)
             followed = self.hosts[self.channels[channel]]
             if offset == followed.size:
-                followed.size += len(data)
-                followed.heard, followed.silence_told_s = time.monotonic(), 0.0
-                followed.tail = (followed.tail + data)[-LAST_LINE_BYTES:]
+                followed.hear(data)
                 self.view.data(self.channels[channel], data)
                 self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
                 if sum(self.unacked.values()) >= ACK_BYTES:
@@ -7678,17 +7740,13 @@ class Follower:
             raise refused(message)
 
     def tell_silence(self) -> None:
-        """A step that hangs should not look like one that works: say what it said last, ever more rarely."""
-        if time.monotonic() - self.looked < 1:  # others may talk all the time
+        """Of steps that hang, whoever else talks meanwhile."""
+        if time.monotonic() - self.looked < 1 or not self.live:
             return
         self.looked = time.monotonic()
         for host, followed in self.hosts.items():
-            silent_s = time.monotonic() - (followed.heard or time.monotonic())
-            running = followed.job and followed.job.state is State.RUNNING and not followed.shown
-            if running and self.live and silent_s > max(SILENT_S, 2 * followed.silence_told_s):
-                followed.silence_told_s = silent_s
-                last = followed.tail.decode("utf-8", "replace").strip().splitlines()[-1:]
-                self.view.notice(f"{host}: silent for {silent_s:.0f} s; last line: {terminal_text(''.join(last))}")
+            if told := followed.silence():
+                self.view.notice(f"{host}: {told}")
 
     def acknowledge(self, connection: Connection) -> None:
         for channel in self.unacked:
@@ -7717,32 +7775,29 @@ class LocalFollower:
         refs = [HostRef(host, record.addresses.get(host) or "::", host, "", False) for host in record.hosts]
         record = replace(record, hosts=[ref.label for ref in select_targets(self.target, refs)])
         self.view.begin(record)
-        sizes = dict.fromkeys(record.hosts, 0)
-        jobs: dict[str, JobRecord] = {}
-        waiting = list(record.hosts)
-        while waiting:
-            for host in list(waiting):
-                job = self.state.load_job(self.run, host)
-                self.show(job, host, sizes)
-                if job and job.state not in FINAL and self.live:
-                    job = self.look_after(job)
-                if job and job != jobs.get(host) and job.state not in FINAL:
-                    self.view.state(job)
-                if job:
-                    jobs[host] = job
-                if job and job.state in FINAL:
-                    self.show(job, host, sizes)
-                    self.view.result(job)
-                if not self.live or (job and job.state in FINAL):
-                    waiting.remove(host)
-            time.sleep(LOCAL_LOOK_S if waiting else 0)
-        self.view.done(record, list(jobs.values()))
-        return list(jobs.values())
+        hosts = {host: Followed() for host in record.hosts}
+        while waiting := [host for host, followed in hosts.items() if not followed.shown]:
+            for host in waiting:
+                self.look(host, hosts[host])
+            time.sleep(LOCAL_LOOK_S if self.live else 0)
+        jobs = [followed.job for followed in hosts.values() if followed.job]
+        self.view.done(record, jobs)
+        return jobs
 
-    def show(self, job: JobRecord | None, host: str, sizes: dict[str, int]) -> None:
-        while data := read_log(self.state.log_file(self.run, host), sizes[host], CHUNK_BYTES):
-            sizes[host] += len(data)
+    def look(self, host: str, followed: Followed) -> None:
+        """What is new about one host."""
+        job = self.state.load_job(self.run, host)
+        if job and job.state not in FINAL and self.live:
+            job = self.look_after(job)
+        while data := read_log(self.state.log_file(self.run, host), followed.size, CHUNK_BYTES):
+            followed.hear(data)
             self.view.data(host, data)
+        if job and job != followed.job:
+            followed.job = job
+            (self.view.result if job.state in FINAL else self.view.state)(job)
+        followed.shown = not self.live or (job is not None and job.state in FINAL)
+        if told := followed.silence():
+            self.view.notice(f"{host}: {told}")
 
     def look_after(self, job: JobRecord) -> JobRecord:
         """Without a daemon nobody else would notice that the runner died."""

@@ -96,6 +96,15 @@ def state(tmp_path: Path) -> est.StateFolder:
 OK, FAILED, RUNNING = est.State.SUCCEEDED, est.State.FAILED, est.State.RUNNING
 
 
+def test_runs_of_one_second_are_in_the_order_in_which_the_master_took_them(state: est.StateFolder) -> None:
+    names = [f"20231115-000000-{digits}" for digits in ("7777", "ffff", "0000")]
+    for number, name in enumerate(names):
+        order = est.RunRecord(name, "n", est.Kind.DEPLOY, "all", "master", [], {}, {}, 1_700_000_000 + number / 10)
+        state.save_run(order)
+    assert [row["run"] for row in state.history(100)] == names[::-1]
+    assert [state.history(count)[-1]["run"] for count in (1, 2, 3)] == names[::-1]
+
+
 def spoil(state: est.StateFolder, run: str) -> None:
     """Make a run's records unreadable without a trace in its folder's times: who reads them then sees nothing."""
     for path in (state.runs / run).glob("*.json"):

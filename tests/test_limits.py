@@ -110,6 +110,16 @@ def test_a_silent_step_is_announced_while_others_talk(one: Fleet):
     assert watched.end() == 0
 
 
+def test_a_silent_step_of_a_deployment_by_hand_is_announced(one: Fleet):
+    b = one.hosts[1]
+    write_script(f"echo last words\n{GATE}", b)
+    watched = Watched(one, "deploy", "master", host=b, env={"LIMITS": '{"SILENT_S": 0.5}'})
+    watched.until(lambda: re.search(r": silent for 1 s; last line: last words\n", watched.err))
+    open_gate(b)
+    assert watched.end() == 0
+    assert lines_of(watched.out, B)[-2:] == ["last words", f"✓ 완료 {VERSION}"]
+
+
 def test_status_says_what_runs_waits_and_is_away(one: Fleet):
     a, _, c = one.hosts
     one.stop(c)
