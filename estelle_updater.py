@@ -40,6 +40,7 @@ following, history) is a cursor into it.
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import functools
 import importlib
@@ -254,11 +255,13 @@ WELCOME_S = 10.0
 PUBLIC_S = 3.0
 OUTSIDE_EVERY = 10  # of the failed tries one asks the outside world again: the network may have come up late
 PROVE_TRIES = 5
-PRUNE_S = 3600.0
+PRUNE_FIRST_S, PRUNE_S = 60.0, 3600.0  # after a start, those who follow an old run have to come back first
 SILENT_S = 60.0  # a step that says nothing for so long is mentioned
+STOPPED_S = 5.0  # so long between two looks: nothing could be heard
 LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
+RESTART_S = 30.0  # a master that has got an order and dies is started again by then
 EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
@@ -267,6 +270,7 @@ LOOK_AHEAD_S, PLAN_S = 3.8, 4.3  # `plan` answers in 5 s: a host's own limit, an
 HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
+RUNS_ASKED = 100  # the newest ones, for who is in the fleet
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 MCP_CALLS = 32  # at once: more is a client gone wild
@@ -282,7 +286,7 @@ CHECK_S = RELOAD_COMMAND_S = 60.0
 RELOADS, RELOAD_S = 2, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
 PROOF_S = 2.0  # for a request to reach the new colour
 SWITCH_LOCK_S = 10.0
-RESUME_S = 3.0  # a new runner for a switch left half way has its lock by then
+RESUME_S, RESUME_MOST_S = 3.0, 60.0  # a new runner for a switch left half way has its lock by then; ever more rarely
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
@@ -1782,7 +1786,7 @@ def decide_orders(
             if run.cancelled:
                 end.append((job, "cancelled"))
             elif any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
-                end.append((job, "an earlier batch failed"))
+                end.append((job, "an earlier batch did not succeed"))
             elif job.machine in holder:
                 behind[run.run, host] = holder[job.machine]
             elif all(other.state in FINAL for other in earlier) and job.machine in online and job.machine not in busy:
@@ -1793,9 +1797,33 @@ def decide_orders(
     return order, end, behind
 
 
+def decide_expiry(
+    run: RunRecord, job: JobRecord, silent_s: float | None, away_s: float, age_s: float, up_s: float
+) -> tuple[State, str] | None:
+    """How a job ends that has waited for its host too long: an old order must not run days later. None while it may.
+
+    In seconds: since the order went to a host that is connected, None for one that is not; since when that one is
+    away; since the run was asked for; since the master started, without which nobody could come.
+    """
+    if silent_s is not None:  # it should have answered at once: perhaps it does not understand this order
+        if job.state is not State.QUEUED or silent_s <= (ANSWER_S if run.cancelled else ORDER_EXPIRES_S):
+            return None
+        return State.CANCELLED if run.cancelled else State.LOST, "the order was never acknowledged"
+    if job.state is State.RUNNING:
+        return (State.LOST, f"no connection for {LOST_S:.0f} s") if min(away_s, up_s) > LOST_S else None
+    not_due = job.behind or run.batch  # it waited for others, not for its host
+    waited_s = min(away_s, age_s, up_s if not_due else away_s)
+    allowed_s = run.wait_s if job.host in run.offline else max(ORDER_EXPIRES_S, run.wait_s)
+    if job.state in FINAL or waited_s <= allowed_s:
+        return None
+    return (State.LOST, "the order was never acknowledged") if job.ordered else (State.OFFLINE, "the host is offline")
+
+
 def seconds_of(job: JobRecord) -> float | None:
     """How long the job ran, in seconds."""
-    return round(job.ended - job.started, 3) if job.started is not None and job.ended is not None else None
+    if job.started is None or job.ended is None:
+        return None
+    return max(0.0, round(job.ended - job.started, 3))  # a clock may be set back
 
 
 def job_summary(job: JobRecord) -> dict[str, Any]:
@@ -2028,6 +2056,13 @@ ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single cont
     re.DOTALL,
 )
 RESET = "\x1b[0m"
+
+
+def whole_text(data: bytes) -> int:
+    """The length of `data` without the beginning of a UTF-8 character at its end."""
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    decoder.decode(data[-3:])
+    return len(data) - len(decoder.getstate()[0])
 
 
 def terminal_text(text: str) -> str:
@@ -2671,7 +2706,9 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
         replace_file(temp, path)
         if durable:
             sync_folder(path.parent)
-    except BaseException:
+    except BaseException as problem:
+        if isinstance(problem, OSError):
+            problem.filename = problem.filename or str(path)
         temp.unlink(missing_ok=True)
         raise
 
@@ -2823,6 +2860,9 @@ class DaemonLog:
             self._journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
     def _line(self, priority: int, word: str, text: str, args: tuple[Any, ...]) -> None:
+        with suppress(OSError, ValueError):
+            if os.name != "nt" and not select.select([], [2], [], 0)[1]:
+                return  # whoever should read this is stopped: that must not stop the daemon too
         text = terminal_text(text % args if args else text).replace("\n", " ")
         start = f"<{priority}>" if self._journal else time.strftime("%Y-%m-%d %H:%M:%S ") + word
         data = f"{start}{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
@@ -2898,6 +2938,7 @@ class StateFolder:
         self.index = root / "history.jsonl"
         self.last_master = root / "last-master"  # the URL of the master that this host was, or was welcomed by, last
         self.serve_file = root / "serve.json"  # how the daemon was started
+        self._machine = ""
 
     def create(self) -> None:
         """Make the folder. Raises UpdaterError where that is impossible."""
@@ -2908,21 +2949,23 @@ class StateFolder:
             write_atomic(probe, b"")
             probe.unlink()
         except OSError as problem:
-            raise UsageError(
-                f"can't write to the state folder {self.root}: {problem.strerror}",
-                "choose another with --state DIR or ESTELLE_STATE",
-            ) from problem
+            hint = "make room there" if problem.errno == errno.ENOSPC else "choose another with --state DIR"
+            raise UsageError(f"can't write to the state folder {self.root}: {problem.strerror}", hint) from problem
 
     def machine_id(self) -> str:
-        """This host's random identity, made at the first start. A copied folder is a cloned identity."""
+        """This host's random identity, made at the first start. A copied folder is a cloned identity.
+
+        Raises OSError where it can't be read now: that is no reason to become another host.
+        """
         path = self.root / "machine-id"
-        with suppress(OSError):
-            text = path.read_text().strip()
-            if re.fullmatch(r"[0-9a-f]{32}", text):
-                return text
-        text = os.urandom(16).hex()
-        write_atomic(path, text.encode(), durable=True)
-        return text
+        with suppress(FileNotFoundError):
+            self._machine = self._machine or path.read_bytes().decode("ascii", "replace").strip()
+        if not re.fullmatch(r"[0-9a-f]{32}", self._machine):
+            if path.exists():
+                log.error("%s is damaged: this is a new host from now on; `forget` the old one", path)
+            self._machine = os.urandom(16).hex()
+            write_atomic(path, self._machine.encode(), durable=True)
+        return self._machine
 
     def save_master_url(self, url: MasterUrl) -> None:
         with suppress(OSError):
@@ -2971,14 +3014,26 @@ class StateFolder:
         """Recorded for good before it returns."""
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.runs / record.run / "run.json", _dump(record), durable=True)
+        sync_folder(self.runs)
 
     def save_job(self, record: JobRecord, *, durable: bool = False) -> None:
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
-    def prune(self, keep: KeepRule, needed: Container[str], now: float) -> list[str]:
-        """Delete runs beyond `keep`, except those `needed`, those not over, and each host's last success of a kind."""
-        runs = self.run_ids()
+    def current(self) -> tuple[str, str]:
+        """Which job the job's lock is held for, or was held for last, as run and host; empty where none is known."""
+        found = read_json(self.current_file) or {}
+        run, host = found.get("run"), found.get("host")
+        return (run, host) if isinstance(run, str) and valid_run_id(run) and isinstance(host, str) else ("", "")
+
+    def is_damaged(self, run: str, host: str) -> bool:
+        """Whether there was a record of this job, which can't be read any more."""
+        known = self.job_file(run, host).exists() or log_size(self.log_file(run, host)) > 0
+        return known and self.load_job(run, host) is None
+
+    def prune(self, keep: KeepRule, still_needed: Callable[[], Container[str]], now: float) -> list[str]:
+        """Delete runs beyond `keep`, except those needed, those not over, and each host's last success of a kind."""
+        runs, needed = self.run_ids(), still_needed()
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
         excess = len(runs) - keep.runs
         old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
@@ -2996,8 +3051,11 @@ class StateFolder:
             if succeeded - last or any(job["state"] not in FINAL for job in row["hosts"]):
                 old.discard(row["run"])
             last |= succeeded
-        for run in old:
-            shutil.rmtree(self.runs / run, ignore_errors=True)
+        for run in sorted(old):
+            if run in still_needed():  # somebody began to follow it meanwhile
+                old.discard(run)
+            else:
+                shutil.rmtree(self.runs / run, ignore_errors=True)
         if old:
             lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
             with suppress(OSError):  # a line of a run that is gone does no harm
@@ -3181,7 +3239,10 @@ class ConfigFile:
             return False
         self._used = stamp
         before = self.config
-        self.config, self.problem = load_config_or_last(self.path, self.state)
+        try:
+            self.config, self.problem = load_config_or_last(self.path, self.state)
+        except ConfigError as wrong:  # and there is none that was valid, on disk: what is in force stays
+            self.problem = wrong.what
         return self.config != before
 
 
@@ -5155,6 +5216,11 @@ class Link:
             cursor.size = size
             self._wake.set()
 
+    def shrank(self, run: str, host: str, size: int) -> None:
+        """An open log was shortened: what the other side has not got is gone."""
+        if cursor := self._cursors.get((run, host)):
+            self.post(Broken(cursor.channel, f"the host has only {size} bytes of this log"))
+
     def on_have(self, message: Have) -> None:
         """The other side's acknowledgement, or the place from where it wants the log."""
         cursor = self._channels.get(message.channel)
@@ -5215,6 +5281,7 @@ class Link:
         channel, offset, data = decode_chunk(frame)
         inbound = self._inbound.get(channel)
         if inbound is None or inbound.closed:
+            self.post(Have(channel, offset + len(data)))  # not wanted any more, but nothing may wait for its room
             return
         try:
             size, rewind = append_log(inbound.path, offset, data)
@@ -5237,8 +5304,17 @@ class Link:
 
     def _ask_again(self, channel: int) -> None:
         if inbound := self._inbound.get(channel):
+            with suppress(OSError):
+                inbound.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             inbound.rewinding = inbound.retry_due = False
-            self.post(Have(channel, log_size(inbound.path), rewind=True))
+            inbound.size = inbound.acked = log_size(inbound.path)
+            self.post(Have(channel, inbound.size, rewind=True))
+
+    def fetch_lost(self, path: Path) -> None:
+        """Ask again for what was received and is no longer there."""
+        for channel, inbound in self._inbound.items():
+            if inbound.path == path and log_size(path) < inbound.size:
+                self._ask_again(channel)
 
     def _ack(self, channel: int) -> None:
         inbound = self._inbound.get(channel)
@@ -5315,6 +5391,8 @@ class OwnJob:
     looked: float = 0.0  # when its lock was last probed
     launched: float = float("-inf")  # when a runner was last started for it
     launches: int = 0
+    trouble: str = ""  # why the last runner could not be started
+    cancelled: str | None = None  # by whom, as long as the runner can't be told
     burying: bool = False  # what its dead runner left is being killed
 
 
@@ -5327,7 +5405,7 @@ class Agent:
         self.link: Link | None = None
         self.poked = asyncio.Event()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.current: dict[str, Any] = {}
+        self.current = ("", "")
 
     def hello(self) -> Hello:
         return Hello(
@@ -5355,30 +5433,34 @@ class Agent:
             for job in list(self.jobs.values()):
                 try:
                     self.look(job)
-                except OSError as problem:  # one job's trouble must not end the daemon
+                except Exception as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
 
     async def prune_forever(self, needed: Callable[[], Iterable[str]]) -> None:
         """Now and then, delete the runs that [keep] does not keep."""
+        await asyncio.sleep(PRUNE_FIRST_S)
         while True:
-            runs = {run for run, _ in self.jobs}.union(needed())
-            gone = await asyncio.to_thread(self.state.prune, self.config.config.keep, runs, time.time())
-            if gone:
-                log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
+            try:
+                gone = await asyncio.to_thread(
+                    self.state.prune, self.config.config.keep,
+                    lambda: {run for run, _ in list(self.jobs)}.union(needed()), time.time(),
+                )  # fmt: skip
+                if gone:
+                    log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
+            except OSError as problem:
+                log.error("can't delete old runs: %s", problem)
             await asyncio.sleep(PRUNE_S)
 
     def look_for_local(self) -> None:
         """A deployment that was started on this host by hand: the master hears of it like of any other."""
-        current = read_json(self.state.current_file) or {}
-        run, host = current.get("run"), current.get("host")
-        if current == self.current or not (isinstance(run, str) and valid_run_id(run) and isinstance(host, str)):
-            return
+        current = self.state.current()
+        if current == self.current or (record := self.state.load_job(*current)) is None:
+            return  # or it is torn: its runner will write it again
         self.current = current
-        record = self.state.load_job(run, host)
-        if record and (run, host) not in self.jobs and record.machine == self.machine and not record.acked:
-            self.jobs[run, host] = OwnJob(record)
+        if current not in self.jobs and record.machine == self.machine and not record.acked:
+            self.jobs[current] = OwnJob(record)
             if self.link:
-                self.offer(self.jobs[run, host])
+                self.offer(self.jobs[current])
 
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
@@ -5387,6 +5469,12 @@ class Agent:
         if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and not over:
             job.looked = now
             self.check_runner(job)
+            if job.cancelled is not None and not over:
+                self.cancel(job, job.cancelled)
+        size = log_size(self.state.log_file(run, host))
+        if size < job.size and self.link:
+            self.link.shrank(run, host, size)
+        job.size = min(job.size, size)
         try:
             stat = self.state.job_file(run, host).stat()
             stamp = stat.st_mtime_ns, stat.st_ino, stat.st_size
@@ -5423,22 +5511,40 @@ class Agent:
         if job.burying or FileLock.held_elsewhere(self.state.job_lock):
             return
         record = self.state.load_job(run, host) or job.record
+        silent_s = time.monotonic() - job.launched
         if is_half_done(self.state, record):
-            if time.monotonic() - job.launched > RESUME_S:
+            if silent_s > min(RESUME_MOST_S, RESUME_S * 2.0 ** max(0, min(job.launches, 10) - 1)):
                 self.start_runner(record)
         elif record.state in FINAL:
             job.stamp = ()
-        elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
-            self.own(replace(record, revision=record.revision + 1, state=State.CANCELLED, ended=time.time()))
-        elif record.state is State.QUEUED and job.launches >= LAUNCHES:
-            why = f"the runner does not start: see {self.state.runner_log}"
-            self.own(replace(record, revision=record.revision + 1, state=State.FAILED, step="start", error=why))
-        elif record.state is State.QUEUED and time.monotonic() - job.launched > LAUNCH_S:
-            self.start_runner(record)
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
             job.burying = True
             self.spawn(self.bury(job, record))
+        elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
+            self.end_unstarted(record, state=State.CANCELLED)
+        elif record.state is State.QUEUED and not job.launches and self.is_old(record):
+            self.end_unstarted(record, state=State.LOST, error="the order expired while this host was away")
+        elif record.state is State.QUEUED and silent_s > LAUNCH_S and job.launches < LAUNCHES:
+            self.start_runner(record)
+        elif record.state is State.QUEUED and silent_s > LAUNCH_S:
+            why = f"the runner does not start: {job.trouble or f'see {self.state.runner_log}'}"
+            self.end_unstarted(record, state=State.FAILED, step="start", error=why)
+
+    def is_old(self, record: JobRecord) -> bool:
+        """Whether a job was accepted so long ago that nobody expects it to run any more."""
+        with suppress(OSError):
+            return time.time() - self.state.job_file(record.run, record.host).stat().st_mtime > ORDER_EXPIRES_S
+        return False
+
+    def end_unstarted(self, record: JobRecord, **fields: Any) -> None:
+        """End a job that no runner has begun, while none can begin it."""
+        lock = FileLock(self.state.job_lock)
+        if lock.acquire():
+            latest = self.state.load_job(record.run, record.host) or record
+            if latest.state is State.QUEUED:
+                self.own(replace(latest, revision=latest.revision + 1, ended=time.time(), **fields))
+            lock.release()
 
     async def bury(self, job: OwnJob, record: JobRecord) -> None:
         """End a job whose runner died, in a thread: what it left may take seconds to kill, and links can't wait."""
@@ -5456,6 +5562,8 @@ class Agent:
             why = f"can't write to {self.state.root}: {problem.strerror}"
             state = record.state if record.state in FINAL else State.FAILED
             record = replace(record, state=state, step=record.step or "start", error=why)
+            with suppress(OSError):  # what is said to have failed must not run after a restart
+                self.state.job_file(record.run, record.host).unlink()
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
         log.job(job.record if job.record is not record else None, record)
         job.record = record
@@ -5471,13 +5579,14 @@ class Agent:
             child = start_runner(self.state, self.config.path, record)
         except OSError as problem:
             log.error("can't start a runner: %s", problem)
+            job.trouble = str(problem)
         else:
             self.spawn(self.await_launch(job, child))
 
     async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
         """The cradle is empty at once; one that failed will fail again."""
         if await asyncio.to_thread(child.wait):
-            job.launches = LAUNCHES
+            job.launches, job.launched = LAUNCHES, float("-inf")
             self.poked.set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -5486,8 +5595,16 @@ class Agent:
         task.add_done_callback(self.tasks.discard)
 
     def on_order(self, order: Order) -> None:
-        """Accept a job, or say what holds this host. The same order again is answered with the job's state."""
+        """Take a job; one that can't be taken has failed, or its host's queue would wait for it."""
         record: JobRecord = decode_fields(JobRecord, order.job)
+        try:
+            self.take(record)
+        except OSError as problem:
+            failed = replace(record, state=State.FAILED, step="start", error=str(problem))
+            self.own(replace(failed, revision=record.revision + 1))
+
+    def take(self, record: JobRecord) -> None:
+        """Accept a job, or say what holds this host. The same order again is answered with the job's state."""
         known = self.jobs.get((record.run, record.host))
         known_record = known.record if known else self.state.load_job(record.run, record.host)
         assert self.link
@@ -5519,10 +5636,22 @@ class Agent:
 
     def on_cancel(self, message: Cancel) -> None:
         """Ask the runner to stop; the file stays until it does, whoever dies meanwhile."""
-        for (run, host), job in self.jobs.items():
+        for (run, _), job in self.jobs.items():
             if run == message.run and job.record.state not in FINAL:
-                with suppress(OSError):
-                    self.state.cancel_file(run, host).touch()  # without content: that works on a full disk too
+                self.cancel(job, message.by)
+
+    def cancel(self, job: OwnJob, by: str) -> None:
+        """Leave word for the runner, now or as soon as that is possible."""
+        path = self.state.cancel_file(job.record.run, job.record.host)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch()  # without content: that works on a full disk too
+        except OSError as problem:
+            if job.cancelled is None:
+                log.error("can't cancel run %s: %s; trying again", job.record.run, problem)
+            job.cancelled = by
+            return
+        job.cancelled = None
 
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
@@ -5536,7 +5665,7 @@ class Agent:
             if self.link:
                 self.link.close_log(message.run, message.host)
 
-    async def on_ask(self, ask: Ask) -> None:
+    async def on_ask(self, ask: Ask, link: Link) -> None:
         """Answer the master's question about this host; one that can't be answered is an error in the answer."""
         try:
             if ask.what not in QUESTIONS:
@@ -5544,8 +5673,9 @@ class Agent:
             result = await asyncio.to_thread(QUESTIONS[ask.what], self, ask.args)
         except UpdaterError as problem:
             result = {"error": problem.what, "hint": problem.hint, "exit": problem.exit_code}
-        if self.link:
-            self.link.post(Answer(ask.id, result))
+        except (OSError, ValueError) as problem:
+            result = {"error": str(problem)}
+        link.post(Answer(ask.id, result))
 
     def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
         """What the configuration says of this host, seen from `address`, and where its repository is."""
@@ -5560,6 +5690,10 @@ class Agent:
         with suppress(OSError):
             result["version"] = parse_version_file((repo / rule.version).read_bytes())
         result["problem"] = self.config.problem
+        try:
+            self.state.create()
+        except UpdaterError as problem:  # what ends here now waits for room
+            result["problem"] = problem.what
         for job in list(self.jobs.values()):
             if job.record.state is State.RUNNING:
                 with suppress(OSError):
@@ -5623,7 +5757,7 @@ class Agent:
             case Acked():
                 self.on_acked(message)
             case Ask():
-                self.spawn(self.on_ask(message))
+                self.spawn(self.on_ask(message, link))
             case Refuse():
                 log.warning("the master says: %s", message.what)
             case _:
@@ -5748,7 +5882,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         paths = found.get(name, [])
         found |= {f"{name}_count": len(paths), name: [path[:300] for path in paths[:PLAN_ROWS]]}
     if FileLock.held_elsewhere(agent.state.job_lock):
-        found["busy"] = (read_json(agent.state.current_file) or {}).get("run")
+        found["busy"] = agent.state.current()[0] or None
     with suppress(OSError):
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
     return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
@@ -5917,12 +6051,22 @@ class Run:
         self.record = record
         self.jobs = dict(jobs)
         self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
-        self.followers: set[Link] = set()
+        self.followers: dict[Link, str] = {}  # and which hosts each asked for
         self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
+        self.ordered: dict[str, float] = {}  # when this process sent an order last, by its monotonic clock
+        self.began = time.monotonic() - max(0.0, time.time() - record.created)
 
     @property
     def active(self) -> bool:
         return any(job.state not in FINAL for job in self.jobs.values())
+
+    def show(self, link: Link, hosts: list[str], state: StateFolder) -> None:
+        """Tell a follower all that there is of some hosts; what comes later follows by itself."""
+        link.post(replace(self.record, hosts=hosts))
+        for host in hosts:
+            job, path = self.jobs[host], state.log_file(self.record.run, host)
+            link.post(replace(job, size=min(job.size, log_size(path))) if job.state in FINAL else job)
+            link.open_log(job.run, host, path)
 
     def tell(self, machine: str, text: str) -> None:
         """Whoever watches a host's running job hears of its connection."""
@@ -6151,25 +6295,49 @@ class Registry:
     """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them is connected."""
 
     def __init__(self, state: StateFolder, config: ConfigFile, own_machine: str) -> None:
-        self.config, self.own_machine = config, own_machine
+        self.config, self.own_machine, self.state = config, own_machine, state
         self.file = state.root / "machines.json"
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, AgentLink] = {}
-        self.down_since: dict[str, float] = {}
+        self.down_since: dict[str, float] = {}  # by the monotonic clock: the other one may jump
+        self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def recover(self) -> None:
         """After a start: the known hosts, none of them connected yet."""
-        for machine, data in (read_json(self.file) or {}).items():
-            with suppress(TypeError):
-                self.machines[machine] = Machine(**data)
-                self.down_since[machine] = self.machines[machine].seen
+        found = read_json(self.file)
+        for machine, data in (self.recorded_machines() if found is None else found).items():
+            with suppress(ProtocolError, TypeError):
+                known: Machine = decode_fields(Machine, data)
+                self.machines[machine] = known
+                self.down_since[machine] = time.monotonic() - max(0.0, time.time() - known.seen)
 
-    def save(self) -> None:
+    def recorded_machines(self) -> dict[str, dict[str, Any]]:
+        """Whom the newest runs name, for want of the list: `all` must not lack a host without a word."""
+        machines: dict[str, dict[str, Any]] = {}
+        for run in filter(None, map(self.state.load_run, self.state.run_ids()[-RUNS_ASKED:])):
+            for label, machine in run.machines.items():
+                facts = {"machine": machine, "address": run.addresses.get(label), "name": f"unnamed-{machine[:4]}"}
+                machines[machine] = facts | {"seen": run.created}
+        if machines:
+            log.error("can't read %s: the hosts are those of the newest runs; `forget` the retired ones", self.file)
+        return machines
+
+    def remember(self, machine: str, job: dict[str, Any]) -> None:
+        """How a host's newest deployment ended, for `status`; not what never reached the host."""
+        if job["state"] in FINAL and job["seconds"] is not None and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK):
+            self.last[machine] = job
+
+    def away_s(self, machine: str, now: float) -> float | None:
+        """For how many seconds a host has had no connection."""
+        since = self.down_since.get(machine)
+        return None if since is None else now - since
+
+    def save(self, *, durable: bool = False) -> None:
         data = {machine: vars(known) for machine, known in self.machines.items()}
         with suppress(OSError):
-            write_atomic(self.file, json.dumps(data, indent=1).encode())
+            write_atomic(self.file, json.dumps(data, indent=1).encode(), durable=durable)
 
     def host_name(self, machine: str, address: str, claimed: str) -> str:
         """The configuration's name for the host, else the one it claims, unless that belongs to another address."""
@@ -6194,8 +6362,9 @@ class Registry:
         known = Machine(
             hello.machine, address, self.host_name(hello.machine, address, hello.name), version, platform, time.time()
         )
+        new = hello.machine not in self.machines
         self.machines[hello.machine] = known
-        self.save()
+        self.save(durable=new)
 
     def hosts(self, everyone: bool = False) -> list[HostRef]:
         """Every host of the fleet with its label, the master's own first; `everyone`: as if all took deployments."""
@@ -6229,6 +6398,20 @@ class Registry:
             raise ProtocolError(f"too many runs that nobody ordered here: {job.run} is not recorded")
         recent.append(now)
 
+    def choose(self, run: RunRecord, target: str) -> list[str]:
+        """The hosts of a run that `target` means, by the labels that they had then. Raises UpdaterError."""
+        if not target:
+            return run.hosts
+        names = {host.machine: host for host in self.hosts()}
+        refs = [
+            replace(names[machine], label=label, deploys=True)
+            if machine in names
+            else HostRef(label, run.addresses[label], label, machine, False, None, True)
+            for label, machine in run.machines.items()
+        ]
+        chosen = {host.label for host in select_targets(target, refs)}
+        return [host for host in run.hosts if host in chosen]
+
     def forget(self, target: str) -> list[str]:
         """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
         hosts = select_targets(target, self.hosts(everyone=True))
@@ -6237,7 +6420,7 @@ class Registry:
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
         for host in hosts:
             self.machines[host.machine].forgotten = True
-        self.save()
+        self.save(durable=True)
         return [host.label for host in hosts]
 
     async def ask_traffic(self) -> dict[str, Any]:
@@ -6296,8 +6479,10 @@ class Registry:
         while time.monotonic() < ends and self.agents.get(job.machine) is agent:
             if active := (await self.ask_traffic())["active"]:
                 role = "active" if color == active else "standby"
-                await agent.ask("traffic is", {"run": job.run, "host": job.host, "at": job.revision, "is": role})
-                return
+                word = {"run": job.run, "host": job.host, "at": job.revision, "is": role}
+                answer = await agent.ask("traffic is", word)
+                if answer is not None and "error" not in answer:
+                    return
             await asyncio.sleep(TICK_S)
 
 
@@ -6313,9 +6498,13 @@ class Master:
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
         self.tell: Callable[[Run, JobRecord], None] = lambda run, job: None  # people want to know how a job ended
-        self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
-        self.started = time.time()
+        self.began = time.monotonic()
+
+    @property
+    def up_s(self) -> float:
+        """For how many seconds this process has been the master."""
+        return time.monotonic() - self.began
 
     def recover(self) -> None:
         """After a start: the known hosts, and the runs that are not over."""
@@ -6323,11 +6512,13 @@ class Master:
         for row in reversed(self.state.rows()):
             self.nonces |= {row["nonce"]: row["run"]} if row.get("nonce") else {}
             for job in row["hosts"]:
-                self.remember(row["machines"].get(job["host"], ""), {"run": row["run"], "kind": row["kind"], **job})
+                job |= {"run": row["run"], "kind": row["kind"]}
+                self.registry.remember(row["machines"].get(job["host"], ""), job)
             if not row["over"] and (found := self.load(row["run"])) and found.active:
                 self.runs[row["run"]] = found
                 for job in list(found.jobs.values()):
-                    self.expire(found, job, self.started)
+                    self.record(found, job)  # a job without a file gets one
+                    self.expire(found, job)
 
     async def serve_socket(self, socket: Any) -> None:
         """One connection, from its hello to its end."""
@@ -6381,17 +6572,17 @@ class Master:
             old.link.wire.abort()
         self.registry.register(hello, address)
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
-        self.registry.down_since.pop(hello.machine, None)
+        went = self.registry.down_since.pop(hello.machine, 0.0)
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         protocol = common_protocol(hello.protocol)
         link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof, time.time()))
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
-            for run in self.runs.values():
+            for run in self.runs.values() if went > self.began else ():
                 run.tell(hello.machine, "connected again")
-        self.resend(agent)
         try:
+            self.resend(agent)
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
                 while True:
@@ -6404,7 +6595,8 @@ class Master:
         finally:
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
-                self.registry.down_since[hello.machine] = self.registry.machines[hello.machine].seen = time.time()
+                self.registry.down_since[hello.machine] = time.monotonic()
+                self.registry.machines[hello.machine].seen = time.time()
                 self.registry.save()
                 log.warning("agent %s is offline", label)
                 for run in self.runs.values():
@@ -6416,10 +6608,15 @@ class Master:
             for job in run.jobs.values():
                 if job.machine == agent.hello.machine and job.state not in FINAL:
                     if job.ordered:  # also one that runs: the host says so if it knows nothing of it
-                        agent.link.post(Order(vars(job)))
+                        self.order(agent, job)
                     if run.record.cancelled:
                         agent.link.post(Cancel(job.run))
         self.schedule()
+
+    def order(self, agent: AgentLink, job: JobRecord) -> None:
+        """Send an order, and know when."""
+        self.runs[job.run].ordered[job.host] = time.monotonic()
+        agent.link.post(Order(vars(job)))
 
     def receive_from_agent(self, agent: AgentLink, frame: str | bytes) -> None:
         if isinstance(frame, bytes):
@@ -6459,14 +6656,16 @@ class Master:
         return Run(record, jobs)
 
     def unordered(self, record: RunRecord, host: str) -> JobRecord:
-        """A job without a file: `ordered` is recorded before any order, so this one never reached its host."""
-        job = job_of_run(record, host)
+        """A job without a file: `ordered` is recorded before any order, so this one never reached its host, unless a
+        full disk has kept it from being recorded. One whose file is damaged may well run: its host will say."""
+        job = replace(job_of_run(record, host), provisional=True)
+        if self.state.is_damaged(record.run, host):
+            return replace(job, state=State.RUNNING, ordered=True, provisional=False)
         if record.cancelled:
             return replace(job, state=State.CANCELLED)
-        waits = time.time() - record.created < max(ORDER_EXPIRES_S, record.wait_s)
-        return (
-            job if waits and not (host in record.offline and not record.wait_s) else replace(job, state=State.OFFLINE)
-        )
+        allowed_s = record.wait_s if host in record.offline else max(ORDER_EXPIRES_S, record.wait_s)
+        waits = time.time() - record.created < allowed_s
+        return replace(job, provisional=False) if waits else replace(job, state=State.OFFLINE)
 
     def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
         """The run of a job that belongs to this very agent. Raises ProtocolError for anybody else's."""
@@ -6505,12 +6704,19 @@ class Master:
                 old, hosts=[*old.hosts, job.host], machines={**old.machines, **record.machines},
                 addresses={**old.addresses, **record.addresses},
             )  # fmt: skip
+        if run is None:
+            with suppress(FileNotFoundError):  # any other OSError: what can't be read now must not be replaced
+                (self.state.runs / job.run / "run.json").read_bytes()
         with suppress(OSError):  # `record` tries again
             self.state.save_run(record)
         run = run or Run(record, {})
         run.record = record
         run.jobs[job.host] = replace(job_of_run(record, job.host), ordered=True)
         self.runs[job.run] = run
+        for link, target in run.followers.items():
+            with suppress(UpdaterError):
+                if job.host in (hosts := self.registry.choose(record, target)):
+                    run.show(link, hosts, self.state)
 
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
@@ -6531,12 +6737,13 @@ class Master:
 
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it."""
-        job = run.held.get(host)
+        if (job := run.held.get(host)) is None:
+            return
         path = self.state.log_file(run.record.run, host)
         size = log_size(path)
-        if job is None or (size < job.size and host not in run.torn):
-            return
         accepted = accepts_job(run.jobs[host], job)
+        if accepted and size < job.size and host not in run.torn:
+            return
         if accepted or run.jobs[host].state is job.state:  # known already: perhaps it was never told
             self.tell(run, job)
         if accepted:
@@ -6553,30 +6760,26 @@ class Master:
     def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> bool:
         """A job's new state: on disk, and to whoever follows; False where the disk does not take it.
 
-        What the master's own runner wrote is on disk already.
+        What the master's own runner wrote is on disk already, if there was room.
         """
-        if job.machine != self.machine or job.revision == 0:
+        there = job.machine == self.machine and job.revision and self.state.load_job(job.run, job.host)
+        if not there or there.revision < job.revision:
             try:
                 if durable and self.state.load_run(job.run) is None:
                     self.state.save_run(run.record)  # it was adopted while the disk was full
                 self.state.save_job(job, durable=durable)
             except OSError as problem:
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
-                if durable and job.state in FINAL and job.revision:
+                if durable and job.state in FINAL and job.revision and not job.provisional:
                     return False
         if job.machine != self.machine:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.jobs[job.host] = job
-        self.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
+        self.registry.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
         for follower in run.followers:
             follower.post(job)
             follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
         return True
-
-    def remember(self, machine: str, job: dict[str, Any]) -> None:
-        """How a host's newest deployment ended, for `status`; not what never reached the host."""
-        if job["state"] in FINAL and job["seconds"] is not None and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK):
-            self.last[machine] = job
 
     def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
         """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
@@ -6666,7 +6869,7 @@ class Master:
         for job in order:
             job = replace(job, ordered=True, behind=None)
             self.record(self.runs[job.run], job, durable=True)
-            self.agents[job.machine].link.post(Order(vars(job)))
+            self.order(self.agents[job.machine], job)
 
     def on_busy(self, agent: AgentLink, message: Busy) -> None:
         """The host has something else to do: the order goes back into the queue."""
@@ -6683,29 +6886,30 @@ class Master:
             await asyncio.sleep(TICK_S)
             self.door.look()
             for run in list(self.runs.values()):
-                for job in list(run.jobs.values()):
-                    self.expire(run, job, time.time())
-                for host in list(run.held):
-                    self.settle(run, host)
-                self.drop_idle(run)
+                try:
+                    self.look(run)
+                except Exception as problem:  # one run's trouble must not end the daemon
+                    log.error("run %s: %s", run.record.run, problem)
             if self.runs:
                 self.schedule()
 
-    def expire(self, run: Run, job: JobRecord, now: float) -> None:
-        """End a job that waits for a host that does not come: an old order must not run days later."""
-        if job.state in FINAL or job.machine in self.agents:
-            return
-        down = self.registry.down_since.get(job.machine, self.started)
-        if job.state is State.QUEUED:
-            not_due = job.behind or run.record.batch  # it waited for others, not for its host
-            since = max(down, run.record.created, self.started if not_due else 0.0)
-            allowed = run.record.wait_s if job.host in run.record.offline else max(ORDER_EXPIRES_S, run.record.wait_s)
-            if now - since > allowed and job.ordered:
-                self.end(run, job, State.LOST, "the order was never acknowledged", guess=True)
-            elif now - since > allowed:
-                self.end(run, job, State.OFFLINE, "the host is offline")
-        elif now - max(down, self.started) > LOST_S:
-            self.end(run, job, State.LOST, f"no connection for {LOST_S:.0f} s", guess=True)
+    def look(self, run: Run) -> None:
+        """What time alone brings about."""
+        for job in list(run.jobs.values()):
+            self.expire(run, job)
+        for host, job in list(run.held.items()):
+            if agent := self.agents.get(job.machine):
+                agent.link.fetch_lost(self.state.log_file(job.run, host))
+            self.settle(run, host)
+        self.drop_idle(run)
+
+    def expire(self, run: Run, job: JobRecord) -> None:
+        """End a job that waits for a host that does not answer or come."""
+        now = time.monotonic()  # a wait must not depend on a clock that jumps
+        silent_s = now - run.ordered.get(job.host, now) if job.machine in self.agents else None
+        away_s = now - self.registry.down_since.get(job.machine, self.began)
+        if verdict := decide_expiry(run.record, job, silent_s, away_s, now - run.began, self.up_s):
+            self.end(run, job, *verdict, guess=verdict[0] is not State.OFFLINE)
 
     def cancel(self, name: str, by: str) -> RunRecord:
         """Stop a run: queued jobs at once, running ones as soon as their host hears of it."""
@@ -6769,7 +6973,7 @@ class Desk:
                         link.post(self.refuse(problem))
         finally:
             for run in list(self.master.runs.values()):
-                run.followers.discard(link)
+                run.followers.pop(link, None)
                 self.master.drop_idle(run)
 
     def receive_from_commander(
@@ -6795,29 +6999,10 @@ class Desk:
         run = self.master.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
-        chosen = self.choose(run, message.target)
+        chosen = self.master.registry.choose(run.record, message.target)
         self.master.runs[message.run] = run
-        run.followers.add(link)
-        link.post(replace(run.record, hosts=chosen))
-        for host in chosen:
-            job = run.jobs[host]
-            size = log_size(self.master.state.log_file(message.run, host))
-            link.post(replace(job, size=min(job.size, size)) if job.state in FINAL else job)
-            link.open_log(message.run, host, self.master.state.log_file(message.run, host))
-
-    def choose(self, run: Run, target: str) -> list[str]:
-        """The hosts of a run that `target` means, by the labels that they had then. Raises UpdaterError."""
-        if not target:
-            return run.record.hosts
-        names = {host.machine: host for host in self.master.registry.hosts()}
-        refs = [
-            replace(names[machine], label=label, deploys=True)
-            if machine in names
-            else HostRef(label, run.record.addresses[label], label, machine, False, None, True)
-            for label, machine in run.record.machines.items()
-        ]
-        chosen = {host.label for host in select_targets(target, refs)}
-        return [host for host in run.record.hosts if host in chosen]
+        run.followers[link] = message.target
+        run.show(link, chosen, self.master.state)
 
     def refuse(self, problem: UpdaterError | OSError) -> Refuse:
         """A problem as the answer to the commander."""
@@ -6845,7 +7030,11 @@ class Desk:
     async def submit(self, message: Submit, by: str) -> RunRecord:
         """Start a run; whom it means may depend on the traffic of this moment, and whether it may start, on hosts."""
         if message.kind in GATES and self.master.load(message.run) is None:
-            message = await GATES[message.kind](self, message)
+            try:
+                message = await GATES[message.kind](self, message)
+            except GuardError:
+                if self.master.load(message.run) is None:  # else it stands in the way of nothing but itself, sent twice
+                    raise
         return self.master.submit(message, by, await self.master.registry.active_for(message.target))
 
     async def answer(self, ask: Ask) -> Answer:
@@ -6879,7 +7068,7 @@ class Desk:
         name = str(args.get("run"))
         if (run := self.master.load(name) if valid_run_id(name) else None) is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
-        hosts = self.choose(run, str(args.get("target") or ""))
+        hosts = self.master.registry.choose(run.record, str(args.get("target") or ""))
         offsets, room = args.get("offsets", {}), args.get("bytes", 0)
         if not _fits("dict[str, int]", offsets) or not _fits("int", room):
             raise UsageError("offsets are numbers by host, and bytes is a number")
@@ -6914,12 +7103,14 @@ class Desk:
         async def facts(host: HostRef) -> dict[str, Any]:
             agent = self.master.agents.get(host.machine)
             found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
+            if agent and not found:
+                found["problem"] = f"no answer within {FACTS_S:.0f} s: does its daemon, or its disk, hang?"
             found["problem"] = found.get("problem") or found.pop("error", None)
             return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
 
         traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
         rows = [self.status_row(host, found, traffic) for host, found in zip(hosts, answers, strict=True)]
-        uptime = round(time.time() - self.master.started, 1)
+        uptime = round(self.master.up_s, 1)
         master = {
             "ip": self.master.own_address,
             "version": __version__,
@@ -6933,6 +7124,7 @@ class Desk:
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
         machine = self.master.registry.machines[host.machine]
+        away_s = self.master.registry.away_s(host.machine, time.monotonic())
         return {
             "host": host.label, "name": host.name, "online": host.online,
             "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
@@ -6943,10 +7135,10 @@ class Desk:
             "step": running.step if running else None,
             "since": running.started if running else None,
             "silent_s": facts.get("silent_s"),
-            "link_down_since": self.master.registry.down_since.get(host.machine),
+            "link_down_since": None if away_s is None else time.time() - away_s,
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
             "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
-            "last": self.master.last.get(host.machine),
+            "last": self.master.registry.last.get(host.machine),
             "problem": facts.get("problem"),
         }  # fmt: skip
 
@@ -7278,7 +7470,10 @@ class Notifier:
 
     def __init__(self, master: Master) -> None:
         self.master, self.folder = master, master.state.root / "notify"
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as problem:  # deployments go on without
+            log.error("no messages can be sent: %s", problem)
         self.traffic_file = self.folder / "traffic"
         self.receivers: dict[str, Receiver] = {}
         self.wake = asyncio.Event()
@@ -7410,9 +7605,10 @@ class Notifier:
         registry = self.master.registry
         for rule in (rule for rule in self.rules if rule.wants("agent-offline")):
             for host in registry.hosts():
-                since = registry.down_since.get(host.machine)
-                away_s = time.time() - max(since or 0.0, self.master.started)
-                if since is not None and away_s > rule.offline_minutes * 60:
+                away_s = registry.away_s(host.machine, time.monotonic())
+                since = registry.machines[host.machine].seen
+                if away_s is not None and min(away_s, self.master.up_s) > rule.offline_minutes * 60:
+                    away_s = min(away_s, self.master.up_s)
                     title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
                     news = {"event": "agent-offline", "title": title, "host": host.label, "since": since}
                     self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
@@ -7452,7 +7648,10 @@ class Notifier:
 # 18. Commander: what the command line uses to talk to the master
 # ==============================================================================
 
-COMMANDER_OPTIONS: dict[str, Any] = {"compression": None, "proxy": None, "max_size": MESSAGE_BYTES, "max_queue": None}
+COMMANDER_OPTIONS: dict[str, Any] = {
+    "compression": None, "proxy": None, "max_size": MESSAGE_BYTES, "max_queue": None, "close_timeout": 3,
+    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S,
+}  # fmt: skip
 
 
 def make_run_id() -> str:
@@ -7501,18 +7700,20 @@ class Connection:
     def request(self, message: Any, timeout_s: float) -> Any:
         """Send a message and wait for its answer. Raises the master's refusal with its exit code."""
         deadline = time.monotonic() + timeout_s
+        reply = None
         try:
             self.send(message)
-            while (left := deadline - time.monotonic()) > 0:
+            while (reply is None or isinstance(reply, bytes)) and (left := deadline - time.monotonic()) > 0:
                 reply = self.receive(left)
-                if isinstance(reply, Refuse):
-                    self.close()
-                    raise refused(reply)
-                if reply is not None and not isinstance(reply, bytes):
-                    return reply
         except EOFError:
             raise UnreachableError("the master ended the connection", "does it still run? try again") from None
-        raise UnreachableError("the master did not answer in time", "is it overloaded? try again")
+        if reply is None or isinstance(reply, bytes | Refuse):
+            self.close()
+        if isinstance(reply, Refuse):
+            raise refused(reply)
+        if reply is None or isinstance(reply, bytes):
+            raise UnreachableError("the master did not answer in time", "is it overloaded? try again")
+        return reply
 
     def close(self) -> None:
         self.socket.close()
@@ -7558,9 +7759,12 @@ class Caller:
             time.sleep(pause)
 
     def _dial(self, url: str, timeout_s: float) -> Connection:
+        import logging
+
         from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
         from websockets.sync.client import connect
 
+        logging.getLogger("websockets").addHandler(logging.NullHandler())  # a dead link is no traceback on a terminal
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
             # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
@@ -7604,13 +7808,13 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
     asked = False
     while True:
         try:
-            connection = caller.dial(max(0.1, deadline - time.monotonic()))
+            connection = caller.dial(max(0.1, deadline + (RESTART_S if asked else 0) - time.monotonic()))
             asked = True
             reply = connection.request(order, ANSWER_S + looks_s)
         except UnreachableError as problem:
             if not asked:
                 raise
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline + RESTART_S:
                 problem.asked = True
                 problem.hint = f"it may have started all the same: {program_name()} logs {order.run} -f"
                 raise
@@ -7676,6 +7880,7 @@ class Follower:
         self.channels: dict[int, str] = {}
         self.unacked: dict[int, int] = {}
         self.looked = 0.0  # when silent hosts were last looked for
+        self.unknown_since = 0.0  # a new master has not heard of the run
 
     def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
         """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
@@ -7690,15 +7895,34 @@ class Follower:
                     self.tell_silence()
                 connection.close()
                 break
-            except EOFError:
-                self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
+            except (EOFError, UpdaterError) as problem:
+                if isinstance(problem, UpdaterError):  # a new master hears of the run as soon as its agents are back
+                    connection.close()
+                    if self.record is None or problem.exit_code != TargetError.exit_code or self.is_late():
+                        raise
+                elif not self.unknown_since:
+                    self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
                 time.sleep(random.uniform(*RETRY_S))
                 connection = self.caller.dial(patience_s)
-                self.view.notice("connected again")
+                if not self.unknown_since:
+                    self.view.notice("connected again")
+                self.skip_gap()
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
         assert self.record
         self.view.done(self.record, jobs)
         return jobs
+
+    def is_late(self) -> bool:
+        """Whether the master has not known the run for so long that it will not learn of it; says so at first."""
+        if not self.unknown_since:
+            self.unknown_since = time.monotonic()
+            self.view.notice("the master knows nothing of this run, waiting until a host tells it ...")
+        return time.monotonic() - self.unknown_since > LOST_S
+
+    def skip_gap(self) -> None:
+        """What could not be heard was no silence."""
+        for followed in self.hosts.values():
+            followed.heard = followed.heard and time.monotonic()
 
     def finished(self) -> bool:
         return self.record is not None and all(
@@ -7721,10 +7945,11 @@ class Follower:
                     self.acknowledge(connection)
                 self.show_result(self.channels[channel])
         elif isinstance(message, RunRecord):
-            if self.record is None:
-                self.record = message
-                self.hosts = {host: Followed() for host in message.hosts}
-                self.view.begin(message)
+            if new := [host for host in message.hosts if host not in self.hosts]:  # a new master hears of more
+                self.hosts |= {host: Followed() for host in new}
+                self.record = replace(message, hosts=list(self.hosts))
+                self.view.begin(self.record)
+            self.unknown_since = 0.0
         elif isinstance(message, JobRecord) and message.host in self.hosts:
             self.hosts[message.host].job = message
             if message.state not in FINAL:
@@ -7741,9 +7966,12 @@ class Follower:
 
     def tell_silence(self) -> None:
         """Of steps that hang, whoever else talks meanwhile."""
-        if time.monotonic() - self.looked < 1 or not self.live:
+        gap_s, now = time.monotonic() - self.looked, time.monotonic()
+        if gap_s < 1 or not self.live:
             return
-        self.looked = time.monotonic()
+        self.looked = now
+        if gap_s > STOPPED_S:  # this process was stopped, or its output was
+            self.skip_gap()
         for host, followed in self.hosts.items():
             if told := followed.silence():
                 self.view.notice(f"{host}: {told}")
@@ -7764,8 +7992,11 @@ class Follower:
 class LocalFollower:
     """Follows a run by its files on this host, without a master: for `deploy`, and for `logs` when nothing serves."""
 
-    def __init__(self, state: StateFolder, run: str, view: View, live: bool, target: str = "all") -> None:
+    def __init__(
+        self, state: StateFolder, run: str, view: View, live: bool, target: str = "all", started: bool = False
+    ) -> None:
         self.state, self.run, self.view, self.live, self.target = state, run, view, live, target
+        self.gives_up = time.monotonic() + (LAUNCH_S if started else float("inf"))  # on a runner that we started
 
     def follow(self) -> list[JobRecord]:
         """Show the run to its end, or, not `live`, as far as it is. Raises TargetError."""
@@ -7774,6 +8005,7 @@ class LocalFollower:
             raise TargetError(f"there is no run {self.run} in {self.state.root}", "`history` lists the runs")
         refs = [HostRef(host, record.addresses.get(host) or "::", host, "", False) for host in record.hosts]
         record = replace(record, hosts=[ref.label for ref in select_targets(self.target, refs)])
+        self.record = record
         self.view.begin(record)
         hosts = {host: Followed() for host in record.hosts}
         while waiting := [host for host, followed in hosts.items() if not followed.shown]:
@@ -7787,8 +8019,8 @@ class LocalFollower:
     def look(self, host: str, followed: Followed) -> None:
         """What is new about one host."""
         job = self.state.load_job(self.run, host)
-        if job and job.state not in FINAL and self.live:
-            job = self.look_after(job)
+        if self.live and (job is None or job.state not in FINAL):
+            job = self.look_after(job, host)
         while data := read_log(self.state.log_file(self.run, host), followed.size, CHUNK_BYTES):
             followed.hear(data)
             self.view.data(host, data)
@@ -7799,14 +8031,25 @@ class LocalFollower:
         if told := followed.silence():
             self.view.notice(f"{host}: {told}")
 
-    def look_after(self, job: JobRecord) -> JobRecord:
-        """Without a daemon nobody else would notice that the runner died."""
-        if job.state is State.RUNNING and not FileLock.held_elsewhere(self.state.job_lock):
-            latest = self.state.load_job(job.run, job.host) or job
-            if latest.state is State.RUNNING and not FileLock.held_elsewhere(self.state.daemon_lock):
-                latest = bury_runner(self.state, latest)
-                self.state.save_job(latest, durable=True)
-            return latest
+    def look_after(self, job: JobRecord | None, host: str) -> JobRecord | None:
+        """Without a daemon nobody else would notice that the runner died or did not begin, or that its word is torn."""
+        busy = FileLock.held_elsewhere(self.state.job_lock)
+        late = job and job.state is State.QUEUED and time.monotonic() > self.gives_up
+        if job and late and not (busy and self.state.current() == (job.run, host)):
+            why = f"the runner does not start: see {self.state.runner_log}"
+            return self.end(job, state=State.FAILED, step="start", error="another job holds this host" if busy else why)
+        if busy or FileLock.held_elsewhere(self.state.daemon_lock):
+            return job
+        latest = self.state.load_job(self.run, host)
+        if latest is None:
+            return replace(job_of_run(self.record, host), state=State.LOST, error="the record of this job is damaged")
+        return self.end(bury_runner(self.state, latest)) if latest.state is State.RUNNING else latest
+
+    def end(self, job: JobRecord, **fields: Any) -> JobRecord:
+        """Record how a job ended, for want of a runner and a daemon."""
+        if fields:
+            job = replace(job, revision=job.revision + 1, ended=time.time(), **fields)
+        self.state.save_job(job, durable=True)
         return job
 
 
@@ -7814,7 +8057,7 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
     """Record an order to this host alone, as the master would. Raises GuardError where a job holds the host."""
     state.create()
     if FileLock.held_elsewhere(state.job_lock):
-        current = (read_json(state.current_file) or {}).get("run")
+        current = state.current()[0]
         raise GuardError(f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f")
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
@@ -8082,7 +8325,8 @@ class Service:
                 with socket.socket(fileno=os.dup(listener.fileno())) as same:
                     same.listen(BACKLOG)
         async with server, asyncio.TaskGroup() as group:
-            facts |= {"listen": local_url(url, host, port, bool(certificate)), "label": own}
+            near = own if await asyncio.to_thread(probe_is_local, own) else "127.0.0.1"
+            facts |= {"listen": local_url(url, host or near, port, bool(certificate)), "label": own}
             self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
             self.state.save_master_url(url)
             log.info("listening on %s port %d", host or "all addresses", port)
@@ -8169,9 +8413,9 @@ def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     return host.strip("[]") or None, int(number)
 
 
-def local_url(url: MasterUrl, host: str | None, port: int, secure: bool) -> str:
+def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
     """How a commander on the master's own host reaches the listener; a proxy may be what makes masterUrl wss://."""
-    name = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
 
 
@@ -9512,7 +9756,8 @@ class Doctor:
 
 
 class Output:
-    """Standard output: bytes as they are to a pipe, text that can't hurt to a terminal. A closed pipe raises Closed."""
+    """Standard output: bytes as they are to a pipe, text that can't hurt to a terminal. Where it takes nothing more,
+    because its pipe is closed or its disk is full, that raises Closed."""
 
     class Closed(Exception):
         """Nobody reads our output any more."""
@@ -9530,14 +9775,13 @@ class Output:
             else:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-        except (BrokenPipeError, ConnectionResetError, ValueError) as problem:
+        except (OSError, ValueError) as problem:
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its exit
+            gone = (errno.EPIPE, errno.ECONNRESET, errno.EINVAL)  # the last is how Windows says that a pipe is closed
+            if isinstance(problem, OSError) and problem.errno not in gone:
+                print(f"estelle-updater: can't write the output: {problem.strerror}", file=sys.stderr)
             raise Output.Closed from problem
-        except OSError as problem:
-            if os.name == "nt" and problem.errno == errno.EINVAL:
-                raise Output.Closed from problem  # how Windows says that the pipe is closed
-            raise
 
     def paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}{RESET}" if self.color else text
@@ -9565,7 +9809,7 @@ class TextView(View):
         data = self.partial.pop(host, b"") + data
         cut = data.rfind(b"\n") + 1
         if len(data) - cut >= LINE_BYTES:
-            cut = len(data)
+            cut = whole_text(data)
         if cut < len(data):
             self.partial[host] = data[cut:]
         if cut:
@@ -9614,6 +9858,9 @@ class TextView(View):
         self.output.write(("\n" + terminal_text(render_table(("host", "commit", "time", "result"), rows))).encode())
 
     def notice(self, text: str) -> None:
+        if self.open_host is not None and self.output.terminal:
+            self.output.write(b"\n")
+            self.open_host = None
         print(f"estelle-updater: {terminal_text(text)}", file=sys.stderr, flush=True)
 
 
@@ -9663,16 +9910,21 @@ class JsonView(View):
         *lines, rest = (self.partial.pop(host, b"") + data).split(b"\n")
         for line in lines:
             self.line(host, line)
-        while len(rest) >= LINE_BYTES:
-            self.line(host, rest[:LINE_BYTES], more=True)
-            rest = rest[LINE_BYTES:]
-        if rest:
+        if rest := self.pieces(host, rest, LINE_BYTES - 1):
             self.partial[host] = rest
 
+    def pieces(self, host: str, line: bytes, most: int) -> bytes:
+        """Show pieces of a long line, whole characters each; the rest, of at most `most` bytes."""
+        while len(line) > most:
+            cut = whole_text(line[:LINE_BYTES])
+            self.emit_line(host, line[:cut], more=True)
+            line = line[cut:]
+        return line
+
     def line(self, host: str, line: bytes, **more: bool) -> None:
-        while len(line) > LINE_BYTES:
-            self.line(host, line[:LINE_BYTES], more=True)
-            line = line[LINE_BYTES:]
+        self.emit_line(host, self.pieces(host, line, LINE_BYTES), **more)
+
+    def emit_line(self, host: str, line: bytes, **more: bool) -> None:
         self.emit(event="log", run=self.run, host=host, line=line.decode("utf-8", "replace"), **more)
 
     def result(self, job: JobRecord) -> None:
@@ -9692,11 +9944,14 @@ class JsonView(View):
 
 def watch_run(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> int:
     """Show a run to its end. Ctrl-C or a closed output stops watching, and says how to go on."""
+    est = program_name()
+    text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
     try:
         return 0 if run_ok(follow()) else 1
+    except (UnreachableError, RefusedError) as problem:
+        problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
+        raise
     except (KeyboardInterrupt, Output.Closed):
-        est = program_name()
-        text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
         with suppress(OSError):
             if args.json:
                 print(json.dumps({"event": "notice", "text": text}), file=sys.stderr)
@@ -9776,7 +10031,7 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
     job = make_local_job(state, order, args.bind)
     start_runner(state, args.config_path(), job).wait()
     view.notice(f"run {job.run}: {doing}{job.branch} on this host")
-    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True).follow)[0]
+    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True, started=True).follow)[0]
 
 
 def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
@@ -9978,13 +10233,14 @@ def cmd_deploy(args: Args) -> int:
 
 def cmd_logs(args: Args) -> int:
     view, state = make_view(args), args.state_folder()
+    follower = None
     try:
         caller = make_caller(args)
         connection = caller.dial(PATIENCE_S)
         follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
-        code = watch_run(args, args.run, lambda: follower.follow(connection))
+        code = watch_run(args, args.run, functools.partial(follower.follow, connection))
     except UpdaterError as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
-        if state.load_run(args.run) is None:
+        if state.load_run(args.run) is None or (follower and follower.record):
             raise
         view.notice(f"{problem.what}; this is what {state.root} has")
         local = LocalFollower(state, args.run, view, args.follow, args.target or "all")
@@ -10781,6 +11037,9 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Run one command; returns the contract's exit code."""
     environ = os.environ
+    for name in ("stdout", "stderr"):  # closed by whoever started us
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     args = Args(
         config=None, state=None, bind=environ.get("ESTELLE_BIND") or None, json=False, no_color=False, verbose=False
     )

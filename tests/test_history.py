@@ -170,14 +170,14 @@ def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) 
     ]
     state.rows()
     keep = est.KeepRule(runs=1, days=36500)
-    assert state.prune(keep, {runs[5]}, SETTLED_S) == [runs[2]]
+    assert state.prune(keep, lambda: {runs[5]}, SETTLED_S) == [runs[2]]
     left = [runs[i] for i in (6, 5, 4, 3, 1, 0)]
     assert [row["run"] for row in state.history(10)] == left
     assert [json.loads(line)["run"] for line in state.index.read_bytes().split(b"\n") if line] == sorted(
         {*left} - {runs[4]}
     )
-    assert state.prune(keep, {runs[5]}, SETTLED_S) == []
-    assert state.prune(est.KeepRule(runs=500, days=1), (), 1_700_000_000.0 + 86400 * 20) == [runs[5], runs[6]]
+    assert state.prune(keep, lambda: {runs[5]}, SETTLED_S) == []
+    assert state.prune(est.KeepRule(runs=500, days=1), tuple, 1_700_000_000.0 + 86400 * 20) == [runs[5], runs[6]]
 
 
 def test_old_runs_go_where_all_take_too_much_of_the_disk(state: est.StateFolder) -> None:
@@ -185,8 +185,8 @@ def test_old_runs_go_where_all_take_too_much_of_the_disk(state: est.StateFolder)
     for run, megabytes in zip(runs, (1, 1, 2, 3), strict=True):
         (state.runs / run / "127.0.0.1.log").write_bytes(bytes(megabytes * 1_000_000))
     keep = est.KeepRule(megabytes=6)
-    assert state.prune(keep, {runs[0]}, SETTLED_S) == [runs[1]]
-    assert state.prune(est.KeepRule(megabytes=1), (), SETTLED_S) == [runs[0], runs[2]], "the newest stays"
+    assert state.prune(keep, lambda: {runs[0]}, SETTLED_S) == [runs[1]]
+    assert state.prune(est.KeepRule(megabytes=1), tuple, SETTLED_S) == [runs[0], runs[2]], "the newest stays"
 
 
 def test_statistics(state: est.StateFolder) -> None:

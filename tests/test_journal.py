@@ -345,7 +345,7 @@ def test_batches_come_in_order_and_a_failure_ends_the_later_ones() -> None:
     for state in FINAL - {State.SUCCEEDED}:
         failed = jobs | {"B": replace(jobs["B"], state=state)}
         assert decide_orders([(run, failed)], MACHINES, "") == (
-            [], [(jobs["C"], "an earlier batch failed"), (jobs["D"], "an earlier batch failed")], {},
+            [], [(jobs["C"], "an earlier batch did not succeed"), (jobs["D"], "an earlier batch did not succeed")], {},
         )  # fmt: skip
 
 

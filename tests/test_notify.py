@@ -314,7 +314,7 @@ def test_an_agent_that_stays_away_is_told_of_once(tmp_path: Path) -> None:
             master.registry.machines[known.machine] = known
         master.registry.save()
         master.registry.recover()
-        master.started = now - up_s
+        master.began = time.monotonic() - up_s
         notifier.look_for_agents()
         return titles(notifier)
 

@@ -62,7 +62,7 @@ def main() -> None:
         say("history --stats", lambda: est.run_stats(state.rows()))
         say("what a daemon reads at its start", state.rows)
         keep = est.KeepRule(runs=runs - 10, days=36500)
-        say("deleting 10 old runs", lambda: state.prune(keep, (), time.time()))
+        say("deleting 10 old runs", lambda: state.prune(keep, tuple, time.time()))
 
 
 if __name__ == "__main__":
