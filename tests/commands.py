@@ -7,14 +7,14 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fleet import Fleet, Host, wait_for
+from tests.fleet import ROOT, Fleet, Host, need, wait_for
 
 COMMAND = ("sh", "../script")  # what a host deploys with: a file beside its clone, so that each test writes its own
 STEP = " ".join(COMMAND)
@@ -22,6 +22,15 @@ STEPS = ("git fetch origin...", "git checkout master...", "git pull origin maste
 GATE = "until [ -e ../go ]; do sleep 0.05; done\n"
 GATED = f"echo begun\n{GATE}echo ended\n"
 FOREVER = "echo begun\nsleep 86400\n"
+# The program with other limits (JSON in LIMITS), or a fault at a chosen place (code in FAULT).
+HURRIED = f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import estelle_updater
+vars(estelle_updater).update(json.loads(os.environ.get("LIMITS", "{{}}")))
+exec(os.environ.get("FAULT", ""), vars(estelle_updater))
+sys.exit(estelle_updater.main(sys.argv[1:]))
+"""
 
 _numbers = itertools.count(1)
 
@@ -48,6 +57,45 @@ def lines_of(out: str, host: str) -> list[str]:
 def announced(out: str, host: str) -> list[str]:
     """The announcements among one host's lines."""
     return [line for line in lines_of(out, host) if line.endswith("...")]
+
+
+def module_fleet(name: str, **options: Any) -> Any:
+    """A fixture: one fleet for all tests of a module, which `ready` makes usable for each."""
+
+    @pytest.fixture(scope="module", name="made")
+    def fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+        need("git", "tee")
+        fleet = Fleet(tmp_path_factory.mktemp(name), command=COMMAND, **options)
+        fleet.start()
+        yield fleet
+        fleet.stop_all()
+
+    return fixture
+
+
+def ready(made: Fleet) -> Iterator[Fleet]:
+    """The body of a fixture: harmless scripts before a test, all daemons and nothing under way after it."""
+    write_script("echo fine\n", *made.hosts)
+    for host in made.hosts:
+        (host.folder / "begun").unlink(missing_ok=True)
+    yield made
+    open_gate(*made.hosts)
+    for host in made.hosts:
+        if host.process and host.process.poll() is not None:
+            made.start(host)
+    made.wait_online()
+    for folder in made.runs():
+        if any(
+            job_of(made, folder.name, path.stem).get("state") in ("queued", "running") for path in folder.glob("127*")
+        ):
+            made.cli("cancel", folder.name)
+
+
+def again(one: Fleet, host: Host, **env: str) -> None:
+    """Start a daemon once more, with other limits or a fault (see HURRIED)."""
+    one.stop(host)
+    one.start(host, env=env)
+    one.wait_online()
 
 
 class Watched:

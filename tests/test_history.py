@@ -180,6 +180,13 @@ def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) 
     assert state.prune(est.KeepRule(runs=500, days=1), tuple, 1_700_000_000.0 + 86400 * 20) == [runs[5], runs[6]]
 
 
+def test_a_run_that_somebody_begins_to_follow_does_not_go(state: est.StateFolder) -> None:
+    runs = [record(state, number, OK, OK) for number in range(4)]
+    wanted = iter([(), (), {runs[1]}, {runs[1]}])
+    assert state.prune(est.KeepRule(runs=1), lambda: next(wanted), SETTLED_S) == [runs[0], runs[2]]
+    assert [row["run"] for row in state.history(9)] == [runs[3], runs[1]]
+
+
 def test_old_runs_go_where_all_take_too_much_of_the_disk(state: est.StateFolder) -> None:
     runs = [record(state, i, FAILED, FAILED) for i in range(4)]
     for run, megabytes in zip(runs, (1, 1, 2, 3), strict=True):

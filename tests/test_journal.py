@@ -303,6 +303,40 @@ def test_what_the_queue_does_with_each_waiting_job(runs: Any, online: set[str], 
     assert all(reason for _, reason in end) and len({job.machine for job in order}) == len(order)
 
 
+LOST, LATE, OFFLINE = (State.LOST, "the order was never acknowledged"), 601.0, (State.OFFLINE, "the host is offline")
+GONE = (State.LOST, "no connection for 900 s")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "changes", "run", "silent_s", "away_s", "age_s", "up_s"),
+    [  # connected: only an order that nothing answers to has an end
+        (None, {}, {}, 0.0, 0.0, 9999.0, 9999.0),
+        (None, {"ordered": True}, {}, 600.0, 0.0, 9999.0, 9999.0),
+        (LOST, {"ordered": True}, {}, LATE, 0.0, 9999.0, 9999.0),
+        ((State.CANCELLED, LOST[1]), {"ordered": True}, {"cancelled": True}, 11.0, 0.0, 9999.0, 9999.0),
+        (None, {"state": State.RUNNING}, {}, LATE, 0.0, 9999.0, 9999.0),
+        # away: since it went, since the run began, and since the master could know
+        (None, {"ordered": True}, {}, None, 600.0, 9999.0, 9999.0),
+        (LOST, {"ordered": True}, {}, None, LATE, 9999.0, 9999.0),
+        (OFFLINE, {}, {}, None, LATE, LATE, 1.0),
+        (None, {}, {}, None, LATE, 1.0, 9999.0),
+        (None, {}, {"wait_s": 700.0}, None, LATE, LATE, 9999.0),
+        (OFFLINE, {}, {"wait_s": 5.0, "offline": ["127.0.0.2"]}, None, 6.0, 6.0, 9999.0),
+        (None, {"behind": RUN}, {}, None, LATE, LATE, 1.0),
+        (OFFLINE, {"behind": RUN}, {}, None, LATE, LATE, LATE),
+        (None, {"state": State.RUNNING}, {}, None, 900.0, 9999.0, 9999.0),
+        (None, {"state": State.RUNNING}, {}, None, 9999.0, 9999.0, 900.0),
+        (GONE, {"state": State.RUNNING}, {}, None, 901.0, 9999.0, 901.0),
+        *((None, {"state": state}, {}, None, 9999.0, 9999.0, 9999.0) for state in sorted(FINAL)),
+    ],
+)  # fmt: skip
+def test_how_long_a_job_waits_for_its_host(
+    verdict: Any, changes: Any, run: Any, silent_s: float | None, away_s: float, age_s: float, up_s: float
+) -> None:
+    record = replace(est.run_of_job(JOB), **run)
+    assert est.decide_expiry(record, replace(JOB, **changes), silent_s, away_s, age_s, up_s) == verdict
+
+
 def finish(job: JobRecord, chance: random.Random, surely: bool) -> JobRecord:
     """What a host makes of a live job in one tick."""
     if surely or chance.random() < 0.3:

@@ -19,31 +19,25 @@ import pytest
 
 import estelle_updater as updater
 from tests.commands import (
-    COMMAND,
     GATE,
     GATED,
+    HURRIED,
     STEP,
     Watched,
+    again,
     detach,
     job_of,
     lines_of,
     log_of,
+    module_fleet,
     open_gate,
+    ready,
     wait_state,
     write_script,
 )  # fmt: skip
-from tests.fleet import ROOT, VERSION, Fleet, Host, need, processes_of, wait_for
+from tests.fleet import VERSION, Fleet, processes_of, wait_for
 
 A, B, C = "127.0.0.1", "127.0.0.2", "127.0.0.3"
-# The program with other limits (JSON in LIMITS), or a fault at a chosen place (code in FAULT).
-HURRIED = f"""
-import json, os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import estelle_updater
-vars(estelle_updater).update(json.loads(os.environ.get("LIMITS", "{{}}")))
-exec(os.environ.get("FAULT", ""), vars(estelle_updater))
-sys.exit(estelle_updater.main(sys.argv[1:]))
-"""
 PEAK = "import atexit; atexit.register(lambda: print('peak', *open('/proc/self/status'), file=sys.stderr))"
 IMPATIENT = "SERVER_OPTIONS.update(ping_interval=0.5, ping_timeout=0.5)"  # and a send that blocks is given up after 1 s
 DIES = """save = StateFolder.save_run
@@ -56,39 +50,12 @@ BOUND_KB = 64 << 10  # over what a process of this program needs anyway
 pytestmark = pytest.mark.xdist_group("limits")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    need("git")
-    folder = tmp_path_factory.mktemp("limits")
-    fleet = Fleet(
-        folder, config={"whitelist": ["127.0.0.0/8"]}, command=COMMAND, program=(sys.executable, "-c", HURRIED)
-    )
-    fleet.start()
-    yield fleet
-    fleet.stop_all()
+made = module_fleet("limits", config={"whitelist": ["127.0.0.0/8"]}, program=(sys.executable, "-c", HURRIED))
 
 
 @pytest.fixture
 def one(made: Fleet) -> Iterator[Fleet]:
-    write_script("echo fine\n", *made.hosts)
-    for host in made.hosts:
-        (host.folder / "begun").unlink(missing_ok=True)
-    yield made
-    open_gate(*made.hosts)
-    for host in made.hosts:
-        if host.process and host.process.poll() is not None:
-            made.start(host)
-    made.wait_online()
-    for folder in made.runs():
-        if any(json.loads(path.read_text())["state"] in ("queued", "running") for path in folder.glob("127*.json")):
-            made.cli("cancel", folder.name)
-
-
-def again(one: Fleet, host: Host, **env: str) -> None:
-    """Start a daemon once more, with other limits or a fault."""
-    one.stop(host)
-    one.start(host, env=env)
-    one.wait_online()
+    yield from ready(made)
 
 
 def hwm_kb(status: str) -> int:
@@ -147,10 +114,13 @@ def test_the_master_dies_between_recording_and_answering(one: Fleet):
     again(one, a, FAULT=DIES)
     write_script("echo x >> ../begun\n", b)
     before = len(one.runs())
-    watched = Watched(one, "trigger", B, "master", "--wait", "60")
+    watched = Watched(one, "trigger", B, "master", env={"LIMITS": '{"PATIENCE_S": 1}'})
     assert a.process
     assert a.process.wait(30) == 9
     assert len(one.runs()) == before + 1
+    until = time.monotonic() + 2  # longer than an order waits that nobody has taken
+    wait_for(lambda: time.monotonic() > until, "a service manager starts it again")
+    assert watched.process.poll() is None
     one.start(a)
     assert watched.end() == 0
     assert len(one.runs()) == before + 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
+import estelle_updater as est
 from estelle_updater import reconnect_delay
+from tests.commands import COMMAND, Watched, lines_of, log_of, open_gate, write_script
 from tests.fleet import Fleet, wait_for
 from tests.machines import Network
 
@@ -21,16 +25,73 @@ def test_reconnects_are_spread() -> None:
     assert min(refused) >= 30 and max(refused) <= 90
 
 
+def test_a_log_that_nobody_wants_any_more_holds_up_no_other(tmp_path: Path) -> None:
+    """The sink has ended one log; the source goes on with it, and then has another one to send."""
+
+    async def talk() -> None:
+        here, there = (est.Link(wire) for wire in est.QueueWire.pair())
+
+        async def receive(link: est.Link, other: est.Link) -> None:
+            while True:
+                frame = await link.wire.recv()
+                message = est.decode_message(frame) if isinstance(frame, str) else None
+                if isinstance(frame, bytes):
+                    link.on_chunk(frame)
+                elif isinstance(message, est.Have):
+                    link.on_have(message)
+                elif isinstance(message, est.Log):
+                    link.accept_log(message, est.Inbound(tmp_path / f"{message.host}.copy", lambda _: None))
+
+        def offer(host: str, text: bytes) -> None:
+            path = tmp_path / host
+            with path.open("ab") as file:
+                file.write(text)
+            here.open_log("20260101-000000-0000", host, path)
+            here.grew("20260101-000000-0000", host, path.stat().st_size)
+
+        async def arrives(host: str) -> None:
+            while est.log_size(tmp_path / f"{host}.copy") < est.log_size(tmp_path / host):
+                await asyncio.sleep(0.01)
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            pairs = ((here, there), (there, here))
+            tasks = [group.create_task(receive(*pair)) for pair in pairs]
+            tasks += [group.create_task(link.write_forever()) for link, _ in pairs]
+            offer("one", b"begun\n")
+            await arrives("one")
+            there.end_inbound(tmp_path / "one.copy")
+            offer("one", b"x" * 3 * est.WINDOW_BYTES)
+            offer("two", b"y" * 3 * est.WINDOW_BYTES)
+            await arrives("two")
+            for task in tasks:
+                task.cancel()
+
+    asyncio.run(talk())
+    assert (tmp_path / "one.copy").read_bytes() == b"begun\n"
+
+
 def test_a_peer_that_vanishes_without_a_word_is_noticed_by_both(
     fleet: Callable[..., Fleet], netns: Callable[[int], Network]
 ) -> None:
-    network = netns(2)
-    one = fleet(hosts=2, network=network)
-    agent = one.agents[0]
-    network.cut_way(1, 2)
-    network.cut_way(2, 1)  # every packet dropped, none refused
+    """Also by a commander, whose terminal shows a sentence and no traceback."""
+    network = netns(3)
+    one = fleet(hosts=3, network=network, start=False, command=COMMAND)
+    _, agent, desk = one.hosts
+    one.start(one.master, agent)
+    write_script("n=0; until [ -e ../go ]; do n=$((n+1)); echo line $n; sleep 0.1; done\n", agent)
+    watched = Watched(one, "trigger", agent.address, "master", host=desk)
+    watched.until("line 3\n")
+    for other in (2, 3):
+        network.cut_way(1, other)
+        network.cut_way(other, 1)  # every packet dropped, none refused
     wait_for(lambda: "is offline" in one.master.stderr, lambda: one.master.stderr, 60)
     wait_for(lambda: "the connection to the master ended" in agent.stderr, lambda: agent.stderr, 60)
-    network.cut_way(1, 2, undo=True)
-    network.cut_way(2, 1, undo=True)
+    wait_for(lambda: "reconnecting" in watched.err, lambda: watched.err, 60)
+    for other in (2, 3):
+        network.cut_way(1, other, undo=True)
+        network.cut_way(other, 1, undo=True)
     wait_for(lambda: agent.stderr.count("welcomed") == 2, lambda: agent.stderr, 90)
+    open_gate(agent)
+    assert watched.end() == 0
+    assert lines_of(watched.out, agent.address)[:-1] == log_of(one, watched.run, agent).decode().splitlines()
+    assert "Traceback" not in watched.err and "silent for" not in watched.err, watched.err

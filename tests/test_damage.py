@@ -1,0 +1,398 @@
+"""Orders that can't be taken, files that are torn, shortened or gone, a master that forgot everything: each ends in a
+right result or a clear word, nothing runs that should not, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import estelle_updater as updater
+from tests.commands import (
+    GATED,
+    HURRIED,
+    Watched,
+    again,
+    detach,
+    job_of,
+    lines_of,
+    log_of,
+    module_fleet,
+    open_gate,
+    ready,
+    wait_state,
+    write_script,
+)  # fmt: skip
+from tests.fleet import VERSION, Fleet, Host, wait_for
+
+A, B, C = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+BEGIN = "echo x >> ../begun\n"
+pytestmark = pytest.mark.xdist_group("damage")
+
+made = module_fleet("damage", config={"whitelist": ["127.0.0.0/8"]}, program=(sys.executable, "-c", HURRIED))
+
+
+@pytest.fixture
+def one(made: Fleet) -> Iterator[Fleet]:
+    yield from ready(made)
+
+
+def begun(host: Host) -> str:
+    path = host.folder / "begun"
+    return path.read_text() if path.exists() else ""
+
+
+def file_of(host: Host, run: str, label: str = B, suffix: str = "json") -> Path:
+    return host.state / "runs" / run / f"{label}.{suffix}"
+
+
+# Orders
+
+
+def test_an_order_that_can_not_be_taken_has_failed(one: Fleet):
+    b = one.hosts[1]
+    lock = b.state / "job.lock"
+    lock.touch()
+    lock.rename(b.state / "aside")
+    lock.symlink_to("elsewhere")  # which is never followed
+    try:
+        done = one.cli("trigger", f"{A},{B}", "master")
+    finally:
+        (b.state / "aside").rename(lock)
+    assert done.code == 1 and lines_of(done.out, A)[-1] == f"✓ 완료 {VERSION}"
+    assert lines_of(done.out, B)[-1] == "✗ 실패 start" and "job.lock" in done.err
+    assert one.cli("trigger", B, "master").code == 0
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_an_order_that_is_not_understood_blocks_nobody_for_ever(one: Fleet, cancelled: bool):
+    a, b, _ = one.hosts
+    again(one, a, LIMITS=json.dumps({"ORDER_EXPIRES_S": 60 if cancelled else 2, "ANSWER_S": 2 if cancelled else 60}))
+    again(one, b, FAULT="def wrong(*_): raise ProtocolError('from the future')\nAgent.on_order = wrong")
+    watched = Watched(one, "trigger", B, "master")
+    if cancelled:
+        wait_state(one, watched.run, B, "queued")
+        assert one.cli("cancel", watched.run).code == 0
+    assert watched.end() == 1
+    assert job_of(one, watched.run, B)["state"] == ("cancelled" if cancelled else "lost")
+    assert "the order was never acknowledged" in watched.out + watched.err
+    again(one, b)
+    assert one.cli("trigger", B, "master").code == 0
+
+
+def test_an_order_accepted_days_ago_does_not_run(one: Fleet):
+    _, b, _ = one.hosts
+    again(one, b, FAULT="def start(*_): os._exit(9)\nAgent.start_runner = start")
+    write_script(BEGIN, b)
+    watched = Watched(one, "trigger", B, "master")
+    assert b.process
+    b.process.wait(30)
+    path = file_of(b, watched.run)
+    assert json.loads(path.read_text())["state"] == "queued"
+    os.utime(path, (time.time() - 86400 * 3,) * 2)
+    one.start(b)
+    assert watched.end() == 1
+    assert lines_of(watched.out, B)[-1] == "✗ 연결 끊김 (the order expired while this host was away)"
+    assert one.cli("trigger", B, "master").code == 0 and begun(b) == "x\n"
+
+
+def test_what_is_said_to_have_failed_does_not_run_after_a_restart(one: Fleet):
+    """The disk takes the order, and then nothing more, not even that its runner does not start."""
+    b = one.hosts[1]
+    fault = """save = StateFolder.save_job
+def full(self, record, **how):
+    if record.state is not State.QUEUED:
+        raise OSError(28, "No space left on device")
+    save(self, record, **how)
+StateFolder.save_job = full
+def start_runner(*_): raise OSError(28, "No space left on device")"""
+    again(one, b, FAULT=fault, LIMITS='{"LAUNCH_S": 0.1}')
+    write_script(BEGIN, b)
+    done = one.cli("trigger", B, "master")
+    assert (done.code, lines_of(done.out, B)[-1]) == (1, "✗ 실패 start")
+    assert "No space left on device" in done.err
+    again(one, b)
+    assert one.cli("trigger", B, "master").code == 0 and begun(b) == "x\n"
+
+
+def test_a_deployment_by_hand_that_meets_another_job_ends(one: Fleet):
+    b = one.hosts[1]
+    write_script(GATED, b)
+    run = detach(one, B)
+    wait_state(one, run, B, "running")
+    blind = "FileLock.held_elsewhere = staticmethod(lambda path: 'job' in str(path) and time.monotonic() > SINCE)"
+    hand = Watched(one, "deploy", "master", host=b, env={
+        "FAULT": f"SINCE = time.monotonic() + 2\n{blind}", "LIMITS": '{"LAUNCH_S": 4, "JOB_LOCK_WAIT_S": 0.5}',
+    })  # fmt: skip
+    assert hand.end() == 1
+    assert "another job holds this host" in hand.err
+    open_gate(b)
+    wait_state(one, run, B, "succeeded")
+
+
+# Files
+
+
+def test_a_log_that_shrank_on_the_master_is_fetched_again(one: Fleet):
+    a, b, _ = one.hosts
+    write_script("echo begun; until [ -e ../go ]; do sleep 0.05; done\n", b)  # it says nothing more
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    shutil.rmtree(a.state / "runs" / watched.run)
+    open_gate(b)
+    assert watched.end() == 0
+    assert log_of(one, watched.run, b) == log_of(one, watched.run, b, at=b)
+    assert log_of(one, watched.run, b).endswith(b"begun\n")
+
+
+def test_a_log_that_shrank_on_its_host_says_so(one: Fleet):
+    b = one.hosts[1]
+    write_script(GATED, b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    os.truncate(file_of(b, watched.run, suffix="log"), 10)
+    wait_for(lambda: b"log incomplete" in log_of(one, watched.run, b), "the master's copy ends with a word")
+    open_gate(b)
+    assert watched.end() == 0
+    told = "[estelle-updater: log incomplete: the host has only 10 bytes of this log]"
+    assert lines_of(watched.out, B)[-3:-1] == ["", told]
+
+
+def test_a_cancel_reaches_a_job_whose_folder_is_gone(one: Fleet):
+    b = one.hosts[1]
+    write_script("echo begun; sleep 86421\n", b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    shutil.rmtree(b.state / "runs" / watched.run)
+    assert one.cli("cancel", watched.run).code == 0
+    assert watched.end() == 1
+    assert lines_of(watched.out, B)[-1] == "✗ 취소"
+
+
+def test_a_job_whose_state_is_torn_while_its_daemon_is_away_is_found_again(one: Fleet):
+    b = one.hosts[1]
+    write_script(GATED, b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    one.kill(b)
+    os.truncate(file_of(b, watched.run), 0)
+    os.truncate(b.state / "history.jsonl", 0)
+    one.start(b)
+    open_gate(b)
+    assert watched.end() == 0
+    assert lines_of(watched.out, B)[-2:] == ["ended", f"✓ 완료 {VERSION}"]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_state_that_is_torn_on_the_master_is_asked_for_again(one: Fleet, ended: bool):
+    a, b, _ = one.hosts
+    write_script(GATED, b)
+    run = detach(one, B)
+    wait_for(lambda: file_of(a, run, suffix="log").exists() and b"begun" in log_of(one, run, b), "it began")
+    if ended:
+        open_gate(b)
+        wait_state(one, run, B, "succeeded")
+    one.kill(a)
+    os.truncate(file_of(a, run), 20)
+    record = a.state / "runs" / run / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"created": time.time() - 7200}))
+    one.start(a)
+    watched = Watched(one, "logs", run, "-f")
+    one.wait_online()
+    open_gate(b)
+    assert watched.end() == 0
+    assert wait_state(one, run, B, "succeeded")["version"] == VERSION
+    assert lines_of(watched.out, B)[-2:] == ["ended", f"✓ 완료 {VERSION}"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"x": {"address": 5}}', None])
+def test_a_list_of_hosts_that_is_gone_is_taken_from_the_runs(one: Fleet, content: bytes | None):
+    a, b, _ = one.hosts
+    assert one.cli("trigger", "all", "master").code == 0
+    one.stop(b)
+    one.stop(a)
+    path = a.state / "machines.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    one.start(a)
+    if content and b"{" in content:
+        assert one.cli("status").code == 0, "one bad entry is left out"
+        return
+    done = one.cli("trigger", "all", "master")
+    assert done.code == 1 and lines_of(done.out, B)[-1] == "✗ 오프라인"
+    assert f"can't read {path}" in a.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"ab12"])
+def test_a_damaged_machine_id_is_said(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]):
+    state = updater.StateFolder(tmp_path / "state")
+    state.create()
+    (state.root / "machine-id").write_bytes(content)
+    new = state.machine_id()
+    assert f"{state.root / 'machine-id'} is damaged: this is a new host from now on" in capfd.readouterr().err
+    assert updater.StateFolder(state.root).machine_id() == new and not capfd.readouterr().err
+
+
+def test_an_identity_that_can_not_be_read_now_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    state = updater.StateFolder(tmp_path / "state")
+    state.create()
+    first = state.machine_id()
+
+    def fails(*_: object) -> bytes:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fails)
+        with pytest.raises(OSError, match="Too many"):
+            updater.StateFolder(tmp_path / "state").machine_id()
+    assert updater.StateFolder(tmp_path / "state").machine_id() == first
+
+
+def test_settings_that_are_invalid_from_the_start_on_end_no_daemon(tmp_path: Path):
+    state = updater.StateFolder(tmp_path / "state")
+    state.create()
+    path = tmp_path / "config" / "updater.json"
+    path.parent.mkdir()
+    path.write_text('{"masterUrl": "ws://127.0.0.1:1", "whitelist": []}')
+    config = updater.ConfigFile(path, state)
+    for keep in state.root.glob("last-config*"):
+        keep.unlink()
+    path.write_text("{")
+    assert [config.look() for _ in range(3)] == [False] * 3
+    assert config.problem and config.config.whitelist == ()
+
+
+def test_a_daemon_log_that_nobody_reads_does_not_stop_the_daemon(one: Fleet):
+    """Its standard error is a full pipe, as under a PM2 that is stopped."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    b = one.hosts[1]
+    one.stop(b)
+    argv, env, cwd = one._command(("serve",), b, None, None)
+    import subprocess
+
+    with subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stderr=writer) as daemon:
+        try:
+            one.wait_online()
+            assert one.cli("trigger", B, "master").code == 0
+        finally:
+            daemon.terminate()
+            assert daemon.wait(30) == 0
+            os.close(reader)
+            os.close(writer)
+
+
+# Masters and commanders
+
+
+def test_a_new_master_takes_its_watchers_along(one: Fleet):
+    """Its state folder is gone. It learns of the run from one host after the other, and those who watch with it."""
+    a, b, c = one.hosts
+    write_script(GATED, b, c)
+    watched = [Watched(one, "trigger", f"{B},{C}", "master")]
+    watched[0].until(lambda: all(f"[{host}] begun" in watched[0].out for host in (B, C)))
+    run = watched[0].run
+    watched.append(Watched(one, "logs", run, "-f", "--json", host=c))
+    wait_for(lambda: watched[1].out.count("begun") == 2, "it watches too")
+    one.kill(c)
+    one.kill(a)
+    shutil.rmtree(a.state)
+    one.start(a)
+    wait_for(lambda: "the master knows nothing of this run" in watched[0].err, lambda: watched[0].err)
+    one.wait_online(b)
+    one.start(c)
+    open_gate(b, c)
+    assert [each.end() for each in watched] == [0, 0], watched[0].err
+    for host in (b, c):
+        assert lines_of(watched[0].out, host.address)[-3:] == ["begun", "ended", f"✓ 완료 {VERSION}"]
+        assert log_of(one, run, host) == log_of(one, run, host, at=host)
+    results = [event["host"] for event in watched[1].events if event["event"] == "result"]
+    assert sorted(results) == [B, C] and watched[1].events[-1] == {"event": "done", "run": run, "ok": True}
+
+
+def test_a_watcher_that_is_shut_out_says_how_to_go_on(one: Fleet):
+    """On a host that has a copy of the log, too: what was shown is not shown again."""
+    a, b, _ = one.hosts
+    write_script(GATED, b)
+    run = detach(one, B)
+    watched = Watched(one, "logs", run, "-f", host=b)
+    watched.until("begun")
+    before = a.config.read_text()
+    a.config.write_text(json.dumps(json.loads(before) | {"whitelist": [A]}))
+    try:
+        assert watched.end() == 3
+    finally:
+        a.config.write_text(before)
+    assert watched.out.count("begun") == 1
+    assert "the master refused us" in watched.err and f"logs {run} -f" in watched.err
+    open_gate(b)
+    one.restart(b)
+
+
+def test_a_daemon_that_hangs_is_seen_in_status(one: Fleet):
+    b = one.hosts[1]
+    assert b.process
+    b.process.send_signal(signal.SIGSTOP)
+    try:
+        assert f"! {B}: no answer within 2 s" in one.cli("status").out
+    finally:
+        b.process.send_signal(signal.SIGCONT)
+
+
+def test_what_a_stopped_commander_did_not_hear_was_no_silence(one: Fleet):
+    b = one.hosts[1]
+    write_script("until [ -e ../go ]; do echo talking; sleep 0.05; done\n", b)
+    limits = {"SILENT_S": 1, "STOPPED_S": 1.9}
+    watched = Watched(one, "trigger", B, "master", env={"LIMITS": json.dumps(limits)})
+    watched.until("talking")
+    for _ in range(2):
+        watched.process.send_signal(signal.SIGSTOP)
+        size = len(log_of(one, watched.run, b))
+        wait_for(lambda: len(log_of(one, watched.run, b)) > size + 500, "time passes")  # noqa: B023
+        watched.process.send_signal(signal.SIGCONT)
+        size = len(watched.data)
+        wait_for(lambda: len(watched.data) > size + 500, "it goes on")  # noqa: B023
+    open_gate(b)
+    assert watched.end() == 0
+    assert "silent for" not in watched.err
+
+
+def test_long_lines_are_cut_between_characters(one: Fleet):
+    text = "가나다라마바사아자차카타파하"
+    write_script(f"printf '{text}%.0s' $(seq 9000); echo\n", one.hosts[1])
+    watched = Watched(one, "trigger", B, "master", "--json")
+    assert watched.end() == 0
+    lines: list[dict[str, Any]] = [event for event in watched.events if event["event"] == "log"]
+    pieces = [event for event in lines if "가" in event["line"]]
+    assert len(pieces) > 4 and all(event.get("more") for event in pieces[:-1])
+    assert "".join(event["line"] for event in pieces) == text * 9000
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
+def test_an_output_that_takes_nothing_ends_the_watching_only(one: Fleet, redirect: str):
+    write_script("echo fine\n", one.hosts[1])
+    argv, env, cwd = one._command(("trigger", B, "master"), None, None, None)
+    from tests.fleet import run
+
+    before = len(one.runs())
+    done = run(["sh", "-c", f'exec "$@" {redirect}', "sh", *argv], env, cwd)
+    assert done.code == (130 if "full" in redirect else 0), done.err
+    assert "Traceback" not in done.err and "Exception ignored" not in done.err
+    if "full" in redirect:
+        assert "can't write the output: No space left on device" in done.err and " -f" in done.err
+    assert len(one.runs()) == before + 1
+    wait_state(one, one.runs()[-1].name, B, "succeeded")
