@@ -3494,14 +3494,15 @@ def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KIL
     return _kill_family(mark, set(pgids), deadline_s)[0]
 
 
-def runs_below(name: str, folder: Path) -> bool:
-    """Whether a program called `name` runs with its working directory in `folder`; only Linux can tell."""
+def runs_below(name: str, folders: Iterable[Path]) -> bool:
+    """Whether a program called `name` runs with its working directory in one of `folders`; only Linux can tell."""
+    places = [folder.resolve() for folder in folders]
     for pid in os.listdir("/proc") if sys.platform == "linux" else ():
         with suppress(OSError, ValueError):
             if Path(f"/proc/{int(pid)}/comm").read_text().strip() != name:
                 continue
             try:
-                if Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to(folder.resolve()):
+                if any(map(Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to, places)):
                     return True
             except PermissionError:  # another user's: it may well run there
                 return True
@@ -4120,10 +4121,15 @@ class Runner:
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
-        left to exclude is a git that somebody runs by hand."""
+        left to exclude is a git that somebody runs by hand, anywhere in the clone or its other work trees."""
         folder = self.repo / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
-        locks = [*folder.glob("*.lock"), *folder.glob("refs/**/*.lock"), *folder.glob("worktrees/*/*.lock")]
-        if not locks or runs_below("git", self.repo):
+        places = ("*", "refs/**/*", "worktrees/**/*", "modules/**/*", "objects/info/**/*")
+        locks = [lock for place in places for lock in folder.glob(f"{place}.lock")]
+        if not locks:
+            return
+        listed = self.git("worktree", "list", "--porcelain").decode(errors="surrogateescape").splitlines()
+        trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
+        if runs_below("git", (self.repo, folder, *trees)):
             return
         for lock in locks:
             with suppress(OSError):  # Windows: it is open, so its owner lives
