@@ -1438,6 +1438,7 @@ class JobRecord:
     acked: bool = False  # the master has the result
     steps: int = 0  # commands begun
     open_step: str | None = None  # the mark of the command that runs, to clean up after a dead runner
+    pipe: str | None = None  # and its output, for what shed the mark
     marks: list[list[int]] = field(default_factory=list)  # offset and length of each announcement in the log
     address: str = ""
     by: str = ""
@@ -3427,6 +3428,19 @@ class _Process(NamedTuple):
     mark: str | None
 
 
+@functools.cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _pipe_name(pid: int | str, number: int) -> str | None:
+    """What a process has as descriptor `number`, in words that no later boot uses again; None where nobody can tell."""
+    try:
+        return f"{os.readlink(f'/proc/{pid}/fd/{number}')} {_boot_id()}"
+    except OSError:
+        return None
+
+
 def _read_process(pid: int) -> _Process | None:
     stat = environ = b""
     with suppress(OSError):  # it ended, it is another user's, there is no /proc
@@ -3442,11 +3456,10 @@ def _read_process(pid: int) -> _Process | None:
     return _Process(int(parent), int(group), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
 
 
-def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> set[int]:
-    """The living processes of the step `mark`: those that carry it, their groups among `pgids`, all their children.
+def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = None) -> set[int]:
+    """The living processes of the step `mark`: those that carry it or write to its `pipe`, and all their children.
 
     With a `root` also its descendants, started at tick `since` or later: a service of an earlier step is not ours.
-    A recorded group counts only while a member carries the mark: numbers are used again after a reboot.
     What carries another mark belongs to another step. Never this process or its ancestors.
     """
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if sys.platform == "linux" else []
@@ -3458,9 +3471,9 @@ def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> 
     while ancestor in table:
         spared.add(ancestor)
         ancestor = table[ancestor].parent
-    seeds = [pid for pid, process in table.items() if process.mark == mark]
-    groups = {table[pid].group for pid in seeds} & pgids
-    seeds += [pid for pid, process in table.items() if process.group in groups or process.parent == root]
+    seeds = [pid for pid, process in table.items() if process.mark == mark or process.parent == root]
+    if pipe:  # `env -i` sheds the mark, not the output
+        seeds += [pid for pid in table if pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2))]
     while seeds:
         pid = seeds.pop()
         if pid in family or pid in spared or table[pid].start < since or table[pid].mark not in (None, mark):
@@ -3470,10 +3483,12 @@ def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> 
     return {pid for pid in family if table[pid].alive}
 
 
-def _kill_family(mark: str, pgids: set[int], deadline_s: float, root: int = -1, since: int = 0) -> tuple[int, bool]:
+def _kill_family(
+    mark: str, deadline_s: float, root: int = -1, since: int = 0, pipe: str | None = None
+) -> tuple[int, bool]:
     """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, and whether none is left."""
     killed, refused, deadline, pause_s = set[int](), set[int](), time.monotonic() + deadline_s, 0.002
-    while (victims := _find_family(mark, pgids, root, since) - refused) and time.monotonic() < deadline:
+    while (victims := _find_family(mark, root, since, pipe) - refused) and time.monotonic() < deadline:
         for pid in victims:
             with suppress(ProcessLookupError):
                 try:
@@ -3486,12 +3501,11 @@ def _kill_family(mark: str, pgids: set[int], deadline_s: float, root: int = -1, 
     return len(killed), not victims and not refused
 
 
-def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KILL_S) -> int:
-    """Kill what the step `mark` of a dead runner left running; how many processes that were.
-
-    Nothing is left on Windows: the runner's Job Object took it along.
+def kill_leftovers(mark: str, pipe: str | None = None, deadline_s: float = KILL_S) -> int:
+    """Kill what the step `mark` of a dead runner, or who writes to its `pipe`, left running; how many processes that
+    were. Nothing is left on Windows: the runner's Job Object took it along.
     """
-    return _kill_family(mark, set(pgids), deadline_s)[0]
+    return _kill_family(mark, deadline_s, pipe=pipe)[0]
 
 
 def runs_below(name: str, folders: Iterable[Path]) -> bool:
@@ -3570,6 +3584,7 @@ class Spawned:
         assert popen.stdout is not None
         self.pid = popen.pid  # on POSIX its process group too
         self._popen, self._out, self._mark = popen, popen.stdout, mark
+        self.pipe = _pipe_name("self", self._out.fileno())
         self._exited = threading.Event()
         self._drain_until = float("inf")
         self._drained_bytes = 0
@@ -3682,7 +3697,7 @@ class Spawned:
             runner with one step at a time, as a younger child without a mark counts as the step's.
             """
             self.interrupt(9)
-            gone = _kill_family(self._mark, {self.pid}, deadline_s, os.getpid(), self._start)[1]
+            gone = _kill_family(self._mark, deadline_s, os.getpid(), self._start)[1]
             return gone and self._exited.wait(1.0)
 
         def close_pipe(self) -> None:
@@ -3935,7 +3950,7 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
     if job.open_step:
-        kill_leftovers(job.open_step)
+        kill_leftovers(job.open_step, job.pipe)
     size = log_size(state.log_file(job.run, job.host))
     return replace(
         job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
@@ -4173,13 +4188,14 @@ class Runner:
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
+        self.save(pipe=child.pipe)
         pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
         stopped = self.watch(child, pump, time.monotonic() + timeout_s)
         code = child.wait() if stopped is None else None  # what can't be killed is not waited for
         child.close_pipe()
         self.log.write(self.masker.flush())
-        self.save(open_step=None)  # what it left running was left on purpose
+        self.save(open_step=None, pipe=None)  # what it left running was left on purpose
         if stopped:
             raise StepFailed(stopped, step.label)
         if code:
@@ -4225,7 +4241,8 @@ class Runner:
             version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
-        fields |= {"open_step": None, "state": state, "ended": time.time(), "commit": commit, "version": version}
+        fields |= {"state": state, "ended": time.time(), "commit": commit, "version": version}
+        fields |= {"open_step": None, "pipe": None}
         for _ in range(RESULT_TRIES):
             whole = self.log.write(b"")  # else how much is missing is still to be said
             self.log.sync()
@@ -4442,7 +4459,7 @@ def _probe_command(argv: Sequence[str], repo: Path, env: Mapping[str, str], time
     try:
         while (data := child.read(timeout_s=max(0.0, ends - time.monotonic()))) != b"":
             if data is None:
-                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, (child.pid,))
+                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, child.pipe)
                 raise CheckFailed(f"not over within {timeout_s:g} s")
             tail = (tail + data)[-TAIL_BYTES:]
         code = child.wait()
@@ -9395,7 +9412,7 @@ class Doctor:
             while not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends:
                 time.sleep(LOCAL_LOOK_S)
             if os.name != "nt":
-                _kill_family(f"tree/{daemon.pid}", {daemon.pid}, KILL_S, root=daemon.pid)
+                _kill_family(f"tree/{daemon.pid}", KILL_S, root=daemon.pid)
             Demo.end(daemon, 9)
             daemon.wait()
             lives = begun and FileLock.held_elsewhere(folder / "lock")

@@ -86,7 +86,7 @@ def step(tmp_path: Path) -> Iterator[Callable[..., Spawned]]:
 
     yield start
     for one in made:
-        updater.kill_leftovers(one._mark, [one.pid])
+        updater.kill_leftovers(one._mark, one.pipe)
         one.close_pipe()
 
 
@@ -283,7 +283,7 @@ first = start("first", "service", "service-bare")
 first.wait()
 time.sleep(0.02)  # two clock ticks: the kernel dates processes no finer
 second = start("second", "marked", "marked-bare")
-print(second.pid, flush=True)
+print(second.pid, second.pipe, flush=True)
 if then == "kill":
     print(json.dumps([second.kill_tree(20), second.wait()]), flush=True)
 else:
@@ -323,43 +323,33 @@ def test_killing_a_tree_reaches_what_moved_away_and_spares_earlier_services(
 
 def test_what_a_dead_runner_left_is_found_and_killed(tmp_path: Path, killed_at_end: list[int]) -> None:
     folder, runner, line = start_runner(tmp_path, "wait")
-    leader = int(line)
-    pids = {name: pid_in(folder / name) for name in FAMILY + SERVICES} | {"leader": leader}
+    leader, pipe = line.split(maxsplit=1)
+    pids = {name: pid_in(folder / name) for name in FAMILY + SERVICES} | {"leader": int(leader)}
     killed_at_end += pids.values()
     runner.kill()
     runner.communicate()
     assert all(map(alive, pids.values()))
-    assert updater.kill_leftovers("secon", [leader]) == 0, "another mark"
-    assert updater.kill_leftovers("second", [leader]) == 3
-    # an orphan that emptied its environment and left its group can't be told from a stranger
-    left = {name for name, pid in pids.items() if alive(pid)}
-    assert left == {"marked-bare", *SERVICES}
-    assert updater.kill_leftovers("second", [leader]) == 0
+    assert updater.kill_leftovers("secon") == 0, "another mark"
+    assert updater.kill_leftovers("second", pipe.replace("-", "+").strip()) == 3, "the pipe of another boot"
+    assert {name for name, pid in pids.items() if alive(pid)} == {"marked-bare", *SERVICES}
+    # an orphan that emptied its environment and left its group has still the output in common with its step
+    assert updater.kill_leftovers("second", pipe.strip()) == 1
+    assert {name for name, pid in pids.items() if alive(pid)} == set(SERVICES)
 
 
-def test_leftovers_without_the_mark_are_known_by_their_group_or_parent(
+def test_leftovers_without_the_mark_are_known_by_their_output_or_parent(
     step: Callable[..., Spawned], tmp_path: Path, killed_at_end: list[int]
 ) -> None:
-    bare = "env -i {} sh -c 'echo $$ >{}; exec sleep 100' &"
-    script = f"({bare.format('', 'group')})\n{bare.format('setsid', 'child')}\n"
+    bare = "env -i {} sh -c 'echo $$ >{}; exec sleep 100 {}'"
+    script = f"({bare.format('setsid', 'output', '')} &)\n{bare.format('setsid', 'child', '>/dev/null 2>&1')} &\n"
     script += "ESTELLE_RUN=other sleep 100 & echo $! >other; exec sleep 100"
     one = step("sh", "-c", script, mark="bare")
-    pids = {name: pid_in(tmp_path / name) for name in ("group", "child", "other")}
+    pids = {name: pid_in(tmp_path / name) for name in ("output", "child", "other")}
     killed_at_end += pids.values()
     wait_for(lambda: Path(f"/proc/{pids['other']}/comm").read_text() == "sleep\n", "its own environment")
-    assert os.getpgid(pids["group"]) == one.pid != os.getpgid(pids["child"])
-    assert updater.kill_leftovers("bare", [one.pid]) == 3
+    assert updater.kill_leftovers("bare", one.pipe) == 3
     assert {name for name, pid in pids.items() if alive(pid)} == {"other"}, "another step's"
     assert one.wait() == 137
-
-
-def test_a_recorded_group_that_is_somebody_elses_by_now_is_spared(killed_at_end: list[int]) -> None:
-    stranger = subprocess.Popen(["sleep", "100"], env={}, start_new_session=True)
-    killed_at_end.append(stranger.pid)
-    assert updater.kill_leftovers("a run before the reboot", [stranger.pid]) == 0
-    assert stranger.poll() is None
-    stranger.kill()
-    stranger.wait()
 
 
 def test_a_supervisor_does_not_restart_what_is_killed(step: Callable[..., Spawned]) -> None:

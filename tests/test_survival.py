@@ -144,10 +144,10 @@ def test_daemons_that_come_back_after_the_end(one: Fleet):
 @pytest.mark.parametrize("also_daemon", [False, True])
 def test_a_killed_runner_is_lost(one: Fleet, also_daemon: bool):
     b = one.hosts[1]
-    write_script("sleep 86401 & setsid sleep 86402 & echo begun; sleep 86403\n", b)
+    write_script("sleep 86401 & setsid sleep 86402 & (env -i setsid sleep 86406 &) ; echo begun; sleep 86403\n", b)
     watched = Watched(one, "trigger", f"{A},{B}", "master")
     watched.until(f"[{B}] begun")
-    wait_for(lambda: len(children(b, "sleep 8640")) == 3, "all that it starts runs")
+    wait_for(lambda: len(children(b, "sleep 8640")) == 4, "all that it starts runs")
     if also_daemon:
         one.kill(b)
     for pid in runners(b):
