@@ -3743,31 +3743,58 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         raise UpdaterError(f"{culprit}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
-def ask_git(repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S) -> tuple[int, bytes, bytes]:
-    """A question to git: its exit code, output and errors. Raises UpdaterError where there is nobody to ask."""
+def _end_question(child: subprocess.Popen[bytes], mark: str) -> None:
+    """Kill a question and what it started. Its pipes are not waited for: what can't be killed may hold them."""
+    with suppress(OSError):
+        child.kill() if sys.platform == "win32" else os.killpg(child.pid, 9)
+    kill_leftovers(mark)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(DRAIN_S)
+    for pipe in (child.stdout, child.stderr):
+        if pipe and os.name != "nt":  # there a thread reads it, and closes it when it ends
+            pipe.close()
+
+
+def ask_git(
+    repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S, mark: str = "",
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[int, bytes, bytes]:  # fmt: skip
+    """A question to git: its exit code, output and errors. Raises UpdaterError where there is nobody to ask.
+
+    git may run hooks and filters, so it may hang: then, and once `stop` says so, all of it is killed (by `mark`).
+    """
+    mark, ends = mark or f"question/{os.urandom(4).hex()}", time.monotonic() + timeout_s
     try:
-        argv = [*resolve_program("git", env.get("PATH", "")), *args]
-        done = subprocess.run(
-            argv, cwd=repo, env={**env, "LANGUAGE": "en"}, stdin=subprocess.DEVNULL, capture_output=True,
-            timeout=timeout_s, check=False, **HIDDEN,
+        child = subprocess.Popen(
+            [*resolve_program("git", env.get("PATH", "")), *args], cwd=repo, stdin=subprocess.DEVNULL,
+            env={**env, "LANGUAGE": "en", MARK: mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, **HIDDEN,
         )  # fmt: skip
     except NotADirectoryError as problem:
         raise UsageError(f"{repo} is no folder", "set repo in [hosts]") from problem
     except FileNotFoundError as problem:
         raise UsageError(f"there is no folder {repo}", "clone the repository there, or set repo") from problem
-    except subprocess.TimeoutExpired as problem:
-        words = [word for word in args if not word.startswith("-")]
-        raise UpdaterError(f"git {words[0]} did not answer in {timeout_s:.0f} s") from problem
-    if b"dubious ownership" in done.stderr:
+    try:
+        while (left_s := ends - time.monotonic()) > 0 and not stop():
+            with suppress(subprocess.TimeoutExpired):
+                out, err = child.communicate(timeout=min(CANCEL_LOOK_S, left_s))
+                break
+        else:
+            words = [word for word in args if not word.startswith("-")]
+            raise UpdaterError(f"git {words[0]} did not answer in {timeout_s:.0f} s")
+    finally:
+        if child.returncode is None:
+            _end_question(child, mark)
+    if b"dubious ownership" in err:
         raise UsageError(
             f"git refuses {repo}: it belongs to another user", f"git config --global --add safe.directory {repo}"
         )
-    return done.returncode, done.stdout, done.stderr
+    return child.returncode, out, err
 
 
-def git_output(repo: Path, env: Mapping[str, str], *args: str) -> bytes:
+def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> bytes:
     """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to ask."""
-    code, out, _ = ask_git(repo, env, *args)
+    code, out, _ = ask_git(repo, env, *args, **how)
     return out if code == 0 else b""
 
 
@@ -3947,8 +3974,14 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
             yield judge_disk(str(place), shutil.disk_usage(place).free)
 
 
+def question_mark(run: str, host: str) -> str:
+    """The mark of what a runner's questions to git start."""
+    return f"{run}/{file_label(host)}/questions"
+
+
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
+    kill_leftovers(question_mark(job.run, job.host))
     if job.open_step:
         kill_leftovers(job.open_step, job.pipe)
     size = log_size(state.log_file(job.run, job.host))
@@ -3986,6 +4019,7 @@ class Runner:
         self.tail = b""
         self.version: bytes | None = None
         self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
+        self.stop: Callable[[], bool] = self.cancel_file.exists  # whether git's answer is no longer wanted
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -4132,7 +4166,12 @@ class Runner:
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        return git_output(self.repo, self.env, *args)
+        try:
+            return git_output(self.repo, self.env, *args, mark=question_mark(self.run, self.host), stop=self.stop)
+        except UpdaterError:
+            if self.stop():
+                raise StepFailed(State.CANCELLED, self.job.step or "") from None
+            raise
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
@@ -4236,6 +4275,7 @@ class Runner:
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
         commit, version = None, fields.get("version")
+        self.stop = lambda: False  # the result names the commit, also of a job that was cancelled
         with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
             version = version or (self.read_version() if state is State.SUCCEEDED else None)

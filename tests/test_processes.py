@@ -372,6 +372,33 @@ def test_killing_leftovers_spares_this_process_and_its_ancestors() -> None:
     assert done.stdout == "1 0\nparent lives\n"
 
 
+HANGING = """#!/bin/sh
+[ "$1" = 2 ] || exit 1
+trap "" TERM
+setsid sh -c 'echo $$ >hook.new; mv hook.new hook; exec sleep 100' &
+sleep 100
+"""
+
+
+@pytest.mark.parametrize("how", ["time-out", "stopped"])
+def test_a_question_that_hangs_leaves_nothing(tmp_path: Path, how: str) -> None:
+    """A hook of the file system monitor, asked by `git status`, hangs; what it started holds git's output."""
+    (tmp_path / "monitor").write_text(HANGING)
+    (tmp_path / "monitor").chmod(0o755)
+    for words in (["init", "-q"], ["config", "core.fsmonitor", str(tmp_path / "monitor")]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, timeout=20)
+    hook, stopped = tmp_path / "hook", how == "stopped"
+
+    def begun() -> bool:
+        return stopped and hook.exists()
+
+    with pytest.raises(UpdaterError, match="git status did not answer"):
+        updater.ask_git(tmp_path, os.environ, "status", timeout_s=60 if stopped else 2, mark="asked", stop=begun)
+    assert not alive(pid_in(hook))
+    assert not updater._find_family("asked")
+    assert updater.ask_git(tmp_path, os.environ, "rev-parse", "--git-dir") == (0, b".git\n", b"")
+
+
 # ---- leaving the daemon's tree
 
 DAEMON = """
