@@ -3422,7 +3422,6 @@ class _Process(NamedTuple):
     """One process of Linux' table; `start` in clock ticks since boot, `alive` is False for a zombie."""
 
     parent: int
-    group: int
     start: int
     alive: bool
     mark: str | None
@@ -3450,10 +3449,10 @@ def _read_process(pid: int) -> _Process | None:
             environ = file.read()
     if not stat:
         return None
-    state, parent, group, *more = stat[stat.rindex(b")") + 2 :].split()
+    state, parent, _, *more = stat[stat.rindex(b")") + 2 :].split()
     alive = state not in (b"Z", b"X") or int(more[14]) > 1  # a zombie with threads: only its first one ended
     found = re.search(rb"(?:\A|\0)" + MARK.encode() + rb"=([^\0]*)", environ)
-    return _Process(int(parent), int(group), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
+    return _Process(int(parent), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
 
 
 def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = None) -> set[int]:
@@ -3652,6 +3651,10 @@ class Spawned:
                 return data[:max_bytes]
             return None
 
+        def family(self) -> set[int]:
+            """Nothing: the Job Object knows them."""
+            return set()
+
         def interrupt(self) -> bool:
             """Nothing, False: no signal reaches a process that has no console in common with us. Kill it."""
             return False
@@ -3682,13 +3685,27 @@ class Spawned:
                     return None
                 return os.read(self._out.fileno(), max_bytes)
 
-        def interrupt(self, number: int = 15) -> bool:
-            """Send SIGTERM to the command's process group (pnpm passes it on); whether it was sent."""
+        def _signal_group(self, number: int) -> bool:
             with suppress(ProcessLookupError, PermissionError):
                 if not self._exited.is_set():  # afterwards the number may be somebody else's
                     os.killpg(self.pid, number)
                     return True
             return False
+
+        def family(self) -> set[int]:
+            """The living processes of the command, wherever they moved; as `kill_tree` finds them."""
+            return _find_family(self._mark, os.getpid(), self._start)
+
+        def interrupt(self) -> bool:
+            """Send SIGTERM to the command's process group (pnpm passes it on) and to what left it; whether it was
+            sent."""
+            family = self.family()
+            sent = self._signal_group(15)
+            for pid in family if sent else ():
+                with suppress(ProcessLookupError, PermissionError):
+                    if os.getpgid(pid) != self.pid:
+                        os.kill(pid, 15)
+            return sent
 
         def kill_tree(self, deadline_s: float = KILL_S) -> bool:
             """Kill the command and everything it started; whether nothing is left after at most `deadline_s`.
@@ -3696,7 +3713,7 @@ class Spawned:
             However far it moved away: on Linux after `adopt_orphans`, else it is the process group alone. For a
             runner with one step at a time, as a younger child without a mark counts as the step's.
             """
-            self.interrupt(9)
+            self._signal_group(9)
             gone = _kill_family(self._mark, deadline_s, os.getpid(), self._start)[1]
             return gone and self._exited.wait(1.0)
 
@@ -4250,7 +4267,10 @@ class Runner:
             if stopped is None and time.monotonic() > deadline:
                 stopped = State.TIMEOUT
             if stopped:
-                pump.join(GRACE_S if child.interrupt() else 0)
+                ends = time.monotonic() + (GRACE_S if child.interrupt() else 0)
+                pump.join(max(0.0, ends - time.monotonic()))
+                while child.family() and time.monotonic() < ends:  # its leader may be the first to go
+                    time.sleep(LOCAL_LOOK_S)
                 child.kill_tree(KILL_S)
                 pump.join(DRAIN_S + 1)
                 return stopped

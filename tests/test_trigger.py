@@ -523,6 +523,20 @@ def test_cancel_kills_the_tree_on_every_host(one: Fleet):
 
 
 @one_fleet
+def test_what_is_cancelled_may_clean_up(one: Fleet):
+    """Its leader goes at once; a child takes longer than its output is waited for, another has left the group."""
+    b = one.hosts[1]
+    slow = r"trap 'sleep 2; touch ../\$0; exit' TERM; touch ../\$0.up; while :; do sleep 0.1; done"
+    write_script(f'rm -f ../near* ../far*\nsh -c "{slow}" near &\nsetsid sh -c "{slow}" far &\nsleep 86408\n', b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(lambda: all((b.folder / name).exists() for name in ("near.up", "far.up")))
+    assert one.cli("cancel", watched.run).code == 0
+    assert watched.end() == 1
+    assert lines_of(watched.out, B)[-1] == "✗ 취소"
+    assert all((b.folder / name).exists() for name in ("near", "far"))
+
+
+@one_fleet
 def test_cancel_of_nothing(one: Fleet):
     code, out, err = one.cli("cancel", "20200101-000000-0000")
     assert (code, out, len(err.splitlines())) == (4, "", 2)
