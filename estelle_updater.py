@@ -3484,8 +3484,9 @@ def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = N
 
 def _kill_family(
     mark: str, deadline_s: float, root: int = -1, since: int = 0, pipe: str | None = None
-) -> tuple[int, bool]:
-    """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, and whether none is left."""
+) -> tuple[int, set[int], bool]:
+    """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, those that live on as they are
+    another user's, and whether none is left."""
     killed, refused, deadline, pause_s = set[int](), set[int](), time.monotonic() + deadline_s, 0.002
     while (victims := _find_family(mark, root, since, pipe) - refused) and time.monotonic() < deadline:
         for pid in victims:
@@ -3497,14 +3498,30 @@ def _kill_family(
                     refused.add(pid)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.1)
-    return len(killed), not victims and not refused
+    refused = {pid for pid in refused if (process := _read_process(pid)) and process.alive}
+    return len(killed), refused, not victims and not refused
 
 
-def kill_leftovers(mark: str, pipe: str | None = None, deadline_s: float = KILL_S) -> int:
-    """Kill what the step `mark` of a dead runner, or who writes to its `pipe`, left running; how many processes that
-    were. Nothing is left on Windows: the runner's Job Object took it along.
+def kill_leftovers(mark: str, pipe: str | None = None, deadline_s: float = KILL_S) -> tuple[int, set[int]]:
+    """Kill what the step `mark` of a dead runner, or who writes to its `pipe`, left running: how many, and those that
+    are another user's. Nothing is left on Windows: the runner's Job Object took it along.
     """
-    return _kill_family(mark, deadline_s, pipe=pipe)[0]
+    return _kill_family(mark, deadline_s, pipe=pipe)[:2]
+
+
+def _name_of(pid: int) -> str:
+    """What a process is called; the kernel keeps 15 characters of that, its first words may have the rest."""
+    with suppress(OSError):
+        short = Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").rstrip("\n")
+        words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")[:2]
+        return next((name for name in map(os.path.basename, words) if name.startswith(short)), short)
+    return "?"
+
+
+def say_refused(pids: Iterable[int]) -> str:
+    """That these processes live on, for people; nothing where there are none."""
+    names = ", ".join(f"{pid} {_name_of(pid)}" for pid in sorted(pids))
+    return names and f"still running, belongs to another user: {names}"
 
 
 def runs_below(name: str, folders: Iterable[Path]) -> bool:
@@ -3588,6 +3605,7 @@ class Spawned:
         self._drain_until = float("inf")
         self._drained_bytes = 0
         self._ended = self._over = False
+        self.refused = set[int]()  # what `kill_tree` may not kill
         self._open()
         # Popen.wait with a timeout polls; a thread that only waits costs nothing and answers at once
         threading.Thread(target=self._await_exit, daemon=True).start()
@@ -3714,7 +3732,7 @@ class Spawned:
             runner with one step at a time, as a younger child without a mark counts as the step's.
             """
             self._signal_group(9)
-            gone = _kill_family(self._mark, deadline_s, os.getpid(), self._start)[1]
+            _, self.refused, gone = _kill_family(self._mark, deadline_s, os.getpid(), self._start)
             return gone and self._exited.wait(1.0)
 
         def close_pipe(self) -> None:
@@ -3998,13 +4016,14 @@ def question_mark(run: str, host: str) -> str:
 
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
+    log_file, error = state.log_file(job.run, job.host), "the runner died"
     kill_leftovers(question_mark(job.run, job.host))
-    if job.open_step:
-        kill_leftovers(job.open_step, job.pipe)
-    size = log_size(state.log_file(job.run, job.host))
-    return replace(
-        job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
-    )
+    if job.open_step and (left := say_refused(kill_leftovers(job.open_step, job.pipe)[1])):
+        error += f"; {left}"
+        with suppress(OSError):
+            append_log(log_file, log_size(log_file), f"\n[estelle-updater: {left}]\n".encode())
+    size, now = log_size(log_file), time.time()
+    return replace(job, revision=job.revision + 1, state=State.LOST, error=error, size=size, ended=now)
 
 
 def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
@@ -4253,7 +4272,9 @@ class Runner:
         self.log.write(self.masker.flush())
         self.save(open_step=None, pipe=None)  # what it left running was left on purpose
         if stopped:
-            raise StepFailed(stopped, step.label)
+            if left := say_refused(child.refused):
+                self.log.line(f"warning: {left}")
+            raise StepFailed(stopped, step.label, error=left or None)
         if code:
             raise StepFailed(State.FAILED, step.label, code, explain_failure(self.tail))
 

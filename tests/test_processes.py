@@ -17,7 +17,7 @@ import pytest
 
 import estelle_updater as updater
 from estelle_updater import FileLock, Spawned, UpdaterError, spawn_step
-from tests.fleet import ROOT, wait_for
+from tests.fleet import ROOT, unavailable, wait_for
 from tests.machines import Windows
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -329,11 +329,11 @@ def test_what_a_dead_runner_left_is_found_and_killed(tmp_path: Path, killed_at_e
     runner.kill()
     runner.communicate()
     assert all(map(alive, pids.values()))
-    assert updater.kill_leftovers("secon") == 0, "another mark"
-    assert updater.kill_leftovers("second", pipe.replace("-", "+").strip()) == 3, "the pipe of another boot"
+    assert updater.kill_leftovers("secon")[0] == 0, "another mark"
+    assert updater.kill_leftovers("second", pipe.replace("-", "+").strip())[0] == 3, "the pipe of another boot"
     assert {name for name, pid in pids.items() if alive(pid)} == {"marked-bare", *SERVICES}
     # an orphan that emptied its environment and left its group has still the output in common with its step
-    assert updater.kill_leftovers("second", pipe.strip()) == 1
+    assert updater.kill_leftovers("second", pipe.strip())[0] == 1
     assert {name for name, pid in pids.items() if alive(pid)} == set(SERVICES)
 
 
@@ -347,7 +347,7 @@ def test_leftovers_without_the_mark_are_known_by_their_output_or_parent(
     pids = {name: pid_in(tmp_path / name) for name in ("output", "child", "other")}
     killed_at_end += pids.values()
     wait_for(lambda: Path(f"/proc/{pids['other']}/comm").read_text() == "sleep\n", "its own environment")
-    assert updater.kill_leftovers("bare", one.pipe) == 3
+    assert updater.kill_leftovers("bare", one.pipe)[0] == 3
     assert {name for name, pid in pids.items() if alive(pid)} == {"other"}, "another step's"
     assert one.wait() == 137
 
@@ -358,8 +358,8 @@ def test_a_supervisor_does_not_restart_what_is_killed(step: Callable[..., Spawne
     starter = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
     one = step(*python(starter, *python(supervisor)), mark="supervisor")
     expect(one, b"up\n")
-    assert updater.kill_leftovers("supervisor") >= 1
-    assert updater.kill_leftovers("supervisor") == 0
+    assert updater.kill_leftovers("supervisor")[0] >= 1
+    assert updater.kill_leftovers("supervisor")[0] == 0
     assert read_all(one) == b"", "nobody holds the pipe any more"
 
 
@@ -369,7 +369,71 @@ def test_killing_leftovers_spares_this_process_and_its_ancestors() -> None:
     env = ENV | {updater.MARK: "mine"}
     argv = ["sh", "-c", script, "sh", *python(code)]
     done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, timeout=30, text=True, check=False)
-    assert done.stdout == "1 0\nparent lives\n"
+    assert done.stdout == "(1, set()) (0, set())\nparent lives\n"
+
+
+# A runner in the folder where it is started: `do` runs one step, whose failure it prints.
+STEPPING = """
+import json, os, sys
+from pathlib import Path
+import estelle_updater as updater
+from estelle_updater import JobRecord, Kind, LogWriter, Runner, StateFolder, Step, StepFailed
+
+updater.preload()
+assert updater.adopt_orphans()
+state, run = StateFolder(Path("state")), "20261122-210501-7f3a"
+state.create()
+(state.runs / run).mkdir()
+runner = Runner(state, run, "host", Path())
+runner.job, runner.env = JobRecord(run, "host", "", Kind.DEPLOY, "master"), dict(os.environ)
+runner.log = LogWriter(state.log_file(run, "host"), lambda: None)
+
+def do(*argv, timeout_s):
+    try:
+        runner.step(Step("it", argv), timeout_s)
+    except StepFailed as failure:
+        print(json.dumps([failure.state, failure.error]))
+
+def text():
+    return state.log_file(run, "host").read_text()
+"""
+
+
+def test_who_lives_on_as_another_users_is_named(tmp_path: Path, killed_at_end: list[int]) -> None:
+    """Under sudo, say: a command that runs as somebody else, below one that we may kill."""
+    if os.geteuid() != 0:
+        unavailable("only root can make other users' processes")
+    script = "env -i sleep 100 & echo $! >$0.new; mv $0.new $0; exec setpriv --reuid=65534 --clear-groups sleep 101"
+    code = """
+spawn = updater.spawn_step
+def drop(argv, *rest, mark):
+    child = spawn(argv, *rest, mark=mark)
+    while not Path(argv[-1]).exists():
+        pass
+    os.setresuid(65534, 65534, 65534)
+    return child
+env = {**os.environ, updater.MARK: f"died {os.getpid()}"}
+__import__("subprocess").Popen(["sh", "-c", sys.argv[1], "left"], env=env, stdout=-3)
+while not Path("left").exists():
+    pass
+for folder in (".", "state", "state/runs", f"state/runs/{run}", f"state/runs/{run}/host.log"):
+    os.chown(folder, 65534, 65534)
+updater.spawn_step, updater.GRACE_S = drop, 0.1
+do("sh", "-c", sys.argv[1], "step", timeout_s=0)
+runner.save(open_step=env[updater.MARK])
+print(json.dumps([updater.bury_runner(state, runner.job).error]))
+print(text())
+"""
+    argv = python(STEPPING + code, script)
+    done = subprocess.run(argv, env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, timeout=60, text=True, check=False)
+    pids = [pid_in(tmp_path / name) for name in ("step", "left")]
+    killed_at_end += pids
+    stepped, buried, *log = done.stdout.splitlines()
+    left = [f"still running, belongs to another user: {pid} sleep" for pid in pids]
+    assert json.loads(stepped) == ["timeout", left[0]]
+    assert json.loads(buried) == [f"the runner died; {left[1]}"]
+    assert log == ["it...", f"warning: {left[0]}", "", f"[estelle-updater: {left[1]}]", ""]
+    assert all(map(alive, pids))
 
 
 HANGING = """#!/bin/sh
