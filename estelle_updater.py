@@ -3366,10 +3366,12 @@ _NO_PROMPTS = {
     "GIT_HTTP_LOW_SPEED_LIMIT": "1",  # a server that accepts and stays silent would hold git for ever
     "GIT_HTTP_LOW_SPEED_TIME": "60",
 }
-# This variable hides core.sshCommand (often a deploy key), so it reads that itself. A shell function, because git
-# appends the arguments, and they must stay untouched while the configured command is evaluated.
+# This variable hides core.sshCommand (often a deploy key), so it reads that itself; ssh takes the first value of an
+# option. A shell function, because git appends the arguments, and they must stay untouched while the configured
+# command is evaluated. A connection that died would hold git until the step's deadline.
 _SSH_COMMAND = (
-    'f() { eval "$(git config core.sshCommand || echo ssh) -o BatchMode=yes -o ConnectTimeout=15 \\"\\$@\\""; }; f'
+    'f() { eval "$(git config core.sshCommand || echo ssh) -o BatchMode=yes -o ConnectTimeout=15'
+    ' -o ServerAliveInterval=15 -o ServerAliveCountMax=4 \\"\\$@\\""; }; f'
 )
 
 
@@ -3673,6 +3675,10 @@ class Spawned:
             """Nothing: the Job Object knows them."""
             return set()
 
+        def leaves(self) -> str:
+            """Nothing: nobody tells whose child is whose."""
+            return ""
+
         def interrupt(self) -> bool:
             """Nothing, False: no signal reaches a process that has no console in common with us. Kill it."""
             return False
@@ -3713,6 +3719,13 @@ class Spawned:
         def family(self) -> set[int]:
             """The living processes of the command, wherever they moved; as `kill_tree` finds them."""
             return _find_family(self._mark, os.getpid(), self._start)
+
+        def leaves(self) -> str:
+            """The processes that the rest of the command waits for, by name."""
+            family = self.family()
+            parents = {process.parent for pid in family if (process := _read_process(pid))}
+            names = [*dict.fromkeys(_name_of(pid) for pid in sorted(family - parents))]
+            return ", ".join(names[:5] + ["..."] * (len(names) > 5))
 
         def interrupt(self) -> bool:
             """Send SIGTERM to the command's process group (pnpm passes it on) and to what left it; whether it was
@@ -3902,7 +3915,7 @@ class StepFailed(Exception):
 
     def __init__(self, state: State, step: str, exit_code: int | None = None, error: str | None = None) -> None:
         super().__init__(error or f"{step}: {state}")
-        self.state, self.step, self.exit_code, self.error = state, step, exit_code, error
+        self.state, self.step, self.exit_code, self.error = state, step, exit_code, error or None
 
 
 class Poke:
@@ -4266,7 +4279,7 @@ class Runner:
         self.save(pipe=child.pipe)
         pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
-        stopped = self.watch(child, pump, time.monotonic() + timeout_s)
+        stopped = self.watch(step.label, child, pump, time.monotonic() + timeout_s)
         code = child.wait() if stopped is None else None  # what can't be killed is not waited for
         child.close_pipe()
         self.log.write(self.masker.flush())
@@ -4274,27 +4287,32 @@ class Runner:
         if stopped:
             if left := say_refused(child.refused):
                 self.log.line(f"warning: {left}")
-            raise StepFailed(stopped, step.label, error=left or None)
+            raise stopped
         if code:
             raise StepFailed(State.FAILED, step.label, code, explain_failure(self.tail))
 
-    def watch(self, child: Spawned, pump: threading.Thread, deadline: float) -> State | None:
-        """Wait until the command is over; a cancel or its deadline ends it: interrupt, grace, kill the whole tree."""
+    def watch(self, label: str, child: Spawned, pump: threading.Thread, deadline: float) -> StepFailed | None:
+        """Wait until the command is over; a cancel or its deadline ends it."""
         while True:
             pump.join(CANCEL_LOOK_S)
             if not pump.is_alive():
                 return None
-            stopped = State.CANCELLED if self.cancel_file.exists() else None
-            if stopped is None and time.monotonic() > deadline:
-                stopped = State.TIMEOUT
-            if stopped:
-                ends = time.monotonic() + (GRACE_S if child.interrupt() else 0)
-                pump.join(max(0.0, ends - time.monotonic()))
-                while child.family() and time.monotonic() < ends:  # its leader may be the first to go
-                    time.sleep(LOCAL_LOOK_S)
-                child.kill_tree(KILL_S)
-                pump.join(DRAIN_S + 1)
-                return stopped
+            if self.cancel_file.exists():
+                return StepFailed(State.CANCELLED, label, error=self.end_step(child, pump))
+            if time.monotonic() > deadline:
+                leaves = child.leaves()
+                why = [f"still running: {leaves}" if leaves else "", self.end_step(child, pump)]
+                return StepFailed(State.TIMEOUT, label, error="; ".join(filter(None, why)))
+
+    def end_step(self, child: Spawned, pump: threading.Thread) -> str:
+        """Interrupt, grace, kill the whole tree; what could not be killed."""
+        ends = time.monotonic() + (GRACE_S if child.interrupt() else 0)
+        pump.join(max(0.0, ends - time.monotonic()))
+        while child.family() and time.monotonic() < ends:  # its leader may be the first to go
+            time.sleep(LOCAL_LOOK_S)
+        child.kill_tree(KILL_S)
+        pump.join(DRAIN_S + 1)
+        return say_refused(child.refused)
 
     def pump(self, child: Spawned) -> None:
         """Pipe to log."""

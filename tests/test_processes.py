@@ -372,12 +372,12 @@ def test_killing_leftovers_spares_this_process_and_its_ancestors() -> None:
     assert done.stdout == "(1, set()) (0, set())\nparent lives\n"
 
 
-# A runner in the folder where it is started: `do` runs one step, whose failure it prints.
+# A runner in the folder where it is started: `do` runs a step, whose last word is a file that it makes, into its end.
 STEPPING = """
 import json, os, sys
 from pathlib import Path
 import estelle_updater as updater
-from estelle_updater import JobRecord, Kind, LogWriter, Runner, StateFolder, Step, StepFailed
+from estelle_updater import JobRecord, Kind, LogWriter, Runner, StateFolder, Step, StepFailed, spawn_step
 
 updater.preload()
 assert updater.adopt_orphans()
@@ -388,9 +388,17 @@ runner = Runner(state, run, "host", Path())
 runner.job, runner.env = JobRecord(run, "host", "", Kind.DEPLOY, "master"), dict(os.environ)
 runner.log = LogWriter(state.log_file(run, "host"), lambda: None)
 
-def do(*argv, timeout_s):
+def do(*argv, then=lambda: None):
+    def spawn(*args, mark):
+        child = spawn_step(*args, mark=mark)
+        while not Path(argv[-1]).exists():
+            pass
+        then()
+        return child
+
+    updater.spawn_step, updater.GRACE_S = spawn, 0.1
     try:
-        runner.step(Step("it", argv), timeout_s)
+        runner.step(Step("it", argv), 0)
     except StepFailed as failure:
         print(json.dumps([failure.state, failure.error]))
 
@@ -405,21 +413,13 @@ def test_who_lives_on_as_another_users_is_named(tmp_path: Path, killed_at_end: l
         unavailable("only root can make other users' processes")
     script = "env -i sleep 100 & echo $! >$0.new; mv $0.new $0; exec setpriv --reuid=65534 --clear-groups sleep 101"
     code = """
-spawn = updater.spawn_step
-def drop(argv, *rest, mark):
-    child = spawn(argv, *rest, mark=mark)
-    while not Path(argv[-1]).exists():
-        pass
-    os.setresuid(65534, 65534, 65534)
-    return child
 env = {**os.environ, updater.MARK: f"died {os.getpid()}"}
 __import__("subprocess").Popen(["sh", "-c", sys.argv[1], "left"], env=env, stdout=-3)
 while not Path("left").exists():
     pass
 for folder in (".", "state", "state/runs", f"state/runs/{run}", f"state/runs/{run}/host.log"):
     os.chown(folder, 65534, 65534)
-updater.spawn_step, updater.GRACE_S = drop, 0.1
-do("sh", "-c", sys.argv[1], "step", timeout_s=0)
+do("sh", "-c", sys.argv[1], "step", then=lambda: os.setresuid(65534, 65534, 65534))
 runner.save(open_step=env[updater.MARK])
 print(json.dumps([updater.bury_runner(state, runner.job).error]))
 print(text())
@@ -430,10 +430,22 @@ print(text())
     killed_at_end += pids
     stepped, buried, *log = done.stdout.splitlines()
     left = [f"still running, belongs to another user: {pid} sleep" for pid in pids]
-    assert json.loads(stepped) == ["timeout", left[0]]
+    assert json.loads(stepped) == ["timeout", f"still running: sleep; {left[0]}"]
     assert json.loads(buried) == [f"the runner died; {left[1]}"]
     assert log == ["it...", f"warning: {left[0]}", "", f"[estelle-updater: {left[1]}]", ""]
     assert all(map(alive, pids))
+
+
+def test_what_a_step_waited_for_at_its_deadline_is_named(tmp_path: Path) -> None:
+    """A credential helper that asks in a window, say: nobody would look there."""
+    helper = tmp_path / "git-credential-manager-core"
+    helper.write_text("#!/bin/sh\n: >$1\nread answer <answer\n")
+    helper.chmod(0o755)
+    os.mkfifo(tmp_path / "answer")
+    script = f'do("sh", "-c", "(./{helper.name} $0; true); true", "asked")'
+    argv = python(STEPPING + script)
+    done = subprocess.run(argv, env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, timeout=60, text=True, check=False)
+    assert json.loads(done.stdout) == ["timeout", f"still running: {helper.name}"]
 
 
 HANGING = """#!/bin/sh
@@ -643,6 +655,7 @@ def test_git_uses_ssh_in_batch_mode_with_the_configured_key(
     one.close_pipe()
     assert one.wait() == 128
     assert ("BatchMode=yes" in words) == (configured != "GIT_SSH_COMMAND"), "what the operator set stays as it is"
+    assert ("ServerAliveInterval=15" in words) == (configured != "GIT_SSH_COMMAND"), "a dead connection ends"
     assert (words[:2] == ["-i", "a key"]) == (configured is not None)
     assert words[-2:] == ["host.invalid", "git-upload-pack '/it'\\''s here.git'"]
 
