@@ -3552,6 +3552,16 @@ def adopt_orphans() -> bool:
     return False
 
 
+def bury_orphans(own: int) -> None:
+    """Reap the adopted children that ended, up to the child `own`, which somebody else waits for; Linux only."""
+    if sys.platform == "linux":
+        with suppress(ChildProcessError):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid == own:
+                    break
+                os.waitpid(ended.si_pid, 0)
+
+
 if sys.platform == "win32":
 
     class _Job:
@@ -4295,6 +4305,7 @@ class Runner:
         """Wait until the command is over; a cancel or its deadline ends it."""
         while True:
             pump.join(CANCEL_LOOK_S)
+            bury_orphans(child.pid)
             if not pump.is_alive():
                 return None
             if self.cancel_file.exists():

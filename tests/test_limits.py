@@ -357,6 +357,27 @@ def test_git_locks_of_the_clone_s_other_folders_are_in_use_too(tmp_path: Path, d
     assert not any(lock.exists() for lock in locks)
 
 
+def test_a_runner_keeps_no_dead_orphans(one: Fleet):
+    """It adopts what its step leaves behind, and a long step may leave thousands: a user has only so many processes."""
+    b = one.hosts[1]
+    write_script(f"for n in 1 2 3 4 5 6 7 8 9; do (setsid true &) ; done; sleep 0.5\n{GATED}", b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    (runner,) = [pid for pid, command in processes_of(b.state).items() if " run-job " in command]
+
+    def dead() -> list[Path]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                state, parent, *_ = path.read_text().rpartition(")")[2].split()
+                found += [path] if (state, parent) == ("Z", str(runner)) else []
+        return found
+
+    wait_for(lambda: not dead(), "they are gone")
+    open_gate(b)
+    assert watched.end() == 0
+
+
 AGENTS = 200
 
 
