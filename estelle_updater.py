@@ -2049,7 +2049,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"would be overwritten by (?:merge|checkout)",
         "local changes are in the way of the incoming commits (listed above)",
     ),
-    (rb"index\.lock': File exists", "a git process left its index.lock behind: remove it if no git runs there"),
+    (rb"\.lock': File exists", "a git process left its lock file behind (named above): remove it if no git runs there"),
     (rb"Not possible to fast-forward|Diverging branches", "the local branch has commits that the remote has not"),
     (
         rb"couldn't find remote ref|did not match any file|invalid reference",
@@ -2063,7 +2063,8 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
     (
-        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host",
+        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host"
+        rb"|Connection timed out during banner|Connection to [^\n]+ timed out|Timeout, server .+ not responding",
         "the git remote does not answer",
     ),
 )

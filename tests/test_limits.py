@@ -327,7 +327,7 @@ def test_git_locks_are_removed_only_when_nobody_uses_them(one: Fleet):
     with subprocess.Popen(["git", "hash-object", "--stdin"], cwd=b.repo, stdin=subprocess.PIPE, stdout=-3) as git:
         code, out, err = one.cli("trigger", B, "master")
         assert (code, lock.exists()) == (1, True)
-        assert f"{B}: a git process left its index.lock behind" in err
+        assert f"{B}: a git process left its lock file behind" in err
         git.communicate()
     assert one.cli("trigger", B, "master").code == 0
 
