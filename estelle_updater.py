@@ -1409,6 +1409,7 @@ class RunRecord:
     batch: int = 0
     wait_s: float = 0.0
     cancelled: bool = False
+    cancelled_by: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # what only this kind of order knows
     commits: dict[str, str] = field(default_factory=dict)  # label -> what to check out there instead of the branch
 
@@ -4004,6 +4005,17 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
 
+def ask_to_stop(state: StateFolder, run: str, host: str, by: str) -> None:
+    """Tell a job's runner to stop, and who wants that; the file stays until it does, whoever dies meanwhile."""
+    file = state.cancel_file(run, host)
+    with suppress(OSError):
+        try:
+            if not log_size(file):
+                write_atomic(file, by.encode(errors="replace"))
+        except OSError:
+            file.touch()  # without content: that works on a full disk too
+
+
 def is_half_done(state: StateFolder, job: JobRecord) -> bool:
     """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
     return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
@@ -4175,7 +4187,7 @@ class Runner:
         ends = time.monotonic() + TRAFFIC_S
         while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get("at") != self.job.revision:
             if self.cancel_file.exists():
-                raise StepFailed(State.CANCELLED, TRAFFIC_STEP)
+                raise self.cancelled(TRAFFIC_STEP)
             if time.monotonic() > ends:
                 what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
                 raise GuardError(what, "is the data node online? `status` shows the traffic")
@@ -4230,7 +4242,7 @@ class Runner:
             return git_output(self.repo, self.env, *args, mark=question_mark(self.run, self.host), stop=self.stop)
         except UpdaterError:
             if self.stop():
-                raise StepFailed(State.CANCELLED, self.job.step or "") from None
+                raise self.cancelled(self.job.step or "") from None
             raise
 
     def remove_git_locks(self) -> None:
@@ -4264,7 +4276,15 @@ class Runner:
         """Where a failure from here on belongs, without a line in the log."""
         self.save(step=step)
         if self.cancel_file.exists():
-            raise StepFailed(State.CANCELLED, step)
+            raise self.cancelled(step)
+
+    def cancelled(self, step: str, left: str = "") -> StepFailed:
+        """The end of a job that was cancelled, with who wanted that, where the file says so."""
+        by = ""
+        with suppress(OSError):
+            by = self.cancel_file.read_text("utf-8", "replace").strip()[:200]
+        why = [f"cancelled by {by}" if by else "", left]
+        return StepFailed(State.CANCELLED, step, error="; ".join(filter(None, why)))
 
     def announce(self, label: str) -> None:
         mark = self.log.line(f"{label}...")
@@ -4310,7 +4330,7 @@ class Runner:
             if not pump.is_alive():
                 return None
             if self.cancel_file.exists():
-                return StepFailed(State.CANCELLED, label, error=self.end_step(child, pump))
+                return self.cancelled(label, self.end_step(child, pump))
             if time.monotonic() > deadline:
                 leaves = child.leaves()
                 why = [f"still running: {leaves}" if leaves else "", self.end_step(child, pump)]
@@ -5652,11 +5672,9 @@ class Agent:
                 self.state.save_run(run_of_job(record))
 
     def on_cancel(self, message: Cancel) -> None:
-        """Ask the runner to stop; the file stays until it does, whoever dies meanwhile."""
         for (run, host), job in self.jobs.items():
             if run == message.run and job.record.state not in FINAL:
-                with suppress(OSError):
-                    self.state.cancel_file(run, host).touch()  # without content: that works on a full disk too
+                ask_to_stop(self.state, run, host, message.by)
 
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
@@ -6552,7 +6570,7 @@ class Master:
                     if job.ordered:  # also one that runs: the host says so if it knows nothing of it
                         agent.link.post(Order(vars(job)))
                     if run.record.cancelled:
-                        agent.link.post(Cancel(job.run))
+                        agent.link.post(Cancel(job.run, run.record.cancelled_by))
         self.schedule()
 
     def receive_from_agent(self, agent: AgentLink, frame: str | bytes) -> None:
@@ -6620,7 +6638,7 @@ class Master:
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
         if run.record.cancelled and job.state not in FINAL:
-            agent.link.post(Cancel(job.run))
+            agent.link.post(Cancel(job.run, run.record.cancelled_by))
         if job.state in FINAL:
             run.held[job.host] = job
             self.settle(run, job.host)
@@ -6849,7 +6867,7 @@ class Master:
         guessed = any(job.provisional for job in run.jobs.values())
         if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
-            run.record = replace(run.record, cancelled=True)
+            run.record = replace(run.record, cancelled=True, cancelled_by=by)
             try:
                 self.state.save_run(run.record)
             except OSError as problem:  # to stop something may be how to make room
@@ -6863,7 +6881,7 @@ class Master:
                 self.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
             elif agent:
                 agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
-                agent.link.post(Cancel(name, by))
+                agent.link.post(Cancel(name, run.record.cancelled_by))
         self.schedule()
         return run.record
 

@@ -211,6 +211,7 @@ def test_a_cancel_reaches_a_host_that_is_away(one: Fleet):
     one.start(one.master, b)
     assert watched.end() == 1
     assert lines_of(watched.out, B)[-1] == "✗ 취소"
+    assert f"{B}: cancelled by " in watched.err, "also where the master that was told is gone"
     assert not children(b, "sleep 86404")
 
 

@@ -517,6 +517,7 @@ def test_cancel_kills_the_tree_on_every_host(one: Fleet):
     assert watched.end() == 1
     for host in one.hosts:
         assert lines_of(watched.out, host.address)[-1] == "✗ 취소"
+        assert re.search(rf"^estelle-updater: {host.address}: cancelled by \S+@{A}$", watched.err, re.MULTILINE)
         left = {p: c for p, c in processes_of(host.folder).items() if "sleep" in c or "setsid" in c}
         assert not left
     assert one.cli("cancel", name).code == 0  # once more: nothing to stop
