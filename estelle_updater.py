@@ -6860,7 +6860,10 @@ class Master:
             self.end(run, job, State.LOST, f"no connection for {LOST_S:.0f} s", guess=True)
 
     def cancel(self, name: str, by: str) -> RunRecord:
-        """Stop a run: queued jobs at once, running ones as soon as their host hears of it."""
+        """Stop a run: queued jobs at once, running ones as soon as their host hears of it.
+
+        What it answers has as `hosts` those that were not over, as `offline` those that hear of it once they are back.
+        """
         run = self.load(name)
         if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
@@ -6873,9 +6876,9 @@ class Master:
             except OSError as problem:  # to stop something may be how to make room
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
             log.info("%s cancels run %s", by, name)
-        for job in list(run.jobs.values()):
-            if job.state in FINAL:
-                continue
+        stopping = [job for job in run.jobs.values() if job.state not in FINAL or job.provisional]
+        away = [job.host for job in stopping if job.ordered and job.machine not in self.agents]
+        for job in (job for job in stopping if job.state not in FINAL):
             agent = self.agents.get(job.machine)
             if job.state is State.QUEUED and not (job.ordered and agent):
                 self.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
@@ -6883,7 +6886,7 @@ class Master:
                 agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
                 agent.link.post(Cancel(name, run.record.cancelled_by))
         self.schedule()
-        return run.record
+        return replace(run.record, hosts=[job.host for job in stopping], offline=away)
 
 
 @dataclass(frozen=True)
@@ -10239,9 +10242,13 @@ def cancel_run(args: Args, run: str) -> RunRecord:
 
 def cmd_cancel(args: Args) -> int:
     record = cancel_run(args, args.run)
-    doing = f"cancelling {record.run} on {', '.join(record.hosts)}"
-    text = doing if record.cancelled else f"{record.run} is over: there is nothing to cancel"
-    say(json.dumps({"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}) if args.json else text)
+    text = f"{record.run} is over: there is nothing to cancel"
+    if record.cancelled and record.hosts:
+        text = f"cancelling {record.run} on {', '.join(record.hosts)}"
+    if record.cancelled and record.offline:
+        text += f"; {', '.join(record.offline)}: no connection, it stops once it is back"
+    answer = {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts, "offline": record.offline}
+    say(json.dumps(answer) if args.json else text)
     return 0
 
 

@@ -202,17 +202,21 @@ def test_the_queue_outlives_the_master(one: Fleet):
 def test_a_cancel_reaches_a_host_that_is_away(one: Fleet):
     b = one.hosts[1]
     write_script("echo begun; sleep 86404\n", b)
-    watched = Watched(one, "trigger", B, "master")
+    watched = Watched(one, "trigger", f"{A},{B}", "master")
     watched.until(f"[{B}] begun")
+    wait_state(one, watched.run, A, "succeeded")
     one.kill(b)
     wait_for(lambda: f"agent {B} is offline" in one.master.stderr, "the master notices")
-    assert one.cli("cancel", watched.run).code == 0
+    asked = one.cli("cancel", watched.run)
+    text = f"cancelling {watched.run} on {B}; {B}: no connection, it stops once it is back\n"
+    assert (asked.code, asked.out) == (0, text)
     one.kill(one.master)
     one.start(one.master, b)
     assert watched.end() == 1
     assert lines_of(watched.out, B)[-1] == "✗ 취소"
     assert f"{B}: cancelled by " in watched.err, "also where the master that was told is gone"
     assert not children(b, "sleep 86404")
+    assert one.cli("cancel", watched.run).out == f"{watched.run} is over: there is nothing to cancel\n"
 
 
 def test_copies_that_differ_are_not_mixed(one: Fleet):
