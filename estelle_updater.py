@@ -10240,8 +10240,25 @@ def cancel_run(args: Args, run: str) -> RunRecord:
     return record
 
 
+def cancel_here(args: Args, run: str) -> RunRecord | None:
+    """Stop this host's part of a run without the master; None where there is nothing to stop."""
+    state = args.state_folder()
+    jobs = [job for job in state.load_jobs(run) if job.state not in FINAL] if valid_run_id(run) else []
+    own = [job for job in jobs if job.machine == state.machine_id()]
+    for job in own:
+        ask_to_stop(state, run, job.host, user_name())
+    return replace(run_of_job(own[0]), cancelled=True) if own else None
+
+
 def cmd_cancel(args: Args) -> int:
-    record = cancel_run(args, args.run)
+    try:
+        record = cancel_run(args, args.run)
+    except UpdaterError as problem:  # as for `logs`: nobody answers, or the master has not heard of it
+        here = cancel_here(args, args.run)
+        if here is None:
+            raise
+        record = here
+        TextView(Output(False)).notice(f"{problem.what}; stopping what runs on this host")
     text = f"{record.run} is over: there is nothing to cancel"
     if record.cancelled and record.hosts:
         text = f"cancelling {record.run} on {', '.join(record.hosts)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -299,6 +300,21 @@ def test_deploy_alone(one: Fleet):
     assert follower.end() == 0
     assert lines_of(follower.out, follower.out[1 : follower.out.index("]")])[-2:] == ["ended", f"✓ 완료 {VERSION}"]
     write_script("echo begun; sleep 86405\n", b)
+    for master in (one.master, None):  # it has not heard of the run; it can't be reached
+        watched = Watched(one, "deploy", "master", host=b)
+        watched.until("begun")
+        watched.interrupt()
+        assert watched.end() == 130
+        told = re.search(rf"stop it: .* (cancel {watched.run})\n", watched.err)
+        assert told
+        if not master:
+            one.stop(one.master)
+        asked = one.cli(*told[1].split(), host=b)
+        assert (asked.code, asked.out.split(" on ")[0]) == (0, f"cancelling {watched.run}"), asked.err
+        (host,) = json.loads((b.state / "runs" / watched.run / "run.json").read_text())["hosts"]
+        wait_for(lambda: job_of(one, watched.run, host, at=b)["state"] == "cancelled", "it ends")  # noqa: B023
+        assert not children(b, "sleep 86405")
+    one.start(one.master)
     watched = Watched(one, "deploy", "master", "--json", host=b)
     watched.until("begun")
     for pid in runners(b):
