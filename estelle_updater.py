@@ -9917,7 +9917,9 @@ def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = Fals
 
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
-        failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
+        ended = [job for job in jobs if job.state in (State.FAILED, State.TIMEOUT)]
+        untouched = r"(start|check)$|git fetch "  # the steps before the first that changes what is deployed
+        failed = ",".join(job.host for job in ended if not re.match(untouched, job.step or "start"))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
