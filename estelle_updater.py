@@ -4104,6 +4104,7 @@ class Runner:
                 return 0
             self.job = job
             self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
+            self.bury_last()
             with suppress(OSError):
                 write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
             if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
@@ -4114,6 +4115,19 @@ class Runner:
         finally:
             lock.release()
             self.poke()
+
+    def bury_last(self) -> None:
+        """End the job that had the lock last, if its runner died while no daemon looked: this one must not run beside
+        what it left."""
+        current = read_json(self.state.current_file) or {}
+        run, host = current.get("run"), current.get("host")
+        if not (isinstance(run, str) and valid_run_id(run) and isinstance(host, str)):
+            return
+        last = self.state.load_job(run, host)
+        own = (run, host) == (self.run, self.host)
+        if last and last.state is State.RUNNING and not own and not is_half_done(self.state, last):
+            with suppress(OSError):
+                self.state.save_job(bury_runner(self.state, last), durable=True)
 
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""

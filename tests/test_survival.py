@@ -163,6 +163,29 @@ def test_a_killed_runner_is_lost(one: Fleet, also_daemon: bool):
     assert one.cli("trigger", B, "master").code == 0
 
 
+def test_a_deployment_by_hand_ends_what_a_dead_runner_left(one: Fleet):
+    """No daemon looked after it."""
+    b = one.hosts[1]
+    write_script("sleep 86409 & echo begun; sleep 86409\n", b)
+    run = detach(one, B)
+    wait_for(lambda: len(children(b, "sleep 86409")) == 2, "all that it starts runs")
+    one.kill(b)
+    for pid in runners(b):
+        os.kill(pid, signal.SIGKILL)
+    write_script("echo fine\n", b)
+    assert children(b, "sleep 86409")
+    current = b.state / "current.json"
+    known = current.read_text()
+    assert one.cli("deploy", "master", host=b).code == 0
+    assert not children(b, "sleep 86409")
+    assert job_of(one, run, b, at=b)["state"] == "lost"
+    for nonsense in ("[]", "{", '{"run": 5, "host": []}', known.replace(run, "../x")):
+        current.write_text(nonsense)
+        assert one.cli("deploy", "master", host=b).code == 0
+    one.start(b)
+    wait_state(one, run, B, "lost")
+
+
 def test_a_killed_step_is_a_failure(one: Fleet):
     b = one.hosts[1]
     write_script("echo begun; kill -9 $$\n", b)
