@@ -3431,15 +3431,13 @@ class _Process(NamedTuple):
     mark: str | None
 
 
-@functools.cache
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+_boot_id = functools.cache(Path("/proc/sys/kernel/random/boot_id").read_text)
 
 
 def _pipe_name(pid: int | str, number: int) -> str | None:
     """What a process has as descriptor `number`, in words that no later boot uses again; None where nobody can tell."""
     try:
-        return f"{os.readlink(f'/proc/{pid}/fd/{number}')} {_boot_id()}"
+        return f"{os.readlink(f'/proc/{pid}/fd/{number}')} {_boot_id().strip()}"
     except OSError:
         return None
 
@@ -3486,13 +3484,11 @@ def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = N
     return {pid for pid in family if table[pid].alive}
 
 
-def _kill_family(
-    mark: str, deadline_s: float, root: int = -1, since: int = 0, pipe: str | None = None
-) -> tuple[int, set[int], bool]:
+def _kill_family(mark: str, deadline_s: float, **where: Any) -> tuple[int, set[int], bool]:
     """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, those that live on as they are
     another user's, and whether none is left."""
     killed, refused, deadline, pause_s = set[int](), set[int](), time.monotonic() + deadline_s, 0.002
-    while (victims := _find_family(mark, root, since, pipe) - refused) and time.monotonic() < deadline:
+    while (victims := _find_family(mark, **where) - refused) and time.monotonic() < deadline:
         for pid in victims:
             with suppress(ProcessLookupError):
                 try:
@@ -3508,8 +3504,7 @@ def _kill_family(
 
 def kill_leftovers(mark: str, pipe: str | None = None, deadline_s: float = KILL_S) -> tuple[int, set[int]]:
     """Kill what the step `mark` of a dead runner, or who writes to its `pipe`, left running: how many, and those that
-    are another user's. Nothing is left on Windows: the runner's Job Object took it along.
-    """
+    are another user's. Nothing is left on Windows: the runner's Job Object took it along."""
     return _kill_family(mark, deadline_s, pipe=pipe)[:2]
 
 
@@ -3526,6 +3521,13 @@ def say_refused(pids: Iterable[int]) -> str:
     """That these processes live on, for people; nothing where there are none."""
     names = ", ".join(f"{pid} {_name_of(pid)}" for pid in sorted(pids))
     return names and f"still running, belongs to another user: {names}"
+
+
+def say_running(family: set[int]) -> str:
+    """What the rest of a family waits for, by name, for people; nothing where there is none."""
+    parents = {process.parent for pid in family if (process := _read_process(pid))}
+    names = [*dict.fromkeys(_name_of(pid) for pid in sorted(family - parents))]
+    return f"still running: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
 
 
 def runs_below(name: str, folders: Iterable[Path]) -> bool:
@@ -3556,12 +3558,11 @@ def adopt_orphans() -> bool:
 
 def bury_orphans(own: int) -> None:
     """Reap the adopted children that ended, up to the child `own`, which somebody else waits for; Linux only."""
-    if sys.platform == "linux":
-        with suppress(ChildProcessError):
-            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                if ended.si_pid == own:
-                    break
-                os.waitpid(ended.si_pid, 0)
+    with suppress(ChildProcessError):
+        while sys.platform == "linux" and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            if ended.si_pid == own:
+                break
+            os.waitpid(ended.si_pid, 0)
 
 
 if sys.platform == "win32":
@@ -3687,10 +3688,6 @@ class Spawned:
             """Nothing: the Job Object knows them."""
             return set()
 
-        def leaves(self) -> str:
-            """Nothing: nobody tells whose child is whose."""
-            return ""
-
         def interrupt(self) -> bool:
             """Nothing, False: no signal reaches a process that has no console in common with us. Kill it."""
             return False
@@ -3732,16 +3729,8 @@ class Spawned:
             """The living processes of the command, wherever they moved; as `kill_tree` finds them."""
             return _find_family(self._mark, os.getpid(), self._start)
 
-        def leaves(self) -> str:
-            """The processes that the rest of the command waits for, by name."""
-            family = self.family()
-            parents = {process.parent for pid in family if (process := _read_process(pid))}
-            names = [*dict.fromkeys(_name_of(pid) for pid in sorted(family - parents))]
-            return ", ".join(names[:5] + ["..."] * (len(names) > 5))
-
         def interrupt(self) -> bool:
-            """Send SIGTERM to the command's process group (pnpm passes it on) and to what left it; whether it was
-            sent."""
+            """Send SIGTERM to the command's process group (pnpm passes it on) and what left it; whether it was sent."""
             family = self.family()
             sent = self._signal_group(15)
             for pid in family if sent else ():
@@ -3757,7 +3746,7 @@ class Spawned:
             runner with one step at a time, as a younger child without a mark counts as the step's.
             """
             self._signal_group(9)
-            _, self.refused, gone = _kill_family(self._mark, deadline_s, os.getpid(), self._start)
+            _, self.refused, gone = _kill_family(self._mark, deadline_s, root=os.getpid(), since=self._start)
             return gone and self._exited.wait(1.0)
 
         def close_pipe(self) -> None:
@@ -4006,14 +3995,13 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
 
 
 def ask_to_stop(state: StateFolder, run: str, host: str, by: str) -> None:
-    """Tell a job's runner to stop, and who wants that; the file stays until it does, whoever dies meanwhile."""
+    """Tell a job's runner to stop, and who wants that, in a file that stays until it does. May raise OSError."""
     file = state.cancel_file(run, host)
-    with suppress(OSError):
-        try:
-            if not log_size(file):
-                write_atomic(file, by.encode(errors="replace"))
-        except OSError:
-            file.touch()  # without content: that works on a full disk too
+    try:
+        if not log_size(file):
+            write_atomic(file, by.encode(errors="replace"))
+    except OSError:
+        file.touch()  # without content: that works on a full disk too
 
 
 def is_half_done(state: StateFolder, job: JobRecord) -> bool:
@@ -4045,15 +4033,10 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
             yield judge_disk(str(place), shutil.disk_usage(place).free)
 
 
-def question_mark(run: str, host: str) -> str:
-    """The mark of what a runner's questions to git start."""
-    return f"{run}/{file_label(host)}/questions"
-
-
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
     log_file, error = state.log_file(job.run, job.host), "the runner died"
-    kill_leftovers(question_mark(job.run, job.host))
+    kill_leftovers(f"{job.run}/{file_label(job.host)}/questions")
     if job.open_step and (left := say_refused(kill_leftovers(job.open_step, job.pipe)[1])):
         error += f"; {left}"
         with suppress(OSError):
@@ -4117,8 +4100,7 @@ class Runner:
             self.poke()
 
     def bury_last(self) -> None:
-        """End the job that had the lock last, if its runner died while no daemon looked: this one must not run beside
-        what it left."""
+        """End the job that had the lock last, if its runner died unseen: no job may run beside what another left."""
         current = read_json(self.state.current_file) or {}
         run, host = current.get("run"), current.get("host")
         if not (isinstance(run, str) and valid_run_id(run) and isinstance(host, str)):
@@ -4252,8 +4234,9 @@ class Runner:
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
+        mark = f"{self.run}/{file_label(self.host)}/questions"  # `bury_runner` knows it
         try:
-            return git_output(self.repo, self.env, *args, mark=question_mark(self.run, self.host), stop=self.stop)
+            return git_output(self.repo, self.env, *args, mark=mark, stop=self.stop)
         except UpdaterError:
             if self.stop():
                 raise self.cancelled(self.job.step or "") from None
@@ -4346,8 +4329,7 @@ class Runner:
             if self.cancel_file.exists():
                 return self.cancelled(label, self.end_step(child, pump))
             if time.monotonic() > deadline:
-                leaves = child.leaves()
-                why = [f"still running: {leaves}" if leaves else "", self.end_step(child, pump)]
+                why = [say_running(child.family()), self.end_step(child, pump)]
                 return StepFailed(State.TIMEOUT, label, error="; ".join(filter(None, why)))
 
     def end_step(self, child: Spawned, pump: threading.Thread) -> str:
@@ -4386,8 +4368,7 @@ class Runner:
             version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
-        fields |= {"state": state, "ended": time.time(), "commit": commit, "version": version}
-        fields |= {"open_step": None, "pipe": None}
+        fields.update(open_step=None, pipe=None, state=state, ended=time.time(), commit=commit, version=version)
         for _ in range(RESULT_TRIES):
             whole = self.log.write(b"")  # else how much is missing is still to be said
             self.log.sync()
@@ -5686,9 +5667,11 @@ class Agent:
                 self.state.save_run(run_of_job(record))
 
     def on_cancel(self, message: Cancel) -> None:
+        """Ask the runner to stop."""
         for (run, host), job in self.jobs.items():
             if run == message.run and job.record.state not in FINAL:
-                ask_to_stop(self.state, run, host, message.by)
+                with suppress(OSError):
+                    ask_to_stop(self.state, run, host, message.by)
 
     def on_acked(self, message: Acked) -> None:
         """The master has result and log."""
@@ -6874,10 +6857,8 @@ class Master:
             self.end(run, job, State.LOST, f"no connection for {LOST_S:.0f} s", guess=True)
 
     def cancel(self, name: str, by: str) -> RunRecord:
-        """Stop a run: queued jobs at once, running ones as soon as their host hears of it.
-
-        What it answers has as `hosts` those that were not over, as `offline` those that hear of it once they are back.
-        """
+        """Stop a run: queued jobs at once, running ones as soon as their host hears of it. What it answers has as
+        `hosts` those that were not over, as `offline` those that hear of it once they are back."""
         run = self.load(name)
         if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
@@ -10249,37 +10230,31 @@ def cmd_health(args: Args) -> int:
 
 
 def cancel_run(args: Args, run: str) -> RunRecord:
-    """Ask the master to stop a run."""
-    connection = make_caller(args).dial(PATIENCE_S)
-    record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
-    connection.close()
-    return record
-
-
-def cancel_here(args: Args, run: str) -> RunRecord | None:
-    """Stop this host's part of a run without the master; None where there is nothing to stop."""
-    state = args.state_folder()
-    jobs = [job for job in state.load_jobs(run) if job.state not in FINAL] if valid_run_id(run) else []
-    own = [job for job in jobs if job.machine == state.machine_id()]
-    for job in own:
-        ask_to_stop(state, run, job.host, user_name())
-    return replace(run_of_job(own[0]), cancelled=True) if own else None
+    """Ask the master to stop a run; what this host has of it is stopped without the master if need be."""
+    try:
+        connection = make_caller(args).dial(PATIENCE_S)
+        record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
+        connection.close()
+        return record
+    except UpdaterError as problem:  # as for `logs`: nobody answers, or the master has not heard of it
+        state = args.state_folder()
+        jobs = state.load_jobs(run) if valid_run_id(run) else []
+        own = [job for job in jobs if job.state not in FINAL and job.machine == state.machine_id()]
+        if not own:
+            raise
+        for job in own:
+            ask_to_stop(state, run, job.host, user_name())
+        TextView(Output(False)).notice(f"{problem.what}; stopping what runs on this host")
+        return replace(run_of_job(own[0]), cancelled=True)
 
 
 def cmd_cancel(args: Args) -> int:
-    try:
-        record = cancel_run(args, args.run)
-    except UpdaterError as problem:  # as for `logs`: nobody answers, or the master has not heard of it
-        here = cancel_here(args, args.run)
-        if here is None:
-            raise
-        record = here
-        TextView(Output(False)).notice(f"{problem.what}; stopping what runs on this host")
-    text = f"{record.run} is over: there is nothing to cancel"
-    if record.cancelled and record.hosts:
-        text = f"cancelling {record.run} on {', '.join(record.hosts)}"
-    if record.cancelled and record.offline:
+    record = cancel_run(args, args.run)
+    text = f"cancelling {record.run} on {', '.join(record.hosts)}"
+    if record.offline:
         text += f"; {', '.join(record.offline)}: no connection, it stops once it is back"
+    if not (record.cancelled and record.hosts):
+        text = f"{record.run} is over: there is nothing to cancel"
     answer = {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts, "offline": record.offline}
     say(json.dumps(answer) if args.json else text)
     return 0
