@@ -1413,6 +1413,7 @@ class RunRecord:
     batch: int = 0
     wait_s: float = 0.0
     cancelled: bool = False
+    cancelled_by: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # what only this kind of order knows
     commits: dict[str, str] = field(default_factory=dict)  # label -> what to check out there instead of the branch
 
@@ -1442,6 +1443,7 @@ class JobRecord:
     acked: bool = False  # the master has the result
     steps: int = 0  # commands begun
     open_step: str | None = None  # the mark of the command that runs, to clean up after a dead runner
+    pipe: str | None = None  # and its output, for what shed the mark
     marks: list[list[int]] = field(default_factory=list)  # offset and length of each announcement in the log
     address: str = ""
     by: str = ""
@@ -2083,7 +2085,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"would be overwritten by (?:merge|checkout)",
         "local changes are in the way of the incoming commits (listed above)",
     ),
-    (rb"index\.lock': File exists", "a git process left its index.lock behind: remove it if no git runs there"),
+    (rb"\.lock': File exists", "a git process left its lock file behind (named above): remove it if no git runs there"),
     (rb"Not possible to fast-forward|Diverging branches", "the local branch has commits that the remote has not"),
     (
         rb"couldn't find remote ref|did not match any file|invalid reference",
@@ -2097,7 +2099,8 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
     (rb"Could not resolve host", "the remote's name does not resolve"),
     (
-        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host",
+        rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host"
+        rb"|Connection timed out during banner|Connection to [^\n]+ timed out|Timeout, server .+ not responding",
         "the git remote does not answer",
     ),
 )
@@ -3426,10 +3429,12 @@ _NO_PROMPTS = {
     "GIT_HTTP_LOW_SPEED_LIMIT": "1",  # a server that accepts and stays silent would hold git for ever
     "GIT_HTTP_LOW_SPEED_TIME": "60",
 }
-# This variable hides core.sshCommand (often a deploy key), so it reads that itself. A shell function, because git
-# appends the arguments, and they must stay untouched while the configured command is evaluated.
+# This variable hides core.sshCommand (often a deploy key), so it reads that itself; ssh takes the first value of an
+# option. A shell function, because git appends the arguments, and they must stay untouched while the configured
+# command is evaluated. A connection that died would hold git until the step's deadline.
 _SSH_COMMAND = (
-    'f() { eval "$(git config core.sshCommand || echo ssh) -o BatchMode=yes -o ConnectTimeout=15 \\"\\$@\\""; }; f'
+    'f() { eval "$(git config core.sshCommand || echo ssh) -o BatchMode=yes -o ConnectTimeout=15'
+    ' -o ServerAliveInterval=15 -o ServerAliveCountMax=4 \\"\\$@\\""; }; f'
 )
 
 
@@ -3482,10 +3487,20 @@ class _Process(NamedTuple):
     """One process of Linux' table; `start` in clock ticks since boot, `alive` is False for a zombie."""
 
     parent: int
-    group: int
     start: int
     alive: bool
     mark: str | None
+
+
+_boot_id = functools.cache(Path("/proc/sys/kernel/random/boot_id").read_text)
+
+
+def _pipe_name(pid: int | str, number: int) -> str | None:
+    """What a process has as descriptor `number`, in words that no later boot uses again; None where nobody can tell."""
+    try:
+        return f"{os.readlink(f'/proc/{pid}/fd/{number}')} {_boot_id().strip()}"
+    except OSError:
+        return None
 
 
 def _read_process(pid: int) -> _Process | None:
@@ -3497,17 +3512,16 @@ def _read_process(pid: int) -> _Process | None:
             environ = file.read()
     if not stat:
         return None
-    state, parent, group, *more = stat[stat.rindex(b")") + 2 :].split()
+    state, parent, _, *more = stat[stat.rindex(b")") + 2 :].split()
     alive = state not in (b"Z", b"X") or int(more[14]) > 1  # a zombie with threads: only its first one ended
     found = re.search(rb"(?:\A|\0)" + MARK.encode() + rb"=([^\0]*)", environ)
-    return _Process(int(parent), int(group), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
+    return _Process(int(parent), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
 
 
-def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> set[int]:
-    """The living processes of the step `mark`: those that carry it, their groups among `pgids`, all their children.
+def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = None) -> set[int]:
+    """The living processes of the step `mark`: those that carry it or write to its `pipe`, and all their children.
 
     With a `root` also its descendants, started at tick `since` or later: a service of an earlier step is not ours.
-    A recorded group counts only while a member carries the mark: numbers are used again after a reboot.
     What carries another mark belongs to another step. Never this process or its ancestors.
     """
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if sys.platform == "linux" else []
@@ -3519,9 +3533,9 @@ def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> 
     while ancestor in table:
         spared.add(ancestor)
         ancestor = table[ancestor].parent
-    seeds = [pid for pid, process in table.items() if process.mark == mark]
-    groups = {table[pid].group for pid in seeds} & pgids
-    seeds += [pid for pid, process in table.items() if process.group in groups or process.parent == root]
+    seeds = [pid for pid, process in table.items() if process.mark == mark or process.parent == root]
+    if pipe:  # `env -i` sheds the mark, not the output
+        seeds += [pid for pid in table if pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2))]
     while seeds:
         pid = seeds.pop()
         if pid in family or pid in spared or table[pid].start < since or table[pid].mark not in (None, mark):
@@ -3531,10 +3545,11 @@ def _find_family(mark: str, pgids: set[int], root: int = -1, since: int = 0) -> 
     return {pid for pid in family if table[pid].alive}
 
 
-def _kill_family(mark: str, pgids: set[int], deadline_s: float, root: int = -1, since: int = 0) -> tuple[int, bool]:
-    """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, and whether none is left."""
+def _kill_family(mark: str, deadline_s: float, **where: Any) -> tuple[int, set[int], bool]:
+    """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, those that live on as they are
+    another user's, and whether none is left."""
     killed, refused, deadline, pause_s = set[int](), set[int](), time.monotonic() + deadline_s, 0.002
-    while (victims := _find_family(mark, pgids, root, since) - refused) and time.monotonic() < deadline:
+    while (victims := _find_family(mark, **where) - refused) and time.monotonic() < deadline:
         for pid in victims:
             with suppress(ProcessLookupError):
                 try:
@@ -3544,25 +3559,47 @@ def _kill_family(mark: str, pgids: set[int], deadline_s: float, root: int = -1, 
                     refused.add(pid)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.1)
-    return len(killed), not victims and not refused
+    refused = {pid for pid in refused if (process := _read_process(pid)) and process.alive}
+    return len(killed), refused, not victims and not refused
 
 
-def kill_leftovers(mark: str, pgids: Iterable[int] = (), deadline_s: float = KILL_S) -> int:
-    """Kill what the step `mark` of a dead runner left running; how many processes that were.
-
-    Nothing is left on Windows: the runner's Job Object took it along.
-    """
-    return _kill_family(mark, set(pgids), deadline_s)[0]
+def kill_leftovers(mark: str, pipe: str | None = None, deadline_s: float = KILL_S) -> tuple[int, set[int]]:
+    """Kill what the step `mark` of a dead runner, or who writes to its `pipe`, left running: how many, and those that
+    are another user's. Nothing is left on Windows: the runner's Job Object took it along."""
+    return _kill_family(mark, deadline_s, pipe=pipe)[:2]
 
 
-def runs_below(name: str, folder: Path) -> bool:
-    """Whether a program called `name` runs with its working directory in `folder`; only Linux can tell."""
+def _name_of(pid: int) -> str:
+    """What a process is called; the kernel keeps 15 characters of that, its first words may have the rest."""
+    with suppress(OSError):
+        short = Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").rstrip("\n")
+        words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")[:2]
+        return next((name for name in map(os.path.basename, words) if name.startswith(short)), short)
+    return "?"
+
+
+def say_refused(pids: Iterable[int]) -> str:
+    """That these processes live on, for people; nothing where there are none."""
+    names = ", ".join(f"{pid} {_name_of(pid)}" for pid in sorted(pids))
+    return names and f"still running, belongs to another user: {names}"
+
+
+def say_running(family: set[int]) -> str:
+    """What the rest of a family waits for, by name, for people; nothing where there is none."""
+    parents = {process.parent for pid in family if (process := _read_process(pid))}
+    names = [*dict.fromkeys(_name_of(pid) for pid in sorted(family - parents))]
+    return f"still running: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
+
+
+def runs_below(name: str, folders: Iterable[Path]) -> bool:
+    """Whether a program called `name` runs with its working directory in one of `folders`; only Linux can tell."""
+    places = [folder.resolve() for folder in folders]
     for pid in os.listdir("/proc") if sys.platform == "linux" else ():
         with suppress(OSError, ValueError):
             if Path(f"/proc/{int(pid)}/comm").read_text().strip() != name:
                 continue
             try:
-                if Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to(folder.resolve()):
+                if any(map(Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to, places)):
                     return True
             except PermissionError:  # another user's: it may well run there
                 return True
@@ -3578,6 +3615,15 @@ def adopt_orphans() -> bool:
         with suppress(OSError, AttributeError):
             return bool(ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0)  # PR_SET_CHILD_SUBREAPER
     return False
+
+
+def bury_orphans(own: int) -> None:
+    """Reap the adopted children that ended, up to the child `own`, which somebody else waits for; Linux only."""
+    with suppress(ChildProcessError):
+        while sys.platform == "linux" and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            if ended.si_pid == own:
+                break
+            os.waitpid(ended.si_pid, 0)
 
 
 if sys.platform == "win32":
@@ -3630,10 +3676,12 @@ class Spawned:
         assert popen.stdout is not None
         self.pid = popen.pid  # on POSIX its process group too
         self._popen, self._out, self._mark = popen, popen.stdout, mark
+        self.pipe = _pipe_name("self", self._out.fileno())
         self._exited = threading.Event()
         self._drain_until = float("inf")
         self._drained_bytes = 0
         self._ended = self._over = False
+        self.refused = set[int]()  # what `kill_tree` may not kill
         self._open()
         # Popen.wait with a timeout polls; a thread that only waits costs nothing and answers at once
         threading.Thread(target=self._await_exit, daemon=True).start()
@@ -3697,6 +3745,10 @@ class Spawned:
                 return data[:max_bytes]
             return None
 
+        def family(self) -> set[int]:
+            """Nothing: the Job Object knows them."""
+            return set()
+
         def interrupt(self) -> bool:
             """Nothing, False: no signal reaches a process that has no console in common with us. Kill it."""
             return False
@@ -3727,13 +3779,26 @@ class Spawned:
                     return None
                 return os.read(self._out.fileno(), max_bytes)
 
-        def interrupt(self, number: int = 15) -> bool:
-            """Send SIGTERM to the command's process group (pnpm passes it on); whether it was sent."""
+        def _signal_group(self, number: int) -> bool:
             with suppress(ProcessLookupError, PermissionError):
                 if not self._exited.is_set():  # afterwards the number may be somebody else's
                     os.killpg(self.pid, number)
                     return True
             return False
+
+        def family(self) -> set[int]:
+            """The living processes of the command, wherever they moved; as `kill_tree` finds them."""
+            return _find_family(self._mark, os.getpid(), self._start)
+
+        def interrupt(self) -> bool:
+            """Send SIGTERM to the command's process group (pnpm passes it on) and what left it; whether it was sent."""
+            family = self.family()
+            sent = self._signal_group(15)
+            for pid in family if sent else ():
+                with suppress(ProcessLookupError, PermissionError):
+                    if os.getpgid(pid) != self.pid:
+                        os.kill(pid, 15)
+            return sent
 
         def kill_tree(self, deadline_s: float = KILL_S) -> bool:
             """Kill the command and everything it started; whether nothing is left after at most `deadline_s`.
@@ -3741,8 +3806,8 @@ class Spawned:
             However far it moved away: on Linux after `adopt_orphans`, else it is the process group alone. For a
             runner with one step at a time, as a younger child without a mark counts as the step's.
             """
-            self.interrupt(9)
-            gone = _kill_family(self._mark, {self.pid}, deadline_s, os.getpid(), self._start)[1]
+            self._signal_group(9)
+            _, self.refused, gone = _kill_family(self._mark, deadline_s, root=os.getpid(), since=self._start)
             return gone and self._exited.wait(1.0)
 
         def close_pipe(self) -> None:
@@ -3788,31 +3853,58 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         raise UpdaterError(f"{culprit}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
-def ask_git(repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S) -> tuple[int, bytes, bytes]:
-    """A question to git: its exit code, output and errors. Raises UpdaterError where there is nobody to ask."""
+def _end_question(child: subprocess.Popen[bytes], mark: str) -> None:
+    """Kill a question and what it started. Its pipes are not waited for: what can't be killed may hold them."""
+    with suppress(OSError):
+        child.kill() if sys.platform == "win32" else os.killpg(child.pid, 9)
+    kill_leftovers(mark)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(DRAIN_S)
+    for pipe in (child.stdout, child.stderr):
+        if pipe and os.name != "nt":  # there a thread reads it, and closes it when it ends
+            pipe.close()
+
+
+def ask_git(
+    repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S, mark: str = "",
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[int, bytes, bytes]:  # fmt: skip
+    """A question to git: its exit code, output and errors. Raises UpdaterError where there is nobody to ask.
+
+    git may run hooks and filters, so it may hang: then, and once `stop` says so, all of it is killed (by `mark`).
+    """
+    mark, ends = mark or f"question/{os.urandom(4).hex()}", time.monotonic() + timeout_s
     try:
-        argv = [*resolve_program("git", env.get("PATH", "")), *args]
-        done = subprocess.run(
-            argv, cwd=repo, env={**env, "LANGUAGE": "en"}, stdin=subprocess.DEVNULL, capture_output=True,
-            timeout=timeout_s, check=False, **HIDDEN,
+        child = subprocess.Popen(
+            [*resolve_program("git", env.get("PATH", "")), *args], cwd=repo, stdin=subprocess.DEVNULL,
+            env={**env, "LANGUAGE": "en", MARK: mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, **HIDDEN,
         )  # fmt: skip
     except NotADirectoryError as problem:
         raise UsageError(f"{repo} is no folder", "set repo in [hosts]") from problem
     except FileNotFoundError as problem:
         raise UsageError(f"there is no folder {repo}", "clone the repository there, or set repo") from problem
-    except subprocess.TimeoutExpired as problem:
-        words = [word for word in args if not word.startswith("-")]
-        raise UpdaterError(f"git {words[0]} did not answer in {timeout_s:.0f} s") from problem
-    if b"dubious ownership" in done.stderr:
+    try:
+        while (left_s := ends - time.monotonic()) > 0 and not stop():
+            with suppress(subprocess.TimeoutExpired):
+                out, err = child.communicate(timeout=min(CANCEL_LOOK_S, left_s))
+                break
+        else:
+            words = [word for word in args if not word.startswith("-")]
+            raise UpdaterError(f"git {words[0]} did not answer in {timeout_s:.0f} s")
+    finally:
+        if child.returncode is None:
+            _end_question(child, mark)
+    if b"dubious ownership" in err:
         raise UsageError(
             f"git refuses {repo}: it belongs to another user", f"git config --global --add safe.directory {repo}"
         )
-    return done.returncode, done.stdout, done.stderr
+    return child.returncode, out, err
 
 
-def git_output(repo: Path, env: Mapping[str, str], *args: str) -> bytes:
+def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> bytes:
     """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to ask."""
-    code, out, _ = ask_git(repo, env, *args)
+    code, out, _ = ask_git(repo, env, *args, **how)
     return out if code == 0 else b""
 
 
@@ -3885,7 +3977,7 @@ class StepFailed(Exception):
 
     def __init__(self, state: State, step: str, exit_code: int | None = None, error: str | None = None) -> None:
         super().__init__(error or f"{step}: {state}")
-        self.state, self.step, self.exit_code, self.error = state, step, exit_code, error
+        self.state, self.step, self.exit_code, self.error = state, step, exit_code, error or None
 
 
 class Poke:
@@ -3963,6 +4055,17 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
 
+def ask_to_stop(state: StateFolder, run: str, host: str, by: str) -> None:
+    """Tell a job's runner to stop, and who wants that, in a file that stays until it does. May raise OSError."""
+    file = state.cancel_file(run, host)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        if not log_size(file):
+            write_atomic(file, by.encode(errors="replace"))
+    except OSError:
+        file.touch()  # without content: that works on a full disk too
+
+
 def is_half_done(state: StateFolder, job: JobRecord) -> bool:
     """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
     return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
@@ -3994,12 +4097,14 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
 
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
-    if job.open_step:
-        kill_leftovers(job.open_step)
-    size = log_size(state.log_file(job.run, job.host))
-    return replace(
-        job, revision=job.revision + 1, state=State.LOST, error="the runner died", size=size, ended=time.time()
-    )
+    log_file, error = state.log_file(job.run, job.host), "the runner died"
+    kill_leftovers(f"{job.run}/{file_label(job.host)}/questions")
+    if job.open_step and (left := say_refused(kill_leftovers(job.open_step, job.pipe)[1])):
+        error += f"; {left}"
+        with suppress(OSError):
+            append_log(log_file, log_size(log_file), f"\n[estelle-updater: {left}]\n".encode())
+    size, now = log_size(log_file), time.time()
+    return replace(job, revision=job.revision + 1, state=State.LOST, error=error, size=size, ended=now)
 
 
 def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
@@ -4031,6 +4136,7 @@ class Runner:
         self.tail = b""
         self.version: bytes | None = None
         self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
+        self.stop: Callable[[], bool] = self.cancel_file.exists  # whether git's answer is no longer wanted
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -4042,7 +4148,12 @@ class Runner:
             if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job)):
                 return 0
             self.job = job
-            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
+            try:
+                self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
+            except OSError as problem:
+                why = f"can't write to {problem.filename}: {problem.strerror}"
+                return int(not self.save(durable=True, state=State.FAILED, step="start", error=why))
+            self.bury_last()
             with suppress(OSError):
                 write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
             if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
@@ -4053,6 +4164,15 @@ class Runner:
         finally:
             lock.release()
             self.poke()
+
+    def bury_last(self) -> None:
+        """End the job that had the lock last, if its runner died unseen: no job may run beside what another left."""
+        current = self.state.current()
+        last = self.state.load_job(*current) if current[0] else None
+        own = current == (self.run, self.host)
+        if last and last.state is State.RUNNING and not own and not is_half_done(self.state, last):
+            with suppress(OSError):
+                self.state.save_job(bury_runner(self.state, last), durable=True)
 
     def perform(self) -> None:
         """Every way a job can end, each as a recorded result."""
@@ -4126,7 +4246,7 @@ class Runner:
         ends = time.monotonic() + TRAFFIC_S
         while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get("at") != self.job.revision:
             if self.cancel_file.exists():
-                raise StepFailed(State.CANCELLED, TRAFFIC_STEP)
+                raise self.cancelled(TRAFFIC_STEP)
             if time.monotonic() > ends:
                 what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
                 raise GuardError(what, "is the data node online? `status` shows the traffic")
@@ -4177,14 +4297,25 @@ class Runner:
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        return git_output(self.repo, self.env, *args)
+        mark = f"{self.run}/{file_label(self.host)}/questions"  # `bury_runner` knows it
+        try:
+            return git_output(self.repo, self.env, *args, mark=mark, stop=self.stop)
+        except UpdaterError:
+            if self.stop():
+                raise self.cancelled(self.job.step or "") from None
+            raise
 
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
-        left to exclude is a git that somebody runs by hand."""
+        left to exclude is a git that somebody runs by hand, anywhere in the clone or its other work trees."""
         folder = self.repo / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
-        locks = [*folder.glob("*.lock"), *folder.glob("refs/**/*.lock"), *folder.glob("worktrees/*/*.lock")]
-        if not locks or runs_below("git", self.repo):
+        places = ("*", "refs/**/*", "worktrees/**/*", "modules/**/*", "objects/info/**/*")
+        locks = [lock for place in places for lock in folder.glob(f"{place}.lock")]
+        if not locks:
+            return
+        listed = self.git("worktree", "list", "--porcelain").decode(errors="surrogateescape").splitlines()
+        trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
+        if runs_below("git", (self.repo, folder, *trees)):
             return
         for lock in locks:
             with suppress(OSError):  # Windows: it is open, so its owner lives
@@ -4205,7 +4336,15 @@ class Runner:
         """Where a failure from here on belongs, without a line in the log."""
         self.save(step=step)
         if self.cancel_file.exists():
-            raise StepFailed(State.CANCELLED, step)
+            raise self.cancelled(step)
+
+    def cancelled(self, step: str, left: str = "") -> StepFailed:
+        """The end of a job that was cancelled, with who wanted that, where the file says so."""
+        by = ""
+        with suppress(OSError):
+            by = self.cancel_file.read_text("utf-8", "replace").strip()[:200]
+        why = [f"cancelled by {by}" if by else "", left]
+        return StepFailed(State.CANCELLED, step, error="; ".join(filter(None, why)))
 
     def announce(self, label: str) -> None:
         mark = self.log.line(f"{label}...")
@@ -4228,32 +4367,43 @@ class Runner:
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
+        self.save(pipe=child.pipe)
         pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
         pump.start()
-        stopped = self.watch(child, pump, time.monotonic() + timeout_s)
+        stopped = self.watch(step.label, child, pump, time.monotonic() + timeout_s)
         code = child.wait() if stopped is None else None  # what can't be killed is not waited for
         child.close_pipe()
         self.log.write(self.masker.flush())
-        self.save(open_step=None)  # what it left running was left on purpose
+        self.save(open_step=None, pipe=None)  # what it left running was left on purpose
         if stopped:
-            raise StepFailed(stopped, step.label)
+            if left := say_refused(child.refused):
+                self.log.line(f"warning: {left}")
+            raise stopped
         if code:
             raise StepFailed(State.FAILED, step.label, code, explain_failure(self.tail))
 
-    def watch(self, child: Spawned, pump: threading.Thread, deadline: float) -> State | None:
-        """Wait until the command is over; a cancel or its deadline ends it: interrupt, grace, kill the whole tree."""
+    def watch(self, label: str, child: Spawned, pump: threading.Thread, deadline: float) -> StepFailed | None:
+        """Wait until the command is over; a cancel or its deadline ends it."""
         while True:
             pump.join(CANCEL_LOOK_S)
+            bury_orphans(child.pid)
             if not pump.is_alive():
                 return None
-            stopped = State.CANCELLED if self.cancel_file.exists() else None
-            if stopped is None and time.monotonic() > deadline:
-                stopped = State.TIMEOUT
-            if stopped:
-                pump.join(GRACE_S if child.interrupt() else 0)
-                child.kill_tree(KILL_S)
-                pump.join(DRAIN_S + 1)
-                return stopped
+            if self.cancel_file.exists():
+                return self.cancelled(label, self.end_step(child, pump))
+            if time.monotonic() > deadline:
+                why = [say_running(child.family()), self.end_step(child, pump)]
+                return StepFailed(State.TIMEOUT, label, error="; ".join(filter(None, why)))
+
+    def end_step(self, child: Spawned, pump: threading.Thread) -> str:
+        """Interrupt, grace, kill the whole tree; what could not be killed."""
+        ends = time.monotonic() + (GRACE_S if child.interrupt() else 0)
+        pump.join(max(0.0, ends - time.monotonic()))
+        while child.family() and time.monotonic() < ends:  # its leader may be the first to go
+            time.sleep(LOCAL_LOOK_S)
+        child.kill_tree(KILL_S)
+        pump.join(DRAIN_S + 1)
+        return say_refused(child.refused)
 
     def pump(self, child: Spawned) -> None:
         """Pipe to log."""
@@ -4275,12 +4425,13 @@ class Runner:
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
         commit, version = None, fields.get("version")
+        self.stop = lambda: False  # the result names the commit, also of a job that was cancelled
         with suppress(Exception):  # nothing may take the result away
             commit = self.git("rev-parse", "HEAD").decode().strip() or None
             version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
-        fields |= {"open_step": None, "state": state, "ended": time.time(), "commit": commit, "version": version}
+        fields.update(open_step=None, pipe=None, state=state, ended=time.time(), commit=commit, version=version)
         for _ in range(RESULT_TRIES):
             whole = self.log.write(b"")  # else how much is missing is still to be said
             self.log.sync()
@@ -4497,7 +4648,7 @@ def _probe_command(argv: Sequence[str], repo: Path, env: Mapping[str, str], time
     try:
         while (data := child.read(timeout_s=max(0.0, ends - time.monotonic()))) != b"":
             if data is None:
-                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, (child.pid,))
+                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, child.pipe)
                 raise CheckFailed(f"not over within {timeout_s:g} s")
             tail = (tail + data)[-TAIL_BYTES:]
         code = child.wait()
@@ -5454,7 +5605,7 @@ class Agent:
     def look_for_local(self) -> None:
         """A deployment that was started on this host by hand: the master hears of it like of any other."""
         current = self.state.current()
-        if current == self.current or (record := self.state.load_job(*current)) is None:
+        if current == self.current or not current[0] or (record := self.state.load_job(*current)) is None:
             return  # or it is torn: its runner will write it again
         self.current = current
         if current not in self.jobs and record.machine == self.machine and not record.acked:
@@ -5635,17 +5786,15 @@ class Agent:
                 self.state.save_run(run_of_job(record))
 
     def on_cancel(self, message: Cancel) -> None:
-        """Ask the runner to stop; the file stays until it does, whoever dies meanwhile."""
+        """Ask the runner to stop."""
         for (run, _), job in self.jobs.items():
             if run == message.run and job.record.state not in FINAL:
                 self.cancel(job, message.by)
 
     def cancel(self, job: OwnJob, by: str) -> None:
         """Leave word for the runner, now or as soon as that is possible."""
-        path = self.state.cancel_file(job.record.run, job.record.host)
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.touch()  # without content: that works on a full disk too
+            ask_to_stop(self.state, job.record.run, job.record.host, by)
         except OSError as problem:
             if job.cancelled is None:
                 log.error("can't cancel run %s: %s; trying again", job.record.run, problem)
@@ -6610,7 +6759,7 @@ class Master:
                     if job.ordered:  # also one that runs: the host says so if it knows nothing of it
                         self.order(agent, job)
                     if run.record.cancelled:
-                        agent.link.post(Cancel(job.run))
+                        agent.link.post(Cancel(job.run, run.record.cancelled_by))
         self.schedule()
 
     def order(self, agent: AgentLink, job: JobRecord) -> None:
@@ -6685,7 +6834,7 @@ class Master:
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
         if run.record.cancelled and job.state not in FINAL:
-            agent.link.post(Cancel(job.run))
+            agent.link.post(Cancel(job.run, run.record.cancelled_by))
         if job.state in FINAL:
             run.held[job.host] = job
             self.settle(run, job.host)
@@ -6912,30 +7061,31 @@ class Master:
             self.end(run, job, *verdict, guess=verdict[0] is not State.OFFLINE)
 
     def cancel(self, name: str, by: str) -> RunRecord:
-        """Stop a run: queued jobs at once, running ones as soon as their host hears of it."""
+        """Stop a run: queued jobs at once, running ones as soon as their host hears of it. What it answers has as
+        `hosts` those that were not over, as `offline` those that hear of it once they are back."""
         run = self.load(name)
         if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
         guessed = any(job.provisional for job in run.jobs.values())
         if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
-            run.record = replace(run.record, cancelled=True)
+            run.record = replace(run.record, cancelled=True, cancelled_by=by)
             try:
                 self.state.save_run(run.record)
             except OSError as problem:  # to stop something may be how to make room
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
             log.info("%s cancels run %s", by, name)
-        for job in list(run.jobs.values()):
-            if job.state in FINAL:
-                continue
+        stopping = [job for job in run.jobs.values() if job.state not in FINAL or job.provisional]
+        away = [job.host for job in stopping if job.ordered and job.machine not in self.agents]
+        for job in (job for job in stopping if job.state not in FINAL):
             agent = self.agents.get(job.machine)
             if job.state is State.QUEUED and not (job.ordered and agent):
                 self.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
             elif agent:
                 agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
-                agent.link.post(Cancel(name, by))
+                agent.link.post(Cancel(name, run.record.cancelled_by))
         self.schedule()
-        return run.record
+        return replace(run.record, hosts=[job.host for job in stopping], offline=away)
 
 
 @dataclass(frozen=True)
@@ -9633,7 +9783,7 @@ class Doctor:
             while not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends:
                 time.sleep(LOCAL_LOOK_S)
             if os.name != "nt":
-                _kill_family(f"tree/{daemon.pid}", {daemon.pid}, KILL_S, root=daemon.pid)
+                _kill_family(f"tree/{daemon.pid}", KILL_S, root=daemon.pid)
             Demo.end(daemon, 9)
             daemon.wait()
             lives = begun and FileLock.held_elsewhere(folder / "lock")
@@ -10017,7 +10167,9 @@ def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = Fals
 
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
-        failed = ",".join(job.host for job in jobs if job.state in (State.FAILED, State.TIMEOUT))
+        ended = [job for job in jobs if job.state in (State.FAILED, State.TIMEOUT)]
+        untouched = r"(start|check)$|git fetch "  # the steps before the first that changes what is deployed
+        failed = ",".join(job.host for job in ended if not re.match(untouched, job.step or "start"))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
         return jobs
@@ -10334,18 +10486,33 @@ def cmd_health(args: Args) -> int:
 
 
 def cancel_run(args: Args, run: str) -> RunRecord:
-    """Ask the master to stop a run."""
-    connection = make_caller(args).dial(PATIENCE_S)
-    record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
-    connection.close()
-    return record
+    """Ask the master to stop a run; what this host has of it is stopped without the master if need be."""
+    try:
+        connection = make_caller(args).dial(PATIENCE_S)
+        record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
+        connection.close()
+        return record
+    except UpdaterError as problem:  # as for `logs`: nobody answers, or the master has not heard of it
+        state = args.state_folder()
+        jobs = state.load_jobs(run) if valid_run_id(run) else []
+        own = [job for job in jobs if job.state not in FINAL and job.machine == state.machine_id()]
+        if not own:
+            raise
+        for job in own:
+            ask_to_stop(state, run, job.host, user_name())
+        TextView(Output(False)).notice(f"{problem.what}; stopping what runs on this host")
+        return replace(run_of_job(own[0]), cancelled=True)
 
 
 def cmd_cancel(args: Args) -> int:
     record = cancel_run(args, args.run)
-    doing = f"cancelling {record.run} on {', '.join(record.hosts)}"
-    text = doing if record.cancelled else f"{record.run} is over: there is nothing to cancel"
-    say(json.dumps({"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts}) if args.json else text)
+    text = f"cancelling {record.run} on {', '.join(record.hosts)}"
+    if record.offline:
+        text += f"; {', '.join(record.offline)}: no connection, it stops once it is back"
+    if not (record.cancelled and record.hosts):
+        text = f"{record.run} is over: there is nothing to cancel"
+    answer = {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts, "offline": record.offline}
+    say(json.dumps(answer) if args.json else text)
     return 0
 
 

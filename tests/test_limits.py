@@ -297,9 +297,55 @@ def test_git_locks_are_removed_only_when_nobody_uses_them(one: Fleet):
     with subprocess.Popen(["git", "hash-object", "--stdin"], cwd=b.repo, stdin=subprocess.PIPE, stdout=-3) as git:
         code, out, err = one.cli("trigger", B, "master")
         assert (code, lock.exists()) == (1, True)
-        assert f"{B}: a git process left its index.lock behind" in err
+        assert f"{B}: a git process left its lock file behind" in err
         git.communicate()
     assert one.cli("trigger", B, "master").code == 0
+
+
+@pytest.mark.parametrize("deployed", ["clone/sub", "linked"])
+def test_git_locks_of_the_clone_s_other_folders_are_in_use_too(tmp_path: Path, deployed: str):
+    """What is deployed is a part of a clone, or a linked work tree; somebody runs git in the clone itself."""
+    git, clone = tmp_path / "clone" / ".git", tmp_path / "clone"
+    (clone / "sub").mkdir(parents=True)
+    identity = ("-c", "user.name=x", "-c", "user.email=x@example.invalid")
+    for words in (["init", "-q"], [*identity, "commit", "-qm", "x", "--allow-empty"], ["worktree", "add", "../linked"]):
+        subprocess.run(["git", *words], cwd=clone, check=True, stderr=-3)
+    runner = updater.Runner(updater.StateFolder(tmp_path), "run", "host", tmp_path)
+    runner.poke._socket.close()
+    runner.repo, runner.env = tmp_path / deployed, dict(os.environ)
+    runner.log = updater.LogWriter(tmp_path / "log", lambda: None)
+    places = ("index", "worktrees/linked/index", "modules/a/modules/b/index", "objects/info/commit-graphs/chain")
+    locks = [git / f"{place}.lock" for place in places]
+    for lock in locks:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with subprocess.Popen(["git", "hash-object", "--stdin"], cwd=clone, stdin=subprocess.PIPE, stdout=-3) as other:
+        runner.remove_git_locks()
+        assert all(lock.exists() for lock in locks)
+        other.communicate()
+    runner.remove_git_locks()
+    assert not any(lock.exists() for lock in locks)
+
+
+def test_a_runner_keeps_no_dead_orphans(one: Fleet):
+    """It adopts what its step leaves behind, and a long step may leave thousands: a user has only so many processes."""
+    b = one.hosts[1]
+    write_script(f"for n in 1 2 3 4 5 6 7 8 9; do (setsid true &) ; done; sleep 0.5\n{GATED}", b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    (runner,) = [pid for pid, command in processes_of(b.state).items() if " run-job " in command]
+
+    def dead() -> list[Path]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                state, parent, *_ = path.read_text().rpartition(")")[2].split()
+                found += [path] if (state, parent) == ("Z", str(runner)) else []
+        return found
+
+    wait_for(lambda: not dead(), "they are gone")
+    open_gate(b)
+    assert watched.end() == 0
 
 
 AGENTS = 200

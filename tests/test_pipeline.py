@@ -223,12 +223,20 @@ def test_a_failure_is_explained(repos: Repos) -> None:
     assert "local changes are in the way" in str(why("master"))
     assert "local changes are in the way" in str(why("other"))
     (repos.work / ".git/index.lock").touch()
-    assert "index.lock" in str(why("other"))
+    assert "lock file" in str(why("other"))
     (repos.work / ".git/index.lock").unlink()
     repos.git("commit", "-q", "-a", "-m", "a person's commit")
     assert "commits that the remote has not" in str(why("master"))
     repos.git("reset", "-q", "--hard", base)
     assert why("master") == "deployed"
+    (repos.work / ".git/refs/heads/master.lock").touch()
+    repos.push("refs/heads/master")
+    assert "lock file" in str(why("master"))
+    for said in (
+        b"Connection timed out during banner exchange", b"Connection to 10.0.0.9 port 22 timed out\r",
+        b"Timeout, server git.example not responding.\r",
+    ):  # fmt: skip
+        assert est.explain_failure(b"x\n" + said) == "the git remote does not answer"
     assert est.explain_failure(b"ELIFECYCLE Command failed.") is None
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import estelle_updater as updater
 from estelle_updater import FileLock, Spawned, UpdaterError, spawn_step
-from tests.fleet import ROOT, wait_for
+from tests.fleet import ROOT, unavailable, wait_for
 from tests.machines import Windows
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -86,7 +86,7 @@ def step(tmp_path: Path) -> Iterator[Callable[..., Spawned]]:
 
     yield start
     for one in made:
-        updater.kill_leftovers(one._mark, [one.pid])
+        updater.kill_leftovers(one._mark, one.pipe)
         one.close_pipe()
 
 
@@ -283,7 +283,7 @@ first = start("first", "service", "service-bare")
 first.wait()
 time.sleep(0.02)  # two clock ticks: the kernel dates processes no finer
 second = start("second", "marked", "marked-bare")
-print(second.pid, flush=True)
+print(second.pid, second.pipe, flush=True)
 if then == "kill":
     print(json.dumps([second.kill_tree(20), second.wait()]), flush=True)
 else:
@@ -323,43 +323,33 @@ def test_killing_a_tree_reaches_what_moved_away_and_spares_earlier_services(
 
 def test_what_a_dead_runner_left_is_found_and_killed(tmp_path: Path, killed_at_end: list[int]) -> None:
     folder, runner, line = start_runner(tmp_path, "wait")
-    leader = int(line)
-    pids = {name: pid_in(folder / name) for name in FAMILY + SERVICES} | {"leader": leader}
+    leader, pipe = line.split(maxsplit=1)
+    pids = {name: pid_in(folder / name) for name in FAMILY + SERVICES} | {"leader": int(leader)}
     killed_at_end += pids.values()
     runner.kill()
     runner.communicate()
     assert all(map(alive, pids.values()))
-    assert updater.kill_leftovers("secon", [leader]) == 0, "another mark"
-    assert updater.kill_leftovers("second", [leader]) == 3
-    # an orphan that emptied its environment and left its group can't be told from a stranger
-    left = {name for name, pid in pids.items() if alive(pid)}
-    assert left == {"marked-bare", *SERVICES}
-    assert updater.kill_leftovers("second", [leader]) == 0
+    assert updater.kill_leftovers("secon")[0] == 0, "another mark"
+    assert updater.kill_leftovers("second", pipe.replace("-", "+").strip())[0] == 3, "the pipe of another boot"
+    assert {name for name, pid in pids.items() if alive(pid)} == {"marked-bare", *SERVICES}
+    # an orphan that emptied its environment and left its group has still the output in common with its step
+    assert updater.kill_leftovers("second", pipe.strip())[0] == 1
+    assert {name for name, pid in pids.items() if alive(pid)} == set(SERVICES)
 
 
-def test_leftovers_without_the_mark_are_known_by_their_group_or_parent(
+def test_leftovers_without_the_mark_are_known_by_their_output_or_parent(
     step: Callable[..., Spawned], tmp_path: Path, killed_at_end: list[int]
 ) -> None:
-    bare = "env -i {} sh -c 'echo $$ >{}; exec sleep 100' &"
-    script = f"({bare.format('', 'group')})\n{bare.format('setsid', 'child')}\n"
+    bare = "env -i {} sh -c 'echo $$ >{}; exec sleep 100 {}'"
+    script = f"({bare.format('setsid', 'output', '')} &)\n{bare.format('setsid', 'child', '>/dev/null 2>&1')} &\n"
     script += "ESTELLE_RUN=other sleep 100 & echo $! >other; exec sleep 100"
     one = step("sh", "-c", script, mark="bare")
-    pids = {name: pid_in(tmp_path / name) for name in ("group", "child", "other")}
+    pids = {name: pid_in(tmp_path / name) for name in ("output", "child", "other")}
     killed_at_end += pids.values()
     wait_for(lambda: Path(f"/proc/{pids['other']}/comm").read_text() == "sleep\n", "its own environment")
-    assert os.getpgid(pids["group"]) == one.pid != os.getpgid(pids["child"])
-    assert updater.kill_leftovers("bare", [one.pid]) == 3
+    assert updater.kill_leftovers("bare", one.pipe)[0] == 3
     assert {name for name, pid in pids.items() if alive(pid)} == {"other"}, "another step's"
     assert one.wait() == 137
-
-
-def test_a_recorded_group_that_is_somebody_elses_by_now_is_spared(killed_at_end: list[int]) -> None:
-    stranger = subprocess.Popen(["sleep", "100"], env={}, start_new_session=True)
-    killed_at_end.append(stranger.pid)
-    assert updater.kill_leftovers("a run before the reboot", [stranger.pid]) == 0
-    assert stranger.poll() is None
-    stranger.kill()
-    stranger.wait()
 
 
 def test_a_supervisor_does_not_restart_what_is_killed(step: Callable[..., Spawned]) -> None:
@@ -368,8 +358,8 @@ def test_a_supervisor_does_not_restart_what_is_killed(step: Callable[..., Spawne
     starter = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
     one = step(*python(starter, *python(supervisor)), mark="supervisor")
     expect(one, b"up\n")
-    assert updater.kill_leftovers("supervisor") >= 1
-    assert updater.kill_leftovers("supervisor") == 0
+    assert updater.kill_leftovers("supervisor")[0] >= 1
+    assert updater.kill_leftovers("supervisor")[0] == 0
     assert read_all(one) == b"", "nobody holds the pipe any more"
 
 
@@ -379,7 +369,110 @@ def test_killing_leftovers_spares_this_process_and_its_ancestors() -> None:
     env = ENV | {updater.MARK: "mine"}
     argv = ["sh", "-c", script, "sh", *python(code)]
     done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, timeout=30, text=True, check=False)
-    assert done.stdout == "1 0\nparent lives\n"
+    assert done.stdout == "(1, set()) (0, set())\nparent lives\n"
+
+
+# A runner in the folder where it is started: `do` runs a step, whose last word is a file that it makes, into its end.
+STEPPING = """
+import json, os, sys
+from pathlib import Path
+import estelle_updater as updater
+from estelle_updater import JobRecord, Kind, LogWriter, Runner, StateFolder, Step, StepFailed, spawn_step
+
+updater.preload()
+assert updater.adopt_orphans()
+state, run = StateFolder(Path("state")), "20261122-210501-7f3a"
+state.create()
+(state.runs / run).mkdir()
+runner = Runner(state, run, "host", Path())
+runner.job, runner.env = JobRecord(run, "host", "", Kind.DEPLOY, "master"), dict(os.environ)
+runner.log = LogWriter(state.log_file(run, "host"), lambda: None)
+
+def do(*argv, then=lambda: None):
+    def spawn(*args, mark):
+        child = spawn_step(*args, mark=mark)
+        while not Path(argv[-1]).exists():
+            pass
+        then()
+        return child
+
+    updater.spawn_step, updater.GRACE_S = spawn, 0.1
+    try:
+        runner.step(Step("it", argv), 0)
+    except StepFailed as failure:
+        print(json.dumps([failure.state, failure.error]))
+
+def text():
+    return state.log_file(run, "host").read_text()
+"""
+
+
+def test_who_lives_on_as_another_users_is_named(tmp_path: Path, killed_at_end: list[int]) -> None:
+    """Under sudo, say: a command that runs as somebody else, below one that we may kill."""
+    if os.geteuid() != 0:
+        unavailable("only root can make other users' processes")
+    script = "env -i sleep 100 & echo $! >$0.new; mv $0.new $0; exec setpriv --reuid=65534 --clear-groups sleep 101"
+    code = """
+env = {**os.environ, updater.MARK: f"died {os.getpid()}"}
+__import__("subprocess").Popen(["sh", "-c", sys.argv[1], "left"], env=env, stdout=-3)
+while not Path("left").exists():
+    pass
+for folder in (".", "state", "state/runs", f"state/runs/{run}", f"state/runs/{run}/host.log"):
+    os.chown(folder, 65534, 65534)
+do("sh", "-c", sys.argv[1], "step", then=lambda: os.setresuid(65534, 65534, 65534))
+runner.save(open_step=env[updater.MARK])
+print(json.dumps([updater.bury_runner(state, runner.job).error]))
+print(text())
+"""
+    argv = python(STEPPING + code, script)
+    done = subprocess.run(argv, env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, timeout=60, text=True, check=False)
+    pids = [pid_in(tmp_path / name) for name in ("step", "left")]
+    killed_at_end += pids
+    stepped, buried, *log = done.stdout.splitlines()
+    left = [f"still running, belongs to another user: {pid} sleep" for pid in pids]
+    assert json.loads(stepped) == ["timeout", f"still running: sleep; {left[0]}"]
+    assert json.loads(buried) == [f"the runner died; {left[1]}"]
+    assert log == ["it...", f"warning: {left[0]}", "", f"[estelle-updater: {left[1]}]", ""]
+    assert all(map(alive, pids))
+
+
+def test_what_a_step_waited_for_at_its_deadline_is_named(tmp_path: Path) -> None:
+    """A credential helper that asks in a window, say: nobody would look there."""
+    helper = tmp_path / "git-credential-manager-core"
+    helper.write_text("#!/bin/sh\n: >$1\nread answer <answer\n")
+    helper.chmod(0o755)
+    os.mkfifo(tmp_path / "answer")
+    script = f'do("sh", "-c", "(./{helper.name} $0; true); true", "asked")'
+    argv = python(STEPPING + script)
+    done = subprocess.run(argv, env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, timeout=60, text=True, check=False)
+    assert json.loads(done.stdout) == ["timeout", f"still running: {helper.name}"]
+
+
+HANGING = """#!/bin/sh
+[ "$1" = 2 ] || exit 1
+trap "" TERM
+setsid sh -c 'echo $$ >hook.new; mv hook.new hook; exec sleep 100' &
+sleep 100
+"""
+
+
+@pytest.mark.parametrize("how", ["time-out", "stopped"])
+def test_a_question_that_hangs_leaves_nothing(tmp_path: Path, how: str) -> None:
+    """A hook of the file system monitor, asked by `git status`, hangs; what it started holds git's output."""
+    (tmp_path / "monitor").write_text(HANGING)
+    (tmp_path / "monitor").chmod(0o755)
+    for words in (["init", "-q"], ["config", "core.fsmonitor", str(tmp_path / "monitor")]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, timeout=20)
+    hook, stopped = tmp_path / "hook", how == "stopped"
+
+    def begun() -> bool:
+        return stopped and hook.exists()
+
+    with pytest.raises(UpdaterError, match="git status did not answer"):
+        updater.ask_git(tmp_path, os.environ, "status", timeout_s=60 if stopped else 2, mark="asked", stop=begun)
+    assert not alive(pid_in(hook))
+    assert not updater._find_family("asked")
+    assert updater.ask_git(tmp_path, os.environ, "rev-parse", "--git-dir") == (0, b".git\n", b"")
 
 
 # ---- leaving the daemon's tree
@@ -562,6 +655,7 @@ def test_git_uses_ssh_in_batch_mode_with_the_configured_key(
     one.close_pipe()
     assert one.wait() == 128
     assert ("BatchMode=yes" in words) == (configured != "GIT_SSH_COMMAND"), "what the operator set stays as it is"
+    assert ("ServerAliveInterval=15" in words) == (configured != "GIT_SSH_COMMAND"), "a dead connection ends"
     assert (words[:2] == ["-i", "a key"]) == (configured is not None)
     assert words[-2:] == ["host.invalid", "git-upload-pack '/it'\\''s here.git'"]
 

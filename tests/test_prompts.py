@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import COMMAND, lines_of, write_script
-from tests.fleet import Fleet, Result, free_port, is_listening, need, run, wait_for
+from tests.commands import COMMAND, Watched, job_of, lines_of, write_script
+from tests.fleet import Fleet, Result, free_port, is_listening, need, processes_of, run, wait_for
 
 A = "127.0.0.1"
 TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
@@ -53,6 +54,7 @@ def fails(one: Fleet, why: str, step: str = "git fetch origin") -> Result:
     assert done.code == 1
     assert lines_of(done.out, A)[-1].startswith(f"✗ 실패 {step} (exit ")
     assert why in done.out + done.err
+    assert ("to go back to what worked before" in done.err) == (not step.startswith("git fetch")), "nothing has changed"
     return done
 
 
@@ -123,6 +125,28 @@ def test_git_over_ssh(one: Fleet, sshd: tuple[int, Path], tmp_path: Path, known:
     ssh = f"ssh -F /dev/null -o UserKnownHostsFile='{hosts}' -o GlobalKnownHostsFile=/dev/null"
     set_git(one, remote_origin_url=f"ssh://nobody@{A}:{port}/app.git", core_sshCommand=ssh)
     fails(one, "may not ask for a password" if known else "ssh does not know the remote's host key")
+
+
+@pytest.mark.parametrize("then", ["cancelled", "lost"])
+def test_git_that_hangs_in_a_question(one: Fleet, tmp_path: Path, then: str):
+    """Between two steps git is asked for local changes, and the file system monitor's hook does not answer."""
+    hook, begun = tmp_path / "hook", tmp_path / "begun"
+    asks = "grep -q status /proc/$PPID/cmdline || exit 1"
+    hook.write_text(f"#!/bin/sh\n{asks}\ntrap '' TERM\ntouch {begun}\nsleep 86407\n")
+    hook.chmod(0o755)
+    set_git(one, core_fsmonitor=str(hook))
+    watched = Watched(one, "trigger", A, "master")
+    watched.until(begun.exists)
+    if then == "lost":
+        (runner,) = [pid for pid, command in processes_of(one.master.folder).items() if " run-job " in command]
+        os.kill(runner, signal.SIGKILL)
+    else:
+        assert one.cli("cancel", watched.run).code == 0
+    assert watched.end() == 1
+    job = job_of(one, watched.run, A)
+    assert (job["state"], job["step"]) == (then, "git fetch origin")
+    assert job["commit"] == (None if then == "lost" else one.origin.first)
+    assert not [command for command in processes_of(one.master.repo).values() if "86407" in command]
 
 
 def test_pnpm(one: Fleet):

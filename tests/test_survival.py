@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -144,10 +145,10 @@ def test_daemons_that_come_back_after_the_end(one: Fleet):
 @pytest.mark.parametrize("also_daemon", [False, True])
 def test_a_killed_runner_is_lost(one: Fleet, also_daemon: bool):
     b = one.hosts[1]
-    write_script("sleep 86401 & setsid sleep 86402 & echo begun; sleep 86403\n", b)
+    write_script("sleep 86401 & setsid sleep 86402 & (env -i setsid sleep 86406 &) ; echo begun; sleep 86403\n", b)
     watched = Watched(one, "trigger", f"{A},{B}", "master")
     watched.until(f"[{B}] begun")
-    wait_for(lambda: len(children(b, "sleep 8640")) == 3, "all that it starts runs")
+    wait_for(lambda: len(children(b, "sleep 8640")) == 4, "all that it starts runs")
     if also_daemon:
         one.kill(b)
     for pid in runners(b):
@@ -160,6 +161,29 @@ def test_a_killed_runner_is_lost(one: Fleet, also_daemon: bool):
     assert not children(b, "sleep 8640")
     write_script("echo fine\n", b)
     assert one.cli("trigger", B, "master").code == 0
+
+
+def test_a_deployment_by_hand_ends_what_a_dead_runner_left(one: Fleet):
+    """No daemon looked after it."""
+    b = one.hosts[1]
+    write_script("sleep 86409 & echo begun; sleep 86409\n", b)
+    run = detach(one, B)
+    wait_for(lambda: len(children(b, "sleep 86409")) == 2, "all that it starts runs")
+    one.kill(b)
+    for pid in runners(b):
+        os.kill(pid, signal.SIGKILL)
+    write_script("echo fine\n", b)
+    assert children(b, "sleep 86409")
+    current = b.state / "current.json"
+    known = current.read_text()
+    assert one.cli("deploy", "master", host=b).code == 0
+    assert not children(b, "sleep 86409")
+    assert job_of(one, run, b, at=b)["state"] == "lost"
+    for nonsense in ("[]", "{", '{"run": 5, "host": []}', known.replace(run, "../x")):
+        current.write_text(nonsense)
+        assert one.cli("deploy", "master", host=b).code == 0
+    one.start(b)
+    wait_state(one, run, B, "lost")
 
 
 def test_a_killed_step_is_a_failure(one: Fleet):
@@ -202,16 +226,21 @@ def test_the_queue_outlives_the_master(one: Fleet):
 def test_a_cancel_reaches_a_host_that_is_away(one: Fleet):
     b = one.hosts[1]
     write_script("echo begun; sleep 86404\n", b)
-    watched = Watched(one, "trigger", B, "master")
+    watched = Watched(one, "trigger", f"{A},{B}", "master")
     watched.until(f"[{B}] begun")
+    wait_state(one, watched.run, A, "succeeded")
     one.kill(b)
     wait_for(lambda: f"agent {B} is offline" in one.master.stderr, "the master notices")
-    assert one.cli("cancel", watched.run).code == 0
+    asked = one.cli("cancel", watched.run)
+    text = f"cancelling {watched.run} on {B}; {B}: no connection, it stops once it is back\n"
+    assert (asked.code, asked.out) == (0, text)
     one.kill(one.master)
     one.start(one.master, b)
     assert watched.end() == 1
     assert lines_of(watched.out, B)[-1] == "✗ 취소"
+    assert f"{B}: cancelled by " in watched.err, "also where the master that was told is gone"
     assert not children(b, "sleep 86404")
+    assert one.cli("cancel", watched.run).out == f"{watched.run} is over: there is nothing to cancel\n"
 
 
 def test_copies_that_differ_are_not_mixed(one: Fleet):
@@ -294,6 +323,21 @@ def test_deploy_alone(one: Fleet):
     assert follower.end() == 0
     assert lines_of(follower.out, follower.out[1 : follower.out.index("]")])[-2:] == ["ended", f"✓ 완료 {VERSION}"]
     write_script("echo begun; sleep 86405\n", b)
+    for master in (one.master, None):  # it has not heard of the run; it can't be reached
+        watched = Watched(one, "deploy", "master", host=b)
+        watched.until("begun")
+        watched.interrupt()
+        assert watched.end() == 130
+        told = re.search(rf"stop it: .* (cancel {watched.run})\n", watched.err)
+        assert told
+        if not master:
+            one.stop(one.master)
+        asked = one.cli(*told[1].split(), host=b)
+        assert (asked.code, asked.out.split(" on ")[0]) == (0, f"cancelling {watched.run}"), asked.err
+        (host,) = json.loads((b.state / "runs" / watched.run / "run.json").read_text())["hosts"]
+        wait_for(lambda: job_of(one, watched.run, host, at=b)["state"] == "cancelled", "it ends")  # noqa: B023
+        assert not children(b, "sleep 86405")
+    one.start(one.master)
     watched = Watched(one, "deploy", "master", "--json", host=b)
     watched.until("begun")
     for pid in runners(b):

@@ -517,9 +517,24 @@ def test_cancel_kills_the_tree_on_every_host(one: Fleet):
     assert watched.end() == 1
     for host in one.hosts:
         assert lines_of(watched.out, host.address)[-1] == "✗ 취소"
+        assert re.search(rf"^estelle-updater: {host.address}: cancelled by \S+@{A}$", watched.err, re.MULTILINE)
         left = {p: c for p, c in processes_of(host.folder).items() if "sleep" in c or "setsid" in c}
         assert not left
     assert one.cli("cancel", name).code == 0  # once more: nothing to stop
+
+
+@one_fleet
+def test_what_is_cancelled_may_clean_up(one: Fleet):
+    """Its leader goes at once; a child takes longer than its output is waited for, another has left the group."""
+    b = one.hosts[1]
+    slow = r"trap 'sleep 2; touch ../\$0; exit' TERM; touch ../\$0.up; while :; do sleep 0.1; done"
+    write_script(f'rm -f ../near* ../far*\nsh -c "{slow}" near &\nsetsid sh -c "{slow}" far &\nsleep 86408\n', b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(lambda: all((b.folder / name).exists() for name in ("near.up", "far.up")))
+    assert one.cli("cancel", watched.run).code == 0
+    assert watched.end() == 1
+    assert lines_of(watched.out, B)[-1] == "✗ 취소"
+    assert all((b.folder / name).exists() for name in ("near", "far"))
 
 
 @one_fleet
