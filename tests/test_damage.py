@@ -184,7 +184,7 @@ def test_a_job_whose_state_is_torn_while_its_daemon_is_away_is_found_again(one: 
     watched.until(f"[{B}] begun")
     one.kill(b)
     os.truncate(file_of(b, watched.run), 0)
-    os.truncate(b.state / "history.jsonl", 0)
+    (b.state / "history.jsonl").unlink(missing_ok=True)
     one.start(b)
     open_gate(b)
     assert watched.end() == 0
@@ -312,7 +312,6 @@ def test_a_new_master_takes_its_watchers_along(one: Fleet):
     one.kill(a)
     shutil.rmtree(a.state)
     one.start(a)
-    wait_for(lambda: "the master knows nothing of this run" in watched[0].err, lambda: watched[0].err)
     one.wait_online(b)
     one.start(c)
     open_gate(b, c)
@@ -331,8 +330,8 @@ def test_a_watcher_that_is_shut_out_says_how_to_go_on(one: Fleet):
     run = detach(one, B)
     watched = Watched(one, "logs", run, "-f", host=b)
     watched.until("begun")
-    before = a.config.read_text()
-    a.config.write_text(json.dumps(json.loads(before) | {"whitelist": [A]}))
+    before, applied = a.config.read_text(), a.stderr.count("new settings")
+    a.config.write_text(json.dumps(json.loads(before) | {"whitelist": [A, C]}))
     try:
         assert watched.end() == 3
     finally:
@@ -340,6 +339,7 @@ def test_a_watcher_that_is_shut_out_says_how_to_go_on(one: Fleet):
     assert watched.out.count("begun") == 1
     assert "the master refused us" in watched.err and f"logs {run} -f" in watched.err
     open_gate(b)
+    wait_for(lambda: a.stderr.count("new settings") == applied + 2, lambda: a.stderr)
     one.restart(b)
 
 
