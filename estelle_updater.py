@@ -5307,6 +5307,18 @@ class QueueWire:
         """Both ends live and die with this process."""
 
 
+class Tasks:
+    """Work that nobody waits for, kept from being forgotten by the event loop."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
 async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
     """Say hello, prove the token and have it proven. Raises RefusedError, ProtocolError, EOFError, TimeoutError."""
     talk = greeting(hello, token, os.urandom(16).hex())
@@ -5555,7 +5567,7 @@ class Agent:
         self.jobs: dict[tuple[str, str], OwnJob] = {}
         self.link: Link | None = None
         self.poked = asyncio.Event()
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tasks = Tasks()
         self.current = ("", "")
 
     def hello(self) -> Hello:
@@ -5671,7 +5683,7 @@ class Agent:
         elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
             # running before the lock was found free, and running after: nobody took it in between
             job.burying = True
-            self.spawn(self.bury(job, record))
+            self.tasks.spawn(self.bury(job, record))
         elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
             self.end_unstarted(record, state=State.CANCELLED)
         elif record.state is State.QUEUED and not job.launches and self.is_old(record):
@@ -5732,18 +5744,13 @@ class Agent:
             log.error("can't start a runner: %s", problem)
             job.trouble = str(problem)
         else:
-            self.spawn(self.await_launch(job, child))
+            self.tasks.spawn(self.await_launch(job, child))
 
     async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
         """The cradle is empty at once; one that failed will fail again."""
         if await asyncio.to_thread(child.wait):
             job.launches, job.launched = LAUNCHES, float("-inf")
             self.poked.set()
-
-    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        task = asyncio.ensure_future(coroutine)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     def on_order(self, order: Order) -> None:
         """Take a job; one that can't be taken has failed, or its host's queue would wait for it."""
@@ -5906,7 +5913,7 @@ class Agent:
             case Acked():
                 self.on_acked(message)
             case Ask():
-                self.spawn(self.on_ask(message, link))
+                self.tasks.spawn(self.on_ask(message, link))
             case Refuse():
                 log.warning("the master says: %s", message.what)
             case _:
@@ -6037,10 +6044,15 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
 
 
+def no_traffic(*warnings: str) -> dict[str, Any]:
+    """What is known of the traffic where nobody can tell."""
+    return {"active": None, "servers": {}, "warnings": list(warnings)}
+
+
 def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
     """Where HAProxy sends the traffic; only its own host knows."""
     rule = agent.config.config.haproxy
-    return look_at_traffic(rule) if rule else {"active": None, "servers": {}, "warnings": []}
+    return look_at_traffic(rule) if rule else no_traffic()
 
 
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
@@ -6451,7 +6463,7 @@ class Registry:
         self.down_since: dict[str, float] = {}  # by the monotonic clock: the other one may jump
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tasks = Tasks()
 
     def recover(self) -> None:
         """After a start: the known hosts, none of them connected yet."""
@@ -6576,7 +6588,7 @@ class Registry:
         """Where HAProxy sends the traffic, as its host says now; `active` is None where that is not known."""
         rule = self.config.config.haproxy
         if rule is None:
-            return {"active": None, "servers": {}, "warnings": []}
+            return no_traffic()
         key, answer = host_key(rule.host), None
         for host in self.hosts():
             if key in (host.address, host_key(host.name)) and (agent := self.agents.get(host.machine)):
@@ -6584,7 +6596,7 @@ class Registry:
         if answer and "servers" in answer:
             return answer
         why = (answer or {}).get("error") or f"{rule.host} is offline or does not answer"
-        return {"active": None, "servers": {}, "warnings": [f"nobody knows where the traffic goes: {why}"]}
+        return no_traffic(f"nobody knows where the traffic goes: {why}")
 
     async def check_health(self, hosts: Sequence[HostRef]) -> list[dict[str, Any]]:
         """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does not answer fails."""
@@ -6614,12 +6626,6 @@ class Registry:
             why = "; ".join(traffic["warnings"]) or "there is no [haproxy] in the configuration"
             raise TargetError(f"nobody knows which host is {target}", why)
         return str(traffic["active"])
-
-    def on_traffic_step(self, agent: AgentLink, job: JobRecord) -> None:
-        """A job waits for the master's word on the traffic."""
-        task = asyncio.ensure_future(self.tell_traffic(agent, job))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
         """Tell a job that waits for it whether its host is active or standby, once that is known."""
@@ -6798,8 +6804,7 @@ class Master:
         """A run from memory, else from disk."""
         if run in self.runs:
             return self.runs[run]
-        record = self.state.load_run(run)
-        if record is None:
+        if (record := self.state.load_run(run)) is None:
             return None
         jobs = {host: self.state.load_job(run, host) or self.unordered(record, host) for host in record.hosts}
         return Run(record, jobs)
@@ -6841,7 +6846,7 @@ class Master:
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
         if job.step == TRAFFIC_STEP and job.state is State.RUNNING:
-            self.registry.on_traffic_step(agent, job)
+            self.registry.tasks.spawn(self.registry.tell_traffic(agent, job))
         self.drop_idle(run)
 
     def adopt(self, run: Run | None, job: JobRecord) -> None:
