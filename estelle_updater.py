@@ -65,29 +65,28 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Prot
 __version__ = "0.1.0"
 
 
-_LAZY_NAMES: list[str] = []  # for `preload`
-
-
 class _Lazy:
     """A module imported at its first use, so that a short command does not pay for what only the daemon needs."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        _LAZY_NAMES.append(name)
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._load(), attribute)
-
-    def _load(self) -> Any:
-        module = importlib.import_module(self._name)
-        globals()[self._name.replace(".", "_") if "." in self._name else self._name] = module
-        return module
+        module = globals()[self._name.replace(".", "_")] = importlib.import_module(self._name)
+        return getattr(module, attribute)
 
 
+_LAZY_NAMES = (
+    "asyncio", "calendar", "csv", "ctypes", "difflib", "getpass", "hashlib", "hmac", "http.client",
+    "importlib.metadata", "importlib.util", "io", "ipaddress", "marshal", "queue", "random", "select", "shutil",
+    "signal", "socket", "ssl", "subprocess", "tempfile", "tomllib", "urllib.parse", "urllib.request", "zipfile",
+)  # fmt: skip
 if TYPE_CHECKING:
     import asyncio
     import calendar
+    import csv
     import ctypes
+    import difflib
     import getpass
     import hashlib
     import hmac
@@ -113,31 +112,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 else:
-    asyncio = _Lazy("asyncio")
-    calendar = _Lazy("calendar")
-    ctypes = _Lazy("ctypes")
-    getpass = _Lazy("getpass")
-    hashlib = _Lazy("hashlib")
-    hmac = _Lazy("hmac")
-    http_client = _Lazy("http.client")
-    importlib_metadata = _Lazy("importlib.metadata")
-    importlib_util = _Lazy("importlib.util")
-    io = _Lazy("io")
-    ipaddress = _Lazy("ipaddress")
-    marshal = _Lazy("marshal")
-    queue = _Lazy("queue")
-    random = _Lazy("random")
-    select = _Lazy("select")
-    shutil = _Lazy("shutil")
-    signal = _Lazy("signal")
-    socket = _Lazy("socket")
-    ssl = _Lazy("ssl")
-    subprocess = _Lazy("subprocess")
-    tempfile = _Lazy("tempfile")
-    tomllib = _Lazy("tomllib")
-    urllib_parse = _Lazy("urllib.parse")
-    urllib_request = _Lazy("urllib.request")
-    zipfile = _Lazy("zipfile")
+    globals().update({name.replace(".", "_"): _Lazy(name) for name in _LAZY_NAMES})
 
 # What a daemon comes to need besides: imported inside functions, here, in websockets or by the library itself.
 _PRELOADED = (
@@ -826,9 +801,7 @@ def _unknown(key: str, known: Iterable[str]) -> _Convert:
     """A converter for a key that nobody knows; a value under a name that looks secret is not shown."""
 
     def convert(raw: Any) -> Any:
-        from difflib import get_close_matches
-
-        like = get_close_matches(key, list(known), 1)
+        like = difflib.get_close_matches(key, list(known), 1)
         advice = f"did you mean {like[0]}?" if like else "known are " + ", ".join(known)
         value = "" if _SECRET_NAME.match(key) else f", value {_shown(raw)}"
         raise _Wrong([("", f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")])
@@ -1120,8 +1093,6 @@ def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
     plain = _decoded(text, file)
     try:
         if form == "toml":
-            import tomllib
-
             return tomllib.loads(plain)
         data: dict[str, Any] = _mapping(json.loads(plain, object_pairs_hook=_unique))
     except json.JSONDecodeError as error:
@@ -1326,14 +1297,12 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
 
     Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
     """
-    from urllib.parse import unquote
-
     found: set[str] = set()
     for name, value in (item for environment in environments for item in environment.items()):
         if name in named or _SECRET_NAME.match(name):
             found.update((value, value.strip(), *value.splitlines()))
         for password in _URL_PASSWORD.findall(value):
-            found.update((password, unquote(password)))
+            found.update((password, urllib_parse.unquote(password)))
     long = [secret for secret in found if secret.strip() and len(secret.encode("utf-8", "surrogatepass")) >= 6]
     return tuple(sorted(long, key=lambda secret: (-len(secret), secret)))
 
@@ -2327,8 +2296,6 @@ def switch_text(found: BackendText, color: str) -> bytes:
 
 def render_diff(old: bytes, new: bytes, file: str) -> bytes:
     """A unified diff, in the bytes of the file."""
-    import difflib
-
     name = file.encode()
     before, after = ([line + b"\n" for line in text.split(b"\n")] for text in (old, new))
     return b"".join(difflib.diff_bytes(difflib.unified_diff, before, after, name, name))
@@ -2336,8 +2303,6 @@ def render_diff(old: bytes, new: bytes, file: str) -> bytes:
 
 def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
     """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is something else."""
-    import csv
-
     rows = csv.DictReader(text.removeprefix("# ").splitlines())
     named = [row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")]
     return [row for row in named if row["svname"] not in ("FRONTEND", "BACKEND")]
