@@ -179,6 +179,7 @@ class State(StrEnum):
 
 
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
+COLORS = ("blue", "green")
 SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
 
 DEFAULT_PORT = 9900
@@ -869,14 +870,9 @@ _word = _matches("single word", r"[^\s\"'#\\]+")
 _remote = _is("git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None)
 _host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_host_name(raw))
 _host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
-_hosts = _list_of(_host, '["yq-blue", "yq-green"]')
 _networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
-_server_names = _list_of(_by(parse_host), '["master.example"]')
 _command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
-_units = _list_of(_unit, '["estelle.service"]')
-_color = _one_of("blue", "green")
 _notify_events = _list_of(_one_of(*NOTIFY_EVENTS), '["failed", "lost"]')
-_notify_format = _one_of("slack", "discord", "telegram", "ntfy", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -885,7 +881,7 @@ class DeployRule:
 
     remote: Annotated[str, _remote] = "origin"
     command: Annotated[tuple[str, ...], _command] = ("pnpm", "deploy:release")
-    restart: Annotated[tuple[str, ...], _units] = ()
+    restart: Annotated[tuple[str, ...], _list_of(_unit, '["estelle.service"]')] = ()
     timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
     version: Annotated[str, _text] = "config/version.json"
     secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
@@ -904,16 +900,15 @@ class HostRule:
     command: Annotated[tuple[str, ...] | None, _command] = None
     environment_file: Annotated[str | None, _text] = None
     env: Annotated[Mapping[str, str], _environment] = field(default_factory=dict)
-    color: Annotated[str | None, _color] = None
+    color: Annotated[str | None, _one_of(*COLORS)] = None
     deploy: Annotated[bool, _flag] = True
 
 
 def _servers(raw: Any) -> dict[str, str]:
     """The names of the `server` lines by colour, both there and different."""
-    colors = ("blue", "green")
-    names = {**dict(zip(colors, colors, strict=True)), **_mapping(raw)}
+    names = {**dict(zip(COLORS, COLORS, strict=True)), **_mapping(raw)}
     same = [("", f"{_shown(raw)} gives both colours the same server")] if names["blue"] == names["green"] else []
-    _convert_all(((_step(c), _word if c in colors else _unknown(c, colors), name) for c, name in names.items()), same)
+    _convert_all(((_step(c), _word if c in COLORS else _unknown(c, COLORS), name) for c, name in names.items()), same)
     return names
 
 
@@ -944,7 +939,7 @@ class HealthRule:
     disk: Annotated[str | None, _text] = None
     certificate: Annotated[str | None, _text] = None
     command: Annotated[tuple[str, ...] | None, _command] = None
-    hosts: Annotated[tuple[str, ...], _hosts] = ()
+    hosts: Annotated[tuple[str, ...], _list_of(_host, '["yq-blue", "yq-green"]')] = ()
     status: Annotated[int, _status] = 200
     contains: Annotated[str | None, _argument] = None
     least: Annotated[int | None, _count] = None
@@ -987,7 +982,7 @@ class NotifyRule:
     url: Annotated[str | None, _url] = None
     url_env: Annotated[str | None, _word] = None
     url_file: Annotated[str | None, _text] = None
-    format: Annotated[str, _notify_format] = "json"
+    format: Annotated[str, _one_of(*NEWS_BYTES)] = "json"
     chat: Annotated[str | None, _text] = None
     on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
     offline_minutes: Annotated[float, _minutes] = 10
@@ -1009,10 +1004,9 @@ def _check_health(raw: dict[str, Any]) -> _Problems:
 
 
 def _check_notify(raw: dict[str, Any]) -> _Problems:
-    if ("chat" in raw) == (raw.get("format") == "telegram"):
-        return _exactly_one(raw, ("url", "urlEnv", "urlFile"))
-    chat = f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one"
-    return [*_exactly_one(raw, ("url", "urlEnv", "urlFile")), (".chat", chat)]
+    chat = (".chat", f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one")
+    fits = ("chat" in raw) == (raw.get("format") == "telegram")
+    return _exactly_one(raw, ("url", "urlEnv", "urlFile")) + ([] if fits else [chat])
 
 
 def _check_tls(raw: dict[str, Any]) -> _Problems:
@@ -1053,7 +1047,7 @@ class Config:
     master_url: Annotated[MasterUrl, _by(parse_master_url)]
     whitelist: Annotated[tuple[str, ...], _networks]
     trusted_proxies: Annotated[tuple[str, ...], _networks] = ()
-    server_names: Annotated[tuple[str, ...], _server_names] = ()
+    server_names: Annotated[tuple[str, ...], _list_of(_by(parse_host), '["master.example"]')] = ()
     token_file: Annotated[str | None, _text] = None
     deploy: Annotated[DeployRule, _table(DeployRule)] = DeployRule()
     hosts: Annotated[tuple[HostRule, ...], _read_hosts] = ()
@@ -1069,6 +1063,13 @@ def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
     """Every (path, problem) as a line `FILE: PATH: PROBLEM`."""
     lines = tuple(": ".join(filter(None, (file, path.removeprefix("."), problem))) for path, problem in problems)
     return ConfigError(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""), f"correct {file}", lines)
+
+
+def _checked(convert: _Convert, raw: Any, file: str) -> Any:
+    try:
+        return convert(raw)
+    except _Wrong as wrong:
+        raise _config_error(file, *wrong.problems) from None
 
 
 def _decoded(text: bytes | str, file: str) -> str:
@@ -1094,23 +1095,17 @@ def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
     try:
         if form == "toml":
             return tomllib.loads(plain)
-        data: dict[str, Any] = _mapping(json.loads(plain, object_pairs_hook=_unique))
+        data: dict[str, Any] = _checked(_mapping, json.loads(plain, object_pairs_hook=_unique), file)
+        return data
     except json.JSONDecodeError as error:
         raise _config_error(file, ("", f"line {error.lineno}, column {error.colno}: {error.msg}")) from None
-    except _Wrong as wrong:
-        raise _config_error(file, *wrong.problems) from None
     except (ValueError, RecursionError) as error:  # tomllib's message holds line and column
         raise _config_error(file, ("", str(error))) from None
-    return data
 
 
 def parse_config(text: bytes | str, file: str, form: str) -> Config:
     """The configuration that a file's text means, `form` json or toml; ConfigError holds every problem, a line each."""
-    data = parse_data(text, file, form)
-    try:
-        config: Config = _table(Config)(data)
-    except _Wrong as wrong:
-        raise _config_error(file, *wrong.problems) from None
+    config: Config = _checked(_table(Config), parse_data(text, file, form), file)
     return config
 
 
@@ -1131,7 +1126,7 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     if config.haproxy:
         wanted.append(("haproxy", config.haproxy.host))
         colors = {rule.color for rule in config.hosts}
-        warnings += [f"haproxy: no host has color {c}" for c in ("blue", "green") if c not in colors]
+        warnings += [f"haproxy: no host has color {c}" for c in COLORS if c not in colors]
     warnings += [f"{key}: {_shown(host)} matches no host" for key, host in wanted if host_key(host) not in names]
     for rule in config.hosts:
         secret = [f"hosts{_step(rule.key)}.env.{name}" for name in rule.env if _SECRET_NAME.match(name)]
@@ -1150,14 +1145,10 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Effective(HostRule, DeployRule):
-    """What holds for one host: its own section over [deploy]; `source_key` names that section, None without one."""
+    """What holds for one host: its own section over [deploy]; `key` names that section, "" without one."""
 
     name: str
     command: tuple[str, ...]
-
-    @property
-    def source_key(self) -> str | None:
-        return self.key or None
 
 
 def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
@@ -1189,59 +1180,51 @@ def render_config(data: Mapping[str, Any], form: str) -> str:
 _TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]')  # strings, comments, brackets
 
 
+def _edit_entry(text: str, form: str, entry: str, add: bool) -> str:
+    """The text with `entry` once more or once less in its whitelist; empty where there is none to be seen."""
+    head = re.search(r'"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text)
+    begin = head.end() if head else len(text)
+    items = [token for token in _TOKENS.finditer(text, begin) if form == "toml" or token[0][0] != "#"]
+    end = next((token.start() for token in items if token[0] == "]"), None)
+    if end is None:
+        return ""
+    strings = [token for token in items if token.start() < end and token[0][0] in "\"'"]
+    if not (found := [token for token in strings if add or token[0][1:-1] == entry]):
+        return text[:begin] + json.dumps(entry) + text[begin:] if add else text
+    start, stop = found[-1].span()
+    gap = re.compile(r"\r?\n[ \t]*$").search(text, begin, start)
+    comma = re.compile(r"\s*,[ \t]*").match(text, stop, end)
+    if not add:
+        before = re.compile(r",\s*$").search(text, begin, start)
+        if comma:
+            stop = comma.end()
+            start = gap.start() if gap and text[stop] in "\r\n" else start
+        return text[: before.start() if before and not comma else start] + text[stop:]
+    if gap is None:
+        return f"{text[:stop]}, {json.dumps(entry)}{text[stop:]}"
+    line_end = re.compile(r"\r?\n").search(text, stop, end)  # a line of its own, behind the last one's comment
+    place = line_end.start() if line_end else end
+    old, new = ("", ",") if comma else (",", "")
+    return f"{text[:stop]}{old}{text[stop:place]}{gap[0]}{json.dumps(entry)}{new}{text[place:]}"
+
+
 def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[str]) -> str | None:
     """The file's text with entries added and removed, all else as it was; None where that can't be done safely.
 
     Entries to remove are as they stand in the file. The result is read again and must differ in the whitelist alone.
     """
-    if len(remove) + bool(add) > 1:  # one by one: the edits of neighbours would overlap
-        for entry in remove:
-            if (text := edit_whitelist(text, form, (), (entry,)) or "") == "":
-                return None
-        return edit_whitelist(text, form, add, ()) if add else text
-    head = re.search(r'(?m)"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text)
-    if head is None:
-        return None
-    items = [token for token in _TOKENS.finditer(text, head.end()) if form == "toml" or token[0][0] != "#"]
-    end = next((token.start() for token in items if token[0] == "]"), None)
-    if end is None:
-        return None
-    strings = [token for token in items if token.start() < end and token[0][0] in "\"'"]
-    edits: list[tuple[int, int, str]] = []
-    for token in strings:
-        if token[0][1:-1] in remove:
-            after = re.compile(r"\s*,[ \t]*").match(text, token.end(), end)
-            before = re.compile(r",\s*$").search(text, head.end(), token.start())
-            start, stop = (
-                (token.start(), after.end()) if after else (before.start() if before else token.start(), token.end())
-            )
-            line = re.compile(r"[ \t]*\r?\n[ \t]*$").search(text, head.end(), start)
-            if after and line and text[stop : stop + 1] in "\r\n":
-                start = line.start()
-            edits.append((start, stop, ""))
-    kept = [token for token in strings if token[0][1:-1] not in remove]
-    if add and kept:
-        last = kept[-1]
-        gap = re.compile(r"\r?\n[ \t]*$").search(text, head.end(), last.start())
-        comma = re.compile(r"\s*,").match(text, last.end(), end)
-        if gap is None:
-            edits.append((last.end(), last.end(), "".join(f", {json.dumps(entry)}" for entry in add)))
-        else:  # lines of their own, behind the last one's comment
-            line_end = re.compile(r"\r?\n").search(text, last.end(), end)
-            place = line_end.start() if line_end else end
-            lines = ",".join(gap[0] + json.dumps(entry) for entry in add) + ("," if comma else "")
-            edits.append((last.end(), place, ("" if comma else ",") + text[last.end() : place] + lines))
-    elif add:
-        edits.append((head.end(), head.end(), ", ".join(map(json.dumps, add))))
-    new = text
-    for start, stop, replacement in sorted(edits, reverse=True):
-        new = new[:start] + replacement + new[stop:]
     try:
-        old_data, new_data = parse_data(text, "", form), parse_data(new, "", form)
+        old = parse_data(text, "", form)
+        listed = old["whitelist"] if isinstance(old.get("whitelist"), list) else []
+        for entry in (entry for entry in listed if entry in remove):
+            text = _edit_entry(text, form, entry, add=False)
+        for entry in add:
+            text = _edit_entry(text, form, entry, add=True)
+        new = parse_data(text, "", form)
     except ConfigError:
         return None
-    wanted = [entry for entry in old_data["whitelist"] if entry not in remove] + list(add)
-    return new if new_data == old_data | {"whitelist": wanted} else None
+    wanted = [entry for entry in listed if entry not in remove] + list(add)
+    return text if new == old | {"whitelist": wanted} else None
 
 
 def accept_hint(sha256: str) -> str:
@@ -1280,10 +1263,7 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     """
     plain = _decoded(text, file)
     if plain.lstrip().startswith("{"):
-        try:
-            return _environment(parse_data(plain, file, "json"))
-        except _Wrong as wrong:
-            raise _config_error(file, *wrong.problems) from None
+        return dict(_checked(_environment, parse_data(plain, file, "json"), file))
     lines = [line for line in enumerate(re.split(r"\r?\n", plain), 1) if not re.fullmatch(r"\s*(#.*)?", line[1])]
     matches = [(number, _is_argument(line) and _ENVIRONMENT_LINE.fullmatch(line)) for number, line in lines]
     if problems := [(f"line {number}", "is no KEY=VALUE") for number, match in matches if not match]:
@@ -2082,7 +2062,6 @@ def explain_failure(tail: bytes) -> str | None:
 # ==============================================================================
 
 
-COLORS = ("blue", "green")
 _HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
 _HAPROXY_SECTIONS = frozenset(
     b"global defaults frontend backend listen peers resolvers mailers userlist cache program http-errors ring"
@@ -2430,7 +2409,7 @@ def _answer(row: str, *names: str, **types: str) -> dict[str, Any]:
 
 _TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas")
 _BRANCH = _a_text("a branch, a tag or a full commit id")
-_COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
+_COLOR = _a_text("blue, green, or standby: the one that is not active", enum=[*COLORS, "standby"])
 _RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 _ONCE = {
     "plan": _a_text("the id that the tool plan answered; it must be fresh and still true"),
@@ -8098,7 +8077,7 @@ def gather_role(config: Config, options: ServeOptions, outside: bool) -> tuple[R
     Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet knows.
     """
     rule = host_rule(config, options.bind, socket.gethostname())
-    override, source = (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.source_key}")
+    override, source = (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.key}")
     addresses = () if override else probe_master_addresses(config.master_url.host, config.master_url.port)
     local = {address: address if probe_is_local(address) else None for address in addresses}
     facts = RoleFacts(override, source, options.bind, addresses, local)
@@ -9047,11 +9026,11 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
 def effective_settings(config: Config, address: str | None) -> list[tuple[str, str, str]]:
     """(key, value, where it comes from) of everything that holds on this host."""
     rule = host_rule(config, address, socket.gethostname())
-    own = next((host for host in config.hosts if host.key == rule.source_key), None)
+    own = next((host for host in config.hosts if host.key == rule.key), None)
     rows = [("masterUrl", str(config.master_url), "file"), ("whitelist", ", ".join(config.whitelist), "file")]
     for field_ in fields(rule):
         value = getattr(rule, field_.name)
-        if field_.name in ("source_key", "key", "address", "hostname"):
+        if field_.name in ("key", "address", "hostname"):
             continue
         origin = "default"
         if own is not None and getattr(own, field_.name, None):
