@@ -129,10 +129,8 @@ def preload(*names: str) -> None:
     skipped. Source lines are kept too: a traceback would read them from the new file, show the wrong ones, or fail.
     """
     for name in names or (*_LAZY_NAMES, *_PRELOADED):
-        try:
+        with suppress(ModuleNotFoundError):
             importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
     import linecache
     from zipimport import zipimporter
 
@@ -149,35 +147,11 @@ def preload(*names: str) -> None:
 # ==============================================================================
 
 
-class Role(StrEnum):
-    """What this host's daemon is."""
-
-    MASTER = "master"
-    AGENT = "agent"
-
-
-class Kind(StrEnum):
-    """What an order asks of a host; every order is a job with the same folder, log, states, cancel and history."""
-
-    DEPLOY = "deploy"
-    ROLLBACK = "rollback"
-    SWITCH = "switch"
-    UPGRADE = "upgrade"
-
-
-class State(StrEnum):
-    """A job's state, as the contract spells it."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    TIMEOUT = "timeout"
-    OFFLINE = "offline"
-    LOST = "lost"
-
-
+Role = StrEnum("Role", ["MASTER", "AGENT"])  # what this host's daemon is
+# What an order asks of a host; every order is a job with the same folder, log, states, cancel and history.
+Kind = StrEnum("Kind", ["DEPLOY", "ROLLBACK", "SWITCH", "UPGRADE"])
+# A job's state, as the contract spells it.
+State = StrEnum("State", ["QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED", "TIMEOUT", "OFFLINE", "LOST"])
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 COLORS = ("blue", "green")
 SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
@@ -418,8 +392,7 @@ def parse_network(text: str) -> IPv4Network | IPv6Network:
     return network
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Whether an address may connect, and why, in a sentence that names the address."""
 
     allowed: bool
@@ -465,10 +438,9 @@ def split_port(text: str) -> tuple[str, int | None]:
 
 def host_key(text: str) -> str:
     """A host as it is compared: the canonical address, or the name in lower case without a final dot."""
-    try:
+    with suppress(UsageError):
         return canonical_address(text)
-    except UsageError:
-        return text.lower().removesuffix(".")
+    return text.lower().removesuffix(".")
 
 
 def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) -> str:
@@ -496,11 +468,10 @@ def parse_host(text: str) -> str:
 
 def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bool:
     """Whether Host names us (`own_names`: our addresses, masterUrl's host, serverNames); DNS rebinding would not."""
-    try:
+    with suppress(UsageError):
         host = split_port(host_header or "")[0]
-    except UsageError:
-        return False
-    return host != "" and host_key(host) in {host_key(name) for name in own_names}
+        return host != "" and host_key(host) in {host_key(name) for name in own_names}
+    return False
 
 
 def allowed_origin(origin: str | None, own_names: Iterable[str]) -> bool:
@@ -509,8 +480,7 @@ def allowed_origin(origin: str | None, own_names: Iterable[str]) -> bool:
     return origin is None or (scheme.lower() in ("http", "https") and allowed_host_header(host, own_names))
 
 
-@dataclass(frozen=True)
-class MasterUrl:
+class MasterUrl(NamedTuple):
     """Where the master listens; `host` is canonical or in lower case, without brackets."""
 
     scheme: str
@@ -552,8 +522,7 @@ class RoleFacts:
     public_source: str | None = None  # "metadata" or "echo"
 
 
-@dataclass(frozen=True)
-class RoleDecision:
+class RoleDecision(NamedTuple):
     """The role and why; `provisional` has to be proven by dialing masterUrl and meeting oneself."""
 
     role: Role
@@ -694,6 +663,12 @@ def valid_branch_problem(name: str) -> str | None:
     if len(name.encode()) > 255:
         return "it is longer than 255 bytes"
     return next((problem for pattern, problem in rules if re.fullmatch(pattern, name)), None)
+
+
+def require_branch(name: str, hint: str = "") -> None:
+    """Raises UsageError for what is no branch, tag or commit id."""
+    if problem := valid_branch_problem(name):
+        raise UsageError(f"{name[:80]!r} is no branch name: {problem}", hint)
 
 
 # ==============================================================================
@@ -1844,8 +1819,7 @@ def job_of_run(run: RunRecord, host: str) -> JobRecord:
 # ==============================================================================
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One command of a deployment: how it is announced, and what really runs."""
 
     label: str
@@ -1942,9 +1916,8 @@ def parse_version_file(data: bytes) -> str | None:
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
-URL_SECRET = re.compile(
-    rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))"
-)  # user:password@ or token@
+# user:password@ or token@
+URL_SECRET = re.compile(rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))")
 URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
 
 
@@ -2358,8 +2331,7 @@ class JsonRpcError(Exception):
         self.error = {"code": code, "message": message} | ({} if data is None else {"data": data})
 
 
-@dataclass(frozen=True)
-class Tool:
+class Tool(NamedTuple):
     """What a model may call. `effect` is how it is announced: it reads, it changes, or changes but once."""
 
     name: str
@@ -2475,8 +2447,7 @@ def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "argumen
     return []
 
 
-@dataclass(frozen=True)
-class ToolCall:
+class ToolCall(NamedTuple):
     """A call that a model waits for."""
 
     id: str | int
@@ -4025,8 +3996,7 @@ class Runner:
         self.load_rule(strict=False)
         self.confirm_traffic()
         rule, branch = self.rule, self.job.branch
-        if problem := valid_branch_problem(branch):
-            raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+        require_branch(branch)
         for found in probe_ground(self.repo, self.state.root, rule, self.env):
             if not found.ok and found.certain:
                 raise UsageError(found.text, found.fix)
@@ -4273,9 +4243,8 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
     def ask(call: Callable[[], Any]) -> None:
         answer = []
         try:
-            answer = [call()]
-        except (OSError, ValueError, UsageError, http_client.HTTPException):
-            pass
+            with suppress(OSError, ValueError, UsageError, http_client.HTTPException):
+                answer = [call()]
         finally:
             done.put(answer)
 
@@ -4467,9 +4436,8 @@ def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: flo
         data = (repo / subject).read_bytes()
     days = (certificate_end(data) - time.time()) / 86400
     if days < least_days:
-        raise CheckFailed(
-            f"{days:.0f} days left, less than {least_days}" if days > 0 else f"ended {-days:.0f} days ago"
-        )
+        left = f"{days:.0f} days left, less than {least_days}"
+        raise CheckFailed(left if days > 0 else f"ended {-days:.0f} days ago")
     return f"{days:.0f} days left"
 
 
@@ -4508,23 +4476,20 @@ def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
 def run_checks(checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]) -> list[dict[str, Any]]:
     """All checks at once: name, ok and detail of each in their order; one that hangs fails at its deadline."""
 
-    def look(index: int, check: HealthRule) -> tuple[int, bool, str]:
+    def look(check: HealthRule, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         began = time.monotonic()
         try:
             detail = probe_health(check, repo, env)
         except (CheckFailed, UpdaterError, OSError, ValueError, http_client.HTTPException) as problem:
-            return index, False, getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+            return row, {"detail": getattr(problem, "strerror", None) or str(problem) or type(problem).__name__}
         seconds = time.monotonic() - began
-        return index, seconds <= check.timeout_s, f"{detail} ({seconds:.2f} s)"
+        return row, {"ok": seconds <= check.timeout_s, "detail": f"{detail} ({seconds:.2f} s)"}
 
-    found = {}
-    calls = [functools.partial(look, index, check) for index, check in enumerate(checks)]
-    for index, ok, detail in _answers(calls, checks_take_s(checks)):
-        found[index] = ok, detail
-    rows = []
-    for index, check in enumerate(checks):
-        ok, detail = found.get(index, (False, f"no answer within {check.timeout_s:g} s"))
-        rows.append({"name": check.name, "kind": check.kind, "ok": ok, "detail": detail})
+    late = "no answer within {:g} s".format
+    rows = [{"name": c.name, "kind": c.kind, "ok": False, "detail": late(c.timeout_s)} for c in checks]
+    looks = [functools.partial(look, *pair) for pair in zip(checks, rows, strict=True)]
+    for row, found in _answers(looks, checks_take_s(checks)):
+        row.update(found)
     return rows
 
 
@@ -4573,11 +4538,9 @@ def live_rows(rule: HaproxyRule) -> list[dict[str, str]]:
 def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     """Where HAProxy sends the traffic, by its own word, and what should worry; never raises."""
     warnings: list[str] = []
-    servers: dict[str, dict[str, Any]] = {
-        color: {"traffic": None, "file": None, "status": None, "address": None} for color in COLORS
-    }
+    servers: dict[str, dict[str, Any]]
+    servers = {color: dict.fromkeys(("traffic", "file", "status", "address")) for color in COLORS}
     roles: dict[str, str] = {}
-    takers: list[str] = []
     try:
         found = read_backend(Path(rule.config).read_bytes(), rule.config, rule)
         roles = found.roles()
@@ -4697,27 +4660,24 @@ class Switch:
         said = work()
         self.say(f"{name}: {said} ({time.monotonic() - began:.2f} s)")
 
-    def refusing(self, name: str, work: Callable[[], str]) -> None:
-        """A phase before anything changed: whatever fails is a guard's refusal."""
+    def changes(self) -> bool:
+        """Whether there is anything to change; as nothing was changed yet, whatever fails is a guard's refusal."""
         try:
-            self.phase(name, work)
+            self.phase("gate", self.gate)
+            if self.entry.color == self.entry.before:
+                return False
+            self.phase("check", self.check)
+        except (UsageError, ConfigError):
+            raise
         except (UpdaterError, OSError) as problem:
-            if isinstance(problem, UsageError | ConfigError):
-                raise
             raise GuardError(str(problem), getattr(problem, "hint", "")) from problem
+        return not self.runner.job.options.get("dry_run")
 
     def run(self) -> None:
         """Switch, or leave everything as it was."""
-        options = self.runner.job.options
         try:
-            self.refusing("gate", self.gate)
-            if self.entry.color == self.entry.before:
-                return
-            self.refusing("check", self.check)
-            if options.get("dry_run"):
-                return
-            phases = {"drain": self.drain, "write": self.write, "reload": self.reload, "proof": self.prove}
-            self.transact(phases)
+            if self.changes():
+                self.transact({"drain": self.drain, "write": self.write, "reload": self.reload, "proof": self.prove})
         except OSError as problem:
             raise UpdaterError(f"{problem.filename or self.real}: {problem.strerror or problem}") from problem
         finally:
@@ -4797,9 +4757,8 @@ class Switch:
                 what = f"{color} is {status} for HAProxy: {row.get('check_status')} {row.get('last_chk')}"
                 raise GuardError(what, f"repair {color} first: HAProxy would send it nothing")
         if problem := self.connect_problem():
-            raise GuardError(
-                f"{color} does not answer at {self.entry.address}: {problem}", f"is it running on {color}?"
-            )
+            what = f"{color} does not answer at {self.entry.address}: {problem}"
+            raise GuardError(what, f"is it running on {color}?")
         return f"{color} at {self.entry.address} is {status} and accepts connections"
 
     def connect_problem(self) -> str | None:
@@ -4835,9 +4794,8 @@ class Switch:
         ours = [path == self.real or (path.name == self.real.name and not Path(file).is_absolute())
                 for path, file in zip(paths, files, strict=True)]  # fmt: skip
         if not any(ours):
-            raise GuardError(
-                f"HAProxy does not read {self.real}, but {', '.join(files)}", "correct `config` in [haproxy]"
-            )
+            what = f"HAProxy does not read {self.real}, but {', '.join(files)}"
+            raise GuardError(what, "correct `config` in [haproxy]")
         used = [str(self.temp if own else path) for path, own in zip(paths, ours, strict=True)]
         code, said = run_command(["haproxy", "-c", *(word for file in used for word in ("-f", file))], env, CHECK_S)
         if code:
@@ -5804,8 +5762,7 @@ class Outlook:
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     """What deploying `branch` would do here: what arrives, what is in the way, what would run."""
     address, branch = args.get("address"), str(args.get("branch"))
-    if problem := valid_branch_problem(branch):
-        raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+    require_branch(branch)
     rule, repo = agent.rule_and_repo(address)
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
@@ -6747,8 +6704,7 @@ class Master:
                 raise UpdaterError(f"the run id {message.run} is taken", "try again")
             return found.record
         for branch in (message.branch, *message.commits.values()):
-            if problem := valid_branch_problem(branch):
-                raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+            require_branch(branch)
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
         hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
         if message.options.get("alone"):  # a release begins with nothing under way on either colour
@@ -7126,8 +7082,8 @@ class Planner:
         active = await registry.active_for(self.target)
         hosts = select_targets(self.target, registry.hosts(), active)
         self.expects = expected_roles(self.target, hosts, active)
-        if self.action == "update" and (problem := valid_branch_problem(self.branch)):
-            raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
+        if self.action == "update":
+            require_branch(self.branch)
         history = asyncio.ensure_future(asyncio.to_thread(self.master.state.successes))
         past = await history if self.action == "rollback" else {}
         rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
@@ -7515,9 +7471,8 @@ class Notifier:
             problem = f"sent, but can't rename {path.name}: {refused.strerror}"
         if problem:
             if not receiver.failures:
-                log.warning(
-                    "no message to %s (%s): %s; trying again", rule.format, rule.url_file or rule.url_env, problem
-                )
+                place = rule.url_file or rule.url_env
+                log.warning("no message to %s (%s): %s; trying again", rule.format, place, problem)
             receiver.failures += 1
             receiver.tries[path.name] += 1
             longest_s = min(POST_RETRY_S, 2.0 ** min(receiver.failures, 10))
@@ -7551,8 +7506,7 @@ class Notifier:
             for host in registry.hosts():
                 away_s = registry.away_s(host.machine, time.monotonic())
                 since = registry.machines[host.machine].seen
-                if away_s is not None and min(away_s, self.master.up_s) > rule.offline_minutes * 60:
-                    away_s = min(away_s, self.master.up_s)
+                if away_s is not None and (away_s := min(away_s, self.master.up_s)) > rule.offline_minutes * 60:
                     title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
                     news = {"event": "agent-offline", "title": title, "host": host.label, "since": since}
                     self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
@@ -9942,8 +9896,7 @@ def cmd_serve(args: Args) -> int:
 
 
 def cmd_trigger(args: Args) -> int:
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_branch(args.branch, "nothing was sent")
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
@@ -10125,8 +10078,7 @@ def only_commit(commits: Iterable[str | None]) -> str:
 
 def cmd_release(args: Args) -> int:
     """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_branch(args.branch, "nothing was sent")
     require_answer(args)
     order = replace(order_release(args.branch), nonce=os.urandom(16).hex())
     code, jobs = run_order(args, order)
@@ -10169,8 +10121,7 @@ def cmd_self_test(args: Args) -> int:
 
 
 def cmd_deploy(args: Args) -> int:
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
+    require_branch(args.branch, "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
     return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
 
