@@ -357,13 +357,11 @@ def _parse_ip(text: str) -> IPv4Address | IPv6Address:
     bare = text.strip()
     bracketed = bare.startswith("[") and bare.endswith("]")
     bare, percent, zone = (bare[1:-1] if bracketed else bare).partition("%")
-    try:
+    with suppress(ValueError):
         address = ipaddress.ip_address(bare)
-        if (address.version == 4 and (bracketed or percent)) or (percent and not zone):
-            raise ValueError(bare)
-    except ValueError:
-        raise UsageError(f"{text!r} is no address", _ADDRESS_HINT) from None
-    return getattr(address, "ipv4_mapped", None) or address
+        if (address.version == 6 or not (bracketed or percent)) and (zone or not percent):
+            return getattr(address, "ipv4_mapped", None) or address
+    raise UsageError(f"{text!r} is no address", _ADDRESS_HINT)
 
 
 def canonical_address(text: str) -> str:
@@ -2035,6 +2033,7 @@ def explain_failure(tail: bytes) -> str | None:
 # ==============================================================================
 
 
+_Row: TypeAlias = Mapping[str, str]  # what `show stat` says of one server
 _HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
 _HAPROXY_SECTIONS = frozenset(
     b"global defaults frontend backend listen peers resolvers mailers userlist cache program http-errors ring"
@@ -2281,24 +2280,33 @@ def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
     return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
 
 
-def decide_traffic(rows: Iterable[Mapping[str, str]]) -> list[str]:
+def is_usable(row: _Row) -> bool:
+    """Whether HAProxy would send a server requests."""
+    return row["status"].startswith(("UP", "no check"))
+
+
+def decide_traffic(rows: Iterable[_Row]) -> list[str]:
     """The servers that get the requests as HAProxy routes: all usable ones, else the first usable backup."""
-    usable = [row for row in rows if row["status"].startswith(("UP", "no check"))]
+    usable = list(filter(is_usable, rows))
     return [row["svname"] for row in usable if row["bck"] == "0"] or [row["svname"] for row in usable[:1]]
 
 
-def live_roles(rows: Iterable[Mapping[str, str]], rule: HaproxyRule) -> dict[str, str]:
+def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
+    """The rows of the two colours that HAProxy runs."""
+    named = {row["svname"]: row for row in rows}
+    return {color: named[rule.servers[color]] for color in COLORS if rule.servers[color] in named}
+
+
+def live_roles(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, str]:
     """Each colour as the running HAProxy read it, whatever the file says by now."""
-    roles = {row["svname"]: "backup" if row["bck"] == "1" else "active" for row in rows}
-    return {color: roles[rule.servers[color]] for color in COLORS if rule.servers[color] in roles}
+    return {c: "backup" if row["bck"] == "1" else "active" for c, row in rows_by_color(rows, rule).items()}
 
 
-def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles: Mapping[str, str]) -> list[str]:
+def traffic_warnings(rule: HaproxyRule, rows: Sequence[_Row], roles: Mapping[str, str]) -> list[str]:
     """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty where unreadable."""
-    names = {name: color for color, name in rule.servers.items()}
-    row_of = {names[row["svname"]]: row for row in rows if row["svname"] in names}
-    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name, c in names.items() if c not in row_of]
-    runs = live_roles(rows, rule)
+    row_of, runs = rows_by_color(rows, rule), live_roles(rows, rule)
+    lost = [name for color, name in rule.servers.items() if color not in row_of]
+    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name in lost]
     if differ := [color for color in runs if roles and runs[color] != roles[color]]:
         said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
         warnings.append(f"HAProxy does not run what its file says: {said}; a reload was lost")
@@ -2306,7 +2314,7 @@ def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles
     for color, row in row_of.items():
         if row["svname"] in takers and row["bck"] == "1":
             warnings.append(f"HAProxy has failed over to {color}; `switch {color}` makes that explicit")
-        elif row["svname"] not in takers and not row["status"].startswith(("UP", "no check")):
+        elif row["svname"] not in takers and not is_usable(row):
             warnings.append(f"{color} is {row['status']}: it would not take over")
     return warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
 
@@ -4557,9 +4565,8 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     except UpdaterError as problem:
         return {"active": None, "servers": servers, "warnings": [*warnings, problem.what]}
     takers = decide_traffic(rows)
-    for color, row in ((c, row) for row in rows for c in COLORS if row["svname"] == rule.servers[c]):
-        usable = row["status"].startswith(("UP", "no check"))
-        traffic = "active" if row["svname"] in takers else "standby" if usable else "down"
+    for color, row in rows_by_color(rows, rule).items():
+        traffic = "active" if row["svname"] in takers else "standby" if is_usable(row) else "down"
         address = row.get("addr") or servers[color]["address"]
         servers[color] |= {"traffic": traffic, "status": row["status"], "address": address}
     active = [color for color in COLORS if servers[color]["traffic"] == "active"]
@@ -4709,11 +4716,6 @@ class Switch:
     def new(self) -> bytes:
         return self.entry.new.encode("latin-1")
 
-    @property
-    def names(self) -> tuple[str, str]:
-        """The `server` names of the new active and the old one."""
-        return self.rule.servers[self.entry.color], self.rule.servers[self.entry.before]
-
     def gate(self) -> str:
         """Refuse whatever could leave two active colours or none, before anything is touched. Raises GuardError."""
         entry, rule = self.entry, self.rule
@@ -4745,15 +4747,15 @@ class Switch:
             self.say(f"forced by {self.runner.job.by}: health and commit of {entry.color} are not required")
         return self.look_at_standby(rows) + f"; {entry.before} is active"
 
-    def look_at_standby(self, rows: Sequence[Mapping[str, str]]) -> str:
+    def look_at_standby(self, rows: Sequence[_Row]) -> str:
         """Only a server that HAProxy would use, and that answers here and now, may get the traffic."""
-        color, name = self.entry.color, self.names[0]
+        color = self.entry.color
         self.refuse_without_rights()
         self.entry.address = self.found.servers[color].address
         status = "unknown to us (no socket)"
-        if row := next((row for row in rows if row["svname"] == name), None):
+        if row := rows_by_color(rows, self.rule).get(color):
             status, self.entry.address = row["status"], row.get("addr") or self.entry.address
-            if not status.startswith(("UP", "no check")):
+            if not is_usable(row):
                 what = f"{color} is {status} for HAProxy: {row.get('check_status')} {row.get('last_chk')}"
                 raise GuardError(what, f"repair {color} first: HAProxy would send it nothing")
         if problem := self.connect_problem():
@@ -4812,14 +4814,14 @@ class Switch:
         if not self.live:
             return f"without a socket, {before} answers what comes on connections of before until these end"
         self.set_state("drain")
-        busy = next(row["scur"] for row in live_rows(self.rule) if row["svname"] == self.names[1])
+        busy = rows_by_color(live_rows(self.rule), self.rule)[before]["scur"]
         return f"{before} gets no new requests, {busy} are under way there"
 
     def set_state(self, state: str) -> None:
         """Drain the old colour, or make it ready. HAProxy's older processes no longer listen. Raises UpdaterError."""
-        said = ask_haproxy(self.rule, f"set server {self.rule.backend}/{self.names[1]} state {state}").strip()
-        if said:
-            raise UpdaterError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
+        name = self.rule.servers[self.entry.before]
+        if said := ask_haproxy(self.rule, f"set server {self.rule.backend}/{name} state {state}").strip():
+            raise UpdaterError(f"HAProxy does not {state} {name}: {said}", "give the socket `level admin`")
 
     def make_ready(self) -> None:
         """The old colour gets requests again: a socket that is silent for a moment must not leave it drained."""
@@ -4830,7 +4832,7 @@ class Switch:
                 return
             except UpdaterError as problem:
                 if time.monotonic() > ends:
-                    self.say(f"warning: {self.names[1]} may still be drained: {problem}")
+                    self.say(f"warning: {self.rule.servers[self.entry.before]} may still be drained: {problem}")
                     return
             time.sleep(0.1)
 
@@ -4907,7 +4909,8 @@ class Switch:
         deadline = time.monotonic() + PROOF_S
         while True:
             rows = live_rows(self.rule)
-            new, old = (next(row for row in rows if row["svname"] == name) for name in self.names)
+            found = rows_by_color(rows, self.rule)
+            new, old = found[color], found[before]
             if old["status"].startswith("DRAIN"):  # a reload that saves the states itself saved the drain too
                 self.set_state("ready")
             if decide_traffic(rows) == [new["svname"]] and int(new["stot"]):
@@ -7277,22 +7280,16 @@ def render_news(form: str, news: Mapping[str, Any], chat: str | None = None) -> 
     """Headers and body of the request that tells `news` in a service's own form."""
     text = news_text(form, news)
     headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
-    data: dict[str, Any]
-    match form:
-        case "slack":
-            data = {"text": text}
-        case "discord":
-            data = {"content": text, "allowed_mentions": {"parse": []}}
-        case "telegram":
-            data = {"chat_id": chat, "text": text, "disable_web_page_preview": True}
-        case "ntfy":
-            title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
-            headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
-            good = news["event"] in (State.SUCCEEDED, "switched")
-            return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
-        case _:
-            data = {**news, "text": text}
-    return headers, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+    if form == "ntfy":
+        title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
+        headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
+        good = news["event"] in (State.SUCCEEDED, "switched")
+        return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
+    bodies = {
+        "slack": {"text": text}, "discord": {"content": text, "allowed_mentions": {"parse": []}},
+        "telegram": {"chat_id": chat, "text": text, "disable_web_page_preview": True}, "json": {**news, "text": text},
+    }  # fmt: skip
+    return headers, json.dumps(bodies[form], ensure_ascii=False).encode("utf-8", "replace")
 
 
 def retry_after_s(text: str, now: float) -> float:
@@ -7399,10 +7396,8 @@ class Notifier:
             self.switched |= job.kind is Kind.SWITCH
             if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
                 path = self.master.state.log_file(job.run, job.host)
-                size = log_size(path)
-                end = read_log(path, max(0, size - CHUNK_BYTES), CHUNK_BYTES)
-                news = news_of_job(run.record, job, end)
-                self.tell(f"{job.run}-{job.host}-{job.state}", news)
+                end = read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
+                self.tell(f"{job.run}-{job.host}-{job.state}", news_of_job(run.record, job, end))
         except Exception as problem:
             log.error("can't tell of run %s: %s", job.run, problem)
 
