@@ -1879,8 +1879,7 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     return tuple(Step(" ".join(argv), argv) for argv in asked) if units else ()
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of `doctor`; `ok` is None where it does not apply. `certain`: a deployment can't but fail."""
 
     name: str
@@ -2076,8 +2075,7 @@ class ServerLine(NamedTuple):
     place: int
 
 
-@dataclass(frozen=True)
-class BackendText:
+class BackendText(NamedTuple):
     """The part of haproxy.cfg that says who is active."""
 
     file: str
@@ -2476,6 +2474,7 @@ class McpSession:
         self.info = {"name": "estelle-updater", "version": version}
         self.older = ""  # the revision that `initialize` agreed on
         self.calls: dict[str | int, ToolCall] = {}
+        self.ended: list[str | int] = []  # calls that the last line gave up
 
     def feed(self, line: bytes) -> tuple[list[dict[str, Any]], list[ToolCall], list[str | int]]:
         """(answers, calls to begin, ids of calls to give up) for one line."""
@@ -2484,35 +2483,33 @@ class McpSession:
         except (ValueError, RecursionError):
             return [self.failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
         batch = data if isinstance(data, list) and self.older == "2025-03-26" and data else [data]
-        answers: list[dict[str, Any]] = []
-        begun, ended = list(self.calls), list[str | int]()
-        for item in batch:
-            answer, stop = self.take(item)
-            answers += [answer] if answer else []
-            ended += [] if stop is None else [stop]
-        return answers, [call for name, call in self.calls.items() if name not in begun], ended
+        begun, self.ended = list(self.calls), []
+        answers = [answer for item in batch if (answer := self.take(item))]
+        return answers, [call for name, call in self.calls.items() if name not in begun], self.ended
 
-    def take(self, item: Any) -> tuple[dict[str, Any] | None, str | int | None]:
-        """One message: its answer if there is one by now, and the id of a call to give up."""
+    def take(self, item: Any) -> dict[str, Any] | None:
+        """One message: its answer if there is one by now."""
         number = item.get("id") if isinstance(item, dict) else None
         number = number if type(number) in (str, int) else None
         try:
             if not isinstance(item, dict) or item.get("jsonrpc") != "2.0":
                 raise JsonRpcError(_INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
             if "method" not in item and ("result" in item or "error" in item):
-                return None, None  # an answer, and nothing was asked
+                return None  # an answer, and nothing was asked
             method, params = item.get("method"), {} if item.get("params") is None else item["params"]
             if not isinstance(method, str) or not isinstance(params, dict) or ("id" in item and number is None):
                 raise JsonRpcError(_INVALID_REQUEST, "method is a text, params an object, id a text or a whole number")
             if number is None:
                 gone = params.get("requestId") if method == "notifications/cancelled" else None
-                given_up = isinstance(gone, str | int) and self.calls.pop(gone, None) is not None
-                return None, gone if given_up else None
+                if isinstance(gone, str | int) and gone in self.calls:
+                    del self.calls[gone]
+                    self.ended.append(gone)
+                return None
             if number in self.calls:
                 raise JsonRpcError(_INVALID_REQUEST, f"a request with the id {_shown(number)} is still open")
-            return self.answer(number, method, params), None
+            return self.answer(number, method, params)
         except JsonRpcError as problem:
-            return self.failure(number, problem), None
+            return self.failure(number, problem)
 
     def answer(self, number: str | int, method: str, params: dict[str, Any]) -> dict[str, Any] | None:
         """The answer to a request; None for a tool's call, whose answer comes later. Raises JsonRpcError."""
@@ -4259,11 +4256,9 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
     ends = time.monotonic() + deadline_s
     for call in calls:
         threading.Thread(target=ask, args=(call,), daemon=True).start()
-    for _ in calls:
-        try:
+    with suppress(queue.Empty):
+        for _ in calls:
             yield from done.get(timeout=max(0.0, ends - time.monotonic()))
-        except queue.Empty:
-            return
 
 
 def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tuple[str, ...]:
@@ -4281,7 +4276,7 @@ def probe_is_local(address: str) -> bool:
     nothing and makes the kernel choose a source. It is the address itself where that is ours, except for a second
     address in the same IPv4 subnet: there it is the first one, but Linux routes nothing from a source that isn't ours.
     """
-    try:
+    with suppress(OSError, UsageError):
         ip = _parse_ip(address)
         family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -4294,8 +4289,7 @@ def probe_is_local(address: str) -> bool:
             probe.bind((str(ip), 0))
             probe.connect((str(ip), 9))
             return True
-    except (OSError, UsageError):
-        return False
+    return False
 
 
 def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: bool = False) -> str:
