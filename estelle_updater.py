@@ -65,29 +65,28 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Prot
 __version__ = "0.1.0"
 
 
-_LAZY_NAMES: list[str] = []  # for `preload`
-
-
 class _Lazy:
     """A module imported at its first use, so that a short command does not pay for what only the daemon needs."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        _LAZY_NAMES.append(name)
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._load(), attribute)
-
-    def _load(self) -> Any:
-        module = importlib.import_module(self._name)
-        globals()[self._name.replace(".", "_") if "." in self._name else self._name] = module
-        return module
+        module = globals()[self._name.replace(".", "_")] = importlib.import_module(self._name)
+        return getattr(module, attribute)
 
 
+_LAZY_NAMES = (
+    "asyncio", "calendar", "csv", "ctypes", "difflib", "getpass", "hashlib", "hmac", "http.client",
+    "importlib.metadata", "importlib.util", "io", "ipaddress", "marshal", "queue", "random", "select", "shutil",
+    "signal", "socket", "ssl", "subprocess", "tempfile", "tomllib", "urllib.parse", "urllib.request", "zipfile",
+)  # fmt: skip
 if TYPE_CHECKING:
     import asyncio
     import calendar
+    import csv
     import ctypes
+    import difflib
     import getpass
     import hashlib
     import hmac
@@ -113,31 +112,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 else:
-    asyncio = _Lazy("asyncio")
-    calendar = _Lazy("calendar")
-    ctypes = _Lazy("ctypes")
-    getpass = _Lazy("getpass")
-    hashlib = _Lazy("hashlib")
-    hmac = _Lazy("hmac")
-    http_client = _Lazy("http.client")
-    importlib_metadata = _Lazy("importlib.metadata")
-    importlib_util = _Lazy("importlib.util")
-    io = _Lazy("io")
-    ipaddress = _Lazy("ipaddress")
-    marshal = _Lazy("marshal")
-    queue = _Lazy("queue")
-    random = _Lazy("random")
-    select = _Lazy("select")
-    shutil = _Lazy("shutil")
-    signal = _Lazy("signal")
-    socket = _Lazy("socket")
-    ssl = _Lazy("ssl")
-    subprocess = _Lazy("subprocess")
-    tempfile = _Lazy("tempfile")
-    tomllib = _Lazy("tomllib")
-    urllib_parse = _Lazy("urllib.parse")
-    urllib_request = _Lazy("urllib.request")
-    zipfile = _Lazy("zipfile")
+    globals().update({name.replace(".", "_"): _Lazy(name) for name in _LAZY_NAMES})
 
 # What a daemon comes to need besides: imported inside functions, here, in websockets or by the library itself.
 _PRELOADED = (
@@ -154,10 +129,8 @@ def preload(*names: str) -> None:
     skipped. Source lines are kept too: a traceback would read them from the new file, show the wrong ones, or fail.
     """
     for name in names or (*_LAZY_NAMES, *_PRELOADED):
-        try:
+        with suppress(ModuleNotFoundError):
             importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
     import linecache
     from zipimport import zipimporter
 
@@ -174,36 +147,13 @@ def preload(*names: str) -> None:
 # ==============================================================================
 
 
-class Role(StrEnum):
-    """What this host's daemon is."""
-
-    MASTER = "master"
-    AGENT = "agent"
-
-
-class Kind(StrEnum):
-    """What an order asks of a host; every order is a job with the same folder, log, states, cancel and history."""
-
-    DEPLOY = "deploy"
-    ROLLBACK = "rollback"
-    SWITCH = "switch"
-    UPGRADE = "upgrade"
-
-
-class State(StrEnum):
-    """A job's state, as the contract spells it."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    TIMEOUT = "timeout"
-    OFFLINE = "offline"
-    LOST = "lost"
-
-
+Role = StrEnum("Role", ["MASTER", "AGENT"])  # what this host's daemon is
+# What an order asks of a host; every order is a job with the same folder, log, states, cancel and history.
+Kind = StrEnum("Kind", ["DEPLOY", "ROLLBACK", "SWITCH", "UPGRADE"])
+# A job's state, as the contract spells it.
+State = StrEnum("State", ["QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED", "TIMEOUT", "OFFLINE", "LOST"])
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
+COLORS = ("blue", "green")
 SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
 
 DEFAULT_PORT = 9900
@@ -407,13 +357,11 @@ def _parse_ip(text: str) -> IPv4Address | IPv6Address:
     bare = text.strip()
     bracketed = bare.startswith("[") and bare.endswith("]")
     bare, percent, zone = (bare[1:-1] if bracketed else bare).partition("%")
-    try:
+    with suppress(ValueError):
         address = ipaddress.ip_address(bare)
-        if (address.version == 4 and (bracketed or percent)) or (percent and not zone):
-            raise ValueError(bare)
-    except ValueError:
-        raise UsageError(f"{text!r} is no address", _ADDRESS_HINT) from None
-    return getattr(address, "ipv4_mapped", None) or address
+        if (address.version == 6 or not (bracketed or percent)) and (zone or not percent):
+            return getattr(address, "ipv4_mapped", None) or address
+    raise UsageError(f"{text!r} is no address", _ADDRESS_HINT)
 
 
 def canonical_address(text: str) -> str:
@@ -442,8 +390,7 @@ def parse_network(text: str) -> IPv4Network | IPv6Network:
     return network
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Whether an address may connect, and why, in a sentence that names the address."""
 
     allowed: bool
@@ -489,10 +436,9 @@ def split_port(text: str) -> tuple[str, int | None]:
 
 def host_key(text: str) -> str:
     """A host as it is compared: the canonical address, or the name in lower case without a final dot."""
-    try:
+    with suppress(UsageError):
         return canonical_address(text)
-    except UsageError:
-        return text.lower().removesuffix(".")
+    return text.lower().removesuffix(".")
 
 
 def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) -> str:
@@ -520,11 +466,10 @@ def parse_host(text: str) -> str:
 
 def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bool:
     """Whether Host names us (`own_names`: our addresses, masterUrl's host, serverNames); DNS rebinding would not."""
-    try:
+    with suppress(UsageError):
         host = split_port(host_header or "")[0]
-    except UsageError:
-        return False
-    return host != "" and host_key(host) in {host_key(name) for name in own_names}
+        return host != "" and host_key(host) in {host_key(name) for name in own_names}
+    return False
 
 
 def allowed_origin(origin: str | None, own_names: Iterable[str]) -> bool:
@@ -533,8 +478,7 @@ def allowed_origin(origin: str | None, own_names: Iterable[str]) -> bool:
     return origin is None or (scheme.lower() in ("http", "https") and allowed_host_header(host, own_names))
 
 
-@dataclass(frozen=True)
-class MasterUrl:
+class MasterUrl(NamedTuple):
     """Where the master listens; `host` is canonical or in lower case, without brackets."""
 
     scheme: str
@@ -576,8 +520,7 @@ class RoleFacts:
     public_source: str | None = None  # "metadata" or "echo"
 
 
-@dataclass(frozen=True)
-class RoleDecision:
+class RoleDecision(NamedTuple):
     """The role and why; `provisional` has to be proven by dialing masterUrl and meeting oneself."""
 
     role: Role
@@ -720,6 +663,12 @@ def valid_branch_problem(name: str) -> str | None:
     return next((problem for pattern, problem in rules if re.fullmatch(pattern, name)), None)
 
 
+def require_branch(name: str, hint: str = "") -> None:
+    """Raises UsageError for what is no branch, tag or commit id."""
+    if problem := valid_branch_problem(name):
+        raise UsageError(f"{name[:80]!r} is no branch name: {problem}", hint)
+
+
 # ==============================================================================
 # 4. Configuration: frozen dataclasses, parse with all problems at once, render
 # ==============================================================================
@@ -826,9 +775,7 @@ def _unknown(key: str, known: Iterable[str]) -> _Convert:
     """A converter for a key that nobody knows; a value under a name that looks secret is not shown."""
 
     def convert(raw: Any) -> Any:
-        from difflib import get_close_matches
-
-        like = get_close_matches(key, list(known), 1)
+        like = difflib.get_close_matches(key, list(known), 1)
         advice = f"did you mean {like[0]}?" if like else "known are " + ", ".join(known)
         value = "" if _SECRET_NAME.match(key) else f", value {_shown(raw)}"
         raise _Wrong([("", f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")])
@@ -896,14 +843,9 @@ _word = _matches("single word", r"[^\s\"'#\\]+")
 _remote = _is("git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None)
 _host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_host_name(raw))
 _host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
-_hosts = _list_of(_host, '["yq-blue", "yq-green"]')
 _networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
-_server_names = _list_of(_by(parse_host), '["master.example"]')
 _command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
-_units = _list_of(_unit, '["estelle.service"]')
-_color = _one_of("blue", "green")
 _notify_events = _list_of(_one_of(*NOTIFY_EVENTS), '["failed", "lost"]')
-_notify_format = _one_of("slack", "discord", "telegram", "ntfy", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -912,7 +854,7 @@ class DeployRule:
 
     remote: Annotated[str, _remote] = "origin"
     command: Annotated[tuple[str, ...], _command] = ("pnpm", "deploy:release")
-    restart: Annotated[tuple[str, ...], _units] = ()
+    restart: Annotated[tuple[str, ...], _list_of(_unit, '["estelle.service"]')] = ()
     timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
     version: Annotated[str, _text] = "config/version.json"
     secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
@@ -931,16 +873,15 @@ class HostRule:
     command: Annotated[tuple[str, ...] | None, _command] = None
     environment_file: Annotated[str | None, _text] = None
     env: Annotated[Mapping[str, str], _environment] = field(default_factory=dict)
-    color: Annotated[str | None, _color] = None
+    color: Annotated[str | None, _one_of(*COLORS)] = None
     deploy: Annotated[bool, _flag] = True
 
 
 def _servers(raw: Any) -> dict[str, str]:
     """The names of the `server` lines by colour, both there and different."""
-    colors = ("blue", "green")
-    names = {**dict(zip(colors, colors, strict=True)), **_mapping(raw)}
+    names = {**dict(zip(COLORS, COLORS, strict=True)), **_mapping(raw)}
     same = [("", f"{_shown(raw)} gives both colours the same server")] if names["blue"] == names["green"] else []
-    _convert_all(((_step(c), _word if c in colors else _unknown(c, colors), name) for c, name in names.items()), same)
+    _convert_all(((_step(c), _word if c in COLORS else _unknown(c, COLORS), name) for c, name in names.items()), same)
     return names
 
 
@@ -971,7 +912,7 @@ class HealthRule:
     disk: Annotated[str | None, _text] = None
     certificate: Annotated[str | None, _text] = None
     command: Annotated[tuple[str, ...] | None, _command] = None
-    hosts: Annotated[tuple[str, ...], _hosts] = ()
+    hosts: Annotated[tuple[str, ...], _list_of(_host, '["yq-blue", "yq-green"]')] = ()
     status: Annotated[int, _status] = 200
     contains: Annotated[str | None, _argument] = None
     least: Annotated[int | None, _count] = None
@@ -1014,7 +955,7 @@ class NotifyRule:
     url: Annotated[str | None, _url] = None
     url_env: Annotated[str | None, _word] = None
     url_file: Annotated[str | None, _text] = None
-    format: Annotated[str, _notify_format] = "json"
+    format: Annotated[str, _one_of(*NEWS_BYTES)] = "json"
     chat: Annotated[str | None, _text] = None
     on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
     offline_minutes: Annotated[float, _minutes] = 10
@@ -1036,10 +977,9 @@ def _check_health(raw: dict[str, Any]) -> _Problems:
 
 
 def _check_notify(raw: dict[str, Any]) -> _Problems:
-    if ("chat" in raw) == (raw.get("format") == "telegram"):
-        return _exactly_one(raw, ("url", "urlEnv", "urlFile"))
-    chat = f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one"
-    return [*_exactly_one(raw, ("url", "urlEnv", "urlFile")), (".chat", chat)]
+    chat = (".chat", f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one")
+    fits = ("chat" in raw) == (raw.get("format") == "telegram")
+    return _exactly_one(raw, ("url", "urlEnv", "urlFile")) + ([] if fits else [chat])
 
 
 def _check_tls(raw: dict[str, Any]) -> _Problems:
@@ -1080,7 +1020,7 @@ class Config:
     master_url: Annotated[MasterUrl, _by(parse_master_url)]
     whitelist: Annotated[tuple[str, ...], _networks]
     trusted_proxies: Annotated[tuple[str, ...], _networks] = ()
-    server_names: Annotated[tuple[str, ...], _server_names] = ()
+    server_names: Annotated[tuple[str, ...], _list_of(_by(parse_host), '["master.example"]')] = ()
     token_file: Annotated[str | None, _text] = None
     deploy: Annotated[DeployRule, _table(DeployRule)] = DeployRule()
     hosts: Annotated[tuple[HostRule, ...], _read_hosts] = ()
@@ -1096,6 +1036,13 @@ def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
     """Every (path, problem) as a line `FILE: PATH: PROBLEM`."""
     lines = tuple(": ".join(filter(None, (file, path.removeprefix("."), problem))) for path, problem in problems)
     return ConfigError(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""), f"correct {file}", lines)
+
+
+def _checked(convert: _Convert, raw: Any, file: str) -> Any:
+    try:
+        return convert(raw)
+    except _Wrong as wrong:
+        raise _config_error(file, *wrong.problems) from None
 
 
 def _decoded(text: bytes | str, file: str) -> str:
@@ -1120,26 +1067,18 @@ def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
     plain = _decoded(text, file)
     try:
         if form == "toml":
-            import tomllib
-
             return tomllib.loads(plain)
-        data: dict[str, Any] = _mapping(json.loads(plain, object_pairs_hook=_unique))
+        data: dict[str, Any] = _checked(_mapping, json.loads(plain, object_pairs_hook=_unique), file)
+        return data
     except json.JSONDecodeError as error:
         raise _config_error(file, ("", f"line {error.lineno}, column {error.colno}: {error.msg}")) from None
-    except _Wrong as wrong:
-        raise _config_error(file, *wrong.problems) from None
     except (ValueError, RecursionError) as error:  # tomllib's message holds line and column
         raise _config_error(file, ("", str(error))) from None
-    return data
 
 
 def parse_config(text: bytes | str, file: str, form: str) -> Config:
     """The configuration that a file's text means, `form` json or toml; ConfigError holds every problem, a line each."""
-    data = parse_data(text, file, form)
-    try:
-        config: Config = _table(Config)(data)
-    except _Wrong as wrong:
-        raise _config_error(file, *wrong.problems) from None
+    config: Config = _checked(_table(Config), parse_data(text, file, form), file)
     return config
 
 
@@ -1160,7 +1099,7 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     if config.haproxy:
         wanted.append(("haproxy", config.haproxy.host))
         colors = {rule.color for rule in config.hosts}
-        warnings += [f"haproxy: no host has color {c}" for c in ("blue", "green") if c not in colors]
+        warnings += [f"haproxy: no host has color {c}" for c in COLORS if c not in colors]
     warnings += [f"{key}: {_shown(host)} matches no host" for key, host in wanted if host_key(host) not in names]
     for rule in config.hosts:
         secret = [f"hosts{_step(rule.key)}.env.{name}" for name in rule.env if _SECRET_NAME.match(name)]
@@ -1179,14 +1118,10 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Effective(HostRule, DeployRule):
-    """What holds for one host: its own section over [deploy]; `source_key` names that section, None without one."""
+    """What holds for one host: its own section over [deploy]; `key` names that section, "" without one."""
 
     name: str
     command: tuple[str, ...]
-
-    @property
-    def source_key(self) -> str | None:
-        return self.key or None
 
 
 def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
@@ -1218,59 +1153,51 @@ def render_config(data: Mapping[str, Any], form: str) -> str:
 _TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]')  # strings, comments, brackets
 
 
+def _edit_entry(text: str, form: str, entry: str, add: bool) -> str:
+    """The text with `entry` once more or once less in its whitelist; empty where there is none to be seen."""
+    head = re.search(r'"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text)
+    begin = head.end() if head else len(text)
+    items = [token for token in _TOKENS.finditer(text, begin) if form == "toml" or token[0][0] != "#"]
+    end = next((token.start() for token in items if token[0] == "]"), None)
+    if end is None:
+        return ""
+    strings = [token for token in items if token.start() < end and token[0][0] in "\"'"]
+    if not (found := [token for token in strings if add or token[0][1:-1] == entry]):
+        return text[:begin] + json.dumps(entry) + text[begin:] if add else text
+    start, stop = found[-1].span()
+    gap = re.compile(r"\r?\n[ \t]*$").search(text, begin, start)
+    comma = re.compile(r"\s*,[ \t]*").match(text, stop, end)
+    if not add:
+        before = re.compile(r",\s*$").search(text, begin, start)
+        if comma:
+            stop = comma.end()
+            start = gap.start() if gap and text[stop] in "\r\n" else start
+        return text[: before.start() if before and not comma else start] + text[stop:]
+    if gap is None:
+        return f"{text[:stop]}, {json.dumps(entry)}{text[stop:]}"
+    line_end = re.compile(r"\r?\n").search(text, stop, end)  # a line of its own, behind the last one's comment
+    place = line_end.start() if line_end else end
+    old, new = ("", ",") if comma else (",", "")
+    return f"{text[:stop]}{old}{text[stop:place]}{gap[0]}{json.dumps(entry)}{new}{text[place:]}"
+
+
 def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[str]) -> str | None:
     """The file's text with entries added and removed, all else as it was; None where that can't be done safely.
 
     Entries to remove are as they stand in the file. The result is read again and must differ in the whitelist alone.
     """
-    if len(remove) + bool(add) > 1:  # one by one: the edits of neighbours would overlap
-        for entry in remove:
-            if (text := edit_whitelist(text, form, (), (entry,)) or "") == "":
-                return None
-        return edit_whitelist(text, form, add, ()) if add else text
-    head = re.search(r'(?m)"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text)
-    if head is None:
-        return None
-    items = [token for token in _TOKENS.finditer(text, head.end()) if form == "toml" or token[0][0] != "#"]
-    end = next((token.start() for token in items if token[0] == "]"), None)
-    if end is None:
-        return None
-    strings = [token for token in items if token.start() < end and token[0][0] in "\"'"]
-    edits: list[tuple[int, int, str]] = []
-    for token in strings:
-        if token[0][1:-1] in remove:
-            after = re.compile(r"\s*,[ \t]*").match(text, token.end(), end)
-            before = re.compile(r",\s*$").search(text, head.end(), token.start())
-            start, stop = (
-                (token.start(), after.end()) if after else (before.start() if before else token.start(), token.end())
-            )
-            line = re.compile(r"[ \t]*\r?\n[ \t]*$").search(text, head.end(), start)
-            if after and line and text[stop : stop + 1] in "\r\n":
-                start = line.start()
-            edits.append((start, stop, ""))
-    kept = [token for token in strings if token[0][1:-1] not in remove]
-    if add and kept:
-        last = kept[-1]
-        gap = re.compile(r"\r?\n[ \t]*$").search(text, head.end(), last.start())
-        comma = re.compile(r"\s*,").match(text, last.end(), end)
-        if gap is None:
-            edits.append((last.end(), last.end(), "".join(f", {json.dumps(entry)}" for entry in add)))
-        else:  # lines of their own, behind the last one's comment
-            line_end = re.compile(r"\r?\n").search(text, last.end(), end)
-            place = line_end.start() if line_end else end
-            lines = ",".join(gap[0] + json.dumps(entry) for entry in add) + ("," if comma else "")
-            edits.append((last.end(), place, ("" if comma else ",") + text[last.end() : place] + lines))
-    elif add:
-        edits.append((head.end(), head.end(), ", ".join(map(json.dumps, add))))
-    new = text
-    for start, stop, replacement in sorted(edits, reverse=True):
-        new = new[:start] + replacement + new[stop:]
     try:
-        old_data, new_data = parse_data(text, "", form), parse_data(new, "", form)
+        old = parse_data(text, "", form)
+        listed = old["whitelist"] if isinstance(old.get("whitelist"), list) else []
+        for entry in (entry for entry in listed if entry in remove):
+            text = _edit_entry(text, form, entry, add=False)
+        for entry in add:
+            text = _edit_entry(text, form, entry, add=True)
+        new = parse_data(text, "", form)
     except ConfigError:
         return None
-    wanted = [entry for entry in old_data["whitelist"] if entry not in remove] + list(add)
-    return new if new_data == old_data | {"whitelist": wanted} else None
+    wanted = [entry for entry in listed if entry not in remove] + list(add)
+    return text if new == old | {"whitelist": wanted} else None
 
 
 def accept_hint(sha256: str) -> str:
@@ -1309,10 +1236,7 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     """
     plain = _decoded(text, file)
     if plain.lstrip().startswith("{"):
-        try:
-            return _environment(parse_data(plain, file, "json"))
-        except _Wrong as wrong:
-            raise _config_error(file, *wrong.problems) from None
+        return dict(_checked(_environment, parse_data(plain, file, "json"), file))
     lines = [line for line in enumerate(re.split(r"\r?\n", plain), 1) if not re.fullmatch(r"\s*(#.*)?", line[1])]
     matches = [(number, _is_argument(line) and _ENVIRONMENT_LINE.fullmatch(line)) for number, line in lines]
     if problems := [(f"line {number}", "is no KEY=VALUE") for number, match in matches if not match]:
@@ -1326,14 +1250,12 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
 
     Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
     """
-    from urllib.parse import unquote
-
     found: set[str] = set()
     for name, value in (item for environment in environments for item in environment.items()):
         if name in named or _SECRET_NAME.match(name):
             found.update((value, value.strip(), *value.splitlines()))
         for password in _URL_PASSWORD.findall(value):
-            found.update((password, unquote(password)))
+            found.update((password, urllib_parse.unquote(password)))
     long = [secret for secret in found if secret.strip() and len(secret.encode("utf-8", "surrogatepass")) >= 6]
     return tuple(sorted(long, key=lambda secret: (-len(secret), secret)))
 
@@ -1897,8 +1819,7 @@ def job_of_run(run: RunRecord, host: str) -> JobRecord:
 # ==============================================================================
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One command of a deployment: how it is announced, and what really runs."""
 
     label: str
@@ -1960,8 +1881,7 @@ def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     return tuple(Step(" ".join(argv), argv) for argv in asked) if units else ()
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of `doctor`; `ok` is None where it does not apply. `certain`: a deployment can't but fail."""
 
     name: str
@@ -1995,9 +1915,8 @@ def parse_version_file(data: bytes) -> str | None:
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
-URL_SECRET = re.compile(
-    rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))"
-)  # user:password@ or token@
+# user:password@ or token@
+URL_SECRET = re.compile(rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))")
 URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
 
 
@@ -2116,7 +2035,7 @@ def explain_failure(tail: bytes) -> str | None:
 # ==============================================================================
 
 
-COLORS = ("blue", "green")
+_Row: TypeAlias = Mapping[str, str]  # what `show stat` says of one server
 _HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
 _HAPROXY_SECTIONS = frozenset(
     b"global defaults frontend backend listen peers resolvers mailers userlist cache program http-errors ring"
@@ -2159,8 +2078,7 @@ class ServerLine(NamedTuple):
     place: int
 
 
-@dataclass(frozen=True)
-class BackendText:
+class BackendText(NamedTuple):
     """The part of haproxy.cfg that says who is active."""
 
     file: str
@@ -2330,8 +2248,6 @@ def switch_text(found: BackendText, color: str) -> bytes:
 
 def render_diff(old: bytes, new: bytes, file: str) -> bytes:
     """A unified diff, in the bytes of the file."""
-    import difflib
-
     name = file.encode()
     before, after = ([line + b"\n" for line in text.split(b"\n")] for text in (old, new))
     return b"".join(difflib.diff_bytes(difflib.unified_diff, before, after, name, name))
@@ -2339,8 +2255,6 @@ def render_diff(old: bytes, new: bytes, file: str) -> bytes:
 
 def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
     """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is something else."""
-    import csv
-
     rows = csv.DictReader(text.removeprefix("# ").splitlines())
     named = [row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")]
     return [row for row in named if row["svname"] not in ("FRONTEND", "BACKEND")]
@@ -2367,24 +2281,33 @@ def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
     return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
 
 
-def decide_traffic(rows: Iterable[Mapping[str, str]]) -> list[str]:
+def is_usable(row: _Row) -> bool:
+    """Whether HAProxy would send a server requests."""
+    return row["status"].startswith(("UP", "no check"))
+
+
+def decide_traffic(rows: Iterable[_Row]) -> list[str]:
     """The servers that get the requests as HAProxy routes: all usable ones, else the first usable backup."""
-    usable = [row for row in rows if row["status"].startswith(("UP", "no check"))]
+    usable = list(filter(is_usable, rows))
     return [row["svname"] for row in usable if row["bck"] == "0"] or [row["svname"] for row in usable[:1]]
 
 
-def live_roles(rows: Iterable[Mapping[str, str]], rule: HaproxyRule) -> dict[str, str]:
+def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
+    """The rows of the two colours that HAProxy runs."""
+    named = {row["svname"]: row for row in rows}
+    return {color: named[rule.servers[color]] for color in COLORS if rule.servers[color] in named}
+
+
+def live_roles(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, str]:
     """Each colour as the running HAProxy read it, whatever the file says by now."""
-    roles = {row["svname"]: "backup" if row["bck"] == "1" else "active" for row in rows}
-    return {color: roles[rule.servers[color]] for color in COLORS if rule.servers[color] in roles}
+    return {c: "backup" if row["bck"] == "1" else "active" for c, row in rows_by_color(rows, rule).items()}
 
 
-def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles: Mapping[str, str]) -> list[str]:
+def traffic_warnings(rule: HaproxyRule, rows: Sequence[_Row], roles: Mapping[str, str]) -> list[str]:
     """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty where unreadable."""
-    names = {name: color for color, name in rule.servers.items()}
-    row_of = {names[row["svname"]]: row for row in rows if row["svname"] in names}
-    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name, c in names.items() if c not in row_of]
-    runs = live_roles(rows, rule)
+    row_of, runs = rows_by_color(rows, rule), live_roles(rows, rule)
+    lost = [name for color, name in rule.servers.items() if color not in row_of]
+    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name in lost]
     if differ := [color for color in runs if roles and runs[color] != roles[color]]:
         said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
         warnings.append(f"HAProxy does not run what its file says: {said}; a reload was lost")
@@ -2392,7 +2315,7 @@ def traffic_warnings(rule: HaproxyRule, rows: Sequence[Mapping[str, str]], roles
     for color, row in row_of.items():
         if row["svname"] in takers and row["bck"] == "1":
             warnings.append(f"HAProxy has failed over to {color}; `switch {color}` makes that explicit")
-        elif row["svname"] not in takers and not row["status"].startswith(("UP", "no check")):
+        elif row["svname"] not in takers and not is_usable(row):
             warnings.append(f"{color} is {row['status']}: it would not take over")
     return warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
 
@@ -2417,8 +2340,7 @@ class JsonRpcError(Exception):
         self.error = {"code": code, "message": message} | ({} if data is None else {"data": data})
 
 
-@dataclass(frozen=True)
-class Tool:
+class Tool(NamedTuple):
     """What a model may call. `effect` is how it is announced: it reads, it changes, or changes but once."""
 
     name: str
@@ -2468,7 +2390,7 @@ def _answer(row: str, *names: str, **types: str) -> dict[str, Any]:
 
 _TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas")
 _BRANCH = _a_text("a branch, a tag or a full commit id")
-_COLOR = _a_text("blue, green, or standby: the one that is not active", enum=["blue", "green", "standby"])
+_COLOR = _a_text("blue, green, or standby: the one that is not active", enum=[*COLORS, "standby"])
 _RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 _ONCE = {
     "plan": _a_text("the id that the tool plan answered; it must be fresh and still true"),
@@ -2534,8 +2456,7 @@ def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "argumen
     return []
 
 
-@dataclass(frozen=True)
-class ToolCall:
+class ToolCall(NamedTuple):
     """A call that a model waits for."""
 
     id: str | int
@@ -2556,6 +2477,7 @@ class McpSession:
         self.info = {"name": "estelle-updater", "version": version}
         self.older = ""  # the revision that `initialize` agreed on
         self.calls: dict[str | int, ToolCall] = {}
+        self.ended: list[str | int] = []  # calls that the last line gave up
 
     def feed(self, line: bytes) -> tuple[list[dict[str, Any]], list[ToolCall], list[str | int]]:
         """(answers, calls to begin, ids of calls to give up) for one line."""
@@ -2564,35 +2486,33 @@ class McpSession:
         except (ValueError, RecursionError):
             return [self.failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
         batch = data if isinstance(data, list) and self.older == "2025-03-26" and data else [data]
-        answers: list[dict[str, Any]] = []
-        begun, ended = list(self.calls), list[str | int]()
-        for item in batch:
-            answer, stop = self.take(item)
-            answers += [answer] if answer else []
-            ended += [] if stop is None else [stop]
-        return answers, [call for name, call in self.calls.items() if name not in begun], ended
+        begun, self.ended = list(self.calls), []
+        answers = [answer for item in batch if (answer := self.take(item))]
+        return answers, [call for name, call in self.calls.items() if name not in begun], self.ended
 
-    def take(self, item: Any) -> tuple[dict[str, Any] | None, str | int | None]:
-        """One message: its answer if there is one by now, and the id of a call to give up."""
+    def take(self, item: Any) -> dict[str, Any] | None:
+        """One message: its answer if there is one by now."""
         number = item.get("id") if isinstance(item, dict) else None
         number = number if type(number) in (str, int) else None
         try:
             if not isinstance(item, dict) or item.get("jsonrpc") != "2.0":
                 raise JsonRpcError(_INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
             if "method" not in item and ("result" in item or "error" in item):
-                return None, None  # an answer, and nothing was asked
+                return None  # an answer, and nothing was asked
             method, params = item.get("method"), {} if item.get("params") is None else item["params"]
             if not isinstance(method, str) or not isinstance(params, dict) or ("id" in item and number is None):
                 raise JsonRpcError(_INVALID_REQUEST, "method is a text, params an object, id a text or a whole number")
             if number is None:
                 gone = params.get("requestId") if method == "notifications/cancelled" else None
-                given_up = isinstance(gone, str | int) and self.calls.pop(gone, None) is not None
-                return None, gone if given_up else None
+                if isinstance(gone, str | int) and gone in self.calls:
+                    del self.calls[gone]
+                    self.ended.append(gone)
+                return None
             if number in self.calls:
                 raise JsonRpcError(_INVALID_REQUEST, f"a request with the id {_shown(number)} is still open")
-            return self.answer(number, method, params), None
+            return self.answer(number, method, params)
         except JsonRpcError as problem:
-            return self.failure(number, problem), None
+            return self.failure(number, problem)
 
     def answer(self, number: str | int, method: str, params: dict[str, Any]) -> dict[str, Any] | None:
         """The answer to a request; None for a tool's call, whose answer comes later. Raises JsonRpcError."""
@@ -4201,8 +4121,7 @@ class Runner:
         self.load_rule(strict=False)
         self.confirm_traffic()
         rule, branch = self.rule, self.job.branch
-        if problem := valid_branch_problem(branch):
-            raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+        require_branch(branch)
         for found in probe_ground(self.repo, self.state.root, rule, self.env):
             if not found.ok and found.certain:
                 raise UsageError(found.text, found.fix)
@@ -4480,20 +4399,17 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
     def ask(call: Callable[[], Any]) -> None:
         answer = []
         try:
-            answer = [call()]
-        except (OSError, ValueError, UsageError, http_client.HTTPException):
-            pass
+            with suppress(OSError, ValueError, UsageError, http_client.HTTPException):
+                answer = [call()]
         finally:
             done.put(answer)
 
     ends = time.monotonic() + deadline_s
     for call in calls:
         threading.Thread(target=ask, args=(call,), daemon=True).start()
-    for _ in calls:
-        try:
+    with suppress(queue.Empty):
+        for _ in calls:
             yield from done.get(timeout=max(0.0, ends - time.monotonic()))
-        except queue.Empty:
-            return
 
 
 def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tuple[str, ...]:
@@ -4511,7 +4427,7 @@ def probe_is_local(address: str) -> bool:
     nothing and makes the kernel choose a source. It is the address itself where that is ours, except for a second
     address in the same IPv4 subnet: there it is the first one, but Linux routes nothing from a source that isn't ours.
     """
-    try:
+    with suppress(OSError, UsageError):
         ip = _parse_ip(address)
         family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -4524,8 +4440,7 @@ def probe_is_local(address: str) -> bool:
             probe.bind((str(ip), 0))
             probe.connect((str(ip), 9))
             return True
-    except (OSError, UsageError):
-        return False
+    return False
 
 
 def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: bool = False) -> str:
@@ -4674,9 +4589,8 @@ def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: flo
         data = (repo / subject).read_bytes()
     days = (certificate_end(data) - time.time()) / 86400
     if days < least_days:
-        raise CheckFailed(
-            f"{days:.0f} days left, less than {least_days}" if days > 0 else f"ended {-days:.0f} days ago"
-        )
+        left = f"{days:.0f} days left, less than {least_days}"
+        raise CheckFailed(left if days > 0 else f"ended {-days:.0f} days ago")
     return f"{days:.0f} days left"
 
 
@@ -4715,23 +4629,20 @@ def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
 def run_checks(checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]) -> list[dict[str, Any]]:
     """All checks at once: name, ok and detail of each in their order; one that hangs fails at its deadline."""
 
-    def look(index: int, check: HealthRule) -> tuple[int, bool, str]:
+    def look(check: HealthRule, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         began = time.monotonic()
         try:
             detail = probe_health(check, repo, env)
         except (CheckFailed, UpdaterError, OSError, ValueError, http_client.HTTPException) as problem:
-            return index, False, getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+            return row, {"detail": getattr(problem, "strerror", None) or str(problem) or type(problem).__name__}
         seconds = time.monotonic() - began
-        return index, seconds <= check.timeout_s, f"{detail} ({seconds:.2f} s)"
+        return row, {"ok": seconds <= check.timeout_s, "detail": f"{detail} ({seconds:.2f} s)"}
 
-    found = {}
-    calls = [functools.partial(look, index, check) for index, check in enumerate(checks)]
-    for index, ok, detail in _answers(calls, checks_take_s(checks)):
-        found[index] = ok, detail
-    rows = []
-    for index, check in enumerate(checks):
-        ok, detail = found.get(index, (False, f"no answer within {check.timeout_s:g} s"))
-        rows.append({"name": check.name, "kind": check.kind, "ok": ok, "detail": detail})
+    late = "no answer within {:g} s".format
+    rows = [{"name": c.name, "kind": c.kind, "ok": False, "detail": late(c.timeout_s)} for c in checks]
+    looks = [functools.partial(look, *pair) for pair in zip(checks, rows, strict=True)]
+    for row, found in _answers(looks, checks_take_s(checks)):
+        row.update(found)
     return rows
 
 
@@ -4780,11 +4691,9 @@ def live_rows(rule: HaproxyRule) -> list[dict[str, str]]:
 def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     """Where HAProxy sends the traffic, by its own word, and what should worry; never raises."""
     warnings: list[str] = []
-    servers: dict[str, dict[str, Any]] = {
-        color: {"traffic": None, "file": None, "status": None, "address": None} for color in COLORS
-    }
+    servers: dict[str, dict[str, Any]]
+    servers = {color: dict.fromkeys(("traffic", "file", "status", "address")) for color in COLORS}
     roles: dict[str, str] = {}
-    takers: list[str] = []
     try:
         found = read_backend(Path(rule.config).read_bytes(), rule.config, rule)
         roles = found.roles()
@@ -4801,9 +4710,8 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     except UpdaterError as problem:
         return {"active": None, "servers": servers, "warnings": [*warnings, problem.what]}
     takers = decide_traffic(rows)
-    for color, row in ((c, row) for row in rows for c in COLORS if row["svname"] == rule.servers[c]):
-        usable = row["status"].startswith(("UP", "no check"))
-        traffic = "active" if row["svname"] in takers else "standby" if usable else "down"
+    for color, row in rows_by_color(rows, rule).items():
+        traffic = "active" if row["svname"] in takers else "standby" if is_usable(row) else "down"
         address = row.get("addr") or servers[color]["address"]
         servers[color] |= {"traffic": traffic, "status": row["status"], "address": address}
     active = [color for color in COLORS if servers[color]["traffic"] == "active"]
@@ -4904,27 +4812,24 @@ class Switch:
         said = work()
         self.say(f"{name}: {said} ({time.monotonic() - began:.2f} s)")
 
-    def refusing(self, name: str, work: Callable[[], str]) -> None:
-        """A phase before anything changed: whatever fails is a guard's refusal."""
+    def changes(self) -> bool:
+        """Whether there is anything to change; as nothing was changed yet, whatever fails is a guard's refusal."""
         try:
-            self.phase(name, work)
+            self.phase("gate", self.gate)
+            if self.entry.color == self.entry.before:
+                return False
+            self.phase("check", self.check)
+        except (UsageError, ConfigError):
+            raise
         except (UpdaterError, OSError) as problem:
-            if isinstance(problem, UsageError | ConfigError):
-                raise
             raise GuardError(str(problem), getattr(problem, "hint", "")) from problem
+        return not self.runner.job.options.get("dry_run")
 
     def run(self) -> None:
         """Switch, or leave everything as it was."""
-        options = self.runner.job.options
         try:
-            self.refusing("gate", self.gate)
-            if self.entry.color == self.entry.before:
-                return
-            self.refusing("check", self.check)
-            if options.get("dry_run"):
-                return
-            phases = {"drain": self.drain, "write": self.write, "reload": self.reload, "proof": self.prove}
-            self.transact(phases)
+            if self.changes():
+                self.transact({"drain": self.drain, "write": self.write, "reload": self.reload, "proof": self.prove})
         except OSError as problem:
             raise UpdaterError(f"{problem.filename or self.real}: {problem.strerror or problem}") from problem
         finally:
@@ -4955,11 +4860,6 @@ class Switch:
     @property
     def new(self) -> bytes:
         return self.entry.new.encode("latin-1")
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """The `server` names of the new active and the old one."""
-        return self.rule.servers[self.entry.color], self.rule.servers[self.entry.before]
 
     def gate(self) -> str:
         """Refuse whatever could leave two active colours or none, before anything is touched. Raises GuardError."""
@@ -4992,21 +4892,20 @@ class Switch:
             self.say(f"forced by {self.runner.job.by}: health and commit of {entry.color} are not required")
         return self.look_at_standby(rows) + f"; {entry.before} is active"
 
-    def look_at_standby(self, rows: Sequence[Mapping[str, str]]) -> str:
+    def look_at_standby(self, rows: Sequence[_Row]) -> str:
         """Only a server that HAProxy would use, and that answers here and now, may get the traffic."""
-        color, name = self.entry.color, self.names[0]
+        color = self.entry.color
         self.refuse_without_rights()
         self.entry.address = self.found.servers[color].address
         status = "unknown to us (no socket)"
-        if row := next((row for row in rows if row["svname"] == name), None):
+        if row := rows_by_color(rows, self.rule).get(color):
             status, self.entry.address = row["status"], row.get("addr") or self.entry.address
-            if not status.startswith(("UP", "no check")):
+            if not is_usable(row):
                 what = f"{color} is {status} for HAProxy: {row.get('check_status')} {row.get('last_chk')}"
                 raise GuardError(what, f"repair {color} first: HAProxy would send it nothing")
         if problem := self.connect_problem():
-            raise GuardError(
-                f"{color} does not answer at {self.entry.address}: {problem}", f"is it running on {color}?"
-            )
+            what = f"{color} does not answer at {self.entry.address}: {problem}"
+            raise GuardError(what, f"is it running on {color}?")
         return f"{color} at {self.entry.address} is {status} and accepts connections"
 
     def connect_problem(self) -> str | None:
@@ -5042,9 +4941,8 @@ class Switch:
         ours = [path == self.real or (path.name == self.real.name and not Path(file).is_absolute())
                 for path, file in zip(paths, files, strict=True)]  # fmt: skip
         if not any(ours):
-            raise GuardError(
-                f"HAProxy does not read {self.real}, but {', '.join(files)}", "correct `config` in [haproxy]"
-            )
+            what = f"HAProxy does not read {self.real}, but {', '.join(files)}"
+            raise GuardError(what, "correct `config` in [haproxy]")
         used = [str(self.temp if own else path) for path, own in zip(paths, ours, strict=True)]
         code, said = run_command(["haproxy", "-c", *(word for file in used for word in ("-f", file))], env, CHECK_S)
         if code:
@@ -5061,14 +4959,14 @@ class Switch:
         if not self.live:
             return f"without a socket, {before} answers what comes on connections of before until these end"
         self.set_state("drain")
-        busy = next(row["scur"] for row in live_rows(self.rule) if row["svname"] == self.names[1])
+        busy = rows_by_color(live_rows(self.rule), self.rule)[before]["scur"]
         return f"{before} gets no new requests, {busy} are under way there"
 
     def set_state(self, state: str) -> None:
         """Drain the old colour, or make it ready. HAProxy's older processes no longer listen. Raises UpdaterError."""
-        said = ask_haproxy(self.rule, f"set server {self.rule.backend}/{self.names[1]} state {state}").strip()
-        if said:
-            raise UpdaterError(f"HAProxy does not {state} {self.names[1]}: {said}", "give the socket `level admin`")
+        name = self.rule.servers[self.entry.before]
+        if said := ask_haproxy(self.rule, f"set server {self.rule.backend}/{name} state {state}").strip():
+            raise UpdaterError(f"HAProxy does not {state} {name}: {said}", "give the socket `level admin`")
 
     def make_ready(self) -> None:
         """The old colour gets requests again: a socket that is silent for a moment must not leave it drained."""
@@ -5079,7 +4977,7 @@ class Switch:
                 return
             except UpdaterError as problem:
                 if time.monotonic() > ends:
-                    self.say(f"warning: {self.names[1]} may still be drained: {problem}")
+                    self.say(f"warning: {self.rule.servers[self.entry.before]} may still be drained: {problem}")
                     return
             time.sleep(0.1)
 
@@ -5156,7 +5054,8 @@ class Switch:
         deadline = time.monotonic() + PROOF_S
         while True:
             rows = live_rows(self.rule)
-            new, old = (next(row for row in rows if row["svname"] == name) for name in self.names)
+            found = rows_by_color(rows, self.rule)
+            new, old = found[color], found[before]
             if old["status"].startswith("DRAIN"):  # a reload that saves the states itself saved the drain too
                 self.set_state("ready")
             if decide_traffic(rows) == [new["svname"]] and int(new["stot"]):
@@ -6016,8 +5915,7 @@ class Outlook:
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     """What deploying `branch` would do here: what arrives, what is in the way, what would run."""
     address, branch = args.get("address"), str(args.get("branch"))
-    if problem := valid_branch_problem(branch):
-        raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+    require_branch(branch)
     rule, repo = agent.rule_and_repo(address)
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
@@ -6957,8 +6855,7 @@ class Master:
                 raise UpdaterError(f"the run id {message.run} is taken", "try again")
             return found.record
         for branch in (message.branch, *message.commits.values()):
-            if problem := valid_branch_problem(branch):
-                raise UsageError(f"{branch[:80]!r} is no branch name: {problem}")
+            require_branch(branch)
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
         hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
         if message.options.get("alone"):  # a release begins with nothing under way on either colour
@@ -7337,8 +7234,8 @@ class Planner:
         active = await registry.active_for(self.target)
         hosts = select_targets(self.target, registry.hosts(), active)
         self.expects = expected_roles(self.target, hosts, active)
-        if self.action == "update" and (problem := valid_branch_problem(self.branch)):
-            raise UsageError(f"{self.branch[:80]!r} is no branch name: {problem}")
+        if self.action == "update":
+            require_branch(self.branch)
         history = asyncio.ensure_future(asyncio.to_thread(self.master.state.successes))
         past = await history if self.action == "rollback" else {}
         rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
@@ -7532,22 +7429,16 @@ def render_news(form: str, news: Mapping[str, Any], chat: str | None = None) -> 
     """Headers and body of the request that tells `news` in a service's own form."""
     text = news_text(form, news)
     headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
-    data: dict[str, Any]
-    match form:
-        case "slack":
-            data = {"text": text}
-        case "discord":
-            data = {"content": text, "allowed_mentions": {"parse": []}}
-        case "telegram":
-            data = {"chat_id": chat, "text": text, "disable_web_page_preview": True}
-        case "ntfy":
-            title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
-            headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
-            good = news["event"] in (State.SUCCEEDED, "switched")
-            return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
-        case _:
-            data = {**news, "text": text}
-    return headers, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+    if form == "ntfy":
+        title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
+        headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
+        good = news["event"] in (State.SUCCEEDED, "switched")
+        return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
+    bodies = {
+        "slack": {"text": text}, "discord": {"content": text, "allowed_mentions": {"parse": []}},
+        "telegram": {"chat_id": chat, "text": text, "disable_web_page_preview": True}, "json": {**news, "text": text},
+    }  # fmt: skip
+    return headers, json.dumps(bodies[form], ensure_ascii=False).encode("utf-8", "replace")
 
 
 def retry_after_s(text: str, now: float) -> float:
@@ -7654,10 +7545,8 @@ class Notifier:
             self.switched |= job.kind is Kind.SWITCH
             if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
                 path = self.master.state.log_file(job.run, job.host)
-                size = log_size(path)
-                end = read_log(path, max(0, size - CHUNK_BYTES), CHUNK_BYTES)
-                news = news_of_job(run.record, job, end)
-                self.tell(f"{job.run}-{job.host}-{job.state}", news)
+                end = read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
+                self.tell(f"{job.run}-{job.host}-{job.state}", news_of_job(run.record, job, end))
         except Exception as problem:
             log.error("can't tell of run %s: %s", job.run, problem)
 
@@ -7726,9 +7615,8 @@ class Notifier:
             problem = f"sent, but can't rename {path.name}: {refused.strerror}"
         if problem:
             if not receiver.failures:
-                log.warning(
-                    "no message to %s (%s): %s; trying again", rule.format, rule.url_file or rule.url_env, problem
-                )
+                place = rule.url_file or rule.url_env
+                log.warning("no message to %s (%s): %s; trying again", rule.format, place, problem)
             receiver.failures += 1
             receiver.tries[path.name] += 1
             longest_s = min(POST_RETRY_S, 2.0 ** min(receiver.failures, 10))
@@ -7762,8 +7650,7 @@ class Notifier:
             for host in registry.hosts():
                 away_s = registry.away_s(host.machine, time.monotonic())
                 since = registry.machines[host.machine].seen
-                if away_s is not None and min(away_s, self.master.up_s) > rule.offline_minutes * 60:
-                    away_s = min(away_s, self.master.up_s)
+                if away_s is not None and (away_s := min(away_s, self.master.up_s)) > rule.offline_minutes * 60:
                     title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
                     news = {"event": "agent-offline", "title": title, "host": host.label, "since": since}
                     self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
@@ -8288,7 +8175,7 @@ def gather_role(config: Config, options: ServeOptions, outside: bool) -> tuple[R
     Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet knows.
     """
     rule = host_rule(config, options.bind, socket.gethostname())
-    override, source = (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.source_key}")
+    override, source = (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.key}")
     addresses = () if override else probe_master_addresses(config.master_url.host, config.master_url.port)
     local = {address: address if probe_is_local(address) else None for address in addresses}
     facts = RoleFacts(override, source, options.bind, addresses, local)
@@ -9237,11 +9124,11 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
 def effective_settings(config: Config, address: str | None) -> list[tuple[str, str, str]]:
     """(key, value, where it comes from) of everything that holds on this host."""
     rule = host_rule(config, address, socket.gethostname())
-    own = next((host for host in config.hosts if host.key == rule.source_key), None)
+    own = next((host for host in config.hosts if host.key == rule.key), None)
     rows = [("masterUrl", str(config.master_url), "file"), ("whitelist", ", ".join(config.whitelist), "file")]
     for field_ in fields(rule):
         value = getattr(rule, field_.name)
-        if field_.name in ("source_key", "key", "address", "hostname"):
+        if field_.name in ("key", "address", "hostname"):
             continue
         origin = "default"
         if own is not None and getattr(own, field_.name, None):
@@ -10153,8 +10040,7 @@ def cmd_serve(args: Args) -> int:
 
 
 def cmd_trigger(args: Args) -> int:
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_branch(args.branch, "nothing was sent")
     order = Submit(
         make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
     )
@@ -10338,8 +10224,7 @@ def only_commit(commits: Iterable[str | None]) -> str:
 
 def cmd_release(args: Args) -> int:
     """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_branch(args.branch, "nothing was sent")
     require_answer(args)
     order = replace(order_release(args.branch), nonce=os.urandom(16).hex())
     code, jobs = run_order(args, order)
@@ -10382,8 +10267,7 @@ def cmd_self_test(args: Args) -> int:
 
 
 def cmd_deploy(args: Args) -> int:
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
+    require_branch(args.branch, "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
     return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
 

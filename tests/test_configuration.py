@@ -595,7 +595,7 @@ SECTIONS = {
 )
 def test_the_section_of_a_host(address: str | None, hostname: str, key: str | None, name: str):
     found = host_rule(config_of(hosts=SECTIONS), address, hostname)
-    assert (found.source_key, found.name) == (key, name)
+    assert (found.key or None, found.name) == (key, name)
 
 
 def test_a_hosts_settings_lie_over_deploy():

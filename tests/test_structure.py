@@ -306,6 +306,14 @@ def test_dependencies_stand_in_the_header_alone():
     assert "project" not in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
+def test_lazy_modules_are_those_that_the_type_checker_imports():
+    body = ast.parse(MODULE.read_text("utf-8")).body
+    typing = next(node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    known = [alias.name for node in typing.body if isinstance(node, ast.Import) for alias in node.names]
+    lazy = next(node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY_NAMES")
+    assert list(ast.literal_eval(lazy.value)) == known
+
+
 # ---------------------------------------------------------------------------- and each rule can be broken
 
 
