@@ -7900,6 +7900,11 @@ class Followed:
         self.heard, self.silence_told_s = time.monotonic(), 0.0
         self.tail = (self.tail + data)[-LAST_LINE_BYTES:]
 
+    def take(self, job: JobRecord) -> bool:
+        """The host's state by now; whether anybody but the machinery sees a difference."""
+        before, self.job = self.job, job
+        return before is None or (before.state, before.step, before.behind) != (job.state, job.step, job.behind)
+
     def silence(self) -> str:
         """What a step said last that has been silent for long, ever more rarely; else nothing: one that hangs should
         not look like one that works."""
@@ -7993,8 +7998,7 @@ class Follower:
                 self.view.begin(self.record)
             self.unknown_since = 0.0
         elif isinstance(message, JobRecord) and message.host in self.hosts:
-            self.hosts[message.host].job = message
-            if message.state not in FINAL:
+            if self.hosts[message.host].take(message) and message.state not in FINAL:
                 self.view.state(message)
             self.show_result(message.host)
         elif isinstance(message, Log) and message.host in self.hosts:
@@ -8066,8 +8070,7 @@ class LocalFollower:
         while data := read_log(self.state.log_file(self.run, host), followed.size, CHUNK_BYTES):
             followed.hear(data)
             self.view.data(host, data)
-        if job and job != followed.job:
-            followed.job = job
+        if job and followed.take(job):
             (self.view.result if job.state in FINAL else self.view.state)(job)
         followed.shown = not self.live or (job is not None and job.state in FINAL)
         if told := followed.silence():
