@@ -15,10 +15,19 @@ from tests.machines import Network, Windows
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all tests that use Windows: its prefix is made once, and the machine is not flooded with Wine."""
+    """One worker runs all tests that use Windows: its prefix is made once, and the machine is not flooded with Wine.
+
+    What one worker has to run in a row begins first, the longest row before all: else the others wait for it at the end.
+    """
+
+    def order(item: pytest.Item) -> int:
+        mark = item.get_closest_marker("xdist_group")
+        return 2 if mark is None else int(mark.args != ("windows",))
+
     for item in items:
         if "windows_python" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("windows"))
+    items.sort(key=order)
 
 
 @pytest.fixture
