@@ -17,7 +17,7 @@ from tests.machines import Network, Windows
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker runs all tests that use Windows: its prefix is made once, and the machine is not flooded with Wine.
 
-    What one worker has to run in a row begins first, the longest row before all: else the others wait for it at the end.
+    What one worker has to run in a row begins first, the longest row before all: nobody waits for it at the end.
     """
 
     def order(item: pytest.Item) -> int:
