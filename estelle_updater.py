@@ -9822,22 +9822,23 @@ class TextView(View):
             data = terminal_text(data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")).encode()
             data += b"\n" if ended else b""
         prefix = self.prefixes[host]
-        if self.open_host == host:
-            start = b""
-        else:
-            start = prefix if self.open_host is None else b"\n" + prefix
+        start = b""
+        if self.open_host != host:
+            self.end_line()
+            start = prefix
         self.open_host = None if data.endswith(b"\n") else host
-        body = data[:-1].replace(b"\n", b"\n" + prefix) + data[-1:]
-        self.output.write(start + body)
+        self.output.write(start + data[:-1].replace(b"\n", b"\n" + prefix) + data[-1:])
+
+    def end_line(self) -> None:
+        if self.open_host is not None:
+            self.output.write(b"\n")
+            self.open_host = None
 
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
             self.show(job.host, rest)
-        if self.open_host is not None:
-            self.output.write(b"\n")
-            self.open_host = None
-        color = "32" if job.state is State.SUCCEEDED else "31"
-        text = self.output.paint(terminal_text(result_text(job)), color)
+        self.end_line()
+        text = self.output.paint(terminal_text(result_text(job)), "32" if job.state is State.SUCCEEDED else "31")
         self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
         if job.error and job.state is not State.LOST:
             self.notice(f"{job.host}: {job.error}")
@@ -9850,33 +9851,29 @@ class TextView(View):
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         for host, rest in self.partial.items():  # of a run that goes on
             self.show(host, rest)
-        if self.open_host is not None:
-            self.output.write(b"\n")
+        self.end_line()
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
-        rows = [(job.host, (job.commit or "-")[:7], seconds_text(job), result_text(job)) for job in jobs]
-        self.output.write(("\n" + terminal_text(render_table(("host", "commit", "time", "result"), rows))).encode())
+        rows = [(job.host, (job.commit or "-")[:7], seconds_text(seconds_of(job)), result_text(job)) for job in jobs]
+        table = render_table(("host", "commit", "time", "result"), rows)
+        self.output.write(f"\n{terminal_text(table)}\n".encode())
 
     def notice(self, text: str) -> None:
-        if self.open_host is not None and self.output.terminal:
-            self.output.write(b"\n")
-            self.open_host = None
+        if self.output.terminal:
+            self.end_line()
         print(f"estelle-updater: {terminal_text(text)}", file=sys.stderr, flush=True)
 
 
-def seconds_text(job: JobRecord) -> str:
-    seconds = seconds_of(job)
+def seconds_text(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.1f} s"
 
 
-def render_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns padded with spaces; the last one, which may hold wide characters, is not."""
-    widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
-    return "".join(
-        "  ".join((*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1])).rstrip()
-        + "\n"
-        for row in (head, *rows)
-    )
+    rows = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join([*(f"{{:<{width}}}" for width in widths[:-1]), "{}"])
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 class JsonView(View):
@@ -9892,16 +9889,8 @@ class JsonView(View):
 
     def begin(self, run: RunRecord) -> None:
         self.run = run.run
-        offline = [host for host in run.hosts if host in run.offline]
-        self.emit(
-            event="run",
-            run=run.run,
-            kind=run.kind,
-            target=run.target,
-            branch=run.branch,
-            hosts=run.hosts,
-            offline=offline,
-        )
+        same = {key: getattr(run, key) for key in ("run", "kind", "target", "branch", "hosts")}
+        self.emit(event="run", **same, offline=[host for host in run.hosts if host in run.offline])
 
     def state(self, job: JobRecord) -> None:
         self.emit(event="state", run=job.run, host=job.host, state=job.state, step=job.step, behind=job.behind)
@@ -9917,15 +9906,13 @@ class JsonView(View):
         """Show pieces of a long line, whole characters each; the rest, of at most `most` bytes."""
         while len(line) > most:
             cut = whole_text(line[:LINE_BYTES])
-            self.emit_line(host, line[:cut], more=True)
+            self.line(host, line[:cut], more=True)
             line = line[cut:]
         return line
 
     def line(self, host: str, line: bytes, **more: bool) -> None:
-        self.emit_line(host, self.pieces(host, line, LINE_BYTES), **more)
-
-    def emit_line(self, host: str, line: bytes, **more: bool) -> None:
-        self.emit(event="log", run=self.run, host=host, line=line.decode("utf-8", "replace"), **more)
+        text = self.pieces(host, line, LINE_BYTES).decode("utf-8", "replace")
+        self.emit(event="log", run=self.run, host=host, line=text, **more)
 
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
@@ -9965,6 +9952,16 @@ def say(text: str) -> None:
     Output(False).write(terminal_text(text).encode("utf-8", "replace") + b"\n")
 
 
+def show(args: Args, facts: Any, text: str) -> None:
+    """What a command found or did: for programs, with --json, as one object, else for people."""
+    say(json.dumps(facts, ensure_ascii=False) if args.json else text)
+
+
+def new_order(kind: Kind, target: str, branch: str, **more: Any) -> Submit:
+    """An order of this user's, with a run id and a nonce of its own."""
+    return Submit(make_run_id(), os.urandom(16).hex(), kind, target, branch, user_name(), **more)
+
+
 def make_view(args: Args) -> View:
     output = Output(not args.no_color)
     return JsonView(output) if args.json else TextView(output)
@@ -10000,9 +9997,7 @@ def cmd_serve(args: Args) -> int:
 def cmd_trigger(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
-    order = Submit(
-        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
-    )
+    order = new_order(Kind.DEPLOY, args.target, args.branch, batch=args.batch, wait_s=args.wait)
     return run_order(args, order, detach=args.detach)[0]
 
 
@@ -10059,9 +10054,8 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
     facts = []
     if target := row["target"]:
-        facts += [
-            f"{(row['current'] or '')[:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"
-        ]
+        same = row["current"] == target
+        facts += [f"{target[:7]}, no change" if same else f"{(row['current'] or '')[:7]} → {target[:7]}"]
         facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
         facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
     facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
@@ -10077,10 +10071,7 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
 def cmd_plan(args: Args) -> int:
     result = ask_master(args, "plan", {"target": args.target, "branch": args.branch}, PLAN_ANSWER_S)
-    if args.json:
-        say(json.dumps(result, ensure_ascii=False))
-    else:
-        say("\n".join(map(plan_text, result["hosts"])))
+    show(args, result, "\n".join(map(plan_text, result["hosts"])))
     return 0 if result["ok"] else 1
 
 
@@ -10111,14 +10102,8 @@ def cmd_rollback(args: Args) -> int:
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
-def order_release(branch: str) -> Submit:
-    """The deployment that a release begins with; it still lacks its nonce."""
-    return Submit(make_run_id(), "", Kind.DEPLOY, "standby", branch, user_name(), options={"alone": True})
-
-
 def order_switch(color: str, **options: Any) -> Submit:
-    run, nonce = make_run_id(), os.urandom(16).hex()
-    return Submit(run, nonce, Kind.SWITCH, "", color, user_name(), options={"color": color, **options})
+    return new_order(Kind.SWITCH, "", color, options={"color": color, **options})
 
 
 def cmd_switch(args: Args) -> int:
@@ -10139,8 +10124,7 @@ def cmd_switch(args: Args) -> int:
 
 
 def cmd_upgrade(args: Args) -> int:
-    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
-    return run_order(args, order)[0]
+    return run_order(args, new_order(Kind.UPGRADE, args.target, Kind.UPGRADE))[0]
 
 
 def ask_health(args: Args, target: str) -> dict[str, Any]:
@@ -10157,17 +10141,14 @@ def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -
         view.tick()
         checks = ask_health(args, ",".join(hosts))["checks"]
         rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
+        where = {row["host"]: row["traffic"] or "unknown" for row in rows}
         wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
-        where = {row["host"]: row["traffic"] for row in rows}
-        wrong += [
-            f"{host}: {where.get(host) or 'unknown'} for HAProxy" for host in hosts if where.get(host) != "standby"
-        ]
+        wrong += [f"{host}: {at} for HAProxy" for host in hosts if (at := where.get(host, "unknown")) != "standby"]
         if not wrong:
             return rows
         if time.monotonic() > ends:
-            raise GuardError(
-                f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}", "`health` looks again"
-            )
+            what = f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}"
+            raise GuardError(what, "`health` looks again")
         time.sleep(TICK_S)
 
 
@@ -10184,33 +10165,29 @@ def cmd_release(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
     require_answer(args)
-    order = replace(order_release(args.branch), nonce=os.urandom(16).hex())
-    code, jobs = run_order(args, order)
+    code, jobs = run_order(args, new_order(Kind.DEPLOY, "standby", args.branch, options={"alone": True}))
     if code:
         return code
     commit, view = only_commit(job.commit for job in jobs), make_view(args)
     rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
-        view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
+        view.notice(color_text(row))
     color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
     confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
     if code := run_order(args, order_switch(color, commit=commit), "switch to ")[0]:
         return code
     status = ask_master(args, "status", {})
-    rows = [row for row in status["hosts"] if row["color"]]
-    if args.json:
-        keys = ("host", "color", "traffic", "commit", "version")
-        event = {"event": "release", "ok": True, "color": color, "hosts": [{k: row[k] for k in keys} for row in rows]}
-        say(json.dumps(event | {"warnings": status["warnings"]}, ensure_ascii=False))
-    else:
-        say("\n".join([f"{row['traffic'] or 'unknown'}: {color_text(row)}" for row in rows]))
-        say("\n".join(f"! {warning}" for warning in status["warnings"]))
+    rows, warnings = [row for row in status["hosts"] if row["color"]], status["warnings"]
+    hosts = [{key: row[key] for key in ("host", "color", "traffic", "commit", "version")} for row in rows]
+    event = {"event": "release", "ok": True, "color": color, "hosts": hosts, "warnings": warnings}
+    show(args, event, "\n".join([*map(color_text, rows), *(f"! {warning}" for warning in warnings)]))
     return 0
 
 
 def color_text(row: Mapping[str, Any]) -> str:
-    """A worker and what it runs."""
-    return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
+    """A worker, what it is for HAProxy, and what it runs."""
+    worker = f"{row['traffic'] or 'unknown'}: {row['color']} ({row['host']})"
+    return f"{worker} {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
 
 
 def cmd_self_test(args: Args) -> int:
@@ -10228,7 +10205,7 @@ def cmd_deploy(args: Args) -> int:
     if problem := valid_branch_problem(args.branch):
         raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
-    return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
+    return run_here(args, new_order(Kind.DEPLOY, "", args.branch))
 
 
 def cmd_logs(args: Args) -> int:
@@ -10257,46 +10234,36 @@ def cmd_history(args: Args) -> int:
         if not any(found.values()):
             raise
         TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
-    if args.json:
-        say(json.dumps(found, ensure_ascii=False))
-        return 0
-    head, cells = history_table(found["runs"]) if "runs" in found else stats_table(found["stats"])
-    Output(False).write(terminal_text(render_table(head, cells)).encode())
+    show(args, found, history_table(found["runs"]) if "runs" in found else stats_table(found["stats"]))
     return 0
 
 
-_Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
-
-
-def history_table(rows: Iterable[Mapping[str, Any]]) -> _Table:
-    """The runs as head and cells."""
-    return ("run", "when", "who", "target", "branch", "result"), [
+def history_table(runs: Iterable[Mapping[str, Any]]) -> str:
+    """The recent runs, a line each."""
+    return render_table(("run", "when", "who", "target", "branch", "result"), [
         (
-            row["run"],
-            time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
-            row["by"],
-            row["target"],
-            row["branch"],
-            "  ".join(f"{host['host']} {short_result(host)}" for host in row["hosts"]),
+            run["run"], clock_text(run["created"]), run["by"], run["target"], run["branch"],
+            "  ".join(f"{host['host']} {short_result(host)}" for host in run["hosts"]),
         )
-        for row in rows
-    ]
+        for run in runs
+    ])  # fmt: skip
 
 
-def stats_table(stats: Iterable[Mapping[str, Any]]) -> _Table:
-    """What all runs together say, as head and cells."""
-    return ("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
+def stats_table(stats: Iterable[Mapping[str, Any]]) -> str:
+    """What all runs together say."""
+    return render_table(("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
         (
-            one["host"],
-            one["kind"],
-            str(one["runs"]),
-            str(one["ok"]),
+            one["host"], one["kind"], str(one["runs"]), str(one["ok"]),
             ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
-            "-" if one["median_s"] is None else f"{one['median_s']:.1f} s",
+            seconds_text(one["median_s"]),
             ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
         )
         for one in stats
-    ]
+    ])  # fmt: skip
+
+
+def clock_text(at: float) -> str:
+    return time.strftime("%m-%d %H:%M", time.localtime(at))
 
 
 def short_result(host: Mapping[str, Any]) -> str:
@@ -10308,7 +10275,7 @@ def short_result(host: Mapping[str, Any]) -> str:
 
 def cmd_forget(args: Args) -> int:
     result = ask_master(args, "forget", {"target": args.host})
-    say(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
+    show(args, result, "forgotten: " + ", ".join(result["forgotten"]))
     return 0
 
 
@@ -10322,14 +10289,11 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
 
 def cmd_health(args: Args) -> int:
     result = ask_health(args, args.target)
-    if args.json:
-        say(json.dumps(result, ensure_ascii=False))
-    elif result["checks"]:
-        mark = {True: "✓", False: "✗"}
-        rows = [(mark[row["ok"]], row["host"], row["name"], row["detail"]) for row in result["checks"]]
-        say(render_table(("", "host", "check", "what it saw"), rows).rstrip())
-    else:
-        say("no [[health]] check is configured for these hosts; `config init --blue-green` shows some")
+    text = "no [[health]] check is configured for these hosts; `config init --blue-green` shows some"
+    if result["checks"]:
+        rows = [("✓" if row["ok"] else "✗", row["host"], row["name"], row["detail"]) for row in result["checks"]]
+        text = render_table(("", "host", "check", "what it saw"), rows)
+    show(args, result, text)
     return 0 if result["ok"] else 1
 
 
@@ -10351,21 +10315,14 @@ def cmd_cancel(args: Args) -> int:
 
 def cmd_status(args: Args) -> int:
     result = ask_master(args, "status", {})
-    if args.json:
-        say(json.dumps(result, ensure_ascii=False))
-        return 0
-    master = result["master"]
-    say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
+    master, hosts = result["master"], result["hosts"]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
-    rows = [head, *(status_cells(row, master["version"]) for row in result["hosts"])]
-    told = [column for column in zip(*rows, strict=True) if {*column[1:]} != {"-"}]  # a terminal has 80 columns
-    head, *rows = zip(*told, strict=True)
-    say(render_table(head, rows).rstrip())
-    for row in (master, *result["hosts"]):
-        if row.get("problem"):
-            say(f"! {row.get('host', 'master')}: {row['problem']}")
-    for warning in result.get("warnings", ()):
-        say(f"! {warning}")
+    columns = zip(head, *(status_cells(row, master["version"]) for row in hosts), strict=True)
+    told = [column for column in columns if {*column[1:]} != {"-"}]  # a terminal has 80 columns
+    lines = [f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s"]
+    lines.append(render_table([column[0] for column in told], zip(*(column[1:] for column in told), strict=True)))
+    lines += [f"! {row.get('host', 'master')}: {row['problem']}" for row in (master, *hosts) if row.get("problem")]
+    show(args, result, "\n".join(lines + [f"! {warning}" for warning in result.get("warnings", ())]))
     return 0
 
 
@@ -10379,13 +10336,11 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
         jobs.append(f"{run} queued" + (f" behind {behind}" if behind else ""))
-    down = row.get("link_down_since")
-    since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
-    online = "yes" if row["online"] else f"no{since}"
+    away = f"no, since {clock_text(row['link_down_since'])}" if row.get("link_down_since") else "no"
     commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
-        "-" if row["updater"] in ("", program) else row["updater"],
+        row["host"], row["name"], row["role"], "yes" if row["online"] else away, row["branch"] or "-", commit,
+        row["version"] or "-", "-" if row["updater"] in ("", program) else row["updater"],
         " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
@@ -10675,9 +10630,7 @@ class McpServer:
         def make() -> Submit:
             if "plan" in given:
                 self.ask("plan", plan=given["plan"], **wanted)
-            if alone:
-                return order_release(given["branch"])
-            return Submit(make_run_id(), "", Kind.DEPLOY, **wanted, by=user_name())
+            return new_order(Kind.DEPLOY, **wanted, options={"alone": True} if alone else {})
 
         return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
 
