@@ -2693,8 +2693,8 @@ def replace_file(fresh: Path, path: Path) -> None:
     os.replace(fresh, path)
 
 
-def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
+def write_atomic(path: Path, data: bytes, *, durable: bool = False, mode: int | None = None) -> None:
+    """Replace a file as a whole, its owner's alone unless `mode` says otherwise; `durable` survives a power loss."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
     try:
@@ -2703,6 +2703,8 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(temp, mode)
         replace_file(temp, path)
         if durable:
             sync_folder(path.parent)
@@ -8600,18 +8602,8 @@ def _zip(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _replace_executable(path: Path, content: bytes) -> None:
-    """Put a file in place in one step: a host that starts it meanwhile sees the old one or the new one."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(fresh, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(fresh, 0o755)
-        replace_file(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+# In one step: a host that starts it meanwhile sees the old one or the new one.
+_replace_executable = functools.partial(write_atomic, durable=True, mode=0o755)
 
 
 def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> bytes:
@@ -9473,12 +9465,11 @@ class Setup:
                 return False
         self.changed = True
         if self.dry_run:
-            self.say(f"would write {path}:\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+            self.say("\n    ".join([f"would write {path}:", *text.splitlines()]))
             return True
         self.say(f"writing {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode(), durable=True)
-        path.chmod(0o644)
+        write_atomic(path, text.encode(), durable=True, mode=0o644)
         return True
 
     def take(self, path: Path) -> None:
@@ -10133,9 +10124,9 @@ def ask_health(args: Args, target: str) -> dict[str, Any]:
     return ask_master(args, "health", {"target": target}, take_s)
 
 
-def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> list[dict[str, Any]]:
-    """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
-    time. Raises GuardError where that does not come about."""
+def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> tuple[str, list[dict[str, Any]]]:
+    """These hosts' colour, and both colours' rows of `status`, once their checks succeed and HAProxy has them up: a fresh
+    start takes its time. Raises GuardError where that does not come about."""
     ends = time.monotonic() + wait_s
     while True:
         view.tick()
@@ -10145,7 +10136,7 @@ def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -
         wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
         wrong += [f"{host}: {at} for HAProxy" for host in hosts if (at := where.get(host, "unknown")) != "standby"]
         if not wrong:
-            return rows
+            return next(row["color"] for row in rows if row["host"] == hosts[0]), rows
         if time.monotonic() > ends:
             what = f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}"
             raise GuardError(what, "`health` looks again")
@@ -10169,10 +10160,9 @@ def cmd_release(args: Args) -> int:
     if code:
         return code
     commit, view = only_commit(job.commit for job in jobs), make_view(args)
-    rows = await_standby(args, [job.host for job in jobs], args.wait, view)
+    color, rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
         view.notice(color_text(row))
-    color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
     confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
     if code := run_order(args, order_switch(color, commit=commit), "switch to ")[0]:
         return code
@@ -10360,37 +10350,33 @@ def cmd_config(args: Args) -> int:
         return convert_config(args, path)
     if args.action == "show":
         rows = effective_settings(load_config(path), args.bind)
-        if args.json:
-            say(json.dumps({key: {"value": value, "from": origin} for key, value, origin in rows}, ensure_ascii=False))
-        else:
-            say(f"{path}\n" + render_table(("key", "value", "from"), rows).rstrip())
+        facts: dict[str, Any] = {key: {"value": value, "from": origin} for key, value, origin in rows}
+        show(args, facts, f"{path}\n" + render_table(("key", "value", "from"), rows))
         return 0
     problems, warnings = check_config(path)
-    if args.json:
-        say(json.dumps({"file": str(path), "problems": problems, "warnings": warnings}, ensure_ascii=False))
-    else:
-        lines = [f"error: {text}" for text in problems] + [f"warning: {text}" for text in warnings]
-        say("\n".join(lines or [f"{path} is valid"]))
+    lines = [f"error: {text}" for text in problems] + [f"warning: {text}" for text in warnings]
+    facts = {"file": str(path), "problems": problems, "warnings": warnings}
+    show(args, facts, "\n".join(lines or [f"{path} is valid"]))
     return 2 if problems else 0
 
 
 def init_config(args: Args) -> int:
-    repo = work_tree(Path(os.environ.get("ESTELLE_REPO") or ".").absolute() / "config" / "updater.toml")
-    path = repo / "config" / f"updater.{args.format}"
-    if found := next((repo / "config" / name for name in CONFIG_NAMES if (repo / "config" / name).exists()), None):
+    folder = work_tree(Path(os.environ.get("ESTELLE_REPO") or ".").absolute() / "config" / "updater.toml") / "config"
+    if found := next((folder / name for name in CONFIG_NAMES if (folder / name).exists()), None):
         raise UsageError(f"{found} exists", "`config check` looks at it, `whitelist add` extends it")
     address = canonical_address(args.bind) if args.bind else own_address()
-    master = args.master or f"ws://{f'[{address}]' if ':' in address else address}:{DEFAULT_PORT}"
-    url = parse_master_url(master)
+    url = parse_master_url(args.master or f"ws://{f'[{address}]' if ':' in address else address}:{DEFAULT_PORT}")
     allow = list(dict.fromkeys([*args.allow, *([url.host] if is_address(url.host) else []), address]))
-    has_script = "deploy:release" in (read_json(repo / "package.json") or {}).get("scripts", {})
-    command = ["pnpm", "deploy:release"] if has_script or not (repo / "deploy.sh").exists() else ["sh", "deploy.sh"]
-    path.parent.mkdir(exist_ok=True)
+    has_script = "deploy:release" in (read_json(folder.parent / "package.json") or {}).get("scripts", {})
+    by_shell = not has_script and (folder.parent / "deploy.sh").exists()
+    command = ["sh", "deploy.sh"] if by_shell else ["pnpm", "deploy:release"]
+    folder.mkdir(exist_ok=True)
+    path = folder / f"updater.{args.format}"
     text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
     parse_config(text, str(path), args.format)
     path.write_text(text, "utf-8")
     told = commit_config(path, "Configure estelle-updater", args.commit)
-    say(json.dumps({"file": str(path), "git": told}) if args.json else f"wrote {path}\nnext: {told}")
+    show(args, {"file": str(path), "git": told}, f"wrote {path}\nnext: {told}")
     return 0
 
 
@@ -10405,59 +10391,49 @@ def convert_config(args: Args, path: Path) -> int:
     text = render_config(convert_data(data), form)
     parse_config(text, str(new), form)
     if args.dry_run:
-        say(json.dumps({"file": str(new), "text": text}) if args.json else text.rstrip())
+        show(args, {"file": str(new), "text": text}, text.rstrip())
         return 0
-    write_atomic(new, text.encode())
-    new.chmod(path.stat().st_mode & 0o777)
+    write_atomic(new, text.encode(), mode=path.stat().st_mode & 0o777)
     if new != path:
         path.unlink()
-    told = f"wrote {new}" + (f", removed {path}" if new != path else "")
-    say(json.dumps({"file": str(new)}) if args.json else told)
+    show(args, {"file": str(new)}, f"wrote {new}" + (f", removed {path}" if new != path else ""))
     return 0
 
 
 def cmd_whitelist(args: Args) -> int:
     path = args.config_path()
-    config = load_config(path)
-    listed = Whitelist(config.whitelist)
-    if args.action == "list":
-        say(
-            json.dumps({"whitelist": list(config.whitelist)}) if args.json else "\n".join(config.whitelist) or "(empty)"
-        )
+    whitelist, action = load_config(path).whitelist, args.action
+    if action == "list":
+        show(args, {"whitelist": list(whitelist)}, "\n".join(whitelist) or "(empty)")
         return 0
     if not args.addresses:
-        raise UsageError(f"whitelist {args.action} needs an ADDRESS", "an IP or a CIDR")
-    networks = [str(parse_network(text)).removesuffix("/32").removesuffix("/128") for text in args.addresses]
-    written = {str(parse_network(entry)).removesuffix("/32").removesuffix("/128"): entry for entry in config.whitelist}
-    if args.action == "add":
-        add = [
-            text
-            for text in dict.fromkeys(networks)
-            if text not in written and not ("/" not in text and listed.verdict(text).allowed)
-        ]
-        remove: list[str] = []
-        if not add:
-            told = f"unchanged: {', '.join(networks)} is covered already"
-            say(json.dumps({"file": str(path), "added": [], "removed": []}) if args.json else told)
-            return 0
-    else:
-        add, remove = [], [written[text] for text in networks if text in written]
-        if missing := [text for text in networks if text not in written]:
+        raise UsageError(f"whitelist {action} needs an ADDRESS", "an IP or a CIDR")
+
+    def plain(entry: str) -> str:
+        return str(parse_network(entry)).removesuffix("/32").removesuffix("/128")
+
+    wanted, written = dict.fromkeys(map(plain, args.addresses)), {plain(entry): entry for entry in whitelist}
+    allows, missing = Whitelist(whitelist).verdict, [text for text in wanted if text not in written]
+    add, remove = [text for text in missing if "/" in text or not allows(text).allowed], list[str]()
+    if action == "remove":
+        if missing:
             raise UsageError(f"{', '.join(missing)} is not in the whitelist", "`whitelist list` shows it")
-    raw = parse_data(path.read_bytes(), str(path), config_form(path))
-    remove = [entry for entry in raw["whitelist"] if entry in remove or entry.strip() in remove]
+        raw = parse_data(path.read_bytes(), str(path), config_form(path))["whitelist"]
+        gone = {written[text].strip() for text in wanted}
+        add, remove = [], [entry for entry in raw if entry.strip() in gone]
+    elif not add:
+        told = f"unchanged: {', '.join(wanted)} is covered already"
+        show(args, {"file": str(path), "added": [], "removed": []}, told)
+        return 0
     text = edit_whitelist(path.read_bytes().decode("utf-8"), config_form(path), add, remove)
     if text is None:
-        line = f"add {', '.join(map(json.dumps, add))}" if add else f"remove {', '.join(map(json.dumps, remove))}"
-        raise UsageError(f"{path} is written in a way that can't be edited safely", f"by hand: {line} in whitelist")
-    mode = path.stat().st_mode & 0o777
-    write_atomic(path, text.encode())
-    path.chmod(mode)
-    told = commit_config(path, f"Whitelist: {args.action} {', '.join(add or remove)}", args.commit)
-    if args.json:
-        say(json.dumps({"file": str(path), "added": add, "removed": remove, "git": told}))
-    else:
-        say(f"{path}: {'added ' + ', '.join(add) if add else 'removed ' + ', '.join(remove)}\n{told}")
+        line = f"by hand: {action} {', '.join(map(json.dumps, add or remove))} in whitelist"
+        raise UsageError(f"{path} is written in a way that can't be edited safely", line)
+    write_atomic(path, text.encode(), mode=path.stat().st_mode & 0o777)
+    words = ", ".join(add or remove)
+    told = commit_config(path, f"Whitelist: {action} {words}", args.commit)
+    facts = {"file": str(path), "added": add, "removed": remove, "git": told}
+    show(args, facts, f"{path}: {'added' if add else 'removed'} {words}\n{told}")
     return 0
 
 
@@ -10658,9 +10634,7 @@ class McpServer:
         commit = only_commit(row["commit"] for row in deployed["hosts"])
 
         def make() -> Submit:
-            hosts = [row["host"] for row in deployed["hosts"]]
-            rows = await_standby(self.args, hosts, HEALTHY_S, view)
-            color = next(row["color"] for row in rows if row["host"] == hosts[0])
+            color, _ = await_standby(self.args, [row["host"] for row in deployed["hosts"]], HEALTHY_S, view)
             return order_switch(color, commit=commit)
 
         key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
@@ -10714,8 +10688,7 @@ def cmd_run_job(args: Args) -> int:
 
 def cmd_build(args: Args) -> int:
     made = build_zipapp(Path(__file__).resolve(), Path(args.output))
-    facts = {"file": str(made.path), "sha256": made.sha256, "bytes": made.size_bytes}
-    say(json.dumps(facts) if args.json else render_build(made))
+    show(args, {"file": str(made.path), "sha256": made.sha256, "bytes": made.size_bytes}, render_build(made))
     return 0
 
 
@@ -10725,7 +10698,7 @@ def cmd_setup(args: Args) -> int:
         config = load_config(args.config_path())
         master = gather_role(config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False)[0].role
         text = render_firewall(config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet))
-        say(json.dumps({"firewall": text.splitlines()}) if args.json else text)
+        show(args, {"firewall": text.splitlines()}, text)
         return 0
     lines: list[str] = []
     setup = Setup(args, args.config_path(), lines.append if args.json else say)
@@ -10822,16 +10795,11 @@ class Args(SimpleNamespace):
         return find_config(Path(os.environ.get("ESTELLE_REPO") or ".").absolute())
 
 
-@dataclass(frozen=True)
 class Option:
     """One argument of a command, as argparse takes it."""
 
-    names: tuple[str, ...]
-    settings: dict[str, Any]
-
-
-def option(*names: str, **settings: Any) -> Option:
-    return Option(names, settings)
+    def __init__(self, *names: str, **settings: Any) -> None:
+        self.names, self.settings = names, settings
 
 
 @dataclass(frozen=True)
@@ -10846,110 +10814,104 @@ class Command:
 
 
 TARGET_HELP = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+TARGET = Option("target", metavar="TARGET", help=TARGET_HELP)
+TARGET_OR_ALL = Option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)")
+BRANCH = Option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id")
+RUN = Option("run", metavar="RUN", type=parse_run_id, help="the run's id")
 COMMANDS = (
     Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
-        option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
-        option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)"),
+        Option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
+        Option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)"),
     )),
     Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, (
-        option("target", metavar="TARGET", help=TARGET_HELP),
-        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
-        option("--detach", action="store_true", help="print the run id and leave"),
-        option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
-        option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
+        TARGET, BRANCH,
+        Option("--detach", action="store_true", help="print the run id and leave"),
+        Option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
+        Option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
     )),
-    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, (
-        option("target", metavar="TARGET", help=TARGET_HELP),
-        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
-    )),
+    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, (TARGET, BRANCH)),
     Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback, (
-        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
-        option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
-        option("--yes", action="store_true", help="do not ask"),
+        TARGET_OR_ALL,
+        Option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
+        Option("--yes", action="store_true", help="do not ask"),
     )),
     Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp, (
-        option("--read-only", action="store_true", help="offer only the tools that change nothing"),
-        option("--require-plan", action="store_true", help="change something only with the id of a fresh plan"),
+        Option("--read-only", action="store_true", help="offer only the tools that change nothing"),
+        Option("--require-plan", action="store_true", help="change something only with the id of a fresh plan"),
     )),
-    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
-        option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
-    )),
+    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (RUN,)),
     Command("logs", "print or follow a recorded run", cmd_logs, (
-        option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
-        option("target", metavar="TARGET", nargs="?", help="only these hosts"),
-        option("-f", "--follow", action="store_true", help="go on until the run's end"),
+        RUN,
+        Option("target", metavar="TARGET", nargs="?", help="only these hosts"),
+        Option("-f", "--follow", action="store_true", help="go on until the run's end"),
     )),
     Command("history", "list the recent runs", cmd_history, (
-        option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
-        option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
+        Option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+        Option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
     )),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
     Command("health", "run the configured checks on the hosts", cmd_health, (
-        option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)"),
+        Option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)"),
     )),
-    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
-        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
-    )),
+    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (BRANCH,)),
     Command("switch", "move the traffic to another colour", cmd_switch, (
-        option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
-        option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
-        option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
+        Option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
+        Option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
+        Option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
     )),
-    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
-        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
-    )),
+    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (TARGET_OR_ALL,)),
     Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, (
-        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
-        option("--yes", action="store_true", help="switch without asking"),
-        option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
+        BRANCH,
+        Option("--yes", action="store_true", help="switch without asking"),
+        Option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
                help="how long it may take to become healthy (default: 60)"),
     )),
     Command("forget", "take a retired host out of `all`", cmd_forget, (
-        option("host", metavar="HOST", help="as `status` shows it"),
+        Option("host", metavar="HOST", help="as `status` shows it"),
     )),
     Command("config", "check, show, write or convert the committed configuration", cmd_config, (
-        option("action", metavar="check|show|init|convert", choices=("check", "show", "init", "convert"), help="what"),
-        option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
-        option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
-        option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
-        option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
-        option("--dry-run", action="store_true", help="convert: print the result only"),
-        option("--commit", action="store_true", help="init: commit and push the file"),
+        Option("action", metavar="check|show|init|convert", choices=("check", "show", "init", "convert"), help="what"),
+        Option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
+        Option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
+        Option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
+        Option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
+        Option("--dry-run", action="store_true", help="convert: print the result only"),
+        Option("--commit", action="store_true", help="init: commit and push the file"),
     )),
     Command("whitelist", "list, add or remove who may connect, in the committed configuration", cmd_whitelist, (
-        option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
-        option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
-        option("--commit", action="store_true", help="commit and push the change"),
+        Option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
+        Option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
+        Option("--commit", action="store_true", help="commit and push the change"),
     )),
     Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
-        option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
-        option("--remove", action="store_true", help="take the service away; recorded runs stay"),
-        option("--firewall", action="store_true", help="only print the firewall commands for this host"),
-        option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
-        option("--dry-run", action="store_true", help="only say everything that would be done"),
+        Option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
+        Option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        Option("--firewall", action="store_true", help="only print the firewall commands for this host"),
+        Option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
+        Option("--dry-run", action="store_true", help="only say everything that would be done"),
     )),
     Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
     Command("build", "make the zipapp from a source checkout", cmd_build, (
-        option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
+        Option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
     )),
     Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo, (
-        option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
+        Option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     )),
     Command("self-test", "", cmd_self_test, hidden=True),
     Command("prove-detached", "", cmd_prove_detached, (
-        option("folder"), option("--child", action="store_true"),
+        Option("folder"), Option("--child", action="store_true"),
     ), hidden=True),
-    Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
+    Command("run-job", "", cmd_run_job, (Option("run"), Option("host")), hidden=True),
 )  # fmt: skip
 GLOBAL_OPTIONS = (
-    option("--config", metavar="FILE", help="the configuration (default: config/updater.json or .toml, found upwards)"),
-    option("--state", metavar="DIR", help="where this host keeps its runs"),
-    option(
+    Option("--config", metavar="FILE", help="the configuration (default: config/updater.json or .toml, found upwards)"),
+    Option("--state", metavar="DIR", help="where this host keeps its runs"),
+    Option(
         "--bind", metavar="IP", type=canonical_address, help="the source address, and for serve this host's own address"
     ),
-    option("--json", action="store_true", help="JSON lines instead of text"),
-    option("--no-color", action="store_true", help="no colours on a terminal"),
-    option("-v", "--verbose", action="store_true", help="more detail, and tracebacks for errors"),
+    Option("--json", action="store_true", help="JSON lines instead of text"),
+    Option("--no-color", action="store_true", help="no colours on a terminal"),
+    Option("-v", "--verbose", action="store_true", help="more detail, and tracebacks for errors"),
 )
 
 
