@@ -8480,9 +8480,7 @@ def require_packages() -> None:
     Looks only in a source checkout: the zipapp holds its packages. Raises UsageError.
     """
     source = Path(__file__)
-    if not source.is_file():
-        return
-    wanted = parse_script_block(source.read_text("utf-8"))[1]
+    wanted = parse_script_block(source.read_text("utf-8"))[1] if source.is_file() else ()
     for requirement in wanted:
         name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
         try:
@@ -8557,9 +8555,8 @@ def _fetch_wheels(dependencies: tuple[str, ...], python_text: str, folder: Path)
         pip = [uv, "tool", "run", "pip"]
     command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--retries=1", "--only-binary=:all:"]
     command += ["--platform=any", "--implementation=py", "--abi=none", f"--python-version={python_text}"]
-    done = subprocess.run(
-        [*command, f"--dest={folder}", *dependencies], capture_output=True, text=True, errors="replace"
-    )
+    command += [f"--dest={folder}", *dependencies]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         reason = next((line for line in said if line.startswith(("ERROR", "error"))), said[-1])
@@ -8627,6 +8624,11 @@ def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> b
         connection.close()
 
 
+def daemon_facts(state: StateFolder) -> dict[str, Any]:
+    """What the daemon says of itself; nothing while there is none."""
+    return (read_json(state.daemon_file) or {}) if FileLock.held_elsewhere(state.daemon_lock) else {}
+
+
 class Upgrade:
     """Brings this host to the master's program, from a runner that outlives the daemon's restart.
 
@@ -8651,7 +8653,7 @@ class Upgrade:
             runner.begin("check")
             runner.load_rule(strict=False)
             self.check()
-            if self.facts().get("sha256") == self.sha256:
+            if daemon_facts(self.state).get("sha256") == self.sha256:
                 runner.log.line(f"{self.version} runs here already.")
                 return self.version
             try:
@@ -8671,10 +8673,6 @@ class Upgrade:
             runner.save(durable=True, step=UNDO)
         raise self.put_back()
 
-    def facts(self) -> dict[str, Any]:
-        """What the daemon says of itself; nothing while there is none."""
-        return (read_json(self.state.daemon_file) or {}) if FileLock.held_elsewhere(self.state.daemon_lock) else {}
-
     def check(self) -> None:
         """The committed checksum decides. Raises ConfigError."""
         path = self.runner.config_path
@@ -8691,7 +8689,7 @@ class Upgrade:
         url = self.state.last_master_url() or config.master_url
         runner.announce(f"download {PROGRAM_NAME} from {url}")
         tls = client_tls(config, work_tree(runner.config_path), str(url))
-        data = fetch_program(url, self.facts().get("bind"), tls)
+        data = fetch_program(url, daemon_facts(self.state).get("bind"), tls)
         if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
             raise UpdaterError(f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again")
         _replace_executable(self.fresh, data)
@@ -8722,10 +8720,9 @@ class Upgrade:
         is killed, and what nobody else starts again is started."""
         began, killed = time.monotonic(), False
         while (waited_s := time.monotonic() - began) < BACK_S:
-            facts = self.facts()
+            facts, how = daemon_facts(self.state), read_json(self.state.serve_file) or {}
             if facts.get("sha256") == sha256 and "label" in facts:
                 return True
-            how = read_json(self.state.serve_file) or {}
             if facts and facts.get("sha256") != sha256 and waited_s > OBEY_S and not killed:
                 killed = True
                 with suppress(OSError):
@@ -8793,13 +8790,12 @@ class Demo:
     """
 
     def __init__(self, say: Callable[..., None]) -> None:
-        self.say = say
-        self.stopped = False
-        self.folder = Path()
+        self.say, self.stopped, self.folder = say, False, Path()
         self.hosts = [address for address in _DEMO_HOSTS if _can_bind(address)]
         self.children: list[subprocess.Popen[bytes]] = []
         self.env: dict[str, str] = {}
         self.python = "python" if os.name == "nt" else "python3"
+        self.est = f"{self.python} estelle_updater.pyz"
 
     def run(self, keep: bool) -> int:
         """Tell the story; `keep` then waits for Ctrl-C. Raises UpdaterError where something goes another way."""
@@ -8859,6 +8855,7 @@ class Demo:
         self.title("1. Build the program: one file for every host")
         self.env = {**os.environ, **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(self.folder))}  # pip's are removed too
         pyz = self.folder / "estelle_updater.pyz"
+        self.program = [sys.executable, str(pyz)]
         if Path(__file__).is_file():
             self.command(f"{program_name()} build -o {pyz}")
             if self.wait(self.start([*program_argv(), "build", "-o", str(pyz)])):
@@ -8913,12 +8910,12 @@ class Demo:
         for address in self.hosts:
             own = f"--bind {address} --config {address}/app/config/updater.json --state {address}/state".split()
             own += ["--listen", f"{address}:{self.port}"] if address == self.hosts[0] else []
-            self.command(f"{self.python} estelle_updater.pyz serve {' '.join(own)} &")
-            daemons[address] = self.start([*self.program(), "serve", *own], f"{address}/serve.log")
+            self.command(f"{self.est} serve {' '.join(own)} &")
+            daemons[address] = self.start([*self.program, "serve", *own], f"{address}/serve.log")
             if address == self.hosts[0]:
-                self.wait_ready(address, daemons[address])
-        for address in self.hosts[1:]:
-            self.wait_ready(address, daemons[address])
+                self.wait_ready(address, daemons.pop(address))
+        for address, daemon in daemons.items():
+            self.wait_ready(address, daemon)
 
     def wait_ready(self, address: str, daemon: subprocess.Popen[bytes]) -> None:
         """Until the master listens, or has welcomed the agent; then show what the daemon wrote."""
@@ -8955,8 +8952,8 @@ class Demo:
 
     def ask(self, *words: str, expected: int = 0) -> None:
         """A command to the master, with its output as it is."""
-        self.command(f"{self.python} estelle_updater.pyz {' '.join(words)}")
-        code = self.wait(self.start([*self.program(), *words]))
+        self.command(f"{self.est} {' '.join(words)}")
+        code = self.wait(self.start([*self.program, *words]))
         self.stopped |= code == 130  # nobody reads its output any more
         self.check()
         if code != expected:
@@ -8964,17 +8961,14 @@ class Demo:
 
     def invite(self) -> None:
         """The fleet runs on for whoever wants to play with it."""
-        est = f"{self.python} estelle_updater.pyz"
         self.title("It runs on. In another terminal:")
-        for line in (f"cd {self.folder}", self.on_master(), f"{est} status", f"{est} trigger {self.hosts[-1]} master"):
+        trigger = f"trigger {self.hosts[-1]} master"
+        for line in (f"cd {self.folder}", self.on_master(), f"{self.est} status", f"{self.est} {trigger}"):
             self.say(f"  {line}", "36")
         self.say("developer/ is for commits of your own. Ctrl-C here ends the fleet and removes the folder.")
         while True:
             self.check()
             time.sleep(0.1)
-
-    def program(self) -> list[str]:
-        return [sys.executable, str(self.folder / "estelle_updater.pyz")]
 
     def state(self, address: str) -> StateFolder:
         return StateFolder(self.folder / address / "state")
@@ -9076,20 +9070,19 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
     rule = host_rule(config, address, socket.gethostname())
     own = next((host for host in config.hosts if host.key == rule.source_key), None)
     rows = [("masterUrl", str(config.master_url), "file"), ("whitelist", ", ".join(config.whitelist), "file")]
-    for field_ in fields(rule):
-        value = getattr(rule, field_.name)
-        if field_.name in ("source_key", "key", "address", "hostname"):
+    for key in (field_.name for field_ in fields(rule)):
+        value = getattr(rule, key)
+        if key in ("source_key", "key", "address", "hostname"):
             continue
         origin = "default"
-        if own is not None and getattr(own, field_.name, None):
+        if own is not None and getattr(own, key, None):
             origin = f'[hosts."{own.key}"]'
-        elif getattr(config.deploy, field_.name, None) != getattr(DeployRule(), field_.name, None):
+        elif getattr(config.deploy, key, None) != getattr(DeployRule(), key, None):
             origin = "[deploy]"
-        shown = (
-            " ".join(value) if isinstance(value, tuple) else ", ".join(value) if isinstance(value, Mapping) else value
-        )
-        name = re.sub(r"_(\w)", lambda match: match[1].upper(), field_.name.removesuffix("_s"))
-        rows.append((name, "-" if shown in (None, "") else str(shown), origin))
+        if isinstance(value, tuple | Mapping):
+            value = (" " if isinstance(value, tuple) else ", ").join(value)
+        name = re.sub(r"_(\w)", lambda match: match[1].upper(), key.removesuffix("_s"))
+        rows.append((name, "-" if value in (None, "") else str(value), origin))
     return rows
 
 
@@ -9156,11 +9149,9 @@ def plan_ports(
     rule = host_rule(config, address, hostname)
     ports = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
     if config.haproxy and host_key(config.haproxy.host) in map(host_key, filter(None, (address, hostname, rule.name))):
-        ports += [
-            ("anybody", "80/tcp", "HAProxy: certbot, and the way to 443"),
-            ("anybody", "443/tcp", "HAProxy: webhooks"),
-        ]
-        ports += [(subnet, "3306/tcp", "MariaDB, for the workers"), ("tailscale", "8404/tcp", "HAProxy: statistics")]
+        ports += [("anybody", "80/tcp", "HAProxy: certbot, and the way to 443")]
+        ports += [("anybody", "443/tcp", "HAProxy: webhooks"), (subnet, "3306/tcp", "MariaDB, for the workers")]
+        ports += [("tailscale", "8404/tcp", "HAProxy: statistics")]
     if rule.color:
         ports += [(subnet, "6000/tcp", "webhooks, from HAProxy"), ("tailscale", "2000/tcp", "dashboard")]
         ports += [("nobody", "6379/tcp", "Valkey, bound to 127.0.0.1")]
@@ -9172,29 +9163,25 @@ def plan_ports(
 
 def render_firewall(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> str:
     """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that go with them."""
-    lines = ["firewall-cmd --permanent --new-zone=tailscale || true  # it may be there"]
-    lines.append("firewall-cmd --permanent --zone=tailscale --add-interface=tailscale0")
+    command, vpn = "firewall-cmd --permanent", parse_network(TAILSCALE)
+    lines = [f"{command} --new-zone=tailscale || true  # it may be there"]
+    lines.append(f"{command} --zone=tailscale --add-interface=tailscale0")
     cloud = ["", "# The cloud's rules (VCN, ingress, stateful); what comes by Tailscale needs none:"]
     for who, port, what in plan_ports(config, address, hostname, master, subnet):
-        number, _, protocol = port.partition("/")
-        network = parse_network(who) if who[0].isdigit() or ":" in who else None
-        by_vpn = who == "tailscale" or (
-            network and network.overlaps(parse_network(TAILSCALE)) and network.prefixlen > 9
-        )
-        zone = " --zone=tailscale" if by_vpn else ""
-        if network:
-            accept = f'source address="{network}" port port="{number}" protocol="{protocol}" accept'
-            lines.append(
-                f"firewall-cmd --permanent{zone} --add-rich-rule='rule family=\"ipv{network.version}\" {accept}'"
-            )
-        elif who == "nobody":
+        if who == "nobody":
             lines.append(f"# {port} stays closed: {what}")
             continue
-        else:
-            lines.append(f"firewall-cmd --permanent{zone} --add-port={port}  # {what}")
+        network = parse_network(who) if who not in ("anybody", "tailscale") else None
+        by_vpn = network.overlaps(vpn) and network.prefixlen > 9 if network else who == "tailscale"
+        rule = f"--add-port={port}  # {what}"
+        if network:
+            number, _, protocol = port.partition("/")
+            accept = f'source address="{network}" port port="{number}" protocol="{protocol}" accept'
+            rule = f"--add-rich-rule='rule family=\"ipv{network.version}\" {accept}'"
+        lines.append(f"{command}{' --zone=tailscale' if by_vpn else ''} {rule}")
         if not by_vpn:
             cloud.append(f"#   {network or '0.0.0.0/0'} -> {port}  {what}")
-    lines.append("firewall-cmd --permanent --remove-service=ssh  # last, and only once SSH by Tailscale works")
+    lines.append(f"{command} --remove-service=ssh  # last, and only once SSH by Tailscale works")
     return "\n".join([*lines, "firewall-cmd --reload", *cloud])
 
 
@@ -9347,14 +9334,9 @@ class Setup:
 
     def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
         self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
-        self.config, self.folder, self.repo = (
-            load_config(config_path),
-            config_path.parent.parent,
-            work_tree(config_path),
-        )
+        self.config, self.folder = load_config(config_path), config_path.parent.parent
+        self.repo, self.home, self.user = work_tree(config_path), Path.home(), ""
         self.root = os.name != "nt" and os.geteuid() == 0
-        self.home = Path.home()
-        self.user = ""
         if self.root:  # the daemon is not root's business, but of whoever owns the repository
             import pwd
 
@@ -9391,10 +9373,9 @@ class Setup:
         else:
             self.remove_unit()
             self.install_pm2()
-        if self.dry_run:
-            return
-        self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
-        self.await_welcome()
+        if not self.dry_run:
+            self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
+            self.await_welcome()
 
     def install_unit(self) -> None:
         path = os.environ.get("PATH", os.defpath)
@@ -9473,12 +9454,11 @@ class Setup:
         return True
 
     def take(self, path: Path) -> None:
-        if not path.exists():
-            return
-        self.changed = True
-        self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
-        if not self.dry_run:
-            path.unlink()
+        if path.exists():
+            self.changed = True
+            self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
+            if not self.dry_run:
+                path.unlink()
 
     def systemctl(self, *words: str, look: bool = False) -> int:
         argv = ["systemctl", *([] if self.root else ["--user"]), *words]
@@ -9486,29 +9466,26 @@ class Setup:
 
     def call(self, *argv: str, may_fail: bool = False) -> int:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
-        self.changed = True
-        self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
+        self.changed, line = True, " ".join(argv)
+        self.say(f"{'would run' if self.dry_run else 'running'}: {line}")
         code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = f"as this user, log in directly (not by su), or: {LINGER}"
-            raise UpdaterError(
-                f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
-                hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
-            )
+            own = f"as this user, log in directly (not by su), or: {LINGER}"
+            hint = own if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
+            raise UpdaterError(f"{line}: {(out.splitlines() or [f'exit {code}'])[-1]}", hint)
         return code
 
     def await_welcome(self) -> None:
         """Until the daemon says that its master has welcomed it, or that it is the master. Raises UpdaterError."""
         ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
         while time.monotonic() < ends:
-            if FileLock.held_elsewhere(self.state.daemon_lock):
-                facts = read_json(self.state.daemon_file) or {}
-                if facts.get("label") and not facts.get("trouble"):
-                    does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
-                    self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
-                    return
-                if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
-                    break
+            facts = daemon_facts(self.state) or facts
+            if facts.get("label") and not facts.get("trouble"):
+                does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
+                self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
+                return
+            if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
+                break
             time.sleep(LOCAL_LOOK_S)
         why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
         raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
@@ -9550,6 +9527,15 @@ def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
     return Finding("service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times")
 
 
+def judge_attempt(name: str, text: str, act: Callable[[], object]) -> Finding:
+    """Whether something can be done, by doing it."""
+    try:
+        act()
+    except UpdaterError as problem:
+        return Finding(name, False, problem.what, problem.hint)
+    return Finding(name, True, text)
+
+
 class Doctor:
     """This host against the traps that deployments have met, each with its fix."""
 
@@ -9566,37 +9552,35 @@ class Doctor:
     def look(self) -> Iterator[Finding]:
         """The findings as they come; some take seconds."""
         yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
-        yield self.packages()
+        yield judge_attempt("packages", "all there", require_packages)
         yield judge_encoding(sys.stdout.encoding or "none")
         yield self.detached()
-        yield self.place()
+        yield judge_attempt("state", f"{self.state.root}, {len(self.state.run_ids())} recorded runs", self.state.create)
         yield self.service()
         try:
             path = self.args.config_path()
             problems, warnings = check_config(path)
             config, _ = load_config_or_last(path, self.state)
         except (ConfigError, OSError) as problem:
-            wrong = problem.what if isinstance(problem, ConfigError) else str(problem)
-            yield Finding(
-                "configuration", False, wrong, f"run this in the repository, or: {program_name()} config init"
-            )
+            fix = f"run this in the repository, or: {program_name()} config init"
+            yield Finding("configuration", False, str(problem), fix)
             return
         more = f", {len(warnings)} warnings: see config check" if warnings else ""
         fix = "mend the file, commit and push it"
         yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
         address = self.args.bind or (None if self.daemon.get("trouble") else self.daemon.get("label"))
         rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
-        repo = work_tree(path) / (rule.repo or "")
-        yield from self.repository(repo, rule)
+        yield from self.repository(work_tree(path) / (rule.repo or ""), rule)
         if config.updater.sha256:
             folder = os.path.dirname(program_argv()[1])
-            text = f"upgrade writes to {folder}"
-            yield Finding("program", os.access(folder, os.W_OK), text, f"sudo chown -R $USER {folder}")
+            fix = f"sudo chown -R $USER {folder}"
+            yield Finding("program", os.access(folder, os.W_OK), f"upgrade writes to {folder}", fix)
         if config.tls.cert and (cert := work_tree(path) / config.tls.cert).exists():
             yield self.certificate(cert)
         yield from self.master(config)
-        if config.haproxy and self.is_here(config.haproxy.host, rule.name):
-            yield from self.haproxy(config.haproxy)
+        names = (rule.name, socket.gethostname())
+        if (proxy := config.haproxy) and (host_key(proxy.host) in map(host_key, names) or probe_is_local(proxy.host)):
+            yield from self.haproxy(proxy)
 
     @staticmethod
     def certificate(cert: Path) -> Finding:
@@ -9606,13 +9590,6 @@ class Doctor:
             return Finding("certificate", False, f"{cert}: {problem}", "a PEM file that this user can read")
         text = f"{cert}: {left_s // 86400:.0f} days left"
         return Finding("certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew")
-
-    def packages(self) -> Finding:
-        try:
-            require_packages()
-        except UsageError as problem:
-            return Finding("packages", False, problem.what, problem.hint)
-        return Finding("packages", True, "all there")
 
     def detached(self) -> Finding:
         """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look who lives."""
@@ -9634,22 +9611,11 @@ class Doctor:
         fix = "serve under PM2 or systemd as `setup` sets it up"
         return Finding("detachment", lives, "a deployment outlives its daemon's kill" if lives else "killed too", fix)
 
-    def place(self) -> Finding:
-        """The state folder."""
-        try:
-            self.state.create()
-        except UpdaterError as problem:
-            return Finding("state", False, problem.what, problem.hint)
-        return Finding("state", True, f"{self.state.root}, {len(self.state.run_ids())} recorded runs")
-
     def service(self) -> Finding:
         """Who starts the daemon after a reboot, and whether it runs."""
         own, system = Path.home() / ".config/systemd/user", Path("/etc/systemd/system")
-        for folder, scope, unit in (
-            (own, " --user", SERVICE),
-            (system, "", SERVICE),
-            (system, "", f"{SERVICE}-haproxy"),
-        ):
+        places = ((own, " --user", SERVICE), (system, "", SERVICE), (system, "", f"{SERVICE}-haproxy"))
+        for folder, scope, unit in places:
             if (folder / f"{unit}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
                 _, out = try_command(["systemctl", *scope.split(), "show", keys, unit], os.environ)
@@ -9715,28 +9681,20 @@ class Doctor:
             if told.time:
                 yield judge_clock((before + after) / 2 - told.time)
 
-    @staticmethod
-    def is_here(host: str, name: str) -> bool:
-        return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
-
     def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
         """What a switch on this host needs: a valid file that may be replaced, the sockets, and two true colours."""
         env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
         code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
         lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
-        yield Finding(
-            "haproxy", code == 0, lines[0], f"mend the file until this is silent: haproxy -c -f {rule.config}"
-        )
+        fix = f"mend the file until this is silent: haproxy -c -f {rule.config}"
+        yield Finding("haproxy", code == 0, lines[0], fix)
         real = os.path.realpath(rule.config)
         fix = f"this service's user must own the file and its folder: chown USER {os.path.dirname(real)} {real}"
         yield Finding("haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix)
-        for path, master in ((rule.socket, False), (rule.master_socket, True)):
-            try:
-                if path:
-                    ask_haproxy(rule, "show proc" if master else "show info", master=master)
-                    yield Finding("haproxy socket", True, path)
-            except UpdaterError as problem:
-                yield Finding("haproxy socket", False, problem.what, problem.hint)
+        for path, words, master in ((rule.socket, "show info", False), (rule.master_socket, "show proc", True)):
+            if path:
+                ask = functools.partial(ask_haproxy, rule, words, master=master)
+                yield judge_attempt("haproxy socket", path, ask)
         for warning in look_at_traffic(rule)["warnings"]:
             yield Finding("traffic", False, warning, f"edit {real}, then: {' '.join(rule.reload)}")
 
@@ -10125,8 +10083,8 @@ def ask_health(args: Args, target: str) -> dict[str, Any]:
 
 
 def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> tuple[str, list[dict[str, Any]]]:
-    """These hosts' colour, and both colours' rows of `status`, once their checks succeed and HAProxy has them up: a fresh
-    start takes its time. Raises GuardError where that does not come about."""
+    """These hosts' colour, and both colours' rows of `status`, once their checks succeed and HAProxy has them up:
+    a fresh start takes its time. Raises GuardError where that does not come about."""
     ends = time.monotonic() + wait_s
     while True:
         view.tick()
