@@ -720,6 +720,12 @@ def valid_branch_problem(name: str) -> str | None:
     return next((problem for pattern, problem in rules if re.fullmatch(pattern, name)), None)
 
 
+def require_branch(name: str, hint: str = "") -> None:
+    """Raises UsageError for what is no branch, tag or commit id."""
+    if problem := valid_branch_problem(name):
+        raise UsageError(f"{name[:80]!r} is no branch name: {problem}", hint)
+
+
 # ==============================================================================
 # 4. Configuration: frozen dataclasses, parse with all problems at once, render
 # ==============================================================================
@@ -9739,20 +9745,12 @@ class Output:
 PREFIX_COLORS = ("36", "35", "34", "33", "32")
 
 
-class TextView(View):
-    """A run for people: one `[host] ` prefix per line, whole lines only, a table at the end of several hosts."""
+class LineView(View):
+    """A run as lines that are whole: what has no end yet waits for it, unless it is too long to be kept."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
-        self.prefixes: dict[str, bytes] = {}
         self.partial: dict[str, bytes] = {}
-        self.behind: dict[str, str | None] = {}
-        self.open_host: str | None = None  # whose unfinished line stands on the screen
-
-    def begin(self, run: RunRecord) -> None:
-        for index, host in enumerate(run.hosts):
-            color = PREFIX_COLORS[index % len(PREFIX_COLORS)]
-            self.prefixes[host] = self.output.paint(f"[{terminal_text(host)}]", color).encode() + b" "
 
     def data(self, host: str, data: bytes) -> None:
         data = self.partial.pop(host, b"") + data
@@ -9764,8 +9762,28 @@ class TextView(View):
         if cut:
             self.show(host, data[:cut])
 
+    def show(self, host: str, data: bytes) -> None: ...  # lines, the last of them perhaps to be continued
+
+    def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        for host, rest in self.partial.items():  # of a run that goes on
+            self.show(host, rest)
+
+
+class TextView(LineView):
+    """A run for people: one `[host] ` prefix per line, whole lines only, a table at the end of several hosts."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(output)
+        self.prefixes: dict[str, bytes] = {}
+        self.behind: dict[str, str | None] = {}
+        self.open_host: str | None = None  # whose unfinished line stands on the screen
+
+    def begin(self, run: RunRecord) -> None:
+        for index, host in enumerate(run.hosts):
+            color = PREFIX_COLORS[index % len(PREFIX_COLORS)]
+            self.prefixes[host] = self.output.paint(f"[{terminal_text(host)}]", color).encode() + b" "
+
     def show(self, host: str, data: bytes) -> None:
-        """Lines, the last of them perhaps to be continued."""
         if self.output.terminal:
             ended = data.endswith(b"\n")
             data = terminal_text(data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")).encode()
@@ -9798,8 +9816,7 @@ class TextView(View):
         self.behind[job.host] = job.behind
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
-        for host, rest in self.partial.items():  # of a run that goes on
-            self.show(host, rest)
+        super().done(run, jobs)
         self.end_line()
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
@@ -9825,13 +9842,10 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
-class JsonView(View):
+class JsonView(LineView):
     """A run for programs: the contract's events as JSON lines."""
 
-    def __init__(self, output: Output) -> None:
-        self.output = output
-        self.run = ""
-        self.partial: dict[str, bytes] = {}
+    run = ""
 
     def emit(self, **event: Any) -> None:
         self.output.write(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
@@ -9844,24 +9858,20 @@ class JsonView(View):
     def state(self, job: JobRecord) -> None:
         self.emit(event="state", run=job.run, host=job.host, state=job.state, step=job.step, behind=job.behind)
 
-    def data(self, host: str, data: bytes) -> None:
-        *lines, rest = (self.partial.pop(host, b"") + data).split(b"\n")
+    def show(self, host: str, data: bytes) -> None:
+        *lines, rest = data.split(b"\n")
         for line in lines:
             self.line(host, line)
-        if rest := self.pieces(host, rest, LINE_BYTES - 1):
-            self.partial[host] = rest
+        if rest:
+            self.line(host, rest, more=True)
 
-    def pieces(self, host: str, line: bytes, most: int) -> bytes:
-        """Show pieces of a long line, whole characters each; the rest, of at most `most` bytes."""
-        while len(line) > most:
+    def line(self, host: str, line: bytes, **more: bool) -> None:
+        """A line, a long one in pieces of whole characters."""
+        while len(line) > LINE_BYTES:
             cut = whole_text(line[:LINE_BYTES])
             self.line(host, line[:cut], more=True)
             line = line[cut:]
-        return line
-
-    def line(self, host: str, line: bytes, **more: bool) -> None:
-        text = self.pieces(host, line, LINE_BYTES).decode("utf-8", "replace")
-        self.emit(event="log", run=self.run, host=host, line=text, **more)
+        self.emit(event="log", run=self.run, host=host, line=line.decode("utf-8", "replace"), **more)
 
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
@@ -9869,8 +9879,7 @@ class JsonView(View):
         self.emit(event="result", run=job.run, **job_summary(job))
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
-        for host, rest in self.partial.items():
-            self.line(host, rest, more=True)
+        super().done(run, jobs)
         if all(job.state in FINAL for job in jobs):
             self.emit(event="done", run=run.run, ok=run_ok(jobs))
 
@@ -9944,8 +9953,7 @@ def cmd_serve(args: Args) -> int:
 
 
 def cmd_trigger(args: Args) -> int:
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_branch(args.branch, "nothing was sent")
     order = new_order(Kind.DEPLOY, args.target, args.branch, batch=args.batch, wait_s=args.wait)
     return run_order(args, order, detach=args.detach)[0]
 
@@ -10111,8 +10119,7 @@ def only_commit(commits: Iterable[str | None]) -> str:
 
 def cmd_release(args: Args) -> int:
     """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was sent")
+    require_branch(args.branch, "nothing was sent")
     require_answer(args)
     code, jobs = run_order(args, new_order(Kind.DEPLOY, "standby", args.branch, options={"alone": True}))
     if code:
@@ -10150,8 +10157,7 @@ def cmd_self_test(args: Args) -> int:
 
 
 def cmd_deploy(args: Args) -> int:
-    if problem := valid_branch_problem(args.branch):
-        raise UsageError(f"{args.branch[:80]!r} is no branch name: {problem}", "nothing was started")
+    require_branch(args.branch, "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
     return run_here(args, new_order(Kind.DEPLOY, "", args.branch))
 
@@ -10738,11 +10744,6 @@ def parse_run_id(text: str) -> str:
 class Args(SimpleNamespace):
     """The command line, parsed."""
 
-    json: bool
-    no_color: bool
-    verbose: bool
-    bind: str | None
-
     def state_folder(self) -> StateFolder:
         return StateFolder(Path(self.state).absolute() if self.state else default_state_folder(os.environ))
 
@@ -10760,117 +10761,92 @@ class Option:
         self.names, self.settings = names, settings
 
 
-@dataclass(frozen=True)
 class Command:
-    """A row of the command table, from which help, README and completion are made."""
+    """A row of the command table, from which help, README and completion are made; no help: not for people."""
 
-    name: str
-    help: str
-    run: Callable[[Args], int]
-    options: tuple[Option, ...] = ()
-    hidden: bool = False
+    def __init__(self, name: str, help: str, run: Callable[[Args], int], *options: Option) -> None:
+        self.name, self.help, self.run, self.options, self.hidden = name, help, run, options, not help
 
 
-TARGET_HELP = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
-TARGET = Option("target", metavar="TARGET", help=TARGET_HELP)
-TARGET_OR_ALL = Option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)")
+_TARGETS = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+TARGET = Option("target", metavar="TARGET", help=_TARGETS)
+TARGET_OR_ALL = Option("target", metavar="TARGET", nargs="?", default="all", help=f"{_TARGETS} (default: all)")
 BRANCH = Option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id")
 RUN = Option("run", metavar="RUN", type=parse_run_id, help="the run's id")
 COMMANDS = (
-    Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
+    Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve,
         Option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
-        Option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)"),
-    )),
-    Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, (
-        TARGET, BRANCH,
+        Option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)")),
+    Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, TARGET, BRANCH,
         Option("--detach", action="store_true", help="print the run id and leave"),
         Option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
-        Option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
-    )),
-    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, (TARGET, BRANCH)),
-    Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback, (
+        Option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure")),
+    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, TARGET, BRANCH),
+    Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback,
         TARGET_OR_ALL,
         Option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
-        Option("--yes", action="store_true", help="do not ask"),
-    )),
-    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp, (
+        Option("--yes", action="store_true", help="do not ask")),
+    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp,
         Option("--read-only", action="store_true", help="offer only the tools that change nothing"),
-        Option("--require-plan", action="store_true", help="change something only with the id of a fresh plan"),
-    )),
-    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (RUN,)),
-    Command("logs", "print or follow a recorded run", cmd_logs, (
-        RUN,
+        Option("--require-plan", action="store_true", help="change something only with the id of a fresh plan")),
+    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, RUN),
+    Command("logs", "print or follow a recorded run", cmd_logs, RUN,
         Option("target", metavar="TARGET", nargs="?", help="only these hosts"),
-        Option("-f", "--follow", action="store_true", help="go on until the run's end"),
-    )),
-    Command("history", "list the recent runs", cmd_history, (
+        Option("-f", "--follow", action="store_true", help="go on until the run's end")),
+    Command("history", "list the recent runs", cmd_history,
         Option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
-        Option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
-    )),
+        Option("--stats", action="store_true", help="per host: how often, how long, what failed at which step")),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
-    Command("health", "run the configured checks on the hosts", cmd_health, (
-        Option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)"),
-    )),
-    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (BRANCH,)),
-    Command("switch", "move the traffic to another colour", cmd_switch, (
+    Command("health", "run the configured checks on the hosts", cmd_health,
+        Option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)")),
+    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, BRANCH),
+    Command("switch", "move the traffic to another colour", cmd_switch,
         Option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
         Option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
-        Option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
-    )),
-    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (TARGET_OR_ALL,)),
-    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, (
-        BRANCH,
+        Option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded")),
+    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, TARGET_OR_ALL),
+    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, BRANCH,
         Option("--yes", action="store_true", help="switch without asking"),
         Option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
-               help="how long it may take to become healthy (default: 60)"),
-    )),
-    Command("forget", "take a retired host out of `all`", cmd_forget, (
-        Option("host", metavar="HOST", help="as `status` shows it"),
-    )),
-    Command("config", "check, show, write or convert the committed configuration", cmd_config, (
+               help="how long it may take to become healthy (default: 60)")),
+    Command("forget", "take a retired host out of `all`", cmd_forget,
+        Option("host", metavar="HOST", help="as `status` shows it")),
+    Command("config", "check, show, write or convert the committed configuration", cmd_config,
         Option("action", metavar="check|show|init|convert", choices=("check", "show", "init", "convert"), help="what"),
         Option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
         Option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
         Option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
         Option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
         Option("--dry-run", action="store_true", help="convert: print the result only"),
-        Option("--commit", action="store_true", help="init: commit and push the file"),
-    )),
-    Command("whitelist", "list, add or remove who may connect, in the committed configuration", cmd_whitelist, (
+        Option("--commit", action="store_true", help="init: commit and push the file")),
+    Command("whitelist", "list, add or remove who may connect, in the committed configuration", cmd_whitelist,
         Option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
         Option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
-        Option("--commit", action="store_true", help="commit and push the change"),
-    )),
-    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
+        Option("--commit", action="store_true", help="commit and push the change")),
+    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup,
         Option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
         Option("--remove", action="store_true", help="take the service away; recorded runs stay"),
         Option("--firewall", action="store_true", help="only print the firewall commands for this host"),
         Option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
-        Option("--dry-run", action="store_true", help="only say everything that would be done"),
-    )),
+        Option("--dry-run", action="store_true", help="only say everything that would be done")),
     Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
-    Command("build", "make the zipapp from a source checkout", cmd_build, (
-        Option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
-    )),
-    Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo, (
-        Option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
-    )),
-    Command("self-test", "", cmd_self_test, hidden=True),
-    Command("prove-detached", "", cmd_prove_detached, (
-        Option("folder"), Option("--child", action="store_true"),
-    ), hidden=True),
-    Command("run-job", "", cmd_run_job, (Option("run"), Option("host")), hidden=True),
+    Command("build", "make the zipapp from a source checkout", cmd_build,
+        Option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it")),
+    Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo,
+        Option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it")),
+    Command("self-test", "", cmd_self_test),
+    Command("prove-detached", "", cmd_prove_detached, Option("folder"), Option("--child", action="store_true")),
+    Command("run-job", "", cmd_run_job, Option("run"), Option("host")),
 )  # fmt: skip
 GLOBAL_OPTIONS = (
     Option("--config", metavar="FILE", help="the configuration (default: config/updater.json or .toml, found upwards)"),
     Option("--state", metavar="DIR", help="where this host keeps its runs"),
-    Option(
-        "--bind", metavar="IP", type=canonical_address, help="the source address, and for serve this host's own address"
-    ),
+    Option("--bind", metavar="IP", type=canonical_address,
+           help="the source address, and for serve this host's own address"),
     Option("--json", action="store_true", help="JSON lines instead of text"),
     Option("--no-color", action="store_true", help="no colours on a terminal"),
     Option("-v", "--verbose", action="store_true", help="more detail, and tracebacks for errors"),
-)
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -10909,13 +10885,10 @@ def make_parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the contract's exit code."""
-    environ = os.environ
     for name in ("stdout", "stderr"):  # closed by whoever started us
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    args = Args(
-        config=None, state=None, bind=environ.get("ESTELLE_BIND") or None, json=False, no_color=False, verbose=False
-    )
+    args = Args(config=None, state=None, bind=os.environ.get("ESTELLE_BIND") or None, no_color=False, verbose=False)
     args.json = "--json" in argv  # also for errors of the command line itself
     try:
         if args.bind:
@@ -10947,14 +10920,12 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         traceback.print_exception(problem)
     if args.json:
         event = {"event": "error", "what": problem.what, "hint": problem.hint, "exit": problem.exit_code}
-        print(json.dumps(event, ensure_ascii=False), file=sys.stderr)
+        text = json.dumps(event, ensure_ascii=False)
     else:
-        lines = [f"estelle-updater: error: {problem.what}"]
-        lines += [f"hint: {problem.hint}"] if problem.hint else []
-        print(
-            terminal_text("\n".join(lines)).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
-            file=sys.stderr,
-        )
+        hint = f"\nhint: {problem.hint}" if problem.hint else ""
+        text = terminal_text(f"estelle-updater: error: {problem.what}{hint}")
+        text = text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding)
+    print(text, file=sys.stderr)
     return problem.exit_code
 
 
