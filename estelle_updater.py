@@ -8456,8 +8456,7 @@ sys.exit(main(sys.argv[1:]))
 '''
 
 
-@dataclass(frozen=True)
-class BuildResult:
+class BuildResult(NamedTuple):
     """A finished zipapp."""
 
     path: Path
@@ -8468,12 +8467,11 @@ class BuildResult:
 def parse_script_block(text: str) -> tuple[tuple[int, int], tuple[str, ...]]:
     """The oldest Python and the packages that a script asks for in its PEP 723 block, the only list of dependencies."""
     hint = "restore the head of estelle_updater.py"
-    blocks = [block for block in _BLOCK.finditer(text) if block["type"] == "script"]
+    blocks = [block["content"] for block in _BLOCK.finditer(text) if block["type"] == "script"]
     if len(blocks) != 1:
         raise UpdaterError(f"{len(blocks)} PEP 723 script blocks instead of one", hint)
-    content = "".join(line[2:] if line[:2] == "# " else line[1:] for line in blocks[0]["content"].splitlines(True))
     try:
-        table = tomllib.loads(content)
+        table = tomllib.loads(re.sub(r"(?m)^# ?", "", blocks[0]))
         oldest = re.fullmatch(r">=(\d+)\.(\d+)", table["requires-python"])
         return (int(oldest[1]), int(oldest[2])), tuple(map(str, table["dependencies"]))  # type: ignore[index]
     except (ValueError, KeyError, TypeError) as error:
@@ -8658,12 +8656,12 @@ class Upgrade:
         if not resumes(runner.job):
             runner.begin("check")
             runner.load_rule(strict=False)
-            self.check()
+            config = self.check()
             if daemon_facts(self.state).get("sha256") == self.sha256:
                 runner.log.line(f"{self.version} runs here already.")
                 return self.version
             try:
-                self.fetch()
+                self.fetch(config)
                 runner.begin(SWAP)
             except BaseException:
                 self.fresh.unlink(missing_ok=True)
@@ -8679,19 +8677,19 @@ class Upgrade:
             runner.save(durable=True, step=UNDO)
         raise self.put_back()
 
-    def check(self) -> None:
-        """The committed checksum decides. Raises ConfigError."""
-        path = self.runner.config_path
-        accepted = (load_config(path).updater.sha256 or "").lower()
+    def check(self) -> Config:
+        """The committed checksum decides: the configuration that names it. Raises ConfigError."""
+        config = load_config(self.runner.config_path)
+        accepted = (config.updater.sha256 or "").lower()
         if not accepted or accepted != self.sha256:
             named = f"the program {accepted[:12]}…" if accepted else "no program"
-            what = f"{path} accepts {named}, and the master has {self.sha256[:12]}…"
+            what = f"{self.runner.config_path} accepts {named}, and the master has {self.sha256[:12]}…"
             raise ConfigError(what, f"{accept_hint(self.sha256)}, and bring that commit to this host first")
+        return config
 
-    def fetch(self) -> None:
+    def fetch(self, config: Config) -> None:
         """Download, verify, and try the new program beside the one that runs. Raises UpdaterError or StepFailed."""
         runner = self.runner
-        config = load_config(runner.config_path)
         url = self.state.last_master_url() or config.master_url
         runner.announce(f"download {PROGRAM_NAME} from {url}")
         tls = client_tls(config, work_tree(runner.config_path), str(url))
@@ -9887,24 +9885,6 @@ class JsonView(LineView):
         self.emit(event="notice", text=text)
 
 
-def watch_run(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> int:
-    """Show a run to its end. Ctrl-C or a closed output stops watching, and says how to go on."""
-    est = program_name()
-    text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
-    try:
-        return 0 if run_ok(follow()) else 1
-    except (UnreachableError, RefusedError) as problem:
-        problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
-        raise
-    except (KeyboardInterrupt, Output.Closed):
-        with suppress(OSError):
-            if args.json:
-                print(json.dumps({"event": "notice", "text": text}), file=sys.stderr)
-            else:
-                print(f"\nestelle-updater: {text}", file=sys.stderr)
-        return 130
-
-
 def say(text: str) -> None:
     """Lines on standard output, whatever the console can show."""
     Output(False).write(terminal_text(text).encode("utf-8", "replace") + b"\n")
@@ -9987,16 +9967,22 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
 
 
 def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
-    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs."""
-    jobs: list[JobRecord] = []
-
-    def keep() -> list[JobRecord]:
-        jobs.extend(follow())
-        return jobs
-
-    code = watch_run(args, run, keep)
+    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs. Ctrl-C or a closed
+    output stops watching, and says how to go on."""
+    est = program_name()
+    text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
+    try:
+        jobs = follow()
+    except (UnreachableError, RefusedError) as problem:
+        problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
+        raise
+    except (KeyboardInterrupt, Output.Closed):
+        notice = json.dumps({"event": "notice", "text": text}) if args.json else f"\nestelle-updater: {text}"
+        with suppress(OSError):
+            print(notice, file=sys.stderr)
+        return 130, []
     refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
-    return GuardError.exit_code if refused else code, jobs
+    return GuardError.exit_code if refused else int(not run_ok(jobs)), jobs
 
 
 PLAN_ANSWER_S = ANSWER_S + PLAN_S
@@ -10169,14 +10155,14 @@ def cmd_logs(args: Args) -> int:
         caller = make_caller(args)
         connection = caller.dial(PATIENCE_S)
         follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
-        code = watch_run(args, args.run, functools.partial(follower.follow, connection))
+        code, _ = watch_order(args, args.run, functools.partial(follower.follow, connection))
     except UpdaterError as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
         if state.load_run(args.run) is None or (follower and follower.record):
             raise
         view.notice(f"{problem.what}; this is what {state.root} has")
         local = LocalFollower(state, args.run, view, args.follow, args.target or "all")
-        code = watch_run(args, args.run, local.follow)
-    return code if args.follow or code == 130 else 0
+        code, _ = watch_order(args, args.run, local.follow)
+    return code if code == 130 else int(args.follow and code != 0)
 
 
 def cmd_history(args: Args) -> int:
