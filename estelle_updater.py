@@ -55,7 +55,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -8808,18 +8808,17 @@ class Demo:
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish stays
                 signal.signal(number, self.stop)
         self.folder = Path(tempfile.mkdtemp(prefix="estelle-demo-")).resolve()
-        started, code = time.monotonic(), 130
+        started = time.monotonic()
         try:
             self.play()
             self.say(f"\nAll of this took {time.monotonic() - started:.0f} s.")
-            code = 0
             if keep:
                 self.invite()
+            return 0
         except KeyboardInterrupt:
-            pass
+            return 130
         finally:
             self.clean()
-        return code
 
     def stop(self, *_: object) -> None:
         self.stopped = True
@@ -8970,8 +8969,7 @@ class Demo:
         for line in (f"cd {self.folder}", self.on_master(), f"{self.est} status", f"{self.est} {trigger}"):
             self.say(f"  {line}", "36")
         self.say("developer/ is for commits of your own. Ctrl-C here ends the fleet and removes the folder.")
-        while True:
-            self.check()
+        while not self.stopped:
             time.sleep(0.1)
 
     def state(self, address: str) -> StateFolder:
@@ -8983,12 +8981,10 @@ class Demo:
     def start(self, argv: Sequence[str], log_name: str = "") -> subprocess.Popen[bytes]:
         """Start a program in the folder. The terminal's Ctrl-C does not reach it: `clean` ends it, in order."""
         options: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
-        with ExitStack() as stack:
-            if log_name:
-                options["stdout"] = options["stderr"] = stack.enter_context(open(self.folder / log_name, "wb"))
-            child = subprocess.Popen(argv, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, **options)
-        self.children.append(child)
-        return child
+        with open(self.folder / log_name, "wb") if log_name else nullcontext() as output:
+            options |= {"cwd": self.folder, "env": self.env, "stdout": output, "stderr": output}
+            self.children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, **options))
+        return self.children[-1]
 
     def wait(self, child: subprocess.Popen[bytes]) -> int:
         while True:
@@ -9146,12 +9142,10 @@ def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: s
     return text if form == "toml" else render_config(tomllib.loads(text), "json")
 
 
-def plan_ports(
-    config: Config, address: str | None, hostname: str, master: bool, subnet: str
-) -> list[tuple[str, str, str]]:
+def plan_ports(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> list[tuple[str, ...]]:
     """The strategy's table of ports for one host: (who may come, a network or a word; port; what listens there)."""
     rule = host_rule(config, address, hostname)
-    ports = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
+    ports: list[tuple[str, ...]] = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
     if config.haproxy and host_key(config.haproxy.host) in map(host_key, filter(None, (address, hostname, rule.name))):
         ports += [("anybody", "80/tcp", "HAProxy: certbot, and the way to 443")]
         ports += [("anybody", "443/tcp", "HAProxy: webhooks"), (subnet, "3306/tcp", "MariaDB, for the workers")]
@@ -9924,10 +9918,8 @@ def cmd_serve(args: Args) -> int:
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
         raise UsageError(f"{role!r} is no role", "auto, master or agent")
-    options = ServeOptions(
-        args.config_path(), args.state_folder(), args.bind, Role(role) if role != "auto" else None, args.listen
-    )
-    service = Service(options)
+    chosen = Role(role) if role != "auto" else None
+    service = Service(ServeOptions(args.config_path(), args.state_folder(), args.bind, chosen, args.listen))
     code = asyncio.run(service.run())
     return restart_self() if service.restarting else code
 
