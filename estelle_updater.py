@@ -55,7 +55,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -2616,8 +2616,8 @@ def replace_file(fresh: Path, path: Path) -> None:
     os.replace(fresh, path)
 
 
-def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Replace a file as a whole, readable by its owner alone; `durable` survives a power loss."""
+def write_atomic(path: Path, data: bytes, *, durable: bool = False, mode: int | None = None) -> None:
+    """Replace a file as a whole, its owner's alone unless `mode` says otherwise; `durable` survives a power loss."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
     try:
@@ -2626,6 +2626,8 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(temp, mode)
         replace_file(temp, path)
         if durable:
             sync_folder(path.parent)
@@ -8493,8 +8495,7 @@ sys.exit(main(sys.argv[1:]))
 '''
 
 
-@dataclass(frozen=True)
-class BuildResult:
+class BuildResult(NamedTuple):
     """A finished zipapp."""
 
     path: Path
@@ -8505,12 +8506,11 @@ class BuildResult:
 def parse_script_block(text: str) -> tuple[tuple[int, int], tuple[str, ...]]:
     """The oldest Python and the packages that a script asks for in its PEP 723 block, the only list of dependencies."""
     hint = "restore the head of estelle_updater.py"
-    blocks = [block for block in _BLOCK.finditer(text) if block["type"] == "script"]
+    blocks = [block["content"] for block in _BLOCK.finditer(text) if block["type"] == "script"]
     if len(blocks) != 1:
         raise UpdaterError(f"{len(blocks)} PEP 723 script blocks instead of one", hint)
-    content = "".join(line[2:] if line[:2] == "# " else line[1:] for line in blocks[0]["content"].splitlines(True))
     try:
-        table = tomllib.loads(content)
+        table = tomllib.loads(re.sub(r"(?m)^# ?", "", blocks[0]))
         oldest = re.fullmatch(r">=(\d+)\.(\d+)", table["requires-python"])
         return (int(oldest[1]), int(oldest[2])), tuple(map(str, table["dependencies"]))  # type: ignore[index]
     except (ValueError, KeyError, TypeError) as error:
@@ -8523,9 +8523,7 @@ def require_packages() -> None:
     Looks only in a source checkout: the zipapp holds its packages. Raises UsageError.
     """
     source = Path(__file__)
-    if not source.is_file():
-        return
-    wanted = parse_script_block(source.read_text("utf-8"))[1]
+    wanted = parse_script_block(source.read_text("utf-8"))[1] if source.is_file() else ()
     for requirement in wanted:
         name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
         try:
@@ -8600,9 +8598,8 @@ def _fetch_wheels(dependencies: tuple[str, ...], python_text: str, folder: Path)
         pip = [uv, "tool", "run", "pip"]
     command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--retries=1", "--only-binary=:all:"]
     command += ["--platform=any", "--implementation=py", "--abi=none", f"--python-version={python_text}"]
-    done = subprocess.run(
-        [*command, f"--dest={folder}", *dependencies], capture_output=True, text=True, errors="replace"
-    )
+    command += [f"--dest={folder}", *dependencies]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         reason = next((line for line in said if line.startswith(("ERROR", "error"))), said[-1])
@@ -8645,18 +8642,8 @@ def _zip(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _replace_executable(path: Path, content: bytes) -> None:
-    """Put a file in place in one step: a host that starts it meanwhile sees the old one or the new one."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(fresh, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(fresh, 0o755)
-        replace_file(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+# In one step: a host that starts it meanwhile sees the old one or the new one.
+_replace_executable = functools.partial(write_atomic, durable=True, mode=0o755)
 
 
 def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> bytes:
@@ -8678,6 +8665,11 @@ def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> b
         raise UnreachableError(f"can't fetch the program from {url}: {problem}", "try again") from problem
     finally:
         connection.close()
+
+
+def daemon_facts(state: StateFolder) -> dict[str, Any]:
+    """What the daemon says of itself; nothing while there is none."""
+    return (read_json(state.daemon_file) or {}) if FileLock.held_elsewhere(state.daemon_lock) else {}
 
 
 class Upgrade:
@@ -8703,12 +8695,12 @@ class Upgrade:
         if not resumes(runner.job):
             runner.begin("check")
             runner.load_rule(strict=False)
-            self.check()
-            if self.facts().get("sha256") == self.sha256:
+            config = self.check()
+            if daemon_facts(self.state).get("sha256") == self.sha256:
                 runner.log.line(f"{self.version} runs here already.")
                 return self.version
             try:
-                self.fetch()
+                self.fetch(config)
                 runner.begin(SWAP)
             except BaseException:
                 self.fresh.unlink(missing_ok=True)
@@ -8724,27 +8716,23 @@ class Upgrade:
             runner.save(durable=True, step=UNDO)
         raise self.put_back()
 
-    def facts(self) -> dict[str, Any]:
-        """What the daemon says of itself; nothing while there is none."""
-        return (read_json(self.state.daemon_file) or {}) if FileLock.held_elsewhere(self.state.daemon_lock) else {}
-
-    def check(self) -> None:
-        """The committed checksum decides. Raises ConfigError."""
-        path = self.runner.config_path
-        accepted = (load_config(path).updater.sha256 or "").lower()
+    def check(self) -> Config:
+        """The committed checksum decides: the configuration that names it. Raises ConfigError."""
+        config = load_config(self.runner.config_path)
+        accepted = (config.updater.sha256 or "").lower()
         if not accepted or accepted != self.sha256:
             named = f"the program {accepted[:12]}…" if accepted else "no program"
-            what = f"{path} accepts {named}, and the master has {self.sha256[:12]}…"
+            what = f"{self.runner.config_path} accepts {named}, and the master has {self.sha256[:12]}…"
             raise ConfigError(what, f"{accept_hint(self.sha256)}, and bring that commit to this host first")
+        return config
 
-    def fetch(self) -> None:
+    def fetch(self, config: Config) -> None:
         """Download, verify, and try the new program beside the one that runs. Raises UpdaterError or StepFailed."""
         runner = self.runner
-        config = load_config(runner.config_path)
         url = self.state.last_master_url() or config.master_url
         runner.announce(f"download {PROGRAM_NAME} from {url}")
         tls = client_tls(config, work_tree(runner.config_path), str(url))
-        data = fetch_program(url, self.facts().get("bind"), tls)
+        data = fetch_program(url, daemon_facts(self.state).get("bind"), tls)
         if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
             raise UpdaterError(f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again")
         _replace_executable(self.fresh, data)
@@ -8775,10 +8763,9 @@ class Upgrade:
         is killed, and what nobody else starts again is started."""
         began, killed = time.monotonic(), False
         while (waited_s := time.monotonic() - began) < BACK_S:
-            facts = self.facts()
+            facts, how = daemon_facts(self.state), read_json(self.state.serve_file) or {}
             if facts.get("sha256") == sha256 and "label" in facts:
                 return True
-            how = read_json(self.state.serve_file) or {}
             if facts and facts.get("sha256") != sha256 and waited_s > OBEY_S and not killed:
                 killed = True
                 with suppress(OSError):
@@ -8846,13 +8833,12 @@ class Demo:
     """
 
     def __init__(self, say: Callable[..., None]) -> None:
-        self.say = say
-        self.stopped = False
-        self.folder = Path()
+        self.say, self.stopped, self.folder = say, False, Path()
         self.hosts = [address for address in _DEMO_HOSTS if _can_bind(address)]
         self.children: list[subprocess.Popen[bytes]] = []
         self.env: dict[str, str] = {}
         self.python = "python" if os.name == "nt" else "python3"
+        self.est = f"{self.python} estelle_updater.pyz"
 
     def run(self, keep: bool) -> int:
         """Tell the story; `keep` then waits for Ctrl-C. Raises UpdaterError where something goes another way."""
@@ -8861,18 +8847,17 @@ class Demo:
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish stays
                 signal.signal(number, self.stop)
         self.folder = Path(tempfile.mkdtemp(prefix="estelle-demo-")).resolve()
-        started, code = time.monotonic(), 130
+        started = time.monotonic()
         try:
             self.play()
             self.say(f"\nAll of this took {time.monotonic() - started:.0f} s.")
-            code = 0
             if keep:
                 self.invite()
+            return 0
         except KeyboardInterrupt:
-            pass
+            return 130
         finally:
             self.clean()
-        return code
 
     def stop(self, *_: object) -> None:
         self.stopped = True
@@ -8912,6 +8897,7 @@ class Demo:
         self.title("1. Build the program: one file for every host")
         self.env = {**os.environ, **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(self.folder))}  # pip's are removed too
         pyz = self.folder / "estelle_updater.pyz"
+        self.program = [sys.executable, str(pyz)]
         if Path(__file__).is_file():
             self.command(f"{program_name()} build -o {pyz}")
             if self.wait(self.start([*program_argv(), "build", "-o", str(pyz)])):
@@ -8966,12 +8952,12 @@ class Demo:
         for address in self.hosts:
             own = f"--bind {address} --config {address}/app/config/updater.json --state {address}/state".split()
             own += ["--listen", f"{address}:{self.port}"] if address == self.hosts[0] else []
-            self.command(f"{self.python} estelle_updater.pyz serve {' '.join(own)} &")
-            daemons[address] = self.start([*self.program(), "serve", *own], f"{address}/serve.log")
+            self.command(f"{self.est} serve {' '.join(own)} &")
+            daemons[address] = self.start([*self.program, "serve", *own], f"{address}/serve.log")
             if address == self.hosts[0]:
-                self.wait_ready(address, daemons[address])
-        for address in self.hosts[1:]:
-            self.wait_ready(address, daemons[address])
+                self.wait_ready(address, daemons.pop(address))
+        for address, daemon in daemons.items():
+            self.wait_ready(address, daemon)
 
     def wait_ready(self, address: str, daemon: subprocess.Popen[bytes]) -> None:
         """Until the master listens, or has welcomed the agent; then show what the daemon wrote."""
@@ -9008,8 +8994,8 @@ class Demo:
 
     def ask(self, *words: str, expected: int = 0) -> None:
         """A command to the master, with its output as it is."""
-        self.command(f"{self.python} estelle_updater.pyz {' '.join(words)}")
-        code = self.wait(self.start([*self.program(), *words]))
+        self.command(f"{self.est} {' '.join(words)}")
+        code = self.wait(self.start([*self.program, *words]))
         self.stopped |= code == 130  # nobody reads its output any more
         self.check()
         if code != expected:
@@ -9017,17 +9003,13 @@ class Demo:
 
     def invite(self) -> None:
         """The fleet runs on for whoever wants to play with it."""
-        est = f"{self.python} estelle_updater.pyz"
         self.title("It runs on. In another terminal:")
-        for line in (f"cd {self.folder}", self.on_master(), f"{est} status", f"{est} trigger {self.hosts[-1]} master"):
+        trigger = f"trigger {self.hosts[-1]} master"
+        for line in (f"cd {self.folder}", self.on_master(), f"{self.est} status", f"{self.est} {trigger}"):
             self.say(f"  {line}", "36")
         self.say("developer/ is for commits of your own. Ctrl-C here ends the fleet and removes the folder.")
-        while True:
-            self.check()
+        while not self.stopped:
             time.sleep(0.1)
-
-    def program(self) -> list[str]:
-        return [sys.executable, str(self.folder / "estelle_updater.pyz")]
 
     def state(self, address: str) -> StateFolder:
         return StateFolder(self.folder / address / "state")
@@ -9038,12 +9020,10 @@ class Demo:
     def start(self, argv: Sequence[str], log_name: str = "") -> subprocess.Popen[bytes]:
         """Start a program in the folder. The terminal's Ctrl-C does not reach it: `clean` ends it, in order."""
         options: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
-        with ExitStack() as stack:
-            if log_name:
-                options["stdout"] = options["stderr"] = stack.enter_context(open(self.folder / log_name, "wb"))
-            child = subprocess.Popen(argv, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, **options)
-        self.children.append(child)
-        return child
+        with open(self.folder / log_name, "wb") if log_name else nullcontext() as output:
+            options |= {"cwd": self.folder, "env": self.env, "stdout": output, "stderr": output}
+            self.children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, **options))
+        return self.children[-1]
 
     def wait(self, child: subprocess.Popen[bytes]) -> int:
         while True:
@@ -9129,20 +9109,19 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
     rule = host_rule(config, address, socket.gethostname())
     own = next((host for host in config.hosts if host.key == rule.key), None)
     rows = [("masterUrl", str(config.master_url), "file"), ("whitelist", ", ".join(config.whitelist), "file")]
-    for field_ in fields(rule):
-        value = getattr(rule, field_.name)
-        if field_.name in ("key", "address", "hostname"):
+    for key in (field_.name for field_ in fields(rule)):
+        value = getattr(rule, key)
+        if key in ("key", "address", "hostname"):
             continue
         origin = "default"
-        if own is not None and getattr(own, field_.name, None):
+        if own is not None and getattr(own, key, None):
             origin = f'[hosts."{own.key}"]'
-        elif getattr(config.deploy, field_.name, None) != getattr(DeployRule(), field_.name, None):
+        elif getattr(config.deploy, key, None) != getattr(DeployRule(), key, None):
             origin = "[deploy]"
-        shown = (
-            " ".join(value) if isinstance(value, tuple) else ", ".join(value) if isinstance(value, Mapping) else value
-        )
-        name = re.sub(r"_(\w)", lambda match: match[1].upper(), field_.name.removesuffix("_s"))
-        rows.append((name, "-" if shown in (None, "") else str(shown), origin))
+        if isinstance(value, tuple | Mapping):
+            value = (" " if isinstance(value, tuple) else ", ").join(value)
+        name = re.sub(r"_(\w)", lambda match: match[1].upper(), key.removesuffix("_s"))
+        rows.append((name, "-" if value in (None, "") else str(value), origin))
     return rows
 
 
@@ -9202,18 +9181,14 @@ def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: s
     return text if form == "toml" else render_config(tomllib.loads(text), "json")
 
 
-def plan_ports(
-    config: Config, address: str | None, hostname: str, master: bool, subnet: str
-) -> list[tuple[str, str, str]]:
+def plan_ports(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> list[tuple[str, ...]]:
     """The strategy's table of ports for one host: (who may come, a network or a word; port; what listens there)."""
     rule = host_rule(config, address, hostname)
-    ports = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
+    ports: list[tuple[str, ...]] = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
     if config.haproxy and host_key(config.haproxy.host) in map(host_key, filter(None, (address, hostname, rule.name))):
-        ports += [
-            ("anybody", "80/tcp", "HAProxy: certbot, and the way to 443"),
-            ("anybody", "443/tcp", "HAProxy: webhooks"),
-        ]
-        ports += [(subnet, "3306/tcp", "MariaDB, for the workers"), ("tailscale", "8404/tcp", "HAProxy: statistics")]
+        ports += [("anybody", "80/tcp", "HAProxy: certbot, and the way to 443")]
+        ports += [("anybody", "443/tcp", "HAProxy: webhooks"), (subnet, "3306/tcp", "MariaDB, for the workers")]
+        ports += [("tailscale", "8404/tcp", "HAProxy: statistics")]
     if rule.color:
         ports += [(subnet, "6000/tcp", "webhooks, from HAProxy"), ("tailscale", "2000/tcp", "dashboard")]
         ports += [("nobody", "6379/tcp", "Valkey, bound to 127.0.0.1")]
@@ -9225,29 +9200,25 @@ def plan_ports(
 
 def render_firewall(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> str:
     """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that go with them."""
-    lines = ["firewall-cmd --permanent --new-zone=tailscale || true  # it may be there"]
-    lines.append("firewall-cmd --permanent --zone=tailscale --add-interface=tailscale0")
+    command, vpn = "firewall-cmd --permanent", parse_network(TAILSCALE)
+    lines = [f"{command} --new-zone=tailscale || true  # it may be there"]
+    lines.append(f"{command} --zone=tailscale --add-interface=tailscale0")
     cloud = ["", "# The cloud's rules (VCN, ingress, stateful); what comes by Tailscale needs none:"]
     for who, port, what in plan_ports(config, address, hostname, master, subnet):
-        number, _, protocol = port.partition("/")
-        network = parse_network(who) if who[0].isdigit() or ":" in who else None
-        by_vpn = who == "tailscale" or (
-            network and network.overlaps(parse_network(TAILSCALE)) and network.prefixlen > 9
-        )
-        zone = " --zone=tailscale" if by_vpn else ""
-        if network:
-            accept = f'source address="{network}" port port="{number}" protocol="{protocol}" accept'
-            lines.append(
-                f"firewall-cmd --permanent{zone} --add-rich-rule='rule family=\"ipv{network.version}\" {accept}'"
-            )
-        elif who == "nobody":
+        if who == "nobody":
             lines.append(f"# {port} stays closed: {what}")
             continue
-        else:
-            lines.append(f"firewall-cmd --permanent{zone} --add-port={port}  # {what}")
+        network = parse_network(who) if who not in ("anybody", "tailscale") else None
+        by_vpn = network.overlaps(vpn) and network.prefixlen > 9 if network else who == "tailscale"
+        rule = f"--add-port={port}  # {what}"
+        if network:
+            number, _, protocol = port.partition("/")
+            accept = f'source address="{network}" port port="{number}" protocol="{protocol}" accept'
+            rule = f"--add-rich-rule='rule family=\"ipv{network.version}\" {accept}'"
+        lines.append(f"{command}{' --zone=tailscale' if by_vpn else ''} {rule}")
         if not by_vpn:
             cloud.append(f"#   {network or '0.0.0.0/0'} -> {port}  {what}")
-    lines.append("firewall-cmd --permanent --remove-service=ssh  # last, and only once SSH by Tailscale works")
+    lines.append(f"{command} --remove-service=ssh  # last, and only once SSH by Tailscale works")
     return "\n".join([*lines, "firewall-cmd --reload", *cloud])
 
 
@@ -9400,14 +9371,9 @@ class Setup:
 
     def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
         self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
-        self.config, self.folder, self.repo = (
-            load_config(config_path),
-            config_path.parent.parent,
-            work_tree(config_path),
-        )
+        self.config, self.folder = load_config(config_path), config_path.parent.parent
+        self.repo, self.home, self.user = work_tree(config_path), Path.home(), ""
         self.root = os.name != "nt" and os.geteuid() == 0
-        self.home = Path.home()
-        self.user = ""
         if self.root:  # the daemon is not root's business, but of whoever owns the repository
             import pwd
 
@@ -9444,10 +9410,9 @@ class Setup:
         else:
             self.remove_unit()
             self.install_pm2()
-        if self.dry_run:
-            return
-        self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
-        self.await_welcome()
+        if not self.dry_run:
+            self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
+            self.await_welcome()
 
     def install_unit(self) -> None:
         path = os.environ.get("PATH", os.defpath)
@@ -9518,21 +9483,19 @@ class Setup:
                 return False
         self.changed = True
         if self.dry_run:
-            self.say(f"would write {path}:\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+            self.say("\n    ".join([f"would write {path}:", *text.splitlines()]))
             return True
         self.say(f"writing {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode(), durable=True)
-        path.chmod(0o644)
+        write_atomic(path, text.encode(), durable=True, mode=0o644)
         return True
 
     def take(self, path: Path) -> None:
-        if not path.exists():
-            return
-        self.changed = True
-        self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
-        if not self.dry_run:
-            path.unlink()
+        if path.exists():
+            self.changed = True
+            self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
+            if not self.dry_run:
+                path.unlink()
 
     def systemctl(self, *words: str, look: bool = False) -> int:
         argv = ["systemctl", *([] if self.root else ["--user"]), *words]
@@ -9540,29 +9503,26 @@ class Setup:
 
     def call(self, *argv: str, may_fail: bool = False) -> int:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
-        self.changed = True
-        self.say(f"{'would run' if self.dry_run else 'running'}: {' '.join(argv)}")
+        self.changed, line = True, " ".join(argv)
+        self.say(f"{'would run' if self.dry_run else 'running'}: {line}")
         code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = f"as this user, log in directly (not by su), or: {LINGER}"
-            raise UpdaterError(
-                f"{' '.join(argv)}: {(out.splitlines() or [f'exit {code}'])[-1]}",
-                hint if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}",
-            )
+            own = f"as this user, log in directly (not by su), or: {LINGER}"
+            hint = own if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
+            raise UpdaterError(f"{line}: {(out.splitlines() or [f'exit {code}'])[-1]}", hint)
         return code
 
     def await_welcome(self) -> None:
         """Until the daemon says that its master has welcomed it, or that it is the master. Raises UpdaterError."""
         ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
         while time.monotonic() < ends:
-            if FileLock.held_elsewhere(self.state.daemon_lock):
-                facts = read_json(self.state.daemon_file) or {}
-                if facts.get("label") and not facts.get("trouble"):
-                    does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
-                    self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
-                    return
-                if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
-                    break
+            facts = daemon_facts(self.state) or facts
+            if facts.get("label") and not facts.get("trouble"):
+                does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
+                self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
+                return
+            if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
+                break
             time.sleep(LOCAL_LOOK_S)
         why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
         raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
@@ -9604,6 +9564,15 @@ def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
     return Finding("service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times")
 
 
+def judge_attempt(name: str, text: str, act: Callable[[], object]) -> Finding:
+    """Whether something can be done, by doing it."""
+    try:
+        act()
+    except UpdaterError as problem:
+        return Finding(name, False, problem.what, problem.hint)
+    return Finding(name, True, text)
+
+
 class Doctor:
     """This host against the traps that deployments have met, each with its fix."""
 
@@ -9620,37 +9589,35 @@ class Doctor:
     def look(self) -> Iterator[Finding]:
         """The findings as they come; some take seconds."""
         yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
-        yield self.packages()
+        yield judge_attempt("packages", "all there", require_packages)
         yield judge_encoding(sys.stdout.encoding or "none")
         yield self.detached()
-        yield self.place()
+        yield judge_attempt("state", f"{self.state.root}, {len(self.state.run_ids())} recorded runs", self.state.create)
         yield self.service()
         try:
             path = self.args.config_path()
             problems, warnings = check_config(path)
             config, _ = load_config_or_last(path, self.state)
         except (ConfigError, OSError) as problem:
-            wrong = problem.what if isinstance(problem, ConfigError) else str(problem)
-            yield Finding(
-                "configuration", False, wrong, f"run this in the repository, or: {program_name()} config init"
-            )
+            fix = f"run this in the repository, or: {program_name()} config init"
+            yield Finding("configuration", False, str(problem), fix)
             return
         more = f", {len(warnings)} warnings: see config check" if warnings else ""
         fix = "mend the file, commit and push it"
         yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
         address = self.args.bind or (None if self.daemon.get("trouble") else self.daemon.get("label"))
         rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
-        repo = work_tree(path) / (rule.repo or "")
-        yield from self.repository(repo, rule)
+        yield from self.repository(work_tree(path) / (rule.repo or ""), rule)
         if config.updater.sha256:
             folder = os.path.dirname(program_argv()[1])
-            text = f"upgrade writes to {folder}"
-            yield Finding("program", os.access(folder, os.W_OK), text, f"sudo chown -R $USER {folder}")
+            fix = f"sudo chown -R $USER {folder}"
+            yield Finding("program", os.access(folder, os.W_OK), f"upgrade writes to {folder}", fix)
         if config.tls.cert and (cert := work_tree(path) / config.tls.cert).exists():
             yield self.certificate(cert)
         yield from self.master(config)
-        if config.haproxy and self.is_here(config.haproxy.host, rule.name):
-            yield from self.haproxy(config.haproxy)
+        names = (rule.name, socket.gethostname())
+        if (proxy := config.haproxy) and (host_key(proxy.host) in map(host_key, names) or probe_is_local(proxy.host)):
+            yield from self.haproxy(proxy)
 
     @staticmethod
     def certificate(cert: Path) -> Finding:
@@ -9660,13 +9627,6 @@ class Doctor:
             return Finding("certificate", False, f"{cert}: {problem}", "a PEM file that this user can read")
         text = f"{cert}: {left_s // 86400:.0f} days left"
         return Finding("certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew")
-
-    def packages(self) -> Finding:
-        try:
-            require_packages()
-        except UsageError as problem:
-            return Finding("packages", False, problem.what, problem.hint)
-        return Finding("packages", True, "all there")
 
     def detached(self) -> Finding:
         """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look who lives."""
@@ -9688,22 +9648,11 @@ class Doctor:
         fix = "serve under PM2 or systemd as `setup` sets it up"
         return Finding("detachment", lives, "a deployment outlives its daemon's kill" if lives else "killed too", fix)
 
-    def place(self) -> Finding:
-        """The state folder."""
-        try:
-            self.state.create()
-        except UpdaterError as problem:
-            return Finding("state", False, problem.what, problem.hint)
-        return Finding("state", True, f"{self.state.root}, {len(self.state.run_ids())} recorded runs")
-
     def service(self) -> Finding:
         """Who starts the daemon after a reboot, and whether it runs."""
         own, system = Path.home() / ".config/systemd/user", Path("/etc/systemd/system")
-        for folder, scope, unit in (
-            (own, " --user", SERVICE),
-            (system, "", SERVICE),
-            (system, "", f"{SERVICE}-haproxy"),
-        ):
+        places = ((own, " --user", SERVICE), (system, "", SERVICE), (system, "", f"{SERVICE}-haproxy"))
+        for folder, scope, unit in places:
             if (folder / f"{unit}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
                 _, out = try_command(["systemctl", *scope.split(), "show", keys, unit], os.environ)
@@ -9769,28 +9718,20 @@ class Doctor:
             if told.time:
                 yield judge_clock((before + after) / 2 - told.time)
 
-    @staticmethod
-    def is_here(host: str, name: str) -> bool:
-        return host_key(host) in (host_key(name), host_key(socket.gethostname())) or probe_is_local(host)
-
     def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
         """What a switch on this host needs: a valid file that may be replaced, the sockets, and two true colours."""
         env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
         code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
         lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
-        yield Finding(
-            "haproxy", code == 0, lines[0], f"mend the file until this is silent: haproxy -c -f {rule.config}"
-        )
+        fix = f"mend the file until this is silent: haproxy -c -f {rule.config}"
+        yield Finding("haproxy", code == 0, lines[0], fix)
         real = os.path.realpath(rule.config)
         fix = f"this service's user must own the file and its folder: chown USER {os.path.dirname(real)} {real}"
         yield Finding("haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix)
-        for path, master in ((rule.socket, False), (rule.master_socket, True)):
-            try:
-                if path:
-                    ask_haproxy(rule, "show proc" if master else "show info", master=master)
-                    yield Finding("haproxy socket", True, path)
-            except UpdaterError as problem:
-                yield Finding("haproxy socket", False, problem.what, problem.hint)
+        for path, words, master in ((rule.socket, "show info", False), (rule.master_socket, "show proc", True)):
+            if path:
+                ask = functools.partial(ask_haproxy, rule, words, master=master)
+                yield judge_attempt("haproxy socket", path, ask)
         for warning in look_at_traffic(rule)["warnings"]:
             yield Finding("traffic", False, warning, f"edit {real}, then: {' '.join(rule.reload)}")
 
@@ -9835,20 +9776,12 @@ class Output:
 PREFIX_COLORS = ("36", "35", "34", "33", "32")
 
 
-class TextView(View):
-    """A run for people: one `[host] ` prefix per line, whole lines only, a table at the end of several hosts."""
+class LineView(View):
+    """A run as lines that are whole: what has no end yet waits for it, unless it is too long to be kept."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
-        self.prefixes: dict[str, bytes] = {}
         self.partial: dict[str, bytes] = {}
-        self.behind: dict[str, str | None] = {}
-        self.open_host: str | None = None  # whose unfinished line stands on the screen
-
-    def begin(self, run: RunRecord) -> None:
-        for index, host in enumerate(run.hosts):
-            color = PREFIX_COLORS[index % len(PREFIX_COLORS)]
-            self.prefixes[host] = self.output.paint(f"[{terminal_text(host)}]", color).encode() + b" "
 
     def data(self, host: str, data: bytes) -> None:
         data = self.partial.pop(host, b"") + data
@@ -9860,29 +9793,50 @@ class TextView(View):
         if cut:
             self.show(host, data[:cut])
 
+    def show(self, host: str, data: bytes) -> None: ...  # lines, the last of them perhaps to be continued
+
+    def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        for host, rest in self.partial.items():  # of a run that goes on
+            self.show(host, rest)
+
+
+class TextView(LineView):
+    """A run for people: one `[host] ` prefix per line, whole lines only, a table at the end of several hosts."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(output)
+        self.prefixes: dict[str, bytes] = {}
+        self.behind: dict[str, str | None] = {}
+        self.open_host: str | None = None  # whose unfinished line stands on the screen
+
+    def begin(self, run: RunRecord) -> None:
+        for index, host in enumerate(run.hosts):
+            color = PREFIX_COLORS[index % len(PREFIX_COLORS)]
+            self.prefixes[host] = self.output.paint(f"[{terminal_text(host)}]", color).encode() + b" "
+
     def show(self, host: str, data: bytes) -> None:
-        """Lines, the last of them perhaps to be continued."""
         if self.output.terminal:
             ended = data.endswith(b"\n")
             data = terminal_text(data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")).encode()
             data += b"\n" if ended else b""
         prefix = self.prefixes[host]
-        if self.open_host == host:
-            start = b""
-        else:
-            start = prefix if self.open_host is None else b"\n" + prefix
+        start = b""
+        if self.open_host != host:
+            self.end_line()
+            start = prefix
         self.open_host = None if data.endswith(b"\n") else host
-        body = data[:-1].replace(b"\n", b"\n" + prefix) + data[-1:]
-        self.output.write(start + body)
+        self.output.write(start + data[:-1].replace(b"\n", b"\n" + prefix) + data[-1:])
+
+    def end_line(self) -> None:
+        if self.open_host is not None:
+            self.output.write(b"\n")
+            self.open_host = None
 
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
             self.show(job.host, rest)
-        if self.open_host is not None:
-            self.output.write(b"\n")
-            self.open_host = None
-        color = "32" if job.state is State.SUCCEEDED else "31"
-        text = self.output.paint(terminal_text(result_text(job)), color)
+        self.end_line()
+        text = self.output.paint(terminal_text(result_text(job)), "32" if job.state is State.SUCCEEDED else "31")
         self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
         if job.error and job.state is not State.LOST:
             self.notice(f"{job.host}: {job.error}")
@@ -9893,83 +9847,61 @@ class TextView(View):
         self.behind[job.host] = job.behind
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
-        for host, rest in self.partial.items():  # of a run that goes on
-            self.show(host, rest)
-        if self.open_host is not None:
-            self.output.write(b"\n")
+        super().done(run, jobs)
+        self.end_line()
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
-        rows = [(job.host, (job.commit or "-")[:7], seconds_text(job), result_text(job)) for job in jobs]
-        self.output.write(("\n" + terminal_text(render_table(("host", "commit", "time", "result"), rows))).encode())
+        rows = [(job.host, (job.commit or "-")[:7], seconds_text(seconds_of(job)), result_text(job)) for job in jobs]
+        table = render_table(("host", "commit", "time", "result"), rows)
+        self.output.write(f"\n{terminal_text(table)}\n".encode())
 
     def notice(self, text: str) -> None:
-        if self.open_host is not None and self.output.terminal:
-            self.output.write(b"\n")
-            self.open_host = None
+        if self.output.terminal:
+            self.end_line()
         print(f"estelle-updater: {terminal_text(text)}", file=sys.stderr, flush=True)
 
 
-def seconds_text(job: JobRecord) -> str:
-    seconds = seconds_of(job)
+def seconds_text(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.1f} s"
 
 
-def render_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns padded with spaces; the last one, which may hold wide characters, is not."""
-    widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
-    return "".join(
-        "  ".join((*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1])).rstrip()
-        + "\n"
-        for row in (head, *rows)
-    )
+    rows = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join([*(f"{{:<{width}}}" for width in widths[:-1]), "{}"])
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
-class JsonView(View):
+class JsonView(LineView):
     """A run for programs: the contract's events as JSON lines."""
 
-    def __init__(self, output: Output) -> None:
-        self.output = output
-        self.run = ""
-        self.partial: dict[str, bytes] = {}
+    run = ""
 
     def emit(self, **event: Any) -> None:
         self.output.write(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
     def begin(self, run: RunRecord) -> None:
         self.run = run.run
-        offline = [host for host in run.hosts if host in run.offline]
-        self.emit(
-            event="run",
-            run=run.run,
-            kind=run.kind,
-            target=run.target,
-            branch=run.branch,
-            hosts=run.hosts,
-            offline=offline,
-        )
+        same = {key: getattr(run, key) for key in ("run", "kind", "target", "branch", "hosts")}
+        self.emit(event="run", **same, offline=[host for host in run.hosts if host in run.offline])
 
     def state(self, job: JobRecord) -> None:
         self.emit(event="state", run=job.run, host=job.host, state=job.state, step=job.step, behind=job.behind)
 
-    def data(self, host: str, data: bytes) -> None:
-        *lines, rest = (self.partial.pop(host, b"") + data).split(b"\n")
+    def show(self, host: str, data: bytes) -> None:
+        *lines, rest = data.split(b"\n")
         for line in lines:
             self.line(host, line)
-        if rest := self.pieces(host, rest, LINE_BYTES - 1):
-            self.partial[host] = rest
-
-    def pieces(self, host: str, line: bytes, most: int) -> bytes:
-        """Show pieces of a long line, whole characters each; the rest, of at most `most` bytes."""
-        while len(line) > most:
-            cut = whole_text(line[:LINE_BYTES])
-            self.emit_line(host, line[:cut], more=True)
-            line = line[cut:]
-        return line
+        if rest:
+            self.line(host, rest, more=True)
 
     def line(self, host: str, line: bytes, **more: bool) -> None:
-        self.emit_line(host, self.pieces(host, line, LINE_BYTES), **more)
-
-    def emit_line(self, host: str, line: bytes, **more: bool) -> None:
+        """A line, a long one in pieces of whole characters."""
+        while len(line) > LINE_BYTES:
+            cut = whole_text(line[:LINE_BYTES])
+            self.line(host, line[:cut], more=True)
+            line = line[cut:]
         self.emit(event="log", run=self.run, host=host, line=line.decode("utf-8", "replace"), **more)
 
     def result(self, job: JobRecord) -> None:
@@ -9978,8 +9910,7 @@ class JsonView(View):
         self.emit(event="result", run=job.run, **job_summary(job))
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
-        for host, rest in self.partial.items():
-            self.line(host, rest, more=True)
+        super().done(run, jobs)
         if all(job.state in FINAL for job in jobs):
             self.emit(event="done", run=run.run, ok=run_ok(jobs))
 
@@ -9987,27 +9918,19 @@ class JsonView(View):
         self.emit(event="notice", text=text)
 
 
-def watch_run(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> int:
-    """Show a run to its end. Ctrl-C or a closed output stops watching, and says how to go on."""
-    est = program_name()
-    text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
-    try:
-        return 0 if run_ok(follow()) else 1
-    except (UnreachableError, RefusedError) as problem:
-        problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
-        raise
-    except (KeyboardInterrupt, Output.Closed):
-        with suppress(OSError):
-            if args.json:
-                print(json.dumps({"event": "notice", "text": text}), file=sys.stderr)
-            else:
-                print(f"\nestelle-updater: {text}", file=sys.stderr)
-        return 130
-
-
 def say(text: str) -> None:
     """Lines on standard output, whatever the console can show."""
     Output(False).write(terminal_text(text).encode("utf-8", "replace") + b"\n")
+
+
+def show(args: Args, facts: Any, text: str) -> None:
+    """What a command found or did: for programs, with --json, as one object, else for people."""
+    say(json.dumps(facts, ensure_ascii=False) if args.json else text)
+
+
+def new_order(kind: Kind, target: str, branch: str, **more: Any) -> Submit:
+    """An order of this user's, with a run id and a nonce of its own."""
+    return Submit(make_run_id(), os.urandom(16).hex(), kind, target, branch, user_name(), **more)
 
 
 def make_view(args: Args) -> View:
@@ -10034,19 +9957,15 @@ def cmd_serve(args: Args) -> int:
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
         raise UsageError(f"{role!r} is no role", "auto, master or agent")
-    options = ServeOptions(
-        args.config_path(), args.state_folder(), args.bind, Role(role) if role != "auto" else None, args.listen
-    )
-    service = Service(options)
+    chosen = Role(role) if role != "auto" else None
+    service = Service(ServeOptions(args.config_path(), args.state_folder(), args.bind, chosen, args.listen))
     code = asyncio.run(service.run())
     return restart_self() if service.restarting else code
 
 
 def cmd_trigger(args: Args) -> int:
     require_branch(args.branch, "nothing was sent")
-    order = Submit(
-        make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, args.target, args.branch, user_name(), args.batch, args.wait
-    )
+    order = new_order(Kind.DEPLOY, args.target, args.branch, batch=args.batch, wait_s=args.wait)
     return run_order(args, order, detach=args.detach)[0]
 
 
@@ -10081,16 +10000,22 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
 
 
 def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
-    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs."""
-    jobs: list[JobRecord] = []
-
-    def keep() -> list[JobRecord]:
-        jobs.extend(follow())
-        return jobs
-
-    code = watch_run(args, run, keep)
+    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs. Ctrl-C or a closed
+    output stops watching, and says how to go on."""
+    est = program_name()
+    text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
+    try:
+        jobs = follow()
+    except (UnreachableError, RefusedError) as problem:
+        problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
+        raise
+    except (KeyboardInterrupt, Output.Closed):
+        notice = json.dumps({"event": "notice", "text": text}) if args.json else f"\nestelle-updater: {text}"
+        with suppress(OSError):
+            print(notice, file=sys.stderr)
+        return 130, []
     refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
-    return GuardError.exit_code if refused else code, jobs
+    return GuardError.exit_code if refused else int(not run_ok(jobs)), jobs
 
 
 PLAN_ANSWER_S = ANSWER_S + PLAN_S
@@ -10105,9 +10030,8 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
     facts = []
     if target := row["target"]:
-        facts += [
-            f"{(row['current'] or '')[:7]} → {target[:7]}" if row["current"] != target else f"{target[:7]}, no change"
-        ]
+        same = row["current"] == target
+        facts += [f"{target[:7]}, no change" if same else f"{(row['current'] or '')[:7]} → {target[:7]}"]
         facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
         facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
     facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
@@ -10123,10 +10047,7 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
 def cmd_plan(args: Args) -> int:
     result = ask_master(args, "plan", {"target": args.target, "branch": args.branch}, PLAN_ANSWER_S)
-    if args.json:
-        say(json.dumps(result, ensure_ascii=False))
-    else:
-        say("\n".join(map(plan_text, result["hosts"])))
+    show(args, result, "\n".join(map(plan_text, result["hosts"])))
     return 0 if result["ok"] else 1
 
 
@@ -10157,14 +10078,8 @@ def cmd_rollback(args: Args) -> int:
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
-def order_release(branch: str) -> Submit:
-    """The deployment that a release begins with; it still lacks its nonce."""
-    return Submit(make_run_id(), "", Kind.DEPLOY, "standby", branch, user_name(), options={"alone": True})
-
-
 def order_switch(color: str, **options: Any) -> Submit:
-    run, nonce = make_run_id(), os.urandom(16).hex()
-    return Submit(run, nonce, Kind.SWITCH, "", color, user_name(), options={"color": color, **options})
+    return new_order(Kind.SWITCH, "", color, options={"color": color, **options})
 
 
 def cmd_switch(args: Args) -> int:
@@ -10185,8 +10100,7 @@ def cmd_switch(args: Args) -> int:
 
 
 def cmd_upgrade(args: Args) -> int:
-    order = Submit(make_run_id(), os.urandom(16).hex(), Kind.UPGRADE, args.target, Kind.UPGRADE, user_name())
-    return run_order(args, order)[0]
+    return run_order(args, new_order(Kind.UPGRADE, args.target, Kind.UPGRADE))[0]
 
 
 def ask_health(args: Args, target: str) -> dict[str, Any]:
@@ -10195,25 +10109,22 @@ def ask_health(args: Args, target: str) -> dict[str, Any]:
     return ask_master(args, "health", {"target": target}, take_s)
 
 
-def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> list[dict[str, Any]]:
-    """The colours' rows of `status`, once these hosts' checks succeed and HAProxy has them up: a fresh start takes its
-    time. Raises GuardError where that does not come about."""
+def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> tuple[str, list[dict[str, Any]]]:
+    """These hosts' colour, and both colours' rows of `status`, once their checks succeed and HAProxy has them up:
+    a fresh start takes its time. Raises GuardError where that does not come about."""
     ends = time.monotonic() + wait_s
     while True:
         view.tick()
         checks = ask_health(args, ",".join(hosts))["checks"]
         rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
+        where = {row["host"]: row["traffic"] or "unknown" for row in rows}
         wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
-        where = {row["host"]: row["traffic"] for row in rows}
-        wrong += [
-            f"{host}: {where.get(host) or 'unknown'} for HAProxy" for host in hosts if where.get(host) != "standby"
-        ]
+        wrong += [f"{host}: {at} for HAProxy" for host in hosts if (at := where.get(host, "unknown")) != "standby"]
         if not wrong:
-            return rows
+            return next(row["color"] for row in rows if row["host"] == hosts[0]), rows
         if time.monotonic() > ends:
-            raise GuardError(
-                f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}", "`health` looks again"
-            )
+            what = f"the standby is not healthy, the traffic stays: {'; '.join(wrong)}"
+            raise GuardError(what, "`health` looks again")
         time.sleep(TICK_S)
 
 
@@ -10229,33 +10140,28 @@ def cmd_release(args: Args) -> int:
     """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
     require_branch(args.branch, "nothing was sent")
     require_answer(args)
-    order = replace(order_release(args.branch), nonce=os.urandom(16).hex())
-    code, jobs = run_order(args, order)
+    code, jobs = run_order(args, new_order(Kind.DEPLOY, "standby", args.branch, options={"alone": True}))
     if code:
         return code
     commit, view = only_commit(job.commit for job in jobs), make_view(args)
-    rows = await_standby(args, [job.host for job in jobs], args.wait, view)
+    color, rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
-        view.notice(f"{row['traffic'] or 'unknown'}: {color_text(row)}")
-    color = next(row["color"] for row in rows if row["host"] == jobs[0].host)
+        view.notice(color_text(row))
     confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
     if code := run_order(args, order_switch(color, commit=commit), "switch to ")[0]:
         return code
     status = ask_master(args, "status", {})
-    rows = [row for row in status["hosts"] if row["color"]]
-    if args.json:
-        keys = ("host", "color", "traffic", "commit", "version")
-        event = {"event": "release", "ok": True, "color": color, "hosts": [{k: row[k] for k in keys} for row in rows]}
-        say(json.dumps(event | {"warnings": status["warnings"]}, ensure_ascii=False))
-    else:
-        say("\n".join([f"{row['traffic'] or 'unknown'}: {color_text(row)}" for row in rows]))
-        say("\n".join(f"! {warning}" for warning in status["warnings"]))
+    rows, warnings = [row for row in status["hosts"] if row["color"]], status["warnings"]
+    hosts = [{key: row[key] for key in ("host", "color", "traffic", "commit", "version")} for row in rows]
+    event = {"event": "release", "ok": True, "color": color, "hosts": hosts, "warnings": warnings}
+    show(args, event, "\n".join([*map(color_text, rows), *(f"! {warning}" for warning in warnings)]))
     return 0
 
 
 def color_text(row: Mapping[str, Any]) -> str:
-    """A worker and what it runs."""
-    return f"{row['color']} ({row['host']}) {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
+    """A worker, what it is for HAProxy, and what it runs."""
+    worker = f"{row['traffic'] or 'unknown'}: {row['color']} ({row['host']})"
+    return f"{worker} {(row['commit'] or '-')[:7]} {row['version'] or ''}".rstrip()
 
 
 def cmd_self_test(args: Args) -> int:
@@ -10272,7 +10178,7 @@ def cmd_self_test(args: Args) -> int:
 def cmd_deploy(args: Args) -> int:
     require_branch(args.branch, "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
-    return run_here(args, Submit(make_run_id(), os.urandom(16).hex(), Kind.DEPLOY, "", args.branch, user_name()))
+    return run_here(args, new_order(Kind.DEPLOY, "", args.branch))
 
 
 def cmd_logs(args: Args) -> int:
@@ -10282,14 +10188,14 @@ def cmd_logs(args: Args) -> int:
         caller = make_caller(args)
         connection = caller.dial(PATIENCE_S)
         follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
-        code = watch_run(args, args.run, functools.partial(follower.follow, connection))
+        code, _ = watch_order(args, args.run, functools.partial(follower.follow, connection))
     except UpdaterError as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
         if state.load_run(args.run) is None or (follower and follower.record):
             raise
         view.notice(f"{problem.what}; this is what {state.root} has")
         local = LocalFollower(state, args.run, view, args.follow, args.target or "all")
-        code = watch_run(args, args.run, local.follow)
-    return code if args.follow or code == 130 else 0
+        code, _ = watch_order(args, args.run, local.follow)
+    return code if code == 130 else int(args.follow and code != 0)
 
 
 def cmd_history(args: Args) -> int:
@@ -10301,46 +10207,36 @@ def cmd_history(args: Args) -> int:
         if not any(found.values()):
             raise
         TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
-    if args.json:
-        say(json.dumps(found, ensure_ascii=False))
-        return 0
-    head, cells = history_table(found["runs"]) if "runs" in found else stats_table(found["stats"])
-    Output(False).write(terminal_text(render_table(head, cells)).encode())
+    show(args, found, history_table(found["runs"]) if "runs" in found else stats_table(found["stats"]))
     return 0
 
 
-_Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
-
-
-def history_table(rows: Iterable[Mapping[str, Any]]) -> _Table:
-    """The runs as head and cells."""
-    return ("run", "when", "who", "target", "branch", "result"), [
+def history_table(runs: Iterable[Mapping[str, Any]]) -> str:
+    """The recent runs, a line each."""
+    return render_table(("run", "when", "who", "target", "branch", "result"), [
         (
-            row["run"],
-            time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
-            row["by"],
-            row["target"],
-            row["branch"],
-            "  ".join(f"{host['host']} {short_result(host)}" for host in row["hosts"]),
+            run["run"], clock_text(run["created"]), run["by"], run["target"], run["branch"],
+            "  ".join(f"{host['host']} {short_result(host)}" for host in run["hosts"]),
         )
-        for row in rows
-    ]
+        for run in runs
+    ])  # fmt: skip
 
 
-def stats_table(stats: Iterable[Mapping[str, Any]]) -> _Table:
-    """What all runs together say, as head and cells."""
-    return ("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
+def stats_table(stats: Iterable[Mapping[str, Any]]) -> str:
+    """What all runs together say."""
+    return render_table(("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
         (
-            one["host"],
-            one["kind"],
-            str(one["runs"]),
-            str(one["ok"]),
+            one["host"], one["kind"], str(one["runs"]), str(one["ok"]),
             ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
-            "-" if one["median_s"] is None else f"{one['median_s']:.1f} s",
+            seconds_text(one["median_s"]),
             ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
         )
         for one in stats
-    ]
+    ])  # fmt: skip
+
+
+def clock_text(at: float) -> str:
+    return time.strftime("%m-%d %H:%M", time.localtime(at))
 
 
 def short_result(host: Mapping[str, Any]) -> str:
@@ -10352,7 +10248,7 @@ def short_result(host: Mapping[str, Any]) -> str:
 
 def cmd_forget(args: Args) -> int:
     result = ask_master(args, "forget", {"target": args.host})
-    say(json.dumps(result) if args.json else "forgotten: " + ", ".join(result["forgotten"]))
+    show(args, result, "forgotten: " + ", ".join(result["forgotten"]))
     return 0
 
 
@@ -10366,14 +10262,11 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
 
 def cmd_health(args: Args) -> int:
     result = ask_health(args, args.target)
-    if args.json:
-        say(json.dumps(result, ensure_ascii=False))
-    elif result["checks"]:
-        mark = {True: "✓", False: "✗"}
-        rows = [(mark[row["ok"]], row["host"], row["name"], row["detail"]) for row in result["checks"]]
-        say(render_table(("", "host", "check", "what it saw"), rows).rstrip())
-    else:
-        say("no [[health]] check is configured for these hosts; `config init --blue-green` shows some")
+    text = "no [[health]] check is configured for these hosts; `config init --blue-green` shows some"
+    if result["checks"]:
+        rows = [("✓" if row["ok"] else "✗", row["host"], row["name"], row["detail"]) for row in result["checks"]]
+        text = render_table(("", "host", "check", "what it saw"), rows)
+    show(args, result, text)
     return 0 if result["ok"] else 1
 
 
@@ -10410,21 +10303,14 @@ def cmd_cancel(args: Args) -> int:
 
 def cmd_status(args: Args) -> int:
     result = ask_master(args, "status", {})
-    if args.json:
-        say(json.dumps(result, ensure_ascii=False))
-        return 0
-    master = result["master"]
-    say(f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s")
+    master, hosts = result["master"], result["hosts"]
     head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
-    rows = [head, *(status_cells(row, master["version"]) for row in result["hosts"])]
-    told = [column for column in zip(*rows, strict=True) if {*column[1:]} != {"-"}]  # a terminal has 80 columns
-    head, *rows = zip(*told, strict=True)
-    say(render_table(head, rows).rstrip())
-    for row in (master, *result["hosts"]):
-        if row.get("problem"):
-            say(f"! {row.get('host', 'master')}: {row['problem']}")
-    for warning in result.get("warnings", ()):
-        say(f"! {warning}")
+    columns = zip(head, *(status_cells(row, master["version"]) for row in hosts), strict=True)
+    told = [column for column in columns if {*column[1:]} != {"-"}]  # a terminal has 80 columns
+    lines = [f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s"]
+    lines.append(render_table([column[0] for column in told], zip(*(column[1:] for column in told), strict=True)))
+    lines += [f"! {row.get('host', 'master')}: {row['problem']}" for row in (master, *hosts) if row.get("problem")]
+    show(args, result, "\n".join(lines + [f"! {warning}" for warning in result.get("warnings", ())]))
     return 0
 
 
@@ -10438,13 +10324,11 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
         jobs.append(f"{run} queued" + (f" behind {behind}" if behind else ""))
-    down = row.get("link_down_since")
-    since = f", since {time.strftime('%m-%d %H:%M', time.localtime(down))}" if down else ""
-    online = "yes" if row["online"] else f"no{since}"
+    away = f"no, since {clock_text(row['link_down_since'])}" if row.get("link_down_since") else "no"
     commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], online, row["branch"] or "-", commit, row["version"] or "-",
-        "-" if row["updater"] in ("", program) else row["updater"],
+        row["host"], row["name"], row["role"], "yes" if row["online"] else away, row["branch"] or "-", commit,
+        row["version"] or "-", "-" if row["updater"] in ("", program) else row["updater"],
         " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
         short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
     )  # fmt: skip
@@ -10464,37 +10348,33 @@ def cmd_config(args: Args) -> int:
         return convert_config(args, path)
     if args.action == "show":
         rows = effective_settings(load_config(path), args.bind)
-        if args.json:
-            say(json.dumps({key: {"value": value, "from": origin} for key, value, origin in rows}, ensure_ascii=False))
-        else:
-            say(f"{path}\n" + render_table(("key", "value", "from"), rows).rstrip())
+        facts: dict[str, Any] = {key: {"value": value, "from": origin} for key, value, origin in rows}
+        show(args, facts, f"{path}\n" + render_table(("key", "value", "from"), rows))
         return 0
     problems, warnings = check_config(path)
-    if args.json:
-        say(json.dumps({"file": str(path), "problems": problems, "warnings": warnings}, ensure_ascii=False))
-    else:
-        lines = [f"error: {text}" for text in problems] + [f"warning: {text}" for text in warnings]
-        say("\n".join(lines or [f"{path} is valid"]))
+    lines = [f"error: {text}" for text in problems] + [f"warning: {text}" for text in warnings]
+    facts = {"file": str(path), "problems": problems, "warnings": warnings}
+    show(args, facts, "\n".join(lines or [f"{path} is valid"]))
     return 2 if problems else 0
 
 
 def init_config(args: Args) -> int:
-    repo = work_tree(Path(os.environ.get("ESTELLE_REPO") or ".").absolute() / "config" / "updater.toml")
-    path = repo / "config" / f"updater.{args.format}"
-    if found := next((repo / "config" / name for name in CONFIG_NAMES if (repo / "config" / name).exists()), None):
+    folder = work_tree(Path(os.environ.get("ESTELLE_REPO") or ".").absolute() / "config" / "updater.toml") / "config"
+    if found := next((folder / name for name in CONFIG_NAMES if (folder / name).exists()), None):
         raise UsageError(f"{found} exists", "`config check` looks at it, `whitelist add` extends it")
     address = canonical_address(args.bind) if args.bind else own_address()
-    master = args.master or f"ws://{f'[{address}]' if ':' in address else address}:{DEFAULT_PORT}"
-    url = parse_master_url(master)
+    url = parse_master_url(args.master or f"ws://{f'[{address}]' if ':' in address else address}:{DEFAULT_PORT}")
     allow = list(dict.fromkeys([*args.allow, *([url.host] if is_address(url.host) else []), address]))
-    has_script = "deploy:release" in (read_json(repo / "package.json") or {}).get("scripts", {})
-    command = ["pnpm", "deploy:release"] if has_script or not (repo / "deploy.sh").exists() else ["sh", "deploy.sh"]
-    path.parent.mkdir(exist_ok=True)
+    has_script = "deploy:release" in (read_json(folder.parent / "package.json") or {}).get("scripts", {})
+    by_shell = not has_script and (folder.parent / "deploy.sh").exists()
+    command = ["sh", "deploy.sh"] if by_shell else ["pnpm", "deploy:release"]
+    folder.mkdir(exist_ok=True)
+    path = folder / f"updater.{args.format}"
     text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
     parse_config(text, str(path), args.format)
     path.write_text(text, "utf-8")
     told = commit_config(path, "Configure estelle-updater", args.commit)
-    say(json.dumps({"file": str(path), "git": told}) if args.json else f"wrote {path}\nnext: {told}")
+    show(args, {"file": str(path), "git": told}, f"wrote {path}\nnext: {told}")
     return 0
 
 
@@ -10509,59 +10389,49 @@ def convert_config(args: Args, path: Path) -> int:
     text = render_config(convert_data(data), form)
     parse_config(text, str(new), form)
     if args.dry_run:
-        say(json.dumps({"file": str(new), "text": text}) if args.json else text.rstrip())
+        show(args, {"file": str(new), "text": text}, text.rstrip())
         return 0
-    write_atomic(new, text.encode())
-    new.chmod(path.stat().st_mode & 0o777)
+    write_atomic(new, text.encode(), mode=path.stat().st_mode & 0o777)
     if new != path:
         path.unlink()
-    told = f"wrote {new}" + (f", removed {path}" if new != path else "")
-    say(json.dumps({"file": str(new)}) if args.json else told)
+    show(args, {"file": str(new)}, f"wrote {new}" + (f", removed {path}" if new != path else ""))
     return 0
 
 
 def cmd_whitelist(args: Args) -> int:
     path = args.config_path()
-    config = load_config(path)
-    listed = Whitelist(config.whitelist)
-    if args.action == "list":
-        say(
-            json.dumps({"whitelist": list(config.whitelist)}) if args.json else "\n".join(config.whitelist) or "(empty)"
-        )
+    whitelist, action = load_config(path).whitelist, args.action
+    if action == "list":
+        show(args, {"whitelist": list(whitelist)}, "\n".join(whitelist) or "(empty)")
         return 0
     if not args.addresses:
-        raise UsageError(f"whitelist {args.action} needs an ADDRESS", "an IP or a CIDR")
-    networks = [str(parse_network(text)).removesuffix("/32").removesuffix("/128") for text in args.addresses]
-    written = {str(parse_network(entry)).removesuffix("/32").removesuffix("/128"): entry for entry in config.whitelist}
-    if args.action == "add":
-        add = [
-            text
-            for text in dict.fromkeys(networks)
-            if text not in written and not ("/" not in text and listed.verdict(text).allowed)
-        ]
-        remove: list[str] = []
-        if not add:
-            told = f"unchanged: {', '.join(networks)} is covered already"
-            say(json.dumps({"file": str(path), "added": [], "removed": []}) if args.json else told)
-            return 0
-    else:
-        add, remove = [], [written[text] for text in networks if text in written]
-        if missing := [text for text in networks if text not in written]:
+        raise UsageError(f"whitelist {action} needs an ADDRESS", "an IP or a CIDR")
+
+    def plain(entry: str) -> str:
+        return str(parse_network(entry)).removesuffix("/32").removesuffix("/128")
+
+    wanted, written = dict.fromkeys(map(plain, args.addresses)), {plain(entry): entry for entry in whitelist}
+    allows, missing = Whitelist(whitelist).verdict, [text for text in wanted if text not in written]
+    add, remove = [text for text in missing if "/" in text or not allows(text).allowed], list[str]()
+    if action == "remove":
+        if missing:
             raise UsageError(f"{', '.join(missing)} is not in the whitelist", "`whitelist list` shows it")
-    raw = parse_data(path.read_bytes(), str(path), config_form(path))
-    remove = [entry for entry in raw["whitelist"] if entry in remove or entry.strip() in remove]
+        raw = parse_data(path.read_bytes(), str(path), config_form(path))["whitelist"]
+        gone = {written[text].strip() for text in wanted}
+        add, remove = [], [entry for entry in raw if entry.strip() in gone]
+    elif not add:
+        told = f"unchanged: {', '.join(wanted)} is covered already"
+        show(args, {"file": str(path), "added": [], "removed": []}, told)
+        return 0
     text = edit_whitelist(path.read_bytes().decode("utf-8"), config_form(path), add, remove)
     if text is None:
-        line = f"add {', '.join(map(json.dumps, add))}" if add else f"remove {', '.join(map(json.dumps, remove))}"
-        raise UsageError(f"{path} is written in a way that can't be edited safely", f"by hand: {line} in whitelist")
-    mode = path.stat().st_mode & 0o777
-    write_atomic(path, text.encode())
-    path.chmod(mode)
-    told = commit_config(path, f"Whitelist: {args.action} {', '.join(add or remove)}", args.commit)
-    if args.json:
-        say(json.dumps({"file": str(path), "added": add, "removed": remove, "git": told}))
-    else:
-        say(f"{path}: {'added ' + ', '.join(add) if add else 'removed ' + ', '.join(remove)}\n{told}")
+        line = f"by hand: {action} {', '.join(map(json.dumps, add or remove))} in whitelist"
+        raise UsageError(f"{path} is written in a way that can't be edited safely", line)
+    write_atomic(path, text.encode(), mode=path.stat().st_mode & 0o777)
+    words = ", ".join(add or remove)
+    told = commit_config(path, f"Whitelist: {action} {words}", args.commit)
+    facts = {"file": str(path), "added": add, "removed": remove, "git": told}
+    show(args, facts, f"{path}: {'added' if add else 'removed'} {words}\n{told}")
     return 0
 
 
@@ -10734,9 +10604,7 @@ class McpServer:
         def make() -> Submit:
             if "plan" in given:
                 self.ask("plan", plan=given["plan"], **wanted)
-            if alone:
-                return order_release(given["branch"])
-            return Submit(make_run_id(), "", Kind.DEPLOY, **wanted, by=user_name())
+            return new_order(Kind.DEPLOY, **wanted, options={"alone": True} if alone else {})
 
         return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
 
@@ -10764,9 +10632,7 @@ class McpServer:
         commit = only_commit(row["commit"] for row in deployed["hosts"])
 
         def make() -> Submit:
-            hosts = [row["host"] for row in deployed["hosts"]]
-            rows = await_standby(self.args, hosts, HEALTHY_S, view)
-            color = next(row["color"] for row in rows if row["host"] == hosts[0])
+            color, _ = await_standby(self.args, [row["host"] for row in deployed["hosts"]], HEALTHY_S, view)
             return order_switch(color, commit=commit)
 
         key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
@@ -10820,8 +10686,7 @@ def cmd_run_job(args: Args) -> int:
 
 def cmd_build(args: Args) -> int:
     made = build_zipapp(Path(__file__).resolve(), Path(args.output))
-    facts = {"file": str(made.path), "sha256": made.sha256, "bytes": made.size_bytes}
-    say(json.dumps(facts) if args.json else render_build(made))
+    show(args, {"file": str(made.path), "sha256": made.sha256, "bytes": made.size_bytes}, render_build(made))
     return 0
 
 
@@ -10831,7 +10696,7 @@ def cmd_setup(args: Args) -> int:
         config = load_config(args.config_path())
         master = gather_role(config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False)[0].role
         text = render_firewall(config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet))
-        say(json.dumps({"firewall": text.splitlines()}) if args.json else text)
+        show(args, {"firewall": text.splitlines()}, text)
         return 0
     lines: list[str] = []
     setup = Setup(args, args.config_path(), lines.append if args.json else say)
@@ -10913,11 +10778,6 @@ def parse_run_id(text: str) -> str:
 class Args(SimpleNamespace):
     """The command line, parsed."""
 
-    json: bool
-    no_color: bool
-    verbose: bool
-    bind: str | None
-
     def state_folder(self) -> StateFolder:
         return StateFolder(Path(self.state).absolute() if self.state else default_state_folder(os.environ))
 
@@ -10928,135 +10788,99 @@ class Args(SimpleNamespace):
         return find_config(Path(os.environ.get("ESTELLE_REPO") or ".").absolute())
 
 
-@dataclass(frozen=True)
 class Option:
     """One argument of a command, as argparse takes it."""
 
-    names: tuple[str, ...]
-    settings: dict[str, Any]
+    def __init__(self, *names: str, **settings: Any) -> None:
+        self.names, self.settings = names, settings
 
 
-def option(*names: str, **settings: Any) -> Option:
-    return Option(names, settings)
-
-
-@dataclass(frozen=True)
 class Command:
-    """A row of the command table, from which help, README and completion are made."""
+    """A row of the command table, from which help, README and completion are made; no help: not for people."""
 
-    name: str
-    help: str
-    run: Callable[[Args], int]
-    options: tuple[Option, ...] = ()
-    hidden: bool = False
+    def __init__(self, name: str, help: str, run: Callable[[Args], int], *options: Option) -> None:
+        self.name, self.help, self.run, self.options, self.hidden = name, help, run, options, not help
 
 
-TARGET_HELP = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+_TARGETS = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+TARGET = Option("target", metavar="TARGET", help=_TARGETS)
+TARGET_OR_ALL = Option("target", metavar="TARGET", nargs="?", default="all", help=f"{_TARGETS} (default: all)")
+BRANCH = Option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id")
+RUN = Option("run", metavar="RUN", type=parse_run_id, help="the run's id")
 COMMANDS = (
-    Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve, (
-        option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
-        option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)"),
-    )),
-    Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, (
-        option("target", metavar="TARGET", help=TARGET_HELP),
-        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
-        option("--detach", action="store_true", help="print the run id and leave"),
-        option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
-        option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure"),
-    )),
-    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, (
-        option("target", metavar="TARGET", help=TARGET_HELP),
-        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
-    )),
-    Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback, (
-        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
-        option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
-        option("--yes", action="store_true", help="do not ask"),
-    )),
-    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp, (
-        option("--read-only", action="store_true", help="offer only the tools that change nothing"),
-        option("--require-plan", action="store_true", help="change something only with the id of a fresh plan"),
-    )),
-    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, (
-        option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
-    )),
-    Command("logs", "print or follow a recorded run", cmd_logs, (
-        option("run", metavar="RUN", type=parse_run_id, help="the run's id"),
-        option("target", metavar="TARGET", nargs="?", help="only these hosts"),
-        option("-f", "--follow", action="store_true", help="go on until the run's end"),
-    )),
-    Command("history", "list the recent runs", cmd_history, (
-        option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
-        option("--stats", action="store_true", help="per host: how often, how long, what failed at which step"),
-    )),
+    Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve,
+        Option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
+        Option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)")),
+    Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, TARGET, BRANCH,
+        Option("--detach", action="store_true", help="print the run id and leave"),
+        Option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
+        Option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure")),
+    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, TARGET, BRANCH),
+    Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback,
+        TARGET_OR_ALL,
+        Option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
+        Option("--yes", action="store_true", help="do not ask")),
+    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp,
+        Option("--read-only", action="store_true", help="offer only the tools that change nothing"),
+        Option("--require-plan", action="store_true", help="change something only with the id of a fresh plan")),
+    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, RUN),
+    Command("logs", "print or follow a recorded run", cmd_logs, RUN,
+        Option("target", metavar="TARGET", nargs="?", help="only these hosts"),
+        Option("-f", "--follow", action="store_true", help="go on until the run's end")),
+    Command("history", "list the recent runs", cmd_history,
+        Option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
+        Option("--stats", action="store_true", help="per host: how often, how long, what failed at which step")),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
-    Command("health", "run the configured checks on the hosts", cmd_health, (
-        option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)"),
-    )),
-    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, (
-        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
-    )),
-    Command("switch", "move the traffic to another colour", cmd_switch, (
-        option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
-        option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
-        option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded"),
-    )),
-    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, (
-        option("target", metavar="TARGET", nargs="?", default="all", help=f"{TARGET_HELP} (default: all)"),
-    )),
-    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, (
-        option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id"),
-        option("--yes", action="store_true", help="switch without asking"),
-        option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
-               help="how long it may take to become healthy (default: 60)"),
-    )),
-    Command("forget", "take a retired host out of `all`", cmd_forget, (
-        option("host", metavar="HOST", help="as `status` shows it"),
-    )),
-    Command("config", "check, show, write or convert the committed configuration", cmd_config, (
-        option("action", metavar="check|show|init|convert", choices=("check", "show", "init", "convert"), help="what"),
-        option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
-        option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
-        option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
-        option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
-        option("--dry-run", action="store_true", help="convert: print the result only"),
-        option("--commit", action="store_true", help="init: commit and push the file"),
-    )),
-    Command("whitelist", "list, add or remove who may connect, in the committed configuration", cmd_whitelist, (
-        option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
-        option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
-        option("--commit", action="store_true", help="commit and push the change"),
-    )),
-    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup, (
-        option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
-        option("--remove", action="store_true", help="take the service away; recorded runs stay"),
-        option("--firewall", action="store_true", help="only print the firewall commands for this host"),
-        option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
-        option("--dry-run", action="store_true", help="only say everything that would be done"),
-    )),
+    Command("health", "run the configured checks on the hosts", cmd_health,
+        Option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)")),
+    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, BRANCH),
+    Command("switch", "move the traffic to another colour", cmd_switch,
+        Option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
+        Option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
+        Option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded")),
+    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, TARGET_OR_ALL),
+    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, BRANCH,
+        Option("--yes", action="store_true", help="switch without asking"),
+        Option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
+               help="how long it may take to become healthy (default: 60)")),
+    Command("forget", "take a retired host out of `all`", cmd_forget,
+        Option("host", metavar="HOST", help="as `status` shows it")),
+    Command("config", "check, show, write or convert the committed configuration", cmd_config,
+        Option("action", metavar="check|show|init|convert", choices=("check", "show", "init", "convert"), help="what"),
+        Option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
+        Option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
+        Option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
+        Option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
+        Option("--dry-run", action="store_true", help="convert: print the result only"),
+        Option("--commit", action="store_true", help="init: commit and push the file")),
+    Command("whitelist", "list, add or remove who may connect, in the committed configuration", cmd_whitelist,
+        Option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
+        Option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
+        Option("--commit", action="store_true", help="commit and push the change")),
+    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup,
+        Option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
+        Option("--remove", action="store_true", help="take the service away; recorded runs stay"),
+        Option("--firewall", action="store_true", help="only print the firewall commands for this host"),
+        Option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
+        Option("--dry-run", action="store_true", help="only say everything that would be done")),
     Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
-    Command("build", "make the zipapp from a source checkout", cmd_build, (
-        option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it"),
-    )),
-    Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo, (
-        option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
-    )),
-    Command("self-test", "", cmd_self_test, hidden=True),
-    Command("prove-detached", "", cmd_prove_detached, (
-        option("folder"), option("--child", action="store_true"),
-    ), hidden=True),
-    Command("run-job", "", cmd_run_job, (option("run"), option("host")), hidden=True),
+    Command("build", "make the zipapp from a source checkout", cmd_build,
+        Option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it")),
+    Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo,
+        Option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it")),
+    Command("self-test", "", cmd_self_test),
+    Command("prove-detached", "", cmd_prove_detached, Option("folder"), Option("--child", action="store_true")),
+    Command("run-job", "", cmd_run_job, Option("run"), Option("host")),
 )  # fmt: skip
 GLOBAL_OPTIONS = (
-    option("--config", metavar="FILE", help="the configuration (default: config/updater.json or .toml, found upwards)"),
-    option("--state", metavar="DIR", help="where this host keeps its runs"),
-    option(
-        "--bind", metavar="IP", type=canonical_address, help="the source address, and for serve this host's own address"
-    ),
-    option("--json", action="store_true", help="JSON lines instead of text"),
-    option("--no-color", action="store_true", help="no colours on a terminal"),
-    option("-v", "--verbose", action="store_true", help="more detail, and tracebacks for errors"),
-)
+    Option("--config", metavar="FILE", help="the configuration (default: config/updater.json or .toml, found upwards)"),
+    Option("--state", metavar="DIR", help="where this host keeps its runs"),
+    Option("--bind", metavar="IP", type=canonical_address,
+           help="the source address, and for serve this host's own address"),
+    Option("--json", action="store_true", help="JSON lines instead of text"),
+    Option("--no-color", action="store_true", help="no colours on a terminal"),
+    Option("-v", "--verbose", action="store_true", help="more detail, and tracebacks for errors"),
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -11095,13 +10919,10 @@ def make_parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the contract's exit code."""
-    environ = os.environ
     for name in ("stdout", "stderr"):  # closed by whoever started us
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    args = Args(
-        config=None, state=None, bind=environ.get("ESTELLE_BIND") or None, json=False, no_color=False, verbose=False
-    )
+    args = Args(config=None, state=None, bind=os.environ.get("ESTELLE_BIND") or None, no_color=False, verbose=False)
     args.json = "--json" in argv  # also for errors of the command line itself
     try:
         if args.bind:
@@ -11133,14 +10954,12 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         traceback.print_exception(problem)
     if args.json:
         event = {"event": "error", "what": problem.what, "hint": problem.hint, "exit": problem.exit_code}
-        print(json.dumps(event, ensure_ascii=False), file=sys.stderr)
+        text = json.dumps(event, ensure_ascii=False)
     else:
-        lines = [f"estelle-updater: error: {problem.what}"]
-        lines += [f"hint: {problem.hint}"] if problem.hint else []
-        print(
-            terminal_text("\n".join(lines)).encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding),
-            file=sys.stderr,
-        )
+        hint = f"\nhint: {problem.hint}" if problem.hint else ""
+        text = terminal_text(f"estelle-updater: error: {problem.what}{hint}")
+        text = text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding)
+    print(text, file=sys.stderr)
     return problem.exit_code
 
 
