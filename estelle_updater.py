@@ -1915,8 +1915,10 @@ def parse_version_file(data: bytes) -> str | None:
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
-# user:password@ or token@
-URL_SECRET = re.compile(rb"://(?:[^\s/?#:@]*:(?=([^\s/?#]{1,512})@)|(?=([^\s/?#:@]{16,})@))")
+# user:password@ or token@ behind a scheme; without control characters, or it would be found in what is no text
+URL_SECRET = re.compile(
+    rb"(?<=[A-Za-z][A-Za-z0-9])://(?:[^\0-\x20/?#:@]*:(?=([^\0-\x20/?#]{1,512})@)|(?=([^\0-\x20/?#:@]{16,512})@))"
+)
 URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
 
 
@@ -1928,6 +1930,7 @@ class Masker:
     def __init__(self, secrets: Iterable[str]) -> None:
         self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
         self._held = b""
+        self._before = b""  # the last bytes before them: of a URL's scheme, perhaps
         self._masked = 0  # how many of the held bytes belong to a secret whose `***` is already written
 
     def feed(self, data: bytes) -> bytes:
@@ -1951,7 +1954,10 @@ class Masker:
 
     def _write(self, data: bytes, hold: int) -> bytes:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
-        urls = [(match.start(), match.span(match.lastindex or 0)) for match in URL_SECRET.finditer(data)]
+        shift = len(self._before)
+        found = URL_SECRET.finditer(self._before + data)
+        places = [(match.start(), *match.span(match.lastindex or 0)) for match in found]
+        urls = [(at - shift, (start - shift, end - shift)) for at, start, end in places]
         hold = min((start for start, (_, end) in urls if start < hold < end), default=hold)  # `://` and all
         spans = [span for start, span in urls if start < hold]
         for value in self._values:
@@ -1966,6 +1972,7 @@ class Masker:
             done = max(done, end)
         written.append(data[done:hold])
         self._held, self._masked = data[hold:], max(0, done - hold)
+        self._before = (self._before + data[:hold])[-2:]
         return b"".join(written)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -394,23 +395,39 @@ URL_PARTS = [
     "?",
     "t" * 16,
     "://u:abc",
+    "git://u:abc",
+    "1://u:abc@",
 ]
 
 
 @quick
 @given(st.lists(st.sampled_from(URL_PARTS), max_size=9).map("".join), st.lists(st.integers(0, 99), max_size=5))
 @example("https://bob:geheim@h", [11])
-@example("://u:abcdef:x@", [8])
+@example("ws://u:abcdef:x@", [1, 2, 8])
 def test_passwords_in_urls_are_masked_wherever_the_text_is_cut(text: str, cuts: list[int]) -> None:
     data = text.encode()
     whole = fed(["abcdef"], [data])
-    naive = re.sub(rb"(?<=://)([^\s/?#:@]*:)[^\s/?#]+(?=@)", rb"\1***", data)
-    naive = re.sub(rb"(?<=://)[^\s/?#:@]{16,}(?=@)", b"***", naive)
+    naive = re.sub(rb"(?<=[A-Za-z][A-Za-z0-9]://)([^\s/?#:@]*:)[^\s/?#]+(?=@)", rb"\1***", data)
+    naive = re.sub(rb"(?<=[A-Za-z][A-Za-z0-9]://)[^\s/?#:@]{16,}(?=@)", b"***", naive)
     assert fed([], [data]) == naive
-    assert b"abcdef" not in whole and not re.search(rb"://[^\s/?#:@]*:(?!\*\*\*)[^\s/?#*]+@", whole)
+    assert b"abcdef" not in whole and not re.search(rb"[a-z]{2}://[^\s/?#:@]*:(?!\*\*\*)[^\s/?#*]+@", whole)
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     assert fed(["abcdef"], [data[start:end] for start, end in itertools.pairwise(edges)]) == whole
     assert fed(["abcdef"], [data[i : i + 1] for i in range(len(data))]) == whole
+
+
+def test_what_is_no_text_is_not_taken_for_a_url() -> None:
+    """A program that prints bytes gets exactly these into its log."""
+    for data in (
+        b"\x00h://bob:geheim@h",
+        b"://bob:geheim@h",
+        b"http://bob:\x01geheim@h",
+        b"ws://" + b"t" * 15 + b"\x02@",
+    ):
+        assert fed([], [data]) == data
+    chance = random.Random(4)
+    noise = [chance.randbytes(8) + b"://" + chance.randbytes(60) + b"@" for _ in range(2000)]
+    assert sum(fed([], [data]) != data for data in noise) < 10
 
 
 def test_a_url_that_never_ends_is_not_held_back() -> None:
