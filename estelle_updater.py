@@ -10202,7 +10202,7 @@ def cmd_logs(args: Args) -> int:
         view.notice(f"{problem.what}; this is what {state.root} has")
         local = LocalFollower(state, args.run, view, args.follow, args.target or "all")
         code, _ = watch_order(args, args.run, local.follow)
-    return code if code == 130 else int(args.follow and code != 0)
+    return code if args.follow or code == 130 else 0
 
 
 def cmd_history(args: Args) -> int:
