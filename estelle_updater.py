@@ -5496,16 +5496,16 @@ class Agent:
     async def watch_forever(self) -> None:
         """Look at the running jobs' files when a runner pokes, and once a second in case a poke was lost."""
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S if self.jobs else None):
-                    await self.poked.wait()
-            self.poked.clear()
-            self.look_for_local()
+            waits = self.look_for_local()
             for job in list(self.jobs.values()):
                 try:
                     self.look(job)
                 except Exception as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S if self.jobs or waits else None):
+                    await self.poked.wait()
+            self.poked.clear()
 
     async def prune_forever(self, needed: Callable[[], Iterable[str]]) -> None:
         """Now and then, delete the runs that [keep] does not keep."""
@@ -5522,16 +5522,22 @@ class Agent:
                 log.error("can't delete old runs: %s", problem)
             await asyncio.sleep(PRUNE_S)
 
-    def look_for_local(self) -> None:
-        """A deployment that was started on this host by hand: the master hears of it like of any other."""
+    def look_for_local(self) -> bool:
+        """A deployment that was started on this host by hand: the master hears of it like of any other. Whether there
+        is one that nothing is known of yet."""
         current = self.state.current()
-        if current == self.current or not current[0] or (record := self.state.load_job(*current)) is None:
-            return  # or it is torn: its runner will write it again
+        if current in (self.current, ("", "")):
+            return False
+        if (record := self.state.load_job(*current)) is None:  # torn: its runner, if it lives, will write it again
+            with suppress(OSError):
+                return FileLock.held_elsewhere(self.state.job_lock)
+            return False
         self.current = current
         if current not in self.jobs and record.machine == self.machine and not record.acked:
             self.jobs[current] = OwnJob(record)
             if self.link:
                 self.offer(self.jobs[current])
+        return False
 
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
