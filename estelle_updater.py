@@ -1916,8 +1916,9 @@ def parse_version_file(data: bytes) -> str | None:
 
 
 # user:password@ or token@ behind a scheme; without control characters, or it would be found in what is no text
+# The literal comes first: the engine looks for it many times as fast as for what must stand before it.
 URL_SECRET = re.compile(
-    rb"(?<=[A-Za-z][A-Za-z0-9])://(?:[^\0-\x20/?#:@]*:(?=([^\0-\x20/?#]{1,512})@)|(?=([^\0-\x20/?#:@]{16,512})@))"
+    rb"://(?<=[A-Za-z][A-Za-z0-9]://)(?:[^\0-\x20/?#:@]*:(?=([^\0-\x20/?#]{1,512})@)|(?=([^\0-\x20/?#:@]{16,512})@))"
 )
 URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
 
