@@ -4853,7 +4853,11 @@ class Switch:
                 self.phase(name, work)
         except Exception as problem:
             self.say(f"undoing: {problem}")
-            if self.undo() and isinstance(problem, GuardError):  # by now it is no longer true that nothing changed
+            try:
+                changed = self.undo()
+            except GuardError as worse:  # no guard's refusal any more, which would say that nothing changed
+                raise UpdaterError(f"{problem}; and undoing that: {worse}", worse.hint) from problem
+            if changed and isinstance(problem, GuardError):
                 raise UpdaterError(problem.what, problem.hint) from problem
             raise
         self.runner.last_act = self.close

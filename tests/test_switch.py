@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import estelle_updater as est
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Result, kill_processes_of, processes_of, wait_for
 from tests.haproxy import CONFIG, Load, Proxy
@@ -464,3 +465,21 @@ def test_connections_of_before_follow_every_switch(
             assert proxy.answers() == "blue"
     finally:
         proxy.close()
+
+
+def test_an_undo_that_fails_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard's exit code says that nothing changed; here something did, and stays so."""
+    switch = object.__new__(est.Switch)
+    switch.say = lambda _: [0, 0]
+
+    def fails() -> str:
+        raise est.UpdaterError("HAProxy could not start")
+
+    def undo(_: est.Switch) -> bool:
+        raise est.GuardError("can't replace haproxy.cfg: No space left on device", "make room")
+
+    monkeypatch.setattr(est.Switch, "phase", lambda _, name, work: work())
+    monkeypatch.setattr(est.Switch, "undo", undo)
+    with pytest.raises(est.UpdaterError, match=r"could not start; and undoing that: .* No space left") as caught:
+        switch.transact({"reload": fails})
+    assert caught.value.exit_code == 1 and caught.value.hint == "make room"
