@@ -1730,7 +1730,8 @@ def decide_expiry(
     away; since the run was asked for; since the master started, without which nobody could come.
     """
     if silent_s is not None:  # it should have answered at once: perhaps it does not understand this order
-        if job.state is not State.QUEUED or silent_s <= (ANSWER_S if run.cancelled else ORDER_EXPIRES_S):
+        waits = job.ordered and not job.revision and job.state is State.QUEUED
+        if not waits or silent_s <= (ANSWER_S if run.cancelled else ORDER_EXPIRES_S):
             return None
         return State.CANCELLED if run.cancelled else State.LOST, "the order was never acknowledged"
     if job.state is State.RUNNING:
@@ -2880,7 +2881,7 @@ class StateFolder:
             self.runs.mkdir(mode=0o700, exist_ok=True)
             probe = self.root / f".probe.{os.getpid()}"
             write_atomic(probe, b"")
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # two may look at once
         except OSError as problem:
             hint = "make room there" if problem.errno == errno.ENOSPC else "choose another with --state DIR"
             raise UsageError(f"can't write to the state folder {self.root}: {problem.strerror}", hint) from problem
@@ -3259,7 +3260,6 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
     ca = tree / config.tls.ca if config.tls.ca else None
     try:
         context = ssl.create_default_context(cafile=ca)
-        context.sslsocket_class = tls_socket_class()
     except OSError as problem:
         raise ConfigError(f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates") from None
     return {"ssl": context, "server_hostname": config.master_url.host}
@@ -4083,9 +4083,10 @@ class Runner:
             except OSError as problem:
                 why = f"can't write to {problem.filename}: {problem.strerror}"
                 return int(not self.save(durable=True, state=State.FAILED, step="start", error=why))
-            self.bury_last()
+            last = self.state.current()
             with suppress(OSError):
                 write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
+            self.bury(last)
             if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
             self.perform()
@@ -4095,11 +4096,10 @@ class Runner:
             lock.release()
             self.poke()
 
-    def bury_last(self) -> None:
+    def bury(self, holder: tuple[str, str]) -> None:
         """End the job that had the lock last, if its runner died unseen: no job may run beside what another left."""
-        current = self.state.current()
-        last = self.state.load_job(*current) if current[0] else None
-        own = current == (self.run, self.host)
+        last = self.state.load_job(*holder) if holder[0] else None
+        own = holder == (self.run, self.host)
         if last and last.state is State.RUNNING and not own and not is_half_done(self.state, last):
             with suppress(OSError):
                 self.state.save_job(bury_runner(self.state, last), durable=True)
@@ -5621,12 +5621,10 @@ class Agent:
 
     def end_unstarted(self, record: JobRecord, **fields: Any) -> None:
         """End a job that no runner has begun, while none can begin it."""
-        lock = FileLock(self.state.job_lock)
-        if lock.acquire():
+        with suppress(UpdaterError), FileLock(self.state.job_lock):  # else one has just begun
             latest = self.state.load_job(record.run, record.host) or record
             if latest.state is State.QUEUED:
                 self.own(replace(latest, revision=latest.revision + 1, ended=time.time(), **fields))
-            lock.release()
 
     async def bury(self, job: OwnJob, record: JobRecord) -> None:
         """End a job whose runner died, in a thread: what it left may take seconds to kill, and links can't wait."""
@@ -5666,8 +5664,8 @@ class Agent:
             self.tasks.spawn(self.await_launch(job, child))
 
     async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
-        """The cradle is empty at once; one that failed will fail again."""
-        if await asyncio.to_thread(child.wait):
+        """The cradle is empty at once; one that failed will fail again. What is half done is tried for ever."""
+        if await asyncio.to_thread(child.wait) and not is_half_done(self.state, job.record):
             job.launches, job.launched = LAUNCHES, float("-inf")
             self.poked.set()
 
@@ -7830,7 +7828,8 @@ class Caller:
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
             # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
-            tls = client_tls(self.config, self.tree, url)
+            if tls := client_tls(self.config, self.tree, url):
+                tls["ssl"].sslsocket_class = tls_socket_class()
             options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source, **tls}
             connection = connect(url, **options).__enter__()
             hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), os.urandom(16).hex())

@@ -85,6 +85,7 @@ def test_an_order_that_is_not_understood_blocks_nobody_for_ever(one: Fleet, canc
     assert watched.end() == 1
     assert job_of(one, watched.run, B)["state"] == ("cancelled" if cancelled else "lost")
     assert "the order was never acknowledged" in watched.out + watched.err
+    again(one, a)
     again(one, b)
     assert one.cli("trigger", B, "master").code == 0
 

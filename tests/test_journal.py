@@ -310,9 +310,10 @@ GONE = (State.LOST, "no connection for 900 s")
 @pytest.mark.parametrize(
     ("verdict", "changes", "run", "silent_s", "away_s", "age_s", "up_s"),
     [  # connected: only an order that nothing answers to has an end
-        (None, {}, {}, 0.0, 0.0, 9999.0, 9999.0),
+        (None, {}, {}, LATE, 0.0, 9999.0, 9999.0),
         (None, {"ordered": True}, {}, 600.0, 0.0, 9999.0, 9999.0),
         (LOST, {"ordered": True}, {}, LATE, 0.0, 9999.0, 9999.0),
+        (None, {"ordered": True, "revision": 1}, {}, LATE, 0.0, 9999.0, 9999.0),
         ((State.CANCELLED, LOST[1]), {"ordered": True}, {"cancelled": True}, 11.0, 0.0, 9999.0, 9999.0),
         (None, {"state": State.RUNNING}, {}, LATE, 0.0, 9999.0, 9999.0),
         # away: since it went, since the run began, and since the master could know

@@ -96,6 +96,14 @@ def test_the_readme_s_authority_serves_a_fleet_through_a_renewal(fleet: Callable
     assert (code, lines_of(out, agent.address)[-2]) == (0, "deploying"), err
     assert one.cli("status", host=agent).code == 0, "through masterUrl"
 
+    config = est.load_config(one.master.config)
+    connection = est.Caller(est.StateFolder(tmp_path / "none"), config, "127.0.0.1", one.master.repo).dial(READY_S)
+    assert isinstance(connection.socket.socket, est.tls_socket_class()), "its threads take turns"
+    connection.close()
+    tls = est.client_tls(config, one.master.repo, one.url.replace("ws:", "wss:"))
+    with pytest.raises(est.UnreachableError, match="none to hand out"):  # as `upgrade` fetches it: from a checkout, 404
+        est.fetch_program(config.master_url, "127.0.0.1", tls)
+
     def problem() -> str:
         return str(json.loads(one.cli("status", "--json").out)["master"]["problem"] or "")
 
@@ -224,6 +232,7 @@ def test_the_threads_of_a_commander_take_turns(tmp_path: Path, monkeypatch: pyte
     guard("send")
     config = {"masterUrl": "wss://127.0.0.1:1", "whitelist": [], "tls": {"ca": str(authority.folder / "fleet-ca.pem")}}
     context = est.client_tls(est.parse_config(json.dumps(config), "", "json"), tmp_path, "wss://127.0.0.1:1/")["ssl"]
+    context.sslsocket_class = est.tls_socket_class()
     with (
         listener,
         socket.create_connection(listener.getsockname()) as plain,
