@@ -381,7 +381,7 @@ from estelle_updater import JobRecord, Kind, LogWriter, Runner, StateFolder, Ste
 
 updater.preload()
 assert updater.adopt_orphans()
-state, run = StateFolder(Path("state")), "20261122-210501-7f3a"
+state, run = StateFolder(Path("state")), updater.make_run_id()  # also the mark, which no other test may have
 state.create()
 (state.runs / run).mkdir()
 runner = Runner(state, run, "host", Path())
