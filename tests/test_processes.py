@@ -273,8 +273,8 @@ escaped = [sys.executable, "-c", os.environ["ESCAPED"]]
 
 def start(mark, *names):
     lines = "".join(f'{"BARE=1 " * ("bare" in n)}"$0" -c "$ESCAPED" {folder}/{n}\\n' for n in names)
-    tail = "sleep 120 & echo $! >group; exec sleep 120" if mark == "second" else ""
-    step = spawn_step(["sh", "-c", lines + tail, sys.executable], folder, os.environ, mark=mark)
+    tail = "sleep 120 & echo $! >group; exec sleep 120" if "marked" in names else ""
+    step = spawn_step(["sh", "-c", lines + tail, sys.executable], folder, os.environ, mark=f"{folder}/{mark}")
     while not all((folder / n).exists() for n in names):
         time.sleep(0.01)
     return step
@@ -329,11 +329,13 @@ def test_what_a_dead_runner_left_is_found_and_killed(tmp_path: Path, killed_at_e
     runner.kill()
     runner.communicate()
     assert all(map(alive, pids.values()))
-    assert updater.kill_leftovers("secon")[0] == 0, "another mark"
-    assert updater.kill_leftovers("second", pipe.replace("-", "+").strip())[0] == 3, "the pipe of another boot"
+    assert updater.kill_leftovers(f"{folder}/secon")[0] == 0, "another mark"
+    assert updater.kill_leftovers(f"{folder}/second", pipe.replace("-", "+").strip())[0] == 3, (
+        "the pipe of another boot"
+    )
     assert {name for name, pid in pids.items() if alive(pid)} == {"marked-bare", *SERVICES}
     # an orphan that emptied its environment and left its group has still the output in common with its step
-    assert updater.kill_leftovers("second", pipe.strip())[0] == 1
+    assert updater.kill_leftovers(f"{folder}/second", pipe.strip())[0] == 1
     assert {name for name, pid in pids.items() if alive(pid)} == set(SERVICES)
 
 
@@ -343,30 +345,31 @@ def test_leftovers_without_the_mark_are_known_by_their_output_or_parent(
     bare = "env -i {} sh -c 'echo $$ >{}; exec sleep 100 {}'"
     script = f"({bare.format('setsid', 'output', '')} &)\n{bare.format('setsid', 'child', '>/dev/null 2>&1')} &\n"
     script += "ESTELLE_RUN=other sleep 100 & echo $! >other; exec sleep 100"
-    one = step("sh", "-c", script, mark="bare")
+    one = step("sh", "-c", script, mark=f"{tmp_path}/bare")
     pids = {name: pid_in(tmp_path / name) for name in ("output", "child", "other")}
     killed_at_end += pids.values()
     wait_for(lambda: Path(f"/proc/{pids['other']}/comm").read_text() == "sleep\n", "its own environment")
-    assert updater.kill_leftovers("bare", one.pipe)[0] == 3
+    assert updater.kill_leftovers(f"{tmp_path}/bare", one.pipe)[0] == 3
     assert {name for name, pid in pids.items() if alive(pid)} == {"other"}, "another step's"
     assert one.wait() == 137
 
 
-def test_a_supervisor_does_not_restart_what_is_killed(step: Callable[..., Spawned]) -> None:
+def test_a_supervisor_does_not_restart_what_is_killed(step: Callable[..., Spawned], tmp_path: Path) -> None:
     supervisor = "import subprocess\nprint('up', flush=True)\n"
     supervisor += "while True: subprocess.run(['sleep', '100'], start_new_session=True, stdout=-3)"
     starter = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
-    one = step(*python(starter, *python(supervisor)), mark="supervisor")
+    one = step(*python(starter, *python(supervisor)), mark=str(tmp_path))
     expect(one, b"up\n")
-    assert updater.kill_leftovers("supervisor")[0] >= 1
-    assert updater.kill_leftovers("supervisor")[0] == 0
+    assert updater.kill_leftovers(str(tmp_path))[0] >= 1
+    assert updater.kill_leftovers(str(tmp_path))[0] == 0
     assert read_all(one) == b"", "nobody holds the pipe any more"
 
 
-def test_killing_leftovers_spares_this_process_and_its_ancestors() -> None:
-    code = "import estelle_updater as u; print(u.kill_leftovers('mine'), u.kill_leftovers('mine'))"
+def test_killing_leftovers_spares_this_process_and_its_ancestors(tmp_path: Path) -> None:
+    code = "import os, estelle_updater as u; mine = os.environ[u.MARK]"
+    code += "; print(u.kill_leftovers(mine), u.kill_leftovers(mine))"
     script = 'sleep 100 & "$@"; echo parent lives'
-    env = ENV | {updater.MARK: "mine"}
+    env = ENV | {updater.MARK: str(tmp_path)}
     argv = ["sh", "-c", script, "sh", *python(code)]
     done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, timeout=30, text=True, check=False)
     assert done.stdout == "(1, set()) (0, set())\nparent lives\n"
@@ -469,9 +472,9 @@ def test_a_question_that_hangs_leaves_nothing(tmp_path: Path, how: str) -> None:
         return stopped and hook.exists()
 
     with pytest.raises(UpdaterError, match="git status did not answer"):
-        updater.ask_git(tmp_path, os.environ, "status", timeout_s=60 if stopped else 2, mark="asked", stop=begun)
+        updater.ask_git(tmp_path, os.environ, "status", timeout_s=60 if stopped else 2, mark=str(hook), stop=begun)
     assert not alive(pid_in(hook))
-    assert not updater._find_family("asked")
+    assert not updater._find_family(str(hook))
     assert updater.ask_git(tmp_path, os.environ, "rev-parse", "--git-dir") == (0, b".git\n", b"")
 
 
