@@ -5499,16 +5499,16 @@ class Agent:
                     self.jobs[record.run, record.host] = OwnJob(record)
 
     async def watch_forever(self) -> None:
-        """Look at the running jobs' files when a runner pokes, and once a second in case a poke was lost."""
+        """Look at the jobs' files when a runner pokes, and once a second: a poke may be lost, or not know where to."""
         while True:
-            waits = self.look_for_local()
+            self.look_for_local()
             for job in list(self.jobs.values()):
                 try:
                     self.look(job)
                 except Exception as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S if self.jobs or waits else None):
+                async with asyncio.timeout(LOOK_S):
                     await self.poked.wait()
             self.poked.clear()
 
@@ -5527,22 +5527,16 @@ class Agent:
                 log.error("can't delete old runs: %s", problem)
             await asyncio.sleep(PRUNE_S)
 
-    def look_for_local(self) -> bool:
-        """A deployment that was started on this host by hand: the master hears of it like of any other. Whether there
-        is one that nothing is known of yet."""
+    def look_for_local(self) -> None:
+        """A deployment that was started on this host by hand: the master hears of it like of any other."""
         current = self.state.current()
-        if current in (self.current, ("", "")):
-            return False
-        if (record := self.state.load_job(*current)) is None:  # torn: its runner, if it lives, will write it again
-            with suppress(OSError):
-                return FileLock.held_elsewhere(self.state.job_lock)
-            return False
+        if current in (self.current, ("", "")) or (record := self.state.load_job(*current)) is None:
+            return  # nothing new, or torn: its runner, if it lives, will write it again
         self.current = current
         if current not in self.jobs and record.machine == self.machine and not record.acked:
             self.jobs[current] = OwnJob(record)
             if self.link:
                 self.offer(self.jobs[current])
-        return False
 
     def look(self, job: OwnJob) -> None:
         """Tell the master what is new about one job; a job whose runner died ends here."""
@@ -8219,6 +8213,7 @@ class Service:
         self.stopping = self.restarting = False
         self.sha256 = sha256_of(program_file())  # of what runs here, whatever the file becomes
         self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
+        self.unsaved: Mapping[str, Any] = {}  # facts that a full disk did not take
         self.machine = ""
         self.supervisor = Supervisor(os.environ)
 
@@ -8314,9 +8309,16 @@ class Service:
 
     def save_facts(self, facts: Mapping[str, Any], status: str) -> None:
         """Say that this daemon is ready, and as what: to commands on this host, and to systemd."""
-        with suppress(OSError):
-            write_atomic(self.state.daemon_file, json.dumps(dict(facts)).encode())
+        self.unsaved = facts
+        self.save_unsaved()
         self.supervisor.tell("READY=1", f"STATUS={facts['role']}: {status}")
+
+    def save_unsaved(self) -> None:
+        """Try to, again after a full disk: runners poke, and commands ask, where the file says."""
+        with suppress(OSError):
+            if self.unsaved:
+                write_atomic(self.state.daemon_file, json.dumps(dict(self.unsaved)).encode())
+                self.unsaved = {}
 
     async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
         self.save_facts(facts, f"calling {self.config.config.master_url}")
@@ -8445,6 +8447,7 @@ class Service:
         problem = None
         while True:
             await asyncio.sleep(CONFIG_LOOK_S)
+            self.save_unsaved()
             if any(job.record.step and job.record.step.startswith(("git checkout", "git pull"))
                    and job.record.state is State.RUNNING for job in agent.jobs.values()):  # fmt: skip
                 continue

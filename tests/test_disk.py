@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from estelle_updater import log_size
+from estelle_updater import LOOK_S, log_size
 from tests.commands import (
     COMMAND,
     GATE,
@@ -136,6 +138,11 @@ def test_a_full_agent_refuses_an_order_with_the_reason(one: Fleet):
     assert lines_of(out, A)[-1] == f"✓ 완료 {VERSION}"
     assert lines_of(out, B)[-1] == "✗ 실패 start"
     assert f"can't write to {b.state}: No space left on device" in err
+    assert b.process
+    pid, daemon = b.process.pid, b.state / "daemon.json"
+    assert json.loads(daemon.read_bytes())["pid"] != pid
+    (b.state / "filler").unlink()
+    wait_for(lambda: json.loads(daemon.read_bytes())["pid"] == pid, "it says where to poke it, once there is room")
 
 
 def test_a_full_agent_can_be_cancelled(one: Fleet):
@@ -172,14 +179,21 @@ def test_a_full_master_takes_nothing_new_and_fetches_the_rest(one: Fleet):
 
 def test_a_deployment_by_hand_reaches_a_master_that_was_full(one: Fleet):
     a, b, _ = one.hosts
+    before, told = set(one.runs(b)), len(a.stderr)
+    daemon = b.state / "daemon.json"
+    facts = json.loads(daemon.read_bytes())
+    daemon.write_text(json.dumps(facts | {"poke": 1}))  # and no poke arrives
+    idle = time.monotonic()
+    wait_for(lambda: time.monotonic() - idle > 2 * LOOK_S, "it has looked its last at the job before")
     fill(a)
     code, out, err = one.cli("deploy", "master", host=b)
     assert code == 0, out + err
-    name = one.runs(b)[-1].name
-    wait_for(lambda: "can't write" in a.stderr, "the master can't take it")
+    (made,) = set(one.runs(b)) - before
+    wait_for(lambda: "can't write" in a.stderr[told:], "the master can't take it")
     (a.state / "filler").unlink()
-    wait_state(one, name, B, "succeeded")
-    assert one.cli("logs", name).out == out
+    wait_state(one, made.name, B, "succeeded")
+    assert one.cli("logs", made.name).out == out
+    daemon.write_text(json.dumps(facts))
 
 
 def test_a_read_only_state_folder(one: Fleet):
