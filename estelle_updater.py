@@ -4003,8 +4003,11 @@ def is_half_done(state: StateFolder, job: JobRecord) -> bool:
 
 def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
     """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by `doctor`."""
+    url = b""
     try:
-        inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
+        url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url")
+        inside = bool(url) and (repo / ".git").exists()  # else the answer may be the user's own configuration's
+        inside = inside or git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
         wrong = UsageError(f"{repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
     except UpdaterError as problem:
         inside, wrong = False, problem  # type: ignore[assignment]
@@ -4012,10 +4015,9 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
         yield Finding("checkout", False, wrong.what, wrong.hint, certain=True)
         return
     yield Finding("checkout", True, str(repo))
-    url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url").decode(errors="replace").strip()
     add = f"git -C {repo} remote add {rule.remote} URL"
-    url = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
-    yield Finding("remote", bool(url), url or f"there is no remote {rule.remote}", add, certain=True)
+    shown = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url.decode(errors="replace").strip())
+    yield Finding("remote", bool(shown), shown or f"there is no remote {rule.remote}", add, certain=True)
     try:
         yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
     except UpdaterError as problem:  # the pull may bring it, or another command
@@ -4237,7 +4239,8 @@ class Runner:
     def remove_git_locks(self) -> None:
         """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
         left to exclude is a git that somebody runs by hand, anywhere in the clone or its other work trees."""
-        folder = self.repo / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
+        if not (folder := self.repo / ".git").is_dir():  # a folder within the clone, or a linked work tree
+            folder = self.repo / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
         places = ("*", "refs/**/*", "worktrees/**/*", "modules/**/*", "objects/info/**/*")
         locks = [lock for place in places for lock in folder.glob(f"{place}.lock")]
         if not locks:
@@ -8509,8 +8512,13 @@ if sys.argv[1:] == ["--version"]:
     sys.stdout.write("estelle-updater {version}\\n")
     sys.exit(0)
 
+import gc
+
+gc.disable()
 from estelle_updater import main
 
+gc.freeze()  # what is imported stays: nobody looks for garbage in it, not even at the end
+gc.enable()
 sys.exit(main(sys.argv[1:]))
 '''
 
@@ -10920,15 +10928,17 @@ class Parser(argparse.ArgumentParser):
         say(message.removesuffix("\n"))  # help through a pipe that is closed early ends without a complaint
 
 
-def make_parser() -> Parser:
-    """The command table as a parser; global options go before or after the command."""
+def make_parser(argv: Sequence[str] = ()) -> Parser:
+    """The command table as a parser; global options go before or after the command. Of the commands only those that
+    `argv` names, if it does and asks for no help: all of them would take milliseconds of every command's start."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for item in GLOBAL_OPTIONS:
         shared.add_argument(*item.names, **item.settings)
     parser = Parser(prog=program_name(), description="Deploy a small fleet, live.", parents=[shared])
     parser.add_argument("--version", action="version", version=f"estelle-updater {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    named = [] if {"-h", "--help"} & {*argv} else [command for command in COMMANDS if command.name in argv]
+    for command in named or COMMANDS:
         shown: dict[str, Any] = {} if command.hidden else {"help": command.help}
         sub = commands.add_parser(command.name, parents=[shared], description=command.help, **shown)
         for item in command.options:
@@ -10947,7 +10957,7 @@ def main(argv: list[str]) -> int:
     try:
         if args.bind:
             args.bind = canonical_address(args.bind)
-        make_parser().parse_args(argv, args)
+        make_parser(argv).parse_args(argv, args)
         code: int = args.function(args)
         return code
     except UpdaterError as problem:
