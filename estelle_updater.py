@@ -263,7 +263,7 @@ POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as muc
 AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 20.0  # between two looks for what no job's end tells
 CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
-RESULT_TRIES = 600  # a second apart: a result waits for room on a full disk
+RESULT_RETRY_S = 1.0  # a result waits for room on a full disk, for as long as that takes
 DOWNLOAD_S = 120.0
 TRY_S = 60.0  # a new program tries itself on a slow host
 BACK_S = 60.0  # the contract: a daemon with a new program is welcomed by then, or gets the old one back
@@ -3155,12 +3155,12 @@ class ConfigFile:
         self.config, self.problem = load_config_or_last(path, state)
         self._used = self._seen = self._stamp()
 
-    def _stamp(self) -> tuple[int, int, int] | None:
+    def _stamp(self) -> tuple[int, ...] | None:
         try:
             stat = self.path.stat()
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns  # the last: it may have become readable
 
     def token(self) -> bytes | None:
         return load_token(self.config, work_tree(self.path))
@@ -4364,12 +4364,12 @@ class Runner:
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
         fields.update(open_step=None, pipe=None, state=state, ended=time.time(), commit=commit, version=version)
-        for _ in range(RESULT_TRIES):
+        while True:
             whole = self.log.write(b"")  # else how much is missing is still to be said
             self.log.sync()
             if whole and self.save(durable=True, size=self.log.size, **fields):
                 return
-            time.sleep(1)  # the disk is full: the result is worth waiting for room
+            time.sleep(RESULT_RETRY_S)
 
     def save(self, *, durable: bool = False, **fields: Any) -> bool:
         """Replace the job's record by its next revision; False where the disk does not take it."""
@@ -6127,12 +6127,31 @@ class Run:
         self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
         self.followers: dict[Link, str] = {}  # and which hosts each asked for
         self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
+        self.unsaved: set[str] = set()  # hosts whose state, "" where it is the run's, a full disk did not take
         self.ordered: dict[str, float] = {}  # when this process sent an order last, by its monotonic clock
         self.began = time.monotonic() - max(0.0, time.time() - record.created)
 
     @property
     def active(self) -> bool:
         return any(job.state not in FINAL for job in self.jobs.values())
+
+    def save(self, state: StateFolder, own: str, job: JobRecord, *, durable: bool) -> None:
+        """What a runner of this machine, `own`, wrote is on disk already, if there was room."""
+        there = job.machine == own and job.revision and state.load_job(job.run, job.host)
+        if not there or there.revision < job.revision:
+            if durable and state.load_run(job.run) is None:
+                state.save_run(self.record)  # it was adopted while the disk was full
+            state.save_job(job, durable=durable)
+
+    def save_rest(self, state: StateFolder, own: str) -> None:
+        """What a full disk did not take: an order that was cancelled would run, once it is loaded again."""
+        with suppress(OSError):
+            for host in list(self.unsaved):
+                if host:
+                    self.save(state, own, self.jobs[host], durable=True)
+                else:
+                    state.save_run(self.record)
+                self.unsaved.discard(host)
 
     def show(self, link: Link, hosts: list[str], state: StateFolder) -> None:
         """Tell a follower all that there is of some hosts; what comes later follows by itself."""
@@ -6746,7 +6765,7 @@ class Master:
         """A host's word about its job. A result counts once its log is here."""
         found = self.load(job.run)
         if found is None or (not found.record.nonce and job.host not in found.record.machines):
-            open_runs = [run.record for run in self.runs.values() if run.active]
+            open_runs = [run.record for run in self.runs.values() if run.active and not run.held]
             self.registry.check_adoption(agent.hello.machine, job, found.record.hosts if found else [], open_runs)
             self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
@@ -6825,20 +6844,14 @@ class Master:
         self.schedule()
 
     def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> bool:
-        """A job's new state: on disk, and to whoever follows; False where the disk does not take it.
-
-        What the master's own runner wrote is on disk already, if there was room.
-        """
-        there = job.machine == self.machine and job.revision and self.state.load_job(job.run, job.host)
-        if not there or there.revision < job.revision:
-            try:
-                if durable and self.state.load_run(job.run) is None:
-                    self.state.save_run(run.record)  # it was adopted while the disk was full
-                self.state.save_job(job, durable=durable)
-            except OSError as problem:
-                log.error("can't write to %s: %s", self.state.root, problem.strerror)
-                if durable and job.state in FINAL and job.revision and not job.provisional:
-                    return False
+        """A job's new state: on disk, and to whoever follows; False where the disk does not take it."""
+        try:
+            run.save(self.state, self.machine, job, durable=durable)
+        except OSError as problem:
+            log.error("can't write to %s: %s", self.state.root, problem.strerror)
+            if durable and job.state in FINAL and job.revision and not job.provisional:
+                return False
+            run.unsaved.add(job.host)
         if job.machine != self.machine:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.jobs[job.host] = job
@@ -6856,7 +6869,7 @@ class Master:
         self.record(run, job, durable=True)
 
     def drop_idle(self, run: Run) -> None:
-        if not run.active and not run.followers and not run.held:
+        if not (run.active or run.followers or run.held or run.unsaved):
             self.runs.pop(run.record.run, None)
 
     # The queue
@@ -6967,6 +6980,7 @@ class Master:
             if agent := self.agents.get(job.machine):
                 agent.link.fetch_lost(self.state.log_file(job.run, host))
             self.settle(run, host)
+        run.save_rest(self.state, self.machine)
         self.drop_idle(run)
 
     def expire(self, run: Run, job: JobRecord) -> None:
@@ -6991,6 +7005,7 @@ class Master:
                 self.state.save_run(run.record)
             except OSError as problem:  # to stop something may be how to make room
                 log.error("can't write to %s: %s", self.state.root, problem.strerror)
+                run.unsaved.add("")
             log.info("%s cancels run %s", by, name)
         stopping = [job for job in run.jobs.values() if job.state not in FINAL or job.provisional]
         away = [job.host for job in stopping if job.ordered and job.machine not in self.agents]
@@ -7399,10 +7414,14 @@ GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
 # ==============================================================================
 
 
+def has_switched(job: JobRecord) -> bool:
+    """With nothing after its gate and its check, it was a dry run, or the colour was active already."""
+    return job.kind is Kind.SWITCH and job.state is State.SUCCEEDED and len(job.marks) > 2
+
+
 def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any]:
     """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are masked."""
-    # with nothing after its gate and its check, it was a dry run, or the colour was active already
-    switched = job.kind is Kind.SWITCH and job.state is State.SUCCEEDED and len(job.marks) > 2
+    switched = has_switched(job)
     seconds = seconds_of(job)
     facts = (
         f"{job.kind} {job.branch} on {run.target}", f"by {run.by}" if run.by else "",
@@ -7557,7 +7576,11 @@ class Notifier:
     def tell_of_job(self, run: Run, job: JobRecord) -> None:
         """Spool what people want to know of a job's end. Whatever goes wrong here must not touch its result."""
         try:
-            self.switched |= job.kind is Kind.SWITCH
+            if has_switched(job) and time.time() - (job.ended or 0.0) < TRAFFIC_LOOK_S:
+                self.switched = False  # where the next look finds the traffic elsewhere, it went there by itself
+                write_atomic(self.traffic_file, json.dumps({"active": job.version}).encode())
+            elif job.kind is Kind.SWITCH and (has_switched(job) or job.state is not State.SUCCEEDED):
+                self.switched = True
             if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
                 path = self.master.state.log_file(job.run, job.host)
                 end = read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)

@@ -48,6 +48,7 @@ defaults
     timeout client 10s
     timeout server 10s
     timeout http-keep-alive 3s
+    timeout check 5s
     option redispatch
     option idle-close-on-response
     load-server-state-from-file global

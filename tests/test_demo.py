@@ -56,7 +56,7 @@ class Stage:
     def assert_nothing_left(self) -> None:
         assert sorted(self.temp.iterdir()) == []
         # A runner that was just being started finds nothing to do, and ends.
-        wait_for(lambda: not processes_of(self.folder), lambda: f"no process left: {processes_of(self.folder)}", 5)
+        wait_for(lambda: not processes_of(self.folder), lambda: f"no process left: {processes_of(self.folder)}")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from tests.commands import (
     GATED,
     STEP,
     Watched,
+    detach,
     job_of,
     lines_of,
     log_of,
@@ -25,7 +26,7 @@ from tests.commands import (
     wait_state,
     write_script,
 )  # fmt: skip
-from tests.fleet import VERSION, Fleet, Host, kill_processes_of, need, run, unavailable, wait_for
+from tests.fleet import VERSION, Fleet, Host, kill_processes_of, need, processes_of, run, unavailable, wait_for
 
 A, B = "127.0.0.1", "127.0.0.2"
 SIZE_KB = 1024  # the master has room for several times as much
@@ -152,7 +153,7 @@ def test_a_full_agent_can_be_cancelled(one: Fleet):
     watched.until(f"[{B}] begun")
     fill(b)
     assert one.cli("cancel", watched.run).code == 0
-    wait_for(lambda: "sleep 86411" not in str(run(["ps", "-eo", "args"], os.environ).out), "the step is killed")
+    wait_for(lambda: not any("86411" in words for words in processes_of(b.folder).values()), "the step is killed")
     (b.state / "filler").unlink()
     assert watched.end() == 1
     assert lines_of(watched.out, B)[-1] == "✗ 취소"
@@ -175,6 +176,30 @@ def test_a_full_master_takes_nothing_new_and_fetches_the_rest(one: Fleet):
     assert watched.end() == 0
     assert log_of(one, watched.run, b) == log_of(one, watched.run, b, at=b)
     assert lines_of(watched.out, B)[-2:] == ["ended", f"✓ 완료 {VERSION}"]
+
+
+def test_what_was_cancelled_while_the_master_was_full_does_not_run(one: Fleet):
+    a, b, _ = one.hosts
+    write_script(f"echo x >> ../ran\n{GATED}", b)
+    (b.folder / "ran").unlink(missing_ok=True)
+    first = detach(one, B)
+    wait_state(one, first, B, "running")
+    one.origin.commit({}, branch="hotfix")
+    second = detach(one, B, "hotfix")
+    wait_for(lambda: job_of(one, second, B).get("behind"), "it is queued")
+    fill(a)
+    assert one.cli("cancel", second).code == 0
+    assert job_of(one, second, B)["state"] == "queued"
+    assert "✗ 취소" in one.cli("logs", second).out  # which loads it, should it have been forgotten
+    (a.state / "filler").unlink()
+    wait_state(one, second, B, "cancelled")
+    one.kill(a)
+    one.start(a)
+    one.wait_online()
+    open_gate(b)
+    wait_state(one, first, B, "succeeded")
+    assert one.cli("trigger", B, "master").code == 0
+    assert (b.folder / "ran").read_text() == "x\nx\n"
 
 
 def test_a_deployment_by_hand_reaches_a_master_that_was_full(one: Fleet):

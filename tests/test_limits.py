@@ -39,7 +39,7 @@ from tests.fleet import VERSION, Fleet, processes_of, wait_for
 
 A, B, C = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 PEAK = "import atexit; atexit.register(lambda: print('peak', *open('/proc/self/status'), file=sys.stderr))"
-IMPATIENT = "SERVER_OPTIONS.update(ping_interval=0.5, ping_timeout=0.5)"  # and a send that blocks is given up after 1 s
+IMPATIENT = "SERVER_OPTIONS.update(ping_interval=1, ping_timeout=3)"  # and a send that blocks is given up after 1 s
 DIES = """save = StateFolder.save_run
 def save_and_die(self, record):
     save(self, record)
@@ -70,9 +70,11 @@ def peak_kb(pid: int) -> int:
 def test_a_silent_step_is_announced_while_others_talk(one: Fleet):
     write_script(TALK, one.hosts[0])
     write_script(f"echo last words\n{GATE}", one.hosts[1])
-    watched = Watched(one, "trigger", f"{A},{B}", "master", env={"LIMITS": '{"SILENT_S": 0.5}'})
+    watched = Watched(one, "trigger", f"{A},{B}", "master", env={"LIMITS": '{"SILENT_S": 2}'})
+    watched.until(f"[{A}] talking")
+    before = len(watched.err)  # git may have been silent
     watched.until(lambda: f"{B}: silent for " in watched.err and "; last line: last words\n" in watched.err)
-    assert f"{A}: silent" not in watched.err
+    assert f"{A}: silent" not in watched.err[before:]
     open_gate(*one.hosts)
     assert watched.end() == 0
 
@@ -81,7 +83,7 @@ def test_a_silent_step_of_a_deployment_by_hand_is_announced(one: Fleet):
     b = one.hosts[1]
     write_script(f"echo last words\n{GATE}", b)
     watched = Watched(one, "deploy", "master", host=b, env={"LIMITS": '{"SILENT_S": 0.5}'})
-    watched.until(lambda: re.search(r": silent for 1 s; last line: last words\n", watched.err))
+    watched.until(lambda: re.search(r": silent for \d+ s; last line: last words\n", watched.err))
     open_gate(b)
     assert watched.end() == 0
     assert lines_of(watched.out, B)[-2:] == ["last words", f"✓ 완료 {VERSION}"]
@@ -114,11 +116,11 @@ def test_the_master_dies_between_recording_and_answering(one: Fleet):
     again(one, a, FAULT=DIES)
     write_script("echo x >> ../begun\n", b)
     before = len(one.runs())
-    watched = Watched(one, "trigger", B, "master", env={"LIMITS": '{"PATIENCE_S": 1}'})
+    watched = Watched(one, "trigger", B, "master", env={"LIMITS": '{"PATIENCE_S": 5}'})
     assert a.process
     assert a.process.wait(30) == 9
     assert len(one.runs()) == before + 1
-    until = time.monotonic() + 2  # longer than an order waits that nobody has taken
+    until = time.monotonic() + 6  # longer than an order waits that nobody has taken
     wait_for(lambda: time.monotonic() > until, "a service manager starts it again")
     assert watched.process.poll() is None
     one.start(a)
@@ -130,12 +132,12 @@ def test_the_master_dies_between_recording_and_answering(one: Fleet):
 def test_an_order_that_was_not_taken_expires(one: Fleet):
     """As for a host that is back after three days: neither what was sent to it nor what waited for it runs."""
     a, b, _ = one.hosts
-    again(one, a, LIMITS='{"ORDER_EXPIRES_S": 1}')
+    again(one, a, LIMITS='{"ORDER_EXPIRES_S": 5}')
     write_script("echo x >> ../begun\n", b)
+    one.origin.commit({}, branch="hotfix")
     assert b.process
     b.process.send_signal(signal.SIGSTOP)  # the order reaches its kernel only
     sent = detach(one, B)
-    one.origin.commit({}, branch="hotfix")
     waiting = detach(one, B, "hotfix")
     wait_for(lambda: job_of(one, sent, B).get("ordered"), "it is ordered")
     one.kill(b)
@@ -194,7 +196,7 @@ def test_a_stopped_terminal_slows_nobody_and_is_not_cut_off(one: Fleet):
     wait_for(lambda: one.runs() and job_of(one, one.runs()[-1].name, B).get("state") == "running", "it runs")
     other = Watched(one, "logs", one.runs()[-1].name, "-f")
     assert other.end() == 0
-    until = time.monotonic() + 3  # several times as long as pings and sends are waited for
+    until = time.monotonic() + 8  # much longer than pings and sends are waited for
     wait_for(lambda: time.monotonic() > until and one.cli("status").code == 0, "time passes")
     assert peak_kb(a.process.pid) - before < BOUND_KB
     out, err = stopped.communicate(timeout=60)

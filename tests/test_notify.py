@@ -364,11 +364,17 @@ def test_failover_is_what_no_switch_explains(tmp_path: Path) -> None:
             await notifier.look_at_traffic()
         assert titles(notifier) == ["[lb] the traffic went from blue to green without a switch"]
         order = est.run_of_job(replace(JOB, kind=est.Kind.SWITCH))
-        ended = replace(JOB, kind=est.Kind.SWITCH, state=est.State.SUCCEEDED, ended=time.time())
-        notifier.tell_of_job(est.Run(order, {}), ended)
-        said.append("blue")
-        await notifier.look_at_traffic()
-        assert len(titles(notifier)) == 1, "that was the switch"
+        ended = replace(JOB, kind=est.Kind.SWITCH, state=est.State.SUCCEEDED, ended=time.time(), marks=[[0, 1]] * 6)
+        for to, then in (("blue", "blue"), ("green", "blue")):
+            notifier.tell_of_job(est.Run(order, {}), replace(ended, version=to))
+            said.append(then)
+            await notifier.look_at_traffic()
+            assert (len(titles(notifier)) == 1) == (to == then), "that was the switch, and what came at once was none"
+        for active, end in (("green", replace(ended, state=est.State.FAILED)), ("blue", replace(ended, ended=1.0))):
+            notifier.tell_of_job(est.Run(order, {}), replace(end, version=None))
+            said.append(active)
+            await notifier.look_at_traffic()
+            assert len(titles(notifier)) == 2, "one that failed half-way or was told late explains it too"
         _, later = make_master(tmp_path, notify=rules, haproxy=haproxy)
         later.master.registry.machines, later.master.agents = master.registry.machines, master.agents
         later.master.registry.agents = master.agents
@@ -376,7 +382,7 @@ def test_failover_is_what_no_switch_explains(tmp_path: Path) -> None:
         await later.look_at_traffic()
         return titles(later)
 
-    assert len(asyncio.run(look())) == 2, "also one that came while the master was away"
+    assert len(asyncio.run(look())) == 3, "also one that came while the master was away"
 
 
 def test_old_news_is_no_news(tmp_path: Path) -> None:

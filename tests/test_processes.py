@@ -472,7 +472,7 @@ def test_a_question_that_hangs_leaves_nothing(tmp_path: Path, how: str) -> None:
         return stopped and hook.exists()
 
     with pytest.raises(UpdaterError, match="git status did not answer"):
-        updater.ask_git(tmp_path, os.environ, "status", timeout_s=60 if stopped else 2, mark=str(hook), stop=begun)
+        updater.ask_git(tmp_path, os.environ, "status", timeout_s=60 if stopped else 10, mark=str(hook), stop=begun)
     assert not alive(pid_in(hook))
     assert not updater._find_family(str(hook))
     assert updater.ask_git(tmp_path, os.environ, "rev-parse", "--git-dir") == (0, b".git\n", b"")

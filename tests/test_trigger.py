@@ -799,7 +799,7 @@ def test_units_are_restarted_and_looked_at(fleet: Callable[..., Fleet], tmp_path
 
 
 def test_step_timeout(fleet: Callable[..., Fleet]):
-    made = fleet(hosts=2, config={"deploy": {"command": list(COMMAND), "timeout": 1}})
+    made = fleet(hosts=2, config={"deploy": {"command": list(COMMAND), "timeout": 5}})
     write_script(FOREVER, made.agents[0])
     write_script("echo quick\n", made.master)
     code, out, _ = made.cli("trigger", "all", "master")
