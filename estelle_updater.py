@@ -6025,6 +6025,7 @@ class Dialer:
     async def dial_forever(self) -> None:
         attempt = 0
         while True:
+            self.config_changed.clear()
             refused = False
             for url in self.urls():
                 try:
@@ -6039,10 +6040,10 @@ class Dialer:
                     break
             if self.welcome:
                 attempt, self.welcome = 0, None
+                self.config_changed.clear()  # perhaps long ago: no reason for all to come back at once
             else:
                 await self.on_failure(attempt % OUTSIDE_EVERY == OUTSIDE_EVERY - 1)
             attempt += 1
-            self.config_changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
                     await self.config_changed.wait()

@@ -123,7 +123,8 @@ def test_a_token_is_proven_and_shown_nowhere(guarded: Fleet, tmp_path: Path) -> 
     wait_for(lambda: "begun" in one.cli("logs", running, B).out, "a step runs")
     assert not [line for line in processes_of(tmp_path).values() if TOKEN in line], "ps"
     assert one.cli("cancel", running).code == 0
-    wait_state(one, running, agent, "cancelled")
+    for host in one.hosts:
+        wait_state(one, running, host, "cancelled")
     written = files_of(one.master.state) | files_of(agent.state)
     assert not [name for name, data in written.items() if TOKEN.encode() in data]
     assert TOKEN not in one.master.stderr + agent.stderr

@@ -310,6 +310,7 @@ def test_a_whitelist_that_shuts_out_the_commander_is_warned_of(fleet: MakeFleet)
     one = fleet(hosts=2)
     config = json.loads(one.agents[0].config.read_text()) | {"whitelist": ["127.0.0.1"]}
     one.origin.commit({"config/updater.json": json.dumps(config)})
-    run = one.cli("trigger", "127.0.0.1", "master", host=one.agents[0])
-    assert "warning: the whitelist has no entry for 127.0.0.2, where this run was asked for" in run.out
+    one.cli("trigger", "127.0.0.1", "master", host=one.agents[0])  # which may be cut off before it sees the line
+    said = one.cli("logs", one.runs()[-1].name, "-f").out
+    assert "warning: the whitelist has no entry for 127.0.0.2, where this run was asked for" in said
     wait_for(lambda: "no longer on the whitelist" in one.master.stderr, "it takes effect")

@@ -292,6 +292,8 @@ def test_a_model_deploys_watches_leaves_and_cancels(fleet: MakeFleet, model: Cal
     waiting = client.begin("logs", run=run, cursor=cursor, target=agent.address, wait_s=30)
     cancelled = json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": watched}})
     client.say(cancelled.encode())
+    client.say(b'{"jsonrpc":"2.0","id":900,"method":"ping"}')
+    client.answer(900)  # and so the line before it was taken
     open_gate(agent)
     assert "ended\n" in client.answer(waiting)["result"]["structuredContent"]["hosts"][0]["text"]
     wait_state(one, run, agent, "succeeded")

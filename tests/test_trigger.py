@@ -454,7 +454,7 @@ def test_what_git_says_is_explained(one: Fleet):
     code, out, _ = one.cli("trigger", B, "master")
     assert code == 0
     assert any("tracked.txt" in line and "warning" in line for line in lines_of(out, B))
-    assert json.loads(one.cli("status", "--json").out)["hosts"][1]["dirty"] is True
+    wait_for(lambda: json.loads(one.cli("status", "--json").out)["hosts"][1]["dirty"] is True, "changes are seen")
     origin.git("checkout", "--", "tracked.txt", cwd=host.repo)
     # a force-pushed branch
     origin.git("commit", "--quiet", "--amend", "--allow-empty", "--message", "rewritten")
