@@ -814,6 +814,10 @@ def _is_argument(raw: Any) -> bool:
     return isinstance(raw, str) and not re.search("[\0\ud800-\udfff]", raw)
 
 
+def _role(raw: Any) -> Role:
+    return Role(_one_of(*Role)(raw))
+
+
 def _environment(raw: Any) -> dict[str, str]:
     """Environment variables by name; no value is ever shown, since it may be a secret."""
     names = [key for key in _mapping(raw) if not re.fullmatch(r"[^\s=\0]+", key)]
@@ -864,7 +868,7 @@ class HostRule:
     address: str | None = None
     hostname: str | None = None
     name: Annotated[str | None, _host_name] = None
-    role: Annotated[Role | None, lambda raw: Role(_one_of(*Role)(raw))] = None
+    role: Annotated[Role | None, _role] = None
     repo: Annotated[str | None, _text] = None
     command: Annotated[tuple[str, ...] | None, _command] = None
     environment_file: Annotated[str | None, _text] = None
@@ -5686,9 +5690,7 @@ class Agent:
         if problem := valid_branch_problem(record.branch):
             self.own(replace(record, revision=1, state=State.FAILED, step="check", error=f"no branch name: {problem}"))
             return
-        if self.state.load_run(record.run) is None:  # the master's own agent finds the master's
-            with suppress(OSError):
-                self.state.save_run(run_of_job(record))
+        self.adopt_run(record)
         if record.state is State.RUNNING or log_size(self.state.log_file(record.run, record.host)):
             # it ran, as the master knows or its log shows, and its state is gone: running it again would be worse
             self.own(replace(record, revision=record.revision + 1, state=State.LOST, error="the host forgot this job"))
@@ -5697,6 +5699,18 @@ class Agent:
         self.offer(self.jobs[record.run, record.host])
         if record.state is State.QUEUED:
             self.start_runner(record)
+
+    def adopt_run(self, record: JobRecord) -> None:
+        """An agent keeps `run.json` of its own jobs too; the master's own agent finds the master's."""
+        if self.state.load_run(record.run) is None:
+            with suppress(OSError):
+                self.state.save_run(run_of_job(record))
+
+    def on_cancel(self, message: Cancel) -> None:
+        """Ask the runner to stop."""
+        for (run, _), job in self.jobs.items():
+            if run == message.run and job.record.state not in FINAL:
+                self.cancel(job, message.by)
 
     def cancel(self, job: OwnJob, by: str) -> None:
         """Leave word for the runner, now or as soon as that is possible."""
@@ -5807,9 +5821,7 @@ class Agent:
             case Order():
                 self.on_order(message)
             case Cancel():
-                for job in self.jobs.values():
-                    if job.record.run == message.run and job.record.state not in FINAL:
-                        self.cancel(job, message.by)
+                self.on_cancel(message)
             case Have():
                 link.on_have(message)
             case Acked():
@@ -6990,8 +7002,11 @@ class Master:
         if (run.active or guessed) and not run.record.cancelled:
             self.runs[name] = run
             run.record = replace(run.record, cancelled=True, cancelled_by=by)
-            run.unsaved.add("")  # on a full disk too: to stop something may be how to make room
-            run.save_rest(self.state, self.machine)
+            try:
+                self.state.save_run(run.record)
+            except OSError as problem:  # to stop something may be how to make room
+                log.error("can't write to %s: %s", self.state.root, problem.strerror)
+                run.unsaved.add("")
             log.info("%s cancels run %s", by, name)
         stopping = [job for job in run.jobs.values() if job.state not in FINAL or job.provisional]
         away = [job.host for job in stopping if job.ordered and job.machine not in self.agents]
@@ -7329,10 +7344,16 @@ class Planner:
         return commits[index], f"the newest that succeeded (run {past[index]['run']}); {before}"
 
 
+async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
+    """What an order would do."""
+    return await Planner(desk, args).plan()
+
+
 # What a commander may ask; the sections below add theirs.
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "health": Desk.health,
-    "traffic": Desk.traffic, "log": Desk.log, "find": Desk.find, "plan": lambda desk, args: Planner(desk, args).plan(),
+    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
+    "health": Desk.health, "traffic": Desk.traffic,
+    "log": Desk.log, "find": Desk.find,
 }  # fmt: skip
 
 

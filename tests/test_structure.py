@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "estelle_updater.py"
 RULE = "# " + "=" * 78
 
-MODULE_LINES = 11_000  # one file stays readable at this size only while each section stands alone
+MODULE_LINES = 11_050  # one file stays readable at this size only while each section stands alone
 FUNCTION_LINES, MOST_FUNCTIONS_LINES, MOST = 60, 35, 0.9
 CLASS_LINES = 450
 TOP_LEVEL = {
