@@ -30,11 +30,12 @@
 | 20 | Tools              | build, upgrade, demo, setup, doctor                                    |
 | 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
-A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and randomness come in as
-arguments, and nothing there touches a socket, file, process, clock, environment or terminal.
+A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and
+randomness come in as arguments, and nothing there touches a socket, file, process, clock,
+environment or terminal.
 
-The one idea: a job's log is a file whose byte offset is the sequence number, and everything else (streaming, resuming,
-following, history) is a cursor into it.
+The one idea: a job's log is a file whose byte offset is the sequence number, and everything else
+(streaming, resuming, following, history) is a cursor into it.
 """
 
 from __future__ import annotations
@@ -54,19 +55,39 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Container,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import nullcontext, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, Protocol, TypeAlias, get_type_hints
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeAlias,
+    get_type_hints,
+)
 
 __version__ = "0.1.0"
 
 
 class _Lazy:
-    """A module imported at its first use, so that a short command does not pay for what only the daemon needs."""
+    """A module imported at its first use, so that a short command does not pay for what only the
+    daemon needs."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -77,10 +98,34 @@ class _Lazy:
 
 
 _LAZY_NAMES = (
-    "asyncio", "calendar", "csv", "ctypes", "difflib", "getpass", "hashlib", "hmac", "http.client",
-    "importlib.metadata", "importlib.util", "io", "ipaddress", "marshal", "queue", "random", "select", "shutil",
-    "signal", "socket", "ssl", "subprocess", "tempfile", "tomllib", "urllib.parse", "urllib.request", "zipfile",
-)  # fmt: skip
+    "asyncio",
+    "calendar",
+    "csv",
+    "ctypes",
+    "difflib",
+    "getpass",
+    "hashlib",
+    "hmac",
+    "http.client",
+    "importlib.metadata",
+    "importlib.util",
+    "io",
+    "ipaddress",
+    "marshal",
+    "queue",
+    "random",
+    "select",
+    "shutil",
+    "signal",
+    "socket",
+    "ssl",
+    "subprocess",
+    "tempfile",
+    "tomllib",
+    "urllib.parse",
+    "urllib.request",
+    "zipfile",
+)
 if TYPE_CHECKING:
     import asyncio
     import calendar
@@ -114,19 +159,28 @@ if TYPE_CHECKING:
 else:
     globals().update({name.replace(".", "_"): _Lazy(name) for name in _LAZY_NAMES})
 
-# What a daemon comes to need besides: imported inside functions, here, in websockets or by the library itself.
+# What a daemon comes to need besides: imported inside functions, here, in websockets or by the
+# library itself.
 _PRELOADED = (
     *("_strptime", "concurrent.futures.thread", "encodings.idna", "traceback"),
-    *("tomli_w", "websockets.asyncio.client", "websockets.asyncio.server", "websockets.sync.client"),
+    *(
+        "tomli_w",
+        "websockets.asyncio.client",
+        "websockets.asyncio.server",
+        "websockets.sync.client",
+    ),
 )
-_BAKED = "estelle_updater.pyz"  # the folder that `build` writes into compiled code as the place of its source
+# the folder that `build` writes into compiled code as the place of its source
+_BAKED = "estelle_updater.pyz"
 
 
 def preload(*names: str) -> None:
-    """Import what may be needed later, so that the .pyz (or Python's library) may be replaced under this process.
+    """Import what may be needed later, so that the .pyz (or Python's library) may be replaced under
+    this process.
 
-    Imports `names`, or without any all that a daemon can need; a module that this platform or installation lacks is
-    skipped. Source lines are kept too: a traceback would read them from the new file, show the wrong ones, or fail.
+    Imports `names`, or without any all that a daemon can need; a module that this platform or
+    installation lacks is skipped. Source lines are kept too: a traceback would read them from the
+    new file, show the wrong ones, or fail.
     """
     for name in names or (*_LAZY_NAMES, *_PRELOADED):
         with suppress(ModuleNotFoundError):
@@ -148,13 +202,20 @@ def preload(*names: str) -> None:
 
 
 Role = StrEnum("Role", ["MASTER", "AGENT"])  # what this host's daemon is
-# What an order asks of a host; every order is a job with the same folder, log, states, cancel and history.
+# What an order asks of a host; every order is a job with the same folder, log, states, cancel and
+# history.
 Kind = StrEnum("Kind", ["DEPLOY", "ROLLBACK", "SWITCH", "UPGRADE"])
 # A job's state, as the contract spells it.
-State = StrEnum("State", ["QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED", "TIMEOUT", "OFFLINE", "LOST"])
+State = StrEnum(
+    "State", ["QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED", "TIMEOUT", "OFFLINE", "LOST"]
+)
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 COLORS = ("blue", "green")
-SWAP, RESTART, UNDO = "swap", "restart", "put back"  # an upgrade's last steps: a runner that dies in them is replaced
+SWAP, RESTART, UNDO = (
+    "swap",
+    "restart",
+    "put back",
+)  # an upgrade's last steps: a runner that dies in them is replaced
 
 DEFAULT_PORT = 9900
 TAILSCALE = "100.64.0.0/10"
@@ -164,8 +225,12 @@ TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
 # Sizes in bytes
-CHUNK_BYTES = 64 << 10  # the knee: smaller costs per message, larger delays whoever shares the connection
-WINDOW_BYTES = 1 << 20  # unacknowledged on one connection, so that no live line waits behind megabytes
+CHUNK_BYTES = (
+    64 << 10
+)  # the knee: smaller costs per message, larger delays whoever shares the connection
+WINDOW_BYTES = (
+    1 << 20
+)  # unacknowledged on one connection, so that no live line waits behind megabytes
 ACK_BYTES = 256 << 10
 SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
@@ -178,15 +243,23 @@ SECRET_BYTES = 6  # shorter values are too common to mask
 TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
 MESSAGE_BYTES = 4 << 20
 RUNNER_LOG_BYTES = 1 << 20
-INCOMING_BYTES = 1 << 20  # what the master takes as one message, times CONNECTIONS that are never finished
+INCOMING_BYTES = (
+    1 << 20
+)  # what the master takes as one message, times CONNECTIONS that are never finished
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
-HANDSHAKES, STRANGERS = 128, 32  # begun and not judged: of one allowed address, and of all others together
+HANDSHAKES, STRANGERS = (
+    128,
+    32,
+)  # begun and not judged: of one allowed address, and of all others together
 CONNECTIONS = 512  # of one address
-ACCEPTED, BACKLOG = 16, 4096  # connections taken between two looks at the others, and how many may wait for it
+ACCEPTED, BACKLOG = (
+    16,
+    4096,
+)  # connections taken between two looks at the others, and how many may wait for it
 FILES = 8192  # open at once, all connections together
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
@@ -200,12 +273,19 @@ LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
 ACK_S = 0.1
 SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it and can't tell
-PING_INTERVAL_S = PING_TIMEOUT_S = 20.0  # both ends: a peer that vanished is noticed in 40 s at most
+PING_INTERVAL_S = PING_TIMEOUT_S = (
+    20.0  # both ends: a peer that vanished is noticed in 40 s at most
+)
 WELCOME_S = 10.0
 PUBLIC_S = 3.0
-OUTSIDE_EVERY = 10  # of the failed tries one asks the outside world again: the network may have come up late
+OUTSIDE_EVERY = (
+    10  # of the failed tries one asks the outside world again: the network may have come up late
+)
 PROVE_TRIES = 5
-PRUNE_FIRST_S, PRUNE_S = 60.0, 3600.0  # after a start, those who follow an old run have to come back first
+PRUNE_FIRST_S, PRUNE_S = (
+    60.0,
+    3600.0,
+)  # after a start, those who follow an old run have to come back first
 SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 STOPPED_S = 5.0  # so long between two looks: nothing could be heard
 LAUNCHES = 3  # a runner that did not start so often will not
@@ -216,15 +296,21 @@ EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
-LOOK_AHEAD_S, PLAN_S = 3.8, 4.3  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+LOOK_AHEAD_S, PLAN_S = (
+    3.8,
+    4.3,
+)  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 PLANS_KEPT = 100
 RUNS_ASKED = 100  # the newest ones, for who is in the fleet
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
-TRAFFIC_S = 60.0  # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
+# a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
+TRAFFIC_S = 60.0
 MCP_CALLS = 32  # at once: more is a client gone wild
-MCP_LINGER_S = 1.5  # for what was asked before the input ended; after 2 s the official client kills us
+MCP_LINGER_S = (
+    1.5  # for what was asked before the input ended; after 2 s the official client kills us
+)
 MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
 MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
@@ -233,10 +319,16 @@ CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
 CONNECT_S = 3.0
 CHECK_S = RELOAD_COMMAND_S = 60.0
-RELOADS, RELOAD_S = 2, 4.0  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+RELOADS, RELOAD_S = (
+    2,
+    4.0,
+)  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
 PROOF_S = 2.0  # for a request to reach the new colour
 SWITCH_LOCK_S = 10.0
-RESUME_S, RESUME_MOST_S = 3.0, 60.0  # a new runner for a switch left half way has its lock by then; ever more rarely
+RESUME_S, RESUME_MOST_S = (
+    3.0,
+    60.0,
+)  # a new runner for a switch left half way has its lock by then; ever more rarely
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
@@ -254,19 +346,32 @@ PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an a
 INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 NEWS_S = 86400.0  # what is older is no news: not told any more, nor retried
-NEWS_TOLD_S = 7 * NEWS_S  # a message is remembered, so that a result that is reported again is not told again
+NEWS_TOLD_S = (
+    7 * NEWS_S
+)  # a message is remembered, so that a result that is reported again is not told again
 NEWS_KEPT = 200  # messages that may wait for one receiver
 NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
-NEWS_BYTES = {"slack": 3500, "discord": 1900, "telegram": 4000, "ntfy": 4000, "json": 60_000}  # what each service takes
+NEWS_BYTES = {
+    "slack": 3500,
+    "discord": 1900,
+    "telegram": 4000,
+    "ntfy": 4000,
+    "json": 60_000,
+}  # what each service takes
 POST_S = 10.0  # for each answer of a webhook
-POST_RETRY_S, RETRY_AFTER_S = 900.0, 3600.0  # at most between two tries; as much as a receiver may ask for
+POST_RETRY_S, RETRY_AFTER_S = (
+    900.0,
+    3600.0,
+)  # at most between two tries; as much as a receiver may ask for
 AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 20.0  # between two looks for what no job's end tells
 CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_RETRY_S = 1.0  # a result waits for room on a full disk, for as long as that takes
 DOWNLOAD_S = 120.0
 TRY_S = 60.0  # a new program tries itself on a slow host
-BACK_S = 60.0  # the contract: a daemon with a new program is welcomed by then, or gets the old one back
+BACK_S = (
+    60.0  # the contract: a daemon with a new program is welcomed by then, or gets the old one back
+)
 OBEY_S = 15.0  # a daemon that has not restarted by then is killed, to get the old program back
 MOVE_LOOK_S = (2.0, 5.0)  # between two looks whether the master that masterUrl names by now answers
 
@@ -294,7 +399,8 @@ class UsageError(UpdaterError):
 
 
 class ConfigError(UpdaterError):
-    """The configuration is missing or wrong; `problems` lists every one, each naming file, key and value."""
+    """The configuration is missing or wrong; `problems` lists every one, each naming file, key and
+    value."""
 
     exit_code = 2
 
@@ -347,13 +453,16 @@ def iter_leaves(group: BaseException) -> Iterator[BaseException]:
 
 
 _ADDRESS_HINT = "write 121.0.0.7 or 121.0.0.0/8"
-_ADDRESS_LIKE = re.compile(r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*")  # meant as an address, `121.x.x.x` too
+_ADDRESS_LIKE = re.compile(
+    r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*"
+)  # meant as an address, `121.x.x.x` too
 _HOST_NAME = re.compile(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
 _DEVICE = re.compile(r"(?i)(RUN|CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
 
 
 def _parse_ip(text: str) -> IPv4Address | IPv6Address:
-    """The address that `text` means, IPv4 wherever it is one; UsageError with the contract's hint."""
+    """The address that `text` means, IPv4 wherever it is one; UsageError with the contract's
+    hint."""
     bare = text.strip()
     bracketed = bare.startswith("[") and bare.endswith("]")
     bare, percent, zone = (bare[1:-1] if bracketed else bare).partition("%")
@@ -365,7 +474,8 @@ def _parse_ip(text: str) -> IPv4Address | IPv6Address:
 
 
 def canonical_address(text: str) -> str:
-    """The one spelling of an address: `::ffff:1.2.3.4` is 1.2.3.4, `[FE80::1%eth0]` is fe80::1; else UsageError."""
+    """The one spelling of an address: `::ffff:1.2.3.4` is 1.2.3.4, `[FE80::1%eth0]` is fe80::1;
+    else UsageError."""
     return str(_parse_ip(text))
 
 
@@ -375,18 +485,31 @@ def is_public(address: str) -> bool:
 
 
 def parse_network(text: str) -> IPv4Network | IPv6Network:
-    """An address or CIDR as a network, a lone address alone in it; UsageError where bits behind the prefix are set."""
+    """An address or CIDR as a network, a lone address alone in it; UsageError where bits behind the
+    prefix are set."""
     head, slash, tail = text.strip().partition("/")
     address = _parse_ip(head)
     longest = 128 if ":" in head else 32
-    if slash and not re.fullmatch(r"0|[1-9][0-9]{0,2}", tail):  # no masks: 0.0.0.255 could be read either way
+    if slash and not re.fullmatch(
+        r"0|[1-9][0-9]{0,2}", tail
+    ):  # no masks: 0.0.0.255 could be read either way
         raise UsageError(f"{text!r} is no address", _ADDRESS_HINT)
-    length = (int(tail) if slash else longest) - (longest - address.max_prefixlen)  # ::ffff:1.2.3.0/120 is a /24
+    length = (int(tail) if slash else longest) - (
+        longest - address.max_prefixlen
+    )  # ::ffff:1.2.3.0/120 is a /24
     if not 0 <= length <= address.max_prefixlen:
-        raise UsageError(f"{text!r} is no network", f"write {address} or a prefix of at most /{address.max_prefixlen}")
-    network = ipaddress.ip_network((int(address).to_bytes(address.max_prefixlen // 8), length), strict=False)
+        raise UsageError(
+            f"{text!r} is no network",
+            f"write {address} or a prefix of at most /{address.max_prefixlen}",
+        )
+    network = ipaddress.ip_network(
+        (int(address).to_bytes(address.max_prefixlen // 8), length), strict=False
+    )
     if network.network_address != address:
-        raise UsageError(f"{text!r} has host bits set", f"write {network} for the network or {address} for the host")
+        raise UsageError(
+            f"{text!r} has host bits set",
+            f"write {network} for the network or {address} for the host",
+        )
     return network
 
 
@@ -398,9 +521,11 @@ class Verdict(NamedTuple):
 
 
 class Whitelist:
-    """Who may connect: the addresses listed and nobody else, loopback included; an empty list lets nobody in.
+    """Who may connect: the addresses listed and nobody else, loopback included; an empty list lets
+    nobody in.
 
-    One lookup per distinct prefix length, so a call costs the same with ten entries and ten thousand.
+    One lookup per distinct prefix length, so a call costs the same with ten entries and ten
+    thousand.
     """
 
     def __init__(self, entries: Iterable[str]) -> None:
@@ -409,7 +534,9 @@ class Whitelist:
         for entry in self.entries:
             network = parse_network(entry)
             shift = network.max_prefixlen - network.prefixlen
-            self._by_shift.setdefault((network.version, shift), {})[int(network.network_address) >> shift] = entry
+            self._by_shift.setdefault((network.version, shift), {})[
+                int(network.network_address) >> shift
+            ] = entry
 
     def verdict(self, address: str) -> Verdict:
         """Judge one address, in any spelling; what is no address is refused, never an error."""
@@ -420,32 +547,42 @@ class Whitelist:
         for (version, shift), listed in self._by_shift.items():
             if version == seen.version and int(seen) >> shift in listed:
                 return Verdict(True, f"{seen} is allowed by {listed[int(seen) >> shift]}")
-        why = "is not in the whitelist" if self.entries else "may not connect, the whitelist is empty"
-        return Verdict(False, f'{seen} {why}; add "{seen}" to whitelist in the master\'s configuration')
+        why = (
+            "is not in the whitelist" if self.entries else "may not connect, the whitelist is empty"
+        )
+        return Verdict(
+            False, f'{seen} {why}; add "{seen}" to whitelist in the master\'s configuration'
+        )
 
 
 def split_port(text: str) -> tuple[str, int | None]:
-    """`HOST`, `HOST:PORT`, `[IPV6]:PORT` or a bare IPv6 in two parts, brackets kept; UsageError for a bad port."""
+    """`HOST`, `HOST:PORT`, `[IPV6]:PORT` or a bare IPv6 in two parts, brackets kept; UsageError for
+    a bad port."""
     if text.count(":") > 1 and "[" not in text:
         return text, None
     match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
     if match is None or (match[2] and not 0 < int(match[2]) < 65536):
-        raise UsageError(f"{text!r} is no host and port", "write 121.0.0.7:9900 or [2001:db8::7]:9900")
+        raise UsageError(
+            f"{text!r} is no host and port", "write 121.0.0.7:9900 or [2001:db8::7]:9900"
+        )
     return match[1], int(match[2]) if match[2] else None
 
 
 def host_key(text: str) -> str:
-    """A host as it is compared: the canonical address, or the name in lower case without a final dot."""
+    """A host as it is compared: the canonical address, or the name in lower case without a final
+    dot."""
     with suppress(UsageError):
         return canonical_address(text)
     return text.lower().removesuffix(".")
 
 
 def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) -> str:
-    """Who is really connecting: X-Forwarded-For is believed from the right, as long as trusted proxies are speaking.
+    """Who is really connecting: X-Forwarded-For is believed from the right, as long as trusted
+    proxies are speaking.
 
-    An unreadable hop gives text that is no address, which every whitelist refuses: answering with the proxy's own
-    address would let everybody in where the proxy's host is whitelisted for its agent.
+    An unreadable hop gives text that is no address, which every whitelist refuses: answering with
+    the proxy's own address would let everybody in where the proxy's host is whitelisted for its
+    agent.
     """
     hop = host_key(peer)
     for said in reversed([piece.strip() for value in forwarded_for for piece in value.split(",")]):
@@ -459,13 +596,19 @@ def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) 
 
 
 def parse_host(text: str) -> str:
-    """An address or a host name in the form in which it is compared; UsageError for anything else."""
+    """An address or a host name in the form in which it is compared; UsageError for anything
+    else."""
     name = host_key(text)
-    return name if _HOST_NAME.fullmatch(name) and not _ADDRESS_LIKE.fullmatch(name) else canonical_address(text)
+    return (
+        name
+        if _HOST_NAME.fullmatch(name) and not _ADDRESS_LIKE.fullmatch(name)
+        else canonical_address(text)
+    )
 
 
 def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bool:
-    """Whether Host names us (`own_names`: our addresses, masterUrl's host, serverNames); DNS rebinding would not."""
+    """Whether Host names us (`own_names`: our addresses, masterUrl's host, serverNames); DNS
+    rebinding would not."""
     with suppress(UsageError):
         host = split_port(host_header or "")[0]
         return host != "" and host_key(host) in {host_key(name) for name in own_names}
@@ -473,9 +616,12 @@ def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bo
 
 
 def allowed_origin(origin: str | None, own_names: Iterable[str]) -> bool:
-    """Whether a browser page of this Origin may connect; no Origin at all is a program, judged by the whitelist."""
+    """Whether a browser page of this Origin may connect; no Origin at all is a program, judged by
+    the whitelist."""
     scheme, _, host = (origin or "").partition("://")
-    return origin is None or (scheme.lower() in ("http", "https") and allowed_host_header(host, own_names))
+    return origin is None or (
+        scheme.lower() in ("http", "https") and allowed_host_header(host, own_names)
+    )
 
 
 class MasterUrl(NamedTuple):
@@ -493,23 +639,31 @@ class MasterUrl(NamedTuple):
 
 
 def parse_master_url(text: str) -> MasterUrl:
-    """masterUrl in its parts; port 9900 and path `/` unless given. UsageError says what is wrong with it."""
+    """masterUrl in its parts; port 9900 and path `/` unless given. UsageError says what is wrong
+    with it."""
     hint = "write ws://5.223.72.58:9900 or wss://master.example:9900"
     match = re.fullmatch(r"([^:/?#]+)://([^/?#]+)([^?#]*)(.*)", text.strip(), re.DOTALL)
     if "@" in text or (match and match[4]):  # never echoed: it may hold a secret
         raise UsageError("a user, password, query or fragment has no place in masterUrl", hint)
-    if match is None or match[1].lower() not in ("ws", "wss") or not re.fullmatch(r"(/[!-~]*)?", match[3]):
+    if (
+        match is None
+        or match[1].lower() not in ("ws", "wss")
+        or not re.fullmatch(r"(/[!-~]*)?", match[3])
+    ):
         raise UsageError(f"{text!r} is no ws:// or wss:// URL", hint)
     host, port = split_port(match[2])
     if (":" in host and "[" not in host) or parse_host(host) in ("0.0.0.0", "::"):
         raise UsageError(f"{text!r} names no host that agents could dial", hint)
     scheme = match[1].lower()
-    return MasterUrl(scheme, parse_host(host), port or DEFAULT_PORT, match[3] or "/", scheme == "wss")
+    return MasterUrl(
+        scheme, parse_host(host), port or DEFAULT_PORT, match[3] or "/", scheme == "wss"
+    )
 
 
 @dataclass(frozen=True)
 class RoleFacts:
-    """What this host knows of itself; `local_source`: per master address, a UDP socket's own when connected to it."""
+    """What this host knows of itself; `local_source`: per master address, a UDP socket's own when
+    connected to it."""
 
     override: Role | None = None
     override_source: str = "--role"
@@ -529,34 +683,51 @@ class RoleDecision(NamedTuple):
 
 
 def decide_role(facts: RoleFacts) -> RoleDecision:
-    """Whether this host is the master or an agent, with the reason as a sentence; unknown is never master."""
+    """Whether this host is the master or an agent, with the reason as a sentence; unknown is never
+    master."""
     masters = [canonical_address(address) for address in facts.master_addresses]
     shown = ", ".join(masters)
     if facts.override is not None:
         return RoleDecision(facts.override, f"{facts.override}: {facts.override_source} says so")
     if not masters:
-        return RoleDecision(Role.AGENT, "agent: masterUrl's name has no address now, and unknown is never master")
+        return RoleDecision(
+            Role.AGENT, "agent: masterUrl's name has no address now, and unknown is never master"
+        )
     if facts.bind is not None:
         ours = canonical_address(facts.bind) in masters
         role, relation = (Role.MASTER, "is") if ours else (Role.AGENT, "is not")
-        return RoleDecision(role, f"{role}: --bind {facts.bind} {relation} masterUrl's address ({shown})")
-    # Every host has all of 127/8 (Debian puts the own name at 127.0.1.1), so only 127.0.0.1 itself says anything.
-    telling = [m for m in masters if m not in ("0.0.0.0", "::") and (m == "127.0.0.1" or not m.startswith("127."))]
-    sources = {canonical_address(to): canonical_address(source) for to, source in facts.local_source.items() if source}
+        return RoleDecision(
+            role, f"{role}: --bind {facts.bind} {relation} masterUrl's address ({shown})"
+        )
+    # Every host has all of 127/8 (Debian puts the own name at 127.0.1.1), so only 127.0.0.1 itself
+    # says anything.
+    telling = [
+        m
+        for m in masters
+        if m not in ("0.0.0.0", "::") and (m == "127.0.0.1" or not m.startswith("127."))
+    ]
+    sources = {
+        canonical_address(to): canonical_address(source)
+        for to, source in facts.local_source.items()
+        if source
+    }
     for master in telling:
         if sources.get(master) == master:
             return RoleDecision(Role.MASTER, f"master: {master} is an address of this host")
     public = canonical_address(facts.public_address) if facts.public_address else None
     if public in telling:
         who = "cloud metadata" if facts.public_source == "metadata" else "the outside world"
-        return RoleDecision(Role.MASTER, f"master: {who} knows this host as {public}", provisional=True)
+        return RoleDecision(
+            Role.MASTER, f"master: {who} knows this host as {public}", provisional=True
+        )
     why = "is not an address of this host" if telling else "is on every host; give --bind or --role"
     return RoleDecision(Role.AGENT, f"agent: {shown} {why}")
 
 
 @dataclass(frozen=True)
 class HostRef:
-    """A host as targets see it; `deploys` is False for the data node, which no deployment touches."""
+    """A host as targets see it; `deploys` is False for the data node, which no deployment
+    touches."""
 
     label: str
     address: str
@@ -573,72 +744,127 @@ def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> li
         return list(hosts)
     if part in ("active", "standby"):
         if active is None:
-            raise TargetError(f"nobody knows which host is {part}", "no HAProxy is configured, or it did not answer")
-        return [host for host in hosts if host.color and (host.color == active) == (part == "active")]
+            raise TargetError(
+                f"nobody knows which host is {part}",
+                "no HAProxy is configured, or it did not answer",
+            )
+        return [
+            host for host in hosts if host.color and (host.color == active) == (part == "active")
+        ]
     head, slash, tail = part.partition("/")
     labelled = [host for host in hosts if host.label == part]
-    if labelled or not (slash or _ADDRESS_LIKE.fullmatch(part)):  # never the name of a host that calls itself 10.0.0.1
+    if labelled or not (
+        slash or _ADDRESS_LIKE.fullmatch(part)
+    ):  # never the name of a host that calls itself 10.0.0.1
         return labelled or [host for host in hosts if host.name.casefold() == part.casefold()]
     address = canonical_address(head)
     if slash and not tail.isdecimal():
-        return [host for host in hosts if host.address == address and host.name.casefold() == tail.casefold()]
+        return [
+            host
+            for host in hosts
+            if host.address == address and host.name.casefold() == tail.casefold()
+        ]
     network = parse_network(part)
     return [host for host in hosts if ipaddress.ip_address(host.address) in network]
 
 
-def select_targets(target: str, hosts: Sequence[HostRef], active: str | None = None) -> list[HostRef]:
-    """The hosts that TARGET means, each once, in the order named; TargetError where a part of it is nobody.
+def select_targets(
+    target: str, hosts: Sequence[HostRef], active: str | None = None
+) -> list[HostRef]:
+    """The hosts that TARGET means, each once, in the order named; TargetError where a part of it is
+    nobody.
 
-    `active` is the colour that has the traffic, as far as known. `121.x.x.x` and the like are UsageErrors.
+    `active` is the colour that has the traffic, as far as known. `121.x.x.x` and the like are
+    UsageErrors.
     """
     chosen: dict[str, HostRef] = {}
     for part in (piece.strip() for piece in target.split(",")):
         if not part:
-            raise UsageError(f"{target!r} names no target", "write all, an address or a name, with commas between")
+            raise UsageError(
+                f"{target!r} names no target",
+                "write all, an address or a name, with commas between",
+            )
         found = _match_target(part, hosts, active)
         if not found:
-            known = ", ".join(f"{h.label} ({h.name})" if h.label == h.address else h.label for h in hosts[:20])
+            known = ", ".join(
+                f"{h.label} ({h.name})" if h.label == h.address else h.label for h in hosts[:20]
+            )
             raise TargetError(f"no such target: {part}", f"known: {known or 'no host so far'}")
         if not any(host.deploys for host in found):
-            raise TargetError(f"{part} takes no deployments", "its section in the configuration says deploy = false")
+            raise TargetError(
+                f"{part} takes no deployments",
+                "its section in the configuration says deploy = false",
+            )
         chosen.update((host.label, host) for host in found if host.deploys)
     return list(chosen.values())
 
 
-def expected_roles(target: str, hosts: Sequence[HostRef], active: str | None) -> dict[str, dict[str, str]]:
-    """Which of the chosen hosts were meant as `active` or `standby`, by label: an order's option, kept to its end."""
+def expected_roles(
+    target: str, hosts: Sequence[HostRef], active: str | None
+) -> dict[str, dict[str, str]]:
+    """Which of the chosen hosts were meant as `active` or `standby`, by label: an order's option,
+    kept to its end."""
     words = {part.strip() for part in target.split(",")}
-    roles = {host.label: "active" if host.color == active else "standby" for host in hosts if host.color and active}
+    roles = {
+        host.label: "active" if host.color == active else "standby"
+        for host in hosts
+        if host.color and active
+    }
     expects = {label: role for label, role in roles.items() if role in words}
     return {"expects": expects} if expects else {}
 
 
 def file_label(label: str) -> str:
-    """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never `.`, `..`, CON."""
+    """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never
+    `.`, `..`, CON."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
-    return _DEVICE.sub(r"\1_", plain, count=1) if _DEVICE.match(plain) else plain if plain.strip(".") else plain + "_"
+    return (
+        _DEVICE.sub(r"\1_", plain, count=1)
+        if _DEVICE.match(plain)
+        else plain
+        if plain.strip(".")
+        else plain + "_"
+    )
 
 
 def assign_labels(hosts: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Labels for (address, name, machine id): no finer than needed to tell the hosts, and their files, apart."""
+    """Labels for (address, name, machine id): no finer than needed to tell the hosts, and their
+    files, apart."""
     machines = {machine for _, _, machine in hosts}
-    length = next((n for n in range(4, 32) if len({machine[:n] for machine in machines}) == len(machines)), 32)
+    length = next(
+        (n for n in range(4, 32) if len({machine[:n] for machine in machines}) == len(machines)), 32
+    )
     labels = [address for address, _, _ in hosts]
-    for finer in ([f"{a}/{n}" for a, n, _ in hosts], [f"{a}/{n}~{m[:length]}" for a, n, m in hosts]):
-        files = [file_label(label).casefold() for label in labels]  # on Windows, a and A are one file
+    for finer in (
+        [f"{a}/{n}" for a, n, _ in hosts],
+        [f"{a}/{n}~{m[:length]}" for a, n, m in hosts],
+    ):
+        files = [
+            file_label(label).casefold() for label in labels
+        ]  # on Windows, a and A are one file
         shared = Counter(files)
-        labels = [more if shared[f] > 1 else label for label, more, f in zip(labels, finer, files, strict=True)]
+        labels = [
+            more if shared[f] > 1 else label
+            for label, more, f in zip(labels, finer, files, strict=True)
+        ]
     return labels
 
 
 def valid_run_id(text: str) -> bool:
-    """Whether `text` is a run id such as 20261122-210501-7f3a, and so also safe as a folder's name."""
+    """Whether `text` is a run id such as 20261122-210501-7f3a, and so also safe as a folder's
+    name."""
     return re.fullmatch(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}", text) is not None
 
 
 def valid_host_name(text: str) -> bool:
-    """Whether a host may call itself so: printable, no target word, no address, nothing that TARGET's grammar uses."""
-    if not text.isprintable() or re.search(r"[\s,/~]", text) or text.isdecimal() or not 0 < len(text) <= 64:
+    """Whether a host may call itself so: printable, no target word, no address, nothing that
+    TARGET's grammar uses."""
+    if (
+        not text.isprintable()
+        or re.search(r"[\s,/~]", text)
+        or text.isdecimal()
+        or not 0 < len(text) <= 64
+    ):
         return False
     return text.casefold() not in ("all", "active", "standby") and not _ADDRESS_LIKE.fullmatch(text)
 
@@ -646,7 +872,8 @@ def valid_host_name(text: str) -> bool:
 def valid_branch_problem(name: str) -> str | None:
     """What keeps `name` from being a branch, tag or commit id; None when nothing does.
 
-    git check-ref-format's rules, and stricter: it also keeps options and characters that nobody sees out of argv.
+    git check-ref-format's rules, and stricter: it also keeps options and characters that nobody
+    sees out of argv.
     """
     rules: tuple[tuple[str, str], ...] = (
         (r"|HEAD|@", "it is no branch's name"),
@@ -656,7 +883,9 @@ def valid_branch_problem(name: str) -> str | None:
         (r".*\.|.*\.lock(/.*)?", "a part ends with .lock, or the name with a dot"),
         (r".*(\.\.|@\{|[ ~^:?*\[\\]).*", "it holds '..', '@{', a space or one of ~^:?*[\\"),
     )
-    if not name.isprintable():  # control, bidirectional and zero-width characters, line ends, lone surrogates
+    if (
+        not name.isprintable()
+    ):  # control, bidirectional and zero-width characters, line ends, lone surrogates
         return "it holds a character that can't be seen"
     if len(name.encode()) > 255:
         return "it is longer than 255 bytes"
@@ -678,7 +907,8 @@ MAX_TIMEOUT_S = 7 * 86400.0  # a longer one is a typo (milliseconds), not a step
 CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
 NOTIFY_EVENTS = (*sorted(FINAL), "switched", "failover", "agent-offline", "certificate")
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
-    "token": "a secret must not be committed: put it into a file outside git and name that file in tokenFile",
+    "token": "a secret must not be committed: put it into a file outside git and name that "
+    "file in tokenFile",
     "role": 'never for the whole fleet; write it into [hosts."ADDRESS"] or pass --role',
     "machines": "this is the older form; `config convert` makes the new one of it",
 }
@@ -705,7 +935,11 @@ class _Wrong(Exception):
 
 def _shown(raw: Any) -> str:
     """A value as the file spells it, short and on one line."""
-    text = json.dumps(raw, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
+    text = (
+        json.dumps(raw, ensure_ascii=False, default=str)
+        .encode("utf-8", "backslashreplace")
+        .decode()
+    )
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -713,8 +947,11 @@ def _step(key: str) -> str:
     return f".{key}" if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f".{_shown(key)}"
 
 
-def _convert_all(parts: Iterable[tuple[str, _Convert, Any]], more: Iterable[tuple[str, str]] = ()) -> list[Any]:
-    """Convert every (path, converter, raw value), so that all problems are told at once, and `more` of them too."""
+def _convert_all(
+    parts: Iterable[tuple[str, _Convert, Any]], more: Iterable[tuple[str, str]] = ()
+) -> list[Any]:
+    """Convert every (path, converter, raw value), so that all problems are told at once, and `more`
+    of them too."""
     values: list[Any] = []
     problems: _Problems = []
     for path, convert, raw in parts:
@@ -728,7 +965,8 @@ def _convert_all(parts: Iterable[tuple[str, _Convert, Any]], more: Iterable[tupl
 
 
 def _is(what: str, test: Callable[[Any], Any]) -> _Convert:
-    """A converter that passes on what `test` holds for, and says of the rest that it is no `what`."""
+    """A converter that passes on what `test` holds for, and says of the rest that it is no
+    `what`."""
 
     def convert(raw: Any) -> Any:
         if not test(raw):
@@ -743,17 +981,23 @@ def _matches(what: str, pattern: str) -> _Convert:
 
 
 def _one_of(*words: str) -> _Convert:
-    return _is(f"choice here; write {' or '.join(words)}", lambda raw: isinstance(raw, str) and raw in words)
+    return _is(
+        f"choice here; write {' or '.join(words)}",
+        lambda raw: isinstance(raw, str) and raw in words,
+    )
 
 
 def _by(parse: Callable[[str], Any], keep: bool = False) -> _Convert:
-    """A converter out of a parser of section 3, whose UsageError becomes the problem; `keep`: the text as written."""
+    """A converter out of a parser of section 3, whose UsageError becomes the problem; `keep`: the
+    text as written."""
 
     def convert(raw: Any) -> Any:
         try:
             parsed = parse(_text(raw))
         except UsageError as error:
-            reason = error.what.removeprefix(repr(raw))  # else it does not show the value, which may hold a secret
+            reason = error.what.removeprefix(
+                repr(raw)
+            )  # else it does not show the value, which may hold a secret
             shown = _shown(raw) if reason != error.what else ""
             raise _Wrong([("", f"{shown}{reason}; {error.hint}")]) from None
         return raw if keep else parsed
@@ -765,14 +1009,17 @@ def _list_of(convert: _Convert, example: str, least: int = 0) -> _Convert:
     def read(raw: Any) -> tuple[Any, ...]:
         if not isinstance(raw, list) or len(raw) < least:
             write = _shown(raw.split()) if isinstance(raw, str) and raw.split() else example
-            raise _Wrong([("", f"{_shown(raw)} is no list{' with entries' if least else ''}; write {write}")])
+            raise _Wrong(
+                [("", f"{_shown(raw)} is no list{' with entries' if least else ''}; write {write}")]
+            )
         return tuple(_convert_all((f"[{i}]", convert, item) for i, item in enumerate(raw)))
 
     return read
 
 
 def _unknown(key: str, known: Iterable[str]) -> _Convert:
-    """A converter for a key that nobody knows; a value under a name that looks secret is not shown."""
+    """A converter for a key that nobody knows; a value under a name that looks secret is not
+    shown."""
 
     def convert(raw: Any) -> Any:
         like = difflib.get_close_matches(key, list(known), 1)
@@ -784,7 +1031,8 @@ def _unknown(key: str, known: Iterable[str]) -> _Convert:
 
 
 def _table(cls: Any, check: Callable[[dict[str, Any]], _Problems] = lambda raw: []) -> _Convert:
-    """A converter that makes a `cls` of a table: a field `master_url: Annotated[T, converter]` reads its masterUrl.
+    """A converter that makes a `cls` of a table: a field `master_url: Annotated[T, converter]`
+    reads its masterUrl.
 
     A field without default must be there; `check` looks at several raw values together.
     """
@@ -794,7 +1042,9 @@ def _table(cls: Any, check: Callable[[dict[str, Any]], _Problems] = lambda raw: 
         for setting in fields(cls)
         if hasattr(hints[setting.name], "__metadata__")
     }
-    required = [key for key, setting in read_fields.items() if setting.default is setting.default_factory]  # MISSING
+    required = [
+        key for key, setting in read_fields.items() if setting.default is setting.default_factory
+    ]  # MISSING
 
     def converter(key: str) -> _Convert:
         known = read_fields.get(key)
@@ -802,7 +1052,9 @@ def _table(cls: Any, check: Callable[[dict[str, Any]], _Problems] = lambda raw: 
 
     def read(raw: Any) -> Any:
         parts = [(_step(key), converter(key), value) for key, value in _mapping(raw).items()]
-        lacking = [(_step(key), "missing, and it has no default") for key in required if key not in raw]
+        lacking = [
+            (_step(key), "missing, and it has no default") for key in required if key not in raw
+        ]
         values = _convert_all(parts, lacking + check(raw))
         return cls(**{read_fields[key].name: value for key, value in zip(raw, values, strict=True)})
 
@@ -810,7 +1062,8 @@ def _table(cls: Any, check: Callable[[dict[str, Any]], _Problems] = lambda raw: 
 
 
 def _is_argument(raw: Any) -> bool:
-    """Whether a value is text that a process can be given: JSON can spell NUL and lone surrogates, which it can't."""
+    """Whether a value is text that a process can be given: JSON can spell NUL and lone surrogates,
+    which it can't."""
     return isinstance(raw, str) and not re.search("[\0\ud800-\udfff]", raw)
 
 
@@ -823,7 +1076,10 @@ def _environment(raw: Any) -> dict[str, str]:
     names = [key for key in _mapping(raw) if not re.fullmatch(r"[^\s=\0]+", key)]
     problems = [(_step(key), "is no name of an environment variable") for key in names]
     kinds = {key: type(value).__name__ for key, value in raw.items() if not _is_argument(value)}
-    problems += [(_step(key), f"its value is {kind}, no text; write it in quotes") for key, kind in kinds.items()]
+    problems += [
+        (_step(key), f"its value is {kind}, no text; write it in quotes")
+        for key, kind in kinds.items()
+    ]
     _convert_all((), problems)
     return dict(raw)
 
@@ -831,16 +1087,25 @@ def _environment(raw: Any) -> dict[str, str]:
 _text = _is("text of one line", lambda raw: _is_argument(raw) and raw.strip() and raw.isprintable())
 _argument = _is("text", _is_argument)
 _flag = _is("true or false", lambda raw: isinstance(raw, bool))
-_count = _is("whole number above 0", lambda raw: type(raw) is int and raw > 0)  # isinstance would take true for 1
+_count = _is(
+    "whole number above 0", lambda raw: type(raw) is int and raw > 0
+)  # isinstance would take true for 1
 _status = _is("HTTP status", lambda raw: type(raw) is int and 100 <= raw < 600)
-_seconds = _is("number of seconds, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S)
-_minutes = _is("number of minutes, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= 7 * 1440)
+_seconds = _is(
+    "number of seconds, up to a week",
+    lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S,
+)
+_minutes = _is(
+    "number of minutes, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= 7 * 1440
+)
 _mapping = _is("table", lambda raw: isinstance(raw, dict))
 _url = _matches("http:// or https:// URL without a user", r"https?://[^\s/?#@]+([/?#]\S*)?")
 _endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 _unit = _matches("systemd unit", r"[\w@:.\\][\w@:.\\-]*")
 _word = _matches("single word", r"[^\s\"'#\\]+")
-_remote = _is("git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None)
+_remote = _is(
+    "git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None
+)
 _host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_host_name(raw))
 _host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
 _networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
@@ -862,7 +1127,8 @@ class DeployRule:
 
 @dataclass(frozen=True, kw_only=True)
 class HostRule:
-    """One section of [hosts]; `address` and `hostname` are its key's parts, compared as they are, or None."""
+    """One section of [hosts]; `address` and `hostname` are its key's parts, compared as they are,
+    or None."""
 
     key: str = ""
     address: str | None = None
@@ -880,8 +1146,18 @@ class HostRule:
 def _servers(raw: Any) -> dict[str, str]:
     """The names of the `server` lines by colour, both there and different."""
     names = {**dict(zip(COLORS, COLORS, strict=True)), **_mapping(raw)}
-    same = [("", f"{_shown(raw)} gives both colours the same server")] if names["blue"] == names["green"] else []
-    _convert_all(((_step(c), _word if c in COLORS else _unknown(c, COLORS), name) for c, name in names.items()), same)
+    same = (
+        [("", f"{_shown(raw)} gives both colours the same server")]
+        if names["blue"] == names["green"]
+        else []
+    )
+    _convert_all(
+        (
+            (_step(c), _word if c in COLORS else _unknown(c, COLORS), name)
+            for c, name in names.items()
+        ),
+        same,
+    )
     return names
 
 
@@ -925,7 +1201,8 @@ class HealthRule:
 
 @dataclass(frozen=True, kw_only=True)
 class TlsRule:
-    """[tls]: certificate and key of a wss:// master; the authority that agents trust instead of the system's."""
+    """[tls]: certificate and key of a wss:// master; the authority that agents trust instead of the
+    system's."""
 
     cert: Annotated[str | None, _text] = None
     key: Annotated[str | None, _text] = None
@@ -971,23 +1248,37 @@ def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
 
 def _check_health(raw: dict[str, Any]) -> _Problems:
     owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
-    stray = [key for key, owner in owners.items() if key in raw and not any(kind in raw for kind in owner.split())]
-    stray_problems = [(_step(key), f"{_shown(raw[key])} belongs to {owners[key]} check") for key in stray]
+    stray = [
+        key
+        for key, owner in owners.items()
+        if key in raw and not any(kind in raw for kind in owner.split())
+    ]
+    stray_problems = [
+        (_step(key), f"{_shown(raw[key])} belongs to {owners[key]} check") for key in stray
+    ]
     return _exactly_one(raw, CHECK_KINDS) + stray_problems
 
 
 def _check_notify(raw: dict[str, Any]) -> _Problems:
-    chat = (".chat", f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one")
+    chat = (
+        ".chat",
+        f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one",
+    )
     fits = ("chat" in raw) == (raw.get("format") == "telegram")
     return _exactly_one(raw, ("url", "urlEnv", "urlFile")) + ([] if fits else [chat])
 
 
 def _check_tls(raw: dict[str, Any]) -> _Problems:
-    return [] if ("cert" in raw) == ("key" in raw) else [("", f"{_shown(raw)} lacks cert or key; a master needs both")]
+    return (
+        []
+        if ("cert" in raw) == ("key" in raw)
+        else [("", f"{_shown(raw)} lacks cert or key; a master needs both")]
+    )
 
 
 def _parse_section(key: str) -> tuple[str | None, str | None]:
-    """The address and the host name in a section's key: ADDRESS/HOSTNAME, HOSTNAME or ADDRESS; else UsageError."""
+    """The address and the host name in a section's key: ADDRESS/HOSTNAME, HOSTNAME or ADDRESS; else
+    UsageError."""
     if valid_host_name(key):
         return None, key.casefold()
     address, slash, hostname = key.partition("/")
@@ -997,7 +1288,8 @@ def _parse_section(key: str) -> tuple[str | None, str | None]:
 
 
 def _read_hosts(raw: Any) -> tuple[HostRule, ...]:
-    """The sections of [hosts] in file order; no two may mean the same host or give the same name."""
+    """The sections of [hosts] in file order; no two may mean the same host or give the same
+    name."""
     table, section = _table(HostRule), _by(_parse_section)
     keys = [(_step(key), section, key) for key in _mapping(raw)]
     read = _convert_all(keys + [(_step(key), table, raw[key]) for key in raw])
@@ -1006,16 +1298,22 @@ def _read_hosts(raw: Any) -> tuple[HostRule, ...]:
     problems: _Problems = []
     for key, (address, hostname), rule in zip(raw, read, read[len(raw) :], strict=False):
         rules.append(replace(rule, key=key, address=address, hostname=hostname))
-        for what, identity in (("host", (address, hostname)), ("name", rule.name and rule.name.casefold())):
+        for what, identity in (
+            ("host", (address, hostname)),
+            ("name", rule.name and rule.name.casefold()),
+        ):
             if identity and owners.setdefault(identity, key) != key:
-                problems.append((_step(key), f"its {what} is that of hosts{_step(owners[identity])} already"))
+                problems.append(
+                    (_step(key), f"its {what} is that of hosts{_step(owners[identity])} already")
+                )
     _convert_all((), problems)
     return tuple(rules)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The whole configuration, checked; `hosts` in the file's order, whitelist and trusted proxies as written."""
+    """The whole configuration, checked; `hosts` in the file's order, whitelist and trusted proxies
+    as written."""
 
     master_url: Annotated[MasterUrl, _by(parse_master_url)]
     whitelist: Annotated[tuple[str, ...], _networks]
@@ -1025,17 +1323,28 @@ class Config:
     deploy: Annotated[DeployRule, _table(DeployRule)] = DeployRule()
     hosts: Annotated[tuple[HostRule, ...], _read_hosts] = ()
     haproxy: Annotated[HaproxyRule | None, _table(HaproxyRule)] = None
-    health: Annotated[tuple[HealthRule, ...], _list_of(_table(HealthRule, _check_health), "[[health]]")] = ()
+    health: Annotated[
+        tuple[HealthRule, ...], _list_of(_table(HealthRule, _check_health), "[[health]]")
+    ] = ()
     tls: Annotated[TlsRule, _table(TlsRule, _check_tls)] = TlsRule()
     keep: Annotated[KeepRule, _table(KeepRule)] = KeepRule()
     updater: Annotated[UpdaterRule, _table(UpdaterRule)] = UpdaterRule()
-    notify: Annotated[tuple[NotifyRule, ...], _list_of(_table(NotifyRule, _check_notify), "[[notify]]")] = ()
+    notify: Annotated[
+        tuple[NotifyRule, ...], _list_of(_table(NotifyRule, _check_notify), "[[notify]]")
+    ] = ()
 
 
 def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
     """Every (path, problem) as a line `FILE: PATH: PROBLEM`."""
-    lines = tuple(": ".join(filter(None, (file, path.removeprefix("."), problem))) for path, problem in problems)
-    return ConfigError(lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""), f"correct {file}", lines)
+    lines = tuple(
+        ": ".join(filter(None, (file, path.removeprefix("."), problem)))
+        for path, problem in problems
+    )
+    return ConfigError(
+        lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""),
+        f"correct {file}",
+        lines,
+    )
 
 
 def _checked(convert: _Convert, raw: Any, file: str) -> Any:
@@ -1049,7 +1358,9 @@ def _decoded(text: bytes | str, file: str) -> str:
     try:
         return (text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise _config_error(file, ("", f"byte {error.start} is not UTF-8; save the file as UTF-8")) from None
+        raise _config_error(
+            file, ("", f"byte {error.start} is not UTF-8; save the file as UTF-8")
+        ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1063,62 +1374,109 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
-    """The raw tables of a file in `form` json or toml; ConfigError, with line and column, where it is neither."""
+    """The raw tables of a file in `form` json or toml; ConfigError, with line and column, where it
+    is neither."""
     plain = _decoded(text, file)
     try:
         if form == "toml":
             return tomllib.loads(plain)
-        data: dict[str, Any] = _checked(_mapping, json.loads(plain, object_pairs_hook=_unique), file)
+        data: dict[str, Any] = _checked(
+            _mapping, json.loads(plain, object_pairs_hook=_unique), file
+        )
         return data
     except json.JSONDecodeError as error:
-        raise _config_error(file, ("", f"line {error.lineno}, column {error.colno}: {error.msg}")) from None
+        raise _config_error(
+            file, ("", f"line {error.lineno}, column {error.colno}: {error.msg}")
+        ) from None
     except (ValueError, RecursionError) as error:  # tomllib's message holds line and column
         raise _config_error(file, ("", str(error))) from None
 
 
 def parse_config(text: bytes | str, file: str, form: str) -> Config:
-    """The configuration that a file's text means, `form` json or toml; ConfigError holds every problem, a line each."""
+    """The configuration that a file's text means, `form` json or toml; ConfigError holds every
+    problem, a line each."""
     config: Config = _checked(_table(Config), parse_data(text, file, form), file)
     return config
 
 
 def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
-    """What is valid and yet hardly meant; `known`: labels and names of hosts besides those that the file names."""
-    warnings = [] if config.whitelist else ["whitelist: it is empty, so no agent and no commander can connect"]
-    for key, entries in (("whitelist", config.whitelist), ("trustedProxies", config.trusted_proxies)):
+    """What is valid and yet hardly meant; `known`: labels and names of hosts besides those that the
+    file names."""
+    warnings = (
+        []
+        if config.whitelist
+        else ["whitelist: it is empty, so no agent and no commander can connect"]
+    )
+    for key, entries in (
+        ("whitelist", config.whitelist),
+        ("trustedProxies", config.trusted_proxies),
+    ):
         for network in map(parse_network, entries):
             if network.prefixlen == 0:
                 warnings.append(f"{key}: {network} is everybody")
-            elif network.prefixlen < 10 and network.version == 4 and network.overlaps(parse_network(TAILSCALE)):
-                warnings.append(f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}")
-    names = {host_key(name) for rule in config.hosts for name in (rule.address, rule.hostname, rule.name) if name}
+            elif (
+                network.prefixlen < 10
+                and network.version == 4
+                and network.overlaps(parse_network(TAILSCALE))
+            ):
+                warnings.append(
+                    f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}"
+                )
+    names = {
+        host_key(name)
+        for rule in config.hosts
+        for name in (rule.address, rule.hostname, rule.name)
+        if name
+    }
     names |= {host_key(name) for name in (*known, config.master_url.host)}
     listed = Whitelist(config.whitelist)
-    names |= {host for check in config.health for host in check.hosts if listed.verdict(host).allowed}
-    wanted = [(f"health {_shown(check.name)}", host) for check in config.health for host in check.hosts]
+    names |= {
+        host for check in config.health for host in check.hosts if listed.verdict(host).allowed
+    }
+    wanted = [
+        (f"health {_shown(check.name)}", host) for check in config.health for host in check.hosts
+    ]
     if config.haproxy:
         wanted.append(("haproxy", config.haproxy.host))
         colors = {rule.color for rule in config.hosts}
         warnings += [f"haproxy: no host has color {c}" for c in COLORS if c not in colors]
-    warnings += [f"{key}: {_shown(host)} matches no host" for key, host in wanted if host_key(host) not in names]
+    warnings += [
+        f"{key}: {_shown(host)} matches no host"
+        for key, host in wanted
+        if host_key(host) not in names
+    ]
     for rule in config.hosts:
-        secret = [f"hosts{_step(rule.key)}.env.{name}" for name in rule.env if _SECRET_NAME.match(name)]
-        warnings += [f"{key}: it looks like a secret; move it to an environmentFile outside git" for key in secret]
+        secret = [
+            f"hosts{_step(rule.key)}.env.{name}" for name in rule.env if _SECRET_NAME.match(name)
+        ]
+        warnings += [
+            f"{key}: it looks like a secret; move it to an environmentFile outside git"
+            for key in secret
+        ]
     for i, notify in enumerate(config.notify):
-        if re.search(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)", notify.url or ""):
+        if re.search(
+            r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)",
+            notify.url or "",
+        ):
             warnings.append(f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv")
     if config.tls.cert and not config.master_url.secure:
         warnings.append("tls: masterUrl is ws://, so nothing is encrypted; write wss:// there")
     if config.token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", config.token_file):
-        warnings.append(f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not")
+        warnings.append(
+            f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not"
+        )
     if config.updater.sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", config.updater.sha256):
-        warnings.append(f"updater.sha256: {_shown(config.updater.sha256)} is not 64 hex digits, so no file matches it")
+        warnings.append(
+            f"updater.sha256: {_shown(config.updater.sha256)} is not 64 hex digits, so no "
+            f"file matches it"
+        )
     return warnings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effective(HostRule, DeployRule):
-    """What holds for one host: its own section over [deploy]; `key` names that section, "" without one."""
+    """What holds for one host: its own section over [deploy]; `key` names that section, "" without
+    one."""
 
     name: str
     command: tuple[str, ...]
@@ -1127,18 +1485,32 @@ class Effective(HostRule, DeployRule):
 def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
     """The settings of the host at `address` that calls itself `hostname`.
 
-    Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone; `name` finds no section.
+    Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone;
+    `name` finds no section.
     """
     at, called = canonical_address(address) if address else None, hostname.casefold()
     sections = {(rule.address, rule.hostname): rule for rule in config.hosts}
-    rule = sections.get((at, called)) or sections.get((None, called)) or sections.get((at, None)) or HostRule()
+    rule = (
+        sections.get((at, called))
+        or sections.get((None, called))
+        or sections.get((at, None))
+        or HostRule()
+    )
     own = {"name": rule.name or hostname, "command": rule.command or config.deploy.command}
     return Effective(**{**vars(config.deploy), **vars(rule), **own})
 
 
 def owner_of_name(config: Config, name: str) -> str | None:
-    """The address to which the configuration gives `name`; a host elsewhere that claims the name is refused it."""
-    return next((rule.address for rule in config.hosts if rule.name and rule.name.casefold() == name.casefold()), None)
+    """The address to which the configuration gives `name`; a host elsewhere that claims the name is
+    refused it."""
+    return next(
+        (
+            rule.address
+            for rule in config.hosts
+            if rule.name and rule.name.casefold() == name.casefold()
+        ),
+        None,
+    )
 
 
 def render_config(data: Mapping[str, Any], form: str) -> str:
@@ -1150,14 +1522,21 @@ def render_config(data: Mapping[str, Any], form: str) -> str:
     return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
 
 
-_TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]')  # strings, comments, brackets
+_TOKENS = re.compile(
+    r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]'
+)  # strings, comments, brackets
 
 
 def _edit_entry(text: str, form: str, entry: str, add: bool) -> str:
-    """The text with `entry` once more or once less in its whitelist; empty where there is none to be seen."""
-    head = re.search(r'"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text)
+    """The text with `entry` once more or once less in its whitelist; empty where there is none to
+    be seen."""
+    head = re.search(
+        r'"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text
+    )
     begin = head.end() if head else len(text)
-    items = [token for token in _TOKENS.finditer(text, begin) if form == "toml" or token[0][0] != "#"]
+    items = [
+        token for token in _TOKENS.finditer(text, begin) if form == "toml" or token[0][0] != "#"
+    ]
     end = next((token.start() for token in items if token[0] == "]"), None)
     if end is None:
         return ""
@@ -1175,16 +1554,20 @@ def _edit_entry(text: str, form: str, entry: str, add: bool) -> str:
         return text[: before.start() if before and not comma else start] + text[stop:]
     if gap is None:
         return f"{text[:stop]}, {json.dumps(entry)}{text[stop:]}"
-    line_end = re.compile(r"\r?\n").search(text, stop, end)  # a line of its own, behind the last one's comment
+    line_end = re.compile(r"\r?\n").search(
+        text, stop, end
+    )  # a line of its own, behind the last one's comment
     place = line_end.start() if line_end else end
     old, new = ("", ",") if comma else (",", "")
     return f"{text[:stop]}{old}{text[stop:place]}{gap[0]}{json.dumps(entry)}{new}{text[place:]}"
 
 
 def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[str]) -> str | None:
-    """The file's text with entries added and removed, all else as it was; None where that can't be done safely.
+    """The file's text with entries added and removed, all else as it was; None where that can't be
+    done safely.
 
-    Entries to remove are as they stand in the file. The result is read again and must differ in the whitelist alone.
+    Entries to remove are as they stand in the file. The result is read again and must differ in the
+    whitelist alone.
     """
     try:
         old = parse_data(text, "", form)
@@ -1202,11 +1585,15 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
 
 def accept_hint(sha256: str) -> str:
     """What to commit so that hosts install the program with this checksum."""
-    return f'commit sha256 = "{sha256}" under [updater], or "updater": {{"sha256": "{sha256}"}} in JSON'
+    return (
+        f'commit sha256 = "{sha256}" under [updater], or "updater": '
+        f'{{"sha256": "{sha256}"}} in JSON'
+    )
 
 
 def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the settings [hosts].
+    """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the
+    settings [hosts].
 
     Nothing is checked here: parse_config does that with the result.
     """
@@ -1222,7 +1609,9 @@ def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**new, "hosts": hosts} if hosts else new
 
 
-def _unquoted(key: str, double: str | None, single: str | None, bare: str | None) -> tuple[str, str]:
+def _unquoted(
+    key: str, double: str | None, single: str | None, bare: str | None
+) -> tuple[str, str]:
     if double is not None:
         escapes = {"n": "\n", "r": "\r", "t": "\t"}
         return key, re.sub(r'\\([nrt"\\$])', lambda match: escapes.get(match[1], match[1]), double)
@@ -1230,25 +1619,35 @@ def _unquoted(key: str, double: str | None, single: str | None, bare: str | None
 
 
 def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
-    """Environment variables out of a flat JSON object of strings, or of KEY=VALUE lines with comments and quotes.
+    """Environment variables out of a flat JSON object of strings, or of KEY=VALUE lines with
+    comments and quotes.
 
     ConfigError names the keys or lines that are wrong and never shows a value.
     """
     plain = _decoded(text, file)
     if plain.lstrip().startswith("{"):
         return dict(_checked(_environment, parse_data(plain, file, "json"), file))
-    lines = [line for line in enumerate(re.split(r"\r?\n", plain), 1) if not re.fullmatch(r"\s*(#.*)?", line[1])]
-    matches = [(number, _is_argument(line) and _ENVIRONMENT_LINE.fullmatch(line)) for number, line in lines]
-    if problems := [(f"line {number}", "is no KEY=VALUE") for number, match in matches if not match]:
+    lines = [
+        line
+        for line in enumerate(re.split(r"\r?\n", plain), 1)
+        if not re.fullmatch(r"\s*(#.*)?", line[1])
+    ]
+    matches = [
+        (number, _is_argument(line) and _ENVIRONMENT_LINE.fullmatch(line)) for number, line in lines
+    ]
+    if problems := [
+        (f"line {number}", "is no KEY=VALUE") for number, match in matches if not match
+    ]:
         raise _config_error(file, *problems)
     return dict(_unquoted(*match.groups()) for _, match in matches if match)
 
 
 def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
-    """What no log may show: values under names that look secret or are `named`, every line of them, and passwords in
-    any URL.
+    """What no log may show: values under names that look secret or are `named`, every line of them,
+    and passwords in any URL.
 
-    Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half of every log.
+    Longest first, so that no secret is masked only in part. What is under 6 bytes would mask half
+    of every log.
     """
     found: set[str] = set()
     for name, value in (item for environment in environments for item in environment.items()):
@@ -1256,7 +1655,11 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
             found.update((value, value.strip(), *value.splitlines()))
         for password in _URL_PASSWORD.findall(value):
             found.update((password, urllib_parse.unquote(password)))
-    long = [secret for secret in found if secret.strip() and len(secret.encode("utf-8", "surrogatepass")) >= 6]
+    long = [
+        secret
+        for secret in found
+        if secret.strip() and len(secret.encode("utf-8", "surrogatepass")) >= 6
+    ]
     return tuple(sorted(long, key=lambda secret: (-len(secret), secret)))
 
 
@@ -1267,14 +1670,16 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
 
 @dataclass(frozen=True)
 class Hello:
-    """The first message of whoever dials: who it is and what it can do. Nothing else is processed before `Welcome`."""
+    """The first message of whoever dials: who it is and what it can do. Nothing else is processed
+    before `Welcome`."""
 
     role: str  # "agent" or "commander"
     protocol: list[int]  # oldest and newest protocol it speaks
     version: str
     machine: str  # random id of the state folder; "" for a commander
     name: str  # host name
-    nonce: str  # one random value per process: the same process that dials again, or another with the same id?
+    # one random value per process: the same process that dials again, or another with the same id?
+    nonce: str
     platform: str = ""
     features: list[str] = field(default_factory=list)
 
@@ -1310,7 +1715,8 @@ class Proof:
 
 @dataclass(frozen=True)
 class Refuse:
-    """No, with the reason and what to do about it; as an answer to `Hello` it ends the connection."""
+    """No, with the reason and what to do about it; as an answer to `Hello` it ends the
+    connection."""
 
     what: str
     hint: str = ""
@@ -1328,7 +1734,9 @@ class RunRecord:
     branch: str
     hosts: list[str]
     machines: dict[str, str]  # label -> machine id
-    addresses: dict[str, str]  # label -> address, by which the host finds its section of the configuration
+    addresses: dict[
+        str, str
+    ]  # label -> address, by which the host finds its section of the configuration
     created: float  # seconds since 1970, the master's clock
     by: str = ""
     offline: list[str] = field(default_factory=list)
@@ -1337,12 +1745,15 @@ class RunRecord:
     cancelled: bool = False
     cancelled_by: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # what only this kind of order knows
-    commits: dict[str, str] = field(default_factory=dict)  # label -> what to check out there instead of the branch
+    commits: dict[str, str] = field(
+        default_factory=dict
+    )  # label -> what to check out there instead of the branch
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """One host's part of a run: `HOST.json`. Only its owner replaces it, each time with a higher revision."""
+    """One host's part of a run: `HOST.json`. Only its owner replaces it, each time with a higher
+    revision."""
 
     run: str
     host: str
@@ -1364,9 +1775,13 @@ class JobRecord:
     provisional: bool = False  # the master's own verdict, which a late word of the host replaces
     acked: bool = False  # the master has the result
     steps: int = 0  # commands begun
-    open_step: str | None = None  # the mark of the command that runs, to clean up after a dead runner
+    open_step: str | None = (
+        None  # the mark of the command that runs, to clean up after a dead runner
+    )
     pipe: str | None = None  # and its output, for what shed the mark
-    marks: list[list[int]] = field(default_factory=list)  # offset and length of each announcement in the log
+    marks: list[list[int]] = field(
+        default_factory=list
+    )  # offset and length of each announcement in the log
     address: str = ""
     by: str = ""
     target: str = ""
@@ -1376,7 +1791,8 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Order:
-    """Master to agent: do this job. Sent again until a `JobRecord` answers, so it must be harmless twice."""
+    """Master to agent: do this job. Sent again until a `JobRecord` answers, so it must be harmless
+    twice."""
 
     job: dict[str, Any]
 
@@ -1419,7 +1835,8 @@ class Log:
 
 @dataclass(frozen=True)
 class Have:
-    """How many bytes of a log are here. `rewind`: send from there; `check`: CRC-32 of the last 4 KiB before."""
+    """How many bytes of a log are here. `rewind`: send from there; `check`: CRC-32 of the last 4
+    KiB before."""
 
     channel: int
     size: int
@@ -1429,7 +1846,8 @@ class Have:
 
 @dataclass(frozen=True)
 class Broken:
-    """The copies of this log differ before the resume point: it ends here rather than mix two logs."""
+    """The copies of this log differ before the resume point: it ends here rather than mix two
+    logs."""
 
     channel: int
     reason: str
@@ -1437,7 +1855,8 @@ class Broken:
 
 @dataclass(frozen=True)
 class Submit:
-    """Commander to master: start a run. Run id and nonce are the commander's, so sending it twice starts one run."""
+    """Commander to master: start a run. Run id and nonce are the commander's, so sending it twice
+    starts one run."""
 
     run: str
     nonce: str
@@ -1453,7 +1872,8 @@ class Submit:
 
 @dataclass(frozen=True)
 class Follow:
-    """Commander to master: send the run, its jobs' states and logs, from the beginning or where `Have` says."""
+    """Commander to master: send the run, its jobs' states and logs, from the beginning or where
+    `Have` says."""
 
     run: str
     target: str = ""
@@ -1484,25 +1904,48 @@ class Notice:
 
 
 MESSAGES: tuple[type, ...] = (
-    Hello, Welcome, Challenge, Proof, Refuse, RunRecord, JobRecord, Order, Busy, Cancel, Acked, Log, Have, Broken,
-    Submit, Follow, Ask, Answer, Notice,
-)  # fmt: skip
+    Hello,
+    Welcome,
+    Challenge,
+    Proof,
+    Refuse,
+    RunRecord,
+    JobRecord,
+    Order,
+    Busy,
+    Cancel,
+    Acked,
+    Log,
+    Have,
+    Broken,
+    Submit,
+    Follow,
+    Ask,
+    Answer,
+    Notice,
+)
 VERBS: dict[str, type] = {cls.__name__.removesuffix("Record").lower(): cls for cls in MESSAGES}
 VERB_OF = {cls: verb for verb, cls in VERBS.items()}
 WORDS: dict[str, type[StrEnum]] = {"State": State, "Kind": Kind}
 
 
 def encode_message(message: Any) -> str:
-    """A message as one line of JSON. What UTF-8 can't carry (half of a file name's character) becomes `?`."""
-    text = json.dumps({"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":"))
+    """A message as one line of JSON. What UTF-8 can't carry (half of a file name's character)
+    becomes `?`."""
+    text = json.dumps(
+        {"verb": VERB_OF[type(message)], **vars(message)}, ensure_ascii=False, separators=(",", ":")
+    )
     return text.encode("utf-8", "replace").decode()
 
 
 def decode_message(text: str) -> Any:
-    """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError, which names what is wrong."""
+    """The message in one line of JSON; unknown fields are ignored. Raises ProtocolError, which
+    names what is wrong."""
     try:
         data = json.loads(text)
-        if "\\u" in text:  # an escaped half of a character would fail later, wherever the text is written
+        if (
+            "\\u" in text
+        ):  # an escaped half of a character would fail later, wherever the text is written
             json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as problem:
         raise ProtocolError("a message is no JSON") from problem
@@ -1513,7 +1956,8 @@ def decode_message(text: str) -> Any:
 
 
 def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
-    """A dataclass from decoded JSON, each value checked against its annotation. Raises ProtocolError."""
+    """A dataclass from decoded JSON, each value checked against its annotation. Raises
+    ProtocolError."""
     values: dict[str, Any] = {}
     for name, spec in cls.__dataclass_fields__.items():
         if name not in data:
@@ -1530,39 +1974,51 @@ def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
 
 
 def _fits(annotation: str, value: Any) -> bool:
-    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are finite and of 64 bits."""
+    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are
+    finite and of 64 bits."""
     if annotation.endswith(" | None"):
         return value is None or _fits(annotation.removesuffix(" | None"), value)
     if annotation.startswith("list["):
         return isinstance(value, list) and all(_fits(annotation[5:-1], item) for item in value)
     if annotation.startswith("dict[str, "):
-        return isinstance(value, dict) and all(_fits(annotation[10:-1], item) for item in value.values())
+        return isinstance(value, dict) and all(
+            _fits(annotation[10:-1], item) for item in value.values()
+        )
     if annotation == "int":
         return type(value) is int and abs(value) < 1 << 63
     if annotation == "float":
-        return type(value) in (int, float) and abs(value) < 1 << 53  # nor NaN, which would break the queue's order
+        return (
+            type(value) in (int, float) and abs(value) < 1 << 53
+        )  # nor NaN, which would break the queue's order
     return annotation == "Any" or type(value).__name__ == annotation
 
 
 def make_proof(token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> str:
     """That `side` ("client" or "master") knows the token, which itself is never sent.
 
-    Both nonces keep it from being used again, `side` from being sent back, and the hello's part from another's use.
+    Both nonces keep it from being used again, `side` from being sent back, and the hello's part
+    from another's use.
     """
     words = [side, hello.role, hello.machine, hello.nonce, challenge, nonce]
     return hmac.digest(token, json.dumps(words).encode(), "sha256").hex()
 
 
-def check_proof(proof: str, token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> bool:
-    """Whether `proof` is what `make_proof` makes, in a time that tells nothing about where they differ."""
-    return hmac.compare_digest(proof.encode(), make_proof(token, side, hello, challenge, nonce).encode())
+def check_proof(
+    proof: str, token: bytes, side: str, hello: Hello, challenge: str, nonce: str
+) -> bool:
+    """Whether `proof` is what `make_proof` makes, in a time that tells nothing about where they
+    differ."""
+    return hmac.compare_digest(
+        proof.encode(), make_proof(token, side, hello, challenge, nonce).encode()
+    )
 
 
 def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, Any, Welcome]:
-    """What a client says until it is welcomed: yields each message, is sent its answer, and returns the welcome.
+    """What a client says until it is welcomed: yields each message, is sent its answer, and returns
+    the welcome.
 
-    With a token, a master that does not prove that it knows it is told nothing more. Raises RefusedError,
-    ProtocolError.
+    With a token, a master that does not prove that it knows it is told nothing more. Raises
+    RefusedError, ProtocolError.
     """
     reply = yield hello
     challenge = reply.nonce if isinstance(reply, Challenge) else ""
@@ -1574,7 +2030,9 @@ def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, An
         raise RefusedError(reply.what, reply.hint)
     if not isinstance(reply, Welcome):
         raise ProtocolError("no welcome from the master")
-    if token and not (challenge and check_proof(reply.proof, token, "master", hello, challenge, nonce)):
+    if token and not (
+        challenge and check_proof(reply.proof, token, "master", hello, challenge, nonce)
+    ):
         raise RefusedError("whoever answers at masterUrl does not know our token", _TOKEN_HINT)
     return reply
 
@@ -1583,7 +2041,8 @@ _TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master an
 
 
 def common_protocol(theirs: Sequence[int]) -> int:
-    """The newest protocol that this program and one that speaks `theirs` have in common. Raises ProtocolError."""
+    """The newest protocol that this program and one that speaks `theirs` have in common. Raises
+    ProtocolError."""
     newest = min(PROTOCOL, max(theirs, default=0))
     if newest < max(PROTOCOL_OLDEST, min(theirs, default=0)):
         spoken = " to ".join(str(number) for number in theirs)
@@ -1596,9 +2055,13 @@ CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
 
 
 def encode_chunk(channel: int, offset: int, data: bytes, *, squeeze: bool = False) -> bytes:
-    """Log bytes as a binary frame. `squeeze` where it pays: what a client sends is masked byte by byte in Python, which
-    costs more than deflating a log that deflates well."""
-    if squeeze and len(data) >= SQUEEZE_BYTES and len(small := zlib.compress(data, 1)) < len(data) // 2:
+    """Log bytes as a binary frame. `squeeze` where it pays: what a client sends is masked byte by
+    byte in Python, which costs more than deflating a log that deflates well."""
+    if (
+        squeeze
+        and len(data) >= SQUEEZE_BYTES
+        and len(small := zlib.compress(data, 1)) < len(data) // 2
+    ):
         return CHUNK_HEADER.pack(2, channel, offset) + small
     return CHUNK_HEADER.pack(1, channel, offset) + data
 
@@ -1631,30 +2094,42 @@ NEXT_STATES: dict[State, frozenset[State]] = {
     State.QUEUED: frozenset(State),
     State.RUNNING: frozenset(State) - {State.QUEUED, State.OFFLINE},
     **{state: frozenset() for state in FINAL},
-}  # a provisional verdict of the master may become anything: it was a guess about a host it could not hear
+}
+# a provisional verdict of the master may become anything: it was a guess about a host it could not
+# hear
 
 
 def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
-    """Does the host's record `new` replace what is known? A higher revision, or a last word, where allowed."""
+    """Does the host's record `new` replace what is known? A higher revision, or a last word, where
+    allowed."""
     if old is None or (old.provisional and new.revision >= old.revision and not new.provisional):
         return True
-    later = new.revision > old.revision or new.state in FINAL  # a host may forget its revisions in a power loss
+    later = (
+        new.revision > old.revision or new.state in FINAL
+    )  # a host may forget its revisions in a power loss
     return later and new.state in NEXT_STATES[old.state]
 
 
 def resumes(job: JobRecord) -> bool:
-    """Whether a job goes on after its runner's death: an upgrade must end with one program or the other."""
-    return job.kind is Kind.UPGRADE and job.state is State.RUNNING and job.step in (SWAP, RESTART, UNDO)
+    """Whether a job goes on after its runner's death: an upgrade must end with one program or the
+    other."""
+    return (
+        job.kind is Kind.UPGRADE
+        and job.state is State.RUNNING
+        and job.step in (SWAP, RESTART, UNDO)
+    )
 
 
 def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
-    """(write it, ask to rewind) for a chunk at `offset` where `size` bytes are: written only exactly at the end."""
+    """(write it, ask to rewind) for a chunk at `offset` where `size` bytes are: written only
+    exactly at the end."""
     return offset == size, offset != size and offset + length > size
 
 
 @dataclass
 class SendCursor:
-    """How far one log has been sent to one reader, in bytes; it holds no data, so a slow reader costs nothing."""
+    """How far one log has been sent to one reader, in bytes; it holds no data, so a slow reader
+    costs nothing."""
 
     channel: int
     run: str
@@ -1664,14 +2139,16 @@ class SendCursor:
     acked: int = 0
 
     def next_span(self, room: int) -> tuple[int, int] | None:
-        """(offset, length) of what to send next, or None; `room` is what may still be unacknowledged."""
+        """(offset, length) of what to send next, or None; `room` is what may still be
+        unacknowledged."""
         if self.sent is None:
             return None
         length = min(self.size - self.sent, CHUNK_BYTES, room)
         return (self.sent, length) if length > 0 else None
 
     def on_have(self, size: int, rewind: bool) -> None:
-        """The reader has `size` bytes: go on from there if it asks, or if it is ahead of what we sent."""
+        """The reader has `size` bytes: go on from there if it asks, or if it is ahead of what we
+        sent."""
         self.acked = size
         self.sent = size if rewind or self.sent is None else max(self.sent, size)
 
@@ -1686,9 +2163,12 @@ def run_ok(jobs: Iterable[JobRecord]) -> bool:
 
 
 def decide_orders(
-    runs: Sequence[tuple[RunRecord, Mapping[str, JobRecord]]], online: Container[str], busy: Container[str]
+    runs: Sequence[tuple[RunRecord, Mapping[str, JobRecord]]],
+    online: Container[str],
+    busy: Container[str],
 ) -> tuple[list[JobRecord], list[tuple[JobRecord, str]], dict[tuple[str, str], str]]:
-    """What the queue does now, oldest run first: (to order, to end and why, (run, host) -> the run it waits for).
+    """What the queue does now, oldest run first: (to order, to end and why, (run, host) -> the run
+    it waits for).
 
     One mechanism for a host that is busy, offline or not due in its batch: the job stays queued.
     """
@@ -1709,11 +2189,17 @@ def decide_orders(
             earlier = [jobs[name] for name in run.hosts[: index - index % step]]
             if run.cancelled:
                 end.append((job, "cancelled"))
-            elif any(other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier):
+            elif any(
+                other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier
+            ):
                 end.append((job, "an earlier batch did not succeed"))
             elif job.machine in holder:
                 behind[run.run, host] = holder[job.machine]
-            elif all(other.state in FINAL for other in earlier) and job.machine in online and job.machine not in busy:
+            elif (
+                all(other.state in FINAL for other in earlier)
+                and job.machine in online
+                and job.machine not in busy
+            ):
                 order.append(job)
                 holder[job.machine] = job.run
             else:
@@ -1724,24 +2210,36 @@ def decide_orders(
 def decide_expiry(
     run: RunRecord, job: JobRecord, silent_s: float | None, away_s: float, age_s: float, up_s: float
 ) -> tuple[State, str] | None:
-    """How a job ends that has waited for its host too long: an old order must not run days later. None while it may.
+    """How a job ends that has waited for its host too long: an old order must not run days later.
+    None while it may.
 
-    In seconds: since the order went to a host that is connected, None for one that is not; since when that one is
-    away; since the run was asked for; since the master started, without which nobody could come.
+    In seconds: since the order went to a host that is connected, None for one that is not; since
+    when that one is away; since the run was asked for; since the master started, without which
+    nobody could come.
     """
-    if silent_s is not None:  # it should have answered at once: perhaps it does not understand this order
+    if (
+        silent_s is not None
+    ):  # it should have answered at once: perhaps it does not understand this order
         waits = job.ordered and not job.revision and job.state is State.QUEUED
         if not waits or silent_s <= (ANSWER_S if run.cancelled else ORDER_EXPIRES_S):
             return None
         return State.CANCELLED if run.cancelled else State.LOST, "the order was never acknowledged"
     if job.state is State.RUNNING:
-        return (State.LOST, f"no connection for {LOST_S:.0f} s") if min(away_s, up_s) > LOST_S else None
+        return (
+            (State.LOST, f"no connection for {LOST_S:.0f} s")
+            if min(away_s, up_s) > LOST_S
+            else None
+        )
     not_due = job.behind or run.batch  # it waited for others, not for its host
     waited_s = min(away_s, age_s, up_s if not_due else away_s)
     allowed_s = run.wait_s if job.host in run.offline else max(ORDER_EXPIRES_S, run.wait_s)
     if job.state in FINAL or waited_s <= allowed_s:
         return None
-    return (State.LOST, "the order was never acknowledged") if job.ordered else (State.OFFLINE, "the host is offline")
+    return (
+        (State.LOST, "the order was never acknowledged")
+        if job.ordered
+        else (State.OFFLINE, "the host is offline")
+    )
 
 
 def seconds_of(job: JobRecord) -> float | None:
@@ -1754,10 +2252,17 @@ def seconds_of(job: JobRecord) -> float | None:
 def job_summary(job: JobRecord) -> dict[str, Any]:
     """A job's outcome, in the contract's words."""
     return {
-        "host": job.host, "ok": job.state is State.SUCCEEDED, "state": job.state, "version": job.version,
-        "commit": job.commit, "seconds": seconds_of(job), "step": job.step, "exit": job.exit, "bytes": job.size,
+        "host": job.host,
+        "ok": job.state is State.SUCCEEDED,
+        "state": job.state,
+        "version": job.version,
+        "commit": job.commit,
+        "seconds": seconds_of(job),
+        "step": job.step,
+        "exit": job.exit,
+        "bytes": job.size,
         "error": job.error,
-    }  # fmt: skip
+    }
 
 
 def result_text(job: JobRecord) -> str:
@@ -1779,8 +2284,8 @@ def result_text(job: JobRecord) -> str:
 
 
 def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per host and kind of order, out of the rows of `history`: how many ended how, the median seconds of those that
-    succeeded, and how often which step was the one that failed."""
+    """Per host and kind of order, out of the rows of `history`: how many ended how, the median
+    seconds of those that succeeded, and how often which step was the one that failed."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         for job in row["hosts"]:
@@ -1793,26 +2298,50 @@ def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         states = Counter(job["state"] for job in jobs)
         steps = Counter(job["step"] for job in jobs if job["step"] and not job["ok"])
         stats.append(
-            {"host": host, "kind": kind, "runs": len(jobs), "ok": states.pop(State.SUCCEEDED, 0), "states": states,
-             "median_s": round(sum(middle) / len(middle), 3) if middle else None, "steps": dict(steps.most_common())}
-        )  # fmt: skip
+            {
+                "host": host,
+                "kind": kind,
+                "runs": len(jobs),
+                "ok": states.pop(State.SUCCEEDED, 0),
+                "states": states,
+                "median_s": round(sum(middle) / len(middle), 3) if middle else None,
+                "steps": dict(steps.most_common()),
+            }
+        )
     return stats
 
 
 def run_of_job(job: JobRecord) -> RunRecord:
     """The run of a job whose `run.json` is elsewhere, or nowhere: the job knows enough of it."""
     return RunRecord(
-        job.run, "", job.kind, job.target, job.branch, [job.host], {job.host: job.machine}, {job.host: job.address},
-        job.created, job.by, options=job.options,
-    )  # fmt: skip
+        job.run,
+        "",
+        job.kind,
+        job.target,
+        job.branch,
+        [job.host],
+        {job.host: job.machine},
+        {job.host: job.address},
+        job.created,
+        job.by,
+        options=job.options,
+    )
 
 
 def job_of_run(run: RunRecord, host: str) -> JobRecord:
     """A host's job at the start of a run."""
     return JobRecord(
-        run.run, host, run.machines[host], run.kind, run.commits.get(host, run.branch),
-        address=run.addresses.get(host, ""), by=run.by, target=run.target, created=run.created, options=run.options,
-    )  # fmt: skip
+        run.run,
+        host,
+        run.machines[host],
+        run.kind,
+        run.commits.get(host, run.branch),
+        address=run.addresses.get(host, ""),
+        by=run.by,
+        target=run.target,
+        created=run.created,
+        options=run.options,
+    )
 
 
 # ==============================================================================
@@ -1837,17 +2366,24 @@ def is_commit_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
-def plan_checkout(branch: str, remote: str, refs: Container[str]) -> tuple[Step | None, Step, Step | None]:
-    """(what fetches the ref or None, checkout, pull or None) for a branch, or else a full commit id or a tag.
+def plan_checkout(
+    branch: str, remote: str, refs: Container[str]
+) -> tuple[Step | None, Step, Step | None]:
+    """(what fetches the ref or None, checkout, pull or None) for a branch, or else a full commit id
+    or a tag.
 
-    `refs` are the full names of the refs called `branch` after the fetch. A branch wins over a tag of the same name,
-    as `git checkout` has it; full names keep git from guessing, and `--` keeps a folder of that name out of it.
+    `refs` are the full names of the refs called `branch` after the fetch. A branch wins over a tag
+    of the same name, as `git checkout` has it; full names keep git from guessing, and `--` keeps a
+    folder of that name out of it.
     """
     label = f"git checkout {branch}"
     tracking = f"refs/remotes/{remote}/{branch}"
     if f"refs/heads/{branch}" in refs or tracking in refs:
         argv = (branch,) if f"refs/heads/{branch}" in refs else ("-b", branch, "--track", tracking)
-        pull = Step(f"git pull {remote} {branch}", ("git", "pull", "--ff-only", remote, f"refs/heads/{branch}"))
+        pull = Step(
+            f"git pull {remote} {branch}",
+            ("git", "pull", "--ff-only", remote, f"refs/heads/{branch}"),
+        )
         return None, Step(label, ("git", "checkout", *argv, "--")), pull
     if is_commit_id(branch):
         get = Step(label, ("git", "fetch", "--no-tags", remote, branch))
@@ -1857,14 +2393,17 @@ def plan_checkout(branch: str, remote: str, refs: Container[str]) -> tuple[Step 
     return get, Step(label, ("git", "checkout", "--detach", tag, "--")), None
 
 
-LOCK_FILE = re.compile(r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)")
+LOCK_FILE = re.compile(
+    r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)"
+)
 
 
 def decide_rollback(successes: Sequence[str], current: str) -> int | None:
-    """Which of a host's successful commits (oldest first, rollbacks left out) to go back to, as its index.
+    """Which of a host's successful commits (oldest first, rollbacks left out) to go back to, as its
+    index.
 
-    The newest one before `current` first succeeded; the newest at all where `current` never did. As a rollback is no
-    step forward, the next one goes one step further back.
+    The newest one before `current` first succeeded; the newest at all where `current` never did. As
+    a rollback is no step forward, the next one goes one step further back.
     """
     before = successes.index(current) if current in successes else len(successes)
     return before - 1 if before else None
@@ -1876,14 +2415,18 @@ def plan_command(command: tuple[str, ...]) -> Step:
 
 
 def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
-    """Restart the configured systemd units, then require each to be active: asked about several, systemctl is content
-    with one."""
-    asked = [("systemctl", "restart", *units), *(("systemctl", "is-active", unit) for unit in units)]
+    """Restart the configured systemd units, then require each to be active: asked about several,
+    systemctl is content with one."""
+    asked = [
+        ("systemctl", "restart", *units),
+        *(("systemctl", "is-active", unit) for unit in units),
+    ]
     return tuple(Step(" ".join(argv), argv) for argv in asked) if units else ()
 
 
 class Finding(NamedTuple):
-    """One line of `doctor`; `ok` is None where it does not apply. `certain`: a deployment can't but fail."""
+    """One line of `doctor`; `ok` is None where it does not apply. `certain`: a deployment can't but
+    fail."""
 
     name: str
     ok: bool | None
@@ -1898,13 +2441,16 @@ def judge_disk(place: str, free_bytes: int) -> Finding:
     return Finding("disk", free_bytes >= LOW_DISK_BYTES, text, f"make room on the disk of {place}")
 
 
-# A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter because that is fast.
-VERSION_IN_OUTPUT = re.compile(rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
+# A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter
+# because that is fast.
+VERSION_IN_OUTPUT = re.compile(
+    rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])"
+)
 
 
 def parse_version_file(data: bytes) -> str | None:
-    """The "version" of a JSON file, or the first line of plain text, as at most 80 printable characters: it stands in
-    the line that says how a job ended. None where there is neither."""
+    """The "version" of a JSON file, or the first line of plain text, as at most 80 printable
+    characters: it stands in the line that says how a job ended. None where there is neither."""
     text = data.decode("utf-8-sig", "replace").strip()
     if text.startswith("{"):
         try:
@@ -1916,8 +2462,9 @@ def parse_version_file(data: bytes) -> str | None:
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
 
-# user:password@ or token@ behind a scheme; without control characters, or it would be found in what is no text
-# The literal comes first: the engine looks for it many times as fast as for what must stand before it.
+# user:password@ or token@ behind a scheme; without control characters, or it would be found in what
+# is no text The literal comes first: the engine looks for it many times as fast as for what must
+# stand before it.
 URL_SECRET = re.compile(
     rb"://(?<=[A-Za-z][A-Za-z0-9]://)(?:[^\0-\x20/?#:@]*:(?=([^\0-\x20/?#]{1,512})@)|(?=([^\0-\x20/?#:@]{16,512})@))"
 )
@@ -1925,15 +2472,19 @@ URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longe
 
 
 class Masker:
-    """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that overlap become one
-    `***`. A tail that could begin a secret is held back until the next byte or `flush`. Passwords in URLs are secrets,
-    whoever prints them."""
+    """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that
+    overlap become one `***`. A tail that could begin a secret is held back until the next byte or
+    `flush`. Passwords in URLs are secrets, whoever prints them."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        self._values = {value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES}
+        self._values = {
+            value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES
+        }
         self._held = b""
         self._before = b""  # the last bytes before them: of a URL's scheme, perhaps
-        self._masked = 0  # how many of the held bytes belong to a secret whose `***` is already written
+        self._masked = (
+            0  # how many of the held bytes belong to a secret whose `***` is already written
+        )
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
@@ -1948,19 +2499,23 @@ class Masker:
 
     @staticmethod
     def _tail(data: bytes, value: bytes) -> int:
-        """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole of it."""
+        """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole
+        of it."""
         start = data.find(value[:1], max(0, len(data) - len(value) + 1))
         while start >= 0 and not value.startswith(data[start:]):
             start = data.find(value[:1], start + 1)
         return start if start >= 0 else len(data)
 
     def _write(self, data: bytes, hold: int) -> bytes:
-        """What stands before `hold`, masked; the rest is held. A secret across it shows only as its `***`."""
+        """What stands before `hold`, masked; the rest is held. A secret across it shows only as its
+        `***`."""
         shift = len(self._before)
         found = URL_SECRET.finditer(self._before + data)
         places = [(match.start(), *match.span(match.lastindex or 0)) for match in found]
         urls = [(at - shift, (start - shift, end - shift)) for at, start, end in places]
-        hold = min((start for start, (_, end) in urls if start < hold < end), default=hold)  # `://` and all
+        hold = min(
+            (start for start, (_, end) in urls if start < hold < end), default=hold
+        )  # `://` and all
         spans = [span for start, span in urls if start < hold]
         for value in self._values:
             start = data.find(value)
@@ -1980,7 +2535,8 @@ class Masker:
 
 SGR = re.compile(r"\x1b\[[0-9;:]*m")
 ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
-    r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
+    r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ "
+    r"-/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
     r"|\x1b[ -/]*[0-~]"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
     re.DOTALL,
@@ -1996,7 +2552,8 @@ def whole_text(data: bytes) -> int:
 
 
 def terminal_text(text: str) -> str:
-    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return begins a line."""
+    """A host's text as a terminal may have it: text and colours, nothing else; a carriage return
+    begins a line."""
     lines = []
     for line in re.split(r"\r+\n?|\n", text):
         clean = ESCAPES.sub(lambda match: match[1] or "", line)
@@ -2013,8 +2570,14 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"would be overwritten by (?:merge|checkout)",
         "local changes are in the way of the incoming commits (listed above)",
     ),
-    (rb"\.lock': File exists", "a git process left its lock file behind (named above): remove it if no git runs there"),
-    (rb"Not possible to fast-forward|Diverging branches", "the local branch has commits that the remote has not"),
+    (
+        rb"\.lock': File exists",
+        "a git process left its lock file behind (named above): remove it if no git runs there",
+    ),
+    (
+        rb"Not possible to fast-forward|Diverging branches",
+        "the local branch has commits that the remote has not",
+    ),
     (
         rb"couldn't find remote ref|did not match any file|invalid reference",
         "no such branch, tag or commit on the remote",
@@ -2024,18 +2587,23 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         "git asked for a password",
     ),
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
-    (rb"Permission denied \([a-z]", "ssh has no key that the remote accepts, and may not ask for a password"),
+    (
+        rb"Permission denied \([a-z]",
+        "ssh has no key that the remote accepts, and may not ask for a password",
+    ),
     (rb"Could not resolve host", "the remote's name does not resolve"),
     (
         rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host"
-        rb"|Connection timed out during banner|Connection to [^\n]+ timed out|Timeout, server .+ not responding",
+        rb"|Connection timed out during banner|Connection to [^\n]+ timed out|Timeout, "
+        rb"server .+ not responding",
         "the git remote does not answer",
     ),
 )
 
 
 def explain_failure(tail: bytes) -> str | None:
-    """What the last output of a failed step says in other words, where it is one of the known failures."""
+    """What the last output of a failed step says in other words, where it is one of the known
+    failures."""
     return next((text for pattern, text in KNOWN_FAILURES if re.search(pattern, tail)), None)
 
 
@@ -2047,14 +2615,17 @@ def explain_failure(tail: bytes) -> str | None:
 _Row: TypeAlias = Mapping[str, str]  # what `show stat` says of one server
 _HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
 _HAPROXY_SECTIONS = frozenset(
-    b"global defaults frontend backend listen peers resolvers mailers userlist cache program http-errors ring"
+    b"global defaults frontend backend listen peers resolvers mailers userlist cache "
+    b"program http-errors ring"
     b" log-forward fcgi-app crt-store traces log-profile acme".split()
 )
-_SERVER_FLAG = re.compile(  # what a `server` line may say without an argument; every other word takes one
+# what a `server` line may say without an argument; every other word takes one
+_SERVER_FLAG = re.compile(
     rb"agent-check|allow-0rtt|backup|check(-send-proxy|-ssl|-via-socks4)?|disabled|enabled|force-.*|no-.*|non-stick"
     rb"|send-proxy.*|ssl(-reuse)?|stick|tfo|tls-tickets"
 )
-_OWN_ROUTES = {  # what sends requests past the `backup` words, so that changing those would not move all the traffic
+# what sends requests past the `backup` words, so that changing those would not move all the traffic
+_OWN_ROUTES = {
     b"cookie": "its cookie keeps clients on the old colour",
     b"stick": "its stick table keeps clients on the old colour",
     b"persist": "it keeps clients on the old colour",
@@ -2063,14 +2634,17 @@ _OWN_ROUTES = {  # what sends requests past the `backup` words, so that changing
 }
 _COSTS = {
     b"httpchk": "a worker that accepts connections but does not work keeps its traffic",
-    b"redispatch": "requests to a worker that has just died wait for seconds and fail instead of going to the other",
+    b"redispatch": "requests to a worker that has just died wait for seconds and fail "
+    "instead of going to the other",
     b"idle-close-on-response": "keep-alive clients lose requests at every reload",
-    b"state": "until its first check a new HAProxy process takes a dead worker for alive, and requests fail meanwhile",
+    b"state": "until its first check a new HAProxy process takes a dead worker for alive, "
+    "and requests fail meanwhile",
 }
 
 
 class _HaproxyLine(NamedTuple):
-    """A line's words, unquoted; None where only HAProxy's own reading would tell. Where each stands in the line."""
+    """A line's words, unquoted; None where only HAProxy's own reading would tell. Where each stands
+    in the line."""
 
     number: int
     words: list[bytes | None]
@@ -2079,7 +2653,8 @@ class _HaproxyLine(NamedTuple):
 
 
 class ServerLine(NamedTuple):
-    """A `server` line: the places of its `backup` words, each with the space before, and where one would go."""
+    """A `server` line: the places of its `backup` words, each with the space before, and where one
+    would go."""
 
     number: int
     address: str
@@ -2099,26 +2674,38 @@ class BackendText(NamedTuple):
 
     def roles(self) -> dict[str, str]:
         """Each colour as the file has it."""
-        return {color: "backup" if server.backups else "active" for color, server in self.servers.items()}
+        return {
+            color: "backup" if server.backups else "active"
+            for color, server in self.servers.items()
+        }
 
     def active(self) -> str:
         """The one colour that is no backup. Raises GuardError where that is not exactly one."""
         active = [color for color, role in self.roles().items() if role == "active"]
         if self.strangers:
-            raise _haproxy_refusal(self.file, self.strangers[0], "another server of the backend is no backup")
+            raise _haproxy_refusal(
+                self.file, self.strangers[0], "another server of the backend is no backup"
+            )
         if len(active) != 1:
             what = "both colours are active" if active else "neither colour is active"
             lines = " and ".join(str(server.number) for server in self.servers.values())
-            raise GuardError(f"{self.file} lines {lines}: {what}", "write `backup` on exactly one of them, and reload")
+            raise GuardError(
+                f"{self.file} lines {lines}: {what}",
+                "write `backup` on exactly one of them, and reload",
+            )
         return active[0]
 
 
 def _haproxy_refusal(file: str, number: int, why: str) -> GuardError:
-    return GuardError(f"{file} line {number}: {why}", "no switch can be made safely until this line is changed by hand")
+    return GuardError(
+        f"{file} line {number}: {why}",
+        "no switch can be made safely until this line is changed by hand",
+    )
 
 
 def _plain_word(raw: bytes) -> bytes | None:
-    """A word without its quotes; None where escapes, mixed quotes or the environment make its value uncertain."""
+    """A word without its quotes; None where escapes, mixed quotes or the environment make its value
+    uncertain."""
     quotes = set(raw) & set(b"\"'\\")
     if len(quotes) > 1 or b"\\" in raw or (b'"' in raw and b"$" in raw):
         return None
@@ -2126,7 +2713,8 @@ def _plain_word(raw: bytes) -> bytes | None:
 
 
 def _haproxy_sections(text: bytes, file: str) -> list[list[_HaproxyLine]]:
-    """The file's lines that say something, by section, each section's title first. Raises GuardError."""
+    """The file's lines that say something, by section, each section's title first. Raises
+    GuardError."""
     sections: list[list[_HaproxyLine]] = [[]]
     depth = 0
     for number, line in enumerate(text.split(b"\n"), 1):
@@ -2150,25 +2738,33 @@ def _haproxy_sections(text: bytes, file: str) -> list[list[_HaproxyLine]]:
 
 
 def _inherited(sections: list[list[_HaproxyLine]], own: list[_HaproxyLine]) -> list[_HaproxyLine]:
-    """The lines of `defaults` that hold for a section: those of the one it names, else of the last one above it."""
+    """The lines of `defaults` that hold for a section: those of the one it names, else of the last
+    one above it."""
     title = own[0].words
     name = title[title.index(b"from") + 1 :][:1] if b"from" in title[1:] else []
     if title[0] == b"defaults" and not name:
         return []
-    above = (section for section in sections[: sections.index(own)] if section[0].words[0] == b"defaults")
+    above = (
+        section for section in sections[: sections.index(own)] if section[0].words[0] == b"defaults"
+    )
     found = [section for section in above if not name or section[0].words[1:2] == name]
     return _inherited(sections, found[-1]) + found[-1] if found else []
 
 
 def _read_server(line: _HaproxyLine, file: str) -> ServerLine:
-    """A `server` line of the backend. Raises GuardError for one that can't be read or rewritten for certain."""
+    """A `server` line of the backend. Raises GuardError for one that can't be read or rewritten for
+    certain."""
     if None in line.words or len(line.words) < 3:
-        raise _haproxy_refusal(file, line.number, "a word of this server can't be read for certain (quotes, escapes)")
+        raise _haproxy_refusal(
+            file, line.number, "a word of this server can't be read for certain (quotes, escapes)"
+        )
     words = [word or b"" for word in line.words]
     backups, index = [], 3
     while index < len(words):
         if words[index] == b"no-backup":
-            raise _haproxy_refusal(file, line.number, "`no-backup` and `backup` overrule each other")
+            raise _haproxy_refusal(
+                file, line.number, "`no-backup` and `backup` overrule each other"
+            )
         if words[index] == b"backup":
             backups.append((line.spans[index - 1][1], line.spans[index][1]))
         index += 1 if _SERVER_FLAG.fullmatch(words[index]) else 2
@@ -2177,20 +2773,27 @@ def _read_server(line: _HaproxyLine, file: str) -> ServerLine:
 
 
 def read_backend(text: bytes, file: str, rule: HaproxyRule) -> BackendText:
-    """Who is active by haproxy.cfg, in any encoding. Raises GuardError, with the line, for what no switch can change.
+    """Who is active by haproxy.cfg, in any encoding. Raises GuardError, with the line, for what no
+    switch can change.
 
-    Judged as HAProxy reads it: quotes, comments, sections, `defaults`; where the environment or a condition decides,
-    it is refused, and so is whatever sends requests past the `backup` words.
+    Judged as HAProxy reads it: quotes, comments, sections, `defaults`; where the environment or a
+    condition decides, it is refused, and so is whatever sends requests past the `backup` words.
     """
     sections = _haproxy_sections(text, file)
     titles = ([b"backend", rule.backend.encode()], [b"listen", rule.backend.encode()])
-    uncertain = [s[0] for s in sections if s[0].words[0] in (b"backend", b"listen") and s[0].words[1:2] in ([], [None])]
+    uncertain = [
+        s[0]
+        for s in sections
+        if s[0].words[0] in (b"backend", b"listen") and s[0].words[1:2] in ([], [None])
+    ]
     found = [section for section in sections if section[0].words[:2] in titles]
     if uncertain or len(found) > 1:
         number = (uncertain or [section[0] for section in found[1:]])[0].number
         raise _haproxy_refusal(file, number, f"it may be a second backend {rule.backend}")
     if not found:
-        raise GuardError(f"{file} has no backend {rule.backend}", "correct `config` or `backend` in [haproxy]")
+        raise GuardError(
+            f"{file} has no backend {rule.backend}", "correct `config` or `backend` in [haproxy]"
+        )
     own, inherited = found[0], _inherited(sections, found[0])
     for line in (*inherited, *own):
         words = line.words
@@ -2199,7 +2802,9 @@ def read_backend(text: bytes, file: str, rule: HaproxyRule) -> BackendText:
         if words[0] == b"default-server" and {b"backup", b"no-backup", None} & set(words):
             raise _haproxy_refusal(file, line.number, "`default-server` decides who is a backup")
         if line.conditional or (words[0] or b"").startswith((b".if", b".el")):
-            raise _haproxy_refusal(file, line.number, "a condition (.if) decides about this backend")
+            raise _haproxy_refusal(
+                file, line.number, "a condition (.if) decides about this backend"
+            )
     colors = {name.encode(): color for color, name in rule.servers.items()}
     servers: dict[str, ServerLine] = {}
     strangers = []
@@ -2212,27 +2817,44 @@ def read_backend(text: bytes, file: str, rule: HaproxyRule) -> BackendText:
         elif not server.backups:
             strangers.append(line.number)
     if missing := [rule.servers[color] for color in COLORS if color not in servers]:
-        what = f"{file} line {own[0].number}: backend {rule.backend} has no server {' and no server '.join(missing)}"
+        what = (
+            f"{file} line {own[0].number}: backend {rule.backend} has no server "
+            f"{' and no server '.join(missing)}"
+        )
         raise GuardError(what, "correct `servers` in [haproxy]")
     warnings, state_file = _haproxy_warnings(sections, own, rule.backend.encode())
-    return BackendText(file, text, {c: servers[c] for c in COLORS}, tuple(strangers), warnings, state_file)
+    return BackendText(
+        file, text, {c: servers[c] for c in COLORS}, tuple(strangers), warnings, state_file
+    )
 
 
 def _haproxy_warnings(
     sections: list[list[_HaproxyLine]], own: list[_HaproxyLine], backend: bytes
 ) -> tuple[tuple[str, ...], str | None]:
-    """What the configuration lacks to lose no request, with its cost; and the file that HAProxy reads states from."""
+    """What the configuration lacks to lose no request, with its cost; and the file that HAProxy
+    reads states from."""
 
     def lacks(section: list[_HaproxyLine], *words: bytes) -> bool:
-        return all(line.words[: len(words)] != [*words] for line in (*_inherited(sections, section), *section))
+        return all(
+            line.words[: len(words)] != [*words]
+            for line in (*_inherited(sections, section), *section)
+        )
 
-    fronts = [s for s in sections if s[0].words[0] in (b"frontend", b"listen") and any(backend in x.words for x in s)]
+    fronts = [
+        s
+        for s in sections
+        if s[0].words[0] in (b"frontend", b"listen") and any(backend in x.words for x in s)
+    ]
     lacking = [option for option in (b"httpchk", b"redispatch") if lacks(own, b"option", option)]
     if any(lacks(front, b"option", b"idle-close-on-response") for front in fronts):
         lacking.append(b"idle-close-on-response")
     warnings = [f"no `option {option.decode()}`: {_COSTS[option]}" for option in lacking]
-    lines = [line.words for section in sections if section[0].words[0] == b"global" for line in section]
-    settings = {words[0]: (words[1] or b"").decode(errors="replace") for words in lines if len(words) > 1}
+    lines = [
+        line.words for section in sections if section[0].words[0] == b"global" for line in section
+    ]
+    settings = {
+        words[0]: (words[1] or b"").decode(errors="replace") for words in lines if len(words) > 1
+    }
     state_file: str | None = settings.get(b"server-state-file")
     if not state_file or lacks(own, b"load-server-state-from-file", b"global"):
         missing = "`server-state-file` in global, or `load-server-state-from-file global`"
@@ -2263,14 +2885,18 @@ def render_diff(old: bytes, new: bytes, file: str) -> bytes:
 
 
 def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
-    """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is something else."""
+    """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is
+    something else."""
     rows = csv.DictReader(text.removeprefix("# ").splitlines())
-    named = [row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")]
+    named = [
+        row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")
+    ]
     return [row for row in named if row["svname"] not in ("FRONTEND", "BACKEND")]
 
 
 def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
-    """(the worker's pid, the pids of old workers that still end their connections, failed reloads) of `show proc`."""
+    """(the worker's pid, the pids of old workers that still end their connections, failed reloads)
+    of `show proc`."""
     new, _, old = text.partition("# old workers")
     pids = [[int(pid) for pid in re.findall(r"(?m)^(\d+)\s+worker", part)] for part in (new, old)]
     failed = re.search(r"\[failed: (\d+)\]", text)
@@ -2278,8 +2904,8 @@ def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
 
 
 def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
-    """`show servers state` without the servers whose address in the file is another one by now: a new server would
-    take over the health of the one that had its name."""
+    """`show servers state` without the servers whose address in the file is another one by now: a
+    new server would take over the health of the one that had its name."""
     wanted = {rule.servers[color]: server.address for color, server in found.servers.items()}
 
     def moved(fields: list[str]) -> bool:
@@ -2296,9 +2922,12 @@ def is_usable(row: _Row) -> bool:
 
 
 def decide_traffic(rows: Iterable[_Row]) -> list[str]:
-    """The servers that get the requests as HAProxy routes: all usable ones, else the first usable backup."""
+    """The servers that get the requests as HAProxy routes: all usable ones, else the first usable
+    backup."""
     usable = list(filter(is_usable, rows))
-    return [row["svname"] for row in usable if row["bck"] == "0"] or [row["svname"] for row in usable[:1]]
+    return [row["svname"] for row in usable if row["bck"] == "0"] or [
+        row["svname"] for row in usable[:1]
+    ]
 
 
 def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
@@ -2309,11 +2938,17 @@ def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
 
 def live_roles(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, str]:
     """Each colour as the running HAProxy read it, whatever the file says by now."""
-    return {c: "backup" if row["bck"] == "1" else "active" for c, row in rows_by_color(rows, rule).items()}
+    return {
+        c: "backup" if row["bck"] == "1" else "active"
+        for c, row in rows_by_color(rows, rule).items()
+    }
 
 
-def traffic_warnings(rule: HaproxyRule, rows: Sequence[_Row], roles: Mapping[str, str]) -> list[str]:
-    """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty where unreadable."""
+def traffic_warnings(
+    rule: HaproxyRule, rows: Sequence[_Row], roles: Mapping[str, str]
+) -> list[str]:
+    """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty
+    where unreadable."""
     row_of, runs = rows_by_color(rows, rule), live_roles(rows, rule)
     lost = [name for color, name in rule.servers.items() if color not in row_of]
     warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name in lost]
@@ -2323,10 +2958,14 @@ def traffic_warnings(rule: HaproxyRule, rows: Sequence[_Row], roles: Mapping[str
     takers = decide_traffic(rows)
     for color, row in row_of.items():
         if row["svname"] in takers and row["bck"] == "1":
-            warnings.append(f"HAProxy has failed over to {color}; `switch {color}` makes that explicit")
+            warnings.append(
+                f"HAProxy has failed over to {color}; `switch {color}` makes that explicit"
+            )
         elif row["svname"] not in takers and not is_usable(row):
             warnings.append(f"{color} is {row['status']}: it would not take over")
-    return warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
+    return (
+        warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
+    )
 
 
 # ==============================================================================
@@ -2337,7 +2976,13 @@ def traffic_warnings(rule: HaproxyRule, rows: Sequence[_Row], roles: Mapping[str
 MCP_MODERN = ("2026-07-28",)  # stateless: every request carries its version in `_meta`
 MCP_OLDER = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begun by `initialize`
 _MCP_META = "io.modelcontextprotocol/"
-_PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = -32700, -32600, -32601, -32602, -32022
+_PARSE_ERROR, _INVALID_REQUEST, _NO_METHOD, _INVALID_PARAMS, _UNSUPPORTED = (
+    -32700,
+    -32600,
+    -32601,
+    -32602,
+    -32022,
+)
 _JSON_TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool, "object": dict}
 
 
@@ -2350,7 +2995,8 @@ class JsonRpcError(Exception):
 
 
 class Tool(NamedTuple):
-    """What a model may call. `effect` is how it is announced: it reads, it changes, or changes but once."""
+    """What a model may call. `effect` is how it is announced: it reads, it changes, or changes but
+    once."""
 
     name: str
     effect: str  # "reads", "changes" or "stops"
@@ -2364,15 +3010,22 @@ class Tool(NamedTuple):
         reads = self.effect == "reads"
         needs = [*self.needs, *["plan"] * (require_plan and "plan" in self.takes)]
         return {
-            "name": self.name, "description": self.description, "outputSchema": self.gives,
+            "name": self.name,
+            "description": self.description,
+            "outputSchema": self.gives,
             "inputSchema": {
-                "type": "object", "properties": self.takes, "required": needs, "additionalProperties": False,
+                "type": "object",
+                "properties": self.takes,
+                "required": needs,
+                "additionalProperties": False,
             },
             "annotations": {
-                "readOnlyHint": reads, "destructiveHint": not reads, "idempotentHint": self.effect != "changes",
+                "readOnlyHint": reads,
+                "destructiveHint": not reads,
+                "idempotentHint": self.effect != "changes",
                 "openWorldHint": False,
             },
-        }  # fmt: skip
+        }
 
 
 def _a_text(description: str, **more: Any) -> dict[str, Any]:
@@ -2384,11 +3037,18 @@ def _a_flag(description: str, default: bool) -> dict[str, Any]:
 
 
 def _a_number(description: str, low: int, high: int, default: int) -> dict[str, Any]:
-    return {"type": "integer", "description": description, "minimum": low, "maximum": high, "default": default}
+    return {
+        "type": "integer",
+        "description": description,
+        "minimum": low,
+        "maximum": high,
+        "default": default,
+    }
 
 
 def _answer(row: str, *names: str, **types: str) -> dict[str, Any]:
-    """The schema of an answer: `names` are there and strings, `types` there and of these types; `row` lists rows."""
+    """The schema of an answer: `names` are there and strings, `types` there and of these types;
+    `row` lists rows."""
     properties: dict[str, Any] = {name: {"type": "string"} for name in names}
     properties |= {name: {"type": kind.split("/")} for name, kind in types.items()}
     if row:
@@ -2397,50 +3057,132 @@ def _answer(row: str, *names: str, **types: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-_TARGET = _a_text("all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas")
+_TARGET = _a_text(
+    "all, an IP, a CIDR, a host name, IP/NAME, active, standby, or several separated by commas"
+)
 _BRANCH = _a_text("a branch, a tag or a full commit id")
 _COLOR = _a_text("blue, green, or standby: the one that is not active", enum=[*COLORS, "standby"])
-_RUN = _a_text("a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+_RUN = _a_text(
+    "a run's id, as update, history and status say it", pattern=r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}"
+)
 _ONCE = {
     "plan": _a_text("the id that the tool plan answered; it must be fresh and still true"),
-    "idempotency_key": _a_text("any text of yours: a call that is repeated with it never runs twice", minLength=1),
+    "idempotency_key": _a_text(
+        "any text of yours: a call that is repeated with it never runs twice", minLength=1
+    ),
 }
-_ORDER = _ONCE | {"wait": _a_flag("wait for the end; false returns the run's id at once, for the tool logs", True)}
+_ORDER = _ONCE | {
+    "wait": _a_flag("wait for the end; false returns the run's id at once, for the tool logs", True)
+}
 _RUN_ANSWER = _answer("hosts", "run", "kind", "target", "branch", ok="boolean/null", done="boolean")
 TOOLS = (
-    Tool("update", "changes", "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
+    Tool(
+        "update",
+        "changes",
+        "Deploy a branch: every host fetches, checks out, pulls and runs its deploy command. "
         "Answers with each host's result, and the last lines of what failed.",
-        {"target": _TARGET, "branch": _BRANCH, **_ORDER}, ("target", "branch"), _RUN_ANSWER),
-    Tool("status", "reads", "The fleet now: who is online, what is checked out, which colour has the traffic, what "
-        "runs.", {}, (), _answer("hosts", master="object")),
-    Tool("plan", "reads", "What update, rollback, release or switch would do on each host, and what would be refused, "
-        "without doing it: commits that arrive, files that change, local changes in the way, a job that runs. Its id "
-        "stays good while it is fresh and still true. A release is planned as an update of the target standby.",
-        {"action": _a_text("default: update", enum=["update", "rollback", "switch"]), "target": _TARGET,
-         "branch": _a_text("for update: a branch, a tag or a full commit id"),
-         "to": _a_text("for rollback: a commit; default: the newest that succeeded before"), "color": _COLOR},
-        (), _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean")),
-    Tool("logs", "reads", "What a run's commands wrote, from a cursor on, and each host's state.",
-        {"run": _RUN, "target": _TARGET, "cursor": _a_text("of the last answer; else the beginning", maxLength=99999),
-         "tail": _a_flag("without a cursor: only the end", False),
-         "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
-         "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0)},
-        ("run",), _answer("hosts", "run", "cursor", done="boolean")),
-    Tool("history", "reads", "The newest runs: when, who asked, what, and how it ended on each host.",
-        {"count": _a_number("how many", 1, 100, 10),
-         "stats": _a_flag("instead of runs: per host how often, how long, and what failed at which step", False)},
-        (), _answer("")),
-    Tool("cancel", "stops", "Stop a running or queued run on every host, with all its processes.",
-        {"run": _RUN}, ("run",), _answer("", "run", cancelled="boolean", hosts="array")),
-    Tool("health", "reads", "Run the configured health checks on the hosts.",
-        {"target": _TARGET}, (), _answer("checks", ok="boolean")),
-    Tool("switch", "changes", "Move the traffic to the other colour (blue/green).",
-        {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER}, ("color",), _RUN_ANSWER),
-    Tool("release", "changes", "The whole blue/green round: deploy to the standby, check its health, switch.",
-        {"branch": _BRANCH, **_ONCE}, ("branch",), _RUN_ANSWER),
-    Tool("rollback", "changes", "Back to the newest commit that succeeded before the one checked out now, per host.",
-        {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER}, (), _RUN_ANSWER),
-)  # fmt: skip
+        {"target": _TARGET, "branch": _BRANCH, **_ORDER},
+        ("target", "branch"),
+        _RUN_ANSWER,
+    ),
+    Tool(
+        "status",
+        "reads",
+        "The fleet now: who is online, what is checked out, which colour has the traffic, what "
+        "runs.",
+        {},
+        (),
+        _answer("hosts", master="object"),
+    ),
+    Tool(
+        "plan",
+        "reads",
+        "What update, rollback, release or switch would do on each host, and what would be "
+        "refused, "
+        "without doing it: commits that arrive, files that change, local changes in the "
+        "way, a job that runs. Its id "
+        "stays good while it is fresh and still true. A release is planned as an update of "
+        "the target standby.",
+        {
+            "action": _a_text("default: update", enum=["update", "rollback", "switch"]),
+            "target": _TARGET,
+            "branch": _a_text("for update: a branch, a tag or a full commit id"),
+            "to": _a_text("for rollback: a commit; default: the newest that succeeded before"),
+            "color": _COLOR,
+        },
+        (),
+        _answer("hosts", "plan", "action", "target", "branch", fresh_s="number", ok="boolean"),
+    ),
+    Tool(
+        "logs",
+        "reads",
+        "What a run's commands wrote, from a cursor on, and each host's state.",
+        {
+            "run": _RUN,
+            "target": _TARGET,
+            "cursor": _a_text("of the last answer; else the beginning", maxLength=99999),
+            "tail": _a_flag("without a cursor: only the end", False),
+            "max_bytes": _a_number("at most so much text", 1000, 64_000, 16_000),
+            "wait_s": _a_number("where there is nothing new yet, wait so long for it", 0, 30, 0),
+        },
+        ("run",),
+        _answer("hosts", "run", "cursor", done="boolean"),
+    ),
+    Tool(
+        "history",
+        "reads",
+        "The newest runs: when, who asked, what, and how it ended on each host.",
+        {
+            "count": _a_number("how many", 1, 100, 10),
+            "stats": _a_flag(
+                "instead of runs: per host how often, how long, and what failed at which step",
+                False,
+            ),
+        },
+        (),
+        _answer(""),
+    ),
+    Tool(
+        "cancel",
+        "stops",
+        "Stop a running or queued run on every host, with all its processes.",
+        {"run": _RUN},
+        ("run",),
+        _answer("", "run", cancelled="boolean", hosts="array"),
+    ),
+    Tool(
+        "health",
+        "reads",
+        "Run the configured health checks on the hosts.",
+        {"target": _TARGET},
+        (),
+        _answer("checks", ok="boolean"),
+    ),
+    Tool(
+        "switch",
+        "changes",
+        "Move the traffic to the other colour (blue/green).",
+        {"color": _COLOR, "dry_run": _a_flag("only say what would happen", False), **_ORDER},
+        ("color",),
+        _RUN_ANSWER,
+    ),
+    Tool(
+        "release",
+        "changes",
+        "The whole blue/green round: deploy to the standby, check its health, switch.",
+        {"branch": _BRANCH, **_ONCE},
+        ("branch",),
+        _RUN_ANSWER,
+    ),
+    Tool(
+        "rollback",
+        "changes",
+        "Back to the newest commit that succeeded before the one checked out now, per host.",
+        {"target": _TARGET, "to": _a_text("this commit instead"), **_ORDER},
+        (),
+        _RUN_ANSWER,
+    ),
+)
 
 
 def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "arguments") -> list[str]:
@@ -2451,17 +3193,26 @@ def schema_problems(schema: Mapping[str, Any], value: Any, where: str = "argumen
         known = schema["properties"]
         problems = [f"{name} is missing" for name in schema["required"] if name not in value]
         for name, item in value.items():
-            problems += schema_problems(known[name], item, name) if name in known else [f"there is no {_shown(name)}"]
+            problems += (
+                schema_problems(known[name], item, name)
+                if name in known
+                else [f"there is no {_shown(name)}"]
+            )
         return problems
     if "enum" in schema and value not in schema["enum"]:
         return [f"{where} must be one of {', '.join(schema['enum'])}, not {_shown(value)}"]
     size = len(value) if isinstance(value, str) else 0
     if not schema.get("minLength", 0) <= size <= schema.get("maxLength", size):
-        return [f"{where} must have {schema.get('minLength', 0)} to {schema['maxLength']} characters, not {size}"]
+        return [
+            f"{where} must have {schema.get('minLength', 0)} to {schema['maxLength']} "
+            f"characters, not {size}"
+        ]
     if "pattern" in schema and not re.fullmatch(schema["pattern"], str(value)):
         return [f"{where} can't be {_shown(value)}: {schema['description']}"]
     if "minimum" in schema and not schema["minimum"] <= value <= schema["maximum"]:
-        return [f"{where} must be from {schema['minimum']} to {schema['maximum']}, not {_shown(value)}"]
+        return [
+            f"{where} must be from {schema['minimum']} to {schema['maximum']}, not {_shown(value)}"
+        ]
     return []
 
 
@@ -2476,9 +3227,11 @@ class ToolCall(NamedTuple):
 
 
 class McpSession:
-    """One client's conversation: lines in; answers out, calls to do and calls that nobody waits for any more.
+    """One client's conversation: lines in; answers out, calls to do and calls that nobody waits for
+    any more.
 
-    Each request tells its era by itself: 2026-07-28 has its version in `_meta`; without one, `initialize` came before.
+    Each request tells its era by itself: 2026-07-28 has its version in `_meta`; without one,
+    `initialize` came before.
     """
 
     def __init__(self, tools: Sequence[dict[str, Any]], instructions: str, version: str) -> None:
@@ -2491,7 +3244,9 @@ class McpSession:
     def feed(self, line: bytes) -> tuple[list[dict[str, Any]], list[ToolCall], list[str | int]]:
         """(answers, calls to begin, ids of calls to give up) for one line."""
         try:
-            data = json.loads(line.decode(), parse_constant=lambda word: float(word + "!"))  # NaN is no JSON
+            data = json.loads(
+                line.decode(), parse_constant=lambda word: float(word + "!")
+            )  # NaN is no JSON
         except (ValueError, RecursionError):
             return [self.failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
         batch = data if isinstance(data, list) and self.older == "2025-03-26" and data else [data]
@@ -2508,9 +3263,19 @@ class McpSession:
                 raise JsonRpcError(_INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
             if "method" not in item and ("result" in item or "error" in item):
                 return None  # an answer, and nothing was asked
-            method, params = item.get("method"), {} if item.get("params") is None else item["params"]
-            if not isinstance(method, str) or not isinstance(params, dict) or ("id" in item and number is None):
-                raise JsonRpcError(_INVALID_REQUEST, "method is a text, params an object, id a text or a whole number")
+            method, params = (
+                item.get("method"),
+                {} if item.get("params") is None else item["params"],
+            )
+            if (
+                not isinstance(method, str)
+                or not isinstance(params, dict)
+                or ("id" in item and number is None)
+            ):
+                raise JsonRpcError(
+                    _INVALID_REQUEST,
+                    "method is a text, params an object, id a text or a whole number",
+                )
             if number is None:
                 gone = params.get("requestId") if method == "notifications/cancelled" else None
                 if isinstance(gone, str | int) and gone in self.calls:
@@ -2518,19 +3283,33 @@ class McpSession:
                     self.ended.append(gone)
                 return None
             if number in self.calls:
-                raise JsonRpcError(_INVALID_REQUEST, f"a request with the id {_shown(number)} is still open")
+                raise JsonRpcError(
+                    _INVALID_REQUEST, f"a request with the id {_shown(number)} is still open"
+                )
             return self.answer(number, method, params)
         except JsonRpcError as problem:
             return self.failure(number, problem)
 
-    def answer(self, number: str | int, method: str, params: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer to a request; None for a tool's call, whose answer comes later. Raises JsonRpcError."""
+    def answer(
+        self, number: str | int, method: str, params: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The answer to a request; None for a tool's call, whose answer comes later. Raises
+        JsonRpcError."""
         meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
-        if method == "initialize" or (method == "ping" and _MCP_META + "protocolVersion" not in meta):
-            return self.success(number, self.initialize(params) if method == "initialize" else {}, False)
+        if method == "initialize" or (
+            method == "ping" and _MCP_META + "protocolVersion" not in meta
+        ):
+            return self.success(
+                number, self.initialize(params) if method == "initialize" else {}, False
+            )
         modern = self.judge_era(method, meta)
         if method == "server/discover" and modern:
-            found = {"supportedVersions": list(MCP_MODERN), **self.introduction(), "ttlMs": 0, "cacheScope": "private"}
+            found = {
+                "supportedVersions": list(MCP_MODERN),
+                **self.introduction(),
+                "ttlMs": 0,
+                "cacheScope": "private",
+            }
             return self.success(number, found, modern)
         if method == "tools/list":
             cache = {"ttlMs": 0, "cacheScope": "private"} if modern else {}
@@ -2540,18 +3319,27 @@ class McpSession:
         name, token = params.get("name"), meta.get("progressToken")
         arguments = {} if params.get("arguments") is None else params["arguments"]
         if not isinstance(name, str) or name not in self.tools:
-            raise JsonRpcError(_INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools))
-        call = ToolCall(number, name, arguments, token if type(token) in (str, int) else None, modern)
+            raise JsonRpcError(
+                _INVALID_PARAMS, f"there is no tool {_shown(name)}", list(self.tools)
+            )
+        call = ToolCall(
+            number, name, arguments, token if type(token) in (str, int) else None, modern
+        )
         self.calls[number] = call
         if problems := schema_problems(self.tools[name]["inputSchema"], arguments):
             return self.finish(call, "error: " + "; ".join(problems), True)
         return None
 
     def judge_era(self, method: str, meta: dict[str, Any]) -> bool:
-        """Whether a request is of the stateless revision. Raises JsonRpcError for one of neither era."""
-        version_key, capabilities_key = (_MCP_META + key for key in ("protocolVersion", "clientCapabilities"))
+        """Whether a request is of the stateless revision. Raises JsonRpcError for one of neither
+        era."""
+        version_key, capabilities_key = (
+            _MCP_META + key for key in ("protocolVersion", "clientCapabilities")
+        )
         if version_key not in meta and (not self.older or method == "server/discover"):
-            raise JsonRpcError(_INVALID_PARAMS, f"params._meta must have {version_key}; or begin with initialize")
+            raise JsonRpcError(
+                _INVALID_PARAMS, f"params._meta must have {version_key}; or begin with initialize"
+            )
         if version_key not in meta:
             return False
         version = meta[version_key]
@@ -2564,7 +3352,11 @@ class McpSession:
         return True
 
     def introduction(self) -> dict[str, Any]:
-        return {"capabilities": {"tools": {}}, "serverInfo": self.info, "instructions": self.instructions}
+        return {
+            "capabilities": {"tools": {}},
+            "serverInfo": self.info,
+            "instructions": self.instructions,
+        }
 
     def initialize(self, params: dict[str, Any]) -> dict[str, Any]:
         """The older revisions' handshake."""
@@ -2576,15 +3368,22 @@ class McpSession:
 
     def success(self, number: str | int, result: dict[str, Any], modern: bool) -> dict[str, Any]:
         if modern:
-            result = {"resultType": "complete", **result, "_meta": {_MCP_META + "serverInfo": self.info}}
+            result = {
+                "resultType": "complete",
+                **result,
+                "_meta": {_MCP_META + "serverInfo": self.info},
+            }
         return {"jsonrpc": "2.0", "id": number, "result": result}
 
     @staticmethod
     def failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
         return {"jsonrpc": "2.0", "id": number, "error": problem.error}
 
-    def finish(self, call: ToolCall, answer: dict[str, Any] | str, wrong: bool) -> dict[str, Any] | None:
-        """A call's answer: an object that keeps the tool's schema, or words; None if nobody waits for it any more."""
+    def finish(
+        self, call: ToolCall, answer: dict[str, Any] | str, wrong: bool
+    ) -> dict[str, Any] | None:
+        """A call's answer: an object that keeps the tool's schema, or words; None if nobody waits
+        for it any more."""
         if self.calls.get(call.id) is not call:
             return None
         del self.calls[call.id]
@@ -2611,7 +3410,8 @@ def sync_folder(path: Path) -> None:
 
 
 def replace_file(fresh: Path, path: Path) -> None:
-    """Move `fresh` to `path` in one step. Windows replaces no open file: that is waited for, then moved aside."""
+    """Move `fresh` to `path` in one step. Windows replaces no open file: that is waited for, then
+    moved aside."""
     for _ in range(20):
         with suppress(PermissionError):
             os.replace(fresh, path)
@@ -2625,8 +3425,11 @@ def replace_file(fresh: Path, path: Path) -> None:
     os.replace(fresh, path)
 
 
-def write_atomic(path: Path, data: bytes, *, durable: bool = False, mode: int | None = None) -> None:
-    """Replace a file as a whole, its owner's alone unless `mode` says otherwise; `durable` survives a power loss."""
+def write_atomic(
+    path: Path, data: bytes, *, durable: bool = False, mode: int | None = None
+) -> None:
+    """Replace a file as a whole, its owner's alone unless `mode` says otherwise; `durable` survives
+    a power loss."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
     try:
@@ -2672,7 +3475,8 @@ def log_size(path: Path) -> int:
 
 
 def append_log(path: Path, offset: int, data: bytes) -> tuple[int, bool]:
-    """Append bytes that belong at `offset`, if that is the end: (size now, ask to rewind). May raise OSError."""
+    """Append bytes that belong at `offset`, if that is the end: (size now, ask to rewind). May
+    raise OSError."""
     fd = os.open(path, LOG_FLAGS, 0o600)
     try:
         size = os.fstat(fd).st_size
@@ -2708,10 +3512,12 @@ def log_check(path: Path, size: int) -> int:
 
 
 class FileLock:
-    """A lock on the file `path` that its holder loses by dying, however it dies; it says whether a runner lives.
+    """A lock on the file `path` that its holder loses by dying, however it dies; it says whether a
+    runner lives.
 
-    The file is a file of the lock's own (Windows locks forbid reading) and stays for ever: removing it would let two
-    processes each hold a lock on another file of that name. `acquire` in the process that is to hold it: after a fork.
+    The file is a file of the lock's own (Windows locks forbid reading) and stays for ever: removing
+    it would let two processes each hold a lock on another file of that name. `acquire` in the
+    process that is to hold it: after a fork.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -2719,9 +3525,11 @@ class FileLock:
         self._fd = -1
 
     def acquire(self, timeout_s: float = 0) -> bool:
-        """Take the lock, waiting up to `timeout_s` (at least 0.1 s: `held_elsewhere` may be looking just now)."""
+        """Take the lock, waiting up to `timeout_s` (at least 0.1 s: `held_elsewhere` may be looking
+        just now)."""
         deadline = time.monotonic() + max(timeout_s, 0.1)
-        # never through a link that somebody else put there; descriptors of os.open are not inherited by steps
+        # never through a link that somebody else put there; descriptors of os.open are not
+        # inherited by steps
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         while not self._lock(fd):
             if time.monotonic() >= deadline:
@@ -2747,9 +3555,12 @@ class FileLock:
 
     @staticmethod
     def held_elsewhere(path: str | os.PathLike[str]) -> bool:
-        """Whether anybody holds the lock now (this process through another FileLock included); creates nothing."""
+        """Whether anybody holds the lock now (this process through another FileLock included);
+        creates nothing."""
         try:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))  # also on a disk that has become read-only
+            fd = os.open(
+                path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)
+            )  # also on a disk that has become read-only
         except FileNotFoundError:
             return False
         try:
@@ -2770,19 +3581,25 @@ class FileLock:
                 if sys.platform != "linux":
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return True
-                # Open file description locks are the descriptor's like flock's, and can be asked about
-                ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock: the whole file
+                # Open file description locks are the descriptor's like flock's, and can be asked
+                # about
+                ask = struct.pack(
+                    "hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0
+                )  # struct flock: the whole file
                 answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK if only_look else fcntl.F_OFD_SETLK, ask)
                 return not only_look or struct.unpack_from("h", answer) == (fcntl.F_UNLCK,)
         except OSError as problem:
-            if sys.platform != "win32" and not isinstance(problem, (BlockingIOError, PermissionError)):
+            if sys.platform != "win32" and not isinstance(
+                problem, (BlockingIOError, PermissionError)
+            ):
                 raise  # a file system without locks
             return False
         return True
 
 
 class DaemonLog:
-    """The daemon's own log: one line per event on stderr, with its time, or with its priority under journald."""
+    """The daemon's own log: one line per event on stderr, with its time, or with its priority under
+    journald."""
 
     _journal = False
 
@@ -2870,7 +3687,9 @@ class StateFolder:
         self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
         self.index = root / "history.jsonl"
-        self.last_master = root / "last-master"  # the URL of the master that this host was, or was welcomed by, last
+        self.last_master = (
+            root / "last-master"
+        )  # the URL of the master that this host was, or was welcomed by, last
         self.serve_file = root / "serve.json"  # how the daemon was started
         self._machine = ""
 
@@ -2883,11 +3702,18 @@ class StateFolder:
             write_atomic(probe, b"")
             probe.unlink(missing_ok=True)  # two may look at once
         except OSError as problem:
-            hint = "make room there" if problem.errno == errno.ENOSPC else "choose another with --state DIR"
-            raise UsageError(f"can't write to the state folder {self.root}: {problem.strerror}", hint) from problem
+            hint = (
+                "make room there"
+                if problem.errno == errno.ENOSPC
+                else "choose another with --state DIR"
+            )
+            raise UsageError(
+                f"can't write to the state folder {self.root}: {problem.strerror}", hint
+            ) from problem
 
     def machine_id(self) -> str:
-        """This host's random identity, made at the first start. A copied folder is a cloned identity.
+        """This host's random identity, made at the first start. A copied folder is a cloned
+        identity.
 
         Raises OSError where it can't be read now: that is no reason to become another host.
         """
@@ -2896,7 +3722,9 @@ class StateFolder:
             self._machine = self._machine or path.read_bytes().decode("ascii", "replace").strip()
         if not re.fullmatch(r"[0-9a-f]{32}", self._machine):
             if path.exists():
-                log.error("%s is damaged: this is a new host from now on; `forget` the old one", path)
+                log.error(
+                    "%s is damaged: this is a new host from now on; `forget` the old one", path
+                )
             self._machine = os.urandom(16).hex()
             write_atomic(path, self._machine.encode(), durable=True)
         return self._machine
@@ -2955,27 +3783,39 @@ class StateFolder:
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
 
     def current(self) -> tuple[str, str]:
-        """Which job the job's lock is held for, or was held for last, as run and host; empty where none is known."""
+        """Which job the job's lock is held for, or was held for last, as run and host; empty where
+        none is known."""
         found = read_json(self.current_file) or {}
         run, host = found.get("run"), found.get("host")
-        return (run, host) if isinstance(run, str) and valid_run_id(run) and isinstance(host, str) else ("", "")
+        return (
+            (run, host)
+            if isinstance(run, str) and valid_run_id(run) and isinstance(host, str)
+            else ("", "")
+        )
 
     def is_damaged(self, run: str, host: str) -> bool:
         """Whether there was a record of this job, which can't be read any more."""
         known = self.job_file(run, host).exists() or log_size(self.log_file(run, host)) > 0
         return known and self.load_job(run, host) is None
 
-    def prune(self, keep: KeepRule, still_needed: Callable[[], Container[str]], now: float) -> list[str]:
-        """Delete runs beyond `keep`, except those needed, those not over, and each host's last success of a kind."""
+    def prune(
+        self, keep: KeepRule, still_needed: Callable[[], Container[str]], now: float
+    ) -> list[str]:
+        """Delete runs beyond `keep`, except those needed, those not over, and each host's last
+        success of a kind."""
         runs, needed = self.run_ids(), still_needed()
         oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
         excess = len(runs) - keep.runs
-        old = {run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed}
+        old = {
+            run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed
+        }
         room = keep.megabytes * 1_000_000
         for run in reversed(runs):
             with suppress(OSError):
                 room -= sum(log_size(file) for file in (self.runs / run).iterdir())
-            if room < 0 and run not in needed and run != runs[-1]:  # the newest stays however large it is
+            if (
+                room < 0 and run not in needed and run != runs[-1]
+            ):  # the newest stays however large it is
                 old.add(run)
         if not old:
             return []
@@ -2997,24 +3837,33 @@ class StateFolder:
         return sorted(old)
 
     def successes(self) -> dict[str, list[dict[str, Any]]]:
-        """The deployments that succeeded, oldest first, per machine: its label may have been another one then."""
+        """The deployments that succeeded, oldest first, per machine: its label may have been
+        another one then."""
         found: dict[str, list[dict[str, Any]]] = {}
         for row in reversed(self.rows()):
             for job in row["hosts"] if row["kind"] == Kind.DEPLOY else ():
                 if job["ok"] and job["commit"]:
-                    found.setdefault(row["machines"].get(job["host"], ""), []).append({"run": row["run"], **job})
+                    found.setdefault(row["machines"].get(job["host"], ""), []).append(
+                        {"run": row["run"], **job}
+                    )
         return found
 
     def history(self, count: int) -> list[dict[str, Any]]:
-        """The newest runs, newest first: when, who asked, for what, and how it ended on each host."""
+        """The newest runs, newest first: when, who asked, for what, and how it ended on each
+        host."""
         inside = ("stamp", "nonce", "machines", "over")
-        return [{key: value for key, value in row.items() if key not in inside} for row in self.rows(count)]
+        return [
+            {key: value for key, value in row.items() if key not in inside}
+            for row in self.rows(count)
+        ]
 
     def rows(self, count: int | None = None) -> list[dict[str, Any]]:
-        """The newest runs, newest first. One that is over is a line of the index, for 10,000 folders take seconds.
+        """The newest runs, newest first. One that is over is a line of the index, for 10,000
+        folders take seconds.
 
-        The index only repeats what the folders say: a run whose folder changed since, or whose line is torn or
-        missing, is read anew, so it may be deleted at any time, and two processes may write to it.
+        The index only repeats what the folders say: a run whose folder changed since, or whose line
+        is torn or missing, is read anew, so it may be deleted at any time, and two processes may
+        write to it.
         """
         indexed = self._indexed(None if count is None else INDEX_TAIL_BYTES)
         rows: list[dict[str, Any]] = []
@@ -3026,17 +3875,28 @@ class StateFolder:
                 stamp = (self.runs / run).stat().st_mtime_ns
             except OSError:  # deleted meanwhile
                 continue
-            row = self._row_of_line(indexed[run][1]) if run in indexed and indexed[run][0] == stamp else None
+            row = (
+                self._row_of_line(indexed[run][1])
+                if run in indexed and indexed[run][0] == stamp
+                else None
+            )
             if row is None and (row := self._row_of_folder(run, stamp)) and row["over"]:
-                new.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+                new.append(
+                    json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode(
+                        "utf-8", "replace"
+                    )
+                )
             rows += [row] if row else []
         if new:
             with suppress(OSError), open(self.index, "ab") as file:
-                file.write(b"\n".join([b"", *reversed(new), b""]))  # a line end first: what is there may be torn
+                file.write(
+                    b"\n".join([b"", *reversed(new), b""])
+                )  # a line end first: what is there may be torn
         return sorted(rows, key=lambda row: (row["run"][:15], row["created"]), reverse=True)[:count]
 
     def _indexed(self, tail_bytes: int | None = None) -> dict[str, tuple[int, bytes]]:
-        """The index's lines, or its last ones, by run, each with its folder's time; the last line of a run counts."""
+        """The index's lines, or its last ones, by run, each with its folder's time; the last line
+        of a run counts."""
         found = {}
         size = log_size(self.index)
         for line in read_log(self.index, size - min(size, tail_bytes or size), size).splitlines():
@@ -3053,21 +3913,37 @@ class StateFolder:
         return row
 
     def _row_of_folder(self, run: str, stamp: int) -> dict[str, Any] | None:
-        """A run's line for the index. It is `over` where nobody, this host's agent included, still waits for anything
-        in it, and where the folder lay still for so long that the next change will show in its time."""
+        """A run's line for the index. It is `over` where nobody, this host's agent included, still
+        waits for anything in it, and where the folder lay still for so long that the next change
+        will show in its time."""
         record = self.load_run(run)
         if record is None:
             return None
         jobs = [job for job in self.load_jobs(run) if job.host in record.hosts]
         jobs.sort(key=lambda job: record.hosts.index(job.host))
         own = self.machine_id()
-        waiting = any(job.state not in FINAL or (job.machine == own and job.revision and not job.acked) for job in jobs)
-        over = len(jobs) == len(record.hosts) and not waiting and time.time_ns() - stamp > INDEX_AFTER_S * 1e9
+        waiting = any(
+            job.state not in FINAL or (job.machine == own and job.revision and not job.acked)
+            for job in jobs
+        )
+        over = (
+            len(jobs) == len(record.hosts)
+            and not waiting
+            and time.time_ns() - stamp > INDEX_AFTER_S * 1e9
+        )
         return {
-            "run": run, "stamp": stamp, "over": over, "nonce": record.nonce, "created": record.created,
-            "by": record.by, "kind": record.kind, "target": record.target, "branch": record.branch,
-            "machines": record.machines, "hosts": [job_summary(job) for job in jobs],
-        }  # fmt: skip
+            "run": run,
+            "stamp": stamp,
+            "over": over,
+            "nonce": record.nonce,
+            "created": record.created,
+            "by": record.by,
+            "kind": record.kind,
+            "target": record.target,
+            "branch": record.branch,
+            "machines": record.machines,
+            "hosts": [job_summary(job) for job in jobs],
+        }
 
     @staticmethod
     def _load(path: Path, cls: type[Any]) -> Any:
@@ -3086,17 +3962,24 @@ SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of system
 
 
 def default_state_folder(environ: Mapping[str, str]) -> Path:
-    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the user's own folder.
+    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the
+    user's own folder.
 
-    The system service's folder where that is this user's: a `deploy` by hand shares the job's lock with the daemon.
+    The system service's folder where that is this user's: a `deploy` by hand shares the job's lock
+    with the daemon.
     """
-    if path := environ.get("ESTELLE_STATE") or environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]:
+    if (
+        path := environ.get("ESTELLE_STATE")
+        or environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]
+    ):
         return Path(path).absolute()
     with suppress(OSError):
         if os.name != "nt" and SYSTEM_STATE.stat().st_uid == os.getuid():
             return SYSTEM_STATE
     if os.name == "nt":
-        return Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
+        return (
+            Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
+        )
     return Path.home() / ".local/state/estelle-updater"
 
 
@@ -3104,9 +3987,14 @@ CONFIG_NAMES = ("updater.json", "updater.toml")
 
 
 def find_config(start: Path) -> Path:
-    """The committed configuration, by walking up from `start`. Raises ConfigError where there is none, or two."""
+    """The committed configuration, by walking up from `start`. Raises ConfigError where there is
+    none, or two."""
     for folder in (start, *start.parents):
-        found = [folder / "config" / name for name in CONFIG_NAMES if (folder / "config" / name).is_file()]
+        found = [
+            folder / "config" / name
+            for name in CONFIG_NAMES
+            if (folder / "config" / name).is_file()
+        ]
         if len(found) == 2:
             raise ConfigError(f"both {found[0]} and {found[1]} exist", "keep one of them")
         if found:
@@ -3122,14 +4010,18 @@ def load_config(path: Path) -> Config:
     try:
         data = path.read_bytes()
     except OSError as problem:
-        raise ConfigError(f"can't read {path}: {problem.strerror}", "name the file with --config FILE") from problem
+        raise ConfigError(
+            f"can't read {path}: {problem.strerror}", "name the file with --config FILE"
+        ) from problem
     return parse_config(data, str(path), "toml" if path.suffix == ".toml" else "json")
 
 
 def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | None]:
-    """The configuration, or, where it is missing or invalid, the last one that was valid here, and the problem.
+    """The configuration, or, where it is missing or invalid, the last one that was valid here, and
+    the problem.
 
-    A commit without a valid configuration must not keep the next commit from being deployed. Raises ConfigError.
+    A commit without a valid configuration must not keep the next commit from being deployed. Raises
+    ConfigError.
     """
     keep = state.last_config.with_suffix(path.suffix)
     try:
@@ -3147,8 +4039,8 @@ def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | N
 
 
 class ConfigFile:
-    """The configuration as a daemon uses it: read again once it changed and then lay still for a second; a file that is
-    missing or invalid keeps the old settings, and `problem` says so."""
+    """The configuration as a daemon uses it: read again once it changed and then lay still for a
+    second; a file that is missing or invalid keeps the old settings, and `problem` says so."""
 
     def __init__(self, path: Path, state: StateFolder) -> None:
         self.path, self.state = path, state
@@ -3160,7 +4052,12 @@ class ConfigFile:
             stat = self.path.stat()
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns  # the last: it may have become readable
+        return (
+            stat.st_mtime_ns,
+            stat.st_size,
+            stat.st_ino,
+            stat.st_ctime_ns,
+        )  # the last: it may have become readable
 
     def token(self) -> bytes | None:
         return load_token(self.config, work_tree(self.path))
@@ -3175,7 +4072,9 @@ class ConfigFile:
         before = self.config
         try:
             self.config, self.problem = load_config_or_last(self.path, self.state)
-        except ConfigError as wrong:  # and there is none that was valid, on disk: what is in force stays
+        except (
+            ConfigError
+        ) as wrong:  # and there is none that was valid, on disk: what is in force stays
             self.problem = wrong.what
         return self.config != before
 
@@ -3189,7 +4088,8 @@ def work_tree(config_path: Path) -> Path:
 
 
 def load_token(config: Config, tree: Path) -> bytes | None:
-    """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises ConfigError, without it."""
+    """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises
+    ConfigError, without it."""
     text, source = os.environ.get("ESTELLE_TOKEN", ""), "ESTELLE_TOKEN"
     if not text and config.token_file:
         source = f"tokenFile {tree / Path(config.token_file).expanduser()}"
@@ -3202,14 +4102,17 @@ def load_token(config: Config, tree: Path) -> bytes | None:
         return None
     token = text.strip().encode()
     if len(token) < TOKEN_BYTES:
-        raise ConfigError(f"the token in {source} has fewer than {TOKEN_BYTES} bytes", "openssl rand -hex 32")
+        raise ConfigError(
+            f"the token in {source} has fewer than {TOKEN_BYTES} bytes", "openssl rand -hex 32"
+        )
     return token
 
 
 @functools.cache
 def tls_socket_class() -> type[ssl.SSLSocket]:
-    """A TLS socket that one thread may read while another writes, as websockets' threads do: OpenSSL, which CPython
-    calls without a lock of its own, then sends garbage, or waits for an answer to what it has not sent."""
+    """A TLS socket that one thread may read while another writes, as websockets' threads do:
+    OpenSSL, which CPython calls without a lock of its own, then sends garbage, or waits for an
+    answer to what it has not sent."""
 
     class TlsSocket(ssl.SSLSocket):
         def do_handshake(self, block: bool = False) -> None:
@@ -3224,8 +4127,11 @@ def tls_socket_class() -> type[ssl.SSLSocket]:
                 super().settimeout(value)
 
         def _take_turns(self, action: Callable[[], Any]) -> Any:
-            """Do what does not wait under the lock, and wait without it, looking up for who closes the socket."""
-            until = time.monotonic() + (float("inf") if self._patience_s is None else self._patience_s)
+            """Do what does not wait under the lock, and wait without it, looking up for who closes
+            the socket."""
+            until = time.monotonic() + (
+                float("inf") if self._patience_s is None else self._patience_s
+            )
             while True:
                 reads, writes = list[TlsSocket](), list[TlsSocket]()
                 with self._turn:
@@ -3253,15 +4159,18 @@ def tls_socket_class() -> type[ssl.SSLSocket]:
 
 
 def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
-    """How to connect to a wss:// master: trust [tls] ca or else the system's roots, and expect masterUrl's name, also
-    where `url` is the listener on the master's own host. Raises ConfigError."""
+    """How to connect to a wss:// master: trust [tls] ca or else the system's roots, and expect
+    masterUrl's name, also where `url` is the listener on the master's own host. Raises
+    ConfigError."""
     if not url.startswith("wss:"):
         return {}
     ca = tree / config.tls.ca if config.tls.ca else None
     try:
         context = ssl.create_default_context(cafile=ca)
     except OSError as problem:
-        raise ConfigError(f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates") from None
+        raise ConfigError(
+            f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates"
+        ) from None
     return {"ssl": context, "server_hostname": config.master_url.host}
 
 
@@ -3269,12 +4178,15 @@ _VALIDITY = re.compile(rb"(?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x1
 
 
 def certificate_end(data: bytes) -> float:
-    """When the first to end of the certificates in PEM or DER bytes does so, in seconds since 1970. Raises ValueError.
+    """When the first to end of the certificates in PEM or DER bytes does so, in seconds since 1970.
+    Raises ValueError.
 
-    The standard library parses only certificates that it was shown in a handshake; a certificate's first two times
-    side by side are its validity (RFC 5280, 4.1).
+    The standard library parses only certificates that it was shown in a handshake; a certificate's
+    first two times side by side are its validity (RFC 5280, 4.1).
     """
-    blocks = re.findall("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", data.decode("latin-1"), re.DOTALL)
+    blocks = re.findall(
+        "-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", data.decode("latin-1"), re.DOTALL
+    )
     ends = []
     for one in map(ssl.PEM_cert_to_DER_cert, blocks) if blocks else (data,):
         if match := _VALIDITY.search(one):
@@ -3287,7 +4199,8 @@ def certificate_end(data: bytes) -> float:
 
 
 class Certificate:
-    """The certificate of a wss:// master, read again when its files change, so that a renewal cuts nobody off.
+    """The certificate of a wss:// master, read again when its files change, so that a renewal cuts
+    nobody off.
 
     `problem` says what will soon keep everybody out, or keeps a new certificate from being used.
     """
@@ -3300,7 +4213,9 @@ class Certificate:
         self._ends = 0.0
         self.look()
         if self.problem and not self._ends:
-            raise UsageError(self.problem, "[tls] cert and key are PEM files that the serving user can read")
+            raise UsageError(
+                self.problem, "[tls] cert and key are PEM files that the serving user can read"
+            )
 
     def look(self) -> None:
         """Called about once a second."""
@@ -3312,7 +4227,10 @@ class Certificate:
             if stamp != self._stamp:
                 self._stamp = stamp
                 trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                for context in (trial, self.context):  # a pair that does not fit must not spoil the one in use
+                for context in (
+                    trial,
+                    self.context,
+                ):  # a pair that does not fit must not spoil the one in use
                     context.load_cert_chain(cert, key, password="")  # or it would ask for one
                 self._ends, self.problem = certificate_end(cert.read_bytes()), None
             elif self._ends and (left_s := self._ends - time.time()) < EXPIRY_S:
@@ -3320,7 +4238,9 @@ class Certificate:
                 self.problem = f"the certificate {cert} {days}"
         except (OSError, ValueError) as problem:
             self._stamp = None
-            self.problem = f"can't use the certificate {cert}: {getattr(problem, 'strerror', None) or problem}"
+            self.problem = (
+                f"can't use the certificate {cert}: {getattr(problem, 'strerror', None) or problem}"
+            )
         if self.problem and self.problem != before:
             log.warning("%s", self.problem)
 
@@ -3330,12 +4250,17 @@ class Certificate:
 # ==============================================================================
 
 
-MARK = "ESTELLE_RUN"  # environment variable that every process of a step carries: it finds what a dead runner left
+# environment variable that every process of a step carries: it finds what a dead runner left
+MARK = "ESTELLE_RUN"
 RESTART_EXIT = 75  # EX_TEMPFAIL: a failure for every supervisor
 DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
-PIPE_BYTES = 1 << 20  # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
+PIPE_BYTES = (
+    1 << 20
+)  # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
 StrPath: TypeAlias = str | os.PathLike[str]
-HIDDEN: dict[str, Any] = {"creationflags": 0x08000000} if os.name == "nt" else {}  # CREATE_NO_WINDOW, for Popen
+HIDDEN: dict[str, Any] = (
+    {"creationflags": 0x08000000} if os.name == "nt" else {}
+)  # CREATE_NO_WINDOW, for Popen
 _ANY_CASE = re.IGNORECASE if os.name == "nt" else 0
 
 _PM2_KEYS = (  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's environment
@@ -3344,7 +4269,8 @@ _PM2_KEYS = (  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's
     "|name(space)?|pmx|(prev_)?restart_delay|restart_time|status|stop_exit_codes|treekill|unique_id|unstable_restarts"
     "|vizion(_running)?|watch|windowsHide"
 )
-_DAEMON_KEYS = (  # the daemon's own: its supervisor's, its interpreter's, the git hook's that started it
+# the daemon's own: its supervisor's, its interpreter's, the git hook's that started it
+_DAEMON_KEYS = (
     r"ESTELLE_.*|pm_.*|PM2_(?!HOME$).*|NODE_APP_INSTANCE|NODE_CHANNEL_.*|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*"
     r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MAINPID|(STATE|CREDENTIALS)_DIRECTORY|GIT_(?!SSH).*|PYTHON.+"
 )
@@ -3356,12 +4282,14 @@ _NO_PROMPTS = {
     "GIT_ASKPASS": "",  # empty: neither core.askPass nor SSH_ASKPASS is started
     "SSH_ASKPASS": "",
     "SSH_ASKPASS_REQUIRE": "never",
-    "GIT_HTTP_LOW_SPEED_LIMIT": "1",  # a server that accepts and stays silent would hold git for ever
+    # a server that accepts and stays silent would hold git for ever
+    "GIT_HTTP_LOW_SPEED_LIMIT": "1",
     "GIT_HTTP_LOW_SPEED_TIME": "60",
 }
-# This variable hides core.sshCommand (often a deploy key), so it reads that itself; ssh takes the first value of an
-# option. A shell function, because git appends the arguments, and they must stay untouched while the configured
-# command is evaluated. A connection that died would hold git until the step's deadline.
+# This variable hides core.sshCommand (often a deploy key), so it reads that itself; ssh takes the
+# first value of an option. A shell function, because git appends the arguments, and they must stay
+# untouched while the configured command is evaluated. A connection that died would hold git until
+# the step's deadline.
 _SSH_COMMAND = (
     'f() { eval "$(git config core.sshCommand || echo ssh) -o BatchMode=yes -o ConnectTimeout=15'
     ' -o ServerAliveInterval=15 -o ServerAliveCountMax=4 \\"\\$@\\""; }; f'
@@ -3369,11 +4297,15 @@ _SSH_COMMAND = (
 
 
 def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment that steps start from: `env` without what belongs to the daemon, with all prompts off.
+    """The environment that steps start from: `env` without what belongs to the daemon, with all
+    prompts off.
 
-    The host's own `env` goes on top. A GIT_SSH or GIT_SSH_COMMAND in `env` stays: somebody configured it.
+    The host's own `env` goes on top. A GIT_SSH or GIT_SSH_COMMAND in `env` stays: somebody
+    configured it.
     """
-    dropped = _DAEMON_KEYS + (f"|{_PM2_KEYS}" if "pm_id" in env or "PM_ID" in env else "")  # Windows says PM_ID
+    dropped = _DAEMON_KEYS + (
+        f"|{_PM2_KEYS}" if "pm_id" in env or "PM_ID" in env else ""
+    )  # Windows says PM_ID
     kept = {key: value for key, value in env.items() if not re.fullmatch(dropped, key, _ANY_CASE)}
     if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
         kept |= {"GIT_SSH_COMMAND": _SSH_COMMAND, "GIT_SSH_VARIANT": "ssh"}
@@ -3381,10 +4313,12 @@ def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> list[str]:
-    """The words that start the program `name` as found in `path_env`; a name with a folder is looked up below `cwd`.
+    """The words that start the program `name` as found in `path_env`; a name with a folder is
+    looked up below `cwd`.
 
-    Without `cwd` that one is left to `spawn_step`. On Windows .com .exe .bat .cmd are tried, the kinds that can be
-    started, and never the current folder: a repository must not bring its own git. Raises UpdaterError.
+    Without `cwd` that one is left to `spawn_step`. On Windows .com .exe .bat .cmd are tried, the
+    kinds that can be started, and never the current folder: a repository must not bring its own
+    git. Raises UpdaterError.
     """
     has_folder = bool(os.path.dirname(name))
     if has_folder and cwd is None:
@@ -3392,7 +4326,11 @@ def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> lis
     suffixes: tuple[str, ...] = ("",)
     if os.name == "nt" and not name.lower().endswith(kinds := (".com", ".exe", ".bat", ".cmd")):
         suffixes = (*kinds, "") if has_folder else kinds
-    folders = [cwd or ""] if has_folder else [part.strip('"') for part in path_env.split(os.pathsep) if part]
+    folders = (
+        [cwd or ""]
+        if has_folder
+        else [part.strip('"') for part in path_env.split(os.pathsep) if part]
+    )
     for path in (os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes):
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return [os.path.abspath(path)]
@@ -3401,9 +4339,11 @@ def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> lis
 
 
 def render_cmd_line(argv: Sequence[str], shell: str) -> str:
-    """The command line by which cmd.exe (`shell`) runs the .cmd file `argv[0]` with exactly these arguments.
+    """The command line by which cmd.exe (`shell`) runs the .cmd file `argv[0]` with exactly these
+    arguments.
 
-    Raises UpdaterError for what cmd.exe interprets even in quotes, or could once the shim passes it on as `%*`.
+    Raises UpdaterError for what cmd.exe interprets even in quotes, or could once the shim passes it
+    on as `%*`.
     """
     for bad in (word for word in argv[1:] if re.search(r'["%!^&|<>\r\n\0]|\\$', word)):
         hint = 'a .cmd program takes no " % ! ^ & | < >, no line break and no \\ at the end'
@@ -3414,7 +4354,8 @@ def render_cmd_line(argv: Sequence[str], shell: str) -> str:
 
 
 class _Process(NamedTuple):
-    """One process of Linux' table; `start` in clock ticks since boot, `alive` is False for a zombie."""
+    """One process of Linux' table; `start` in clock ticks since boot, `alive` is False for a
+    zombie."""
 
     parent: int
     start: int
@@ -3426,7 +4367,8 @@ _boot_id = functools.cache(Path("/proc/sys/kernel/random/boot_id").read_text)
 
 
 def _pipe_name(pid: int | str, number: int) -> str | None:
-    """What a process has as descriptor `number`, in words that no later boot uses again; None where nobody can tell."""
+    """What a process has as descriptor `number`, in words that no later boot uses again; None where
+    nobody can tell."""
     try:
         return f"{os.readlink(f'/proc/{pid}/fd/{number}')} {_boot_id().strip()}"
     except OSError:
@@ -3443,18 +4385,26 @@ def _read_process(pid: int) -> _Process | None:
     if not stat:
         return None
     state, parent, _, *more = stat[stat.rindex(b")") + 2 :].split()
-    alive = state not in (b"Z", b"X") or int(more[14]) > 1  # a zombie with threads: only its first one ended
+    alive = (
+        state not in (b"Z", b"X") or int(more[14]) > 1
+    )  # a zombie with threads: only its first one ended
     found = re.search(rb"(?:\A|\0)" + MARK.encode() + rb"=([^\0]*)", environ)
     return _Process(int(parent), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
 
 
 def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = None) -> set[int]:
-    """The living processes of the step `mark`: those that carry it or write to its `pipe`, and all their children.
+    """The living processes of the step `mark`: those that carry it or write to its `pipe`, and all
+    their children.
 
-    With a `root` also its descendants, started at tick `since` or later: a service of an earlier step is not ours.
-    What carries another mark belongs to another step. Never this process or its ancestors.
+    With a `root` also its descendants, started at tick `since` or later: a service of an earlier
+    step is not ours. What carries another mark belongs to another step. Never this process or its
+    ancestors.
     """
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if sys.platform == "linux" else []
+    pids = (
+        [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        if sys.platform == "linux"
+        else []
+    )
     table = {pid: process for pid in pids if (process := _read_process(pid))}
     children: dict[int, list[int]] = {}
     for pid, process in table.items():
@@ -3463,12 +4413,19 @@ def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = N
     while ancestor in table:
         spared.add(ancestor)
         ancestor = table[ancestor].parent
-    seeds = [pid for pid, process in table.items() if process.mark == mark or process.parent == root]
+    seeds = [
+        pid for pid, process in table.items() if process.mark == mark or process.parent == root
+    ]
     if pipe:  # `env -i` sheds the mark, not the output
         seeds += [pid for pid in table if pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2))]
     while seeds:
         pid = seeds.pop()
-        if pid in family or pid in spared or table[pid].start < since or table[pid].mark not in (None, mark):
+        if (
+            pid in family
+            or pid in spared
+            or table[pid].start < since
+            or table[pid].mark not in (None, mark)
+        ):
             continue
         family.add(pid)
         seeds += children.get(pid, [])
@@ -3476,9 +4433,14 @@ def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = N
 
 
 def _kill_family(mark: str, deadline_s: float, **where: Any) -> tuple[int, set[int], bool]:
-    """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, those that live on as they are
-    another user's, and whether none is left."""
-    killed, refused, deadline, pause_s = set[int](), set[int](), time.monotonic() + deadline_s, 0.002
+    """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, those that
+    live on as they are another user's, and whether none is left."""
+    killed, refused, deadline, pause_s = (
+        set[int](),
+        set[int](),
+        time.monotonic() + deadline_s,
+        0.002,
+    )
     while (victims := _find_family(mark, **where) - refused) and time.monotonic() < deadline:
         for pid in victims:
             with suppress(ProcessLookupError):
@@ -3493,18 +4455,24 @@ def _kill_family(mark: str, deadline_s: float, **where: Any) -> tuple[int, set[i
     return len(killed), refused, not victims and not refused
 
 
-def kill_leftovers(mark: str, pipe: str | None = None, deadline_s: float = KILL_S) -> tuple[int, set[int]]:
-    """Kill what the step `mark` of a dead runner, or who writes to its `pipe`, left running: how many, and those that
-    are another user's. Nothing is left on Windows: the runner's Job Object took it along."""
+def kill_leftovers(
+    mark: str, pipe: str | None = None, deadline_s: float = KILL_S
+) -> tuple[int, set[int]]:
+    """Kill what the step `mark` of a dead runner, or who writes to its `pipe`, left running: how
+    many, and those that are another user's. Nothing is left on Windows: the runner's Job Object
+    took it along."""
     return _kill_family(mark, deadline_s, pipe=pipe)[:2]
 
 
 def _name_of(pid: int) -> str:
-    """What a process is called; the kernel keeps 15 characters of that, its first words may have the rest."""
+    """What a process is called; the kernel keeps 15 characters of that, its first words may have
+    the rest."""
     with suppress(OSError):
         short = Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").rstrip("\n")
         words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")[:2]
-        return next((name for name in map(os.path.basename, words) if name.startswith(short)), short)
+        return next(
+            (name for name in map(os.path.basename, words) if name.startswith(short)), short
+        )
     return "?"
 
 
@@ -3522,7 +4490,8 @@ def say_running(family: set[int]) -> str:
 
 
 def runs_below(name: str, folders: Iterable[Path]) -> bool:
-    """Whether a program called `name` runs with its working directory in one of `folders`; only Linux can tell."""
+    """Whether a program called `name` runs with its working directory in one of `folders`; only
+    Linux can tell."""
     places = [folder.resolve() for folder in folders]
     for pid in os.listdir("/proc") if sys.platform == "linux" else ():
         with suppress(OSError, ValueError):
@@ -3537,9 +4506,11 @@ def runs_below(name: str, folders: Iterable[Path]) -> bool:
 
 
 def adopt_orphans() -> bool:
-    """Make this process the parent of all orphans below it, so that a double fork can't leave its tree; Linux only.
+    """Make this process the parent of all orphans below it, so that a double fork can't leave its
+    tree; Linux only.
 
-    For a runner, never for the daemon: a runner that detaches would become the daemon's child again.
+    For a runner, never for the daemon: a runner that detaches would become the daemon's child
+    again.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -3548,9 +4519,12 @@ def adopt_orphans() -> bool:
 
 
 def bury_orphans(own: int) -> None:
-    """Reap the adopted children that ended, up to the child `own`, which somebody else waits for; Linux only."""
+    """Reap the adopted children that ended, up to the child `own`, which somebody else waits for;
+    Linux only."""
     with suppress(ChildProcessError):
-        while sys.platform == "linux" and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+        while sys.platform == "linux" and (
+            ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        ):
             if ended.si_pid == own:
                 break
             os.waitpid(ended.si_pid, 0)
@@ -3559,7 +4533,8 @@ def bury_orphans(own: int) -> None:
 if sys.platform == "win32":
 
     class _Job:
-        """A Windows Job Object: whatever its processes start is in it too, and all end when its handle is closed."""
+        """A Windows Job Object: whatever its processes start is in it too, and all end when its
+        handle is closed."""
 
         def __init__(self, process: subprocess.Popen[bytes]) -> None:
             """Take a process that was started suspended, and let it run."""
@@ -3574,15 +4549,20 @@ if sys.platform == "win32":
             ctypes.WinDLL("ntdll").NtResumeProcess(handle)
 
         def _set_limits(self, flags: int) -> bool:
-            limits = struct.pack("qqIPPIPII6Q4P", 0, 0, flags, *[0] * 16)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
+            limits = struct.pack(
+                "qqIPPIPII6Q4P", 0, 0, flags, *[0] * 16
+            )  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
             return bool(self._api.SetInformationJobObject(self._job, 9, limits, len(limits)))
 
         def terminate(self, deadline_s: float) -> bool:
-            """End every process of the job, as a shell would report SIGKILL; whether none is left."""
+            """End every process of the job, as a shell would report SIGKILL; whether none is
+            left."""
             counts = (ctypes.c_uint32 * 12)()  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION
             deadline = time.monotonic() + deadline_s
             self._api.TerminateJobObject(self._job, 128 + 9)
-            while self._api.QueryInformationJobObject(self._job, 1, counts, 48, None) and counts[10]:
+            while (
+                self._api.QueryInformationJobObject(self._job, 1, counts, 48, None) and counts[10]
+            ):
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(0.005)
@@ -3597,7 +4577,8 @@ if sys.platform == "win32":
 
 
 class Spawned:
-    """A running command. One thread loops over `read` until it answers b"", then asks `wait` for the exit code.
+    """A running command. One thread loops over `read` until it answers b"", then asks `wait` for
+    the exit code.
 
     Every other method may come from any thread.
     """
@@ -3613,7 +4594,8 @@ class Spawned:
         self._ended = self._over = False
         self.refused = set[int]()  # what `kill_tree` may not kill
         self._open()
-        # Popen.wait with a timeout polls; a thread that only waits costs nothing and answers at once
+        # Popen.wait with a timeout polls; a thread that only waits costs nothing and answers at
+        # once
         threading.Thread(target=self._await_exit, daemon=True).start()
 
     def _await_exit(self) -> None:
@@ -3627,10 +4609,12 @@ class Spawned:
         return code if code >= 0 else 128 - code
 
     def read(self, max_bytes: int = CHUNK_BYTES, timeout_s: float | None = None) -> bytes | None:
-        """What the command wrote, as soon as there is any; None if nothing came for `timeout_s`; b"" when it is over.
+        """What the command wrote, as soon as there is any; None if nothing came for `timeout_s`;
+        b"" when it is over.
 
-        Over: it has exited, and its output has ended or is held open by something else (a service it started) for
-        DRAIN_S. Whatever the command itself wrote comes first: that is never more than its pipe holds.
+        Over: it has exited, and its output has ended or is held open by something else (a service
+        it started) for DRAIN_S. Whatever the command itself wrote comes first: that is never more
+        than its pipe holds.
         """
         until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while not self._over:
@@ -3638,7 +4622,9 @@ class Spawned:
             if exited := self._exited.is_set():
                 self._drain_until = min(self._drain_until, now + DRAIN_S)
             data = None
-            patience_s = max(0.0, min(until, self._drain_until, now + 0.2) - now)  # the exit may come silently
+            patience_s = max(
+                0.0, min(until, self._drain_until, now + 0.2) - now
+            )  # the exit may come silently
             if not self._ended:
                 data = self._next_bytes(max_bytes, patience_s)
             elif not exited:
@@ -3648,7 +4634,9 @@ class Spawned:
                 self._over = now >= self._drain_until and self._drained_bytes > 2 * PIPE_BYTES
                 return data
             self._ended = self._ended or data == b""
-            self._over = self._over or now >= self._drain_until or (self._ended and self._exited.is_set())
+            self._over = (
+                self._over or now >= self._drain_until or (self._ended and self._exited.is_set())
+            )
             if now >= until and not self._over:
                 return None
         return b""
@@ -3670,7 +4658,9 @@ class Spawned:
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
             with suppress(queue.Empty):
-                data = self._rest or self._chunks.get(timeout=max(patience_s, 0.05))  # the pump needs its turn
+                data = self._rest or self._chunks.get(
+                    timeout=max(patience_s, 0.05)
+                )  # the pump needs its turn
                 self._rest = data[max_bytes:]
                 return data[:max_bytes]
             return None
@@ -3680,11 +4670,13 @@ class Spawned:
             return set()
 
         def interrupt(self) -> bool:
-            """Nothing, False: no signal reaches a process that has no console in common with us. Kill it."""
+            """Nothing, False: no signal reaches a process that has no console in common with us.
+            Kill it."""
             return False
 
         def kill_tree(self, deadline_s: float = KILL_S) -> bool:
-            """End the command and everything it started; whether nothing is left after at most `deadline_s`."""
+            """End the command and everything it started; whether nothing is left after at most
+            `deadline_s`."""
             return self._job.terminate(deadline_s) and self._exited.wait(deadline_s)
 
         def close_pipe(self) -> None:
@@ -3717,11 +4709,13 @@ class Spawned:
             return False
 
         def family(self) -> set[int]:
-            """The living processes of the command, wherever they moved; as `kill_tree` finds them."""
+            """The living processes of the command, wherever they moved; as `kill_tree` finds
+            them."""
             return _find_family(self._mark, os.getpid(), self._start)
 
         def interrupt(self) -> bool:
-            """Send SIGTERM to the command's process group (pnpm passes it on) and what left it; whether it was sent."""
+            """Send SIGTERM to the command's process group (pnpm passes it on) and what left it;
+            whether it was sent."""
             family = self.family()
             sent = self._signal_group(15)
             for pid in family if sent else ():
@@ -3731,13 +4725,17 @@ class Spawned:
             return sent
 
         def kill_tree(self, deadline_s: float = KILL_S) -> bool:
-            """Kill the command and everything it started; whether nothing is left after at most `deadline_s`.
+            """Kill the command and everything it started; whether nothing is left after at most
+            `deadline_s`.
 
-            However far it moved away: on Linux after `adopt_orphans`, else it is the process group alone. For a
-            runner with one step at a time, as a younger child without a mark counts as the step's.
+            However far it moved away: on Linux after `adopt_orphans`, else it is the process group
+            alone. For a runner with one step at a time, as a younger child without a mark counts as
+            the step's.
             """
             self._signal_group(9)
-            _, self.refused, gone = _kill_family(self._mark, deadline_s, root=os.getpid(), since=self._start)
+            _, self.refused, gone = _kill_family(
+                self._mark, deadline_s, root=os.getpid(), since=self._start
+            )
             return gone and self._exited.wait(1.0)
 
         def close_pipe(self) -> None:
@@ -3748,27 +4746,40 @@ class Spawned:
 
 
 def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mark: str) -> Spawned:
-    """Start one command that can't ask anything: no input, no terminal, both outputs on one pipe, a tree of its own.
+    """Start one command that can't ask anything: no input, no terminal, both outputs on one pipe, a
+    tree of its own.
 
-    `argv[0]` as `resolve_program` gave it. `mark` names the step; each should have its own, or what an earlier step
-    left running on purpose is taken for a leftover of this one. Raises UpdaterError if it can't be started.
+    `argv[0]` as `resolve_program` gave it. `mark` names the step; each should have its own, or what
+    an earlier step left running on purpose is taken for a leftover of this one. Raises UpdaterError
+    if it can't be started.
     """
     program = resolve_program(argv[0], "", cwd)[0] if os.path.dirname(argv[0]) else argv[0]
     command: str | list[str] = [program, *argv[1:]]
     flags = 0
     if sys.platform == "win32":
-        flags = subprocess.CREATE_NO_WINDOW | 0x4  # CREATE_SUSPENDED: it starts nothing before it is in its job
+        flags = (
+            subprocess.CREATE_NO_WINDOW | 0x4
+        )  # CREATE_SUSPENDED: it starts nothing before it is in its job
         if program.lower().endswith((".cmd", ".bat")):
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
     try:
         for words in (command, ["/bin/sh", *command]):
             try:
                 popen = subprocess.Popen(
-                    words, cwd=cwd, env={**env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, creationflags=flags,
-                )  # fmt: skip
+                    words,
+                    cwd=cwd,
+                    env={**env, MARK: mark},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    bufsize=0,
+                    start_new_session=True,
+                    creationflags=flags,
+                )
                 break
-            except OSError as problem:  # text without `#!`: pnpm's shim, say; every shell gives it to sh
+            except (
+                OSError
+            ) as problem:  # text without `#!`: pnpm's shim, say; every shell gives it to sh
                 again = problem.errno == errno.ENOEXEC and words is command and os.name != "nt"
                 if not again or b"\0" in read_log(Path(program), 0, 80):
                     raise
@@ -3780,11 +4791,14 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         return Spawned(popen, mark)
     except (OSError, ValueError) as problem:
         culprit = getattr(problem, "filename", None) or argv[0]
-        raise UpdaterError(f"{culprit}: {getattr(problem, 'strerror', None) or problem}") from problem
+        raise UpdaterError(
+            f"{culprit}: {getattr(problem, 'strerror', None) or problem}"
+        ) from problem
 
 
 def _end_question(child: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill a question and what it started. Its pipes are not waited for: what can't be killed may hold them."""
+    """Kill a question and what it started. Its pipes are not waited for: what can't be killed may
+    hold them."""
     with suppress(OSError):
         child.kill() if sys.platform == "win32" else os.killpg(child.pid, 9)
     kill_leftovers(mark)
@@ -3799,21 +4813,30 @@ def ask_git(
     repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S, mark: str = "",
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[int, bytes, bytes]:  # fmt: skip
-    """A question to git: its exit code, output and errors. Raises UpdaterError where there is nobody to ask.
+    """A question to git: its exit code, output and errors. Raises UpdaterError where there is
+    nobody to ask.
 
-    git may run hooks and filters, so it may hang: then, and once `stop` says so, all of it is killed (by `mark`).
+    git may run hooks and filters, so it may hang: then, and once `stop` says so, all of it is
+    killed (by `mark`).
     """
     mark, ends = mark or f"question/{os.urandom(4).hex()}", time.monotonic() + timeout_s
     try:
         child = subprocess.Popen(
-            [*resolve_program("git", env.get("PATH", "")), *args], cwd=repo, stdin=subprocess.DEVNULL,
-            env={**env, "LANGUAGE": "en", MARK: mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True, **HIDDEN,
-        )  # fmt: skip
+            [*resolve_program("git", env.get("PATH", "")), *args],
+            cwd=repo,
+            stdin=subprocess.DEVNULL,
+            env={**env, "LANGUAGE": "en", MARK: mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            **HIDDEN,
+        )
     except NotADirectoryError as problem:
         raise UsageError(f"{repo} is no folder", "set repo in [hosts]") from problem
     except FileNotFoundError as problem:
-        raise UsageError(f"there is no folder {repo}", "clone the repository there, or set repo") from problem
+        raise UsageError(
+            f"there is no folder {repo}", "clone the repository there, or set repo"
+        ) from problem
     try:
         while (left_s := ends - time.monotonic()) > 0 and not stop():
             with suppress(subprocess.TimeoutExpired):
@@ -3827,34 +4850,44 @@ def ask_git(
             _end_question(child, mark)
     if b"dubious ownership" in err:
         raise UsageError(
-            f"git refuses {repo}: it belongs to another user", f"git config --global --add safe.directory {repo}"
+            f"git refuses {repo}: it belongs to another user",
+            f"git config --global --add safe.directory {repo}",
         )
     return child.returncode, out, err
 
 
 def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> bytes:
-    """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to ask."""
+    """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to
+    ask."""
     code, out, _ = ask_git(repo, env, *args, **how)
     return out if code == 0 else b""
 
 
-def spawn_runner(argv: Sequence[str], env: Mapping[str, str], log_path: StrPath) -> subprocess.Popen[bytes]:
+def spawn_runner(
+    argv: Sequence[str], env: Mapping[str, str], log_path: StrPath
+) -> subprocess.Popen[bytes]:
     """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
 
     It holds no descriptor or handle of the daemon; its standard error is appended to `log_path`.
     """
     env = {key: value for key, value in env.items() if key not in (MARK, DETACHED)}
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    log = os.open(
+        log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600
+    )
     with open(log, "ab") as err:
         null = subprocess.DEVNULL
-        return subprocess.Popen(argv, env=env, stdin=null, stdout=null, stderr=err, start_new_session=True, **HIDDEN)
+        return subprocess.Popen(
+            argv, env=env, stdin=null, stdout=null, stderr=err, start_new_session=True, **HIDDEN
+        )
 
 
 def detach_self(argv: Sequence[str] = ()) -> None:
-    """The runner's first act, before any thread, lock or file: leave the daemon's tree, which PM2 kills by parent ids.
+    """The runner's first act, before any thread, lock or file: leave the daemon's tree, which PM2
+    kills by parent ids.
 
-    Only the process that left returns; on Linux it adopts orphans. Windows can't fork: there `argv` (this very command
-    by default) is started once more, outside the daemon's Job Object if that lets it go.
+    Only the process that left returns; on Linux it adopts orphans. Windows can't fork: there `argv`
+    (this very command by default) is started once more, outside the daemon's Job Object if that
+    lets it go.
     """
     if sys.platform != "win32":
         if os.fork():
@@ -3862,8 +4895,14 @@ def detach_self(argv: Sequence[str] = ()) -> None:
         os.setsid()
         adopt_orphans()
     elif not os.environ.pop(DETACHED, ""):
-        command, env = list(argv) or [sys.executable, *sys.orig_argv[1:]], {**os.environ, DETACHED: "1"}
-        alone, null = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP, subprocess.DEVNULL
+        command, env = (
+            list(argv) or [sys.executable, *sys.orig_argv[1:]],
+            {**os.environ, DETACHED: "1"},
+        )
+        alone, null = (
+            subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP,
+            subprocess.DEVNULL,
+        )
         for flags in (alone | subprocess.CREATE_BREAKAWAY_FROM_JOB, alone):
             with suppress(PermissionError):  # the daemon's Job Object does not let it go
                 subprocess.Popen(command, env=env, stdin=null, stdout=null, creationflags=flags)
@@ -3872,7 +4911,8 @@ def detach_self(argv: Sequence[str] = ()) -> None:
 
 
 def restart_self() -> int:
-    """Start this command anew, from its file as it is now: the same process, which its supervisor does not miss.
+    """Start this command anew, from its file as it is now: the same process, which its supervisor
+    does not miss.
 
     Windows has no such thing: there the exit code is returned after which PM2 starts it again.
     """
@@ -3884,17 +4924,24 @@ def restart_self() -> int:
 
 def is_supervised() -> bool:
     """Whether PM2 or systemd started this very process, and will start it again."""
-    return "pm_id" in os.environ or "PM_ID" in os.environ or os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+    return (
+        "pm_id" in os.environ
+        or "PM_ID" in os.environ
+        or os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+    )
 
 
 def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
-    """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM, SIGHUP, SIGBREAK."""
+    """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM,
+    SIGHUP, SIGBREAK."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
         if sys.platform != "win32":
             loop.add_signal_handler(number, callback, number.name)
         else:
-            signal.signal(number, lambda n, _: loop.call_soon_threadsafe(callback, signal.Signals(n).name))
+            signal.signal(
+                number, lambda n, _: loop.call_soon_threadsafe(callback, signal.Signals(n).name)
+            )
 
 
 # ==============================================================================
@@ -3905,7 +4952,9 @@ def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], N
 class StepFailed(Exception):
     """A job ended before its last step."""
 
-    def __init__(self, state: State, step: str, exit_code: int | None = None, error: str | None = None) -> None:
+    def __init__(
+        self, state: State, step: str, exit_code: int | None = None, error: str | None = None
+    ) -> None:
         super().__init__(error or f"{step}: {state}")
         self.state, self.step, self.exit_code, self.error = state, step, exit_code, error or None
 
@@ -3927,11 +4976,14 @@ class Poke:
             self._port = port if type(port) is int and 0 < port < 65536 else 0
         if self._port:
             with suppress(OSError):
-                self._socket.sendto(b"!", ("127.0.0.1", self._port))  # asyncio drops an empty one on Windows
+                self._socket.sendto(
+                    b"!", ("127.0.0.1", self._port)
+                )  # asyncio drops an empty one on Windows
 
 
 class LogWriter:
-    """The one writer of a job's log. A full disk loses bytes, and says how many, but never stops the job."""
+    """The one writer of a job's log. A full disk loses bytes, and says how many, but never stops
+    the job."""
 
     def __init__(self, path: Path, poke: Callable[[], None]) -> None:
         self._fd = os.open(path, LOG_FLAGS, 0o600)
@@ -3942,7 +4994,8 @@ class LogWriter:
         self.size = os.fstat(self._fd).st_size
 
     def write(self, data: bytes) -> bool:
-        """Append; whether everything until now is in the log, or the note that says how much is not."""
+        """Append; whether everything until now is in the log, or the note that says how much is
+        not."""
         with self._lock:
             if self._dropped:
                 note = b"\n[... %d bytes not recorded]\n" % self._dropped
@@ -3966,7 +5019,8 @@ class LogWriter:
         return done
 
     def line(self, text: str) -> list[int]:
-        """A line of our own, never glued to a program's unfinished one; returns its offset and length."""
+        """A line of our own, never glued to a program's unfinished one; returns its offset and
+        length."""
         line = text.encode(errors="replace") + b"\n"
         self.write(b"\n" + line if self._line_open else line)
         return [self.size - len(line), len(line)]
@@ -3977,16 +5031,27 @@ class LogWriter:
 
 
 def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
-    """Start the process that does a job: it takes the job's lock itself. What is returned only stands at its cradle."""
+    """Start the process that does a job: it takes the job's lock itself. What is returned only
+    stands at its cradle."""
     if log_size(state.runner_log) > RUNNER_LOG_BYTES:  # crashes of years must not fill a disk
         with suppress(OSError):
             os.replace(state.runner_log, state.runner_log.with_suffix(".old"))
-    argv = [*program_argv(), "run-job", "--state", str(state.root), "--config", str(config_path), job.run, job.host]
+    argv = [
+        *program_argv(),
+        "run-job",
+        "--state",
+        str(state.root),
+        "--config",
+        str(config_path),
+        job.run,
+        job.host,
+    ]
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
 
 def ask_to_stop(state: StateFolder, run: str, host: str, by: str) -> None:
-    """Tell a job's runner to stop, and who wants that, in a file that stays until it does. May raise OSError."""
+    """Tell a job's runner to stop, and who wants that, in a file that stays until it does. May
+    raise OSError."""
     file = state.cancel_file(run, host)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -3997,18 +5062,28 @@ def ask_to_stop(state: StateFolder, run: str, host: str, by: str) -> None:
 
 
 def is_half_done(state: StateFolder, job: JobRecord) -> bool:
-    """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a new runner ends."""
+    """Whether this job's runner may not just be dead: it left a switch or upgrade half way, which a
+    new runner ends."""
     return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
 
 
-def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
-    """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by `doctor`."""
+def probe_ground(
+    repo: Path, state: Path, rule: Effective, env: Mapping[str, str]
+) -> Iterator[Finding]:
+    """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by
+    `doctor`."""
     url = b""
     try:
         url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url")
-        inside = bool(url) and (repo / ".git").exists()  # else the answer may be the user's own configuration's
-        inside = inside or git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
-        wrong = UsageError(f"{repo} is no git checkout", "clone the repository there, or set repo in [hosts]")
+        inside = (
+            bool(url) and (repo / ".git").exists()
+        )  # else the answer may be the user's own configuration's
+        inside = (
+            inside or git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
+        )
+        wrong = UsageError(
+            f"{repo} is no git checkout", "clone the repository there, or set repo in [hosts]"
+        )
     except UpdaterError as problem:
         inside, wrong = False, problem  # type: ignore[assignment]
     if not inside:
@@ -4017,9 +5092,13 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
     yield Finding("checkout", True, str(repo))
     add = f"git -C {repo} remote add {rule.remote} URL"
     shown = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url.decode(errors="replace").strip())
-    yield Finding("remote", bool(shown), shown or f"there is no remote {rule.remote}", add, certain=True)
+    yield Finding(
+        "remote", bool(shown), shown or f"there is no remote {rule.remote}", add, certain=True
+    )
     try:
-        yield Finding("command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0])
+        yield Finding(
+            "command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0]
+        )
     except UpdaterError as problem:  # the pull may bring it, or another command
         yield Finding("command", False, problem.what, problem.hint)
     for place in (repo, state):
@@ -4028,7 +5107,8 @@ def probe_ground(repo: Path, state: Path, rule: Effective, env: Mapping[str, str
 
 
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
-    """For whoever finds that a job's runner is dead: nothing of its step is left running, and the job is lost."""
+    """For whoever finds that a job's runner is dead: nothing of its step is left running, and the
+    job is lost."""
     log_file, error = state.log_file(job.run, job.host), "the runner died"
     kill_leftovers(f"{job.run}/{file_label(job.host)}/questions")
     if job.open_step and (left := say_refused(kill_leftovers(job.open_step, job.pipe)[1])):
@@ -4036,7 +5116,9 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
         with suppress(OSError):
             append_log(log_file, log_size(log_file), f"\n[estelle-updater: {left}]\n".encode())
     size, now = log_size(log_file), time.time()
-    return replace(job, revision=job.revision + 1, state=State.LOST, error=error, size=size, ended=now)
+    return replace(
+        job, revision=job.revision + 1, state=State.LOST, error=error, size=size, ended=now
+    )
 
 
 def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
@@ -4051,7 +5133,8 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
 
 
 class Runner:
-    """Does one job on this host: a process of its own that outlives the daemon and whatever the job restarts."""
+    """Does one job on this host: a process of its own that outlives the daemon and whatever the job
+    restarts."""
 
     def __init__(self, state: StateFolder, run: str, host: str, config_path: Path) -> None:
         self.state = state
@@ -4068,7 +5151,9 @@ class Runner:
         self.tail = b""
         self.version: bytes | None = None
         self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
-        self.stop: Callable[[], bool] = self.cancel_file.exists  # whether git's answer is no longer wanted
+        self.stop: Callable[[], bool] = (
+            self.cancel_file.exists
+        )  # whether git's answer is no longer wanted
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -4087,7 +5172,10 @@ class Runner:
                 return int(not self.save(durable=True, state=State.FAILED, step="start", error=why))
             last = self.state.current()
             with suppress(OSError):
-                write_atomic(self.state.current_file, json.dumps({"run": self.run, "host": self.host}).encode())
+                write_atomic(
+                    self.state.current_file,
+                    json.dumps({"run": self.run, "host": self.host}).encode(),
+                )
             self.bury(last)
             if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
                 return 1  # the disk is full: a job that is not known to run would be run again
@@ -4099,7 +5187,8 @@ class Runner:
             self.poke()
 
     def bury(self, holder: tuple[str, str]) -> None:
-        """End the job that had the lock last, if its runner died unseen: no job may run beside what another left."""
+        """End the job that had the lock last, if its runner died unseen: no job may run beside what
+        another left."""
         last = self.state.load_job(*holder) if holder[0] else None
         own = holder == (self.run, self.host)
         if last and last.state is State.RUNNING and not own and not is_half_done(self.state, last):
@@ -4111,7 +5200,9 @@ class Runner:
         try:
             self.finish(State.SUCCEEDED, version=WORK[self.job.kind](self))
         except StepFailed as failure:
-            self.finish(failure.state, step=failure.step, exit=failure.exit_code, error=failure.error)
+            self.finish(
+                failure.state, step=failure.step, exit=failure.exit_code, error=failure.error
+            )
         except UpdaterError as problem:
             for line in getattr(problem, "problems", ()) or (problem.what,):
                 self.log.line(f"estelle-updater: error: {line}")
@@ -4120,7 +5211,10 @@ class Runner:
             refused = problem.exit_code if isinstance(problem, GuardError) else None
             self.finish(State.FAILED, step=self.job.step, exit=refused, error=problem.what)
         except OSError as problem:  # a disk is full, a folder went away
-            why = f"can't write to {problem.filename or self.state.root}: {problem.strerror or problem}"
+            why = (
+                f"can't write to {problem.filename or self.state.root}: "
+                f"{problem.strerror or problem}"
+            )
             self.finish(State.FAILED, step=self.job.step, error=why)
             raise
         except Exception as problem:
@@ -4143,9 +5237,13 @@ class Runner:
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
         names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
-        refs = self.git("for-each-ref", "--format=%(refname)", *names).decode(errors="replace").split()
+        refs = (
+            self.git("for-each-ref", "--format=%(refname)", *names).decode(errors="replace").split()
+        )
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
-        if get and not (is_commit_id(branch) and self.git("cat-file", "-t", branch).strip() == b"commit"):
+        if get and not (
+            is_commit_id(branch) and self.git("cat-file", "-t", branch).strip() == b"commit"
+        ):
             self.step(get, rule.timeout_s)
             self.step(checkout, rule.timeout_s, announce=False)
         else:
@@ -4167,15 +5265,17 @@ class Runner:
     def confirm_traffic(self) -> None:
         """For a job that was given as `active` or `standby`: go on only while this host still is.
 
-        The step's name asks: it reaches the master with the job's state, over a new connection too if need be, and the
-        daemon writes down what the master says. Raises GuardError.
+        The step's name asks: it reaches the master with the job's state, over a new connection too
+        if need be, and the daemon writes down what the master says. Raises GuardError.
         """
         expected = self.job.options.get("expects", {}).get(self.host)
         if not expected:
             return
         self.begin(TRAFFIC_STEP)
         ends = time.monotonic() + TRAFFIC_S
-        while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get("at") != self.job.revision:
+        while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get(
+            "at"
+        ) != self.job.revision:
             if self.cancel_file.exists():
                 raise self.cancelled(TRAFFIC_STEP)
             if time.monotonic() > ends:
@@ -4187,8 +5287,8 @@ class Runner:
             raise GuardError("traffic moved", now)
 
     def load_rule(self, *, strict: bool) -> None:
-        """What to do here, from the configuration as it stands now. Before the pull it need not be valid: the pull may
-        bring its repair."""
+        """What to do here, from the configuration as it stands now. Before the pull it need not be
+        valid: the pull may bring its repair."""
         if strict:
             config, problem = load_config(self.config_path), None
         else:
@@ -4210,17 +5310,23 @@ class Runner:
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
         named = (*self.rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
-        secrets = secret_values(extra, {name: self.env.get(name, "") for name in named}, named=named)
+        secrets = secret_values(
+            extra, {name: self.env.get(name, "") for name in named}, named=named
+        )
         with suppress(ConfigError):
             token = load_token(config, tree)
             secrets += (token.decode(),) if token else ()
         self.masker = Masker(secrets)
 
     def warn_of_doors(self, config: Config) -> None:
-        """A new whitelist may shut out this host, or who asked: better said before it takes effect."""
+        """A new whitelist may shut out this host, or who asked: better said before it takes
+        effect."""
         whitelist = Whitelist(config.whitelist)
         asked_from = self.job.by.rpartition("@")[2]
-        for address, who in ((self.job.address, "this host"), (asked_from, "where this run was asked for")):
+        for address, who in (
+            (self.job.address, "this host"),
+            (asked_from, "where this run was asked for"),
+        ):
             with suppress(UsageError):  # a deployment by hand was asked for from no address
                 allowed = whitelist.verdict(canonical_address(address)).allowed
                 if not allowed and address != config.master_url.host:
@@ -4237,16 +5343,28 @@ class Runner:
             raise
 
     def remove_git_locks(self) -> None:
-        """A git that was killed leaves locks behind that would fail every later one. We hold the job's lock; what is
-        left to exclude is a git that somebody runs by hand, anywhere in the clone or its other work trees."""
-        if not (folder := self.repo / ".git").is_dir():  # a folder within the clone, or a linked work tree
-            folder = self.repo / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
+        """A git that was killed leaves locks behind that would fail every later one. We hold the
+        job's lock; what is left to exclude is a git that somebody runs by hand, anywhere in the
+        clone or its other work trees."""
+        if not (
+            folder := self.repo / ".git"
+        ).is_dir():  # a folder within the clone, or a linked work tree
+            folder = (
+                self.repo
+                / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
+            )
         places = ("*", "refs/**/*", "worktrees/**/*", "modules/**/*", "objects/info/**/*")
         locks = [lock for place in places for lock in folder.glob(f"{place}.lock")]
         if not locks:
             return
-        listed = self.git("worktree", "list", "--porcelain").decode(errors="surrogateescape").splitlines()
-        trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
+        listed = (
+            self.git("worktree", "list", "--porcelain")
+            .decode(errors="surrogateescape")
+            .splitlines()
+        )
+        trees = [
+            Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")
+        ]
         if runs_below("git", (self.repo, folder, *trees)):
             return
         for lock in locks:
@@ -4255,14 +5373,17 @@ class Runner:
                 self.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
 
     def warn_of_changes(self) -> None:
-        """Local changes stay, but are listed: that the tree is not what the commit says should be seen."""
+        """Local changes stay, but are listed: that the tree is not what the commit says should be
+        seen."""
         changes: list[str] = []
         with suppress(UpdaterError):  # a slow answer is no reason to fail
             status = self.git("status", "--porcelain", "--untracked-files=no")
             changes = status.decode(errors="replace").splitlines()
         if changes:
             more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
-            self.log.line("warning: local changes stay: " + ", ".join(c.strip() for c in changes[:10]) + more)
+            self.log.line(
+                "warning: local changes stay: " + ", ".join(c.strip() for c in changes[:10]) + more
+            )
 
     def begin(self, step: str) -> None:
         """Where a failure from here on belongs, without a line in the log."""
@@ -4287,14 +5408,18 @@ class Runner:
         """Run one command to its end. Raises StepFailed unless it ends with 0."""
         self.tail = b""
         number = self.job.steps + 1
-        self.job = replace(self.job, steps=number, open_step=f"{self.run}/{file_label(self.host)}/{number}")
+        self.job = replace(
+            self.job, steps=number, open_step=f"{self.run}/{file_label(self.host)}/{number}"
+        )
         if announce:
             self.announce(step.label)
         else:
             self.begin(step.label)
         try:
             argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            env = self.env | {"LANGUAGE": "en"} if step.argv[0] == "git" else self.env  # for `explain_failure`
+            env = (
+                self.env | {"LANGUAGE": "en"} if step.argv[0] == "git" else self.env
+            )  # for `explain_failure`
             child = spawn_step(argv, self.repo, env, mark=self.job.open_step or "")
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
@@ -4314,7 +5439,9 @@ class Runner:
         if code:
             raise StepFailed(State.FAILED, step.label, code, explain_failure(self.tail))
 
-    def watch(self, label: str, child: Spawned, pump: threading.Thread, deadline: float) -> StepFailed | None:
+    def watch(
+        self, label: str, child: Spawned, pump: threading.Thread, deadline: float
+    ) -> StepFailed | None:
         """Wait until the command is over; a cancel or its deadline ends it."""
         while True:
             pump.join(CANCEL_LOOK_S)
@@ -4363,7 +5490,14 @@ class Runner:
             version = version or (self.read_version() if state is State.SUCCEEDED else None)
         if state is State.SUCCEEDED:
             fields |= {"step": None, "exit": 0}
-        fields.update(open_step=None, pipe=None, state=state, ended=time.time(), commit=commit, version=version)
+        fields.update(
+            open_step=None,
+            pipe=None,
+            state=state,
+            ended=time.time(),
+            commit=commit,
+            version=version,
+        )
         while True:
             whole = self.log.write(b"")  # else how much is missing is still to be said
             self.log.sync()
@@ -4382,8 +5516,12 @@ class Runner:
         return True
 
 
-# What a runner does for each kind of order, and the version to show if not the project's; sections below add theirs.
-WORK: dict[Kind, Callable[[Runner], str | None]] = {Kind.DEPLOY: Runner.deploy, Kind.ROLLBACK: Runner.deploy}
+# What a runner does for each kind of order, and the version to show if not the project's; sections
+# below add theirs.
+WORK: dict[Kind, Callable[[Runner], str | None]] = {
+    Kind.DEPLOY: Runner.deploy,
+    Kind.ROLLBACK: Runner.deploy,
+}
 
 
 # ==============================================================================
@@ -4394,8 +5532,12 @@ WORK: dict[Kind, Callable[[Runner], str | None]] = {Kind.DEPLOY: Runner.deploy, 
 _METADATA = "http://169.254.169.254"  # of every cloud
 _METADATA_PATHS: dict[str, dict[str, str]] = {
     "/hetzner/v1/metadata/public-ipv4": {},
-    "/computeMetadata/v1/instance/network-interfaces/0/access-configs/0/external-ip": {"Metadata-Flavor": "Google"},
-    "/opc/v2/vnics/": {"Authorization": "Bearer Oracle"},  # JSON, and mostly without the address: then the echoes say
+    "/computeMetadata/v1/instance/network-interfaces/0/access-configs/0/external-ip": {
+        "Metadata-Flavor": "Google"
+    },
+    "/opc/v2/vnics/": {
+        "Authorization": "Bearer Oracle"
+    },  # JSON, and mostly without the address: then the echoes say
     "/latest/meta-data/public-ipv4": {"X-aws-ec2-metadata-token": ""},  # to be fetched first
 }
 _METADATA_DEADLINE_S = 1.0  # it answers in milliseconds, or is not there
@@ -4405,7 +5547,8 @@ _ECHOES = ("https://api.ipify.org", "https://checkip.amazonaws.com", "https://ip
 def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[Any]:
     """What the calls return, as it comes, until the deadline; a call that fails has no answer.
 
-    In daemon threads: a resolver or a silent server may take minutes, and then delays neither us nor our exit.
+    In daemon threads: a resolver or a silent server may take minutes, and then delays neither us
+    nor our exit.
     """
     done: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
 
@@ -4426,7 +5569,8 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
 
 
 def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tuple[str, ...]:
-    """Every address that a name has now, IPv4 and IPv6, or the address itself; empty when it can't be resolved."""
+    """Every address that a name has now, IPv4 and IPv6, or the address itself; empty when it can't
+    be resolved."""
     lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     for found in _answers([lookup], timeout_s):
         return tuple(dict.fromkeys(canonical_address(entry[4][0]) for entry in found))
@@ -4434,11 +5578,13 @@ def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tupl
 
 
 def probe_is_local(address: str) -> bool:
-    """Whether an address is this host's own; of the loopback net only 127.0.0.1 and ::1 count as such.
+    """Whether an address is this host's own; of the loopback net only 127.0.0.1 and ::1 count as
+    such.
 
-    A bind alone proves nothing: with `ip_nonlocal_bind` it succeeds for any address. Connecting a UDP socket sends
-    nothing and makes the kernel choose a source. It is the address itself where that is ours, except for a second
-    address in the same IPv4 subnet: there it is the first one, but Linux routes nothing from a source that isn't ours.
+    A bind alone proves nothing: with `ip_nonlocal_bind` it succeeds for any address. Connecting a
+    UDP socket sends nothing and makes the kernel choose a source. It is the address itself where
+    that is ours, except for a second address in the same IPv4 subnet: there it is the first one,
+    but Linux routes nothing from a source that isn't ours.
     """
     with suppress(OSError, UsageError):
         ip = _parse_ip(address)
@@ -4456,17 +5602,24 @@ def probe_is_local(address: str) -> bool:
     return False
 
 
-def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: bool = False) -> str:
-    """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError, UsageError."""
+def _fetch_address(
+    url: str, headers: dict[str, str], timeout_s: float, direct: bool = False
+) -> str:
+    """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError,
+    UsageError."""
     opener = urllib_request.build_opener(urllib_request.ProxyHandler({} if direct else None))
 
     def fetch(url: str, headers: dict[str, str], method: str) -> str:
-        with opener.open(urllib_request.Request(url, headers=headers, method=method), timeout=timeout_s) as answer:
+        with opener.open(
+            urllib_request.Request(url, headers=headers, method=method), timeout=timeout_s
+        ) as answer:
             return str(answer.read(65536).decode("utf-8", "replace"))
 
     if "" in headers.values():
         token_url = url.partition("/latest/")[0] + "/latest/api/token"
-        headers = dict.fromkeys(headers, fetch(token_url, {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT"))
+        headers = dict.fromkeys(
+            headers, fetch(token_url, {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
+        )
     text = fetch(url, headers, "GET")
     named = re.search(r'"publicIp"\s*:\s*"([^"]+)"', text)
     address = canonical_address(named[1] if named else text)
@@ -4478,13 +5631,18 @@ def _fetch_address(url: str, headers: dict[str, str], timeout_s: float, direct: 
 def probe_public_address(
     timeout_s: float = 3.0, metadata: str = _METADATA, echoes: Sequence[str] = _ECHOES
 ) -> tuple[str, str] | None:
-    """The address by which the world sees this host, and who says so: "metadata", or "echo" where two services agree.
+    """The address by which the world sees this host, and who says so: "metadata", or "echo" where
+    two services agree.
 
-    None after at most `timeout_s`. Only for a host whose role its own addresses leave open: it asks strangers.
+    None after at most `timeout_s`. Only for a host whose role its own addresses leave open: it asks
+    strangers.
     """
     ends, wait_s = time.monotonic() + timeout_s, min(_METADATA_DEADLINE_S, timeout_s / 2)
     ask = functools.partial
-    places = [ask(_fetch_address, metadata + path, having, wait_s, True) for path, having in _METADATA_PATHS.items()]
+    places = [
+        ask(_fetch_address, metadata + path, having, wait_s, True)
+        for path, having in _METADATA_PATHS.items()
+    ]
     for address in _answers(places, wait_s):
         return address, "metadata"
     seen, wait_s = set(), max(0.0, ends - time.monotonic())
@@ -4509,7 +5667,8 @@ def _dial(endpoint: str, timeout_s: float) -> socket.socket:
 
 
 def _tls_context(host: str) -> ssl.SSLContext:
-    """For a request to `host`: verified, except on a loopback address, which no certificate names."""
+    """For a request to `host`: verified, except on a loopback address, which no certificate
+    names."""
     context = ssl.create_default_context()
     with suppress(UsageError):
         if _parse_ip(host).is_loopback:
@@ -4518,16 +5677,23 @@ def _tls_context(host: str) -> ssl.SSLContext:
 
 
 def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | None = None) -> str:
-    """What a GET of `url` answers, no proxy used and no redirect followed. Raises CheckFailed, OSError."""
+    """What a GET of `url` answers, no proxy used and no redirect followed. Raises CheckFailed,
+    OSError."""
     parts = urllib_parse.urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme == "https":
-        connection = http_client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=_tls_context(host))
+        connection = http_client.HTTPSConnection(
+            host, parts.port, timeout=timeout_s, context=_tls_context(host)
+        )
     else:
         connection = http_client.HTTPConnection(host, parts.port, timeout=timeout_s)  # type: ignore[assignment]
     try:
-        path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", path, headers={"User-Agent": "estelle-updater", "Connection": "close"})
+        path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~") + (
+            f"?{parts.query}" if parts.query else ""
+        )
+        connection.request(
+            "GET", path, headers={"User-Agent": "estelle-updater", "Connection": "close"}
+        )
         answer = connection.getresponse()
         body = answer.read(_HTTP_BYTES)
     finally:
@@ -4553,8 +5719,8 @@ def _probe_valkey(endpoint: str, timeout_s: float) -> str:
 def _probe_mariadb(endpoint: str, timeout_s: float) -> str:
     """The version in MariaDB's or MySQL's greeting.
 
-    It is answered with a login that is refused: a server counts those that leave without one as broken, and blocks
-    their address after max_connect_errors of them.
+    It is answered with a login that is refused: a server counts those that leave without one as
+    broken, and blocks their address after max_connect_errors of them.
     """
     with _dial(endpoint, timeout_s) as connection, connection.makefile("rb") as file:
         head = file.read(4)
@@ -4566,13 +5732,20 @@ def _probe_mariadb(endpoint: str, timeout_s: float) -> str:
         login = struct.pack("<IIB23x", 0x8200, 1 << 20, 45) + b"estelle-updater-health\0\0"
         connection.sendall(len(login).to_bytes(3, "little") + b"\x01" + login)
         file.read(4)
-    return greeting[1 : greeting.index(b"\0")].decode(errors="replace").removeprefix("5.5.5-")  # for old replicas
+    return (
+        greeting[1 : greeting.index(b"\0")].decode(errors="replace").removeprefix("5.5.5-")
+    )  # for old replicas
 
 
-def _probe_command(argv: Sequence[str], repo: Path, env: Mapping[str, str], timeout_s: float) -> str:
-    """The last line that a command says before it ends with 0; at the deadline it and its children are killed."""
+def _probe_command(
+    argv: Sequence[str], repo: Path, env: Mapping[str, str], timeout_s: float
+) -> str:
+    """The last line that a command says before it ends with 0; at the deadline it and its children
+    are killed."""
     mark, tail, ends = f"health/{os.urandom(4).hex()}", b"", time.monotonic() + timeout_s
-    child = spawn_step([*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]], repo, env, mark=mark)
+    child = spawn_step(
+        [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]], repo, env, mark=mark
+    )
     try:
         while (data := child.read(timeout_s=max(0.0, ends - time.monotonic()))) != b"":
             if data is None:
@@ -4593,7 +5766,10 @@ def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: flo
     """How long the certificate in a file, or of the server at HOST:PORT, is still valid."""
     if re.fullmatch(r"[^/\\]+:[0-9]{1,5}", subject):
         context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is looked at, not trusted
+        context.check_hostname, context.verify_mode = (
+            False,
+            ssl.CERT_NONE,
+        )  # it is looked at, not trusted
         with _dial(subject, timeout_s) as plain:
             host = split_port(subject)[0].strip("[]")
             with context.wrap_socket(plain, server_hostname=host) as connection:
@@ -4617,7 +5793,8 @@ def _probe_disk(folder: Path, least_percent: int) -> str:
 
 
 def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
-    """What one check sees when all is well. Raises CheckFailed, OSError, UpdaterError with what is wrong."""
+    """What one check sees when all is well. Raises CheckFailed, OSError, UpdaterError with what is
+    wrong."""
     subject: Any = getattr(check, check.kind)
     match check.kind:
         case "http":
@@ -4639,20 +5816,35 @@ def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
             return _probe_command(subject, repo, env, check.timeout_s)
 
 
-def run_checks(checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]) -> list[dict[str, Any]]:
-    """All checks at once: name, ok and detail of each in their order; one that hangs fails at its deadline."""
+def run_checks(
+    checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """All checks at once: name, ok and detail of each in their order; one that hangs fails at its
+    deadline."""
 
     def look(check: HealthRule, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         began = time.monotonic()
         try:
             detail = probe_health(check, repo, env)
-        except (CheckFailed, UpdaterError, OSError, ValueError, http_client.HTTPException) as problem:
-            return row, {"detail": getattr(problem, "strerror", None) or str(problem) or type(problem).__name__}
+        except (
+            CheckFailed,
+            UpdaterError,
+            OSError,
+            ValueError,
+            http_client.HTTPException,
+        ) as problem:
+            return row, {
+                "detail": getattr(problem, "strerror", None)
+                or str(problem)
+                or type(problem).__name__
+            }
         seconds = time.monotonic() - began
         return row, {"ok": seconds <= check.timeout_s, "detail": f"{detail} ({seconds:.2f} s)"}
 
     late = "no answer within {:g} s".format
-    rows = [{"name": c.name, "kind": c.kind, "ok": False, "detail": late(c.timeout_s)} for c in checks]
+    rows = [
+        {"name": c.name, "kind": c.kind, "ok": False, "detail": late(c.timeout_s)} for c in checks
+    ]
     looks = [functools.partial(look, *pair) for pair in zip(checks, rows, strict=True)]
     for row, found in _answers(looks, checks_take_s(checks)):
         row.update(found)
@@ -4676,10 +5868,14 @@ _SBIN = "/usr/sbin:/usr/local/sbin"  # where haproxy is, and no ordinary user's 
 
 
 def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str:
-    """HAProxy's answer to a command: the worker's, or with `master` that of the process above. Raises UpdaterError."""
+    """HAProxy's answer to a command: the worker's, or with `master` that of the process above.
+    Raises UpdaterError."""
     path = rule.master_socket if master or not rule.socket else rule.socket
     words = command if master or rule.socket else f"@1 {command}"
-    hint = f"is HAProxy running? `stats socket {path} user USER mode 600 level admin` lets this service's user in"
+    hint = (
+        f"is HAProxy running? `stats socket {path} user USER mode 600 level admin` lets "
+        f"this service's user in"
+    )
     try:
         with socket.socket(socket.AF_UNIX) as link:
             link.settimeout(HAPROXY_S)
@@ -4698,7 +5894,10 @@ def live_rows(rule: HaproxyRule) -> list[dict[str, str]]:
     """The backend's servers as HAProxy runs them. Raises UpdaterError."""
     if rows := parse_show_stat(ask_haproxy(rule, "show stat"), rule.backend):
         return rows
-    raise UpdaterError(f"HAProxy runs no backend {rule.backend}", "correct `backend` in [haproxy], or reload HAProxy")
+    raise UpdaterError(
+        f"HAProxy runs no backend {rule.backend}",
+        "correct `backend` in [haproxy], or reload HAProxy",
+    )
 
 
 def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
@@ -4718,7 +5917,9 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
         warnings.append(str(problem))
     try:
         if not (rule.socket or rule.master_socket):
-            raise UpdaterError("no `socket` in [haproxy]: nobody can see where the traffic really goes")
+            raise UpdaterError(
+                "no `socket` in [haproxy]: nobody can see where the traffic really goes"
+            )
         rows = live_rows(rule)
     except UpdaterError as problem:
         return {"active": None, "servers": servers, "warnings": [*warnings, problem.what]}
@@ -4729,19 +5930,31 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
         servers[color] |= {"traffic": traffic, "status": row["status"], "address": address}
     active = [color for color in COLORS if servers[color]["traffic"] == "active"]
     warnings += traffic_warnings(rule, rows, roles)
-    return {"active": active[0] if len(active) == 1 else None, "servers": servers, "warnings": warnings}
+    return {
+        "active": active[0] if len(active) == 1 else None,
+        "servers": servers,
+        "warnings": warnings,
+    }
 
 
 def run_command(
     argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
 ) -> tuple[int, str]:
-    """A short command's exit code and output. Raises UpdaterError where it does not start or end."""
+    """A short command's exit code and output. Raises UpdaterError where it does not start or
+    end."""
     try:
         program = resolve_program(argv[0], env.get("PATH", ""))
         done = subprocess.run(
-            [*program, *argv[1:]], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=timeout_s, check=False, **HIDDEN,
-        )  # fmt: skip
+            [*program, *argv[1:]],
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+            **HIDDEN,
+        )
     except subprocess.TimeoutExpired as problem:
         raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
     except OSError as problem:
@@ -4750,7 +5963,8 @@ def run_command(
 
 
 def stage_text(real: Path, text: bytes) -> Path:
-    """The text in a file beside `real`, with that one's owner, mode and attributes. Raises GuardError."""
+    """The text in a file beside `real`, with that one's owner, mode and attributes. Raises
+    GuardError."""
     temp = real.with_name(f".{real.name}.estelle")
     try:
         temp.unlink(missing_ok=True)
@@ -4766,14 +5980,16 @@ def stage_text(real: Path, text: bytes) -> Path:
     except OSError as problem:
         with suppress(OSError):
             temp.unlink(missing_ok=True)
-        hint = f"this service's user must own the file and its folder: chown USER {real.parent} {real}"
+        hint = (
+            f"this service's user must own the file and its folder: chown USER {real.parent} {real}"
+        )
         raise GuardError(f"can't replace {real}: {problem.strerror}", hint) from problem
     return temp
 
 
 def lock_text(real: Path) -> int:
-    """A lock that the shell's `flock` knows too, so that no certificate hook reloads in the middle; for this process's
-    lifetime. Raises GuardError."""
+    """A lock that the shell's `flock` knows too, so that no certificate hook reloads in the middle;
+    for this process's lifetime. Raises GuardError."""
     import fcntl
 
     fd = os.open(f"{real}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -4784,13 +6000,16 @@ def lock_text(real: Path) -> int:
             return fd
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise GuardError(f"another program holds {real}.lock", "wait until its reload is over") from None
+                raise GuardError(
+                    f"another program holds {real}.lock", "wait until its reload is over"
+                ) from None
             time.sleep(0.05)
 
 
 @dataclass
 class SwitchEntry:
-    """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as Latin-1."""
+    """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as
+    Latin-1."""
 
     run: str
     rule: dict[str, Any]
@@ -4805,8 +6024,9 @@ class SwitchEntry:
 
 
 class Switch:
-    """One change of the active colour. A journal entry is open from before the first change until after the last, so
-    that whoever comes after a dead runner can finish or undo it; on disk exactly one colour is active throughout."""
+    """One change of the active colour. A journal entry is open from before the first change until
+    after the last, so that whoever comes after a dead runner can finish or undo it; on disk exactly
+    one colour is active throughout."""
 
     def __init__(self, runner: Runner, entry: SwitchEntry) -> None:
         self.runner, self.entry, self.say = runner, entry, runner.log.line
@@ -4826,7 +6046,8 @@ class Switch:
         self.say(f"{name}: {said} ({time.monotonic() - began:.2f} s)")
 
     def changes(self) -> bool:
-        """Whether there is anything to change; as nothing was changed yet, whatever fails is a guard's refusal."""
+        """Whether there is anything to change; as nothing was changed yet, whatever fails is a
+        guard's refusal."""
         try:
             self.phase("gate", self.gate)
             if self.entry.color == self.entry.before:
@@ -4842,9 +6063,18 @@ class Switch:
         """Switch, or leave everything as it was."""
         try:
             if self.changes():
-                self.transact({"drain": self.drain, "write": self.write, "reload": self.reload, "proof": self.prove})
+                self.transact(
+                    {
+                        "drain": self.drain,
+                        "write": self.write,
+                        "reload": self.reload,
+                        "proof": self.prove,
+                    }
+                )
         except OSError as problem:
-            raise UpdaterError(f"{problem.filename or self.real}: {problem.strerror or problem}") from problem
+            raise UpdaterError(
+                f"{problem.filename or self.real}: {problem.strerror or problem}"
+            ) from problem
         finally:
             if self.temp:
                 self.temp.unlink(missing_ok=True)
@@ -4858,7 +6088,9 @@ class Switch:
             self.say(f"undoing: {problem}")
             try:
                 changed = self.undo()
-            except GuardError as worse:  # no guard's refusal any more, which would say that nothing changed
+            except (
+                GuardError
+            ) as worse:  # no guard's refusal any more, which would say that nothing changed
                 raise UpdaterError(f"{problem}; and undoing that: {worse}", worse.hint) from problem
             if changed and isinstance(problem, GuardError):
                 raise UpdaterError(problem.what, problem.hint) from problem
@@ -4879,7 +6111,8 @@ class Switch:
         return self.entry.new.encode("latin-1")
 
     def gate(self) -> str:
-        """Refuse whatever could leave two active colours or none, before anything is touched. Raises GuardError."""
+        """Refuse whatever could leave two active colours or none, before anything is touched.
+        Raises GuardError."""
         entry, rule = self.entry, self.rule
         self.found = read_backend(self.real.read_bytes(), rule.config, rule)
         entry.before = self.found.active()
@@ -4889,13 +6122,19 @@ class Switch:
         standby = next(color for color in COLORS if color != entry.before)
         wanted = self.runner.job.options.get("color")
         if wanted == "standby" and self.live and decide_traffic(rows) == [rule.servers[standby]]:
-            hint = f"`switch {standby}` makes that explicit, `switch {entry.before}` changes nothing"
-            raise GuardError(f"HAProxy has failed over: {entry.before} or {standby} could be meant", hint)
+            hint = (
+                f"`switch {standby}` makes that explicit, `switch {entry.before}` changes nothing"
+            )
+            raise GuardError(
+                f"HAProxy has failed over: {entry.before} or {standby} could be meant", hint
+            )
         entry.color = str(standby if wanted == "standby" else wanted)
         if entry.color not in COLORS:
             raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
         if self.runner.job.branch not in ("standby", entry.color):
-            raise GuardError(f"{self.runner.job.branch} was the standby and is it no more", "look at `status`")
+            raise GuardError(
+                f"{self.runner.job.branch} was the standby and is it no more", "look at `status`"
+            )
         if self.live and live_roles(rows, rule) != self.found.roles():
             what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
             raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
@@ -4906,11 +6145,15 @@ class Switch:
         if self.runner.job.options.get("dry_run"):
             self.runner.log.write(render_diff(self.found.text, self.new, rule.config))
         if self.runner.job.options.get("force"):
-            self.say(f"forced by {self.runner.job.by}: health and commit of {entry.color} are not required")
+            self.say(
+                f"forced by {self.runner.job.by}: health and commit of {entry.color} are "
+                f"not required"
+            )
         return self.look_at_standby(rows) + f"; {entry.before} is active"
 
     def look_at_standby(self, rows: Sequence[_Row]) -> str:
-        """Only a server that HAProxy would use, and that answers here and now, may get the traffic."""
+        """Only a server that HAProxy would use, and that answers here and now, may get the
+        traffic."""
         color = self.entry.color
         self.refuse_without_rights()
         self.entry.address = self.found.servers[color].address
@@ -4918,7 +6161,10 @@ class Switch:
         if row := rows_by_color(rows, self.rule).get(color):
             status, self.entry.address = row["status"], row.get("addr") or self.entry.address
             if not is_usable(row):
-                what = f"{color} is {status} for HAProxy: {row.get('check_status')} {row.get('last_chk')}"
+                what = (
+                    f"{color} is {status} for HAProxy: {row.get('check_status')} "
+                    f"{row.get('last_chk')}"
+                )
                 raise GuardError(what, f"repair {color} first: HAProxy would send it nothing")
         if problem := self.connect_problem():
             what = f"{color} does not answer at {self.entry.address}: {problem}"
@@ -4928,7 +6174,9 @@ class Switch:
     def connect_problem(self) -> str | None:
         """Why the standby's port can't be reached from here, if so."""
         try:
-            if split_port(self.entry.address)[1]:  # else a UNIX socket, or the port that the client used
+            if split_port(self.entry.address)[
+                1
+            ]:  # else a UNIX socket, or the port that the client used
                 _dial(self.entry.address, CONNECT_S).close()
         except (OSError, UsageError) as problem:
             return str(problem)
@@ -4937,56 +6185,87 @@ class Switch:
     def refuse_without_rights(self) -> None:
         """What would fail only after the file changed is refused before. Raises GuardError.
 
-        systemd asks polkit about any reload before it looks at a job mode that makes no sense: so nothing happens.
+        systemd asks polkit about any reload before it looks at a job mode that makes no sense: so
+        nothing happens.
         """
         if Path(self.rule.reload[0]).name == "systemctl" and os.geteuid():
             ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
             _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
             if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
-                hint = "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
-                raise GuardError(f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint)
+                hint = (
+                    "systemd/estelle-updater-haproxy.rules is the polkit rule that "
+                    "allows exactly this"
+                )
+                raise GuardError(
+                    f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint
+                )
 
     def check(self) -> str:
-        """`haproxy -c` on the new text beside the old, with HAProxy's own environment and its other files."""
+        """`haproxy -c` on the new text beside the old, with HAProxy's own environment and its other
+        files."""
         self.temp = stage_text(self.real, self.new)
         env, files = self.env, [str(self.real)]
         if self.live:
-            known = dict(line.split("=", 1) for line in ask_haproxy(self.rule, "show env").splitlines() if "=" in line)
+            known = dict(
+                line.split("=", 1)
+                for line in ask_haproxy(self.rule, "show env").splitlines()
+                if "=" in line
+            )
             files = known.get("HAPROXY_CFGFILES", str(self.real)).split(";")
-            env = {k: v for k, v in known.items() if not _HAPROXY_OWN.fullmatch(k)} | {"PATH": self.env["PATH"]}
-        paths = [(self.real.parent / file).resolve() for file in files]  # a relative one is HAProxy's own folder's
+            env = {k: v for k, v in known.items() if not _HAPROXY_OWN.fullmatch(k)} | {
+                "PATH": self.env["PATH"]
+            }
+        paths = [
+            (self.real.parent / file).resolve() for file in files
+        ]  # a relative one is HAProxy's own folder's
         ours = [path == self.real or (path.name == self.real.name and not Path(file).is_absolute())
                 for path, file in zip(paths, files, strict=True)]  # fmt: skip
         if not any(ours):
             what = f"HAProxy does not read {self.real}, but {', '.join(files)}"
             raise GuardError(what, "correct `config` in [haproxy]")
         used = [str(self.temp if own else path) for path, own in zip(paths, ours, strict=True)]
-        code, said = run_command(["haproxy", "-c", *(word for file in used for word in ("-f", file))], env, CHECK_S)
+        code, said = run_command(
+            ["haproxy", "-c", *(word for file in used for word in ("-f", file))], env, CHECK_S
+        )
         if code:
             self.say(said)
-            raise GuardError(f"haproxy -c refuses the new text (exit {code})", "its words are in the log")
+            raise GuardError(
+                f"haproxy -c refuses the new text (exit {code})", "its words are in the log"
+            )
         return "haproxy -c finds the new text valid"
 
     def drain(self) -> str:
-        """The old colour gets nothing new, not even from the connections that stay with HAProxy's old process."""
+        """The old colour gets nothing new, not even from the connections that stay with HAProxy's
+        old process."""
         if self.live:
-            self.entry.states = keep_states(ask_haproxy(self.rule, "show servers state"), self.found, self.rule)
+            self.entry.states = keep_states(
+                ask_haproxy(self.rule, "show servers state"), self.found, self.rule
+            )
         write_atomic(self.runner.state.switch_file, _dump(self.entry), durable=True)
         before = self.entry.before
         if not self.live:
-            return f"without a socket, {before} answers what comes on connections of before until these end"
+            return (
+                f"without a socket, {before} answers what comes on connections of "
+                f"before until these end"
+            )
         self.set_state("drain")
         busy = rows_by_color(live_rows(self.rule), self.rule)[before]["scur"]
         return f"{before} gets no new requests, {busy} are under way there"
 
     def set_state(self, state: str) -> None:
-        """Drain the old colour, or make it ready. HAProxy's older processes no longer listen. Raises UpdaterError."""
+        """Drain the old colour, or make it ready. HAProxy's older processes no longer listen.
+        Raises UpdaterError."""
         name = self.rule.servers[self.entry.before]
-        if said := ask_haproxy(self.rule, f"set server {self.rule.backend}/{name} state {state}").strip():
-            raise UpdaterError(f"HAProxy does not {state} {name}: {said}", "give the socket `level admin`")
+        if said := ask_haproxy(
+            self.rule, f"set server {self.rule.backend}/{name} state {state}"
+        ).strip():
+            raise UpdaterError(
+                f"HAProxy does not {state} {name}: {said}", "give the socket `level admin`"
+            )
 
     def make_ready(self) -> None:
-        """The old colour gets requests again: a socket that is silent for a moment must not leave it drained."""
+        """The old colour gets requests again: a socket that is silent for a moment must not leave
+        it drained."""
         ends = time.monotonic() + RELOAD_S
         while True:
             try:
@@ -4994,37 +6273,49 @@ class Switch:
                 return
             except UpdaterError as problem:
                 if time.monotonic() > ends:
-                    self.say(f"warning: {self.rule.servers[self.entry.before]} may still be drained: {problem}")
+                    self.say(
+                        f"warning: {self.rule.servers[self.entry.before]} may still be "
+                        f"drained: {problem}"
+                    )
                     return
             time.sleep(0.1)
 
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
         if self.real.read_bytes() != self.found.text or self.temp is None:
-            raise GuardError(f"{self.real} was changed meanwhile", "look at the change, then switch again")
+            raise GuardError(
+                f"{self.real} was changed meanwhile", "look at the change, then switch again"
+            )
         os.replace(self.temp, self.real)
         sync_folder(self.real.parent)
         return self.place_states()
 
     def place_states(self) -> str:
-        """The servers' states for the next process; those of before the drain, which must not last."""
+        """The servers' states for the next process; those of before the drain, which must not
+        last."""
         if not (self.entry.state_file and self.entry.states):
             return f"{self.entry.color} is active in {self.rule.config}"
         try:
             write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
         except OSError as problem:
-            self.say(f"warning: can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}")
+            self.say(
+                f"warning: can't write {self.entry.state_file}: {problem.strerror}; "
+                f"{_COSTS[b'state']}"
+            )
         return f"{self.entry.color} is active in {self.rule.config}, the servers' states are kept"
 
     def reload(self) -> str:
-        """Reload until a process runs that has read the new text: a reload can be swallowed. Raises UpdaterError."""
+        """Reload until a process runs that has read the new text: a reload can be swallowed. Raises
+        UpdaterError."""
         if self.live and self.runs(self.entry.color, 0):
             return "HAProxy runs it already"
         failed = self.processes()[2]
         for attempt in range(1, RELOADS + 1):
             code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
             if code:
-                raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
+                raise UpdaterError(
+                    f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}"
+                )
             if not self.live:
                 return "done; without a socket nobody can tell whether HAProxy took it"
             if self.runs(self.entry.color, RELOAD_S):
@@ -5033,12 +6324,19 @@ class Switch:
                 again = f" at attempt {attempt}" if attempt > 1 else ""
                 ending = f"; {len(older)} older still end what was begun" if older else ""
                 return f"{who} runs the new text{again}{ending}"
-            if self.processes()[2] > failed:  # not again: while it fails, new connections are refused for seconds
-                raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
-        raise UpdaterError(f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why")
+            if (
+                self.processes()[2] > failed
+            ):  # not again: while it fails, new connections are refused for seconds
+                raise UpdaterError(
+                    "HAProxy could not start with the new text", "its own log says why"
+                )
+        raise UpdaterError(
+            f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why"
+        )
 
     def processes(self) -> tuple[int | None, list[int], int]:
-        """HAProxy's worker, its older ones, and how many reloads failed in a row; nothing without a master socket."""
+        """HAProxy's worker, its older ones, and how many reloads failed in a row; nothing without a
+        master socket."""
         for _ in range(20 if self.rule.master_socket else 0):
             with suppress(UpdaterError):  # silent while it starts itself anew
                 if (found := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
@@ -5047,7 +6345,8 @@ class Switch:
         return None, [], 0
 
     def runs(self, color: str, patience_s: float) -> bool:
-        """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets may be silent."""
+        """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets
+        may be silent."""
         deadline = time.monotonic() + patience_s
         while True:
             with suppress(UpdaterError):
@@ -5073,7 +6372,9 @@ class Switch:
             rows = live_rows(self.rule)
             found = rows_by_color(rows, self.rule)
             new, old = found[color], found[before]
-            if old["status"].startswith("DRAIN"):  # a reload that saves the states itself saved the drain too
+            if old["status"].startswith(
+                "DRAIN"
+            ):  # a reload that saves the states itself saved the drain too
                 self.set_state("ready")
             if decide_traffic(rows) == [new["svname"]] and int(new["stot"]):
                 return f"{probed}{color} has {new['stot']} requests, {before} {old['stot']}"
@@ -5082,12 +6383,14 @@ class Switch:
             time.sleep(0.05)
         refused = self.connect_problem()
         if refused or decide_traffic(rows) != [new["svname"]]:
-            raise UpdaterError(f"the traffic does not reach {color}: {new['status']} {refused or ''}".rstrip())
+            raise UpdaterError(
+                f"the traffic does not reach {color}: {new['status']} {refused or ''}".rstrip()
+            )
         return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
 
     def undo(self) -> bool:
-        """The old text, a process that runs it, and nobody drained; a text that somebody else wrote stays. Whether the
-        text had changed."""
+        """The old text, a process that runs it, and nobody drained; a text that somebody else wrote
+        stays. Whether the text had changed."""
         now = self.real.read_bytes()
         if now == self.new:
             os.replace(stage_text(self.real, self.entry.old.encode("latin-1")), self.real)
@@ -5115,15 +6418,17 @@ class Switch:
 
 
 def switch_traffic(runner: Runner) -> str | None:
-    """The whole job of a switch; what an earlier one left half done is ended first. Returns the colour that takes the
-    traffic now. Raises UpdaterError."""
+    """The whole job of a switch; what an earlier one left half done is ended first. Returns the
+    colour that takes the traffic now. Raises UpdaterError."""
     runner.begin("gate")
     entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
     if entry:
         half = Switch(runner, entry)
         moved = half.resume()
         if entry.run == runner.run and not moved:
-            raise UpdaterError("the switch was undone: its process died before the file changed", "switch again")
+            raise UpdaterError(
+                "the switch was undone: its process died before the file changed", "switch again"
+            )
         if entry.run == runner.run:
             return entry.color
         half.close()
@@ -5132,7 +6437,9 @@ def switch_traffic(runner: Runner) -> str | None:
     if problem:
         runner.log.line(f"warning: {problem}")
     if config.haproxy is None:
-        raise UsageError("this host's configuration has no [haproxy]", "add that section, and deploy it here")
+        raise UsageError(
+            "this host's configuration has no [haproxy]", "add that section, and deploy it here"
+        )
     try:
         real = Path(config.haproxy.config).resolve(strict=True)
         switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
@@ -5154,13 +6461,26 @@ WORK[Kind.SWITCH] = switch_traffic
 REFUSED_US = "the master refused us"
 WHO_HEADER = "X-Estelle-Process"  # which process refused: it may be this very one
 SERVER_OPTIONS: dict[str, Any] = {
-    "compression": None, "max_size": INCOMING_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "backlog": ACCEPTED, "server_header": None,
-}  # fmt: skip
+    "compression": None,
+    "max_size": INCOMING_BYTES,
+    "max_queue": 16,
+    "open_timeout": WELCOME_S,
+    "close_timeout": 3,
+    "ping_interval": PING_INTERVAL_S,
+    "ping_timeout": PING_TIMEOUT_S,
+    "backlog": ACCEPTED,
+    "server_header": None,
+}
 CLIENT_OPTIONS: dict[str, Any] = {
-    "compression": None, "max_size": MESSAGE_BYTES, "max_queue": 16, "open_timeout": WELCOME_S, "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S, "proxy": None,
-}  # fmt: skip
+    "compression": None,
+    "max_size": MESSAGE_BYTES,
+    "max_queue": 16,
+    "open_timeout": WELCOME_S,
+    "close_timeout": 3,
+    "ping_interval": PING_INTERVAL_S,
+    "ping_timeout": PING_TIMEOUT_S,
+    "proxy": None,
+}
 
 
 class Wire(Protocol):
@@ -5236,7 +6556,8 @@ class Tasks:
 
 
 async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
-    """Say hello, prove the token and have it proven. Raises RefusedError, ProtocolError, EOFError, TimeoutError."""
+    """Say hello, prove the token and have it proven. Raises RefusedError, ProtocolError, EOFError,
+    TimeoutError."""
     talk = greeting(hello, token, os.urandom(16).hex())
     message = next(talk)
     async with asyncio.timeout(WELCOME_S):
@@ -5251,8 +6572,9 @@ async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
 
 
 class Link:
-    """One connection. Outgoing: control messages first, then each log's cursor in turn, never more than a window of
-    unacknowledged bytes. Incoming: logs into files, acknowledged by their size. Agent and master are both this."""
+    """One connection. Outgoing: control messages first, then each log's cursor in turn, never more
+    than a window of unacknowledged bytes. Incoming: logs into files, acknowledged by their size.
+    Agent and master are both this."""
 
     def __init__(self, wire: Wire, *, squeeze: bool = False) -> None:
         self.wire, self.squeeze = wire, squeeze
@@ -5266,7 +6588,8 @@ class Link:
         self._waiting_bytes = 0
 
     def post(self, message: Any) -> None:
-        """Send a message as soon as the connection takes it; who asks and asks and never reads is cut off."""
+        """Send a message as soon as the connection takes it; who asks and asks and never reads is
+        cut off."""
         self._control.append(encode_message(message))
         self._waiting_bytes += len(self._control[-1])
         if self._waiting_bytes > WAITING_BYTES:
@@ -5309,7 +6632,11 @@ class Link:
         if message.check is not None and (size := log_size(path)) < message.size:
             self.post(Broken(cursor.channel, f"the host has only {size} bytes of this log"))
             return
-        if message.check is not None and message.size and log_check(path, message.size) != message.check:
+        if (
+            message.check is not None
+            and message.size
+            and log_check(path, message.size) != message.check
+        ):
             self.post(Broken(cursor.channel, "the host's copy of this log differs"))
             return
         cursor.on_have(message.size, message.rewind)
@@ -5326,7 +6653,8 @@ class Link:
                     await self.wire.send(self._control.popleft())
 
     async def _write_chunks(self) -> bool:
-        """One chunk of each log that has something to send and room in the window; False when there is none."""
+        """One chunk of each log that has something to send and room in the window; False when there
+        is none."""
         sent = False
         for cursor in list(self._channels.values()):
             room = WINDOW_BYTES - sum(other.unacked for other in self._channels.values())
@@ -5360,7 +6688,9 @@ class Link:
         channel, offset, data = decode_chunk(frame)
         inbound = self._inbound.get(channel)
         if inbound is None or inbound.closed:
-            self.post(Have(channel, offset + len(data)))  # not wanted any more, but nothing may wait for its room
+            self.post(
+                Have(channel, offset + len(data))
+            )  # not wanted any more, but nothing may wait for its room
             return
         try:
             size, rewind = append_log(inbound.path, offset, data)
@@ -5371,7 +6701,9 @@ class Link:
                 asyncio.get_running_loop().call_later(DISK_RETRY_S, self._ask_again, channel)
             inbound.rewinding = True
             return
-        if rewind and (not inbound.rewinding or offset < size):  # once: all in flight behind a gap would ask again
+        if rewind and (
+            not inbound.rewinding or offset < size
+        ):  # once: all in flight behind a gap would ask again
             self.post(Have(channel, size, rewind=True))
         inbound.rewinding = rewind
         inbound.on_size(size)
@@ -5406,7 +6738,9 @@ class Link:
 
     def end_inbound(self, path: Path) -> None:
         """All of this log is here."""
-        for channel in [channel for channel, inbound in self._inbound.items() if inbound.path == path]:
+        for channel in [
+            channel for channel, inbound in self._inbound.items() if inbound.path == path
+        ]:
             self._ack(channel)
             del self._inbound[channel]
 
@@ -5440,7 +6774,8 @@ class Inbound:
 
 
 def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
-    """What is checked out on this host right now; every value None where git does not say. Takes up to 2 s."""
+    """What is checked out on this host right now; every value None where git does not say. Takes up
+    to 2 s."""
     facts: dict[str, Any] = {"branch": None, "commit": None, "dirty": None, "version": None}
     words = ("status", "--porcelain=v2", "--branch", "--untracked-files=no")
     try:
@@ -5488,9 +6823,15 @@ class Agent:
 
     def hello(self) -> Hello:
         return Hello(
-            "agent", [PROTOCOL_OLDEST, PROTOCOL], __version__, self.machine, socket.gethostname(), self.nonce,
-            sys.platform, list(FEATURES),
-        )  # fmt: skip
+            "agent",
+            [PROTOCOL_OLDEST, PROTOCOL],
+            __version__,
+            self.machine,
+            socket.gethostname(),
+            self.nonce,
+            sys.platform,
+            list(FEATURES),
+        )
 
     def recover(self) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
@@ -5502,7 +6843,8 @@ class Agent:
                     self.jobs[record.run, record.host] = OwnJob(record)
 
     async def watch_forever(self) -> None:
-        """Look at the jobs' files when a runner pokes, and once a second: a poke may be lost, or not know where to."""
+        """Look at the jobs' files when a runner pokes, and once a second: a poke may be lost, or
+        not know where to."""
         while True:
             self.look_for_local()
             for job in list(self.jobs.values()):
@@ -5531,7 +6873,8 @@ class Agent:
             await asyncio.sleep(PRUNE_S)
 
     def look_for_local(self) -> None:
-        """A deployment that was started on this host by hand: the master hears of it like of any other."""
+        """A deployment that was started on this host by hand: the master hears of it like of any
+        other."""
         current = self.state.current()
         if current in (self.current, ("", "")) or (record := self.state.load_job(*current)) is None:
             return  # nothing new, or torn: its runner, if it lives, will write it again
@@ -5573,18 +6916,21 @@ class Agent:
                 self.link.grew(run, host, size)
 
     def mend_log(self, record: JobRecord) -> JobRecord:
-        """A log shorter than its result says (power loss, somebody's hand) says so, and the result gets its size: else
-        whoever wants all of it waits for ever."""
+        """A log shorter than its result says (power loss, somebody's hand) says so, and the result
+        gets its size: else whoever wants all of it waits for ever."""
         path = self.state.log_file(record.run, record.host)
         if record.state not in FINAL or (size := log_size(path)) >= record.size:
             return record
-        line = f"\n[estelle-updater: log incomplete: {record.size - size} bytes are lost]\n".encode()
+        line = (
+            f"\n[estelle-updater: log incomplete: {record.size - size} bytes are lost]\n".encode()
+        )
         with suppress(OSError):
             size, _ = append_log(path, size, line)
         return replace(record, revision=record.revision + 1, size=size)
 
     def check_runner(self, job: OwnJob) -> None:
-        """A free lock says that no runner lives: an accepted job is started again, a running one is lost."""
+        """A free lock says that no runner lives: an accepted job is started again, a running one is
+        lost."""
         run, host = job.record.run, job.record.host
         before = self.state.load_job(run, host)
         if job.burying or FileLock.held_elsewhere(self.state.job_lock):
@@ -5603,7 +6949,9 @@ class Agent:
         elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
             self.end_unstarted(record, state=State.CANCELLED)
         elif record.state is State.QUEUED and not job.launches and self.is_old(record):
-            self.end_unstarted(record, state=State.LOST, error="the order expired while this host was away")
+            self.end_unstarted(
+                record, state=State.LOST, error="the order expired while this host was away"
+            )
         elif record.state is State.QUEUED and silent_s > LAUNCH_S and job.launches < LAUNCHES:
             self.start_runner(record)
         elif record.state is State.QUEUED and silent_s > LAUNCH_S:
@@ -5613,7 +6961,10 @@ class Agent:
     def is_old(self, record: JobRecord) -> bool:
         """Whether a job was accepted so long ago that nobody expects it to run any more."""
         with suppress(OSError):
-            return time.time() - self.state.job_file(record.run, record.host).stat().st_mtime > ORDER_EXPIRES_S
+            return (
+                time.time() - self.state.job_file(record.run, record.host).stat().st_mtime
+                > ORDER_EXPIRES_S
+            )
         return False
 
     def end_unstarted(self, record: JobRecord, **fields: Any) -> None:
@@ -5624,7 +6975,8 @@ class Agent:
                 self.own(replace(latest, revision=latest.revision + 1, ended=time.time(), **fields))
 
     async def bury(self, job: OwnJob, record: JobRecord) -> None:
-        """End a job whose runner died, in a thread: what it left may take seconds to kill, and links can't wait."""
+        """End a job whose runner died, in a thread: what it left may take seconds to kill, and
+        links can't wait."""
         try:
             self.own(await asyncio.to_thread(bury_runner, self.state, record))
         finally:
@@ -5661,7 +7013,8 @@ class Agent:
             self.tasks.spawn(self.await_launch(job, child))
 
     async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
-        """The cradle is empty at once; one that failed will fail again. What is half done is tried for ever."""
+        """The cradle is empty at once; one that failed will fail again. What is half done is tried
+        for ever."""
         if await asyncio.to_thread(child.wait) and not is_half_done(self.state, job.record):
             job.launches, job.launched = LAUNCHES, float("-inf")
             self.poked.set()
@@ -5676,7 +7029,8 @@ class Agent:
             self.own(replace(failed, revision=record.revision + 1))
 
     def take(self, record: JobRecord) -> None:
-        """Accept a job, or say what holds this host. The same order again is answered with the job's state."""
+        """Accept a job, or say what holds this host. The same order again is answered with the
+        job's state."""
         known = self.jobs.get((record.run, record.host))
         known_record = known.record if known else self.state.load_job(record.run, record.host)
         assert self.link
@@ -5688,20 +7042,39 @@ class Agent:
             self.link.post(Busy(record.run, record.host, active.record.run if active else ""))
             return
         if problem := valid_branch_problem(record.branch):
-            self.own(replace(record, revision=1, state=State.FAILED, step="check", error=f"no branch name: {problem}"))
+            self.own(
+                replace(
+                    record,
+                    revision=1,
+                    state=State.FAILED,
+                    step="check",
+                    error=f"no branch name: {problem}",
+                )
+            )
             return
         self.adopt_run(record)
         if record.state is State.RUNNING or log_size(self.state.log_file(record.run, record.host)):
-            # it ran, as the master knows or its log shows, and its state is gone: running it again would be worse
-            self.own(replace(record, revision=record.revision + 1, state=State.LOST, error="the host forgot this job"))
+            # it ran, as the master knows or its log shows, and its state is gone: running it again
+            # would be worse
+            self.own(
+                replace(
+                    record,
+                    revision=record.revision + 1,
+                    state=State.LOST,
+                    error="the host forgot this job",
+                )
+            )
             return
-        record = self.own(replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True))
+        record = self.own(
+            replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True)
+        )
         self.offer(self.jobs[record.run, record.host])
         if record.state is State.QUEUED:
             self.start_runner(record)
 
     def adopt_run(self, record: JobRecord) -> None:
-        """An agent keeps `run.json` of its own jobs too; the master's own agent finds the master's."""
+        """An agent keeps `run.json` of its own jobs too; the master's own agent finds the
+        master's."""
         if self.state.load_run(record.run) is None:
             with suppress(OSError):
                 self.state.save_run(run_of_job(record))
@@ -5736,7 +7109,8 @@ class Agent:
                 self.link.close_log(message.run, message.host)
 
     async def on_ask(self, ask: Ask, link: Link) -> None:
-        """Answer the master's question about this host; one that can't be answered is an error in the answer."""
+        """Answer the master's question about this host; one that can't be answered is an error in
+        the answer."""
         try:
             if ask.what not in QUESTIONS:
                 raise UpdaterError(f"unknown question {ask.what[:40]!r}", "upgrade this host")
@@ -5748,7 +7122,8 @@ class Agent:
         link.post(Answer(ask.id, result))
 
     def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
-        """What the configuration says of this host, seen from `address`, and where its repository is."""
+        """What the configuration says of this host, seen from `address`, and where its repository
+        is."""
         tree = work_tree(self.config.path)
         rule = host_rule(self.config.config, address, socket.gethostname())
         return rule, tree / rule.repo if rule.repo else tree
@@ -5772,15 +7147,25 @@ class Agent:
         return result
 
     def tell_health(self, args: dict[str, Any]) -> dict[str, Any]:
-        """What this host's checks see, by the configuration as it stands now: a deployment may just have changed it."""
+        """What this host's checks see, by the configuration as it stands now: a deployment may just
+        have changed it."""
         config, _ = load_config_or_last(self.config.path, self.state)
         rule, repo = self.rule_and_repo(args.get("address"))
-        names = {host_key(name) for name in (args.get("address"), rule.name, socket.gethostname()) if name}
-        checks = [check for check in config.health if not check.hosts or names & {*map(host_key, check.hosts)}]
+        names = {
+            host_key(name)
+            for name in (args.get("address"), rule.name, socket.gethostname())
+            if name
+        }
+        checks = [
+            check
+            for check in config.health
+            if not check.hosts or names & {*map(host_key, check.hosts)}
+        ]
         return {"checks": run_checks(checks, repo, scrub_environment(os.environ) | dict(rule.env))}
 
     def take_traffic(self, args: dict[str, Any]) -> dict[str, Any]:
-        """The master's word on whether this host is active or standby, for the runner that waits for it."""
+        """The master's word on whether this host is active or standby, for the runner that waits
+        for it."""
         run, host = args.get("run"), args.get("host")
         if (run, host) in self.jobs:
             word = {"at": args.get("at"), "is": str(args.get("is"))}
@@ -5793,7 +7178,9 @@ class Agent:
         self.jobs.setdefault((job.record.run, job.record.host), job)
         job.record = self.mend_log(job.record)
         self.link.post(job.record)
-        self.link.open_log(job.record.run, job.record.host, self.state.log_file(job.record.run, job.record.host))
+        self.link.open_log(
+            job.record.run, job.record.host, self.state.log_file(job.record.run, job.record.host)
+        )
 
     async def serve_link(self, link: Link) -> None:
         """Everything after `Welcome`, until the connection ends."""
@@ -5835,8 +7222,9 @@ class Agent:
 
 
 class Outlook:
-    """What a deployment would find in this host's clone, by questions to git alone: it fetches objects, and changes
-    neither the working tree nor the index nor any ref. A job may run meanwhile: no lock of git is taken."""
+    """What a deployment would find in this host's clone, by questions to git alone: it fetches
+    objects, and changes neither the working tree nor the index nor any ref. A job may run
+    meanwhile: no lock of git is taken."""
 
     def __init__(self, repo: Path, rule: Effective) -> None:
         self.repo, self.remote = repo, rule.remote
@@ -5848,9 +7236,12 @@ class Outlook:
         self.said = b""
 
     def git(self, *args: str) -> str | None:
-        """git's answer, None where it says no. Raises UpdaterError, also when all the time is used up."""
+        """git's answer, None where it says no. Raises UpdaterError, also when all the time is used
+        up."""
         left_s = max(0.1, self.deadline - time.monotonic())
-        code, out, self.said = ask_git(self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s)
+        code, out, self.said = ask_git(
+            self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s
+        )
         return None if code else out.decode("utf-8", "replace")
 
     def paths(self, *args: str) -> list[str]:
@@ -5863,28 +7254,41 @@ class Outlook:
         return explain_failure(self.said) or "".join(last) or "git failed without a word"
 
     def find_target(self, branch: str) -> tuple[str, str | None]:
-        """The commit that `branch` means on the remote, and where the local branch stands. Raises TargetError."""
+        """The commit that `branch` means on the remote, and where the local branch stands. Raises
+        TargetError."""
         names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
         # a star and not the third name: the ^ would get lost in a git.cmd
         if (listed := self.git("ls-remote", self.remote, names[0], f"{names[1]}*")) is None:
             raise UpdaterError(self.why())
-        refs = {name: commit for commit, _, name in (line.partition("\t") for line in listed.splitlines())}
+        refs = {
+            name: commit
+            for commit, _, name in (line.partition("\t") for line in listed.splitlines())
+        }
         local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
         if local or names[0] in refs or not is_commit_id(branch):
             found = names[:1] if local or names[0] in refs else names[1:]
-            name, target = next(((name, refs[name]) for name in reversed(found) if name in refs), ("", ""))
+            name, target = next(
+                ((name, refs[name]) for name in reversed(found) if name in refs), ("", "")
+            )
             if not name:
                 raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
         else:
             name = target = branch
         if self.git("cat-file", "-e", target) is None:
-            quiet = ("--quiet", "--no-write-fetch-head", "--no-tags", "--no-auto-maintenance", "--refmap=")
+            quiet = (
+                "--quiet",
+                "--no-write-fetch-head",
+                "--no-tags",
+                "--no-auto-maintenance",
+                "--refmap=",
+            )
             if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
                 raise TargetError(self.why())
         return target, local
 
     def look(self, branch: str) -> dict[str, Any]:
-        """From what is checked out now to what `branch` means on the remote, and what stands in the way."""
+        """From what is checked out now to what `branch` means on the remote, and what stands in the
+        way."""
         head = (self.git("rev-parse", "--verify", "HEAD") or "").strip()
         if not head:
             raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
@@ -5899,10 +7303,14 @@ class Outlook:
         if local and (ahead := int(self.git("rev-list", "--count", f"{target}..{local}") or 0)):
             found["diverged"] = self.git("merge-base", "--is-ancestor", target, local) is None
             if found["diverged"]:
-                found["refused"].append(f"the local branch has {ahead} commits that the remote has not")
+                found["refused"].append(
+                    f"the local branch has {ahead} commits that the remote has not"
+                )
             else:
                 target = local
-                found["warnings"].append(f"{ahead} commits of this host are not on the remote; they stay")
+                found["warnings"].append(
+                    f"{ahead} commits of this host are not on the remote; they stay"
+                )
         range_ = f"{head}..{target}"
         found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
         found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
@@ -5911,7 +7319,8 @@ class Outlook:
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
 
     def compare(self, found: dict[str, Any], stops: Sequence[str]) -> None:
-        """Which files change on the way from commit to commit, and which of them git would refuse to overwrite."""
+        """Which files change on the way from commit to commit, and which of them git would refuse
+        to overwrite."""
         diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
         found["changed"] = self.paths(*diff, stops[0], stops[-1])
         touched, added = set(found["changed"]), set[str]()
@@ -5919,12 +7328,18 @@ class Outlook:
             touched.update(self.paths(*diff, one, two))
             added.update(self.paths(*diff, "--diff-filter=A", one, two))
         there = sorted(path for path in added if os.path.lexists(self.repo / path))[:PLAN_ROWS]
-        untracked = self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there) if there else []
+        untracked = (
+            self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there)
+            if there
+            else []
+        )
         found["in_the_way"] = sorted(touched.intersection(found["dirty"])) + untracked
         found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
         if found["in_the_way"]:
             names = ", ".join(found["in_the_way"][:PLAN_ROWS])
-            found["refused"].append(f"local changes are in the way of the incoming commits: {names}")
+            found["refused"].append(
+                f"local changes are in the way of the incoming commits: {names}"
+            )
 
 
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
@@ -5942,7 +7357,11 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
             text = outlook.git("show", f"{found['target']}:{name}")
             if text is None:
                 raise ConfigError(f"there is no {name} in {found['target'][:7]}")
-            rule = host_rule(parse_config(text, name, path.suffix.removeprefix(".")), address, socket.gethostname())
+            rule = host_rule(
+                parse_config(text, name, path.suffix.removeprefix(".")),
+                address,
+                socket.gethostname(),
+            )
         except ConfigError as wrong:
             found["refused"].append(wrong.what)
     elif agent.config.problem:
@@ -5970,29 +7389,55 @@ def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
 
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
 QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
-    "status": Agent.tell_status, "plan": tell_plan, "health": Agent.tell_health, "traffic": tell_traffic,
+    "status": Agent.tell_status,
+    "plan": tell_plan,
+    "health": Agent.tell_health,
+    "traffic": tell_traffic,
     "traffic is": Agent.take_traffic,
-}  # fmt: skip
+}
 
 
-# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`, nor speak in a plan
-# for another host, by whose name the master would then act.
-_TEXTS, _SERVER = dict.fromkeys(("branch", "current", "target", "busy"), "str | None"), "dict[str, str | None]"
+# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`,
+# nor speak in a plan for another host, by whose name the master would then act.
+_TEXTS, _SERVER = (
+    dict.fromkeys(("branch", "current", "target", "busy"), "str | None"),
+    "dict[str, str | None]",
+)
 _LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
-_COUNTS = ("commits", "leaving", "changed_count", "dirty_count", "in_the_way_count", "disk_free_bytes")
+_COUNTS = (
+    "commits",
+    "leaving",
+    "changed_count",
+    "dirty_count",
+    "in_the_way_count",
+    "disk_free_bytes",
+)
 ANSWERS: dict[str, dict[str, str]] = {
     "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
     | {"dirty": "bool | None", "silent_s": "int | None"},
-    "traffic": {"active": "str | None", "servers": f"dict[str, {_SERVER}]", "warnings": "list[str]"},
+    "traffic": {
+        "active": "str | None",
+        "servers": f"dict[str, {_SERVER}]",
+        "warnings": "list[str]",
+    },
     "health": {"checks": "list[dict[str, Any]]"},
-    "plan": {**_TEXTS, **dict.fromkeys(_LISTS, "list[str]"), **dict.fromkeys(_COUNTS, "int"), "command": "str",
-             "lock_file": "bool", "diverged": "bool", "exit": "int"},
-}  # fmt: skip
+    "plan": {
+        **_TEXTS,
+        **dict.fromkeys(_LISTS, "list[str]"),
+        **dict.fromkeys(_COUNTS, "int"),
+        "command": "str",
+        "lock_file": "bool",
+        "diverged": "bool",
+        "exit": "int",
+    },
+}
 
 
 def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
     """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
-    shape = {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
+    shape = (
+        {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
+    )
     if shape is None:
         return answer
     if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
@@ -6001,7 +7446,8 @@ def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
-    """Seconds until the next try: full jitter, so that a master that returns is not met by everybody at once."""
+    """Seconds until the next try: full jitter, so that a master that returns is not met by
+    everybody at once."""
     return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
 
 
@@ -6015,7 +7461,12 @@ class Dialer:
         on_failure: Callable[[bool], Awaitable[None]],
         on_welcome: Callable[[str], None],
     ) -> None:
-        self.agent, self.bind, self.on_failure, self.on_welcome = agent, bind, on_failure, on_welcome
+        self.agent, self.bind, self.on_failure, self.on_welcome = (
+            agent,
+            bind,
+            on_failure,
+            on_welcome,
+        )
         self.config_changed = asyncio.Event()
         self.said: set[str] = set()  # what went wrong since the last welcome
         self.trouble = ""  # the last of it
@@ -6034,13 +7485,20 @@ class Dialer:
                     refused = True
                     self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
                 except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
-                    what = problem.what if isinstance(problem, UpdaterError) else str(problem) or "no answer"
-                    self.say(f"can't reach the master at {url}: {what}; trying again until it answers")
+                    what = (
+                        problem.what
+                        if isinstance(problem, UpdaterError)
+                        else str(problem) or "no answer"
+                    )
+                    self.say(
+                        f"can't reach the master at {url}: {what}; trying again until it answers"
+                    )
                 if self.welcome:
                     break
             if self.welcome:
                 attempt, self.welcome = 0, None
-                self.config_changed.clear()  # perhaps long ago: no reason for all to come back at once
+                # perhaps long ago: no reason for all to come back at once
+                self.config_changed.clear()
             else:
                 await self.on_failure(attempt % OUTSIDE_EVERY == OUTSIDE_EVERY - 1)
             attempt += 1
@@ -6068,9 +7526,13 @@ class Dialer:
         options = CLIENT_OPTIONS | client_tls(config, tree, str(url))
         token = self.agent.config.token()
         try:
-            connection = await connect(str(url), local_addr=(self.bind, 0) if self.bind else None, **options)
+            connection = await connect(
+                str(url), local_addr=(self.bind, 0) if self.bind else None, **options
+            )
         except InvalidStatus as problem:
-            raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
+            raise refusal(
+                problem.response.status_code, bytes(problem.response.body or b"")
+            ) from problem
         except InvalidHandshake as problem:
             raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
         async with connection:
@@ -6086,7 +7548,9 @@ class Dialer:
             except* (EOFError, OSError):
                 pass
             except* ProtocolError as group:
-                log.error("the master sent what is no part of the protocol: %s", next(iter_leaves(group)))
+                log.error(
+                    "the master sent what is no part of the protocol: %s", next(iter_leaves(group))
+                )
             finally:
                 self.url = ""
             self.say("the connection to the master ended; trying again until it answers")
@@ -6098,7 +7562,9 @@ def refusal(status: int, body: bytes) -> UpdaterError:
     if status == 403:
         what, _, hint = text.partition("\n")
         return RefusedError(f"{REFUSED_US}: {what}", hint)
-    return UnreachableError(f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?")
+    return UnreachableError(
+        f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?"
+    )
 
 
 # ==============================================================================
@@ -6108,7 +7574,8 @@ def refusal(status: int, body: bytes) -> UpdaterError:
 
 @dataclass
 class Machine:
-    """A host that was once welcomed. It is known by the id in its state folder; addresses and names change."""
+    """A host that was once welcomed. It is known by the id in its state folder; addresses and names
+    change."""
 
     machine: str
     address: str
@@ -6128,8 +7595,12 @@ class Run:
         self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
         self.followers: dict[Link, str] = {}  # and which hosts each asked for
         self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
-        self.unsaved: set[str] = set()  # hosts whose state, "" where it is the run's, a full disk did not take
-        self.ordered: dict[str, float] = {}  # when this process sent an order last, by its monotonic clock
+        self.unsaved: set[str] = (
+            set()
+        )  # hosts whose state, "" where it is the run's, a full disk did not take
+        self.ordered: dict[
+            str, float
+        ] = {}  # when this process sent an order last, by its monotonic clock
         self.began = time.monotonic() - max(0.0, time.time() - record.created)
 
     @property
@@ -6145,7 +7616,8 @@ class Run:
             state.save_job(job, durable=durable)
 
     def save_rest(self, state: StateFolder, own: str) -> None:
-        """What a full disk did not take: an order that was cancelled would run, once it is loaded again."""
+        """What a full disk did not take: an order that was cancelled would run, once it is loaded
+        again."""
         with suppress(OSError):
             for host in list(self.unsaved):
                 if host:
@@ -6159,7 +7631,9 @@ class Run:
         link.post(replace(self.record, hosts=hosts))
         for host in hosts:
             job, path = self.jobs[host], state.log_file(self.record.run, host)
-            link.post(replace(job, size=min(job.size, log_size(path))) if job.state in FINAL else job)
+            link.post(
+                replace(job, size=min(job.size, log_size(path))) if job.state in FINAL else job
+            )
             link.open_log(job.run, host, path)
 
     def tell(self, machine: str, text: str) -> None:
@@ -6177,7 +7651,9 @@ class AgentLink:
         self.link, self.hello, self.address = link, hello, address
         self.questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
-    async def ask(self, what: str, args: dict[str, Any], deadline_s: float = FACTS_S) -> dict[str, Any] | None:
+    async def ask(
+        self, what: str, args: dict[str, Any], deadline_s: float = FACTS_S
+    ) -> dict[str, Any] | None:
         """The agent's answer, or None where it does not come in time."""
         number = next(QUESTION_NUMBERS)
         future = self.questions[number] = asyncio.get_running_loop().create_future()
@@ -6191,7 +7667,8 @@ class AgentLink:
             del self.questions[number]
 
     async def answers_ping(self) -> bool:
-        """Is the connection alive at its other end, or a leftover of a host that went without a word?"""
+        """Is the connection alive at its other end, or a leftover of a host that went without a
+        word?"""
         if not isinstance(self.link.wire, SocketWire):
             return True
         with suppress(Exception):
@@ -6204,11 +7681,14 @@ class AgentLink:
 QUESTION_NUMBERS = itertools.count(1)
 
 
-_whitelist = functools.lru_cache(maxsize=8)(Whitelist)  # parsed once, not by every stranger who knocks
+_whitelist = functools.lru_cache(maxsize=8)(
+    Whitelist
+)  # parsed once, not by every stranger who knocks
 
 
 class Handout:
-    """The program that this master runs, which it hands out to new hosts and to `upgrade`; none in a checkout."""
+    """The program that this master runs, which it hands out to new hosts and to `upgrade`; none in
+    a checkout."""
 
     def __init__(self) -> None:
         self.program, self.sha256 = b"", ""
@@ -6222,7 +7702,9 @@ class Handout:
     def respond(self, connection: Any, *, whole: bool) -> Any:
         """The program as an HTTP answer, or only its checksum."""
         if not self.program:
-            return connection.respond(404, "this master does not run from a .pyz, and has none to hand out\n")
+            return connection.respond(
+                404, "this master does not run from a .pyz, and has none to hand out\n"
+            )
         if not whole:
             return connection.respond(200, f"{self.sha256}  {PROGRAM_NAME}\n")
         self.downloads = {other for other in self.downloads if other.state.name != "CLOSED"}
@@ -6231,18 +7713,27 @@ class Handout:
         self.downloads.add(connection)
         connection.allow(DOWNLOAD_S)
         answer = connection.respond(200, "")
-        for name, value in {"Content-Type": "application/octet-stream", "Content-Length": len(self.program)}.items():
+        for name, value in {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": len(self.program),
+        }.items():
             del answer.headers[name]
             answer.headers[name] = str(value)
         answer.body = self.program
         return answer
 
     def offer(self, config: ConfigFile) -> dict[str, Any]:
-        """What an upgrade's hosts are to install, if the committed configuration accepts it. Raises UpdaterError."""
+        """What an upgrade's hosts are to install, if the committed configuration accepts it. Raises
+        UpdaterError."""
         if not self.program:
-            raise UsageError("the master does not run from a .pyz, and has none to hand out", "serve from a built one")
+            raise UsageError(
+                "the master does not run from a .pyz, and has none to hand out",
+                "serve from a built one",
+            )
         if (config.config.updater.sha256 or "").lower() != self.sha256:
-            raise ConfigError(f"{config.path} does not accept the master's program", accept_hint(self.sha256))
+            raise ConfigError(
+                f"{config.path} does not accept the master's program", accept_hint(self.sha256)
+            )
         return {"sha256": self.sha256, "version": __version__}
 
 
@@ -6251,7 +7742,9 @@ class Door:
 
     def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
         self.config, self.own_address, self.nonce = config, own_address, nonce
-        self.sockets: dict[Any, str] = {}  # connection -> its address, to drop who is no longer allowed
+        self.sockets: dict[
+            Any, str
+        ] = {}  # connection -> its address, to drop who is no longer allowed
         self.handout = Handout()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
         self.handshakes: Counter[str] = Counter()  # begun and not judged
@@ -6260,7 +7753,8 @@ class Door:
         self.certificate = Certificate(config) if tls else None
 
     def connection_class(self) -> Any:
-        """A server connection that can't keep others out by beginning handshakes and not ending them."""
+        """A server connection that can't keep others out by beginning handshakes and not ending
+        them."""
         from websockets.asyncio.server import ServerConnection
 
         door = self
@@ -6270,13 +7764,18 @@ class Door:
                 super().connection_made(transport)
                 self.peer = host_key((self.remote_address or ("",))[0])
                 config = door.config.config
-                known = (_whitelist(listed).verdict(self.peer) for listed in (config.whitelist, config.trusted_proxies))
+                known = (
+                    _whitelist(listed).verdict(self.peer)
+                    for listed in (config.whitelist, config.trusted_proxies)
+                )
                 self.among = self.peer if any(verdict.allowed for verdict in known) else ""
                 door.handshakes[self.among] += 1
                 most = HANDSHAKES if self.among else STRANGERS
                 self.one_too_many = door.handshakes[self.among] > most
                 if self.one_too_many:
-                    door.log_refusal(self.among or "strangers", f"more than {most} handshakes at once")
+                    door.log_refusal(
+                        self.among or "strangers", f"more than {most} handshakes at once"
+                    )
                     transport.abort()
 
             async def handshake(self, *args: Any, **options: Any) -> None:
@@ -6286,7 +7785,9 @@ class Door:
                 finally:
                     door.handshakes[self.among] -= 1
                     if self.request is None and not self.one_too_many:
-                        door.log_refusal(self.peer, "it began no WebSocket handshake, or did not end it")
+                        door.log_refusal(
+                            self.peer, "it began no WebSocket handshake, or did not end it"
+                        )
 
             def allow(self, seconds: float) -> None:
                 """More time, for a download."""
@@ -6296,21 +7797,39 @@ class Door:
         return Guarded
 
     def judge_request(self, connection: Any, request: Any) -> Any:
-        """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer."""
+        """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP
+        answer."""
         config = self.config.config
         peer = canonical_address(connection.remote_address[0])
-        address = client_address(peer, request.headers.get_all("X-Forwarded-For"), _whitelist(config.trusted_proxies))
+        address = client_address(
+            peer, request.headers.get_all("X-Forwarded-For"), _whitelist(config.trusted_proxies)
+        )
         verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
-            return self.refuse(connection, address, verdict.reason, f"add {address} to the whitelist in git")
+            return self.refuse(
+                connection, address, verdict.reason, f"add {address} to the whitelist in git"
+            )
         hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
-        own = (config.master_url.host, self.own_address, connection.local_address[0], *config.server_names)
+        own = (
+            config.master_url.host,
+            self.own_address,
+            connection.local_address[0],
+            *config.server_names,
+        )
         if len(hosts) != 1 or not allowed_host_header(hosts[0], own):
-            return self.refuse(connection, address, "the Host header names another server", "use serverNames")
-        if origin is not None and not (allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]):
-            return self.refuse(connection, address, f"a page of {origin[:80]!r} can't talk to this port", "")
+            return self.refuse(
+                connection, address, "the Host header names another server", "use serverNames"
+            )
+        if origin is not None and not (
+            allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]
+        ):
+            return self.refuse(
+                connection, address, f"a page of {origin[:80]!r} can't talk to this port", ""
+            )
         if list(self.sockets.values()).count(address) >= CONNECTIONS:
-            return self.refuse(connection, address, f"more than {CONNECTIONS} connections", "close some")
+            return self.refuse(
+                connection, address, f"more than {CONNECTIONS} connections", "close some"
+            )
         path = request.path.partition("?")[0]
         program = f"{config.master_url.path.rstrip('/')}/{PROGRAM_NAME}"
         if path in (program, f"{program}.sha256"):
@@ -6337,7 +7856,8 @@ class Door:
         self.refused[address] = began, count + 1
 
     def look(self) -> None:
-        """Once a second: how often those were refused whose minute is over, and whether the certificate changed."""
+        """Once a second: how often those were refused whose minute is over, and whether the
+        certificate changed."""
         for address, (began, count) in list(self.refused.items()):
             if time.monotonic() - began > 60:
                 del self.refused[address]
@@ -6347,7 +7867,8 @@ class Door:
             self.certificate.look()
 
     async def check_token(self, link: Link, hello: Hello, address: str) -> str:
-        """Have whoever said hello prove that it knows the token, if there is one: our own proof, for the welcome.
+        """Have whoever said hello prove that it knows the token, if there is one: our own proof,
+        for the welcome.
 
         Raises RefusedError.
         """
@@ -6355,7 +7876,9 @@ class Door:
             token = self.config.token()
         except ConfigError as problem:
             log.error("%s", problem.what)
-            raise RefusedError("the master can't read its own token", "see the master's log") from None
+            raise RefusedError(
+                "the master can't read its own token", "see the master's log"
+            ) from None
         if token is None:
             return ""
         challenge = os.urandom(16).hex()
@@ -6368,25 +7891,35 @@ class Door:
             raise
         answer = decode_message(frame) if isinstance(frame, str) else None
         if not (
-            isinstance(answer, Proof) and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
+            isinstance(answer, Proof)
+            and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
         ):
-            raise RefusedError("the token is not the master's (the address is allowed)", _TOKEN_HINT)
+            raise RefusedError(
+                "the token is not the master's (the address is allowed)", _TOKEN_HINT
+            )
         return make_proof(token, "master", hello, challenge, answer.nonce)
 
     def drop_disallowed(self) -> None:
-        """After the configuration changed: who is no longer on the list, or has not proven this token, is cut off."""
+        """After the configuration changed: who is no longer on the list, or has not proven this
+        token, is cut off."""
         whitelist = _whitelist(self.config.config.whitelist)
-        unproven, self.token_file = self.token_file != self.config.config.token_file, self.config.config.token_file
+        unproven, self.token_file = (
+            self.token_file != self.config.config.token_file,
+            self.config.config.token_file,
+        )
         for socket, address in list(self.sockets.items()):
             if unproven or not whitelist.verdict(address).allowed:
                 log.warning(
-                    "dropped %s: %s", address, "tokenFile changed" if unproven else "no longer on the whitelist"
+                    "dropped %s: %s",
+                    address,
+                    "tokenFile changed" if unproven else "no longer on the whitelist",
                 )
                 socket.transport.abort()
 
 
 class Registry:
-    """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them is connected."""
+    """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them
+    is connected."""
 
     def __init__(self, state: StateFolder, config: ConfigFile, own_machine: str) -> None:
         self.config, self.own_machine, self.state = config, own_machine, state
@@ -6408,19 +7941,31 @@ class Registry:
                 self.down_since[machine] = time.monotonic() - max(0.0, time.time() - known.seen)
 
     def recorded_machines(self) -> dict[str, dict[str, Any]]:
-        """Whom the newest runs name, for want of the list: `all` must not lack a host without a word."""
+        """Whom the newest runs name, for want of the list: `all` must not lack a host without a
+        word."""
         machines: dict[str, dict[str, Any]] = {}
         for run in filter(None, map(self.state.load_run, self.state.run_ids()[-RUNS_ASKED:])):
             for label, machine in run.machines.items():
-                facts = {"machine": machine, "address": run.addresses.get(label), "name": f"unnamed-{machine[:4]}"}
+                facts = {
+                    "machine": machine,
+                    "address": run.addresses.get(label),
+                    "name": f"unnamed-{machine[:4]}",
+                }
                 machines[machine] = facts | {"seen": run.created}
         if machines:
-            log.error("can't read %s: the hosts are those of the newest runs; `forget` the retired ones", self.file)
+            log.error(
+                "can't read %s: the hosts are those of the newest runs; `forget` the retired ones",
+                self.file,
+            )
         return machines
 
     def remember(self, machine: str, job: dict[str, Any]) -> None:
         """How a host's newest deployment ended, for `status`; not what never reached the host."""
-        if job["state"] in FINAL and job["seconds"] is not None and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK):
+        if (
+            job["state"] in FINAL
+            and job["seconds"] is not None
+            and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK)
+        ):
             self.last[machine] = job
 
     def away_s(self, machine: str, now: float) -> float | None:
@@ -6434,53 +7979,75 @@ class Registry:
             write_atomic(self.file, json.dumps(data, indent=1).encode(), durable=durable)
 
     def host_name(self, machine: str, address: str, claimed: str) -> str:
-        """The configuration's name for the host, else the one it claims, unless that belongs to another address."""
+        """The configuration's name for the host, else the one it claims, unless that belongs to
+        another address."""
         name = host_rule(self.config.config, address, claimed).name or claimed
         if not valid_host_name(name):
             return f"unnamed-{machine[:4]}"
         owner = owner_of_name(self.config.config, name)
         if owner is not None and owner != address:
-            log.warning("%s claims the name %s, which the configuration gives to %s", address, name, owner)
+            log.warning(
+                "%s claims the name %s, which the configuration gives to %s", address, name, owner
+            )
             return f"unnamed-{machine[:4]}"
         return name
 
     def register(self, hello: Hello, address: str) -> None:
-        """Remember a host that is welcomed. Raises RefusedError where one address has been too many machines."""
+        """Remember a host that is welcomed. Raises RefusedError where one address has been too many
+        machines."""
         here = [known for known in self.machines.values() if known.address == address]
         if hello.machine not in self.machines and len(here) >= MACHINES:
             retired = next((known.machine for known in here if known.forgotten), None)
             if retired is None:
-                raise RefusedError(f"{address} has been {MACHINES} machines already", "`forget` those that are retired")
+                raise RefusedError(
+                    f"{address} has been {MACHINES} machines already",
+                    "`forget` those that are retired",
+                )
             del self.machines[retired]
-        version, platform = (re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform))
+        version, platform = (
+            re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform)
+        )
         known = Machine(
-            hello.machine, address, self.host_name(hello.machine, address, hello.name), version, platform, time.time()
+            hello.machine,
+            address,
+            self.host_name(hello.machine, address, hello.name),
+            version,
+            platform,
+            time.time(),
         )
         new = hello.machine not in self.machines
         self.machines[hello.machine] = known
         self.save(durable=new)
 
     def hosts(self, everyone: bool = False) -> list[HostRef]:
-        """Every host of the fleet with its label, the master's own first; `everyone`: as if all took deployments."""
+        """Every host of the fleet with its label, the master's own first; `everyone`: as if all
+        took deployments."""
         known = [machine for machine in self.machines.values() if not machine.forgotten]
-        known.sort(key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name))
+        known.sort(
+            key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name)
+        )
         labels = assign_labels([(host.address, host.name, host.machine) for host in known])
         hosts = []
         for label, host in zip(labels, known, strict=True):
             rule = host_rule(self.config.config, host.address, host.name)
             online = host.machine in self.agents
             deploys = rule.deploy or everyone
-            hosts.append(HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys))
+            hosts.append(
+                HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys)
+            )
         return hosts
 
     def check_adoption(
         self, machine: str, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
     ) -> None:
-        """Keep an agent from filling the history with runs that nobody ordered here, and from writing what looks like,
-        or is, the file of another of the run's `hosts`. Raises ProtocolError."""
+        """Keep an agent from filling the history with runs that nobody ordered here, and from
+        writing what looks like, or is, the file of another of the run's `hosts`. Raises
+        ProtocolError."""
         others = [host.label for host in self.hosts() if host.machine != machine]
         taken = {file_label(label).casefold() for label in (*others, *hosts)}
-        if file_label(job.host).casefold() in taken or not (job.host.isprintable() and 0 < len(job.host) <= 200):
+        if file_label(job.host).casefold() in taken or not (
+            job.host.isprintable() and 0 < len(job.host) <= 200
+        ):
             raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
         now = time.time()
         latest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now + 86400))
@@ -6489,11 +8056,14 @@ class Registry:
         still = sum(not run.nonce and machine in run.machines.values() for run in open_runs)
         recent = self.adopted.setdefault(machine, deque([0.0] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR))
         if still >= ADOPTED_OPEN or recent[0] > now - 3600:
-            raise ProtocolError(f"too many runs that nobody ordered here: {job.run} is not recorded")
+            raise ProtocolError(
+                f"too many runs that nobody ordered here: {job.run} is not recorded"
+            )
         recent.append(now)
 
     def choose(self, run: RunRecord, target: str) -> list[str]:
-        """The hosts of a run that `target` means, by the labels that they had then. Raises UpdaterError."""
+        """The hosts of a run that `target` means, by the labels that they had then. Raises
+        UpdaterError."""
         if not target:
             return run.hosts
         names = {host.machine: host for host in self.hosts()}
@@ -6507,7 +8077,8 @@ class Registry:
         return [host for host in run.hosts if host in chosen]
 
     def forget(self, target: str) -> list[str]:
-        """Take retired hosts out of `all`; a host that is online would only come back. Raises UpdaterError."""
+        """Take retired hosts out of `all`; a host that is online would only come back. Raises
+        UpdaterError."""
         hosts = select_targets(target, self.hosts(everyone=True))
         if online := [host.label for host in hosts if host.online]:
             what = f"{', '.join(online)} is online and would only come back"
@@ -6518,13 +8089,16 @@ class Registry:
         return [host.label for host in hosts]
 
     async def ask_traffic(self) -> dict[str, Any]:
-        """Where HAProxy sends the traffic, as its host says now; `active` is None where that is not known."""
+        """Where HAProxy sends the traffic, as its host says now; `active` is None where that is not
+        known."""
         rule = self.config.config.haproxy
         if rule is None:
             return no_traffic()
         key, answer = host_key(rule.host), None
         for host in self.hosts():
-            if key in (host.address, host_key(host.name)) and (agent := self.agents.get(host.machine)):
+            if key in (host.address, host_key(host.name)) and (
+                agent := self.agents.get(host.machine)
+            ):
                 answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
         if answer and "servers" in answer:
             return answer
@@ -6532,20 +8106,28 @@ class Registry:
         return no_traffic(f"nobody knows where the traffic goes: {why}")
 
     async def check_health(self, hosts: Sequence[HostRef]) -> list[dict[str, Any]]:
-        """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does not answer fails."""
+        """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does
+        not answer fails."""
         patience_s = checks_take_s(self.config.config.health) + FACTS_S
 
         async def ask(host: HostRef) -> list[dict[str, Any]]:
             agent = self.agents.get(host.machine)
-            answer = await agent.ask("health", {"address": host.address}, patience_s) if agent else None
+            answer = (
+                await agent.ask("health", {"address": host.address}, patience_s) if agent else None
+            )
             why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
             silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
             found = (answer or {}).get("checks", silent)
             return [
-                {"host": host.label, "name": str(row.get("name")), "kind": row.get("kind"), "ok": row.get("ok") is True,
-                 "detail": str(row.get("detail"))}
+                {
+                    "host": host.label,
+                    "name": str(row.get("name")),
+                    "kind": row.get("kind"),
+                    "ok": row.get("ok") is True,
+                    "detail": str(row.get("detail")),
+                }
                 for row in found
-            ]  # fmt: skip
+            ]
 
         return [row for rows in await asyncio.gather(*map(ask, hosts)) for row in rows]
 
@@ -6561,7 +8143,8 @@ class Registry:
         return str(traffic["active"])
 
     async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
-        """Tell a job that waits for it whether its host is active or standby, once that is known."""
+        """Tell a job that waits for it whether its host is active or standby, once that is
+        known."""
         color = next((host.color for host in self.hosts() if host.machine == job.machine), None)
         ends = time.monotonic() + TRAFFIC_S
         while time.monotonic() < ends and self.agents.get(job.machine) is agent:
@@ -6575,18 +8158,31 @@ class Registry:
 
 
 class Master:
-    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is told of it."""
+    """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is
+    told of it."""
 
-    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str) -> None:
-        self.state, self.config, self.machine, self.nonce, self.own_address = state, config, machine, nonce, own_address
+    def __init__(
+        self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str
+    ) -> None:
+        self.state, self.config, self.machine, self.nonce, self.own_address = (
+            state,
+            config,
+            machine,
+            nonce,
+            own_address,
+        )
         self.door = Door(config, own_address, nonce)
         self.registry = Registry(state, config, machine)
         self.agents = self.registry.agents
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.runs: dict[str, Run] = {}
         self.plans: dict[str, Plan] = {}
-        self.tell: Callable[[Run, JobRecord], None] = lambda run, job: None  # people want to know how a job ended
-        self.nonces: dict[str, str] = {}  # nonce -> run, for whoever asks again without knowing the run's id
+        self.tell: Callable[[Run, JobRecord], None] = lambda run, job: (
+            None
+        )  # people want to know how a job ended
+        self.nonces: dict[
+            str, str
+        ] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.began = time.monotonic()
 
     @property
@@ -6616,7 +8212,11 @@ class Master:
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
-            hello = decode_message(frame) if isinstance(frame, str) and len(frame) <= HELLO_BYTES else None
+            hello = (
+                decode_message(frame)
+                if isinstance(frame, str) and len(frame) <= HELLO_BYTES
+                else None
+            )
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
             common_protocol(hello.protocol)
@@ -6634,7 +8234,9 @@ class Master:
             assert isinstance(problem, UpdaterError)
             self.door.log_refusal(address, problem.what)
             with suppress(EOFError):
-                await link.wire.send(encode_message(Refuse(problem.what[:1000], problem.hint, problem.exit_code)))
+                await link.wire.send(
+                    encode_message(Refuse(problem.what[:1000], problem.hint, problem.exit_code))
+                )
                 await socket.close()
         finally:
             link.wire.abort()
@@ -6645,7 +8247,10 @@ class Master:
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
         if hello.machine == self.machine and isinstance(link.wire, SocketWire):
-            raise ProtocolError("this is the master's own machine id: a cloned state folder; delete machine-id in it")
+            raise ProtocolError(
+                "this is the master's own machine id: a cloned state folder; delete "
+                "machine-id in it"
+            )
         while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
             if await old.answers_ping():
                 what = f"this machine id is in use by {old.address}: a cloned state folder"
@@ -6664,7 +8269,18 @@ class Master:
         self.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         protocol = common_protocol(hello.protocol)
-        link.post(Welcome(protocol, __version__, address, label, self.nonce, list(FEATURES), proof, time.time()))
+        link.post(
+            Welcome(
+                protocol,
+                __version__,
+                address,
+                label,
+                self.nonce,
+                list(FEATURES),
+                proof,
+                time.time(),
+            )
+        )
         if hello.machine != self.machine:
             log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
             for run in self.runs.values() if went > self.began else ():
@@ -6677,7 +8293,10 @@ class Master:
                     frame = await link.wire.recv()
                     try:
                         self.receive_from_agent(agent, frame)
-                    except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
+                    except (
+                        ProtocolError,
+                        OSError,
+                    ) as problem:  # one bad message must not end the connection
                         self.door.log_refusal(f"a message of {label}", str(problem))
                         link.post(Refuse(str(problem)[:1000]))
         finally:
@@ -6691,11 +8310,14 @@ class Master:
                     run.tell(hello.machine, "no connection; what runs there goes on")
 
     def resend(self, agent: AgentLink) -> None:
-        """To a host that is back: the orders that it has not acknowledged, and the cancels that it missed."""
+        """To a host that is back: the orders that it has not acknowledged, and the cancels that it
+        missed."""
         for run in list(self.runs.values()):
             for job in run.jobs.values():
                 if job.machine == agent.hello.machine and job.state not in FINAL:
-                    if job.ordered:  # also one that runs: the host says so if it knows nothing of it
+                    if (
+                        job.ordered
+                    ):  # also one that runs: the host says so if it knows nothing of it
                         self.order(agent, job)
                     if run.record.cancelled:
                         agent.link.post(Cancel(job.run, run.record.cancelled_by))
@@ -6739,12 +8361,16 @@ class Master:
             return self.runs[run]
         if (record := self.state.load_run(run)) is None:
             return None
-        jobs = {host: self.state.load_job(run, host) or self.unordered(record, host) for host in record.hosts}
+        jobs = {
+            host: self.state.load_job(run, host) or self.unordered(record, host)
+            for host in record.hosts
+        }
         return Run(record, jobs)
 
     def unordered(self, record: RunRecord, host: str) -> JobRecord:
-        """A job without a file: `ordered` is recorded before any order, so this one never reached its host, unless a
-        full disk has kept it from being recorded. One whose file is damaged may well run: its host will say."""
+        """A job without a file: `ordered` is recorded before any order, so this one never reached
+        its host, unless a full disk has kept it from being recorded. One whose file is damaged may
+        well run: its host will say."""
         job = replace(job_of_run(record, host), provisional=True)
         if self.state.is_damaged(record.run, host):
             return replace(job, state=State.RUNNING, ordered=True, provisional=False)
@@ -6755,7 +8381,8 @@ class Master:
         return replace(job, provisional=False) if waits else replace(job, state=State.OFFLINE)
 
     def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
-        """The run of a job that belongs to this very agent. Raises ProtocolError for anybody else's."""
+        """The run of a job that belongs to this very agent. Raises ProtocolError for anybody
+        else's."""
         found = self.load(run)
         if found is None or found.record.machines.get(host) != agent.hello.machine:
             raise ProtocolError(f"{host[:80]} in run {run} is not a job of {agent.address}")
@@ -6767,7 +8394,9 @@ class Master:
         found = self.load(job.run)
         if found is None or (not found.record.nonce and job.host not in found.record.machines):
             open_runs = [run.record for run in self.runs.values() if run.active and not run.held]
-            self.registry.check_adoption(agent.hello.machine, job, found.record.hosts if found else [], open_runs)
+            self.registry.check_adoption(
+                agent.hello.machine, job, found.record.hosts if found else [], open_runs
+            )
             self.adopt(found, replace(job, machine=agent.hello.machine))
         run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
@@ -6783,7 +8412,8 @@ class Master:
         self.drop_idle(run)
 
     def adopt(self, run: Run | None, job: JobRecord) -> None:
-        """A run that this master has not ordered: it is new here, or the host's operator deployed by hand."""
+        """A run that this master has not ordered: it is new here, or the host's operator deployed
+        by hand."""
         record = run_of_job(job)
         if run:
             old = run.record
@@ -6792,7 +8422,9 @@ class Master:
                 addresses={**old.addresses, **record.addresses},
             )  # fmt: skip
         if run is None:
-            with suppress(FileNotFoundError):  # any other OSError: what can't be read now must not be replaced
+            with suppress(
+                FileNotFoundError
+            ):  # any other OSError: what can't be read now must not be replaced
                 (self.state.runs / job.run / "run.json").read_bytes()
         with suppress(OSError):  # `record` tries again
             self.state.save_run(record)
@@ -6831,7 +8463,9 @@ class Master:
         accepted = accepts_job(run.jobs[host], job)
         if accepted and size < job.size and host not in run.torn:
             return
-        if accepted or run.jobs[host].state is job.state:  # known already: perhaps it was never told
+        if (
+            accepted or run.jobs[host].state is job.state
+        ):  # known already: perhaps it was never told
             self.tell(run, job)
         if accepted:
             sync_file(path)
@@ -6845,7 +8479,8 @@ class Master:
         self.schedule()
 
     def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> bool:
-        """A job's new state: on disk, and to whoever follows; False where the disk does not take it."""
+        """A job's new state: on disk, and to whoever follows; False where the disk does not take
+        it."""
         try:
             run.save(self.state, self.machine, job, durable=durable)
         except OSError as problem:
@@ -6859,13 +8494,26 @@ class Master:
         self.registry.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
         for follower in run.followers:
             follower.post(job)
-            follower.grew(run.record.run, job.host, job.size)  # the last bytes may be here without having been sent
+            follower.grew(
+                run.record.run, job.host, job.size
+            )  # the last bytes may be here without having been sent
         return True
 
-    def end(self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False) -> None:
-        """The master's own verdict; a guess about a host that it can't hear is replaced by the host's late word."""
+    def end(
+        self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False
+    ) -> None:
+        """The master's own verdict; a guess about a host that it can't hear is replaced by the
+        host's late word."""
         size = log_size(self.state.log_file(job.run, job.host))
-        job = replace(job, behind=None, state=state, error=error, provisional=guess, size=size, ended=time.time())
+        job = replace(
+            job,
+            behind=None,
+            state=state,
+            error=error,
+            provisional=guess,
+            size=size,
+            ended=time.time(),
+        )
         self.tell(run, job)
         self.record(run, job, durable=True)
 
@@ -6876,7 +8524,8 @@ class Master:
     # The queue
 
     def submit(self, message: Submit, by: str, active: str | None = None) -> RunRecord:
-        """Start a run, or find the one that this very request started. Raises UpdaterError with the contract's code."""
+        """Start a run, or find the one that this very request started. Raises UpdaterError with the
+        contract's code."""
         if not message.nonce:  # it says that a run was ordered here
             raise UsageError("a run needs a nonce")
         if found := self.load(self.nonces.get(message.nonce, message.run)):
@@ -6885,7 +8534,10 @@ class Master:
             return found.record
         for branch in (message.branch, *message.commits.values()):
             require_branch(branch)
-        deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)  # the other kinds also concern the data node
+        deploys = message.kind in (
+            Kind.DEPLOY,
+            Kind.ROLLBACK,
+        )  # the other kinds also concern the data node
         hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
         if message.options.get("alone"):  # a release begins with nothing under way on either colour
             self.require_free([host for host in self.registry.hosts(everyone=True) if host.color])
@@ -6897,19 +8549,39 @@ class Master:
                 "start its service, or use --wait SECONDS",
             )
         record = RunRecord(
-            message.run, message.nonce, message.kind, message.target, message.branch, [host.label for host in hosts],
-            {host.label: host.machine for host in hosts}, {host.label: host.address for host in hosts}, time.time(),
-            by, offline, max(0, message.batch), max(0.0, message.wait_s), options=message.options | expects,
+            message.run,
+            message.nonce,
+            message.kind,
+            message.target,
+            message.branch,
+            [host.label for host in hosts],
+            {host.label: host.machine for host in hosts},
+            {host.label: host.address for host in hosts},
+            time.time(),
+            by,
+            offline,
+            max(0, message.batch),
+            max(0.0, message.wait_s),
+            options=message.options | expects,
             commits=message.commits,
-        )  # fmt: skip
+        )
         self.state.save_run(record)
         self.nonces[record.nonce] = record.run
-        run = self.runs[record.run] = Run(record, {label: job_of_run(record, label) for label in record.hosts})
+        run = self.runs[record.run] = Run(
+            record, {label: job_of_run(record, label) for label in record.hosts}
+        )
         for job in run.jobs.values():
             self.record(run, job)
             if job.host in offline and not message.wait_s:
                 self.end(run, job, State.OFFLINE, "the host is offline")
-        log.info("%s asks for %s %s on %s: run %s", by, record.kind, record.branch, record.target, record.run)
+        log.info(
+            "%s asks for %s %s on %s: run %s",
+            by,
+            record.kind,
+            record.branch,
+            record.target,
+            record.run,
+        )
         self.replace_queued(run)
         asyncio.get_running_loop().call_soon(self.schedule)
         return record
@@ -6919,15 +8591,23 @@ class Master:
         machines = {host.machine for host in hosts}
         for job in (job for run in self.runs.values() for job in run.jobs.values()):
             if job.machine in machines and job.state not in FINAL:
-                raise GuardError(f"{job.host} has a {job.state} job: {job.run}", f"wait for it, or cancel {job.run}")
+                raise GuardError(
+                    f"{job.host} has a {job.state} job: {job.run}",
+                    f"wait for it, or cancel {job.run}",
+                )
 
     def replace_queued(self, new: Run) -> None:
         """A newer request for the same branch takes the place of one that still waits."""
         for run in list(self.runs.values()):
-            if run is new or (run.record.kind, run.record.branch) != (new.record.kind, new.record.branch):
+            if run is new or (run.record.kind, run.record.branch) != (
+                new.record.kind,
+                new.record.branch,
+            ):
                 continue
             for job in list(run.jobs.values()):
-                mine = next((other for other in new.jobs.values() if other.machine == job.machine), None)
+                mine = next(
+                    (other for other in new.jobs.values() if other.machine == job.machine), None
+                )
                 waits = job.state is State.QUEUED and not job.ordered
                 if waits and mine and mine.state is State.QUEUED:
                     self.end(run, job, State.CANCELLED, f"replaced by {new.record.run}")
@@ -6935,11 +8615,14 @@ class Master:
     def schedule(self) -> None:
         """Give every free host its next job, and end what has become pointless."""
         runs = sorted(
-            (run for run in self.runs.values() if run.active), key=lambda run: (run.record.created, run.record.run)
+            (run for run in self.runs.values() if run.active),
+            key=lambda run: (run.record.created, run.record.run),
         )
         now = time.monotonic()
         busy = {machine for machine, until in self.busy.items() if until > now}
-        order, end, behind = decide_orders([(run.record, run.jobs) for run in runs], self.agents, busy)
+        order, end, behind = decide_orders(
+            [(run.record, run.jobs) for run in runs], self.agents, busy
+        )
         for job, reason in end:
             self.end(self.runs[job.run], job, State.CANCELLED, reason)
         for (name, host), other in behind.items():
@@ -6993,8 +8676,9 @@ class Master:
             self.end(run, job, *verdict, guess=verdict[0] is not State.OFFLINE)
 
     def cancel(self, name: str, by: str) -> RunRecord:
-        """Stop a run: queued jobs at once, running ones as soon as their host hears of it. What it answers has as
-        `hosts` those that were not over, as `offline` those that hear of it once they are back."""
+        """Stop a run: queued jobs at once, running ones as soon as their host hears of it. What it
+        answers has as `hosts` those that were not over, as `offline` those that hear of it once
+        they are back."""
         run = self.load(name)
         if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
@@ -7041,7 +8725,18 @@ class Desk:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
         protocol = common_protocol(hello.protocol)
-        link.post(Welcome(protocol, __version__, address, "", self.master.nonce, list(FEATURES), proof, time.time()))
+        link.post(
+            Welcome(
+                protocol,
+                __version__,
+                address,
+                "",
+                self.master.nonce,
+                list(FEATURES),
+                proof,
+                time.time(),
+            )
+        )
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.write_forever())
@@ -7062,7 +8757,11 @@ class Desk:
     def receive_from_commander(
         self, group: asyncio.TaskGroup, link: Link, message: Any, address: str, hello: Hello
     ) -> None:
-        by = f"{message.by[:80]}@{address}" if getattr(message, "by", "") else f"{hello.name[:80]}@{address}"
+        by = (
+            f"{message.by[:80]}@{address}"
+            if getattr(message, "by", "")
+            else f"{hello.name[:80]}@{address}"
+        )
         match message:
             case Submit():
                 self.start(group, link, self.submit(message, by))
@@ -7111,14 +8810,19 @@ class Desk:
             self.open -= 1
 
     async def submit(self, message: Submit, by: str) -> RunRecord:
-        """Start a run; whom it means may depend on the traffic of this moment, and whether it may start, on hosts."""
+        """Start a run; whom it means may depend on the traffic of this moment, and whether it may
+        start, on hosts."""
         if message.kind in GATES and self.master.load(message.run) is None:
             try:
                 message = await GATES[message.kind](self, message)
             except GuardError:
-                if self.master.load(message.run) is None:  # else it stands in the way of nothing but itself, sent twice
+                if (
+                    self.master.load(message.run) is None
+                ):  # else it stands in the way of nothing but itself, sent twice
                     raise
-        return self.master.submit(message, by, await self.master.registry.active_for(message.target))
+        return self.master.submit(
+            message, by, await self.master.registry.active_for(message.target)
+        )
 
     async def answer(self, ask: Ask) -> Answer:
         """Questions of a commander, each of a fixed set."""
@@ -7165,12 +8869,19 @@ class Desk:
             if offset + len(data) < size or not done:  # whole lines, unless one alone is longer
                 data = data[: data.rfind(b"\n") + 1] or (data if len(data) == share else b"")
             text = data.decode("utf-8", "replace")
-            rows.append({**job_summary(job), "text": text, "offset": offset + len(data), "size": size})
+            rows.append(
+                {**job_summary(job), "text": text, "offset": offset + len(data), "size": size}
+            )
         done = all(row["state"] in FINAL for row in rows)
         return {
-            "run": name, "kind": run.record.kind, "target": run.record.target, "branch": run.record.branch,
-            "done": done, "ok": all(row["ok"] for row in rows) if done else None, "hosts": rows,
-        }  # fmt: skip
+            "run": name,
+            "kind": run.record.kind,
+            "target": run.record.target,
+            "branch": run.record.branch,
+            "done": done,
+            "ok": all(row["ok"] for row in rows) if done else None,
+            "hosts": rows,
+        }
 
     async def find(self, args: dict[str, Any]) -> dict[str, Any]:
         """The run that was started with a nonce, if there is one."""
@@ -7187,32 +8898,54 @@ class Desk:
             agent = self.master.agents.get(host.machine)
             found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
             if agent and not found:
-                found["problem"] = f"no answer within {FACTS_S:.0f} s: does its daemon, or its disk, hang?"
+                found["problem"] = (
+                    f"no answer within {FACTS_S:.0f} s: does its daemon, or its disk, hang?"
+                )
             found["problem"] = found.get("problem") or found.pop("error", None)
-            return {key: value[:300] if isinstance(value, str) else value for key, value in found.items()}
+            return {
+                key: value[:300] if isinstance(value, str) else value
+                for key, value in found.items()
+            }
 
-        traffic, *answers = await asyncio.gather(self.master.registry.ask_traffic(), *(facts(host) for host in hosts))
-        rows = [self.status_row(host, found, traffic) for host, found in zip(hosts, answers, strict=True)]
+        traffic, *answers = await asyncio.gather(
+            self.master.registry.ask_traffic(), *(facts(host) for host in hosts)
+        )
+        rows = [
+            self.status_row(host, found, traffic)
+            for host, found in zip(hosts, answers, strict=True)
+        ]
         uptime = round(self.master.up_s, 1)
         master = {
             "ip": self.master.own_address,
             "version": __version__,
             "uptime": uptime,
-            "problem": self.master.config.problem or getattr(self.master.door.certificate, "problem", None),
+            "problem": self.master.config.problem
+            or getattr(self.master.door.certificate, "problem", None),
         }
         return {"master": master, "hosts": rows, "warnings": traffic["warnings"]}
 
-    def status_row(self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]) -> dict[str, Any]:
-        runs = sorted(self.master.runs.values(), key=lambda run: run.record.created)  # the queue's order
+    def status_row(
+        self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        runs = sorted(
+            self.master.runs.values(), key=lambda run: run.record.created
+        )  # the queue's order
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
         machine = self.master.registry.machines[host.machine]
         away_s = self.master.registry.away_s(host.machine, time.monotonic())
         return {
-            "host": host.label, "name": host.name, "online": host.online,
-            "role": "master" if host.machine == self.master.machine else "agent", "platform": machine.platform,
-            "updater": machine.version, "version": facts.get("version"), "branch": facts.get("branch"),
-            "commit": facts.get("commit"), "dirty": facts.get("dirty"), "color": host.color,
+            "host": host.label,
+            "name": host.name,
+            "online": host.online,
+            "role": "master" if host.machine == self.master.machine else "agent",
+            "platform": machine.platform,
+            "updater": machine.version,
+            "version": facts.get("version"),
+            "branch": facts.get("branch"),
+            "commit": facts.get("commit"),
+            "dirty": facts.get("dirty"),
+            "color": host.color,
             "traffic": traffic["servers"].get(host.color, {}).get("traffic"),
             "running": running.run if running else facts.get("running"),
             "step": running.step if running else None,
@@ -7220,10 +8953,12 @@ class Desk:
             "silent_s": facts.get("silent_s"),
             "link_down_since": None if away_s is None else time.time() - away_s,
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
-            "behind": {job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind},
+            "behind": {
+                job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind
+            },
             "last": self.master.registry.last.get(host.machine),
             "problem": facts.get("problem"),
-        }  # fmt: skip
+        }
 
 
 class Planner:
@@ -7232,32 +8967,47 @@ class Planner:
     def __init__(self, desk: Desk, args: Mapping[str, Any]) -> None:
         self.desk, self.master = desk, desk.master
         words = ("action", "target", "branch", "to", "color")
-        self.request = {"action": "update", "target": "all"} | {key: str(args[key]) for key in words if args.get(key)}
+        self.request = {"action": "update", "target": "all"} | {
+            key: str(args[key]) for key in words if args.get(key)
+        }
         self.branch, self.to = self.request.get("branch", ""), self.request.get("to", "")
         self.action, self.target = self.request["action"], self.request["target"]
         self.known = str(args.get("plan") or "")  # a plan that has to hold still
-        self.expects: dict[str, Any] = {}  # a rollback names its hosts by label, which says nothing of the traffic
+        self.expects: dict[
+            str, Any
+        ] = {}  # a rollback names its hosts by label, which says nothing of the traffic
 
     async def plan(self) -> dict[str, Any]:
-        """Every host's outlook, and the id under which the master remembers it. Raises UpdaterError."""
+        """Every host's outlook, and the id under which the master remembers it. Raises
+        UpdaterError."""
         rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
         now_and_then = ("machine", "current", "target", "traffic")
         truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
         return {
-            "plan": self.remember(truth), "branch": "", **self.request, **self.expects, "fresh_s": PLAN_FRESH_S,
-            "ok": not any(row["refused"] for row in rows), "hosts": rows,
-        }  # fmt: skip
+            "plan": self.remember(truth),
+            "branch": "",
+            **self.request,
+            **self.expects,
+            "fresh_s": PLAN_FRESH_S,
+            "ok": not any(row["refused"] for row in rows),
+            "hosts": rows,
+        }
 
     async def look_at_traffic(self) -> list[dict[str, Any]]:
         """The colours as they stand, and what a switch would be refused for."""
         color, refused = self.request.get("color"), []
         try:
-            await gate_switch(self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color}))
+            await gate_switch(
+                self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color})
+            )
         except GuardError as problem:
             refused = [problem.what]
         keys = ("host", "online", "color", "traffic", "version")
         rows = [row for row in (await self.desk.status({}))["hosts"] if row["color"]]
-        return [{key: row[key] for key in keys} | {"current": row["commit"], "refused": refused} for row in rows]
+        return [
+            {key: row[key] for key in keys} | {"current": row["commit"], "refused": refused}
+            for row in rows
+        ]
 
     async def look_at_hosts(self) -> list[dict[str, Any]]:
         """What a deployment or a rollback would find on the hosts of the target."""
@@ -7269,12 +9019,17 @@ class Planner:
             require_branch(self.branch)
         history = asyncio.ensure_future(asyncio.to_thread(self.master.state.successes))
         past = await history if self.action == "rollback" else {}
-        rows = list(await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts)))
-        if not past:  # how long it takes is worth no waiting: a large history that was never read takes seconds
+        rows = list(
+            await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
+        )
+        # how long it takes is worth no waiting: a large history that was never read takes seconds
+        if not past:
             await asyncio.wait({history}, timeout=HISTORY_S)
             past = history.result() if history.done() else {}
         for row in rows:
-            times = sorted(job["seconds"] for job in past.get(row["machine"], []) if job["seconds"] is not None)
+            times = sorted(
+                job["seconds"] for job in past.get(row["machine"], []) if job["seconds"] is not None
+            )
             row["expected_s"] = times[len(times) // 2] if times else None
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
@@ -7295,23 +9050,54 @@ class Planner:
         if plan is None:
             raise GuardError(f"there is no fresh plan {self.known[:40]!r}", hint)
         if plan.request != self.request:
-            raise GuardError(f"plan {self.known} is for something else: {' '.join(plan.request.values())}", hint)
-        if changed := [host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)]:
-            raise GuardError(f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint)
+            raise GuardError(
+                f"plan {self.known} is for something else: {' '.join(plan.request.values())}", hint
+            )
+        if changed := [
+            host for host in (*truth, *plan.truth) if truth.get(host) != plan.truth.get(host)
+        ]:
+            raise GuardError(
+                f"plan {self.known} is no longer true on {', '.join(dict.fromkeys(changed))}", hint
+            )
         return self.known
 
     async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
         agent = self.master.agents.get(host.machine)
-        jobs = [job for run in self.master.runs.values() for job in run.jobs.values() if job.machine == host.machine]
+        jobs = [
+            job
+            for run in self.master.runs.values()
+            for job in run.jobs.values()
+            if job.machine == host.machine
+        ]
         row: dict[str, Any] = {
-            "host": host.label, "machine": host.machine, "online": agent is not None, "branch": None, "current": None,
-            "target": None, "why": None, "commits": 0, "leaving": 0, "subjects": [], "changed_count": 0, "changed": [],
-            "lock_file": False, "dirty_count": 0, "dirty": [], "in_the_way_count": 0, "in_the_way": [],
-            "diverged": False, "busy": None, "queued": [job.run for job in jobs if job.state is State.QUEUED],
-            "disk_free_bytes": None, "expected_s": None, "command": None,
-            "restart": [], "refused": [], "warnings": [],
-        }  # fmt: skip
+            "host": host.label,
+            "machine": host.machine,
+            "online": agent is not None,
+            "branch": None,
+            "current": None,
+            "target": None,
+            "why": None,
+            "commits": 0,
+            "leaving": 0,
+            "subjects": [],
+            "changed_count": 0,
+            "changed": [],
+            "lock_file": False,
+            "dirty_count": 0,
+            "dirty": [],
+            "in_the_way_count": 0,
+            "in_the_way": [],
+            "diverged": False,
+            "busy": None,
+            "queued": [job.run for job in jobs if job.state is State.QUEUED],
+            "disk_free_bytes": None,
+            "expected_s": None,
+            "command": None,
+            "restart": [],
+            "refused": [],
+            "warnings": [],
+        }
         if agent is None:
             return row | {"refused": ["the host is offline"], "exit": TargetError.exit_code}
         try:
@@ -7327,20 +9113,26 @@ class Planner:
             return row | {"refused": [problem.what], "exit": problem.exit_code}
         return row | answer
 
-    async def choose(self, agent: AgentLink, host: HostRef, past: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    async def choose(
+        self, agent: AgentLink, host: HostRef, past: Sequence[Mapping[str, Any]]
+    ) -> tuple[str, str]:
         """The commit to go back to, and why that one. Raises TargetError."""
         commits = [job["commit"] for job in past]
         if self.to:
             found = {commit for commit in commits if commit.startswith(self.to)}
             if len(found) == 1 or is_commit_id(self.to):
                 return (found or {self.to}).pop(), "as asked"
-            raise TargetError(f"{len(found) or 'no'} recorded successes have a commit {self.to[:80]!r}...")
+            raise TargetError(
+                f"{len(found) or 'no'} recorded successes have a commit {self.to[:80]!r}..."
+            )
         current = ((await agent.ask("status", {"address": host.address})) or {}).get("commit")
         if current is None:
             raise UpdaterError("git does not say what is checked out")
         if (index := decide_rollback(commits, current)) is None:
             raise TargetError(f"no commit succeeded before {current[:7]}")
-        before = f"before {current[:7]} first did" if current in commits else f"{current[:7]} never did"
+        before = (
+            f"before {current[:7]} first did" if current in commits else f"{current[:7]} never did"
+        )
         return commits[index], f"the newest that succeeded (run {past[index]['run']}); {before}"
 
 
@@ -7358,18 +9150,22 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
 
 
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
-    """What only the master can judge of a switch: the standby's health and commit, and whether anything else goes on.
-    Returns the order with its host and colour. Raises UpdaterError."""
+    """What only the master can judge of a switch: the standby's health and commit, and whether
+    anything else goes on. Returns the order with its host and colour. Raises UpdaterError."""
     master, registry, options = desk.master, desk.master.registry, order.options
     rule, color = master.config.config.haproxy, options.get("color")
     if color not in (*COLORS, "standby"):
         raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
     if rule is None:
-        raise UsageError("there is no [haproxy] in the configuration", "it says whose HAProxy has the traffic")
+        raise UsageError(
+            "there is no [haproxy] in the configuration", "it says whose HAProxy has the traffic"
+        )
     hosts = registry.hosts(everyone=True)
     data = select_targets(rule.host, hosts)[0]
     if not data.online:
-        raise TargetError(f"{data.label} is offline, and its HAProxy has the traffic", "start its service")
+        raise TargetError(
+            f"{data.label} is offline, and its HAProxy has the traffic", "start its service"
+        )
     traffic = await registry.ask_traffic()
     if not traffic["servers"]:
         raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
@@ -7377,21 +9173,28 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
     free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
-    await refuse_unfit(desk, [host for host in hosts if host.color == color and not free], options.get("commit"))
+    await refuse_unfit(
+        desk, [host for host in hosts if host.color == color and not free], options.get("commit")
+    )
     if not options.get("dry_run"):
         master.require_free([data, *(host for host in hosts if host.color)])
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
 async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> None:
-    """Raise GuardError where a standby is not healthy, or has not the commit that was to take the traffic."""
+    """Raise GuardError where a standby is not healthy, or has not the commit that was to take the
+    traffic."""
     hint = "repair it first; --force switches all the same"
     for check in await desk.master.registry.check_health(standbys):
         if not check["ok"]:
-            raise GuardError(f"{check['host']} is not healthy: {check['name']}: {check['detail']}", hint)
+            raise GuardError(
+                f"{check['host']} is not healthy: {check['name']}: {check['detail']}", hint
+            )
     for host in standbys if commit else ():
         agent = desk.master.agents.get(host.machine)
-        has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get("commit")
+        has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get(
+            "commit"
+        )
         if has != commit:
             raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
 
@@ -7416,34 +9219,46 @@ GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
 
 
 def has_switched(job: JobRecord) -> bool:
-    """With nothing after its gate and its check, it was a dry run, or the colour was active already."""
+    """With nothing after its gate and its check, it was a dry run, or the colour was active
+    already."""
     return job.kind is Kind.SWITCH and job.state is State.SUCCEEDED and len(job.marks) > 2
 
 
 def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any]:
-    """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are masked."""
+    """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are
+    masked."""
     switched = has_switched(job)
     seconds = seconds_of(job)
     facts = (
-        f"{job.kind} {job.branch} on {run.target}", f"by {run.by}" if run.by else "",
-        f"{seconds:.1f} s" if seconds is not None else "", f"commit {job.commit[:12]}" if job.commit else "",
-        job.version if job.version and job.state is not State.SUCCEEDED else "", f"run {job.run}",
-    )  # fmt: skip
+        f"{job.kind} {job.branch} on {run.target}",
+        f"by {run.by}" if run.by else "",
+        f"{seconds:.1f} s" if seconds is not None else "",
+        f"commit {job.commit[:12]}" if job.commit else "",
+        job.version if job.version and job.state is not State.SUCCEEDED else "",
+        f"run {job.run}",
+    )
     deployed = job.kind in (Kind.DEPLOY, Kind.ROLLBACK) and job.started is not None
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": "switched" if switched else str(job.state),
         "title": f"[{job.host}] {'switched: ' if switched else ''}{result_text(job)}",
-        "detail": ", ".join(filter(None, facts)), **job_summary(job), "run": job.run, "kind": job.kind,
-        "target": run.target, "branch": job.branch, "by": run.by,
+        "detail": ", ".join(filter(None, facts)),
+        **job_summary(job),
+        "run": job.run,
+        "kind": job.kind,
+        "target": run.target,
+        "branch": job.branch,
+        "by": run.by,
         "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
         "log": [line[:NEWS_LINE_CHARS] for line in lines if line.strip()][-NEWS_LINES:],
-    }  # fmt: skip
+    }
 
 
 def news_text(form: str, news: Mapping[str, Any]) -> str:
     """The message as a person reads it: as much of the log's end as the service takes."""
-    head = "\n".join(filter(None, (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))))
+    head = "\n".join(
+        filter(None, (news["title"], news.get("detail"), news.get("error"), news.get("rollback")))
+    )
     lines = list(news.get("log") or ())
     while True:
         text, end = head, "\n".join(lines)
@@ -7453,14 +9268,18 @@ def news_text(form: str, news: Mapping[str, Any]) -> str:
         elif lines:
             text = f"{head}\n\n{end}"
         if form == "slack":
-            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # else <!channel> calls all
+            text = (
+                text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            )  # else <!channel> calls all
         data = text.encode("utf-8", "replace")
         if not lines or len(data) <= NEWS_BYTES[form]:
             return data[: NEWS_BYTES[form]].decode("utf-8", "ignore")
         del lines[0]
 
 
-def render_news(form: str, news: Mapping[str, Any], chat: str | None = None) -> tuple[dict[str, str], bytes]:
+def render_news(
+    form: str, news: Mapping[str, Any], chat: str | None = None
+) -> tuple[dict[str, str], bytes]:
     """Headers and body of the request that tells `news` in a service's own form."""
     text = news_text(form, news)
     headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
@@ -7470,14 +9289,17 @@ def render_news(form: str, news: Mapping[str, Any], chat: str | None = None) -> 
         good = news["event"] in (State.SUCCEEDED, "switched")
         return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
     bodies = {
-        "slack": {"text": text}, "discord": {"content": text, "allowed_mentions": {"parse": []}},
-        "telegram": {"chat_id": chat, "text": text, "disable_web_page_preview": True}, "json": {**news, "text": text},
-    }  # fmt: skip
+        "slack": {"text": text},
+        "discord": {"content": text, "allowed_mentions": {"parse": []}},
+        "telegram": {"chat_id": chat, "text": text, "disable_web_page_preview": True},
+        "json": {**news, "text": text},
+    }
     return headers, json.dumps(bodies[form], ensure_ascii=False).encode("utf-8", "replace")
 
 
 def retry_after_s(text: str, now: float) -> float:
-    """What a receiver's Retry-After asks for: seconds, or a date; 0 where it asks for nothing that can be read."""
+    """What a receiver's Retry-After asks for: seconds, or a date; 0 where it asks for nothing that
+    can be read."""
     from email.utils import parsedate_to_datetime
 
     with suppress(ValueError):
@@ -7500,18 +9322,27 @@ def hook_url(rule: NotifyRule, tree: Path) -> str:
         try:
             url = path.read_text("utf-8-sig").strip()
         except (OSError, ValueError) as problem:
-            raise UpdaterError(f"can't read urlFile {path}: {getattr(problem, 'strerror', 'it is no text')}") from None
+            raise UpdaterError(
+                f"can't read urlFile {path}: {getattr(problem, 'strerror', 'it is no text')}"
+            ) from None
     else:
         url = rule.url or os.environ.get(rule.url_env or "", "").strip()
     try:
         _url(url)
     except _Wrong:
-        raise UpdaterError(f"{rule.url_file or rule.url_env} holds no http:// or https:// URL") from None
-    return url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage" if rule.format == "telegram" else url
+        raise UpdaterError(
+            f"{rule.url_file or rule.url_env} holds no http:// or https:// URL"
+        ) from None
+    return (
+        url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage"
+        if rule.format == "telegram"
+        else url
+    )
 
 
 def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[str, float]:
-    """Send one message: what went wrong ("" if nothing did), without a word of the URL, and how long to wait at least.
+    """Send one message: what went wrong ("" if nothing did), without a word of the URL, and how
+    long to wait at least.
 
     A redirect is no delivery: it is not followed.
     """
@@ -7519,12 +9350,18 @@ def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[st
         headers, body = render_news(rule.format, news, rule.chat)
         request = urllib_request.Request(hook_url(rule, tree), body, headers, method="POST")
         opener = urllib_request.OpenerDirector()
-        for part in (urllib_request.ProxyHandler, urllib_request.HTTPHandler, urllib_request.HTTPSHandler):
+        for part in (
+            urllib_request.ProxyHandler,
+            urllib_request.HTTPHandler,
+            urllib_request.HTTPSHandler,
+        ):
             opener.add_handler(part())
         with opener.open(request, timeout=POST_S) as answer:
             if 200 <= answer.status < 300:
                 return "", 0.0
-            return f"HTTP {answer.status}", retry_after_s(answer.headers.get("Retry-After", ""), time.time())
+            return f"HTTP {answer.status}", retry_after_s(
+                answer.headers.get("Retry-After", ""), time.time()
+            )
     except UpdaterError as problem:
         return problem.what, 0.0
     except Exception as problem:  # its text may hold the URL
@@ -7539,12 +9376,15 @@ class Receiver:
     failures: int = 0
     due: float = 0.0  # when to try again
     sending: bool = False
-    tries: Counter[str] = field(default_factory=Counter)  # of each message: one that it never takes goes last
+    tries: Counter[str] = field(
+        default_factory=Counter
+    )  # of each message: one that it never takes goes last
 
 
 class Notifier:
-    """Tells people what happened. One file per message and receiver, sent by a thread of its own that nobody waits for:
-    a receiver that is slow or gone delays nothing, and a message outlives the master.
+    """Tells people what happened. One file per message and receiver, sent by a thread of its own
+    that nobody waits for: a receiver that is slow or gone delays nothing, and a message outlives
+    the master.
 
     A file ends as `.sent` and stays for a while, so that no event is told twice.
     """
@@ -7575,12 +9415,16 @@ class Notifier:
         return work_tree(self.master.config.path)
 
     def tell_of_job(self, run: Run, job: JobRecord) -> None:
-        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch its result."""
+        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch
+        its result."""
         try:
             if has_switched(job) and time.time() - (job.ended or 0.0) < TRAFFIC_LOOK_S:
-                self.switched = False  # where the next look finds the traffic elsewhere, it went there by itself
+                # where the next look finds the traffic elsewhere, it went there by itself
+                self.switched = False
                 write_atomic(self.traffic_file, json.dumps({"active": job.version}).encode())
-            elif job.kind is Kind.SWITCH and (has_switched(job) or job.state is not State.SUCCEEDED):
+            elif job.kind is Kind.SWITCH and (
+                has_switched(job) or job.state is not State.SUCCEEDED
+            ):
                 self.switched = True
             if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
                 path = self.master.state.log_file(job.run, job.host)
@@ -7590,7 +9434,8 @@ class Notifier:
             log.error("can't tell of run %s: %s", job.run, problem)
 
     def tell(self, name: str, news: Mapping[str, Any], *rules: NotifyRule) -> None:
-        """Spool a message for those who want it, or for `rules`; each gets one of a name, and only one."""
+        """Spool a message for those who want it, or for `rules`; each gets one of a name, and only
+        one."""
         for rule in rules or [rule for rule in self.rules if rule.wants(news["event"])]:
             path = self.folder / f"{file_label(name)}.{receiver_id(rule)}.json"
             if not path.exists() and not path.with_suffix(".sent").exists():
@@ -7620,7 +9465,11 @@ class Notifier:
         for key, found in waiting.items():
             receiver = self.receivers.setdefault(key, Receiver())
             found.sort()
-            old = [item for i, item in enumerate(found) if i < len(found) - NEWS_KEPT or time.time() - item[0] > NEWS_S]
+            old = [
+                item
+                for i, item in enumerate(found)
+                if i < len(found) - NEWS_KEPT or time.time() - item[0] > NEWS_S
+            ]
             if receiver.sending:
                 continue
             for _, path in old:
@@ -7628,23 +9477,30 @@ class Notifier:
                 path.unlink(missing_ok=True)
             left = [path for when, path in found if (when, path) not in old]
             if left and key in rules and time.monotonic() >= receiver.due:
-                self.send(receiver, rules[key], min(left, key=lambda path: receiver.tries[path.name]))
+                self.send(
+                    receiver, rules[key], min(left, key=lambda path: receiver.tries[path.name])
+                )
         return bool(waiting)
 
     def send(self, receiver: Receiver, rule: NotifyRule, path: Path) -> None:
-        """Post one message. In a thread that ends with the process: neither a hanging receiver nor its name's lookup
-        may hold up the daemon's stop, or take one of the few threads that answer questions."""
+        """Post one message. In a thread that ends with the process: neither a hanging receiver nor
+        its name's lookup may hold up the daemon's stop, or take one of the few threads that answer
+        questions."""
         loop, tree = asyncio.get_running_loop(), self.tree
 
         def work() -> None:
-            problem, pause_s = post_news(rule, tree, news) if (news := read_json(path)) else ("", 0.0)
+            problem, pause_s = (
+                post_news(rule, tree, news) if (news := read_json(path)) else ("", 0.0)
+            )
             with suppress(RuntimeError):  # the daemon has stopped meanwhile
                 loop.call_soon_threadsafe(self.on_sent, receiver, rule, path, problem, pause_s)
 
         threading.Thread(target=work, daemon=True).start()
         receiver.sending = True
 
-    def on_sent(self, receiver: Receiver, rule: NotifyRule, path: Path, problem: str, pause_s: float) -> None:
+    def on_sent(
+        self, receiver: Receiver, rule: NotifyRule, path: Path, problem: str, pause_s: float
+    ) -> None:
         receiver.sending = False
         try:
             if not problem:
@@ -7683,15 +9539,24 @@ class Notifier:
             await asyncio.sleep(AWAY_LOOK_S)
 
     def look_for_agents(self) -> None:
-        """Agents that have been away for too long; this process's own start counts as their last chance to come."""
+        """Agents that have been away for too long; this process's own start counts as their last
+        chance to come."""
         registry = self.master.registry
         for rule in (rule for rule in self.rules if rule.wants("agent-offline")):
             for host in registry.hosts():
                 away_s = registry.away_s(host.machine, time.monotonic())
                 since = registry.machines[host.machine].seen
-                if away_s is not None and (away_s := min(away_s, self.master.up_s)) > rule.offline_minutes * 60:
+                if (
+                    away_s is not None
+                    and (away_s := min(away_s, self.master.up_s)) > rule.offline_minutes * 60
+                ):
                     title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
-                    news = {"event": "agent-offline", "title": title, "host": host.label, "since": since}
+                    news = {
+                        "event": "agent-offline",
+                        "title": title,
+                        "host": host.label,
+                        "since": since,
+                    }
                     self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
 
     def look_at_certificate(self) -> None:
@@ -7702,8 +9567,16 @@ class Notifier:
         end = certificate_end((self.tree / cert).read_bytes())
         days = (end - time.time()) / 86400
         if (step := next((step for step in CERTIFICATE_DAYS if days <= step), None)) is not None:
-            title = f"[{self.master.own_address}] the certificate {cert} ends in {max(0.0, days):.0f} days"
-            news = {"event": "certificate", "title": title, "host": self.master.own_address, "ends": end}
+            title = (
+                f"[{self.master.own_address}] the certificate {cert} ends in "
+                f"{max(0.0, days):.0f} days"
+            )
+            news = {
+                "event": "certificate",
+                "title": title,
+                "host": self.master.own_address,
+                "ends": end,
+            }
             self.tell(f"certificate-{end:.0f}-{step}", news)
 
     async def look_at_traffic(self) -> None:
@@ -7711,7 +9584,9 @@ class Notifier:
         rule = self.master.config.config.haproxy
         if rule is None or not any(wanting.wants("failover") for wanting in self.rules):
             return
-        self.switched |= any(run.record.kind is Kind.SWITCH and run.active for run in self.master.runs.values())
+        self.switched |= any(
+            run.record.kind is Kind.SWITCH and run.active for run in self.master.runs.values()
+        )
         active = (await self.master.registry.ask_traffic())["active"]
         before = (read_json(self.traffic_file) or {}).get("active")
         if active is None:
@@ -7730,9 +9605,14 @@ class Notifier:
 # ==============================================================================
 
 COMMANDER_OPTIONS: dict[str, Any] = {
-    "compression": None, "proxy": None, "max_size": MESSAGE_BYTES, "max_queue": None, "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S, "ping_timeout": PING_TIMEOUT_S,
-}  # fmt: skip
+    "compression": None,
+    "proxy": None,
+    "max_size": MESSAGE_BYTES,
+    "max_queue": None,
+    "close_timeout": 3,
+    "ping_interval": PING_INTERVAL_S,
+    "ping_timeout": PING_TIMEOUT_S,
+}
 
 
 def make_run_id() -> str:
@@ -7767,7 +9647,8 @@ class Connection:
             raise EOFError from problem
 
     def receive(self, timeout_s: float) -> Any:
-        """The next message, or a log frame's bytes, or None when nothing comes in time. Raises EOFError at the end."""
+        """The next message, or a log frame's bytes, or None when nothing comes in time. Raises
+        EOFError at the end."""
         from websockets.exceptions import ConnectionClosed
 
         try:
@@ -7779,21 +9660,28 @@ class Connection:
         return decode_message(frame) if isinstance(frame, str) else frame
 
     def request(self, message: Any, timeout_s: float) -> Any:
-        """Send a message and wait for its answer. Raises the master's refusal with its exit code."""
+        """Send a message and wait for its answer. Raises the master's refusal with its exit
+        code."""
         deadline = time.monotonic() + timeout_s
         reply = None
         try:
             self.send(message)
-            while (reply is None or isinstance(reply, bytes)) and (left := deadline - time.monotonic()) > 0:
+            while (reply is None or isinstance(reply, bytes)) and (
+                left := deadline - time.monotonic()
+            ) > 0:
                 reply = self.receive(left)
         except EOFError:
-            raise UnreachableError("the master ended the connection", "does it still run? try again") from None
+            raise UnreachableError(
+                "the master ended the connection", "does it still run? try again"
+            ) from None
         if reply is None or isinstance(reply, bytes | Refuse):
             self.close()
         if isinstance(reply, Refuse):
             raise refused(reply)
         if reply is None or isinstance(reply, bytes):
-            raise UnreachableError("the master did not answer in time", "is it overloaded? try again")
+            raise UnreachableError(
+                "the master did not answer in time", "is it overloaded? try again"
+            )
         return reply
 
     def close(self) -> None:
@@ -7817,11 +9705,17 @@ class Caller:
         self.named = 0  # which of them masterUrl names: its problem is the one to tell
         daemon = read_json(state.daemon_file) or {}
         local = daemon.get("listen")
-        if isinstance(local, str) and local not in self.urls and FileLock.held_elsewhere(state.daemon_lock):
+        if (
+            isinstance(local, str)
+            and local not in self.urls
+            and FileLock.held_elsewhere(state.daemon_lock)
+        ):
             self.urls.insert(0, local)
             self.named = 1
         if (last := state.last_master_url()) and str(last) not in self.urls:
-            self.urls.append(str(last))  # masterUrl may be wrong by now: the commit that mends it must get through
+            self.urls.append(
+                str(last)
+            )  # masterUrl may be wrong by now: the commit that mends it must get through
 
     def dial(self, patience_s: float) -> Connection:
         """A welcomed connection, within `patience_s`. Raises UnreachableError or RefusedError."""
@@ -7845,15 +9739,30 @@ class Caller:
         from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
         from websockets.sync.client import connect
 
-        logging.getLogger("websockets").addHandler(logging.NullHandler())  # a dead link is no traceback on a terminal
+        logging.getLogger("websockets").addHandler(
+            logging.NullHandler()
+        )  # a dead link is no traceback on a terminal
         source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
-            # entered by hand: it lives as long as the Connection; not entering is deprecated in websockets 17
+            # entered by hand: it lives as long as the Connection; not entering is deprecated in
+            # websockets 17
             if tls := client_tls(self.config, self.tree, url):
                 tls["ssl"].sslsocket_class = tls_socket_class()
-            options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS, **source, **tls}
+            options: dict[str, Any] = {
+                "open_timeout": timeout_s,
+                **COMMANDER_OPTIONS,
+                **source,
+                **tls,
+            }
             connection = connect(url, **options).__enter__()
-            hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", user_name(), os.urandom(16).hex())
+            hello = Hello(
+                "commander",
+                [PROTOCOL_OLDEST, PROTOCOL],
+                __version__,
+                "",
+                user_name(),
+                os.urandom(16).hex(),
+            )
             talk = greeting(hello, self.token, os.urandom(16).hex())
             message = next(talk)
             while True:
@@ -7863,15 +9772,22 @@ class Caller:
         except StopIteration as end:
             return Connection(connection, end.value)
         except InvalidStatus as problem:
-            raise refusal(problem.response.status_code, bytes(problem.response.body or b"")) from problem
+            raise refusal(
+                problem.response.status_code, bytes(problem.response.body or b"")
+            ) from problem
         except (OSError, InvalidHandshake, ConnectionClosed, EOFError) as problem:
             what = getattr(problem, "strerror", None) or str(problem) or "no answer"
             hint = "is `serve` running there?"
             if isinstance(problem, ssl.SSLError):
-                hint = "is masterUrl right, the certificate in force, and its authority trusted here or in [tls] ca?"
+                hint = (
+                    "is masterUrl right, the certificate in force, and its authority "
+                    "trusted here or in [tls] ca?"
+                )
             raise UnreachableError(f"can't reach the master at {url}: {what}", hint) from problem
         except ProtocolError as problem:
-            raise UnreachableError(f"{url} is no estelle-updater master", "is masterUrl right?") from problem
+            raise UnreachableError(
+                f"{url} is no estelle-updater master", "is masterUrl right?"
+            ) from problem
 
 
 def user_name() -> str:
@@ -7884,13 +9800,18 @@ def user_name() -> str:
 
 
 def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connection, RunRecord]:
-    """Start a run; a connection that dies before the answer is no reason to start two. Raises UpdaterError."""
+    """Start a run; a connection that dies before the answer is no reason to start two. Raises
+    UpdaterError."""
     deadline = time.monotonic() + patience_s
-    looks_s = checks_take_s(caller.config.health) if order.kind is Kind.SWITCH else 0  # the master asks for them first
+    looks_s = (
+        checks_take_s(caller.config.health) if order.kind is Kind.SWITCH else 0
+    )  # the master asks for them first
     asked = False
     while True:
         try:
-            connection = caller.dial(max(0.1, deadline + (RESTART_S if asked else 0) - time.monotonic()))
+            connection = caller.dial(
+                max(0.1, deadline + (RESTART_S if asked else 0) - time.monotonic())
+            )
             asked = True
             reply = connection.request(order, ANSWER_S + looks_s)
         except UnreachableError as problem:
@@ -7898,16 +9819,21 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
                 raise
             if time.monotonic() > deadline + RESTART_S:
                 problem.asked = True
-                problem.hint = f"it may have started all the same: {program_name()} logs {order.run} -f"
+                problem.hint = (
+                    f"it may have started all the same: {program_name()} logs {order.run} -f"
+                )
                 raise
             continue
         if not isinstance(reply, RunRecord):
-            raise UnreachableError("the master answered something else", "do both sides run the same version?")
+            raise UnreachableError(
+                "the master answered something else", "do both sides run the same version?"
+            )
         return connection, reply
 
 
 def plan_rollback(plan: Mapping[str, Any]) -> Submit:
-    """The order that does what a rollback's plan says. Raises TargetError where a host has nothing to go back to."""
+    """The order that does what a rollback's plan says. Raises TargetError where a host has nothing
+    to go back to."""
     stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
     if stuck:
         what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
@@ -7943,11 +9869,15 @@ class Followed:
     def take(self, job: JobRecord) -> bool:
         """The host's state by now; whether anybody but the machinery sees a difference."""
         before, self.job = self.job, job
-        return before is None or (before.state, before.step, before.behind) != (job.state, job.step, job.behind)
+        return before is None or (before.state, before.step, before.behind) != (
+            job.state,
+            job.step,
+            job.behind,
+        )
 
     def silence(self) -> str:
-        """What a step said last that has been silent for long, ever more rarely; else nothing: one that hangs should
-        not look like one that works."""
+        """What a step said last that has been silent for long, ever more rarely; else nothing: one
+        that hangs should not look like one that works."""
         silent_s = time.monotonic() - (self.heard or time.monotonic())
         running = self.job and self.job.state is State.RUNNING and not self.shown
         if not running or silent_s <= max(SILENT_S, 2 * self.silence_told_s):
@@ -7958,9 +9888,12 @@ class Followed:
 
 
 class Follower:
-    """Follows one run over any number of connections: each log byte is shown once, in order, whoever dies meanwhile."""
+    """Follows one run over any number of connections: each log byte is shown once, in order,
+    whoever dies meanwhile."""
 
-    def __init__(self, caller: Caller, run: str, view: View, target: str = "", live: bool = True) -> None:
+    def __init__(
+        self, caller: Caller, run: str, view: View, target: str = "", live: bool = True
+    ) -> None:
         self.caller, self.run, self.view, self.target, self.live = caller, run, view, target, live
         self.record: RunRecord | None = None
         self.hosts: dict[str, Followed] = {}
@@ -7983,12 +9916,21 @@ class Follower:
                 connection.close()
                 break
             except (EOFError, UpdaterError) as problem:
-                if isinstance(problem, UpdaterError):  # a new master hears of the run as soon as its agents are back
+                if isinstance(
+                    problem, UpdaterError
+                ):  # a new master hears of the run as soon as its agents are back
                     connection.close()
-                    if self.record is None or problem.exit_code != TargetError.exit_code or self.is_late():
+                    if (
+                        self.record is None
+                        or problem.exit_code != TargetError.exit_code
+                        or self.is_late()
+                    ):
                         raise
                 elif not self.unknown_since:
-                    self.view.notice("the connection to the master is lost; the deployment goes on, reconnecting ...")
+                    self.view.notice(
+                        "the connection to the master is lost; the deployment goes on, "
+                        "reconnecting ..."
+                    )
                 time.sleep(random.uniform(*RETRY_S))
                 connection = self.caller.dial(patience_s)
                 if not self.unknown_since:
@@ -8000,10 +9942,13 @@ class Follower:
         return jobs
 
     def is_late(self) -> bool:
-        """Whether the master has not known the run for so long that it will not learn of it; says so at first."""
+        """Whether the master has not known the run for so long that it will not learn of it; says
+        so at first."""
         if not self.unknown_since:
             self.unknown_since = time.monotonic()
-            self.view.notice("the master knows nothing of this run, waiting until a host tells it ...")
+            self.view.notice(
+                "the master knows nothing of this run, waiting until a host tells it ..."
+            )
         return time.monotonic() - self.unknown_since > LOST_S
 
     def skip_gap(self) -> None:
@@ -8013,7 +9958,10 @@ class Follower:
 
     def finished(self) -> bool:
         return self.record is not None and all(
-            followed.shown or (not self.live and followed.offered is not None and followed.size >= followed.offered)
+            followed.shown
+            or (
+                not self.live and followed.offered is not None and followed.size >= followed.offered
+            )
             for followed in self.hosts.values()
         )
 
@@ -8032,7 +9980,9 @@ class Follower:
                     self.acknowledge(connection)
                 self.show_result(self.channels[channel])
         elif isinstance(message, RunRecord):
-            if new := [host for host in message.hosts if host not in self.hosts]:  # a new master hears of more
+            if new := [
+                host for host in message.hosts if host not in self.hosts
+            ]:  # a new master hears of more
                 self.hosts |= {host: Followed() for host in new}
                 self.record = replace(message, hosts=list(self.hosts))
                 self.view.begin(self.record)
@@ -8070,26 +10020,45 @@ class Follower:
     def show_result(self, host: str) -> None:
         """A host's last line, once all of its log was shown."""
         followed = self.hosts[host]
-        if followed.job and followed.job.state in FINAL and followed.size >= followed.job.size and not followed.shown:
+        if (
+            followed.job
+            and followed.job.state in FINAL
+            and followed.size >= followed.job.size
+            and not followed.shown
+        ):
             followed.shown = True
             self.view.result(followed.job)
 
 
 class LocalFollower:
-    """Follows a run by its files on this host, without a master: for `deploy`, and for `logs` when nothing serves."""
+    """Follows a run by its files on this host, without a master: for `deploy`, and for `logs` when
+    nothing serves."""
 
     def __init__(
-        self, state: StateFolder, run: str, view: View, live: bool, target: str = "all", started: bool = False
+        self,
+        state: StateFolder,
+        run: str,
+        view: View,
+        live: bool,
+        target: str = "all",
+        started: bool = False,
     ) -> None:
         self.state, self.run, self.view, self.live, self.target = state, run, view, live, target
-        self.gives_up = time.monotonic() + (LAUNCH_S if started else float("inf"))  # on a runner that we started
+        self.gives_up = time.monotonic() + (
+            LAUNCH_S if started else float("inf")
+        )  # on a runner that we started
 
     def follow(self) -> list[JobRecord]:
         """Show the run to its end, or, not `live`, as far as it is. Raises TargetError."""
         record = self.state.load_run(self.run)
         if record is None:
-            raise TargetError(f"there is no run {self.run} in {self.state.root}", "`history` lists the runs")
-        refs = [HostRef(host, record.addresses.get(host) or "::", host, "", False) for host in record.hosts]
+            raise TargetError(
+                f"there is no run {self.run} in {self.state.root}", "`history` lists the runs"
+            )
+        refs = [
+            HostRef(host, record.addresses.get(host) or "::", host, "", False)
+            for host in record.hosts
+        ]
         record = replace(record, hosts=[ref.label for ref in select_targets(self.target, refs)])
         self.record = record
         self.view.begin(record)
@@ -8117,18 +10086,30 @@ class LocalFollower:
             self.view.notice(f"{host}: {told}")
 
     def look_after(self, job: JobRecord | None, host: str) -> JobRecord | None:
-        """Without a daemon nobody else would notice that the runner died or did not begin, or that its word is torn."""
+        """Without a daemon nobody else would notice that the runner died or did not begin, or that
+        its word is torn."""
         busy = FileLock.held_elsewhere(self.state.job_lock)
         late = job and job.state is State.QUEUED and time.monotonic() > self.gives_up
         if job and late and not (busy and self.state.current() == (job.run, host)):
             why = f"the runner does not start: see {self.state.runner_log}"
-            return self.end(job, state=State.FAILED, step="start", error="another job holds this host" if busy else why)
+            return self.end(
+                job,
+                state=State.FAILED,
+                step="start",
+                error="another job holds this host" if busy else why,
+            )
         if busy or FileLock.held_elsewhere(self.state.daemon_lock):
             return job
         latest = self.state.load_job(self.run, host)
         if latest is None:
-            return replace(job_of_run(self.record, host), state=State.LOST, error="the record of this job is damaged")
-        return self.end(bury_runner(self.state, latest)) if latest.state is State.RUNNING else latest
+            return replace(
+                job_of_run(self.record, host),
+                state=State.LOST,
+                error="the record of this job is damaged",
+            )
+        return (
+            self.end(bury_runner(self.state, latest)) if latest.state is State.RUNNING else latest
+        )
 
     def end(self, job: JobRecord, **fields: Any) -> JobRecord:
         """Record how a job ended, for want of a runner and a daemon."""
@@ -8139,17 +10120,29 @@ class LocalFollower:
 
 
 def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRecord:
-    """Record an order to this host alone, as the master would. Raises GuardError where a job holds the host."""
+    """Record an order to this host alone, as the master would. Raises GuardError where a job holds
+    the host."""
     state.create()
     if FileLock.held_elsewhere(state.job_lock):
         current = state.current()[0]
-        raise GuardError(f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f")
+        raise GuardError(
+            f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f"
+        )
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
     record = RunRecord(
-        order.run, order.nonce, order.kind, label, order.branch, [label], {label: machine}, {label: bind or ""},
-        now, order.by, options=order.options,
-    )  # fmt: skip
+        order.run,
+        order.nonce,
+        order.kind,
+        label,
+        order.branch,
+        [label],
+        {label: machine},
+        {label: bind or ""},
+        now,
+        order.by,
+        options=order.options,
+    )
     state.save_run(record)
     job = replace(job_of_run(record, label), revision=1, ordered=True)
     state.save_job(job, durable=True)
@@ -8175,14 +10168,16 @@ class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # ty
 
 
 class Supervisor:
-    """systemd, where it started this daemon: hears that it is ready, what it does, and that its event loop turns."""
+    """systemd, where it started this daemon: hears that it is ready, what it does, and that its
+    event loop turns."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.address = environ.get("NOTIFY_SOCKET", "")
         mine = environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
         self.watchdog_s = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if mine else 0.0
         if self.watchdog_s:
-            import faulthandler  # the watchdog kills by SIGABRT: then the journal has what the loop hung in
+            # the watchdog kills by SIGABRT: then the journal has what the loop hung in
+            import faulthandler
 
             faulthandler.enable()
 
@@ -8212,20 +10207,34 @@ class ServeOptions:
     listen: str | None = None
 
 
-def gather_role(config: Config, options: ServeOptions, outside: bool) -> tuple[RoleDecision, str | None]:
-    """Master or agent, and who says what this host's public address is. Facts are gathered here, judged in section 3.
+def gather_role(
+    config: Config, options: ServeOptions, outside: bool
+) -> tuple[RoleDecision, str | None]:
+    """Master or agent, and who says what this host's public address is. Facts are gathered here,
+    judged in section 3.
 
-    Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet knows.
+    Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet
+    knows.
     """
     rule = host_rule(config, options.bind, socket.gethostname())
-    override, source = (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.key}")
-    addresses = () if override else probe_master_addresses(config.master_url.host, config.master_url.port)
+    override, source = (
+        (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.key}")
+    )
+    addresses = (
+        () if override else probe_master_addresses(config.master_url.host, config.master_url.port)
+    )
     local = {address: address if probe_is_local(address) else None for address in addresses}
     facts = RoleFacts(override, source, options.bind, addresses, local)
     decision = decide_role(facts)
     told = outside and decision.role is Role.AGENT and not (override or options.bind)
-    if told and any(is_public(address) for address in addresses) and (public := probe_public_address(PUBLIC_S)):
-        return decide_role(replace(facts, public_address=public[0], public_source=public[1])), public[1]
+    if (
+        told
+        and any(is_public(address) for address in addresses)
+        and (public := probe_public_address(PUBLIC_S))
+    ):
+        return decide_role(
+            replace(facts, public_address=public[0], public_source=public[1])
+        ), public[1]
     return decision, None
 
 
@@ -8257,17 +10266,31 @@ class Service:
             self.config.token()  # one that can't be read is better said here
             raise_file_limit()
             self.machine = self.state.machine_id()
-            how = {"argv": [sys.executable, *sys.orig_argv[1:]], "cwd": os.getcwd(), "pid": os.getpid()}
+            how = {
+                "argv": [sys.executable, *sys.orig_argv[1:]],
+                "cwd": os.getcwd(),
+                "pid": os.getpid(),
+            }
             with suppress(OSError):  # a full disk is no reason not to serve
-                write_atomic(self.state.serve_file, json.dumps(how | {"supervised": is_supervised()}).encode())
+                write_atomic(
+                    self.state.serve_file,
+                    json.dumps(how | {"supervised": is_supervised()}).encode(),
+                )
             on_stop_signals(asyncio.get_running_loop(), self.stop)
             feeder = asyncio.create_task(self.supervisor.feed_forever())
             agent = Agent(self.state, self.config, self.machine, self.nonce)
             agent.recover()
             self.say_what_is_odd(agent)
-            decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, True)
+            decision, source = await asyncio.to_thread(
+                gather_role, self.config.config, self.options, True
+            )
             while not self.stopping:
-                log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), decision.reason)
+                log.info(
+                    "estelle-updater %s on %s: %s",
+                    __version__,
+                    socket.gethostname(),
+                    decision.reason,
+                )
                 decision, source = await self.serve_as(agent, decision, source)
             feeder.cancel()
             return 0
@@ -8283,7 +10306,8 @@ class Service:
         self.over.set()
 
     def restart_if_replaced(self, agent: Agent) -> None:
-        """An upgrade has put another program in place of this one, which may be the old one again."""
+        """An upgrade has put another program in place of this one, which may be the old one
+        again."""
         waits = any(resumes(job.record) and job.record.step != SWAP for job in agent.jobs.values())
         if waits and sha256_of(program_file()) not in ("", self.sha256):
             log.info("the program was replaced: starting anew")
@@ -8305,7 +10329,8 @@ class Service:
     async def serve_as(
         self, agent: Agent, decision: RoleDecision, source: str | None
     ) -> tuple[RoleDecision, str | None]:
-        """One role, until the daemon stops or the role turns out to be another: the decision to go on with."""
+        """One role, until the daemon stops or the role turns out to be another: the decision to go
+        on with."""
         self.over.clear()
         self.decision, self.source = decision, source
         loop = asyncio.get_running_loop()
@@ -8355,7 +10380,9 @@ class Service:
             self.save_facts(facts, f"welcomed as {label} by {self.config.config.master_url}")
 
         async def failed(outside: bool) -> None:
-            facts["trouble"] = dialer.trouble  # beside the label, which a deployment by hand still goes by
+            facts["trouble"] = (
+                dialer.trouble
+            )  # beside the label, which a deployment by hand still goes by
             self.save_facts(facts, dialer.trouble)
             await self.look_again(outside)
 
@@ -8367,25 +10394,35 @@ class Service:
             group.create_task(self.follow_master(lambda: dialer.url, lambda: not agent.jobs))
 
     async def follow_master(self, url: Callable[[], str], idle: Callable[[], bool]) -> None:
-        """A commit may move the master away from `url`: once nothing runs here, decide the role anew, and follow as
-        soon as the new one answers. One that does not is perhaps a mistake, which the old one is needed to mend."""
+        """A commit may move the master away from `url`: once nothing runs here, decide the role
+        anew, and follow as soon as the new one answers. One that does not is perhaps a mistake,
+        which the old one is needed to mend."""
         warned = None
         while True:
             await asyncio.sleep(random.uniform(*MOVE_LOOK_S))
             new = self.config.config.master_url
             if url() in ("", str(new)) or not idle():
                 continue
-            decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, False)
+            decision, source = await asyncio.to_thread(
+                gather_role, self.config.config, self.options, False
+            )
             nonce, welcomed = await self.meet(new) if decision.role is Role.AGENT else (None, True)
             if welcomed and nonce != self.nonce:
                 self.turn(decision, source)
             elif new != warned:
-                log.warning("masterUrl is now %s, which does not welcome us: %s stays the master", new, url())
+                log.warning(
+                    "masterUrl is now %s, which does not welcome us: %s stays the master",
+                    new,
+                    url(),
+                )
             warned = new
 
     async def look_again(self, outside: bool) -> None:
-        """The master does not answer: perhaps it is this host, whose name or network came up after this program."""
-        decision, source = await asyncio.to_thread(gather_role, self.config.config, self.options, outside)
+        """The master does not answer: perhaps it is this host, whose name or network came up after
+        this program."""
+        decision, source = await asyncio.to_thread(
+            gather_role, self.config.config, self.options, outside
+        )
         if decision.role is Role.MASTER:
             self.turn(decision, source)
 
@@ -8405,16 +10442,28 @@ class Service:
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         try:
-            options = SERVER_OPTIONS | {"open_timeout": None, "create_connection": master.door.connection_class()}
+            options = SERVER_OPTIONS | {
+                "open_timeout": None,
+                "create_connection": master.door.connection_class(),
+            }
             if certificate := master.door.certificate:
                 options |= {"ssl": certificate.context}
-            server = await serve(master.serve_socket, host, port, process_request=master.door.judge_request, **options)
+            server = await serve(
+                master.serve_socket,
+                host,
+                port,
+                process_request=master.door.judge_request,
+                **options,
+            )
         except OSError as problem:
             raise UsageError(
-                f"can't listen on {host or '*'}:{port}: {problem.strerror}", "is another master running? try --listen"
+                f"can't listen on {host or '*'}:{port}: {problem.strerror}",
+                "is another master running? try --listen",
             ) from problem
         if os.name != "nt":  # there, asyncio takes one after the other
-            for listener in server.sockets:  # what asyncio was told is both: how many it takes, how many may wait
+            for listener in (
+                server.sockets
+            ):  # what asyncio was told is both: how many it takes, how many may wait
                 with socket.socket(fileno=os.dup(listener.fileno())) as same:
                     same.listen(BACKLOG)
         async with server, asyncio.TaskGroup() as group:
@@ -8427,26 +10476,36 @@ class Service:
                 group.create_task(self.prove(url, source))
             here, there = QueueWire.pair()
             group.create_task(master.serve_agent(Link(here), agent.hello(), own))
-            await there.recv()  # the welcome, which the master's own agent needs no more than an entry in the whitelist
+            # the welcome, which the master's own agent needs no more than an entry in the whitelist
+            await there.recv()
             group.create_task(agent.serve_link(Link(there)))
             group.create_task(master.tick_forever())
             group.create_task(notifier.send_forever())
             group.create_task(notifier.watch_forever())
             group.create_task(agent.prune_forever(lambda: set(master.runs)))
             group.create_task(self.watch_config(agent, master.door.drop_disallowed))
-            group.create_task(self.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs)))
+            group.create_task(
+                self.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs))
+            )
 
     async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
-        """The nonce of the process that answers at `url`, None where nobody does, and whether it lets us in."""
+        """The nonce of the process that answers at `url`, None where nobody does, and whether it
+        lets us in."""
         from websockets.asyncio.client import connect
         from websockets.exceptions import InvalidStatus, WebSocketException
 
-        options: dict[str, Any] = {"local_addr": (self.options.bind, 0)} if self.options.bind else {}
+        options: dict[str, Any] = (
+            {"local_addr": (self.options.bind, 0)} if self.options.bind else {}
+        )
         try:
-            options |= CLIENT_OPTIONS | client_tls(self.config.config, work_tree(self.config.path), str(url))
+            options |= CLIENT_OPTIONS | client_tls(
+                self.config.config, work_tree(self.config.path), str(url)
+            )
             async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
                 name = socket.gethostname()
-                hello = Hello("commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce)
+                hello = Hello(
+                    "commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce
+                )
                 return (await greet(SocketWire(connection), hello, self.config.token())).nonce, True
         except RefusedError:  # another token is another master
             return "", False
@@ -8456,7 +10515,8 @@ class Service:
             return None, False
 
     async def prove(self, url: MasterUrl, source: str | None) -> None:
-        """Only a public address says that this is the master: dial masterUrl and meet oneself, else be an agent."""
+        """Only a public address says that this is the master: dial masterUrl and meet oneself, else
+        be an agent."""
         for _ in range(PROVE_TRIES):
             nonce, _ = await self.meet(url)
             if nonce is not None:
@@ -8466,17 +10526,26 @@ class Service:
             self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
         elif nonce is None and source != "metadata":
             self.turn(
-                RoleDecision(Role.AGENT, f"agent: nobody answers at {url}, and no cloud says that it is this host")
+                RoleDecision(
+                    Role.AGENT,
+                    f"agent: nobody answers at {url}, and no cloud says that it is this host",
+                )
             )
 
     async def watch_config(self, agent: Agent, changed: Callable[[], None]) -> None:
-        """New settings take effect without a restart, but never those of a tree that git is just changing."""
+        """New settings take effect without a restart, but never those of a tree that git is just
+        changing."""
         problem = None
         while True:
             await asyncio.sleep(CONFIG_LOOK_S)
             self.save_unsaved()
-            if any(job.record.step and job.record.step.startswith(("git checkout", "git pull"))
-                   and job.record.state is State.RUNNING for job in agent.jobs.values()):  # fmt: skip
+            moving = any(
+                job.record.state is State.RUNNING
+                and job.record.step
+                and job.record.step.startswith(("git checkout", "git pull"))
+                for job in agent.jobs.values()
+            )
+            if moving:
                 continue
             if self.config.look():
                 log.info("new settings from %s", self.config.path)
@@ -8488,7 +10557,8 @@ class Service:
 
 
 def raise_file_limit() -> None:
-    """Room for many connections, where the system's default is 1024 and the service may have more."""
+    """Room for many connections, where the system's default is 1024 and the service may have
+    more."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -8508,7 +10578,8 @@ def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
 
 
 def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
-    """How a commander on the master's own host reaches the listener; a proxy may be what makes masterUrl wss://."""
+    """How a commander on the master's own host reaches the listener; a proxy may be what makes
+    masterUrl wss://."""
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
 
@@ -8517,7 +10588,9 @@ def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
 # 20. Tools: build, upgrade, demo, setup, doctor
 # ==============================================================================
 
-_BLOCK = re.compile(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 gives it
+_BLOCK = re.compile(
+    r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+)  # as PEP 723 gives it
 _UNUSED = ("websockets/__main__.py", "websockets/cli.py", "websockets/legacy/", "websockets/trio/")
 _LICENCE = re.compile(r"[^/]+\.dist-info/(.*/)?(licen[cs]e|copying|notice)[^/]*", re.IGNORECASE)
 # Valid on Python 2.7 and 3.x alike, so that an old one says a sentence and not "SyntaxError".
@@ -8556,7 +10629,8 @@ class BuildResult(NamedTuple):
 
 
 def parse_script_block(text: str) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """The oldest Python and the packages that a script asks for in its PEP 723 block, the only list of dependencies."""
+    """The oldest Python and the packages that a script asks for in its PEP 723 block, the only list
+    of dependencies."""
     hint = "restore the head of estelle_updater.py"
     blocks = [block["content"] for block in _BLOCK.finditer(text) if block["type"] == "script"]
     if len(blocks) != 1:
@@ -8570,7 +10644,8 @@ def parse_script_block(text: str) -> tuple[tuple[int, int], tuple[str, ...]]:
 
 
 def require_packages() -> None:
-    """Refuse in one line, with the ways out, where a run-time package is missing or of another version than asked for.
+    """Refuse in one line, with the ways out, where a run-time package is missing or of another
+    version than asked for.
 
     Looks only in a source checkout: the zipapp holds its packages. Raises UsageError.
     """
@@ -8585,7 +10660,10 @@ def require_packages() -> None:
             wrong = "it is not installed"
         if wrong:
             packages = " ".join(f"'{each}'" for each in wanted)
-            hint = f"uv run {source.name} …, or python3 {source.name} build and use the .pyz, or pip install {packages}"
+            hint = (
+                f"uv run {source.name} …, or python3 {source.name} build and use the "
+                f".pyz, or pip install {packages}"
+            )
             raise UsageError(f"{requirement} is needed and {wrong}", hint)
 
 
@@ -8602,18 +10680,23 @@ def _is_within(version: str, requirement: str) -> bool:
 def build_zipapp(source: Path, output: Path) -> BuildResult:
     """Make a .pyz that runs without anything installed, from a checkout's estelle_updater.py.
 
-    The bytes depend only on the sources, the packages' versions and the minor version of the Python that builds: its
-    bytecode lies beside each source, so that hosts with the same Python start faster; others compile from the source.
-    Raises UpdaterError.
+    The bytes depend only on the sources, the packages' versions and the minor version of the Python
+    that builds: its bytecode lies beside each source, so that hosts with the same Python start
+    faster; others compile from the source. Raises UpdaterError.
     """
     if not source.is_file():
-        raise UpdaterError("build needs a source checkout, and this is a .pyz", f"python3 {source.stem}.py build there")
+        raise UpdaterError(
+            "build needs a source checkout, and this is a .pyz",
+            f"python3 {source.stem}.py build there",
+        )
     text = source.read_text("utf-8")  # as text: Windows' line endings must not show in the bytes
     python, dependencies = parse_script_block(text)
     (version,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     python_text = f"{python[0]}.{python[1]}"
     files = {
-        "__main__.py": _MAIN.format(python=python, python_text=python_text, version=version).encode(),
+        "__main__.py": _MAIN.format(
+            python=python, python_text=python_text, version=version
+        ).encode(),
         "estelle_updater.py": text.encode(),
     }
     licence = source.with_name("LICENSE")
@@ -8622,40 +10705,63 @@ def build_zipapp(source: Path, output: Path) -> BuildResult:
     with tempfile.TemporaryDirectory() as folder:
         for wheel in _fetch_wheels(dependencies, python_text, Path(folder)):
             files.update(_read_wheel(wheel))
-    files.update({name + "c": _compile(files[name], name) for name in files if name.endswith(".py")})
+    files.update(
+        {name + "c": _compile(files[name], name) for name in files if name.endswith(".py")}
+    )
     content = _zip(files)
     try:
         _replace_executable(output, content)
     except OSError as error:
-        raise UpdaterError(f"can't write {output}: {error.strerror}", "choose another place with -o FILE") from error
+        raise UpdaterError(
+            f"can't write {output}: {error.strerror}", "choose another place with -o FILE"
+        ) from error
     return BuildResult(output, hashlib.sha256(content).hexdigest(), len(content))
 
 
 def render_build(result: BuildResult) -> str:
     """What `build` prints: the file, its checksum, and the line by which a fleet accepts it."""
     return (
-        f"{result.path} ({result.size_bytes:,} bytes, bytecode of Python {sys.version_info[0]}.{sys.version_info[1]})\n"
+        f"{result.path} ({result.size_bytes:,} bytes, bytecode of Python "
+        f"{sys.version_info[0]}.{sys.version_info[1]})\n"
         f"sha256 {result.sha256}\n"
         f'for upgrade, in config/updater.toml under [updater]: sha256 = "{result.sha256}"'
     )
 
 
 def _fetch_wheels(dependencies: tuple[str, ...], python_text: str, folder: Path) -> list[Path]:
-    """Download the pure wheels: a C extension can't be loaded from a zip, nor serve every platform."""
+    """Download the pure wheels: a C extension can't be loaded from a zip, nor serve every
+    platform."""
     pip = [sys.executable, "-m", "pip"]
     if importlib_util.find_spec("pip") is None:
         uv = shutil.which("uv")
         if uv is None:
-            raise UpdaterError("build needs pip or uv to fetch packages, and finds neither", "python3 -m ensurepip")
+            raise UpdaterError(
+                "build needs pip or uv to fetch packages, and finds neither", "python3 -m ensurepip"
+            )
         pip = [uv, "tool", "run", "pip"]
-    command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--retries=1", "--only-binary=:all:"]
-    command += ["--platform=any", "--implementation=py", "--abi=none", f"--python-version={python_text}"]
+    command = [
+        *pip,
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--retries=1",
+        "--only-binary=:all:",
+    ]
+    command += [
+        "--platform=any",
+        "--implementation=py",
+        "--abi=none",
+        f"--python-version={python_text}",
+    ]
     command += [f"--dest={folder}", *dependencies]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
         reason = next((line for line in said if line.startswith(("ERROR", "error"))), said[-1])
-        hint = "check the network and the package index; PIP_FIND_LINKS=FOLDER takes wheels from a folder"
+        hint = (
+            "check the network and the package index; PIP_FIND_LINKS=FOLDER takes "
+            "wheels from a folder"
+        )
         raise UpdaterError(f"can't fetch {', '.join(dependencies)}: {reason}", hint)
     return sorted(folder.glob("*.whl"))
 
@@ -8666,11 +10772,17 @@ def _read_wheel(wheel: Path) -> dict[str, bytes]:
         names = archive.namelist()
         compiled = [name for name in names if name.endswith((".so", ".pyd", ".dll", ".dylib"))]
         if compiled or not wheel.name.endswith("-none-any.whl"):
-            raise UpdaterError(f"{wheel.name} holds compiled code", "choose a version that has a pure wheel")
+            raise UpdaterError(
+                f"{wheel.name} holds compiled code", "choose a version that has a pure wheel"
+            )
         wanted = [name for name in names if name.endswith(".py") and not name.startswith(_UNUSED)]
-        files = {name: archive.read(name) for name in names if name in wanted or _LICENCE.fullmatch(name)}
+        files = {
+            name: archive.read(name) for name in names if name in wanted or _LICENCE.fullmatch(name)
+        }
     version = files.get("websockets/version.py", b"")
-    if b"\nreleased = True\n" in version:  # then the import below, 13 ms of every start, is for nothing
+    if (
+        b"\nreleased = True\n" in version
+    ):  # then the import below, 13 ms of every start, is for nothing
         files["websockets/version.py"] = version.replace(b"import importlib.metadata\n", b"")
     return files
 
@@ -8679,11 +10791,17 @@ def _compile(source: bytes, name: str) -> bytes:
     """A .pyc that counts as fresh whatever the file's date (PEP 552: hash-based, unchecked)."""
     code = compile(source, f"{_BAKED}/{name}", "exec", dont_inherit=True, optimize=0)
     flags = (1).to_bytes(4, "little")
-    return importlib_util.MAGIC_NUMBER + flags + importlib_util.source_hash(source) + marshal.dumps(code)
+    return (
+        importlib_util.MAGIC_NUMBER
+        + flags
+        + importlib_util.source_hash(source)
+        + marshal.dumps(code)
+    )
 
 
 def _zip(files: dict[str, bytes]) -> bytes:
-    """An executable zip: sorted, dateless, uncompressed (starts faster, and no zlib version shows in the bytes)."""
+    """An executable zip: sorted, dateless, uncompressed (starts faster, and no zlib version shows
+    in the bytes)."""
     buffer = io.BytesIO()
     buffer.write(b"#!/usr/bin/env python3\n")
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -8699,9 +10817,16 @@ _replace_executable = functools.partial(write_atomic, durable=True, mode=0o755)
 
 
 def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> bytes:
-    """The program that the master at `url` hands out, unverified; `tls` as `client_tls` says. Raises UpdaterError."""
-    kind = functools.partial(http_client.HTTPSConnection, context=tls["ssl"]) if tls else http_client.HTTPConnection
-    connection = kind(url.host, url.port, timeout=SEND_S, source_address=(bind, 0) if bind else None)
+    """The program that the master at `url` hands out, unverified; `tls` as `client_tls` says.
+    Raises UpdaterError."""
+    kind = (
+        functools.partial(http_client.HTTPSConnection, context=tls["ssl"])
+        if tls
+        else http_client.HTTPConnection
+    )
+    connection = kind(
+        url.host, url.port, timeout=SEND_S, source_address=(bind, 0) if bind else None
+    )
     deadline = time.monotonic() + SEND_S
     try:
         while True:
@@ -8714,35 +10839,47 @@ def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> b
                 raise refusal(answer.status, data)
             time.sleep(random.uniform(*RETRY_S))
     except (OSError, http_client.HTTPException) as problem:
-        raise UnreachableError(f"can't fetch the program from {url}: {problem}", "try again") from problem
+        raise UnreachableError(
+            f"can't fetch the program from {url}: {problem}", "try again"
+        ) from problem
     finally:
         connection.close()
 
 
 def daemon_facts(state: StateFolder) -> dict[str, Any]:
     """What the daemon says of itself; nothing while there is none."""
-    return (read_json(state.daemon_file) or {}) if FileLock.held_elsewhere(state.daemon_lock) else {}
+    return (
+        (read_json(state.daemon_file) or {}) if FileLock.held_elsewhere(state.daemon_lock) else {}
+    )
 
 
 class Upgrade:
     """Brings this host to the master's program, from a runner that outlives the daemon's restart.
 
-    The job's step is its journal: another runner goes on where one died, so that in the end there is one program that
-    the master welcomes, the new or the old. It accepts what this host's own working tree names, and nothing else.
+    The job's step is its journal: another runner goes on where one died, so that in the end there
+    is one program that the master welcomes, the new or the old. It accepts what this host's own
+    working tree names, and nothing else.
     """
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.state = runner, runner.state
-        self.sha256, self.version = (str(runner.job.options.get(key, "")) for key in ("sha256", "version"))
+        self.sha256, self.version = (
+            str(runner.job.options.get(key, "")) for key in ("sha256", "version")
+        )
         file = program_file()
         if file is None:
-            raise UsageError("this host runs from a source checkout", "git pull there, and restart the service")
+            raise UsageError(
+                "this host runs from a source checkout", "git pull there, and restart the service"
+            )
         self.file = file.resolve()
-        self.fresh, self.old = (self.file.with_name(self.file.name + end) for end in (".new", ".old"))
+        self.fresh, self.old = (
+            self.file.with_name(self.file.name + end) for end in (".new", ".old")
+        )
         self.launched = float("-inf")
 
     def perform(self) -> str:
-        """The new version, once the master has welcomed it. Raises UpdaterError where the old one stays."""
+        """The new version, once the master has welcomed it. Raises UpdaterError where the old one
+        stays."""
         runner = self.runner
         if not resumes(runner.job):
             runner.begin("check")
@@ -8774,28 +10911,40 @@ class Upgrade:
         accepted = (config.updater.sha256 or "").lower()
         if not accepted or accepted != self.sha256:
             named = f"the program {accepted[:12]}…" if accepted else "no program"
-            what = f"{self.runner.config_path} accepts {named}, and the master has {self.sha256[:12]}…"
-            raise ConfigError(what, f"{accept_hint(self.sha256)}, and bring that commit to this host first")
+            what = (
+                f"{self.runner.config_path} accepts {named}, and the master has {self.sha256[:12]}…"
+            )
+            raise ConfigError(
+                what, f"{accept_hint(self.sha256)}, and bring that commit to this host first"
+            )
         return config
 
     def fetch(self, config: Config) -> None:
-        """Download, verify, and try the new program beside the one that runs. Raises UpdaterError or StepFailed."""
+        """Download, verify, and try the new program beside the one that runs. Raises UpdaterError
+        or StepFailed."""
         runner = self.runner
         url = self.state.last_master_url() or config.master_url
         runner.announce(f"download {PROGRAM_NAME} from {url}")
         tls = client_tls(config, work_tree(runner.config_path), str(url))
         data = fetch_program(url, daemon_facts(self.state).get("bind"), tls)
         if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
-            raise UpdaterError(f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again")
+            raise UpdaterError(
+                f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again"
+            )
         _replace_executable(self.fresh, data)
         for words in (("--version",), ("self-test", "--config", str(runner.config_path))):
-            runner.step(Step(f"{self.fresh.name} {words[0]}", (sys.executable, str(self.fresh), *words)), TRY_S)
+            runner.step(
+                Step(f"{self.fresh.name} {words[0]}", (sys.executable, str(self.fresh), *words)),
+                TRY_S,
+            )
 
     def swap(self) -> None:
         """The new program takes the old one's place, of which a copy stays beside it."""
         if sha256_of(self.file) != self.sha256:
             if sha256_of(self.fresh) != self.sha256:
-                raise UpdaterError("the downloaded program is gone: nothing was changed", "upgrade again")
+                raise UpdaterError(
+                    "the downloaded program is gone: nothing was changed", "upgrade again"
+                )
             _replace_executable(self.old, self.file.read_bytes())
             _replace_executable(self.file, self.fresh.read_bytes())
         self.runner.save(durable=True, step=RESTART)
@@ -8807,12 +10956,19 @@ class Upgrade:
         self.runner.log.line("not welcomed: restarting the daemon with the old program")
         back = self.await_daemon(sha256_of(self.file))
         self.clean()
-        after = "the old one is back" if back else "the old one is in its place again, and is not welcomed either"
-        return UpdaterError(f"{self.version} was not welcomed within {BACK_S:.0f} s: {after}", "see the daemon's log")
+        after = (
+            "the old one is back"
+            if back
+            else "the old one is in its place again, and is not welcomed either"
+        )
+        return UpdaterError(
+            f"{self.version} was not welcomed within {BACK_S:.0f} s: {after}",
+            "see the daemon's log",
+        )
 
     def await_daemon(self, sha256: str) -> bool:
-        """Whether a daemon with this program is welcomed in time. The one that runs starts itself anew; what does not
-        is killed, and what nobody else starts again is started."""
+        """Whether a daemon with this program is welcomed in time. The one that runs starts itself
+        anew; what does not is killed, and what nobody else starts again is started."""
         began, killed = time.monotonic(), False
         while (waited_s := time.monotonic() - began) < BACK_S:
             facts, how = daemon_facts(self.state), read_json(self.state.serve_file) or {}
@@ -8828,9 +10984,14 @@ class Upgrade:
         return False
 
     def revive(self, how: Mapping[str, Any]) -> None:
-        """Start a daemon that nobody else starts: by hand, and under Windows in any case, it can only end."""
+        """Start a daemon that nobody else starts: by hand, and under Windows in any case, it can
+        only end."""
         lives = (process := _read_process(how["pid"])) and process.alive
-        if lives or FileLock.held_elsewhere(self.state.daemon_lock) or time.monotonic() - self.launched < LAUNCH_S:
+        if (
+            lives
+            or FileLock.held_elsewhere(self.state.daemon_lock)
+            or time.monotonic() - self.launched < LAUNCH_S
+        ):
             return
         self.launched = time.monotonic()
         spawn_runner(how["argv"], os.environ, self.state.root / "daemon.log")
@@ -8878,10 +11039,12 @@ def _can_bind(address: str) -> bool:
 
 
 class Demo:
-    """A fleet on loopback addresses, from the build to the history, with every command said before it runs.
+    """A fleet on loopback addresses, from the build to the history, with every command said before
+    it runs.
 
-    Nothing stays. All files lie in one temporary folder, and a stop signal only sets a flag, which is looked at where
-    everything that was started is known. `say(text, code)` shows lines in the colour of that number, if any.
+    Nothing stays. All files lie in one temporary folder, and a stop signal only sets a flag, which
+    is looked at where everything that was started is known. `say(text, code)` shows lines in the
+    colour of that number, if any.
     """
 
     def __init__(self, say: Callable[..., None]) -> None:
@@ -8893,10 +11056,13 @@ class Demo:
         self.est = f"{self.python} estelle_updater.pyz"
 
     def run(self, keep: bool) -> int:
-        """Tell the story; `keep` then waits for Ctrl-C. Raises UpdaterError where something goes another way."""
+        """Tell the story; `keep` then waits for Ctrl-C. Raises UpdaterError where something goes
+        another way."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish stays
+            if (
+                number is not None and signal.getsignal(number) != signal.SIG_IGN
+            ):  # nohup's wish stays
                 signal.signal(number, self.stop)
         self.folder = Path(tempfile.mkdtemp(prefix="estelle-demo-")).resolve()
         started = time.monotonic()
@@ -8920,7 +11086,10 @@ class Demo:
             raise KeyboardInterrupt
 
     def play(self) -> None:
-        self.say(f"A fleet of three hosts on this machine, in {self.folder}. Lines with $ are what a person types.")
+        self.say(
+            f"A fleet of three hosts on this machine, in {self.folder}. Lines with $ are "
+            f"what a person types."
+        )
         self.build()
         self.make_project()
         self.start_fleet()
@@ -8928,11 +11097,17 @@ class Demo:
         self.push("Second version", {"config/version.json": '{"version": "v0301_2"}\n'})
         self.command(self.on_master())
         self.ask("trigger", "all", "master")
-        self.title(f"5. A deployment that fails: the next version needs DEMO_PORT, and {self.hosts[-1]} has none")
+        self.title(
+            f"5. A deployment that fails: the next version needs DEMO_PORT, and "
+            f"{self.hosts[-1]} has none"
+        )
         version = {"config/version.json": '{"version": "v0301_3"}\n'}
         self.push("Third version", {"deploy.py": _DEMO_NEED + _DEMO_DEPLOY, **version})
         self.ask("trigger", "all", "master", expected=1)
-        self.say("The exit code is 1. Nothing is rolled back by itself: a person looks, corrects and triggers again.")
+        self.say(
+            "The exit code is 1. Nothing is rolled back by itself: a person looks, "
+            "corrects and triggers again."
+        )
         self.title("6. What is checked out where, and how each run ended")
         self.ask("status")
         self.ask("history")
@@ -8947,18 +11122,30 @@ class Demo:
     def build(self) -> None:
         """The zipapp: made from the checkout, or a copy of the one that runs."""
         self.title("1. Build the program: one file for every host")
-        self.env = {**os.environ, **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(self.folder))}  # pip's are removed too
+        self.env = {
+            **os.environ,
+            **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(self.folder)),
+        }  # pip's are removed too
         pyz = self.folder / "estelle_updater.pyz"
         self.program = [sys.executable, str(pyz)]
         if Path(__file__).is_file():
             self.command(f"{program_name()} build -o {pyz}")
             if self.wait(self.start([*program_argv(), "build", "-o", str(pyz)])):
-                raise UpdaterError("the demo ends here, for want of its program", "see the error above")
+                raise UpdaterError(
+                    "the demo ends here, for want of its program", "see the error above"
+                )
         else:
             self.say(f"(It is built already: {pyz} is a copy of {sys.argv[0]}.)")
             shutil.copy(program_argv()[-1], pyz)
-        own = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}  # nobody's hooks and signatures
-        own |= {f"GIT_{who}_{what}": "demo@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        own = {
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+        }  # nobody's hooks and signatures
+        own |= {
+            f"GIT_{who}_{what}": "demo@localhost"
+            for who in ("AUTHOR", "COMMITTER")
+            for what in ("NAME", "EMAIL")
+        }
         self.env = scrub_environment(self.env) | own
         self.env.pop("DEMO_PORT", None)
 
@@ -8966,21 +11153,36 @@ class Demo:
         """An origin with a first commit, and a clone for each host."""
         self.title("2. A project in git, cloned on every host")
         if missing := [address for address in _DEMO_HOSTS if address not in self.hosts]:
-            self.say(f"Without {' and '.join(missing)}, which this machine lacks (macOS: sudo ifconfig lo0 alias IP).")
+            self.say(
+                f"Without {' and '.join(missing)}, which this machine lacks (macOS: sudo "
+                f"ifconfig lo0 alias IP)."
+            )
         with socket.socket() as probe:
             probe.bind((self.hosts[0], 0))
             self.port = probe.getsockname()[1]
         python = self.python if os.name != "nt" and shutil.which(self.python) else sys.executable
-        config: dict[str, Any] = {"masterUrl": f"ws://{self.hosts[0]}:{self.port}", "whitelist": self.hosts}
+        config: dict[str, Any] = {
+            "masterUrl": f"ws://{self.hosts[0]}:{self.port}",
+            "whitelist": self.hosts,
+        }
         files = {"deploy.py": _DEMO_DEPLOY, "config/version.json": '{"version": "v0301_1"}\n'}
         if self.has_pnpm():
             script = subprocess.list2cmdline([python, "deploy.py"])
-            files["package.json"] = json.dumps({"private": True, "scripts": {"deploy:release": script}})
+            files["package.json"] = json.dumps(
+                {"private": True, "scripts": {"deploy:release": script}}
+            )
         else:
-            self.say("pnpm is not installed: a small script stands for `pnpm deploy:release`, which is the default.")
+            self.say(
+                "pnpm is not installed: a small script stands for `pnpm deploy:release`, "
+                "which is the default."
+            )
             config["deploy"] = {"command": [python, "deploy.py"]}
-        config["hosts"] = {each: {"env": {"DEMO_PORT": f"800{i}"}} for i, each in enumerate(self.hosts[:-1], 1)}
-        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
+        config["hosts"] = {
+            each: {"env": {"DEMO_PORT": f"800{i}"}} for i, each in enumerate(self.hosts[:-1], 1)
+        }
+        lines = ",\n".join(
+            f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items()
+        )
         files["config/updater.json"] = f"{{\n{lines}\n}}\n"
         self.git("init", "--bare", "--initial-branch=master", "origin.git")
         self.git("clone", "origin.git", "developer")
@@ -8991,18 +11193,28 @@ class Demo:
         self.say(files["config/updater.json"].rstrip())
 
     def has_pnpm(self) -> bool:
-        """Whether pnpm really starts: corepack's shim may be there alone, and want to download it."""
+        """Whether pnpm really starts: corepack's shim may be there alone, and want to download
+        it."""
         with suppress(UpdaterError):
             pnpm = resolve_program("pnpm", self.env.get("PATH", ""))
             return self.wait(self.start([*pnpm, "--version"], "pnpm.log")) == 0
         return False
 
     def start_fleet(self) -> None:
-        self.title("3. The same program on every host: one finds that it is the master, the others are agents")
-        self.say("(--bind, --config and --state tell three hosts on one machine apart; elsewhere `serve` is enough.)")
+        self.title(
+            "3. The same program on every host: one finds that it is the master, the "
+            "others are agents"
+        )
+        self.say(
+            "(--bind, --config and --state tell three hosts on one machine apart; "
+            "elsewhere `serve` is enough.)"
+        )
         daemons = {}
         for address in self.hosts:
-            own = f"--bind {address} --config {address}/app/config/updater.json --state {address}/state".split()
+            own = (
+                f"--bind {address} --config {address}/app/config/updater.json --state "
+                f"{address}/state".split()
+            )
             own += ["--listen", f"{address}:{self.port}"] if address == self.hosts[0] else []
             self.command(f"{self.est} serve {' '.join(own)} &")
             daemons[address] = self.start([*self.program, "serve", *own], f"{address}/serve.log")
@@ -9057,9 +11269,17 @@ class Demo:
         """The fleet runs on for whoever wants to play with it."""
         self.title("It runs on. In another terminal:")
         trigger = f"trigger {self.hosts[-1]} master"
-        for line in (f"cd {self.folder}", self.on_master(), f"{self.est} status", f"{self.est} {trigger}"):
+        for line in (
+            f"cd {self.folder}",
+            self.on_master(),
+            f"{self.est} status",
+            f"{self.est} {trigger}",
+        ):
             self.say(f"  {line}", "36")
-        self.say("developer/ is for commits of your own. Ctrl-C here ends the fleet and removes the folder.")
+        self.say(
+            "developer/ is for commits of your own. Ctrl-C here ends the fleet and removes "
+            "the folder."
+        )
         while not self.stopped:
             time.sleep(0.1)
 
@@ -9070,8 +11290,11 @@ class Demo:
         return (self.folder / log_name).read_text("utf-8", "replace").strip()
 
     def start(self, argv: Sequence[str], log_name: str = "") -> subprocess.Popen[bytes]:
-        """Start a program in the folder. The terminal's Ctrl-C does not reach it: `clean` ends it, in order."""
-        options: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
+        """Start a program in the folder. The terminal's Ctrl-C does not reach it: `clean` ends it,
+        in order."""
+        options: dict[str, Any] = (
+            {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
+        )
         with open(self.folder / log_name, "wb") if log_name else nullcontext() as output:
             options |= {"cwd": self.folder, "env": self.env, "stdout": output, "stderr": output}
             self.children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, **options))
@@ -9084,7 +11307,8 @@ class Demo:
             self.check()
 
     def clean(self) -> None:
-        """End what runs, the daemons before the deployments that outlive them, and remove every file."""
+        """End what runs, the daemons before the deployments that outlive them, and remove every
+        file."""
         with suppress(Exception):  # nobody may be reading any more
             self.say("\nThe demo ends: what it started is stopped, and what it wrote is removed.")
         for number in (15, 9):
@@ -9119,7 +11343,8 @@ class Demo:
 
     @staticmethod
     def end_jobs(state: StateFolder) -> FileLock:
-        """Cancel the deployments on a host, and keep its lock, so that no late runner begins one."""
+        """Cancel the deployments on a host, and keep its lock, so that no late runner begins
+        one."""
         lock = FileLock(state.job_lock)
         for job in (job for run in state.run_ids() for job in state.load_jobs(run)):
             if job.state not in FINAL:
@@ -9137,7 +11362,8 @@ def config_form(path: Path) -> str:
 
 
 def check_config(path: Path) -> tuple[list[str], list[str]]:
-    """Every problem of a configuration file, and what is valid and yet hardly meant on this host."""
+    """Every problem of a configuration file, and what is valid and yet hardly meant on this
+    host."""
     try:
         config = load_config(path)
     except ConfigError as problem:
@@ -9160,7 +11386,10 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
     """(key, value, where it comes from) of everything that holds on this host."""
     rule = host_rule(config, address, socket.gethostname())
     own = next((host for host in config.hosts if host.key == rule.key), None)
-    rows = [("masterUrl", str(config.master_url), "file"), ("whitelist", ", ".join(config.whitelist), "file")]
+    rows = [
+        ("masterUrl", str(config.master_url), "file"),
+        ("whitelist", ", ".join(config.whitelist), "file"),
+    ]
     for key in (field_.name for field_ in fields(rule)):
         value = getattr(rule, key)
         if key in ("key", "address", "hostname"):
@@ -9197,9 +11426,10 @@ servers = { blue = "blue", green = "green" }  # the names of its two `server` li
 socket = "/run/haproxy/admin.sock"
 # masterSocket = "/run/haproxy-master.sock"  # once it is not root's alone: see systemd/estelle-updater-haproxy.service
 reload = ["systemctl", "reload", "haproxy"]
-"""
+"""  # noqa: E501
 _WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
-_BLUE_GREEN_CHECKS = (  # name, what, where; certificate by the port, as the file with its key is root's alone
+# name, what, where; certificate by the port, as the file with its key is root's alone
+_BLUE_GREEN_CHECKS = (
     ("web", 'http = "http://127.0.0.1:2000/"', _WORKERS),
     ("webhook", 'http = "http://127.0.0.1:6000/health"', _WORKERS),
     ("valkey", 'valkey = "127.0.0.1:6379"', _WORKERS),
@@ -9215,15 +11445,19 @@ _BLUE_GREEN_CHECKS = (  # name, what, where; certificate by the port, as the fil
 )
 
 
-def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: str, blue_green: bool = False) -> str:
-    """A first configuration; as TOML with what each key means. `blue_green`: for two workers behind HAProxy."""
+def init_text(
+    master: str, allow: Sequence[str], command: Sequence[str], form: str, blue_green: bool = False
+) -> str:
+    """A first configuration; as TOML with what each key means. `blue_green`: for two workers behind
+    HAProxy."""
     text = (
         "# Commit this file: every host reads it from its own clone.\n"
         f"masterUrl = {json.dumps(master)}  # the host that has this address is the master\n"
         "# Who may connect: addresses and networks (121.0.0.0/24). Nobody is allowed implicitly.\n"
         f"whitelist = [{', '.join(map(json.dumps, allow))}]\n\n"
         "[deploy]\n"
-        f"command = [{', '.join(map(json.dumps, command))}]  # what runs after the pull, in the repository\n"
+        f"command = [{', '.join(map(json.dumps, command))}]  # what runs after the pull, "
+        f"in the repository\n"
         "timeout = 1800  # seconds for one step\n"
     )
     text += _BLUE_GREEN if blue_green else ""
@@ -9233,29 +11467,52 @@ def init_text(master: str, allow: Sequence[str], command: Sequence[str], form: s
     return text if form == "toml" else render_config(tomllib.loads(text), "json")
 
 
-def plan_ports(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> list[tuple[str, ...]]:
-    """The strategy's table of ports for one host: (who may come, a network or a word; port; what listens there)."""
+def plan_ports(
+    config: Config, address: str | None, hostname: str, master: bool, subnet: str
+) -> list[tuple[str, ...]]:
+    """The strategy's table of ports for one host: (who may come, a network or a word; port; what
+    listens there)."""
     rule = host_rule(config, address, hostname)
-    ports: list[tuple[str, ...]] = [("anybody", "41641/udp", "Tailscale"), ("tailscale", "22/tcp", "SSH")]
-    if config.haproxy and host_key(config.haproxy.host) in map(host_key, filter(None, (address, hostname, rule.name))):
+    ports: list[tuple[str, ...]] = [
+        ("anybody", "41641/udp", "Tailscale"),
+        ("tailscale", "22/tcp", "SSH"),
+    ]
+    if config.haproxy and host_key(config.haproxy.host) in map(
+        host_key, filter(None, (address, hostname, rule.name))
+    ):
         ports += [("anybody", "80/tcp", "HAProxy: certbot, and the way to 443")]
-        ports += [("anybody", "443/tcp", "HAProxy: webhooks"), (subnet, "3306/tcp", "MariaDB, for the workers")]
+        ports += [
+            ("anybody", "443/tcp", "HAProxy: webhooks"),
+            (subnet, "3306/tcp", "MariaDB, for the workers"),
+        ]
         ports += [("tailscale", "8404/tcp", "HAProxy: statistics")]
     if rule.color:
-        ports += [(subnet, "6000/tcp", "webhooks, from HAProxy"), ("tailscale", "2000/tcp", "dashboard")]
+        ports += [
+            (subnet, "6000/tcp", "webhooks, from HAProxy"),
+            ("tailscale", "2000/tcp", "dashboard"),
+        ]
         ports += [("nobody", "6379/tcp", "Valkey, bound to 127.0.0.1")]
     if master:
         own = [entry for entry in map(parse_network, config.whitelist) if not entry.is_loopback]
-        ports += [(str(entry), f"{config.master_url.port}/tcp", "estelle-updater, whitelisted") for entry in own]
+        ports += [
+            (str(entry), f"{config.master_url.port}/tcp", "estelle-updater, whitelisted")
+            for entry in own
+        ]
     return ports
 
 
-def render_firewall(config: Config, address: str | None, hostname: str, master: bool, subnet: str) -> str:
-    """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that go with them."""
+def render_firewall(
+    config: Config, address: str | None, hostname: str, master: bool, subnet: str
+) -> str:
+    """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that
+    go with them."""
     command, vpn = "firewall-cmd --permanent", parse_network(TAILSCALE)
     lines = [f"{command} --new-zone=tailscale || true  # it may be there"]
     lines.append(f"{command} --zone=tailscale --add-interface=tailscale0")
-    cloud = ["", "# The cloud's rules (VCN, ingress, stateful); what comes by Tailscale needs none:"]
+    cloud = [
+        "",
+        "# The cloud's rules (VCN, ingress, stateful); what comes by Tailscale needs none:",
+    ]
     for who, port, what in plan_ports(config, address, hostname, master, subnet):
         if who == "nobody":
             lines.append(f"# {port} stays closed: {what}")
@@ -9291,7 +11548,8 @@ def own_address() -> str:
 
 
 def commit_config(path: Path, message: str, really: bool) -> str:
-    """The line that publishes a change of the file, or, `really`, its effect. Raises UpdaterError where git says no."""
+    """The line that publishes a change of the file, or, `really`, its effect. Raises UpdaterError
+    where git says no."""
     tree = work_tree(path)
     name = path.relative_to(tree).as_posix()
     line = f"git add {name} && git commit -m {json.dumps(message)} -- {name} && git push"
@@ -9299,9 +11557,13 @@ def commit_config(path: Path, message: str, really: bool) -> str:
         return line
     for words in (["add", name], ["commit", "-q", "-m", message, "--", name], ["push", "-q"]):
         argv = [*resolve_program("git", os.environ.get("PATH", "")), *words]
-        done = subprocess.run(argv, cwd=tree, stdin=subprocess.DEVNULL, capture_output=True, check=False, **HIDDEN)
+        done = subprocess.run(
+            argv, cwd=tree, stdin=subprocess.DEVNULL, capture_output=True, check=False, **HIDDEN
+        )
         if done.returncode:
-            said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or ["no reason given"]
+            said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or [
+                "no reason given"
+            ]
             raise UpdaterError(f"git {words[0]}: {said[-1]}", f"by hand: {line}")
     return f"committed and pushed: {name}"
 
@@ -9328,7 +11590,7 @@ KillMode=process
 {sandbox}
 [Install]
 WantedBy={target}
-"""
+"""  # noqa: E501
 _SANDBOX = """\
 NoNewPrivileges=yes
 LockPersonality=yes
@@ -9363,7 +11625,7 @@ polkit.addRule(function (action, subject) {{
     return polkit.Result.YES;
   }}
 }});
-"""
+"""  # noqa: E501
 LINGER = "sudo loginctl enable-linger $USER"
 _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
@@ -9371,11 +11633,16 @@ _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 def _unit_words(words: Iterable[str]) -> str:
     """Words as systemd's files have them: quoted, and `%` without its meaning."""
     plain = [re.sub(r'(["\\])', r"\\\1", word).replace("%", "%%") for word in words]
-    return " ".join(word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain)
+    return " ".join(
+        word if re.fullmatch(r"[\w./:=@+,%$-]+", word) else f'"{word}"' for word in plain
+    )
 
 
-def render_unit(argv: Sequence[str], folder: str, path_env: str, user: str | None, writable: Iterable[str]) -> str:
-    """The systemd unit of the daemon `argv` in `folder`: the system's for `user`, or, for None, a user's own."""
+def render_unit(
+    argv: Sequence[str], folder: str, path_env: str, user: str | None, writable: Iterable[str]
+) -> str:
+    """The systemd unit of the daemon `argv` in `folder`: the system's for `user`, or, for None, a
+    user's own."""
     system = user is not None
     return _UNIT.format(
         scope="" if system else " --user",
@@ -9386,7 +11653,8 @@ def render_unit(argv: Sequence[str], folder: str, path_env: str, user: str | Non
         command=_unit_words(argv).replace("$", "$$"),
         environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
         state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
-        sandbox=_SANDBOX + (_SYSTEM_SANDBOX.format(writable=_unit_words(writable)) if system else ""),
+        sandbox=_SANDBOX
+        + (_SYSTEM_SANDBOX.format(writable=_unit_words(writable)) if system else ""),
         target="multi-user.target" if system else "default.target",
     )
 
@@ -9394,14 +11662,24 @@ def render_unit(argv: Sequence[str], folder: str, path_env: str, user: str | Non
 def pm2_app(argv: Sequence[str], folder: str) -> dict[str, Any]:
     """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
     return {
-        "name": SERVICE, "script": argv[1], "args": list(argv[2:]), "interpreter": argv[0], "cwd": folder,
-        "env": {"PYTHONUTF8": "1"}, "watch": False, "vizion": False, "kill_timeout": 10000,
+        "name": SERVICE,
+        "script": argv[1],
+        "args": list(argv[2:]),
+        "interpreter": argv[0],
+        "cwd": folder,
+        "env": {"PYTHONUTF8": "1"},
+        "watch": False,
+        "vizion": False,
+        "kill_timeout": 10000,
         "exp_backoff_restart_delay": 500,
-    }  # fmt: skip
+    }
 
 
 def try_command(
-    argv: Sequence[str], env: Mapping[str, str], cwd: StrPath | None = None, timeout_s: float = QUESTION_S
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: StrPath | None = None,
+    timeout_s: float = QUESTION_S,
 ) -> tuple[int, str]:
     """`run_command`; where that is not possible, 127 and why."""
     try:
@@ -9418,7 +11696,8 @@ def lingers() -> bool:
 class Setup:
     """This host's service, under PM2 or systemd: installed, started and welcomed, or removed.
 
-    Everything that changes the host goes through `put`, `take` and `call`, which a dry run only says.
+    Everything that changes the host goes through `put`, `take` and `call`, which a dry run only
+    says.
     """
 
     def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
@@ -9434,24 +11713,40 @@ class Setup:
         self.state: StateFolder = args.state_folder()
         options = [("--config", args.config and config_path), ("--bind", args.bind)]
         options += [("--state", args.state and self.state.root)]
-        self.argv = [*program_argv(), "serve", *(str(word) for pair in options if pair[1] for word in pair)]
+        self.argv = [
+            *program_argv(),
+            "serve",
+            *(str(word) for pair in options if pair[1] for word in pair),
+        ]
         system = Path("/etc/systemd/system")
-        self.unit = (system if self.root else self.home / ".config/systemd/user") / f"{SERVICE}.service"
+        self.unit = (
+            system if self.root else self.home / ".config/systemd/user"
+        ) / f"{SERVICE}.service"
         other = host_rule(self.config, args.bind, socket.gethostname()).repo
         # The program's folder for `upgrade`, where its owner lets it
-        places = [self.repo, other and self.repo / other, args.state and self.state.root, Path(self.argv[1]).parent]
+        places = [
+            self.repo,
+            other and self.repo / other,
+            args.state and self.state.root,
+            Path(self.argv[1]).parent,
+        ]
         self.writable = [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
         self.pm2_file = self.state.root / "pm2.json"
 
     def choose(self, wanted: str | None) -> str:
-        """pm2 or systemd: as asked, as installed already, else PM2 where it is. Raises UsageError."""
+        """pm2 or systemd: as asked, as installed already, else PM2 where it is. Raises
+        UsageError."""
         booted = Path("/run/systemd/system").is_dir()
         installed = "systemd" if self.unit.exists() else "pm2" if self.pm2_file.exists() else None
-        found = wanted or installed or ("pm2" if shutil.which("pm2") else "systemd" if booted else "")
+        found = (
+            wanted or installed or ("pm2" if shutil.which("pm2") else "systemd" if booted else "")
+        )
         if found == "systemd" and not booted:
             raise UsageError("systemd does not run this host", "use --with pm2")
         if found != "systemd" and not shutil.which("pm2"):
-            raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{', or --with systemd' * booted}")
+            raise UsageError(
+                "there is no pm2 in PATH", f"npm install -g pm2{', or --with systemd' * booted}"
+            )
         return found
 
     def install(self, wanted: str | None) -> None:
@@ -9463,18 +11758,24 @@ class Setup:
             self.remove_unit()
             self.install_pm2()
         if not self.dry_run:
-            self.say("installed and started" if self.changed else "unchanged: it is installed and runs")
+            self.say(
+                "installed and started" if self.changed else "unchanged: it is installed and runs"
+            )
             self.await_welcome()
 
     def install_unit(self) -> None:
         path = os.environ.get("PATH", os.defpath)
-        text = render_unit(self.argv, str(self.folder), path, self.user if self.root else None, self.writable)
+        text = render_unit(
+            self.argv, str(self.folder), path, self.user if self.root else None, self.writable
+        )
         if self.root and "--state" not in self.argv:
             self.state = StateFolder(SYSTEM_STATE)
         fresh = self.put(self.unit, text)
         units = [unit if "." in unit else f"{unit}.service" for unit in self.config.deploy.restart]
         if self.root and units and self.user != "root":
-            self.put(_POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(units)))
+            self.put(
+                _POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(units))
+            )
         elif self.root:
             self.take(_POLKIT_FILE)
         if fresh:
@@ -9484,7 +11785,10 @@ class Setup:
         if fresh or self.systemctl("is-active", "--quiet", SERVICE, look=True):
             self.systemctl("restart", SERVICE)
         if self.root and self.user == "root":
-            self.say("note: the repository is root's, so deployments run as root; better: chown it to an ordinary user")
+            self.say(
+                "note: the repository is root's, so deployments run as root; better: chown "
+                "it to an ordinary user"
+            )
         if not self.root and not lingers():
             self.say(f"note: it ends when you log out, until: {LINGER}")
 
@@ -9498,21 +11802,28 @@ class Setup:
             boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
             self.say(f"note: to have it started at each logon: {boot}")
         elif not Path(f"/etc/systemd/system/pm2-{getpass.getuser()}.service").exists():
-            self.say("note: to have PM2 started at boot, run the line that this prints: pm2 startup")
+            self.say(
+                "note: to have PM2 started at boot, run the line that this prints: pm2 startup"
+            )
 
     def runs_under_pm2(self) -> bool:
         _, out = try_command(["pm2", "jlist"], os.environ)
         with suppress(ValueError, IndexError, KeyError, TypeError):
             apps = json.loads(out.splitlines()[-1])
-            return any(app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps)
+            return any(
+                app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps
+            )
         return False
 
     def remove(self) -> None:
-        """Take away what `install` brought; a deployment that runs goes on, and recorded runs stay."""
+        """Take away what `install` brought; a deployment that runs goes on, and recorded runs
+        stay."""
         self.remove_unit()
         self.remove_pm2()
         if not self.dry_run:
-            self.say("removed; recorded runs stay" if self.changed else "unchanged: nothing is installed")
+            self.say(
+                "removed; recorded runs stay" if self.changed else "unchanged: nothing is installed"
+            )
 
     def remove_unit(self) -> None:
         if self.unit.exists():
@@ -9560,24 +11871,33 @@ class Setup:
         code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
             own = f"as this user, log in directly (not by su), or: {LINGER}"
-            hint = own if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
+            hint = (
+                own if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
+            )
             raise UpdaterError(f"{line}: {(out.splitlines() or [f'exit {code}'])[-1]}", hint)
         return code
 
     def await_welcome(self) -> None:
-        """Until the daemon says that its master has welcomed it, or that it is the master. Raises UpdaterError."""
+        """Until the daemon says that its master has welcomed it, or that it is the master. Raises
+        UpdaterError."""
         ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
         while time.monotonic() < ends:
             facts = daemon_facts(self.state) or facts
             if facts.get("label") and not facts.get("trouble"):
-                does = "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
+                does = (
+                    "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
+                )
                 self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
                 return
-            if str(facts.get("trouble")).startswith(REFUSED_US):  # it will try again, but this is an answer
+            if str(facts.get("trouble")).startswith(
+                REFUSED_US
+            ):  # it will try again, but this is an answer
                 break
             time.sleep(LOCAL_LOOK_S)
         why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
-        raise UpdaterError(f"the service is installed, but the master has not welcomed it: {why}", "see: doctor")
+        raise UpdaterError(
+            f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
+        )
 
 
 def judge_encoding(encoding: str) -> Finding:
@@ -9585,35 +11905,60 @@ def judge_encoding(encoding: str) -> Finding:
     try:
         "✓ 완료".encode(encoding)
     except (UnicodeError, LookupError):
-        return Finding("encoding", False, f"{encoding} has no ✓ and no Korean: they are shown as ?", "set PYTHONUTF8=1")
+        return Finding(
+            "encoding",
+            False,
+            f"{encoding} has no ✓ and no Korean: they are shown as ?",
+            "set PYTHONUTF8=1",
+        )
     return Finding("encoding", True, encoding)
 
 
 def judge_clock(ahead_s: float) -> Finding:
     """Whether this host's clock agrees with the master's."""
     text = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the master"
-    fix = "w32tm /resync" if os.name == "nt" else "sudo timedatectl set-ntp true, here and on the master"
+    fix = (
+        "w32tm /resync"
+        if os.name == "nt"
+        else "sudo timedatectl set-ntp true, here and on the master"
+    )
     return Finding("clock", abs(ahead_s) < CLOCK_S, text, fix)
 
 
 def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding:
-    """Whether git reaches the remote as a service would: without a prompt, a terminal, or somebody's ssh-agent."""
+    """Whether git reaches the remote as a service would: without a prompt, a terminal, or
+    somebody's ssh-agent."""
     text = explain_failure(said.encode()) or (said.splitlines() or ["no answer"])[-1]
-    fix = "give this user a key or a credential that asks for nothing, then: git ls-remote " + remote
+    fix = (
+        "give this user a key or a credential that asks for nothing, then: git ls-remote " + remote
+    )
     if agent_only:
-        text, fix = f"{text}; your ssh-agent has the key, and a service has no ssh-agent", "a deploy key in ~/.ssh"
+        text, fix = (
+            f"{text}; your ssh-agent has the key, and a service has no ssh-agent",
+            "a deploy key in ~/.ssh",
+        )
     return Finding("access", code == 0, f"{remote} answers" if code == 0 else text, fix)
 
 
 def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
-    """Whether systemd starts the daemon after a boot, keeps it running, and spares its deployments."""
+    """Whether systemd starts the daemon after a boot, keeps it running, and spares its
+    deployments."""
     start = f"systemctl{scope} enable --now {SERVICE}"
     if facts.get("KillMode") != "process":
         fix = f"systemctl{scope} edit {SERVICE}: [Service] KillMode=process"
-        return Finding("service", False, "a restart of the unit would kill a running deployment", fix)
+        return Finding(
+            "service", False, "a restart of the unit would kill a running deployment", fix
+        )
     if facts.get("ActiveState") != "active" or facts.get("UnitFileState") != "enabled":
-        return Finding("service", False, f"systemd: {facts.get('ActiveState')}, {facts.get('UnitFileState')}", start)
-    return Finding("service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times")
+        return Finding(
+            "service",
+            False,
+            f"systemd: {facts.get('ActiveState')}, {facts.get('UnitFileState')}",
+            start,
+        )
+    return Finding(
+        "service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times"
+    )
 
 
 def judge_attempt(name: str, text: str, act: Callable[[], object]) -> Finding:
@@ -9644,7 +11989,11 @@ class Doctor:
         yield judge_attempt("packages", "all there", require_packages)
         yield judge_encoding(sys.stdout.encoding or "none")
         yield self.detached()
-        yield judge_attempt("state", f"{self.state.root}, {len(self.state.run_ids())} recorded runs", self.state.create)
+        yield judge_attempt(
+            "state",
+            f"{self.state.root}, {len(self.state.run_ids())} recorded runs",
+            self.state.create,
+        )
         yield self.service()
         try:
             path = self.args.config_path()
@@ -9657,8 +12006,12 @@ class Doctor:
         more = f", {len(warnings)} warnings: see config check" if warnings else ""
         fix = "mend the file, commit and push it"
         yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
-        address = self.args.bind or (None if self.daemon.get("trouble") else self.daemon.get("label"))
-        rule = host_rule(config, address if address and is_address(address) else None, socket.gethostname())
+        address = self.args.bind or (
+            None if self.daemon.get("trouble") else self.daemon.get("label")
+        )
+        rule = host_rule(
+            config, address if address and is_address(address) else None, socket.gethostname()
+        )
         yield from self.repository(work_tree(path) / (rule.repo or ""), rule)
         if config.updater.sha256:
             folder = os.path.dirname(program_argv()[1])
@@ -9668,7 +12021,9 @@ class Doctor:
             yield self.certificate(cert)
         yield from self.master(config)
         names = (rule.name, socket.gethostname())
-        if (proxy := config.haproxy) and (host_key(proxy.host) in map(host_key, names) or probe_is_local(proxy.host)):
+        if (proxy := config.haproxy) and (
+            host_key(proxy.host) in map(host_key, names) or probe_is_local(proxy.host)
+        ):
             yield from self.haproxy(proxy)
 
     @staticmethod
@@ -9676,18 +12031,29 @@ class Doctor:
         try:
             left_s = certificate_end(cert.read_bytes()) - time.time()
         except (OSError, ValueError) as problem:
-            return Finding("certificate", False, f"{cert}: {problem}", "a PEM file that this user can read")
+            return Finding(
+                "certificate", False, f"{cert}: {problem}", "a PEM file that this user can read"
+            )
         text = f"{cert}: {left_s // 86400:.0f} days left"
-        return Finding("certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew")
+        return Finding(
+            "certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew"
+        )
 
     def detached(self) -> Finding:
-        """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look who lives."""
-        with tempfile.TemporaryDirectory(prefix="estelle-doctor-", ignore_cleanup_errors=True) as name:
+        """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look
+        who lives."""
+        with tempfile.TemporaryDirectory(
+            prefix="estelle-doctor-", ignore_cleanup_errors=True
+        ) as name:
             folder = Path(name)
             argv = [*program_argv(), "prove-detached", name]
-            daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, **HIDDEN)
+            daemon = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, start_new_session=True, **HIDDEN
+            )
             ends = time.monotonic() + LAUNCH_S
-            while not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends:
+            while (
+                not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends
+            ):
                 time.sleep(LOCAL_LOOK_S)
             if os.name != "nt":
                 _kill_family(f"tree/{daemon.pid}", KILL_S, root=daemon.pid)
@@ -9698,26 +12064,46 @@ class Doctor:
             while lives and FileLock.held_elsewhere(folder / "lock") and time.monotonic() < ends:
                 time.sleep(LOCAL_LOOK_S)
         fix = "serve under PM2 or systemd as `setup` sets it up"
-        return Finding("detachment", lives, "a deployment outlives its daemon's kill" if lives else "killed too", fix)
+        return Finding(
+            "detachment",
+            lives,
+            "a deployment outlives its daemon's kill" if lives else "killed too",
+            fix,
+        )
 
     def service(self) -> Finding:
         """Who starts the daemon after a reboot, and whether it runs."""
         own, system = Path.home() / ".config/systemd/user", Path("/etc/systemd/system")
-        places = ((own, " --user", SERVICE), (system, "", SERVICE), (system, "", f"{SERVICE}-haproxy"))
+        places = (
+            (own, " --user", SERVICE),
+            (system, "", SERVICE),
+            (system, "", f"{SERVICE}-haproxy"),
+        )
         for folder, scope, unit in places:
             if (folder / f"{unit}.service").exists():
                 keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
                 _, out = try_command(["systemctl", *scope.split(), "show", keys, unit], os.environ)
-                found = judge_unit(dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope)
+                found = judge_unit(
+                    dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope
+                )
                 if found.ok and scope and not lingers():
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
                 return found
         dump = Path(os.environ.get("PM2_HOME") or Path.home() / ".pm2") / "dump.pm2"
-        with suppress(OSError, ValueError, AttributeError):  # the file: any word to pm2 would start one
+        with suppress(
+            OSError, ValueError, AttributeError
+        ):  # the file: any word to pm2 would start one
             if any(app.get("name") == SERVICE for app in json.loads(dump.read_bytes())):
                 fix = f"pm2 restart {SERVICE}"
-                return Finding("service", self.serves, "PM2: saved" + ("" if self.serves else ", not running"), fix)
-        text = "it runs, but nothing starts it after a reboot" if self.serves else "none is installed"
+                return Finding(
+                    "service",
+                    self.serves,
+                    "PM2: saved" + ("" if self.serves else ", not running"),
+                    fix,
+                )
+        text = (
+            "it runs, but nothing starts it after a reboot" if self.serves else "none is installed"
+        )
         return Finding("service", False, text, f"{program_name()} setup")
 
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
@@ -9726,27 +12112,49 @@ class Doctor:
         yield Finding("git", code == 0, said, "install git for this user")
         if code:
             return
-        if os.name != "nt" and (repo / ".git").exists() and (owner := (repo / ".git").stat().st_uid) != os.getuid():
+        if (
+            os.name != "nt"
+            and (repo / ".git").exists()
+            and (owner := (repo / ".git").stat().st_uid) != os.getuid()
+        ):
             text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
-            yield Finding("owner", False, text, f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}")
+            yield Finding(
+                "owner",
+                False,
+                text,
+                f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}",
+            )
         ground = list(probe_ground(repo, self.state.root, rule, self.env))
         yield from ground
         if not all(found.ok or not found.certain for found in ground):
             return
-        changes = git_output(repo, self.env, "status", "--porcelain", "--untracked-files=no").decode(errors="replace")
+        changes = git_output(
+            repo, self.env, "status", "--porcelain", "--untracked-files=no"
+        ).decode(errors="replace")
         names = ", ".join(line[3:] for line in changes.splitlines()[:5])
         fix = f"git -C {repo} stash, or commit and push them"
-        yield Finding("clean", not changes, f"local changes: {names}" if changes else "no local changes", fix)
+        yield Finding(
+            "clean", not changes, f"local changes: {names}" if changes else "no local changes", fix
+        )
         ask = ["git", "ls-remote", rule.remote, "HEAD"]
         code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
-        agent_only = bool(code and with_agent["SSH_AUTH_SOCK"] and not try_command(ask, with_agent, repo, ACCESS_S)[0])
+        agent_only = bool(
+            code
+            and with_agent["SSH_AUTH_SOCK"]
+            and not try_command(ask, with_agent, repo, ACCESS_S)[0]
+        )
         yield judge_remote(code, said, rule.remote, agent_only)
         if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
             for tool in dict.fromkeys(("node", name)):
                 code, said = try_command([tool, "--version"], self.env, repo, ACCESS_S)
-                fix = f"install {tool} for this user, and have its folder in the service's PATH (setup writes yours)"
-                yield Finding(tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix)
+                fix = (
+                    f"install {tool} for this user, and have its folder in the service's "
+                    f"PATH (setup writes yours)"
+                )
+                yield Finding(
+                    tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix
+                )
 
     def master(self, config: Config) -> Iterator[Finding]:
         """Whether the master lets this host in, as it sees it, and what its clock says."""
@@ -9758,7 +12166,9 @@ class Doctor:
             return
         try:
             before = time.time()
-            connection = Caller(self.state, config, self.args.bind, work_tree(self.args.config_path())).dial(PATIENCE_S)
+            connection = Caller(
+                self.state, config, self.args.bind, work_tree(self.args.config_path())
+            ).dial(PATIENCE_S)
             after, told = time.time(), connection.welcome
             connection.close()
         except UpdaterError as problem:
@@ -9766,21 +12176,34 @@ class Doctor:
         except ImportError:
             yield Finding("master", None, "not asked: a package is missing")
         else:
-            yield Finding("master", True, f"{config.master_url} lets {told.address} in, version {told.version}")
+            yield Finding(
+                "master",
+                True,
+                f"{config.master_url} lets {told.address} in, version {told.version}",
+            )
             if told.time:
                 yield judge_clock((before + after) / 2 - told.time)
 
     def haproxy(self, rule: HaproxyRule) -> Iterator[Finding]:
-        """What a switch on this host needs: a valid file that may be replaced, the sockets, and two true colours."""
+        """What a switch on this host needs: a valid file that may be replaced, the sockets, and two
+        true colours."""
         env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
         code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
         lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
         fix = f"mend the file until this is silent: haproxy -c -f {rule.config}"
         yield Finding("haproxy", code == 0, lines[0], fix)
         real = os.path.realpath(rule.config)
-        fix = f"this service's user must own the file and its folder: chown USER {os.path.dirname(real)} {real}"
-        yield Finding("haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix)
-        for path, words, master in ((rule.socket, "show info", False), (rule.master_socket, "show proc", True)):
+        fix = (
+            f"this service's user must own the file and its folder: chown USER "
+            f"{os.path.dirname(real)} {real}"
+        )
+        yield Finding(
+            "haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix
+        )
+        for path, words, master in (
+            (rule.socket, "show info", False),
+            (rule.master_socket, "show proc", True),
+        ):
             if path:
                 ask = functools.partial(ask_haproxy, rule, words, master=master)
                 yield judge_attempt("haproxy socket", path, ask)
@@ -9794,8 +12217,8 @@ class Doctor:
 
 
 class Output:
-    """Standard output: bytes as they are to a pipe, text that can't hurt to a terminal. Where it takes nothing more,
-    because its pipe is closed or its disk is full, that raises Closed."""
+    """Standard output: bytes as they are to a pipe, text that can't hurt to a terminal. Where it
+    takes nothing more, because its pipe is closed or its disk is full, that raises Closed."""
 
     class Closed(Exception):
         """Nobody reads our output any more."""
@@ -9808,17 +12231,27 @@ class Output:
         try:
             if self.terminal:
                 text = data.decode("utf-8", "replace")
-                sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+                sys.stdout.write(
+                    text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding)
+                )
                 sys.stdout.flush()
             else:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
         except (OSError, ValueError) as problem:
             with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its exit
-            gone = (errno.EPIPE, errno.ECONNRESET, errno.EINVAL)  # the last is how Windows says that a pipe is closed
+                os.dup2(
+                    os.open(os.devnull, os.O_WRONLY), 1
+                )  # or the interpreter complains at its exit
+            gone = (
+                errno.EPIPE,
+                errno.ECONNRESET,
+                errno.EINVAL,
+            )  # the last is how Windows says that a pipe is closed
             if isinstance(problem, OSError) and problem.errno not in gone:
-                print(f"estelle-updater: can't write the output: {problem.strerror}", file=sys.stderr)
+                print(
+                    f"estelle-updater: can't write the output: {problem.strerror}", file=sys.stderr
+                )
             raise Output.Closed from problem
 
     def paint(self, text: str, code: str) -> str:
@@ -9829,7 +12262,8 @@ PREFIX_COLORS = ("36", "35", "34", "33", "32")
 
 
 class LineView(View):
-    """A run as lines that are whole: what has no end yet waits for it, unless it is too long to be kept."""
+    """A run as lines that are whole: what has no end yet waits for it, unless it is too long to be
+    kept."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -9845,7 +12279,9 @@ class LineView(View):
         if cut:
             self.show(host, data[:cut])
 
-    def show(self, host: str, data: bytes) -> None: ...  # lines, the last of them perhaps to be continued
+    def show(
+        self, host: str, data: bytes
+    ) -> None: ...  # lines, the last of them perhaps to be continued
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         for host, rest in self.partial.items():  # of a run that goes on
@@ -9853,7 +12289,8 @@ class LineView(View):
 
 
 class TextView(LineView):
-    """A run for people: one `[host] ` prefix per line, whole lines only, a table at the end of several hosts."""
+    """A run for people: one `[host] ` prefix per line, whole lines only, a table at the end of
+    several hosts."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(output)
@@ -9864,12 +12301,16 @@ class TextView(LineView):
     def begin(self, run: RunRecord) -> None:
         for index, host in enumerate(run.hosts):
             color = PREFIX_COLORS[index % len(PREFIX_COLORS)]
-            self.prefixes[host] = self.output.paint(f"[{terminal_text(host)}]", color).encode() + b" "
+            self.prefixes[host] = (
+                self.output.paint(f"[{terminal_text(host)}]", color).encode() + b" "
+            )
 
     def show(self, host: str, data: bytes) -> None:
         if self.output.terminal:
             ended = data.endswith(b"\n")
-            data = terminal_text(data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")).encode()
+            data = terminal_text(
+                data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
+            ).encode()
             data += b"\n" if ended else b""
         prefix = self.prefixes[host]
         start = b""
@@ -9888,7 +12329,9 @@ class TextView(LineView):
         if rest := self.partial.pop(job.host, b""):
             self.show(job.host, rest)
         self.end_line()
-        text = self.output.paint(terminal_text(result_text(job)), "32" if job.state is State.SUCCEEDED else "31")
+        text = self.output.paint(
+            terminal_text(result_text(job)), "32" if job.state is State.SUCCEEDED else "31"
+        )
         self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
         if job.error and job.state is not State.LOST:
             self.notice(f"{job.host}: {job.error}")
@@ -9903,7 +12346,10 @@ class TextView(LineView):
         self.end_line()
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
-        rows = [(job.host, (job.commit or "-")[:7], seconds_text(seconds_of(job)), result_text(job)) for job in jobs]
+        rows = [
+            (job.host, (job.commit or "-")[:7], seconds_text(seconds_of(job)), result_text(job))
+            for job in jobs
+        ]
         table = render_table(("host", "commit", "time", "result"), rows)
         self.output.write(f"\n{terminal_text(table)}\n".encode())
 
@@ -9939,7 +12385,14 @@ class JsonView(LineView):
         self.emit(event="run", **same, offline=[host for host in run.hosts if host in run.offline])
 
     def state(self, job: JobRecord) -> None:
-        self.emit(event="state", run=job.run, host=job.host, state=job.state, step=job.step, behind=job.behind)
+        self.emit(
+            event="state",
+            run=job.run,
+            host=job.host,
+            state=job.state,
+            step=job.step,
+            behind=job.behind,
+        )
 
     def show(self, host: str, data: bytes) -> None:
         *lines, rest = data.split(b"\n")
@@ -9954,7 +12407,9 @@ class JsonView(LineView):
             cut = whole_text(line[:LINE_BYTES])
             self.line(host, line[:cut], more=True)
             line = line[cut:]
-        self.emit(event="log", run=self.run, host=host, line=line.decode("utf-8", "replace"), **more)
+        self.emit(
+            event="log", run=self.run, host=host, line=line.decode("utf-8", "replace"), **more
+        )
 
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
@@ -9999,7 +12454,9 @@ def make_caller(args: Args) -> Caller:
 def cmd_serve(args: Args) -> int:
     require_packages()
     preload()
-    if sys.platform == "linux":  # a Python that had to compile this module took 30 MB for that, and would keep them
+    if (
+        sys.platform == "linux"
+    ):  # a Python that had to compile this module took 30 MB for that, and would keep them
         import gc
 
         gc.collect()
@@ -10010,7 +12467,9 @@ def cmd_serve(args: Args) -> int:
     if role not in ("auto", *Role):
         raise UsageError(f"{role!r} is no role", "auto, master or agent")
     chosen = Role(role) if role != "auto" else None
-    service = Service(ServeOptions(args.config_path(), args.state_folder(), args.bind, chosen, args.listen))
+    service = Service(
+        ServeOptions(args.config_path(), args.state_folder(), args.bind, chosen, args.listen)
+    )
     code = asyncio.run(service.run())
     return restart_self() if service.restarting else code
 
@@ -10021,8 +12480,11 @@ def cmd_trigger(args: Args) -> int:
     return run_order(args, order, detach=args.detach)[0]
 
 
-def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = False) -> tuple[int, list[JobRecord]]:
-    """Start a run and show it to its end, or only start it: the exit code, and the jobs as they ended."""
+def run_order(
+    args: Args, order: Submit, doing: str = "", *, detach: bool = False
+) -> tuple[int, list[JobRecord]]:
+    """Start a run and show it to its end, or only start it: the exit code, and the jobs as they
+    ended."""
     caller, view = make_caller(args), make_view(args)
     connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
     if detach:
@@ -10033,7 +12495,9 @@ def run_order(args: Args, order: Submit, doing: str = "", *, detach: bool = Fals
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
         ended = [job for job in jobs if job.state in (State.FAILED, State.TIMEOUT)]
-        untouched = r"(start|check)$|git fetch "  # the steps before the first that changes what is deployed
+        untouched = (
+            r"(start|check)$|git fetch "  # the steps before the first that changes what is deployed
+        )
         failed = ",".join(job.host for job in ended if not re.match(untouched, job.step or "start"))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
@@ -10048,12 +12512,16 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
     job = make_local_job(state, order, args.bind)
     start_runner(state, args.config_path(), job).wait()
     view.notice(f"run {job.run}: {doing}{job.branch} on this host")
-    return watch_order(args, job.run, LocalFollower(state, job.run, view, live=True, started=True).follow)[0]
+    return watch_order(
+        args, job.run, LocalFollower(state, job.run, view, live=True, started=True).follow
+    )[0]
 
 
-def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> tuple[int, list[JobRecord]]:
-    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs. Ctrl-C or a closed
-    output stops watching, and says how to go on."""
+def watch_order(
+    args: Args, run: str, follow: Callable[[], list[JobRecord]]
+) -> tuple[int, list[JobRecord]]:
+    """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs.
+    Ctrl-C or a closed output stops watching, and says how to go on."""
     est = program_name()
     text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
     try:
@@ -10062,7 +12530,11 @@ def watch_order(args: Args, run: str, follow: Callable[[], list[JobRecord]]) -> 
         problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
         raise
     except (KeyboardInterrupt, Output.Closed):
-        notice = json.dumps({"event": "notice", "text": text}) if args.json else f"\nestelle-updater: {text}"
+        notice = (
+            json.dumps({"event": "notice", "text": text})
+            if args.json
+            else f"\nestelle-updater: {text}"
+        )
         with suppress(OSError):
             print(notice, file=sys.stderr)
         return 130, []
@@ -10078,22 +12550,34 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
     def listed(name: str, word: str) -> list[str]:
         more = row[f"{name}_count"] - len(row[name])
-        return [f"{word}: {', '.join(row[name])}" + (f" and {more} more" if more else "")] if row[name] else []
+        return (
+            [f"{word}: {', '.join(row[name])}" + (f" and {more} more" if more else "")]
+            if row[name]
+            else []
+        )
 
     facts = []
     if target := row["target"]:
         same = row["current"] == target
-        facts += [f"{target[:7]}, no change" if same else f"{(row['current'] or '')[:7]} → {target[:7]}"]
-        facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (row["leaving"] > 0)
+        facts += [
+            f"{target[:7]}, no change" if same else f"{(row['current'] or '')[:7]} → {target[:7]}"
+        ]
+        facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (
+            row["leaving"] > 0
+        )
         facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
     facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
-    facts += [f"{row['disk_free_bytes'] >> 20} MB free"] if row["disk_free_bytes"] is not None else []
+    facts += (
+        [f"{row['disk_free_bytes'] >> 20} MB free"] if row["disk_free_bytes"] is not None else []
+    )
     lines = [row["why"]] if row["why"] else []
     lines += [*row["subjects"], *listed("changed", "changes"), *listed("dirty", "local changes")]
     lines += [f"restarts {' '.join(row['restart'])}"] if row["restart"] else []
     lines += [f"busy with run {row['busy']}"] if row["busy"] else []
     lines += [f"run {run} is queued" for run in row["queued"]]
-    lines += [f"! {text}" for text in row["warnings"]] + [f"✗ refused: {text}" for text in row["refused"]]
+    lines += [f"! {text}" for text in row["warnings"]] + [
+        f"✗ refused: {text}" for text in row["refused"]
+    ]
     return "\n    ".join([f"{row['host']}  {', '.join(facts)}", *lines])
 
 
@@ -10106,11 +12590,14 @@ def cmd_plan(args: Args) -> int:
 def require_answer(args: Args) -> None:
     """Raise GuardError where a question will come up that nobody can answer."""
     if not (args.yes or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())):
-        raise GuardError("nothing was done: there is no terminal to ask on", "look at the plan, then say --yes")
+        raise GuardError(
+            "nothing was done: there is no terminal to ask on", "look at the plan, then say --yes"
+        )
 
 
 def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
-    """Ask the person at the terminal, unless `--yes`. Raises GuardError for a no, and where nobody can be asked."""
+    """Ask the person at the terminal, unless `--yes`. Raises GuardError for a no, and where nobody
+    can be asked."""
     require_answer(args)
     if args.yes:
         return
@@ -10142,10 +12629,17 @@ def cmd_switch(args: Args) -> int:
         config = load_config(args.config_path())
         rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
         here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
-        if problem.asked or rule is None or host_key(rule.host) not in (host_key(name) for name in here if name):
+        if (
+            problem.asked
+            or rule is None
+            or host_key(rule.host) not in (host_key(name) for name in here if name)
+        ):
             raise
         if not (args.force or args.dry_run):
-            problem.hint += "; here on HAProxy's host, --force switches without it, and so without health checks:"
+            problem.hint += (
+                "; here on HAProxy's host, --force switches without it, and so "
+                "without health checks:"
+            )
             problem.hint += " make sure that no deployment runs on the workers"
             raise
         return run_here(args, order, "switch to ")
@@ -10161,17 +12655,26 @@ def ask_health(args: Args, target: str) -> dict[str, Any]:
     return ask_master(args, "health", {"target": target}, take_s)
 
 
-def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -> tuple[str, list[dict[str, Any]]]:
-    """These hosts' colour, and both colours' rows of `status`, once their checks succeed and HAProxy has them up:
-    a fresh start takes its time. Raises GuardError where that does not come about."""
+def await_standby(
+    args: Args, hosts: Sequence[str], wait_s: float, view: View
+) -> tuple[str, list[dict[str, Any]]]:
+    """These hosts' colour, and both colours' rows of `status`, once their checks succeed and
+    HAProxy has them up: a fresh start takes its time. Raises GuardError where that does not come
+    about."""
     ends = time.monotonic() + wait_s
     while True:
         view.tick()
         checks = ask_health(args, ",".join(hosts))["checks"]
         rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
         where = {row["host"]: row["traffic"] or "unknown" for row in rows}
-        wrong = [f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]]
-        wrong += [f"{host}: {at} for HAProxy" for host in hosts if (at := where.get(host, "unknown")) != "standby"]
+        wrong = [
+            f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]
+        ]
+        wrong += [
+            f"{host}: {at} for HAProxy"
+            for host in hosts
+            if (at := where.get(host, "unknown")) != "standby"
+        ]
         if not wrong:
             return next(row["color"] for row in rows if row["host"] == hosts[0]), rows
         if time.monotonic() > ends:
@@ -10181,32 +12684,46 @@ def await_standby(args: Args, hosts: Sequence[str], wait_s: float, view: View) -
 
 
 def only_commit(commits: Iterable[str | None]) -> str:
-    """What the standby's hosts have now, to hold the switch to it. Raises GuardError where that is not one commit."""
+    """What the standby's hosts have now, to hold the switch to it. Raises GuardError where that is
+    not one commit."""
     commit, *others = {*commits}
     if others or not commit:
-        raise GuardError("nobody can say which one commit the standby has", "the traffic stays; look at `status`")
+        raise GuardError(
+            "nobody can say which one commit the standby has", "the traffic stays; look at `status`"
+        )
     return commit
 
 
 def cmd_release(args: Args) -> int:
-    """The round as the strategy has it. Only this command moves on: if it dies, nothing switches."""
+    """The round as the strategy has it. Only this command moves on: if it dies, nothing
+    switches."""
     require_branch(args.branch, "nothing was sent")
     require_answer(args)
-    code, jobs = run_order(args, new_order(Kind.DEPLOY, "standby", args.branch, options={"alone": True}))
+    code, jobs = run_order(
+        args, new_order(Kind.DEPLOY, "standby", args.branch, options={"alone": True})
+    )
     if code:
         return code
     commit, view = only_commit(job.commit for job in jobs), make_view(args)
     color, rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
         view.notice(color_text(row))
-    confirm(args, f"switch the traffic to {color}?", f"{color} has the new commit, and the traffic stays where it is")
+    confirm(
+        args,
+        f"switch the traffic to {color}?",
+        f"{color} has the new commit, and the traffic stays where it is",
+    )
     if code := run_order(args, order_switch(color, commit=commit), "switch to ")[0]:
         return code
     status = ask_master(args, "status", {})
     rows, warnings = [row for row in status["hosts"] if row["color"]], status["warnings"]
-    hosts = [{key: row[key] for key in ("host", "color", "traffic", "commit", "version")} for row in rows]
+    hosts = [
+        {key: row[key] for key in ("host", "color", "traffic", "commit", "version")} for row in rows
+    ]
     event = {"event": "release", "ok": True, "color": color, "hosts": hosts, "warnings": warnings}
-    show(args, event, "\n".join([*map(color_text, rows), *(f"! {warning}" for warning in warnings)]))
+    show(
+        args, event, "\n".join([*map(color_text, rows), *(f"! {warning}" for warning in warnings)])
+    )
     return 0
 
 
@@ -10241,7 +12758,9 @@ def cmd_logs(args: Args) -> int:
         connection = caller.dial(PATIENCE_S)
         follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
         code, _ = watch_order(args, args.run, functools.partial(follower.follow, connection))
-    except UpdaterError as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
+    except (
+        UpdaterError
+    ) as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
         if state.load_run(args.run) is None or (follower and follower.record):
             raise
         view.notice(f"{problem.what}; this is what {state.root} has")
@@ -10255,11 +12774,19 @@ def cmd_history(args: Args) -> int:
         found = ask_master(args, "history", {"count": args.count, "stats": args.stats})
     except (UnreachableError, RefusedError, ConfigError) as problem:
         state = args.state_folder()
-        found = {"stats": run_stats(state.rows())} if args.stats else {"runs": state.history(args.count)}
+        found = (
+            {"stats": run_stats(state.rows())}
+            if args.stats
+            else {"runs": state.history(args.count)}
+        )
         if not any(found.values()):
             raise
         TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
-    show(args, found, history_table(found["runs"]) if "runs" in found else stats_table(found["stats"]))
+    show(
+        args,
+        found,
+        history_table(found["runs"]) if "runs" in found else stats_table(found["stats"]),
+    )
     return 0
 
 
@@ -10295,7 +12822,11 @@ def short_result(host: Mapping[str, Any]) -> str:
     """One host's outcome in a line of `history`."""
     if host["state"] == State.SUCCEEDED:
         return f"✓ {host['version'] or ''}".rstrip()
-    return f"… {host['state']}" if host["state"] not in FINAL else f"✗ {host['state']} {host['step'] or ''}".rstrip()
+    return (
+        f"… {host['state']}"
+        if host["state"] not in FINAL
+        else f"✗ {host['state']} {host['step'] or ''}".rstrip()
+    )
 
 
 def cmd_forget(args: Args) -> int:
@@ -10304,7 +12835,9 @@ def cmd_forget(args: Args) -> int:
     return 0
 
 
-def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
+def ask_master(
+    args: Args, what: str, details: dict[str, Any], timeout_s: float = ANSWER_S
+) -> dict[str, Any]:
     """One question to the master and its answer."""
     connection = make_caller(args).dial(PATIENCE_S)
     answer: Answer = connection.request(Ask(1, what, details), timeout_s)
@@ -10314,22 +12847,30 @@ def ask_master(args: Args, what: str, details: dict[str, Any], timeout_s: float 
 
 def cmd_health(args: Args) -> int:
     result = ask_health(args, args.target)
-    text = "no [[health]] check is configured for these hosts; `config init --blue-green` shows some"
+    text = (
+        "no [[health]] check is configured for these hosts; `config init --blue-green` shows some"
+    )
     if result["checks"]:
-        rows = [("✓" if row["ok"] else "✗", row["host"], row["name"], row["detail"]) for row in result["checks"]]
+        rows = [
+            ("✓" if row["ok"] else "✗", row["host"], row["name"], row["detail"])
+            for row in result["checks"]
+        ]
         text = render_table(("", "host", "check", "what it saw"), rows)
     show(args, result, text)
     return 0 if result["ok"] else 1
 
 
 def cancel_run(args: Args, run: str) -> RunRecord:
-    """Ask the master to stop a run; what this host has of it is stopped without the master if need be."""
+    """Ask the master to stop a run; what this host has of it is stopped without the master if need
+    be."""
     try:
         connection = make_caller(args).dial(PATIENCE_S)
         record: RunRecord = connection.request(Cancel(run, user_name()), ANSWER_S)
         connection.close()
         return record
-    except UpdaterError as problem:  # as for `logs`: nobody answers, or the master has not heard of it
+    except (
+        UpdaterError
+    ) as problem:  # as for `logs`: nobody answers, or the master has not heard of it
         state = args.state_folder()
         jobs = state.load_jobs(run) if valid_run_id(run) else []
         own = [job for job in jobs if job.state not in FINAL and job.machine == state.machine_id()]
@@ -10348,7 +12889,12 @@ def cmd_cancel(args: Args) -> int:
         text += f"; {', '.join(record.offline)}: no connection, it stops once it is back"
     if not (record.cancelled and record.hosts):
         text = f"{record.run} is over: there is nothing to cancel"
-    answer = {"run": record.run, "cancelled": record.cancelled, "hosts": record.hosts, "offline": record.offline}
+    answer = {
+        "run": record.run,
+        "cancelled": record.cancelled,
+        "hosts": record.hosts,
+        "offline": record.offline,
+    }
     say(json.dumps(answer) if args.json else text)
     return 0
 
@@ -10356,22 +12902,49 @@ def cmd_cancel(args: Args) -> int:
 def cmd_status(args: Args) -> int:
     result = ask_master(args, "status", {})
     master, hosts = result["master"], result["hosts"]
-    head = ("host", "name", "role", "online", "branch", "commit", "version", "updater", "colour", "last", "job")
+    head = (
+        "host",
+        "name",
+        "role",
+        "online",
+        "branch",
+        "commit",
+        "version",
+        "updater",
+        "colour",
+        "last",
+        "job",
+    )
     columns = zip(head, *(status_cells(row, master["version"]) for row in hosts), strict=True)
     told = [column for column in columns if {*column[1:]} != {"-"}]  # a terminal has 80 columns
-    lines = [f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s"]
-    lines.append(render_table([column[0] for column in told], zip(*(column[1:] for column in told), strict=True)))
-    lines += [f"! {row.get('host', 'master')}: {row['problem']}" for row in (master, *hosts) if row.get("problem")]
-    show(args, result, "\n".join(lines + [f"! {warning}" for warning in result.get("warnings", ())]))
+    lines = [
+        f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s"
+    ]
+    lines.append(
+        render_table(
+            [column[0] for column in told], zip(*(column[1:] for column in told), strict=True)
+        )
+    )
+    lines += [
+        f"! {row.get('host', 'master')}: {row['problem']}"
+        for row in (master, *hosts)
+        if row.get("problem")
+    ]
+    show(
+        args, result, "\n".join(lines + [f"! {warning}" for warning in result.get("warnings", ())])
+    )
     return 0
 
 
 def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
-    """One host's row of the `status` table; a host's own program is only worth a word where it is not the master's."""
+    """One host's row of the `status` table; a host's own program is only worth a word where it is
+    not the master's."""
     jobs = []
     if row["running"]:
         since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent = f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        silent = (
+            f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
+        )
         jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -10379,15 +12952,32 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     away = f"no, since {clock_text(row['link_down_since'])}" if row.get("link_down_since") else "no"
     commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
     return (
-        row["host"], row["name"], row["role"], "yes" if row["online"] else away, row["branch"] or "-", commit,
-        row["version"] or "-", "-" if row["updater"] in ("", program) else row["updater"],
+        row["host"],
+        row["name"],
+        row["role"],
+        "yes" if row["online"] else away,
+        row["branch"] or "-",
+        commit,
+        row["version"] or "-",
+        "-" if row["updater"] in ("", program) else row["updater"],
         " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
-        short_result(row["last"]) if row.get("last") else "-", "; ".join(jobs) or "-",
-    )  # fmt: skip
+        short_result(row["last"]) if row.get("last") else "-",
+        "; ".join(jobs) or "-",
+    )
 
 
 RUNNER_NEEDS = (  # no more: a deployment begins when these are imported
-    *("ctypes", "fcntl", "ipaddress", "select", "shutil", "signal", "socket", "subprocess", "tomllib"),
+    *(
+        "ctypes",
+        "fcntl",
+        "ipaddress",
+        "select",
+        "shutil",
+        "signal",
+        "socket",
+        "subprocess",
+        "tomllib",
+    ),
     *("difflib", "encodings.idna", "traceback"),
 )
 
@@ -10400,7 +12990,9 @@ def cmd_config(args: Args) -> int:
         return convert_config(args, path)
     if args.action == "show":
         rows = effective_settings(load_config(path), args.bind)
-        facts: dict[str, Any] = {key: {"value": value, "from": origin} for key, value, origin in rows}
+        facts: dict[str, Any] = {
+            key: {"value": value, "from": origin} for key, value, origin in rows
+        }
         show(args, facts, f"{path}\n" + render_table(("key", "value", "from"), rows))
         return 0
     problems, warnings = check_config(path)
@@ -10411,13 +13003,26 @@ def cmd_config(args: Args) -> int:
 
 
 def init_config(args: Args) -> int:
-    folder = work_tree(Path(os.environ.get("ESTELLE_REPO") or ".").absolute() / "config" / "updater.toml") / "config"
+    folder = (
+        work_tree(
+            Path(os.environ.get("ESTELLE_REPO") or ".").absolute() / "config" / "updater.toml"
+        )
+        / "config"
+    )
     if found := next((folder / name for name in CONFIG_NAMES if (folder / name).exists()), None):
-        raise UsageError(f"{found} exists", "`config check` looks at it, `whitelist add` extends it")
+        raise UsageError(
+            f"{found} exists", "`config check` looks at it, `whitelist add` extends it"
+        )
     address = canonical_address(args.bind) if args.bind else own_address()
-    url = parse_master_url(args.master or f"ws://{f'[{address}]' if ':' in address else address}:{DEFAULT_PORT}")
-    allow = list(dict.fromkeys([*args.allow, *([url.host] if is_address(url.host) else []), address]))
-    has_script = "deploy:release" in (read_json(folder.parent / "package.json") or {}).get("scripts", {})
+    url = parse_master_url(
+        args.master or f"ws://{f'[{address}]' if ':' in address else address}:{DEFAULT_PORT}"
+    )
+    allow = list(
+        dict.fromkeys([*args.allow, *([url.host] if is_address(url.host) else []), address])
+    )
+    has_script = "deploy:release" in (read_json(folder.parent / "package.json") or {}).get(
+        "scripts", {}
+    )
     by_shell = not has_script and (folder.parent / "deploy.sh").exists()
     command = ["sh", "deploy.sh"] if by_shell else ["pnpm", "deploy:release"]
     folder.mkdir(exist_ok=True)
@@ -10462,12 +13067,17 @@ def cmd_whitelist(args: Args) -> int:
     def plain(entry: str) -> str:
         return str(parse_network(entry)).removesuffix("/32").removesuffix("/128")
 
-    wanted, written = dict.fromkeys(map(plain, args.addresses)), {plain(entry): entry for entry in whitelist}
+    wanted, written = (
+        dict.fromkeys(map(plain, args.addresses)),
+        {plain(entry): entry for entry in whitelist},
+    )
     allows, missing = Whitelist(whitelist).verdict, [text for text in wanted if text not in written]
     add, remove = [text for text in missing if "/" in text or not allows(text).allowed], list[str]()
     if action == "remove":
         if missing:
-            raise UsageError(f"{', '.join(missing)} is not in the whitelist", "`whitelist list` shows it")
+            raise UsageError(
+                f"{', '.join(missing)} is not in the whitelist", "`whitelist list` shows it"
+            )
         raw = parse_data(path.read_bytes(), str(path), config_form(path))["whitelist"]
         gone = {written[text].strip() for text in wanted}
         add, remove = [], [entry for entry in raw if entry.strip() in gone]
@@ -10504,7 +13114,8 @@ class ProgressOutput(Output):
 
 
 class ProgressView(TextView):
-    """A run that a model follows: its lines are progress, and so is its silence, as clients give up without any."""
+    """A run that a model follows: its lines are progress, and so is its silence, as clients give up
+    without any."""
 
     def __init__(self, tell: Callable[[str], None], gone: threading.Event) -> None:
         super().__init__(ProgressOutput(self.tell))
@@ -10527,8 +13138,10 @@ class ProgressView(TextView):
 
 
 MCP_INSTRUCTIONS = (
-    "Deploys a small fleet of hosts. Look with status and plan before you change anything. A deployment is a run, and "
-    "goes on when you stop waiting for it: follow it with logs, stop it with cancel. Nothing rolls back by itself."
+    "Deploys a small fleet of hosts. Look with status and plan before you change anything. "
+    "A deployment is a run, and "
+    "goes on when you stop waiting for it: follow it with logs, stop it with cancel. "
+    "Nothing rolls back by itself."
 )
 
 
@@ -10541,7 +13154,9 @@ class McpServer:
         self.gone: dict[str | int, threading.Event] = {}
         shown = [tool for tool in TOOLS if f"call_{tool.name}" in dir(self) or tool.name in DESK]
         shown = [tool for tool in shown if tool.effect == "reads" or not args.read_only]
-        self.session = McpSession([tool.render(args.require_plan) for tool in shown], MCP_INSTRUCTIONS, __version__)
+        self.session = McpSession(
+            [tool.render(args.require_plan) for tool in shown], MCP_INSTRUCTIONS, __version__
+        )
 
     def serve(self, lines: IO[bytes]) -> None:
         """Until the client closes our standard input. The runs that it asked for go on."""
@@ -10560,7 +13175,9 @@ class McpServer:
                         event.set()
                 for call in calls:
                     self.begin(call)
-        for gone in list(self.gone.values()):  # whoever only reads does not look, and may still answer
+        for gone in list(
+            self.gone.values()
+        ):  # whoever only reads does not look, and may still answer
             gone.set()
         ends = time.monotonic() + MCP_LINGER_S
         while self.session.calls and time.monotonic() < ends:
@@ -10574,7 +13191,11 @@ class McpServer:
 
     def begin(self, call: ToolCall) -> None:
         if len(self.session.calls) > MCP_CALLS:
-            self.send(self.session.finish(call, "error: too many calls at once; wait for some to end", True))
+            self.send(
+                self.session.finish(
+                    call, "error: too many calls at once; wait for some to end", True
+                )
+            )
             return
         gone = self.gone[call.id] = threading.Event()
         threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
@@ -10586,8 +13207,14 @@ class McpServer:
         def tell(text: str) -> None:
             with self.lock:
                 if call.token is not None and self.session.calls.get(call.id) is call:
-                    params = {"progressToken": call.token, "progress": next(numbers), "message": text}
-                    self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": params})
+                    params = {
+                        "progressToken": call.token,
+                        "progress": next(numbers),
+                        "message": text,
+                    }
+                    self.send(
+                        {"jsonrpc": "2.0", "method": "notifications/progress", "params": params}
+                    )
 
         answer: dict[str, Any] | str = "error: the input ended before the answer"
         try:
@@ -10595,7 +13222,11 @@ class McpServer:
         except Abandoned:
             pass
         except UpdaterError as problem:
-            lines = [f"error: {problem.what}", f"hint: {problem.hint}", f"exit: {problem.exit_code}"]
+            lines = [
+                f"error: {problem.what}",
+                f"hint: {problem.hint}",
+                f"exit: {problem.exit_code}",
+            ]
             answer = "\n".join(line for line in lines if not line.endswith(": "))
         except Exception as problem:
             answer = f"internal error: {problem!r}"
@@ -10607,7 +13238,8 @@ class McpServer:
                 del self.gone[call.id]
 
     def call(self, tool: str, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        """A tool's answer: its own method's, or the master's to the question of this name. Raises UpdaterError."""
+        """A tool's answer: its own method's, or the master's to the question of this name. Raises
+        UpdaterError."""
         takes = self.session.tools[tool]["inputSchema"]["properties"]
         given = {name: spec["default"] for name, spec in takes.items() if "default" in spec} | given
         own: Callable[..., dict[str, Any]] | None = getattr(self, f"call_{tool}", None)
@@ -10619,23 +13251,37 @@ class McpServer:
     def order(
         self, given: dict[str, Any], view: ProgressView, make: Callable[[], Submit], **same: str
     ) -> dict[str, Any]:
-        """Start a run, or find the one that this idempotency key started, and follow it to its end."""
+        """Start a run, or find the one that this idempotency key started, and follow it to its
+        end."""
         key = given.get("idempotency_key")
-        nonce = hashlib.sha256(f"estelle-updater {key}".encode()).hexdigest()[:32] if key else os.urandom(16).hex()
+        nonce = (
+            hashlib.sha256(f"estelle-updater {key}".encode()).hexdigest()[:32]
+            if key
+            else os.urandom(16).hex()
+        )
         run = self.ask("find", nonce=nonce)["run"] if key else None
         if run is None:
-            connection, record = submit_run(make_caller(self.args), replace(make(), nonce=nonce), PATIENCE_S)
+            connection, record = submit_run(
+                make_caller(self.args), replace(make(), nonce=nonce), PATIENCE_S
+            )
             connection.close()
             run = record.run
         try:
             answer = self.ask("log", run=run)
             if any(answer[name] != value for name, value in same.items()):
-                raise UsageError(f"this idempotency_key belongs to {answer['kind']} {answer['branch']}", "take another")
+                raise UsageError(
+                    f"this idempotency_key belongs to {answer['kind']} {answer['branch']}",
+                    "take another",
+                )
             if given["wait"]:
                 self.follow(run, view)
             answer = self.ask("log", run=run, bytes=CHUNK_BYTES, tail=True)
         except UpdaterError as problem:
-            problem.hint = problem.hint if isinstance(problem, UsageError) else f"run {run} goes on: call logs with it"
+            problem.hint = (
+                problem.hint
+                if isinstance(problem, UsageError)
+                else f"run {run} goes on: call logs with it"
+            )
             raise
         for row in answer["hosts"]:
             row["tail"] = "\n".join(row.pop("text").splitlines()[-TAIL_LINES:])[-TAIL_BYTES:]
@@ -10650,7 +13296,9 @@ class McpServer:
         finally:
             follower.connection.close()
 
-    def call_update(self, given: dict[str, Any], view: ProgressView, *, alone: bool = False) -> dict[str, Any]:
+    def call_update(
+        self, given: dict[str, Any], view: ProgressView, *, alone: bool = False
+    ) -> dict[str, Any]:
         wanted = {"target": given["target"], "branch": given["branch"]}
 
         def make() -> Submit:
@@ -10661,8 +13309,12 @@ class McpServer:
         return self.order(given, view, make, kind=Kind.DEPLOY, **wanted)
 
     def call_rollback(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
-        request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {"action": "rollback"}
-        return self.order(given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK)
+        request = {name: given[name] for name in ("target", "to", "plan") if name in given} | {
+            "action": "rollback"
+        }
+        return self.order(
+            given, view, lambda: plan_rollback(self.ask("plan", **request)), kind=Kind.ROLLBACK
+        )
 
     def call_switch(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
         color = given["color"]
@@ -10672,7 +13324,9 @@ class McpServer:
                 self.ask("plan", plan=given["plan"], action="switch", color=color)
             return order_switch(color, dry_run=given["dry_run"])
 
-        if given["dry_run"] and "idempotency_key" in given:  # else its rehearsal would answer for the switch itself
+        if (
+            given["dry_run"] and "idempotency_key" in given
+        ):  # else its rehearsal would answer for the switch itself
             given = given | {"idempotency_key": f"{given['idempotency_key']} dry run"}
         same = {} if color == "standby" else {"branch": color}
         return self.order(given, view, make, kind=Kind.SWITCH, **same)
@@ -10684,11 +13338,19 @@ class McpServer:
         commit = only_commit(row["commit"] for row in deployed["hosts"])
 
         def make() -> Submit:
-            color, _ = await_standby(self.args, [row["host"] for row in deployed["hosts"]], HEALTHY_S, view)
+            color, _ = await_standby(
+                self.args, [row["host"] for row in deployed["hosts"]], HEALTHY_S, view
+            )
             return order_switch(color, commit=commit)
 
-        key = {"idempotency_key": f"{given['idempotency_key']} switch"} if "idempotency_key" in given else {}
-        return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {"deployed": deployed["run"]}
+        key = (
+            {"idempotency_key": f"{given['idempotency_key']} switch"}
+            if "idempotency_key" in given
+            else {}
+        )
+        return self.order({**key, "wait": True}, view, make, kind=Kind.SWITCH) | {
+            "deployed": deployed["run"]
+        }
 
     def call_health(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         return ask_health(self.args, given.get("target", "all"))
@@ -10706,7 +13368,11 @@ class McpServer:
         asked = {"run": given["run"], "target": given.get("target"), "bytes": given["max_bytes"]}
         while True:
             answer = self.ask("log", offsets=offsets, tail=tail, **asked)
-            if answer["done"] or any(row["text"] for row in answer["hosts"]) or time.monotonic() > deadline:
+            if (
+                answer["done"]
+                or any(row["text"] for row in answer["hosts"])
+                or time.monotonic() > deadline
+            ):
                 break
             view.tick()
             time.sleep(LOOK_S / 2)
@@ -10715,7 +13381,8 @@ class McpServer:
 
 
 def divert_output() -> IO[bytes]:
-    """The real standard output, for the protocol alone: whatever else is printed goes to standard error."""
+    """The real standard output, for the protocol alone: whatever else is printed goes to standard
+    error."""
     wire = os.fdopen(os.dup(1), "wb")
     with suppress(OSError):
         os.dup2(2, 1)
@@ -10738,7 +13405,11 @@ def cmd_run_job(args: Args) -> int:
 
 def cmd_build(args: Args) -> int:
     made = build_zipapp(Path(__file__).resolve(), Path(args.output))
-    show(args, {"file": str(made.path), "sha256": made.sha256, "bytes": made.size_bytes}, render_build(made))
+    show(
+        args,
+        {"file": str(made.path), "sha256": made.sha256, "bytes": made.size_bytes},
+        render_build(made),
+    )
     return 0
 
 
@@ -10746,8 +13417,12 @@ def cmd_setup(args: Args) -> int:
     require_packages()
     if args.firewall:
         config = load_config(args.config_path())
-        master = gather_role(config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False)[0].role
-        text = render_firewall(config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet))
+        master = gather_role(
+            config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False
+        )[0].role
+        text = render_firewall(
+            config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet)
+        )
         show(args, {"firewall": text.splitlines()}, text)
         return 0
     lines: list[str] = []
@@ -10764,11 +13439,17 @@ def cmd_doctor(args: Args) -> int:
         findings.append(found)
         if not args.json:
             mark = "–" if found.ok is None else "✓" if found.ok else "✗"
-            say(f"{mark} {found.name}: {found.text}" + (f"\n    fix: {found.fix}" if found.ok is False else ""))
+            say(
+                f"{mark} {found.name}: {found.text}"
+                + (f"\n    fix: {found.fix}" if found.ok is False else "")
+            )
     healthy = all(found.ok is not False for found in findings)
     if args.json:
         keys = ("name", "ok", "text", "fix")
-        checks = [{key: getattr(one, key) for key in keys if key != "fix" or one.ok is False} for one in findings]
+        checks = [
+            {key: getattr(one, key) for key in keys if key != "fix" or one.ok is False}
+            for one in findings
+        ]
         say(json.dumps({"ok": healthy, "checks": checks}, ensure_ascii=False))
     return 0 if healthy else 1
 
@@ -10824,17 +13505,22 @@ def parse_run_id(text: str) -> str:
     """A run's id on the command line. Raises UsageError."""
     if valid_run_id(text):
         return text
-    raise UsageError(f"{text[:80]!r} is no run id", "it looks like 20261122-210501-7f3a; `history` lists them")
+    raise UsageError(
+        f"{text[:80]!r} is no run id", "it looks like 20261122-210501-7f3a; `history` lists them"
+    )
 
 
 class Args(SimpleNamespace):
     """The command line, parsed."""
 
     def state_folder(self) -> StateFolder:
-        return StateFolder(Path(self.state).absolute() if self.state else default_state_folder(os.environ))
+        return StateFolder(
+            Path(self.state).absolute() if self.state else default_state_folder(os.environ)
+        )
 
     def config_path(self) -> Path:
-        """--config, ESTELLE_CONFIG, else found upwards from ESTELLE_REPO or the working directory."""
+        """--config, ESTELLE_CONFIG, else found upwards from ESTELLE_REPO or the working
+        directory."""
         if explicit := self.config or os.environ.get("ESTELLE_CONFIG"):
             return Path(explicit).absolute()
         return find_config(Path(os.environ.get("ESTELLE_REPO") or ".").absolute())
@@ -10848,91 +13534,287 @@ class Option:
 
 
 class Command:
-    """A row of the command table, from which help, README and completion are made; no help: not for people."""
+    """A row of the command table, from which help, README and completion are made; no help: not for
+    people."""
 
     def __init__(self, name: str, help: str, run: Callable[[Args], int], *options: Option) -> None:
-        self.name, self.help, self.run, self.options, self.hidden = name, help, run, options, not help
+        self.name, self.help, self.run, self.options, self.hidden = (
+            name,
+            help,
+            run,
+            options,
+            not help,
+        )
 
 
-_TARGETS = "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+_TARGETS = (
+    "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
+)
 TARGET = Option("target", metavar="TARGET", help=_TARGETS)
-TARGET_OR_ALL = Option("target", metavar="TARGET", nargs="?", default="all", help=f"{_TARGETS} (default: all)")
+TARGET_OR_ALL = Option(
+    "target", metavar="TARGET", nargs="?", default="all", help=f"{_TARGETS} (default: all)"
+)
 BRANCH = Option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id")
 RUN = Option("run", metavar="RUN", type=parse_run_id, help="the run's id")
 COMMANDS = (
-    Command("serve", "run this host's daemon: master or agent, decided by address", cmd_serve,
-        Option("--role", choices=("auto", "master", "agent"), help="decide the role by hand (default: auto)"),
-        Option("--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)")),
-    Command("trigger", "deploy BRANCH on TARGET and stream every host's log", cmd_trigger, TARGET, BRANCH,
+    Command(
+        "serve",
+        "run this host's daemon: master or agent, decided by address",
+        cmd_serve,
+        Option(
+            "--role",
+            choices=("auto", "master", "agent"),
+            help="decide the role by hand (default: auto)",
+        ),
+        Option(
+            "--listen", metavar="HOST:PORT", help="where the master listens (default: everywhere)"
+        ),
+    ),
+    Command(
+        "trigger",
+        "deploy BRANCH on TARGET and stream every host's log",
+        cmd_trigger,
+        TARGET,
+        BRANCH,
         Option("--detach", action="store_true", help="print the run id and leave"),
-        Option("--wait", type=parse_seconds, default=0.0, metavar="SECONDS", help="wait so long for offline targets"),
-        Option("--batch", type=parse_count, default=0, metavar="N", help="N hosts at a time, stop after a failure")),
-    Command("plan", "say what trigger would do on each host, and change nothing", cmd_plan, TARGET, BRANCH),
-    Command("rollback", "go back to the commit that succeeded before the one checked out now", cmd_rollback,
+        Option(
+            "--wait",
+            type=parse_seconds,
+            default=0.0,
+            metavar="SECONDS",
+            help="wait so long for offline targets",
+        ),
+        Option(
+            "--batch",
+            type=parse_count,
+            default=0,
+            metavar="N",
+            help="N hosts at a time, stop after a failure",
+        ),
+    ),
+    Command(
+        "plan",
+        "say what trigger would do on each host, and change nothing",
+        cmd_plan,
+        TARGET,
+        BRANCH,
+    ),
+    Command(
+        "rollback",
+        "go back to the commit that succeeded before the one checked out now",
+        cmd_rollback,
         TARGET_OR_ALL,
-        Option("--to", metavar="COMMIT", default="", help="this commit (a prefix will do if it succeeded here)"),
-        Option("--yes", action="store_true", help="do not ask")),
-    Command("mcp", "an MCP server on stdin and stdout, for AI clients", cmd_mcp,
+        Option(
+            "--to",
+            metavar="COMMIT",
+            default="",
+            help="this commit (a prefix will do if it succeeded here)",
+        ),
+        Option("--yes", action="store_true", help="do not ask"),
+    ),
+    Command(
+        "mcp",
+        "an MCP server on stdin and stdout, for AI clients",
+        cmd_mcp,
         Option("--read-only", action="store_true", help="offer only the tools that change nothing"),
-        Option("--require-plan", action="store_true", help="change something only with the id of a fresh plan")),
+        Option(
+            "--require-plan",
+            action="store_true",
+            help="change something only with the id of a fresh plan",
+        ),
+    ),
     Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, RUN),
-    Command("logs", "print or follow a recorded run", cmd_logs, RUN,
+    Command(
+        "logs",
+        "print or follow a recorded run",
+        cmd_logs,
+        RUN,
         Option("target", metavar="TARGET", nargs="?", help="only these hosts"),
-        Option("-f", "--follow", action="store_true", help="go on until the run's end")),
-    Command("history", "list the recent runs", cmd_history,
-        Option("-n", "--count", type=parse_count, default=20, metavar="N", help="how many (default: 20)"),
-        Option("--stats", action="store_true", help="per host: how often, how long, what failed at which step")),
+        Option("-f", "--follow", action="store_true", help="go on until the run's end"),
+    ),
+    Command(
+        "history",
+        "list the recent runs",
+        cmd_history,
+        Option(
+            "-n",
+            "--count",
+            type=parse_count,
+            default=20,
+            metavar="N",
+            help="how many (default: 20)",
+        ),
+        Option(
+            "--stats",
+            action="store_true",
+            help="per host: how often, how long, what failed at which step",
+        ),
+    ),
     Command("status", "show the fleet: who is online, what is checked out, what runs", cmd_status),
-    Command("health", "run the configured checks on the hosts", cmd_health,
-        Option("target", metavar="TARGET", nargs="?", help="only these hosts (default: all, the data node too)")),
+    Command(
+        "health",
+        "run the configured checks on the hosts",
+        cmd_health,
+        Option(
+            "target",
+            metavar="TARGET",
+            nargs="?",
+            help="only these hosts (default: all, the data node too)",
+        ),
+    ),
     Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, BRANCH),
-    Command("switch", "move the traffic to another colour", cmd_switch,
-        Option("color", metavar="COLOUR", choices=(*COLORS, "standby"), help="blue, green, or standby: the other one"),
-        Option("--dry-run", action="store_true", help="show the change of haproxy.cfg, and change nothing"),
-        Option("--force", action="store_true", help="whatever the standby's health and commit; it is recorded")),
-    Command("upgrade", "bring hosts to the master's version of this program", cmd_upgrade, TARGET_OR_ALL),
-    Command("release", "deploy to the standby, check it, ask, and give it the traffic", cmd_release, BRANCH,
+    Command(
+        "switch",
+        "move the traffic to another colour",
+        cmd_switch,
+        Option(
+            "color",
+            metavar="COLOUR",
+            choices=(*COLORS, "standby"),
+            help="blue, green, or standby: the other one",
+        ),
+        Option(
+            "--dry-run",
+            action="store_true",
+            help="show the change of haproxy.cfg, and change nothing",
+        ),
+        Option(
+            "--force",
+            action="store_true",
+            help="whatever the standby's health and commit; it is recorded",
+        ),
+    ),
+    Command(
+        "upgrade", "bring hosts to the master's version of this program", cmd_upgrade, TARGET_OR_ALL
+    ),
+    Command(
+        "release",
+        "deploy to the standby, check it, ask, and give it the traffic",
+        cmd_release,
+        BRANCH,
         Option("--yes", action="store_true", help="switch without asking"),
-        Option("--wait", type=parse_seconds, default=HEALTHY_S, metavar="SECONDS",
-               help="how long it may take to become healthy (default: 60)")),
-    Command("forget", "take a retired host out of `all`", cmd_forget,
-        Option("host", metavar="HOST", help="as `status` shows it")),
-    Command("config", "check, show, write or convert the committed configuration", cmd_config,
-        Option("action", metavar="check|show|init|convert", choices=("check", "show", "init", "convert"), help="what"),
-        Option("--format", choices=("toml", "json"), default="toml", help="init: how to write it (default: toml)"),
+        Option(
+            "--wait",
+            type=parse_seconds,
+            default=HEALTHY_S,
+            metavar="SECONDS",
+            help="how long it may take to become healthy (default: 60)",
+        ),
+    ),
+    Command(
+        "forget",
+        "take a retired host out of `all`",
+        cmd_forget,
+        Option("host", metavar="HOST", help="as `status` shows it"),
+    ),
+    Command(
+        "config",
+        "check, show, write or convert the committed configuration",
+        cmd_config,
+        Option(
+            "action",
+            metavar="check|show|init|convert",
+            choices=("check", "show", "init", "convert"),
+            help="what",
+        ),
+        Option(
+            "--format",
+            choices=("toml", "json"),
+            default="toml",
+            help="init: how to write it (default: toml)",
+        ),
         Option("--master", metavar="URL", help="init: masterUrl (default: this host)"),
         Option("--allow", metavar="ADDRESS", nargs="+", default=[], help="init: who may connect"),
-        Option("--blue-green", action="store_true", help="init: with two workers behind HAProxy, and their checks"),
+        Option(
+            "--blue-green",
+            action="store_true",
+            help="init: with two workers behind HAProxy, and their checks",
+        ),
         Option("--dry-run", action="store_true", help="convert: print the result only"),
-        Option("--commit", action="store_true", help="init: commit and push the file")),
-    Command("whitelist", "list, add or remove who may connect, in the committed configuration", cmd_whitelist,
-        Option("action", metavar="list|add|remove", choices=("list", "add", "remove"), help="what to do"),
+        Option("--commit", action="store_true", help="init: commit and push the file"),
+    ),
+    Command(
+        "whitelist",
+        "list, add or remove who may connect, in the committed configuration",
+        cmd_whitelist,
+        Option(
+            "action",
+            metavar="list|add|remove",
+            choices=("list", "add", "remove"),
+            help="what to do",
+        ),
         Option("addresses", metavar="ADDRESS", nargs="*", help="an IP or a CIDR"),
-        Option("--commit", action="store_true", help="commit and push the change")),
-    Command("setup", "install this host's service under PM2 or systemd, and start it", cmd_setup,
-        Option("--with", dest="manager", choices=("pm2", "systemd"), help="which (default: PM2 where it is)"),
+        Option("--commit", action="store_true", help="commit and push the change"),
+    ),
+    Command(
+        "setup",
+        "install this host's service under PM2 or systemd, and start it",
+        cmd_setup,
+        Option(
+            "--with",
+            dest="manager",
+            choices=("pm2", "systemd"),
+            help="which (default: PM2 where it is)",
+        ),
         Option("--remove", action="store_true", help="take the service away; recorded runs stay"),
-        Option("--firewall", action="store_true", help="only print the firewall commands for this host"),
-        Option("--subnet", metavar="CIDR", type=parse_network, default="10.0.0.0/24", help="of blue, green and data"),
-        Option("--dry-run", action="store_true", help="only say everything that would be done")),
+        Option(
+            "--firewall", action="store_true", help="only print the firewall commands for this host"
+        ),
+        Option(
+            "--subnet",
+            metavar="CIDR",
+            type=parse_network,
+            default="10.0.0.0/24",
+            help="of blue, green and data",
+        ),
+        Option("--dry-run", action="store_true", help="only say everything that would be done"),
+    ),
     Command("doctor", "check this host for the known traps and say the fix for each", cmd_doctor),
-    Command("build", "make the zipapp from a source checkout", cmd_build,
-        Option("-o", "--output", default="estelle_updater.pyz", metavar="FILE", help="where to write it")),
-    Command("demo", "a whole fleet on this machine's loopback addresses in one command", cmd_demo,
-        Option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it")),
+    Command(
+        "build",
+        "make the zipapp from a source checkout",
+        cmd_build,
+        Option(
+            "-o",
+            "--output",
+            default="estelle_updater.pyz",
+            metavar="FILE",
+            help="where to write it",
+        ),
+    ),
+    Command(
+        "demo",
+        "a whole fleet on this machine's loopback addresses in one command",
+        cmd_demo,
+        Option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
+    ),
     Command("self-test", "", cmd_self_test),
-    Command("prove-detached", "", cmd_prove_detached, Option("folder"), Option("--child", action="store_true")),
+    Command(
+        "prove-detached",
+        "",
+        cmd_prove_detached,
+        Option("folder"),
+        Option("--child", action="store_true"),
+    ),
     Command("run-job", "", cmd_run_job, Option("run"), Option("host")),
-)  # fmt: skip
+)
 GLOBAL_OPTIONS = (
-    Option("--config", metavar="FILE", help="the configuration (default: config/updater.json or .toml, found upwards)"),
+    Option(
+        "--config",
+        metavar="FILE",
+        help="the configuration (default: config/updater.json or .toml, found upwards)",
+    ),
     Option("--state", metavar="DIR", help="where this host keeps its runs"),
-    Option("--bind", metavar="IP", type=canonical_address,
-           help="the source address, and for serve this host's own address"),
+    Option(
+        "--bind",
+        metavar="IP",
+        type=canonical_address,
+        help="the source address, and for serve this host's own address",
+    ),
     Option("--json", action="store_true", help="JSON lines instead of text"),
     Option("--no-color", action="store_true", help="no colours on a terminal"),
     Option("-v", "--verbose", action="store_true", help="more detail, and tracebacks for errors"),
-)  # fmt: skip
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -10949,19 +13831,28 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"see: {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        say(message.removesuffix("\n"))  # help through a pipe that is closed early ends without a complaint
+        say(
+            message.removesuffix("\n")
+        )  # help through a pipe that is closed early ends without a complaint
 
 
 def make_parser(argv: Sequence[str] = ()) -> Parser:
-    """The command table as a parser; global options go before or after the command. Of the commands only those that
-    `argv` names, if it does and asks for no help: all of them would take milliseconds of every command's start."""
+    """The command table as a parser; global options go before or after the command. Of the commands
+    only those that `argv` names, if it does and asks for no help: all of them would take
+    milliseconds of every command's start."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for item in GLOBAL_OPTIONS:
         shared.add_argument(*item.names, **item.settings)
-    parser = Parser(prog=program_name(), description="Deploy a small fleet, live.", parents=[shared])
+    parser = Parser(
+        prog=program_name(), description="Deploy a small fleet, live.", parents=[shared]
+    )
     parser.add_argument("--version", action="version", version=f"estelle-updater {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    named = [] if {"-h", "--help"} & {*argv} else [command for command in COMMANDS if command.name in argv]
+    named = (
+        []
+        if {"-h", "--help"} & {*argv}
+        else [command for command in COMMANDS if command.name in argv]
+    )
     for command in named or COMMANDS:
         shown: dict[str, Any] = {} if command.hidden else {"help": command.help}
         sub = commands.add_parser(command.name, parents=[shared], description=command.help, **shown)
@@ -10976,7 +13867,13 @@ def main(argv: list[str]) -> int:
     for name in ("stdout", "stderr"):  # closed by whoever started us
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    args = Args(config=None, state=None, bind=os.environ.get("ESTELLE_BIND") or None, no_color=False, verbose=False)
+    args = Args(
+        config=None,
+        state=None,
+        bind=os.environ.get("ESTELLE_BIND") or None,
+        no_color=False,
+        verbose=False,
+    )
     args.json = "--json" in argv  # also for errors of the command line itself
     try:
         if args.bind:
@@ -10990,7 +13887,9 @@ def main(argv: list[str]) -> int:
         return 130
     except OSError as problem:  # a folder that is not ours, a full disk
         place = f"{problem.filename}: " if problem.filename else ""
-        wrong = UpdaterError(f"{place}{problem.strerror or problem}", "give it to this user, or make room there")
+        wrong = UpdaterError(
+            f"{place}{problem.strerror or problem}", "give it to this user, or make room there"
+        )
         wrong.__cause__ = problem  # which -v shows
         return print_error(wrong, args)
     except BaseExceptionGroup as group:
@@ -11001,13 +13900,19 @@ def main(argv: list[str]) -> int:
 
 
 def print_error(problem: UpdaterError, args: Args) -> int:
-    """One line what, one line hint, on stderr; the exit code is the same with and without the traceback of `-v`."""
+    """One line what, one line hint, on stderr; the exit code is the same with and without the
+    traceback of `-v`."""
     if args.verbose:
         import traceback
 
         traceback.print_exception(problem)
     if args.json:
-        event = {"event": "error", "what": problem.what, "hint": problem.hint, "exit": problem.exit_code}
+        event = {
+            "event": "error",
+            "what": problem.what,
+            "hint": problem.hint,
+            "exit": problem.exit_code,
+        }
         text = json.dumps(event, ensure_ascii=False)
     else:
         hint = f"\nhint: {problem.hint}" if problem.hint else ""
