@@ -22,13 +22,16 @@
 | 12 | Runner             | one job: lock, steps, log, result                                      |
 | 13 | Probes             | own address and role, health checks                                    |
 | 14 | Switch             | the HAProxy transaction                                                |
-| 15 | Agent              | connect, hello, resume, take orders                                    |
-| 16 | Master             | handshake, registry, runs, queue, followers                            |
-| 17 | Notify             | webhooks, sent from a spool on disk                                    |
-| 18 | Commander          | what the command line uses to talk to the master                       |
-| 19 | Service            | start-up and shutdown order, signals, readiness                        |
-| 20 | Tools              | build, upgrade, demo, setup, doctor                                    |
-| 21 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
+| 15 | Links              | connections: log cursors, questions both ways, greeting, connecting    |
+| 16 | Agent              | resume, take orders, answer questions                                  |
+| 17 | Plan               | what an order would do: on a host, and for the fleet                   |
+| 18 | Door               | handshake, whitelist and token at the port, the download               |
+| 19 | Master             | registry, runs, queue, followers, questions of commanders              |
+| 20 | Notify             | webhooks, sent from a spool on disk                                    |
+| 21 | Commander          | what the command line uses to talk to the master                       |
+| 22 | Service            | start-up and shutdown order, signals, readiness                        |
+| 23 | Tools              | build, upgrade, demo, setup, doctor                                    |
+| 24 | Command line       | the command table, cmd_*, rendering, main(argv) -> int                 |
 
 A section uses only names from sections above it. Sections 1 to 9 are pure: time, bytes and
 randomness come in as arguments, and nothing there touches a socket, file, process, clock,
@@ -6454,7 +6457,7 @@ WORK[Kind.SWITCH] = switch_traffic
 
 
 # ==============================================================================
-# 15. Agent: connect, hello, resume, take orders
+# 15. Links: connections: log cursors, questions both ways, greeting, connecting
 # ==============================================================================
 
 
@@ -6771,6 +6774,113 @@ class Inbound:
     def on_size(self, size: int) -> None:
         self.size = size
         self.grew(size)
+
+
+# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`,
+# nor speak in a plan for another host, by whose name the master would then act.
+_TEXTS, _SERVER = (
+    dict.fromkeys(("branch", "current", "target", "busy"), "str | None"),
+    "dict[str, str | None]",
+)
+_LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
+_COUNTS = (
+    "commits",
+    "leaving",
+    "changed_count",
+    "dirty_count",
+    "in_the_way_count",
+    "disk_free_bytes",
+)
+ANSWERS: dict[str, dict[str, str]] = {
+    "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
+    | {"dirty": "bool | None", "silent_s": "int | None"},
+    "traffic": {
+        "active": "str | None",
+        "servers": f"dict[str, {_SERVER}]",
+        "warnings": "list[str]",
+    },
+    "health": {"checks": "list[dict[str, Any]]"},
+    "plan": {
+        **_TEXTS,
+        **dict.fromkeys(_LISTS, "list[str]"),
+        **dict.fromkeys(_COUNTS, "int"),
+        "command": "str",
+        "lock_file": "bool",
+        "diverged": "bool",
+        "exit": "int",
+    },
+}
+
+
+def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
+    shape = (
+        {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
+    )
+    if shape is None:
+        return answer
+    if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
+        return {"error": f"the host's answer makes no sense: its {wrong[0]}", "exit": 1}
+    return {key: answer[key] for key in shape if key in answer}
+
+
+class AgentLink:
+    """A connected agent, and the questions it has not answered yet."""
+
+    def __init__(self, link: Link, hello: Hello, address: str) -> None:
+        self.link, self.hello, self.address = link, hello, address
+        self.questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
+
+    async def ask(
+        self, what: str, args: dict[str, Any], deadline_s: float = FACTS_S
+    ) -> dict[str, Any] | None:
+        """The agent's answer, or None where it does not come in time."""
+        number = next(QUESTION_NUMBERS)
+        future = self.questions[number] = asyncio.get_running_loop().create_future()
+        self.link.post(Ask(number, what, args))
+        try:
+            async with asyncio.timeout(deadline_s):
+                return fitting_answer(what, await future)
+        except TimeoutError:
+            return None
+        finally:
+            del self.questions[number]
+
+    async def answers_ping(self) -> bool:
+        """Is the connection alive at its other end, or a leftover of a host that went without a
+        word?"""
+        if not isinstance(self.link.wire, SocketWire):
+            return True
+        with suppress(Exception):
+            async with asyncio.timeout(PING_S):
+                await (await self.link.wire.socket.ping())
+                return True
+        return False
+
+
+QUESTION_NUMBERS = itertools.count(1)
+
+
+def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
+    """Seconds until the next try: full jitter, so that a master that returns is not met by
+    everybody at once."""
+    return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
+
+
+def refusal(status: int, body: bytes) -> UpdaterError:
+    """An HTTP answer where a WebSocket should be, as an error."""
+    text = body.decode(errors="replace").strip()
+    if status == 403:
+        what, _, hint = text.partition("\n")
+        return RefusedError(f"{REFUSED_US}: {what}", hint)
+    return UnreachableError(
+        f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?"
+    )
+
+
+# ==============================================================================
+# 16. Agent: resume, take orders, answer questions
+# ==============================================================================
 
 
 def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -7221,6 +7331,136 @@ class Agent:
                 link.post(Refuse("an agent has no use for that message"))
 
 
+def no_traffic(*warnings: str) -> dict[str, Any]:
+    """What is known of the traffic where nobody can tell."""
+    return {"active": None, "servers": {}, "warnings": list(warnings)}
+
+
+def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
+    """Where HAProxy sends the traffic; only its own host knows."""
+    rule = agent.config.config.haproxy
+    return look_at_traffic(rule) if rule else no_traffic()
+
+
+# What the master may ask a host, each answered in a thread; the sections below add theirs.
+QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
+    "status": Agent.tell_status,
+    "health": Agent.tell_health,
+    "traffic": tell_traffic,
+    "traffic is": Agent.take_traffic,
+}
+
+
+class Dialer:
+    """Keeps an agent connected to the master, and says once, not on every try, that it can't."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        bind: str | None,
+        on_failure: Callable[[bool], Awaitable[None]],
+        on_welcome: Callable[[str], None],
+    ) -> None:
+        self.agent, self.bind, self.on_failure, self.on_welcome = (
+            agent,
+            bind,
+            on_failure,
+            on_welcome,
+        )
+        self.config_changed = asyncio.Event()
+        self.said: set[str] = set()  # what went wrong since the last welcome
+        self.trouble = ""  # the last of it
+        self.welcome: Welcome | None = None
+        self.url = ""  # of the master that is connected
+
+    async def dial_forever(self) -> None:
+        attempt = 0
+        while True:
+            self.config_changed.clear()
+            refused = False
+            for url in self.urls():
+                try:
+                    await self.dial(url)
+                except RefusedError as problem:
+                    refused = True
+                    self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
+                except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
+                    what = (
+                        problem.what
+                        if isinstance(problem, UpdaterError)
+                        else str(problem) or "no answer"
+                    )
+                    self.say(
+                        f"can't reach the master at {url}: {what}; trying again until it answers"
+                    )
+                if self.welcome:
+                    break
+            if self.welcome:
+                attempt, self.welcome = 0, None
+                # perhaps long ago: no reason for all to come back at once
+                self.config_changed.clear()
+            else:
+                await self.on_failure(attempt % OUTSIDE_EVERY == OUTSIDE_EVERY - 1)
+            attempt += 1
+            with suppress(TimeoutError):
+                async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
+                    await self.config_changed.wait()
+
+    def urls(self) -> list[MasterUrl]:
+        """The master that the configuration names, then the one that welcomed this host last."""
+        last = self.agent.state.last_master_url()
+        return list(dict.fromkeys([self.agent.config.config.master_url, *([last] if last else [])]))
+
+    def say(self, text: str) -> None:
+        self.trouble = text
+        if text not in self.said:
+            self.said.add(text)
+            log.warning("%s", text)
+
+    async def dial(self, url: MasterUrl) -> None:
+        """One connection, from the handshake to its end. Raises RefusedError, OSError, EOFError."""
+        from websockets.asyncio.client import connect
+        from websockets.exceptions import InvalidHandshake, InvalidStatus
+
+        config, tree = self.agent.config.config, work_tree(self.agent.config.path)
+        options = CLIENT_OPTIONS | client_tls(config, tree, str(url))
+        token = self.agent.config.token()
+        try:
+            connection = await connect(
+                str(url), local_addr=(self.bind, 0) if self.bind else None, **options
+            )
+        except InvalidStatus as problem:
+            raise refusal(
+                problem.response.status_code, bytes(problem.response.body or b"")
+            ) from problem
+        except InvalidHandshake as problem:
+            raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
+        async with connection:
+            link = Link(SocketWire(connection), squeeze=True)
+            self.welcome = await greet(link.wire, self.agent.hello(), token)
+            self.said.clear()
+            self.agent.state.save_master_url(url)
+            log.info("welcomed by the master at %s as %s", url, self.welcome.label)
+            self.on_welcome(self.welcome.label)
+            self.url = str(url)
+            try:
+                await self.agent.serve_link(link)
+            except* (EOFError, OSError):
+                pass
+            except* ProtocolError as group:
+                log.error(
+                    "the master sent what is no part of the protocol: %s", next(iter_leaves(group))
+                )
+            finally:
+                self.url = ""
+            self.say("the connection to the master ended; trying again until it answers")
+
+
+# ==============================================================================
+# 17. Plan: what an order would do: on a host, and for the fleet
+# ==============================================================================
+
+
 class Outlook:
     """What a deployment would find in this host's clone, by questions to git alone: it fetches
     objects, and changes neither the working tree nor the index nor any ref. A job may run
@@ -7376,309 +7616,12 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
 
 
-def no_traffic(*warnings: str) -> dict[str, Any]:
-    """What is known of the traffic where nobody can tell."""
-    return {"active": None, "servers": {}, "warnings": list(warnings)}
-
-
-def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
-    """Where HAProxy sends the traffic; only its own host knows."""
-    rule = agent.config.config.haproxy
-    return look_at_traffic(rule) if rule else no_traffic()
-
-
-# What the master may ask a host, each answered in a thread; the sections below add theirs.
-QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
-    "status": Agent.tell_status,
-    "plan": tell_plan,
-    "health": Agent.tell_health,
-    "traffic": tell_traffic,
-    "traffic is": Agent.take_traffic,
-}
-
-
-# What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`,
-# nor speak in a plan for another host, by whose name the master would then act.
-_TEXTS, _SERVER = (
-    dict.fromkeys(("branch", "current", "target", "busy"), "str | None"),
-    "dict[str, str | None]",
-)
-_LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
-_COUNTS = (
-    "commits",
-    "leaving",
-    "changed_count",
-    "dirty_count",
-    "in_the_way_count",
-    "disk_free_bytes",
-)
-ANSWERS: dict[str, dict[str, str]] = {
-    "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
-    | {"dirty": "bool | None", "silent_s": "int | None"},
-    "traffic": {
-        "active": "str | None",
-        "servers": f"dict[str, {_SERVER}]",
-        "warnings": "list[str]",
-    },
-    "health": {"checks": "list[dict[str, Any]]"},
-    "plan": {
-        **_TEXTS,
-        **dict.fromkeys(_LISTS, "list[str]"),
-        **dict.fromkeys(_COUNTS, "int"),
-        "command": "str",
-        "lock_file": "bool",
-        "diverged": "bool",
-        "exit": "int",
-    },
-}
-
-
-def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
-    shape = (
-        {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
-    )
-    if shape is None:
-        return answer
-    if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
-        return {"error": f"the host's answer makes no sense: its {wrong[0]}", "exit": 1}
-    return {key: answer[key] for key in shape if key in answer}
-
-
-def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
-    """Seconds until the next try: full jitter, so that a master that returns is not met by
-    everybody at once."""
-    return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
-
-
-class Dialer:
-    """Keeps an agent connected to the master, and says once, not on every try, that it can't."""
-
-    def __init__(
-        self,
-        agent: Agent,
-        bind: str | None,
-        on_failure: Callable[[bool], Awaitable[None]],
-        on_welcome: Callable[[str], None],
-    ) -> None:
-        self.agent, self.bind, self.on_failure, self.on_welcome = (
-            agent,
-            bind,
-            on_failure,
-            on_welcome,
-        )
-        self.config_changed = asyncio.Event()
-        self.said: set[str] = set()  # what went wrong since the last welcome
-        self.trouble = ""  # the last of it
-        self.welcome: Welcome | None = None
-        self.url = ""  # of the master that is connected
-
-    async def dial_forever(self) -> None:
-        attempt = 0
-        while True:
-            self.config_changed.clear()
-            refused = False
-            for url in self.urls():
-                try:
-                    await self.dial(url)
-                except RefusedError as problem:
-                    refused = True
-                    self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
-                except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
-                    what = (
-                        problem.what
-                        if isinstance(problem, UpdaterError)
-                        else str(problem) or "no answer"
-                    )
-                    self.say(
-                        f"can't reach the master at {url}: {what}; trying again until it answers"
-                    )
-                if self.welcome:
-                    break
-            if self.welcome:
-                attempt, self.welcome = 0, None
-                # perhaps long ago: no reason for all to come back at once
-                self.config_changed.clear()
-            else:
-                await self.on_failure(attempt % OUTSIDE_EVERY == OUTSIDE_EVERY - 1)
-            attempt += 1
-            with suppress(TimeoutError):
-                async with asyncio.timeout(reconnect_delay(attempt, refused, random.uniform)):
-                    await self.config_changed.wait()
-
-    def urls(self) -> list[MasterUrl]:
-        """The master that the configuration names, then the one that welcomed this host last."""
-        last = self.agent.state.last_master_url()
-        return list(dict.fromkeys([self.agent.config.config.master_url, *([last] if last else [])]))
-
-    def say(self, text: str) -> None:
-        self.trouble = text
-        if text not in self.said:
-            self.said.add(text)
-            log.warning("%s", text)
-
-    async def dial(self, url: MasterUrl) -> None:
-        """One connection, from the handshake to its end. Raises RefusedError, OSError, EOFError."""
-        from websockets.asyncio.client import connect
-        from websockets.exceptions import InvalidHandshake, InvalidStatus
-
-        config, tree = self.agent.config.config, work_tree(self.agent.config.path)
-        options = CLIENT_OPTIONS | client_tls(config, tree, str(url))
-        token = self.agent.config.token()
-        try:
-            connection = await connect(
-                str(url), local_addr=(self.bind, 0) if self.bind else None, **options
-            )
-        except InvalidStatus as problem:
-            raise refusal(
-                problem.response.status_code, bytes(problem.response.body or b"")
-            ) from problem
-        except InvalidHandshake as problem:
-            raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
-        async with connection:
-            link = Link(SocketWire(connection), squeeze=True)
-            self.welcome = await greet(link.wire, self.agent.hello(), token)
-            self.said.clear()
-            self.agent.state.save_master_url(url)
-            log.info("welcomed by the master at %s as %s", url, self.welcome.label)
-            self.on_welcome(self.welcome.label)
-            self.url = str(url)
-            try:
-                await self.agent.serve_link(link)
-            except* (EOFError, OSError):
-                pass
-            except* ProtocolError as group:
-                log.error(
-                    "the master sent what is no part of the protocol: %s", next(iter_leaves(group))
-                )
-            finally:
-                self.url = ""
-            self.say("the connection to the master ended; trying again until it answers")
-
-
-def refusal(status: int, body: bytes) -> UpdaterError:
-    """An HTTP answer where a WebSocket should be, as an error."""
-    text = body.decode(errors="replace").strip()
-    if status == 403:
-        what, _, hint = text.partition("\n")
-        return RefusedError(f"{REFUSED_US}: {what}", hint)
-    return UnreachableError(
-        f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?"
-    )
+QUESTIONS["plan"] = tell_plan
 
 
 # ==============================================================================
-# 16. Master: handshake, registry, runs, queue, followers
+# 18. Door: handshake, whitelist and token at the port, the download
 # ==============================================================================
-
-
-@dataclass
-class Machine:
-    """A host that was once welcomed. It is known by the id in its state folder; addresses and names
-    change."""
-
-    machine: str
-    address: str
-    name: str
-    version: str = ""
-    platform: str = ""
-    seen: float = 0.0
-    forgotten: bool = False
-
-
-class Run:
-    """A run in memory: because a host still works on it, or because somebody follows it."""
-
-    def __init__(self, record: RunRecord, jobs: Mapping[str, JobRecord]) -> None:
-        self.record = record
-        self.jobs = dict(jobs)
-        self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
-        self.followers: dict[Link, str] = {}  # and which hosts each asked for
-        self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
-        self.unsaved: set[str] = (
-            set()
-        )  # hosts whose state, "" where it is the run's, a full disk did not take
-        self.ordered: dict[
-            str, float
-        ] = {}  # when this process sent an order last, by its monotonic clock
-        self.began = time.monotonic() - max(0.0, time.time() - record.created)
-
-    @property
-    def active(self) -> bool:
-        return any(job.state not in FINAL for job in self.jobs.values())
-
-    def save(self, state: StateFolder, own: str, job: JobRecord, *, durable: bool) -> None:
-        """What a runner of this machine, `own`, wrote is on disk already, if there was room."""
-        there = job.machine == own and job.revision and state.load_job(job.run, job.host)
-        if not there or there.revision < job.revision:
-            if durable and state.load_run(job.run) is None:
-                state.save_run(self.record)  # it was adopted while the disk was full
-            state.save_job(job, durable=durable)
-
-    def save_rest(self, state: StateFolder, own: str) -> None:
-        """What a full disk did not take: an order that was cancelled would run, once it is loaded
-        again."""
-        with suppress(OSError):
-            for host in list(self.unsaved):
-                if host:
-                    self.save(state, own, self.jobs[host], durable=True)
-                else:
-                    state.save_run(self.record)
-                self.unsaved.discard(host)
-
-    def show(self, link: Link, hosts: list[str], state: StateFolder) -> None:
-        """Tell a follower all that there is of some hosts; what comes later follows by itself."""
-        link.post(replace(self.record, hosts=hosts))
-        for host in hosts:
-            job, path = self.jobs[host], state.log_file(self.record.run, host)
-            link.post(
-                replace(job, size=min(job.size, log_size(path))) if job.state in FINAL else job
-            )
-            link.open_log(job.run, host, path)
-
-    def tell(self, machine: str, text: str) -> None:
-        """Whoever watches a host's running job hears of its connection."""
-        for job in self.jobs.values():
-            if job.machine == machine and job.state is State.RUNNING:
-                for follower in self.followers:
-                    follower.post(Notice(f"{job.host}: {text}"))
-
-
-class AgentLink:
-    """A connected agent, and the questions it has not answered yet."""
-
-    def __init__(self, link: Link, hello: Hello, address: str) -> None:
-        self.link, self.hello, self.address = link, hello, address
-        self.questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
-
-    async def ask(
-        self, what: str, args: dict[str, Any], deadline_s: float = FACTS_S
-    ) -> dict[str, Any] | None:
-        """The agent's answer, or None where it does not come in time."""
-        number = next(QUESTION_NUMBERS)
-        future = self.questions[number] = asyncio.get_running_loop().create_future()
-        self.link.post(Ask(number, what, args))
-        try:
-            async with asyncio.timeout(deadline_s):
-                return fitting_answer(what, await future)
-        except TimeoutError:
-            return None
-        finally:
-            del self.questions[number]
-
-    async def answers_ping(self) -> bool:
-        """Is the connection alive at its other end, or a leftover of a host that went without a
-        word?"""
-        if not isinstance(self.link.wire, SocketWire):
-            return True
-        with suppress(Exception):
-            async with asyncio.timeout(PING_S):
-                await (await self.link.wire.socket.ping())
-                return True
-        return False
-
-
-QUESTION_NUMBERS = itertools.count(1)
 
 
 _whitelist = functools.lru_cache(maxsize=8)(
@@ -7915,6 +7858,83 @@ class Door:
                     "tokenFile changed" if unproven else "no longer on the whitelist",
                 )
                 socket.transport.abort()
+
+
+# ==============================================================================
+# 19. Master: registry, runs, queue, followers, questions of commanders
+# ==============================================================================
+
+
+@dataclass
+class Machine:
+    """A host that was once welcomed. It is known by the id in its state folder; addresses and names
+    change."""
+
+    machine: str
+    address: str
+    name: str
+    version: str = ""
+    platform: str = ""
+    seen: float = 0.0
+    forgotten: bool = False
+
+
+class Run:
+    """A run in memory: because a host still works on it, or because somebody follows it."""
+
+    def __init__(self, record: RunRecord, jobs: Mapping[str, JobRecord]) -> None:
+        self.record = record
+        self.jobs = dict(jobs)
+        self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
+        self.followers: dict[Link, str] = {}  # and which hosts each asked for
+        self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
+        self.unsaved: set[str] = (
+            set()
+        )  # hosts whose state, "" where it is the run's, a full disk did not take
+        self.ordered: dict[
+            str, float
+        ] = {}  # when this process sent an order last, by its monotonic clock
+        self.began = time.monotonic() - max(0.0, time.time() - record.created)
+
+    @property
+    def active(self) -> bool:
+        return any(job.state not in FINAL for job in self.jobs.values())
+
+    def save(self, state: StateFolder, own: str, job: JobRecord, *, durable: bool) -> None:
+        """What a runner of this machine, `own`, wrote is on disk already, if there was room."""
+        there = job.machine == own and job.revision and state.load_job(job.run, job.host)
+        if not there or there.revision < job.revision:
+            if durable and state.load_run(job.run) is None:
+                state.save_run(self.record)  # it was adopted while the disk was full
+            state.save_job(job, durable=durable)
+
+    def save_rest(self, state: StateFolder, own: str) -> None:
+        """What a full disk did not take: an order that was cancelled would run, once it is loaded
+        again."""
+        with suppress(OSError):
+            for host in list(self.unsaved):
+                if host:
+                    self.save(state, own, self.jobs[host], durable=True)
+                else:
+                    state.save_run(self.record)
+                self.unsaved.discard(host)
+
+    def show(self, link: Link, hosts: list[str], state: StateFolder) -> None:
+        """Tell a follower all that there is of some hosts; what comes later follows by itself."""
+        link.post(replace(self.record, hosts=hosts))
+        for host in hosts:
+            job, path = self.jobs[host], state.log_file(self.record.run, host)
+            link.post(
+                replace(job, size=min(job.size, log_size(path))) if job.state in FINAL else job
+            )
+            link.open_log(job.run, host, path)
+
+    def tell(self, machine: str, text: str) -> None:
+        """Whoever watches a host's running job hears of its connection."""
+        for job in self.jobs.values():
+            if job.machine == machine and job.state is State.RUNNING:
+                for follower in self.followers:
+                    follower.post(Notice(f"{job.host}: {text}"))
 
 
 class Registry:
@@ -9214,7 +9234,7 @@ GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
 
 
 # ==============================================================================
-# 17. Notify: webhooks, sent from a spool on disk
+# 20. Notify: webhooks, sent from a spool on disk
 # ==============================================================================
 
 
@@ -9601,7 +9621,7 @@ class Notifier:
 
 
 # ==============================================================================
-# 18. Commander: what the command line uses to talk to the master
+# 21. Commander: what the command line uses to talk to the master
 # ==============================================================================
 
 COMMANDER_OPTIONS: dict[str, Any] = {
@@ -10150,7 +10170,7 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
 
 
 # ==============================================================================
-# 19. Service: start-up and shutdown order, signals, readiness
+# 22. Service: start-up and shutdown order, signals, readiness
 # ==============================================================================
 
 
@@ -10585,7 +10605,7 @@ def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
 
 
 # ==============================================================================
-# 20. Tools: build, upgrade, demo, setup, doctor
+# 23. Tools: build, upgrade, demo, setup, doctor
 # ==============================================================================
 
 _BLOCK = re.compile(
@@ -12212,7 +12232,7 @@ class Doctor:
 
 
 # ==============================================================================
-# 21. Command line: the command table, cmd_*, rendering, main(argv) -> int
+# 24. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
 
 
