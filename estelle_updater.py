@@ -213,6 +213,12 @@ State = StrEnum(
     "State", ["QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED", "TIMEOUT", "OFFLINE", "LOST"]
 )
 FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
+# What a step is, where that decides something: its label is for people, and may be any command.
+StepKind = StrEnum(
+    "StepKind",
+    ["CHECK", "FETCH", "CHECKOUT", "PULL", "CONFIG", "TRAFFIC", "COMMAND", "RESTART"],
+)
+MOVES_TREE = frozenset({StepKind.CHECKOUT, StepKind.PULL})  # git is writing files meanwhile
 COLORS = ("blue", "green")
 SWAP, RESTART, UNDO = (
     "swap",
@@ -1790,6 +1796,15 @@ class JobRecord:
     target: str = ""
     created: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    # What follows is of newer programs; an older one's record says nothing about it.
+    step_kind: str = ""  # a StepKind
+    before: str | None = None  # the commit that was checked out when the job began
+    began_command: bool = (
+        False  # the host's own command began: what runs may be another than before
+    )
+    changed: bool | None = None  # whether commit, tree or what runs may differ from before
+    switched: bool = False  # traffic goes another way than before
+    warnings: list[str] = field(default_factory=list)  # what who sees a ✓ has to know as well
 
 
 @dataclass(frozen=True)
@@ -2265,6 +2280,8 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
         "exit": job.exit,
         "bytes": job.size,
         "error": job.error,
+        "warnings": job.warnings,
+        "changed": job.changed,
     }
 
 
