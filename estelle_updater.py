@@ -930,25 +930,31 @@ _ENVIRONMENT_LINE = re.compile(
     r"""\s*(?:export\s+)?([^\s=#"']+)[ \t]*="""
     r"""(?:[ \t]*"((?:[^"\\]|\\.)*)"|[ \t]*'([^']*)'|((?![ \t]*["'])(?:(?!\s#).)*))\s*(?:\s#.*)?"""
 )
-_Convert = Callable[[Any], Any]  # a checked value for a raw one, or _Wrong
-_Problems = list[tuple[str, str]]  # (path below the value, what is wrong there)
+_HTTP_URL = r"https?://[^\s/?#@]+([/?#]\S*)?"
+_Convert = Callable[[Any, "_Place"], Any]  # a checked value for a raw one at its place, else None
 
 
-class _Wrong(Exception):
-    """Everything that is wrong with one raw value."""
+class _Place:
+    """A place in the file; what is wrong at any of them is collected, so that all of it is told."""
 
-    def __init__(self, problems: _Problems) -> None:
-        super().__init__(problems)
-        self.problems = problems
+    def __init__(self, path: str = "", problems: list[tuple[str, str]] | None = None) -> None:
+        self.path = path
+        self.problems: list[tuple[str, str]] = [] if problems is None else problems
+
+    def key(self, key: str) -> _Place:
+        return _Place(self.path + _step(key), self.problems)
+
+    def item(self, index: int) -> _Place:
+        return _Place(f"{self.path}[{index}]", self.problems)
+
+    def is_wrong(self, what: str) -> None:
+        self.problems.append((self.path, what))
 
 
 def _shown(raw: Any) -> str:
     """A value as the file spells it, short and on one line."""
-    text = (
-        json.dumps(raw, ensure_ascii=False, default=str)
-        .encode("utf-8", "backslashreplace")
-        .decode()
-    )
+    text = json.dumps(raw, ensure_ascii=False, default=str)
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -956,31 +962,28 @@ def _step(key: str) -> str:
     return f".{key}" if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f".{_shown(key)}"
 
 
-def _convert_all(
-    parts: Iterable[tuple[str, _Convert, Any]], more: Iterable[tuple[str, str]] = ()
-) -> list[Any]:
-    """Convert every (path, converter, raw value), so that all problems are told at once, and `more`
-    of them too."""
-    values: list[Any] = []
-    problems: _Problems = []
-    for path, convert, raw in parts:
-        try:
-            values.append(convert(raw))
-        except _Wrong as wrong:
-            problems += [(path + below, problem) for below, problem in wrong.problems]
-    if problems := [*problems, *more]:
-        raise _Wrong(problems)
-    return values
+def _is_argument(raw: Any) -> bool:
+    """Whether a value is text that a process can be given: JSON can spell NUL and lone surrogates,
+    which it can't."""
+    return isinstance(raw, str) and not re.search("[\0\ud800-\udfff]", raw)
+
+
+def is_http_url(text: str) -> bool:
+    """Whether this is an http:// or https:// URL without a user in it."""
+    return _is_argument(text) and re.fullmatch(_HTTP_URL, text) is not None
+
+
+# Converters: each is made by a function here, and named below where several keys use it
 
 
 def _is(what: str, test: Callable[[Any], Any]) -> _Convert:
-    """A converter that passes on what `test` holds for, and says of the rest that it is no
-    `what`."""
+    """Passes on what `test` holds for, and says of the rest that it is no `what`."""
 
-    def convert(raw: Any) -> Any:
-        if not test(raw):
-            raise _Wrong([("", f"{_shown(raw)} is no {what}")])
-        return raw
+    def convert(raw: Any, place: _Place) -> Any:
+        if test(raw):
+            return raw
+        place.is_wrong(f"{_shown(raw)} is no {what}")
+        return None
 
     return convert
 
@@ -990,125 +993,145 @@ def _matches(what: str, pattern: str) -> _Convert:
 
 
 def _one_of(*words: str) -> _Convert:
-    return _is(
-        f"choice here; write {' or '.join(words)}",
-        lambda raw: isinstance(raw, str) and raw in words,
-    )
+    """Makes of a text the equal one of `words`, which may be members of an enum."""
+
+    def convert(raw: Any, place: _Place) -> Any:
+        if isinstance(raw, str) and raw in words:
+            return words[words.index(raw)]
+        place.is_wrong(f"{_shown(raw)} is no choice here; write {' or '.join(words)}")
+        return None
+
+    return convert
 
 
 def _by(parse: Callable[[str], Any], keep: bool = False) -> _Convert:
-    """A converter out of a parser of section 3, whose UsageError becomes the problem; `keep`: the
-    text as written."""
+    """Uses a parser of section 3, whose UsageError becomes the problem; `keep`: the text as
+    written."""
 
-    def convert(raw: Any) -> Any:
+    def convert(raw: Any, place: _Place) -> Any:
+        text = _text(raw, place)
+        if text is None:
+            return None
         try:
-            parsed = parse(_text(raw))
+            parsed = parse(text)
         except UsageError as error:
-            reason = error.what.removeprefix(
-                repr(raw)
-            )  # else it does not show the value, which may hold a secret
-            shown = _shown(raw) if reason != error.what else ""
-            raise _Wrong([("", f"{shown}{reason}; {error.hint}")]) from None
-        return raw if keep else parsed
+            reason = error.what.removeprefix(repr(text))
+            # a reason that does not begin with the value leaves it out because it may hold a secret
+            shown = _shown(text) if reason != error.what else ""
+            place.is_wrong(f"{shown}{reason}; {error.hint}")
+            return None
+        return text if keep else parsed
 
     return convert
 
 
 def _list_of(convert: _Convert, example: str, least: int = 0) -> _Convert:
-    def read(raw: Any) -> tuple[Any, ...]:
-        if not isinstance(raw, list) or len(raw) < least:
-            write = _shown(raw.split()) if isinstance(raw, str) and raw.split() else example
-            raise _Wrong(
-                [("", f"{_shown(raw)} is no list{' with entries' if least else ''}; write {write}")]
-            )
-        return tuple(_convert_all((f"[{i}]", convert, item) for i, item in enumerate(raw)))
+    """Converts every entry of a list; `example` is what to write instead of anything else."""
+    wanted = "list with entries" if least else "list"
+
+    def read(raw: Any, place: _Place) -> Any:
+        if isinstance(raw, list) and len(raw) >= least:
+            return tuple(convert(item, place.item(i)) for i, item in enumerate(raw))
+        words = raw.split() if isinstance(raw, str) else []
+        write = _shown(words) if words else example
+        place.is_wrong(f"{_shown(raw)} is no {wanted}; write {write}")
+        return None
 
     return read
 
 
-def _unknown(key: str, known: Iterable[str]) -> _Convert:
-    """A converter for a key that nobody knows; a value under a name that looks secret is not
-    shown."""
-
-    def convert(raw: Any) -> Any:
-        like = difflib.get_close_matches(key, list(known), 1)
-        advice = f"did you mean {like[0]}?" if like else "known are " + ", ".join(known)
-        value = "" if _SECRET_NAME.match(key) else f", value {_shown(raw)}"
-        raise _Wrong([("", f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")])
-
-    return convert
+def _mapping(raw: Any, place: _Place) -> dict[str, Any]:
+    """A table as it is, and an empty one for anything else."""
+    if isinstance(raw, dict):
+        return raw
+    place.is_wrong(f"{_shown(raw)} is no table")
+    return {}
 
 
-def _table(cls: Any, check: Callable[[dict[str, Any]], _Problems] = lambda raw: []) -> _Convert:
-    """A converter that makes a `cls` of a table: a field `master_url: Annotated[T, converter]`
-    reads its masterUrl.
+def _unknown_key(key: str, raw: Any, known: Iterable[str], place: _Place) -> None:
+    """Say that nobody knows a key, and which was meant; a value under a name that looks secret is
+    not shown."""
+    like = difflib.get_close_matches(key, list(known), 1)
+    advice = f"did you mean {like[0]}?" if like else "known are " + ", ".join(known)
+    value = "" if _SECRET_NAME.match(key) else f", value {_shown(raw)}"
+    place.is_wrong(f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")
 
-    A field without default must be there; `check` looks at several raw values together.
+
+def _key_of(field_name: str) -> str:
+    """How the file spells a field: `master_url` is masterUrl, `timeout_s` is timeout."""
+    return re.sub("_(.)", lambda letter: letter[1].upper(), field_name.removesuffix("_s"))
+
+
+def _table(
+    cls: Any, check: Callable[[dict[str, Any], _Place], None] = lambda raw, place: None
+) -> _Convert:
+    """Makes a `cls` of a table: a field `master_url: Annotated[T, converter]` reads its masterUrl.
+
+    So a new key is one field, at one place. A field without default must be there; `check` looks
+    at several raw values together.
     """
+    readers: dict[str, tuple[str, _Convert]] = {}
+    required = []
     hints = get_type_hints(cls, include_extras=True)
-    read_fields = {
-        re.sub("_(.)", lambda letter: letter[1].upper(), setting.name.removesuffix("_s")): setting
-        for setting in fields(cls)
-        if hasattr(hints[setting.name], "__metadata__")
-    }
-    required = [
-        key for key, setting in read_fields.items() if setting.default is setting.default_factory
-    ]  # MISSING
+    for setting in fields(cls):
+        hint = hints[setting.name]
+        if hasattr(hint, "__metadata__"):
+            key = _key_of(setting.name)
+            readers[key] = (setting.name, hint.__metadata__[0])
+            if setting.default is MISSING and setting.default_factory is MISSING:
+                required.append(key)
 
-    def converter(key: str) -> _Convert:
-        known = read_fields.get(key)
-        return hints[known.name].__metadata__[0] if known else _unknown(key, read_fields)
-
-    def read(raw: Any) -> Any:
-        parts = [(_step(key), converter(key), value) for key, value in _mapping(raw).items()]
-        lacking = [
-            (_step(key), "missing, and it has no default") for key in required if key not in raw
-        ]
-        values = _convert_all(parts, lacking + check(raw))
-        return cls(**{read_fields[key].name: value for key, value in zip(raw, values, strict=True)})
+    def read(raw: Any, place: _Place) -> Any:
+        before = len(place.problems)
+        table = _mapping(raw, place)
+        if not isinstance(raw, dict):
+            return None
+        values = {}
+        for key, value in table.items():
+            if key in readers:
+                name, convert = readers[key]
+                values[name] = convert(value, place.key(key))
+            else:
+                _unknown_key(key, value, readers, place.key(key))
+        for key in required:
+            if key not in table:
+                place.key(key).is_wrong("missing, and it has no default")
+        check(table, place)
+        return cls(**values) if len(place.problems) == before else None
 
     return read
 
 
-def _is_argument(raw: Any) -> bool:
-    """Whether a value is text that a process can be given: JSON can spell NUL and lone surrogates,
-    which it can't."""
-    return isinstance(raw, str) and not re.search("[\0\ud800-\udfff]", raw)
-
-
-def _role(raw: Any) -> Role:
-    return Role(_one_of(*Role)(raw))
-
-
-def _environment(raw: Any) -> dict[str, str]:
+def _environment(raw: Any, place: _Place) -> dict[str, str]:
     """Environment variables by name; no value is ever shown, since it may be a secret."""
-    names = [key for key in _mapping(raw) if not re.fullmatch(r"[^\s=\0]+", key)]
-    problems = [(_step(key), "is no name of an environment variable") for key in names]
-    kinds = {key: type(value).__name__ for key, value in raw.items() if not _is_argument(value)}
-    problems += [
-        (_step(key), f"its value is {kind}, no text; write it in quotes")
-        for key, kind in kinds.items()
-    ]
-    _convert_all((), problems)
-    return dict(raw)
+    table = _mapping(raw, place)
+    for key in table:
+        if not re.fullmatch(r"[^\s=\0]+", key):
+            place.key(key).is_wrong("is no name of an environment variable")
+    for key, value in table.items():
+        if not _is_argument(value):
+            kind = type(value).__name__
+            place.key(key).is_wrong(f"its value is {kind}, no text; write it in quotes")
+    return dict(table)
+
+
+def _is_number(raw: Any) -> bool:
+    return type(raw) in (int, float)  # isinstance would take true for 1
 
 
 _text = _is("text of one line", lambda raw: _is_argument(raw) and raw.strip() and raw.isprintable())
 _argument = _is("text", _is_argument)
 _flag = _is("true or false", lambda raw: isinstance(raw, bool))
-_count = _is(
-    "whole number above 0", lambda raw: type(raw) is int and raw > 0
-)  # isinstance would take true for 1
+_count = _is("whole number above 0", lambda raw: type(raw) is int and raw > 0)
 _status = _is("HTTP status", lambda raw: type(raw) is int and 100 <= raw < 600)
 _seconds = _is(
-    "number of seconds, up to a week",
-    lambda raw: type(raw) in (int, float) and 0 < raw <= MAX_TIMEOUT_S,
+    "number of seconds, up to a week", lambda raw: _is_number(raw) and 0 < raw <= MAX_TIMEOUT_S
 )
 _minutes = _is(
-    "number of minutes, up to a week", lambda raw: type(raw) in (int, float) and 0 < raw <= 7 * 1440
+    "number of minutes, up to a week",
+    lambda raw: _is_number(raw) and 0 < raw <= MAX_TIMEOUT_S / 60,
 )
-_mapping = _is("table", lambda raw: isinstance(raw, dict))
-_url = _matches("http:// or https:// URL without a user", r"https?://[^\s/?#@]+([/?#]\S*)?")
+_url = _matches("http:// or https:// URL without a user", _HTTP_URL)
 _endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 _unit = _matches("systemd unit", r"[\w@:.\\][\w@:.\\-]*")
 _word = _matches("single word", r"[^\s\"'#\\]+")
@@ -1143,7 +1166,7 @@ class HostRule:
     address: str | None = None
     hostname: str | None = None
     name: Annotated[str | None, _host_name] = None
-    role: Annotated[Role | None, _role] = None
+    role: Annotated[Role | None, _one_of(*Role)] = None
     repo: Annotated[str | None, _text] = None
     command: Annotated[tuple[str, ...] | None, _command] = None
     environment_file: Annotated[str | None, _text] = None
@@ -1152,21 +1175,16 @@ class HostRule:
     deploy: Annotated[bool, _flag] = True
 
 
-def _servers(raw: Any) -> dict[str, str]:
+def _servers(raw: Any, place: _Place) -> dict[str, str]:
     """The names of the `server` lines by colour, both there and different."""
-    names = {**dict(zip(COLORS, COLORS, strict=True)), **_mapping(raw)}
-    same = (
-        [("", f"{_shown(raw)} gives both colours the same server")]
-        if names["blue"] == names["green"]
-        else []
-    )
-    _convert_all(
-        (
-            (_step(c), _word if c in COLORS else _unknown(c, COLORS), name)
-            for c, name in names.items()
-        ),
-        same,
-    )
+    names = dict(zip(COLORS, COLORS, strict=True))
+    for key, name in _mapping(raw, place).items():
+        if key in COLORS:
+            names[key] = _word(name, place.key(key))
+        else:
+            _unknown_key(key, name, COLORS, place.key(key))
+    if names["blue"] == names["green"]:
+        place.is_wrong(f"{_shown(raw)} gives both colours the same server")
     return names
 
 
@@ -1177,7 +1195,9 @@ class HaproxyRule:
     host: Annotated[str, _host]
     backend: Annotated[str, _word]
     config: Annotated[str, _text] = "/etc/haproxy/haproxy.cfg"
-    servers: Annotated[Mapping[str, str], _servers] = field(default_factory=lambda: _servers({}))
+    servers: Annotated[Mapping[str, str], _servers] = field(
+        default_factory=lambda: _servers({}, _Place())
+    )
     socket: Annotated[str | None, _text] = None
     master_socket: Annotated[str | None, _text] = None
     reload: Annotated[tuple[str, ...], _command] = ("systemctl", "reload", "haproxy")
@@ -1250,39 +1270,32 @@ class NotifyRule:
         return event in self.on or (event == State.TIMEOUT and State.FAILED in self.on)
 
 
-def _exactly_one(raw: dict[str, Any], keys: Sequence[str]) -> _Problems:
-    given = " and ".join(key for key in keys if key in raw) or "nothing"
-    return [] if given in keys else [("", f"{given} given; write exactly one of {', '.join(keys)}")]
+def _exactly_one(raw: dict[str, Any], keys: Sequence[str], place: _Place) -> None:
+    given = [key for key in keys if key in raw]
+    if len(given) != 1:
+        said = " and ".join(given) or "nothing"
+        place.is_wrong(f"{said} given; write exactly one of {', '.join(keys)}")
 
 
-def _check_health(raw: dict[str, Any]) -> _Problems:
+def _check_health(raw: dict[str, Any], place: _Place) -> None:
+    _exactly_one(raw, CHECK_KINDS, place)
     owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
-    stray = [
-        key
-        for key, owner in owners.items()
-        if key in raw and not any(kind in raw for kind in owner.split())
-    ]
-    stray_problems = [
-        (_step(key), f"{_shown(raw[key])} belongs to {owners[key]} check") for key in stray
-    ]
-    return _exactly_one(raw, CHECK_KINDS) + stray_problems
+    for key, owner in owners.items():
+        has_owner = any(kind in raw for kind in owner.split())
+        if key in raw and not has_owner:
+            place.key(key).is_wrong(f"{_shown(raw[key])} belongs to {owner} check")
 
 
-def _check_notify(raw: dict[str, Any]) -> _Problems:
-    chat = (
-        ".chat",
-        f"{_shown(raw.get('chat'))}: telegram needs a chat, and nothing else takes one",
-    )
-    fits = ("chat" in raw) == (raw.get("format") == "telegram")
-    return _exactly_one(raw, ("url", "urlEnv", "urlFile")) + ([] if fits else [chat])
+def _check_notify(raw: dict[str, Any], place: _Place) -> None:
+    _exactly_one(raw, ("url", "urlEnv", "urlFile"), place)
+    if ("chat" in raw) != (raw.get("format") == "telegram"):
+        chat = _shown(raw.get("chat"))
+        place.key("chat").is_wrong(f"{chat}: telegram needs a chat, and nothing else takes one")
 
 
-def _check_tls(raw: dict[str, Any]) -> _Problems:
-    return (
-        []
-        if ("cert" in raw) == ("key" in raw)
-        else [("", f"{_shown(raw)} lacks cert or key; a master needs both")]
-    )
+def _check_tls(raw: dict[str, Any], place: _Place) -> None:
+    if ("cert" in raw) != ("key" in raw):
+        place.is_wrong(f"{_shown(raw)} lacks cert or key; a master needs both")
 
 
 def _parse_section(key: str) -> tuple[str | None, str | None]:
@@ -1296,26 +1309,28 @@ def _parse_section(key: str) -> tuple[str | None, str | None]:
     return canonical_address(address), hostname.casefold() or None
 
 
-def _read_hosts(raw: Any) -> tuple[HostRule, ...]:
+def _read_hosts(raw: Any, place: _Place) -> tuple[HostRule, ...]:
     """The sections of [hosts] in file order; no two may mean the same host or give the same
     name."""
     table, section = _table(HostRule), _by(_parse_section)
-    keys = [(_step(key), section, key) for key in _mapping(raw)]
-    read = _convert_all(keys + [(_step(key), table, raw[key]) for key in raw])
     rules: list[HostRule] = []
-    owners: dict[Any, str] = {}
-    problems: _Problems = []
-    for key, (address, hostname), rule in zip(raw, read, read[len(raw) :], strict=False):
+    owners: dict[Any, str] = {}  # section by what it means: a host, or a name
+
+    def claim(what: str, identity: Any, key: str) -> None:
+        owner = owners.setdefault(identity, key)
+        if owner != key:
+            place.key(key).is_wrong(f"its {what} is that of hosts{_step(owner)} already")
+
+    for key, settings in _mapping(raw, place).items():
+        meant = section(key, place.key(key))
+        rule = table(settings, place.key(key))
+        if meant is None or rule is None:
+            continue
+        address, hostname = meant
         rules.append(replace(rule, key=key, address=address, hostname=hostname))
-        for what, identity in (
-            ("host", (address, hostname)),
-            ("name", rule.name and rule.name.casefold()),
-        ):
-            if identity and owners.setdefault(identity, key) != key:
-                problems.append(
-                    (_step(key), f"its {what} is that of hosts{_step(owners[identity])} already")
-                )
-    _convert_all((), problems)
+        claim("host", meant, key)
+        if rule.name:
+            claim("name", rule.name.casefold(), key)
     return tuple(rules)
 
 
@@ -1357,10 +1372,12 @@ def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
 
 
 def _checked(convert: _Convert, raw: Any, file: str) -> Any:
-    try:
-        return convert(raw)
-    except _Wrong as wrong:
-        raise _config_error(file, *wrong.problems) from None
+    """What `convert` makes of a file's content. Raises ConfigError with every problem."""
+    place = _Place()
+    value = convert(raw, place)
+    if place.problems:
+        raise _config_error(file, *place.problems)
+    return value
 
 
 def _decoded(text: bytes | str, file: str) -> str:
@@ -9364,12 +9381,8 @@ def hook_url(rule: NotifyRule, tree: Path) -> str:
             ) from None
     else:
         url = rule.url or os.environ.get(rule.url_env or "", "").strip()
-    try:
-        _url(url)
-    except _Wrong:
-        raise UpdaterError(
-            f"{rule.url_file or rule.url_env} holds no http:// or https:// URL"
-        ) from None
+    if not is_http_url(url):
+        raise UpdaterError(f"{rule.url_file or rule.url_env} holds no http:// or https:// URL")
     return (
         url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage"
         if rule.format == "telegram"
