@@ -301,7 +301,7 @@ LAUNCHES = 3  # a runner that did not start so often will not
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
 RESTART_S = 30.0  # a master that has got an order and dies is started again by then
-EXPIRY_S = 14 * 86400.0  # a certificate's end is announced
+DAY_S = 86400.0
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
@@ -354,7 +354,7 @@ HISTORY_ROWS = 1000
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
 INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
-NEWS_S = 86400.0  # what is older is no news: not told any more, nor retried
+NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
 NEWS_TOLD_S = (
     7 * NEWS_S
 )  # a message is remembered, so that a result that is reported again is not told again
@@ -373,7 +373,7 @@ POST_RETRY_S, RETRY_AFTER_S = (
     3600.0,
 )  # at most between two tries; as much as a receiver may ask for
 AWAY_LOOK_S, TRAFFIC_LOOK_S = 5.0, 20.0  # between two looks for what no job's end tells
-CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when it is told
+CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when a certificate's end is announced
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_RETRY_S = 1.0  # a result waits for room on a full disk, for as long as that takes
 DOWNLOAD_S = 120.0
@@ -912,7 +912,7 @@ def require_branch(name: str, hint: str = "") -> None:
 # ==============================================================================
 
 
-MAX_TIMEOUT_S = 7 * 86400.0  # a longer one is a typo (milliseconds), not a step
+MAX_TIMEOUT_S = 7 * DAY_S  # a longer one is a typo (milliseconds), not a step
 CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
 NOTIFY_EVENTS = (*sorted(FINAL), "switched", "failover", "agent-offline", "certificate")
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
@@ -3841,7 +3841,7 @@ class StateFolder:
         """Delete runs beyond `keep`, except those needed, those not over, and each host's last
         success of a kind."""
         runs, needed = self.run_ids(), still_needed()
-        oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * 86400))
+        oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * DAY_S))
         excess = len(runs) - keep.runs
         old = {
             run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed
@@ -4075,43 +4075,73 @@ def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | N
     return config, None
 
 
+class FileWatch:
+    """Says when files have changed since it was last asked; a missing file is a state like any
+    other.
+
+    `settled`: a change counts once the files lay still from one question to the next, for git or an
+    editor may be in the middle of writing. Ask about once a second: it costs a `stat`.
+    """
+
+    def __init__(self, *paths: Path, settled: bool = False) -> None:
+        self._paths, self._settled = paths, settled
+        self._used: object = None
+        self._seen: object = None
+
+    def changed(self) -> bool:
+        """Whether they changed since the last time that this was True. The first answer is True,
+        unless `settled`."""
+        stamp = self._stamp()
+        if stamp == self._used or (self._settled and stamp != self._seen):
+            self._seen = stamp
+            return False
+        self._used = stamp
+        return True
+
+    def forget(self) -> None:
+        """What was seen could not be used: the next answer is True."""
+        self._used = None
+
+    def accept(self) -> None:
+        """The files as they are now are known already."""
+        self._used = self._seen = self._stamp()
+
+    def _stamp(self) -> tuple[object, ...]:
+        return tuple(map(file_stamp, self._paths))
+
+
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """What differs once a file was changed or replaced; empty for one that is missing."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    # the last of them also changes where a file has only become readable
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns
+
+
 class ConfigFile:
     """The configuration as a daemon uses it: read again once it changed and then lay still for a
     second; a file that is missing or invalid keeps the old settings, and `problem` says so."""
 
     def __init__(self, path: Path, state: StateFolder) -> None:
         self.path, self.state = path, state
+        self._watch = FileWatch(path, settled=True)
+        self._watch.accept()
         self.config, self.problem = load_config_or_last(path, state)
-        self._used = self._seen = self._stamp()
-
-    def _stamp(self) -> tuple[int, ...] | None:
-        try:
-            stat = self.path.stat()
-        except OSError:
-            return None
-        return (
-            stat.st_mtime_ns,
-            stat.st_size,
-            stat.st_ino,
-            stat.st_ctime_ns,
-        )  # the last: it may have become readable
 
     def token(self) -> bytes | None:
         return load_token(self.config, work_tree(self.path))
 
-    def look(self) -> bool:
+    def reload(self) -> bool:
         """Called about once a second: True when new settings took effect."""
-        stamp = self._stamp()
-        if stamp == self._used or stamp != self._seen:
-            self._seen = stamp
+        if not self._watch.changed():
             return False
-        self._used = stamp
         before = self.config
         try:
             self.config, self.problem = load_config_or_last(self.path, self.state)
-        except (
-            ConfigError
-        ) as wrong:  # and there is none that was valid, on disk: what is in force stays
+        except ConfigError as wrong:
+            # and there is none that was valid, on disk: what is in force stays
             self.problem = wrong.what
         return self.config != before
 
@@ -4211,28 +4241,39 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
     return {"ssl": context, "server_hostname": config.master_url.host}
 
 
+_PEM = "CERTIFICATE-----"
 _VALIDITY = re.compile(rb"(?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
 
 
 def certificate_end(data: bytes) -> float:
     """When the first to end of the certificates in PEM or DER bytes does so, in seconds since 1970.
-    Raises ValueError.
 
     The standard library parses only certificates that it was shown in a handshake; a certificate's
-    first two times side by side are its validity (RFC 5280, 4.1).
+    first two times side by side are its validity (RFC 5280, 4.1). Raises ValueError.
     """
-    blocks = re.findall(
-        "-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", data.decode("latin-1"), re.DOTALL
-    )
-    ends = []
-    for one in map(ssl.PEM_cert_to_DER_cert, blocks) if blocks else (data,):
-        if match := _VALIDITY.search(one):
-            short = (match[1] or b"").decode()  # two digits of the year, from 1950 to 2049
-            text = ("19" if short >= "5" else "20") + short if short else match[2].decode()
-            ends.append(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S")))
+    text = data.decode("latin-1")
+    blocks = re.findall(f"-----BEGIN {_PEM}.+?-----END {_PEM}", text, re.DOTALL)
+    ders = [ssl.PEM_cert_to_DER_cert(block) for block in blocks] or [data]
+    validities = filter(None, map(_VALIDITY.search, ders))
+    ends = [_parse_time(match[1], match[2]) for match in validities]
     if not ends:
         raise ValueError("no certificate in it")
     return min(ends)
+
+
+def _parse_time(short: bytes | None, long: bytes) -> float:
+    """A certificate's time; the short form has two digits of the year, from 1950 to 2049."""
+    text = (long or b"").decode()
+    if short:
+        century = b"19" if short >= b"5" else b"20"
+        text = (century + short).decode()
+    return calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S"))
+
+
+def certificate_days(data: bytes) -> float:
+    """How many days the certificates in PEM or DER bytes are valid from now; negative once one has
+    ended. Raises ValueError."""
+    return (certificate_end(data) - time.time()) / DAY_S
 
 
 class Certificate:
@@ -4246,40 +4287,43 @@ class Certificate:
         self.config = config
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.problem: str | None = None
-        self._stamp: object = None
-        self._ends = 0.0
-        self.look()
-        if self.problem and not self._ends:
+        self._data = b""
+        self._watch = FileWatch()
+        self._paths = (Path(), Path())
+        self.reload()
+        if self.problem and not self._data:
             raise UsageError(
                 self.problem, "[tls] cert and key are PEM files that the serving user can read"
             )
 
-    def look(self) -> None:
+    def reload(self) -> None:
         """Called about once a second."""
         before, tree, rule = self.problem, work_tree(self.config.path), self.config.config.tls
-        cert, key = tree / (rule.cert or ""), tree / (rule.key or "")
+        cert, key = paths = tree / (rule.cert or ""), tree / (rule.key or "")
+        if paths != self._paths:
+            self._paths, self._watch = paths, FileWatch(cert, key)
         try:
-            stats = [path.stat() for path in (cert, key)]
-            stamp = [cert, key, *((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)]
-            if stamp != self._stamp:
-                self._stamp = stamp
-                trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                for context in (
-                    trial,
-                    self.context,
-                ):  # a pair that does not fit must not spoil the one in use
-                    context.load_cert_chain(cert, key, password="")  # or it would ask for one
-                self._ends, self.problem = certificate_end(cert.read_bytes()), None
-            elif self._ends and (left_s := self._ends - time.time()) < EXPIRY_S:
-                days = f"expires in {left_s // 86400:.0f} days" if left_s > 0 else "has expired"
-                self.problem = f"the certificate {cert} {days}"
+            if self._watch.changed():
+                self._use(cert, key)
+            days = certificate_days(self._data)
+            if days < CERTIFICATE_DAYS[-1]:
+                ends = f"expires in {days // 1:.0f} days" if days > 0 else "has expired"
+                self.problem = f"the certificate {cert} {ends}"
         except (OSError, ValueError) as problem:
-            self._stamp = None
-            self.problem = (
-                f"can't use the certificate {cert}: {getattr(problem, 'strerror', None) or problem}"
-            )
+            self._watch.forget()
+            why = getattr(problem, "strerror", None) or problem
+            self.problem = f"can't use the certificate {cert}: {why}"
         if self.problem and self.problem != before:
             log.warning("%s", self.problem)
+
+    def _use(self, cert: Path, key: Path) -> None:
+        """Show them to whoever connects from now on. Raises OSError or ValueError."""
+        trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # a pair that does not fit must not spoil the one in use
+        for context in (trial, self.context):
+            context.load_cert_chain(cert, key, password="")  # or it would ask for one
+        self._data = cert.read_bytes()
+        self.problem = None
 
 
 # ==============================================================================
@@ -5813,7 +5857,7 @@ def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: flo
                 data = connection.getpeercert(binary_form=True) or b""
     else:
         data = (repo / subject).read_bytes()
-    days = (certificate_end(data) - time.time()) / 86400
+    days = certificate_days(data)
     if days < least_days:
         left = f"{days:.0f} days left, less than {least_days}"
         raise CheckFailed(left if days > 0 else f"ended {-days:.0f} days ago")
@@ -7041,10 +7085,8 @@ class Agent:
         if size < job.size and self.link:
             self.link.shrank(run, host, size)
         job.size = min(job.size, size)
-        try:
-            stat = self.state.job_file(run, host).stat()
-            stamp = stat.st_mtime_ns, stat.st_ino, stat.st_size
-        except OSError:
+        stamp = file_stamp(self.state.job_file(run, host))
+        if not stamp:
             return
         if stamp != job.stamp and (record := self.state.load_job(run, host)):
             job.stamp = stamp
@@ -7841,7 +7883,7 @@ class Door:
                 if count:
                     log.warning("refused %s %d more times within a minute", address, count)
         if self.certificate:
-            self.certificate.look()
+            self.certificate.reload()
 
     async def check_token(self, link: Link, hello: Hello, address: str) -> str:
         """Have whoever said hello prove that it knows the token, if there is one: our own proof,
@@ -9615,8 +9657,9 @@ class Notifier:
         if cert is None or not any(rule.wants("certificate") for rule in self.rules):
             return
         end = certificate_end((self.tree / cert).read_bytes())
-        days = (end - time.time()) / 86400
-        if (step := next((step for step in CERTIFICATE_DAYS if days <= step), None)) is not None:
+        days = (end - time.time()) / DAY_S
+        step = next((step for step in CERTIFICATE_DAYS if days <= step), None)
+        if step is not None:
             title = (
                 f"[{self.master.own_address}] the certificate {cert} ends in "
                 f"{max(0.0, days):.0f} days"
@@ -10597,7 +10640,7 @@ class Service:
             )
             if moving:
                 continue
-            if self.config.look():
+            if self.config.reload():
                 log.info("new settings from %s", self.config.path)
                 changed()
             self.restart_if_replaced(agent)
@@ -12079,15 +12122,14 @@ class Doctor:
     @staticmethod
     def certificate(cert: Path) -> Finding:
         try:
-            left_s = certificate_end(cert.read_bytes()) - time.time()
+            days = certificate_days(cert.read_bytes())
         except (OSError, ValueError) as problem:
             return Finding(
                 "certificate", False, f"{cert}: {problem}", "a PEM file that this user can read"
             )
-        text = f"{cert}: {left_s // 86400:.0f} days left"
-        return Finding(
-            "certificate", left_s > EXPIRY_S, text, "renew it, or see why that fails: certbot renew"
-        )
+        soon = days <= CERTIFICATE_DAYS[-1]
+        fix = "renew it, or see why that fails: certbot renew"
+        return Finding("certificate", not soon, f"{cert}: {days // 1:.0f} days left", fix)
 
     def detached(self) -> Finding:
         """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look

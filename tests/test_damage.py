@@ -271,7 +271,7 @@ def test_settings_that_are_invalid_from_the_start_on_end_no_daemon(tmp_path: Pat
     for keep in state.root.glob("last-config*"):
         keep.unlink()
     path.write_text("{")
-    assert [config.look() for _ in range(3)] == [False] * 3
+    assert [config.reload() for _ in range(3)] == [False] * 3
     assert config.problem and config.config.whitelist == ()
 
 
@@ -414,13 +414,13 @@ config = ConfigFile(path, state)
 path.write_text('{"masterUrl": "ws://127.0.0.1:9900", "whitelist": ["127.0.0.3"]}')
 path.chmod(0)
 os.seteuid(65534)
-print(config.look(), config.look(), config.problem)
+print(config.reload(), config.reload(), config.problem)
 os.seteuid(0)
 before = path.stat().st_ctime_ns
 while path.stat().st_ctime_ns == before:  # the kernel's clock ticks only every few milliseconds
     path.chmod(0o644)
 os.seteuid(65534)
-print(config.look(), config.look(), config.problem, config.config.whitelist)
+print(config.reload(), config.reload(), config.problem, config.config.whitelist)
 """
 
 

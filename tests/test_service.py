@@ -199,7 +199,7 @@ def test_the_watchdog_replaces_a_daemon_that_hangs(site: Site, how: str) -> None
     lab, unit = site.lab, "estelle-updater"
     hang = "import sys, time; sys.path[0] = '/opt/estelle/estelle_updater.pyz'\nimport estelle_updater as est, os\n"
     hang += "def look(self):\n    if os.path.exists('../hang'):\n        os.unlink('../hang')\n"
-    hang += "        time.sleep(3600)\nest.ConfigFile.look = look\nsys.exit(est.main(['serve']))\n"
+    hang += "        time.sleep(3600)\nest.ConfigFile.reload = look\nsys.exit(est.main(['serve']))\n"
     lab.write("/opt/hang.py", hang)
     drop_in = "[Service]\nWatchdogSec=2\nTimeoutStopSec=2\nRestartSec=100ms\n"
     if how == "blocked":
