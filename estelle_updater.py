@@ -2519,9 +2519,8 @@ class Masker:
         }
         self._held = b""
         self._before = b""  # the last bytes before them: of a URL's scheme, perhaps
-        self._masked = (
-            0  # how many of the held bytes belong to a secret whose `***` is already written
-        )
+        # how many of the held bytes belong to a secret whose `***` is already written
+        self._masked = 0
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
@@ -12587,9 +12586,8 @@ def run_order(
     def follow() -> list[JobRecord]:
         jobs = Follower(caller, record.run, view).follow(connection)
         ended = [job for job in jobs if job.state in (State.FAILED, State.TIMEOUT)]
-        untouched = (
-            r"(start|check)$|git fetch "  # the steps before the first that changes what is deployed
-        )
+        # the steps before the first that changes what is deployed
+        untouched = r"(start|check)$|git fetch "
         failed = ",".join(job.host for job in ended if not re.match(untouched, job.step or "start"))
         if failed and record.kind is Kind.DEPLOY:
             view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
