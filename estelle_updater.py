@@ -2192,6 +2192,45 @@ class SendCursor:
         return max(0, (self.sent or 0) - self.acked)
 
 
+@dataclass
+class Inbox:
+    """How far one log has been received, in bytes; it holds no data: what it lets in, its owner
+    writes or shows. The other end of a `SendCursor`."""
+
+    channel: int
+    size: int = 0  # bytes that are here
+    acked: int = 0  # bytes that the sender knows to be here
+    asked: bool = False  # the sender is to begin again: what is in flight behind the gap is ignored
+
+    def ask(self, size: int, check: int | None = None) -> Have:
+        """Have the sender go on behind the `size` bytes that are here; by `check` it compares
+        them."""
+        self.size = self.acked = size
+        self.asked = False
+        return Have(self.channel, size, rewind=True, check=check)
+
+    def on_chunk(self, offset: int, size: int, gap: bool) -> Have | None:
+        """What to tell the sender at once after a chunk at `offset`: `size` bytes are here now, and
+        a `gap` says that this chunk belongs elsewhere."""
+        in_flight = self.asked and offset >= size  # one question is enough for all behind a gap
+        self.size, self.asked = size, gap
+        if gap and not in_flight:
+            self.acked = size
+            return Have(self.channel, size, rewind=True)
+        return self.ack(ACK_BYTES)
+
+    def ack(self, least: int = 1) -> Have | None:
+        """Tell the sender how far we are, where it has not heard of `least` bytes or more."""
+        if self.unacked < least:
+            return None
+        self.acked = self.size
+        return Have(self.channel, self.size)
+
+    @property
+    def unacked(self) -> int:
+        return self.size - self.acked
+
+
 def run_ok(jobs: Iterable[JobRecord]) -> bool:
     """Did every host succeed?"""
     return all(job.state is State.SUCCEEDED for job in jobs)
@@ -6654,27 +6693,45 @@ async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more
     than a window of unacknowledged bytes. Incoming: logs into files, acknowledged by their size.
-    Agent and master are both this."""
+    Agent and master are both this.
 
-    def __init__(self, wire: Wire, *, squeeze: bool = False) -> None:
-        self.wire, self.squeeze = wire, squeeze
+    `shared`: both ends keep their logs in the same folder, so only a log's size travels.
+    """
+
+    def __init__(self, wire: Wire, *, squeeze: bool = False, shared: bool = False) -> None:
+        self.wire, self.squeeze, self.shared = wire, squeeze, shared
         self._control: deque[str] = deque()
+        self._waiting_bytes = 0
+        self._wake = asyncio.Event()
         self._cursors: dict[tuple[str, str], SendCursor] = {}
         self._channels: dict[int, SendCursor] = {}
         self._paths: dict[int, Path] = {}
         self._next_channel = 1
-        self._wake = asyncio.Event()
         self._inbound: dict[int, Inbound] = {}
-        self._waiting_bytes = 0
+
+    # Messages
 
     def post(self, message: Any) -> None:
         """Send a message as soon as the connection takes it; who asks and asks and never reads is
         cut off."""
-        self._control.append(encode_message(message))
-        self._waiting_bytes += len(self._control[-1])
+        text = encode_message(message)
+        self._control.append(text)
+        self._waiting_bytes += len(text)
         if self._waiting_bytes > WAITING_BYTES:
             self.wire.abort()
         self._wake.set()
+
+    async def write_forever(self) -> None:
+        """The one writer of this connection."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._control or await self._write_chunks():
+                while self._control:
+                    self._waiting_bytes -= len(self._control[0])
+                    await self.wire.send(self._control.popleft())
+
+    # Logs that we send
 
     def open_log(self, run: str, host: str, path: Path) -> None:
         """Offer a log to the other side, which says from where it wants it; once per log."""
@@ -6688,19 +6745,24 @@ class Link:
 
     def close_log(self, run: str, host: str) -> None:
         """Forget a log whose bytes are all delivered."""
-        if cursor := self._cursors.pop((run, host), None):
+        cursor = self._cursors.pop((run, host), None)
+        if cursor:
             del self._channels[cursor.channel], self._paths[cursor.channel]
 
     def grew(self, run: str, host: str, size: int) -> None:
         """There are now `size` bytes of an open log."""
         cursor = self._cursors.get((run, host))
-        if cursor and size > cursor.size:
-            cursor.size = size
-            self._wake.set()
+        if cursor is None or size <= cursor.size:
+            return
+        cursor.size = size
+        self._wake.set()
+        if self.shared:
+            self.post(Log(cursor.channel, run, host, size))
 
     def shrank(self, run: str, host: str, size: int) -> None:
         """An open log was shortened: what the other side has not got is gone."""
-        if cursor := self._cursors.get((run, host)):
+        cursor = self._cursors.get((run, host))
+        if cursor:
             self.post(Broken(cursor.channel, f"the host has only {size} bytes of this log"))
 
     def on_have(self, message: Have) -> None:
@@ -6708,29 +6770,17 @@ class Link:
         cursor = self._channels.get(message.channel)
         if cursor is None:
             return
-        path = self._paths[cursor.channel]
-        if message.check is not None and (size := log_size(path)) < message.size:
-            self.post(Broken(cursor.channel, f"the host has only {size} bytes of this log"))
-            return
-        if (
-            message.check is not None
-            and message.size
-            and log_check(path, message.size) != message.check
-        ):
-            self.post(Broken(cursor.channel, "the host's copy of this log differs"))
-            return
+        if message.check is not None:
+            path = self._paths[cursor.channel]
+            size = log_size(path)
+            if size < message.size:
+                self.shrank(cursor.run, cursor.host, size)
+                return
+            if message.size and log_check(path, message.size) != message.check:
+                self.post(Broken(cursor.channel, "the host's copy of this log differs"))
+                return
         cursor.on_have(message.size, message.rewind)
         self._wake.set()
-
-    async def write_forever(self) -> None:
-        """The one writer of this connection."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._control or await self._write_chunks():
-                while self._control:
-                    self._waiting_bytes -= len(self._control[0])
-                    await self.wire.send(self._control.popleft())
 
     async def _write_chunks(self) -> bool:
         """One chunk of each log that has something to send and room in the window; False when there
@@ -6738,8 +6788,9 @@ class Link:
         sent = False
         for cursor in list(self._channels.values()):
             room = WINDOW_BYTES - sum(other.unacked for other in self._channels.values())
+            span = cursor.next_span(room)
             path = self._paths.get(cursor.channel)
-            if path is None or (span := cursor.next_span(room)) is None:
+            if self.shared or span is None or path is None:
                 continue
             data = read_log(path, *span)
             if not data:
@@ -6751,106 +6802,99 @@ class Link:
                 break
         return sent
 
-    def inbound(self, channel: int) -> Inbound | None:
-        return self._inbound.get(channel)
+    # Logs that we receive
 
-    def accept_log(self, message: Log, inbound: Inbound) -> None:
-        """Begin or resume receiving a log."""
+    def accept_log(
+        self, message: Log, path: Path, grew: Callable[[Inbound], None], *, closed: bool = False
+    ) -> None:
+        """Begin or resume receiving a log; `grew` is told of each change. Raises ProtocolError."""
         if len(self._inbound) >= CHANNELS and message.channel not in self._inbound:
             raise ProtocolError(f"more than {CHANNELS} logs at once")
+        inbound = Inbound(message.channel, path=path, grew=grew, closed=closed)
         self._inbound[message.channel] = inbound
-        size = log_size(inbound.path)
-        self.post(Have(message.channel, size, rewind=True, check=log_check(inbound.path, size)))
-        inbound.on_size(size)
+        size = log_size(path)
+        question = inbound.ask(size, log_check(path, size))
+        if not self.shared:
+            self.post(question)
+        inbound.grew(inbound)
 
     def on_chunk(self, frame: bytes) -> None:
         """Log bytes that arrived: to disk, then acknowledged."""
         channel, offset, data = decode_chunk(frame)
         inbound = self._inbound.get(channel)
         if inbound is None or inbound.closed:
-            self.post(
-                Have(channel, offset + len(data))
-            )  # not wanted any more, but nothing may wait for its room
+            # not wanted any more, but nothing may wait for its room
+            self.post(Have(channel, offset + len(data)))
             return
         try:
-            size, rewind = append_log(inbound.path, offset, data)
+            size, gap = append_log(inbound.path, offset, data)
         except OSError as problem:
-            if not inbound.retry_due:
-                inbound.retry_due = True
-                log.error("can't write %s: %s; trying again", inbound.path, problem.strerror)
-                asyncio.get_running_loop().call_later(DISK_RETRY_S, self._ask_again, channel)
-            inbound.rewinding = True
+            self._retry(inbound, problem)
             return
-        if rewind and (
-            not inbound.rewinding or offset < size
-        ):  # once: all in flight behind a gap would ask again
-            self.post(Have(channel, size, rewind=True))
-        inbound.rewinding = rewind
-        inbound.on_size(size)
-        if size - inbound.acked >= ACK_BYTES:
-            self._ack(channel)
+        answer = inbound.on_chunk(offset, size, gap)
+        inbound.grew(inbound)
+        if answer:
+            self.post(answer)
         elif not inbound.ack_due:
             inbound.ack_due = True
-            asyncio.get_running_loop().call_later(ACK_S, self._ack, channel)
+            asyncio.get_running_loop().call_later(ACK_S, self._ack, inbound)
 
-    def _ask_again(self, channel: int) -> None:
-        if inbound := self._inbound.get(channel):
+    def _retry(self, inbound: Inbound, problem: OSError) -> None:
+        """The disk takes nothing now: what is in flight is dropped, and asked for again later."""
+        inbound.asked = True
+        if not inbound.retry_due:
+            inbound.retry_due = True
+            log.error("can't write %s: %s; trying again", inbound.path, problem.strerror)
+            asyncio.get_running_loop().call_later(DISK_RETRY_S, self._ask_again, inbound)
+
+    def _ask_again(self, inbound: Inbound) -> None:
+        if self._inbound.get(inbound.channel) is inbound:
             with suppress(OSError):
                 inbound.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            inbound.rewinding = inbound.retry_due = False
-            inbound.size = inbound.acked = log_size(inbound.path)
-            self.post(Have(channel, inbound.size, rewind=True))
+            inbound.retry_due = False
+            self.post(inbound.ask(log_size(inbound.path)))
+
+    def _ack(self, inbound: Inbound) -> None:
+        inbound.ack_due = False
+        answer = inbound.ack()
+        if answer and self._inbound.get(inbound.channel) is inbound:
+            self.post(answer)
 
     def fetch_lost(self, path: Path) -> None:
         """Ask again for what was received and is no longer there."""
-        for channel, inbound in self._inbound.items():
+        for inbound in self._inbound.values():
             if inbound.path == path and log_size(path) < inbound.size:
-                self._ask_again(channel)
-
-    def _ack(self, channel: int) -> None:
-        inbound = self._inbound.get(channel)
-        if inbound is None:
-            return
-        inbound.ack_due = False
-        if inbound.size > inbound.acked:
-            inbound.acked = inbound.size
-            self.post(Have(channel, inbound.size))
+                self._ask_again(inbound)
 
     def end_inbound(self, path: Path) -> None:
         """All of this log is here."""
-        for channel in [
-            channel for channel, inbound in self._inbound.items() if inbound.path == path
-        ]:
-            self._ack(channel)
-            del self._inbound[channel]
+        for inbound in list(self._inbound.values()):
+            if inbound.path == path:
+                self._ack(inbound)
+                del self._inbound[inbound.channel]
 
     def on_broken(self, message: Broken) -> None:
         """Close a log whose copies differ with a line that says so."""
         inbound = self._inbound.get(message.channel)
-        if inbound and not inbound.closed:
-            inbound.closed = True
-            with suppress(OSError):
-                line = f"\n[estelle-updater: log incomplete: {message.reason}]\n".encode()
-                append_log(inbound.path, log_size(inbound.path), line)
-            inbound.on_size(log_size(inbound.path))
+        if inbound is None or inbound.closed:
+            return
+        inbound.closed = True
+        line = f"\n[estelle-updater: log incomplete: {message.reason}]\n".encode()
+        with suppress(OSError):
+            append_log(inbound.path, log_size(inbound.path), line)
+        inbound.size = log_size(inbound.path)
+        inbound.grew(inbound)
 
 
 @dataclass
-class Inbound:
-    """A log that a link receives."""
+class Inbound(Inbox):
+    """A log that a link receives into a file."""
 
-    path: Path
-    grew: Callable[[int], None]
-    size: int = 0
-    acked: int = 0
+    path: Path = field(kw_only=True)
+    grew: Callable[[Inbound], None] = field(kw_only=True)
     ack_due: bool = False
-    rewinding: bool = False
     retry_due: bool = False
     closed: bool = False
-
-    def on_size(self, size: int) -> None:
-        self.size = size
-        self.grew(size)
 
 
 # What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`,
@@ -8539,15 +8583,15 @@ class Master:
         if job.state in FINAL and not job.provisional and message.host not in run.held:
             return  # complete: nobody adds to it
 
-        def grew(size: int) -> None:
-            if (inbound := agent.link.inbound(message.channel)) and inbound.closed:
+        def grew(inbound: Inbound) -> None:
+            if inbound.closed:
                 run.torn.add(message.host)
             for follower in run.followers:
-                follower.grew(message.run, message.host, size)
+                follower.grew(message.run, message.host, inbound.size)
             self.settle(run, message.host)
 
         path = self.state.log_file(message.run, message.host)
-        agent.link.accept_log(message, Inbound(path, grew, closed=message.host in run.torn))
+        agent.link.accept_log(message, path, grew, closed=message.host in run.torn)
 
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it."""
@@ -10567,10 +10611,10 @@ class Service:
             if decision.provisional:
                 group.create_task(self.prove(url, source))
             here, there = QueueWire.pair()
-            group.create_task(master.serve_agent(Link(here), agent.hello(), own))
+            group.create_task(master.serve_agent(Link(here, shared=True), agent.hello(), own))
             # the welcome, which the master's own agent needs no more than an entry in the whitelist
             await there.recv()
-            group.create_task(agent.serve_link(Link(there)))
+            group.create_task(agent.serve_link(Link(there, shared=True)))
             group.create_task(master.tick_forever())
             group.create_task(notifier.send_forever())
             group.create_task(notifier.watch_forever())

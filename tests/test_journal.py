@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import estelle_updater as est
-from estelle_updater import FINAL, JobRecord, RunRecord, SendCursor, State, accepts_chunk, accepts_job, decide_orders
+from estelle_updater import (
+    FINAL,
+    Inbox,
+    JobRecord,
+    RunRecord,
+    SendCursor,
+    State,
+    accepts_chunk,
+    accepts_job,
+    decide_orders,
+)
 
 quick = settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
 RUN = "20261122-210501-7f3a"
@@ -129,6 +139,18 @@ def test_a_cursor_waits_for_the_reader_and_keeps_to_chunk_window_and_end() -> No
     assert cursor.next_span(est.WINDOW_BYTES) is None and cursor.unacked == 0
 
 
+def test_an_inbox_asks_once_for_what_is_missing_and_acknowledges_what_it_has() -> None:
+    inbox = Inbox(4)
+    assert inbox.ask(100, 7) == est.Have(4, 100, rewind=True, check=7)
+    assert inbox.on_chunk(100, 150, gap=False) is None and inbox.unacked == 50
+    assert inbox.on_chunk(200, 150, gap=True) == est.Have(4, 150, rewind=True) and inbox.unacked == 0
+    assert inbox.on_chunk(250, 150, gap=True) is None, "all in flight behind the gap would ask again"
+    assert inbox.on_chunk(140, 150, gap=True) == est.Have(4, 150, rewind=True)
+    assert inbox.on_chunk(150, 160, gap=False) is None
+    assert inbox.ack() == est.Have(4, 160) and inbox.ack() is None
+    assert inbox.on_chunk(160, 160 + est.ACK_BYTES, gap=False) == est.Have(4, 160 + est.ACK_BYTES)
+
+
 CHUNK, WINDOW = 7, 24
 STREAM = random.Random(1).randbytes(4000)
 
@@ -147,11 +169,12 @@ class Relay(RuleBasedStateMachine):
         self.cursor = SendCursor(3, RUN, "h", self.source)
         self.chunks: deque[bytes] = deque()
         self.haves: deque[str] = deque()
-        self.rewinding = False
-        self.say(rewind=True)
+        self.inbox = Inbox(3)
+        self.say(self.inbox.ask(len(self.sink)))
 
-    def say(self, rewind: bool) -> None:
-        self.haves.append(est.encode_message(est.Have(3, len(self.sink), rewind)))
+    def say(self, have: est.Have | None) -> None:
+        if have:
+            self.haves.append(est.encode_message(have))
 
     @rule(size=st.integers(1, 40))
     def the_log_grows(self, size: int) -> None:
@@ -180,9 +203,7 @@ class Relay(RuleBasedStateMachine):
             rewind = True
         elif write:
             self.sink += data
-        if rewind and not self.rewinding:
-            self.say(rewind=True)
-        self.rewinding = rewind
+        self.say(self.inbox.on_chunk(offset, len(self.sink), rewind))
 
     @precondition(lambda self: self.haves)
     @rule(again=st.booleans())
@@ -192,7 +213,7 @@ class Relay(RuleBasedStateMachine):
 
     @rule()
     def acknowledge(self) -> None:
-        self.say(rewind=False)
+        self.say(self.inbox.ack())
 
     @rule()
     def the_connection_dies(self) -> None:
@@ -213,7 +234,7 @@ class Relay(RuleBasedStateMachine):
                 self.a_chunk_arrives()
             elif self.haves:
                 self.a_have_arrives()
-            elif len(self.sink) < self.source:
+            elif self.inbox.unacked:
                 self.acknowledge()
             else:
                 break

@@ -40,7 +40,7 @@ def test_a_log_that_nobody_wants_any_more_holds_up_no_other(tmp_path: Path) -> N
                 elif isinstance(message, est.Have):
                     link.on_have(message)
                 elif isinstance(message, est.Log):
-                    link.accept_log(message, est.Inbound(tmp_path / f"{message.host}.copy", lambda _: None))
+                    link.accept_log(message, tmp_path / f"{message.host}.copy", lambda _: None)
 
         def offer(host: str, text: bytes) -> None:
             path = tmp_path / host
@@ -68,6 +68,36 @@ def test_a_log_that_nobody_wants_any_more_holds_up_no_other(tmp_path: Path) -> N
 
     asyncio.run(talk())
     assert (tmp_path / "one.copy").read_bytes() == b"begun\n"
+
+
+def test_a_log_that_both_ends_keep_in_one_file_is_not_sent(tmp_path: Path) -> None:
+    """The master's own agent writes the very file that the master has: only its size travels."""
+    path, seen = tmp_path / "log", list[int]()
+
+    async def talk() -> None:
+        agent, master = (est.Link(wire, shared=True) for wire in est.QueueWire.pair())
+        path.write_bytes(b"x" * est.CHUNK_BYTES)
+
+        async def receive() -> None:
+            while (frame := await master.wire.recv()) is not None:
+                assert isinstance(frame, str), "a chunk was sent"
+                message = est.decode_message(frame)
+                master.accept_log(message, path, lambda inbound: seen.append(inbound.size))
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in (receive(), agent.write_forever(), master.write_forever())]
+            agent.open_log("20260101-000000-0000", "h", path)
+            for size in (2 * est.CHUNK_BYTES, 3 * est.CHUNK_BYTES):
+                with path.open("ab") as file:
+                    file.write(b"y" * est.CHUNK_BYTES)
+                agent.grew("20260101-000000-0000", "h", size)
+                while seen[-1:] != [size]:
+                    await asyncio.sleep(0.01)
+            for task in tasks:
+                task.cancel()
+
+    asyncio.run(talk())
+    assert path.stat().st_size == 3 * est.CHUNK_BYTES
 
 
 def test_a_peer_that_vanishes_without_a_word_is_noticed_by_both(
