@@ -82,6 +82,7 @@ from typing import (
     NoReturn,
     Protocol,
     TypeAlias,
+    get_args,
     get_type_hints,
 )
 
@@ -926,6 +927,9 @@ _SECRET_NAME = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[^D]PWD$|PASS$|KEYS?(?![A-Z])|CREDENTIAL|DSN|PRIVATE|WEBHOOK|COOKIE)"
 )
 _URL_PASSWORD = re.compile(r"(?i)[a-z][a-z0-9+.-]*://[^\s/?#:@]*:([^\s/?#]+)@")
+_SECRET_URL = re.compile(
+    r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)"
+)
 _ENVIRONMENT_LINE = re.compile(
     r"""\s*(?:export\s+)?([^\s=#"']+)[ \t]*="""
     r"""(?:[ \t]*"((?:[^"\\]|\\.)*)"|[ \t]*'([^']*)'|((?![ \t]*["'])(?:(?!\s#).)*))\s*(?:\s#.*)?"""
@@ -1057,44 +1061,43 @@ def _unknown_key(key: str, raw: Any, known: Iterable[str], place: _Place) -> Non
     place.is_wrong(f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")
 
 
-def _key_of(field_name: str) -> str:
-    """How the file spells a field: `master_url` is masterUrl, `timeout_s` is timeout."""
-    return re.sub("_(.)", lambda letter: letter[1].upper(), field_name.removesuffix("_s"))
+def config_keys(cls: Any) -> dict[str, tuple[str, _Convert]]:
+    """The keys that a table of the file may have: for each its field, and the converter in that
+    field's annotation, such as `Text`, `Text | None` or `Annotated[int, converter]`."""
+    keys = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        for part in (hint, *get_args(hint)):
+            if hasattr(part, "__metadata__"):
+                key = re.sub("_(.)", lambda letter: letter[1].upper(), name.removesuffix("_s"))
+                keys[key] = (name, part.__metadata__[0])
+    return keys
 
 
 def _table(
     cls: Any, check: Callable[[dict[str, Any], _Place], None] = lambda raw, place: None
 ) -> _Convert:
-    """Makes a `cls` of a table: a field `master_url: Annotated[T, converter]` reads its masterUrl.
+    """Makes a `cls` of a table: a field `token_file: Text | None` reads its tokenFile.
 
     So a new key is one field, at one place. A field without default must be there; `check` looks
     at several raw values together.
     """
-    readers: dict[str, tuple[str, _Convert]] = {}
-    required = []
-    hints = get_type_hints(cls, include_extras=True)
-    for setting in fields(cls):
-        hint = hints[setting.name]
-        if hasattr(hint, "__metadata__"):
-            key = _key_of(setting.name)
-            readers[key] = (setting.name, hint.__metadata__[0])
-            if setting.default is MISSING and setting.default_factory is MISSING:
-                required.append(key)
+    keys = config_keys(cls)
+    defaults = {setting.name for setting in fields(cls) if setting.default is not MISSING}
+    defaults |= {setting.name for setting in fields(cls) if setting.default_factory is not MISSING}
 
     def read(raw: Any, place: _Place) -> Any:
         before = len(place.problems)
-        table = _mapping(raw, place)
-        if not isinstance(raw, dict):
+        table, values = _mapping(raw, place), {}
+        if table is not raw:
             return None
-        values = {}
         for key, value in table.items():
-            if key in readers:
-                name, convert = readers[key]
+            if key in keys:
+                name, convert = keys[key]
                 values[name] = convert(value, place.key(key))
             else:
-                _unknown_key(key, value, readers, place.key(key))
-        for key in required:
-            if key not in table:
+                _unknown_key(key, value, keys, place.key(key))
+        for key, (name, _) in keys.items():
+            if key not in table and name not in defaults:
                 place.key(key).is_wrong("missing, and it has no default")
         check(table, place)
         return cls(**values) if len(place.problems) == before else None
@@ -1143,6 +1146,16 @@ _host = _by(lambda text: text if valid_host_name(text) else canonical_address(te
 _networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
 _command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
 _notify_events = _list_of(_one_of(*NOTIFY_EVENTS), '["failed", "lost"]')
+# What a field holds, with the converter that reads it
+Text = Annotated[str, _text]
+Word = Annotated[str, _word]
+Url = Annotated[str, _url]
+Endpoint = Annotated[str, _endpoint]
+Seconds = Annotated[float, _seconds]
+Count = Annotated[int, _count]
+Flag = Annotated[bool, _flag]
+Networks = Annotated[tuple[str, ...], _networks]
+Argv = Annotated[tuple[str, ...], _command]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1150,10 +1163,10 @@ class DeployRule:
     """[deploy]: what a deployment runs unless a host's section says otherwise."""
 
     remote: Annotated[str, _remote] = "origin"
-    command: Annotated[tuple[str, ...], _command] = ("pnpm", "deploy:release")
+    command: Argv = ("pnpm", "deploy:release")
     restart: Annotated[tuple[str, ...], _list_of(_unit, '["estelle.service"]')] = ()
-    timeout_s: Annotated[float, _seconds] = STEP_TIMEOUT_S
-    version: Annotated[str, _text] = "config/version.json"
+    timeout_s: Seconds = STEP_TIMEOUT_S
+    version: Text = "config/version.json"
     secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
 
 
@@ -1167,12 +1180,12 @@ class HostRule:
     hostname: str | None = None
     name: Annotated[str | None, _host_name] = None
     role: Annotated[Role | None, _one_of(*Role)] = None
-    repo: Annotated[str | None, _text] = None
-    command: Annotated[tuple[str, ...] | None, _command] = None
-    environment_file: Annotated[str | None, _text] = None
+    repo: Text | None = None
+    command: Argv | None = None
+    environment_file: Text | None = None
     env: Annotated[Mapping[str, str], _environment] = field(default_factory=dict)
     color: Annotated[str | None, _one_of(*COLORS)] = None
-    deploy: Annotated[bool, _flag] = True
+    deploy: Flag = True
 
 
 def _servers(raw: Any, place: _Place) -> dict[str, str]:
@@ -1193,35 +1206,35 @@ class HaproxyRule:
     """[haproxy]: where it runs, and which `server` line is which colour."""
 
     host: Annotated[str, _host]
-    backend: Annotated[str, _word]
-    config: Annotated[str, _text] = "/etc/haproxy/haproxy.cfg"
+    backend: Word
+    config: Text = "/etc/haproxy/haproxy.cfg"
     servers: Annotated[Mapping[str, str], _servers] = field(
         default_factory=lambda: _servers({}, _Place())
     )
-    socket: Annotated[str | None, _text] = None
-    master_socket: Annotated[str | None, _text] = None
-    reload: Annotated[tuple[str, ...], _command] = ("systemctl", "reload", "haproxy")
-    probe: Annotated[str | None, _url] = None
+    socket: Text | None = None
+    master_socket: Text | None = None
+    reload: Argv = ("systemctl", "reload", "haproxy")
+    probe: Url | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class HealthRule:
     """One [[health]] check; exactly one of CHECK_KINDS is set, and no `hosts` are all."""
 
-    name: Annotated[str, _text]
-    http: Annotated[str | None, _url] = None
-    tcp: Annotated[str | None, _endpoint] = None
-    valkey: Annotated[str | None, _endpoint] = None
-    mariadb: Annotated[str | None, _endpoint] = None
+    name: Text
+    http: Url | None = None
+    tcp: Endpoint | None = None
+    valkey: Endpoint | None = None
+    mariadb: Endpoint | None = None
     systemd: Annotated[str | None, _unit] = None
-    disk: Annotated[str | None, _text] = None
-    certificate: Annotated[str | None, _text] = None
-    command: Annotated[tuple[str, ...] | None, _command] = None
+    disk: Text | None = None
+    certificate: Text | None = None
+    command: Argv | None = None
     hosts: Annotated[tuple[str, ...], _list_of(_host, '["yq-blue", "yq-green"]')] = ()
     status: Annotated[int, _status] = 200
     contains: Annotated[str | None, _argument] = None
-    least: Annotated[int | None, _count] = None
-    timeout_s: Annotated[float, _seconds] = 5.0
+    least: Count | None = None
+    timeout_s: Seconds = 5.0
 
     @property
     def kind(self) -> str:
@@ -1233,36 +1246,36 @@ class TlsRule:
     """[tls]: certificate and key of a wss:// master; the authority that agents trust instead of the
     system's."""
 
-    cert: Annotated[str | None, _text] = None
-    key: Annotated[str | None, _text] = None
-    ca: Annotated[str | None, _text] = None
+    cert: Text | None = None
+    key: Text | None = None
+    ca: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
     """[keep]: how many recorded runs stay, for how long, and how much of the disk they may take."""
 
-    runs: Annotated[int, _count] = 500
-    days: Annotated[int, _count] = 90
-    megabytes: Annotated[int, _count] = 2000
+    runs: Count = 500
+    days: Count = 90
+    megabytes: Count = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdaterRule:
     """[updater]: the program file that `upgrade` may install."""
 
-    sha256: Annotated[str | None, _text] = None
+    sha256: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class NotifyRule:
     """One [[notify]] webhook; exactly one of `url`, `url_env` and `url_file` is set."""
 
-    url: Annotated[str | None, _url] = None
-    url_env: Annotated[str | None, _word] = None
-    url_file: Annotated[str | None, _text] = None
+    url: Url | None = None
+    url_env: Word | None = None
+    url_file: Text | None = None
     format: Annotated[str, _one_of(*NEWS_BYTES)] = "json"
-    chat: Annotated[str | None, _text] = None
+    chat: Text | None = None
     on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
     offline_minutes: Annotated[float, _minutes] = 10
 
@@ -1340,10 +1353,10 @@ class Config:
     as written."""
 
     master_url: Annotated[MasterUrl, _by(parse_master_url)]
-    whitelist: Annotated[tuple[str, ...], _networks]
-    trusted_proxies: Annotated[tuple[str, ...], _networks] = ()
+    whitelist: Networks
+    trusted_proxies: Networks = ()
     server_names: Annotated[tuple[str, ...], _list_of(_by(parse_host), '["master.example"]')] = ()
-    token_file: Annotated[str | None, _text] = None
+    token_file: Text | None = None
     deploy: Annotated[DeployRule, _table(DeployRule)] = DeployRule()
     hosts: Annotated[tuple[HostRule, ...], _read_hosts] = ()
     haproxy: Annotated[HaproxyRule | None, _table(HaproxyRule)] = None
@@ -1360,15 +1373,14 @@ class Config:
 
 def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
     """Every (path, problem) as a line `FILE: PATH: PROBLEM`."""
-    lines = tuple(
-        ": ".join(filter(None, (file, path.removeprefix("."), problem)))
-        for path, problem in problems
-    )
-    return ConfigError(
-        lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""),
-        f"correct {file}",
-        lines,
-    )
+    lines = []
+    for path, problem in problems:
+        parts = (file, path.removeprefix("."), problem)
+        lines.append(": ".join(part for part in parts if part))
+    what = lines[0]
+    if len(lines) > 1:
+        what += f" (and {len(lines) - 1} more)"
+    return ConfigError(what, f"correct {file}", tuple(lines))
 
 
 def _checked(convert: _Convert, raw: Any, file: str) -> Any:
@@ -1381,12 +1393,13 @@ def _checked(convert: _Convert, raw: Any, file: str) -> Any:
 
 
 def _decoded(text: bytes | str, file: str) -> str:
+    if isinstance(text, str):
+        return text.removeprefix("\ufeff")
     try:
-        return (text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff")
+        return text.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise _config_error(
-            file, ("", f"byte {error.start} is not UTF-8; save the file as UTF-8")
-        ) from None
+        problem = f"byte {error.start} is not UTF-8; save the file as UTF-8"
+        raise _config_error(file, ("", problem)) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1411,9 +1424,8 @@ def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
         )
         return data
     except json.JSONDecodeError as error:
-        raise _config_error(
-            file, ("", f"line {error.lineno}, column {error.colno}: {error.msg}")
-        ) from None
+        problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise _config_error(file, ("", problem)) from None
     except (ValueError, RecursionError) as error:  # tomllib's message holds line and column
         raise _config_error(file, ("", str(error))) from None
 
@@ -1425,78 +1437,82 @@ def parse_config(text: bytes | str, file: str, form: str) -> Config:
     return config
 
 
-def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
-    """What is valid and yet hardly meant; `known`: labels and names of hosts besides those that the
-    file names."""
-    warnings = (
-        []
-        if config.whitelist
-        else ["whitelist: it is empty, so no agent and no commander can connect"]
-    )
-    for key, entries in (
-        ("whitelist", config.whitelist),
-        ("trustedProxies", config.trusted_proxies),
-    ):
-        for network in map(parse_network, entries):
+# Judges of what is valid and yet hardly meant; each sees the configuration and says what it finds
+
+
+def _judge_doors(config: Config) -> Iterator[str]:
+    if not config.whitelist:
+        yield "whitelist: it is empty, so no agent and no commander can connect"
+    tailscale = parse_network(TAILSCALE)
+    lists = {"whitelist": config.whitelist, "trustedProxies": config.trusted_proxies}
+    for key, entries in lists.items():
+        for entry in entries:
+            network = parse_network(entry)
+            wider = network.version == 4 and network.prefixlen < tailscale.prefixlen
             if network.prefixlen == 0:
-                warnings.append(f"{key}: {network} is everybody")
-            elif (
-                network.prefixlen < 10
-                and network.version == 4
-                and network.overlaps(parse_network(TAILSCALE))
-            ):
-                warnings.append(
-                    f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}"
-                )
-    names = {
-        host_key(name)
-        for rule in config.hosts
-        for name in (rule.address, rule.hostname, rule.name)
-        if name
-    }
-    names |= {host_key(name) for name in (*known, config.master_url.host)}
-    listed = Whitelist(config.whitelist)
-    names |= {
-        host for check in config.health for host in check.hosts if listed.verdict(host).allowed
-    }
+                yield f"{key}: {network} is everybody"
+            elif wider and network.overlaps(tailscale):
+                yield f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}"
+
+
+def _judge_colors(config: Config) -> Iterator[str]:
+    colors = {rule.color for rule in config.hosts}
+    for color in COLORS:
+        if config.haproxy and color not in colors:
+            yield f"haproxy: no host has color {color}"
+
+
+def _judge_hosts(config: Config, known: Iterable[str]) -> Iterator[str]:
+    """Hosts that are named somewhere and are nobody's address or name."""
+    names = {host_key(name) for name in (*known, config.master_url.host)}
+    for rule in config.hosts:
+        own = (rule.address, rule.hostname, rule.name)
+        names.update(host_key(name) for name in own if name)
     wanted = [
-        (f"health {_shown(check.name)}", host) for check in config.health for host in check.hosts
+        (f"health {_shown(rule.name)}", host) for rule in config.health for host in rule.hosts
     ]
     if config.haproxy:
         wanted.append(("haproxy", config.haproxy.host))
-        colors = {rule.color for rule in config.hosts}
-        warnings += [f"haproxy: no host has color {c}" for c in COLORS if c not in colors]
-    warnings += [
-        f"{key}: {_shown(host)} matches no host"
-        for key, host in wanted
-        if host_key(host) not in names
-    ]
+    listed = Whitelist(config.whitelist)
+    for key, host in wanted:
+        may_connect = key != "haproxy" and listed.verdict(host).allowed
+        if not may_connect and host_key(host) not in names:
+            yield f"{key}: {_shown(host)} matches no host"
+
+
+def _judge_secrets(config: Config) -> Iterator[str]:
     for rule in config.hosts:
-        secret = [
-            f"hosts{_step(rule.key)}.env.{name}" for name in rule.env if _SECRET_NAME.match(name)
-        ]
-        warnings += [
-            f"{key}: it looks like a secret; move it to an environmentFile outside git"
-            for key in secret
-        ]
+        for name in rule.env:
+            if _SECRET_NAME.match(name):
+                yield (
+                    f"hosts{_step(rule.key)}.env.{name}: it looks like a secret; "
+                    f"move it to an environmentFile outside git"
+                )
     for i, notify in enumerate(config.notify):
-        if re.search(
-            r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)",
-            notify.url or "",
-        ):
-            warnings.append(f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv")
+        if _SECRET_URL.search(notify.url or ""):
+            yield f"notify[{i}].url: this URL is itself a secret; use urlFile or urlEnv"
+
+
+def _judge_trust(config: Config) -> Iterator[str]:
+    token_file, sha256 = config.token_file, config.updater.sha256
     if config.tls.cert and not config.master_url.secure:
-        warnings.append("tls: masterUrl is ws://, so nothing is encrypted; write wss:// there")
-    if config.token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", config.token_file):
-        warnings.append(
-            f"tokenFile: {_shown(config.token_file)} lies in the repository, and a secret must not"
-        )
-    if config.updater.sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", config.updater.sha256):
-        warnings.append(
-            f"updater.sha256: {_shown(config.updater.sha256)} is not 64 hex digits, so no "
-            f"file matches it"
-        )
-    return warnings
+        yield "tls: masterUrl is ws://, so nothing is encrypted; write wss:// there"
+    if token_file and not re.match(r"[/~]|[A-Za-z]:[/\\]", token_file):
+        yield f"tokenFile: {_shown(token_file)} lies in the repository, and a secret must not"
+    if sha256 and not re.fullmatch(r"[0-9A-Fa-f]{64}", sha256):
+        yield f"updater.sha256: {_shown(sha256)} is not 64 hex digits, so no file matches it"
+
+
+def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
+    """What is valid and yet hardly meant; `known`: labels and names of hosts besides those that the
+    file names."""
+    return [
+        *_judge_doors(config),
+        *_judge_colors(config),
+        *_judge_hosts(config, known),
+        *_judge_secrets(config),
+        *_judge_trust(config),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1514,14 +1530,11 @@ def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
     Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone;
     `name` finds no section.
     """
-    at, called = canonical_address(address) if address else None, hostname.casefold()
+    at = canonical_address(address) if address else None
+    called = hostname.casefold()
     sections = {(rule.address, rule.hostname): rule for rule in config.hosts}
-    rule = (
-        sections.get((at, called))
-        or sections.get((None, called))
-        or sections.get((at, None))
-        or HostRule()
-    )
+    wanted = ((at, called), (None, called), (at, None))
+    rule = next((sections[key] for key in wanted if key in sections), HostRule())
     own = {"name": rule.name or hostname, "command": rule.command or config.deploy.command}
     return Effective(**{**vars(config.deploy), **vars(rule), **own})
 
@@ -1529,14 +1542,10 @@ def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
 def owner_of_name(config: Config, name: str) -> str | None:
     """The address to which the configuration gives `name`; a host elsewhere that claims the name is
     refused it."""
-    return next(
-        (
-            rule.address
-            for rule in config.hosts
-            if rule.name and rule.name.casefold() == name.casefold()
-        ),
-        None,
-    )
+    for rule in config.hosts:
+        if rule.name and rule.name.casefold() == name.casefold():
+            return rule.address
+    return None
 
 
 def render_config(data: Mapping[str, Any], form: str) -> str:
@@ -1548,44 +1557,79 @@ def render_config(data: Mapping[str, Any], form: str) -> str:
     return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
 
 
-_TOKENS = re.compile(
-    r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]'
-)  # strings, comments, brackets
+# Strings, comments and brackets of both forms: what a bracket inside a string or comment hides in
+_TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]')
+_LIST_BEGINS = {
+    "json": re.compile(r'"whitelist"\s*:\s*\['),
+    "toml": re.compile(r"(?m)^whitelist\s*=\s*\["),
+}
+_LINE_END, _COMMA = re.compile(r"\r?\n"), re.compile(r"\s*,[ \t]*")
+_INDENT, _COMMA_BEFORE = re.compile(r"\r?\n[ \t]*$"), re.compile(r",\s*$")
+
+
+class _ListText(NamedTuple):
+    """The whitelist as it stands in a file's text: all places are offsets in the text."""
+
+    text: str
+    begin: int  # behind its opening bracket
+    end: int  # its closing one
+    entries: list[tuple[int, int]]  # each with its quotes
+
+    def with_one_more(self, entry: str) -> str:
+        """The entry behind the last one, on a line of its own where that has one."""
+        text, added = self.text, json.dumps(entry)
+        if not self.entries:
+            return text[: self.begin] + added + text[self.begin :]
+        start, stop = self.entries[-1]
+        indent = _INDENT.search(text, self.begin, start)
+        if indent is None:
+            return f"{text[:stop]}, {added}{text[stop:]}"
+        line_end = _LINE_END.search(text, stop, self.end)  # behind the last one's comment
+        place = line_end.start() if line_end else self.end
+        ends_with_comma = _COMMA.match(text, stop, self.end) is not None
+        before, after = ("", ",") if ends_with_comma else (",", "")
+        return f"{text[:stop]}{before}{text[stop:place]}{indent[0]}{added}{after}{text[place:]}"
+
+    def without(self, start: int, stop: int) -> str:
+        """Without the entry at these offsets, one comma, and its line where it had one alone."""
+        text = self.text
+        comma = _COMMA.match(text, stop, self.end)
+        if comma is None:  # it was the last: the comma of the one before goes
+            before = _COMMA_BEFORE.search(text, self.begin, start)
+            return text[: before.start() if before else start] + text[stop:]
+        indent = _INDENT.search(text, self.begin, start)
+        ends_line = text[comma.end()] in "\r\n"
+        if indent and ends_line:
+            start = indent.start()
+        return text[:start] + text[comma.end() :]
+
+
+def _find_list(text: str, form: str) -> _ListText | None:
+    """Where the whitelist stands; None where it can't be seen."""
+    head = _LIST_BEGINS[form].search(text)
+    if head is None:
+        return None
+    entries: list[tuple[int, int]] = []
+    for token in _TOKENS.finditer(text, head.end()):
+        if token[0] == "]":
+            return _ListText(text, head.end(), token.start(), entries)
+        if token[0][0] in "\"'":
+            entries.append(token.span())
+    return None
 
 
 def _edit_entry(text: str, form: str, entry: str, add: bool) -> str:
     """The text with `entry` once more or once less in its whitelist; empty where there is none to
     be seen."""
-    head = re.search(
-        r'"whitelist"\s*:\s*\[' if form == "json" else r"(?m)^whitelist\s*=\s*\[", text
-    )
-    begin = head.end() if head else len(text)
-    items = [
-        token for token in _TOKENS.finditer(text, begin) if form == "toml" or token[0][0] != "#"
-    ]
-    end = next((token.start() for token in items if token[0] == "]"), None)
-    if end is None:
+    listed = _find_list(text, form)
+    if listed is None:
         return ""
-    strings = [token for token in items if token.start() < end and token[0][0] in "\"'"]
-    if not (found := [token for token in strings if add or token[0][1:-1] == entry]):
-        return text[:begin] + json.dumps(entry) + text[begin:] if add else text
-    start, stop = found[-1].span()
-    gap = re.compile(r"\r?\n[ \t]*$").search(text, begin, start)
-    comma = re.compile(r"\s*,[ \t]*").match(text, stop, end)
-    if not add:
-        before = re.compile(r",\s*$").search(text, begin, start)
-        if comma:
-            stop = comma.end()
-            start = gap.start() if gap and text[stop] in "\r\n" else start
-        return text[: before.start() if before and not comma else start] + text[stop:]
-    if gap is None:
-        return f"{text[:stop]}, {json.dumps(entry)}{text[stop:]}"
-    line_end = re.compile(r"\r?\n").search(
-        text, stop, end
-    )  # a line of its own, behind the last one's comment
-    place = line_end.start() if line_end else end
-    old, new = ("", ",") if comma else (",", "")
-    return f"{text[:stop]}{old}{text[stop:place]}{gap[0]}{json.dumps(entry)}{new}{text[place:]}"
+    if add:
+        return listed.with_one_more(entry)
+    for start, stop in reversed(listed.entries):
+        if text[start + 1 : stop - 1] == entry:
+            return listed.without(start, stop)
+    return text
 
 
 def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[str]) -> str | None:
@@ -1598,15 +1642,16 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     try:
         old = parse_data(text, "", form)
         listed = old["whitelist"] if isinstance(old.get("whitelist"), list) else []
-        for entry in (entry for entry in listed if entry in remove):
-            text = _edit_entry(text, form, entry, add=False)
+        for entry in listed:
+            if entry in remove:
+                text = _edit_entry(text, form, entry, add=False)
         for entry in add:
             text = _edit_entry(text, form, entry, add=True)
         new = parse_data(text, "", form)
     except ConfigError:
         return None
-    wanted = [entry for entry in listed if entry not in remove] + list(add)
-    return text if new == old | {"whitelist": wanted} else None
+    wanted = [entry for entry in listed if entry not in remove]
+    return text if new == old | {"whitelist": [*wanted, *add]} else None
 
 
 def accept_hint(sha256: str) -> str:
@@ -1635,13 +1680,17 @@ def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**new, "hosts": hosts} if hosts else new
 
 
-def _unquoted(
-    key: str, double: str | None, single: str | None, bare: str | None
-) -> tuple[str, str]:
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+def _environment_value(match: re.Match[str]) -> str:
+    """The value in a line of KEY=VALUE, without its quotes."""
+    _, double, single, bare = match.groups()
     if double is not None:
-        escapes = {"n": "\n", "r": "\r", "t": "\t"}
-        return key, re.sub(r'\\([nrt"\\$])', lambda match: escapes.get(match[1], match[1]), double)
-    return key, single if single is not None else (bare or "").strip()
+        return re.sub(
+            r'\\([nrt"\\$])', lambda escaped: _ESCAPES.get(escaped[1], escaped[1]), double
+        )
+    return single if single is not None else (bare or "").strip()
 
 
 def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
@@ -1653,19 +1702,18 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     plain = _decoded(text, file)
     if plain.lstrip().startswith("{"):
         return dict(_checked(_environment, parse_data(plain, file, "json"), file))
-    lines = [
-        line
-        for line in enumerate(re.split(r"\r?\n", plain), 1)
-        if not re.fullmatch(r"\s*(#.*)?", line[1])
-    ]
-    matches = [
-        (number, _is_argument(line) and _ENVIRONMENT_LINE.fullmatch(line)) for number, line in lines
-    ]
-    if problems := [
-        (f"line {number}", "is no KEY=VALUE") for number, match in matches if not match
-    ]:
+    variables, problems = {}, []
+    for number, line in enumerate(_LINE_END.split(plain), 1):
+        if re.fullmatch(r"\s*(#.*)?", line):
+            continue
+        match = _ENVIRONMENT_LINE.fullmatch(line) if _is_argument(line) else None
+        if match is None:
+            problems.append((f"line {number}", "is no KEY=VALUE"))
+        else:
+            variables[match[1]] = _environment_value(match)
+    if problems:
         raise _config_error(file, *problems)
-    return dict(_unquoted(*match.groups()) for _, match in matches if match)
+    return variables
 
 
 def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
@@ -1676,17 +1724,18 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
     of every log.
     """
     found: set[str] = set()
-    for name, value in (item for environment in environments for item in environment.items()):
-        if name in named or _SECRET_NAME.match(name):
-            found.update((value, value.strip(), *value.splitlines()))
-        for password in _URL_PASSWORD.findall(value):
-            found.update((password, urllib_parse.unquote(password)))
-    long = [
-        secret
-        for secret in found
-        if secret.strip() and len(secret.encode("utf-8", "surrogatepass")) >= 6
-    ]
-    return tuple(sorted(long, key=lambda secret: (-len(secret), secret)))
+    for environment in environments:
+        for name, value in environment.items():
+            if name in named or _SECRET_NAME.match(name):
+                found.update((value, value.strip(), *value.splitlines()))
+            for password in _URL_PASSWORD.findall(value):
+                found.update((password, urllib_parse.unquote(password)))
+
+    def is_maskable(secret: str) -> bool:
+        size = len(secret.encode("utf-8", "surrogatepass"))
+        return size >= SECRET_BYTES and not secret.isspace()
+
+    return tuple(sorted(filter(is_maskable, found), key=lambda secret: (-len(secret), secret)))
 
 
 # ==============================================================================
