@@ -2743,18 +2743,24 @@ _HAPROXY_SECTIONS = frozenset(
     b"program http-errors ring"
     b" log-forward fcgi-app crt-store traces log-profile acme".split()
 )
-# what a `server` line may say without an argument; every other word takes one
+# what Jinja (Ansible) or ERB (Chef, Puppet) fill in: anywhere in a word, in quotes at its start
+_TEMPLATE = re.compile(rb"[^\"']*\{\{|[^\"']*<%([=-]|$)|[\"'](\{\{|<%[=-])")
+# What a `server` line may say without an argument; every other word takes one. HAProxy's own list
+# comes before this one where it can be asked (`haproxy -dKcfg`, since 2.6).
 _SERVER_FLAG = re.compile(
-    rb"agent-check|allow-0rtt|backup|check(-send-proxy|-ssl|-via-socks4)?|disabled|enabled|force-.*|no-.*|non-stick"
-    rb"|send-proxy.*|ssl(-reuse)?|stick|tfo|tls-tickets"
+    rb"agent-check|allow-0rtt|backup|check(-reuse-pool|-send-proxy|-sni-auto|-ssl|-via-socks4)?"
+    rb"|disabled|enabled|force-.*|no-.*|non-stick|renegotiate|send-proxy.*|sni-auto"
+    rb"|ssl(-reuse)?|stick|strict-maxconn|tfo|tls-tickets"
 )
 # what sends requests past the `backup` words, so that changing those would not move all the traffic
 _OWN_ROUTES = {
-    b"cookie": "its cookie keeps clients on the old colour",
-    b"stick": "its stick table keeps clients on the old colour",
-    b"persist": "it keeps clients on the old colour",
-    b"use-server": "it chooses servers by a rule of its own",
-    b"server-template": "it makes servers whose lines can't be changed one by one",
+    (b"cookie",): "its cookie keeps clients on the old colour",
+    (b"stick",): "its stick table keeps clients on the old colour",
+    (b"persist",): "it keeps clients on the old colour",
+    (b"use-server",): "it chooses servers by a rule of its own",
+    (b"dispatch",): "it sends all requests to one address, past the servers",
+    (b"option", b"transparent"): "it sends requests where the client meant them, past the servers",
+    (b"server-template",): "it makes servers whose lines can't be changed one by one",
 }
 _COSTS = {
     b"httpchk": "a worker that accepts connections but does not work keeps its traffic",
@@ -2764,30 +2770,72 @@ _COSTS = {
     b"state": "until its first check a new HAProxy process takes a dead worker for alive, "
     "and requests fail meanwhile",
 }
+_TIME_UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class _HaproxyLine(NamedTuple):
     """A line's words, unquoted; None where only HAProxy's own reading would tell. Where each stands
-    in the line."""
+    in the line, and the `.if` that decides whether the line holds."""
 
+    file: str
     number: int
+    text: bytes
     words: list[bytes | None]
     spans: list[tuple[int, int]]
-    conditional: bool = False
+    condition: int | None = None
+
+    def starts(self, *words: bytes) -> bool:
+        return self.words[: len(words)] == [*words]
+
+    def refusal(self, why: str) -> GuardError:
+        return _haproxy_refusal(self.file, self.number, why)
+
+
+@dataclass(eq=False)
+class _HaproxySection:
+    title: _HaproxyLine
+    lines: list[_HaproxyLine] = field(default_factory=list)
+
+    @property
+    def kind(self) -> bytes | None:
+        return self.title.words[0]
+
+    @property
+    def name(self) -> bytes | None:
+        """Its name; None where it has none, or one that can't be read."""
+        return self.title.words[1] if len(self.title.words) > 1 else None
+
+
+@dataclass
+class _Condition:
+    """An open `.if`: which sections the lines after it may belong to."""
+
+    number: int
+    before: list[_HaproxySection]
+    ends: list[_HaproxySection] = field(default_factory=list)
+
+
+class _ServerOption(NamedTuple):
+    """A word of a `server` line, its place among them, and its argument where it takes one."""
+
+    place: int
+    keyword: bytes
+    argument: bytes | None
 
 
 class ServerLine(NamedTuple):
     """A `server` line: the places of its `backup` words, each with the space before, and where one
-    would go."""
+    would go; why it takes no traffic by its own words."""
 
     number: int
     address: str
     backups: tuple[tuple[int, int], ...]
     place: int
+    idle: str | None = None
 
 
 class BackendText(NamedTuple):
-    """The part of haproxy.cfg that says who is active."""
+    """The part of HAProxy's configuration that says who is active."""
 
     file: str
     text: bytes
@@ -2795,6 +2843,8 @@ class BackendText(NamedTuple):
     strangers: tuple[int, ...]  # lines of other servers that are no backup
     warnings: tuple[str, ...]
     state_file: str | None
+    all_backups: bool  # all usable backups share the traffic, and not only the first takes it
+    hard_stop_s: float | None  # when an old process cuts its last connections
 
     def roles(self) -> dict[str, str]:
         """Each colour as the file has it."""
@@ -2820,6 +2870,9 @@ class BackendText(NamedTuple):
         return active[0]
 
 
+# How HAProxy splits its text: words, conditions, sections
+
+
 def _haproxy_refusal(file: str, number: int, why: str) -> GuardError:
     return GuardError(
         f"{file} line {number}: {why}",
@@ -2836,155 +2889,322 @@ def _plain_word(raw: bytes) -> bytes | None:
     return raw.replace(bytes(quotes), b"") if quotes else raw
 
 
-def _haproxy_sections(text: bytes, file: str) -> list[list[_HaproxyLine]]:
-    """The file's lines that say something, by section, each section's title first. Raises
-    GuardError."""
-    sections: list[list[_HaproxyLine]] = [[]]
-    depth = 0
+def _haproxy_words(line: bytes) -> list[tuple[int, int]] | None:
+    """Where each word of a line stands, up to a comment; None where a quote or an escape does not
+    end."""
+    spans: list[tuple[int, int]] = []
+    place = len(line) - len(line.lstrip())
+    while place < len(line) and line[place] != ord("#"):
+        match = _HAPROXY_WORD.match(line, place)
+        if match is None:
+            return None
+        spans.append(match.span())
+        place = len(line) - len(line[match.end() :].lstrip())
+    return spans
+
+
+def _haproxy_lines(text: bytes, file: str) -> Iterator[_HaproxyLine]:
+    """The lines that say something. Raises GuardError."""
     for number, line in enumerate(text.split(b"\n"), 1):
-        spans: list[tuple[int, int]] = []
-        place = len(line) - len(line.lstrip())
-        while place < len(line) and line[place] != ord("#"):
-            if (match := _HAPROXY_WORD.match(line, place)) is None:
-                raise _haproxy_refusal(file, number, "a quote or an escape does not end")
-            spans.append(match.span())
-            place = len(line) - len(line[match.end() :].lstrip())
+        spans = _haproxy_words(line)
+        if spans is None:
+            raise _haproxy_refusal(file, number, "a quote or an escape does not end")
         if not spans:
             continue
-        words = [_plain_word(line[start:end]) for start, end in spans]
+        raw = [line[start:end] for start, end in spans]
+        if raw[0].startswith(b"{%") or any(map(_TEMPLATE.match, raw)):
+            raise GuardError(
+                f"{file} line {number}: this is a template, and no text that HAProxy reads",
+                "write into [haproxy] config the file that is made from it",
+            )
+        words = list(map(_plain_word, raw))
         if words[0] is None:
             raise _haproxy_refusal(file, number, "its first word can't be read for certain")
-        depth += (words[0] == b".if") - (words[0] == b".endif")
-        if words[0] in _HAPROXY_SECTIONS:
-            sections.append([])
-        sections[-1].append(_HaproxyLine(number, words, spans, depth > 0 or words[0] == b".endif"))
-    return sections[1:]
+        yield _HaproxyLine(file, number, line, words, spans)
 
 
-def _inherited(sections: list[list[_HaproxyLine]], own: list[_HaproxyLine]) -> list[_HaproxyLine]:
+def _follow_condition(
+    line: _HaproxyLine, conditions: list[_Condition], current: list[_HaproxySection]
+) -> list[_HaproxySection]:
+    """The sections that the next line may belong to, after `.if`, `.elif`, `.else` or `.endif`:
+    after the last, that of before and what each branch ended in. Raises GuardError."""
+    if line.words[0] == b".if":
+        conditions.append(_Condition(line.number, current))
+        return current
+    if not conditions:
+        raise line.refusal("there is no `.if` before it")
+    condition = conditions[-1]
+    condition.ends += current
+    if line.words[0] != b".endif":
+        return condition.before
+    conditions.pop()
+    found: list[_HaproxySection] = []
+    for section in (*condition.before, *condition.ends):
+        if section not in found:
+            found.append(section)
+    return found
+
+
+def _haproxy_sections(text: bytes, file: str) -> list[_HaproxySection]:
+    """The file's sections. A line that may belong to several, as a condition decides, is in each.
+    Raises GuardError."""
+    sections: list[_HaproxySection] = []
+    current: list[_HaproxySection] = []
+    conditions: list[_Condition] = []
+    unsure: int | None = None  # the `.if` that left more than one section open
+    for line in _haproxy_lines(text, file):
+        word = line.words[0]
+        if word in (b".if", b".elif", b".else", b".endif"):
+            current = _follow_condition(line, conditions, current)
+            if word == b".if" and unsure is None:
+                unsure = line.number
+            if not conditions and len(current) < 2:
+                unsure = None
+        elif word in _HAPROXY_SECTIONS:
+            if not conditions:
+                unsure = None
+            current = [_HaproxySection(line._replace(condition=unsure))]
+            sections += current
+        else:
+            for section in current:
+                section.lines.append(line._replace(condition=unsure))
+    return sections
+
+
+def _inherited(sections: list[_HaproxySection], own: _HaproxySection) -> list[_HaproxyLine]:
     """The lines of `defaults` that hold for a section: those of the one it names, else of the last
-    one above it."""
-    title = own[0].words
-    name = title[title.index(b"from") + 1 :][:1] if b"from" in title[1:] else []
-    if title[0] == b"defaults" and not name:
+    one above it, in whichever file; of one that a condition may switch off, and the next too."""
+    words = own.title.words
+    name = words[words.index(b"from") + 1 :][:1] if b"from" in words[1:] else []
+    if own.kind == b"defaults" and not name:
         return []
-    above = (
-        section for section in sections[: sections.index(own)] if section[0].words[0] == b"defaults"
-    )
-    found = [section for section in above if not name or section[0].words[1:2] == name]
-    return _inherited(sections, found[-1]) + found[-1] if found else []
+    place = next(i for i, section in enumerate(sections) if section is own)
+    lines: list[_HaproxyLine] = []
+    for section in reversed(sections[:place]):
+        named = not name or section.name == name[0]
+        if section.kind == b"defaults" and named:
+            lines = _inherited(sections, section) + section.lines + lines
+            if section.title.condition is None:
+                break
+    return lines
 
 
-def _read_server(line: _HaproxyLine, file: str) -> ServerLine:
-    """A `server` line of the backend. Raises GuardError for one that can't be read or rewritten for
-    certain."""
-    if None in line.words or len(line.words) < 3:
-        raise _haproxy_refusal(
-            file, line.number, "a word of this server can't be read for certain (quotes, escapes)"
-        )
-    words = [word or b"" for word in line.words]
-    backups, index = [], 3
-    while index < len(words):
-        if words[index] == b"no-backup":
-            raise _haproxy_refusal(
-                file, line.number, "`no-backup` and `backup` overrule each other"
-            )
-        if words[index] == b"backup":
-            backups.append((line.spans[index - 1][1], line.spans[index][1]))
-        index += 1 if _SERVER_FLAG.fullmatch(words[index]) else 2
-    place = line.spans[3 if words[3:4] == [b"check"] else 2][1]
-    return ServerLine(line.number, words[2].decode(errors="replace"), tuple(backups), place)
+# The backend's servers
 
 
-def read_backend(text: bytes, file: str, rule: HaproxyRule) -> BackendText:
-    """Who is active by haproxy.cfg, in any encoding. Raises GuardError, with the line, for what no
-    switch can change.
-
-    Judged as HAProxy reads it: quotes, comments, sections, `defaults`; where the environment or a
-    condition decides, it is refused, and so is whatever sends requests past the `backup` words.
-    """
-    sections = _haproxy_sections(text, file)
-    titles = ([b"backend", rule.backend.encode()], [b"listen", rule.backend.encode()])
-    uncertain = [
-        s[0]
-        for s in sections
-        if s[0].words[0] in (b"backend", b"listen") and s[0].words[1:2] in ([], [None])
-    ]
-    found = [section for section in sections if section[0].words[:2] in titles]
-    if uncertain or len(found) > 1:
-        number = (uncertain or [section[0] for section in found[1:]])[0].number
-        raise _haproxy_refusal(file, number, f"it may be a second backend {rule.backend}")
+def _find_backend(
+    sections: list[_HaproxySection], rule: HaproxyRule, files: Iterable[str]
+) -> _HaproxySection:
+    """The one backend whose servers are the colours. Raises GuardError."""
+    proxies = [section for section in sections if section.kind in (b"backend", b"listen")]
+    found = [section for section in proxies if section.name == rule.backend.encode()]
+    second = [section for section in proxies if section.name is None] + found[1:]
+    if second:
+        raise second[0].title.refusal(f"it may be a second backend {rule.backend}")
     if not found:
         raise GuardError(
-            f"{file} has no backend {rule.backend}", "correct `config` or `backend` in [haproxy]"
+            f"{', '.join(files)} has no backend {rule.backend}",
+            "correct `config` or `backend` in [haproxy]",
         )
-    own, inherited = found[0], _inherited(sections, found[0])
-    for line in (*inherited, *own):
-        words = line.words
-        if why := _OWN_ROUTES.get(words[0] or b""):
-            raise _haproxy_refusal(file, line.number, why)
-        if words[0] == b"default-server" and {b"backup", b"no-backup", None} & set(words):
-            raise _haproxy_refusal(file, line.number, "`default-server` decides who is a backup")
-        if line.conditional or (words[0] or b"").startswith((b".if", b".el")):
-            raise _haproxy_refusal(
-                file, line.number, "a condition (.if) decides about this backend"
-            )
+    if found[0].title.condition:
+        raise (
+            found[0]
+            .title._replace(number=found[0].title.condition)
+            .refusal("a condition (.if) decides about this backend")
+        )
+    return found[0]
+
+
+def _server_options(
+    line: _HaproxyLine, first: int, flags: Container[bytes] | None
+) -> list[_ServerOption]:
+    """The options of a `server` or `default-server` line, whose words from `first` on they are.
+    Raises GuardError for a line that can't be read for certain."""
+    options: list[_ServerOption] = []
+    for start, end in line.spans:
+        if b"[*]" in line.text[start:end]:
+            raise line.refusal("one of its words may become several (`[*]`)")
+    index = first
+    while index < len(line.words):
+        word = line.words[index]
+        if word is None:
+            raise line.refusal("a word of this server can't be read for certain (quotes, escapes)")
+        if flags is None:
+            is_flag = _SERVER_FLAG.fullmatch(word) is not None
+        else:
+            is_flag = word in flags
+        argument = None if is_flag else next(iter(line.words[index + 1 :]), None)
+        options.append(_ServerOption(index, word, argument))
+        index += 1 if is_flag else 2
+    return options
+
+
+def _why_idle(options: Iterable[_ServerOption]) -> str | None:
+    """Why a server with these options, the last of which count, gets no requests; None where it
+    does."""
+    idle: dict[str, str] = {}
+    for option in options:
+        match option.keyword, option.argument:
+            case b"disabled", _:
+                idle["disabled"] = "`disabled`"
+            case b"enabled", _:
+                idle.pop("disabled", None)
+            case b"redir", _:
+                idle["redir"] = "`redir`, so HAProxy itself answers its requests"
+            case b"weight", b"0":
+                idle["weight"] = "`weight 0`"
+            case b"weight", _:
+                idle.pop("weight", None)
+    return next(iter(idle.values()), None)
+
+
+def _read_server(
+    line: _HaproxyLine,
+    defaults: list[_ServerOption],
+    flags: Container[bytes] | None,
+) -> ServerLine:
+    """A `server` line of the backend. Raises GuardError for one that can't be read or rewritten for
+    certain."""
+    if len(line.words) < 3 or line.words[1] is None:
+        raise line.refusal("the name of this server can't be read for certain (quotes, escapes)")
+    if line.condition:
+        raise line._replace(number=line.condition).refusal(
+            "a condition (.if) decides about this backend"
+        )
+    options = _server_options(line, 3, flags)
+    keywords = [option.keyword for option in options]
+    if b"no-backup" in keywords:
+        raise line.refusal("`no-backup` and `backup` overrule each other")
+    backups = [
+        (line.spans[option.place - 1][1], line.spans[option.place][1])
+        for option in options
+        if option.keyword == b"backup"
+    ]
+    before = 3 if line.words[3:4] == [b"check"] else 2  # a `backup` goes after what people expect
+    address = (line.words[2] or b"").decode(errors="replace")
+    idle = _why_idle([*defaults, *options])
+    return ServerLine(line.number, address, tuple(backups), line.spans[before][1], idle)
+
+
+def _read_servers(
+    lines: Iterable[_HaproxyLine], rule: HaproxyRule, flags: Container[bytes] | None
+) -> tuple[dict[str, ServerLine], list[int]]:
+    """The colours' servers, and the lines of others that are no backup. Raises GuardError."""
     colors = {name.encode(): color for color, name in rule.servers.items()}
     servers: dict[str, ServerLine] = {}
-    strangers = []
-    for line in (line for line in own if line.words[0] == b"server"):
-        server, color = _read_server(line, file), colors.get(line.words[1] or b"")
+    strangers: list[int] = []
+    defaults: list[_ServerOption] = []
+    for line in lines:
+        if line.starts(b"default-server"):
+            defaults += _server_options(line, 1, flags)
+        if any(option.keyword in (b"backup", b"no-backup") for option in defaults):
+            raise line.refusal("`default-server` decides who is a backup")
+        if not line.starts(b"server"):
+            continue
+        server = _read_server(line, defaults, flags)
+        color = colors.get(line.words[1] or b"")
         if color in servers:
-            raise _haproxy_refusal(file, line.number, f"a second server {rule.servers[color]}")
+            raise line.refusal(f"a second server {rule.servers[color]}")
         if color:
             servers[color] = server
         elif not server.backups:
             strangers.append(line.number)
-    if missing := [rule.servers[color] for color in COLORS if color not in servers]:
-        what = (
-            f"{file} line {own[0].number}: backend {rule.backend} has no server "
-            f"{' and no server '.join(missing)}"
+    return servers, strangers
+
+
+def read_backend(
+    files: Mapping[str, bytes], rule: HaproxyRule, flags: Container[bytes] | None = None
+) -> BackendText:
+    """Who is active by the text of HAProxy's files, in their order and in any encoding.
+
+    Judged as HAProxy reads it: quotes, comments, sections, `defaults`; where the environment or a
+    condition decides, it is refused, and so is whatever sends requests past the `backup` words.
+    `flags`: the words of a `server` line that take no argument, as the installed HAProxy has them.
+    Raises GuardError, with the line, for what no switch can change.
+    """
+    sections = [
+        section for file, text in files.items() for section in _haproxy_sections(text, file)
+    ]
+    own = _find_backend(sections, rule, files)
+    lines = [*_inherited(sections, own), *own.lines]
+    for line in lines:
+        for words, why in _OWN_ROUTES.items():
+            if line.starts(*words):
+                raise line.refusal(why)
+    servers, strangers = _read_servers(lines, rule, flags)
+    missing = [rule.servers[color] for color in COLORS if color not in servers]
+    if missing:
+        raise GuardError(
+            f"{own.title.file} line {own.title.number}: backend {rule.backend} has no server "
+            f"{' and no server '.join(missing)}",
+            "correct `servers` in [haproxy]",
         )
-        raise GuardError(what, "correct `servers` in [haproxy]")
-    warnings, state_file = _haproxy_warnings(sections, own, rule.backend.encode())
+    settings = _global_settings(sections)
+    state_file = _state_file(settings, lines)
     return BackendText(
-        file, text, {c: servers[c] for c in COLORS}, tuple(strangers), warnings, state_file
+        own.title.file,
+        files[own.title.file],
+        {color: servers[color] for color in COLORS},
+        tuple(strangers),
+        tuple(_haproxy_warnings(sections, own, state_file)),
+        state_file,
+        any(line.starts(b"option", b"allbackups") for line in lines),
+        _haproxy_seconds(settings.get(b"hard-stop-after", "")),
     )
 
 
+def _global_settings(sections: list[_HaproxySection]) -> dict[bytes, str]:
+    """What `global` says, keyword to its first argument."""
+    settings: dict[bytes, str] = {}
+    for section in sections:
+        if section.kind == b"global":
+            for line in section.lines:
+                if len(line.words) > 1:
+                    settings[line.words[0] or b""] = (line.words[1] or b"").decode(errors="replace")
+    return settings
+
+
+def _haproxy_seconds(text: str) -> float | None:
+    """HAProxy's way to write a time, milliseconds where it has no unit."""
+    match = re.fullmatch(r"(\d+)(us|ms|s|m|h|d)?", text)
+    return int(match[1]) * _TIME_UNITS_S[match[2] or "ms"] if match else None
+
+
+def _state_file(settings: Mapping[bytes, str], lines: Iterable[_HaproxyLine]) -> str | None:
+    """The file that a new process reads the servers' states from; None where the backend has
+    none."""
+    path = settings.get(b"server-state-file", "")
+    loads = any(line.starts(b"load-server-state-from-file", b"global") for line in lines)
+    if not path or not loads:
+        return None
+    return path if path.startswith("/") else f"{settings.get(b'server-state-base', '')}/{path}"
+
+
 def _haproxy_warnings(
-    sections: list[list[_HaproxyLine]], own: list[_HaproxyLine], backend: bytes
-) -> tuple[tuple[str, ...], str | None]:
-    """What the configuration lacks to lose no request, with its cost; and the file that HAProxy
-    reads states from."""
+    sections: list[_HaproxySection], own: _HaproxySection, state_file: str | None
+) -> list[str]:
+    """What the configuration lacks to lose no request, with its cost."""
 
-    def lacks(section: list[_HaproxyLine], *words: bytes) -> bool:
-        return all(
-            line.words[: len(words)] != [*words]
-            for line in (*_inherited(sections, section), *section)
-        )
+    def has(section: _HaproxySection, option: bytes) -> bool:
+        lines = (*_inherited(sections, section), *section.lines)
+        return any(line.starts(b"option", option) for line in lines)
 
-    fronts = [
-        s
-        for s in sections
-        if s[0].words[0] in (b"frontend", b"listen") and any(backend in x.words for x in s)
-    ]
-    lacking = [option for option in (b"httpchk", b"redispatch") if lacks(own, b"option", option)]
-    if any(lacks(front, b"option", b"idle-close-on-response") for front in fronts):
+    fronts = []
+    for section in sections:
+        leads = any(own.name in line.words for line in (section.title, *section.lines))
+        if section.kind in (b"frontend", b"listen") and leads:
+            fronts.append(section)
+    lacking = [option for option in (b"httpchk", b"redispatch") if not has(own, option)]
+    if not all(has(front, b"idle-close-on-response") for front in fronts):
         lacking.append(b"idle-close-on-response")
     warnings = [f"no `option {option.decode()}`: {_COSTS[option]}" for option in lacking]
-    lines = [
-        line.words for section in sections if section[0].words[0] == b"global" for line in section
-    ]
-    settings = {
-        words[0]: (words[1] or b"").decode(errors="replace") for words in lines if len(words) > 1
-    }
-    state_file: str | None = settings.get(b"server-state-file")
-    if not state_file or lacks(own, b"load-server-state-from-file", b"global"):
+    if state_file is None:
         missing = "`server-state-file` in global, or `load-server-state-from-file global`"
-        return (*warnings, f"no {missing}: {_COSTS[b'state']}"), None
-    base = settings.get(b"server-state-base", "")
-    return tuple(warnings), state_file if state_file.startswith("/") else f"{base}/{state_file}"
+        warnings.append(f"no {missing}: {_COSTS[b'state']}")
+    return warnings
+
+
+# What is written
 
 
 def switch_text(found: BackendText, color: str) -> bytes:
@@ -3008,14 +3228,33 @@ def render_diff(old: bytes, new: bytes, file: str) -> bytes:
     return b"".join(difflib.diff_bytes(difflib.unified_diff, before, after, name, name))
 
 
+def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
+    """`show servers state` without the servers whose address in the file is another one by now: a
+    new server would take over the health of the one that had its name."""
+    wanted = {rule.servers[color]: server.address for color, server in found.servers.items()}
+
+    def moved(fields: list[str]) -> bool:
+        if len(fields) <= 18 or fields[1] != rule.backend:
+            return False
+        address = wanted.get(fields[3], "")
+        literal = re.fullmatch(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)", address)
+        return literal is not None and literal.groups() != (fields[4], fields[18])
+
+    return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
+
+
+# What HAProxy says of itself
+
+
 def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
     """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is
     something else."""
-    rows = csv.DictReader(text.removeprefix("# ").splitlines())
-    named = [
-        row for row in rows if row.get("pxname") == backend and row.get("status") and row.get("bck")
-    ]
-    return [row for row in named if row["svname"] not in ("FRONTEND", "BACKEND")]
+    servers = []
+    for row in csv.DictReader(text.removeprefix("# ").splitlines()):
+        complete = row.get("pxname") == backend and row.get("status") and row.get("bck")
+        if complete and row["svname"] not in ("FRONTEND", "BACKEND"):
+            servers.append(row)
+    return servers
 
 
 def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
@@ -3027,17 +3266,7 @@ def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
     return next(iter(pids[0]), None), pids[1], int(failed[1]) if failed else 0
 
 
-def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
-    """`show servers state` without the servers whose address in the file is another one by now: a
-    new server would take over the health of the one that had its name."""
-    wanted = {rule.servers[color]: server.address for color, server in found.servers.items()}
-
-    def moved(fields: list[str]) -> bool:
-        address = wanted.get(fields[3]) if len(fields) > 18 and fields[1] == rule.backend else None
-        literal = re.fullmatch(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)", address or "")
-        return literal is not None and literal.groups() != (fields[4], fields[18])
-
-    return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
+# Who gets the requests
 
 
 def is_usable(row: _Row) -> bool:
@@ -3049,9 +3278,8 @@ def decide_traffic(rows: Iterable[_Row]) -> list[str]:
     """The servers that get the requests as HAProxy routes: all usable ones, else the first usable
     backup."""
     usable = list(filter(is_usable, rows))
-    return [row["svname"] for row in usable if row["bck"] == "0"] or [
-        row["svname"] for row in usable[:1]
-    ]
+    active = [row["svname"] for row in usable if row["bck"] == "0"]
+    return active or [row["svname"] for row in usable[:1]]
 
 
 def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
@@ -3062,10 +3290,8 @@ def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
 
 def live_roles(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, str]:
     """Each colour as the running HAProxy read it, whatever the file says by now."""
-    return {
-        c: "backup" if row["bck"] == "1" else "active"
-        for c, row in rows_by_color(rows, rule).items()
-    }
+    roles = {"0": "active", "1": "backup"}
+    return {color: roles[row["bck"]] for color, row in rows_by_color(rows, rule).items()}
 
 
 def traffic_warnings(
@@ -3073,10 +3299,15 @@ def traffic_warnings(
 ) -> list[str]:
     """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty
     where unreadable."""
-    row_of, runs = rows_by_color(rows, rule), live_roles(rows, rule)
-    lost = [name for color, name in rule.servers.items() if color not in row_of]
-    warnings = [f"HAProxy runs no server {name} in {rule.backend}" for name in lost]
-    if differ := [color for color in runs if roles and runs[color] != roles[color]]:
+    row_of = rows_by_color(rows, rule)
+    runs = live_roles(rows, rule)
+    warnings = [
+        f"HAProxy runs no server {name} in {rule.backend}"
+        for color, name in rule.servers.items()
+        if color not in row_of
+    ]
+    differ = [color for color in runs if roles and runs[color] != roles[color]]
+    if differ:
         said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
         warnings.append(f"HAProxy does not run what its file says: {said}; a reload was lost")
     takers = decide_traffic(rows)
@@ -3087,9 +3318,9 @@ def traffic_warnings(
             )
         elif row["svname"] not in takers and not is_usable(row):
             warnings.append(f"{color} is {row['status']}: it would not take over")
-    return (
-        warnings if takers else [*warnings, "HAProxy has no server for the traffic: requests fail"]
-    )
+    if not takers:
+        warnings.append("HAProxy has no server for the traffic: requests fail")
+    return warnings
 
 
 # ==============================================================================
@@ -6075,7 +6306,7 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     servers = {color: dict.fromkeys(("traffic", "file", "status", "address")) for color in COLORS}
     roles: dict[str, str] = {}
     try:
-        found = read_backend(Path(rule.config).read_bytes(), rule.config, rule)
+        found = read_backend({rule.config: Path(rule.config).read_bytes()}, rule)
         roles = found.roles()
         warnings += found.warnings
         for color in COLORS:
@@ -6282,7 +6513,7 @@ class Switch:
         """Refuse whatever could leave two active colours or none, before anything is touched.
         Raises GuardError."""
         entry, rule = self.entry, self.rule
-        self.found = read_backend(self.real.read_bytes(), rule.config, rule)
+        self.found = read_backend({rule.config: self.real.read_bytes()}, rule)
         entry.before = self.found.active()
         for warning in self.found.warnings:
             self.say(f"warning: {warning}")

@@ -23,7 +23,7 @@ EXAMPLES = int(os.environ.get("ESTELLE_TEST_EXAMPLES", "20"))
 
 
 def read(text: bytes) -> est.BackendText:
-    return est.read_backend(text, FILE, RULE)
+    return est.read_backend({FILE: text}, RULE)
 
 
 def refusal(text: bytes) -> str:
@@ -78,8 +78,15 @@ def test_the_documents_example_there_and_back(encoding: str, end: str):
         ("server blue a:1\nserver green b:1 backup\nserver third c:1\n", 6, "another server"),
         ("server blue a:1\nserver green b:1 backup\nserver-template x 2 c:1\n", 6, "one by one"),
         ("server blue a:1\nserver green b:1 no-backup\n", 5, "no-backup"),
-        ('server blue a:1\nserver green "${GREEN}" backup\n', 5, "quotes"),
-        ("server blue a:1\nserver green b\\ c backup\n", 5, "quotes, escapes"),
+        ('server blue a:1\nserver green b:1 "${GREEN}" backup\n', 5, "quotes"),
+        ('server blue a:1\nserver green "${A[*]}" backup\n', 5, "several"),
+        ("server blue a:1\nserver green {{ b }}:1 backup\n", 5, "template"),
+        ('server blue a:1\nserver green "{{ b }}:1" backup\n', 5, "template"),
+        ("{% if x %}\nserver blue a:1\nserver green b:1 backup\n", 4, "template"),
+        ("server blue a:1\nserver green b:1 backup\nbind :<%= port %>\n", 6, "template"),
+        ("server blue a:1\nserver green b:1 b\\ c backup\n", 5, "quotes, escapes"),
+        ("dispatch a:1\nserver blue a:1\nserver green b:1 backup\n", 4, "past the servers"),
+        ("option transparent\nserver blue a:1\nserver green b:1 backup\n", 4, "past the servers"),
         ('server blue a:1\nserver green b:1 "backup\n', 5, "does not end"),
         ("default-server check backup\nserver blue a:1\nserver green b:1 backup\n", 4, "default-server"),
         ("default-server no-backup\nserver blue a:1\nserver green b:1 backup\n", 4, "default-server"),
@@ -101,12 +108,34 @@ def test_refused_with_the_line(lines: str, number: int, word: str):
     assert word in said
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ".if defined(X)\nbackend other\nserver x c:1\n.endif\n",
+        ".if defined(X)\nbackend other\n.else\nlisten third\n.endif\nbackend fourth\nserver y d:1\n",
+        ".if defined(X)\noption httpchk\n.endif\n",
+        'server third "${C}:81" backup\n',
+        "server third c:1 cookie a\\ b backup\n",
+        'server third c:1 cookie "a b" backup\n',
+        'default-server inter "${INTER}" rise 1\n',
+        'log-format \'{"a":{"b":"%ci"}}\'\n',
+    ],
+)
+def test_everyday_texts_are_read(lines: str):
+    found = read(
+        HEAD + b'server blue "${BLUE}:81" strict-maxconn\nserver green b:1 check-reuse-pool backup\n' + lines.encode()
+    )
+    assert found.active() == "blue"
+    assert read(est.switch_text(found, "green")).active() == "green"
+
+
 def test_refused_in_what_it_inherits():
     servers = b"backend be\nserver blue a:1\nserver green b:1 backup\n"
     assert "line 2" in refusal(b"defaults\ncookie SRV insert\n" + servers)
     assert "line 3" in refusal(b"defaults a\nmode http\ncookie X insert\ndefaults b from a\nmode http\n" + servers)
     read(b"defaults a\ncookie SRV insert\ndefaults b\nmode http\n" + servers)
     read(b"defaults b\nmode http\ndefaults a\ncookie S insert\n" + servers.replace(b"be\n", b"be from b\n"))
+    assert "line 2" in refusal(b"defaults\ncookie S insert\n.if 1\ndefaults\nmode http\n.endif\n" + servers)
     assert "condition" in refusal(b".if 1\n" + servers + b".endif\n")
     assert "no backend be" in refusal(b"backend other\nserver blue a:1\n")
 
@@ -135,7 +164,7 @@ def test_only_the_keyword_goes(old: bytes, new: bytes):
 def test_a_server_may_be_called_backup():
     rule = est.HaproxyRule(host="data", backend="be", servers={"blue": "backup", "green": "check"})
     text = HEAD + b"server backup a:1\nserver check b:1 backup\n"
-    found = est.read_backend(text, FILE, rule)
+    found = est.read_backend({FILE: text}, rule)
     assert found.active() == "blue"
     assert est.switch_text(found, "green") == HEAD + b"server backup a:1 backup\nserver check b:1\n"
 
