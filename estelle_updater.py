@@ -288,9 +288,8 @@ PING_INTERVAL_S = PING_TIMEOUT_S = (
 )
 WELCOME_S = 10.0
 PUBLIC_S = 3.0
-OUTSIDE_EVERY = (
-    10  # of the failed tries one asks the outside world again: the network may have come up late
-)
+# of the failed tries one asks the outside world again: the network may have come up late
+OUTSIDE_EVERY = 10
 PROVE_TRIES = 5
 PRUNE_FIRST_S, PRUNE_S = (
     60.0,
@@ -318,9 +317,8 @@ HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 TRAFFIC_S = 60.0
 MCP_CALLS = 32  # at once: more is a client gone wild
-MCP_LINGER_S = (
-    1.5  # for what was asked before the input ended; after 2 s the official client kills us
-)
+# for what was asked before the input ended; after 2 s the official client kills us
+MCP_LINGER_S = 1.5
 MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
 MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
@@ -379,9 +377,8 @@ LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_RETRY_S = 1.0  # a result waits for room on a full disk, for as long as that takes
 DOWNLOAD_S = 120.0
 TRY_S = 60.0  # a new program tries itself on a slow host
-BACK_S = (
-    60.0  # the contract: a daemon with a new program is welcomed by then, or gets the old one back
-)
+# the contract: a daemon with a new program is welcomed by then, or gets the old one back
+BACK_S = 60.0
 OBEY_S = 15.0  # a daemon that has not restarted by then is killed, to get the old program back
 MOVE_LOOK_S = (2.0, 5.0)  # between two looks whether the master that masterUrl names by now answers
 
