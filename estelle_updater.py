@@ -235,12 +235,10 @@ TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
 # Sizes in bytes
-CHUNK_BYTES = (
-    64 << 10
-)  # the knee: smaller costs per message, larger delays whoever shares the connection
-WINDOW_BYTES = (
-    1 << 20
-)  # unacknowledged on one connection, so that no live line waits behind megabytes
+# the knee: smaller costs per message, larger delays whoever shares the connection
+CHUNK_BYTES = 64 << 10
+# unacknowledged on one connection, so that no live line waits behind megabytes
+WINDOW_BYTES = 1 << 20
 ACK_BYTES = 256 << 10
 SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
@@ -253,9 +251,8 @@ SECRET_BYTES = 6  # shorter values are too common to mask
 TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
 MESSAGE_BYTES = 4 << 20
 RUNNER_LOG_BYTES = 1 << 20
-INCOMING_BYTES = (
-    1 << 20
-)  # what the master takes as one message, times CONNECTIONS that are never finished
+# what the master takes as one message, times CONNECTIONS that are never finished
+INCOMING_BYTES = 1 << 20
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
 
@@ -354,9 +351,8 @@ PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an a
 INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
-NEWS_TOLD_S = (
-    7 * NEWS_S
-)  # a message is remembered, so that a result that is reported again is not told again
+# a message is remembered, so that a result that is reported again is not told again
+NEWS_TOLD_S = 7 * NEWS_S
 NEWS_KEPT = 200  # messages that may wait for one receiver
 NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
 NEWS_BYTES = {
@@ -2185,9 +2181,8 @@ def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
     allowed."""
     if old is None or (old.provisional and new.revision >= old.revision and not new.provisional):
         return True
-    later = (
-        new.revision > old.revision or new.state in FINAL
-    )  # a host may forget its revisions in a power loss
+    # a host may forget its revisions in a power loss
+    later = new.revision > old.revision or new.state in FINAL
     return later and new.state in NEXT_STATES[old.state]
 
 
@@ -4039,9 +4034,8 @@ class StateFolder:
         self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
         self.index = root / "history.jsonl"
-        self.last_master = (
-            root / "last-master"
-        )  # the URL of the master that this host was, or was welcomed by, last
+        # the URL of the master that this host was, or was welcomed by, last
+        self.last_master = root / "last-master"
         self.serve_file = root / "serve.json"  # how the daemon was started
         self._machine = ""
 
@@ -4650,9 +4644,8 @@ class Certificate:
 MARK = "ESTELLE_RUN"
 RESTART_EXIT = 75  # EX_TEMPFAIL: a failure for every supervisor
 DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
-PIPE_BYTES = (
-    1 << 20
-)  # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
+# Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
+PIPE_BYTES = 1 << 20
 StrPath: TypeAlias = str | os.PathLike[str]
 HIDDEN: dict[str, Any] = (
     {"creationflags": 0x08000000} if os.name == "nt" else {}
@@ -4781,9 +4774,8 @@ def _read_process(pid: int) -> _Process | None:
     if not stat:
         return None
     state, parent, _, *more = stat[stat.rindex(b")") + 2 :].split()
-    alive = (
-        state not in (b"Z", b"X") or int(more[14]) > 1
-    )  # a zombie with threads: only its first one ended
+    # a zombie with threads: only its first one ended
+    alive = state not in (b"Z", b"X") or int(more[14]) > 1
     found = re.search(rb"(?:\A|\0)" + MARK.encode() + rb"=([^\0]*)", environ)
     return _Process(int(parent), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
 
@@ -5153,9 +5145,8 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
     command: str | list[str] = [program, *argv[1:]]
     flags = 0
     if sys.platform == "win32":
-        flags = (
-            subprocess.CREATE_NO_WINDOW | 0x4
-        )  # CREATE_SUSPENDED: it starts nothing before it is in its job
+        # CREATE_SUSPENDED: it starts nothing before it is in its job
+        flags = subprocess.CREATE_NO_WINDOW | 0x4
         if program.lower().endswith((".cmd", ".bat")):
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
     try:
@@ -5471,9 +5462,8 @@ def probe_ground(
     url = b""
     try:
         url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url")
-        inside = (
-            bool(url) and (repo / ".git").exists()
-        )  # else the answer may be the user's own configuration's
+        # else the answer may be the user's own configuration's
+        inside = bool(url) and (repo / ".git").exists()
         inside = (
             inside or git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
         )
@@ -5813,9 +5803,8 @@ class Runner:
             self.begin(step.label)
         try:
             argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            env = (
-                self.env | {"LANGUAGE": "en"} if step.argv[0] == "git" else self.env
-            )  # for `explain_failure`
+            # for `explain_failure`
+            env = self.env | {"LANGUAGE": "en"} if step.argv[0] == "git" else self.env
             child = spawn_step(argv, self.repo, env, mark=self.job.open_step or "")
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
@@ -9684,9 +9673,8 @@ def news_text(form: str, news: Mapping[str, Any]) -> str:
         elif lines:
             text = f"{head}\n\n{end}"
         if form == "slack":
-            text = (
-                text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-            )  # else <!channel> calls all
+            # else <!channel> calls all
+            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         data = text.encode("utf-8", "replace")
         if not lines or len(data) <= NEWS_BYTES[form]:
             return data[: NEWS_BYTES[form]].decode("utf-8", "ignore")
@@ -10216,9 +10204,8 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
     """Start a run; a connection that dies before the answer is no reason to start two. Raises
     UpdaterError."""
     deadline = time.monotonic() + patience_s
-    looks_s = (
-        checks_take_s(caller.config.health) if order.kind is Kind.SWITCH else 0
-    )  # the master asks for them first
+    # the master asks for them first
+    looks_s = checks_take_s(caller.config.health) if order.kind is Kind.SWITCH else 0
     asked = False
     while True:
         try:
