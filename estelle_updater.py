@@ -243,6 +243,7 @@ ACK_BYTES = 256 << 10
 SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
+ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
@@ -372,6 +373,7 @@ CERTIFICATE_DAYS = (0, 1, 3, 7, 14)  # left, when a certificate's end is announc
 LOCAL_LOOK_S = 0.05  # between two looks at a file that a person follows
 RESULT_RETRY_S = 1.0  # a result waits for room on a full disk, for as long as that takes
 DOWNLOAD_S = 120.0
+FETCH_S = 600.0  # for `build`, of all packages
 TRY_S = 60.0  # a new program tries itself on a slow host
 # the contract: a daemon with a new program is welcomed by then, or gets the old one back
 BACK_S = 60.0
@@ -433,6 +435,10 @@ class TargetError(UpdaterError):
     """No such target, or nobody of it is online."""
 
     exit_code = 4
+
+
+class OverdueError(UpdaterError):
+    """A command did not end by its deadline; nothing of it is left running."""
 
 
 class GuardError(UpdaterError):
@@ -4692,13 +4698,16 @@ def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
     The host's own `env` goes on top. A GIT_SSH or GIT_SSH_COMMAND in `env` stays: somebody
     configured it.
     """
-    dropped = _DAEMON_KEYS + (
-        f"|{_PM2_KEYS}" if "pm_id" in env or "PM_ID" in env else ""
-    )  # Windows says PM_ID
+    dropped = _DAEMON_KEYS
+    if "pm_id" in env or "PM_ID" in env:  # Windows says PM_ID
+        dropped += f"|{_PM2_KEYS}"
     kept = {key: value for key, value in env.items() if not re.fullmatch(dropped, key, _ANY_CASE)}
     if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
         kept |= {"GIT_SSH_COMMAND": _SSH_COMMAND, "GIT_SSH_VARIANT": "ssh"}
     return kept | _NO_PROMPTS
+
+
+_WINDOWS_PROGRAMS = (".com", ".exe", ".bat", ".cmd")
 
 
 def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> list[str]:
@@ -4712,19 +4721,20 @@ def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> lis
     has_folder = bool(os.path.dirname(name))
     if has_folder and cwd is None:
         return [name]
+    folders = [cwd or ""]
+    if not has_folder:
+        folders = [part.strip('"') for part in path_env.split(os.pathsep) if part]
     suffixes: tuple[str, ...] = ("",)
-    if os.name == "nt" and not name.lower().endswith(kinds := (".com", ".exe", ".bat", ".cmd")):
-        suffixes = (*kinds, "") if has_folder else kinds
-    folders = (
-        [cwd or ""]
-        if has_folder
-        else [part.strip('"') for part in path_env.split(os.pathsep) if part]
-    )
-    for path in (os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes):
+    if os.name == "nt" and not name.lower().endswith(_WINDOWS_PROGRAMS):
+        suffixes = (*_WINDOWS_PROGRAMS, "") if has_folder else _WINDOWS_PROGRAMS
+    for folder, suffix in itertools.product(folders, suffixes):
+        path = os.path.join(folder, name + suffix)
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return [os.path.abspath(path)]
-    where, more = (f"in {cwd}", "") if has_folder else ("in PATH", f"; PATH is {path_env}")
-    raise UpdaterError(f"{name}: not found {where}", "it must be there and executable" + more)
+    hint = "it must be there and executable"
+    if has_folder:
+        raise UpdaterError(f"{name}: not found in {cwd}", hint)
+    raise UpdaterError(f"{name}: not found in PATH", f"{hint}; PATH is {path_env}")
 
 
 def render_cmd_line(argv: Sequence[str], shell: str) -> str:
@@ -4737,8 +4747,10 @@ def render_cmd_line(argv: Sequence[str], shell: str) -> str:
     for bad in (word for word in argv[1:] if re.search(r'["%!^&|<>\r\n\0]|\\$', word)):
         hint = 'a .cmd program takes no " % ! ^ & | < >, no line break and no \\ at the end'
         raise UpdaterError(f"{argv[0]}: cmd.exe would interpret the argument {bad!r}", hint)
-    words = [word if re.fullmatch(r"[\w./\\:@+-]+", word) else f'"{word}"' for word in argv[1:]]
-    line = " ".join([f'"{argv[0]}"', *words])
+    line = f'"{argv[0]}"'
+    for word in argv[1:]:
+        plain = re.fullmatch(r"[\w./\\:@+-]+", word)
+        line += f" {word}" if plain else f' "{word}"'
     return f'"{shell}" /d /s /c "{line}"'
 
 
@@ -4765,19 +4777,46 @@ def _pipe_name(pid: int | str, number: int) -> str | None:
 
 
 def _read_process(pid: int) -> _Process | None:
+    """The process of that number; None where there is none, or no /proc."""
     stat = environ = b""
     with suppress(OSError):  # it ended, it is another user's, there is no /proc
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            environ = file.read()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
     if not stat:
         return None
     state, parent, _, *more = stat[stat.rindex(b")") + 2 :].split()
+    threads, start = int(more[14]), int(more[16])
     # a zombie with threads: only its first one ended
-    alive = state not in (b"Z", b"X") or int(more[14]) > 1
+    alive = state not in (b"Z", b"X") or threads > 1
     found = re.search(rb"(?:\A|\0)" + MARK.encode() + rb"=([^\0]*)", environ)
-    return _Process(int(parent), int(more[16]), alive, os.fsdecode(found[1]) if found else None)
+    return _Process(int(parent), start, alive, os.fsdecode(found[1]) if found else None)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether that process runs; only Linux can tell."""
+    process = _read_process(pid)
+    return process is not None and process.alive
+
+
+def _read_table() -> dict[int, _Process]:
+    """Every process by its number; nothing elsewhere than on Linux."""
+    table: dict[int, _Process] = {}
+    if sys.platform != "linux":
+        return table
+    for name in os.listdir("/proc"):
+        process = _read_process(int(name)) if name.isdigit() else None
+        if process:
+            table[int(name)] = process
+    return table
+
+
+def _line_of(table: Mapping[int, _Process], pid: int) -> set[int]:
+    """A process and its ancestors."""
+    line = set[int]()
+    while pid in table and pid not in line:
+        line.add(pid)
+        pid = table[pid].parent
+    return line
 
 
 def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = None) -> set[int]:
@@ -4788,58 +4827,43 @@ def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = N
     step is not ours. What carries another mark belongs to another step. Never this process or its
     ancestors.
     """
-    pids = (
-        [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        if sys.platform == "linux"
-        else []
-    )
-    table = {pid: process for pid in pids if (process := _read_process(pid))}
+    table = _read_table()
+    spared = _line_of(table, os.getpid())
     children: dict[int, list[int]] = {}
+    seeds = []
     for pid, process in table.items():
         children.setdefault(process.parent, []).append(pid)
-    family, spared, ancestor = set[int](), set[int](), os.getpid()
-    while ancestor in table:
-        spared.add(ancestor)
-        ancestor = table[ancestor].parent
-    seeds = [
-        pid for pid, process in table.items() if process.mark == mark or process.parent == root
-    ]
-    if pipe:  # `env -i` sheds the mark, not the output
-        seeds += [pid for pid in table if pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2))]
+        # `env -i` sheds the mark, not the output
+        writes = pipe and pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2))
+        if writes or process.mark == mark or process.parent == root:
+            seeds.append(pid)
+    family = set[int]()
     while seeds:
         pid = seeds.pop()
-        if (
-            pid in family
-            or pid in spared
-            or table[pid].start < since
-            or table[pid].mark not in (None, mark)
-        ):
-            continue
-        family.add(pid)
-        seeds += children.get(pid, [])
+        ours = table[pid].mark in (None, mark) and table[pid].start >= since
+        if ours and pid not in family and pid not in spared:
+            family.add(pid)
+            seeds += children.get(pid, [])
     return {pid for pid in family if table[pid].alive}
 
 
 def _kill_family(mark: str, deadline_s: float, **where: Any) -> tuple[int, set[int], bool]:
     """SIGKILL a step's processes, again and again as they may fork meanwhile: how many, those that
     live on as they are another user's, and whether none is left."""
-    killed, refused, deadline, pause_s = (
-        set[int](),
-        set[int](),
-        time.monotonic() + deadline_s,
-        0.002,
-    )
+    killed, refused = set[int](), set[int]()
+    deadline, pause_s = time.monotonic() + deadline_s, 0.002
     while (victims := _find_family(mark, **where) - refused) and time.monotonic() < deadline:
         for pid in victims:
-            with suppress(ProcessLookupError):
-                try:
-                    os.kill(pid, 9)
-                    killed.add(pid)
-                except PermissionError:  # sudo's child: waiting will not help
-                    refused.add(pid)
+            try:
+                os.kill(pid, 9)
+                killed.add(pid)
+            except ProcessLookupError:
+                pass
+            except PermissionError:  # sudo's child: waiting will not help
+                refused.add(pid)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.1)
-    refused = {pid for pid in refused if (process := _read_process(pid)) and process.alive}
+    refused = set(filter(is_alive, refused))
     return len(killed), refused, not victims and not refused
 
 
@@ -4858,38 +4882,42 @@ def _name_of(pid: int) -> str:
     with suppress(OSError):
         short = Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").rstrip("\n")
         words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")[:2]
-        return next(
-            (name for name in map(os.path.basename, words) if name.startswith(short)), short
-        )
+        for name in map(os.path.basename, words):
+            if name.startswith(short):
+                return name
+        return short
     return "?"
 
 
-def say_refused(pids: Iterable[int]) -> str:
+def refused_text(pids: Iterable[int]) -> str:
     """That these processes live on, for people; nothing where there are none."""
     names = ", ".join(f"{pid} {_name_of(pid)}" for pid in sorted(pids))
     return names and f"still running, belongs to another user: {names}"
 
 
-def say_running(family: set[int]) -> str:
+def running_text(family: set[int]) -> str:
     """What the rest of a family waits for, by name, for people; nothing where there is none."""
-    parents = {process.parent for pid in family if (process := _read_process(pid))}
-    names = [*dict.fromkeys(_name_of(pid) for pid in sorted(family - parents))]
-    return f"still running: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
+    parents = {process.parent for process in map(_read_process, family) if process}
+    names = [*dict.fromkeys(map(_name_of, sorted(family - parents)))]
+    if len(names) > 5:
+        names = [*names[:5], "..."]
+    return f"still running: {', '.join(names)}" if names else ""
 
 
 def runs_below(name: str, folders: Iterable[Path]) -> bool:
     """Whether a program called `name` runs with its working directory in one of `folders`; only
     Linux can tell."""
     places = [folder.resolve() for folder in folders]
-    for pid in os.listdir("/proc") if sys.platform == "linux" else ():
-        with suppress(OSError, ValueError):
-            if Path(f"/proc/{int(pid)}/comm").read_text().strip() != name:
+    for pid in _read_table():
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().strip() != name:
                 continue
-            try:
-                if any(map(Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to, places)):
-                    return True
-            except PermissionError:  # another user's: it may well run there
+            if any(map(Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to, places)):
                 return True
+        except PermissionError:  # another user's: it may well run there
+            return True
+        except OSError:
+            continue  # it ended
     return False
 
 
@@ -4909,10 +4937,10 @@ def adopt_orphans() -> bool:
 def bury_orphans(own: int) -> None:
     """Reap the adopted children that ended, up to the child `own`, which somebody else waits for;
     Linux only."""
-    with suppress(ChildProcessError):
-        while sys.platform == "linux" and (
-            ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        ):
+    if sys.platform != "linux":
+        return
+    with suppress(ChildProcessError):  # there are none
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if ended.si_pid == own:
                 break
             os.waitpid(ended.si_pid, 0)
@@ -4974,8 +5002,10 @@ class Spawned:
     def __init__(self, popen: subprocess.Popen[bytes], mark: str) -> None:
         assert popen.stdout is not None
         self.pid = popen.pid  # on POSIX its process group too
-        self._popen, self._out, self._mark = popen, popen.stdout, mark
+        self._popen, self._out, self._err = popen, popen.stdout, popen.stderr
+        self.mark = mark
         self.pipe = _pipe_name("self", self._out.fileno())
+        self.errors = b""  # the end of what came apart from the output
         self._exited = threading.Event()
         self._drain_until = float("inf")
         self._drained_bytes = 0
@@ -4989,6 +5019,8 @@ class Spawned:
     def _await_exit(self) -> None:
         self._popen.wait()
         self._exited.set()
+
+    # Its output and its end
 
     def wait(self) -> int:
         """Wait for the command's end; its exit code, 128 + n after signal n."""
@@ -5007,27 +5039,29 @@ class Spawned:
         until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while not self._over:
             now = time.monotonic()
-            if exited := self._exited.is_set():
+            exited = self._exited.is_set()
+            if exited:
                 self._drain_until = min(self._drain_until, now + DRAIN_S)
-            data = None
-            patience_s = max(
-                0.0, min(until, self._drain_until, now + 0.2) - now
+            drained = now >= self._drain_until
+            patience_s = (
+                min(until, self._drain_until, now + 0.2) - now
             )  # the exit may come silently
-            if not self._ended:
-                data = self._next_bytes(max_bytes, patience_s)
-            elif not exited:
-                self._exited.wait(patience_s)
+            data = self._next_bytes(max_bytes, max(0.0, patience_s))
             if data:
                 self._drained_bytes += len(data) if exited else 0
-                self._over = now >= self._drain_until and self._drained_bytes > 2 * PIPE_BYTES
+                self._over = drained and self._drained_bytes > 2 * PIPE_BYTES
                 return data
             self._ended = self._ended or data == b""
-            self._over = (
-                self._over or now >= self._drain_until or (self._ended and self._exited.is_set())
-            )
-            if now >= until and not self._over:
+            if drained or (self._ended and self._exited.is_set()):
+                self._over = True
+            elif now >= until:
                 return None
         return b""
+
+    def _set_aside(self, data: bytes) -> None:
+        self.errors = (self.errors + data)[-CHUNK_BYTES:]
+
+    # Reading and ending on each platform
 
     if sys.platform == "win32":
 
@@ -5038,17 +5072,27 @@ class Spawned:
             threading.Thread(target=self._pump, daemon=True).start()
 
         def _pump(self) -> None:
+            aside = threading.Thread(target=self._pump_errors, daemon=True)
+            aside.start()
             data = b"?"
             while data:
                 data = os.read(self._out.fileno(), CHUNK_BYTES)
+                if not data:
+                    aside.join()
                 if not self._over:  # afterwards it is dropped: what still writes must not block
                     self._chunks.put(data)
 
+        def _pump_errors(self) -> None:
+            while self._err and (data := os.read(self._err.fileno(), CHUNK_BYTES)):
+                self._set_aside(data)
+
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
+            if self._ended:
+                self._exited.wait(patience_s)
+                return None
             with suppress(queue.Empty):
-                data = self._rest or self._chunks.get(
-                    timeout=max(patience_s, 0.05)
-                )  # the pump needs its turn
+                # the pump needs its turn
+                data = self._rest or self._chunks.get(timeout=max(patience_s, 0.05))
                 self._rest = data[max_bytes:]
                 return data[:max_bytes]
             return None
@@ -5067,6 +5111,8 @@ class Spawned:
             `deadline_s`."""
             return self._job.terminate(deadline_s) and self._exited.wait(deadline_s)
 
+        kill_marked = kill_tree
+
         def close_pipe(self) -> None:
             """Stop reading. What a command that has exited left running goes on, as on POSIX."""
             self._over = True
@@ -5078,16 +5124,32 @@ class Spawned:
     else:
 
         def _open(self) -> None:
-            self._start = process.start if (process := _read_process(self.pid)) else 0
+            process = _read_process(self.pid)
+            self._start = process.start if process else 0
             self._reading = threading.Lock()
-            (poll := select.poll()).register(self._out.fileno(), select.POLLIN)
-            self._poll = poll.poll
+            self._poll = select.poll()
+            self._readable = {pipe.fileno() for pipe in (self._out, self._err) if pipe}
+            for number in self._readable:
+                self._poll.register(number, select.POLLIN)
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
+            if self._ended:
+                self._exited.wait(patience_s)
+                return None
             with self._reading:
-                if self._over or not self._poll(patience_s * 1000):
+                ready = not self._over and self._poll.poll(patience_s * 1000)
+                if not ready:
                     return None
-                return os.read(self._out.fileno(), max_bytes)
+                number = ready[0][0]
+                data = os.read(number, max_bytes)
+                if not data:
+                    self._poll.unregister(number)
+                    self._readable.discard(number)
+                    return None if self._readable else b""
+                if number == self._out.fileno():
+                    return data
+                self._set_aside(data)
+                return None
 
         def _signal_group(self, number: int) -> bool:
             with suppress(ProcessLookupError, PermissionError):
@@ -5099,18 +5161,19 @@ class Spawned:
         def family(self) -> set[int]:
             """The living processes of the command, wherever they moved; as `kill_tree` finds
             them."""
-            return _find_family(self._mark, os.getpid(), self._start)
+            return _find_family(self.mark, os.getpid(), self._start)
 
         def interrupt(self) -> bool:
             """Send SIGTERM to the command's process group (pnpm passes it on) and what left it;
             whether it was sent."""
             family = self.family()
-            sent = self._signal_group(15)
-            for pid in family if sent else ():
+            if not self._signal_group(15):
+                return False
+            for pid in family:
                 with suppress(ProcessLookupError, PermissionError):
                     if os.getpgid(pid) != self.pid:
                         os.kill(pid, 15)
-            return sent
+            return True
 
         def kill_tree(self, deadline_s: float = KILL_S) -> bool:
             """Kill the command and everything it started; whether nothing is left after at most
@@ -5122,20 +5185,35 @@ class Spawned:
             """
             self._signal_group(9)
             _, self.refused, gone = _kill_family(
-                self._mark, deadline_s, root=os.getpid(), since=self._start
+                self.mark, deadline_s, root=os.getpid(), since=self._start
             )
+            return gone and self._exited.wait(1.0)
+
+        def kill_marked(self, deadline_s: float = KILL_S) -> bool:
+            """As `kill_tree`, for a process with other children at the same time: what shed the
+            mark and the output is nobody's."""
+            self._signal_group(9)
+            _, self.refused, gone = _kill_family(self.mark, deadline_s, pipe=self.pipe)
             return gone and self._exited.wait(1.0)
 
         def close_pipe(self) -> None:
             """Stop reading. What the command left running goes on."""
             self._over = True
             with self._reading:
-                self._out.close()
+                for pipe in filter(None, (self._out, self._err)):
+                    pipe.close()
 
 
-def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mark: str) -> Spawned:
-    """Start one command that can't ask anything: no input, no terminal, both outputs on one pipe, a
-    tree of its own.
+def spawn_step(
+    argv: Sequence[str],
+    cwd: StrPath | None,
+    env: Mapping[str, str],
+    *,
+    mark: str,
+    apart: bool = False,
+) -> Spawned:
+    """Start one command that can't ask anything: no input, no terminal, both outputs on one pipe
+    (or `apart`), a tree of its own.
 
     `argv[0]` as `resolve_program` gave it. `mark` names the step; each should have its own, or what
     an earlier step left running on purpose is taken for a leftover of this one. Raises UpdaterError
@@ -5149,51 +5227,116 @@ def spawn_step(argv: Sequence[str], cwd: StrPath, env: Mapping[str, str], *, mar
         flags = subprocess.CREATE_NO_WINDOW | 0x4
         if program.lower().endswith((".cmd", ".bat")):
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
-    try:
-        for words in (command, ["/bin/sh", *command]):
-            try:
-                popen = subprocess.Popen(
-                    words,
-                    cwd=cwd,
-                    env={**env, MARK: mark},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    bufsize=0,
-                    start_new_session=True,
-                    creationflags=flags,
-                )
-                break
-            except (
-                OSError
-            ) as problem:  # text without `#!`: pnpm's shim, say; every shell gives it to sh
-                again = problem.errno == errno.ENOEXEC and words is command and os.name != "nt"
-                if not again or b"\0" in read_log(Path(program), 0, 80):
-                    raise
-        if sys.platform == "linux" and popen.stdout:
-            import fcntl
 
-            with suppress(OSError):  # the user has many pipes open
-                fcntl.fcntl(popen.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    def start(words: str | Sequence[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            words,
+            cwd=cwd,
+            env={**env, MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if apart else subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,
+            creationflags=flags,
+        )
+
+    try:
+        try:
+            popen = start(command)
+        except OSError as problem:
+            if problem.errno != errno.ENOEXEC or not _is_script(program):
+                raise
+            popen = start(["/bin/sh", *command])
+        _widen(popen.stdout)
         return Spawned(popen, mark)
     except (OSError, ValueError) as problem:
         culprit = getattr(problem, "filename", None) or argv[0]
-        raise UpdaterError(
-            f"{culprit}: {getattr(problem, 'strerror', None) or problem}"
-        ) from problem
+        reason = getattr(problem, "strerror", None) or problem
+        raise UpdaterError(f"{culprit}: {reason}") from problem
 
 
-def _end_question(child: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill a question and what it started. Its pipes are not waited for: what can't be killed may
-    hold them."""
-    with suppress(OSError):
-        child.kill() if sys.platform == "win32" else os.killpg(child.pid, 9)
-    kill_leftovers(mark)
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(DRAIN_S)
-    for pipe in (child.stdout, child.stderr):
-        if pipe and os.name != "nt":  # there a thread reads it, and closes it when it ends
-            pipe.close()
+def _is_script(program: str) -> bool:
+    """Text without `#!`: pnpm's shim, say; every shell gives it to sh."""
+    return os.name != "nt" and b"\0" not in read_log(Path(program), 0, 80)
+
+
+def _widen(pipe: IO[bytes] | None) -> None:
+    """Room for a burst while the disk is slow; only Linux' pipes can grow."""
+    if sys.platform == "linux" and pipe:
+        import fcntl
+
+        with suppress(OSError):  # the user has many pipes open
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
+class Ended(NamedTuple):
+    """How a command ended, and what it said: both outputs as one, or `err` apart."""
+
+    code: int
+    out: bytes
+    err: bytes
+
+    @property
+    def said(self) -> str:
+        """Its words, as text."""
+        return (self.out + self.err).decode(errors="replace").strip()
+
+
+def run_bounded(
+    argv: Sequence[str],
+    cwd: StrPath | None,
+    env: Mapping[str, str],
+    timeout_s: float,
+    *,
+    mark: str = "",
+    stop: Callable[[], bool] = lambda: False,
+    apart: bool = False,
+    keep_bytes: int = ANSWER_BYTES,
+) -> Ended:
+    """Run a short command to its end: nothing of it is left running after its deadline, nor once
+    `stop` says so.
+
+    For whoever may do other things at the same time; of its output the last `keep_bytes` are kept.
+    Raises OverdueError at the deadline, UpdaterError where it does not start.
+    """
+    ends = time.monotonic() + timeout_s
+    program = resolve_program(argv[0], env.get("PATH", ""))
+    mark = mark or f"question/{os.urandom(4).hex()}"
+    child = spawn_step([*program, *argv[1:]], cwd, env, mark=mark, apart=apart)
+    out = bytearray()
+    try:
+        while (data := child.read(timeout_s=CANCEL_LOOK_S)) != b"":
+            out += data or b""
+            del out[:-keep_bytes]
+            if stop() or time.monotonic() > ends:
+                child.kill_marked()
+                raise OverdueError(f"{' '.join(argv)} did not end within {timeout_s:g} s")
+        return Ended(child.wait(), bytes(out), child.errors)
+    finally:
+        child.close_pipe()
+
+
+def run_command(
+    argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
+) -> tuple[int, str]:
+    """A short command's exit code and output. Raises UpdaterError where it does not start or
+    end."""
+    ended = run_bounded(argv, cwd, env, timeout_s)
+    return ended.code, ended.said
+
+
+def try_command(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: StrPath | None = None,
+    timeout_s: float = QUESTION_S,
+) -> tuple[int, str]:
+    """`run_command`; where that is not possible, 127 and why."""
+    try:
+        return run_command(argv, env, timeout_s, cwd)
+    except UpdaterError as problem:
+        return 127, problem.what
 
 
 def ask_git(
@@ -5206,41 +5349,24 @@ def ask_git(
     git may run hooks and filters, so it may hang: then, and once `stop` says so, all of it is
     killed (by `mark`).
     """
-    mark, ends = mark or f"question/{os.urandom(4).hex()}", time.monotonic() + timeout_s
+    if not repo.exists():
+        what = f"there is no folder {repo}"
+        raise UsageError(what, "clone the repository there, or set repo")
+    if not repo.is_dir():
+        raise UsageError(f"{repo} is no folder", "set repo in [hosts]")
+    argv = ("git", *args)
+    env = {**env, "LANGUAGE": "en"}  # for `explain_failure`
     try:
-        child = subprocess.Popen(
-            [*resolve_program("git", env.get("PATH", "")), *args],
-            cwd=repo,
-            stdin=subprocess.DEVNULL,
-            env={**env, "LANGUAGE": "en", MARK: mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            **HIDDEN,
-        )
-    except NotADirectoryError as problem:
-        raise UsageError(f"{repo} is no folder", "set repo in [hosts]") from problem
-    except FileNotFoundError as problem:
-        raise UsageError(
-            f"there is no folder {repo}", "clone the repository there, or set repo"
-        ) from problem
-    try:
-        while (left_s := ends - time.monotonic()) > 0 and not stop():
-            with suppress(subprocess.TimeoutExpired):
-                out, err = child.communicate(timeout=min(CANCEL_LOOK_S, left_s))
-                break
-        else:
-            words = [word for word in args if not word.startswith("-")]
-            raise UpdaterError(f"git {words[0]} did not answer in {timeout_s:.0f} s")
-    finally:
-        if child.returncode is None:
-            _end_question(child, mark)
-    if b"dubious ownership" in err:
-        raise UsageError(
-            f"git refuses {repo}: it belongs to another user",
-            f"git config --global --add safe.directory {repo}",
-        )
-    return child.returncode, out, err
+        ended = run_bounded(argv, repo, env, timeout_s, mark=mark, stop=stop, apart=True)
+    except OverdueError:
+        word = next(word for word in args if not word.startswith("-"))
+        raise UpdaterError(f"git {word} did not answer in {timeout_s:.0f} s") from None
+    if b"dubious ownership" in ended.err:
+        what = f"git refuses {repo}: it belongs to another user"
+        raise UsageError(what, f"git config --global --add safe.directory {repo}")
+    if len(ended.out) >= ANSWER_BYTES:  # its beginning may be missing
+        raise UpdaterError(f"git {args[0]} says more than {ANSWER_BYTES} bytes")
+    return ended
 
 
 def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> bytes:
@@ -5282,14 +5408,10 @@ def detach_self(argv: Sequence[str] = ()) -> None:
         os.setsid()
         adopt_orphans()
     elif not os.environ.pop(DETACHED, ""):
-        command, env = (
-            list(argv) or [sys.executable, *sys.orig_argv[1:]],
-            {**os.environ, DETACHED: "1"},
-        )
-        alone, null = (
-            subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP,
-            subprocess.DEVNULL,
-        )
+        command = list(argv) or [sys.executable, *sys.orig_argv[1:]]
+        env = {**os.environ, DETACHED: "1"}
+        alone = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        null = subprocess.DEVNULL
         for flags in (alone | subprocess.CREATE_BREAKAWAY_FROM_JOB, alone):
             with suppress(PermissionError):  # the daemon's Job Object does not let it go
                 subprocess.Popen(command, env=env, stdin=null, stdout=null, creationflags=flags)
@@ -5321,8 +5443,10 @@ def is_supervised() -> bool:
 def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
     """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM,
     SIGHUP, SIGBREAK."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is None:  # each platform has its own
+            continue
         if sys.platform != "win32":
             loop.add_signal_handler(number, callback, number.name)
         else:
@@ -5497,7 +5621,7 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     job is lost."""
     log_file, error = state.log_file(job.run, job.host), "the runner died"
     kill_leftovers(f"{job.run}/{file_label(job.host)}/questions")
-    if job.open_step and (left := say_refused(kill_leftovers(job.open_step, job.pipe)[1])):
+    if job.open_step and (left := refused_text(kill_leftovers(job.open_step, job.pipe)[1])):
         error += f"; {left}"
         with suppress(OSError):
             append_log(log_file, log_size(log_file), f"\n[estelle-updater: {left}]\n".encode())
@@ -5623,9 +5747,8 @@ class Runner:
         self.step(plan_fetch(rule.remote), rule.timeout_s)
         self.warn_of_changes()
         names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
-        refs = (
-            self.git("for-each-ref", "--format=%(refname)", *names).decode(errors="replace").split()
-        )
+        # each "COMMIT TYPE<tab>NAME"; a format of our own would need a %, which cmd.exe interprets
+        refs = self.git("for-each-ref", *names).decode(errors="replace").split()
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
         if get and not (
             is_commit_id(branch) and self.git("cat-file", "-t", branch).strip() == b"commit"
@@ -5818,7 +5941,7 @@ class Runner:
         self.log.write(self.masker.flush())
         self.save(open_step=None, pipe=None)  # what it left running was left on purpose
         if stopped:
-            if left := say_refused(child.refused):
+            if left := refused_text(child.refused):
                 self.log.line(f"warning: {left}")
             raise stopped
         if code:
@@ -5836,7 +5959,7 @@ class Runner:
             if self.cancel_file.exists():
                 return self.cancelled(label, self.end_step(child, pump))
             if time.monotonic() > deadline:
-                why = [say_running(child.family()), self.end_step(child, pump)]
+                why = [running_text(child.family()), self.end_step(child, pump)]
                 return StepFailed(State.TIMEOUT, label, error="; ".join(filter(None, why)))
 
     def end_step(self, child: Spawned, pump: threading.Thread) -> str:
@@ -5847,7 +5970,7 @@ class Runner:
             time.sleep(LOCAL_LOOK_S)
         child.kill_tree(KILL_S)
         pump.join(DRAIN_S + 1)
-        return say_refused(child.refused)
+        return refused_text(child.refused)
 
     def pump(self, child: Spawned) -> None:
         """Pipe to log."""
@@ -6127,23 +6250,15 @@ def _probe_command(
 ) -> str:
     """The last line that a command says before it ends with 0; at the deadline it and its children
     are killed."""
-    mark, tail, ends = f"health/{os.urandom(4).hex()}", b"", time.monotonic() + timeout_s
-    child = spawn_step(
-        [*resolve_program(argv[0], env.get("PATH", "")), *argv[1:]], repo, env, mark=mark
-    )
     try:
-        while (data := child.read(timeout_s=max(0.0, ends - time.monotonic()))) != b"":
-            if data is None:
-                child.kill_tree() if sys.platform == "win32" else kill_leftovers(mark, child.pipe)
-                raise CheckFailed(f"not over within {timeout_s:g} s")
-            tail = (tail + data)[-TAIL_BYTES:]
-        code = child.wait()
-    finally:
-        child.close_pipe()
+        ended = run_bounded(argv, repo, env, timeout_s, keep_bytes=TAIL_BYTES)
+    except OverdueError:
+        raise CheckFailed(f"not over within {timeout_s:g} s") from None
     masker = Masker(secret_values(env))
-    said = (masker.feed(tail) + masker.flush()).decode(errors="replace").strip().splitlines()[-1:]
-    if code:
-        raise CheckFailed(": ".join([f"exit {code}", *said]))
+    masked = masker.feed(ended.out) + masker.flush()
+    said = masked.decode(errors="replace").strip().splitlines()[-1:]
+    if ended.code:
+        raise CheckFailed(": ".join([f"exit {ended.code}", *said]))
     return "".join(said) or "exit 0"
 
 
@@ -6320,31 +6435,6 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
         "servers": servers,
         "warnings": warnings,
     }
-
-
-def run_command(
-    argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
-) -> tuple[int, str]:
-    """A short command's exit code and output. Raises UpdaterError where it does not start or
-    end."""
-    try:
-        program = resolve_program(argv[0], env.get("PATH", ""))
-        done = subprocess.run(
-            [*program, *argv[1:]],
-            env=dict(env),
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            check=False,
-            **HIDDEN,
-        )
-    except subprocess.TimeoutExpired as problem:
-        raise UpdaterError(f"{' '.join(argv)} did not end within {timeout_s:.0f} s") from problem
-    except OSError as problem:
-        raise UpdaterError(f"{argv[0]}: {problem.strerror}") from problem
-    return done.returncode, done.stdout.decode(errors="replace").strip()
 
 
 def stage_text(real: Path, text: bytes) -> Path:
@@ -7939,7 +8029,10 @@ class Outlook:
         range_ = f"{head}..{target}"
         found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
         found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
-        subjects = self.git("log", "--format=%h %s", f"--max-count={PLAN_ROWS}", range_, "--") or ""
+        subjects = (
+            self.git("log", "--oneline", "--no-decorate", f"--max-count={PLAN_ROWS}", range_, "--")
+            or ""
+        )
         self.compare(found, [commit for commit in (head, local, target) if commit])
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
 
@@ -11154,9 +11247,9 @@ def _fetch_wheels(dependencies: tuple[str, ...], python_text: str, folder: Path)
         f"--python-version={python_text}",
     ]
     command += [f"--dest={folder}", *dependencies]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+    done = run_bounded(command, None, os.environ, FETCH_S, apart=True)
+    if done.code:
+        said = (done.err or done.out).decode(errors="replace").strip().splitlines() or ["nothing"]
         reason = next((line for line in said if line.startswith(("ERROR", "error"))), said[-1])
         hint = (
             "check the network and the package index; PIP_FIND_LINKS=FOLDER takes "
@@ -11956,12 +12049,9 @@ def commit_config(path: Path, message: str, really: bool) -> str:
     if not really:
         return line
     for words in (["add", name], ["commit", "-q", "-m", message, "--", name], ["push", "-q"]):
-        argv = [*resolve_program("git", os.environ.get("PATH", "")), *words]
-        done = subprocess.run(
-            argv, cwd=tree, stdin=subprocess.DEVNULL, capture_output=True, check=False, **HIDDEN
-        )
-        if done.returncode:
-            said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or [
+        done = run_bounded(("git", *words), tree, os.environ, SETUP_S, apart=True)
+        if done.code:
+            said = (done.err or done.out).decode(errors="replace").strip().splitlines() or [
                 "no reason given"
             ]
             raise UpdaterError(f"git {words[0]}: {said[-1]}", f"by hand: {line}")
@@ -12073,19 +12163,6 @@ def pm2_app(argv: Sequence[str], folder: str) -> dict[str, Any]:
         "kill_timeout": 10000,
         "exp_backoff_restart_delay": 500,
     }
-
-
-def try_command(
-    argv: Sequence[str],
-    env: Mapping[str, str],
-    cwd: StrPath | None = None,
-    timeout_s: float = QUESTION_S,
-) -> tuple[int, str]:
-    """`run_command`; where that is not possible, 127 and why."""
-    try:
-        return run_command(argv, env, timeout_s, cwd)
-    except UpdaterError as problem:
-        return 127, problem.what
 
 
 def lingers() -> bool:

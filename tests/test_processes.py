@@ -86,7 +86,7 @@ def step(tmp_path: Path) -> Iterator[Callable[..., Spawned]]:
 
     yield start
     for one in made:
-        updater.kill_leftovers(one._mark, one.pipe)
+        updater.kill_leftovers(one.mark, one.pipe)
         one.close_pipe()
 
 

@@ -282,4 +282,4 @@ def test_no_console_window_pops_up() -> None:
             words = ast.unparse(call)
             if re.match(r"subprocess\.(run|Popen)\(", words) and not re.search(r"\*\*HIDDEN|creationflags=", words):
                 shown.append(function.name)
-    assert sorted(shown) == ["_fetch_wheels", "end", "start"]
+    assert sorted(shown) == ["end", "start"]
