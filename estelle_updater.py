@@ -82,6 +82,7 @@ from typing import (
     NoReturn,
     Protocol,
     TypeAlias,
+    TypeVar,
     get_args,
     get_type_hints,
 )
@@ -3752,6 +3753,38 @@ class McpSession:
 # ==============================================================================
 
 
+Found = TypeVar("Found")
+
+
+def poll(look: Callable[[], Found], every_s: float, within_s: float) -> Found:
+    """Wait until `look` returns something true, and return that; after `within_s` what it returns
+    last.
+
+    It looks at once, then every `every_s`, and once more at the end, so that a machine that was
+    asleep meanwhile is not blamed. What `look` raises ends the waiting.
+    """
+    ends = time.monotonic() + within_s
+    while True:
+        left_s = ends - time.monotonic()
+        found = look()
+        if found or left_s <= 0:
+            return found
+        time.sleep(min(every_s, left_s))
+
+
+async def poll_async(
+    look: Callable[[], Awaitable[Found]], every_s: float, within_s: float
+) -> Found:
+    """`poll` for those who share a thread with others."""
+    ends = time.monotonic() + within_s
+    while True:
+        left_s = ends - time.monotonic()
+        found = await look()
+        if found or left_s <= 0:
+            return found
+        await asyncio.sleep(min(every_s, left_s))
+
+
 def sync_folder(path: Path) -> None:
     """Have the disk keep what was renamed or removed in a folder."""
     if os.name != "nt":
@@ -3880,17 +3913,15 @@ class FileLock:
     def acquire(self, timeout_s: float = 0) -> bool:
         """Take the lock, waiting up to `timeout_s` (at least 0.1 s: `held_elsewhere` may be looking
         just now)."""
-        deadline = time.monotonic() + max(timeout_s, 0.1)
         # never through a link that somebody else put there; descriptors of os.open are not
         # inherited by steps
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        while not self._lock(fd):
-            if time.monotonic() >= deadline:
-                os.close(fd)
-                return False
-            time.sleep(0.01)
-        self._fd = fd
-        return True
+        taken = poll(lambda: self._lock(fd), 0.01, max(timeout_s, 0.1))
+        if taken:
+            self._fd = fd
+        else:
+            os.close(fd)
+        return taken
 
     def release(self) -> None:
         """Give the lock back; nothing happens if it is not held."""

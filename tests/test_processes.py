@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
 import select
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import estelle_updater as updater
-from estelle_updater import FileLock, Spawned, UpdaterError, spawn_step
+from estelle_updater import FileLock, Spawned, UpdaterError, poll, poll_async, spawn_step
 from tests.fleet import ROOT, unavailable, wait_for
 from tests.machines import Windows
 
@@ -849,3 +851,18 @@ def test_windows(windows_python: Windows, tmp_path: Path, script: str) -> None:
     env = {"PYTHONPATH": windows_python.path(ROOT)}
     code, out, err = windows_python.run(tmp_path / "script.py", tmp_path, env=env, timeout_s=110)
     assert (code, out.split(), err) == (0, ["all", "good"], "")
+
+
+def test_waiting_ends_with_what_is_true_or_what_was_seen_last():
+    seen = iter([0, "", "there", "later"])
+    assert poll(lambda: next(seen), 0.001, 60) == "there"
+    assert poll(lambda: next(seen), 60, 0) == "later", "it looks at least once"
+    count = itertools.count(1)
+    assert not poll(lambda: next(count) and False, 60, 0.01)
+    assert next(count) == 3, "and once more at the end"
+
+    async def look() -> str:
+        return next(words)
+
+    words = iter(["", "there"])
+    assert asyncio.run(poll_async(look, 0.001, 60)) == "there"
