@@ -69,7 +69,6 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import nullcontext, suppress
-from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +82,7 @@ from typing import (
     Protocol,
     TypeAlias,
     TypeVar,
+    dataclass_transform,
     get_args,
     get_type_hints,
 )
@@ -199,6 +199,130 @@ def preload(*names: str) -> None:
             if path.endswith(".pyc"):
                 path = _BAKED + path[len(loader.archive) : -1].replace(os.sep, "/")
             linecache.getlines(path, vars(module))
+
+
+MISSING: Any = type("_Missing", (), {"__repr__": lambda self: "MISSING"})()
+_T = TypeVar("_T")
+
+
+class Field(NamedTuple):
+    """One field of a record: what its class said of it."""
+
+    name: str
+    type: str
+    default: Any
+    default_factory: Any
+    kw_only: bool
+
+
+def field(*, default: Any = MISSING, default_factory: Any = MISSING, kw_only: bool = False) -> Any:
+    """More about a field than a default value says, as in `dataclasses`."""
+    return Field("", "", default, default_factory, kw_only)
+
+
+def fields(record_or_class: Any) -> tuple[Field, ...]:
+    """The fields of a record or its class, in order."""
+    return tuple(record_or_class.__dataclass_fields__.values())
+
+
+def replace(value: _T, **changes: Any) -> _T:
+    """A copy with some fields changed. Raises TypeError for a field that there is not."""
+    return type(value)(**{**vars(value), **changes})
+
+
+def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
+    """What a class's own annotations and defaults say; its attributes become the bare defaults."""
+    for name, annotation in vars(cls).get("__annotations__", {}).items():
+        given = vars(cls).get(name, MISSING)
+        said = given if isinstance(given, Field) else field(default=given)
+        if isinstance(given, Field):
+            delattr(cls, name)
+        if said.default is not MISSING:
+            setattr(cls, name, said.default)
+        yield said._replace(name=name, type=annotation, kw_only=kw_only or said.kw_only)
+
+
+def _initializer(cls: type[Any], known: Mapping[str, Field]) -> Callable[..., None]:
+    """The `__init__` of a record class, shared code instead of compiled text."""
+    template = {name: spec.default for name, spec in known.items()}
+    positional = [name for name, spec in known.items() if not spec.kw_only]
+    factories = [
+        (name, spec.default_factory)
+        for name, spec in known.items()
+        if spec.default_factory is not MISSING
+    ]
+    required = [
+        name
+        for name, spec in known.items()
+        if spec.default is MISSING and spec.default_factory is MISSING
+    ]
+
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        values = template.copy()
+        values.update(zip(positional, args, strict=False))
+        values.update(given)
+        for name, make in factories:
+            if values[name] is MISSING:
+                values[name] = make()
+        missing = [name for name in required if values[name] is MISSING]
+        twice = given.keys() & positional[: len(args)]
+        unknown = values.keys() - template.keys()
+        if missing or twice or unknown or len(args) > len(positional):
+            wrong = f"missing {missing}, twice {twice}, unknown {unknown}, {len(args)} positional"
+            raise TypeError(f"{cls.__name__}: {wrong}")
+        vars(self).update(values)
+
+    return __init__
+
+
+def _same_record(self: Any, other: object) -> Any:
+    if type(self) is not type(other):
+        return NotImplemented
+    return vars(self) == vars(other)
+
+
+def _hash_of_record(self: Any) -> int:
+    return hash(tuple(vars(self).values()))
+
+
+def _render_record(self: Any) -> str:
+    parts = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+    return f"{type(self).__name__}({parts})"
+
+
+def _refuse_change(self: Any, name: str, *_: Any) -> None:
+    raise AttributeError(f"{type(self).__name__}.{name} is fixed: use replace()")
+
+
+@dataclass_transform(field_specifiers=(field,))
+def record(
+    *, frozen: bool = False, kw_only: bool = False, eq: bool = True
+) -> Callable[[type[_T]], type[_T]]:
+    """Make a class of annotated fields a record, as `dataclasses.dataclass` does.
+
+    `dataclasses` compiles the text of each method of each class, 0.5 ms a class at each start, and
+    imports `inspect` for that: more than all else that this module does when it is imported.
+    """
+
+    def decorate(cls: type[_T]) -> type[_T]:
+        known: dict[str, Field] = {}
+        for base in reversed(cls.__mro__[1:]):
+            known |= getattr(base, "__dataclass_fields__", {})
+        known |= {spec.name: spec for spec in _own_fields(cls, kw_only)}
+        methods: dict[str, Any] = {
+            "__dataclass_fields__": known,
+            "__init__": _initializer(cls, known),
+            "__repr__": _render_record,
+        }
+        if eq:
+            methods |= {"__eq__": _same_record, "__hash__": _hash_of_record if frozen else None}
+        if frozen:
+            methods |= {"__setattr__": _refuse_change, "__delattr__": _refuse_change}
+        for name, method in methods.items():
+            setattr(cls, name, method)
+        return cls
+
+    return decorate
 
 
 # ==============================================================================
@@ -670,7 +794,7 @@ def parse_master_url(text: str) -> MasterUrl:
     )
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class RoleFacts:
     """What this host knows of itself; `local_source`: per master address, a UDP socket's own when
     connected to it."""
@@ -734,7 +858,7 @@ def decide_role(facts: RoleFacts) -> RoleDecision:
     return RoleDecision(Role.AGENT, f"agent: {shown} {why}")
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class HostRef:
     """A host as targets see it; `deploys` is False for the data node, which no deployment
     touches."""
@@ -1158,7 +1282,7 @@ Networks = Annotated[tuple[str, ...], _networks]
 Argv = Annotated[tuple[str, ...], _command]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class DeployRule:
     """[deploy]: what a deployment runs unless a host's section says otherwise."""
 
@@ -1170,7 +1294,7 @@ class DeployRule:
     secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class HostRule:
     """One section of [hosts]; `address` and `hostname` are its key's parts, compared as they are,
     or None."""
@@ -1201,7 +1325,7 @@ def _servers(raw: Any, place: _Place) -> dict[str, str]:
     return names
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class HaproxyRule:
     """[haproxy]: where it runs, and which `server` line is which colour."""
 
@@ -1217,7 +1341,7 @@ class HaproxyRule:
     probe: Url | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class HealthRule:
     """One [[health]] check; exactly one of CHECK_KINDS is set, and no `hosts` are all."""
 
@@ -1241,7 +1365,7 @@ class HealthRule:
         return next(kind for kind in CHECK_KINDS if getattr(self, kind) is not None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class TlsRule:
     """[tls]: certificate and key of a wss:// master; the authority that agents trust instead of the
     system's."""
@@ -1251,7 +1375,7 @@ class TlsRule:
     ca: Text | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class KeepRule:
     """[keep]: how many recorded runs stay, for how long, and how much of the disk they may take."""
 
@@ -1260,14 +1384,14 @@ class KeepRule:
     megabytes: Count = 2000
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class UpdaterRule:
     """[updater]: the program file that `upgrade` may install."""
 
     sha256: Text | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class NotifyRule:
     """One [[notify]] webhook; exactly one of `url`, `url_env` and `url_file` is set."""
 
@@ -1347,7 +1471,7 @@ def _read_hosts(raw: Any, place: _Place) -> tuple[HostRule, ...]:
     return tuple(rules)
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Config:
     """The whole configuration, checked; `hosts` in the file's order, whitelist and trusted proxies
     as written."""
@@ -1515,7 +1639,7 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class Effective(HostRule, DeployRule):
     """What holds for one host: its own section over [deploy]; `key` names that section, "" without
     one."""
@@ -1743,7 +1867,7 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
 # ==============================================================================
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Hello:
     """The first message of whoever dials: who it is and what it can do. Nothing else is processed
     before `Welcome`."""
@@ -1759,7 +1883,7 @@ class Hello:
     features: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Welcome:
     """The master's answer to `Hello`: the protocol to speak, and how it sees the other side."""
 
@@ -1773,14 +1897,14 @@ class Welcome:
     time: float = 0.0  # of the master's clock, for `doctor`
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Challenge:
     """Master to whoever said `Hello`, where there is a token: prove that you know it."""
 
     nonce: str
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Proof:
     """The answer to `Challenge`; the master has to prove the same with `nonce` in its `Welcome`."""
 
@@ -1788,7 +1912,7 @@ class Proof:
     proof: str
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Refuse:
     """No, with the reason and what to do about it; as an answer to `Hello` it ends the
     connection."""
@@ -1798,7 +1922,7 @@ class Refuse:
     exit: int = 1
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class RunRecord:
     """One request and whom it concerns: `run.json`, and what a follower is told first."""
 
@@ -1825,7 +1949,7 @@ class RunRecord:
     )  # label -> what to check out there instead of the branch
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class JobRecord:
     """One host's part of a run: `HOST.json`. Only its owner replaces it, each time with a higher
     revision."""
@@ -1873,7 +1997,7 @@ class JobRecord:
     warnings: list[str] = field(default_factory=list)  # what who sees a ✓ has to know as well
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Order:
     """Master to agent: do this job. Sent again until a `JobRecord` answers, so it must be harmless
     twice."""
@@ -1881,7 +2005,7 @@ class Order:
     job: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Busy:
     """Agent to master: not now, another job holds the host."""
 
@@ -1890,7 +2014,7 @@ class Busy:
     behind: str
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Cancel:
     """Stop a run: commander to master, and master to each agent that has a job of it."""
 
@@ -1898,7 +2022,7 @@ class Cancel:
     by: str = ""
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Acked:
     """Master to agent: result and log are safe here, forget them when you like."""
 
@@ -1907,7 +2031,7 @@ class Acked:
     revision: int
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Log:
     """Whoever has bytes opens a channel for them; the other side answers `Have`."""
 
@@ -1917,7 +2041,7 @@ class Log:
     size: int
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Have:
     """How many bytes of a log are here. `rewind`: send from there; `check`: CRC-32 of the last 4
     KiB before."""
@@ -1928,7 +2052,7 @@ class Have:
     check: int | None = None
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Broken:
     """The copies of this log differ before the resume point: it ends here rather than mix two
     logs."""
@@ -1937,7 +2061,7 @@ class Broken:
     reason: str
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Submit:
     """Commander to master: start a run. Run id and nonce are the commander's, so sending it twice
     starts one run."""
@@ -1954,7 +2078,7 @@ class Submit:
     commits: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Follow:
     """Commander to master: send the run, its jobs' states and logs, from the beginning or where
     `Have` says."""
@@ -1963,7 +2087,7 @@ class Follow:
     target: str = ""
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Ask:
     """A question with one answer: `what` is one of a fixed set."""
 
@@ -1972,7 +2096,7 @@ class Ask:
     args: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Answer:
     """The answer to `Ask` number `id`."""
 
@@ -1980,7 +2104,7 @@ class Answer:
     result: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Notice:
     """A line for the person who watches."""
 
@@ -2209,7 +2333,7 @@ def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
     return offset == size, offset != size and offset + length > size
 
 
-@dataclass
+@record()
 class SendCursor:
     """How far one log has been sent to one reader, in bytes; it holds no data, so a slow reader
     costs nothing."""
@@ -2240,7 +2364,7 @@ class SendCursor:
         return max(0, (self.sent or 0) - self.acked)
 
 
-@dataclass
+@record()
 class Inbox:
     """How far one log has been received, in bytes; it holds no data: what it lets in, its owner
     writes or shows. The other end of a `SendCursor`."""
@@ -2790,7 +2914,7 @@ class _HaproxyLine(NamedTuple):
         return _haproxy_refusal(self.file, self.number, why)
 
 
-@dataclass(eq=False)
+@record(eq=False)
 class _HaproxySection:
     title: _HaproxyLine
     lines: list[_HaproxyLine] = field(default_factory=list)
@@ -2805,7 +2929,7 @@ class _HaproxySection:
         return self.title.words[1] if len(self.title.words) > 1 else None
 
 
-@dataclass
+@record()
 class _Condition:
     """An open `.if`: which sections the lines after it may belong to."""
 
@@ -6512,7 +6636,7 @@ def lock_text(real: Path) -> int:
             time.sleep(0.05)
 
 
-@dataclass
+@record()
 class SwitchEntry:
     """The journal: all that somebody else needs to finish or undo a switch. Texts are bytes as
     Latin-1."""
@@ -7273,7 +7397,7 @@ class Link:
         inbound.grew(inbound)
 
 
-@dataclass
+@record()
 class Inbound(Inbox):
     """A log that a link receives into a file."""
 
@@ -7413,7 +7537,7 @@ def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     return facts
 
 
-@dataclass
+@record()
 class OwnJob:
     """A job of this host that the master may still have to hear of."""
 
@@ -8374,7 +8498,7 @@ class Door:
 # ==============================================================================
 
 
-@dataclass
+@record()
 class Machine:
     """A host that was once welcomed. It is known by the id in its state folder; addresses and names
     change."""
@@ -9234,7 +9358,7 @@ class Master:
         return replace(run.record, hosts=[job.host for job in stopping], offline=away)
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Plan:
     """What a plan was asked and what it found, to tell later whether that still holds."""
 
@@ -9893,7 +10017,7 @@ def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[st
         return str(getattr(reason, "strerror", None) or type(reason).__name__), 0.0
 
 
-@dataclass
+@record()
 class Receiver:
     """How it goes with one webhook, as long as this process lives."""
 
@@ -10372,7 +10496,7 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     )  # fmt: skip
 
 
-@dataclass
+@record()
 class Followed:
     """What a commander has of one host's log, and where it ends."""
 
@@ -10720,7 +10844,7 @@ class Supervisor:
             await asyncio.sleep(self.watchdog_s / 3)
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class ServeOptions:
     """What `serve` was told on its command line."""
 

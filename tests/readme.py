@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields
 from difflib import unified_diff
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import estelle_updater as est  # noqa: E402
+from estelle_updater import MISSING, Field, fields  # noqa: E402
 
 # Every key of the configuration, by table. One that stands only here, or only in the program, is an error.
 MEANINGS: dict[str, dict[str, str]] = {
@@ -152,7 +152,7 @@ def help_blocks() -> str:
     return "```\n" + "\n\n".join(re.sub(r"\n{2,}|\noptions:\s*$", "\n", block).strip() for block in blocks) + "\n```"
 
 
-def default_text(setting: Field[Any]) -> str:
+def default_text(setting: Field) -> str:
     """A key's default as the file would spell it."""
     if setting.default is MISSING and setting.default_factory is MISSING:
         return "required"
@@ -163,7 +163,7 @@ def default_text(setting: Field[Any]) -> str:
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
 
 
-def keys_of(cls: Any) -> Iterator[tuple[str, Field[Any]]]:
+def keys_of(cls: Any) -> Iterator[tuple[str, Field]]:
     """The keys of a table that hold a value, not a table."""
     for setting in fields(cls):
         key = re.sub("_(.)", lambda match: match[1].upper(), setting.name.removesuffix("_s"))

@@ -6,7 +6,6 @@ import ipaddress
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
@@ -33,6 +32,7 @@ from estelle_updater import (
     parse_host,
     parse_master_url,
     parse_network,
+    replace,
     select_targets,
     valid_branch_problem,
     valid_host_name,

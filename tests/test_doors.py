@@ -16,7 +16,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +27,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.server import serve
 
 import estelle_updater as est
+from estelle_updater import replace
 from tests.commands import (
     COMMAND,
     FOREVER,

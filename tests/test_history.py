@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import estelle_updater as est
+from estelle_updater import replace
 from tests.fleet import VERSION, Fleet, Host, wait_for
 
 MakeFleet = Callable[..., Fleet]

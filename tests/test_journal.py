@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +24,7 @@ from estelle_updater import (
     accepts_chunk,
     accepts_job,
     decide_orders,
+    replace,
 )
 
 quick = settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))

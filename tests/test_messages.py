@@ -6,7 +6,6 @@ import json
 import random
 import struct
 import zlib
-from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import estelle_updater as est
+from estelle_updater import MISSING, fields, replace
 
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 RUN = "20261122-210501-7f3a"

@@ -9,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 import estelle_updater as est
+from estelle_updater import replace
 from tests.fleet import ROOT, VERSION, Fleet, free_port, need, wait_for
 from tests.haproxy import Proxy
 

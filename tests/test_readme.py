@@ -11,10 +11,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import estelle_updater as est
+from estelle_updater import replace
 from tests.fleet import ROOT, Fleet, free_port, processes_of, run, wait_for
 from tests.readme import rewrite
 
