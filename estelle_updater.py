@@ -227,7 +227,8 @@ def fields(record_or_class: Any) -> tuple[Field, ...]:
 
 def replace(value: _T, **changes: Any) -> _T:
     """A copy with some fields changed. Raises TypeError for a field that there is not."""
-    return type(value)(**{**vars(value), **changes})
+    kept = vars(value)
+    return type(value)(**{**kept, **changes})
 
 
 def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
@@ -246,22 +247,19 @@ def _initializer(cls: type[Any], known: Mapping[str, Field]) -> Callable[..., No
     """The `__init__` of a record class, shared code instead of compiled text."""
     template = {name: spec.default for name, spec in known.items()}
     positional = [name for name, spec in known.items() if not spec.kw_only]
-    factories = [
-        (name, spec.default_factory)
-        for name, spec in known.items()
-        if spec.default_factory is not MISSING
-    ]
-    required = [
-        name
-        for name, spec in known.items()
-        if spec.default is MISSING and spec.default_factory is MISSING
-    ]
+    factories: dict[str, Callable[[], Any]] = {}
+    required: list[str] = []
+    for name, spec in known.items():
+        if spec.default_factory is not MISSING:
+            factories[name] = spec.default_factory
+        elif spec.default is MISSING:
+            required.append(name)
 
     def __init__(self: Any, *args: Any, **given: Any) -> None:
         values = template.copy()
         values.update(zip(positional, args, strict=False))
         values.update(given)
-        for name, make in factories:
+        for name, make in factories.items():
             if values[name] is MISSING:
                 values[name] = make()
         missing = [name for name in required if values[name] is MISSING]
@@ -282,7 +280,8 @@ def _same_record(self: Any, other: object) -> Any:
 
 
 def _hash_of_record(self: Any) -> int:
-    return hash(tuple(vars(self).values()))
+    values = vars(self).values()
+    return hash(tuple(values))
 
 
 def _render_record(self: Any) -> str:

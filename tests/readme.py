@@ -165,11 +165,11 @@ def default_text(setting: Field) -> str:
 
 def keys_of(cls: Any) -> Iterator[tuple[str, Field]]:
     """The keys of a table that hold a value, not a table."""
-    for setting in fields(cls):
-        key = re.sub("_(.)", lambda match: match[1].upper(), setting.name.removesuffix("_s"))
+    known = {setting.name: setting for setting in fields(cls)}
+    for key, (name, _) in est.config_keys(cls).items():
         is_table = cls is est.Config and (key in ("hosts", *TABLES) or f"[[{key}]]" in TABLES)
-        if "Annotated" in str(setting.type) and not is_table:
-            yield key, setting
+        if not is_table:
+            yield key, known[name]
 
 
 def configuration() -> str:
