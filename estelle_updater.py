@@ -10277,7 +10277,11 @@ class View:
     def result(self, job: JobRecord) -> None: ...
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None: ...
     def notice(self, text: str) -> None: ...
-    def tick(self) -> None: ...  # now and then, while nothing comes
+    def tick(self) -> None: ...  # now and then, at the latest when `due_s` is over
+
+    def due_s(self) -> float:
+        """How long `tick` may be away."""
+        return TICK_S
 
 
 class Connection:
@@ -10310,23 +10314,21 @@ class Connection:
     def request(self, message: Any, timeout_s: float) -> Any:
         """Send a message and wait for its answer. Raises the master's refusal with its exit
         code."""
-        deadline = time.monotonic() + timeout_s
-        reply = None
+        ends = time.monotonic() + timeout_s
         try:
             self.send(message)
-            while (reply is None or isinstance(reply, bytes)) and (
-                left := deadline - time.monotonic()
-            ) > 0:
-                reply = self.receive(left)
+            reply = self.receive(timeout_s)
+            while isinstance(reply, bytes):  # of a log that was followed before
+                reply = self.receive(max(0.0, ends - time.monotonic()))
         except EOFError:
             raise UnreachableError(
                 "the master ended the connection", "does it still run? try again"
             ) from None
-        if reply is None or isinstance(reply, bytes | Refuse):
-            self.close()
         if isinstance(reply, Refuse):
+            self.close()
             raise refused(reply)
-        if reply is None or isinstance(reply, bytes):
+        if reply is None:
+            self.close()
             raise UnreachableError(
                 "the master did not answer in time", "is it overloaded? try again"
             )
@@ -10351,19 +10353,14 @@ class Caller:
         self.token = load_token(config, tree)
         self.urls = [str(config.master_url)]
         self.named = 0  # which of them masterUrl names: its problem is the one to tell
-        daemon = read_json(state.daemon_file) or {}
-        local = daemon.get("listen")
-        if (
-            isinstance(local, str)
-            and local not in self.urls
-            and FileLock.held_elsewhere(state.daemon_lock)
-        ):
-            self.urls.insert(0, local)
-            self.named = 1
-        if (last := state.last_master_url()) and str(last) not in self.urls:
-            self.urls.append(
-                str(last)
-            )  # masterUrl may be wrong by now: the commit that mends it must get through
+        local = (read_json(state.daemon_file) or {}).get("listen")
+        if isinstance(local, str) and FileLock.held_elsewhere(state.daemon_lock):
+            self.urls = list(dict.fromkeys([local, *self.urls]))
+            self.named = len(self.urls) - 1
+        # masterUrl may be wrong by now: the commit that mends it must get through
+        last = state.last_master_url()
+        if last and str(last) not in self.urls:
+            self.urls.append(str(last))
 
     def dial(self, patience_s: float) -> Connection:
         """A welcomed connection, within `patience_s`. Raises UnreachableError or RefusedError."""
@@ -10375,54 +10372,28 @@ class Caller:
                     return self._dial(url, max(0.5, min(DIAL_S, deadline - time.monotonic())))
                 except UpdaterError as problem:
                     problems.append(problem)
-            pause = random.uniform(*RETRY_S)
+            pause_s = random.uniform(*RETRY_S)
             refused = all(isinstance(problem, RefusedError) for problem in problems)
-            if refused or time.monotonic() + pause > deadline:
+            if refused or time.monotonic() + pause_s > deadline:
                 raise problems[self.named]
-            time.sleep(pause)
+            time.sleep(pause_s)
 
     def _dial(self, url: str, timeout_s: float) -> Connection:
-        import logging
-
         from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
-        from websockets.sync.client import connect
 
-        logging.getLogger("websockets").addHandler(
-            logging.NullHandler()
-        )  # a dead link is no traceback on a terminal
-        source = {"source_address": (self.bind, 0)} if self.bind else {}
         try:
-            # entered by hand: it lives as long as the Connection; not entering is deprecated in
-            # websockets 17
-            if tls := client_tls(self.config, self.tree, url):
-                tls["ssl"].sslsocket_class = tls_socket_class()
-            options: dict[str, Any] = {
-                "open_timeout": timeout_s,
-                **COMMANDER_OPTIONS,
-                **source,
-                **tls,
-            }
-            connection = connect(url, **options).__enter__()
-            hello = Hello(
-                "commander",
-                [PROTOCOL_OLDEST, PROTOCOL],
-                __version__,
-                "",
-                user_name(),
-                os.urandom(16).hex(),
-            )
-            talk = greeting(hello, self.token, os.urandom(16).hex())
-            message = next(talk)
-            while True:
-                connection.send(encode_message(message))
-                frame = connection.recv(timeout=timeout_s)
-                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
-        except StopIteration as end:
-            return Connection(connection, end.value)
+            socket = self._connect(url, timeout_s)
+            try:
+                return Connection(socket, self._greet(socket, timeout_s))
+            except BaseException:
+                socket.close()
+                raise
         except InvalidStatus as problem:
-            raise refusal(
-                problem.response.status_code, bytes(problem.response.body or b"")
-            ) from problem
+            answer = problem.response
+            raise refusal(answer.status_code, bytes(answer.body or b"")) from problem
+        except ProtocolError as problem:
+            what = f"{url} is no estelle-updater master"
+            raise UnreachableError(what, "is masterUrl right?") from problem
         except (OSError, InvalidHandshake, ConnectionClosed, EOFError) as problem:
             what = getattr(problem, "strerror", None) or str(problem) or "no answer"
             hint = "is `serve` running there?"
@@ -10432,10 +10403,39 @@ class Caller:
                     "trusted here or in [tls] ca?"
                 )
             raise UnreachableError(f"can't reach the master at {url}: {what}", hint) from problem
-        except ProtocolError as problem:
-            raise UnreachableError(
-                f"{url} is no estelle-updater master", "is masterUrl right?"
-            ) from problem
+
+    def _connect(self, url: str, timeout_s: float) -> Any:
+        """A WebSocket to the master. Raises websockets' errors."""
+        import logging
+
+        from websockets.sync.client import connect
+
+        # a dead link is no traceback on a terminal
+        logging.getLogger("websockets").addHandler(logging.NullHandler())
+        options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS}
+        if self.bind:
+            options["source_address"] = (self.bind, 0)
+        tls = client_tls(self.config, self.tree, url)
+        if tls:
+            tls["ssl"].sslsocket_class = tls_socket_class()
+        # entered by hand: it lives as long as the Connection; not entering is deprecated in
+        # websockets 17
+        return connect(url, **options, **tls).__enter__()
+
+    def _greet(self, socket: Any, timeout_s: float) -> Welcome:
+        """Say who we are. Raises RefusedError, ProtocolError and websockets' errors."""
+        spoken, process = [PROTOCOL_OLDEST, PROTOCOL], os.urandom(16).hex()
+        hello = Hello("commander", spoken, __version__, "", user_name(), process)
+        talk = greeting(hello, self.token, os.urandom(16).hex())
+        message = next(talk)
+        while True:
+            socket.send(encode_message(message))
+            frame = socket.recv(timeout=timeout_s)
+            try:
+                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
+            except StopIteration as end:
+                welcome: Welcome = end.value
+                return welcome
 
 
 def user_name() -> str:
@@ -10451,24 +10451,24 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
     """Start a run; a connection that dies before the answer is no reason to start two. Raises
     UpdaterError."""
     deadline = time.monotonic() + patience_s
-    # the master asks for them first
-    looks_s = checks_take_s(caller.config.health) if order.kind is Kind.SWITCH else 0
+    answer_s = ANSWER_S
+    if order.kind is Kind.SWITCH:  # the master asks for the health checks first
+        answer_s += checks_take_s(caller.config.health)
     asked = False
     while True:
         try:
-            connection = caller.dial(
-                max(0.1, deadline + (RESTART_S if asked else 0) - time.monotonic())
-            )
-            asked = True
-            reply = connection.request(order, ANSWER_S + looks_s)
+            connection = caller.dial(max(0.1, deadline - time.monotonic()))
+            if not asked:  # a master that dies from now on is waited for
+                asked = True
+                deadline += RESTART_S
+            reply = connection.request(order, answer_s)
         except UnreachableError as problem:
             if not asked:
                 raise
-            if time.monotonic() > deadline + RESTART_S:
+            if time.monotonic() > deadline:
+                command = f"{program_name()} logs {order.run} -f"
                 problem.asked = True
-                problem.hint = (
-                    f"it may have started all the same: {program_name()} logs {order.run} -f"
-                )
+                problem.hint = f"it may have started all the same: {command}"
                 raise
             continue
         if not isinstance(reply, RunRecord):
@@ -10495,208 +10495,163 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     )  # fmt: skip
 
 
-@record()
-class Followed:
-    """What a commander has of one host's log, and where it ends."""
+class Piece(NamedTuple):
+    """The next bytes of a host's log, in order."""
 
-    job: JobRecord | None = None
-    size: int = 0
-    offered: int | None = None
-    shown: bool = False
-    heard: float = 0.0  # when the last byte came
-    tail: bytes = b""
-    silence_told_s: float = 0.0
-
-    def hear(self, data: bytes) -> None:
-        """The log's next bytes have come."""
-        self.size += len(data)
-        self.heard, self.silence_told_s = time.monotonic(), 0.0
-        self.tail = (self.tail + data)[-LAST_LINE_BYTES:]
-
-    def take(self, job: JobRecord) -> bool:
-        """The host's state by now; whether anybody but the machinery sees a difference."""
-        before, self.job = self.job, job
-        return before is None or (before.state, before.step, before.behind) != (
-            job.state,
-            job.step,
-            job.behind,
-        )
-
-    def silence(self) -> str:
-        """What a step said last that has been silent for long, ever more rarely; else nothing: one
-        that hangs should not look like one that works."""
-        silent_s = time.monotonic() - (self.heard or time.monotonic())
-        running = self.job and self.job.state is State.RUNNING and not self.shown
-        if not running or silent_s <= max(SILENT_S, 2 * self.silence_told_s):
-            return ""
-        self.silence_told_s = silent_s
-        last = self.tail.decode("utf-8", "replace").strip().splitlines()[-1:]
-        return f"silent for {silent_s:.0f} s; last line: {terminal_text(''.join(last))}"
+    host: str
+    data: bytes
 
 
-class Follower:
-    """Follows one run over any number of connections: each log byte is shown once, in order,
-    whoever dies meanwhile."""
+class Offered(NamedTuple):
+    """How long a host's log was when following it began."""
+
+    host: str
+    size: int
+
+
+Event: TypeAlias = RunRecord | JobRecord | Offered | Piece | Notice
+
+
+class Source(Protocol):
+    """Where a followed run comes from."""
+
+    def receive(self, wait_s: float) -> Iterator[Event]:
+        """What is new; nothing if nothing comes within `wait_s`. Raises UpdaterError."""
+
+    def close(self) -> None: ...
+
+
+class LinkSource:
+    """A run as the master sends it, over any number of connections: each log byte comes once and in
+    order, whoever dies meanwhile."""
 
     def __init__(
-        self, caller: Caller, run: str, view: View, target: str = "", live: bool = True
+        self,
+        caller: Caller,
+        connection: Connection,
+        run: str,
+        target: str = "",
+        patience_s: float = float("inf"),
     ) -> None:
-        self.caller, self.run, self.view, self.target, self.live = caller, run, view, target, live
-        self.record: RunRecord | None = None
-        self.hosts: dict[str, Followed] = {}
-        self.channels: dict[int, str] = {}
-        self.unacked: dict[int, int] = {}
-        self.looked = 0.0  # when silent hosts were last looked for
+        self.caller, self.connection, self.run, self.target = caller, connection, run, target
+        self.patience_s = patience_s
+        self.asked = False
+        self.known = False  # the master has sent the run's record
         self.unknown_since = 0.0  # a new master has not heard of the run
+        self.sizes: dict[str, int] = {}  # bytes of each host's log that are here
+        self.inboxes: dict[int, tuple[str, Inbox]] = {}
 
-    def follow(self, connection: Connection, patience_s: float = float("inf")) -> list[JobRecord]:
-        """Show the run to its end: the jobs as they ended. Raises UpdaterError."""
-        while True:
-            self.connection = connection
-            try:
-                self.channels.clear()
-                self.unacked.clear()
-                connection.send(Follow(self.run, self.target))
-                while not self.finished():
-                    self.receive(connection, connection.receive(ACK_S if self.unacked else 1.0))
-                    self.tell_silence()
-                connection.close()
-                break
-            except (EOFError, UpdaterError) as problem:
-                if isinstance(
-                    problem, UpdaterError
-                ):  # a new master hears of the run as soon as its agents are back
-                    connection.close()
-                    if (
-                        self.record is None
-                        or problem.exit_code != TargetError.exit_code
-                        or self.is_late()
-                    ):
-                        raise
-                elif not self.unknown_since:
-                    self.view.notice(
-                        "the connection to the master is lost; the deployment goes on, "
-                        "reconnecting ..."
-                    )
-                time.sleep(random.uniform(*RETRY_S))
-                connection = self.caller.dial(patience_s)
-                if not self.unknown_since:
-                    self.view.notice("connected again")
-                self.skip_gap()
-        jobs = [followed.job for followed in self.hosts.values() if followed.job]
-        assert self.record
-        self.view.done(self.record, jobs)
-        return jobs
+    def receive(self, wait_s: float) -> Iterator[Event]:
+        try:
+            if not self.asked:
+                self.connection.send(Follow(self.run, self.target))
+                self.asked = True
+            unacked = any(inbox.unacked for _, inbox in self.inboxes.values())
+            message = self.connection.receive(min(wait_s, ACK_S) if unacked else wait_s)
+            if message is None:
+                self.acknowledge()
+            else:
+                yield from self.read(message)
+        except EOFError:
+            yield from self.reconnect()
+        except UpdaterError as problem:
+            self.connection.close()
+            if not self.known or problem.exit_code != TargetError.exit_code:
+                raise
+            yield from self.await_run(problem)  # a new master hears of it once its agents are back
 
-    def is_late(self) -> bool:
-        """Whether the master has not known the run for so long that it will not learn of it; says
-        so at first."""
-        if not self.unknown_since:
-            self.unknown_since = time.monotonic()
-            self.view.notice(
-                "the master knows nothing of this run, waiting until a host tells it ..."
-            )
-        return time.monotonic() - self.unknown_since > LOST_S
-
-    def skip_gap(self) -> None:
-        """What could not be heard was no silence."""
-        for followed in self.hosts.values():
-            followed.heard = followed.heard and time.monotonic()
-
-    def finished(self) -> bool:
-        return self.record is not None and all(
-            followed.shown
-            or (
-                not self.live and followed.offered is not None and followed.size >= followed.offered
-            )
-            for followed in self.hosts.values()
-        )
-
-    def receive(self, connection: Connection, message: Any) -> None:
-        if message is None:
-            self.acknowledge(connection)
-            self.view.tick()
-        elif isinstance(message, bytes):
+    def read(self, message: Any) -> Iterator[Event]:
+        """What a message says that concerns the run; what a channel needs is answered here."""
+        if isinstance(message, bytes):
             channel, offset, data = decode_chunk(message)
-            followed = self.hosts[self.channels[channel]]
-            if offset == followed.size:
-                followed.hear(data)
-                self.view.data(self.channels[channel], data)
-                self.unacked[channel] = self.unacked.get(channel, 0) + len(data)
-                if sum(self.unacked.values()) >= ACK_BYTES:
-                    self.acknowledge(connection)
-                self.show_result(self.channels[channel])
-        elif isinstance(message, RunRecord):
-            if new := [
-                host for host in message.hosts if host not in self.hosts
-            ]:  # a new master hears of more
-                self.hosts |= {host: Followed() for host in new}
-                self.record = replace(message, hosts=list(self.hosts))
-                self.view.begin(self.record)
-            self.unknown_since = 0.0
-        elif isinstance(message, JobRecord) and message.host in self.hosts:
-            if self.hosts[message.host].take(message) and message.state not in FINAL:
-                self.view.state(message)
-            self.show_result(message.host)
-        elif isinstance(message, Log) and message.host in self.hosts:
-            self.channels[message.channel] = message.host
-            self.hosts[message.host].offered = message.size
-            connection.send(Have(message.channel, self.hosts[message.host].size, rewind=True))
-        elif isinstance(message, Notice):
-            self.view.notice(terminal_text(message.text))
+            host, inbox = self.inboxes[channel]
+            fits = offset == self.sizes[host]
+            if fits:
+                self.sizes[host] += len(data)
+                yield Piece(host, data)
+            answer = inbox.on_chunk(offset, self.sizes[host], gap=not fits)
+            if answer:
+                self.connection.send(answer)
+        elif isinstance(message, Log):
+            size = self.sizes.setdefault(message.host, 0)
+            inbox = Inbox(message.channel)
+            self.inboxes[message.channel] = message.host, inbox
+            self.connection.send(inbox.ask(size))
+            yield Offered(message.host, message.size)
         elif isinstance(message, Refuse):
             raise refused(message)
+        elif isinstance(message, RunRecord):
+            self.known, self.unknown_since = True, 0.0
+            yield message
+        elif isinstance(message, JobRecord | Notice):
+            yield message
 
-    def tell_silence(self) -> None:
-        """Of steps that hang, whoever else talks meanwhile."""
-        gap_s, now = time.monotonic() - self.looked, time.monotonic()
-        if gap_s < 1 or not self.live:
-            return
-        self.looked = now
-        if gap_s > STOPPED_S:  # this process was stopped, or its output was
-            self.skip_gap()
-        for host, followed in self.hosts.items():
-            if told := followed.silence():
-                self.view.notice(f"{host}: {told}")
+    def acknowledge(self) -> None:
+        for _, inbox in self.inboxes.values():
+            answer = inbox.ack()
+            if answer:
+                self.connection.send(answer)
 
-    def acknowledge(self, connection: Connection) -> None:
-        for channel in self.unacked:
-            connection.send(Have(channel, self.hosts[self.channels[channel]].size))
-        self.unacked.clear()
+    def await_run(self, problem: UpdaterError) -> Iterator[Event]:
+        """The master does not know the run (any more): it asks again, unless that has lasted for so
+        long that the master will not learn of it. Raises `problem` then."""
+        if not self.unknown_since:
+            self.unknown_since = time.monotonic()
+            yield Notice("the master knows nothing of this run, waiting until a host tells it ...")
+        if time.monotonic() - self.unknown_since > LOST_S:
+            raise problem
+        yield from self.reconnect()
 
-    def show_result(self, host: str) -> None:
-        """A host's last line, once all of its log was shown."""
-        followed = self.hosts[host]
-        if (
-            followed.job
-            and followed.job.state in FINAL
-            and followed.size >= followed.job.size
-            and not followed.shown
-        ):
-            followed.shown = True
-            self.view.result(followed.job)
+    def reconnect(self) -> Iterator[Event]:
+        if not self.unknown_since:
+            yield Notice(
+                "the connection to the master is lost; the deployment goes on, reconnecting ..."
+            )
+        self.inboxes.clear()
+        self.asked = False
+        time.sleep(random.uniform(*RETRY_S))
+        self.connection = self.caller.dial(self.patience_s)
+        if not self.unknown_since:
+            yield Notice("connected again")
+
+    def close(self) -> None:
+        self.connection.close()
 
 
-class LocalFollower:
-    """Follows a run by its files on this host, without a master: for `deploy`, and for `logs` when
-    nothing serves."""
+class FolderSource:
+    """A run by its files on this host, without a master: for `deploy`, and for `logs` when nothing
+    serves.
+
+    `live`: somebody waits for the end, so a runner that died is noticed here. `started`: the runner
+    was started just now, and gets `LAUNCH_S` to begin.
+    """
 
     def __init__(
         self,
         state: StateFolder,
         run: str,
-        view: View,
+        *,
         live: bool,
         target: str = "all",
         started: bool = False,
     ) -> None:
-        self.state, self.run, self.view, self.live, self.target = state, run, view, live, target
-        self.gives_up = time.monotonic() + (
-            LAUNCH_S if started else float("inf")
-        )  # on a runner that we started
+        self.state, self.run, self.live, self.target = state, run, live, target
+        self.gives_up = time.monotonic() + (LAUNCH_S if started else float("inf"))
+        self.record: RunRecord | None = None
+        self.sizes: dict[str, int] = {}  # what was read of the logs that are not over
 
-    def follow(self) -> list[JobRecord]:
-        """Show the run to its end, or, not `live`, as far as it is. Raises TargetError."""
+    def receive(self, wait_s: float) -> Iterator[Event]:
+        if self.record is None:
+            yield self.open()
+            for host in self.sizes:
+                yield Offered(host, log_size(self.state.log_file(self.run, host)))
+        else:
+            time.sleep(min(wait_s, LOCAL_LOOK_S))
+        for host in list(self.sizes):
+            yield from self.read(host)
+
+    def open(self) -> RunRecord:
+        """The run, with the hosts that are asked for. Raises TargetError."""
         record = self.state.load_run(self.run)
         if record is None:
             raise TargetError(
@@ -10706,31 +10661,26 @@ class LocalFollower:
             HostRef(host, record.addresses.get(host) or "::", host, "", False)
             for host in record.hosts
         ]
-        record = replace(record, hosts=[ref.label for ref in select_targets(self.target, refs)])
-        self.record = record
-        self.view.begin(record)
-        hosts = {host: Followed() for host in record.hosts}
-        while waiting := [host for host, followed in hosts.items() if not followed.shown]:
-            for host in waiting:
-                self.look(host, hosts[host])
-            time.sleep(LOCAL_LOOK_S if self.live else 0)
-        jobs = [followed.job for followed in hosts.values() if followed.job]
-        self.view.done(record, jobs)
-        return jobs
+        hosts = [ref.label for ref in select_targets(self.target, refs)]
+        self.sizes = dict.fromkeys(hosts, 0)
+        self.record = replace(record, hosts=hosts)
+        return self.record
 
-    def look(self, host: str, followed: Followed) -> None:
-        """What is new about one host."""
+    def read(self, host: str) -> Iterator[Event]:
+        """What is new about one host: the log first, as what a final state says counts behind
+        it."""
         job = self.state.load_job(self.run, host)
         if self.live and (job is None or job.state not in FINAL):
             job = self.look_after(job, host)
-        while data := read_log(self.state.log_file(self.run, host), followed.size, CHUNK_BYTES):
-            followed.hear(data)
-            self.view.data(host, data)
-        if job and followed.take(job):
-            (self.view.result if job.state in FINAL else self.view.state)(job)
-        followed.shown = not self.live or (job is not None and job.state in FINAL)
-        if told := followed.silence():
-            self.view.notice(f"{host}: {told}")
+        log_file = self.state.log_file(self.run, host)
+        while data := read_log(log_file, self.sizes[host], CHUNK_BYTES):
+            self.sizes[host] += len(data)
+            yield Piece(host, data)
+        if job:
+            missing = job.state in FINAL and job.size > self.sizes[host]  # nobody has more of it
+            yield replace(job, size=self.sizes[host]) if missing else job
+            if job.state in FINAL:
+                del self.sizes[host]
 
     def look_after(self, job: JobRecord | None, host: str) -> JobRecord | None:
         """Without a daemon nobody else would notice that the runner died or did not begin, or that
@@ -10739,31 +10689,158 @@ class LocalFollower:
         late = job and job.state is State.QUEUED and time.monotonic() > self.gives_up
         if job and late and not (busy and self.state.current() == (job.run, host)):
             why = f"the runner does not start: see {self.state.runner_log}"
-            return self.end(
-                job,
-                state=State.FAILED,
-                step="start",
-                error="another job holds this host" if busy else why,
+            if busy:
+                why = "another job holds this host"
+            failed = replace(
+                job, revision=job.revision + 1, state=State.FAILED, step="start", error=why
             )
+            return self.end(replace(failed, ended=time.time()))
         if busy or FileLock.held_elsewhere(self.state.daemon_lock):
             return job
         latest = self.state.load_job(self.run, host)
         if latest is None:
-            return replace(
-                job_of_run(self.record, host),
-                state=State.LOST,
-                error="the record of this job is damaged",
-            )
-        return (
-            self.end(bury_runner(self.state, latest)) if latest.state is State.RUNNING else latest
-        )
+            assert self.record
+            damaged = "the record of this job is damaged"
+            return replace(job_of_run(self.record, host), state=State.LOST, error=damaged)
+        if latest.state is State.RUNNING:
+            return self.end(bury_runner(self.state, latest))
+        return latest
 
-    def end(self, job: JobRecord, **fields: Any) -> JobRecord:
+    def end(self, job: JobRecord) -> JobRecord:
         """Record how a job ended, for want of a runner and a daemon."""
-        if fields:
-            job = replace(job, revision=job.revision + 1, ended=time.time(), **fields)
         self.state.save_job(job, durable=True)
         return job
+
+    def close(self) -> None:
+        pass
+
+
+@record()
+class Followed:
+    """What a commander has of one host's log, and where it ends."""
+
+    job: JobRecord | None = None
+    size: int = 0
+    offered: int | None = None
+    ended: bool = False  # the result was shown
+    heard: float = 0.0  # when the last byte came
+    tail: bytes = b""
+    silence_told_s: float = 0.0
+
+    def add(self, data: bytes) -> None:
+        """The log's next bytes have come."""
+        self.size += len(data)
+        self.heard, self.silence_told_s = time.monotonic(), 0.0
+        self.tail = (self.tail + data)[-LAST_LINE_BYTES:]
+
+    def update(self, job: JobRecord) -> bool:
+        """The host's state by now; whether anybody but the machinery sees a difference."""
+        before, self.job = self.job, job
+        if before is None:
+            return True
+        return (before.state, before.step, before.behind) != (job.state, job.step, job.behind)
+
+    def silence(self) -> str:
+        """What a step said last that has been silent for long, ever more rarely; else nothing: one
+        that hangs should not look like one that works."""
+        silent_s = time.monotonic() - (self.heard or time.monotonic())
+        running = self.job and self.job.state is State.RUNNING and not self.ended
+        if not running or silent_s <= max(SILENT_S, 2 * self.silence_told_s):
+            return ""
+        self.silence_told_s = silent_s
+        last = self.tail.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return f"silent for {silent_s:.0f} s; last line: {terminal_text(''.join(last))}"
+
+
+class Follower:
+    """Shows one run from a source: each host's log, and its result once all of the log was shown.
+
+    `live`: to the run's end; else as far as it has come.
+    """
+
+    def __init__(self, source: Source, view: View, *, live: bool = True) -> None:
+        self.source, self.view, self.live = source, view, live
+        self.record: RunRecord | None = None
+        self.hosts: dict[str, Followed] = {}
+        self.looked = 0.0  # when silent hosts were last looked for
+
+    def follow(self) -> list[JobRecord]:
+        """Show the run: the jobs as they ended, or as they are. Raises UpdaterError."""
+        while not self.is_over():
+            for event in self.source.receive(self.view.due_s()):
+                self.show(event)
+            self.view.tick()
+            self.tell_silence()
+        self.source.close()
+        jobs = [followed.job for followed in self.hosts.values() if followed.job]
+        assert self.record
+        self.view.done(self.record, jobs)
+        return jobs
+
+    def is_over(self) -> bool:
+        if self.record is None:
+            return False
+        hosts = self.hosts.values()
+        if self.live:
+            return all(followed.ended for followed in hosts)
+        return all(
+            followed.ended or (followed.offered is not None and followed.size >= followed.offered)
+            for followed in hosts
+        )
+
+    def show(self, event: Event) -> None:
+        """Have the view show one event."""
+        if isinstance(event, Piece):
+            self.hosts[event.host].add(event.data)
+            self.view.data(event.host, event.data)
+            self.show_result(event.host)
+        elif isinstance(event, RunRecord):
+            self.begin(event)
+        elif isinstance(event, JobRecord) and event.host in self.hosts:
+            if self.hosts[event.host].update(event) and event.state not in FINAL:
+                self.view.state(event)
+            self.show_result(event.host)
+        elif isinstance(event, Offered) and event.host in self.hosts:
+            self.hosts[event.host].offered = event.size
+        elif isinstance(event, Notice):
+            self.view.notice(terminal_text(event.text))
+            self.skip_gap()
+
+    def begin(self, run: RunRecord) -> None:
+        """The run's hosts are known; a new master may hear of more of them later."""
+        new = [host for host in run.hosts if host not in self.hosts]
+        if new or self.record is None:
+            self.hosts.update((host, Followed()) for host in new)
+            self.record = replace(run, hosts=list(self.hosts))
+            self.view.begin(self.record)
+
+    def show_result(self, host: str) -> None:
+        """A host's last line, once all of its log was shown."""
+        followed = self.hosts[host]
+        job = followed.job
+        if job and job.state in FINAL and followed.size >= job.size and not followed.ended:
+            followed.ended = True
+            self.view.result(job)
+
+    def tell_silence(self) -> None:
+        """Of steps that hang, whoever else talks meanwhile."""
+        now = time.monotonic()
+        gap_s = now - self.looked
+        if gap_s < 1 or not self.live:
+            return
+        self.looked = now
+        if gap_s > STOPPED_S:  # this process was stopped, or its output was
+            self.skip_gap()
+        for host, followed in self.hosts.items():
+            told = followed.silence()
+            if told:
+                self.view.notice(f"{host}: {told}")
+
+    def skip_gap(self) -> None:
+        """What could not be heard was no silence."""
+        for followed in self.hosts.values():
+            if followed.heard:
+                followed.heard = time.monotonic()
 
 
 def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRecord:
@@ -13123,7 +13200,7 @@ def run_order(
     view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
 
     def follow() -> list[JobRecord]:
-        jobs = Follower(caller, record.run, view).follow(connection)
+        jobs = Follower(LinkSource(caller, connection, record.run), view).follow()
         ended = [job for job in jobs if job.state in (State.FAILED, State.TIMEOUT)]
         # the steps before the first that changes what is deployed
         untouched = r"(start|check)$|git fetch "
@@ -13141,9 +13218,8 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
     job = make_local_job(state, order, args.bind)
     start_runner(state, args.config_path(), job).wait()
     view.notice(f"run {job.run}: {doing}{job.branch} on this host")
-    return watch_order(
-        args, job.run, LocalFollower(state, job.run, view, live=True, started=True).follow
-    )[0]
+    source = FolderSource(state, job.run, live=True, started=True)
+    return watch_order(args, job.run, Follower(source, view).follow)[0]
 
 
 def watch_order(
@@ -13385,16 +13461,17 @@ def cmd_logs(args: Args) -> int:
     try:
         caller = make_caller(args)
         connection = caller.dial(PATIENCE_S)
-        follower = Follower(caller, args.run, view, args.target or "", live=args.follow)
-        code, _ = watch_order(args, args.run, functools.partial(follower.follow, connection))
+        source = LinkSource(caller, connection, args.run, args.target or "")
+        follower = Follower(source, view, live=args.follow)
+        code, _ = watch_order(args, args.run, follower.follow)
     except (
         UpdaterError
     ) as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
         if state.load_run(args.run) is None or (follower and follower.record):
             raise
         view.notice(f"{problem.what}; this is what {state.root} has")
-        local = LocalFollower(state, args.run, view, args.follow, args.target or "all")
-        code, _ = watch_order(args, args.run, local.follow)
+        folder = FolderSource(state, args.run, live=args.follow, target=args.target or "all")
+        code, _ = watch_order(args, args.run, Follower(folder, view, live=args.follow).follow)
     return code if args.follow or code == 130 else 0
 
 
@@ -13919,11 +13996,11 @@ class McpServer:
     def follow(self, run: str, view: ProgressView) -> None:
         view.notice(f"this is run {run}")
         caller = make_caller(self.args)
-        connection, follower = caller.dial(PATIENCE_S), Follower(caller, run, view)
+        source = LinkSource(caller, caller.dial(PATIENCE_S), run, patience_s=MCP_PATIENCE_S)
         try:
-            follower.follow(connection, MCP_PATIENCE_S)
+            Follower(source, view).follow()
         finally:
-            follower.connection.close()
+            source.close()
 
     def call_update(
         self, given: dict[str, Any], view: ProgressView, *, alone: bool = False
