@@ -3874,12 +3874,7 @@ class McpSession:
 # ==============================================================================
 # 10. Files: atomic writes, append-only logs, locks, state folder, configuration
 # ==============================================================================
-
-
-Found = TypeVar("Found")
-
-
-def poll(look: Callable[[], Found], every_s: float, within_s: float) -> Found:
+def poll(look: Callable[[], _T], every_s: float, within_s: float) -> _T:
     """Wait until `look` returns something true, and return that; after `within_s` what it returns
     last.
 
@@ -3895,9 +3890,7 @@ def poll(look: Callable[[], Found], every_s: float, within_s: float) -> Found:
         time.sleep(min(every_s, left_s))
 
 
-async def poll_async(
-    look: Callable[[], Awaitable[Found]], every_s: float, within_s: float
-) -> Found:
+async def poll_async(look: Callable[[], Awaitable[_T]], every_s: float, within_s: float) -> _T:
     """`poll` for those who share a thread with others."""
     ends = time.monotonic() + within_s
     while True:
