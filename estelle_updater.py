@@ -2326,6 +2326,51 @@ def resumes(job: JobRecord) -> bool:
     )
 
 
+Fate = StrEnum("Fate", ["WAIT", "START", "BURY", "CANCEL", "EXPIRE", "GIVE_UP"])
+
+
+class RunnerFacts(NamedTuple):
+    """What is known of a job whose lock nobody holds."""
+
+    half_done: bool = False  # a switch or an upgrade was left half way
+    cancelled: bool = False  # somebody wants it to stop
+    expired: bool = False  # accepted so long ago that nobody expects it to run any more
+    launches: int = 0  # how often a runner was started for it
+    silent_s: float = 0.0  # since the last time
+
+
+def decide_runner(job: JobRecord, facts: RunnerFacts) -> Fate:
+    """What follows where a job's lock is free, which says that no runner lives: an accepted job is
+    started (again), one that ran is lost."""
+    if facts.half_done:  # for ever, ever more rarely: it must end one way or the other
+        doublings = max(0, min(facts.launches, 10) - 1)
+        pause_s = min(RESUME_MOST_S, RESUME_S * 2.0**doublings)
+        return Fate.START if facts.silent_s > pause_s else Fate.WAIT
+    if job.state is State.RUNNING:
+        return Fate.BURY
+    if job.state is not State.QUEUED:
+        return Fate.WAIT
+    if facts.cancelled:
+        return Fate.CANCEL
+    if facts.expired and not facts.launches:
+        return Fate.EXPIRE
+    if facts.silent_s <= LAUNCH_S:
+        return Fate.WAIT
+    return Fate.START if facts.launches < LAUNCHES else Fate.GIVE_UP
+
+
+def moves_tree(job: JobRecord) -> bool:
+    """Whether git may be writing this host's files now."""
+    return job.state is State.RUNNING and job.step_kind in MOVES_TREE
+
+
+def waits_for_traffic(job: JobRecord) -> bool:
+    """Whether a job stands still until the master says where the traffic goes. An older program's
+    record has no kind of step."""
+    asks = job.step_kind == StepKind.TRAFFIC or job.step == TRAFFIC_STEP
+    return asks and job.state is State.RUNNING
+
+
 def accepts_chunk(size: int, offset: int, length: int) -> tuple[bool, bool]:
     """(write it, ask to rewind) for a chunk at `offset` where `size` bytes are: written only
     exactly at the end."""
@@ -2597,15 +2642,17 @@ def job_of_run(run: RunRecord, host: str) -> JobRecord:
 
 
 class Step(NamedTuple):
-    """One command of a deployment: how it is announced, and what really runs."""
+    """One command of a deployment: how it is announced, what really runs, and what it is for."""
 
     label: str
     argv: tuple[str, ...]
+    kind: str = ""  # a StepKind
 
 
 def plan_fetch(remote: str) -> Step:
     """The document's first step. `--prune` lets branch `a` make way for `a/b`."""
-    return Step(f"git fetch {remote}", ("git", "fetch", "--prune", remote))
+    argv = ("git", "fetch", "--prune", remote)
+    return Step(f"git fetch {remote}", argv, StepKind.FETCH)
 
 
 def is_commit_id(text: str) -> bool:
@@ -2623,21 +2670,20 @@ def plan_checkout(
     of the same name, as `git checkout` has it; full names keep git from guessing, and `--` keeps a
     folder of that name out of it.
     """
-    label = f"git checkout {branch}"
+    label, heads = f"git checkout {branch}", f"refs/heads/{branch}"
     tracking = f"refs/remotes/{remote}/{branch}"
-    if f"refs/heads/{branch}" in refs or tracking in refs:
-        argv = (branch,) if f"refs/heads/{branch}" in refs else ("-b", branch, "--track", tracking)
-        pull = Step(
-            f"git pull {remote} {branch}",
-            ("git", "pull", "--ff-only", remote, f"refs/heads/{branch}"),
-        )
-        return None, Step(label, ("git", "checkout", *argv, "--")), pull
-    if is_commit_id(branch):
-        get = Step(label, ("git", "fetch", "--no-tags", remote, branch))
-        return get, Step(label, ("git", "checkout", "--detach", branch, "--")), None
-    tag = f"refs/tags/{branch}"
-    get = Step(label, ("git", "fetch", "--no-tags", remote, f"+{tag}:{tag}"))
-    return get, Step(label, ("git", "checkout", "--detach", tag, "--")), None
+    if heads in refs or tracking in refs:
+        argv = (branch,) if heads in refs else ("-b", branch, "--track", tracking)
+        pull = ("git", "pull", "--ff-only", remote, heads)
+        checkout = Step(label, ("git", "checkout", *argv, "--"), StepKind.CHECKOUT)
+        return None, checkout, Step(f"git pull {remote} {branch}", pull, StepKind.PULL)
+    name = ref = branch
+    if not is_commit_id(branch):
+        name = f"refs/tags/{branch}"
+        ref = f"+{name}:{name}"
+    get = Step(label, ("git", "fetch", "--no-tags", remote, ref), StepKind.FETCH)
+    checkout = Step(label, ("git", "checkout", "--detach", name, "--"), StepKind.CHECKOUT)
+    return get, checkout, None
 
 
 LOCK_FILE = re.compile(
@@ -2658,17 +2704,17 @@ def decide_rollback(successes: Sequence[str], current: str) -> int | None:
 
 def plan_command(command: tuple[str, ...]) -> Step:
     """The host's configured command."""
-    return Step(" ".join(command), command)
+    return Step(" ".join(command), command, StepKind.COMMAND)
 
 
 def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
     """Restart the configured systemd units, then require each to be active: asked about several,
     systemctl is content with one."""
-    asked = [
-        ("systemctl", "restart", *units),
-        *(("systemctl", "is-active", unit) for unit in units),
-    ]
-    return tuple(Step(" ".join(argv), argv) for argv in asked) if units else ()
+    if not units:
+        return ()
+    asked = [("systemctl", "restart", *units)]
+    asked += [("systemctl", "is-active", unit) for unit in units]
+    return tuple(Step(" ".join(argv), argv, StepKind.RESTART) for argv in asked)
 
 
 class Finding(NamedTuple):
@@ -2735,7 +2781,9 @@ class Masker:
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
         data = self._held + data
-        hold = min((self._tail(data, value) for value in self._values), default=len(data))
+        hold = len(data)
+        for value in self._values:
+            hold = min(hold, self._find_tail(data, value))
         url = URL_BEGUN.search(data, max(0, len(data) - 515))
         return self._write(data, min(hold, url.start()) if url else hold)
 
@@ -2744,7 +2792,7 @@ class Masker:
         return self._write(self._held, len(self._held))
 
     @staticmethod
-    def _tail(data: bytes, value: bytes) -> int:
+    def _find_tail(data: bytes, value: bytes) -> int:
         """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole
         of it."""
         start = data.find(value[:1], max(0, len(data) - len(value) + 1))
@@ -2752,29 +2800,44 @@ class Masker:
             start = data.find(value[:1], start + 1)
         return start if start >= 0 else len(data)
 
-    def _write(self, data: bytes, hold: int) -> bytes:
-        """What stands before `hold`, masked; the rest is held. A secret across it shows only as its
-        `***`."""
+    def _find_urls(self, data: bytes) -> list[tuple[int, int, int]]:
+        """(where its `://` starts, password's start, its end) of each URL with a password, counted
+        from the beginning of `data`; a scheme may stand before that."""
         shift = len(self._before)
-        found = URL_SECRET.finditer(self._before + data)
-        places = [(match.start(), *match.span(match.lastindex or 0)) for match in found]
-        urls = [(at - shift, (start - shift, end - shift)) for at, start, end in places]
-        hold = min(
-            (start for start, (_, end) in urls if start < hold < end), default=hold
-        )  # `://` and all
-        spans = [span for start, span in urls if start < hold]
+        urls = []
+        for match in URL_SECRET.finditer(self._before + data):
+            start, end = match.span(match.lastindex or 0)
+            urls.append((match.start() - shift, start - shift, end - shift))
+        return urls
+
+    def _find_values(self, data: bytes, hold: int) -> list[tuple[int, int]]:
+        """Where secrets stand that begin before `hold`."""
+        spans = []
         for value in self._values:
             start = data.find(value)
             while 0 <= start < hold:
                 spans.append((start, start + len(value)))
                 start = data.find(value, start + 1)
-        written, done = [], self._masked
+        return spans
+
+    def _write(self, data: bytes, hold: int) -> bytes:
+        """What stands before `hold`, masked; the rest is held. A secret across it shows only as its
+        `***`. All places are offsets in `data`."""
+        urls = self._find_urls(data)
+        for scheme, _, end in urls:
+            if scheme < hold < end:
+                hold = scheme  # a password is written or held as a whole, `://` and all
+        spans = self._find_values(data, hold)
+        spans += [(start, end) for scheme, start, end in urls if scheme < hold]
+        written = []
+        done = self._masked
         for start, end in sorted(spans):
             if start >= done:
                 written += [data[done:start], b"***"]
             done = max(done, end)
         written.append(data[done:hold])
-        self._held, self._masked = data[hold:], max(0, done - hold)
+        self._held = data[hold:]
+        self._masked = max(0, done - hold)
         self._before = (self._before + data[:hold])[-2:]
         return b"".join(written)
 
@@ -5694,16 +5757,8 @@ def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subpr
     if log_size(state.runner_log) > RUNNER_LOG_BYTES:  # crashes of years must not fill a disk
         with suppress(OSError):
             os.replace(state.runner_log, state.runner_log.with_suffix(".old"))
-    argv = [
-        *program_argv(),
-        "run-job",
-        "--state",
-        str(state.root),
-        "--config",
-        str(config_path),
-        job.run,
-        job.host,
-    ]
+    words = ["run-job", "--state", str(state.root), "--config", str(config_path)]
+    argv = [*program_argv(), *words, job.run, job.host]
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
 
@@ -5730,32 +5785,19 @@ def probe_ground(
 ) -> Iterator[Finding]:
     """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by
     `doctor`."""
-    url = b""
     try:
-        url = git_output(repo, env, "config", "--get", f"remote.{rule.remote}.url")
-        # else the answer may be the user's own configuration's
-        inside = bool(url) and (repo / ".git").exists()
-        inside = (
-            inside or git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
-        )
-        wrong = UsageError(
-            f"{repo} is no git checkout", "clone the repository there, or set repo in [hosts]"
-        )
+        url = require_checkout(repo, rule.remote, env)
     except UpdaterError as problem:
-        inside, wrong = False, problem  # type: ignore[assignment]
-    if not inside:
-        yield Finding("checkout", False, wrong.what, wrong.hint, certain=True)
+        yield Finding("checkout", False, problem.what, problem.hint, certain=True)
         return
     yield Finding("checkout", True, str(repo))
+    shown = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
     add = f"git -C {repo} remote add {rule.remote} URL"
-    shown = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url.decode(errors="replace").strip())
-    yield Finding(
-        "remote", bool(shown), shown or f"there is no remote {rule.remote}", add, certain=True
-    )
+    text = shown or f"there is no remote {rule.remote}"
+    yield Finding("remote", bool(shown), text, add, certain=True)
     try:
-        yield Finding(
-            "command", True, resolve_program(rule.command[0], env.get("PATH", ""), repo)[0]
-        )
+        program = resolve_program(rule.command[0], env.get("PATH", ""), repo)[0]
+        yield Finding("command", True, program)
     except UpdaterError as problem:  # the pull may bring it, or another command
         yield Finding("command", False, problem.what, problem.hint)
     for place in (repo, state):
@@ -5763,12 +5805,29 @@ def probe_ground(
             yield judge_disk(str(place), shutil.disk_usage(place).free)
 
 
+def require_checkout(repo: Path, remote: str, env: Mapping[str, str]) -> str:
+    """The URL of a clone's remote, "" where it has none. Raises UpdaterError where there is no
+    clone."""
+    url = git_output(repo, env, "config", "--get", f"remote.{remote}.url")
+    # without a .git beside it the answer may be the user's own configuration's
+    inside = bool(url) and (repo / ".git").exists()
+    if not inside:
+        inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
+    if not inside:
+        hint = "clone the repository there, or set repo in [hosts]"
+        raise UsageError(f"{repo} is no git checkout", hint)
+    return url.decode(errors="replace").strip()
+
+
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     """For whoever finds that a job's runner is dead: nothing of its step is left running, and the
     job is lost."""
     log_file, error = state.log_file(job.run, job.host), "the runner died"
     kill_leftovers(f"{job.run}/{file_label(job.host)}/questions")
-    if job.open_step and (left := refused_text(kill_leftovers(job.open_step, job.pipe)[1])):
+    left = ""
+    if job.open_step:
+        left = refused_text(kill_leftovers(job.open_step, job.pipe)[1])
+    if left:
         error += f"; {left}"
         with suppress(OSError):
             append_log(log_file, log_size(log_file), f"\n[estelle-updater: {left}]\n".encode())
@@ -5789,28 +5848,76 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
         raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
 
 
+class StepRun:
+    """One command of a job while it runs: what it writes goes to the log, masked; a cancel or its
+    deadline ends it with all that it started."""
+
+    def __init__(self, child: Spawned, log: LogWriter, masker: Masker) -> None:
+        self.child, self.log, self.masker = child, log, masker
+        self.tail = b""  # of what it wrote, to explain its failure
+        self.version: bytes | None = None  # the last one in its output
+        self.pump = threading.Thread(target=self.pump_output, daemon=True)
+        self.pump.start()
+
+    def pump_output(self) -> None:
+        """Pipe to log."""
+        while data := self.child.read(CHUNK_BYTES):
+            self.log.write(self.masker.feed(data))
+            found = VERSION_IN_OUTPUT.findall(self.tail[-VERSION_OVERLAP:] + data)
+            self.version = found[-1] if found else self.version
+            self.tail = (self.tail[-TAIL_BYTES:] + data)[-TAIL_BYTES:]
+
+    def watch(self, deadline: float, is_cancelled: Callable[[], bool]) -> tuple[State, str] | None:
+        """Wait until the command is over. None, or why it was ended, and what lives on all the
+        same."""
+        while True:
+            self.pump.join(CANCEL_LOOK_S)
+            bury_orphans(self.child.pid)
+            if not self.pump.is_alive():
+                return None
+            if is_cancelled():
+                return State.CANCELLED, self.end()
+            if time.monotonic() > deadline:
+                waited_for = running_text(self.child.family())
+                return State.TIMEOUT, "; ".join(filter(None, (waited_for, self.end())))
+
+    def end(self) -> str:
+        """Interrupt, grace, kill the whole tree; what could not be killed."""
+        grace_s = GRACE_S if self.child.interrupt() else 0.0
+        ends = time.monotonic() + grace_s
+        self.pump.join(grace_s)
+        while self.child.family() and time.monotonic() < ends:  # its leader may be the first to go
+            time.sleep(LOCAL_LOOK_S)
+        self.child.kill_tree(KILL_S)
+        self.pump.join(DRAIN_S + 1)
+        return refused_text(self.child.refused)
+
+    def close(self) -> None:
+        """Stop reading; what the masker held back is written."""
+        self.child.close_pipe()
+        self.log.write(self.masker.flush())
+
+
 class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job
-    restarts."""
+    restarts. What is to be done is WORK's."""
 
     def __init__(self, state: StateFolder, run: str, host: str, config_path: Path) -> None:
-        self.state = state
+        self.state, self.run, self.host = state, run, host
         self.config_path = config_path
         self.poke = Poke(state.daemon_file)
         self.cancel_file = state.cancel_file(run, host)
-        self.run, self.host = run, host
+        self.is_cancelled: Callable[[], bool] = self.cancel_file.exists
         self.job: JobRecord
         self.log: LogWriter
         self.repo = Path()
         self.rule: Effective
         self.env: dict[str, str] = {}
         self.masker = Masker(())
-        self.tail = b""
-        self.version: bytes | None = None
+        self.version: bytes | None = None  # the last one in the output
         self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
-        self.stop: Callable[[], bool] = (
-            self.cancel_file.exists
-        )  # whether git's answer is no longer wanted
+
+    # The job from its lock to its result
 
     def main(self) -> int:
         """Do the job if it still waits to be done; 0 when its result is recorded."""
@@ -5822,33 +5929,37 @@ class Runner:
             if job is None or not (job.state is State.QUEUED or is_half_done(self.state, job)):
                 return 0
             self.job = job
-            try:
-                self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
-            except OSError as problem:
-                why = f"can't write to {problem.filename}: {problem.strerror}"
-                return int(not self.save(durable=True, state=State.FAILED, step="start", error=why))
-            last = self.state.current()
-            with suppress(OSError):
-                write_atomic(
-                    self.state.current_file,
-                    json.dumps({"run": self.run, "host": self.host}).encode(),
-                )
-            self.bury(last)
-            if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
-                return 1  # the disk is full: a job that is not known to run would be run again
-            self.perform()
-            self.last_act()
-            return 0
+            return self.hold(job)
         finally:
             lock.release()
             self.poke()
+
+    def hold(self, job: JobRecord) -> int:
+        """The job, while its lock is held."""
+        try:
+            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
+        except OSError as problem:
+            why = f"can't write to {problem.filename}: {problem.strerror}"
+            return int(not self.save(durable=True, state=State.FAILED, step="start", error=why))
+        last = self.state.current()
+        with suppress(OSError):
+            holder = {"run": self.run, "host": self.host}
+            write_atomic(self.state.current_file, json.dumps(holder).encode())
+        self.bury(last)
+        if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
+            return 1  # the disk is full: a job that is not known to run would be run again
+        self.perform()
+        self.last_act()
+        return 0
 
     def bury(self, holder: tuple[str, str]) -> None:
         """End the job that had the lock last, if its runner died unseen: no job may run beside what
         another left."""
         last = self.state.load_job(*holder) if holder[0] else None
-        own = holder == (self.run, self.host)
-        if last and last.state is State.RUNNING and not own and not is_half_done(self.state, last):
+        if last is None or holder == (self.run, self.host):
+            return
+        facts = RunnerFacts(half_done=is_half_done(self.state, last))
+        if decide_runner(last, facts) is Fate.BURY:
             with suppress(OSError):
                 self.state.save_job(bury_runner(self.state, last), durable=True)
 
@@ -5868,85 +5979,85 @@ class Runner:
             refused = problem.exit_code if isinstance(problem, GuardError) else None
             self.finish(State.FAILED, step=self.job.step, exit=refused, error=problem.what)
         except OSError as problem:  # a disk is full, a folder went away
-            why = (
-                f"can't write to {problem.filename or self.state.root}: "
-                f"{problem.strerror or problem}"
-            )
+            place = problem.filename or self.state.root
+            why = f"can't write to {place}: {problem.strerror or problem}"
             self.finish(State.FAILED, step=self.job.step, error=why)
             raise
         except Exception as problem:
             self.finish(State.FAILED, step=self.job.step, error=f"internal error: {problem!r}")
             raise
 
-    def deploy(self) -> None:
-        """The document's steps, in its order."""
-        self.begin("check")
-        self.load_rule(strict=False)
-        self.confirm_traffic()
-        rule, branch = self.rule, self.job.branch
-        require_branch(branch)
-        for found in probe_ground(self.repo, self.state.root, rule, self.env):
-            if not found.ok and found.certain:
-                raise UsageError(found.text, found.fix)
-            if not found.ok:
-                self.log.line(f"warning: {found.text}; {found.fix}")
-        self.remove_git_locks()
-        self.step(plan_fetch(rule.remote), rule.timeout_s)
-        self.warn_of_changes()
-        names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
-        # each "COMMIT TYPE<tab>NAME"; a format of our own would need a %, which cmd.exe interprets
-        refs = self.git("for-each-ref", *names).decode(errors="replace").split()
-        get, checkout, pull = plan_checkout(branch, rule.remote, refs)
-        if get and not (
-            is_commit_id(branch) and self.git("cat-file", "-t", branch).strip() == b"commit"
-        ):
-            self.step(get, rule.timeout_s)
-            self.step(checkout, rule.timeout_s, announce=False)
-        else:
-            self.step(checkout, rule.timeout_s)
-        if pull:
-            self.step(pull, rule.timeout_s)
-        else:
-            self.announce(f"git pull {rule.remote} {branch}")
-            self.log.line("Nothing to pull: not a branch.")
-        self.begin("config")
-        self.load_rule(strict=True)
-        self.confirm_traffic()
-        self.step(plan_command(self.rule.command), self.rule.timeout_s)
-        if self.rule.restart:
-            self.confirm_traffic()
-        for step in plan_restart(self.rule.restart):
-            self.step(step, self.rule.timeout_s)
+    # Steps
 
-    def confirm_traffic(self) -> None:
-        """For a job that was given as `active` or `standby`: go on only while this host still is.
+    def begin(self, label: str, kind: str = "") -> None:
+        """Where a failure from here on belongs, without a line in the log."""
+        self.save(step=label, step_kind=kind)
+        if self.is_cancelled():
+            raise self.cancelled(label)
 
-        The step's name asks: it reaches the master with the job's state, over a new connection too
-        if need be, and the daemon writes down what the master says. Raises GuardError.
-        """
-        expected = self.job.options.get("expects", {}).get(self.host)
-        if not expected:
-            return
-        self.begin(TRAFFIC_STEP)
-        ends = time.monotonic() + TRAFFIC_S
-        while (word := read_json(self.state.traffic_file(self.run, self.host)) or {}).get(
-            "at"
-        ) != self.job.revision:
-            if self.cancel_file.exists():
-                raise self.cancelled(TRAFFIC_STEP)
-            if time.monotonic() > ends:
-                what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
-                raise GuardError(what, "is the data node online? `status` shows the traffic")
-            time.sleep(CANCEL_LOOK_S / 2)
-        if word.get("is") != expected:
-            now = f"it was {expected} when this was asked for, now it is {word['is']}"
-            raise GuardError("traffic moved", now)
+    def announce(self, label: str, kind: str = "") -> None:
+        """The same with a line in the log, whose place is recorded."""
+        self.job.marks.append(self.log.line(f"{label}..."))
+        self.begin(label, kind)
 
-    def load_rule(self, *, strict: bool) -> None:
+    def cancelled(self, step: str, left: str = "") -> StepFailed:
+        """The end of a job that was cancelled, with who wanted that, where the file says so."""
+        by = ""
+        with suppress(OSError):
+            by = self.cancel_file.read_text("utf-8", "replace").strip()[:200]
+        why = [f"cancelled by {by}" if by else "", left]
+        return StepFailed(State.CANCELLED, step, error="; ".join(filter(None, why)))
+
+    def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> None:
+        """Run one command to its end. Raises StepFailed unless it ends with 0."""
+        number = self.job.steps + 1
+        mark = f"{self.run}/{file_label(self.host)}/{number}"
+        self.job = replace(self.job, steps=number, open_step=mark)
+        begin = self.announce if announce else self.begin
+        begin(step.label, step.kind)
+        child = self.spawn(step, mark)
+        began = self.job.began_command or step.kind == StepKind.COMMAND
+        self.save(pipe=child.pipe, began_command=began)
+        running = StepRun(child, self.log, self.masker)
+        stopped = running.watch(time.monotonic() + timeout_s, self.is_cancelled)
+        code = child.wait() if stopped is None else None  # what can't be killed is not waited for
+        running.close()
+        self.version = running.version or self.version
+        self.save(open_step=None, pipe=None)  # what it left running was left on purpose
+        if stopped:
+            raise self.stopped(step.label, child, *stopped)
+        if code:
+            raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
+
+    def spawn(self, step: Step, mark: str) -> Spawned:
+        """Start a step's command. Raises StepFailed."""
+        env = self.env
+        if step.argv[0] == "git":
+            env = env | {"LANGUAGE": "en"}  # for `explain_failure`
+        try:
+            program = resolve_program(step.argv[0], env.get("PATH", ""))
+            return spawn_step([*program, *step.argv[1:]], self.repo, env, mark=mark)
+        except UpdaterError as problem:
+            self.log.line(f"estelle-updater: error: {problem}")
+            raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
+
+    def stopped(self, label: str, child: Spawned, state: State, left: str) -> StepFailed:
+        """How a step ends that a cancel or its deadline ended."""
+        refused = refused_text(child.refused)
+        if refused:
+            self.log.line(f"warning: {refused}")
+        if state is State.CANCELLED:
+            return self.cancelled(label, left)
+        return StepFailed(state, label, error=left)
+
+    # What the configuration says
+
+    def load_rule(self, *, strict: bool) -> Config:
         """What to do here, from the configuration as it stands now. Before the pull it need not be
         valid: the pull may bring its repair."""
+        problem = None
         if strict:
-            config, problem = load_config(self.config_path), None
+            config = load_config(self.config_path)
         else:
             config, problem = load_config_or_last(self.config_path, self.state)
         self.rule = host_rule(config, self.job.address, socket.gethostname())
@@ -5961,176 +6072,38 @@ class Runner:
             problem = problem or wrong.what
         if problem:
             self.log.line(f"warning: {problem}")
-        if strict:
-            self.warn_of_doors(config)
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
+        self.masker = Masker(self.secrets(config, tree, extra))
+        return config
+
+    def secrets(self, config: Config, tree: Path, extra: Mapping[str, str]) -> tuple[str, ...]:
+        """What no log may show: secret values of the host's own environment, and the token."""
         named = (*self.rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
-        secrets = secret_values(
-            extra, {name: self.env.get(name, "") for name in named}, named=named
-        )
+        inherited = {name: self.env.get(name, "") for name in named}
+        found = secret_values(extra, inherited, named=named)
         with suppress(ConfigError):
             token = load_token(config, tree)
-            secrets += (token.decode(),) if token else ()
-        self.masker = Masker(secrets)
-
-    def warn_of_doors(self, config: Config) -> None:
-        """A new whitelist may shut out this host, or who asked: better said before it takes
-        effect."""
-        whitelist = Whitelist(config.whitelist)
-        asked_from = self.job.by.rpartition("@")[2]
-        for address, who in (
-            (self.job.address, "this host"),
-            (asked_from, "where this run was asked for"),
-        ):
-            with suppress(UsageError):  # a deployment by hand was asked for from no address
-                allowed = whitelist.verdict(canonical_address(address)).allowed
-                if not allowed and address != config.master_url.host:
-                    self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
+            found += (token.decode(),) if token else ()
+        return found
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
         mark = f"{self.run}/{file_label(self.host)}/questions"  # `bury_runner` knows it
         try:
-            return git_output(self.repo, self.env, *args, mark=mark, stop=self.stop)
+            return git_output(self.repo, self.env, *args, mark=mark, stop=self.is_cancelled)
         except UpdaterError:
-            if self.stop():
+            if self.is_cancelled():
                 raise self.cancelled(self.job.step or "") from None
             raise
 
-    def remove_git_locks(self) -> None:
-        """A git that was killed leaves locks behind that would fail every later one. We hold the
-        job's lock; what is left to exclude is a git that somebody runs by hand, anywhere in the
-        clone or its other work trees."""
-        if not (
-            folder := self.repo / ".git"
-        ).is_dir():  # a folder within the clone, or a linked work tree
-            folder = (
-                self.repo
-                / self.git("rev-parse", "--git-common-dir").decode(errors="replace").strip()
-            )
-        places = ("*", "refs/**/*", "worktrees/**/*", "modules/**/*", "objects/info/**/*")
-        locks = [lock for place in places for lock in folder.glob(f"{place}.lock")]
-        if not locks:
-            return
-        listed = (
-            self.git("worktree", "list", "--porcelain")
-            .decode(errors="surrogateescape")
-            .splitlines()
-        )
-        trees = [
-            Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")
-        ]
-        if runs_below("git", (self.repo, folder, *trees)):
-            return
-        for lock in locks:
-            with suppress(OSError):  # Windows: it is open, so its owner lives
-                lock.unlink()
-                self.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
-
-    def warn_of_changes(self) -> None:
-        """Local changes stay, but are listed: that the tree is not what the commit says should be
-        seen."""
-        changes: list[str] = []
-        with suppress(UpdaterError):  # a slow answer is no reason to fail
-            status = self.git("status", "--porcelain", "--untracked-files=no")
-            changes = status.decode(errors="replace").splitlines()
-        if changes:
-            more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
-            self.log.line(
-                "warning: local changes stay: " + ", ".join(c.strip() for c in changes[:10]) + more
-            )
-
-    def begin(self, step: str) -> None:
-        """Where a failure from here on belongs, without a line in the log."""
-        self.save(step=step)
-        if self.cancel_file.exists():
-            raise self.cancelled(step)
-
-    def cancelled(self, step: str, left: str = "") -> StepFailed:
-        """The end of a job that was cancelled, with who wanted that, where the file says so."""
-        by = ""
-        with suppress(OSError):
-            by = self.cancel_file.read_text("utf-8", "replace").strip()[:200]
-        why = [f"cancelled by {by}" if by else "", left]
-        return StepFailed(State.CANCELLED, step, error="; ".join(filter(None, why)))
-
-    def announce(self, label: str) -> None:
-        mark = self.log.line(f"{label}...")
-        self.job.marks.append(mark)
-        self.begin(label)
-
-    def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> None:
-        """Run one command to its end. Raises StepFailed unless it ends with 0."""
-        self.tail = b""
-        number = self.job.steps + 1
-        self.job = replace(
-            self.job, steps=number, open_step=f"{self.run}/{file_label(self.host)}/{number}"
-        )
-        if announce:
-            self.announce(step.label)
-        else:
-            self.begin(step.label)
-        try:
-            argv = [*resolve_program(step.argv[0], self.env.get("PATH", "")), *step.argv[1:]]
-            # for `explain_failure`
-            env = self.env | {"LANGUAGE": "en"} if step.argv[0] == "git" else self.env
-            child = spawn_step(argv, self.repo, env, mark=self.job.open_step or "")
-        except UpdaterError as problem:
-            self.log.line(f"estelle-updater: error: {problem}")
-            raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
-        self.save(pipe=child.pipe)
-        pump = threading.Thread(target=self.pump, args=(child,), daemon=True)
-        pump.start()
-        stopped = self.watch(step.label, child, pump, time.monotonic() + timeout_s)
-        code = child.wait() if stopped is None else None  # what can't be killed is not waited for
-        child.close_pipe()
-        self.log.write(self.masker.flush())
-        self.save(open_step=None, pipe=None)  # what it left running was left on purpose
-        if stopped:
-            if left := refused_text(child.refused):
-                self.log.line(f"warning: {left}")
-            raise stopped
-        if code:
-            raise StepFailed(State.FAILED, step.label, code, explain_failure(self.tail))
-
-    def watch(
-        self, label: str, child: Spawned, pump: threading.Thread, deadline: float
-    ) -> StepFailed | None:
-        """Wait until the command is over; a cancel or its deadline ends it."""
-        while True:
-            pump.join(CANCEL_LOOK_S)
-            bury_orphans(child.pid)
-            if not pump.is_alive():
-                return None
-            if self.cancel_file.exists():
-                return self.cancelled(label, self.end_step(child, pump))
-            if time.monotonic() > deadline:
-                why = [running_text(child.family()), self.end_step(child, pump)]
-                return StepFailed(State.TIMEOUT, label, error="; ".join(filter(None, why)))
-
-    def end_step(self, child: Spawned, pump: threading.Thread) -> str:
-        """Interrupt, grace, kill the whole tree; what could not be killed."""
-        ends = time.monotonic() + (GRACE_S if child.interrupt() else 0)
-        pump.join(max(0.0, ends - time.monotonic()))
-        while child.family() and time.monotonic() < ends:  # its leader may be the first to go
-            time.sleep(LOCAL_LOOK_S)
-        child.kill_tree(KILL_S)
-        pump.join(DRAIN_S + 1)
-        return refused_text(child.refused)
-
-    def pump(self, child: Spawned) -> None:
-        """Pipe to log."""
-        while data := child.read(CHUNK_BYTES):
-            self.log.write(self.masker.feed(data))
-            found = VERSION_IN_OUTPUT.findall(self.tail[-VERSION_OVERLAP:] + data)
-            self.version = found[-1] if found else self.version
-            self.tail = (self.tail[-TAIL_BYTES:] + data)[-TAIL_BYTES:]
+    # The record
 
     def read_version(self) -> str | None:
         """What is deployed now, in the project's own words."""
         with suppress(OSError):
-            if version := parse_version_file((self.repo / self.rule.version).read_bytes()):
+            version = parse_version_file((self.repo / self.rule.version).read_bytes())
+            if version:
                 return version
         if self.version:
             return self.version.decode()
@@ -6138,21 +6111,15 @@ class Runner:
 
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
-        commit, version = None, fields.get("version")
-        self.stop = lambda: False  # the result names the commit, also of a job that was cancelled
-        with suppress(Exception):  # nothing may take the result away
-            commit = self.git("rev-parse", "HEAD").decode().strip() or None
-            version = version or (self.read_version() if state is State.SUCCEEDED else None)
+        fields.update(state=state, open_step=None, pipe=None, ended=time.time(), commit=None)
         if state is State.SUCCEEDED:
-            fields |= {"step": None, "exit": 0}
-        fields.update(
-            open_step=None,
-            pipe=None,
-            state=state,
-            ended=time.time(),
-            commit=commit,
-            version=version,
-        )
+            fields.update(step=None, step_kind="", exit=0)
+        # the result names the commit, also of a job that was cancelled
+        self.is_cancelled = lambda: False
+        with suppress(Exception):  # nothing may take the result away
+            fields["commit"] = self.git("rev-parse", "HEAD").decode().strip() or None
+            if state is State.SUCCEEDED and not fields.get("version"):
+                fields["version"] = self.read_version()
         while True:
             whole = self.log.write(b"")  # else how much is missing is still to be said
             self.log.sync()
@@ -6171,11 +6138,166 @@ class Runner:
         return True
 
 
+class Deployment:
+    """The document's steps on one clone, in its order, done by a runner."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.log, self.git = runner, runner.log, runner.git
+
+    def perform(self) -> None:
+        """Check, fetch, check out, pull, and run the host's command."""
+        runner = self.runner
+        runner.begin("check", StepKind.CHECK)
+        runner.load_rule(strict=False)
+        self.confirm_traffic()
+        require_branch(runner.job.branch)
+        self.check_ground()
+        self.remove_git_locks()
+        self.move_tree()
+        runner.begin("config", StepKind.CONFIG)
+        self.warn_of_doors(runner.load_rule(strict=True))
+        self.confirm_traffic()
+        runner.step(plan_command(runner.rule.command), runner.rule.timeout_s)
+        restarts = plan_restart(runner.rule.restart)
+        if restarts:
+            self.confirm_traffic()
+        for step in restarts:
+            runner.step(step, runner.rule.timeout_s)
+
+    def move_tree(self) -> None:
+        """From what is checked out to what was asked for."""
+        runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
+        runner.step(plan_fetch(rule.remote), rule.timeout_s)
+        self.warn_of_changes()
+        names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
+        # each "COMMIT TYPE<tab>NAME"; a format of our own would need a %, which cmd.exe interprets
+        refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        get, checkout, pull = plan_checkout(branch, rule.remote, refs)
+        if get and not self.has_commit(branch):
+            runner.step(get, rule.timeout_s)
+            runner.step(checkout, rule.timeout_s, announce=False)
+        else:
+            runner.step(checkout, rule.timeout_s)
+        if pull:
+            runner.step(pull, rule.timeout_s)
+        else:
+            runner.announce(f"git pull {rule.remote} {branch}", StepKind.PULL)
+            self.log.line("Nothing to pull: not a branch.")
+
+    def has_commit(self, name: str) -> bool:
+        """Whether `name` is the id of a commit that is here already."""
+        return is_commit_id(name) and self.git("cat-file", "-t", name).strip() == b"commit"
+
+    # What it stands on
+
+    def check_ground(self) -> None:
+        """What can't but fail is said before anything has changed. Raises UsageError."""
+        runner = self.runner
+        for found in probe_ground(runner.repo, runner.state.root, runner.rule, runner.env):
+            if not found.ok and found.certain:
+                raise UsageError(found.text, found.fix)
+            if not found.ok:
+                self.log.line(f"warning: {found.text}; {found.fix}")
+
+    def confirm_traffic(self) -> None:
+        """For a job that was given as `active` or `standby`: go on only while this host still is.
+
+        The step asks: it reaches the master with the job's state, over a new connection too if need
+        be, and the daemon writes down what the master says. Raises GuardError.
+        """
+        runner = self.runner
+        expected = runner.job.options.get("expects", {}).get(runner.host)
+        if not expected:
+            return
+        runner.begin(TRAFFIC_STEP, StepKind.TRAFFIC)
+        now = self.await_word(expected)
+        if now != expected:
+            why = f"it was {expected} when this was asked for, now it is {now}"
+            raise GuardError("traffic moved", why)
+
+    def await_word(self, expected: str) -> Any:
+        """What the master says about this host's traffic. Raises GuardError where it says
+        nothing."""
+        runner, ends = self.runner, time.monotonic() + TRAFFIC_S
+        file = runner.state.traffic_file(runner.run, runner.host)
+        while True:
+            word = read_json(file) or {}
+            if word.get("at") == runner.job.revision:  # else it answers an earlier question
+                return word.get("is")
+            if runner.is_cancelled():
+                raise runner.cancelled(TRAFFIC_STEP)
+            if time.monotonic() > ends:
+                what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
+                raise GuardError(what, "is the data node online? `status` shows the traffic")
+            time.sleep(CANCEL_LOOK_S / 2)
+
+    def warn_of_doors(self, config: Config) -> None:
+        """A new whitelist may shut out this host, or who asked: better said before it takes
+        effect."""
+        whitelist, job = Whitelist(config.whitelist), self.runner.job
+        asked_from = job.by.rpartition("@")[2]
+        concerned = {job.address: "this host", asked_from: "where this run was asked for"}
+        for address, who in concerned.items():
+            with suppress(UsageError):  # a deployment by hand was asked for from no address
+                allowed = whitelist.verdict(canonical_address(address)).allowed
+                if not allowed and address != config.master_url.host:
+                    self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
+
+    # The clone
+
+    def remove_git_locks(self) -> None:
+        """A git that was killed leaves locks behind that would fail every later one. We hold the
+        job's lock; what is left to exclude is a git that somebody runs by hand, anywhere in the
+        clone or its other work trees."""
+        repo = self.runner.repo
+        folder = repo / ".git"
+        if not folder.is_dir():  # a folder within the clone, or a linked work tree
+            folder = repo / os.fsdecode(self.git("rev-parse", "--git-common-dir").strip())
+        locks: list[Path] = []
+        for place in _GIT_LOCKS:
+            locks += folder.glob(f"{place}.lock")
+        if not locks:
+            return
+        trees = []
+        for line in os.fsdecode(self.git("worktree", "list", "--porcelain")).splitlines():
+            if line.startswith("worktree "):
+                trees.append(Path(line.removeprefix("worktree ")))
+        if runs_below("git", (repo, folder, *trees)):
+            return
+        for lock in locks:
+            with suppress(OSError):  # Windows: it is open, so its owner lives
+                lock.unlink()
+                self.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
+
+    def warn_of_changes(self) -> None:
+        """Local changes stay, but are listed: that the tree is not what the commit says should be
+        seen."""
+        changes: list[str] = []
+        with suppress(UpdaterError):  # a slow answer is no reason to fail
+            status = self.git("status", "--porcelain", "--untracked-files=no")
+            changes = status.decode(errors="replace").splitlines()
+        if changes:
+            listed = ", ".join(map(str.strip, changes[:10]))
+            more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
+            self.log.line(f"warning: local changes stay: {listed}{more}")
+
+
+# below the folder that a clone and its other work trees have in common
+_GIT_LOCKS = ("*", "refs/**/*", "worktrees/**/*", "modules/**/*", "objects/info/**/*")
+
+
+def deploy(runner: Runner) -> str | None:
+    """What a runner does for `trigger`, `deploy` and `rollback`. Returns no version: the project
+    has its own."""
+    Deployment(runner).perform()
+    return None
+
+
 # What a runner does for each kind of order, and the version to show if not the project's; sections
 # below add theirs.
 WORK: dict[Kind, Callable[[Runner], str | None]] = {
-    Kind.DEPLOY: Runner.deploy,
-    Kind.ROLLBACK: Runner.deploy,
+    Kind.DEPLOY: deploy,
+    Kind.ROLLBACK: deploy,
 }
 
 
@@ -6693,6 +6815,7 @@ class Switch:
                         "proof": self.prove,
                     }
                 )
+                self.runner.save(switched=True)
         except OSError as problem:
             raise UpdaterError(
                 f"{problem.filename or self.real}: {problem.strerror or problem}"
@@ -7052,6 +7175,7 @@ def switch_traffic(runner: Runner) -> str | None:
                 "the switch was undone: its process died before the file changed", "switch again"
             )
         if entry.run == runner.run:
+            runner.save(switched=True)
             return entry.color
         half.close()
         os.close(half.lock)
@@ -7668,27 +7792,30 @@ class Agent:
         if job.burying or FileLock.held_elsewhere(self.state.job_lock):
             return
         record = self.state.load_job(run, host) or job.record
-        silent_s = time.monotonic() - job.launched
-        if is_half_done(self.state, record):
-            if silent_s > min(RESUME_MOST_S, RESUME_S * 2.0 ** max(0, min(job.launches, 10) - 1)):
-                self.start_runner(record)
-        elif record.state in FINAL:
+        if record.state in FINAL:
             job.stamp = ()
-        elif record.state is State.RUNNING and (before is None or before.state is State.RUNNING):
-            # running before the lock was found free, and running after: nobody took it in between
+        facts = RunnerFacts(
+            is_half_done(self.state, record),
+            cancelled=self.state.cancel_file(run, host).exists(),
+            expired=self.is_old(record),
+            launches=job.launches,
+            silent_s=time.monotonic() - job.launched,
+        )
+        fate = decide_runner(record, facts)
+        # running before the lock was found free, and running after: nobody took it in between
+        if fate is Fate.BURY and (before is None or before.state is State.RUNNING):
             job.burying = True
             self.tasks.spawn(self.bury(job, record))
-        elif record.state is State.QUEUED and self.state.cancel_file(run, host).exists():
-            self.end_unstarted(record, state=State.CANCELLED)
-        elif record.state is State.QUEUED and not job.launches and self.is_old(record):
-            self.end_unstarted(
-                record, state=State.LOST, error="the order expired while this host was away"
-            )
-        elif record.state is State.QUEUED and silent_s > LAUNCH_S and job.launches < LAUNCHES:
+        elif fate is Fate.START:
             self.start_runner(record)
-        elif record.state is State.QUEUED and silent_s > LAUNCH_S:
-            why = f"the runner does not start: {job.trouble or f'see {self.state.runner_log}'}"
-            self.end_unstarted(record, state=State.FAILED, step="start", error=why)
+        elif fate is Fate.CANCEL:
+            self.end_unstarted(record, state=State.CANCELLED)
+        elif fate is Fate.EXPIRE:
+            error = "the order expired while this host was away"
+            self.end_unstarted(record, state=State.LOST, error=error)
+        elif fate is Fate.GIVE_UP:
+            error = f"the runner does not start: {job.trouble or f'see {self.state.runner_log}'}"
+            self.end_unstarted(record, state=State.FAILED, step="start", error=error)
 
     def is_old(self, record: JobRecord) -> bool:
         """Whether a job was accepted so long ago that nobody expects it to run any more."""
@@ -9052,7 +9179,7 @@ class Master:
             self.settle(run, job.host)
         elif accepts_job(run.jobs[job.host], job):
             self.record(run, replace(job, behind=None))
-        if job.step == TRAFFIC_STEP and job.state is State.RUNNING:
+        if waits_for_traffic(job):
             self.registry.tasks.spawn(self.registry.tell_traffic(agent, job))
         self.drop_idle(run)
 
@@ -9864,9 +9991,8 @@ GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
 
 
 def has_switched(job: JobRecord) -> bool:
-    """With nothing after its gate and its check, it was a dry run, or the colour was active
-    already."""
-    return job.kind is Kind.SWITCH and job.state is State.SUCCEEDED and len(job.marks) > 2
+    """Whether traffic goes another way: a switch may be a dry run, or the colour active already."""
+    return job.state is State.SUCCEEDED and job.switched
 
 
 def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any]:
@@ -10695,7 +10821,7 @@ class FolderSource:
             assert self.record
             damaged = "the record of this job is damaged"
             return replace(job_of_run(self.record, host), state=State.LOST, error=damaged)
-        if latest.state is State.RUNNING:
+        if decide_runner(latest, RunnerFacts()) is Fate.BURY:
             return self.end(bury_runner(self.state, latest))
         return latest
 
@@ -11256,13 +11382,7 @@ class Service:
         while True:
             await asyncio.sleep(CONFIG_LOOK_S)
             self.save_unsaved()
-            moving = any(
-                job.record.state is State.RUNNING
-                and job.record.step
-                and job.record.step.startswith(("git checkout", "git pull"))
-                for job in agent.jobs.values()
-            )
-            if moving:
+            if any(moves_tree(job.record) for job in agent.jobs.values()):
                 continue
             if self.config.reload():
                 log.info("new settings from %s", self.config.path)

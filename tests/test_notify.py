@@ -259,9 +259,9 @@ def test_what_is_said_of_each_end() -> None:
     assert news(est.State.TIMEOUT, step="s")["event"] == "timeout"
     assert news(est.State.LOST, error="the runner died")["rollback"] == "estelle_updater.pyz rollback h"
     assert news(est.State.OFFLINE, started=None, ended=None)["rollback"] is None, "nothing was deployed"
-    switched = news(est.State.SUCCEEDED, kind=est.Kind.SWITCH, version="green", marks=[[0, 1]] * 6)
+    switched = news(est.State.SUCCEEDED, kind=est.Kind.SWITCH, version="green", switched=True)
     assert (switched["event"], switched["title"]) == ("switched", "[h] switched: ✓ 완료 green")
-    assert news(est.State.SUCCEEDED, kind=est.Kind.SWITCH, marks=[[0, 1]] * 2)["event"] == "succeeded", "a dry run"
+    assert news(est.State.SUCCEEDED, kind=est.Kind.SWITCH)["event"] == "succeeded", "a dry run"
     assert switched["rollback"] is None
     rule = est.NotifyRule(url="http://x", on=("failed",))
     assert rule.wants("timeout") and rule.wants("failed") and not rule.wants("lost")
@@ -364,7 +364,7 @@ def test_failover_is_what_no_switch_explains(tmp_path: Path) -> None:
             await notifier.look_at_traffic()
         assert titles(notifier) == ["[lb] the traffic went from blue to green without a switch"]
         order = est.run_of_job(replace(JOB, kind=est.Kind.SWITCH))
-        ended = replace(JOB, kind=est.Kind.SWITCH, state=est.State.SUCCEEDED, ended=time.time(), marks=[[0, 1]] * 6)
+        ended = replace(JOB, kind=est.Kind.SWITCH, state=est.State.SUCCEEDED, ended=time.time(), switched=True)
         for to, then in (("blue", "blue"), ("green", "blue")):
             notifier.tell_of_job(est.Run(order, {}), replace(ended, version=to))
             said.append(then)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import estelle_updater as est
-from estelle_updater import Masker, Step, parse_version_file, plan_checkout
+from estelle_updater import Masker, Step, StepKind, parse_version_file, plan_checkout
 
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
@@ -24,33 +24,37 @@ quick = settings(deadline=None, max_examples=150, suppress_health_check=list(Hea
 
 
 def test_the_plan_of_a_branch() -> None:
-    pull = Step("git pull origin master", ("git", "pull", "--ff-only", "origin", "refs/heads/master"))
+    pull = Step("git pull origin master", ("git", "pull", "--ff-only", "origin", "refs/heads/master"), StepKind.PULL)
     label, tracking = "git checkout master", "refs/remotes/origin/master"
-    new = Step(label, ("git", "checkout", "-b", "master", "--track", tracking, "--"))
-    old = Step(label, ("git", "checkout", "master", "--"))
-    assert est.plan_fetch("origin") == Step("git fetch origin", ("git", "fetch", "--prune", "origin"))
+    new = Step(label, ("git", "checkout", "-b", "master", "--track", tracking, "--"), StepKind.CHECKOUT)
+    old = Step(label, ("git", "checkout", "master", "--"), StepKind.CHECKOUT)
+    assert est.plan_fetch("origin") == Step("git fetch origin", ("git", "fetch", "--prune", "origin"), StepKind.FETCH)
     assert plan_checkout("master", "origin", {tracking}) == (None, new, pull)
     assert plan_checkout("master", "origin", {"refs/heads/master", tracking}) == (None, old, pull)
     assert plan_checkout("master", "origin", {"refs/heads/master"}) == (None, old, pull)
     assert plan_checkout("a/b", "up", {"refs/remotes/up/a/b"}) == (
         None,
-        Step("git checkout a/b", ("git", "checkout", "-b", "a/b", "--track", "refs/remotes/up/a/b", "--")),
-        Step("git pull up a/b", ("git", "pull", "--ff-only", "up", "refs/heads/a/b")),
+        Step(
+            "git checkout a/b",
+            ("git", "checkout", "-b", "a/b", "--track", "refs/remotes/up/a/b", "--"),
+            StepKind.CHECKOUT,
+        ),
+        Step("git pull up a/b", ("git", "pull", "--ff-only", "up", "refs/heads/a/b"), StepKind.PULL),
     )
 
 
 def test_the_plan_of_a_tag_and_of_a_commit() -> None:
     label, commit = "git checkout v1", "0123456789abcdef" * 4
     assert plan_checkout("v1", "origin", {"refs/heads/v1/x", "refs/remotes/other/v1", "refs/remotes/origin/v1x"}) == (
-        Step(label, ("git", "fetch", "--no-tags", "origin", "+refs/tags/v1:refs/tags/v1")),
-        Step(label, ("git", "checkout", "--detach", "refs/tags/v1", "--")),
+        Step(label, ("git", "fetch", "--no-tags", "origin", "+refs/tags/v1:refs/tags/v1"), StepKind.FETCH),
+        Step(label, ("git", "checkout", "--detach", "refs/tags/v1", "--"), StepKind.CHECKOUT),
         None,
     )
     for full in (commit, commit[:40]):
         label = f"git checkout {full}"
         assert plan_checkout(full, "origin", ()) == (
-            Step(label, ("git", "fetch", "--no-tags", "origin", full)),
-            Step(label, ("git", "checkout", "--detach", full, "--")),
+            Step(label, ("git", "fetch", "--no-tags", "origin", full), StepKind.FETCH),
+            Step(label, ("git", "checkout", "--detach", full, "--"), StepKind.CHECKOUT),
             None,
         )
         assert plan_checkout(full, "origin", {f"refs/heads/{full}"})[1].argv == ("git", "checkout", full, "--")
@@ -59,12 +63,14 @@ def test_the_plan_of_a_tag_and_of_a_commit() -> None:
 
 
 def test_the_commands_of_the_configuration() -> None:
-    assert est.plan_command(("pnpm", "deploy:release")) == Step("pnpm deploy:release", ("pnpm", "deploy:release"))
+    assert est.plan_command(("pnpm", "deploy:release")) == Step(
+        "pnpm deploy:release", ("pnpm", "deploy:release"), StepKind.COMMAND
+    )
     assert est.plan_restart(()) == ()
     assert est.plan_restart(("a", "b.service")) == (
-        Step("systemctl restart a b.service", ("systemctl", "restart", "a", "b.service")),
-        Step("systemctl is-active a", ("systemctl", "is-active", "a")),
-        Step("systemctl is-active b.service", ("systemctl", "is-active", "b.service")),
+        Step("systemctl restart a b.service", ("systemctl", "restart", "a", "b.service"), StepKind.RESTART),
+        Step("systemctl is-active a", ("systemctl", "is-active", "a"), StepKind.RESTART),
+        Step("systemctl is-active b.service", ("systemctl", "is-active", "b.service"), StepKind.RESTART),
     )
 
 
