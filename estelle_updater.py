@@ -4226,6 +4226,32 @@ def sha256_of(path: Path | None) -> str:
         return ""
 
 
+# Files of the repository that belong to the program: `build` packs them into the .pyz.
+PACKED = (
+    "pm2.config.js",
+    "systemd/estelle-updater.rules",
+    "systemd/estelle-updater.service",
+    "systemd/user/estelle-updater.service",
+)
+
+
+@functools.cache
+def packed_file(name: str) -> str:
+    """The text of one of `PACKED`, from the .pyz or the checkout that runs.
+
+    Raises UsageError where this is a copy of estelle_updater.py alone.
+    """
+    loader = vars(sys.modules[__name__])["__loader__"]
+    try:
+        data: bytes = loader.get_data(os.path.join(os.path.dirname(__file__), *name.split("/")))
+    except OSError:
+        raise UsageError(
+            f"{name} is missing: this is a copy of estelle_updater.py alone",
+            "use estelle_updater.pyz, or a whole checkout",
+        ) from None
+    return data.decode().replace("\r\n", "\n")
+
+
 def program_argv() -> list[str]:
     """How to start this very program: interpreter and zipapp or module, as absolute paths."""
     return [sys.executable, str(program_file() or Path(__file__).absolute())]
@@ -11536,6 +11562,7 @@ def build_zipapp(source: Path, output: Path) -> BuildResult:
         ).encode(),
         "estelle_updater.py": text.encode(),
     }
+    files |= {name: packed_file(name).encode() for name in PACKED}
     licence = source.with_name("LICENSE")
     if licence.is_file():
         files["LICENSE"] = licence.read_bytes().replace(b"\r\n", b"\n")
@@ -12403,63 +12430,6 @@ def commit_config(path: Path, message: str, really: bool) -> str:
 
 
 SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
-_UNIT = """\
-# As `estelle_updater.pyz setup` writes it. What this host needs besides goes into: systemctl{scope} edit {service}
-[Unit]
-Description=estelle-updater: deploys what this host serves{wants}
-StartLimitIntervalSec=0
-
-[Service]
-Type=notify
-{user}WorkingDirectory={folder}
-ExecStart={command}
-Environment={environment}
-{state}Restart=always
-RestartSec=5
-WatchdogSec=60
-TimeoutStopSec=15
-# A deployment outlives its daemon: restart, update or crash of the service end this one process. For the same reason no
-# PrivateTmp= and no RemoveIPC=: they would take a running deployment's files away.
-KillMode=process
-{sandbox}
-[Install]
-WantedBy={target}
-"""  # noqa: E501
-_SANDBOX = """\
-NoNewPrivileges=yes
-LockPersonality=yes
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
-"""
-_SYSTEM_SANDBOX = """\
-ProtectSystem=strict
-ReadWritePaths={writable}
-ProtectProc=invisible
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectKernelLogs=yes
-ProtectControlGroups=yes
-ProtectClock=yes
-ProtectHostname=yes
-PrivateDevices=yes
-PrivateUsers=yes
-CapabilityBoundingSet=
-"""
-_POLKIT = """\
-// Written by estelle-updater setup: {user} may restart what its deployments restart, and nothing else.
-polkit.addRule(function (action, subject) {{
-  if (action.id == "org.freedesktop.systemd1.manage-units" && subject.user == {user} &&
-      action.lookup("verb") == "restart" && {units}.indexOf(action.lookup("unit")) >= 0) {{
-    return polkit.Result.YES;
-  }}
-}});
-"""  # noqa: E501
 LINGER = "sudo loginctl enable-linger $USER"
 _POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
 
@@ -12476,42 +12446,55 @@ def render_unit(
     argv: Sequence[str], folder: str, path_env: str, user: str | None, writable: Iterable[str]
 ) -> str:
     """The systemd unit of the daemon `argv` in `folder`: the system's for `user`, or, for None, a
-    user's own."""
-    system = user is not None
-    return _UNIT.format(
-        scope="" if system else " --user",
-        service=SERVICE,
-        wants="\nWants=network-online.target\nAfter=network-online.target" if system else "",
-        user=f"User={user}\n" if system else "",
-        folder=folder.replace("%", "%%"),
-        command=_unit_words(argv).replace("$", "$$"),
-        environment=_unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
-        state=f"StateDirectory={SERVICE}\nStateDirectoryMode=0700\n" if system else "",
-        sandbox=_SANDBOX
-        + (_SYSTEM_SANDBOX.format(writable=_unit_words(writable)) if system else ""),
-        target="multi-user.target" if system else "default.target",
-    )
+    user's own. It is the repository's with this host's values."""
+    text = packed_file(f"systemd/{'' if user else 'user/'}{SERVICE}.service")
+    values = {
+        "User=": user or "",
+        "WorkingDirectory=": folder.replace("%", "%%"),
+        "ExecStart=": _unit_words(argv).replace("$", "$$"),
+        "Environment=": _unit_words([f"PATH={path_env}", "PYTHONUTF8=1"]),
+        "ReadWritePaths=": _unit_words(writable),
+    }
+    return _fill(text, values)
 
 
-def pm2_app(argv: Sequence[str], folder: str) -> dict[str, Any]:
-    """The service for PM2, as `pm2.config.js` has it too, where each setting says why."""
-    return {
+def render_polkit(user: str, units: Sequence[str]) -> str:
+    """polkit's rule by which `user` may restart `units`."""
+    values = {"  var user = ": f"{json.dumps(user)};", "  var units = ": f"{json.dumps(units)};"}
+    return _fill(packed_file(f"systemd/{SERVICE}.rules"), values)
+
+
+def _fill(text: str, values: Mapping[str, str]) -> str:
+    """A text whose lines that begin with a key of `values` go on with its value."""
+    lines = []
+    for line in text.splitlines():
+        key = next((key for key in values if line.startswith(key)), None)
+        lines.append(line if key is None else key + values[key])
+    return "\n".join([*lines, ""])
+
+
+def render_pm2(argv: Sequence[str], folder: str) -> str:
+    """The service for PM2: the repository's file, with what it would otherwise look for."""
+    host = {
         "name": SERVICE,
         "script": argv[1],
         "args": list(argv[2:]),
         "interpreter": argv[0],
         "cwd": folder,
-        "env": {"PYTHONUTF8": "1"},
-        "watch": False,
-        "vizion": False,
-        "kill_timeout": 10000,
-        "exp_backoff_restart_delay": 500,
     }
+    return packed_file("pm2.config.js").replace(
+        "const installed = null;", f"const installed = {json.dumps(host, indent=2)};"
+    )
 
 
 def lingers() -> bool:
     """Whether systemd keeps this user's services running without a login."""
     return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
+
+
+def daemon_is_up(facts: Mapping[str, Any]) -> bool:
+    """Whether a daemon that says `facts` of itself listens, or has been welcomed by its master."""
+    return bool(facts.get("label")) and not facts.get("trouble")
 
 
 class Setup:
@@ -12532,42 +12515,36 @@ class Setup:
             owner = pwd.getpwuid(self.repo.stat().st_uid)
             self.user, self.home = owner.pw_name, Path(owner.pw_dir)
         self.state: StateFolder = args.state_folder()
-        options = [("--config", args.config and config_path), ("--bind", args.bind)]
-        options += [("--state", args.state and self.state.root)]
-        self.argv = [
-            *program_argv(),
-            "serve",
-            *(str(word) for pair in options if pair[1] for word in pair),
-        ]
-        system = Path("/etc/systemd/system")
-        self.unit = (
-            system if self.root else self.home / ".config/systemd/user"
-        ) / f"{SERVICE}.service"
-        other = host_rule(self.config, args.bind, socket.gethostname()).repo
-        # The program's folder for `upgrade`, where its owner lets it
-        places = [
-            self.repo,
-            other and self.repo / other,
-            args.state and self.state.root,
-            Path(self.argv[1]).parent,
-        ]
-        self.writable = [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
-        self.pm2_file = self.state.root / "pm2.json"
+        self.argv, self.bind = [*program_argv(), "serve"], args.bind
+        if args.config:
+            self.argv += ["--config", str(config_path)]
+        if args.bind:
+            self.argv += ["--bind", args.bind]
+        if args.state:
+            self.argv += ["--state", str(self.state.root)]
+        units = self.home / ".config/systemd/user"
+        if self.root:
+            units = Path("/etc/systemd/system")
+        self.unit = units / f"{SERVICE}.service"
+        self.pm2_file = self.state.root / "pm2.config.js"
 
     def choose(self, wanted: str | None) -> str:
-        """pm2 or systemd: as asked, as installed already, else PM2 where it is. Raises
-        UsageError."""
-        booted = Path("/run/systemd/system").is_dir()
-        installed = "systemd" if self.unit.exists() else "pm2" if self.pm2_file.exists() else None
-        found = (
-            wanted or installed or ("pm2" if shutil.which("pm2") else "systemd" if booted else "")
-        )
+        """pm2 or systemd: as asked, as installed already, else PM2 where it is.
+
+        Raises UsageError where the host has not what is wanted, or neither.
+        """
+        booted, pm2 = Path("/run/systemd/system").is_dir(), shutil.which("pm2")
+        found = wanted
+        if not found and self.unit.exists():
+            found = "systemd"
+        elif not found:
+            by_pm2 = self.pm2_file.exists() or pm2 or not booted
+            found = "pm2" if by_pm2 else "systemd"
         if found == "systemd" and not booted:
             raise UsageError("systemd does not run this host", "use --with pm2")
-        if found != "systemd" and not shutil.which("pm2"):
-            raise UsageError(
-                "there is no pm2 in PATH", f"npm install -g pm2{', or --with systemd' * booted}"
-            )
+        if found == "pm2" and not pm2:
+            other = ", or --with systemd" if booted else ""
+            raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{other}")
         return found
 
     def install(self, wanted: str | None) -> None:
@@ -12579,33 +12556,62 @@ class Setup:
             self.remove_unit()
             self.install_pm2()
         if not self.dry_run:
-            self.say(
+            done = (
                 "installed and started" if self.changed else "unchanged: it is installed and runs"
             )
+            self.say(done)
             self.await_welcome()
 
-    def install_unit(self) -> None:
-        path = os.environ.get("PATH", os.defpath)
-        text = render_unit(
-            self.argv, str(self.folder), path, self.user if self.root else None, self.writable
+    def remove(self) -> None:
+        """Take away what `install` brought; a deployment that runs goes on, and recorded runs
+        stay."""
+        self.remove_unit()
+        self.remove_pm2()
+        if not self.dry_run:
+            done = (
+                "removed; recorded runs stay" if self.changed else "unchanged: nothing is installed"
+            )
+            self.say(done)
+
+    def await_welcome(self) -> None:
+        """Until the daemon says that its master has welcomed it, or that it is the master.
+
+        Raises UpdaterError where the master refuses it, or nothing comes in time.
+        """
+        ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
+        refused = False  # it will try again, but this is an answer
+        while time.monotonic() < ends and not refused:
+            facts = daemon_facts(self.state) or facts
+            if daemon_is_up(facts):
+                master = facts["role"] == Role.MASTER
+                does = "listens" if master else "has been welcomed by the master"
+                self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
+                return
+            refused = str(facts.get("trouble")).startswith(REFUSED_US)
+            time.sleep(LOCAL_LOOK_S)
+        silent = "no answer yet" if facts else "it does not run"
+        why = facts.get("trouble") or silent
+        raise UpdaterError(
+            f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
         )
+
+    # systemd
+
+    def install_unit(self) -> None:
+        path, user = os.environ.get("PATH", os.defpath), self.user if self.root else None
+        text = render_unit(self.argv, str(self.folder), path, user, self.writable())
         if self.root and "--state" not in self.argv:
             self.state = StateFolder(SYSTEM_STATE)
         fresh = self.put(self.unit, text)
-        units = [unit if "." in unit else f"{unit}.service" for unit in self.config.deploy.restart]
-        if self.root and units and self.user != "root":
-            self.put(
-                _POLKIT_FILE, _POLKIT.format(user=json.dumps(self.user), units=json.dumps(units))
-            )
-        elif self.root:
-            self.take(_POLKIT_FILE)
+        if self.root:
+            self.allow_restarts()
         if fresh:
             self.systemctl("daemon-reload")
-        if fresh or self.systemctl("is-enabled", "--quiet", SERVICE, look=True):
+        if fresh or self.ask_systemctl("is-enabled"):
             self.systemctl("enable", SERVICE)
-        if fresh or self.systemctl("is-active", "--quiet", SERVICE, look=True):
+        if fresh or self.ask_systemctl("is-active"):
             self.systemctl("restart", SERVICE)
-        if self.root and self.user == "root":
+        if self.user == "root":
             self.say(
                 "note: the repository is root's, so deployments run as root; better: chown "
                 "it to an ordinary user"
@@ -12613,8 +12619,46 @@ class Setup:
         if not self.root and not lingers():
             self.say(f"note: it ends when you log out, until: {LINGER}")
 
+    def writable(self) -> list[str]:
+        """Where the service may write; the program's folder is for `upgrade`, where its owner lets
+        it."""
+        other = host_rule(self.config, self.bind, socket.gethostname()).repo
+        places = [self.repo, other and self.repo / other, Path(self.argv[1]).parent]
+        if "--state" in self.argv:
+            places.append(self.state.root)
+        return [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
+
+    def allow_restarts(self) -> None:
+        """Let the service restart what its deployments restart, and nothing else."""
+        units = [unit if "." in unit else f"{unit}.service" for unit in self.config.deploy.restart]
+        if units and self.user != "root":
+            self.put(_POLKIT_FILE, render_polkit(self.user, units))
+        else:
+            self.take(_POLKIT_FILE)
+
+    def remove_unit(self) -> None:
+        if self.unit.exists():
+            self.systemctl("disable", "--now", SERVICE)
+            self.take(self.unit)
+            if self.root:
+                self.take(_POLKIT_FILE)
+            self.systemctl("daemon-reload")
+
+    def systemctl(self, *words: str) -> None:
+        self.call("systemctl", *self.scope(), *words)
+
+    def ask_systemctl(self, question: str) -> int:
+        """Its exit code: 0 for yes."""
+        argv = ["systemctl", *self.scope(), question, "--quiet", SERVICE]
+        return try_command(argv, os.environ)[0]
+
+    def scope(self) -> list[str]:
+        return [] if self.root else ["--user"]
+
+    # PM2
+
     def install_pm2(self) -> None:
-        text = json.dumps({"apps": [pm2_app(self.argv, str(self.folder))]}, indent=2) + "\n"
+        text = render_pm2(self.argv, str(self.folder))
         if self.put(self.pm2_file, text) or not self.runs_under_pm2():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "start", str(self.pm2_file))
@@ -12631,34 +12675,19 @@ class Setup:
         _, out = try_command(["pm2", "jlist"], os.environ)
         with suppress(ValueError, IndexError, KeyError, TypeError):
             apps = json.loads(out.splitlines()[-1])
-            return any(
-                app["name"] == SERVICE and app["pm2_env"]["status"] == "online" for app in apps
-            )
+            online = [app["name"] for app in apps if app["pm2_env"]["status"] == "online"]
+            return SERVICE in online
         return False
 
-    def remove(self) -> None:
-        """Take away what `install` brought; a deployment that runs goes on, and recorded runs
-        stay."""
-        self.remove_unit()
-        self.remove_pm2()
-        if not self.dry_run:
-            self.say(
-                "removed; recorded runs stay" if self.changed else "unchanged: nothing is installed"
-            )
-
-    def remove_unit(self) -> None:
-        if self.unit.exists():
-            self.systemctl("disable", "--now", SERVICE)
-            self.take(self.unit)
-            if self.root:
-                self.take(_POLKIT_FILE)
-            self.systemctl("daemon-reload")
-
     def remove_pm2(self) -> None:
-        if self.pm2_file.exists():
+        before = self.pm2_file.with_name("pm2.json")  # as the first versions called it
+        if self.pm2_file.exists() or before.exists():
             self.call("pm2", "delete", SERVICE, may_fail=True)
             self.call("pm2", "save", "--force")
             self.take(self.pm2_file)
+            self.take(before)
+
+    # What changes the host
 
     def put(self, path: Path, text: str) -> bool:
         """Write a file unless it says just that; whether it was written."""
@@ -12675,50 +12704,28 @@ class Setup:
         return True
 
     def take(self, path: Path) -> None:
-        if path.exists():
-            self.changed = True
-            self.say(f"{'would remove' if self.dry_run else 'removing'} {path}")
-            if not self.dry_run:
-                path.unlink()
+        if not path.exists():
+            return
+        self.changed = True
+        if self.dry_run:
+            self.say(f"would remove {path}")
+        else:
+            self.say(f"removing {path}")
+            path.unlink()
 
-    def systemctl(self, *words: str, look: bool = False) -> int:
-        argv = ["systemctl", *([] if self.root else ["--user"]), *words]
-        return try_command(argv, os.environ)[0] if look else self.call(*argv)
-
-    def call(self, *argv: str, may_fail: bool = False) -> int:
+    def call(self, *argv: str, may_fail: bool = False) -> None:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
         self.changed, line = True, " ".join(argv)
-        self.say(f"{'would run' if self.dry_run else 'running'}: {line}")
-        code, out = (0, "") if self.dry_run else try_command(argv, os.environ, timeout_s=SETUP_S)
+        if self.dry_run:
+            self.say(f"would run: {line}")
+            return
+        self.say(f"running: {line}")
+        code, out = try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            own = f"as this user, log in directly (not by su), or: {LINGER}"
-            hint = (
-                own if "--user" in argv else f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
-            )
+            hint = f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
+            if "--user" in argv:
+                hint = f"as this user, log in directly (not by su), or: {LINGER}"
             raise UpdaterError(f"{line}: {(out.splitlines() or [f'exit {code}'])[-1]}", hint)
-        return code
-
-    def await_welcome(self) -> None:
-        """Until the daemon says that its master has welcomed it, or that it is the master. Raises
-        UpdaterError."""
-        ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
-        while time.monotonic() < ends:
-            facts = daemon_facts(self.state) or facts
-            if facts.get("label") and not facts.get("trouble"):
-                does = (
-                    "listens" if facts["role"] == Role.MASTER else "has been welcomed by the master"
-                )
-                self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
-                return
-            if str(facts.get("trouble")).startswith(
-                REFUSED_US
-            ):  # it will try again, but this is an answer
-                break
-            time.sleep(LOCAL_LOOK_S)
-        why = facts.get("trouble") or ("it does not run" if not facts else "no answer yet")
-        raise UpdaterError(
-            f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
-        )
 
 
 def judge_encoding(encoding: str) -> Finding:

@@ -4,6 +4,8 @@
 const fs = require('fs');
 const path = require('path');
 
+// What `setup` writes here about this host when it installs this file. By hand it stays null, and what is below holds.
+const installed = null;
 const windows = process.platform === 'win32';
 const pyz = path.join(__dirname, 'estelle_updater.pyz');
 const repo = path.resolve(process.env.ESTELLE_REPO || process.cwd());
@@ -26,6 +28,7 @@ module.exports = {
       // 0.5 s, then half as much again up to 15 s: a host whose network or configuration is not ready yet comes up
       // by itself, while without this PM2 gives up after 16 quick failures.
       exp_backoff_restart_delay: 500,
+      ...installed,
     },
   ],
 };

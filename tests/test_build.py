@@ -111,6 +111,9 @@ def test_two_builds_are_equal(tmp_path: Path, pyz: Path, offline: dict[str, str]
     (checkout / SOURCE.name).write_bytes(SOURCE.read_bytes().replace(b"\n", b"\r\n"))
     if SOURCE.with_name("LICENSE").exists():
         shutil.copy(SOURCE.with_name("LICENSE"), checkout)
+    for name in estelle_updater.PACKED:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_bytes((SOURCE.parent / name).read_bytes().replace(b"\n", b"\r\n"))
     env = {**offline, "PYTHONPATH": str(checkout), "PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONOPTIMIZE": "1"}
     again = tmp_path / "again.pyz"
     subprocess.run([sys.executable, "-c", BUILD, again], check=True, env=env, cwd=tmp_path, umask=0o077)
@@ -124,7 +127,8 @@ def test_what_is_in_it(pyz: Path) -> None:
     with zipfile.ZipFile(pyz) as archive:
         names = archive.namelist()
         assert archive.testzip() is None
-        assert archive.read("estelle_updater.py") == SOURCE.read_bytes()
+        for name in (SOURCE.name, *estelle_updater.PACKED):
+            assert archive.read(name) == (SOURCE.parent / name).read_bytes()
     assert names == sorted(names)
     assert not [name for name in names if name.endswith((".so", ".pyd", ".c")) or "/legacy/" in name]
     assert {name + "c" for name in names if name.endswith(".py")} == {name for name in names if name.endswith(".pyc")}

@@ -93,7 +93,9 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
     clone, port = one.master.repo, free_port()
     one.origin.commit({"deploy.sh": "echo v0301_4", "config/updater.json": None, "package.json": None})
     one.origin.git("pull", "--quiet", cwd=clone)
-    shutil.copy(ROOT / "estelle_updater.py", tmp_path)
+    for name in ("estelle_updater.py", *est.PACKED):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     env = one.env | {"ESTELLE_STATE": str(tmp_path / "state")}
     commands = re.findall(r"^ +python3 (estelle_updater\.py.*)$", README, re.MULTILINE)
     words = ["build", "config", "serve", "doctor", "setup", "status", "trigger"]

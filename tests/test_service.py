@@ -62,7 +62,7 @@ class Site:
         self.change({"hosts": {"127.0.0.1": {"command": ["pnpm", "deploy:release"]}}, "deploy": rule})
         lab.write("/etc/systemd/system/app.service", "[Service]\nExecStart=sleep 86400\n")
         # A service of one's own may restart units only where root has allowed it
-        rule_text = est._POLKIT.format(user='"other"', units='["app.service"]')
+        rule_text = est.render_polkit("other", ["app.service"])
         lab.write("/etc/polkit-1/rules.d/60-other.rules", rule_text)
         lab.systemctl("daemon-reload")
 

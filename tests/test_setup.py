@@ -108,12 +108,38 @@ def test_says_how_where_there_is_neither(fleet: Callable[..., Fleet], tmp_path: 
         assert code == 2 and "systemd does not run this host" in err
 
 
-def test_pm2_s_file_in_the_repository_is_what_setup_writes() -> None:
+def test_pm2_s_file_in_the_repository_is_what_setup_installs(tmp_path: Path) -> None:
+    """By hand it finds what lies beside it; installed, it has this host's values, and the same settings."""
     need("node")
-    script = f"console.log(JSON.stringify(require({str(ROOT / 'pm2.config.js')!r})))"
-    (app,) = json.loads(run(["node", "-e", script], {"PATH": os.environ["PATH"]}, ROOT).out)["apps"]
-    written = est.pm2_app([app["interpreter"], app["script"], app["args"]], app["cwd"])
-    assert written | {"args": "serve"} == app
+
+    def app(file: Path) -> dict[str, Any]:
+        script = f"console.log(JSON.stringify(require({str(file)!r})))"
+        (found,) = json.loads(run(["node", "-e", script], {"PATH": os.environ["PATH"]}, ROOT).out)["apps"]
+        return dict(found)
+
+    by_hand, installed = app(ROOT / "pm2.config.js"), tmp_path / "pm2.config.js"
+    argv = [by_hand["interpreter"], by_hand["script"], by_hand["args"]]
+    installed.write_text(est.render_pm2(argv, by_hand["cwd"]))
+    assert app(installed) == by_hand | {"args": ["serve"]}
+    installed.write_text(est.render_pm2(["p", "s", "serve", "--bind", "x"], "/else where"))
+    other = {"interpreter": "p", "script": "s", "args": ["serve", "--bind", "x"], "cwd": "/else where"}
+    assert app(installed) == by_hand | other
+
+
+def test_a_copy_of_the_module_alone_says_what_it_lacks(fleet: Callable[..., Fleet], tmp_path: Path) -> None:
+    one = fleet(hosts=1, start=False)
+    alone = shutil.copy(ROOT / "estelle_updater.py", tmp_path)
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "pm2").write_text("#!/bin/sh\n")
+    (bare / "pm2").chmod(0o755)
+    env = one.env | {"PATH": f"{bare}{os.pathsep}{one.env['PATH']}"}
+    argv = [sys.executable, alone, "--state", str(tmp_path / "state"), "setup", "--with", "pm2", "--dry-run"]
+    code, _, err = run(argv, env, one.master.repo)
+    what = "error: pm2.config.js is missing: this is a copy of estelle_updater.py alone\n"
+    assert (code, what in err, "hint: " in err) == (2, True, True), err
+    code, _, err = run([sys.executable, alone, "build"], env, tmp_path)
+    assert (code, "is missing: this is a copy" in err) == (2, True), err
 
 
 def test_words_in_units() -> None:
