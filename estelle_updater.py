@@ -466,7 +466,7 @@ ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its ver
 CLOCK_S = 30.0  # more than the clocks of two hosts may differ
 SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
-TICK_S = CONFIG_LOOK_S = 1.0
+TICK_S = 1.0
 BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
@@ -11076,35 +11076,128 @@ class ServeOptions:
     listen: str | None = None
 
 
-def gather_role(
-    config: Config, options: ServeOptions, outside: bool
-) -> tuple[RoleDecision, str | None]:
-    """Master or agent, and who says what this host's public address is. Facts are gathered here,
-    judged in section 3.
+class FoundRole(NamedTuple):
+    """A role, and who says what this host's public address is, where that decided it."""
+
+    decision: RoleDecision
+    source: str | None = None
+
+
+def gather_role(config: Config, options: ServeOptions, outside: bool) -> FoundRole:
+    """Master or agent. Facts are gathered here, judged in section 3.
 
     Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet
     knows.
     """
     rule = host_rule(config, options.bind, socket.gethostname())
-    override, source = (
-        (options.role, "--role") if options.role else (rule.role, f"[hosts] {rule.key}")
-    )
-    addresses = (
-        () if override else probe_master_addresses(config.master_url.host, config.master_url.port)
-    )
-    local = {address: address if probe_is_local(address) else None for address in addresses}
+    override, source = rule.role, f"[hosts] {rule.key}"
+    if options.role:
+        override, source = options.role, "--role"
+    addresses: tuple[str, ...] = ()
+    if not override:
+        addresses = probe_master_addresses(config.master_url.host, config.master_url.port)
+    local: dict[str, str | None] = dict.fromkeys(addresses)
+    local |= {address: address for address in addresses if probe_is_local(address)}
     facts = RoleFacts(override, source, options.bind, addresses, local)
     decision = decide_role(facts)
-    told = outside and decision.role is Role.AGENT and not (override or options.bind)
-    if (
-        told
-        and any(is_public(address) for address in addresses)
-        and (public := probe_public_address(PUBLIC_S))
-    ):
-        return decide_role(
-            replace(facts, public_address=public[0], public_source=public[1])
-        ), public[1]
-    return decision, None
+    told = override or options.bind or decision.role is Role.MASTER
+    if outside and not told and any(map(is_public, addresses)):
+        public = probe_public_address(PUBLIC_S)
+        if public:
+            facts = replace(facts, public_address=public[0], public_source=public[1])
+            return FoundRole(decide_role(facts), public[1])
+    return FoundRole(decision)
+
+
+class RoleKeeper:
+    """This host's role: found at the start, and found anew where what happens speaks against it.
+
+    `on_change` is called once the role is another, or to be begun anew.
+    """
+
+    def __init__(
+        self, config: ConfigFile, options: ServeOptions, nonce: str, on_change: Callable[[], None]
+    ) -> None:
+        self.config, self.options, self.nonce, self._on_change = config, options, nonce, on_change
+        self.found = FoundRole(RoleDecision(Role.AGENT, "agent: nothing is known yet"))
+
+    async def find(self, outside: bool) -> FoundRole:
+        """What the facts of this moment say."""
+        return await asyncio.to_thread(gather_role, self.config.config, self.options, outside)
+
+    def change(self, found: FoundRole) -> None:
+        """Go on in another role."""
+        self.found = found
+        self._on_change()
+
+    async def follow_master(self, url: Callable[[], str], idle: Callable[[], bool]) -> None:
+        """A commit may move the master away from `url`: once nothing runs here, find the role anew,
+        and follow as soon as the new one answers. One that does not is perhaps a mistake, which the
+        old one is needed to mend."""
+        warned = None
+        while True:
+            await asyncio.sleep(random.uniform(*MOVE_LOOK_S))
+            new = self.config.config.master_url
+            if url() in ("", str(new)) or not idle():
+                continue
+            found, nonce, welcomed = await self.find(outside=False), None, True
+            if found.decision.role is Role.AGENT:
+                nonce, welcomed = await self.meet(new)
+            if welcomed and nonce != self.nonce:
+                self.change(found)
+            elif new != warned:
+                log.warning(
+                    "masterUrl is now %s, which does not welcome us: %s stays the master",
+                    new,
+                    url(),
+                )
+            warned = new
+
+    async def doubt(self, outside: bool) -> None:
+        """The master does not answer: perhaps it is this host, whose name or network came up after
+        this program."""
+        found = await self.find(outside)
+        if found.decision.role is Role.MASTER:
+            self.change(found)
+
+    async def prove(self, url: MasterUrl) -> None:
+        """Only a public address says that this is the master: dial masterUrl and meet oneself, else
+        be an agent."""
+        for _ in range(PROVE_TRIES):
+            nonce, _ = await self.meet(url)
+            if nonce is not None:
+                break
+            await asyncio.sleep(random.uniform(*RETRY_S))
+        why = ""
+        if nonce is None and self.found.source != "metadata":
+            why = f"nobody answers at {url}, and no cloud says that it is this host"
+        elif nonce not in (None, self.nonce):
+            why = f"another host answers at {url}"
+        if why:
+            self.change(FoundRole(RoleDecision(Role.AGENT, f"agent: {why}")))
+
+    async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
+        """The nonce of the process that answers at `url`, None where nobody does, and whether it
+        lets us in."""
+        from websockets.asyncio.client import connect
+        from websockets.exceptions import InvalidStatus, WebSocketException
+
+        versions, name = [PROTOCOL_OLDEST, PROTOCOL], socket.gethostname()
+        hello = Hello("commander", versions, __version__, "", name, self.nonce)
+        options = dict(CLIENT_OPTIONS)
+        if self.options.bind:
+            options["local_addr"] = (self.options.bind, 0)
+        try:
+            options |= client_tls(self.config.config, work_tree(self.config.path), str(url))
+            async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
+                welcome = await greet(SocketWire(connection), hello, self.config.token())
+                return welcome.nonce, True
+        except RefusedError:  # another token is another master
+            return "", False
+        except InvalidStatus as problem:  # even a refusal says who it is
+            return problem.response.headers.get(WHO_HEADER), False
+        except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
+            return None, False
 
 
 class Service:
@@ -11117,10 +11210,15 @@ class Service:
         self.nonce = os.urandom(16).hex()
         self.stopping = self.restarting = False
         self.sha256 = sha256_of(program_file())  # of what runs here, whatever the file becomes
-        self.over = asyncio.Event()  # this role ends: the daemon stops, or decides anew
-        self.unsaved: Mapping[str, Any] = {}  # facts that a full disk did not take
+        self.over = asyncio.Event()  # this role ends: the daemon stops, or goes on in another
+        self.role = RoleKeeper(self.config, options, self.nonce, self.over.set)
+        self.facts: dict[str, Any] = {}  # what this daemon says of itself in daemon.json
+        self.unsaved = False  # a full disk did not take them
+        self.problem: str | None = None  # of the configuration, as it was logged last
         self.machine = ""
         self.supervisor = Supervisor(os.environ)
+
+    # Its life, in order
 
     async def run(self) -> int:
         """Serve until a signal. Raises UpdaterError where the start is impossible."""
@@ -11132,41 +11230,70 @@ class Service:
                 "stop it, or give this one a state folder of its own with --state DIR",
             )
         try:
-            self.config.token()  # one that can't be read is better said here
-            raise_file_limit()
-            self.machine = self.state.machine_id()
-            how = {
-                "argv": [sys.executable, *sys.orig_argv[1:]],
-                "cwd": os.getcwd(),
-                "pid": os.getpid(),
-            }
-            with suppress(OSError):  # a full disk is no reason not to serve
-                write_atomic(
-                    self.state.serve_file,
-                    json.dumps(how | {"supervised": is_supervised()}).encode(),
-                )
-            on_stop_signals(asyncio.get_running_loop(), self.stop)
-            feeder = asyncio.create_task(self.supervisor.feed_forever())
-            agent = Agent(self.state, self.config, self.machine, self.nonce)
-            agent.recover()
-            self.say_what_is_odd(agent)
-            decision, source = await asyncio.to_thread(
-                gather_role, self.config.config, self.options, True
-            )
-            while not self.stopping:
-                log.info(
-                    "estelle-updater %s on %s: %s",
-                    __version__,
-                    socket.gethostname(),
-                    decision.reason,
-                )
-                decision, source = await self.serve_as(agent, decision, source)
-            feeder.cancel()
+            agent = await self.startup()
+            await self.main_loop(agent)
             return 0
         finally:
-            with suppress(OSError):
-                self.state.daemon_file.unlink(missing_ok=True)
-            lock.release()
+            self.shutdown(lock)
+
+    async def startup(self) -> Agent:
+        """All that comes before this host has a role: its agent, which knows what runs here.
+
+        Raises UpdaterError where the token can't be read.
+        """
+        self.config.token()  # one that can't be read is better said here
+        raise_file_limit()
+        self.machine = self.state.machine_id()
+        how = {
+            "argv": [sys.executable, *sys.orig_argv[1:]],
+            "cwd": os.getcwd(),
+            "pid": os.getpid(),
+            "supervised": is_supervised(),
+        }
+        with suppress(OSError):  # a full disk is no reason not to serve
+            write_atomic(self.state.serve_file, json.dumps(how).encode())
+        on_stop_signals(asyncio.get_running_loop(), self.stop)
+        agent = Agent(self.state, self.config, self.machine, self.nonce)
+        agent.recover()
+        self.warn_of_oddities(agent)
+        self.role.found = await self.role.find(outside=True)
+        return agent
+
+    async def main_loop(self, agent: Agent) -> None:
+        """One role after the other, until a signal."""
+        feeder = asyncio.create_task(self.supervisor.feed_forever())
+        while not self.stopping:
+            reason = self.role.found.decision.reason
+            log.info("estelle-updater %s on %s: %s", __version__, socket.gethostname(), reason)
+            await self.serve_role(agent)
+        feeder.cancel()
+
+    def on_tick(self, agent: Agent, changed: Callable[[], None]) -> None:
+        """Once a second. New settings take effect without a restart, but never those of a tree that
+        git is just changing; `changed` is told of them."""
+        self.save_facts()
+        if any(moves_tree(job.record) for job in agent.jobs.values()):
+            return
+        if self.config.reload():
+            log.info("new settings from %s", self.config.path)
+            changed()
+        self.restart_if_replaced(agent)
+        if self.config.problem and self.config.problem != self.problem:
+            log.error("%s; the old settings stay in force", self.config.problem)
+        self.problem = self.config.problem
+
+    def shutdown(self, lock: FileLock) -> None:
+        """Nobody is to look for this daemon any more, and the next one may begin."""
+        with suppress(OSError):
+            self.state.daemon_file.unlink(missing_ok=True)
+        lock.release()
+
+    # What happens meanwhile
+
+    async def tick_forever(self, agent: Agent, changed: Callable[[], None]) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.on_tick(agent, changed)
 
     def stop(self, signal_name: str) -> None:
         log.info("stopping on %s; a running deployment goes on", signal_name)
@@ -11183,7 +11310,7 @@ class Service:
             self.stopping = self.restarting = True
             self.over.set()
 
-    def say_what_is_odd(self, agent: Agent) -> None:
+    def warn_of_oddities(self, agent: Agent) -> None:
         """What will make deployments fail later is worth a line now."""
         _, repo = agent.rule_and_repo(self.options.bind)
         if self.config.config.tls.cert and not self.config.config.master_url.secure:
@@ -11195,154 +11322,89 @@ class Service:
         except UpdaterError as problem:
             log.warning("%s", problem.what)
 
-    async def serve_as(
-        self, agent: Agent, decision: RoleDecision, source: str | None
-    ) -> tuple[RoleDecision, str | None]:
-        """One role, until the daemon stops or the role turns out to be another: the decision to go
-        on with."""
+    def announce(self, status: str, **facts: Any) -> None:
+        """Say that this daemon is ready, and as what: to commands on this host, and to systemd."""
+        self.facts |= facts
+        self.unsaved = True
+        self.save_facts()
+        self.supervisor.tell("READY=1", f"STATUS={self.facts['role']}: {status}")
+
+    def save_facts(self) -> None:
+        """Try to, again after a full disk: runners poke, and commands ask, where the file says."""
+        if self.unsaved:
+            with suppress(OSError):
+                write_atomic(self.state.daemon_file, json.dumps(self.facts).encode())
+                self.unsaved = False
+
+    # The two roles
+
+    async def serve_role(self, agent: Agent) -> None:
+        """One role, until the daemon stops or the role turns out to be another."""
         self.over.clear()
-        self.decision, self.source = decision, source
+        role = self.role.found.decision.role
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(
             lambda: PokeReceiver(agent.poked),
             local_addr=("127.0.0.1", 0),
         )
-        facts: dict[str, Any] = {"pid": os.getpid(), "role": decision.role, "sha256": self.sha256}
-        facts |= {"poke": transport.get_extra_info("sockname")[1], "bind": self.options.bind}
+        self.facts = {
+            "pid": os.getpid(),
+            "role": role,
+            "sha256": self.sha256,
+            "poke": transport.get_extra_info("sockname")[1],
+            "bind": self.options.bind,
+        }
+        serve = self.serve_master if role is Role.MASTER else self.serve_agent
         try:
             async with asyncio.TaskGroup() as group:
-                role = self.serve_master(agent, facts, decision, source)
-                if decision.role is Role.AGENT:
-                    role.close()
-                    role = self.serve_agent(agent, facts)
-                tasks = [group.create_task(agent.watch_forever()), group.create_task(role)]
+                tasks = [group.create_task(agent.watch_forever()), group.create_task(serve(agent))]
                 await self.over.wait()
                 for task in tasks:
                     task.cancel()
         finally:
             transport.close()
-        return self.decision, self.source
 
-    def turn(self, decision: RoleDecision, source: str | None = None) -> None:
-        """Go on in another role."""
-        self.decision, self.source = decision, source
-        self.over.set()
-
-    def save_facts(self, facts: Mapping[str, Any], status: str) -> None:
-        """Say that this daemon is ready, and as what: to commands on this host, and to systemd."""
-        self.unsaved = facts
-        self.save_unsaved()
-        self.supervisor.tell("READY=1", f"STATUS={facts['role']}: {status}")
-
-    def save_unsaved(self) -> None:
-        """Try to, again after a full disk: runners poke, and commands ask, where the file says."""
-        with suppress(OSError):
-            if self.unsaved:
-                write_atomic(self.state.daemon_file, json.dumps(dict(self.unsaved)).encode())
-                self.unsaved = {}
-
-    async def serve_agent(self, agent: Agent, facts: dict[str, Any]) -> None:
-        self.save_facts(facts, f"calling {self.config.config.master_url}")
+    async def serve_agent(self, agent: Agent) -> None:
+        """Dial the master, for ever."""
+        self.announce(f"calling {self.config.config.master_url}")
 
         def welcomed(label: str) -> None:
-            facts.update(label=label, trouble="")
-            self.save_facts(facts, f"welcomed as {label} by {self.config.config.master_url}")
+            url = self.config.config.master_url
+            self.announce(f"welcomed as {label} by {url}", label=label, trouble="")
 
         async def failed(outside: bool) -> None:
-            facts["trouble"] = (
-                dialer.trouble
-            )  # beside the label, which a deployment by hand still goes by
-            self.save_facts(facts, dialer.trouble)
-            await self.look_again(outside)
+            # beside the label, which a deployment by hand still goes by
+            self.announce(dialer.trouble, trouble=dialer.trouble)
+            await self.role.doubt(outside)
 
         dialer = Dialer(agent, self.options.bind, failed, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
             group.create_task(agent.prune_forever(tuple))
-            group.create_task(self.watch_config(agent, dialer.config_changed.set))
-            group.create_task(self.follow_master(lambda: dialer.url, lambda: not agent.jobs))
+            group.create_task(self.tick_forever(agent, dialer.config_changed.set))
+            group.create_task(self.role.follow_master(lambda: dialer.url, lambda: not agent.jobs))
 
-    async def follow_master(self, url: Callable[[], str], idle: Callable[[], bool]) -> None:
-        """A commit may move the master away from `url`: once nothing runs here, decide the role
-        anew, and follow as soon as the new one answers. One that does not is perhaps a mistake,
-        which the old one is needed to mend."""
-        warned = None
-        while True:
-            await asyncio.sleep(random.uniform(*MOVE_LOOK_S))
-            new = self.config.config.master_url
-            if url() in ("", str(new)) or not idle():
-                continue
-            decision, source = await asyncio.to_thread(
-                gather_role, self.config.config, self.options, False
-            )
-            nonce, welcomed = await self.meet(new) if decision.role is Role.AGENT else (None, True)
-            if welcomed and nonce != self.nonce:
-                self.turn(decision, source)
-            elif new != warned:
-                log.warning(
-                    "masterUrl is now %s, which does not welcome us: %s stays the master",
-                    new,
-                    url(),
-                )
-            warned = new
-
-    async def look_again(self, outside: bool) -> None:
-        """The master does not answer: perhaps it is this host, whose name or network came up after
-        this program."""
-        decision, source = await asyncio.to_thread(
-            gather_role, self.config.config, self.options, outside
-        )
-        if decision.role is Role.MASTER:
-            self.turn(decision, source)
-
-    async def serve_master(
-        self, agent: Agent, facts: dict[str, Any], decision: RoleDecision, source: str | None
-    ) -> None:
+    async def serve_master(self, agent: Agent) -> None:
         """Listen, and let the master's own agent in by its private door."""
-        from websockets.asyncio.server import serve
-
         url = self.config.config.master_url
-        own = self.options.bind or next(
-            iter(await asyncio.to_thread(probe_master_addresses, url.host, url.port)), url.host
-        )
+        own = self.options.bind
+        if not own:
+            found = await asyncio.to_thread(probe_master_addresses, url.host, url.port)
+            own = next(iter(found), url.host)
         master = Master(self.state, self.config, self.machine, self.nonce, own)
         notifier = Notifier(master)
         master.recover()
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
-        try:
-            options = SERVER_OPTIONS | {
-                "open_timeout": None,
-                "create_connection": master.door.connection_class(),
-            }
-            if certificate := master.door.certificate:
-                options |= {"ssl": certificate.context}
-            server = await serve(
-                master.serve_socket,
-                host,
-                port,
-                process_request=master.door.judge_request,
-                **options,
-            )
-        except OSError as problem:
-            raise UsageError(
-                f"can't listen on {host or '*'}:{port}: {problem.strerror}",
-                "is another master running? try --listen",
-            ) from problem
-        if os.name != "nt":  # there, asyncio takes one after the other
-            for listener in (
-                server.sockets
-            ):  # what asyncio was told is both: how many it takes, how many may wait
-                with socket.socket(fileno=os.dup(listener.fileno())) as same:
-                    same.listen(BACKLOG)
-        async with server, asyncio.TaskGroup() as group:
+        async with await self.listen(master, host, port), asyncio.TaskGroup() as group:
             near = own if await asyncio.to_thread(probe_is_local, own) else "127.0.0.1"
-            facts |= {"listen": local_url(url, host or near, port, bool(certificate)), "label": own}
-            self.save_facts(facts, f"listening on {host or 'all addresses'} port {port}")
+            place = local_url(url, host or near, port, bool(master.door.certificate))
+            where = host or "all addresses"
+            self.announce(f"listening on {where} port {port}", listen=place, label=own)
             self.state.save_master_url(url)
-            log.info("listening on %s port %d", host or "all addresses", port)
-            if decision.provisional:
-                group.create_task(self.prove(url, source))
+            log.info("listening on %s port %d", where, port)
+            if self.role.found.decision.provisional:
+                group.create_task(self.role.prove(url))
             here, there = QueueWire.pair()
             group.create_task(master.serve_agent(Link(here, shared=True), agent.hello(), own))
             # the welcome, which the master's own agent needs no more than an entry in the whitelist
@@ -11352,71 +11414,36 @@ class Service:
             group.create_task(notifier.send_forever())
             group.create_task(notifier.watch_forever())
             group.create_task(agent.prune_forever(lambda: set(master.runs)))
-            group.create_task(self.watch_config(agent, master.door.drop_disallowed))
+            group.create_task(self.tick_forever(agent, master.door.drop_disallowed))
             group.create_task(
-                self.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs))
+                self.role.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs))
             )
 
-    async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
-        """The nonce of the process that answers at `url`, None where nobody does, and whether it
-        lets us in."""
-        from websockets.asyncio.client import connect
-        from websockets.exceptions import InvalidStatus, WebSocketException
+    async def listen(self, master: Master, host: str | None, port: int) -> Any:
+        """The WebSocket server, to be used by `async with`. Raises UsageError where the port is
+        taken."""
+        from websockets.asyncio.server import serve
 
-        options: dict[str, Any] = (
-            {"local_addr": (self.options.bind, 0)} if self.options.bind else {}
-        )
+        options = SERVER_OPTIONS | {
+            "open_timeout": None,
+            "create_connection": master.door.connection_class(),
+            "process_request": master.door.judge_request,
+        }
+        if master.door.certificate:
+            options["ssl"] = master.door.certificate.context
         try:
-            options |= CLIENT_OPTIONS | client_tls(
-                self.config.config, work_tree(self.config.path), str(url)
-            )
-            async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
-                name = socket.gethostname()
-                hello = Hello(
-                    "commander", [PROTOCOL_OLDEST, PROTOCOL], __version__, "", name, self.nonce
-                )
-                return (await greet(SocketWire(connection), hello, self.config.token())).nonce, True
-        except RefusedError:  # another token is another master
-            return "", False
-        except InvalidStatus as problem:  # even a refusal says who it is
-            return problem.response.headers.get(WHO_HEADER), False
-        except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
-            return None, False
-
-    async def prove(self, url: MasterUrl, source: str | None) -> None:
-        """Only a public address says that this is the master: dial masterUrl and meet oneself, else
-        be an agent."""
-        for _ in range(PROVE_TRIES):
-            nonce, _ = await self.meet(url)
-            if nonce is not None:
-                break
-            await asyncio.sleep(random.uniform(*RETRY_S))
-        if nonce is not None and nonce != self.nonce:
-            self.turn(RoleDecision(Role.AGENT, f"agent: another host answers at {url}"))
-        elif nonce is None and source != "metadata":
-            self.turn(
-                RoleDecision(
-                    Role.AGENT,
-                    f"agent: nobody answers at {url}, and no cloud says that it is this host",
-                )
-            )
-
-    async def watch_config(self, agent: Agent, changed: Callable[[], None]) -> None:
-        """New settings take effect without a restart, but never those of a tree that git is just
-        changing."""
-        problem = None
-        while True:
-            await asyncio.sleep(CONFIG_LOOK_S)
-            self.save_unsaved()
-            if any(moves_tree(job.record) for job in agent.jobs.values()):
-                continue
-            if self.config.reload():
-                log.info("new settings from %s", self.config.path)
-                changed()
-            self.restart_if_replaced(agent)
-            if self.config.problem and self.config.problem != problem:
-                log.error("%s; the old settings stay in force", self.config.problem)
-            problem = self.config.problem
+            server = await serve(master.serve_socket, host, port, **options)
+        except OSError as problem:
+            raise UsageError(
+                f"can't listen on {host or '*'}:{port}: {problem.strerror}",
+                "is another master running? try --listen",
+            ) from problem
+        if os.name != "nt":  # there, asyncio takes one after the other
+            for listener in server.sockets:
+                # what asyncio was told is both: how many it takes, how many may wait
+                with socket.socket(fileno=os.dup(listener.fileno())) as same:
+                    same.listen(BACKLOG)
+        return server
 
 
 def raise_file_limit() -> None:
@@ -12986,7 +13013,7 @@ class Doctor:
     def master(self, config: Config) -> Iterator[Finding]:
         """Whether the master lets this host in, as it sees it, and what its clock says."""
         options = ServeOptions(Path(), self.state, self.args.bind)
-        decision, _ = gather_role(config, options, outside=False)
+        decision = gather_role(config, options, outside=False).decision
         yield Finding("role", True, decision.reason)
         if decision.role is Role.MASTER and not self.serves:
             yield Finding("master", None, "it is this host, and it does not serve yet")
