@@ -68,7 +68,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,7 +172,7 @@ _PRELOADED = (
         "tomli_w",
         "websockets.asyncio.client",
         "websockets.asyncio.server",
-        "websockets.sync.client",
+        "websockets.client",
     ),
 )
 # the folder that `build` writes into compiled code as the place of its source
@@ -550,9 +550,11 @@ class UnreachableError(UpdaterError):
 
 
 class RefusedError(UpdaterError):
-    """The master answered and does not let us in."""
+    """The master answered and does not let us in; `who`: the nonce of its process, where it said
+    that."""
 
     exit_code = 3
+    who: str | None = ""
 
 
 class TargetError(UpdaterError):
@@ -4726,56 +4728,6 @@ def load_token(config: Config, tree: Path) -> bytes | None:
     return token
 
 
-@functools.cache
-def tls_socket_class() -> type[ssl.SSLSocket]:
-    """A TLS socket that one thread may read while another writes, as websockets' threads do:
-    OpenSSL, which CPython calls without a lock of its own, then sends garbage, or waits for an
-    answer to what it has not sent."""
-
-    class TlsSocket(ssl.SSLSocket):
-        def do_handshake(self, block: bool = False) -> None:
-            super().do_handshake(block)
-            self._turn, self._patience_s = threading.Lock(), self.gettimeout()
-            super().settimeout(0)
-
-        def settimeout(self, value: float | None) -> None:
-            if "_turn" in vars(self):
-                self._patience_s = value
-            else:
-                super().settimeout(value)
-
-        def _take_turns(self, action: Callable[[], Any]) -> Any:
-            """Do what does not wait under the lock, and wait without it, looking up for who closes
-            the socket."""
-            until = time.monotonic() + (
-                float("inf") if self._patience_s is None else self._patience_s
-            )
-            while True:
-                reads, writes = list[TlsSocket](), list[TlsSocket]()
-                with self._turn:
-                    try:
-                        return action()
-                    except ssl.SSLWantReadError:
-                        reads = [self]
-                    except ssl.SSLWantWriteError:
-                        writes = [self]
-                if time.monotonic() > until:
-                    raise TimeoutError("no answer in time")
-                select.select(reads, writes, [], max(0.0, min(1.0, until - time.monotonic())))
-
-        def recv(self, size: int = 1024, flags: int = 0) -> bytes:
-            read = super().recv
-            data: bytes = self._take_turns(functools.partial(read, size, flags))
-            return data
-
-        def sendall(self, data: Any, flags: int = 0) -> None:
-            write, rest = super().send, memoryview(data)
-            while rest:
-                rest = rest[self._take_turns(functools.partial(write, rest, flags)) :]
-
-    return TlsSocket
-
-
 def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
     """How to connect to a wss:// master: trust [tls] ca or else the system's roots, and expect
     masterUrl's name, also where `url` is the listener on the master's own host. Raises
@@ -7327,20 +7279,224 @@ class Tasks:
         task.add_done_callback(self._tasks.discard)
 
 
-async def greet(wire: Wire, hello: Hello, token: bytes | None) -> Welcome:
-    """Say hello, prove the token and have it proven. Raises RefusedError, ProtocolError, EOFError,
-    TimeoutError."""
-    talk = greeting(hello, token, os.urandom(16).hex())
-    message = next(talk)
-    async with asyncio.timeout(WELCOME_S):
-        while True:
-            await wire.send(encode_message(message))
-            frame = await wire.recv()
+class BlockingWire:
+    """A WebSocket for a program that does one thing at a time: it has neither event loop nor
+    threads, so a command starts sooner, and no two threads meet in OpenSSL. Pings are answered
+    while it reads. The end of the connection is EOFError."""
+
+    def __init__(self, way: Way, timeout_s: float) -> None:
+        from websockets.client import ClientProtocol
+        from websockets.uri import parse_uri
+
+        uri = parse_uri(way.url)
+        self._protocol = ClientProtocol(uri, max_size=MESSAGE_BYTES)
+        self._frames: deque[str | bytes] = deque()
+        self._parts: list[bytes] = []
+        self._is_text = False
+        self._quiet_s = 0.0  # waited for a sign of life
+        deadline = time.monotonic() + timeout_s
+        source = (way.bind, 0) if way.bind else None
+        self._socket = socket.create_connection((uri.host, uri.port), timeout_s, source)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if way.tls:
+                self._socket = way.tls["ssl"].wrap_socket(
+                    self._socket, server_hostname=way.tls["server_hostname"]
+                )
+            self._protocol.send_request(self._protocol.connect())
+            while not self._is_open():
+                self._read(deadline - time.monotonic())
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _is_open(self) -> bool:
+        if self._protocol.handshake_exc:
+            raise self._protocol.handshake_exc
+        return self._protocol.state.name == "OPEN"
+
+    def send(self, frame: str) -> None:
+        if not self._is_open():
+            raise EOFError
+        self._protocol.send_text(frame.encode())
+        self._flush()
+
+    def receive(self, timeout_s: float) -> str | bytes | None:
+        """The next message, or None where none comes in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self._frames:
+            left_s = deadline - time.monotonic()
+            if not self._is_open():
+                raise EOFError
+            if left_s <= 0:
+                return None
+            with suppress(TimeoutError):
+                self._read(min(left_s, PING_INTERVAL_S))
+        return self._frames.popleft()
+
+    def close(self) -> None:
+        with suppress(EOFError):
+            if self._is_open():
+                self._protocol.send_close()
+                self._flush()
+        self._socket.close()
+
+    def _read(self, timeout_s: float) -> None:
+        """Take what comes next. Raises TimeoutError where nothing does."""
+        self._socket.settimeout(max(0.001, timeout_s))
+        self._flush()
+        try:
+            data = self._socket.recv(CHUNK_BYTES)
+        except TimeoutError:
+            self._ask_for_life(timeout_s)
+            raise
+        except OSError:
+            data = b""
+        self._quiet_s = 0.0
+        if data:
+            self._protocol.receive_data(data)
+        else:
+            self._protocol.receive_eof()
+        self._flush()
+        for event in self._protocol.events_received():
+            if hasattr(event, "opcode"):  # else it is the handshake's answer
+                self._assemble(event)
+
+    def _assemble(self, frame: Any) -> None:
+        """A message may come in several frames, with pings between them."""
+        kind = frame.opcode.name
+        if kind in ("TEXT", "BINARY"):
+            self._is_text, self._parts = kind == "TEXT", []
+        if kind not in ("TEXT", "BINARY", "CONT"):
+            return
+        self._parts.append(bytes(frame.data))
+        if frame.fin:
+            whole = b"".join(self._parts)
+            self._frames.append(whole.decode(errors="replace") if self._is_text else whole)
+
+    def _ask_for_life(self, waited_s: float) -> None:
+        """After a while without a word, ping; time in which nobody listened does not count."""
+        before, self._quiet_s = self._quiet_s, self._quiet_s + waited_s
+        if self._quiet_s > PING_INTERVAL_S + PING_TIMEOUT_S:
+            raise EOFError
+        if before <= PING_INTERVAL_S < self._quiet_s and self._is_open():
+            self._protocol.send_ping(b"")
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what the protocol has to say. Raises EOFError where it can't be sent in time."""
+        for data in self._protocol.data_to_send():
+            patience_s = self._socket.gettimeout()
             try:
-                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
-            except StopIteration as end:
-                welcome: Welcome = end.value
-                return welcome
+                self._socket.settimeout(SEND_S)
+                if data:
+                    self._socket.sendall(data)
+                else:
+                    self._socket.shutdown(socket.SHUT_WR)
+                self._socket.settimeout(patience_s)
+            except OSError as problem:
+                raise EOFError from problem
+
+
+@record(frozen=True)
+class Way:
+    """How to reach a master."""
+
+    url: str
+    bind: str | None  # the address to connect from
+    token: bytes | None
+    tls: Mapping[str, Any]
+
+
+def way_to(config: Config, tree: Path, url: str, bind: str | None) -> Way:
+    """How the configuration says to reach the master at `url`. Raises ConfigError."""
+    return Way(url, bind, load_token(config, tree), client_tls(config, tree, url))
+
+
+async def connect_master(way: Way, hello: Hello) -> tuple[SocketWire, Welcome]:
+    """A connection of which the greeting is over. Raises RefusedError, UnreachableError."""
+    from websockets.asyncio.client import connect
+
+    source = (way.bind, 0) if way.bind else None
+    with dialing(way.url):
+        options = CLIENT_OPTIONS | dict(way.tls)
+        wire = SocketWire(await connect(way.url, local_addr=source, **options))
+        talk = greeting(hello, way.token, os.urandom(16).hex())
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                message = next(talk)
+                while True:
+                    await wire.send(encode_message(message))
+                    message = talk.send(decode_frame(await wire.recv()))
+        except StopIteration as end:
+            return wire, end.value
+        except BaseException:
+            wire.abort()
+            raise
+
+
+def call_master(way: Way, hello: Hello, timeout_s: float) -> tuple[BlockingWire, Welcome]:
+    """The same for a program that does one thing at a time; each answer may take `timeout_s`.
+    Raises RefusedError, UnreachableError."""
+    with dialing(way.url):
+        wire = BlockingWire(way, timeout_s)
+        talk = greeting(hello, way.token, os.urandom(16).hex())
+        try:
+            message = next(talk)
+            while True:
+                wire.send(encode_message(message))
+                frame = wire.receive(timeout_s)
+                if frame is None:
+                    raise TimeoutError
+                message = talk.send(decode_frame(frame))
+        except StopIteration as end:
+            return wire, end.value
+        except BaseException:
+            wire.close()
+            raise
+
+
+@contextmanager
+def dialing(url: str) -> Iterator[None]:
+    """Whatever ends a connection before its welcome, in words for people. Raises RefusedError,
+    UnreachableError."""
+    from websockets.exceptions import InvalidHandshake, InvalidStatus
+
+    try:
+        yield
+    except InvalidStatus as problem:
+        response = problem.response
+        answer = refusal(response.status_code, bytes(response.body or b""))
+        if isinstance(answer, RefusedError):
+            answer.who = response.headers.get(WHO_HEADER)
+        raise answer from problem
+    except ProtocolError as problem:
+        what = f"{url} is no estelle-updater master: {problem.what}"
+        raise UnreachableError(what, "is masterUrl right?") from problem
+    except (OSError, EOFError, InvalidHandshake) as problem:
+        what = getattr(problem, "strerror", None) or str(problem) or "no answer"
+        hint = "is `serve` running there?"
+        if isinstance(problem, ssl.SSLError):
+            hint = (
+                "is masterUrl right, the certificate in force, and its authority "
+                "trusted here or in [tls] ca?"
+            )
+        raise UnreachableError(f"can't reach the master at {url}: {what}", hint) from problem
+
+
+def refusal(status: int, body: bytes) -> UpdaterError:
+    """An HTTP answer where a WebSocket should be, as an error."""
+    text = body.decode(errors="replace").strip()
+    if status != 403:
+        what = f"HTTP {status} instead of a WebSocket: {text[:200]}"
+        return UnreachableError(what, "is masterUrl right?")
+    what, _, hint = text.partition("\n")
+    return RefusedError(f"{REFUSED_US}: {what}", hint)
+
+
+def decode_frame(frame: str | bytes) -> Any:
+    """The message in a frame; None for bytes, which are no message."""
+    return decode_message(frame) if isinstance(frame, str) else None
 
 
 class Link:
@@ -7639,17 +7795,6 @@ def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float]
     """Seconds until the next try: full jitter, so that a master that returns is not met by
     everybody at once."""
     return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
-
-
-def refusal(status: int, body: bytes) -> UpdaterError:
-    """An HTTP answer where a WebSocket should be, as an error."""
-    text = body.decode(errors="replace").strip()
-    if status == 403:
-        what, _, hint = text.partition("\n")
-        return RefusedError(f"{REFUSED_US}: {what}", hint)
-    return UnreachableError(
-        f"HTTP {status} instead of a WebSocket: {text[:200]}", "is masterUrl right?"
-    )
 
 
 # ==============================================================================
@@ -8159,15 +8304,8 @@ class Dialer:
                 except RefusedError as problem:
                     refused = True
                     self.say(problem.what + (f"; {problem.hint}" if problem.hint else ""))
-                except (EOFError, OSError, UpdaterError, TimeoutError) as problem:
-                    what = (
-                        problem.what
-                        if isinstance(problem, UpdaterError)
-                        else str(problem) or "no answer"
-                    )
-                    self.say(
-                        f"can't reach the master at {url}: {what}; trying again until it answers"
-                    )
+                except UpdaterError as problem:
+                    self.say(f"{problem.what}; trying again until it answers")
                 if self.welcome:
                     break
             if self.welcome:
@@ -8193,42 +8331,26 @@ class Dialer:
             log.warning("%s", text)
 
     async def dial(self, url: MasterUrl) -> None:
-        """One connection, from the handshake to its end. Raises RefusedError, OSError, EOFError."""
-        from websockets.asyncio.client import connect
-        from websockets.exceptions import InvalidHandshake, InvalidStatus
-
+        """One connection, from the handshake to its end. Raises RefusedError, UnreachableError,
+        ConfigError."""
         config, tree = self.agent.config.config, work_tree(self.agent.config.path)
-        options = CLIENT_OPTIONS | client_tls(config, tree, str(url))
-        token = self.agent.config.token()
+        way = way_to(config, tree, str(url), self.bind)
+        wire, self.welcome = await connect_master(way, self.agent.hello())
+        self.said.clear()
+        self.agent.state.save_master_url(url)
+        log.info("welcomed by the master at %s as %s", url, self.welcome.label)
+        self.on_welcome(self.welcome.label)
+        self.url = str(url)
         try:
-            connection = await connect(
-                str(url), local_addr=(self.bind, 0) if self.bind else None, **options
-            )
-        except InvalidStatus as problem:
-            raise refusal(
-                problem.response.status_code, bytes(problem.response.body or b"")
-            ) from problem
-        except InvalidHandshake as problem:
-            raise UpdaterError(f"{url} is no estelle-updater master: {problem}") from problem
-        async with connection:
-            link = Link(SocketWire(connection), squeeze=True)
-            self.welcome = await greet(link.wire, self.agent.hello(), token)
-            self.said.clear()
-            self.agent.state.save_master_url(url)
-            log.info("welcomed by the master at %s as %s", url, self.welcome.label)
-            self.on_welcome(self.welcome.label)
-            self.url = str(url)
-            try:
-                await self.agent.serve_link(link)
-            except* (EOFError, OSError):
-                pass
-            except* ProtocolError as group:
-                log.error(
-                    "the master sent what is no part of the protocol: %s", next(iter_leaves(group))
-                )
-            finally:
-                self.url = ""
-            self.say("the connection to the master ended; trying again until it answers")
+            await self.agent.serve_link(Link(wire, squeeze=True))
+        except* (EOFError, OSError):
+            pass
+        except* ProtocolError as group:
+            what = next(iter_leaves(group))
+            log.error("the master sent what is no part of the protocol: %s", what)
+        finally:
+            self.url = ""
+        self.say("the connection to the master ended; trying again until it answers")
 
 
 # ==============================================================================
@@ -10397,16 +10519,6 @@ class Notifier:
 # 21. Commander: what the command line uses to talk to the master
 # ==============================================================================
 
-COMMANDER_OPTIONS: dict[str, Any] = {
-    "compression": None,
-    "proxy": None,
-    "max_size": MESSAGE_BYTES,
-    "max_queue": None,
-    "close_timeout": 3,
-    "ping_interval": PING_INTERVAL_S,
-    "ping_timeout": PING_TIMEOUT_S,
-}
-
 
 def make_run_id() -> str:
     """A new run's name: the time (UTC) and four random hex digits, as in `20261122-210501-7f3a`."""
@@ -10430,30 +10542,17 @@ class View:
 
 
 class Connection:
-    """One connection of a commander to the master."""
+    """One connection of a commander to the master. Its end is EOFError."""
 
-    def __init__(self, socket: Any, welcome: Welcome) -> None:
-        self.socket, self.welcome = socket, welcome
+    def __init__(self, wire: BlockingWire, welcome: Welcome) -> None:
+        self.wire, self.welcome = wire, welcome
 
     def send(self, message: Any) -> None:
-        from websockets.exceptions import ConnectionClosed
-
-        try:
-            self.socket.send(encode_message(message))
-        except (ConnectionClosed, OSError) as problem:
-            raise EOFError from problem
+        self.wire.send(encode_message(message))
 
     def receive(self, timeout_s: float) -> Any:
-        """The next message, or a log frame's bytes, or None when nothing comes in time. Raises
-        EOFError at the end."""
-        from websockets.exceptions import ConnectionClosed
-
-        try:
-            frame = self.socket.recv(timeout=timeout_s)
-        except TimeoutError:
-            return None
-        except (ConnectionClosed, OSError) as problem:
-            raise EOFError from problem
+        """The next message, or a log frame's bytes, or None when nothing comes in time."""
+        frame = self.wire.receive(timeout_s)
         return decode_message(frame) if isinstance(frame, str) else frame
 
     def request(self, message: Any, timeout_s: float) -> Any:
@@ -10480,7 +10579,7 @@ class Connection:
         return reply
 
     def close(self) -> None:
-        self.socket.close()
+        self.wire.close()
 
 
 def refused(reply: Refuse) -> UpdaterError:
@@ -10495,7 +10594,6 @@ class Caller:
 
     def __init__(self, state: StateFolder, config: Config, bind: str | None, tree: Path) -> None:
         self.bind, self.config, self.tree = bind, config, tree
-        self.token = load_token(config, tree)
         self.urls = [str(config.master_url)]
         self.named = 0  # which of them masterUrl names: its problem is the one to tell
         local = (read_json(state.daemon_file) or {}).get("listen")
@@ -10524,63 +10622,10 @@ class Caller:
             time.sleep(pause_s)
 
     def _dial(self, url: str, timeout_s: float) -> Connection:
-        from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
-
-        try:
-            socket = self._connect(url, timeout_s)
-            try:
-                return Connection(socket, self._greet(socket, timeout_s))
-            except BaseException:
-                socket.close()
-                raise
-        except InvalidStatus as problem:
-            answer = problem.response
-            raise refusal(answer.status_code, bytes(answer.body or b"")) from problem
-        except ProtocolError as problem:
-            what = f"{url} is no estelle-updater master"
-            raise UnreachableError(what, "is masterUrl right?") from problem
-        except (OSError, InvalidHandshake, ConnectionClosed, EOFError) as problem:
-            what = getattr(problem, "strerror", None) or str(problem) or "no answer"
-            hint = "is `serve` running there?"
-            if isinstance(problem, ssl.SSLError):
-                hint = (
-                    "is masterUrl right, the certificate in force, and its authority "
-                    "trusted here or in [tls] ca?"
-                )
-            raise UnreachableError(f"can't reach the master at {url}: {what}", hint) from problem
-
-    def _connect(self, url: str, timeout_s: float) -> Any:
-        """A WebSocket to the master. Raises websockets' errors."""
-        import logging
-
-        from websockets.sync.client import connect
-
-        # a dead link is no traceback on a terminal
-        logging.getLogger("websockets").addHandler(logging.NullHandler())
-        options: dict[str, Any] = {"open_timeout": timeout_s, **COMMANDER_OPTIONS}
-        if self.bind:
-            options["source_address"] = (self.bind, 0)
-        tls = client_tls(self.config, self.tree, url)
-        if tls:
-            tls["ssl"].sslsocket_class = tls_socket_class()
-        # entered by hand: it lives as long as the Connection; not entering is deprecated in
-        # websockets 17
-        return connect(url, **options, **tls).__enter__()
-
-    def _greet(self, socket: Any, timeout_s: float) -> Welcome:
-        """Say who we are. Raises RefusedError, ProtocolError and websockets' errors."""
+        way = way_to(self.config, self.tree, url, self.bind)
         spoken, process = [PROTOCOL_OLDEST, PROTOCOL], os.urandom(16).hex()
         hello = Hello("commander", spoken, __version__, "", user_name(), process)
-        talk = greeting(hello, self.token, os.urandom(16).hex())
-        message = next(talk)
-        while True:
-            socket.send(encode_message(message))
-            frame = socket.recv(timeout=timeout_s)
-            try:
-                message = talk.send(decode_message(frame) if isinstance(frame, str) else None)
-            except StopIteration as end:
-                welcome: Welcome = end.value
-                return welcome
+        return Connection(*call_master(way, hello, timeout_s))
 
 
 def user_name() -> str:
@@ -11179,25 +11224,18 @@ class RoleKeeper:
     async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
         """The nonce of the process that answers at `url`, None where nobody does, and whether it
         lets us in."""
-        from websockets.asyncio.client import connect
-        from websockets.exceptions import InvalidStatus, WebSocketException
-
         versions, name = [PROTOCOL_OLDEST, PROTOCOL], socket.gethostname()
         hello = Hello("commander", versions, __version__, "", name, self.nonce)
-        options = dict(CLIENT_OPTIONS)
-        if self.options.bind:
-            options["local_addr"] = (self.options.bind, 0)
+        tree = work_tree(self.config.path)
         try:
-            options |= client_tls(self.config.config, work_tree(self.config.path), str(url))
-            async with asyncio.timeout(WELCOME_S), connect(str(url), **options) as connection:
-                welcome = await greet(SocketWire(connection), hello, self.config.token())
-                return welcome.nonce, True
-        except RefusedError:  # another token is another master
-            return "", False
-        except InvalidStatus as problem:  # even a refusal says who it is
-            return problem.response.headers.get(WHO_HEADER), False
-        except (OSError, EOFError, TimeoutError, WebSocketException, UpdaterError):
+            way = way_to(self.config.config, tree, str(url), self.options.bind)
+            wire, welcome = await asyncio.to_thread(call_master, way, hello, WELCOME_S)
+        except RefusedError as problem:  # even a refusal says who it is; another token: not us
+            return problem.who, False
+        except UpdaterError:
             return None, False
+        wire.close()
+        return welcome.nonce, True
 
 
 class Service:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import estelle_updater as est
 from estelle_updater import reconnect_delay
 from tests.commands import COMMAND, Watched, lines_of, log_of, open_gate, write_script
-from tests.fleet import Fleet, wait_for
+from tests.fleet import Fleet, free_port, wait_for
 from tests.machines import Network
+from tests.peers import FalseMaster
 
 
 def test_reconnects_are_spread() -> None:
@@ -98,6 +102,18 @@ def test_a_log_that_both_ends_keep_in_one_file_is_not_sent(tmp_path: Path) -> No
 
     asyncio.run(talk())
     assert path.stat().st_size == 3 * est.CHUNK_BYTES
+
+
+def test_a_connection_whose_greeting_fails_is_closed(tmp_path: Path) -> None:
+    """A commander that tries again and again, as `--wait` does, would hold ever more of them."""
+    port = free_port()
+    (tmp_path / "updater.json").write_text(json.dumps({"masterUrl": f"ws://127.0.0.1:{port}", "whitelist": []}))
+    caller = est.Caller(est.StateFolder(tmp_path / "state"), est.load_config(tmp_path / "updater.json"), None, tmp_path)
+    with FalseMaster("127.0.0.1", port, lambda _: [est.Refuse("not today", "come back tomorrow")]) as master:
+        for _ in range(3):
+            with pytest.raises(est.RefusedError, match="not today"):
+                caller.dial(5)
+        wait_for(lambda: master.ended == 3, lambda: f"{master.ended} of 3 connections have ended")
 
 
 def test_a_peer_that_vanishes_without_a_word_is_noticed_by_both(
