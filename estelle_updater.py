@@ -7754,19 +7754,36 @@ def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
     return {key: answer[key] for key in shape if key in answer}
 
 
-class AgentLink:
-    """A connected agent, and the questions it has not answered yet."""
+class Peer:
+    """Who is at the other end of a link, and the questions that go both ways over it. `answer` says
+    what to post for one that came in, if any may come; `at_once` of them may be open."""
 
-    def __init__(self, link: Link, hello: Hello, address: str) -> None:
-        self.link, self.hello, self.address = link, hello, address
-        self.questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
+    def __init__(
+        self,
+        link: Link,
+        answer: Callable[[Any], Awaitable[Any]] | None = None,
+        at_once: float = float("inf"),
+    ) -> None:
+        self.link, self._answer, self._at_once = link, answer, at_once
+        self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._open = 0  # questions of the other end
+
+    async def serve(self, obey: Callable[[str | bytes], None]) -> None:
+        """Everything after the greeting: what is posted goes out, and each frame that comes in to
+        `obey`, until the connection ends."""
+        async with asyncio.TaskGroup() as self._group:
+            self._group.create_task(self.link.write_forever())
+            while True:
+                obey(await self.link.wire.recv())
+
+    # Questions from here
 
     async def ask(
         self, what: str, args: dict[str, Any], deadline_s: float = FACTS_S
     ) -> dict[str, Any] | None:
-        """The agent's answer, or None where it does not come in time."""
+        """The other end's answer, or None where it does not come in time."""
         number = next(QUESTION_NUMBERS)
-        future = self.questions[number] = asyncio.get_running_loop().create_future()
+        future = self._asked[number] = asyncio.get_running_loop().create_future()
         self.link.post(Ask(number, what, args))
         try:
             async with asyncio.timeout(deadline_s):
@@ -7774,7 +7791,12 @@ class AgentLink:
         except TimeoutError:
             return None
         finally:
-            del self.questions[number]
+            del self._asked[number]
+
+    def on_answer(self, message: Answer) -> None:
+        future = self._asked.get(message.id)
+        if future and not future.done():
+            future.set_result(message.result)
 
     async def answers_ping(self) -> bool:
         """Is the connection alive at its other end, or a leftover of a host that went without a
@@ -7786,6 +7808,24 @@ class AgentLink:
                 await (await self.link.wire.socket.ping())
                 return True
         return False
+
+    # Questions from there
+
+    def on_question(self, message: Any) -> None:
+        """Work on an answer that takes time. Raises ProtocolError where nobody answers here,
+        UpdaterError where too many are open."""
+        if self._answer is None:
+            raise ProtocolError(f"nobody here answers {VERB_OF[type(message)]}")
+        if self._open >= self._at_once:
+            raise UpdaterError(f"more than {self._at_once} questions at once")
+        self._open += 1
+        self._group.create_task(self._reply(self._answer(message)))
+
+    async def _reply(self, answer: Awaitable[Any]) -> None:
+        try:
+            self.link.post(await answer)
+        finally:
+            self._open -= 1
 
 
 QUESTION_NUMBERS = itertools.count(1)
@@ -7839,52 +7879,147 @@ class OwnJob:
     burying: bool = False  # what its dead runner left is being killed
 
 
-class Agent:
-    """This host's part: takes orders, starts runners, and tells the master what their files say."""
+class OwnJobs:
+    """This host's jobs: what their files say, and that each has a runner as long as it needs one.
+    The link to the master, where there is one, hears of all of it."""
 
-    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str) -> None:
-        self.state, self.config, self.machine, self.nonce = state, config, machine, nonce
+    def __init__(self, state: StateFolder, config: ConfigFile, machine: str) -> None:
+        self.state, self.config, self.machine = state, config, machine
         self.jobs: dict[tuple[str, str], OwnJob] = {}
         self.link: Link | None = None
         self.poked = asyncio.Event()
         self.tasks = Tasks()
-        self.current = ("", "")
+        self.current = ("", "")  # the newest job by hand, once it is known here
 
-    def hello(self) -> Hello:
-        return Hello(
-            "agent",
-            [PROTOCOL_OLDEST, PROTOCOL],
-            __version__,
-            self.machine,
-            socket.gethostname(),
-            self.nonce,
-            sys.platform,
-            list(FEATURES),
-        )
+    def active(self) -> list[OwnJob]:
+        """The jobs that are not over."""
+        return [job for job in self.jobs.values() if job.record.state not in FINAL]
+
+    # Finding them
 
     def recover(self) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
         switching = self.state.switch_file.exists()
         for row in self.state.rows():
-            for record in () if row["over"] and not switching else self.state.load_jobs(row["run"]):
+            if row["over"] and not switching:
+                continue
+            for record in self.state.load_jobs(row["run"]):
                 unknown = not record.acked or is_half_done(self.state, record)
                 if record.machine == self.machine and record.revision and unknown:
                     self.jobs[record.run, record.host] = OwnJob(record)
+
+    def find_local(self) -> None:
+        """A deployment that was started on this host by hand: the master hears of it like of any
+        other."""
+        current = self.state.current()
+        if current in (self.current, ("", "")):
+            return
+        record = self.state.load_job(*current)
+        if record is None:
+            return  # torn: its runner, if it lives, will write it again
+        self.current = current
+        if current not in self.jobs and record.machine == self.machine and not record.acked:
+            self.jobs[current] = OwnJob(record)
+            if self.link:
+                self.offer(self.jobs[current], self.link)
 
     async def watch_forever(self) -> None:
         """Look at the jobs' files when a runner pokes, and once a second: a poke may be lost, or
         not know where to."""
         while True:
-            self.look_for_local()
+            self.find_local()
             for job in list(self.jobs.values()):
                 try:
-                    self.look(job)
+                    self.refresh(job)
                 except Exception as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self.poked.wait()
             self.poked.clear()
+
+    # What their files say
+
+    def offer(self, job: OwnJob, link: Link) -> None:
+        """Tell the master of a job and offer its log."""
+        run, host = job.record.run, job.record.host
+        self.jobs.setdefault((run, host), job)
+        job.record = self.mend_log(job.record)
+        link.post(job.record)
+        link.open_log(run, host, self.state.log_file(run, host))
+
+    def refresh(self, job: OwnJob) -> None:
+        """Tell the master what is new about one job; a job whose runner died ends here."""
+        over = job.record.state in FINAL and not is_half_done(self.state, job.record)
+        now = time.monotonic()
+        if not over and now - job.looked >= LOOK_S / 2:
+            job.looked = now
+            self.check_runner(job)
+            if job.cancelled is not None:
+                self.cancel(job, job.cancelled)
+        self.check_size(job)
+        stamp = file_stamp(self.state.job_file(job.record.run, job.record.host))
+        if not stamp:
+            return
+        if stamp != job.stamp:
+            self.read_record(job, stamp)
+        self.check_size(job)
+
+    def check_size(self, job: OwnJob) -> None:
+        """The log's size now, which is less where somebody shortened the file."""
+        run, host = job.record.run, job.record.host
+        size = log_size(self.state.log_file(run, host))
+        if self.link and size < job.size:
+            self.link.shrank(run, host, size)
+        elif self.link and size > job.size:
+            self.link.grew(run, host, size)
+        job.size = size
+
+    def read_record(self, job: OwnJob, stamp: tuple[int, ...]) -> None:
+        """The runner wrote a new state."""
+        record = self.state.load_job(job.record.run, job.record.host)
+        if record is None:
+            return
+        job.stamp = stamp
+        if record.revision > job.record.revision:
+            log.job(job.record, record)
+            job.record = self.mend_log(record)
+            if self.link:
+                self.link.post(job.record)
+
+    def mend_log(self, record: JobRecord) -> JobRecord:
+        """A log shorter than its result says (power loss, somebody's hand) says so, and the result
+        gets its size: else whoever wants all of it waits for ever."""
+        path = self.state.log_file(record.run, record.host)
+        size = log_size(path)
+        if record.state not in FINAL or size >= record.size:
+            return record
+        lost = record.size - size
+        line = f"\n[estelle-updater: log incomplete: {lost} bytes are lost]\n"
+        with suppress(OSError):
+            size, _ = append_log(path, size, line.encode())
+        return replace(record, revision=record.revision + 1, size=size)
+
+    def write(self, record: JobRecord, **changes: Any) -> JobRecord:
+        """Record a state that this daemon decides, for want of a runner."""
+        if changes:
+            record = replace(record, revision=record.revision + 1, **changes)
+        try:
+            self.state.save_job(record, durable=True)
+        except OSError as problem:
+            why = f"can't write to {self.state.root}: {problem.strerror}"
+            log.error("%s", why)
+            state = record.state if record.state in FINAL else State.FAILED
+            record = replace(record, state=state, step=record.step or "start", error=why)
+            with suppress(OSError):  # what is said to have failed must not run after a restart
+                self.state.job_file(record.run, record.host).unlink()
+        job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
+        log.job(job.record if job.record is not record else None, record)
+        job.record = record
+        if self.link:
+            self.link.post(record)
+        self.poked.set()
+        return record
 
     async def prune_forever(self, needed: Callable[[], Iterable[str]]) -> None:
         """Now and then, delete the runs that [keep] does not keep."""
@@ -7901,59 +8036,7 @@ class Agent:
                 log.error("can't delete old runs: %s", problem)
             await asyncio.sleep(PRUNE_S)
 
-    def look_for_local(self) -> None:
-        """A deployment that was started on this host by hand: the master hears of it like of any
-        other."""
-        current = self.state.current()
-        if current in (self.current, ("", "")) or (record := self.state.load_job(*current)) is None:
-            return  # nothing new, or torn: its runner, if it lives, will write it again
-        self.current = current
-        if current not in self.jobs and record.machine == self.machine and not record.acked:
-            self.jobs[current] = OwnJob(record)
-            if self.link:
-                self.offer(self.jobs[current])
-
-    def look(self, job: OwnJob) -> None:
-        """Tell the master what is new about one job; a job whose runner died ends here."""
-        run, host = job.record.run, job.record.host
-        over = job.record.state in FINAL and not is_half_done(self.state, job.record)
-        if not (now := time.monotonic()) - job.looked < LOOK_S / 2 and not over:
-            job.looked = now
-            self.check_runner(job)
-            if job.cancelled is not None and not over:
-                self.cancel(job, job.cancelled)
-        size = log_size(self.state.log_file(run, host))
-        if size < job.size and self.link:
-            self.link.shrank(run, host, size)
-        job.size = min(job.size, size)
-        stamp = file_stamp(self.state.job_file(run, host))
-        if not stamp:
-            return
-        if stamp != job.stamp and (record := self.state.load_job(run, host)):
-            job.stamp = stamp
-            if record.revision > job.record.revision:
-                log.job(job.record, record)
-                job.record = self.mend_log(record)
-                if self.link:
-                    self.link.post(job.record)
-        size = log_size(self.state.log_file(run, host))
-        if size > job.size:
-            job.size = size
-            if self.link:
-                self.link.grew(run, host, size)
-
-    def mend_log(self, record: JobRecord) -> JobRecord:
-        """A log shorter than its result says (power loss, somebody's hand) says so, and the result
-        gets its size: else whoever wants all of it waits for ever."""
-        path = self.state.log_file(record.run, record.host)
-        if record.state not in FINAL or (size := log_size(path)) >= record.size:
-            return record
-        line = (
-            f"\n[estelle-updater: log incomplete: {record.size - size} bytes are lost]\n".encode()
-        )
-        with suppress(OSError):
-            size, _ = append_log(path, size, line)
-        return replace(record, revision=record.revision + 1, size=size)
+    # Their runners
 
     def check_runner(self, job: OwnJob) -> None:
         """A free lock says that no runner lives: an accepted job is started again, a running one is
@@ -7997,39 +8080,20 @@ class Agent:
             )
         return False
 
-    def end_unstarted(self, record: JobRecord, **fields: Any) -> None:
+    def end_unstarted(self, record: JobRecord, **changes: Any) -> None:
         """End a job that no runner has begun, while none can begin it."""
         with suppress(UpdaterError), FileLock(self.state.job_lock):  # else one has just begun
             latest = self.state.load_job(record.run, record.host) or record
             if latest.state is State.QUEUED:
-                self.own(replace(latest, revision=latest.revision + 1, ended=time.time(), **fields))
+                self.write(latest, ended=time.time(), **changes)
 
     async def bury(self, job: OwnJob, record: JobRecord) -> None:
         """End a job whose runner died, in a thread: what it left may take seconds to kill, and
         links can't wait."""
         try:
-            self.own(await asyncio.to_thread(bury_runner, self.state, record))
+            self.write(await asyncio.to_thread(bury_runner, self.state, record))
         finally:
             job.burying = False
-
-    def own(self, record: JobRecord) -> JobRecord:
-        """Record a state that this daemon decides, for want of a runner."""
-        try:
-            self.state.save_job(record, durable=True)
-        except OSError as problem:
-            log.error("can't write to %s: %s", self.state.root, problem.strerror)
-            why = f"can't write to {self.state.root}: {problem.strerror}"
-            state = record.state if record.state in FINAL else State.FAILED
-            record = replace(record, state=state, step=record.step or "start", error=why)
-            with suppress(OSError):  # what is said to have failed must not run after a restart
-                self.state.job_file(record.run, record.host).unlink()
-        job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
-        log.job(job.record if job.record is not record else None, record)
-        job.record = record
-        if self.link:
-            self.link.post(record)
-        self.poked.set()
-        return record
 
     def start_runner(self, record: JobRecord) -> None:
         job = self.jobs[record.run, record.host]
@@ -8049,71 +8113,39 @@ class Agent:
             job.launches, job.launched = LAUNCHES, float("-inf")
             self.poked.set()
 
-    def on_order(self, order: Order) -> None:
-        """Take a job; one that can't be taken has failed, or its host's queue would wait for it."""
-        record: JobRecord = decode_fields(JobRecord, order.job)
-        try:
-            self.take(record)
-        except OSError as problem:
-            failed = replace(record, state=State.FAILED, step="start", error=str(problem))
-            self.own(replace(failed, revision=record.revision + 1))
+    # The master's words
 
-    def take(self, record: JobRecord) -> None:
-        """Accept a job, or say what holds this host. The same order again is answered with the
+    def accept(self, record: JobRecord, link: Link) -> None:
+        """Take an order, or say what holds this host. The same order again is answered with the
         job's state."""
         known = self.jobs.get((record.run, record.host))
         known_record = known.record if known else self.state.load_job(record.run, record.host)
-        assert self.link
         if known_record and known_record.revision:
-            self.offer(OwnJob(known_record) if known is None else known)
+            self.offer(known or OwnJob(known_record), link)
             return
-        active = next((job for job in self.jobs.values() if job.record.state not in FINAL), None)
+        active = self.active()
         if active or FileLock.held_elsewhere(self.state.job_lock):
-            self.link.post(Busy(record.run, record.host, active.record.run if active else ""))
+            behind = active[0].record.run if active else ""
+            link.post(Busy(record.run, record.host, behind))
             return
-        if problem := valid_branch_problem(record.branch):
-            self.own(
-                replace(
-                    record,
-                    revision=1,
-                    state=State.FAILED,
-                    step="check",
-                    error=f"no branch name: {problem}",
-                )
-            )
+        problem = valid_branch_problem(record.branch)
+        if problem:
+            why = f"no branch name: {problem}"
+            self.write(record, state=State.FAILED, step="check", error=why)
             return
-        self.adopt_run(record)
+        if self.state.load_run(record.run) is None:
+            with suppress(OSError):  # an agent keeps `run.json` of its own jobs too
+                self.state.save_run(run_of_job(record))
         if record.state is State.RUNNING or log_size(self.state.log_file(record.run, record.host)):
             # it ran, as the master knows or its log shows, and its state is gone: running it again
             # would be worse
-            self.own(
-                replace(
-                    record,
-                    revision=record.revision + 1,
-                    state=State.LOST,
-                    error="the host forgot this job",
-                )
-            )
+            self.write(record, state=State.LOST, error="the host forgot this job")
             return
-        record = self.own(
-            replace(record, machine=self.machine, revision=1, state=State.QUEUED, ordered=True)
-        )
-        self.offer(self.jobs[record.run, record.host])
+        ordered = replace(record, machine=self.machine, state=State.QUEUED, ordered=True)
+        record = self.write(replace(ordered, revision=1))
+        self.offer(self.jobs[record.run, record.host], link)
         if record.state is State.QUEUED:
             self.start_runner(record)
-
-    def adopt_run(self, record: JobRecord) -> None:
-        """An agent keeps `run.json` of its own jobs too; the master's own agent finds the
-        master's."""
-        if self.state.load_run(record.run) is None:
-            with suppress(OSError):
-                self.state.save_run(run_of_job(record))
-
-    def on_cancel(self, message: Cancel) -> None:
-        """Ask the runner to stop."""
-        for (run, _), job in self.jobs.items():
-            if run == message.run and job.record.state not in FINAL:
-                self.cancel(job, message.by)
 
     def cancel(self, job: OwnJob, by: str) -> None:
         """Leave word for the runner, now or as soon as that is possible."""
@@ -8126,19 +8158,92 @@ class Agent:
             return
         job.cancelled = None
 
-    def on_acked(self, message: Acked) -> None:
-        """The master has result and log."""
+    def release(self, message: Acked, link: Link) -> None:
+        """The master has result and log: it need not hear of this job again."""
         job = self.jobs.get((message.run, message.host))
-        known = job and job.record.state in FINAL and message.revision >= job.record.revision
-        if job and known and not is_half_done(self.state, job.record):
+        if job is None or job.record.state not in FINAL or is_half_done(self.state, job.record):
+            return
+        if message.revision >= job.record.revision:
             del self.jobs[message.run, message.host]
             with suppress(OSError):
                 self.state.save_job(replace(job.record, acked=True))
                 self.state.cancel_file(message.run, message.host).unlink(missing_ok=True)
-            if self.link:
-                self.link.close_log(message.run, message.host)
+            link.close_log(message.run, message.host)
 
-    async def on_ask(self, ask: Ask, link: Link) -> None:
+
+class Agent:
+    """This host's part: takes the master's orders, and answers its questions."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str) -> None:
+        self.state, self.config, self.machine, self.nonce = state, config, machine, nonce
+        self.own = OwnJobs(state, config, machine)
+
+    def hello(self) -> Hello:
+        return Hello(
+            "agent",
+            [PROTOCOL_OLDEST, PROTOCOL],
+            __version__,
+            self.machine,
+            socket.gethostname(),
+            self.nonce,
+            sys.platform,
+            list(FEATURES),
+        )
+
+    def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
+        """What the configuration says of this host, seen from `address`, and where its repository
+        is."""
+        tree = work_tree(self.config.path)
+        rule = host_rule(self.config.config, address, socket.gethostname())
+        return rule, tree / rule.repo if rule.repo else tree
+
+    async def serve_link(self, link: Link) -> None:
+        """Everything after `Welcome`, until the connection ends."""
+        self.own.link = link
+        master = Peer(link, self.answer)
+        try:
+            for job in self.own.jobs.values():
+                self.own.offer(job, link)
+            await master.serve(lambda frame: self.receive(master, frame))
+        finally:
+            self.own.link = None
+            link.wire.abort()
+
+    def receive(self, master: Peer, frame: str | bytes) -> None:
+        try:
+            self.obey(master, decode_frame(frame))
+        except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
+            log.error("a message of the master failed: %s", problem)
+            master.link.post(Refuse(str(problem)[:1000]))
+
+    def obey(self, master: Peer, message: Any) -> None:
+        match message:
+            case Order():
+                self.on_order(message, master.link)
+            case Cancel():
+                for job in self.own.active():
+                    if job.record.run == message.run:
+                        self.own.cancel(job, message.by)
+            case Have():
+                master.link.on_have(message)
+            case Acked():
+                self.own.release(message, master.link)
+            case Ask():
+                master.on_question(message)
+            case Refuse():
+                log.warning("the master says: %s", message.what)
+            case _:
+                raise ProtocolError("an agent has no use for that message")
+
+    def on_order(self, order: Order, link: Link) -> None:
+        """Take a job; one that can't be taken has failed, or its host's queue would wait for it."""
+        record: JobRecord = decode_fields(JobRecord, order.job)
+        try:
+            self.own.accept(record, link)
+        except OSError as problem:
+            self.own.write(record, state=State.FAILED, step="start", error=str(problem))
+
+    async def answer(self, ask: Ask) -> Answer:
         """Answer the master's question about this host; one that can't be answered is an error in
         the answer."""
         try:
@@ -8149,106 +8254,51 @@ class Agent:
             result = {"error": problem.what, "hint": problem.hint, "exit": problem.exit_code}
         except (OSError, ValueError) as problem:
             result = {"error": str(problem)}
-        link.post(Answer(ask.id, result))
+        return Answer(ask.id, result)
 
-    def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
-        """What the configuration says of this host, seen from `address`, and where its repository
-        is."""
-        tree = work_tree(self.config.path)
-        rule = host_rule(self.config.config, address, socket.gethostname())
-        return rule, tree / rule.repo if rule.repo else tree
 
-    def tell_status(self, args: dict[str, Any]) -> dict[str, Any]:
-        """What is checked out here, and what runs."""
-        rule, repo = self.rule_and_repo(args.get("address"))
-        result = live_facts(repo, scrub_environment(os.environ))
-        with suppress(OSError):
-            result["version"] = parse_version_file((repo / rule.version).read_bytes())
-        result["problem"] = self.config.problem
-        try:
-            self.state.create()
-        except UpdaterError as problem:  # what ends here now waits for room
-            result["problem"] = problem.what
-        for job in list(self.jobs.values()):
-            if job.record.state is State.RUNNING:
-                with suppress(OSError):
-                    wrote = self.state.log_file(job.record.run, job.record.host).stat().st_mtime
-                    result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
-        return result
+def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """What is checked out here, and what runs."""
+    rule, repo = agent.rule_and_repo(args.get("address"))
+    result = live_facts(repo, scrub_environment(os.environ))
+    with suppress(OSError):
+        result["version"] = parse_version_file((repo / rule.version).read_bytes())
+    result["problem"] = agent.config.problem
+    try:
+        agent.state.create()
+    except UpdaterError as problem:  # what ends here now waits for room
+        result["problem"] = problem.what
+    for job in agent.own.active():
+        if job.record.state is State.RUNNING:
+            with suppress(OSError):
+                wrote = agent.state.log_file(job.record.run, job.record.host).stat().st_mtime
+                result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
+    return result
 
-    def tell_health(self, args: dict[str, Any]) -> dict[str, Any]:
-        """What this host's checks see, by the configuration as it stands now: a deployment may just
-        have changed it."""
-        config, _ = load_config_or_last(self.config.path, self.state)
-        rule, repo = self.rule_and_repo(args.get("address"))
-        names = {
-            host_key(name)
-            for name in (args.get("address"), rule.name, socket.gethostname())
-            if name
-        }
-        checks = [
-            check
-            for check in config.health
-            if not check.hosts or names & {*map(host_key, check.hosts)}
-        ]
-        return {"checks": run_checks(checks, repo, scrub_environment(os.environ) | dict(rule.env))}
 
-    def take_traffic(self, args: dict[str, Any]) -> dict[str, Any]:
-        """The master's word on whether this host is active or standby, for the runner that waits
-        for it."""
-        run, host = args.get("run"), args.get("host")
-        if (run, host) in self.jobs:
-            word = {"at": args.get("at"), "is": str(args.get("is"))}
-            write_atomic(self.state.traffic_file(str(run), str(host)), json.dumps(word).encode())
-        return {}
+def tell_health(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """What this host's checks see, by the configuration as it stands now: a deployment may just
+    have changed it."""
+    config, _ = load_config_or_last(agent.config.path, agent.state)
+    rule, repo = agent.rule_and_repo(args.get("address"))
+    names = {
+        host_key(name) for name in (args.get("address"), rule.name, socket.gethostname()) if name
+    }
+    checks = []
+    for check in config.health:
+        if not check.hosts or names.intersection(map(host_key, check.hosts)):
+            checks.append(check)
+    return {"checks": run_checks(checks, repo, scrub_environment(os.environ) | dict(rule.env))}
 
-    def offer(self, job: OwnJob) -> None:
-        """Tell the master of a job and offer its log."""
-        assert self.link
-        self.jobs.setdefault((job.record.run, job.record.host), job)
-        job.record = self.mend_log(job.record)
-        self.link.post(job.record)
-        self.link.open_log(
-            job.record.run, job.record.host, self.state.log_file(job.record.run, job.record.host)
-        )
 
-    async def serve_link(self, link: Link) -> None:
-        """Everything after `Welcome`, until the connection ends."""
-        self.link = link
-        try:
-            for job in self.jobs.values():
-                self.offer(job)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(link.write_forever())
-                while True:
-                    await self.receive(link, await link.wire.recv())
-        finally:
-            self.link = None
-            link.wire.abort()
-
-    async def receive(self, link: Link, frame: str | bytes) -> None:
-        try:
-            self.obey(link, decode_message(frame) if isinstance(frame, str) else None)
-        except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
-            log.error("a message of the master failed: %s", problem)
-            link.post(Refuse(str(problem)[:1000]))
-
-    def obey(self, link: Link, message: Any) -> None:
-        match message:
-            case Order():
-                self.on_order(message)
-            case Cancel():
-                self.on_cancel(message)
-            case Have():
-                link.on_have(message)
-            case Acked():
-                self.on_acked(message)
-            case Ask():
-                self.tasks.spawn(self.on_ask(message, link))
-            case Refuse():
-                log.warning("the master says: %s", message.what)
-            case _:
-                link.post(Refuse("an agent has no use for that message"))
+def note_traffic(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """The master's word on whether this host is active or standby, for the runner that waits for
+    it."""
+    run, host = args.get("run"), args.get("host")
+    if (run, host) in agent.own.jobs:
+        word = {"at": args.get("at"), "is": str(args.get("is"))}
+        write_atomic(agent.state.traffic_file(str(run), str(host)), json.dumps(word).encode())
+    return {}
 
 
 def no_traffic(*warnings: str) -> dict[str, Any]:
@@ -8264,10 +8314,10 @@ def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
 
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
 QUESTIONS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any]]] = {
-    "status": Agent.tell_status,
-    "health": Agent.tell_health,
+    "status": tell_status,
+    "health": tell_health,
     "traffic": tell_traffic,
-    "traffic is": Agent.take_traffic,
+    "traffic is": note_traffic,
 }
 
 
@@ -8837,6 +8887,14 @@ class Run:
                     follower.post(Notice(f"{job.host}: {text}"))
 
 
+class AgentLink(Peer):
+    """A connected agent."""
+
+    def __init__(self, link: Link, hello: Hello, address: str) -> None:
+        super().__init__(link)
+        self.hello, self.address = hello, address
+
+
 class Registry:
     """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them
     is connected."""
@@ -9207,18 +9265,15 @@ class Master:
                 run.tell(hello.machine, "connected again")
         try:
             self.resend(agent)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(link.write_forever())
-                while True:
-                    frame = await link.wire.recv()
-                    try:
-                        self.receive_from_agent(agent, frame)
-                    except (
-                        ProtocolError,
-                        OSError,
-                    ) as problem:  # one bad message must not end the connection
-                        self.door.log_refusal(f"a message of {label}", str(problem))
-                        link.post(Refuse(str(problem)[:1000]))
+
+            def obey(frame: str | bytes) -> None:
+                try:
+                    self.receive_from_agent(agent, frame)
+                except (ProtocolError, OSError) as problem:  # one bad message ends no connection
+                    self.door.log_refusal(f"a message of {label}", str(problem))
+                    link.post(Refuse(str(problem)[:1000]))
+
+            await agent.serve(obey)
         finally:
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
@@ -9265,9 +9320,7 @@ class Master:
             case Busy():
                 self.on_busy(agent, message)
             case Answer():
-                future = agent.questions.get(message.id)
-                if future and not future.done():
-                    future.set_result(message.result)
+                agent.on_answer(message)
             case Refuse():
                 self.door.log_refusal(f"by {agent.address}", message.what[:1000])
             case _:
@@ -9639,7 +9692,6 @@ class Desk:
 
     def __init__(self, master: Master) -> None:
         self.master = master
-        self.open = 0  # questions
 
     async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
@@ -9657,42 +9709,49 @@ class Desk:
                 time.time(),
             )
         )
+        name = hello.name
+
+        def by(message: Any) -> str:
+            """Who asks, for the record."""
+            return f"{(getattr(message, 'by', '') or name)[:80]}@{address}"
+
+        async def answer(message: Any) -> Any:
+            try:
+                if isinstance(message, Submit):
+                    return await self.submit(message, by(message))
+                return await self.answer(message)
+            except (UpdaterError, OSError) as problem:
+                return self.refuse(problem)
+
+        def obey(frame: str | bytes) -> None:
+            message = decode_frame(frame)
+            try:
+                if isinstance(message, Submit | Ask):
+                    commander.on_question(message)
+                else:
+                    self.obey(link, message, by(message))
+            except ProtocolError:
+                raise
+            except (UpdaterError, OSError) as problem:
+                link.post(self.refuse(problem))
+
+        commander = Peer(link, answer, QUESTIONS_OPEN)
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(link.write_forever())
-                while True:
-                    frame = await link.wire.recv()
-                    message = decode_message(frame) if isinstance(frame, str) else None
-                    try:
-                        self.receive_from_commander(group, link, message, address, hello)
-                    except ProtocolError:
-                        raise
-                    except (UpdaterError, OSError) as problem:
-                        link.post(self.refuse(problem))
+            await commander.serve(obey)
         finally:
             for run in list(self.master.runs.values()):
                 run.followers.pop(link, None)
                 self.master.drop_idle(run)
 
-    def receive_from_commander(
-        self, group: asyncio.TaskGroup, link: Link, message: Any, address: str, hello: Hello
-    ) -> None:
-        by = (
-            f"{message.by[:80]}@{address}"
-            if getattr(message, "by", "")
-            else f"{hello.name[:80]}@{address}"
-        )
+    def obey(self, link: Link, message: Any, by: str) -> None:
+        """What needs no waiting."""
         match message:
-            case Submit():
-                self.start(group, link, self.submit(message, by))
             case Follow():
                 self.follow(link, message)
             case Have():
                 link.on_have(message)
             case Cancel():
                 link.post(self.master.cancel(message.run, by))
-            case Ask():
-                self.start(group, link, self.answer(message))
             case _:
                 raise ProtocolError("not a commander's message")
 
@@ -9711,23 +9770,6 @@ class Desk:
         if isinstance(problem, OSError):
             return Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}")
         return Refuse(problem.what, problem.hint, problem.exit_code)
-
-    def start(self, group: asyncio.TaskGroup, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
-        """Work on an answer that takes time. Raises UpdaterError where too many are open."""
-        if self.open >= QUESTIONS_OPEN:
-            answer.close()
-            raise UpdaterError(f"more than {QUESTIONS_OPEN} questions at once")
-        self.open += 1
-        group.create_task(self.reply(link, answer))
-
-    async def reply(self, link: Link, answer: Coroutine[Any, Any, Any]) -> None:
-        """Post an answer that takes time, or why there is none."""
-        try:
-            link.post(await answer)
-        except (UpdaterError, OSError) as problem:
-            link.post(self.refuse(problem))
-        finally:
-            self.open -= 1
 
     async def submit(self, message: Submit, by: str) -> RunRecord:
         """Start a run; whom it means may depend on the traffic of this moment, and whether it may
@@ -11292,7 +11334,7 @@ class Service:
             write_atomic(self.state.serve_file, json.dumps(how).encode())
         on_stop_signals(asyncio.get_running_loop(), self.stop)
         agent = Agent(self.state, self.config, self.machine, self.nonce)
-        agent.recover()
+        agent.own.recover()
         self.warn_of_oddities(agent)
         self.role.found = await self.role.find(outside=True)
         return agent
@@ -11310,7 +11352,7 @@ class Service:
         """Once a second. New settings take effect without a restart, but never those of a tree that
         git is just changing; `changed` is told of them."""
         self.save_facts()
-        if any(moves_tree(job.record) for job in agent.jobs.values()):
+        if any(moves_tree(job.record) for job in agent.own.jobs.values()):
             return
         if self.config.reload():
             log.info("new settings from %s", self.config.path)
@@ -11342,7 +11384,9 @@ class Service:
     def restart_if_replaced(self, agent: Agent) -> None:
         """An upgrade has put another program in place of this one, which may be the old one
         again."""
-        waits = any(resumes(job.record) and job.record.step != SWAP for job in agent.jobs.values())
+        waits = any(
+            resumes(job.record) and job.record.step != SWAP for job in agent.own.jobs.values()
+        )
         if waits and sha256_of(program_file()) not in ("", self.sha256):
             log.info("the program was replaced: starting anew")
             self.stopping = self.restarting = True
@@ -11382,7 +11426,7 @@ class Service:
         role = self.role.found.decision.role
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(
-            lambda: PokeReceiver(agent.poked),
+            lambda: PokeReceiver(agent.own.poked),
             local_addr=("127.0.0.1", 0),
         )
         self.facts = {
@@ -11395,7 +11439,7 @@ class Service:
         serve = self.serve_master if role is Role.MASTER else self.serve_agent
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(agent.watch_forever()), group.create_task(serve(agent))]
+                tasks = [group.create_task(agent.own.watch_forever()), group.create_task(serve(agent))]
                 await self.over.wait()
                 for task in tasks:
                     task.cancel()
@@ -11418,9 +11462,9 @@ class Service:
         dialer = Dialer(agent, self.options.bind, failed, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
-            group.create_task(agent.prune_forever(tuple))
+            group.create_task(agent.own.prune_forever(tuple))
             group.create_task(self.tick_forever(agent, dialer.config_changed.set))
-            group.create_task(self.role.follow_master(lambda: dialer.url, lambda: not agent.jobs))
+            group.create_task(self.role.follow_master(lambda: dialer.url, lambda: not agent.own.jobs))
 
     async def serve_master(self, agent: Agent) -> None:
         """Listen, and let the master's own agent in by its private door."""
@@ -11451,10 +11495,10 @@ class Service:
             group.create_task(master.tick_forever())
             group.create_task(notifier.send_forever())
             group.create_task(notifier.watch_forever())
-            group.create_task(agent.prune_forever(lambda: set(master.runs)))
+            group.create_task(agent.own.prune_forever(lambda: set(master.runs)))
             group.create_task(self.tick_forever(agent, master.door.drop_disallowed))
             group.create_task(
-                self.role.follow_master(lambda: str(url), lambda: not (master.runs or agent.jobs))
+                self.role.follow_master(lambda: str(url), lambda: not (master.runs or agent.own.jobs))
             )
 
     async def listen(self, master: Master, host: str | None, port: int) -> Any:
