@@ -93,7 +93,7 @@ def test_an_order_that_is_not_understood_blocks_nobody_for_ever(one: Fleet, canc
 
 def test_an_order_accepted_days_ago_does_not_run(one: Fleet):
     _, b, _ = one.hosts
-    again(one, b, FAULT="def start(*_): os._exit(9)\nAgent.start_runner = start")
+    again(one, b, FAULT="def start(*_): os._exit(9)\nOwnJobs.start_runner = start")
     write_script(BEGIN, b)
     watched = Watched(one, "trigger", B, "master")
     assert b.process

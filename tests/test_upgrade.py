@@ -27,7 +27,7 @@ NAME = "estelle_updater.pyz"
 NEW = "9.9.0"
 IMPATIENT = {"BACK_S = 60.0": "BACK_S = 20.0", "OBEY_S = 15.0": "OBEY_S = 5.0"}  # of an old program that is to return
 CRASHES = {"        dialer = Dialer(agent": "        os._exit(3)\n        dialer = Dialer(agent"}
-HELLO = "greet(link.wire, {}, token)"
+HELLO = "connect_master(way, {})"
 UNWELCOME = {HELLO.format("self.agent.hello()"): HELLO.format("replace(self.agent.hello(), protocol=[98, 99])")}
 STUCK = {"                await self.over.wait()\n": "                await asyncio.Event().wait()\n"} | UNWELCOME
 
