@@ -11439,7 +11439,10 @@ class Service:
         serve = self.serve_master if role is Role.MASTER else self.serve_agent
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(agent.own.watch_forever()), group.create_task(serve(agent))]
+                tasks = [
+                    group.create_task(agent.own.watch_forever()),
+                    group.create_task(serve(agent)),
+                ]
                 await self.over.wait()
                 for task in tasks:
                     task.cancel()
@@ -11464,7 +11467,9 @@ class Service:
             group.create_task(dialer.dial_forever())
             group.create_task(agent.own.prune_forever(tuple))
             group.create_task(self.tick_forever(agent, dialer.config_changed.set))
-            group.create_task(self.role.follow_master(lambda: dialer.url, lambda: not agent.own.jobs))
+            group.create_task(
+                self.role.follow_master(lambda: dialer.url, lambda: not agent.own.jobs)
+            )
 
     async def serve_master(self, agent: Agent) -> None:
         """Listen, and let the master's own agent in by its private door."""
@@ -11498,7 +11503,9 @@ class Service:
             group.create_task(agent.own.prune_forever(lambda: set(master.runs)))
             group.create_task(self.tick_forever(agent, master.door.drop_disallowed))
             group.create_task(
-                self.role.follow_master(lambda: str(url), lambda: not (master.runs or agent.own.jobs))
+                self.role.follow_master(
+                    lambda: str(url), lambda: not (master.runs or agent.own.jobs)
+                )
             )
 
     async def listen(self, master: Master, host: str | None, port: int) -> Any:
