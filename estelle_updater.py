@@ -377,6 +377,7 @@ SECRET_BYTES = 6  # shorter values are too common to mask
 TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
 MESSAGE_BYTES = 4 << 20
 RUNNER_LOG_BYTES = 1 << 20
+TITLE_BYTES = 1024  # of a runner's command line, as `ps` shows it
 # what the master takes as one message, times CONNECTIONS that are never finished
 INCOMING_BYTES = 1 << 20
 HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
@@ -445,6 +446,7 @@ MCP_LINGER_S = 1.5
 MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
 MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
+NURSERY_END_S = 2.0
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
@@ -4853,6 +4855,7 @@ class Certificate:
 # environment variable that every process of a step carries: it finds what a dead runner left
 MARK = "ESTELLE_RUN"
 RESTART_EXIT = 75  # EX_TEMPFAIL: a failure for every supervisor
+READY = b"r"  # the first and only word of a nursery
 DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
 # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
 PIPE_BYTES = 1 << 20
@@ -5580,21 +5583,38 @@ def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> by
     return out if code == 0 else b""
 
 
+def open_runner_log(path: Path) -> int:
+    """A descriptor for the standard error of runners; crashes of years must not fill a disk."""
+    if log_size(path) > RUNNER_LOG_BYTES:
+        with suppress(OSError):
+            os.replace(path, path.with_suffix(".old"))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    return os.open(path, flags, 0o600)
+
+
 def spawn_runner(
-    argv: Sequence[str], env: Mapping[str, str], log_path: StrPath
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    log_path: Path,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
 
-    It holds no descriptor or handle of the daemon; its standard error is appended to `log_path`.
+    It holds no descriptor or handle of the daemon but `pass_fds`; its standard error is appended to
+    `log_path`.
     """
     env = {key: value for key, value in env.items() if key not in (MARK, DETACHED)}
-    log = os.open(
-        log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600
-    )
-    with open(log, "ab") as err:
+    with open(open_runner_log(log_path), "ab") as err:
         null = subprocess.DEVNULL
         return subprocess.Popen(
-            argv, env=env, stdin=null, stdout=null, stderr=err, start_new_session=True, **HIDDEN
+            argv,
+            env=env,
+            stdin=null,
+            stdout=null,
+            stderr=err,
+            start_new_session=True,
+            pass_fds=pass_fds,
+            **HIDDEN,
         )
 
 
@@ -5745,14 +5765,16 @@ class LogWriter:
             os.fsync(self._fd)
 
 
+def runner_argv(state: StateFolder, config_path: Path, run: str, host: str) -> list[str]:
+    """The command that does one job, as `ps` shows it."""
+    place = ["--state", str(state.root), "--config", str(config_path)]
+    return [*program_argv(), "run-job", *place, run, host]
+
+
 def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
     """Start the process that does a job: it takes the job's lock itself. What is returned only
     stands at its cradle."""
-    if log_size(state.runner_log) > RUNNER_LOG_BYTES:  # crashes of years must not fill a disk
-        with suppress(OSError):
-            os.replace(state.runner_log, state.runner_log.with_suffix(".old"))
-    words = ["run-job", "--state", str(state.root), "--config", str(config_path)]
-    argv = [*program_argv(), *words, job.run, job.host]
+    argv = runner_argv(state, config_path, job.run, job.host)
     return spawn_runner(argv, dict(os.environ), state.runner_log)
 
 
@@ -6299,6 +6321,107 @@ WORK: dict[Kind, Callable[[Runner], str | None]] = {
     Kind.DEPLOY: deploy,
     Kind.ROLLBACK: deploy,
 }
+
+
+class Nursery:
+    """The daemon's end of a process that has this program imported and forks runners from itself,
+    so that a deployment does not wait for an interpreter's start.
+
+    Only POSIX can fork; and a nursery that has died, is only starting, or has another program than
+    the file holds by now, takes no order: then a runner is started as a program, as everywhere.
+    """
+
+    def __init__(self, state: StateFolder, config_path: Path) -> None:
+        self.state, self.config_path = state, config_path
+        self._program = FileWatch(Path(program_argv()[1]))
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+
+    def open(self) -> None:
+        """Start the process; it is ready a moment later."""
+        if sys.platform == "win32":
+            return
+        self._program.accept()
+        self._ready = False
+        self._socket, its = socket.socketpair()
+        self._socket.setblocking(False)
+        place = ["--state", str(self.state.root), "--config", str(self.config_path)]
+        argv = [*program_argv(), "nursery", *place, str(its.fileno()), "." * TITLE_BYTES]
+        with its, suppress(OSError):
+            log_path = self.state.runner_log
+            self._process = spawn_runner(argv, os.environ, log_path, [its.fileno()])
+
+    def close(self) -> None:
+        """End the process; its runners go on. May be called twice."""
+        if self._socket:
+            self._socket.close()
+            self._socket = None
+        if self._process:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(NURSERY_END_S)
+            self._process = None
+
+    def order(self, job: JobRecord) -> bool:
+        """Have a job's runner started; False: not by this one, now."""
+        if self._socket is None:
+            return False
+        try:
+            self._ready = self._ready or self._socket.recv(1) == READY
+            if not self._ready or self._program.changed():
+                raise ConnectionError("it has ended, or is not what would be started now")
+            self._socket.sendall(json.dumps([job.run, job.host]).encode() + b"\n")
+        except BlockingIOError:  # it is only starting
+            return False
+        except OSError:
+            self.close()
+            self.open()
+            return False
+        return True
+
+
+def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None:
+    """The nursery itself: a single thread that forks a runner for each line it reads, until the
+    daemon's end is closed. Returns in the nursery at its end, and never in a runner."""
+    import gc
+
+    gc.disable()
+    gc.freeze()  # what is never looked at again is never copied
+    with socket.socket(fileno=descriptor) as daemon, daemon.makefile("rb") as orders:
+        daemon.sendall(READY)
+        for line in orders:
+            run, host = json.loads(line)
+            child = os.fork()
+            if child:
+                os.waitpid(child, 0)
+                continue
+            os.close(descriptor)
+            code = 1
+            try:
+                gc.enable()
+                os.dup2(open_runner_log(state.runner_log), 2)
+                detach_self()
+                set_title(runner_argv(state, config_path, run, host))
+                code = Runner(state, run, host, config_path).main()
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+
+
+def set_title(argv: Sequence[str]) -> None:
+    """Linux: have `ps` and /proc show these words as this process's command line, as far as the
+    place of the old ones reaches (proc(5): arg_start and arg_end of /proc/PID/stat)."""
+    if sys.platform != "linux":
+        return
+    numbers = Path("/proc/self/stat").read_text().rpartition(") ")[2].split()
+    start, end = int(numbers[45]), int(numbers[46])
+    room = end - start
+    words = "\0".join(argv).encode(errors="surrogateescape")
+    ctypes.memmove(start, words[: room - 1].ljust(room, b"\0"), room)
 
 
 # ==============================================================================
@@ -7905,8 +8028,11 @@ class OwnJobs:
     """This host's jobs: what their files say, and that each has a runner as long as it needs one.
     The link to the master, where there is one, hears of all of it."""
 
-    def __init__(self, state: StateFolder, config: ConfigFile, machine: str) -> None:
+    def __init__(
+        self, state: StateFolder, config: ConfigFile, machine: str, nursery: Nursery
+    ) -> None:
         self.state, self.config, self.machine = state, config, machine
+        self.nursery = nursery
         self.jobs: dict[tuple[str, str], OwnJob] = {}
         self.link: Link | None = None
         self.poked = asyncio.Event()
@@ -8120,6 +8246,10 @@ class OwnJobs:
     def start_runner(self, record: JobRecord) -> None:
         job = self.jobs[record.run, record.host]
         job.launched, job.launches = time.monotonic(), job.launches + 1
+        # an upgrade's runner comes from the file that it may have to put back
+        quick = job.launches == 1 and record.kind is not Kind.UPGRADE
+        if quick and self.nursery.order(record):
+            return
         try:
             child = start_runner(self.state, self.config.path, record)
         except OSError as problem:
@@ -8196,9 +8326,16 @@ class OwnJobs:
 class Agent:
     """This host's part: takes the master's orders, and answers its questions."""
 
-    def __init__(self, state: StateFolder, config: ConfigFile, machine: str, nonce: str) -> None:
+    def __init__(
+        self,
+        state: StateFolder,
+        config: ConfigFile,
+        machine: str,
+        nonce: str,
+        nursery: Nursery,
+    ) -> None:
         self.state, self.config, self.machine, self.nonce = state, config, machine, nonce
-        self.own = OwnJobs(state, config, machine)
+        self.own = OwnJobs(state, config, machine, nursery)
 
     def hello(self) -> Hello:
         return Hello(
@@ -11319,6 +11456,7 @@ class Service:
         self.problem: str | None = None  # of the configuration, as it was logged last
         self.machine = ""
         self.supervisor = Supervisor(os.environ)
+        self.nursery = Nursery(self.state, options.config_path)
 
     # Its life, in order
 
@@ -11355,7 +11493,8 @@ class Service:
         with suppress(OSError):  # a full disk is no reason not to serve
             write_atomic(self.state.serve_file, json.dumps(how).encode())
         on_stop_signals(asyncio.get_running_loop(), self.stop)
-        agent = Agent(self.state, self.config, self.machine, self.nonce)
+        self.nursery.open()
+        agent = Agent(self.state, self.config, self.machine, self.nonce, self.nursery)
         agent.own.recover()
         self.warn_of_oddities(agent)
         self.role.found = await self.role.find(outside=True)
@@ -11386,6 +11525,7 @@ class Service:
 
     def shutdown(self, lock: FileLock) -> None:
         """Nobody is to look for this daemon any more, and the next one may begin."""
+        self.nursery.close()
         with suppress(OSError):
             self.state.daemon_file.unlink(missing_ok=True)
         lock.release()
@@ -14369,6 +14509,13 @@ def cmd_run_job(args: Args) -> int:
     return Runner(args.state_folder(), args.run, args.host, args.config_path()).main()
 
 
+def cmd_nursery(args: Args) -> int:
+    """Where the daemon's runners come from: not for people."""
+    preload(*RUNNER_NEEDS)
+    tend_nursery(args.state_folder(), args.config_path(), int(args.descriptor))
+    return 0
+
+
 def cmd_build(args: Args) -> int:
     made = build_zipapp(Path(__file__).resolve(), Path(args.output))
     show(
@@ -14763,6 +14910,7 @@ COMMANDS = (
         Option("--child", action="store_true"),
     ),
     Command("run-job", "", cmd_run_job, Option("run"), Option("host")),
+    Command("nursery", "", cmd_nursery, Option("descriptor"), Option("room_for_title")),
 )
 GLOBAL_OPTIONS = (
     Option(

@@ -363,7 +363,8 @@ def test_two_hundred_agents_come_back(
         state = updater.StateFolder(tmp_path / str(number))
         state.create()
         config = updater.ConfigFile(one.master.config, state)
-        agent = updater.Agent(state, config, state.machine_id(), os.urandom(16).hex())
+        nursery = updater.Nursery(state, one.master.config)  # never opened: no orders come
+        agent = updater.Agent(state, config, state.machine_id(), os.urandom(16).hex(), nursery)
 
         async def failed(_: bool) -> None: ...
 
