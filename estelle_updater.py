@@ -627,22 +627,19 @@ def parse_network(text: str) -> IPv4Network | IPv6Network:
     prefix are set."""
     head, slash, tail = text.strip().partition("/")
     address = _parse_ip(head)
-    longest = 128 if ":" in head else 32
-    if slash and not re.fullmatch(
-        r"0|[1-9][0-9]{0,2}", tail
-    ):  # no masks: 0.0.0.255 could be read either way
-        raise UsageError(f"{text!r} is no address", _ADDRESS_HINT)
-    length = (int(tail) if slash else longest) - (
-        longest - address.max_prefixlen
-    )  # ::ffff:1.2.3.0/120 is a /24
-    if not 0 <= length <= address.max_prefixlen:
+    most: int = address.max_prefixlen
+    length = most
+    if slash:
+        # no masks: 0.0.0.255 could be read either way
+        if not re.fullmatch(r"0|[1-9][0-9]{0,2}", tail):
+            raise UsageError(f"{text!r} is no address", _ADDRESS_HINT)
+        is_mapped = ":" in head and most == 32  # ::ffff:1.2.3.0/120 is a /24
+        length = int(tail) - (96 if is_mapped else 0)
+    if not 0 <= length <= most:
         raise UsageError(
-            f"{text!r} is no network",
-            f"write {address} or a prefix of at most /{address.max_prefixlen}",
+            f"{text!r} is no network", f"write {address} or a prefix of at most /{most}"
         )
-    network = ipaddress.ip_network(
-        (int(address).to_bytes(address.max_prefixlen // 8), length), strict=False
-    )
+    network = ipaddress.ip_network((int(address).to_bytes(most // 8), length), strict=False)
     if network.network_address != address:
         raise UsageError(
             f"{text!r} has host bits set",
@@ -672,9 +669,8 @@ class Whitelist:
         for entry in self.entries:
             network = parse_network(entry)
             shift = network.max_prefixlen - network.prefixlen
-            self._by_shift.setdefault((network.version, shift), {})[
-                int(network.network_address) >> shift
-            ] = entry
+            listed = self._by_shift.setdefault((network.version, shift), {})
+            listed[int(network.network_address) >> shift] = entry
 
     def verdict(self, address: str) -> Verdict:
         """Judge one address, in any spelling; what is no address is refused, never an error."""
@@ -683,14 +679,14 @@ class Whitelist:
         except UsageError as error:
             return Verdict(False, error.what)
         for (version, shift), listed in self._by_shift.items():
-            if version == seen.version and int(seen) >> shift in listed:
-                return Verdict(True, f"{seen} is allowed by {listed[int(seen) >> shift]}")
-        why = (
-            "is not in the whitelist" if self.entries else "may not connect, the whitelist is empty"
-        )
-        return Verdict(
-            False, f'{seen} {why}; add "{seen}" to whitelist in the master\'s configuration'
-        )
+            entry = listed.get(int(seen) >> shift) if version == seen.version else None
+            if entry is not None:
+                return Verdict(True, f"{seen} is allowed by {entry}")
+        why = "is not in the whitelist"
+        if not self.entries:
+            why = "may not connect, the whitelist is empty"
+        advice = f'add "{seen}" to whitelist in the master\'s configuration'
+        return Verdict(False, f"{seen} {why}; {advice}")
 
 
 def split_port(text: str) -> tuple[str, int | None]:
@@ -699,11 +695,12 @@ def split_port(text: str) -> tuple[str, int | None]:
     if text.count(":") > 1 and "[" not in text:
         return text, None
     match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
-    if match is None or (match[2] and not 0 < int(match[2]) < 65536):
+    port = int(match[2]) if match and match[2] else None
+    if match is None or port == 0 or (port or 0) > 65535:
         raise UsageError(
             f"{text!r} is no host and port", "write 121.0.0.7:9900 or [2001:db8::7]:9900"
         )
-    return match[1], int(match[2]) if match[2] else None
+    return match[1], port
 
 
 def host_key(text: str) -> str:
@@ -723,9 +720,11 @@ def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) 
     agent.
     """
     hop = host_key(peer)
-    for said in reversed([piece.strip() for value in forwarded_for for piece in value.split(",")]):
+    claims = ",".join(forwarded_for).split(",") if forwarded_for else []
+    for claim in reversed(claims):
         if not trusted.verdict(hop).allowed:
             break
+        said = claim.strip()
         try:
             hop = canonical_address(split_port(said)[0])
         except UsageError:
@@ -737,29 +736,30 @@ def parse_host(text: str) -> str:
     """An address or a host name in the form in which it is compared; UsageError for anything
     else."""
     name = host_key(text)
-    return (
-        name
-        if _HOST_NAME.fullmatch(name) and not _ADDRESS_LIKE.fullmatch(name)
-        else canonical_address(text)
-    )
+    is_name = _HOST_NAME.fullmatch(name) and not _ADDRESS_LIKE.fullmatch(name)
+    return name if is_name else canonical_address(text)
 
 
 def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bool:
     """Whether Host names us (`own_names`: our addresses, masterUrl's host, serverNames); DNS
     rebinding would not."""
-    with suppress(UsageError):
+    try:
         host = split_port(host_header or "")[0]
-        return host != "" and host_key(host) in {host_key(name) for name in own_names}
-    return False
+    except UsageError:
+        return False
+    return host != "" and host_key(host) in map(host_key, own_names)
 
 
 def allowed_origin(origin: str | None, own_names: Iterable[str]) -> bool:
     """Whether a browser page of this Origin may connect; no Origin at all is a program, judged by
     the whitelist."""
-    scheme, _, host = (origin or "").partition("://")
-    return origin is None or (
-        scheme.lower() in ("http", "https") and allowed_host_header(host, own_names)
-    )
+    if origin is None:
+        return True
+    scheme, _, host = origin.partition("://")
+    return scheme.lower() in ("http", "https") and allowed_host_header(host, own_names)
+
+
+EVERY_ADDRESS = ("0.0.0.0", "::")  # what a server binds and nobody can dial
 
 
 class MasterUrl(NamedTuple):
@@ -783,19 +783,15 @@ def parse_master_url(text: str) -> MasterUrl:
     match = re.fullmatch(r"([^:/?#]+)://([^/?#]+)([^?#]*)(.*)", text.strip(), re.DOTALL)
     if "@" in text or (match and match[4]):  # never echoed: it may hold a secret
         raise UsageError("a user, password, query or fragment has no place in masterUrl", hint)
-    if (
-        match is None
-        or match[1].lower() not in ("ws", "wss")
-        or not re.fullmatch(r"(/[!-~]*)?", match[3])
-    ):
+    scheme = match[1].lower() if match else ""
+    if match is None or scheme not in ("ws", "wss") or not re.fullmatch(r"(/[!-~]*)?", match[3]):
         raise UsageError(f"{text!r} is no ws:// or wss:// URL", hint)
     host, port = split_port(match[2])
-    if (":" in host and "[" not in host) or parse_host(host) in ("0.0.0.0", "::"):
+    is_bare_ipv6 = ":" in host and "[" not in host
+    if is_bare_ipv6 or parse_host(host) in EVERY_ADDRESS:
         raise UsageError(f"{text!r} names no host that agents could dial", hint)
-    scheme = match[1].lower()
-    return MasterUrl(
-        scheme, parse_host(host), port or DEFAULT_PORT, match[3] or "/", scheme == "wss"
-    )
+    path = match[3] or "/"
+    return MasterUrl(scheme, parse_host(host), port or DEFAULT_PORT, path, scheme == "wss")
 
 
 @record(frozen=True)
@@ -823,34 +819,27 @@ class RoleDecision(NamedTuple):
 def decide_role(facts: RoleFacts) -> RoleDecision:
     """Whether this host is the master or an agent, with the reason as a sentence; unknown is never
     master."""
-    masters = [canonical_address(address) for address in facts.master_addresses]
-    shown = ", ".join(masters)
     if facts.override is not None:
         return RoleDecision(facts.override, f"{facts.override}: {facts.override_source} says so")
+    masters = [canonical_address(address) for address in facts.master_addresses]
+    shown = ", ".join(masters)
     if not masters:
         return RoleDecision(
             Role.AGENT, "agent: masterUrl's name has no address now, and unknown is never master"
         )
     if facts.bind is not None:
-        ours = canonical_address(facts.bind) in masters
-        role, relation = (Role.MASTER, "is") if ours else (Role.AGENT, "is not")
+        is_ours = canonical_address(facts.bind) in masters
+        role, relation = (Role.MASTER, "is") if is_ours else (Role.AGENT, "is not")
         return RoleDecision(
             role, f"{role}: --bind {facts.bind} {relation} masterUrl's address ({shown})"
         )
     # Every host has all of 127/8 (Debian puts the own name at 127.0.1.1), so only 127.0.0.1 itself
     # says anything.
-    telling = [
-        m
-        for m in masters
-        if m not in ("0.0.0.0", "::") and (m == "127.0.0.1" or not m.startswith("127."))
-    ]
-    sources = {
-        canonical_address(to): canonical_address(source)
-        for to, source in facts.local_source.items()
-        if source
-    }
-    for master in telling:
-        if sources.get(master) == master:
+    telling = [m for m in masters if m not in EVERY_ADDRESS]
+    telling = [m for m in telling if m == "127.0.0.1" or not m.startswith("127.")]
+    for to, source in facts.local_source.items():
+        master = canonical_address(to)
+        if source and master in telling and canonical_address(source) == master:
             return RoleDecision(Role.MASTER, f"master: {master} is an address of this host")
     public = canonical_address(facts.public_address) if facts.public_address else None
     if public in telling:
@@ -858,7 +847,9 @@ def decide_role(facts: RoleFacts) -> RoleDecision:
         return RoleDecision(
             Role.MASTER, f"master: {who} knows this host as {public}", provisional=True
         )
-    why = "is not an address of this host" if telling else "is on every host; give --bind or --role"
+    why = "is not an address of this host"
+    if not telling:
+        why = "is on every host; give --bind or --role"
     return RoleDecision(Role.AGENT, f"agent: {shown} {why}")
 
 
@@ -886,22 +877,19 @@ def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> li
                 f"nobody knows which host is {part}",
                 "no HAProxy is configured, or it did not answer",
             )
-        return [
-            host for host in hosts if host.color and (host.color == active) == (part == "active")
-        ]
+        wants_active = part == "active"
+        return [host for host in hosts if host.color and (host.color == active) == wants_active]
+    by_label = [host for host in hosts if host.label == part]
+    if by_label:
+        return by_label
     head, slash, tail = part.partition("/")
-    labelled = [host for host in hosts if host.label == part]
-    if labelled or not (
-        slash or _ADDRESS_LIKE.fullmatch(part)
-    ):  # never the name of a host that calls itself 10.0.0.1
-        return labelled or [host for host in hosts if host.name.casefold() == part.casefold()]
+    # what looks like an address is never the name of a host that calls itself 10.0.0.1
+    if not slash and not _ADDRESS_LIKE.fullmatch(part):
+        return [host for host in hosts if host.name.casefold() == part.casefold()]
     address = canonical_address(head)
     if slash and not tail.isdecimal():
-        return [
-            host
-            for host in hosts
-            if host.address == address and host.name.casefold() == tail.casefold()
-        ]
+        there = [host for host in hosts if host.address == address]
+        return [host for host in there if host.name.casefold() == tail.casefold()]
     network = parse_network(part)
     return [host for host in hosts if ipaddress.ip_address(host.address) in network]
 
@@ -916,24 +904,24 @@ def select_targets(
     UsageErrors.
     """
     chosen: dict[str, HostRef] = {}
-    for part in (piece.strip() for piece in target.split(",")):
+    for part in map(str.strip, target.split(",")):
         if not part:
             raise UsageError(
                 f"{target!r} names no target",
                 "write all, an address or a name, with commas between",
             )
         found = _match_target(part, hosts, active)
+        deploying = [host for host in found if host.deploys]
         if not found:
-            known = ", ".join(
-                f"{h.label} ({h.name})" if h.label == h.address else h.label for h in hosts[:20]
-            )
-            raise TargetError(f"no such target: {part}", f"known: {known or 'no host so far'}")
-        if not any(host.deploys for host in found):
+            known = [h.label if h.label != h.address else f"{h.label} ({h.name})" for h in hosts]
+            shown = ", ".join(known[:20]) or "no host so far"
+            raise TargetError(f"no such target: {part}", f"known: {shown}")
+        if not deploying:
             raise TargetError(
                 f"{part} takes no deployments",
                 "its section in the configuration says deploy = false",
             )
-        chosen.update((host.label, host) for host in found if host.deploys)
+        chosen.update((host.label, host) for host in deploying)
     return list(chosen.values())
 
 
@@ -942,13 +930,12 @@ def expected_roles(
 ) -> dict[str, dict[str, str]]:
     """Which of the chosen hosts were meant as `active` or `standby`, by label: an order's option,
     kept to its end."""
-    words = {part.strip() for part in target.split(",")}
-    roles = {
-        host.label: "active" if host.color == active else "standby"
-        for host in hosts
-        if host.color and active
-    }
-    expects = {label: role for label, role in roles.items() if role in words}
+    words = [part.strip() for part in target.split(",")]
+    expects = {}
+    for host in hosts:
+        role = "active" if host.color == active else "standby"
+        if host.color and active and role in words:
+            expects[host.label] = role
     return {"expects": expects} if expects else {}
 
 
@@ -956,35 +943,27 @@ def file_label(label: str) -> str:
     """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never
     `.`, `..`, CON."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
-    return (
-        _DEVICE.sub(r"\1_", plain, count=1)
-        if _DEVICE.match(plain)
-        else plain
-        if plain.strip(".")
-        else plain + "_"
-    )
+    if not plain.strip("."):
+        return plain + "_"
+    return _DEVICE.sub(r"\1_", plain, count=1) if _DEVICE.match(plain) else plain
 
 
 def assign_labels(hosts: Sequence[tuple[str, str, str]]) -> list[str]:
     """Labels for (address, name, machine id): no finer than needed to tell the hosts, and their
     files, apart."""
     machines = {machine for _, _, machine in hosts}
-    length = next(
-        (n for n in range(4, 32) if len({machine[:n] for machine in machines}) == len(machines)), 32
-    )
+    length = 4
+    while length < 32 and len({machine[:length] for machine in machines}) < len(machines):
+        length += 1
     labels = [address for address, _, _ in hosts]
-    for finer in (
-        [f"{a}/{n}" for a, n, _ in hosts],
-        [f"{a}/{n}~{m[:length]}" for a, n, m in hosts],
-    ):
-        files = [
-            file_label(label).casefold() for label in labels
-        ]  # on Windows, a and A are one file
+    by_name = [f"{address}/{name}" for address, name, _ in hosts]
+    by_machine = [f"{address}/{name}~{machine[:length]}" for address, name, machine in hosts]
+    for finer in (by_name, by_machine):
+        files = [file_label(label).casefold() for label in labels]  # on Windows, a and A are one
         shared = Counter(files)
-        labels = [
-            more if shared[f] > 1 else label
-            for label, more, f in zip(labels, finer, files, strict=True)
-        ]
+        for i, file in enumerate(files):
+            if shared[file] > 1:
+                labels[i] = finer[i]
     return labels
 
 
@@ -997,14 +976,11 @@ def valid_run_id(text: str) -> bool:
 def valid_host_name(text: str) -> bool:
     """Whether a host may call itself so: printable, no target word, no address, nothing that
     TARGET's grammar uses."""
-    if (
-        not text.isprintable()
-        or re.search(r"[\s,/~]", text)
-        or text.isdecimal()
-        or not 0 < len(text) <= 64
-    ):
+    if not text.isprintable() or not 0 < len(text) <= 64:
         return False
-    return text.casefold() not in ("all", "active", "standby") and not _ADDRESS_LIKE.fullmatch(text)
+    if re.search(r"[\s,/~]", text) or text.isdecimal() or _ADDRESS_LIKE.fullmatch(text):
+        return False
+    return text.casefold() not in ("all", "active", "standby")
 
 
 def valid_branch_problem(name: str) -> str | None:
@@ -1021,18 +997,21 @@ def valid_branch_problem(name: str) -> str | None:
         (r".*\.|.*\.lock(/.*)?", "a part ends with .lock, or the name with a dot"),
         (r".*(\.\.|@\{|[ ~^:?*\[\\]).*", "it holds '..', '@{', a space or one of ~^:?*[\\"),
     )
-    if (
-        not name.isprintable()
-    ):  # control, bidirectional and zero-width characters, line ends, lone surrogates
+    # control, bidirectional and zero-width characters, line ends, lone surrogates
+    if not name.isprintable():
         return "it holds a character that can't be seen"
     if len(name.encode()) > 255:
         return "it is longer than 255 bytes"
-    return next((problem for pattern, problem in rules if re.fullmatch(pattern, name)), None)
+    for pattern, problem in rules:
+        if re.fullmatch(pattern, name):
+            return problem
+    return None
 
 
 def require_branch(name: str, hint: str = "") -> None:
     """Raises UsageError for what is no branch, tag or commit id."""
-    if problem := valid_branch_problem(name):
+    problem = valid_branch_problem(name)
+    if problem:
         raise UsageError(f"{name[:80]!r} is no branch name: {problem}", hint)
 
 
