@@ -42,7 +42,8 @@ def feed(one: est.McpSession, **message: Any) -> dict[str, Any]:
     """The answer to a request."""
     answers, calls, ended = one.feed(json.dumps({"jsonrpc": "2.0", "id": 1, **message}).encode())
     assert len(answers) == 1 and not calls and not ended
-    return answers[0]
+    answer: dict[str, Any] = answers[0]
+    return answer
 
 
 def test_today_s_clients_discover_and_carry_their_version_with_every_request() -> None:
@@ -52,7 +53,7 @@ def test_today_s_clients_discover_and_carry_their_version_with_every_request() -
     assert result["capabilities"] == {"tools": {}} and result["serverInfo"]["name"] == "estelle-updater"
     assert result["_meta"]["io.modelcontextprotocol/serverInfo"]["version"] == "1.2.3"
     listed = feed(one, method="tools/list", params={"_meta": META})["result"]
-    assert listed["ttlMs"] >= 0 and listed["cacheScope"] == "private" and len(listed["tools"]) == 10
+    assert listed["ttlMs"] >= 0 and listed["cacheScope"] == "private" and len(listed["tools"]) == len(est.TOOLS)
     assert feed(one, method="tools/list")["error"]["code"] == -32602, "no handshake, so every request needs it"
     for method in ("server/discover", "tools/list", "ping", "logging/setLevel", "no/such"):
         meta = {"_meta": {**META, "io.modelcontextprotocol/protocolVersion": "2030-01-01"}}
@@ -81,7 +82,18 @@ def test_older_clients_shake_hands(asked: str, answered: str) -> None:
 
 def test_batches_are_for_the_one_revision_that_has_them() -> None:
     batch = json.dumps([{"jsonrpc": "2.0", "id": n, "method": "ping"} for n in (1, 2)]).encode()
-    assert [answer["id"] for answer in session("2025-03-26").feed(batch)[0]] == [1, 2]
+    [answers] = session("2025-03-26").feed(batch)[0]
+    assert [answer["id"] for answer in answers] == [1, 2], "one array"
+    one = session("2025-03-26")
+    calls = [{"jsonrpc": "2.0", "id": n, "method": "tools/call", "params": {"name": "status"}} for n in (1, 2)]
+    nothing, begun, _ = one.feed(json.dumps([*calls, {"jsonrpc": "2.0", "id": 3, "method": "ping"}]).encode())
+    assert nothing == [] and [each.id for each in begun] == [1, 2]
+    assert one.finish(begun[1], {}, False) is None, "the array waits for the last"
+    whole = one.finish(begun[0], {}, False)
+    assert [answer["id"] for answer in whole] == [3, 2, 1]
+    _, begun, _ = one.feed(json.dumps(calls).encode())
+    one.feed(b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":1}}')
+    assert [answer["id"] for answer in one.finish(begun[1], {}, False)] == [2], "and not for one that is given up"
     for older in ("", "2025-11-25"):
         assert [answer["error"]["code"] for answer in session(older).feed(batch)[0]] == [-32600]
     assert session("2025-03-26").feed(b"[]")[0][0]["error"]["code"] == -32600
@@ -137,7 +149,8 @@ def test_no_line_ends_the_session(message: Any, garbage: bytes) -> None:
     for older in ("", *est.MCP_OLDER):
         one = session(older)
         one.feed(garbage)
-        for answer in one.feed(json.dumps(message).encode())[0]:
+        answers = one.feed(json.dumps(message).encode())[0]
+        for answer in answers[0] if answers and isinstance(answers[0], list) else answers:
             assert json.loads(json.dumps(answer))["jsonrpc"] == "2.0" and len({"result", "error"} & set(answer)) == 1
 
 
@@ -150,11 +163,16 @@ def call(tool: str, arguments: Any, number: int = 1) -> dict[str, Any]:
     [
         ("update", {}, ["target is missing", "branch is missing"]),
         ("update", [], ["arguments must be of type object"]),
-        ("update", {"target": 1, "branch": None}, ["target must be of type string, not 1", "branch must be"]),
-        ("update", {"target": "all", "branch": "b", "force": 1}, ['there is no "force"']),
+        ("update", {"target": 1, "branch": None}, ["target must be of type string, not 1"]),
+        ("update", {"target": "all", "branch": None}, ["branch is missing: a branch, a tag or a full commit id"]),
+        ("update", {"target": "all", "branch": " "}, ["branch is missing"]),
+        ("update", {"target": "all", "branch": "b", "forced": 1}, ['there is no "forced"; known are target, branch']),
+        ("update", {"target": "", "branch": "b"}, ["target is empty"]),
+        ("update", {"target": "all", "branch": "b", "plan": ""}, ["plan is empty"]),
+        ("rollback", {"target": " "}, ["target is empty"]),
+        ("history", {"count": 1.5}, ["count must be of type integer, not 1.5"]),
         ("update", {"target": "all", "branch": "b", "wait": "no"}, ["wait must be of type boolean"]),
-        ("update", {"target": "all", "branch": "b" * 2001}, ["0 to 2000 characters, not 2001"]),
-        ("update", {"target": "all", "branch": "b", "idempotency_key": ""}, ["must have 1 to 2000 characters"]),
+        ("update", {"target": "all", "branch": "b" * 2001}, ["at most 2000 characters, not 2001"]),
         ("history", {"count": 0}, ["count must be from 1 to 100, not 0"]),
         ("history", {"count": True}, ["count must be of type integer"]),
         ("logs", {"run": "../x"}, ['run can\'t be "../x"']),
@@ -185,13 +203,13 @@ def test_calls_are_answered_once_or_given_up() -> None:
 def test_tools_say_what_they_do() -> None:
     tools = {tool.name: tool.render(require_plan=True) for tool in est.TOOLS}
     reads = {name for name, tool in tools.items() if tool["annotations"]["readOnlyHint"]}
-    assert reads == {"status", "plan", "logs", "history", "health"}
+    assert reads == {"status", "plan", "logs", "history", "health", "wait"}
     assert all(tool["annotations"]["destructiveHint"] == (name not in reads) for name, tool in tools.items())
     assert [name for name, tool in tools.items() if "plan" in tool["inputSchema"]["required"]] == [
         "update", "switch", "release", "rollback",
     ]  # fmt: skip
-    commands = {command.name for command in est.COMMANDS} | {"update"}
-    assert {name for name in tools if f"call_{name}" in vars(est.McpServer) or name in est.DESK} <= commands
+    commands = {command.name for command in est.COMMANDS} | {"update", "wait"}
+    assert {name for name in tools if f"call_{name}" in vars(est.McpTools) or name in est.DESK} <= commands
 
 
 # ---------------------------------------------------------------------------- the program
@@ -201,7 +219,9 @@ class Model:
     """A client that says raw lines to `mcp` and hears whole ones."""
 
     def __init__(self, fleet: Fleet, *options: str, env: dict[str, str] | None = None) -> None:
-        argv, full_env, cwd = fleet._command(["mcp", *options], None, None, env)
+        guarded = {"--require-plan", "--confirm", "--read-only", "--bare"} & {*options}
+        words = [*options, *([] if guarded else ["--yes"])]
+        argv, full_env, cwd = fleet._command(["mcp", *(w for w in words if w != "--bare")], None, None, env)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(argv, env=full_env, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe)
         self.heard: list[dict[str, Any]] = []
@@ -302,7 +322,8 @@ def test_a_model_deploys_watches_leaves_and_cancels(fleet: MakeFleet, model: Cal
 
     write_script("echo begun; sleep 86400\n", agent)
     started = client.call("update", target=agent.address, branch="master", wait=False)["structuredContent"]
-    assert not started["done"] and started["ok"] is None
+    assert not started["done"] and "ok" not in started and f"wait with run {started['run']}" in started["next"]
+    assert all("ok" not in row for row in started["hosts"])
     wait_state(one, started["run"], agent, "running")
     assert client.call("cancel", run=started["run"])["structuredContent"]["cancelled"]
     wait_state(one, started["run"], agent, "cancelled")
@@ -311,9 +332,15 @@ def test_a_model_deploys_watches_leaves_and_cancels(fleet: MakeFleet, model: Cal
     failed = client.call("update", target="all", branch="master")
     assert failed["isError"] and failed["structuredContent"]["ok"] is False
     good, bad = failed["structuredContent"]["hosts"]
-    assert good["ok"] and "ok\n" in good["tail"] and (bad["state"], bad["exit"], bad["step"]) == ("failed", 3, STEP)
-    assert bad["tail"].splitlines() == [f"line {i}" for i in range(41, 61)]
-    assert json.loads(failed["content"][0]["text"]) == failed["structuredContent"]
+    assert good["ok"] and "tail" not in good and (bad["state"], bad["exit"], bad["step"]) == ("failed", 3, STEP)
+    [failure] = failed["structuredContent"]["failures"]
+    assert (failure["hosts"], failure["step"], failure["truncated"]) == ([agent.address], STEP, False)
+    assert failure["output"].splitlines()[1:] == [f"line {i}" for i in range(1, 61)]
+    log = log_of(one, failed["structuredContent"]["run"], agent)
+    assert log[failure["offset"] :].decode().splitlines() == failure["output"].splitlines()
+    assert log[: failure["offset"]].count(b"\n") == failure["first_line"] - 1
+    text = failed["content"][0]["text"]
+    assert "| line 60" in text and "no instructions" in text and f"[{master.address}] ✓" in text
     assert client.end() == ""
 
 
@@ -331,7 +358,8 @@ def test_a_call_that_is_repeated_runs_once(fleet: MakeFleet, model: Callable[...
     wait_for(lambda: "isError" in (r := later.call("status")) and not r["isError"], "the master is back")
     assert {later.call("update", **same)["structuredContent"]["run"]} == answers, "also after everybody restarted"
     assert runs.read_text() == "run\n"
-    assert "idempotency_key belongs to deploy master" in later.error("update", **{**same, "branch": "other"})
+    other = later.error("update", **{**same, "branch": "other"})
+    assert "idempotency_key belongs to another request: update all master" in other
     assert not later.call("update", **{**same, "idempotency_key": "of tomorrow"})["isError"]
     assert runs.read_text() == "run\nrun\n"
     nonce = hashlib.sha256(b"estelle-updater deploy of today").hexdigest()[:32]
@@ -364,7 +392,7 @@ def test_only_reading_and_only_as_planned(fleet: MakeFleet, model: Callable[...,
         planner.call("update", plan=plan, idempotency_key="k", **wanted)["structuredContent"]
         == done["structuredContent"]
     )
-    assert "no longer true" in planner.error("update", plan=plan, **wanted), "a plan is good for what it planned"
+    assert "was used already" in planner.error("update", plan=plan, **wanted), "a plan is good for one order"
 
     third = one.origin.commit({"a.txt": "2"})
     plan = planner.call("plan", **wanted)["structuredContent"]["plan"]
@@ -403,10 +431,10 @@ def test_a_model_does_the_blue_green_round(
         wrong = client.error("switch", color="blue", plan=back["plan"])
         assert "is for something else" in wrong and proxy.answers() == "green"
         tried = client.call("switch", color="standby", dry_run=True, plan=back["plan"])["structuredContent"]
-        assert tried["ok"] and tried["hosts"][0]["tail"] and proxy.answers() == "green"
+        assert tried["ok"] and "backup" in tried["output"] and proxy.answers() == "green"
         assert client.call("switch", color="standby", plan=back["plan"])["structuredContent"]["ok"]
         assert proxy.answers() == "blue"
-        assert "no longer true on 127.0.0.2, 127.0.0.3" in client.error("switch", color="standby", plan=back["plan"])
+        assert "was used already" in client.error("switch", color="standby", plan=back["plan"])
         assert proxy.answers() == "blue"
         (one.green.folder / "sick").touch()
         refused = client.call("plan", action="switch", color="green")["structuredContent"]
@@ -425,7 +453,8 @@ def test_a_broken_master_and_garbage_are_answers(fleet: MakeFleet, model: Callab
     client.say(b"\x00\xffgarbage\n\n   \n")
     client.say(b'{"jsonrpc":"2.0","id":8,"method":"ping"}')
     assert client.answer(8)["result"] == {}
-    assert [m["error"]["code"] for m in client.heard if "error" in m] == [-32700, -32700]
+    refused = [(m["id"], m["error"]["code"]) for m in client.heard if "error" in m]
+    assert refused == [(7, -32600), (None, -32700)], "what is too long is answered under its id"
     one.start()
     watched = client.begin("update", "t", target="all", branch="master")
     wait_for(lambda: any("begun" in text for text in client.progress("t")), "it runs")
@@ -479,7 +508,7 @@ def test_the_official_client(fleet: MakeFleet, package: str, mode: str) -> None:
         unavailable(f"the official MCP client {package}.x is not installed (tests/run does it)")
     one = fleet(hosts=2, command=SCRIPT)
     write_script("for i in 1 2 3; do seq 400; done\n", *one.hosts)
-    argv, env, cwd = one._command(["mcp"], None, None, {"PYTHONPATH": str(folder)})
+    argv, env, cwd = one._command(["mcp", "--yes"], None, None, {"PYTHONPATH": str(folder)})
     done = subprocess.run(
         [sys.executable, str(CLIENT), mode, "master", *argv],
         env=env, cwd=cwd, capture_output=True, timeout=90, check=False,
