@@ -104,6 +104,7 @@ class _Lazy:
 
 _LAZY_NAMES = (
     "asyncio",
+    "base64",
     "calendar",
     "csv",
     "ctypes",
@@ -134,6 +135,7 @@ _LAZY_NAMES = (
 )
 if TYPE_CHECKING:
     import asyncio
+    import base64
     import calendar
     import csv
     import ctypes
@@ -370,7 +372,6 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
-WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
@@ -431,6 +432,7 @@ DAY_S = 86400.0
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
+WATCH_S = 25.0  # who waits for news hears at least so often that there is none
 LOOK_AHEAD_S, PLAN_S = (
     3.8,
     4.3,
@@ -1908,6 +1910,7 @@ class Refuse:
     what: str
     hint: str = ""
     exit: int = 1
+    id: int = 0  # of the `Ask` that it answers
 
 
 @record(frozen=True)
@@ -1966,9 +1969,8 @@ class JobRecord:
         None  # the mark of the command that runs, to clean up after a dead runner
     )
     pipe: str | None = None  # and its output, for what shed the mark
-    marks: list[list[int]] = field(
-        default_factory=list
-    )  # offset and length of each announcement in the log
+    # offset and length of each announcement in the log, and when it was made
+    marks: list[list[int]] = field(default_factory=list)
     address: str = ""
     by: str = ""
     target: str = ""
@@ -2562,21 +2564,6 @@ def result_text(job: JobRecord) -> str:
             return f"✗ 시간 초과 {job.step}"
         case _:
             return f"✗ 연결 끊김 ({job.error})"
-
-
-def unchanged_text(job: JobRecord) -> str:
-    """What a host that failed still has, where nothing changed on it; "" else."""
-    if job.changed is not False or job.state in (State.SUCCEEDED, State.QUEUED, State.RUNNING):
-        return ""
-    has = " ".join(filter(None, (job.version, f"({job.commit[:7]})" if job.commit else "")))
-    return f"nothing changed on {job.host}" + (f": it has {has}" if has else "")
-
-
-def result_notes(job: JobRecord) -> list[str]:
-    """The lines after a host's last one: what who reads it has to know as well."""
-    notes = [f"⚠ {warning}" for warning in job.warnings]
-    unchanged = unchanged_text(job)
-    return [*notes, unchanged] if unchanged else notes
 
 
 def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -4762,6 +4749,7 @@ def sha256_of(path: Path | None) -> str:
 
 # Files of the repository that belong to the program: `build` packs them into the .pyz.
 PACKED = (
+    "config/page.html",
     "pm2.config.js",
     "systemd/estelle-updater.rules",
     "systemd/estelle-updater.service",
@@ -6519,12 +6507,6 @@ class Runner:
 
     # Steps
 
-    def warn(self, text: str) -> None:
-        """A warning that is part of the result: in the log, and in the record."""
-        self.log.line(f"warning: {text}")
-        if text not in self.job.warnings and len(self.job.warnings) < WARNINGS_KEPT:
-            self.job.warnings.append(text[:WARNING_CHARS])
-
     def begin(self, label: str, kind: str = "") -> None:
         """Where a failure from here on belongs, without a line in the log."""
         self.save(step=label, step_kind=kind)
@@ -6533,7 +6515,7 @@ class Runner:
 
     def announce(self, label: str, kind: str = "") -> None:
         """The same with a line in the log, whose place is recorded."""
-        self.job.marks.append(self.log.line(f"{label}..."))
+        self.job.marks.append([*self.log.line(f"{label}..."), int(time.time())])
         self.begin(label, kind)
 
     def cancelled(self, step: str, left: str = "") -> StepFailed:
@@ -6802,7 +6784,7 @@ class Deployment:
             with suppress(UsageError):  # a deployment by hand was asked for from no address
                 allowed = whitelist.verdict(canonical_address(address)).allowed
                 if not allowed and address != config.master_url.host:
-                    self.runner.warn(f"the whitelist has no entry for {address}, {who}")
+                    self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
 
     # The clone
 
@@ -6840,7 +6822,7 @@ class Deployment:
         if changes:
             listed = ", ".join(map(str.strip, changes[:10]))
             more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
-            self.runner.warn(f"local changes stay: {listed}{more}")
+            self.log.line(f"warning: local changes stay: {listed}{more}")
 
 
 # below the folder that a clone and its other work trees have in common
@@ -9328,6 +9310,52 @@ class Handout:
         return {"sha256": self.sha256, "version": __version__}
 
 
+class Page:
+    """The web page, as this program brings it along: read once, so that it is always of the version
+    that serves it."""
+
+    def __init__(self) -> None:
+        self.text = b""
+        with suppress(UsageError):
+            self.text = packed_file("config/page.html").encode()
+        self.squeezed = zlib.compress(self.text, 9, wbits=31)  # with gzip's frame
+        # The one script and the one style that may run are named by what they are.
+        hashes = {"script": "", "style": ""}
+        for tag in hashes:
+            code = self.text.partition(f"<{tag}>".encode())[2].partition(f"</{tag}>".encode())[0]
+            hashes[tag] = base64.b64encode(hashlib.sha256(code).digest()).decode()
+        self.policy = (
+            f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
+            f"style-src 'sha256-{hashes['style']}'; img-src data:; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+            "trusted-types 'none'; connect-src ws://{host} wss://{host}"
+        )
+
+    def respond(self, connection: Any, request: Any) -> Any:
+        """The page as an HTTP answer to a browser that passed the door."""
+        if not self.text:
+            only = "this master runs from a copy of estelle_updater.py alone, which has no page"
+            return connection.respond(404, f"{only}; serve from a .pyz or a checkout\n")
+        zipped = "gzip" in request.headers.get("Accept-Encoding", "")
+        answer = connection.respond(200, "")
+        answer.body = self.squeezed if zipped else self.text
+        fields = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Length": str(len(answer.body)),
+            "Content-Security-Policy": self.policy.format(host=request.headers["Host"]),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        } | ({"Content-Encoding": "gzip"} if zipped else {})
+        for name, value in fields.items():
+            if name in answer.headers:
+                del answer.headers[name]
+            answer.headers[name] = value
+        return answer
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
@@ -9337,6 +9365,7 @@ class Door:
             Any, str
         ] = {}  # connection -> its address, to drop who is no longer allowed
         self.handout = Handout()
+        self.page = Page()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
         self.handshakes: Counter[str] = Counter()  # begun and not judged
         self.token_file = config.config.token_file
@@ -9427,6 +9456,8 @@ class Door:
             return self.handout.respond(connection, whole=path == program)
         if path != config.master_url.path:
             return connection.respond(404, "nothing here\n")
+        if "Upgrade" not in request.headers:
+            return self.page.respond(connection, request)
         connection.estelle_address = address
         return None
 
@@ -9527,6 +9558,27 @@ class Machine:
     forgotten: bool = False
 
 
+class Changes:
+    """Counts what changes in the fleet's picture, for those who wait to be told."""
+
+    def __init__(self) -> None:
+        self.number = time.time_ns() // 1000  # another one than before a restart
+        self._next = asyncio.Event()
+
+    def count(self) -> None:
+        self.number += 1
+        self._next.set()
+        self._next = asyncio.Event()
+
+    async def other_than(self, seen: Any, within_s: float) -> int:
+        """The number, as soon as it is not `seen` any more, or after a while all the same."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self.number == seen:
+                    await self._next.wait()
+        return self.number
+
+
 class Run:
     """A run in memory: because a host still works on it, or because somebody follows it."""
 
@@ -9604,6 +9656,7 @@ class Registry:
         self.agents: dict[str, AgentLink] = {}
         self.down_since: dict[str, float] = {}  # by the monotonic clock: the other one may jump
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
+        self.changes = Changes()
         self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
         self.tasks = Tasks()
 
@@ -9637,6 +9690,7 @@ class Registry:
 
     def remember(self, machine: str, job: dict[str, Any]) -> None:
         """How a host's newest deployment ended, for `status`; not what never reached the host."""
+        self.changes.count()
         if (
             job["state"] in FINAL
             and job["seconds"] is not None
@@ -9650,6 +9704,7 @@ class Registry:
         return None if since is None else now - since
 
     def save(self, *, durable: bool = False) -> None:
+        self.changes.count()
         data = {machine: vars(known) for machine, known in self.machines.items()}
         with suppress(OSError):
             write_atomic(self.file, json.dumps(data, indent=1).encode(), durable=durable)
@@ -10484,6 +10539,9 @@ def last_lines(found: list[tuple[int, str]], room: int) -> tuple[list[tuple[int,
     return found[len(found) - kept :], kept < len(found)
 
 
+RUN_FACTS = ("run", "kind", "target", "branch", "by", "created", "cancelled")
+
+
 class Desk:
     """What a commander can ask of the master."""
 
@@ -10518,7 +10576,7 @@ class Desk:
                     return await self.submit(message, by(message))
                 return await self.answer(message)
             except (UpdaterError, OSError) as problem:
-                return self.refuse(problem)
+                return self.refuse(problem, getattr(message, "id", 0))
 
         def obey(frame: str | bytes) -> None:
             message = decode_frame(frame)
@@ -10530,7 +10588,7 @@ class Desk:
             except ProtocolError:
                 raise
             except (UpdaterError, OSError) as problem:
-                link.post(self.refuse(problem))
+                link.post(self.refuse(problem, getattr(message, "id", 0)))
 
         commander = Peer(link, answer, QUESTIONS_OPEN)
         try:
@@ -10562,11 +10620,12 @@ class Desk:
         run.followers[link] = message.target
         run.show(link, chosen, self.master.state)
 
-    def refuse(self, problem: UpdaterError | OSError) -> Refuse:
+    def refuse(self, problem: UpdaterError | OSError, question: int = 0) -> Refuse:
         """A problem as the answer to the commander."""
         if isinstance(problem, OSError):
-            return Refuse(f"the master can't write to {self.master.state.root}: {problem.strerror}")
-        return Refuse(problem.what, problem.hint, problem.exit_code)
+            what = f"the master can't write to {self.master.state.root}: {problem.strerror}"
+            return Refuse(what, id=question)
+        return Refuse(problem.what, problem.hint, problem.exit_code, question)
 
     async def submit(self, message: Submit, by: str) -> RunRecord:
         """Start a run; whom it means may depend on the traffic of this moment, and whether it may
@@ -10700,6 +10759,33 @@ class Desk:
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"forgotten": self.master.registry.forget(str(args.get("target")))}
 
+    async def watch(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The fleet as the master remembers it, which asks no host: at once where that is no longer
+        what was `seen`, else at the next change, or after 25 s."""
+        seen = await self.master.registry.changes.other_than(args.get("seen"), WATCH_S)
+        runs = sorted(
+            (run for run in self.master.runs.values() if run.active),
+            key=lambda run: run.record.created,
+        )
+        return {
+            "seen": seen,
+            "time": time.time(),
+            "master": self.about_us(),
+            "hosts": [
+                self.status_row(host, {}, no_traffic()) for host in self.master.registry.hosts()
+            ],
+            "runs": [
+                {
+                    **{key: getattr(run.record, key) for key in RUN_FACTS},
+                    "hosts": [
+                        job_summary(job) | {"started": job.started, "behind": job.behind}
+                        for job in run.jobs.values()
+                    ],
+                }
+                for run in runs
+            ],
+        }
+
     async def status(self, _: dict[str, Any]) -> dict[str, Any]:
         """The fleet as it is now, in the contract's form."""
         hosts = self.master.registry.hosts()
@@ -10724,15 +10810,17 @@ class Desk:
             self.status_row(host, found, traffic)
             for host, found in zip(hosts, answers, strict=True)
         ]
-        uptime = round(self.master.up_s, 1)
-        master = {
+        return {"master": self.about_us(), "hosts": rows, "warnings": traffic["warnings"]}
+
+    def about_us(self) -> dict[str, Any]:
+        """What `status` says of the master itself."""
+        return {
             "ip": self.master.own_address,
             "version": __version__,
-            "uptime": uptime,
+            "uptime": round(self.master.up_s, 1),
             "problem": self.master.config.problem
             or getattr(self.master.door.certificate, "problem", None),
         }
-        return {"master": master, "hosts": rows, "warnings": traffic["warnings"]}
 
     def status_row(
         self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]
@@ -10977,7 +11065,7 @@ async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
     "health": Desk.health, "traffic": Desk.traffic,
-    "log": Desk.log, "find": Desk.find,
+    "log": Desk.log, "find": Desk.find, "watch": Desk.watch,
 }  # fmt: skip
 
 
@@ -14148,8 +14236,7 @@ class TextView(LineView):
         text = self.output.paint(
             terminal_text(result_text(job)), "32" if job.state is State.SUCCEEDED else "31"
         )
-        for line in (text, *map(terminal_text, result_notes(job))):
-            self.output.write(self.prefixes[job.host] + line.encode() + b"\n")
+        self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
         if job.error and job.state is not State.LOST:
             self.notice(f"{job.host}: {job.error}")
 
@@ -14163,11 +14250,10 @@ class TextView(LineView):
         self.end_line()
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
-        rows = []
-        for job in jobs:
-            text = result_text(job) + (" ⚠" if job.warnings else "")
-            seconds = seconds_text(seconds_of(job))
-            rows.append((job.host, (job.commit or "-")[:7], seconds, text))
+        rows = [
+            (job.host, (job.commit or "-")[:7], seconds_text(seconds_of(job)), result_text(job))
+            for job in jobs
+        ]
         table = render_table(("host", "commit", "time", "result"), rows)
         self.output.write(f"\n{terminal_text(table)}\n".encode())
 
