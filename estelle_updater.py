@@ -52,6 +52,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import struct
 import sys
 import threading
@@ -367,6 +368,8 @@ PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master
 CHUNK_BYTES = 64 << 10
 # unacknowledged on one connection, so that no live line waits behind megabytes
 WINDOW_BYTES = 1 << 20
+# What a commit or an operator supplies as a file; an environment may hold certificates
+SUPPLIED_BYTES, ENVIRONMENT_BYTES = 1 << 20, 4 << 20
 ACK_BYTES = 256 << 10
 SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
@@ -4549,6 +4552,42 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def read_supplied(
+    path: Path, most_bytes: int = SUPPLIED_BYTES, *, within: Path | None = None
+) -> bytes:
+    """The bytes of a file that a commit or an operator put there, which may be anything.
+
+    Only a regular file of at most `most_bytes`: a FIFO would hold its reader for ever, /dev/zero
+    fill its memory. `within` is the clone that a committed file's links must not lead out of.
+    Raises OSError, whose `strerror` says what is wrong with it.
+    """
+    if within is not None and not path.resolve().is_relative_to(within.resolve()):
+        raise OSError(errno.EPERM, "it is a link out of the repository", str(path))
+    # asked first, as opening a device alone may do something
+    _require_regular(os.stat(path), path)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        _require_regular(os.fstat(file.fileno()), path)
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        most = f"it has more than {most_bytes >> 20} MiB"
+        raise OSError(errno.EFBIG, most, str(path))
+    return data
+
+
+def _require_regular(found: os.stat_result, path: Path) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_committed(path: Path, tree: Path) -> bytes:
+    """A file of the clone at `tree`, whose links must not lead out of it. Raises OSError."""
+    within = tree if (tree / ".git").exists() else None
+    return read_supplied(path, within=within)
+
+
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
@@ -4803,10 +4842,33 @@ class StateFolder:
         self.serve_file = root / "serve.json"  # how the daemon was started
         self._machine = ""
 
+    def exposure(self) -> str:
+        """What lets somebody else write here, whose word would then be this host's; or nothing."""
+        if os.name == "nt" or not self.root.exists():
+            return ""
+        found = self.root.stat()
+        if found.st_uid != os.geteuid():
+            return f"belongs to user {found.st_uid}, and this is user {os.geteuid()}"
+        if found.st_mode & 0o022:
+            return f"may be written by others (mode {found.st_mode & 0o7777:04o})"
+        return ""
+
     def create(self) -> None:
-        """Make the folder. Raises UpdaterError where that is impossible."""
+        """Make the folder, which nobody else may write.
+
+        Raises UpdaterError where that is impossible, or the folder is another user's.
+        """
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            exposed = self.exposure()
+            if "belongs" in exposed:
+                raise UsageError(
+                    f"the state folder {self.root} {exposed}",
+                    "run this as its owner, or choose another with --state DIR",
+                )
+            if exposed:
+                self.root.chmod(0o700)
+                log.warning("the state folder %s %s: now it is 0700", self.root, exposed)
             self.runs.mkdir(mode=0o700, exist_ok=True)
             probe = self.root / f".probe.{os.getpid()}"
             write_atomic(probe, b"")
@@ -5097,20 +5159,27 @@ CONFIG_NAMES = ("updater.json", "updater.toml")
 
 
 def find_config(start: Path) -> Path:
-    """The committed configuration, by walking up from `start`. Raises ConfigError where there is
-    none, or two."""
+    """The committed configuration, by walking up from `start` to the root of its work tree, and no
+    further: what lies in HOME is not every clone's below it.
+
+    What is there may be unreadable; a daemon then goes by the last good one. Raises ConfigError
+    where there is none, or two.
+    """
+    root = git_root(start)
     for folder in (start, *start.parents):
-        found = [
-            folder / "config" / name
-            for name in CONFIG_NAMES
-            if (folder / "config" / name).is_file()
-        ]
+        paths = [folder / "config" / name for name in CONFIG_NAMES]
+        found = [path for path in paths if os.path.lexists(path)]
         if len(found) == 2:
             raise ConfigError(f"both {found[0]} and {found[1]} exist", "keep one of them")
         if found:
             return found[0]
+        if folder == root:
+            break
+    where = f"{start} or above it"
+    if root:
+        where = f"{start}, nor above it in its work tree {root}"
     raise ConfigError(
-        f"no config/updater.json or config/updater.toml in {start} or above it",
+        f"no config/updater.json or config/updater.toml in {where}",
         "go to the repository, or name the file with --config FILE",
     )
 
@@ -5118,7 +5187,7 @@ def find_config(start: Path) -> Path:
 def load_config(path: Path) -> Config:
     """The configuration in a file. Raises ConfigError with every problem at once."""
     try:
-        data = path.read_bytes()
+        data = read_committed(path, work_tree(path))
     except OSError as problem:
         raise ConfigError(
             f"can't read {path}: {problem.strerror}", "name the file with --config FILE"
@@ -5142,7 +5211,7 @@ def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | N
         except ConfigError:
             raise problem from None
     with suppress(OSError):
-        data = path.read_bytes()
+        data = read_committed(path, work_tree(path))
         if not keep.exists() or keep.read_bytes() != data:
             write_atomic(keep, data)
     return config, None
@@ -5221,10 +5290,15 @@ class ConfigFile:
 
 def work_tree(config_path: Path) -> Path:
     """The git work tree that holds the configuration file, else the folder above `config/`."""
-    for folder in config_path.parents:
-        if (folder / ".git").exists():
-            return folder
-    return config_path.parent.parent
+    return git_root(config_path.parent) or config_path.parent.parent
+
+
+def git_root(folder: Path) -> Path | None:
+    """The root of the git work tree that `folder` lies in, if any."""
+    for each in (folder, *folder.parents):
+        if (each / ".git").exists():
+            return each
+    return None
 
 
 def load_token(config: Config, tree: Path) -> bytes | None:
@@ -5232,9 +5306,10 @@ def load_token(config: Config, tree: Path) -> bytes | None:
     ConfigError, without it."""
     text, source = os.environ.get("ESTELLE_TOKEN", ""), "ESTELLE_TOKEN"
     if not text and config.token_file:
-        source = f"tokenFile {tree / Path(config.token_file).expanduser()}"
+        path = tree / Path(config.token_file).expanduser()
+        source = f"tokenFile {path}"
         try:
-            text = (tree / Path(config.token_file).expanduser()).read_text("utf-8-sig")
+            text = read_supplied(path).decode("utf-8-sig")
         except (OSError, UnicodeError) as problem:
             why = getattr(problem, "strerror", "") or "it is no text"
             raise ConfigError(f"can't read {source}: {why}", _TOKEN_HINT) from None
@@ -5256,6 +5331,8 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
         return {}
     ca = tree / config.tls.ca if config.tls.ca else None
     try:
+        if ca:
+            read_supplied(ca)
         context = ssl.create_default_context(cafile=ca)
     except OSError as problem:
         raise ConfigError(
@@ -5341,11 +5418,13 @@ class Certificate:
 
     def _use(self, cert: Path, key: Path) -> None:
         """Show them to whoever connects from now on. Raises OSError or ValueError."""
+        data = read_supplied(cert)
+        read_supplied(key)  # OpenSSL, which reads both itself, would wait for ever for a FIFO
         trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         # a pair that does not fit must not spoil the one in use
         for context in (trial, self.context):
             context.load_cert_chain(cert, key, password="")  # or it would ask for one
-        self._data = cert.read_bytes()
+        self._data = data
         self.problem = None
 
 
@@ -6019,9 +6098,11 @@ def run_bounded(
             out += data or b""
             del out[:-keep_bytes]
             if stop() or time.monotonic() > ends:
-                child.kill_marked()
                 raise OverdueError(f"{' '.join(argv)} did not end within {timeout_s:g} s")
         return Ended(child.wait(), bytes(out), child.errors)
+    except BaseException:  # Ctrl-C too: it is in a session of its own, and hears of none
+        child.kill_marked()
+        raise
     finally:
         child.close_pipe()
 
@@ -6360,10 +6441,15 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
     if not rule.environment_file:
         return {}
     path = repo / rule.environment_file
+    within = None
+    if path.is_symlink() and git_output(repo, os.environ, "ls-files", "--", rule.environment_file):
+        within = repo  # it was committed; an operator's own link may lead anywhere
     try:
-        return parse_environment_file(path.read_text("utf-8-sig"), str(path))
+        text = read_supplied(path, ENVIRONMENT_BYTES, within=within).decode("utf-8-sig")
+        return parse_environment_file(text, str(path))
     except (OSError, UnicodeError) as problem:
-        raise ConfigError(f"can't read environmentFile {path}: {problem}") from problem
+        why = getattr(problem, "strerror", None) or problem
+        raise ConfigError(f"can't read environmentFile {path}: {why}") from problem
 
 
 class StepRun:
@@ -6620,7 +6706,7 @@ class Runner:
     def read_version(self) -> str | None:
         """What is deployed now, in the project's own words."""
         with suppress(OSError):
-            version = parse_version_file((self.repo / self.rule.version).read_bytes())
+            version = parse_version_file(read_committed(self.repo / self.rule.version, self.repo))
             if version:
                 return version
         if self.version:
@@ -7188,7 +7274,7 @@ def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: flo
             with context.wrap_socket(plain, server_hostname=host) as connection:
                 data = connection.getpeercert(binary_form=True) or b""
     else:
-        data = (repo / subject).read_bytes()
+        data = read_supplied(repo / subject)
     days = certificate_days(data)
     if days < least_days:
         left = f"{days:.0f} days left, less than {least_days}"
@@ -7320,7 +7406,7 @@ def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
     servers = {color: dict.fromkeys(("traffic", "file", "status", "address")) for color in COLORS}
     roles: dict[str, str] = {}
     try:
-        found = read_backend({rule.config: Path(rule.config).read_bytes()}, rule)
+        found = read_backend({rule.config: read_supplied(Path(rule.config))}, rule)
         roles = found.roles()
         warnings += found.warnings
         for color in COLORS:
@@ -7503,7 +7589,7 @@ class Switch:
         """Refuse whatever could leave two active colours or none, before anything is touched.
         Raises GuardError."""
         entry, rule = self.entry, self.rule
-        self.found = read_backend({rule.config: self.real.read_bytes()}, rule)
+        self.found = read_backend({rule.config: read_supplied(self.real)}, rule)
         entry.before = self.found.active()
         for warning in self.found.warnings:
             self.say(f"warning: {warning}")
@@ -8942,7 +9028,7 @@ def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(args.get("address"))
     result = live_facts(repo, scrub_environment(os.environ))
     with suppress(OSError):
-        result["version"] = parse_version_file((repo / rule.version).read_bytes())
+        result["version"] = parse_version_file(read_committed(repo / rule.version, repo))
     result["problem"] = agent.config.problem
     try:
         agent.state.create()
@@ -11238,7 +11324,7 @@ def hook_url(rule: NotifyRule, tree: Path) -> str:
     if rule.url_file:
         path = tree / Path(rule.url_file).expanduser()
         try:
-            url = path.read_text("utf-8-sig").strip()
+            url = read_supplied(path).decode("utf-8-sig").strip()
         except (OSError, ValueError) as problem:
             raise UpdaterError(
                 f"can't read urlFile {path}: {getattr(problem, 'strerror', 'it is no text')}"
@@ -11478,7 +11564,7 @@ class Notifier:
         cert = self.master.config.config.tls.cert
         if cert is None or not any(rule.wants("certificate") for rule in self.rules):
             return
-        end = certificate_end((self.tree / cert).read_bytes())
+        end = certificate_end(read_supplied(self.tree / cert))
         days = (end - time.time()) / DAY_S
         step = next((step for step in CERTIFICATE_DAYS if days <= step), None)
         if step is not None:
@@ -12794,6 +12880,11 @@ def daemon_facts(state: StateFolder) -> dict[str, Any]:
     )
 
 
+def daemon_is_up(facts: Mapping[str, Any]) -> bool:
+    """Whether a daemon that says `facts` of itself listens, or has been welcomed by its master."""
+    return bool(facts.get("label")) and not facts.get("trouble")
+
+
 class Upgrade:
     """Brings this host to the master's program, from a runner that outlives the daemon's restart.
 
@@ -12910,19 +13001,21 @@ class Upgrade:
     def await_daemon(self, sha256: str) -> bool:
         """Whether a daemon with this program is welcomed in time. The one that runs starts itself
         anew; what does not is killed, and what nobody else starts again is started."""
-        began, killed = time.monotonic(), False
-        while (waited_s := time.monotonic() - began) < BACK_S:
+        obeys_until, killed = time.monotonic() + OBEY_S, False
+
+        def is_up() -> bool:
+            nonlocal killed
             facts, how = daemon_facts(self.state), read_json(self.state.serve_file) or {}
-            if facts.get("sha256") == sha256 and "label" in facts:
-                return True
-            if facts and facts.get("sha256") != sha256 and waited_s > OBEY_S and not killed:
+            same = facts.get("sha256") == sha256
+            if not facts and how.get("supervised") is False:
+                self.revive(how)
+            elif facts and not same and not killed and time.monotonic() > obeys_until:
                 killed = True
                 with suppress(OSError):
                     os.kill(facts["pid"], 9)
-            elif not facts and how.get("supervised") is False:
-                self.revive(how)
-            time.sleep(CANCEL_LOOK_S)
-        return False
+            return same and daemon_is_up(facts)
+
+        return poll(is_up, CANCEL_LOOK_S, BACK_S)
 
     def revive(self, how: Mapping[str, Any]) -> None:
         """Start a daemon that nobody else starts: by hand, and under Windows in any case, it can
@@ -12979,13 +13072,11 @@ def _can_bind(address: str) -> bool:
     return False
 
 
-class Demo:
-    """A fleet on loopback addresses, from the build to the history, with every command said before
-    it runs.
+class Stage:
+    """Where the demo plays: one temporary folder and what is started in it, of which nothing stays.
 
-    Nothing stays. All files lie in one temporary folder, and a stop signal only sets a flag, which
-    is looked at where everything that was started is known. `say(text, code)` shows lines in the
-    colour of that number, if any.
+    A stop signal only sets a flag, which `check` looks at where everything that was started is
+    known. `say(text, code)` shows lines in the colour of that number, if any.
     """
 
     def __init__(self, say: Callable[..., None]) -> None:
@@ -12993,30 +13084,15 @@ class Demo:
         self.hosts = [address for address in _DEMO_HOSTS if _can_bind(address)]
         self.children: list[subprocess.Popen[bytes]] = []
         self.env: dict[str, str] = {}
-        self.python = "python" if os.name == "nt" else "python3"
-        self.est = f"{self.python} estelle_updater.pyz"
 
-    def run(self, keep: bool) -> int:
-        """Tell the story; `keep` then waits for Ctrl-C. Raises UpdaterError where something goes
-        another way."""
+    def open(self) -> None:
+        """Make the folder, and have stop signals heard, but for those that were ignored before:
+        nohup's wish stays."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
-            if (
-                number is not None and signal.getsignal(number) != signal.SIG_IGN
-            ):  # nohup's wish stays
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.stop)
         self.folder = Path(tempfile.mkdtemp(prefix="estelle-demo-")).resolve()
-        started = time.monotonic()
-        try:
-            self.play()
-            self.say(f"\nAll of this took {time.monotonic() - started:.0f} s.")
-            if keep:
-                self.invite()
-            return 0
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            self.clean()
 
     def stop(self, *_: object) -> None:
         self.stopped = True
@@ -13025,204 +13101,6 @@ class Demo:
         """The one place where a stop signal takes effect."""
         if self.stopped:
             raise KeyboardInterrupt
-
-    def play(self) -> None:
-        self.say(
-            f"A fleet of three hosts on this machine, in {self.folder}. Lines with $ are "
-            f"what a person types."
-        )
-        self.build()
-        self.make_project()
-        self.start_fleet()
-        self.title("4. A developer pushes, and one command deploys it everywhere, live")
-        self.push("Second version", {"config/version.json": '{"version": "v0301_2"}\n'})
-        self.command(self.on_master())
-        self.ask("trigger", "all", "master")
-        self.title(
-            f"5. A deployment that fails: the next version needs DEMO_PORT, and "
-            f"{self.hosts[-1]} has none"
-        )
-        version = {"config/version.json": '{"version": "v0301_3"}\n'}
-        self.push("Third version", {"deploy.py": _DEMO_NEED + _DEMO_DEPLOY, **version})
-        self.ask("trigger", "all", "master", expected=1)
-        self.say(
-            "The exit code is 1. Nothing is rolled back by itself: a person looks, "
-            "corrects and triggers again."
-        )
-        self.title("6. What is checked out where, and how each run ended")
-        self.ask("status")
-        self.ask("history")
-
-    def title(self, text: str) -> None:
-        self.say(f"\n{text}", "1")
-
-    def command(self, text: str) -> None:
-        self.check()
-        self.say(f"$ {text}", "36")
-
-    def build(self) -> None:
-        """The zipapp: made from the checkout, or a copy of the one that runs."""
-        self.title("1. Build the program: one file for every host")
-        self.env = {
-            **os.environ,
-            **dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(self.folder)),
-        }  # pip's are removed too
-        pyz = self.folder / "estelle_updater.pyz"
-        self.program = [sys.executable, str(pyz)]
-        if Path(__file__).is_file():
-            self.command(f"{program_name()} build -o {pyz}")
-            if self.wait(self.start([*program_argv(), "build", "-o", str(pyz)])):
-                raise UpdaterError(
-                    "the demo ends here, for want of its program", "see the error above"
-                )
-        else:
-            self.say(f"(It is built already: {pyz} is a copy of {sys.argv[0]}.)")
-            shutil.copy(program_argv()[-1], pyz)
-        own = {
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": os.devnull,
-        }  # nobody's hooks and signatures
-        own |= {
-            f"GIT_{who}_{what}": "demo@localhost"
-            for who in ("AUTHOR", "COMMITTER")
-            for what in ("NAME", "EMAIL")
-        }
-        self.env = scrub_environment(self.env) | own
-        self.env.pop("DEMO_PORT", None)
-
-    def make_project(self) -> None:
-        """An origin with a first commit, and a clone for each host."""
-        self.title("2. A project in git, cloned on every host")
-        if missing := [address for address in _DEMO_HOSTS if address not in self.hosts]:
-            self.say(
-                f"Without {' and '.join(missing)}, which this machine lacks (macOS: sudo "
-                f"ifconfig lo0 alias IP)."
-            )
-        with socket.socket() as probe:
-            probe.bind((self.hosts[0], 0))
-            self.port = probe.getsockname()[1]
-        python = self.python if os.name != "nt" and shutil.which(self.python) else sys.executable
-        config: dict[str, Any] = {
-            "masterUrl": f"ws://{self.hosts[0]}:{self.port}",
-            "whitelist": self.hosts,
-        }
-        files = {"deploy.py": _DEMO_DEPLOY, "config/version.json": '{"version": "v0301_1"}\n'}
-        if self.has_pnpm():
-            script = subprocess.list2cmdline([python, "deploy.py"])
-            files["package.json"] = json.dumps(
-                {"private": True, "scripts": {"deploy:release": script}}
-            )
-        else:
-            self.say(
-                "pnpm is not installed: a small script stands for `pnpm deploy:release`, "
-                "which is the default."
-            )
-            config["deploy"] = {"command": [python, "deploy.py"]}
-        config["hosts"] = {
-            each: {"env": {"DEMO_PORT": f"800{i}"}} for i, each in enumerate(self.hosts[:-1], 1)
-        }
-        lines = ",\n".join(
-            f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items()
-        )
-        files["config/updater.json"] = f"{{\n{lines}\n}}\n"
-        self.git("init", "--bare", "--initial-branch=master", "origin.git")
-        self.git("clone", "origin.git", "developer")
-        self.push("First version", files)
-        for address in self.hosts:
-            self.git("clone", "origin.git", f"{address}/app")
-        self.command("cat developer/config/updater.json")
-        self.say(files["config/updater.json"].rstrip())
-
-    def has_pnpm(self) -> bool:
-        """Whether pnpm really starts: corepack's shim may be there alone, and want to download
-        it."""
-        with suppress(UpdaterError):
-            pnpm = resolve_program("pnpm", self.env.get("PATH", ""))
-            return self.wait(self.start([*pnpm, "--version"], "pnpm.log")) == 0
-        return False
-
-    def start_fleet(self) -> None:
-        self.title(
-            "3. The same program on every host: one finds that it is the master, the "
-            "others are agents"
-        )
-        self.say(
-            "(--bind, --config and --state tell three hosts on one machine apart; "
-            "elsewhere `serve` is enough.)"
-        )
-        daemons = {}
-        for address in self.hosts:
-            own = (
-                f"--bind {address} --config {address}/app/config/updater.json --state "
-                f"{address}/state".split()
-            )
-            own += ["--listen", f"{address}:{self.port}"] if address == self.hosts[0] else []
-            self.command(f"{self.est} serve {' '.join(own)} &")
-            daemons[address] = self.start([*self.program, "serve", *own], f"{address}/serve.log")
-            if address == self.hosts[0]:
-                self.wait_ready(address, daemons.pop(address))
-        for address, daemon in daemons.items():
-            self.wait_ready(address, daemon)
-
-    def wait_ready(self, address: str, daemon: subprocess.Popen[bytes]) -> None:
-        """Until the master listens, or has welcomed the agent; then show what the daemon wrote."""
-        deadline = time.monotonic() + _DEMO_READY_S
-        while "label" not in (read_json(self.state(address).daemon_file) or {}):
-            if daemon.poll() is not None or time.monotonic() > deadline:
-                raise UpdaterError(f"{address} did not start: {self.said(f'{address}/serve.log')}")
-            self.check()
-            time.sleep(0.02)
-        self.say(self.said(f"{address}/serve.log"), "2")
-
-    def push(self, message: str, files: Mapping[str, str]) -> None:
-        """Commit files as the developer would."""
-        for name, text in files.items():
-            path = self.folder / "developer" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(text.encode())
-        self.git("-C", "developer", "add", ".")
-        self.git("-C", "developer", "commit", "-m", message)
-        self.git("-C", "developer", "push", "origin", "master")
-
-    def git(self, *words: str) -> None:
-        self.command(subprocess.list2cmdline(["git", *words]))
-        git = resolve_program("git", self.env.get("PATH", ""))
-        if self.wait(self.start([*git, *words], "git.log")):
-            raise UpdaterError(f"git {' '.join(words)}: {self.said('git.log')}")
-
-    def on_master(self) -> str:
-        """Make this the master's own shell: the command that a person needs for it."""
-        where = {"ESTELLE_REPO": f"{self.hosts[0]}/app", "ESTELLE_STATE": f"{self.hosts[0]}/state"}
-        self.env |= where
-        words = [f"{key}={value}" for key, value in where.items()]
-        return "export " + " ".join(words) if os.name != "nt" else "set " + "&& set ".join(words)
-
-    def ask(self, *words: str, expected: int = 0) -> None:
-        """A command to the master, with its output as it is."""
-        self.command(f"{self.est} {' '.join(words)}")
-        code = self.wait(self.start([*self.program, *words]))
-        self.stopped |= code == 130  # nobody reads its output any more
-        self.check()
-        if code != expected:
-            raise UpdaterError(f"{words[0]} ended with {code} instead of {expected}")
-
-    def invite(self) -> None:
-        """The fleet runs on for whoever wants to play with it."""
-        self.title("It runs on. In another terminal:")
-        trigger = f"trigger {self.hosts[-1]} master"
-        for line in (
-            f"cd {self.folder}",
-            self.on_master(),
-            f"{self.est} status",
-            f"{self.est} {trigger}",
-        ):
-            self.say(f"  {line}", "36")
-        self.say(
-            "developer/ is for commits of your own. Ctrl-C here ends the fleet and removes "
-            "the folder."
-        )
-        while not self.stopped:
-            time.sleep(0.1)
 
     def state(self, address: str) -> StateFolder:
         return StateFolder(self.folder / address / "state")
@@ -13233,13 +13111,15 @@ class Demo:
     def start(self, argv: Sequence[str], log_name: str = "") -> subprocess.Popen[bytes]:
         """Start a program in the folder. The terminal's Ctrl-C does not reach it: `clean` ends it,
         in order."""
-        options: dict[str, Any] = (
-            {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
-        )
+        options: dict[str, Any] = {"cwd": self.folder, "env": self.env, "stdin": subprocess.DEVNULL}
+        if os.name == "nt":
+            options["creationflags"] = 0x200
+        else:
+            options["start_new_session"] = True
         with open(self.folder / log_name, "wb") if log_name else nullcontext() as output:
-            options |= {"cwd": self.folder, "env": self.env, "stdout": output, "stderr": output}
-            self.children.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, **options))
-        return self.children[-1]
+            child = subprocess.Popen(argv, stdout=output, stderr=output, **options)
+        self.children.append(child)
+        return child
 
     def wait(self, child: subprocess.Popen[bytes]) -> int:
         while True:
@@ -13260,16 +13140,17 @@ class Demo:
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(max(0.01, deadline - time.monotonic()))
         locks = [self.end_jobs(self.state(address)) for address in self.hosts]
-        for _ in range(50):
-            if os.name == "nt":  # which removes neither open files nor git's read-only ones
-                for path in self.folder.rglob("*"):
-                    path.chmod(0o600)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if not self.folder.exists():
-                break
-            time.sleep(0.1)
+        poll(self.remove, 0.1, 5.0)
         for lock in locks:
             lock.release()
+
+    def remove(self) -> bool:
+        """Try to remove the folder; whether it is gone."""
+        if os.name == "nt":  # which removes neither open files nor git's read-only ones
+            for path in self.folder.rglob("*"):
+                path.chmod(0o600)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return not self.folder.exists()
 
     @staticmethod
     def end(child: subprocess.Popen[bytes], number: int) -> None:
@@ -13287,14 +13168,246 @@ class Demo:
         """Cancel the deployments on a host, and keep its lock, so that no late runner begins
         one."""
         lock = FileLock(state.job_lock)
-        for job in (job for run in state.run_ids() for job in state.load_jobs(run)):
-            if job.state not in FINAL:
-                write_atomic(state.cancel_file(job.run, job.host), b"")
+        for run in state.run_ids():
+            for job in state.load_jobs(run):
+                if job.state not in FINAL:
+                    write_atomic(state.cancel_file(job.run, job.host), b"")
         if state.root.exists():
             lock.acquire(GRACE_S + KILL_S + DRAIN_S)
         if os.name == "nt":
             lock.release()
         return lock
+
+
+class Demo(Stage):
+    """A fleet on loopback addresses, from the build to the history, with every command said before
+    it runs."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        super().__init__(say)
+        self.python = "python" if os.name == "nt" else "python3"
+        self.est = f"{self.python} estelle_updater.pyz"
+        self.scenes: tuple[tuple[str, Callable[[], None]], ...] = (
+            ("Build the program: one file for every host", self.build),
+            ("A project in git, cloned on every host", self.make_project),
+            (
+                "The same program on every host: one finds that it is the master, the others are "
+                "agents",
+                self.start_fleet,
+            ),
+            ("A developer pushes, and one command deploys it everywhere, live", self.deploy),
+            (
+                "A deployment that fails: the next version needs DEMO_PORT, and "
+                f"{self.hosts[-1]} has none",
+                self.fail,
+            ),
+            ("What is checked out where, and how each run ended", self.look_back),
+        )
+
+    def run(self, keep: bool) -> int:
+        """Tell the story; `keep` then waits for Ctrl-C. Raises UpdaterError where something goes
+        another way."""
+        self.open()
+        started = time.monotonic()
+        try:
+            self.say(
+                f"A fleet of three hosts on this machine, in {self.folder}. Lines with $ are what "
+                "a person types."
+            )
+            for number, (title, act) in enumerate(self.scenes, 1):
+                self.title(f"{number}. {title}")
+                act()
+            self.say(f"\nAll of this took {time.monotonic() - started:.0f} s.")
+            if keep:
+                self.invite()
+            return 0
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            self.clean()
+
+    # The scenes
+
+    def build(self) -> None:
+        """The zipapp: made from the checkout, or a copy of the one that runs."""
+        places = dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(self.folder))  # pip's go too
+        self.env = {**os.environ, **places}
+        pyz = self.folder / "estelle_updater.pyz"
+        self.program = [sys.executable, str(pyz)]
+        if Path(__file__).is_file():
+            self.command(f"{program_name()} build -o {pyz}")
+            if self.wait(self.start([*program_argv(), "build", "-o", str(pyz)])):
+                raise UpdaterError(
+                    "the demo ends here, for want of its program", "see the error above"
+                )
+        else:
+            self.say(f"(It is built already: {pyz} is a copy of {sys.argv[0]}.)")
+            shutil.copy(program_argv()[-1], pyz)
+        # nobody's hooks and signatures
+        own = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+        for who in ("AUTHOR", "COMMITTER"):
+            own |= {f"GIT_{who}_NAME": "demo@localhost", f"GIT_{who}_EMAIL": "demo@localhost"}
+        self.env = scrub_environment(self.env) | own
+        self.env.pop("DEMO_PORT", None)
+
+    def make_project(self) -> None:
+        """An origin with a first commit, and a clone for each host."""
+        missing = [address for address in _DEMO_HOSTS if address not in self.hosts]
+        if missing:
+            self.say(
+                f"Without {' and '.join(missing)}, which this machine lacks (macOS: sudo "
+                "ifconfig lo0 alias IP)."
+            )
+        files = self.project_files()
+        self.git("init", "--bare", "--initial-branch=master", "origin.git")
+        self.git("clone", "origin.git", "developer")
+        self.push("First version", files)
+        for address in self.hosts:
+            self.git("clone", "origin.git", f"{address}/app")
+        self.command("cat developer/config/updater.json")
+        self.say(files["config/updater.json"].rstrip())
+
+    def start_fleet(self) -> None:
+        self.say(
+            "(--bind, --config and --state tell three hosts on one machine apart; "
+            "elsewhere `serve` is enough.)"
+        )
+        master, daemons = self.hosts[0], {}
+        for address in self.hosts:
+            own = ["--bind", address, "--config", f"{address}/app/config/updater.json"]
+            own += ["--state", f"{address}/state"]
+            if address == master:
+                own += ["--listen", f"{address}:{self.port}"]
+            self.command(f"{self.est} serve {' '.join(own)} &")
+            daemons[address] = self.start([*self.program, "serve", *own], f"{address}/serve.log")
+            if address == master:
+                self.await_daemon(address, daemons.pop(address))
+        for address, daemon in daemons.items():
+            self.await_daemon(address, daemon)
+
+    def deploy(self) -> None:
+        self.push("Second version", {"config/version.json": '{"version": "v0301_2"}\n'})
+        self.command(self.become_master())
+        self.ask("trigger", "all", "master")
+
+    def fail(self) -> None:
+        version = {"config/version.json": '{"version": "v0301_3"}\n'}
+        self.push("Third version", {"deploy.py": _DEMO_NEED + _DEMO_DEPLOY, **version})
+        self.ask("trigger", "all", "master", expected=1)
+        self.say(
+            "The exit code is 1. Nothing is rolled back by itself: a person looks, "
+            "corrects and triggers again."
+        )
+
+    def look_back(self) -> None:
+        self.ask("status")
+        self.ask("history")
+
+    def invite(self) -> None:
+        """The fleet runs on for whoever wants to play with it."""
+        self.title("It runs on. In another terminal:")
+        trigger = f"{self.est} trigger {self.hosts[-1]} master"
+        go = f"cd {self.folder}"
+        for line in (go, self.become_master(), f"{self.est} status", trigger):
+            self.say(f"  {line}", "36")
+        self.say(
+            "developer/ is for commits of your own. Ctrl-C here ends the fleet and removes "
+            "the folder."
+        )
+        while not self.stopped:
+            time.sleep(0.1)
+
+    # What they are made of
+
+    def title(self, text: str) -> None:
+        self.say(f"\n{text}", "1")
+
+    def command(self, text: str) -> None:
+        self.check()
+        self.say(f"$ {text}", "36")
+
+    def project_files(self) -> dict[str, str]:
+        """The first commit: a deployment, its version, and the fleet's configuration."""
+        with socket.socket() as probe:
+            probe.bind((self.hosts[0], 0))
+            self.port = probe.getsockname()[1]
+        python = sys.executable
+        if os.name != "nt" and shutil.which(self.python):
+            python = self.python
+        url = f"ws://{self.hosts[0]}:{self.port}"
+        config: dict[str, Any] = {"masterUrl": url, "whitelist": self.hosts}
+        files = {"deploy.py": _DEMO_DEPLOY, "config/version.json": '{"version": "v0301_1"}\n'}
+        if self.has_pnpm():
+            scripts = {"deploy:release": subprocess.list2cmdline([python, "deploy.py"])}
+            files["package.json"] = json.dumps({"private": True, "scripts": scripts})
+        else:
+            self.say(
+                "pnpm is not installed: a small script stands for `pnpm deploy:release`, "
+                "which is the default."
+            )
+            config["deploy"] = {"command": [python, "deploy.py"]}
+        ports = {each: f"800{i}" for i, each in enumerate(self.hosts[:-1], 1)}
+        config["hosts"] = {each: {"env": {"DEMO_PORT": port}} for each, port in ports.items()}
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items()]
+        files["config/updater.json"] = "{\n" + ",\n".join(lines) + "\n}\n"
+        return files
+
+    def has_pnpm(self) -> bool:
+        """Whether pnpm really starts: corepack's shim may be there alone, and want to download
+        it."""
+        with suppress(UpdaterError):
+            pnpm = resolve_program("pnpm", self.env.get("PATH", ""))
+            return self.wait(self.start([*pnpm, "--version"], "pnpm.log")) == 0
+        return False
+
+    def await_daemon(self, address: str, daemon: subprocess.Popen[bytes]) -> None:
+        """Until the master listens, or has welcomed the agent; then show what the daemon wrote."""
+
+        def answer() -> str:
+            self.check()
+            if daemon.poll() is not None:
+                return "ended"
+            return "up" if daemon_is_up(daemon_facts(self.state(address))) else ""
+
+        up = poll(answer, 0.02, _DEMO_READY_S) == "up"
+        said = self.said(f"{address}/serve.log")
+        if not up:
+            raise UpdaterError(f"{address} did not start: {said}")
+        self.say(said, "2")
+
+    def push(self, message: str, files: Mapping[str, str]) -> None:
+        """Commit files as the developer would."""
+        for name, text in files.items():
+            path = self.folder / "developer" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(text.encode())
+        self.git("-C", "developer", "add", ".")
+        self.git("-C", "developer", "commit", "-m", message)
+        self.git("-C", "developer", "push", "origin", "master")
+
+    def git(self, *words: str) -> None:
+        self.command(subprocess.list2cmdline(["git", *words]))
+        git = resolve_program("git", self.env.get("PATH", ""))
+        if self.wait(self.start([*git, *words], "git.log")):
+            raise UpdaterError(f"git {' '.join(words)}: {self.said('git.log')}")
+
+    def become_master(self) -> str:
+        """Make this the master's own shell: the command that a person needs for it."""
+        where = {"ESTELLE_REPO": f"{self.hosts[0]}/app", "ESTELLE_STATE": f"{self.hosts[0]}/state"}
+        self.env |= where
+        words = [f"{key}={value}" for key, value in where.items()]
+        if os.name == "nt":
+            return "set " + "&& set ".join(words)
+        return "export " + " ".join(words)
+
+    def ask(self, *words: str, expected: int = 0) -> None:
+        """A command to the master, with its output as it is."""
+        self.command(f"{self.est} {' '.join(words)}")
+        code = self.wait(self.start([*self.program, *words]))
+        self.stopped |= code == 130  # nobody reads its output any more
+        self.check()
+        if code != expected:
+            raise UpdaterError(f"{words[0]} ended with {code} instead of {expected}")
 
 
 def config_form(path: Path) -> str:
@@ -13567,11 +13680,6 @@ def render_pm2(argv: Sequence[str], folder: str) -> str:
 def lingers() -> bool:
     """Whether systemd keeps this user's services running without a login."""
     return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
-
-
-def daemon_is_up(facts: Mapping[str, Any]) -> bool:
-    """Whether a daemon that says `facts` of itself listens, or has been welcomed by its master."""
-    return bool(facts.get("label")) and not facts.get("trouble")
 
 
 class Setup:
@@ -13894,11 +14002,7 @@ class Doctor:
         yield judge_attempt("packages", "all there", require_packages)
         yield judge_encoding(sys.stdout.encoding or "none")
         yield self.detached()
-        yield judge_attempt(
-            "state",
-            f"{self.state.root}, {len(self.state.run_ids())} recorded runs",
-            self.state.create,
-        )
+        yield self.state_folder()
         yield self.service()
         try:
             path = self.args.config_path()
@@ -13931,10 +14035,18 @@ class Doctor:
         ):
             yield from self.haproxy(proxy)
 
+    def state_folder(self) -> Finding:
+        exposed = self.state.exposure()
+        if exposed:
+            fix = f"sudo chown -R $USER {self.state.root} && chmod 700 {self.state.root}"
+            return Finding("state", False, f"{self.state.root} {exposed}", fix)
+        text = f"{self.state.root}, {len(self.state.run_ids())} recorded runs"
+        return judge_attempt("state", text, self.state.create)
+
     @staticmethod
     def certificate(cert: Path) -> Finding:
         try:
-            days = certificate_days(cert.read_bytes())
+            days = certificate_days(read_supplied(cert))
         except (OSError, ValueError) as problem:
             return Finding(
                 "certificate", False, f"{cert}: {problem}", "a PEM file that this user can read"
@@ -13961,7 +14073,7 @@ class Doctor:
                 time.sleep(LOCAL_LOOK_S)
             if os.name != "nt":
                 _kill_family(f"tree/{daemon.pid}", KILL_S, root=daemon.pid)
-            Demo.end(daemon, 9)
+            Stage.end(daemon, 9)
             daemon.wait()
             lives = begun and FileLock.held_elsewhere(folder / "lock")
             (folder / "end").touch()
@@ -14978,7 +15090,7 @@ def convert_config(args: Args, path: Path) -> int:
     """JSON to TOML or back; the older `machines` form to today's, in the same file."""
     require_packages()
     form = config_form(path)
-    data = parse_data(path.read_bytes(), str(path), form)
+    data = parse_data(read_supplied(path), str(path), form)
     if "machines" not in data:
         form = "json" if form == "toml" else "toml"
     new = path.with_name(f"updater.{form}")
@@ -15700,6 +15812,7 @@ def cmd_nursery(args: Args) -> int:
 
 
 def cmd_build(args: Args) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: pip goes with us
     made = build_zipapp(Path(__file__).resolve(), Path(args.output))
     show(
         args,

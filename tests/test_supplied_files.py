@@ -1,0 +1,90 @@
+"""Files that a commit or an operator supplies and that are not what they should be: endless, silent, elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import estelle_updater as est
+from tests.fleet import Fleet, wait_for
+
+
+def test_only_a_regular_file_of_bounded_size_is_read(tmp_path: Path) -> None:
+    fifo, big, link, outside = (tmp_path / name for name in ("fifo", "big", "link", "outside"))
+    os.mkfifo(fifo)
+    big.write_bytes(b"x" * (est.SUPPLIED_BYTES + 1))
+    outside.write_text("secret")
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "inner").write_text("inner")
+    (tree / "sub/link").symlink_to("../inner")
+    (tree / "out").symlink_to(outside)
+    link.symlink_to("/dev/zero")
+    for path, why in ((fifo, "no regular file"), (link, "no regular file"), (big, "1 MiB"), (tree, "a folder")):
+        with pytest.raises(OSError, match=why):
+            est.read_supplied(path)
+    big.write_bytes(b"x" * est.SUPPLIED_BYTES)
+    assert len(est.read_supplied(big)) == est.SUPPLIED_BYTES
+    assert est.read_supplied(tree / "out") == b"secret", "an operator's link"
+    assert est.read_supplied(tree / "sub/link", within=tree) == b"inner"
+    with pytest.raises(OSError, match="out of the repository"):
+        est.read_supplied(tree / "out", within=tree)
+
+
+def test_a_hostile_commit_stops_nobody(fleet: Callable[..., Fleet]) -> None:
+    """Version and configuration as endless files: jobs end, daemons answer, and the commit that mends it is taken."""
+    one = fleet(hosts=2)
+    agent = one.agents[0]
+    work = one.origin.seed
+
+    def commit_link(name: str, target: str) -> None:
+        (work / name).unlink(missing_ok=True)
+        (work / name).symlink_to(target)
+        one.origin.commit({})
+
+    good = (work / "config/updater.json").read_text()
+    (work / "config/version.json").unlink(missing_ok=True)
+    commit_link("config/version.json", "/dev/zero")
+    code, out, err = one.cli("trigger", "all", "master")
+    assert (code, out.count("] ✓ 완료")) == (0, 2), out + err
+    (agent.repo / "config/version.json").unlink()
+    os.mkfifo(agent.repo / "config/version.json")
+    for _ in range(5):
+        hosts = json.loads(one.cli("status", "--json").out)["hosts"]
+        assert [host["online"] for host in hosts] == [True, True]
+    (agent.repo / "config/version.json").unlink()
+    (agent.repo / "config/version.json").symlink_to("/dev/zero")
+
+    commit_link("config/updater.json", "/dev/zero")
+    code, out, err = one.cli("trigger", "all", "master")
+    assert (code, out.count("it is a link out of the repository\n"), out.count("] ✗ 실패 config")) == (1, 2, 2), out + err
+    wait_for(
+        lambda: all("old settings stay" in host.stderr for host in one.hosts),
+        lambda: "both say so: " + "\n".join(host.stderr for host in one.hosts),
+    )
+    one.restart(agent)  # it also starts with the last good ones
+    (work / "config/updater.json").unlink()
+    one.origin.commit({"config/updater.json": good})
+    code, out, err = one.cli("trigger", "all", "master")
+    assert (code, out.count("] ✓ 완료")) == (0, 2), out + err
+
+
+def test_a_state_folder_that_others_may_write(fleet: Callable[..., Fleet]) -> None:
+    one = fleet(hosts=1, start=False)
+    state = one.master.state
+    state.mkdir()
+    state.chmod(0o777)
+    assert f"✗ state: {state} may be written by others (mode 0777)" in one.cli("doctor").out
+    one.start()
+    assert f"{state} may be written by others (mode 0777): now it is 0700" in one.master.stderr
+    assert state.stat().st_mode & 0o777 == 0o700
+    one.stop_all()
+    if os.geteuid() == 0:
+        os.chown(state, 12345, -1)
+        assert f"✗ state: {state} belongs to user 12345, and this is user 0" in one.cli("doctor").out
+        code, _, err = one.cli("serve")
+        assert (code, f"{state} belongs to user 12345" in err) == (2, True), err
