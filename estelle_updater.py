@@ -5195,12 +5195,15 @@ def load_config(path: Path) -> Config:
     return parse_config(data, str(path), "toml" if path.suffix == ".toml" else "json")
 
 
-def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | None]:
+def load_config_or_last(
+    path: Path, state: StateFolder, *, remember: bool = True
+) -> tuple[Config, str | None]:
     """The configuration, or, where it is missing or invalid, the last one that was valid here, and
     the problem.
 
-    A commit without a valid configuration must not keep the next commit from being deployed. Raises
-    ConfigError.
+    A commit without a valid configuration must not keep the next commit from being deployed.
+    `remember` it for then: for daemon and runner, as a commander may stand in any other clone.
+    Raises ConfigError.
     """
     keep = state.last_config.with_suffix(path.suffix)
     try:
@@ -5212,7 +5215,7 @@ def load_config_or_last(path: Path, state: StateFolder) -> tuple[Config, str | N
             raise problem from None
     with suppress(OSError):
         data = read_committed(path, work_tree(path))
-        if not keep.exists() or keep.read_bytes() != data:
+        if remember and not (keep.exists() and keep.read_bytes() == data):
             write_atomic(keep, data)
     return config, None
 
@@ -14463,8 +14466,14 @@ def make_view(args: Args) -> View:
 
 def make_caller(args: Args) -> Caller:
     require_packages()
-    path = args.config_path()
-    return Caller(args.state_folder(), load_config(path), args.bind, work_tree(path))
+    path, state = args.config_path(), args.state_folder()
+    # the commit that mends a broken configuration has to be ordered too
+    config, problem = load_config_or_last(path, state, remember=False)
+    if problem:
+        text = f"{problem}; the last valid settings of this host are used"
+        notice = json.dumps({"event": "notice", "text": text})
+        print(notice if args.json else f"estelle-updater: {terminal_text(text)}", file=sys.stderr)
+    return Caller(state, config, args.bind, work_tree(path))
 
 
 def cmd_serve(args: Args) -> int:
