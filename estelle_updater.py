@@ -375,6 +375,7 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
+WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
@@ -2567,6 +2568,21 @@ def result_text(job: JobRecord) -> str:
             return f"✗ 시간 초과 {job.step}"
         case _:
             return f"✗ 연결 끊김 ({job.error})"
+
+
+def unchanged_text(job: JobRecord) -> str:
+    """What a host that failed still has, where nothing changed on it; "" else."""
+    if job.changed is not False or job.state in (State.SUCCEEDED, State.QUEUED, State.RUNNING):
+        return ""
+    has = " ".join(filter(None, (job.version, f"({job.commit[:7]})" if job.commit else "")))
+    return f"nothing changed on {job.host}" + (f": it has {has}" if has else "")
+
+
+def result_notes(job: JobRecord) -> list[str]:
+    """The lines after a host's last one: what who reads it has to know as well."""
+    notes = [f"⚠ {warning}" for warning in job.warnings]
+    unchanged = unchanged_text(job)
+    return [*notes, unchanged] if unchanged else notes
 
 
 def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -6596,6 +6612,12 @@ class Runner:
 
     # Steps
 
+    def warn(self, text: str) -> None:
+        """A warning that is part of the result: in the log, and in the record."""
+        self.log.line(f"warning: {text}")
+        if text not in self.job.warnings and len(self.job.warnings) < WARNINGS_KEPT:
+            self.job.warnings.append(text[:WARNING_CHARS])
+
     def begin(self, label: str, kind: str = "") -> None:
         """Where a failure from here on belongs, without a line in the log."""
         self.save(step=label, step_kind=kind)
@@ -6873,7 +6895,7 @@ class Deployment:
             with suppress(UsageError):  # a deployment by hand was asked for from no address
                 allowed = whitelist.verdict(canonical_address(address)).allowed
                 if not allowed and address != config.master_url.host:
-                    self.log.line(f"warning: the whitelist has no entry for {address}, {who}")
+                    self.runner.warn(f"the whitelist has no entry for {address}, {who}")
 
     # The clone
 
@@ -6911,7 +6933,7 @@ class Deployment:
         if changes:
             listed = ", ".join(map(str.strip, changes[:10]))
             more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
-            self.log.line(f"warning: local changes stay: {listed}{more}")
+            self.runner.warn(f"local changes stay: {listed}{more}")
 
 
 # below the folder that a clone and its other work trees have in common
@@ -14351,7 +14373,8 @@ class TextView(LineView):
         text = self.output.paint(
             terminal_text(result_text(job)), "32" if job.state is State.SUCCEEDED else "31"
         )
-        self.output.write(self.prefixes[job.host] + text.encode() + b"\n")
+        for line in (text, *map(terminal_text, result_notes(job))):
+            self.output.write(self.prefixes[job.host] + line.encode() + b"\n")
         if job.error and job.state is not State.LOST:
             self.notice(f"{job.host}: {job.error}")
 
@@ -14365,10 +14388,11 @@ class TextView(LineView):
         self.end_line()
         if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
             return
-        rows = [
-            (job.host, (job.commit or "-")[:7], seconds_text(seconds_of(job)), result_text(job))
-            for job in jobs
-        ]
+        rows = []
+        for job in jobs:
+            text = result_text(job) + (" ⚠" if job.warnings else "")
+            seconds = seconds_text(seconds_of(job))
+            rows.append((job.host, (job.commit or "-")[:7], seconds, text))
         table = render_table(("host", "commit", "time", "result"), rows)
         self.output.write(f"\n{terminal_text(table)}\n".encode())
 
