@@ -2304,7 +2304,9 @@ NEXT_STATES: dict[State, frozenset[State]] = {
 def accepts_job(old: JobRecord | None, new: JobRecord) -> bool:
     """Does the host's record `new` replace what is known? A higher revision, or a last word, where
     allowed."""
-    if old is None or (old.provisional and new.revision >= old.revision and not new.provisional):
+    if old is None:
+        return True
+    if old.provisional and not new.provisional and new.revision >= old.revision:
         return True
     # a host may forget its revisions in a power loss
     later = new.revision > old.revision or new.state in FINAL
@@ -2447,49 +2449,71 @@ def run_ok(jobs: Iterable[JobRecord]) -> bool:
     return all(job.state is State.SUCCEEDED for job in jobs)
 
 
+class Orders(NamedTuple):
+    """What the queue does now."""
+
+    send: list[JobRecord]
+    end: list[tuple[JobRecord, str]]  # and why
+    wait: list[tuple[JobRecord, str]]  # and, as news, for which run
+
+
+def run_age(item: tuple[RunRecord, object]) -> tuple[float, str]:
+    """The queue's order."""
+    return item[0].created, item[0].run
+
+
 def decide_orders(
     runs: Sequence[tuple[RunRecord, Mapping[str, JobRecord]]],
     online: Container[str],
     busy: Container[str],
-) -> tuple[list[JobRecord], list[tuple[JobRecord, str]], dict[tuple[str, str], str]]:
-    """What the queue does now, oldest run first: (to order, to end and why, (run, host) -> the run
-    it waits for).
+) -> Orders:
+    """What to do about each queued job; `runs` has the oldest first.
 
     One mechanism for a host that is busy, offline or not due in its batch: the job stays queued.
     """
-    order: list[JobRecord] = []
-    end: list[tuple[JobRecord, str]] = []
-    behind: dict[tuple[str, str], str] = {}
+    orders = Orders([], [], [])
     holder: dict[str, str] = {}  # machine -> the run that has it now or next
     for _, jobs in runs:
         for job in jobs.values():
             if job.state is State.RUNNING or (job.state is State.QUEUED and job.ordered):
                 holder.setdefault(job.machine, job.run)
     for run, jobs in runs:
-        step = run.batch or len(run.hosts)
-        for index, host in enumerate(run.hosts):
-            job = jobs[host]
-            if job.state is not State.QUEUED or job.ordered:
-                continue
-            earlier = [jobs[name] for name in run.hosts[: index - index % step]]
-            if run.cancelled:
-                end.append((job, "cancelled"))
-            elif any(
-                other.state in FINAL and other.state is not State.SUCCEEDED for other in earlier
-            ):
-                end.append((job, "an earlier batch did not succeed"))
-            elif job.machine in holder:
-                behind[run.run, host] = holder[job.machine]
-            elif (
-                all(other.state in FINAL for other in earlier)
-                and job.machine in online
-                and job.machine not in busy
-            ):
-                order.append(job)
-                holder[job.machine] = job.run
-            else:
-                holder[job.machine] = job.run
-    return order, end, behind
+        for wave in waves_of(run):
+            for host in wave.hosts:
+                job = jobs[host]
+                if job.state is not State.QUEUED or job.ordered:
+                    continue
+                if run.cancelled:
+                    orders.end.append((job, "cancelled"))
+                elif any(has_failed(jobs[name]) for name in wave.earlier):
+                    orders.end.append((job, "an earlier batch did not succeed"))
+                elif job.machine in holder:
+                    if job.behind != holder[job.machine]:
+                        orders.wait.append((job, holder[job.machine]))
+                else:
+                    holder[job.machine] = job.run
+                    due = all(jobs[name].state in FINAL for name in wave.earlier)
+                    if due and job.machine in online and job.machine not in busy:
+                        orders.send.append(job)
+    return orders
+
+
+class Wave(NamedTuple):
+    """Hosts that are deployed at the same time, and those whose success they wait for."""
+
+    hosts: list[str]
+    earlier: list[str]
+
+
+def waves_of(run: RunRecord) -> Iterator[Wave]:
+    """A run's hosts as they come one after the other; one batch where there is no --batch."""
+    size = run.batch or len(run.hosts)
+    for start in range(0, len(run.hosts), max(1, size)):
+        yield Wave(run.hosts[start : start + size], run.hosts[:start])
+
+
+def has_failed(job: JobRecord) -> bool:
+    return job.state in FINAL and job.state is not State.SUCCEEDED
 
 
 def decide_expiry(
@@ -2502,29 +2526,29 @@ def decide_expiry(
     when that one is away; since the run was asked for; since the master started, without which
     nobody could come.
     """
-    if (
-        silent_s is not None
-    ):  # it should have answered at once: perhaps it does not understand this order
-        waits = job.ordered and not job.revision and job.state is State.QUEUED
-        if not waits or silent_s <= (ANSWER_S if run.cancelled else ORDER_EXPIRES_S):
-            return None
-        return State.CANCELLED if run.cancelled else State.LOST, "the order was never acknowledged"
-    if job.state is State.RUNNING:
-        return (
-            (State.LOST, f"no connection for {LOST_S:.0f} s")
-            if min(away_s, up_s) > LOST_S
-            else None
-        )
-    not_due = job.behind or run.batch  # it waited for others, not for its host
-    waited_s = min(away_s, age_s, up_s if not_due else away_s)
-    allowed_s = run.wait_s if job.host in run.offline else max(ORDER_EXPIRES_S, run.wait_s)
-    if job.state in FINAL or waited_s <= allowed_s:
+    if job.state in FINAL:
         return None
-    return (
-        (State.LOST, "the order was never acknowledged")
-        if job.ordered
-        else (State.OFFLINE, "the host is offline")
-    )
+    unanswered = State.LOST, "the order was never acknowledged"
+    if silent_s is not None:
+        # it should have answered at once: perhaps it does not understand this order
+        waits = job.ordered and not job.revision and job.state is State.QUEUED
+        if waits and run.cancelled and silent_s > ANSWER_S:
+            return State.CANCELLED, unanswered[1]
+        return unanswered if waits and silent_s > ORDER_EXPIRES_S else None
+    if job.state is State.RUNNING:
+        gone = min(away_s, up_s) > LOST_S
+        return (State.LOST, f"no connection for {LOST_S:.0f} s") if gone else None
+    waited_s = min(away_s, age_s)
+    if job.behind or run.batch:  # it waited for others, not for its host
+        waited_s = min(waited_s, up_s)
+    if waited_s <= allowed_wait_s(run, job.host):
+        return None
+    return unanswered if job.ordered else (State.OFFLINE, "the host is offline")
+
+
+def allowed_wait_s(run: RunRecord, host: str) -> float:
+    """How long a job may wait for its host: one that was away already has only what --wait says."""
+    return run.wait_s if host in run.offline else max(ORDER_EXPIRES_S, run.wait_s)
 
 
 def seconds_of(job: JobRecord) -> float | None:
@@ -2593,24 +2617,35 @@ def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for job in row["hosts"]:
             if job["state"] in FINAL:
                 groups.setdefault((job["host"], row["kind"]), []).append(job)
-    stats = []
-    for (host, kind), jobs in sorted(groups.items()):
-        seconds = sorted(job["seconds"] for job in jobs if job["ok"] and job["seconds"] is not None)
-        middle = seconds[(len(seconds) - 1) // 2 : len(seconds) // 2 + 1]
-        states = Counter(job["state"] for job in jobs)
-        steps = Counter(job["step"] for job in jobs if job["step"] and not job["ok"])
-        stats.append(
-            {
-                "host": host,
-                "kind": kind,
-                "runs": len(jobs),
-                "ok": states.pop(State.SUCCEEDED, 0),
-                "states": states,
-                "median_s": round(sum(middle) / len(middle), 3) if middle else None,
-                "steps": dict(steps.most_common()),
-            }
-        )
-    return stats
+    return [job_stats(host, kind, jobs) for (host, kind), jobs in sorted(groups.items())]
+
+
+def job_stats(host: str, kind: str, jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all of a host's jobs of one kind say together."""
+    seconds = []
+    steps: Counter[str] = Counter()
+    for job in jobs:
+        if job["ok"] and job["seconds"] is not None:
+            seconds.append(job["seconds"])
+        elif not job["ok"] and job["step"]:
+            steps[job["step"]] += 1
+    states = Counter(job["state"] for job in jobs)
+    return {
+        "host": host,
+        "kind": kind,
+        "runs": len(jobs),
+        "ok": states.pop(State.SUCCEEDED, 0),
+        "states": states,
+        "median_s": median(seconds),
+        "steps": dict(steps.most_common()),
+    }
+
+
+def median(seconds: Iterable[float]) -> float | None:
+    """The middle one, or the mean of the two in the middle; None of none."""
+    found = sorted(seconds)
+    middle = found[(len(found) - 1) // 2 : len(found) // 2 + 1]
+    return round(sum(middle) / len(middle), 3) if middle else None
 
 
 def run_of_job(job: JobRecord) -> RunRecord:
@@ -4531,10 +4566,15 @@ def replace_file(fresh: Path, path: Path) -> None:
 
 
 def write_atomic(
-    path: Path, data: bytes, *, durable: bool = False, mode: int | None = None
+    path: Path,
+    data: bytes,
+    *,
+    durable: bool = False,
+    mode: int | None = None,
+    folder_later: bool = False,
 ) -> None:
     """Replace a file as a whole, its owner's alone unless `mode` says otherwise; `durable` survives
-    a power loss."""
+    a power loss, with `folder_later` once the caller has had the folder kept too."""
     temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
     try:
@@ -4546,7 +4586,7 @@ def write_atomic(
         if mode is not None:
             os.chmod(temp, mode)
         replace_file(temp, path)
-        if durable:
+        if durable and not folder_later:
             sync_folder(path.parent)
     except BaseException as problem:
         if isinstance(problem, OSError):
@@ -4555,17 +4595,41 @@ def write_atomic(
         raise
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none, or it is torn."""
+class Reading(StrEnum):
+    """What a look at a file found. Only a missing file says that there is nothing: a torn one was
+    there, and one that can't be read now (EIO, no descriptor left) may hold anything."""
+
+    VALUE = "value"
+    MISSING = "missing"
+    TORN = "torn"
+    UNREADABLE = "unreadable now"
+
+
+def look_into_json(path: Path) -> tuple[Reading, dict[str, Any]]:
+    """What a JSON file holds, and whether it could be read; the object is empty where not."""
     for _ in range(20):
         try:
             data = json.loads(path.read_bytes())
-            return data if isinstance(data, dict) else None
-        except PermissionError:  # Windows: it is being replaced
-            time.sleep(0.02)
-        except (OSError, ValueError):
-            return None
-    return None
+        except (FileNotFoundError, NotADirectoryError):
+            return Reading.MISSING, {}
+        except PermissionError:
+            if os.name != "nt":
+                break
+            time.sleep(0.02)  # it is being replaced
+        except OSError:
+            break
+        except ValueError:
+            return Reading.TORN, {}
+        else:
+            whole = isinstance(data, dict)
+            return (Reading.VALUE, data) if whole else (Reading.TORN, {})
+    return Reading.UNREADABLE, {}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of which nothing depends on why there is none: None then."""
+    reading, data = look_into_json(path)
+    return data if reading is Reading.VALUE else None
 
 
 def read_supplied(
@@ -4744,6 +4808,7 @@ class DaemonLog:
 
     def __init__(self) -> None:
         self.verbose = False
+        self._said: dict[object, set[str]] = {}
         with suppress(OSError):  # no standard error at all
             stat = os.fstat(2)
             # A PM2 that systemd started hands its variable on, but not its stream
@@ -4773,6 +4838,17 @@ class DaemonLog:
     def error(self, text: str, *args: Any) -> None:
         self._line(3, "error: ", text, args)
 
+    def once(self, key: object, text: str) -> None:
+        """A warning about `key` that is not repeated until `over` says that it is over."""
+        said = self._said.setdefault(key, set())
+        if text not in said:
+            said.add(text)
+            self.warning("%s", text)
+
+    def over(self, key: object) -> bool:
+        """What `once` said about `key` holds no longer; True if it had said anything."""
+        return self._said.pop(key, None) is not None
+
     def job(self, before: JobRecord | None, now: JobRecord) -> None:
         """What became of a job; its steps only in detail."""
         name = f"run {now.run} ({now.kind} {now.branch}) on {now.host}"
@@ -4786,6 +4862,165 @@ class DaemonLog:
 
 
 log = DaemonLog()
+
+
+class Write:
+    """A file that is to be replaced, and who waits for that."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.durable = False
+        self.after: Path | None = None  # a log that has to be on disk before this is
+        self.refused: OSError | None = None
+        self.waiters: list[Callable[[], None]] = []  # for as long as it takes
+        self.askers: list[Callable[[], None]] = []  # until the disk takes or refuses it
+
+
+class Store:
+    """Small files, replaced in order by a thread of its own, so that a slow disk holds up nothing.
+    What the disk refuses (it is full, read-only) is tried again until it is there.
+
+    Whoever puts a file goes on at once; only a promise that leaves this process waits until it is
+    kept. Reads by way of the store see what was put, whatever the disk has taken of it so far.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Path, Write] = {}
+        self._turn = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def put(
+        self, path: Path, data: bytes, *, durable: bool = True, after: Path | None = None
+    ) -> None:
+        """Replace `path`, once the log `after` is on disk. Of a file that is put again the latest
+        data counts."""
+        with self._turn:
+            write = self._waiting.setdefault(path, Write())
+            write.data = data
+            write.durable |= durable
+            write.after = after or write.after
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write_forever, daemon=True)
+                self._thread.start()
+            self._turn.notify_all()
+
+    def when_kept(self, path: Path, then: Callable[[], None]) -> None:
+        """Call `then` once what was put is on disk, however long that takes; in another thread."""
+        with self._turn:
+            write = self._waiting.get(path)
+            if write is not None:
+                write.waiters.append(then)
+                return
+        then()
+
+    async def kept(self, path: Path) -> OSError | None:
+        """Wait until what was put is on disk, or until the disk has refused it: why, then."""
+        loop, told = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the daemon has stopped meanwhile
+                loop.call_soon_threadsafe(told.set)
+
+        with self._turn:
+            write = self._waiting.get(path)
+            if write is None:
+                return None
+            if write.refused:
+                return write.refused
+            write.askers.append(tell)
+        await told.wait()
+        return write.refused
+
+    def drop(self, path: Path) -> None:
+        """Write a file no more that was not kept: nobody was promised anything."""
+        with self._turn:
+            self._waiting.pop(path, None)
+
+    def waits_in(self, folder: Path) -> bool:
+        """Whether anything of a folder is not on disk yet."""
+        with self._turn:
+            return any(path.parent == folder for path in self._waiting)
+
+    def read(self, path: Path) -> tuple[Reading, dict[str, Any]]:
+        """What a file holds, or will hold once the disk has taken it."""
+        with self._turn:
+            write = self._waiting.get(path)
+        return look_into_json(path) if write is None else (Reading.VALUE, json.loads(write.data))
+
+    def names(self, folder: Path) -> set[str]:
+        """The files in a folder, those that wait for the disk included."""
+        found = set[str]()
+        with suppress(OSError):
+            found.update(os.listdir(folder))
+        with self._turn:
+            found.update(path.name for path in self._waiting if path.parent == folder)
+        return found
+
+    def flush(self, within_s: float) -> bool:
+        """Wait until everything is on disk; False where the disk does not take it in that time."""
+        with self._turn:
+            return self._turn.wait_for(lambda: not self._waiting, within_s)
+
+    def _write_forever(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._waiting)
+                waiting = list(self._waiting.items())
+            if self._write_round(waiting):
+                log.over(self)
+            else:
+                with self._turn:  # what is put meanwhile is tried at once
+                    self._turn.wait(DISK_RETRY_S)
+
+    def _write_round(self, waiting: list[tuple[Path, Write]]) -> bool:
+        """Write what waits, and have the disk keep each folder once; False if it refused any."""
+        folders = dict[Path, list[tuple[Path, Write, bytes]]]()
+        kept = True
+        for path, write in waiting:
+            data = write.data
+            try:
+                self._write_file(path, write, data)
+            except OSError as problem:
+                kept = False
+                self._end(path, write, data, problem)
+            else:
+                folders.setdefault(path.parent, []).append((path, write, data))
+        for folder, written in folders.items():
+            refused = None
+            try:
+                if any(write.durable for _, write, _ in written):
+                    sync_folder(folder)
+            except OSError as problem:
+                kept, refused = False, problem
+            for one in written:
+                self._end(*one, refused)
+        return kept
+
+    @staticmethod
+    def _write_file(path: Path, write: Write, data: bytes) -> None:
+        if not path.parent.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_folder(path.parent.parent)
+        if write.after is not None:
+            sync_file(write.after)
+        write_atomic(path, data, durable=write.durable, folder_later=True)
+
+    def _end(self, path: Path, write: Write, data: bytes, refused: OSError | None) -> None:
+        """Tell who waits how it went with `data`, unless there is newer data by now."""
+        if refused:
+            log.once(self, f"can't write {path}: {refused.strerror}; trying again")
+        with self._turn:
+            write.refused = refused
+            if write.data is not data:
+                return
+            told, write.askers = write.askers, []
+            if not refused:
+                told += write.waiters
+                if self._waiting.get(path) is write:
+                    del self._waiting[path]
+                self._turn.notify_all()
+        for tell in told:
+            tell()
 
 
 def program_file() -> Path | None:
@@ -4844,6 +5079,7 @@ class StateFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.store = Store()
         self.runs = root / "runs"
         self.daemon_file = root / "daemon.json"
         self.daemon_lock = root / "daemon.lock"
@@ -4852,11 +5088,11 @@ class StateFolder:
         self.runner_log = root / "runner.log"
         self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
-        self.index = root / "history.jsonl"
         # the URL of the master that this host was, or was welcomed by, last
         self.last_master = root / "last-master"
         self.serve_file = root / "serve.json"  # how the daemon was started
         self._machine = ""
+        self.history = History(self)
 
     def exposure(self) -> str:
         """What lets somebody else write here, whose word would then be this host's; or nothing."""
@@ -4939,104 +5175,103 @@ class StateFolder:
     def traffic_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.traffic"
 
+    # Runs and jobs
+
     def run_ids(self) -> list[str]:
         """All recorded runs, oldest first."""
-        try:
-            return sorted(name for name in os.listdir(self.runs) if valid_run_id(name))
-        except OSError:
-            return []
+        return sorted(name for name in self.store.names(self.runs) if valid_run_id(name))
+
+    def run_file(self, run: str) -> Path:
+        return self.runs / run / "run.json"
 
     def load_run(self, run: str) -> RunRecord | None:
-        record: RunRecord | None = self._load(self.runs / run / "run.json", RunRecord)
+        """None where there is none, or it is torn. Raises OSError where it can't be read now."""
+        record: RunRecord | None = self._load(self.run_file(run), RunRecord)
         return record
 
     def load_job(self, run: str, host: str) -> JobRecord | None:
+        """None where there is none, or it is torn. Raises OSError where it can't be read now."""
         record: JobRecord | None = self._load(self.job_file(run, host), JobRecord)
         return record
 
     def load_jobs(self, run: str) -> list[JobRecord]:
-        """Every host's record in a run's folder."""
-        files = sorted((self.runs / run).glob("*.json"))
-        jobs = (self._load(file, JobRecord) for file in files if file.name != "run.json")
+        """Every host's record in a run's folder. Raises OSError as `load_job` does."""
+        folder = self.runs / run
+        names = sorted(self.store.names(folder) - {"run.json"})
+        jobs = [self._load(folder / name, JobRecord) for name in names if name.endswith(".json")]
         return [job for job in jobs if job is not None]
 
     def save_run(self, record: RunRecord) -> None:
-        """Recorded for good before it returns."""
+        """Recorded for good before it returns. Raises OSError."""
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(self.runs / record.run / "run.json", _dump(record), durable=True)
+        write_atomic(self.run_file(record.run), _dump(record), durable=True)
         sync_folder(self.runs)
 
     def save_job(self, record: JobRecord, *, durable: bool = False) -> None:
+        """Recorded before it returns, with `durable` for good. Raises OSError."""
         (self.runs / record.run).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(self.job_file(record.run, record.host), _dump(record), durable=durable)
+
+    def put_run(self, record: RunRecord) -> Path:
+        """Have the store record a run: the file to wait for, where it matters."""
+        path = self.run_file(record.run)
+        self.store.put(path, _dump(record))
+        return path
+
+    def put_job(
+        self, record: JobRecord, *, durable: bool = True, after: Path | None = None
+    ) -> Path:
+        """Have the store record a job, once the log `after` is on disk: the file to wait for."""
+        path = self.job_file(record.run, record.host)
+        self.store.put(path, _dump(record), durable=durable, after=after)
+        return path
 
     def current(self) -> tuple[str, str]:
         """Which job the job's lock is held for, or was held for last, as run and host; empty where
         none is known."""
         found = read_json(self.current_file) or {}
         run, host = found.get("run"), found.get("host")
-        return (
-            (run, host)
-            if isinstance(run, str) and valid_run_id(run) and isinstance(host, str)
-            else ("", "")
-        )
+        if isinstance(run, str) and valid_run_id(run) and isinstance(host, str):
+            return run, host
+        return "", ""
 
     def is_damaged(self, run: str, host: str) -> bool:
         """Whether there was a record of this job, which can't be read any more."""
-        known = self.job_file(run, host).exists() or log_size(self.log_file(run, host)) > 0
-        return known and self.load_job(run, host) is None
+        path = self.job_file(run, host)
+        known = path.exists() or log_size(self.log_file(run, host)) > 0
+        return known and self.store.read(path)[0] is not Reading.VALUE
 
-    def prune(
-        self, keep: KeepRule, still_needed: Callable[[], Container[str]], now: float
-    ) -> list[str]:
-        """Delete runs beyond `keep`, except those needed, those not over, and each host's last
-        success of a kind."""
-        runs, needed = self.run_ids(), still_needed()
-        oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * DAY_S))
-        excess = len(runs) - keep.runs
-        old = {
-            run for i, run in enumerate(runs) if (i < excess or run < oldest) and run not in needed
-        }
-        room = keep.megabytes * 1_000_000
-        for run in reversed(runs):
-            with suppress(OSError):
-                room -= sum(log_size(file) for file in (self.runs / run).iterdir())
-            if (
-                room < 0 and run not in needed and run != runs[-1]
-            ):  # the newest stays however large it is
-                old.add(run)
-        if not old:
-            return []
-        last: set[tuple[str, str]] = set()
-        for row in self.rows():
-            succeeded = {(job["host"], row["kind"]) for job in row["hosts"] if job["ok"]}
-            if succeeded - last or any(job["state"] not in FINAL for job in row["hosts"]):
-                old.discard(row["run"])
-            last |= succeeded
-        for run in sorted(old):
-            if run in still_needed():  # somebody began to follow it meanwhile
-                old.discard(run)
-            else:
-                shutil.rmtree(self.runs / run, ignore_errors=True)
-        if old:
-            lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in old]
-            with suppress(OSError):  # a line of a run that is gone does no harm
-                write_atomic(self.index, b"".join(line + b"\n" for line in lines))
-        return sorted(old)
+    def _load(self, path: Path, cls: type[Any]) -> Any:
+        reading, data = self.store.read(path)
+        if reading is Reading.UNREADABLE:
+            raise OSError(errno.EIO, "can't be read now", str(path))
+        try:
+            return decode_fields(cls, data) if reading is Reading.VALUE else None
+        except ProtocolError:
+            return None
 
-    def successes(self) -> dict[str, list[dict[str, Any]]]:
-        """The deployments that succeeded, oldest first, per machine: its label may have been
-        another one then."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for row in reversed(self.rows()):
-            for job in row["hosts"] if row["kind"] == Kind.DEPLOY else ():
-                if job["ok"] and job["commit"]:
-                    found.setdefault(row["machines"].get(job["host"], ""), []).append(
-                        {"run": row["run"], **job}
-                    )
-        return found
 
-    def history(self, count: int) -> list[dict[str, Any]]:
+def _dump(record: Any) -> bytes:
+    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
+
+
+Row: TypeAlias = dict[str, Any]  # of a run: what `history` says of it, and some facts about it
+
+
+class History:
+    """The recorded runs of a state folder. One that is over is a line of an index, for to read
+    10,000 folders takes seconds.
+
+    The index only repeats what the folders say: a run whose folder changed since, or whose line is
+    torn or missing, is read anew, so it may be deleted at any time, and two processes may write to
+    it.
+    """
+
+    def __init__(self, state: StateFolder) -> None:
+        self.state = state
+        self.index = state.root / "history.jsonl"
+
+    def newest(self, count: int) -> list[Row]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each
         host."""
         inside = ("stamp", "nonce", "machines", "over")
@@ -5045,42 +5280,47 @@ class StateFolder:
             for row in self.rows(count)
         ]
 
-    def rows(self, count: int | None = None) -> list[dict[str, Any]]:
-        """The newest runs, newest first. One that is over is a line of the index, for 10,000
-        folders take seconds.
-
-        The index only repeats what the folders say: a run whose folder changed since, or whose line
-        is torn or missing, is read anew, so it may be deleted at any time, and two processes may
-        write to it.
-        """
-        indexed = self._indexed(None if count is None else INDEX_TAIL_BYTES)
-        rows: list[dict[str, Any]] = []
-        new: list[bytes] = []
-        for run in reversed(self.run_ids()):
-            if count is not None and len(rows) >= count and run[:15] != rows[-1]["run"][:15]:
-                break  # the ids of one second are in no order
-            try:
-                stamp = (self.runs / run).stat().st_mtime_ns
-            except OSError:  # deleted meanwhile
+    def successes(self) -> dict[str, list[dict[str, Any]]]:
+        """The deployments that succeeded, oldest first, per machine: its label may have been
+        another one then."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in reversed(self.rows()):
+            if row["kind"] != Kind.DEPLOY:
                 continue
-            row = (
-                self._row_of_line(indexed[run][1])
-                if run in indexed and indexed[run][0] == stamp
-                else None
-            )
-            if row is None and (row := self._row_of_folder(run, stamp)) and row["over"]:
-                new.append(
-                    json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode(
-                        "utf-8", "replace"
-                    )
-                )
-            rows += [row] if row else []
-        if new:
-            with suppress(OSError), open(self.index, "ab") as file:
-                file.write(
-                    b"\n".join([b"", *reversed(new), b""])
-                )  # a line end first: what is there may be torn
-        return sorted(rows, key=lambda row: (row["run"][:15], row["created"]), reverse=True)[:count]
+            for job in row["hosts"]:
+                machine = row["machines"].get(job["host"], "")
+                if job["ok"] and job["commit"]:
+                    found.setdefault(machine, []).append({"run": row["run"], **job})
+        return found
+
+    # The index
+
+    def rows(self, count: int | None = None) -> list[Row]:
+        """The newest runs, or all, newest first."""
+        indexed = self._indexed(None if count is None else INDEX_TAIL_BYTES)
+        rows: list[Row] = []
+        new: list[Row] = []
+        for run in reversed(self.state.run_ids()):
+            full = count is not None and len(rows) >= count
+            if full and run[:15] != rows[-1]["run"][:15]:  # ids of one second are in no order
+                break
+            stamp = self._stamp(run)
+            row = self._row_of_line(indexed.get(run), stamp)
+            if row is None:
+                row = self._row_of_folder(run, stamp)
+                if row and row["over"]:
+                    new.append(row)
+            if row:
+                rows.append(row)
+        self._add_to_index(reversed(new))
+        return sorted(rows, key=row_order, reverse=True)[:count]
+
+    def _stamp(self, run: str) -> int:
+        """When a run's folder changed last; 0 for one that is not on disk, or no longer."""
+        try:
+            return (self.state.runs / run).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _indexed(self, tail_bytes: int | None = None) -> dict[str, tuple[int, bytes]]:
         """The index's lines, or its last ones, by run, each with its folder's time; the last line
@@ -5088,41 +5328,48 @@ class StateFolder:
         found = {}
         size = log_size(self.index)
         for line in read_log(self.index, size - min(size, tail_bytes or size), size).splitlines():
-            if match := re.match(rb'\{"run":"([0-9a-f-]+)","stamp":([0-9]+),.*\}$', line):
+            match = re.match(rb'\{"run":"([0-9a-f-]+)","stamp":([0-9]+),.*\}$', line)
+            if match:
                 found[match[1].decode()] = (int(match[2]), line)
         return found
 
-    @staticmethod
-    def _row_of_line(line: bytes) -> dict[str, Any] | None:
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            return None
-        return row
+    def _add_to_index(self, rows: Iterable[Row]) -> None:
+        lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
+        if lines:
+            text = "\n".join(["", *lines, ""])  # a line end first: what is there may be torn
+            with suppress(OSError), open(self.index, "ab") as file:
+                file.write(text.encode("utf-8", "replace"))
 
-    def _row_of_folder(self, run: str, stamp: int) -> dict[str, Any] | None:
+    @staticmethod
+    def _row_of_line(known: tuple[int, bytes] | None, stamp: int) -> Row | None:
+        """A run's line, if it is whole and the folder has not changed since."""
+        if known is None or known[0] != stamp:
+            return None
+        with suppress(ValueError):
+            row: Row = json.loads(known[1])
+            return row
+        return None
+
+    def _row_of_folder(self, run: str, stamp: int) -> Row | None:
         """A run's line for the index. It is `over` where nobody, this host's agent included, still
         waits for anything in it, and where the folder lay still for so long that the next change
         will show in its time."""
-        record = self.load_run(run)
-        if record is None:
+        try:
+            record = self.state.load_run(run)
+            if record is None:
+                return None
+            jobs = [job for job in self.state.load_jobs(run) if job.host in record.hosts]
+        except OSError:  # not now
             return None
-        jobs = [job for job in self.load_jobs(run) if job.host in record.hosts]
         jobs.sort(key=lambda job: record.hosts.index(job.host))
-        own = self.machine_id()
-        waiting = any(
-            job.state not in FINAL or (job.machine == own and job.revision and not job.acked)
-            for job in jobs
-        )
-        over = (
-            len(jobs) == len(record.hosts)
-            and not waiting
-            and time.time_ns() - stamp > INDEX_AFTER_S * 1e9
-        )
+        own = self.state.machine_id()
+        untold = [job for job in jobs if job.machine == own and job.revision and not job.acked]
+        still = time.time_ns() - stamp > INDEX_AFTER_S * 1e9
+        ended = len(jobs) == len(record.hosts) and all(job.state in FINAL for job in jobs)
         return {
             "run": run,
             "stamp": stamp,
-            "over": over,
+            "over": ended and still and not untold,
             "nonce": record.nonce,
             "created": record.created,
             "by": record.by,
@@ -5133,17 +5380,65 @@ class StateFolder:
             "hosts": [job_summary(job) for job in jobs],
         }
 
-    @staticmethod
-    def _load(path: Path, cls: type[Any]) -> Any:
-        data = read_json(path)
-        try:
-            return None if data is None else decode_fields(cls, data)
-        except ProtocolError:
-            return None
+    # Retention
+
+    def prune(
+        self, keep: KeepRule, still_needed: Callable[[], Container[str]], now: float
+    ) -> list[str]:
+        """Delete runs beyond `keep`, except those needed, those not over, and each host's last
+        success of a kind."""
+        needed = still_needed()
+        old = self._too_many(keep, now) | self._too_large(keep)
+        old = {run for run in old if run not in needed}
+        if old:
+            old -= self._worth_keeping()
+        for run in sorted(old):
+            if run in still_needed():  # somebody began to follow it meanwhile
+                old.discard(run)
+            else:
+                shutil.rmtree(self.state.runs / run, ignore_errors=True)
+        if old:
+            self._take_out_of_index(old)
+        return sorted(old)
+
+    def _too_many(self, keep: KeepRule, now: float) -> set[str]:
+        """Runs beyond the number that is kept, or older than that."""
+        runs = self.state.run_ids()
+        oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * DAY_S))
+        return {*runs[: max(0, len(runs) - keep.runs)], *(run for run in runs if run < oldest)}
+
+    def _too_large(self, keep: KeepRule) -> set[str]:
+        """The oldest runs, where all together take too much of the disk; never the newest."""
+        runs = self.state.run_ids()
+        old = set[str]()
+        room = keep.megabytes * 1_000_000
+        for run in reversed(runs):
+            with suppress(OSError):
+                room -= sum(log_size(file) for file in (self.state.runs / run).iterdir())
+            if room < 0 and run != runs[-1]:
+                old.add(run)
+        return old
+
+    def _worth_keeping(self) -> set[str]:
+        """Runs that are not over, and each host's last success of a kind."""
+        worth = set[str]()
+        known: set[tuple[str, str]] = set()
+        for row in self.rows():
+            succeeded = {(job["host"], row["kind"]) for job in row["hosts"] if job["ok"]}
+            if succeeded - known or any(job["state"] not in FINAL for job in row["hosts"]):
+                worth.add(row["run"])
+            known |= succeeded
+        return worth
+
+    def _take_out_of_index(self, gone: Container[str]) -> None:
+        lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in gone]
+        with suppress(OSError):  # a line of a run that is gone does no harm
+            write_atomic(self.index, b"".join(line + b"\n" for line in lines))
 
 
-def _dump(record: Any) -> bytes:
-    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
+def row_order(row: Row) -> tuple[str, float]:
+    """Runs in the order in which the master took them."""
+    return row["run"][:15], row["created"]
 
 
 SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
@@ -8680,7 +8975,7 @@ class OwnJobs:
     def recover(self) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
         switching = self.state.switch_file.exists()
-        for row in self.state.rows():
+        for row in self.state.history.rows():
             if row["over"] and not switching:
                 continue
             for record in self.state.load_jobs(row["run"]):
@@ -8807,7 +9102,7 @@ class OwnJobs:
         while True:
             try:
                 gone = await asyncio.to_thread(
-                    self.state.prune, self.config.config.keep,
+                    self.state.history.prune, self.config.config.keep,
                     lambda: {run for run, _ in list(self.jobs)}.union(needed()), time.time(),
                 )  # fmt: skip
                 if gone:
@@ -9699,36 +9994,13 @@ class Run:
         self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
         self.followers: dict[Link, str] = {}  # and which hosts each asked for
         self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
-        self.unsaved: set[str] = (
-            set()
-        )  # hosts whose state, "" where it is the run's, a full disk did not take
-        self.ordered: dict[
-            str, float
-        ] = {}  # when this process sent an order last, by its monotonic clock
+        self.promised = True  # its record is on disk: it may be ordered, and is in `history`
+        self.ordered: dict[str, float] = {}  # when this process sent an order last, monotonic
         self.began = time.monotonic() - max(0.0, time.time() - record.created)
 
     @property
     def active(self) -> bool:
         return any(job.state not in FINAL for job in self.jobs.values())
-
-    def save(self, state: StateFolder, own: str, job: JobRecord, *, durable: bool) -> None:
-        """What a runner of this machine, `own`, wrote is on disk already, if there was room."""
-        there = job.machine == own and job.revision and state.load_job(job.run, job.host)
-        if not there or there.revision < job.revision:
-            if durable and state.load_run(job.run) is None:
-                state.save_run(self.record)  # it was adopted while the disk was full
-            state.save_job(job, durable=durable)
-
-    def save_rest(self, state: StateFolder, own: str) -> None:
-        """What a full disk did not take: an order that was cancelled would run, once it is loaded
-        again."""
-        with suppress(OSError):
-            for host in list(self.unsaved):
-                if host:
-                    self.save(state, own, self.jobs[host], durable=True)
-                else:
-                    state.save_run(self.record)
-                self.unsaved.discard(host)
 
     def show(self, link: Link, hosts: list[str], state: StateFolder) -> None:
         """Tell a follower all that there is of some hosts; what comes later follows by itself."""
@@ -9880,27 +10152,28 @@ class Registry:
         return hosts
 
     def check_adoption(
-        self, machine: str, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
+        self, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
     ) -> None:
         """Keep an agent from filling the history with runs that nobody ordered here, and from
         writing what looks like, or is, the file of another of the run's `hosts`. Raises
         ProtocolError."""
-        others = [host.label for host in self.hosts() if host.machine != machine]
-        taken = {file_label(label).casefold() for label in (*others, *hosts)}
-        if file_label(job.host).casefold() in taken or not (
-            job.host.isprintable() and 0 < len(job.host) <= 200
-        ):
+        others = [host.label for host in self.hosts() if host.machine != job.machine]
+        taken = {file_label(label).casefold() for label in others + list(hosts)}
+        printable = job.host.isprintable() and 0 < len(job.host) <= 200
+        if not printable or file_label(job.host).casefold() in taken:
             raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
         now = time.time()
-        latest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now + 86400))
-        if job.run > latest or not 0 <= job.created < now + 86400:
+        latest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now + DAY_S))
+        if job.run > latest or not 0 <= job.created < now + DAY_S:
             raise ProtocolError(f"run {job.run} is of the future")
-        still = sum(not run.nonce and machine in run.machines.values() for run in open_runs)
-        recent = self.adopted.setdefault(machine, deque([0.0] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR))
+        still = 0
+        for run in open_runs:
+            still += not run.nonce and job.machine in run.machines.values()
+        none = deque([0.0] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR)
+        recent = self.adopted.setdefault(job.machine, none)
         if still >= ADOPTED_OPEN or recent[0] > now - 3600:
-            raise ProtocolError(
-                f"too many runs that nobody ordered here: {job.run} is not recorded"
-            )
+            what = f"too many runs that nobody ordered here: {job.run} is not recorded"
+            raise ProtocolError(what)
         recent.append(now)
 
     def choose(self, run: RunRecord, target: str) -> list[str]:
@@ -9950,17 +10223,23 @@ class Registry:
     async def check_health(self, hosts: Sequence[HostRef]) -> list[dict[str, Any]]:
         """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does
         not answer fails."""
-        patience_s = checks_take_s(self.config.config.health) + FACTS_S
+        answers = await asyncio.gather(*map(self.health_of, hosts))
+        return [row for rows in answers for row in rows]
 
-        async def ask(host: HostRef) -> list[dict[str, Any]]:
-            agent = self.agents.get(host.machine)
-            answer = (
-                await agent.ask("health", {"address": host.address}, patience_s) if agent else None
-            )
-            why = "the host is offline" if agent is None else f"no answer within {patience_s:g} s"
-            silent = [{"name": "-", "detail": (answer or {}).get("error", why)}]
-            found = (answer or {}).get("checks", silent)
-            return [
+    async def health_of(self, host: HostRef) -> list[dict[str, Any]]:
+        patience_s = checks_take_s(self.config.config.health) + FACTS_S
+        agent = self.agents.get(host.machine)
+        answer: dict[str, Any] = {"error": "the host is offline"}
+        if agent is not None:
+            answer = await agent.ask("health", {"address": host.address}, patience_s) or {
+                "error": f"no answer within {patience_s:g} s"
+            }
+        found = answer.get("checks")
+        if found is None:
+            found = [{"name": "-", "detail": answer.get("error")}]
+        rows = []
+        for row in found:
+            rows.append(
                 {
                     "host": host.label,
                     "name": str(row.get("name")),
@@ -9968,10 +10247,8 @@ class Registry:
                     "ok": row.get("ok") is True,
                     "detail": str(row.get("detail")),
                 }
-                for row in found
-            ]
-
-        return [row for rows in await asyncio.gather(*map(ask, hosts)) for row in rows]
+            )
+        return rows
 
     async def active_for(self, target: str) -> str | None:
         """The colour that has the traffic, where TARGET needs to know."""
@@ -9987,16 +10264,381 @@ class Registry:
     async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
         """Tell a job that waits for it whether its host is active or standby, once that is
         known."""
-        color = next((host.color for host in self.hosts() if host.machine == job.machine), None)
+        colors = {host.machine: host.color for host in self.hosts()}
         ends = time.monotonic() + TRAFFIC_S
         while time.monotonic() < ends and self.agents.get(job.machine) is agent:
-            if active := (await self.ask_traffic())["active"]:
-                role = "active" if color == active else "standby"
-                word = {"run": job.run, "host": job.host, "at": job.revision, "is": role}
+            traffic = await self.ask_traffic()
+            if traffic["active"]:
+                active = colors.get(job.machine) == traffic["active"]
+                word = {"run": job.run, "host": job.host, "at": job.revision}
+                word["is"] = "active" if active else "standby"
                 answer = await agent.ask("traffic is", word)
                 if answer is not None and "error" not in answer:
                     return
             await asyncio.sleep(TICK_S)
+
+
+class Ledger:
+    """The runs that a host still works on or somebody follows: in memory, on disk, and told to
+    whoever follows."""
+
+    def __init__(
+        self, state: StateFolder, registry: Registry, tell: Callable[[Run, JobRecord], None]
+    ) -> None:
+        self.state, self.registry = state, registry
+        self.tell = tell  # people want to know how a job ended
+        self.runs: dict[str, Run] = {}
+        self.nonces: dict[str, str] = {}  # -> run, for who asks again without knowing its id
+
+    def recover(self) -> list[Run]:
+        """After a start: the runs that are not over, and how the hosts' last deployments ended."""
+        for row in reversed(self.state.history.rows()):
+            if row.get("nonce"):
+                self.nonces[row["nonce"]] = row["run"]
+            for job in row["hosts"]:
+                job |= {"run": row["run"], "kind": row["kind"]}
+                self.registry.remember(row["machines"].get(job["host"], ""), job)
+            found = None if row["over"] else self.load(row["run"])
+            if found and found.active:
+                self.runs[row["run"]] = found
+        return list(self.runs.values())
+
+    def load(self, run: str) -> Run | None:
+        """A run from memory, else from disk. Raises OSError where it can't be read now."""
+        if run in self.runs:
+            return self.runs[run]
+        record = self.state.load_run(run)
+        if record is None:
+            return None
+        return Run(record, {host: self.job_on_disk(record, host) for host in record.hosts})
+
+    def job_on_disk(self, record: RunRecord, host: str) -> JobRecord:
+        """A job as it is recorded, or as it must stand where it is not."""
+        with suppress(OSError):
+            job = self.state.load_job(record.run, host)
+            if job is not None:
+                return job
+        job = replace(job_of_run(record, host), provisional=True)
+        if self.state.is_damaged(record.run, host):  # it may well run: its host will say
+            return replace(job, state=State.RUNNING, ordered=True, provisional=False)
+        # `ordered` is recorded before any order: this one never reached its host, unless a full
+        # disk has kept it from being recorded
+        if record.cancelled:
+            return replace(job, state=State.CANCELLED)
+        if time.time() - record.created < allowed_wait_s(record, host):
+            return replace(job, provisional=False)
+        return replace(job, state=State.OFFLINE)
+
+    def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
+        """The run of a job that belongs to this very agent. Raises ProtocolError for anybody
+        else's."""
+        found = self.load(run)
+        if found is None or found.record.machines.get(host) != agent.hello.machine:
+            raise ProtocolError(f"{host[:80]} in run {run} is not a job of {agent.address}")
+        self.runs[run] = found
+        return found
+
+    def adopt(self, run: Run | None, job: JobRecord) -> Run:
+        """Take in a job that only its host knew. Raises OSError where what is recorded of its run
+        can't be read now: it must not be replaced."""
+        record = run_of_job(job)
+        if run is None:
+            self.state.load_run(job.run)
+            run = Run(record, {})
+        else:
+            known = run.record
+            record = replace(
+                known,
+                hosts=[*known.hosts, job.host],
+                machines={**known.machines, **record.machines},
+                addresses={**known.addresses, **record.addresses},
+            )
+        self.state.put_run(record)
+        run.record = record
+        run.jobs[job.host] = replace(job_of_run(record, job.host), ordered=True)
+        self.runs[job.run] = run
+        return run
+
+    # States
+
+    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> None:
+        """A job's new state: to disk, and to whoever follows."""
+        own = job.machine == self.registry.own_machine
+        if not (own and self.is_recorded(job)):
+            log_file = self.state.log_file(job.run, job.host)
+            after = log_file if durable and job.state in FINAL and not own else None
+            self.state.put_job(job, durable=durable, after=after)
+        if not own:  # its own agent says so already
+            log.job(run.jobs[job.host], job)
+        run.jobs[job.host] = job
+        self.registry.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
+        for follower in run.followers:
+            follower.post(job)
+            # the last bytes may be here without having been sent
+            follower.grew(job.run, job.host, job.size)
+
+    def is_recorded(self, job: JobRecord) -> bool:
+        """What a runner of this machine wrote is on disk already, if there was room."""
+        there = self.state.load_job(job.run, job.host) if job.revision else None
+        return there is not None and there.revision >= job.revision
+
+    def settle(self, run: Run, job: JobRecord) -> bool:
+        """Record a result, if its log is complete; False where that is still to come."""
+        size = log_size(self.state.log_file(job.run, job.host))
+        before = run.jobs[job.host]
+        accepted = accepts_job(before, job)
+        if accepted and size < job.size and job.host not in run.torn:
+            return False
+        if accepted or before.state is job.state:  # known already: perhaps it was never told
+            self.tell(run, job)
+        if accepted:
+            self.record(run, replace(job, size=size), durable=True)
+        del run.held[job.host]
+        return True
+
+    def end(
+        self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False
+    ) -> None:
+        """The master's own verdict; a guess about a host that it can't hear is replaced by the
+        host's late word."""
+        job = replace(
+            job,
+            behind=None,
+            state=state,
+            error=error,
+            provisional=guess,
+            size=log_size(self.state.log_file(job.run, job.host)),
+            ended=time.time(),
+        )
+        self.tell(run, job)
+        self.record(run, job, durable=True)
+
+    def drop_idle(self, run: Run) -> None:
+        """Forget a run that is over, once all of it is on disk."""
+        folder = self.state.runs / run.record.run
+        if run.active or run.followers or run.held or self.state.store.waits_in(folder):
+            return
+        self.runs.pop(run.record.run, None)
+
+
+class Queue:
+    """What each host does next: a job waits until its host is free and online, and its batch is
+    due."""
+
+    def __init__(self, ledger: Ledger, registry: Registry) -> None:
+        self.ledger, self.registry, self.agents = ledger, registry, registry.agents
+        self.state, self.runs = ledger.state, ledger.runs
+        self.busy: dict[str, float] = {}  # machine -> when to ask again
+        self.began = time.monotonic()
+        self.scheduled = False
+
+    async def submit(self, message: Submit, by: str, active: str | None = None) -> RunRecord:
+        """Start a run, or find the one that this very request started; it is on disk when this
+        returns. Raises UpdaterError with the contract's code, OSError."""
+        if not message.nonce:  # it says that a run was ordered here
+            raise UsageError("a run needs a nonce")
+        run = self.ledger.load(self.ledger.nonces.get(message.nonce, message.run))
+        if run is None:
+            run = self.begin(message, by, active)
+        elif run.record.nonce != message.nonce:
+            raise UpdaterError(f"the run id {message.run} is taken", "try again")
+        path = self.state.run_file(run.record.run)
+        refused = await self.state.store.kept(path)
+        if refused and not run.promised:
+            self.state.store.drop(path)
+            self.runs.pop(run.record.run, None)
+            self.ledger.nonces.pop(message.nonce, None)
+            raise refused
+        if not run.promised:
+            run.promised = True
+            self.start(run, by)
+        return run.record
+
+    def begin(self, message: Submit, by: str, active: str | None) -> Run:
+        """A new run, which becomes one once it is on disk. Raises UpdaterError."""
+        for branch in (message.branch, *message.commits.values()):
+            require_branch(branch)
+        # the other kinds also concern the data node
+        deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)
+        hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
+        if message.options.get("alone"):  # a release begins with nothing under way on either colour
+            self.require_free([host for host in self.registry.hosts(everyone=True) if host.color])
+        offline = [host.label for host in hosts if not host.online]
+        if len(offline) == len(hosts) and not message.wait_s:
+            raise TargetError(
+                f"no host of {message.target} is online ({', '.join(offline)})",
+                "start its service, or use --wait SECONDS",
+            )
+        record = RunRecord(
+            message.run,
+            message.nonce,
+            message.kind,
+            message.target,
+            message.branch,
+            [host.label for host in hosts],
+            {host.label: host.machine for host in hosts},
+            {host.label: host.address for host in hosts},
+            time.time(),
+            by,
+            offline,
+            max(0, message.batch),
+            max(0.0, message.wait_s),
+            options=message.options | expected_roles(message.target, hosts, active),
+            commits=message.commits,
+        )
+        run = Run(record, {label: job_of_run(record, label) for label in record.hosts})
+        run.promised = False
+        self.runs[record.run] = run
+        self.ledger.nonces[record.nonce] = record.run
+        self.state.put_run(record)
+        return run
+
+    def start(self, run: Run, by: str) -> None:
+        """What a run's first moment brings about."""
+        record = run.record
+        log.info(
+            "%s asks for %s %s on %s: run %s",
+            by,
+            record.kind,
+            record.branch,
+            record.target,
+            record.run,
+        )
+        for job in list(run.jobs.values()):
+            if job.host in record.offline and not record.wait_s:
+                self.ledger.end(run, job, State.OFFLINE, "the host is offline")
+            else:
+                self.ledger.record(run, job)
+        self.replace_queued(run)
+        self.schedule()
+
+    def require_free(self, hosts: Sequence[HostRef]) -> None:
+        """Raises GuardError where a job runs or waits on one of `hosts`."""
+        machines = {host.machine for host in hosts}
+        for run in self.runs.values():
+            for job in run.jobs.values():
+                if job.machine in machines and job.state not in FINAL:
+                    what = f"{job.host} has a {job.state} job: {job.run}"
+                    raise GuardError(what, f"wait for it, or cancel {job.run}")
+
+    def replace_queued(self, new: Run) -> None:
+        """A newer request for the same branch takes the place of one that still waits."""
+        wanted = new.record.kind, new.record.branch
+        waiting = {job.machine for job in new.jobs.values() if job.state is State.QUEUED}
+        for run in list(self.runs.values()):
+            if run is new or (run.record.kind, run.record.branch) != wanted:
+                continue
+            for job in list(run.jobs.values()):
+                waits = job.state is State.QUEUED and not job.ordered
+                if waits and job.machine in waiting:
+                    self.ledger.end(run, job, State.CANCELLED, f"replaced by {new.record.run}")
+
+    # Orders
+
+    def schedule(self) -> None:
+        """Give every free host its next job, and end what has become pointless: once per turn of
+        the loop, whatever happens in it."""
+        if not self.scheduled:
+            self.scheduled = True
+            asyncio.get_running_loop().call_soon(self.send_due)
+
+    def send_due(self) -> None:
+        self.scheduled = False
+        now, runs = time.monotonic(), []
+        for run in self.runs.values():
+            if run.active and run.promised:
+                runs.append((run.record, run.jobs))
+        runs.sort(key=run_age)
+        busy = {machine for machine, until in self.busy.items() if until > now}
+        orders = decide_orders(runs, self.agents, busy)
+        for job, reason in orders.end:
+            self.ledger.end(self.runs[job.run], job, State.CANCELLED, reason)
+        for job, behind in orders.wait:
+            self.ledger.record(self.runs[job.run], replace(job, behind=behind))
+        for job in orders.send:
+            job = replace(job, ordered=True, behind=None)
+            self.ledger.record(self.runs[job.run], job, durable=True)
+            self.registry.tasks.spawn(self.order_once_recorded(job))
+
+    async def order_once_recorded(self, job: JobRecord) -> None:
+        """An order that a restarted master does not know of could run twice."""
+        path = self.state.job_file(job.run, job.host)
+        if await self.state.store.kept(path) and job.machine == self.registry.own_machine:
+            self.state.store.drop(path)  # or it would replace what the runner writes there
+        agent = self.agents.get(job.machine)
+        run = self.runs.get(job.run)
+        if agent and run and run.jobs[job.host].state is State.QUEUED:
+            self.order(agent, job)
+
+    def order(self, agent: AgentLink, job: JobRecord) -> None:
+        """Send an order, and know when."""
+        self.runs[job.run].ordered[job.host] = time.monotonic()
+        agent.link.post(Order(vars(job)))
+
+    def resend(self, agent: AgentLink) -> None:
+        """To a host that is back: the orders that it has not acknowledged, and the cancels that it
+        missed."""
+        for run in list(self.runs.values()):
+            for job in run.jobs.values():
+                if job.machine != agent.hello.machine or job.state in FINAL:
+                    continue
+                if job.ordered:  # also one that runs: the host says so if it knows nothing of it
+                    self.order(agent, job)
+                if run.record.cancelled:
+                    agent.link.post(Cancel(job.run, run.record.cancelled_by))
+        self.schedule()
+
+    def on_busy(self, run: Run, message: Busy) -> None:
+        """The host has something else to do: the order goes back into the queue."""
+        job = run.jobs[message.host]
+        if job.state is State.QUEUED:
+            self.busy[job.machine] = time.monotonic() + BUSY_RETRY_S
+            behind = message.behind if valid_run_id(message.behind) else None
+            self.ledger.record(run, replace(job, ordered=False, behind=behind))
+
+    # Ends
+
+    def expire(self, run: Run, job: JobRecord) -> None:
+        """End a job that waits for a host that does not answer or come."""
+        now = time.monotonic()  # a wait must not depend on a clock that jumps
+        silent_s = None
+        if job.machine in self.agents:
+            silent_s = now - run.ordered.get(job.host, now)
+        away_s = now - self.registry.down_since.get(job.machine, self.began)
+        verdict = decide_expiry(
+            run.record, job, silent_s, away_s, now - run.began, now - self.began
+        )
+        if verdict:
+            self.ledger.end(run, job, *verdict, guess=verdict[0] is not State.OFFLINE)
+
+    def cancel(self, name: str, by: str) -> RunRecord:
+        """Stop a run: queued jobs at once, running ones as soon as their host hears of it. What it
+        answers has as `hosts` those that were not over, as `offline` those that hear of it once
+        they are back."""
+        run = self.ledger.load(name)
+        if run is None:
+            raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
+        stopping = [job for job in run.jobs.values() if job.state not in FINAL or job.provisional]
+        if stopping and not run.record.cancelled:
+            self.runs[name] = run
+            run.record = replace(run.record, cancelled=True, cancelled_by=by)
+            self.state.put_run(run.record)  # to stop something may be how to make room: no waiting
+            log.info("%s cancels run %s", by, name)
+        away = []
+        for job in stopping:
+            agent = self.agents.get(job.machine)
+            if job.ordered and not agent:
+                away.append(job.host)
+            if job.state in FINAL:
+                continue
+            if job.state is State.QUEUED and not (job.ordered and agent):
+                why = f"cancelled by {by}"
+                self.ledger.end(run, job, State.CANCELLED, why, guess=job.ordered)
+            elif agent:
+                agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
+                agent.link.post(Cancel(name, run.record.cancelled_by))
+        self.schedule()
+        return replace(run.record, hosts=[job.host for job in stopping], offline=away)
 
 
 class Master:
@@ -10004,27 +10646,23 @@ class Master:
     told of it."""
 
     def __init__(
-        self, state: StateFolder, config: ConfigFile, machine: str, nonce: str, own_address: str
+        self,
+        state: StateFolder,
+        config: ConfigFile,
+        machine: str,
+        nonce: str,
+        own_address: str,
+        tell: Callable[[Run, JobRecord], None],
     ) -> None:
-        self.state, self.config, self.machine, self.nonce, self.own_address = (
-            state,
-            config,
-            machine,
-            nonce,
-            own_address,
-        )
+        self.state, self.config = state, config
+        self.machine, self.nonce, self.own_address = machine, nonce, own_address
         self.door = Door(config, own_address, nonce)
         self.registry = Registry(state, config, machine)
         self.agents = self.registry.agents
-        self.busy: dict[str, float] = {}  # machine -> when to ask again
-        self.runs: dict[str, Run] = {}
+        self.ledger = Ledger(state, self.registry, tell)
+        self.runs = self.ledger.runs
+        self.queue = Queue(self.ledger, self.registry)
         self.plans: dict[str, Plan] = {}
-        self.tell: Callable[[Run, JobRecord], None] = lambda run, job: (
-            None
-        )  # people want to know how a job ended
-        self.nonces: dict[
-            str, str
-        ] = {}  # nonce -> run, for whoever asks again without knowing the run's id
         self.began = time.monotonic()
 
     @property
@@ -10035,16 +10673,10 @@ class Master:
     def recover(self) -> None:
         """After a start: the known hosts, and the runs that are not over."""
         self.registry.recover()
-        for row in reversed(self.state.rows()):
-            self.nonces |= {row["nonce"]: row["run"]} if row.get("nonce") else {}
-            for job in row["hosts"]:
-                job |= {"run": row["run"], "kind": row["kind"]}
-                self.registry.remember(row["machines"].get(job["host"], ""), job)
-            if not row["over"] and (found := self.load(row["run"])) and found.active:
-                self.runs[row["run"]] = found
-                for job in list(found.jobs.values()):
-                    self.record(found, job)  # a job without a file gets one
-                    self.expire(found, job)
+        for run in self.ledger.recover():
+            for job in list(run.jobs.values()):
+                self.ledger.record(run, job)  # a job without a file gets one
+                self.queue.expire(run, job)
 
     async def serve_socket(self, socket: Any) -> None:
         """One connection, from its hello to its end."""
@@ -10108,7 +10740,7 @@ class Master:
         self.registry.register(hello, address)
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
         went = self.registry.down_since.pop(hello.machine, 0.0)
-        self.busy.pop(hello.machine, None)
+        self.queue.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
         protocol = common_protocol(hello.protocol)
         link.post(
@@ -10128,7 +10760,7 @@ class Master:
             for run in self.runs.values() if went > self.began else ():
                 run.tell(hello.machine, "connected again")
         try:
-            self.resend(agent)
+            self.queue.resend(agent)
 
             def obey(frame: str | bytes) -> None:
                 try:
@@ -10148,25 +10780,6 @@ class Master:
                 for run in self.runs.values():
                     run.tell(hello.machine, "no connection; what runs there goes on")
 
-    def resend(self, agent: AgentLink) -> None:
-        """To a host that is back: the orders that it has not acknowledged, and the cancels that it
-        missed."""
-        for run in list(self.runs.values()):
-            for job in run.jobs.values():
-                if job.machine == agent.hello.machine and job.state not in FINAL:
-                    if (
-                        job.ordered
-                    ):  # also one that runs: the host says so if it knows nothing of it
-                        self.order(agent, job)
-                    if run.record.cancelled:
-                        agent.link.post(Cancel(job.run, run.record.cancelled_by))
-        self.schedule()
-
-    def order(self, agent: AgentLink, job: JobRecord) -> None:
-        """Send an order, and know when."""
-        self.runs[job.run].ordered[job.host] = time.monotonic()
-        agent.link.post(Order(vars(job)))
-
     def receive_from_agent(self, agent: AgentLink, frame: str | bytes) -> None:
         if isinstance(frame, bytes):
             agent.link.on_chunk(frame)
@@ -10182,7 +10795,8 @@ class Master:
             case Broken():
                 agent.link.on_broken(message)
             case Busy():
-                self.on_busy(agent, message)
+                run = self.ledger.own_job(agent, message.run, message.host)
+                self.queue.on_busy(run, message)
             case Answer():
                 agent.on_answer(message)
             case Refuse():
@@ -10190,93 +10804,41 @@ class Master:
             case _:
                 raise ProtocolError(f"an agent can't say {VERB_OF[type(message)]}")
 
-    # Runs
-
-    def load(self, run: str) -> Run | None:
-        """A run from memory, else from disk."""
-        if run in self.runs:
-            return self.runs[run]
-        if (record := self.state.load_run(run)) is None:
-            return None
-        jobs = {
-            host: self.state.load_job(run, host) or self.unordered(record, host)
-            for host in record.hosts
-        }
-        return Run(record, jobs)
-
-    def unordered(self, record: RunRecord, host: str) -> JobRecord:
-        """A job without a file: `ordered` is recorded before any order, so this one never reached
-        its host, unless a full disk has kept it from being recorded. One whose file is damaged may
-        well run: its host will say."""
-        job = replace(job_of_run(record, host), provisional=True)
-        if self.state.is_damaged(record.run, host):
-            return replace(job, state=State.RUNNING, ordered=True, provisional=False)
-        if record.cancelled:
-            return replace(job, state=State.CANCELLED)
-        allowed_s = record.wait_s if host in record.offline else max(ORDER_EXPIRES_S, record.wait_s)
-        waits = time.time() - record.created < allowed_s
-        return replace(job, provisional=False) if waits else replace(job, state=State.OFFLINE)
-
-    def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
-        """The run of a job that belongs to this very agent. Raises ProtocolError for anybody
-        else's."""
-        found = self.load(run)
-        if found is None or found.record.machines.get(host) != agent.hello.machine:
-            raise ProtocolError(f"{host[:80]} in run {run} is not a job of {agent.address}")
-        self.runs[run] = found
-        return found
+    # Agents' words
 
     def on_job(self, agent: AgentLink, job: JobRecord) -> None:
         """A host's word about its job. A result counts once its log is here."""
-        found = self.load(job.run)
-        if found is None or (not found.record.nonce and job.host not in found.record.machines):
-            open_runs = [run.record for run in self.runs.values() if run.active and not run.held]
-            self.registry.check_adoption(
-                agent.hello.machine, job, found.record.hosts if found else [], open_runs
-            )
-            self.adopt(found, replace(job, machine=agent.hello.machine))
-        run = self.own_job(agent, job.run, job.host)
         job = replace(job, machine=agent.hello.machine, acked=False)
-        if run.record.cancelled and job.state not in FINAL:
-            agent.link.post(Cancel(job.run, run.record.cancelled_by))
+        found = self.ledger.load(job.run)
+        if found is None or (not found.record.nonce and job.host not in found.record.machines):
+            self.adopt(found, job)
+        run = self.ledger.own_job(agent, job.run, job.host)
         if job.state in FINAL:
             run.held[job.host] = job
             self.settle(run, job.host)
-        elif accepts_job(run.jobs[job.host], job):
-            self.record(run, replace(job, behind=None))
-        if waits_for_traffic(job):
-            self.registry.tasks.spawn(self.registry.tell_traffic(agent, job))
-        self.drop_idle(run)
+        else:
+            if run.record.cancelled:
+                agent.link.post(Cancel(job.run, run.record.cancelled_by))
+            if accepts_job(run.jobs[job.host], job):
+                self.ledger.record(run, replace(job, behind=None))
+            if waits_for_traffic(job):
+                self.registry.tasks.spawn(self.registry.tell_traffic(agent, job))
+        self.ledger.drop_idle(run)
 
     def adopt(self, run: Run | None, job: JobRecord) -> None:
         """A run that this master has not ordered: it is new here, or the host's operator deployed
         by hand."""
-        record = run_of_job(job)
-        if run:
-            old = run.record
-            record = replace(
-                old, hosts=[*old.hosts, job.host], machines={**old.machines, **record.machines},
-                addresses={**old.addresses, **record.addresses},
-            )  # fmt: skip
-        if run is None:
-            with suppress(
-                FileNotFoundError
-            ):  # any other OSError: what can't be read now must not be replaced
-                (self.state.runs / job.run / "run.json").read_bytes()
-        with suppress(OSError):  # `record` tries again
-            self.state.save_run(record)
-        run = run or Run(record, {})
-        run.record = record
-        run.jobs[job.host] = replace(job_of_run(record, job.host), ordered=True)
-        self.runs[job.run] = run
+        unasked = [run.record for run in self.runs.values() if run.active and not run.held]
+        self.registry.check_adoption(job, run.record.hosts if run else [], unasked)
+        run = self.ledger.adopt(run, job)
         for link, target in run.followers.items():
             with suppress(UpdaterError):
-                if job.host in (hosts := self.registry.choose(record, target)):
-                    run.show(link, hosts, self.state)
+                if job.host in self.registry.choose(run.record, target):
+                    run.show(link, [job.host], self.state)
 
     def on_log(self, agent: AgentLink, message: Log) -> None:
         """A host offers a job's log."""
-        run = self.own_job(agent, message.run, message.host)
+        run = self.ledger.own_job(agent, message.run, message.host)
         job = run.jobs[message.host]
         if job.state in FINAL and not job.provisional and message.host not in run.held:
             return  # complete: nobody adds to it
@@ -10292,193 +10854,29 @@ class Master:
         agent.link.accept_log(message, path, grew, closed=message.host in run.torn)
 
     def settle(self, run: Run, host: str) -> None:
-        """Record a held result as soon as its log is complete, and let the host forget it."""
-        if (job := run.held.get(host)) is None:
+        """Record a held result as soon as its log is complete, and let the host forget it once that
+        is on disk."""
+        job = run.held.get(host)
+        if job is None or not self.ledger.settle(run, job):
             return
-        path = self.state.log_file(run.record.run, host)
-        size = log_size(path)
-        accepted = accepts_job(run.jobs[host], job)
-        if accepted and size < job.size and host not in run.torn:
-            return
-        if (
-            accepted or run.jobs[host].state is job.state
-        ):  # known already: perhaps it was never told
-            self.tell(run, job)
-        if accepted:
-            sync_file(path)
-            if not self.record(run, replace(job, size=size), durable=True):
-                return  # the host keeps it until there is room
-        del run.held[host]
-        if agent := self.agents.get(job.machine):
-            agent.link.post(Acked(job.run, host, job.revision))
-            agent.link.end_inbound(path)
-        self.busy.pop(job.machine, None)
-        self.schedule()
+        self.queue.busy.pop(job.machine, None)
+        self.queue.schedule()
+        loop = asyncio.get_running_loop()
 
-    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> bool:
-        """A job's new state: on disk, and to whoever follows; False where the disk does not take
-        it."""
-        try:
-            run.save(self.state, self.machine, job, durable=durable)
-        except OSError as problem:
-            log.error("can't write to %s: %s", self.state.root, problem.strerror)
-            if durable and job.state in FINAL and job.revision and not job.provisional:
-                return False
-            run.unsaved.add(job.host)
-        if job.machine != self.machine:  # its own agent says so already
-            log.job(run.jobs[job.host], job)
-        run.jobs[job.host] = job
-        self.registry.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
-        for follower in run.followers:
-            follower.post(job)
-            follower.grew(
-                run.record.run, job.host, job.size
-            )  # the last bytes may be here without having been sent
-        return True
+        def kept() -> None:
+            with suppress(RuntimeError):  # the daemon has stopped meanwhile
+                loop.call_soon_threadsafe(self.acknowledge, job)
 
-    def end(
-        self, run: Run, job: JobRecord, state: State, error: str, *, guess: bool = False
-    ) -> None:
-        """The master's own verdict; a guess about a host that it can't hear is replaced by the
-        host's late word."""
-        size = log_size(self.state.log_file(job.run, job.host))
-        job = replace(
-            job,
-            behind=None,
-            state=state,
-            error=error,
-            provisional=guess,
-            size=size,
-            ended=time.time(),
-        )
-        self.tell(run, job)
-        self.record(run, job, durable=True)
+        self.state.store.when_kept(self.state.job_file(job.run, host), kept)
 
-    def drop_idle(self, run: Run) -> None:
-        if not (run.active or run.followers or run.held or run.unsaved):
-            self.runs.pop(run.record.run, None)
+    def acknowledge(self, job: JobRecord) -> None:
+        """Tell a host that it may forget a result."""
+        agent = self.agents.get(job.machine)
+        if agent:
+            agent.link.post(Acked(job.run, job.host, job.revision))
+            agent.link.end_inbound(self.state.log_file(job.run, job.host))
 
-    # The queue
-
-    def submit(self, message: Submit, by: str, active: str | None = None) -> RunRecord:
-        """Start a run, or find the one that this very request started. Raises UpdaterError with the
-        contract's code."""
-        if not message.nonce:  # it says that a run was ordered here
-            raise UsageError("a run needs a nonce")
-        if found := self.load(self.nonces.get(message.nonce, message.run)):
-            if found.record.nonce != message.nonce:
-                raise UpdaterError(f"the run id {message.run} is taken", "try again")
-            return found.record
-        for branch in (message.branch, *message.commits.values()):
-            require_branch(branch)
-        deploys = message.kind in (
-            Kind.DEPLOY,
-            Kind.ROLLBACK,
-        )  # the other kinds also concern the data node
-        hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
-        if message.options.get("alone"):  # a release begins with nothing under way on either colour
-            self.require_free([host for host in self.registry.hosts(everyone=True) if host.color])
-        expects = expected_roles(message.target, hosts, active)
-        offline = [host.label for host in hosts if not host.online]
-        if len(offline) == len(hosts) and not message.wait_s:
-            raise TargetError(
-                f"no host of {message.target} is online ({', '.join(offline)})",
-                "start its service, or use --wait SECONDS",
-            )
-        record = RunRecord(
-            message.run,
-            message.nonce,
-            message.kind,
-            message.target,
-            message.branch,
-            [host.label for host in hosts],
-            {host.label: host.machine for host in hosts},
-            {host.label: host.address for host in hosts},
-            time.time(),
-            by,
-            offline,
-            max(0, message.batch),
-            max(0.0, message.wait_s),
-            options=message.options | expects,
-            commits=message.commits,
-        )
-        self.state.save_run(record)
-        self.nonces[record.nonce] = record.run
-        run = self.runs[record.run] = Run(
-            record, {label: job_of_run(record, label) for label in record.hosts}
-        )
-        for job in run.jobs.values():
-            self.record(run, job)
-            if job.host in offline and not message.wait_s:
-                self.end(run, job, State.OFFLINE, "the host is offline")
-        log.info(
-            "%s asks for %s %s on %s: run %s",
-            by,
-            record.kind,
-            record.branch,
-            record.target,
-            record.run,
-        )
-        self.replace_queued(run)
-        asyncio.get_running_loop().call_soon(self.schedule)
-        return record
-
-    def require_free(self, hosts: Sequence[HostRef]) -> None:
-        """Raises GuardError where a job runs or waits on one of `hosts`."""
-        machines = {host.machine for host in hosts}
-        for job in (job for run in self.runs.values() for job in run.jobs.values()):
-            if job.machine in machines and job.state not in FINAL:
-                raise GuardError(
-                    f"{job.host} has a {job.state} job: {job.run}",
-                    f"wait for it, or cancel {job.run}",
-                )
-
-    def replace_queued(self, new: Run) -> None:
-        """A newer request for the same branch takes the place of one that still waits."""
-        for run in list(self.runs.values()):
-            if run is new or (run.record.kind, run.record.branch) != (
-                new.record.kind,
-                new.record.branch,
-            ):
-                continue
-            for job in list(run.jobs.values()):
-                mine = next(
-                    (other for other in new.jobs.values() if other.machine == job.machine), None
-                )
-                waits = job.state is State.QUEUED and not job.ordered
-                if waits and mine and mine.state is State.QUEUED:
-                    self.end(run, job, State.CANCELLED, f"replaced by {new.record.run}")
-
-    def schedule(self) -> None:
-        """Give every free host its next job, and end what has become pointless."""
-        runs = sorted(
-            (run for run in self.runs.values() if run.active),
-            key=lambda run: (run.record.created, run.record.run),
-        )
-        now = time.monotonic()
-        busy = {machine for machine, until in self.busy.items() if until > now}
-        order, end, behind = decide_orders(
-            [(run.record, run.jobs) for run in runs], self.agents, busy
-        )
-        for job, reason in end:
-            self.end(self.runs[job.run], job, State.CANCELLED, reason)
-        for (name, host), other in behind.items():
-            run = self.runs[name]
-            if run.jobs[host].behind != other:
-                self.record(run, replace(run.jobs[host], behind=other))
-        for job in order:
-            job = replace(job, ordered=True, behind=None)
-            self.record(self.runs[job.run], job, durable=True)
-            self.order(self.agents[job.machine], job)
-
-    def on_busy(self, agent: AgentLink, message: Busy) -> None:
-        """The host has something else to do: the order goes back into the queue."""
-        run = self.own_job(agent, message.run, message.host)
-        job = run.jobs[message.host]
-        if job.state is State.QUEUED:
-            self.busy[agent.hello.machine] = time.monotonic() + BUSY_RETRY_S
-            behind = message.behind if valid_run_id(message.behind) else None
-            self.record(run, replace(job, ordered=False, behind=behind))
+    # Time
 
     async def tick_forever(self) -> None:
         """Once a second while a run is active: what has waited too long."""
@@ -10487,59 +10885,22 @@ class Master:
             self.door.look()
             for run in list(self.runs.values()):
                 try:
-                    self.look(run)
+                    self.look_after(run)
                 except Exception as problem:  # one run's trouble must not end the daemon
                     log.error("run %s: %s", run.record.run, problem)
             if self.runs:
-                self.schedule()
+                self.queue.schedule()
 
-    def look(self, run: Run) -> None:
+    def look_after(self, run: Run) -> None:
         """What time alone brings about."""
         for job in list(run.jobs.values()):
-            self.expire(run, job)
+            self.queue.expire(run, job)
         for host, job in list(run.held.items()):
-            if agent := self.agents.get(job.machine):
+            agent = self.agents.get(job.machine)
+            if agent:
                 agent.link.fetch_lost(self.state.log_file(job.run, host))
             self.settle(run, host)
-        run.save_rest(self.state, self.machine)
-        self.drop_idle(run)
-
-    def expire(self, run: Run, job: JobRecord) -> None:
-        """End a job that waits for a host that does not answer or come."""
-        now = time.monotonic()  # a wait must not depend on a clock that jumps
-        silent_s = now - run.ordered.get(job.host, now) if job.machine in self.agents else None
-        away_s = now - self.registry.down_since.get(job.machine, self.began)
-        if verdict := decide_expiry(run.record, job, silent_s, away_s, now - run.began, self.up_s):
-            self.end(run, job, *verdict, guess=verdict[0] is not State.OFFLINE)
-
-    def cancel(self, name: str, by: str) -> RunRecord:
-        """Stop a run: queued jobs at once, running ones as soon as their host hears of it. What it
-        answers has as `hosts` those that were not over, as `offline` those that hear of it once
-        they are back."""
-        run = self.load(name)
-        if run is None:
-            raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
-        guessed = any(job.provisional for job in run.jobs.values())
-        if (run.active or guessed) and not run.record.cancelled:
-            self.runs[name] = run
-            run.record = replace(run.record, cancelled=True, cancelled_by=by)
-            try:
-                self.state.save_run(run.record)
-            except OSError as problem:  # to stop something may be how to make room
-                log.error("can't write to %s: %s", self.state.root, problem.strerror)
-                run.unsaved.add("")
-            log.info("%s cancels run %s", by, name)
-        stopping = [job for job in run.jobs.values() if job.state not in FINAL or job.provisional]
-        away = [job.host for job in stopping if job.ordered and job.machine not in self.agents]
-        for job in (job for job in stopping if job.state not in FINAL):
-            agent = self.agents.get(job.machine)
-            if job.state is State.QUEUED and not (job.ordered and agent):
-                self.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
-            elif agent:
-                agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
-                agent.link.post(Cancel(name, run.record.cancelled_by))
-        self.schedule()
-        return replace(run.record, hosts=[job.host for job in stopping], offline=away)
+        self.ledger.drop_idle(run)
 
 
 @record()
@@ -10658,6 +11019,8 @@ class Desk:
 
     def __init__(self, master: Master) -> None:
         self.master = master
+        self.state, self.registry = master.state, master.registry
+        self.ledger = master.ledger
 
     async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
@@ -10707,7 +11070,7 @@ class Desk:
         finally:
             for run in list(self.master.runs.values()):
                 run.followers.pop(link, None)
-                self.master.drop_idle(run)
+                self.ledger.drop_idle(run)
 
     def obey(self, link: Link, message: Any, by: str) -> None:
         """What needs no waiting."""
@@ -10717,46 +11080,50 @@ class Desk:
             case Have():
                 link.on_have(message)
             case Cancel():
-                link.post(self.master.cancel(message.run, by))
+                link.post(self.master.queue.cancel(message.run, by))
             case _:
                 raise ProtocolError("not a commander's message")
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""
-        run = self.master.load(message.run)
+        run = self.ledger.load(message.run)
         if run is None:
             raise TargetError(f"there is no run {message.run}", "`history` lists the runs")
-        chosen = self.master.registry.choose(run.record, message.target)
+        chosen = self.registry.choose(run.record, message.target)
         self.master.runs[message.run] = run
         run.followers[link] = message.target
-        run.show(link, chosen, self.master.state)
+        run.show(link, chosen, self.state)
 
     def refuse(self, problem: UpdaterError | OSError, question: int = 0) -> Refuse:
         """A problem as the answer to the commander."""
         if isinstance(problem, OSError):
-            what = f"the master can't write to {self.master.state.root}: {problem.strerror}"
+            what = f"the master can't write to {self.state.root}: {problem.strerror}"
             return Refuse(what, id=question)
         return Refuse(problem.what, problem.hint, problem.exit_code, question)
+
+    # Orders
 
     async def submit(self, message: Submit, by: str) -> RunRecord:
         """Start a run; whom it means may depend on the traffic of this moment, and whether it may
         start, on hosts."""
-        if self.master.load(self.master.nonces.get(message.nonce, message.run)):
-            return self.master.submit(message, by)  # sent twice: the run that it started
+        if self.ledger.load(self.ledger.nonces.get(message.nonce, message.run)):
+            return await self.master.queue.submit(
+                message, by
+            )  # sent twice: the run that it started
         plan = self.find_plan(message)
         try:
             if plan:
                 message = await self.pin(message, plan)
             if message.kind in GATES:
                 message = await GATES[message.kind](self, message)
-            active = await self.master.registry.active_for(message.target)
-            return self.master.submit(message, by, active)
+            active = await self.registry.active_for(message.target)
+            return await self.master.queue.submit(message, by, active)
         except BaseException as problem:
             if plan:
                 plan.used = ""
-            if isinstance(problem, GuardError) and self.master.load(message.run):
+            if isinstance(problem, GuardError) and self.ledger.load(message.run):
                 # it came twice, and stands in the way of nothing but itself
-                return self.master.submit(message, by)
+                return await self.master.queue.submit(message, by)
             raise
 
     def find_plan(self, order: Submit) -> Plan | None:
@@ -10787,6 +11154,8 @@ class Desk:
         await Planner(self, {**asked, "plan": str(order.options["plan"]).strip()}).plan()
         return replace(order, options={**order.options, "planned": plan.commits()})
 
+    # Questions
+
     async def answer(self, ask: Ask) -> Answer:
         """Questions of a commander, each of a fixed set."""
         if ask.what not in DESK:
@@ -10795,30 +11164,35 @@ class Desk:
 
     async def traffic(self, _: dict[str, Any]) -> dict[str, Any]:
         """Where the traffic goes now."""
-        return await self.master.registry.ask_traffic()
+        return await self.registry.ask_traffic()
 
     async def health(self, args: dict[str, Any]) -> dict[str, Any]:
         """What the configured checks see on the hosts of TARGET, the data node included."""
         target = str(args.get("target") or "all")
-        hosts = self.master.registry.hosts(everyone=True)
-        chosen = select_targets(target, hosts, await self.master.registry.active_for(target))
-        rows = await self.master.registry.check_health(chosen)
+        hosts = self.registry.hosts(everyone=True)
+        chosen = select_targets(target, hosts, await self.registry.active_for(target))
+        rows = await self.registry.check_health(chosen)
         return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
         """The newest runs, or what all of them together say."""
-        state, count = self.master.state, args.get("count")
+        past = self.state.history
         if args.get("stats"):
-            return {"stats": await asyncio.to_thread(lambda: run_stats(state.rows()))}
-        rows = min(count, HISTORY_ROWS) if type(count) is int and count > 0 else HISTORY_ROWS
-        return {"runs": await asyncio.to_thread(state.history, rows)}
+            rows = await asyncio.to_thread(past.rows)
+            return {"stats": run_stats(rows)}
+        count = args.get("count")
+        if type(count) is not int or not 0 < count < HISTORY_ROWS:
+            count = HISTORY_ROWS
+        return {"runs": await asyncio.to_thread(past.newest, count)}
 
     async def log(self, args: dict[str, Any]) -> dict[str, Any]:
         """How a run's jobs stand, and some text of each log: from an offset on, or its tail."""
         name = str(args.get("run"))
-        if (run := self.master.load(name) if valid_run_id(name) else None) is None:
+        run = self.ledger.load(name) if valid_run_id(name) else None
+        if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
-        hosts = self.master.registry.choose(run.record, str(args.get("target") or ""))
+        record = run.record
+        hosts = self.registry.choose(record, str(args.get("target") or ""))
         offsets, room = args.get("offsets", {}), args.get("bytes", 0)
         if not _fits("dict[str, int]", offsets) or not _fits("int", room):
             raise UsageError("offsets are numbers by host, and bytes is a number")
@@ -10828,7 +11202,7 @@ class Desk:
         share = max(0, min(room, CHUNK_BYTES)) // max(1, len(jobs))
         rows = []
         for job in jobs:
-            path = self.master.state.log_file(name, job.host)
+            path = self.state.log_file(name, job.host)
             row = {**job_summary(job), "behind": job.behind, "size": log_size(path)}
             if any(args.get(key) for key in ("failed_only", "step", "grep", "lines")):
                 row |= await asyncio.to_thread(LogPart(path, job, args).read, share)
@@ -10843,9 +11217,9 @@ class Desk:
         ok = all(job.state is State.SUCCEEDED for job in run.jobs.values())
         return {
             "run": name,
-            "kind": run.record.kind,
-            "target": run.record.target,
-            "branch": run.record.branch,
+            "kind": record.kind,
+            "target": record.target,
+            "branch": record.branch,
             "done": done,
             "ok": ok if done else None,
             "hosts": rows,
@@ -10862,18 +11236,20 @@ class Desk:
 
     async def find(self, args: dict[str, Any]) -> dict[str, Any]:
         """The run that was started with a nonce, and what was asked for, if there is one."""
-        found = self.master.load(self.master.nonces.get(str(args.get("nonce")), ""))
+        found = self.ledger.load(self.ledger.nonces.get(str(args.get("nonce")), ""))
         if found is None:
             return {"run": None}
         return {"run": found.record.run, "asked": found.record.options.get("asked")}
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
-        return {"forgotten": self.master.registry.forget(str(args.get("target")))}
+        return {"forgotten": self.registry.forget(str(args.get("target")))}
+
+    # Status
 
     async def watch(self, args: dict[str, Any]) -> dict[str, Any]:
         """The fleet as the master remembers it, which asks no host: at once where that is no longer
         what was `seen`, else at the next change, or after 25 s."""
-        seen = await self.master.registry.changes.other_than(args.get("seen"), WATCH_S)
+        seen = await self.registry.changes.other_than(args.get("seen"), WATCH_S)
         runs = sorted(
             (run for run in self.master.runs.values() if run.active),
             key=lambda run: run.record.created,
@@ -10882,9 +11258,7 @@ class Desk:
             "seen": seen,
             "time": time.time(),
             "master": self.about_us(),
-            "hosts": [
-                self.status_row(host, {}, no_traffic()) for host in self.master.registry.hosts()
-            ],
+            "hosts": [self.status_row(host, {}, no_traffic()) for host in self.registry.hosts()],
             "runs": [
                 {
                     **{key: getattr(run.record, key) for key in RUN_FACTS},
@@ -10899,23 +11273,9 @@ class Desk:
 
     async def status(self, _: dict[str, Any]) -> dict[str, Any]:
         """The fleet as it is now, in the contract's form."""
-        hosts = self.master.registry.hosts()
-
-        async def facts(host: HostRef) -> dict[str, Any]:
-            agent = self.master.agents.get(host.machine)
-            found = (await agent.ask("status", {"address": host.address}) if agent else None) or {}
-            if agent and not found:
-                found["problem"] = (
-                    f"no answer within {FACTS_S:.0f} s: does its daemon, or its disk, hang?"
-                )
-            found["problem"] = found.get("problem") or found.pop("error", None)
-            return {
-                key: value[:300] if isinstance(value, str) else value
-                for key, value in found.items()
-            }
-
+        hosts = self.registry.hosts()
         traffic, *answers = await asyncio.gather(
-            self.master.registry.ask_traffic(), *(facts(host) for host in hosts)
+            self.registry.ask_traffic(), *map(self.facts_of, hosts)
         )
         rows = [
             self.status_row(host, found, traffic)
@@ -10933,6 +11293,21 @@ class Desk:
             or getattr(self.master.door.certificate, "problem", None),
         }
 
+    async def facts_of(self, host: HostRef) -> dict[str, Any]:
+        """What a host says of itself now."""
+        agent = self.master.agents.get(host.machine)
+        if agent is None:
+            return {"problem": None}
+        found = await agent.ask("status", {"address": host.address})
+        if not found:
+            silent = f"no answer within {FACTS_S:.0f} s: does its daemon, or its disk, hang?"
+            return {"problem": silent}
+        found["problem"] = found.get("problem") or found.pop("error", None)
+        for key, value in found.items():
+            if isinstance(value, str):
+                found[key] = value[:300]
+        return found
+
     def status_row(
         self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -10941,8 +11316,8 @@ class Desk:
         )  # the queue's order
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
-        machine = self.master.registry.machines[host.machine]
-        away_s = self.master.registry.away_s(host.machine, time.monotonic())
+        machine = self.registry.machines[host.machine]
+        away_s = self.registry.away_s(host.machine, time.monotonic())
         return {
             "host": host.label,
             "name": host.name,
@@ -10965,7 +11340,7 @@ class Desk:
             "behind": {
                 job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind
             },
-            "last": self.master.registry.last.get(host.machine),
+            "last": self.registry.last.get(host.machine),
             "problem": facts.get("problem"),
         }
 
@@ -11051,7 +11426,7 @@ class Planner:
         self.expects = expected_roles(self.target, hosts, active)
         if self.action == "update":
             require_branch(self.branch)
-        history = asyncio.ensure_future(asyncio.to_thread(self.master.state.successes))
+        history = asyncio.ensure_future(asyncio.to_thread(self.master.state.history.successes))
         past = await history if self.action == "rollback" else {}
         rows = list(
             await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
@@ -11156,15 +11531,17 @@ class Planner:
             raise TargetError(
                 f"{len(found) or 'no'} recorded successes have a commit {self.to[:80]!r}..."
             )
-        current = ((await agent.ask("status", {"address": host.address})) or {}).get("commit")
+        facts = await agent.ask("status", {"address": host.address}) or {}
+        current = facts.get("commit")
         if current is None:
             raise UpdaterError("git does not say what is checked out")
-        if (index := decide_rollback(commits, current)) is None:
+        index = decide_rollback(commits, current)
+        if index is None:
             raise TargetError(f"no commit succeeded before {current[:7]}")
-        before = (
-            f"before {current[:7]} first did" if current in commits else f"{current[:7]} never did"
-        )
-        return commits[index], f"the newest that succeeded (run {past[index]['run']}); {before}"
+        when = f"{current[:7]} never did"
+        if current in commits:
+            when = f"before {current[:7]} first did"
+        return commits[index], f"the newest that succeeded (run {past[index]['run']}); {when}"
 
 
 async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
@@ -11183,32 +11560,30 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
     """What only the master can judge of a switch: the standby's health and commit, and whether
     anything else goes on. Returns the order with its host and colour. Raises UpdaterError."""
-    master, registry, options = desk.master, desk.master.registry, order.options
-    rule, color = master.config.config.haproxy, options.get("color")
+    registry, options = desk.registry, order.options
+    rule, color = desk.master.config.config.haproxy, options.get("color")
     if color not in (*COLORS, "standby"):
         raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
     if rule is None:
-        raise UsageError(
-            "there is no [haproxy] in the configuration", "it says whose HAProxy has the traffic"
-        )
+        what = "there is no [haproxy] in the configuration"
+        raise UsageError(what, "it says whose HAProxy has the traffic")
     hosts = registry.hosts(everyone=True)
     data = select_targets(rule.host, hosts)[0]
     if not data.online:
-        raise TargetError(
-            f"{data.label} is offline, and its HAProxy has the traffic", "start its service"
-        )
+        what = f"{data.label} is offline, and its HAProxy has the traffic"
+        raise TargetError(what, "start its service")
     traffic = await registry.ask_traffic()
     if not traffic["servers"]:
         raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
     files = {key: row.get("file") for key, row in traffic["servers"].items()}
     if color == "standby" and sorted(map(str, files.values())) == ["active", "backup"]:
         color = next(key for key, role in files.items() if role == "backup")
-    free = options.get("force") or options.get("dry_run") or files.get(str(color)) == "active"
-    await refuse_unfit(
-        desk, [host for host in hosts if host.color == color and not free], options.get("commit")
-    )
-    if not options.get("dry_run"):
-        master.require_free([data, *(host for host in hosts if host.color)])
+    dry = options.get("dry_run")
+    if not (options.get("force") or dry or files.get(str(color)) == "active"):
+        standbys = [host for host in hosts if host.color == color]
+        await refuse_unfit(desk, standbys, options.get("commit"))
+    if not dry:
+        desk.master.queue.require_free([data, *(host for host in hosts if host.color)])
     return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
 
 
@@ -11216,25 +11591,26 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
     """Raise GuardError where a standby is not healthy, or has not the commit that was to take the
     traffic."""
     hint = "repair it first; --force switches all the same"
-    for check in await desk.master.registry.check_health(standbys):
+    for check in await desk.registry.check_health(standbys):
         if not check["ok"]:
-            raise GuardError(
-                f"{check['host']} is not healthy: {check['name']}: {check['detail']}", hint
-            )
-    for host in standbys if commit else ():
-        agent = desk.master.agents.get(host.machine)
-        has = ((await agent.ask("status", {"address": host.address}) if agent else None) or {}).get(
-            "commit"
-        )
-        if has != commit:
-            raise GuardError(f"{host.label} has commit {has} and not {str(commit)[:64]}", hint)
+            what = f"{check['host']} is not healthy: {check['name']}: {check['detail']}"
+            raise GuardError(what, hint)
+    if not commit:
+        return
+    for host in standbys:
+        facts = await desk.facts_of(host)
+        if facts.get("commit") != commit:
+            what = f"{host.label} has commit {facts.get('commit')} and not {str(commit)[:64]}"
+            raise GuardError(what, hint)
 
 
 async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
     """The order with the program that the hosts are to install. Raises UpdaterError."""
     master = desk.master
     active = await master.registry.active_for(order.target)
-    master.require_free(select_targets(order.target, master.registry.hosts(everyone=True), active))
+    master.queue.require_free(
+        select_targets(order.target, master.registry.hosts(everyone=True), active)
+    )
     return replace(order, options=master.door.handout.offer(master.config))
 
 
@@ -11401,30 +11777,33 @@ class Receiver:
     failures: int = 0
     due: float = 0.0  # when to try again
     sending: bool = False
-    tries: Counter[str] = field(
-        default_factory=Counter
-    )  # of each message: one that it never takes goes last
+    # of each message: one that it never takes goes last
+    tries: Counter[str] = field(default_factory=Counter)
+
+    def on_failed(self, name: str, pause_s: float, now: float) -> None:
+        """Again after a pause that doubles, and not before the receiver wants it."""
+        self.failures += 1
+        self.tries[name] += 1
+        longest_s = min(POST_RETRY_S, 2.0 ** min(self.failures, 10))
+        self.due = now + max(pause_s, random.uniform(longest_s / 2, longest_s))
 
 
-class Notifier:
-    """Tells people what happened. One file per message and receiver, sent by a thread of its own
-    that nobody waits for: a receiver that is slow or gone delays nothing, and a message outlives
-    the master.
+class Spool:
+    """Messages on their way: one file per message and receiver, sent by a thread of its own that
+    nobody waits for. A receiver that is slow or gone delays nothing, and a message outlives the
+    master.
 
     A file ends as `.sent` and stays for a while, so that no event is told twice.
     """
 
-    def __init__(self, master: Master) -> None:
-        self.master, self.folder = master, master.state.root / "notify"
-        try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError as problem:  # deployments go on without
-            log.error("no messages can be sent: %s", problem)
-        self.traffic_file = self.folder / "traffic"
+    def __init__(self, folder: Path, config: ConfigFile, own_address: str) -> None:
+        self.folder, self.config, self.own_address = folder, config, own_address
         self.receivers: dict[str, Receiver] = {}
         self.wake = asyncio.Event()
-        self.switched = False  # since the last look at the traffic
-        master.tell = self.tell_of_job
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as problem:  # deployments go on without
+            log.error("no messages can be sent: %s", problem)
         for rule in self.rules:  # said at the start, not when the first deployment fails
             try:
                 hook_url(rule, self.tree)
@@ -11433,40 +11812,34 @@ class Notifier:
 
     @property
     def rules(self) -> tuple[NotifyRule, ...]:
-        return self.master.config.config.notify
+        return self.config.config.notify
 
     @property
     def tree(self) -> Path:
-        return work_tree(self.master.config.path)
+        return work_tree(self.config.path)
 
-    def tell_of_job(self, run: Run, job: JobRecord) -> None:
-        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch
-        its result."""
-        try:
-            if has_switched(job) and time.time() - (job.ended or 0.0) < TRAFFIC_LOOK_S:
-                # where the next look finds the traffic elsewhere, it went there by itself
-                self.switched = False
-                write_atomic(self.traffic_file, json.dumps({"active": job.version}).encode())
-            elif job.kind is Kind.SWITCH and (
-                has_switched(job) or job.state is not State.SUCCEEDED
-            ):
-                self.switched = True
-            if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
-                path = self.master.state.log_file(job.run, job.host)
-                end = read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
-                self.tell(f"{job.run}-{job.host}-{job.state}", news_of_job(run.record, job, end))
-        except Exception as problem:
-            log.error("can't tell of run %s: %s", job.run, problem)
+    def wants(self, event: str) -> bool:
+        return any(rule.wants(event) for rule in self.rules)
 
     def tell(self, name: str, news: Mapping[str, Any], *rules: NotifyRule) -> None:
         """Spool a message for those who want it, or for `rules`; each gets one of a name, and only
         one."""
-        for rule in rules or [rule for rule in self.rules if rule.wants(news["event"])]:
+        for rule in rules or self.rules:
             path = self.folder / f"{file_label(name)}.{receiver_id(rule)}.json"
-            if not path.exists() and not path.with_suffix(".sent").exists():
-                data = {"time": round(time.time(), 3), "master": self.master.own_address, **news}
-                write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
-                self.wake.set()
+            told = path.exists() or path.with_suffix(".sent").exists()
+            if told or not (rules or rule.wants(news["event"])):
+                continue
+            data = {"time": round(time.time(), 3), "master": self.own_address, **news}
+            write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+            self.wake.set()
+
+    def forget_told(self) -> None:
+        """What was sent long ago is not going to happen a second time."""
+        for path in self.folder.glob("*.sent"):
+            if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
+                path.unlink()
+
+    # Sending
 
     async def send_forever(self) -> None:
         """Send what is due, to each receiver one message after the other."""
@@ -11489,23 +11862,25 @@ class Notifier:
             waiting.setdefault(path.name.split(".")[-2], []).append((path.stat().st_mtime, path))
         for key, found in waiting.items():
             receiver = self.receivers.setdefault(key, Receiver())
-            found.sort()
-            old = [
-                item
-                for i, item in enumerate(found)
-                if i < len(found) - NEWS_KEPT or time.time() - item[0] > NEWS_S
-            ]
             if receiver.sending:
                 continue
-            for _, path in old:
-                log.warning("not delivered, and no news any more: %s", path.name)
-                path.unlink(missing_ok=True)
-            left = [path for when, path in found if (when, path) not in old]
+            left = self.drop_old(sorted(found))
             if left and key in rules and time.monotonic() >= receiver.due:
-                self.send(
-                    receiver, rules[key], min(left, key=lambda path: receiver.tries[path.name])
-                )
+                first = min(left, key=lambda path: receiver.tries[path.name])
+                self.send(receiver, rules[key], first)
         return bool(waiting)
+
+    def drop_old(self, found: Sequence[tuple[float, Path]]) -> list[Path]:
+        """What is still news of a receiver's messages, oldest first."""
+        left = []
+        excess = len(found) - NEWS_KEPT
+        for number, (when, path) in enumerate(found):
+            if number >= excess and time.time() - when <= NEWS_S:
+                left.append(path)
+                continue
+            log.warning("not delivered, and no news any more: %s", path.name)
+            path.unlink(missing_ok=True)
+        return left
 
     def send(self, receiver: Receiver, rule: NotifyRule, path: Path) -> None:
         """Post one message. In a thread that ends with the process: neither a hanging receiver nor
@@ -11514,113 +11889,154 @@ class Notifier:
         loop, tree = asyncio.get_running_loop(), self.tree
 
         def work() -> None:
-            problem, pause_s = (
-                post_news(rule, tree, news) if (news := read_json(path)) else ("", 0.0)
-            )
+            reading, news = look_into_json(path)
+            if reading is Reading.VALUE:
+                problem, pause_s = post_news(rule, tree, news)
+            else:
+                problem, pause_s = f"{path.name} is {reading}", 0.0
             with suppress(RuntimeError):  # the daemon has stopped meanwhile
-                loop.call_soon_threadsafe(self.on_sent, receiver, rule, path, problem, pause_s)
+                torn = reading is Reading.TORN
+                loop.call_soon_threadsafe(
+                    self.on_sent, receiver, rule, path, problem, pause_s, torn
+                )
 
         threading.Thread(target=work, daemon=True).start()
         receiver.sending = True
 
     def on_sent(
-        self, receiver: Receiver, rule: NotifyRule, path: Path, problem: str, pause_s: float
+        self,
+        receiver: Receiver,
+        rule: NotifyRule,
+        path: Path,
+        problem: str,
+        pause_s: float,
+        torn: bool = False,
     ) -> None:
+        """How it went with a message: it is told, kept aside as none, or tried again."""
         receiver.sending = False
+        place = rule.url_file or rule.url_env
+        done = torn or not problem
         try:
-            if not problem:
-                os.replace(path, path.with_suffix(".sent"))
-                del receiver.tries[path.name]
+            if done:
+                os.replace(path, path.with_suffix(".torn" if torn else ".sent"))
+                receiver.tries.pop(path.name, None)
         except OSError as refused:  # it would be sent for ever: with pauses, at least
-            problem = f"sent, but can't rename {path.name}: {refused.strerror}"
-        if problem:
+            done, problem = False, f"{path.name} can't be renamed: {refused.strerror}"
+        if torn and done:
+            log.warning("not delivered, and kept aside: %s", problem)
+        elif not done:
             if not receiver.failures:
-                place = rule.url_file or rule.url_env
                 log.warning("no message to %s (%s): %s; trying again", rule.format, place, problem)
-            receiver.failures += 1
-            receiver.tries[path.name] += 1
-            longest_s = min(POST_RETRY_S, 2.0 ** min(receiver.failures, 10))
-            receiver.due = time.monotonic() + max(pause_s, random.uniform(longest_s / 2, longest_s))
+            receiver.on_failed(path.name, pause_s, time.monotonic())
         elif receiver.failures:
-            log.info("messages to %s (%s) arrive again", rule.format, rule.url_file or rule.url_env)
+            log.info("messages to %s (%s) arrive again", rule.format, place)
             receiver.failures = 0
         self.wake.set()
 
-    async def watch_forever(self) -> None:
-        """Look for what no job's end tells."""
+
+class Notifier:
+    """Tells people what happened: how jobs end, and what no job's end tells."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile, own_address: str) -> None:
+        self.state, self.config, self.own_address = state, config, own_address
+        self.spool = Spool(state.root / "notify", config, own_address)
+        self.traffic_file = self.spool.folder / "traffic"
+        self.switched = False  # since the last look at the traffic
+
+    def tell_of_job(self, run: Run, job: JobRecord) -> None:
+        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch
+        its result."""
+        try:
+            self.remember_switch(job)
+            if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
+                path = self.state.log_file(job.run, job.host)
+                end = read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
+                name = f"{job.run}-{job.host}-{job.state}"
+                self.spool.tell(name, news_of_job(run.record, job, end))
+        except Exception as problem:
+            log.error("can't tell of run %s: %s", job.run, problem)
+
+    def remember_switch(self, job: JobRecord) -> None:
+        """What the traffic does after an order is no failover."""
+        switched = has_switched(job)
+        if switched and time.time() - (job.ended or 0.0) < TRAFFIC_LOOK_S:
+            # where the next look finds the traffic elsewhere, it went there by itself
+            self.switched = False
+            write_atomic(self.traffic_file, json.dumps({"active": job.version}).encode())
+        elif job.kind is Kind.SWITCH and (switched or job.state is not State.SUCCEEDED):
+            self.switched = True
+
+    # What no job's end tells
+
+    async def watch_forever(self, master: Master) -> None:
+        """Look for it, now and then."""
         looked = float("-inf")
         while True:
             try:
-                self.look_for_agents()
+                self.look_for_agents(master)
                 if time.monotonic() - looked > TRAFFIC_LOOK_S:
                     looked = time.monotonic()
-                    await self.look_at_traffic()
+                    await self.look_at_traffic(master)
                     self.look_at_certificate()
-                    for path in self.folder.glob("*.sent"):
-                        if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
-                            path.unlink()
+                    self.spool.forget_told()
             except Exception as problem:  # whatever it is, deployments go on
                 log.error("can't look for news: %s", problem)
             await asyncio.sleep(AWAY_LOOK_S)
 
-    def look_for_agents(self) -> None:
+    def look_for_agents(self, master: Master) -> None:
         """Agents that have been away for too long; this process's own start counts as their last
         chance to come."""
-        registry = self.master.registry
-        for rule in (rule for rule in self.rules if rule.wants("agent-offline")):
-            for host in registry.hosts():
-                away_s = registry.away_s(host.machine, time.monotonic())
-                since = registry.machines[host.machine].seen
-                if (
-                    away_s is not None
-                    and (away_s := min(away_s, self.master.up_s)) > rule.offline_minutes * 60
-                ):
-                    title = f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes"
-                    news = {
-                        "event": "agent-offline",
-                        "title": title,
-                        "host": host.label,
-                        "since": since,
-                    }
-                    self.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
+        rules = [rule for rule in self.spool.rules if rule.wants("agent-offline")]
+        if not rules:
+            return
+        now = time.monotonic()
+        for host in master.registry.hosts():
+            away_s = min(master.registry.away_s(host.machine, now) or 0.0, master.up_s)
+            since = master.registry.machines[host.machine].seen
+            news = {
+                "event": "agent-offline",
+                "title": f"[{host.label}] the agent is offline for {away_s / 60:.3g} minutes",
+                "host": host.label,
+                "since": since,
+            }
+            for rule in rules:
+                if away_s > rule.offline_minutes * 60:
+                    self.spool.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
 
     def look_at_certificate(self) -> None:
         """The master's own certificate, some days before its end."""
-        cert = self.master.config.config.tls.cert
-        if cert is None or not any(rule.wants("certificate") for rule in self.rules):
+        cert = self.config.config.tls.cert
+        if cert is None or not self.spool.wants("certificate"):
             return
-        end = certificate_end(read_supplied(self.tree / cert))
+        end = certificate_end(read_supplied(self.spool.tree / cert))
         days = (end - time.time()) / DAY_S
         step = next((step for step in CERTIFICATE_DAYS if days <= step), None)
-        if step is not None:
-            title = (
-                f"[{self.master.own_address}] the certificate {cert} ends in "
-                f"{max(0.0, days):.0f} days"
-            )
-            news = {
-                "event": "certificate",
-                "title": title,
-                "host": self.master.own_address,
-                "ends": end,
-            }
-            self.tell(f"certificate-{end:.0f}-{step}", news)
-
-    async def look_at_traffic(self) -> None:
-        """Traffic that went to the other worker without an order."""
-        rule = self.master.config.config.haproxy
-        if rule is None or not any(wanting.wants("failover") for wanting in self.rules):
+        if step is None:
             return
-        self.switched |= any(
-            run.record.kind is Kind.SWITCH and run.active for run in self.master.runs.values()
-        )
-        active = (await self.master.registry.ask_traffic())["active"]
-        before = (read_json(self.traffic_file) or {}).get("active")
+        what = f"the certificate {cert} ends in {max(0.0, days):.0f} days"
+        news = {
+            "event": "certificate",
+            "title": f"[{self.own_address}] {what}",
+            "host": self.own_address,
+            "ends": end,
+        }
+        self.spool.tell(f"certificate-{end:.0f}-{step}", news)
+
+    async def look_at_traffic(self, master: Master) -> None:
+        """Traffic that went to the other worker without an order."""
+        rule = self.config.config.haproxy
+        if rule is None or not self.spool.wants("failover"):
+            return
+        for run in master.runs.values():
+            self.switched |= run.record.kind is Kind.SWITCH and run.active
+        active = (await master.registry.ask_traffic())["active"]
         if active is None:
             return
+        before = (read_json(self.traffic_file) or {}).get("active")
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
             news = {"event": "failover", "title": title, "host": rule.host, "active": active}
-            self.tell(f"failover-{time.time():.3f}", news)
+            self.spool.tell(f"failover-{time.time():.3f}", news)
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
         self.switched = False
@@ -12550,8 +12966,10 @@ class Service:
         if not own:
             found = await asyncio.to_thread(probe_master_addresses, url.host, url.port)
             own = next(iter(found), url.host)
-        master = Master(self.state, self.config, self.machine, self.nonce, own)
-        notifier = Notifier(master)
+        notifier = Notifier(self.state, self.config, own)
+        master = Master(
+            self.state, self.config, self.machine, self.nonce, own, notifier.tell_of_job
+        )
         master.recover()
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
@@ -12570,8 +12988,8 @@ class Service:
             await there.recv()
             group.create_task(agent.serve_link(Link(there, shared=True)))
             group.create_task(master.tick_forever())
-            group.create_task(notifier.send_forever())
-            group.create_task(notifier.watch_forever())
+            group.create_task(notifier.spool.send_forever())
+            group.create_task(notifier.watch_forever(master))
             group.create_task(agent.own.prune_forever(lambda: set(master.runs)))
             group.create_task(self.tick_forever(agent, master.door.drop_disallowed))
             group.create_task(
@@ -14851,9 +15269,9 @@ def cmd_history(args: Args) -> int:
     except (UnreachableError, RefusedError, ConfigError) as problem:
         state = args.state_folder()
         found = (
-            {"stats": run_stats(state.rows())}
+            {"stats": run_stats(state.history.rows())}
             if args.stats
-            else {"runs": state.history(args.count)}
+            else {"runs": state.history.newest(args.count)}
         )
         if not any(found.values()):
             raise

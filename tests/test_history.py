@@ -101,8 +101,8 @@ def test_runs_of_one_second_are_in_the_order_in_which_the_master_took_them(state
     for number, name in enumerate(names):
         order = est.RunRecord(name, "n", est.Kind.DEPLOY, "all", "master", [], {}, {}, 1_700_000_000 + number / 10)
         state.save_run(order)
-    assert [row["run"] for row in state.history(100)] == names[::-1]
-    assert [state.history(count)[-1]["run"] for count in (1, 2, 3)] == names[::-1]
+    assert [row["run"] for row in state.history.newest(100)] == names[::-1]
+    assert [state.history.newest(count)[-1]["run"] for count in (1, 2, 3)] == names[::-1]
 
 
 def spoil(state: est.StateFolder, run: str) -> None:
@@ -114,13 +114,13 @@ def spoil(state: est.StateFolder, run: str) -> None:
 def test_runs_that_are_over_are_read_from_the_index(state: est.StateFolder) -> None:
     runs = [record(state, number, OK, FAILED) for number in range(3)]
     open_run = record(state, 3, OK, RUNNING)
-    first = state.history(10)
+    first = state.history.newest(10)
     assert [row["run"] for row in first] == [open_run, *reversed(runs)]
     assert [host["state"] for host in first[1]["hosts"]] == ["succeeded", "failed"]
     spoil(state, runs[0])
     spoil(state, open_run)
-    assert state.history(10) == first[1:], "the open run was read from its folder, the others were not"
-    assert [json.loads(line)["run"] for line in state.index.read_text().splitlines() if line] == runs
+    assert state.history.newest(10) == first[1:], "the open run was read from its folder, the others were not"
+    assert [json.loads(line)["run"] for line in state.history.index.read_text().splitlines() if line] == runs
 
 
 @pytest.mark.parametrize(
@@ -128,25 +128,25 @@ def test_runs_that_are_over_are_read_from_the_index(state: est.StateFolder) -> N
 )
 def test_the_index_may_be_lost_or_torn(state: est.StateFolder, torn: bytes) -> None:
     record(state, 0, OK, FAILED)
-    rows = state.history(10)
-    state.index.write_bytes(torn)
-    assert state.history(10) == rows
+    rows = state.history.newest(10)
+    state.history.index.write_bytes(torn)
+    assert state.history.newest(10) == rows
     record(state, 1, OK, OK)
-    assert state.history(10)[1:] == rows
-    for line in state.index.read_bytes().split(b"\n")[-2:-1]:
+    assert state.history.newest(10)[1:] == rows
+    for line in state.history.index.read_bytes().split(b"\n")[-2:-1]:
         assert json.loads(line)["over"]
-    whole = state.index.read_bytes()
-    state.index.write_bytes(whole[:-40])
-    assert state.history(10)[1:] == rows
+    whole = state.history.index.read_bytes()
+    state.history.index.write_bytes(whole[:-40])
+    assert state.history.newest(10)[1:] == rows
 
 
 def test_a_late_word_replaces_what_the_index_says(state: est.StateFolder) -> None:
     run = record(state, 0, OK, est.State.LOST)
-    assert [host["state"] for host in state.history(1)[0]["hosts"]] == ["succeeded", "lost"]
+    assert [host["state"] for host in state.history.newest(1)[0]["hosts"]] == ["succeeded", "lost"]
     job = state.load_job(run, "127.0.0.2")
     assert job
     state.save_job(replace(job, state=OK, revision=4))
-    assert [host["state"] for host in state.history(1)[0]["hosts"]] == ["succeeded", "succeeded"]
+    assert [host["state"] for host in state.history.newest(1)[0]["hosts"]] == ["succeeded", "succeeded"]
 
 
 def test_what_the_master_has_not_acknowledged_is_not_over(state: est.StateFolder) -> None:
@@ -155,7 +155,7 @@ def test_what_the_master_has_not_acknowledged_is_not_over(state: est.StateFolder
     assert job
     state.save_job(replace(job, machine=state.machine_id()))
     os.utime(state.runs / run, (1, 1))
-    assert not state.rows()[0]["over"]
+    assert not state.history.rows()[0]["over"]
 
 
 def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) -> None:
@@ -168,23 +168,26 @@ def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) 
         record(state, 5, FAILED, FAILED),
         record(state, 6, FAILED, FAILED),
     ]
-    state.rows()
+    state.history.rows()
     keep = est.KeepRule(runs=1, days=36500)
-    assert state.prune(keep, lambda: {runs[5]}, SETTLED_S) == [runs[2]]
+    assert state.history.prune(keep, lambda: {runs[5]}, SETTLED_S) == [runs[2]]
     left = [runs[i] for i in (6, 5, 4, 3, 1, 0)]
-    assert [row["run"] for row in state.history(10)] == left
-    assert [json.loads(line)["run"] for line in state.index.read_bytes().split(b"\n") if line] == sorted(
+    assert [row["run"] for row in state.history.newest(10)] == left
+    assert [json.loads(line)["run"] for line in state.history.index.read_bytes().split(b"\n") if line] == sorted(
         {*left} - {runs[4]}
     )
-    assert state.prune(keep, lambda: {runs[5]}, SETTLED_S) == []
-    assert state.prune(est.KeepRule(runs=500, days=1), tuple, 1_700_000_000.0 + 86400 * 20) == [runs[5], runs[6]]
+    assert state.history.prune(keep, lambda: {runs[5]}, SETTLED_S) == []
+    assert state.history.prune(est.KeepRule(runs=500, days=1), tuple, 1_700_000_000.0 + 86400 * 20) == [
+        runs[5],
+        runs[6],
+    ]
 
 
 def test_a_run_that_somebody_begins_to_follow_does_not_go(state: est.StateFolder) -> None:
     runs = [record(state, number, OK, OK) for number in range(4)]
     wanted = iter([(), (), {runs[1]}, {runs[1]}])
-    assert state.prune(est.KeepRule(runs=1), lambda: next(wanted), SETTLED_S) == [runs[0], runs[2]]
-    assert [row["run"] for row in state.history(9)] == [runs[3], runs[1]]
+    assert state.history.prune(est.KeepRule(runs=1), lambda: next(wanted), SETTLED_S) == [runs[0], runs[2]]
+    assert [row["run"] for row in state.history.newest(9)] == [runs[3], runs[1]]
 
 
 def test_old_runs_go_where_all_take_too_much_of_the_disk(state: est.StateFolder) -> None:
@@ -192,8 +195,8 @@ def test_old_runs_go_where_all_take_too_much_of_the_disk(state: est.StateFolder)
     for run, megabytes in zip(runs, (1, 1, 2, 3), strict=True):
         (state.runs / run / "127.0.0.1.log").write_bytes(bytes(megabytes * 1_000_000))
     keep = est.KeepRule(megabytes=6)
-    assert state.prune(keep, lambda: {runs[0]}, SETTLED_S) == [runs[1]]
-    assert state.prune(est.KeepRule(megabytes=1), tuple, SETTLED_S) == [runs[0], runs[2]], "the newest stays"
+    assert state.history.prune(keep, lambda: {runs[0]}, SETTLED_S) == [runs[1]]
+    assert state.history.prune(est.KeepRule(megabytes=1), tuple, SETTLED_S) == [runs[0], runs[2]], "the newest stays"
 
 
 def test_statistics(state: est.StateFolder) -> None:
@@ -201,7 +204,7 @@ def test_statistics(state: est.StateFolder) -> None:
         record(state, number, *ends)
     record(state, 5, RUNNING, OK)
     record(state, 6, OK, OK, kind=est.Kind.SWITCH)
-    stats = est.run_stats(state.rows())
+    stats = est.run_stats(state.history.rows())
     assert [(one["host"], one["kind"], one["runs"], one["ok"], one["median_s"]) for one in stats] == [
         ("127.0.0.1", "deploy", 5, 4, 12.0), ("127.0.0.1", "switch", 1, 1, 16.0),
         ("127.0.0.2", "deploy", 6, 3, 14.0), ("127.0.0.2", "switch", 1, 1, 16.0),

@@ -302,7 +302,8 @@ def earlier_batches(run: RunRecord, jobs: Mapping[str, JobRecord], label: str) -
 @quick
 @given(queues(), st.sets(st.sampled_from(MACHINES)), st.sets(st.sampled_from(MACHINES)))
 def test_what_the_queue_does_with_each_waiting_job(runs: Any, online: set[str], busy: set[str]) -> None:
-    order, end, behind = decide_orders(runs, online, busy)
+    order, end, wait = decide_orders(runs, online, busy)
+    behind = {(job.run, job.host): other for job, other in wait}
     running = {job.machine: job.run for _, jobs in runs for job in jobs.values() if live(job)}
     first: dict[str, str] = {}
     for run, jobs in runs:
@@ -395,13 +396,13 @@ def test_batches_come_in_order_and_a_failure_ends_the_later_ones() -> None:
     run, jobs = a_run(1, "abcd", batch=2)
     assert decide_orders([(run, jobs)], MACHINES, "")[0] == [jobs["A"], jobs["B"]]
     jobs["A"] = replace(jobs["A"], state=State.SUCCEEDED)
-    assert decide_orders([(run, jobs)], MACHINES, "") == ([jobs["B"]], [], {})
+    assert decide_orders([(run, jobs)], MACHINES, "") == ([jobs["B"]], [], [])
     done = jobs | {"B": replace(jobs["B"], state=State.SUCCEEDED)}
     assert decide_orders([(run, done)], MACHINES, "")[0] == [jobs["C"], jobs["D"]]
     for state in FINAL - {State.SUCCEEDED}:
         failed = jobs | {"B": replace(jobs["B"], state=state)}
         assert decide_orders([(run, failed)], MACHINES, "") == (
-            [], [(jobs["C"], "an earlier batch did not succeed"), (jobs["D"], "an earlier batch did not succeed")], {},
+            [], [(jobs["C"], "an earlier batch did not succeed"), (jobs["D"], "an earlier batch did not succeed")], [],
         )  # fmt: skip
 
 
@@ -410,5 +411,5 @@ def test_a_host_that_cannot_now_keeps_its_place(online: str, busy: str) -> None:
     old, new, other = a_run(1, "ab"), a_run(2, "a"), a_run(3, "b")
     order, end, behind = decide_orders([old, new, other], online, busy)
     assert (order, end) == ([old[1]["B"]], [])
-    assert behind == {(new[0].run, "A"): old[0].run, (other[0].run, "B"): old[0].run}
+    assert behind == [(new[1]["A"], old[0].run), (other[1]["B"], old[0].run)]
     assert decide_orders([old, new, other], "abcd", "")[0] == [old[1]["A"], old[1]["B"]]

@@ -294,12 +294,12 @@ def config_file(tmp_path: Path, **more: Any) -> est.ConfigFile:
 
 def make_master(tmp_path: Path, **more: Any) -> tuple[est.Master, est.Notifier]:
     config = config_file(tmp_path, **more)
-    master = est.Master(config.state, config, "a" * 32, "n", "127.0.0.1")
-    return master, est.Notifier(master)
+    notifier = est.Notifier(config.state, config, "127.0.0.1")
+    return est.Master(config.state, config, "a" * 32, "n", "127.0.0.1", notifier.tell_of_job), notifier
 
 
 def titles(notifier: est.Notifier) -> list[str]:
-    paths = sorted(notifier.folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    paths = sorted(notifier.spool.folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(path.read_text())["title"] for path in paths]
 
 
@@ -315,7 +315,7 @@ def test_an_agent_that_stays_away_is_told_of_once(tmp_path: Path) -> None:
         master.registry.save()
         master.registry.recover()
         master.began = time.monotonic() - up_s
-        notifier.look_for_agents()
+        notifier.look_for_agents(master)
         return titles(notifier)
 
     now = time.time()
@@ -361,25 +361,23 @@ def test_failover_is_what_no_switch_explains(tmp_path: Path) -> None:
         master.agents["a" * 32] = SimpleNamespace(ask=ask)  # type: ignore[assignment]
         for active in ("blue", "blue", None, "green", "green"):
             said.append(active)
-            await notifier.look_at_traffic()
+            await notifier.look_at_traffic(master)
         assert titles(notifier) == ["[lb] the traffic went from blue to green without a switch"]
         order = est.run_of_job(replace(JOB, kind=est.Kind.SWITCH))
         ended = replace(JOB, kind=est.Kind.SWITCH, state=est.State.SUCCEEDED, ended=time.time(), switched=True)
         for to, then in (("blue", "blue"), ("green", "blue")):
             notifier.tell_of_job(est.Run(order, {}), replace(ended, version=to))
             said.append(then)
-            await notifier.look_at_traffic()
+            await notifier.look_at_traffic(master)
             assert (len(titles(notifier)) == 1) == (to == then), "that was the switch, and what came at once was none"
         for active, end in (("green", replace(ended, state=est.State.FAILED)), ("blue", replace(ended, ended=1.0))):
             notifier.tell_of_job(est.Run(order, {}), replace(end, version=None))
             said.append(active)
-            await notifier.look_at_traffic()
+            await notifier.look_at_traffic(master)
             assert len(titles(notifier)) == 2, "one that failed half-way or was told late explains it too"
         _, later = make_master(tmp_path, notify=rules, haproxy=haproxy)
-        later.master.registry.machines, later.master.agents = master.registry.machines, master.agents
-        later.master.registry.agents = master.agents
         said.append("green")
-        await later.look_at_traffic()
+        await later.look_at_traffic(master)
         return titles(later)
 
     assert len(asyncio.run(look())) == 3, "also one that came while the master was away"
@@ -393,7 +391,7 @@ def test_old_news_is_no_news(tmp_path: Path) -> None:
         notifier.tell_of_job(run, replace(JOB, state=est.State.FAILED, ended=now - 2 * est.NEWS_S))
         assert titles(notifier) == []
         notifier.tell_of_job(run, replace(JOB, state=est.State.FAILED, ended=now))
-        (path,) = notifier.folder.glob("*.json")
+        (path,) = notifier.spool.folder.glob("*.json")
         path.rename(path.with_suffix(".sent"))
         notifier.tell_of_job(run, replace(JOB, state=est.State.FAILED, ended=now))
         assert titles(notifier) == [], "a result that is reported again is not told again"
@@ -401,12 +399,12 @@ def test_old_news_is_no_news(tmp_path: Path) -> None:
             notifier.tell_of_job(run, replace(JOB, host=f"h{number}", state=est.State.FAILED, ended=now))
         assert len(titles(notifier)) == est.NEWS_KEPT + 3
         (tmp_path / "state/notify/torn.00000000.json").write_text("{")
-        for path in list(notifier.folder.glob("*-h1-*.json")):
+        for path in list(notifier.spool.folder.glob("*-h1-*.json")):
             os.utime(path, (now - 2 * est.NEWS_S,) * 2)
-        notifier.receivers[est.receiver_id(notifier.rules[0])] = est.Receiver(due=float("inf"))
-        assert notifier.send_due()
-        assert len(list(notifier.folder.glob("*-h*.json"))) == est.NEWS_KEPT
-        assert not list(notifier.folder.glob("*-h1-*.json"))
+        notifier.spool.receivers[est.receiver_id(notifier.spool.rules[0])] = est.Receiver(due=float("inf"))
+        assert notifier.spool.send_due()
+        assert len(list(notifier.spool.folder.glob("*-h*.json"))) == est.NEWS_KEPT
+        assert not list(notifier.spool.folder.glob("*-h1-*.json"))
 
     asyncio.run(look())
 
@@ -414,7 +412,7 @@ def test_old_news_is_no_news(tmp_path: Path) -> None:
 def test_trouble_in_telling_touches_no_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     async def look() -> None:
         _, notifier = make_master(tmp_path, notify=[{"url": "http://127.0.0.1:1", "on": ["failed"]}])
-        notifier.folder.rmdir()
+        notifier.spool.folder.rmdir()
         notifier.tell_of_job(est.Run(RUN, {}), replace(JOB, state=est.State.FAILED, ended=time.time()))
 
     asyncio.run(look())

@@ -56,13 +56,13 @@ def main() -> None:
         for number in range(runs):
             record(state, number)
         time.sleep(est.INDEX_AFTER_S)
-        say(f"{runs} runs: every folder read, the index written", state.rows)
-        print(f"the index has {state.index.stat().st_size / 1e6:.1f} MB")
-        say("history -n 20", lambda: state.history(20))
-        say("history --stats", lambda: est.run_stats(state.rows()))
-        say("what a daemon reads at its start", state.rows)
+        say(f"{runs} runs: every folder read, the index written", state.history.rows)
+        print(f"the index has {state.history.index.stat().st_size / 1e6:.1f} MB")
+        say("history -n 20", lambda: state.history.newest(20))
+        say("history --stats", lambda: est.run_stats(state.history.rows()))
+        say("what a daemon reads at its start", state.history.rows)
         keep = est.KeepRule(runs=runs - 10, days=36500)
-        say("deleting 10 old runs", lambda: state.prune(keep, tuple, time.time()))
+        say("deleting 10 old runs", lambda: state.history.prune(keep, tuple, time.time()))
 
 
 if __name__ == "__main__":

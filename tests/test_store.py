@@ -1,0 +1,66 @@
+"""What is put into the store is on disk in the end, in order, and is read as put meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+import estelle_updater as est
+from tests.fleet import unavailable
+
+
+def test_what_is_put_is_read_at_once_and_kept(tmp_path: Path) -> None:
+    store, file = est.Store(), tmp_path / "runs" / "one.json"
+    for number in range(50):
+        store.put(file, b'{"n": %d}' % number)
+        assert store.read(file) == (est.Reading.VALUE, {"n": number})
+    assert store.flush(10.0)
+    assert est.read_json(file) == {"n": 49}
+    assert asyncio.run(store.kept(file)) is None and not store.waits_in(file.parent)
+
+
+def test_what_the_disk_refuses_is_tried_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store, folder = est.Store(), tmp_path / "runs"
+    folder.write_bytes(b"in the way")
+    file, other = folder / "one.json", tmp_path / "other.json"
+    heard: list[bool] = []
+    store.put(file, b"{}")
+    store.when_kept(file, lambda: heard.append(True))
+    store.put(other, b"{}")
+    assert isinstance(asyncio.run(store.kept(file)), OSError)
+    assert asyncio.run(store.kept(other)) is None, "one refusal is none of the others"
+    assert heard == [] and store.names(folder) == {"one.json"} and store.waits_in(folder)
+    folder.unlink()
+    assert store.flush(10 * est.DISK_RETRY_S) and est.read_json(file) == {}
+    assert heard == [True]
+    assert capfd.readouterr().err.count("can't write") == 1
+    folder.joinpath("one.json").unlink()
+    folder.rmdir()
+    folder.write_bytes(b"again")
+    store.put(file, b"{}")
+    assert isinstance(asyncio.run(store.kept(file)), OSError)
+    store.drop(file)
+    assert store.flush(1.0) and not store.waits_in(folder)
+
+
+def test_a_look_tells_missing_torn_and_unreadable_apart(tmp_path: Path) -> None:
+    state = est.StateFolder(tmp_path)
+    state.create()
+    job = est.JobRecord("20261122-210501-7f3a", "127.0.0.1", "a" * 32, est.Kind.DEPLOY, "master")
+    path = state.job_file(job.run, job.host)
+    assert est.look_into_json(path)[0] is est.Reading.MISSING and state.load_job(job.run, job.host) is None
+    state.save_job(job)
+    assert state.load_job(job.run, job.host) == job
+    path.write_bytes(b'{"run": ')
+    assert est.look_into_json(path)[0] is est.Reading.TORN and state.load_job(job.run, job.host) is None
+    assert state.is_damaged(job.run, job.host)
+    path.unlink()
+    path.mkdir()
+    if os.name == "nt":
+        unavailable("a folder is no file that can't be read here")
+    assert est.look_into_json(path)[0] is est.Reading.UNREADABLE
+    with pytest.raises(OSError, match="can't be read now"):
+        state.load_job(job.run, job.host)
