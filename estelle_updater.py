@@ -408,6 +408,7 @@ MACHINES = 256  # machine ids of one address
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 DOWNLOADS = 4  # at once: each holds a copy of the program in memory
+LOW_INODES = 5000  # a checkout and an installation of packages make as many files
 LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 
 # Times in seconds
@@ -468,6 +469,8 @@ RELOADS, RELOAD_S = (
     4.0,
 )  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
 PROOF_S = 2.0  # for a request to reach the new colour
+STILL_S = 0.2  # in which no request reaches the old one any more
+SERVICE_S = 15.0  # one answer of systemctl or pm2, which is slow
 SWITCH_LOCK_S = 10.0
 RESUME_S, RESUME_MOST_S = (
     3.0,
@@ -1026,13 +1029,60 @@ def require_branch(name: str, hint: str = "") -> None:
         raise UsageError(f"{name[:80]!r} is no branch name: {problem}", hint)
 
 
+class ServiceName(NamedTuple):
+    """A service of this host, and who keeps it: systemd, the user's own systemd, or pm2."""
+
+    keeper: str
+    name: str
+
+    @property
+    def is_file(self) -> bool:
+        """Whether PM2 is given an ecosystem file."""
+        return self.keeper == "pm2" and self.name.endswith((".js", ".cjs", ".mjs", ".json", ".yml"))
+
+
+def parse_service(text: str) -> ServiceName:
+    """`NAME.service`, `user:NAME.service` or `pm2:NAME`, where that may be a file of PM2's. Raises
+    UsageError."""
+    keeper, colon, name = text.partition(":")
+    if not colon or keeper not in ("user", "pm2"):
+        keeper, name = "systemd", text
+    pattern = r"[\w@./+ -]*\w" if keeper == "pm2" else r"[\w@:.\\][\w@:.\\-]*"
+    if not re.fullmatch(pattern, name) or name.startswith("-"):
+        raise UsageError(
+            f"{text!r} is no service", "write web.service, user:web.service or pm2:web"
+        )
+    return ServiceName(keeper, name)
+
+
+def select_services(services: Iterable[str], only: str) -> tuple[str, ...]:
+    """Those of `services` that `only` names, whole or by the name alone. Raises UsageError."""
+    listed = tuple(services)
+    wanted = {only, f"{only}.service"}
+    found = [text for text in listed if {text, parse_service(text).name} & wanted]
+    if not found:
+        known = ", ".join(listed) or "empty"
+        raise UsageError(f"{only} is not in deploy.restart", f"that is {known}")
+    return tuple(found)
+
+
 # ==============================================================================
 # 4. Configuration: frozen dataclasses, parse with all problems at once, render
 # ==============================================================================
 
 
 MAX_TIMEOUT_S = 7 * DAY_S  # a longer one is a typo (milliseconds), not a step
-CHECK_KINDS = ("http", "tcp", "valkey", "mariadb", "systemd", "disk", "certificate", "command")
+CHECK_KINDS = (
+    "http",
+    "tcp",
+    "valkey",
+    "mariadb",
+    "systemd",
+    "pm2",
+    "disk",
+    "certificate",
+    "command",
+)
 NOTIFY_EVENTS = (*sorted(FINAL), "switched", "failover", "agent-offline", "certificate")
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that "
@@ -1254,7 +1304,8 @@ _minutes = _is(
 )
 _url = _matches("http:// or https:// URL without a user", _HTTP_URL)
 _endpoint = _matches("HOST:PORT", r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
-_unit = _matches("systemd unit", r"[\w@:.\\][\w@:.\\-]*")
+_unit = _matches("systemd unit", r"(user:)?[\w@:.\\][\w@:.\\-]*")
+_service = _by(parse_service, keep=True)
 _word = _matches("single word", r"[^\s\"'#\\]+")
 _remote = _is(
     "git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None
@@ -1263,6 +1314,14 @@ _host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_h
 _host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
 _networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
 _command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
+_some_paths = _list_of(_text, '["/etc/haproxy/haproxy.cfg", "/etc/haproxy/conf.d"]', least=1)
+
+
+def _paths(raw: Any, place: _Place) -> Any:
+    """A path, or a list of some."""
+    return (_text if isinstance(raw, str) else _some_paths)(raw, place)
+
+
 _notify_events = _list_of(_one_of(*NOTIFY_EVENTS), '["failed", "lost"]')
 # What a field holds, with the converter that reads it
 Text = Annotated[str, _text]
@@ -1282,7 +1341,8 @@ class DeployRule:
 
     remote: Annotated[str, _remote] = "origin"
     command: Argv = ("pnpm", "deploy:release")
-    restart: Annotated[tuple[str, ...], _list_of(_unit, '["estelle.service"]')] = ()
+    restart: Annotated[tuple[str, ...], _list_of(_service, '["estelle.service"]')] = ()
+    settle_s: Seconds = 3.0
     timeout_s: Seconds = STEP_TIMEOUT_S
     version: Text = "config/version.json"
     secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
@@ -1325,7 +1385,7 @@ class HaproxyRule:
 
     host: Annotated[str, _host]
     backend: Word
-    config: Text = "/etc/haproxy/haproxy.cfg"
+    config: Annotated[str | tuple[str, ...], _paths] = "/etc/haproxy/haproxy.cfg"
     servers: Annotated[Mapping[str, str], _servers] = field(
         default_factory=lambda: _servers({}, _Place())
     )
@@ -1333,6 +1393,11 @@ class HaproxyRule:
     master_socket: Text | None = None
     reload: Argv = ("systemctl", "reload", "haproxy")
     probe: Url | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """HAProxy's files and folders of such, in its order."""
+        return (self.config,) if isinstance(self.config, str) else tuple(self.config)
 
 
 @record(frozen=True, kw_only=True)
@@ -1345,12 +1410,17 @@ class HealthRule:
     valkey: Endpoint | None = None
     mariadb: Endpoint | None = None
     systemd: Annotated[str | None, _unit] = None
+    pm2: Text | None = None
     disk: Text | None = None
     certificate: Text | None = None
     command: Argv | None = None
     hosts: Annotated[tuple[str, ...], _list_of(_host, '["yq-blue", "yq-green"]')] = ()
     status: Annotated[int, _status] = 200
     contains: Annotated[str | None, _argument] = None
+    user: Text | None = None
+    password_file: Text | None = None
+    password_env: Word | None = None
+    tls: Flag = False
     least: Count | None = None
     timeout_s: Seconds = 5.0
 
@@ -1411,6 +1481,7 @@ def _exactly_one(raw: dict[str, Any], keys: Sequence[str], place: _Place) -> Non
 def _check_health(raw: dict[str, Any], place: _Place) -> None:
     _exactly_one(raw, CHECK_KINDS, place)
     owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
+    owners |= dict.fromkeys(("user", "passwordFile", "passwordEnv", "tls"), "a valkey")
     for key, owner in owners.items():
         has_owner = any(kind in raw for kind in owner.split())
         if key in raw and not has_owner:
@@ -1621,6 +1692,14 @@ def _judge_trust(config: Config) -> Iterator[str]:
         yield f"updater.sha256: {_shown(sha256)} is not 64 hex digits, so no file matches it"
 
 
+def _judge_checks(config: Config) -> Iterator[str]:
+    for check in config.health:
+        if check.tcp and check.tcp.endswith(":3306"):
+            yield f'health {check.name}: for a database write mariadb = "{check.tcp}", it sees more'
+        if check.valkey and check.user and not (check.password_file or check.password_env):
+            yield f"health {check.name}: a user without passwordFile or passwordEnv can't log in"
+
+
 def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     """What is valid and yet hardly meant; `known`: labels and names of hosts besides those that the
     file names."""
@@ -1630,6 +1709,7 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
         *_judge_hosts(config, known),
         *_judge_secrets(config),
         *_judge_trust(config),
+        *_judge_checks(config),
     ]
 
 
@@ -2758,14 +2838,25 @@ def plan_command(command: tuple[str, ...]) -> Step:
     return Step(" ".join(command), command, StepKind.COMMAND)
 
 
-def plan_restart(units: tuple[str, ...]) -> tuple[Step, ...]:
-    """Restart the configured systemd units, then require each to be active: asked about several,
+def plan_restart(services: tuple[str, ...]) -> tuple[Step, ...]:
+    """Restart the configured services, then ask whether each unit is active: asked about several,
     systemctl is content with one."""
-    if not units:
-        return ()
-    asked = [("systemctl", "restart", *units)]
-    asked += [("systemctl", "is-active", unit) for unit in units]
-    return tuple(Step(" ".join(argv), argv, StepKind.RESTART) for argv in asked)
+    kept: dict[str, list[ServiceName]] = {"systemd": [], "user": [], "pm2": []}
+    for text in services:
+        service = parse_service(text)
+        kept[service.keeper].append(service)
+    argvs: list[tuple[str, ...]] = []
+    for keeper, systemctl in (("systemd", ("systemctl",)), ("user", ("systemctl", "--user"))):
+        names = [service.name for service in kept[keeper]]
+        if names:
+            argvs.append((*systemctl, "restart", *names))
+        argvs += [(*systemctl, "is-active", name) for name in names]
+    for service in kept["pm2"]:
+        verb = "startOrRestart" if service.is_file else "restart"
+        argvs.append(("pm2", verb, service.name, "--update-env"))
+    if any(service.is_file for service in kept["pm2"]):
+        argvs.append(("pm2", "save"))  # else the list after a boot is the one of before
+    return tuple(Step(" ".join(argv), argv, StepKind.RESTART) for argv in argvs)
 
 
 class Finding(NamedTuple):
@@ -2779,9 +2870,17 @@ class Finding(NamedTuple):
     certain: bool = False
 
 
-def judge_disk(place: str, free_bytes: int) -> Finding:
-    """Whether a deployment has room."""
+def judge_disk(
+    place: str, free_bytes: int, free_inodes: int | None = None, read_only: bool = False
+) -> Finding:
+    """Whether a deployment has room; `free_inodes` is None where files are not counted."""
+    if read_only:
+        fix = f"why is it so? dmesg; then: mount -o remount,rw {place}"
+        return Finding("disk", False, f"{place} is mounted read-only", fix, certain=True)
     text = f"{free_bytes / 1e9:.1f} GB free at {place}"
+    if free_inodes is not None and free_inodes < LOW_INODES:
+        text = f"{free_inodes} more files fit at {place}: no inodes are left"
+        return Finding("disk", False, text, f"remove files from the disk of {place}")
     return Finding("disk", free_bytes >= LOW_DISK_BYTES, text, f"make room on the disk of {place}")
 
 
@@ -3006,6 +3105,7 @@ _COSTS = {
     b"state": "until its first check a new HAProxy process takes a dead worker for alive, "
     "and requests fail meanwhile",
 }
+_LITERAL_ADDRESS = re.compile(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)")
 _TIME_UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -3061,7 +3161,7 @@ class _ServerOption(NamedTuple):
 
 class ServerLine(NamedTuple):
     """A `server` line: the places of its `backup` words, each with the space before, and where one
-    would go; why it takes no traffic by its own words."""
+    would go; why it gets no requests by the file alone."""
 
     number: int
     address: str
@@ -3174,11 +3274,7 @@ def _follow_condition(
     if line.words[0] != b".endif":
         return condition.before
     conditions.pop()
-    found: list[_HaproxySection] = []
-    for section in (*condition.before, *condition.ends):
-        if section not in found:
-            found.append(section)
-    return found
+    return list(dict.fromkeys([*condition.before, *condition.ends]))
 
 
 def _haproxy_sections(text: bytes, file: str) -> list[_HaproxySection]:
@@ -3285,8 +3381,6 @@ def _why_idle(options: Iterable[_ServerOption]) -> str | None:
                 idle["disabled"] = "`disabled`"
             case b"enabled", _:
                 idle.pop("disabled", None)
-            case b"redir", _:
-                idle["redir"] = "`redir`, so HAProxy itself answers its requests"
             case b"weight", b"0":
                 idle["weight"] = "`weight 0`"
             case b"weight", _:
@@ -3311,6 +3405,8 @@ def _read_server(
     keywords = [option.keyword for option in options]
     if b"no-backup" in keywords:
         raise line.refusal("`no-backup` and `backup` overrule each other")
+    if b"redir" in keywords:
+        raise line.refusal("its `redir` answers the requests in its place")
     backups = [
         (line.spans[option.place - 1][1], line.spans[option.place][1])
         for option in options
@@ -3469,59 +3565,153 @@ def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
     new server would take over the health of the one that had its name."""
     wanted = {rule.servers[color]: server.address for color, server in found.servers.items()}
 
-    def moved(fields: list[str]) -> bool:
-        if len(fields) <= 18 or fields[1] != rule.backend:
-            return False
-        address = wanted.get(fields[3], "")
-        literal = re.fullmatch(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)", address)
-        return literal is not None and literal.groups() != (fields[4], fields[18])
-
-    return "".join(line for line in dump.splitlines(keepends=True) if not moved(line.split()))
+    kept = []
+    for line in dump.splitlines(keepends=True):
+        fields = line.split()
+        is_ours = len(fields) > 18 and fields[1] == rule.backend
+        literal = _LITERAL_ADDRESS.fullmatch(wanted.get(fields[3], "")) if is_ours else None
+        if literal is None or literal.groups() == (fields[4], fields[18]):
+            kept.append(line)
+    return "".join(kept)
 
 
 # What HAProxy says of itself
 
 
+class OldWorker(NamedTuple):
+    """A process of HAProxy's that only ends what was begun on its connections."""
+
+    pid: int
+    ending_s: float  # since its successor came
+
+
+class Processes(NamedTuple):
+    """What `show proc` says: the worker, the older ones, newest first, and failed reloads."""
+
+    worker: int | None = None
+    old: tuple[OldWorker, ...] = ()
+    failed: int = 0
+
+
+def haproxy_arguments(argv: Sequence[str]) -> list[str]:
+    """The files that a command line of HAProxy's names, in their order."""
+    files: list[str] = []
+    folder = ""
+    words = iter(argv[1:])
+    for word in words:
+        if word == "-f":
+            files.append(next(words, ""))
+        elif word == "-C":
+            folder = next(words, "") + "/"
+        elif word == "--":
+            files += words
+    return [file if file.startswith("/") else folder + file for file in files]
+
+
+def _stat_rows(text: str, backend: str) -> list[dict[str, str]]:
+    rows = []
+    lines = text.removeprefix("# ").splitlines()
+    for row in csv.DictReader(lines):
+        is_complete = row.get("status") and row.get("bck")
+        if is_complete and row["pxname"] == backend:
+            rows.append(row)
+    return rows
+
+
 def parse_show_stat(text: str, backend: str) -> list[dict[str, str]]:
     """The servers of a backend, in HAProxy's order, out of `show stat`; empty where the answer is
     something else."""
-    servers = []
-    for row in csv.DictReader(text.removeprefix("# ").splitlines()):
-        complete = row.get("pxname") == backend and row.get("status") and row.get("bck")
-        if complete and row["svname"] not in ("FRONTEND", "BACKEND"):
-            servers.append(row)
-    return servers
+    rows = _stat_rows(text, backend)
+    return [row for row in rows if row["svname"] not in ("FRONTEND", "BACKEND")]
 
 
-def parse_show_proc(text: str) -> tuple[int | None, list[int], int]:
-    """(the worker's pid, the pids of old workers that still end their connections, failed reloads)
-    of `show proc`."""
-    new, _, old = text.partition("# old workers")
-    pids = [[int(pid) for pid in re.findall(r"(?m)^(\d+)\s+worker", part)] for part in (new, old)]
+def backend_requests(text: str, backend: str) -> int:
+    """How many requests a backend got, whoever answered them, by `show stat`."""
+    rows = _stat_rows(text, backend)
+    return sum(int(row.get("stot") or 0) for row in rows if row["svname"] == "BACKEND")
+
+
+_WORKER = re.compile(r"(?m)^(\d+)\s+worker\s+\S+\s+(\d+)d(\d+)h(\d+)m(\d+)s")
+
+
+def parse_show_proc(text: str) -> Processes:
+    """`show proc` of HAProxy's master."""
+    ages = []
+    for pid, days, hours, minutes, seconds in _WORKER.findall(text):
+        hours_s = (int(days) * 24 + int(hours)) * 3600
+        ages.append((hours_s + int(minutes) * 60 + int(seconds), int(pid)))
+    new, title, _ = text.partition("# old workers")
+    if not _WORKER.search(new):
+        return Processes()
+    (younger_s, worker), *older = ages  # the worker's line comes first
+    old = []
+    if not title:
+        older = []
+    for age_s, pid in sorted(older):
+        old.append(OldWorker(pid, younger_s))  # told to end when its successor came
+        younger_s = age_s
     failed = re.search(r"\[failed: (\d+)\]", text)
-    return next(iter(pids[0]), None), pids[1], int(failed[1]) if failed else 0
+    return Processes(worker, tuple(old), int(failed[1]) if failed else 0)
+
+
+def describe_old_worker(
+    old: OldWorker, info: str, rows: Mapping[str, _Row], hard_stop_s: float | None
+) -> str | None:
+    """What an old process still holds, by its `show info` and its servers' rows by colour; None
+    where it holds nothing."""
+    held = re.search(r"(?m)^CurrConns: (\d+)", info)
+    if held is None or held[1] == "0":
+        return None
+    busy = [f"{row['scur']} busy on {c}" for c, row in rows.items() if row["scur"] != "0"]
+    where = f" ({', '.join(busy)})" if busy else " (none busy)"
+    cut = "nothing cuts them: there is no `hard-stop-after` in global"
+    if hard_stop_s is not None:
+        left_s = max(0.0, hard_stop_s - old.ending_s)
+        cut = f"`hard-stop-after` cuts them in {left_s:.0f} s"
+    plural = "" if held[1] == "1" else "s"
+    return f"HAProxy's old process {old.pid} still holds {held[1]} connection{plural}{where}; {cut}"
 
 
 # Who gets the requests
 
 
+def why_unusable(row: _Row) -> str | None:
+    """Why HAProxy sends a server no requests, whoever wanted that: its state, or a weight of 0 by
+    file, by hand or by its agent; None where it does."""
+    if not row["status"].startswith(("UP", "no check")):
+        return row["status"]
+    return f"{row['status']} with weight 0" if row.get("weight") == "0" else None
+
+
 def is_usable(row: _Row) -> bool:
     """Whether HAProxy would send a server requests."""
-    return row["status"].startswith(("UP", "no check"))
+    return why_unusable(row) is None
 
 
-def decide_traffic(rows: Iterable[_Row]) -> list[str]:
+def decide_traffic(rows: Iterable[_Row], all_backups: bool = False) -> list[str]:
     """The servers that get the requests as HAProxy routes: all usable ones, else the first usable
-    backup."""
+    backup, or all of them with `option allbackups`."""
     usable = list(filter(is_usable, rows))
     active = [row["svname"] for row in usable if row["bck"] == "0"]
-    return active or [row["svname"] for row in usable[:1]]
+    backups = usable if all_backups else usable[:1]
+    return active or [row["svname"] for row in backups]
+
+
+def traffic_of(row: _Row, takers: Sequence[str]) -> str:
+    """What a colour is as HAProxy routes: active, standby or down."""
+    if row["svname"] in takers:
+        return "active"
+    return "standby" if is_usable(row) else "down"
 
 
 def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
     """The rows of the two colours that HAProxy runs."""
-    named = {row["svname"]: row for row in rows}
-    return {color: named[rule.servers[color]] for color in COLORS if rule.servers[color] in named}
+    found = {}
+    for row in rows:
+        for color, name in rule.servers.items():
+            if row["svname"] == name:
+                found[color] = row
+    return found
 
 
 def live_roles(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, str]:
@@ -3531,7 +3721,10 @@ def live_roles(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, str]:
 
 
 def traffic_warnings(
-    rule: HaproxyRule, rows: Sequence[_Row], roles: Mapping[str, str]
+    rule: HaproxyRule,
+    rows: Sequence[_Row],
+    roles: Mapping[str, str],
+    all_backups: bool = False,
 ) -> list[str]:
     """Where file, HAProxy and what happens differ; `roles`: each colour as the file has it, empty
     where unreadable."""
@@ -3546,17 +3739,113 @@ def traffic_warnings(
     if differ:
         said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
         warnings.append(f"HAProxy does not run what its file says: {said}; a reload was lost")
-    takers = decide_traffic(rows)
+    takers = decide_traffic(rows, all_backups)
     for color, row in row_of.items():
-        if row["svname"] in takers and row["bck"] == "1":
+        unusable = why_unusable(row)
+        has_failed_over = row["svname"] in takers and row["bck"] == "1"
+        if has_failed_over:
             warnings.append(
                 f"HAProxy has failed over to {color}; `switch {color}` makes that explicit"
             )
-        elif row["svname"] not in takers and not is_usable(row):
-            warnings.append(f"{color} is {row['status']}: it would not take over")
+        elif unusable:
+            warnings.append(f"{color} is {unusable}: it would not take over")
     if not takers:
         warnings.append("HAProxy has no server for the traffic: requests fail")
+    if len(takers) > 1:
+        warnings.append(f"{' and '.join(takers)} share the traffic")
     return warnings
+
+
+def decide_color(wanted: Any, asked: str, before: str, takers: Sequence[str]) -> str:
+    """The colour that a switch to `wanted` means, where `before` is active by the file and `takers`
+    get the requests; `asked`: what the order was given for. Raises GuardError, UsageError."""
+    standby = next(color for color in COLORS if color != before)
+    if wanted == "standby" and standby in takers:
+        raise GuardError(
+            f"HAProxy has failed over: {before} or {standby} could be meant",
+            f"`switch {standby}` makes that explicit, `switch {before}` changes nothing",
+        )
+    color = standby if wanted == "standby" else str(wanted)
+    if color not in COLORS:
+        raise UsageError(f"{color[:40]!r} is no colour", "blue, green or standby")
+    if asked not in ("standby", color):
+        raise GuardError(f"{asked} was the standby and is it no more", "look at `status`")
+    return color
+
+
+class TrafficProof:
+    """What the counters of a backend's servers prove after a switch to the server `name`, from one
+    look to the next.
+
+    Proved is only what was seen: the requests of this server rose, and none reached another one for
+    STILL_S.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rows: Sequence[_Row] = ()
+        self.requests = 0  # to the backend, whoever answered
+        self.new = 0  # of these to the server
+        self.others = 0
+        self.others_at_first = 0
+        self.still_since = 0.0  # no other server got a request since then
+        self.new_then = 0
+        self.is_proved = False
+
+    def add(self, rows: Sequence[_Row], requests: int, now: float) -> None:
+        """One more look, at monotonic second `now`."""
+        new = others = 0
+        for row in rows:
+            count = int(row.get("stot") or 0)
+            if row["svname"] == self.name:
+                new = count
+            else:
+                others += count
+        is_first = not self.rows or new < self.new or others < self.others
+        if is_first:  # or somebody reloaded, and all counters began anew
+            self.others_at_first = others
+        if is_first or others > self.others:
+            self.still_since = now
+            self.new_then = new
+        if is_first and others == 0:  # then all that came since the reload came here
+            self.new_then = 0
+        self.rows = rows
+        self.requests = requests
+        self.new = new
+        self.others = others
+        stands_still = now - self.still_since >= STILL_S
+        self.is_proved = stands_still and new > self.new_then and self.takes_all
+
+    @property
+    def takes_all(self) -> bool:
+        return decide_traffic(self.rows) == [self.name]
+
+    @property
+    def strayed(self) -> int:
+        """How many requests other servers got since the first look."""
+        return self.others - self.others_at_first
+
+    def problem(self) -> str | None:
+        """What contradicts the switch; None where nothing does, proved or not."""
+        if not self.rows:
+            return "HAProxy does not answer any more"
+        if self.strayed:
+            return f"requests still reach another server: {self.seen()}"
+        if self.takes_all:
+            return None
+        states = [row["status"] for row in self.rows if row["svname"] == self.name]
+        return f"it is {' '.join(states) or 'unknown to HAProxy'}"
+
+    def seen(self) -> str:
+        """Who got how many requests since HAProxy was reloaded."""
+        if self.new or self.others:
+            others = [
+                f"{row['svname']} {row['stot']}" for row in self.rows if row["svname"] != self.name
+            ]
+            return f"{self.name} has {self.new} requests, {', '.join(others)}"
+        if self.requests:
+            return f"{self.requests} requests came to the backend, and none reached a server"
+        return "no request came so far"
 
 
 # ==============================================================================
@@ -4537,6 +4826,31 @@ async def poll_async(look: Callable[[], Awaitable[_T]], every_s: float, within_s
         if found or left_s <= 0:
             return found
         await asyncio.sleep(min(every_s, left_s))
+
+
+class Disk(NamedTuple):
+    """What a file system has; None where it does not count its files."""
+
+    free_bytes: int
+    total_bytes: int
+    free_inodes: int | None = None
+    total_inodes: int = 0
+    read_only: bool = False
+
+
+def read_disk(place: StrPath) -> Disk:
+    """The file system of a place. Raises OSError."""
+    if not hasattr(os, "statvfs"):
+        usage = shutil.disk_usage(place)
+        return Disk(usage.free, usage.total)
+    facts = os.statvfs(place)
+    return Disk(
+        facts.f_bavail * facts.f_frsize,
+        facts.f_blocks * facts.f_frsize,
+        facts.f_favail if facts.f_files else None,
+        facts.f_files,
+        bool(facts.f_flag & os.ST_RDONLY),
+    )
 
 
 def sync_folder(path: Path) -> None:
@@ -6576,6 +6890,130 @@ def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], N
             )
 
 
+# Services: what systemd or PM2 says of one, and whether it stays up
+
+
+class ServiceLook(NamedTuple):
+    """One look at a service: whether it is up and in which words, what is another value once it
+    was started anew, and for how long it has been up."""
+
+    is_up: bool
+    said: str
+    life: str
+    up_s: float
+
+
+def user_bus(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which `systemctl --user` finds its manager, also from a system service."""
+    folder = f"/run/user/{os.getuid()}" if hasattr(os, "getuid") else ""
+    if "XDG_RUNTIME_DIR" in env or not os.path.isdir(folder):
+        return dict(env)
+    return {**env, "XDG_RUNTIME_DIR": folder}
+
+
+def _unit_looks(service: ServiceName, env: Mapping[str, str]) -> list[ServiceLook]:
+    argv = ["systemctl", *(["--user"] if service.keeper == "user" else []), "show", service.name]
+    properties = "LoadState,ActiveState,Result,InvocationID,ActiveEnterTimestampMonotonic"
+    code, said = run_command([*argv, f"--property={properties}"], user_bus(env), SERVICE_S)
+    lines = said.splitlines()
+    if code:
+        raise UpdaterError(lines[-1] if lines else f"systemctl show: exit {code}")
+    facts = dict(line.split("=", 1) for line in lines if "=" in line)
+    if facts.get("LoadState") == "not-found":
+        raise UpdaterError(f"systemd knows no unit {service.name}")
+    if "ActiveState" not in facts:
+        return []
+    state, result = facts["ActiveState"], facts.get("Result", "success")
+    since_s = int(facts.get("ActiveEnterTimestampMonotonic") or 0) / 1e6
+    return [
+        ServiceLook(
+            state in ("active", "reloading"),
+            state if result == "success" else f"{state} ({result})",
+            f"{facts.get('InvocationID')} {since_s}",
+            time.monotonic() - since_s,
+        )
+    ]
+
+
+def pm2_looks(
+    env: Mapping[str, str], since: float | None = None, name: str = ""
+) -> list[ServiceLook]:
+    """PM2's processes called `name`, or those that were started since a moment (Unix time). Raises
+    UpdaterError; no PM2 is started for the question, as each of its commands would do."""
+    home = Path(env.get("PM2_HOME") or Path.home() / ".pm2")
+    if os.name != "nt" and not (home / "rpc.sock").exists():
+        raise UpdaterError(f"PM2 does not run: there is no {home / 'rpc.sock'}")
+    _, said = run_command(["pm2", "jlist"], env, SERVICE_S)
+    rows: list[Any] = []
+    for line in said.splitlines():
+        if line.startswith("["):
+            with suppress(ValueError):
+                rows = json.loads(line)
+    looks = []
+    for row in rows:
+        facts = row["pm2_env"]
+        started = facts.get("pm_uptime", 0) / 1000
+        is_meant = row["name"] == name if since is None else started >= since
+        if not is_meant:
+            continue
+        looks.append(
+            ServiceLook(
+                facts["status"] == "online",
+                f"{row['name']} {facts['status']}" if since else facts["status"],
+                f"{row['pm_id']} {row['pid']} {facts.get('restart_time')} {started}",
+                time.time() - started,
+            )
+        )
+    if not looks:
+        raise UpdaterError(f"PM2 has no process {name}" if name else "PM2 started no process")
+    return looks
+
+
+def service_looks(
+    service: ServiceName, env: Mapping[str, str], since: float | None = None
+) -> list[ServiceLook]:
+    """What systemd or PM2 says of a service, of each of its processes; nothing where a systemctl
+    says nothing. `since`: when its ecosystem file was given to PM2. Raises UpdaterError."""
+    if service.keeper != "pm2":
+        return _unit_looks(service, env)
+    if service.is_file:
+        return pm2_looks(env, since or 0.0)
+    return pm2_looks(env, name=service.name)
+
+
+def require_settled(
+    service: ServiceName,
+    settle_s: float,
+    env: Mapping[str, str],
+    *,
+    since: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Wait until a service has been up for `settle_s` in one life; one that has been is not waited
+    for. What it is then. Raises UpdaterError.
+
+    A unit that dies after 0.4 s and is started again is `active` at every second look.
+    """
+    first = service_looks(service, env, since)
+    lives = [look.life for look in first]
+    wait_s = settle_s - min((max(0.0, look.up_s) for look in first), default=settle_s)
+
+    def judge(looks: Sequence[ServiceLook]) -> str | None:
+        down = [look.said for look in looks if not look.is_up]
+        if down:
+            return ", ".join(down)
+        if [look.life for look in looks] != lives:
+            return f"it was started again within {settle_s:g} s"
+        return "cancelled" if stop() else None
+
+    problem = judge(first)
+    if problem is None and wait_s > 0:
+        problem = poll(lambda: judge(service_looks(service, env, since)), 0.25, wait_s)
+    if problem:
+        raise UpdaterError(f"{service.name}: {problem}")
+    return first[0].said if first else "active"
+
+
 # ==============================================================================
 # 12. Runner: one job: lock, steps, log, result
 # ==============================================================================
@@ -6715,7 +7153,8 @@ def probe_ground(
         yield Finding("command", False, problem.what, problem.hint)
     for place in (repo, state):
         with suppress(OSError):
-            yield judge_disk(str(place), shutil.disk_usage(place).free)
+            disk = read_disk(place)
+            yield judge_disk(str(place), disk.free_bytes, disk.free_inodes, disk.read_only)
 
 
 def require_checkout(repo: Path, remote: str, env: Mapping[str, str]) -> str:
@@ -7082,11 +7521,38 @@ class Deployment:
         self.warn_of_doors(runner.load_rule(strict=True))
         self.confirm_traffic()
         runner.step(plan_command(runner.rule.command), runner.rule.timeout_s)
-        restarts = plan_restart(runner.rule.restart)
-        if restarts:
-            self.confirm_traffic()
-        for step in restarts:
+        self.restart()
+
+    def restart(self) -> None:
+        """Restart the configured services, or the one that was asked for; each must stay up. Raises
+        StepFailed, UsageError."""
+        runner = self.runner
+        services = runner.rule.restart
+        only = runner.job.options.get("only")
+        if only:
+            services = select_services(services, only)
+        if not services:
+            return
+        self.confirm_traffic()
+        began = time.time()
+        runner.env = user_bus(runner.env)
+        for step in plan_restart(services):
             runner.step(step, runner.rule.timeout_s)
+        settle_s = runner.rule.settle_s
+        for text in services:
+            try:
+                said = require_settled(
+                    parse_service(text),
+                    settle_s,
+                    runner.env,
+                    since=began,
+                    stop=runner.is_cancelled,
+                )
+            except UpdaterError as problem:
+                label = f"restart {text}"
+                runner.begin(label, StepKind.RESTART)
+                raise StepFailed(State.FAILED, label, error=problem.what) from problem
+            self.log.line(f"{text} is {said}, for {settle_s:g} s in one life")
 
     def move_tree(self) -> None:
         """From what is checked out to what was asked for."""
@@ -7484,6 +7950,30 @@ class CheckFailed(Exception):
     """What a check found instead of what it wants."""
 
 
+class Check(NamedTuple):
+    """A check as it is run: the rule, below which folder, with which environment, and for how long
+    a service must have been up."""
+
+    rule: HealthRule
+    repo: Path
+    env: Mapping[str, str]
+    settle_s: float
+
+    @property
+    def subject(self) -> Any:
+        return getattr(self.rule, self.rule.kind)
+
+    @property
+    def timeout_s(self) -> float:
+        return self.rule.timeout_s
+
+    @property
+    def takes_s(self) -> float:
+        """Within how many seconds there is an answer."""
+        waits = self.rule.kind in ("systemd", "pm2")
+        return self.timeout_s + (self.settle_s if waits else 0.0)
+
+
 _LEAST_FREE_PERCENT, _LEAST_DAYS = 10, 14  # certbot renews when 30 days are left
 _HTTP_BYTES = 1 << 20  # of a body, to look for `contains`
 
@@ -7497,10 +7987,19 @@ def _tls_context(host: str) -> ssl.SSLContext:
     """For a request to `host`: verified, except on a loopback address, which no certificate
     names."""
     context = ssl.create_default_context()
-    with suppress(UsageError):
-        if _parse_ip(host).is_loopback:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if _is_loopback(host):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(UsageError):
+        return _parse_ip(host).is_loopback
+    return False
+
+
+# HTTP
 
 
 def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | None = None) -> str:
@@ -7514,10 +8013,10 @@ def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | No
         )
     else:
         connection = http_client.HTTPConnection(host, parts.port, timeout=timeout_s)  # type: ignore[assignment]
+    path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~")
+    if parts.query:
+        path += f"?{parts.query}"
     try:
-        path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~") + (
-            f"?{parts.query}" if parts.query else ""
-        )
         connection.request(
             "GET", path, headers={"User-Agent": "estelle-updater", "Connection": "close"}
         )
@@ -7532,147 +8031,287 @@ def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | No
     return f"HTTP {answer.status}"
 
 
-def _probe_valkey(endpoint: str, timeout_s: float) -> str:
-    """Valkey's or Redis' answer to PING. One that asks for a password is alive."""
-    with _dial(endpoint, timeout_s) as connection:
-        connection.sendall(b"PING\r\n")
-        with connection.makefile("rb") as file:
-            answer = file.readline(512).decode(errors="replace").strip()
-    if answer != "+PONG" and not answer.startswith("-NOAUTH"):
+def _check_http(check: Check) -> str:
+    return probe_http(check.subject, check.timeout_s, check.rule.status, check.rule.contains)
+
+
+# Stores
+
+
+def _check_tcp(check: Check) -> str:
+    """That a port accepts connections; a MariaDB behind it is left as it wants to be left."""
+    with _dial(check.subject, check.timeout_s) as connection:
+        connection.settimeout(min(_GREETING_S, check.timeout_s / 2))
+        head = b""
+        with suppress(OSError):
+            head = connection.recv(5, socket.MSG_PEEK)
+        if head[3:] != b"\0\x0a":
+            return "it accepts connections"
+        connection.settimeout(check.timeout_s)
+        version = greet_mariadb(connection)
+    return f"it accepts connections; {version} sees more by `mariadb`"
+
+
+_GREETING_S = 0.5  # MariaDB greets first, and most others never do
+
+
+def _check_valkey(check: Check) -> str:
+    """Valkey's or Redis' answer to PING, as a user who may ask: before that it hides whether it
+    still loads its data, or takes no writes any more."""
+    password = _store_password(check)
+    with _dial(check.subject, check.timeout_s) as plain:
+        connection: socket.socket = plain
+        if check.rule.tls:
+            host = split_port(check.subject)[0].strip("[]")
+            connection = _tls_context(host).wrap_socket(plain, server_hostname=host)
+        with connection.makefile("rwb") as file:
+            if password is not None:
+                login = [check.rule.user, password] if check.rule.user else [password]
+                _ask_valkey(file, "AUTH", *login)
+            answer = _ask_valkey(file, "PING")
+    if answer != "+PONG":
+        raise CheckFailed(f"it answers {answer!r}, which is no Valkey's answer")
+    return "PONG"
+
+
+def _ask_valkey(file: Any, *words: str) -> str:
+    """The first line of its answer to a command. Raises CheckFailed for an error."""
+    request = [b"*%d\r\n" % len(words)]
+    for word in words:
+        request.append(b"$%d\r\n%s\r\n" % (len(word.encode()), word.encode()))
+    file.write(b"".join(request))
+    file.flush()
+    answer: str = file.readline(512).decode(errors="replace").strip()
+    if answer.startswith("-NOAUTH"):
+        raise CheckFailed('it wants a password: add passwordFile = "/etc/FILE" to this check')
+    if not answer.startswith("+"):
         raise CheckFailed(answer.removeprefix("-") or "it ended the connection without an answer")
-    return "PONG" if answer == "+PONG" else "it answers, and wants a password"
+    return answer
 
 
-def _probe_mariadb(endpoint: str, timeout_s: float) -> str:
-    """The version in MariaDB's or MySQL's greeting.
+def _store_password(check: Check) -> str | None:
+    """The password that a check is to use. Raises CheckFailed where it can't be read."""
+    rule = check.rule
+    if rule.password_file:
+        try:
+            data = read_supplied(check.repo / rule.password_file)
+        except OSError as problem:
+            raise CheckFailed(f"passwordFile {rule.password_file}: {problem.strerror}") from problem
+        return data.decode(errors="replace").strip("\r\n")
+    if rule.password_env and rule.password_env not in check.env:
+        raise CheckFailed(f"passwordEnv: there is no variable {rule.password_env} here")
+    return check.env[rule.password_env] if rule.password_env else None
+
+
+# what a server says of itself and not of the login that it is to refuse
+_MARIADB_TROUBLE = {
+    1040: "no free connections",
+    1053: "it is shutting down",
+    1129: "it blocks this host",
+    1130: "it admits no user from this host",
+    1203: "no free connections",
+}
+
+
+def _read_packet(file: IO[bytes]) -> bytes:
+    head = file.read(4)
+    return file.read(int.from_bytes(head[:3], "little")) if len(head) == 4 else b""
+
+
+def _mariadb_error(packet: bytes) -> tuple[int, str]:
+    """Number and words of an error; (0, "") for any other packet."""
+    if packet[:1] != b"\xff":
+        return 0, ""
+    words = re.sub(rb"^#.{5}", b"", packet[3:]).decode(errors="replace")
+    return int.from_bytes(packet[1:3], "little"), words
+
+
+def greet_mariadb(connection: socket.socket) -> str:
+    """The version in MariaDB's or MySQL's greeting. Raises CheckFailed.
 
     It is answered with a login that is refused: a server counts those that leave without one as
     broken, and blocks their address after max_connect_errors of them.
     """
-    with _dial(endpoint, timeout_s) as connection, connection.makefile("rb") as file:
-        head = file.read(4)
-        greeting = file.read(int.from_bytes(head[:3], "little")) if len(head) == 4 else b""
-        if greeting[:1] == b"\xff":
-            raise CheckFailed(greeting[3:].decode(errors="replace"))
+    with connection.makefile("rb") as file:
+        greeting = _read_packet(file)
+        _, words = _mariadb_error(greeting)
+        if words:
+            raise CheckFailed(words)
         if greeting[:1] != b"\x0a":
             raise CheckFailed("what answers there is no MariaDB")
         login = struct.pack("<IIB23x", 0x8200, 1 << 20, 45) + b"estelle-updater-health\0\0"
         connection.sendall(len(login).to_bytes(3, "little") + b"\x01" + login)
-        file.read(4)
-    return (
-        greeting[1 : greeting.index(b"\0")].decode(errors="replace").removeprefix("5.5.5-")
-    )  # for old replicas
+        code, words = _mariadb_error(_read_packet(file))
+    if code in _MARIADB_TROUBLE:
+        raise CheckFailed(f"{_MARIADB_TROUBLE[code]}: {words}")
+    version = greeting[1 : greeting.index(b"\0")].decode(errors="replace")
+    return version.removeprefix("5.5.5-")  # for old replicas
 
 
-def _probe_command(
-    argv: Sequence[str], repo: Path, env: Mapping[str, str], timeout_s: float
-) -> str:
+def _check_mariadb(check: Check) -> str:
+    with _dial(check.subject, check.timeout_s) as connection:
+        return greet_mariadb(connection)
+
+
+# The host
+
+
+def _check_command(check: Check) -> str:
     """The last line that a command says before it ends with 0; at the deadline it and its children
     are killed."""
     try:
-        ended = run_bounded(argv, repo, env, timeout_s, keep_bytes=TAIL_BYTES)
+        ended = run_bounded(
+            check.subject, check.repo, check.env, check.timeout_s, keep_bytes=TAIL_BYTES
+        )
     except OverdueError:
-        raise CheckFailed(f"not over within {timeout_s:g} s") from None
-    masker = Masker(secret_values(env))
+        raise CheckFailed(f"not over within {check.timeout_s:g} s") from None
+    masker = Masker(secret_values(check.env))
     masked = masker.feed(ended.out) + masker.flush()
-    said = masked.decode(errors="replace").strip().splitlines()[-1:]
+    text = masked.decode(errors="replace").strip()
+    said = text.splitlines()[-1:]
     if ended.code:
         raise CheckFailed(": ".join([f"exit {ended.code}", *said]))
     return "".join(said) or "exit 0"
 
 
-def _probe_certificate(subject: str, repo: Path, least_days: int, timeout_s: float) -> str:
-    """How long the certificate in a file, or of the server at HOST:PORT, is still valid."""
-    if re.fullmatch(r"[^/\\]+:[0-9]{1,5}", subject):
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = (
-            False,
-            ssl.CERT_NONE,
-        )  # it is looked at, not trusted
-        with _dial(subject, timeout_s) as plain:
-            host = split_port(subject)[0].strip("[]")
-            with context.wrap_socket(plain, server_hostname=host) as connection:
-                data = connection.getpeercert(binary_form=True) or b""
-    else:
-        data = read_supplied(repo / subject)
-    days = certificate_days(data)
-    if days < least_days:
-        left = f"{days:.0f} days left, less than {least_days}"
-        raise CheckFailed(left if days > 0 else f"ended {-days:.0f} days ago")
-    return f"{days:.0f} days left"
+def _check_systemd(check: Check) -> str:
+    return require_settled(parse_service(check.subject), check.settle_s, check.env)
 
 
-def _probe_disk(folder: Path, least_percent: int) -> str:
-    usage = shutil.disk_usage(folder)
-    percent = 100 * usage.free / usage.total
-    said = f"{percent:.0f} % free, {usage.free / 2**30:.1f} GiB"
+def _check_pm2(check: Check) -> str:
+    return require_settled(ServiceName("pm2", check.subject), check.settle_s, check.env)
+
+
+def _check_disk(check: Check) -> str:
+    """Room for bytes and for files, and that they may be written."""
+    least_percent = check.rule.least or _LEAST_FREE_PERCENT
+    disk = read_disk(check.repo / check.subject)
+    if disk.read_only:
+        raise CheckFailed("it is mounted read-only")
+    percent = 100 * disk.free_bytes / disk.total_bytes
+    said = f"{percent:.0f} % free, {disk.free_bytes / 2**30:.1f} GiB"
     if percent < least_percent:
         raise CheckFailed(f"{said}; less than {least_percent} %")
+    if disk.free_inodes is None:
+        return said
+    percent = 100 * disk.free_inodes / disk.total_inodes
+    if percent < least_percent:
+        raise CheckFailed(f"{percent:.0f} % of its inodes free; less than {least_percent} %")
     return said
 
 
-def probe_health(check: HealthRule, repo: Path, env: Mapping[str, str]) -> str:
-    """What one check sees when all is well. Raises CheckFailed, OSError, UpdaterError with what is
-    wrong."""
-    subject: Any = getattr(check, check.kind)
-    match check.kind:
-        case "http":
-            return probe_http(subject, check.timeout_s, check.status, check.contains)
-        case "tcp":
-            _dial(subject, check.timeout_s).close()
-            return "it accepts connections"
-        case "valkey":
-            return _probe_valkey(subject, check.timeout_s)
-        case "mariadb":
-            return _probe_mariadb(subject, check.timeout_s)
-        case "systemd":
-            return _probe_command(("systemctl", "is-active", subject), repo, env, check.timeout_s)
-        case "disk":
-            return _probe_disk(repo / subject, check.least or _LEAST_FREE_PERCENT)
-        case "certificate":
-            return _probe_certificate(subject, repo, check.least or _LEAST_DAYS, check.timeout_s)
-        case _:
-            return _probe_command(subject, repo, env, check.timeout_s)
+# Certificates
+
+
+def served_chain(endpoint: str, timeout_s: float) -> list[bytes]:
+    """Every certificate that a server shows, its own first, unverified, as DER. Raises OSError."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    host = split_port(endpoint)[0].strip("[]")
+    with (
+        _dial(endpoint, timeout_s) as plain,
+        context.wrap_socket(plain, server_hostname=host) as connection,
+    ):
+        if hasattr(connection, "get_unverified_chain"):  # Python 3.13
+            return [bytes(data) for data in connection.get_unverified_chain()]
+        chain = connection._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]
+        return [ssl.PEM_cert_to_DER_cert(found.public_bytes()) for found in chain]
+
+
+def require_name(endpoint: str, chain: Sequence[bytes], timeout_s: float) -> None:
+    """That a server's certificate is for the name that it is asked by, whoever signed it. Raises
+    CheckFailed, OSError."""
+    host = split_port(endpoint)[0].strip("[]")
+    if _is_loopback(host):  # which no certificate names
+        return
+    context = ssl.create_default_context(cadata=b"".join(chain))
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # what it shows counts as trusted
+    try:
+        with (
+            _dial(endpoint, timeout_s) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return
+    except ssl.SSLCertVerificationError as problem:
+        raise CheckFailed(problem.verify_message.rstrip(".")) from problem
+
+
+def _check_certificate(check: Check) -> str:
+    """How long the certificates in a file, or all that the server at HOST:PORT shows, are still
+    valid, and that these name that host."""
+    chain: list[bytes] = []
+    if re.fullmatch(r"[^/\\]+:[0-9]{1,5}", check.subject):
+        chain = served_chain(check.subject, check.timeout_s)
+        days = min(map(certificate_days, chain))
+    else:
+        days = certificate_days(read_supplied(check.repo / check.subject))
+    least_days = check.rule.least or _LEAST_DAYS
+    if days < least_days:
+        left = f"{days:.0f} days left, less than {least_days}"
+        raise CheckFailed(left if days > 0 else f"ended {-days:.0f} days ago")
+    if chain:
+        require_name(check.subject, chain, check.timeout_s)
+    return f"{days:.0f} days left"
+
+
+# All of them
+
+
+# What each kind does: what it sees when all is well, else it raises CheckFailed, OSError,
+# UpdaterError or ValueError with what is wrong
+_CHECKS: dict[str, Callable[[Check], str]] = {
+    "http": _check_http,
+    "tcp": _check_tcp,
+    "valkey": _check_valkey,
+    "mariadb": _check_mariadb,
+    "systemd": _check_systemd,
+    "pm2": _check_pm2,
+    "disk": _check_disk,
+    "certificate": _check_certificate,
+    "command": _check_command,
+}
+
+
+def probe_health(check: Check) -> dict[str, Any]:
+    """What one check found: ok, and detail."""
+    began = time.monotonic()
+    try:
+        detail = _CHECKS[check.rule.kind](check)
+    except (CheckFailed, UpdaterError, OSError, ValueError, http_client.HTTPException) as problem:
+        words = getattr(problem, "strerror", None) or str(problem)
+        if not words:
+            words = type(problem).__name__
+        return {"ok": False, "detail": words}
+    seconds = time.monotonic() - began
+    return {"ok": seconds <= check.takes_s, "detail": f"{detail} ({seconds:.2f} s)"}
 
 
 def run_checks(
-    checks: Sequence[HealthRule], repo: Path, env: Mapping[str, str]
+    rules: Sequence[HealthRule],
+    repo: Path,
+    env: Mapping[str, str],
+    settle_s: float = DeployRule.settle_s,
 ) -> list[dict[str, Any]]:
     """All checks at once: name, ok and detail of each in their order; one that hangs fails at its
     deadline."""
-
-    def look(check: HealthRule, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        began = time.monotonic()
-        try:
-            detail = probe_health(check, repo, env)
-        except (
-            CheckFailed,
-            UpdaterError,
-            OSError,
-            ValueError,
-            http_client.HTTPException,
-        ) as problem:
-            return row, {
-                "detail": getattr(problem, "strerror", None)
-                or str(problem)
-                or type(problem).__name__
-            }
-        seconds = time.monotonic() - began
-        return row, {"ok": seconds <= check.timeout_s, "detail": f"{detail} ({seconds:.2f} s)"}
-
-    late = "no answer within {:g} s".format
-    rows = [
-        {"name": c.name, "kind": c.kind, "ok": False, "detail": late(c.timeout_s)} for c in checks
-    ]
-    looks = [functools.partial(look, *pair) for pair in zip(checks, rows, strict=True)]
-    for row, found in _answers(looks, checks_take_s(checks)):
+    rows: list[dict[str, Any]] = []
+    looks: list[Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = []
+    for rule in rules:
+        check = Check(rule, repo, env, settle_s)
+        late = f"no answer within {check.takes_s:g} s"
+        row = {"name": rule.name, "kind": rule.kind, "ok": False, "detail": late}
+        rows.append(row)
+        looks.append(lambda row=row, check=check: (row, probe_health(check)))  # type: ignore[misc]
+    for row, found in _answers(looks, checks_take_s(rules, settle_s)):
         row.update(found)
     return rows
 
 
-def checks_take_s(checks: Iterable[HealthRule]) -> float:
+def checks_take_s(rules: Iterable[HealthRule], settle_s: float = DeployRule.settle_s) -> float:
     """Within how many seconds all checks have an answer."""
-    return max((check.timeout_s for check in checks), default=0.0) + 0.5
+    times = [Check(rule, Path(), {}, settle_s).takes_s for rule in rules]
+    return max(times, default=0.0) + 0.5
 
 
 # ==============================================================================
@@ -7683,7 +8322,12 @@ def checks_take_s(checks: Iterable[HealthRule]) -> float:
 _HAPROXY_OWN = re.compile(
     r"HAPROXY_(MWORKER.*|PROCESSES|(MASTER_)?CLI|STARTUP_VERSION|LOCALPEER|CFGFILES)|NOTIFY_SOCKET"
 )
+_LISTED_WORD = re.compile(r"(?m)^\s*server <name> <addr> (\S+)( \S+)?\s*$")
 _SBIN = "/usr/sbin:/usr/local/sbin"  # where haproxy is, and no ordinary user's PATH
+NO_SOCKET = (
+    "add the line `stats socket /run/haproxy/admin.sock mode 660 level admin` to `global`, reload, "
+    "and write that path as `socket` into [haproxy]"
+)
 
 
 def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str:
@@ -7709,51 +8353,278 @@ def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str
     return answer
 
 
-def live_rows(rule: HaproxyRule) -> list[dict[str, str]]:
-    """The backend's servers as HAProxy runs them. Raises UpdaterError."""
-    if rows := parse_show_stat(ask_haproxy(rule, "show stat"), rule.backend):
-        return rows
-    raise UpdaterError(
-        f"HAProxy runs no backend {rule.backend}",
-        "correct `backend` in [haproxy], or reload HAProxy",
-    )
+def server_flags(path: str) -> frozenset[bytes] | None:
+    """The words of a `server` line that take no argument, by the HAProxy that is installed on a
+    PATH; None where it can't be asked (before 2.6)."""
+    program = shutil.which("haproxy", path=path)
+    if program is None:
+        return None
+    return _flags_of(program, os.stat(program).st_mtime_ns)
 
 
-def look_at_traffic(rule: HaproxyRule) -> dict[str, Any]:
-    """Where HAProxy sends the traffic, by its own word, and what should worry; never raises."""
+@functools.lru_cache(maxsize=4)
+def _flags_of(program: str, changed_ns: int) -> frozenset[bytes] | None:
+    """`changed_ns`: another program may stand there by now."""
+    said = ""
+    argv = [program, "-dKcfg", "-c", "-f", os.devnull]
+    with suppress(UpdaterError):
+        _, said = run_command(argv, {}, HAPROXY_S)
+    flags = set()
+    for word, argument in _LISTED_WORD.findall(said):
+        if not argument:
+            flags.add(word.encode())
+    return frozenset(flags - {b"usesrc"}) or None  # a part of `source`, which has an argument
+
+
+def running_haproxy() -> Iterator[tuple[list[str], Path]]:
+    """The command line of each HAProxy on this host, and the folder that it was started in."""
+    for folder in sorted(Path("/proc").glob("[0-9]*")):
+        with suppress(OSError):  # it ended, or is not ours to see
+            line = os.fsdecode((folder / "cmdline").read_bytes())
+            argv = line.split("\0")[:-1]
+            if argv and os.path.basename(argv[0]) == "haproxy":
+                yield argv, Path(os.readlink(folder / "cwd"))
+
+
+class Haproxy:
+    """The HAProxy of this host: the text that it was given, what it says, and what is done to
+    it."""
+
+    def __init__(self, rule: HaproxyRule) -> None:
+        self.rule = rule
+        self.live = bool(rule.socket or rule.master_socket)
+        self.env = scrub_environment(os.environ)
+        self.env["PATH"] = f"{self.env.get('PATH', '')}:{_SBIN}"
+
+    # Its text
+
+    def environment(self) -> dict[str, str]:
+        """The variables that its own process has. Raises UpdaterError."""
+        lines = ask_haproxy(self.rule, "show env").splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+    def configured_files(self) -> list[Path]:
+        """What [haproxy] config names; of a folder its *.cfg, as HAProxy does."""
+        return [file for name in self.rule.files for file in _config_files(Path(name))]
+
+    def files(self) -> list[Path]:
+        """The files that it reads, in its order: by its own word, else by the command line of the
+        process, else by [haproxy] config. Raises GuardError where that file is none of them."""
+        ours = self.configured_files()
+        told: list[str] = []
+        if self.live:
+            with suppress(UpdaterError):  # a socket below `level admin`
+                told = self.environment().get("HAPROXY_CFGFILES", "").split(";")
+        read: list[Path] = []
+        for argv, folder in running_haproxy():
+            found = _files_of(told if any(told) else haproxy_arguments(argv), folder)
+            if any(file in found for file in ours):
+                return found
+            read = read or found
+        if any(told):  # it runs where its process can't be seen
+            read = _files_of(told, ours[0].parent)
+        if read and not any(file in read for file in ours):
+            raise GuardError(
+                f"HAProxy does not read {ours[0]}, but {', '.join(map(str, read))}",
+                "correct `config` in [haproxy]",
+            )
+        return read or ours
+
+    def read(self) -> BackendText:
+        """Who is active by the text. Raises GuardError, OSError."""
+        texts = {str(file): read_supplied(file) for file in self.files()}
+        return read_backend(texts, self.rule, server_flags(self.env["PATH"]))
+
+    def judge_text(self, files: Sequence[Path], real: Path, other: Path) -> tuple[int, str]:
+        """`haproxy -c` with `other` in the place of `real`, beside its other files and with its own
+        environment. Raises UpdaterError."""
+        env = self.env
+        if self.live:
+            env = {"PATH": self.env["PATH"]}
+            for key, value in self.environment().items():
+                if key != "PATH" and not _HAPROXY_OWN.fullmatch(key):
+                    env[key] = value
+        argv = ["haproxy", "-c"]
+        for file in files:
+            argv += ["-f", str(other if file == real else file)]
+        return run_command(argv, env, CHECK_S)
+
+    # What it says
+
+    def rows(self) -> list[dict[str, str]]:
+        """The backend's servers as it runs them. Raises UpdaterError."""
+        return self.backend_rows()[0]
+
+    def backend_rows(self) -> tuple[list[dict[str, str]], int]:
+        """The backend's servers, and how many requests came to the backend. Raises UpdaterError."""
+        stat = ask_haproxy(self.rule, "show stat")
+        rows = parse_show_stat(stat, self.rule.backend)
+        if rows:
+            return rows, backend_requests(stat, self.rule.backend)
+        raise UpdaterError(
+            f"HAProxy runs no backend {self.rule.backend}",
+            "correct `backend` in [haproxy], or reload HAProxy",
+        )
+
+    def runs(self, color: str, patience_s: float) -> bool:
+        """Whether its process has `color` as the active one; while it is replaced its sockets may
+        be silent."""
+
+        def has_it() -> bool:
+            with suppress(UpdaterError):
+                return live_roles(self.rows(), self.rule).get(color) == "active"
+            return False
+
+        return poll(has_it, 0.05, patience_s)
+
+    def processes(self) -> Processes:
+        """Its worker, the older ones, and how many reloads failed in a row; nothing without a
+        master socket."""
+
+        def ask() -> Processes | None:
+            with suppress(UpdaterError):  # silent while it starts itself anew
+                found = parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))
+                return found if found.worker else None
+            return None
+
+        found = poll(ask, 0.1, RELOAD_S / 2) if self.rule.master_socket else None
+        return found or Processes()
+
+    def old_connections(self, hard_stop_s: float | None) -> list[str]:
+        """One line for each older process that still holds connections: how many, to which colour,
+        and when they are cut."""
+        lines = []
+        for old in self.processes().old:
+            with suppress(UpdaterError, ValueError):
+                told = ask_haproxy(self.rule, f"@!{old.pid} show info", master=True)
+                stat = ask_haproxy(self.rule, f"@!{old.pid} show stat", master=True)
+                rows = rows_by_color(parse_show_stat(stat, self.rule.backend), self.rule)
+                line = describe_old_worker(old, told, rows, hard_stop_s)
+                if line:
+                    lines.append(line)
+        return lines
+
+    # What is done to it
+
+    def set_state(self, color: str, state: str) -> None:
+        """Drain a colour, or make it ready. HAProxy's older processes no longer listen. Raises
+        UpdaterError."""
+        name = self.rule.servers[color]
+        said = ask_haproxy(self.rule, f"set server {self.rule.backend}/{name} state {state}")
+        if said.strip():
+            raise UpdaterError(
+                f"HAProxy does not {state} {name}: {said.strip()}", "give the socket `level admin`"
+            )
+
+    def make_ready(self, color: str) -> str | None:
+        """A colour gets requests again: a socket that is silent for a moment must not leave it
+        drained. Why it may still be, where that failed."""
+        problems: list[UpdaterError] = []
+
+        def is_done() -> bool:
+            try:
+                self.set_state(color, "ready")
+            except UpdaterError as problem:
+                problems.append(problem)
+                return False
+            return True
+
+        if poll(is_done, 0.1, RELOAD_S):
+            return None
+        return f"{self.rule.servers[color]} may still be drained: {problems[-1]}"
+
+    def signal_reload(self) -> None:
+        """Run the reload command. Raises UpdaterError where it fails."""
+        code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
+        if code:
+            raise UpdaterError(f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}")
+
+    def reload_until(self, color: str) -> str:
+        """Reload until a process has `color` as the active one: a reload can be swallowed. Raises
+        UpdaterError."""
+        if self.live and self.runs(color, 0):
+            return "HAProxy runs it already"
+        failed = self.processes().failed
+        for attempt in range(1, RELOADS + 1):
+            self.signal_reload()
+            if not self.live:
+                return "done; without a socket nobody can tell whether HAProxy took it"
+            if self.runs(color, RELOAD_S):
+                now = self.processes()
+                who = f"HAProxy's process {now.worker}" if now.worker else "HAProxy"
+                again = f" at attempt {attempt}" if attempt > 1 else ""
+                ending = f"; {len(now.old)} older still end what was begun" if now.old else ""
+                return f"{who} runs the new text{again}{ending}"
+            if self.processes().failed > failed:
+                break  # while it fails, new connections are refused for seconds
+        else:
+            raise UpdaterError(
+                f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why"
+            )
+        raise UpdaterError("HAProxy could not start with the new text", "its own log says why")
+
+    def right_problem(self) -> str | None:
+        """Why this user may not reload it, if so. systemd asks polkit about any reload before it
+        looks at a job mode that makes no sense: so nothing happens."""
+        if Path(self.rule.reload[0]).name != "systemctl" or not os.geteuid():
+            return None
+        ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
+        _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
+        refused = re.search(r"(?i)authenti|denied|not permitted|failed to connect", said)
+        return said.splitlines()[-1] if refused else None
+
+
+def _config_files(path: Path) -> list[Path]:
+    return sorted(path.resolve().glob("*.cfg")) if path.is_dir() else [path.resolve()]
+
+
+def _files_of(names: Iterable[str], folder: Path) -> list[Path]:
+    return [file for name in names if name for file in _config_files(folder / name)]
+
+
+def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
+    """Where HAProxy sends the traffic, by its own word, and what should worry; never raises.
+
+    Without a socket only the text says who is active: `active` is that, and a warning says so.
+    """
+    proxy = Haproxy(rule)
     warnings: list[str] = []
-    servers: dict[str, dict[str, Any]]
-    servers = {color: dict.fromkeys(("traffic", "file", "status", "address")) for color in COLORS}
-    roles: dict[str, str] = {}
+    keys = ("traffic", "file", "status", "address")
+    servers: dict[str, dict[str, Any]] = {color: dict.fromkeys(keys) for color in COLORS}
+    answer = {"active": None, "servers": servers, "warnings": warnings}
+    found: BackendText | None = None
+    active: str | None = None
     try:
-        found = read_backend({rule.config: read_supplied(Path(rule.config))}, rule)
-        roles = found.roles()
+        found = proxy.read()
         warnings += found.warnings
-        for color in COLORS:
-            servers[color] |= {"file": roles[color], "address": found.servers[color].address}
-        found.active()
+        for color, role in found.roles().items():
+            servers[color] |= {"file": role, "address": found.servers[color].address}
+        active = found.active()
     except (UpdaterError, OSError) as problem:
         warnings.append(str(problem))
+    if not proxy.live:
+        who = f"{active} is active by" if active else "nobody can see where the traffic goes but in"
+        what = f"{who} {', '.join(rule.files)} alone: HAProxy has no `socket` to be asked at"
+        return answer | {"active": active, "warnings": [f"{NO_SOCKET}; {what}", *warnings]}
     try:
-        if not (rule.socket or rule.master_socket):
-            raise UpdaterError(
-                "no `socket` in [haproxy]: nobody can see where the traffic really goes"
-            )
-        rows = live_rows(rule)
+        rows = proxy.rows()
     except UpdaterError as problem:
-        return {"active": None, "servers": servers, "warnings": [*warnings, problem.what]}
-    takers = decide_traffic(rows)
+        warnings.append(problem.what)
+        return answer
+    all_backups = found is not None and found.all_backups
+    takers = decide_traffic(rows, all_backups)
     for color, row in rows_by_color(rows, rule).items():
-        traffic = "active" if row["svname"] in takers else "standby" if is_usable(row) else "down"
         address = row.get("addr") or servers[color]["address"]
-        servers[color] |= {"traffic": traffic, "status": row["status"], "address": address}
-    active = [color for color in COLORS if servers[color]["traffic"] == "active"]
-    warnings += traffic_warnings(rule, rows, roles)
-    return {
-        "active": active[0] if len(active) == 1 else None,
-        "servers": servers,
-        "warnings": warnings,
-    }
+        servers[color] |= {
+            "traffic": traffic_of(row, takers),
+            "status": row["status"],
+            "address": address,
+        }
+    taking = [color for color in COLORS if servers[color]["traffic"] == "active"]
+    roles = found.roles() if found else {}
+    warnings += traffic_warnings(rule, rows, roles, all_backups)
+    warnings += proxy.old_connections(found.hard_stop_s if found else None)
+    return answer | {"active": taking[0] if len(taking) == 1 else None}
 
 
 def stage_text(real: Path, text: bytes) -> Path:
@@ -7787,17 +8658,29 @@ def lock_text(real: Path) -> int:
     import fcntl
 
     fd = os.open(f"{real}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    deadline = time.monotonic() + SWITCH_LOCK_S
-    while True:
-        try:
+
+    def is_ours() -> bool:
+        with suppress(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise GuardError(
-                    f"another program holds {real}.lock", "wait until its reload is over"
-                ) from None
-            time.sleep(0.05)
+            return True
+        return False
+
+    if not poll(is_ours, 0.05, SWITCH_LOCK_S):
+        raise GuardError(
+            f"another program holds {real}.lock", "wait until its reload is over"
+        ) from None
+    return fd
+
+
+def connect_problem(address: str) -> str | None:
+    """Why a worker's port can't be reached from here, if so."""
+    try:
+        port = split_port(address)[1]
+        if port:  # else a UNIX socket, or the port that the client used
+            _dial(address, CONNECT_S).close()
+    except (OSError, UsageError) as problem:
+        return str(problem)
+    return None
 
 
 @record()
@@ -7807,7 +8690,7 @@ class SwitchEntry:
 
     run: str
     rule: dict[str, Any]
-    real: str
+    real: str  # the first of HAProxy's files, whose lock is ours
     color: str = ""
     before: str = ""
     old: str = ""
@@ -7815,6 +8698,107 @@ class SwitchEntry:
     address: str = ""
     state_file: str | None = None
     states: str = ""
+    file: str = ""  # the one that changes, where it is another than `real`
+
+
+class SwitchGate:
+    """What must hold before a switch touches anything; what it finds out goes into the journal's
+    entry."""
+
+    def __init__(self, runner: Runner, entry: SwitchEntry, proxy: Haproxy) -> None:
+        self.runner = runner
+        self.entry = entry
+        self.proxy = proxy
+        self.rule = proxy.rule
+        self.options = runner.job.options
+        self.note = runner.log.line
+        self.found: BackendText
+        self.files: list[Path] = []
+
+    def judge(self) -> str:
+        """Refuse whatever could leave two active colours or none. Raises GuardError."""
+        entry = self.entry
+        self.read_text()
+        rows = self.proxy.rows() if self.proxy.live else []
+        takers = decide_traffic(rows, self.found.all_backups)
+        taking = [
+            color
+            for color, row in rows_by_color(rows, self.rule).items()
+            if row["svname"] in takers
+        ]
+        entry.color = decide_color(
+            self.options.get("color"), self.runner.job.branch, entry.before, taking
+        )
+        self.require_sync(rows)
+        if entry.color == entry.before:
+            return f"{entry.color} is active already, nothing changes"
+        self.write_plan()
+        standby = self.require_standby(rows)
+        if taking == [entry.color]:
+            return f"{standby}, and has the traffic by failover; the file has {entry.before}"
+        return f"{standby}; {entry.before} is active"
+
+    def read_text(self) -> None:
+        """Who is active by the text. Raises GuardError."""
+        self.files = self.proxy.files()
+        self.found = self.proxy.read()
+        self.entry.file = self.found.file
+        self.entry.before = self.found.active()
+        for warning in self.found.warnings:
+            self.note(f"warning: {warning}")
+
+    def require_sync(self, rows: Sequence[_Row]) -> None:
+        """HAProxy runs what its text says. Raises GuardError."""
+        if not self.proxy.live:
+            return
+        roles = live_roles(rows, self.rule)
+        if roles != self.found.roles():
+            reload = " ".join(self.rule.reload)
+            raise GuardError(
+                f"HAProxy does not run what {self.found.file} says: {roles}",
+                f"reload it ({reload}), then look at `status`",
+            )
+
+    def write_plan(self) -> None:
+        """The new text, in memory; with --dry-run what would change."""
+        entry = self.entry
+        entry.old = self.found.text.decode("latin-1")
+        entry.new = switch_text(self.found, entry.color).decode("latin-1")
+        entry.state_file = self.found.state_file
+        if self.options.get("dry_run"):
+            self.runner.log.write(
+                render_diff(self.found.text, entry.new.encode("latin-1"), self.found.file)
+            )
+        if self.options.get("force"):
+            forced = f"forced by {self.runner.job.by}"
+            self.note(f"{forced}: health and commit of {entry.color} are not required")
+
+    def require_standby(self, rows: Sequence[_Row]) -> str:
+        """Only a server that HAProxy would use, and that answers here and now, may get the
+        traffic. Raises GuardError."""
+        color = self.entry.color
+        problem = self.proxy.right_problem()
+        if problem:
+            hint = (
+                "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
+            )
+            raise GuardError(f"no right to {' '.join(self.rule.reload)}: {problem}", hint)
+        server = self.found.servers[color]
+        row = rows_by_color(rows, self.rule).get(color)
+        self.entry.address = (row or {}).get("addr") or server.address
+        status = row["status"] if row else "unknown to us (no socket)"
+        idle = why_unusable(row) if row else server.idle
+        if idle:
+            last = f": {row.get('check_status')} {row.get('last_chk')}".rstrip() if row else ""
+            raise GuardError(
+                f"{color} is {idle} for HAProxy{last}",
+                f"repair {color} first: HAProxy would send it nothing",
+            )
+        problem = connect_problem(self.entry.address)
+        if problem:
+            what = f"{color} does not answer at {self.entry.address}: {problem}"
+            raise GuardError(what, f"is it running on {color}?")
+        return f"{color} at {self.entry.address} is {status} and accepts connections"
 
 
 class Switch:
@@ -7823,40 +8807,22 @@ class Switch:
     one colour is active throughout."""
 
     def __init__(self, runner: Runner, entry: SwitchEntry) -> None:
-        self.runner, self.entry, self.say = runner, entry, runner.log.line
-        self.rule, self.real = HaproxyRule(**entry.rule), Path(entry.real)
-        self.live = bool(self.rule.socket or self.rule.master_socket)
-        self.env = scrub_environment(os.environ)
-        self.env["PATH"] = f"{self.env.get('PATH', '')}:{_SBIN}"
-        self.found: BackendText
+        self.runner = runner
+        self.entry = entry
+        self.note = runner.log.line
+        self.rule = HaproxyRule(**entry.rule)
+        self.proxy = Haproxy(self.rule)
+        self.live = self.proxy.live
+        self.gate = SwitchGate(runner, entry, self.proxy)
         self.temp: Path | None = None
-        self.lock = lock_text(self.real)
+        self.lock = lock_text(Path(entry.real))
 
-    def phase(self, name: str, work: Callable[[], str]) -> None:
-        """One line before, and one after it with what came of it and the time it took."""
-        self.runner.announce(name)
-        began = time.monotonic()
-        said = work()
-        self.say(f"{name}: {said} ({time.monotonic() - began:.2f} s)")
-
-    def changes(self) -> bool:
-        """Whether there is anything to change; as nothing was changed yet, whatever fails is a
-        guard's refusal."""
-        try:
-            self.phase("gate", self.gate)
-            if self.entry.color == self.entry.before:
-                return False
-            self.phase("check", self.check)
-        except (UsageError, ConfigError):
-            raise
-        except (UpdaterError, OSError) as problem:
-            raise GuardError(str(problem), getattr(problem, "hint", "")) from problem
-        return not self.runner.job.options.get("dry_run")
+    # The story
 
     def run(self) -> None:
         """Switch, or leave everything as it was."""
         try:
-            if self.changes():
+            if self.is_wanted():
                 self.transact(
                     {
                         "drain": self.drain,
@@ -7874,18 +8840,31 @@ class Switch:
             if self.temp:
                 self.temp.unlink(missing_ok=True)
 
+    def is_wanted(self) -> bool:
+        """Whether there is anything to change; as nothing was changed yet, whatever fails is a
+        guard's refusal."""
+        try:
+            self.phase("gate", self.gate.judge)
+            if self.entry.color == self.entry.before:
+                return False
+            self.phase("check", self.check)
+        except (UsageError, ConfigError):
+            raise
+        except (UpdaterError, OSError) as problem:
+            raise GuardError(str(problem), getattr(problem, "hint", "")) from problem
+        return not self.runner.job.options.get("dry_run")
+
     def transact(self, phases: Mapping[str, Callable[[], str]]) -> None:
         """All phases, or none: what fails is undone."""
         try:
             for name, work in phases.items():
                 self.phase(name, work)
         except Exception as problem:
-            self.say(f"undoing: {problem}")
+            self.note(f"undoing: {problem}")
             try:
                 changed = self.undo()
-            except (
-                GuardError
-            ) as worse:  # no guard's refusal any more, which would say that nothing changed
+            except GuardError as worse:
+                # no guard's refusal any more, which would say that nothing changed
                 raise UpdaterError(f"{problem}; and undoing that: {worse}", worse.hint) from problem
             if changed and isinstance(problem, GuardError):
                 raise UpdaterError(problem.what, problem.hint) from problem
@@ -7894,136 +8873,42 @@ class Switch:
 
     def resume(self) -> bool:
         """End what a dead runner began; whether the traffic moved."""
-        self.say(f"the process that switched to {self.entry.color} died: taking it up again")
-        if moved := self.real.read_bytes() == self.new:
+        self.note(f"the process that switched to {self.entry.color} died: taking it up again")
+        moved = self.real.read_bytes() == self.new
+        if moved:
             self.transact({"write": self.place_states, "reload": self.reload, "proof": self.prove})
         else:
             self.undo()
         return moved
 
+    def phase(self, name: str, work: Callable[[], str]) -> None:
+        """One line before, and one after it with what came of it and the time it took."""
+        self.runner.announce(name)
+        began = time.monotonic()
+        result = work()
+        self.note(f"{name}: {result} ({time.monotonic() - began:.2f} s)")
+
+    @property
+    def real(self) -> Path:
+        return Path(self.entry.file or self.entry.real)
+
     @property
     def new(self) -> bytes:
         return self.entry.new.encode("latin-1")
 
-    def gate(self) -> str:
-        """Refuse whatever could leave two active colours or none, before anything is touched.
-        Raises GuardError."""
-        entry, rule = self.entry, self.rule
-        self.found = read_backend({rule.config: read_supplied(self.real)}, rule)
-        entry.before = self.found.active()
-        for warning in self.found.warnings:
-            self.say(f"warning: {warning}")
-        rows = live_rows(rule) if self.live else []
-        standby = next(color for color in COLORS if color != entry.before)
-        wanted = self.runner.job.options.get("color")
-        if wanted == "standby" and self.live and decide_traffic(rows) == [rule.servers[standby]]:
-            hint = (
-                f"`switch {standby}` makes that explicit, `switch {entry.before}` changes nothing"
-            )
-            raise GuardError(
-                f"HAProxy has failed over: {entry.before} or {standby} could be meant", hint
-            )
-        entry.color = str(standby if wanted == "standby" else wanted)
-        if entry.color not in COLORS:
-            raise UsageError(f"{entry.color[:40]!r} is no colour", "blue, green or standby")
-        if self.runner.job.branch not in ("standby", entry.color):
-            raise GuardError(
-                f"{self.runner.job.branch} was the standby and is it no more", "look at `status`"
-            )
-        if self.live and live_roles(rows, rule) != self.found.roles():
-            what = f"HAProxy does not run what {rule.config} says: {live_roles(rows, rule)}"
-            raise GuardError(what, f"reload it ({' '.join(rule.reload)}), then look at `status`")
-        if entry.color == entry.before:
-            return f"{entry.color} is active already, nothing changes"
-        entry.old, entry.state_file = self.found.text.decode("latin-1"), self.found.state_file
-        entry.new = switch_text(self.found, entry.color).decode("latin-1")
-        if self.runner.job.options.get("dry_run"):
-            self.runner.log.write(render_diff(self.found.text, self.new, rule.config))
-        if self.runner.job.options.get("force"):
-            self.say(
-                f"forced by {self.runner.job.by}: health and commit of {entry.color} are "
-                f"not required"
-            )
-        return self.look_at_standby(rows) + f"; {entry.before} is active"
+    @property
+    def old(self) -> bytes:
+        return self.entry.old.encode("latin-1")
 
-    def look_at_standby(self, rows: Sequence[_Row]) -> str:
-        """Only a server that HAProxy would use, and that answers here and now, may get the
-        traffic."""
-        color = self.entry.color
-        self.refuse_without_rights()
-        self.entry.address = self.found.servers[color].address
-        status = "unknown to us (no socket)"
-        if row := rows_by_color(rows, self.rule).get(color):
-            status, self.entry.address = row["status"], row.get("addr") or self.entry.address
-            if not is_usable(row):
-                what = (
-                    f"{color} is {status} for HAProxy: {row.get('check_status')} "
-                    f"{row.get('last_chk')}"
-                )
-                raise GuardError(what, f"repair {color} first: HAProxy would send it nothing")
-        if problem := self.connect_problem():
-            what = f"{color} does not answer at {self.entry.address}: {problem}"
-            raise GuardError(what, f"is it running on {color}?")
-        return f"{color} at {self.entry.address} is {status} and accepts connections"
-
-    def connect_problem(self) -> str | None:
-        """Why the standby's port can't be reached from here, if so."""
-        try:
-            if split_port(self.entry.address)[
-                1
-            ]:  # else a UNIX socket, or the port that the client used
-                _dial(self.entry.address, CONNECT_S).close()
-        except (OSError, UsageError) as problem:
-            return str(problem)
-        return None
-
-    def refuse_without_rights(self) -> None:
-        """What would fail only after the file changed is refused before. Raises GuardError.
-
-        systemd asks polkit about any reload before it looks at a job mode that makes no sense: so
-        nothing happens.
-        """
-        if Path(self.rule.reload[0]).name == "systemctl" and os.geteuid():
-            ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
-            _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
-            if re.search(r"(?i)authenti|denied|not permitted|failed to connect", said):
-                hint = (
-                    "systemd/estelle-updater-haproxy.rules is the polkit rule that "
-                    "allows exactly this"
-                )
-                raise GuardError(
-                    f"no right to {' '.join(self.rule.reload)}: {said.splitlines()[-1]}", hint
-                )
+    # The change
 
     def check(self) -> str:
         """`haproxy -c` on the new text beside the old, with HAProxy's own environment and its other
         files."""
         self.temp = stage_text(self.real, self.new)
-        env, files = self.env, [str(self.real)]
-        if self.live:
-            known = dict(
-                line.split("=", 1)
-                for line in ask_haproxy(self.rule, "show env").splitlines()
-                if "=" in line
-            )
-            files = known.get("HAPROXY_CFGFILES", str(self.real)).split(";")
-            env = {k: v for k, v in known.items() if not _HAPROXY_OWN.fullmatch(k)} | {
-                "PATH": self.env["PATH"]
-            }
-        paths = [
-            (self.real.parent / file).resolve() for file in files
-        ]  # a relative one is HAProxy's own folder's
-        ours = [path == self.real or (path.name == self.real.name and not Path(file).is_absolute())
-                for path, file in zip(paths, files, strict=True)]  # fmt: skip
-        if not any(ours):
-            what = f"HAProxy does not read {self.real}, but {', '.join(files)}"
-            raise GuardError(what, "correct `config` in [haproxy]")
-        used = [str(self.temp if own else path) for path, own in zip(paths, ours, strict=True)]
-        code, said = run_command(
-            ["haproxy", "-c", *(word for file in used for word in ("-f", file))], env, CHECK_S
-        )
+        code, said = self.proxy.judge_text(self.gate.files, self.real, self.temp)
         if code:
-            self.say(said)
+            self.note(said)
             raise GuardError(
                 f"haproxy -c refuses the new text (exit {code})", "its words are in the log"
             )
@@ -8032,52 +8917,21 @@ class Switch:
     def drain(self) -> str:
         """The old colour gets nothing new, not even from the connections that stay with HAProxy's
         old process."""
-        if self.live:
-            self.entry.states = keep_states(
-                ask_haproxy(self.rule, "show servers state"), self.found, self.rule
-            )
-        write_atomic(self.runner.state.switch_file, _dump(self.entry), durable=True)
         before = self.entry.before
+        if self.live:
+            dump = ask_haproxy(self.rule, "show servers state")
+            self.entry.states = keep_states(dump, self.gate.found, self.rule)
+        write_atomic(self.runner.state.switch_file, _dump(self.entry), durable=True)
         if not self.live:
-            return (
-                f"without a socket, {before} answers what comes on connections of "
-                f"before until these end"
-            )
-        self.set_state("drain")
-        busy = rows_by_color(live_rows(self.rule), self.rule)[before]["scur"]
+            until = "until these end"
+            return f"without a socket, {before} answers what comes on connections of before {until}"
+        self.proxy.set_state(before, "drain")
+        busy = rows_by_color(self.proxy.rows(), self.rule)[before]["scur"]
         return f"{before} gets no new requests, {busy} are under way there"
-
-    def set_state(self, state: str) -> None:
-        """Drain the old colour, or make it ready. HAProxy's older processes no longer listen.
-        Raises UpdaterError."""
-        name = self.rule.servers[self.entry.before]
-        if said := ask_haproxy(
-            self.rule, f"set server {self.rule.backend}/{name} state {state}"
-        ).strip():
-            raise UpdaterError(
-                f"HAProxy does not {state} {name}: {said}", "give the socket `level admin`"
-            )
-
-    def make_ready(self) -> None:
-        """The old colour gets requests again: a socket that is silent for a moment must not leave
-        it drained."""
-        ends = time.monotonic() + RELOAD_S
-        while True:
-            try:
-                self.set_state("ready")
-                return
-            except UpdaterError as problem:
-                if time.monotonic() > ends:
-                    self.say(
-                        f"warning: {self.rule.servers[self.entry.before]} may still be "
-                        f"drained: {problem}"
-                    )
-                    return
-            time.sleep(0.1)
 
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
-        if self.real.read_bytes() != self.found.text or self.temp is None:
+        if self.real.read_bytes() != self.old or self.temp is None:
             raise GuardError(
                 f"{self.real} was changed meanwhile", "look at the change, then switch again"
             )
@@ -8088,128 +8942,124 @@ class Switch:
     def place_states(self) -> str:
         """The servers' states for the next process; those of before the drain, which must not
         last."""
+        done = f"{self.entry.color} is active in {self.real}"
         if not (self.entry.state_file and self.entry.states):
-            return f"{self.entry.color} is active in {self.rule.config}"
+            return done
         try:
             write_atomic(Path(self.entry.state_file), self.entry.states.encode(), durable=True)
         except OSError as problem:
-            self.say(
-                f"warning: can't write {self.entry.state_file}: {problem.strerror}; "
-                f"{_COSTS[b'state']}"
-            )
-        return f"{self.entry.color} is active in {self.rule.config}, the servers' states are kept"
+            why = f"can't write {self.entry.state_file}: {problem.strerror}; {_COSTS[b'state']}"
+            self.note(f"warning: {why}")
+        return f"{done}, the servers' states are kept"
 
     def reload(self) -> str:
-        """Reload until a process runs that has read the new text: a reload can be swallowed. Raises
-        UpdaterError."""
-        if self.live and self.runs(self.entry.color, 0):
-            return "HAProxy runs it already"
-        failed = self.processes()[2]
-        for attempt in range(1, RELOADS + 1):
-            code, said = run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
-            if code:
-                raise UpdaterError(
-                    f"{' '.join(self.rule.reload)} failed (exit {code}): {said[-300:]}"
-                )
-            if not self.live:
-                return "done; without a socket nobody can tell whether HAProxy took it"
-            if self.runs(self.entry.color, RELOAD_S):
-                pid, older, _ = self.processes()
-                who = f"HAProxy's process {pid}" if pid else "HAProxy"
-                again = f" at attempt {attempt}" if attempt > 1 else ""
-                ending = f"; {len(older)} older still end what was begun" if older else ""
-                return f"{who} runs the new text{again}{ending}"
-            if (
-                self.processes()[2] > failed
-            ):  # not again: while it fails, new connections are refused for seconds
-                raise UpdaterError(
-                    "HAProxy could not start with the new text", "its own log says why"
-                )
-        raise UpdaterError(
-            f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why"
-        )
+        """HAProxy runs the new text. Raises UpdaterError."""
+        return self.proxy.reload_until(self.entry.color)
 
-    def processes(self) -> tuple[int | None, list[int], int]:
-        """HAProxy's worker, its older ones, and how many reloads failed in a row; nothing without a
-        master socket."""
-        for _ in range(20 if self.rule.master_socket else 0):
-            with suppress(UpdaterError):  # silent while it starts itself anew
-                if (found := parse_show_proc(ask_haproxy(self.rule, "show proc", master=True)))[0]:
-                    return found
-            time.sleep(0.1)
-        return None, [], 0
-
-    def runs(self, color: str, patience_s: float) -> bool:
-        """Whether HAProxy's process has `color` as the active one; while it is replaced its sockets
-        may be silent."""
-        deadline = time.monotonic() + patience_s
-        while True:
-            with suppress(UpdaterError):
-                if live_roles(live_rows(self.rule), self.rule).get(color) == "active":
-                    return True
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.05)
+    # The proof
 
     def prove(self) -> str:
-        """Requests reach the new colour. Raises UpdaterError where they do not."""
-        color, before = self.entry.color, self.entry.before
-        probed = ""
+        """Requests reach the new colour and no longer the old one. Raises UpdaterError where they
+        do not; where nothing could be observed, that becomes a warning of the result."""
+        seen = []
         if self.rule.probe:
-            try:
-                probed = f"{self.rule.probe} answers {probe_http(self.rule.probe, CONNECT_S)}; "
-            except (CheckFailed, OSError, http_client.HTTPException) as problem:
-                raise UpdaterError(f"{self.rule.probe}: {problem}") from problem
+            seen.append(self.send_probe(self.rule.probe))
         if not self.live:
-            return probed or "neither socket nor probe: nothing was proved"
-        deadline = time.monotonic() + PROOF_S
-        while True:
-            rows = live_rows(self.rule)
-            found = rows_by_color(rows, self.rule)
-            new, old = found[color], found[before]
-            if old["status"].startswith(
-                "DRAIN"
-            ):  # a reload that saves the states itself saved the drain too
-                self.set_state("ready")
-            if decide_traffic(rows) == [new["svname"]] and int(new["stot"]):
-                return f"{probed}{color} has {new['stot']} requests, {before} {old['stot']}"
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        refused = self.connect_problem()
-        if refused or decide_traffic(rows) != [new["svname"]]:
-            raise UpdaterError(
-                f"the traffic does not reach {color}: {new['status']} {refused or ''}".rstrip()
-            )
-        return f"{probed}no request came so far; {color} is {new['status']} and accepts connections"
+            seen.append("there is no socket that says which colour answers")
+            return self.not_proved(seen)
+        proof = TrafficProof(self.rule.servers[self.entry.color])
+        poll(lambda: self.watch_requests(proof), 0.05, PROOF_S)
+        if proof.strayed and not proof.is_proved:  # what had begun may take a moment to go over
+            poll(lambda: self.watch_requests(proof), 0.05, 2 * PROOF_S)
+        seen.append(proof.seen())
+        if proof.is_proved:
+            return "; ".join([*seen, *self.old_connections()])
+        wrong = proof.problem() or connect_problem(self.entry.address)
+        if wrong:
+            raise UpdaterError(f"the traffic does not reach {self.entry.color}: {wrong}")
+        return self.not_proved(seen)
+
+    def send_probe(self, url: str) -> str:
+        """The request that the configuration allows. Raises UpdaterError where it fails."""
+        try:
+            return f"{url} answers {probe_http(url, CONNECT_S)}"
+        except (CheckFailed, OSError, http_client.HTTPException) as problem:
+            raise UpdaterError(f"{url}: {problem}") from problem
+
+    def watch_requests(self, proof: TrafficProof) -> bool:
+        """One more look at the counters; whether they prove it by now."""
+        with suppress(UpdaterError):  # its sockets may be silent for a moment
+            rows, requests = self.proxy.backend_rows()
+            old = rows_by_color(rows, self.rule)[self.entry.before]
+            if old["status"].startswith("DRAIN"):
+                # a reload that saves the states itself saved the drain too
+                self.proxy.set_state(self.entry.before, "ready")
+            proof.add(rows, requests, time.monotonic())
+        return proof.is_proved
+
+    def not_proved(self, seen: Sequence[str]) -> str:
+        text = "; ".join(seen)
+        self.runner.warn(f"not proved: nobody saw a request reach {self.entry.color} ({text})")
+        return "; ".join(["not proved", text, *self.old_connections()])
+
+    def old_connections(self) -> list[str]:
+        """What HAProxy's older processes still hold."""
+        hard_stop_s: float | None = None
+        with suppress(UpdaterError, OSError):
+            hard_stop_s = self.proxy.read().hard_stop_s
+        return self.proxy.old_connections(hard_stop_s)
+
+    # The way back
 
     def undo(self) -> bool:
         """The old text, a process that runs it, and nobody drained; a text that somebody else wrote
         stays. Whether the text had changed."""
+        before = self.entry.before
         now = self.real.read_bytes()
-        if now == self.new:
-            os.replace(stage_text(self.real, self.entry.old.encode("latin-1")), self.real)
+        changed = now == self.new
+        if changed:
+            os.replace(stage_text(self.real, self.old), self.real)
             sync_folder(self.real.parent)
             self.place_states()
-        elif now != self.entry.old.encode("latin-1"):
-            self.say(f"warning: {self.real} was changed by somebody else meanwhile and stays so")
-        if self.live:
-            self.make_ready()
-        if now == self.new and not (self.live and self.runs(self.entry.before, 0)):
+        elif now != self.old:
+            self.note(f"warning: {self.real} was changed by somebody else meanwhile and stays so")
+        self.make_ready()
+        if changed and not (self.live and self.proxy.runs(before, 0)):
             with suppress(UpdaterError):
-                run_command(self.rule.reload, self.env, RELOAD_COMMAND_S)
-            if self.live and not self.runs(self.entry.before, RELOAD_S):
-                self.say("warning: HAProxy does not run what its file says: reload it by hand")
-            if self.live:
-                self.make_ready()
-        self.say(f"undone: {self.entry.before} is active")
+                self.proxy.signal_reload()
+            if self.live and not self.proxy.runs(before, RELOAD_S):
+                self.note("warning: HAProxy does not run what its file says: reload it by hand")
+            self.make_ready()
+        self.note(f"undone: {before} is active")
         self.runner.last_act = self.close
-        return now == self.new
+        return changed
+
+    def make_ready(self) -> None:
+        """Nobody stays drained, as far as HAProxy can be told."""
+        problem = self.proxy.make_ready(self.entry.before) if self.live else None
+        if problem:
+            self.note(f"warning: {problem}")
 
     def close(self) -> None:
         """Done or undone for good; not before that is the job's recorded result."""
         self.runner.state.switch_file.unlink(missing_ok=True)
         sync_folder(self.runner.state.root)
+
+
+def resume_switch(runner: Runner, entry: SwitchEntry) -> str | None:
+    """End what an earlier runner left half done; the colour that takes the traffic where that was
+    this very job. Raises UpdaterError."""
+    half = Switch(runner, entry)
+    moved = half.resume()
+    if entry.run != runner.run:
+        half.close()
+        os.close(half.lock)
+        return None
+    if not moved:
+        raise UpdaterError(
+            "the switch was undone: its process died before the file changed", "switch again"
+        )
+    return entry.color
 
 
 def switch_traffic(runner: Runner) -> str | None:
@@ -8218,27 +9068,21 @@ def switch_traffic(runner: Runner) -> str | None:
     runner.begin("gate")
     entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
     if entry:
-        half = Switch(runner, entry)
-        moved = half.resume()
-        if entry.run == runner.run and not moved:
-            raise UpdaterError(
-                "the switch was undone: its process died before the file changed", "switch again"
-            )
-        if entry.run == runner.run:
+        color = resume_switch(runner, entry)
+        if color:
             runner.save(switched=True)
-            return entry.color
-        half.close()
-        os.close(half.lock)
+            return color
     config, problem = load_config_or_last(runner.config_path, runner.state)
     if problem:
         runner.log.line(f"warning: {problem}")
-    if config.haproxy is None:
+    rule = config.haproxy
+    if rule is None:
         raise UsageError(
             "this host's configuration has no [haproxy]", "add that section, and deploy it here"
         )
     try:
-        real = Path(config.haproxy.config).resolve(strict=True)
-        switch = Switch(runner, SwitchEntry(runner.run, dict(vars(config.haproxy)), str(real)))
+        real = Path(rule.files[0]).resolve(strict=True)
+        switch = Switch(runner, SwitchEntry(runner.run, dict(vars(rule)), str(real)))
     except OSError as unreadable:
         hint = "[haproxy] config must name a file that this service's user owns, with its folder"
         raise GuardError(f"{unreadable.filename}: {unreadable.strerror}", hint) from unreadable
@@ -9395,7 +10239,7 @@ def no_traffic(*warnings: str) -> dict[str, Any]:
 def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
     """Where HAProxy sends the traffic; only its own host knows."""
     rule = agent.config.config.haproxy
-    return look_at_traffic(rule) if rule else no_traffic()
+    return probe_traffic(rule) if rule else no_traffic()
 
 
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
@@ -14258,7 +15102,11 @@ class Setup:
 
     def allow_restarts(self) -> None:
         """Let the service restart what its deployments restart, and nothing else."""
-        units = [unit if "." in unit else f"{unit}.service" for unit in self.config.deploy.restart]
+        units = []
+        for service in map(parse_service, self.config.deploy.restart):
+            if service.keeper == "systemd":
+                name = service.name
+                units.append(name if "." in name else f"{name}.service")
         if units and self.user != "root":
             self.put(_POLKIT_FILE, render_polkit(self.user, units))
         else:
@@ -14647,11 +15495,17 @@ class Doctor:
         """What a switch on this host needs: a valid file that may be replaced, the sockets, and two
         true colours."""
         env = {**self.env, "PATH": f"{self.env.get('PATH', '')}:{_SBIN}"}
-        code, said = try_command(["haproxy", "-c", "-f", rule.config], env)
+        try:
+            files = Haproxy(rule).files()
+        except (UpdaterError, OSError) as problem:
+            yield Finding("haproxy", False, str(problem), "correct `config` in [haproxy]")
+            files = Haproxy(rule).configured_files()
+        arguments = [word for file in files for word in ("-f", str(file))]
+        code, said = try_command(["haproxy", "-c", *arguments], env)
         lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
-        fix = f"mend the file until this is silent: haproxy -c -f {rule.config}"
+        fix = f"mend the file until this is silent: haproxy -c {' '.join(arguments)}"
         yield Finding("haproxy", code == 0, lines[0], fix)
-        real = os.path.realpath(rule.config)
+        real = os.path.realpath(rule.files[0])
         fix = (
             f"this service's user must own the file and its folder: chown USER "
             f"{os.path.dirname(real)} {real}"
@@ -14666,7 +15520,7 @@ class Doctor:
             if path:
                 ask = functools.partial(ask_haproxy, rule, words, master=master)
                 yield judge_attempt("haproxy socket", path, ask)
-        for warning in look_at_traffic(rule)["warnings"]:
+        for warning in probe_traffic(rule)["warnings"]:
             yield Finding("traffic", False, warning, f"edit {real}, then: {' '.join(rule.reload)}")
 
 

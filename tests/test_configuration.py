@@ -54,7 +54,8 @@ tokenFile = "/etc/estelle-updater.token"      # optional shared secret; never th
 [deploy]
 remote = "origin"
 command = ["pnpm", "deploy:release"]
-restart = []                                  # systemd units, as one more step after the command: "systemctl restart A B", then each must be active
+restart = []                                  # after the command: "NAME.service", "user:NAME.service", "pm2:NAME"; each must then stay active for `settle`
+settle = 3                                    # seconds
 timeout = 1800                                # seconds for one step
 version = "config/version.json"               # its "version", or the first line of plain text; else the last vMMDD_N in the output, else git describe --always
 secrets = []                                  # names of more variables whose values are masked in the logs
@@ -79,7 +80,7 @@ masterSocket = "/run/haproxy-master.sock"     # optional
 reload = ["systemctl", "reload", "haproxy"]
 probe = "https://127.0.0.1/healthz"           # optional, GET only: proof by a real request; else counters and the server itself
 
-[[health]]                                    # http (status, contains, timeout) tcp valkey mariadb systemd disk certificate command
+[[health]]                                    # http (status, contains, timeout) tcp valkey mariadb systemd pm2 disk certificate command
 name = "web"
 http = "http://127.0.0.1:2000/"
 hosts = ["yq-blue", "yq-green"]               # default all; a name that matches no host is a warning of `config check`
@@ -390,7 +391,22 @@ def test_all_problems_at_once_with_file_key_and_value():
         ({"deploy": {"command": ["a", 1]}}, "deploy.command[1]: 1 is no text"),
         ({"deploy": {"command": ["a\0"]}}, 'deploy.command[0]: "a\\u0000" is no text'),
         ({"deploy": {"command": ["\ud800"]}}, 'deploy.command[0]: "\\ud800" is no text'),
-        ({"deploy": {"restart": ["-f"]}}, 'deploy.restart[0]: "-f" is no systemd unit'),
+        (
+            {"deploy": {"restart": ["-f"]}},
+            'deploy.restart[0]: "-f" is no service; write web.service, user:web.service or pm2:web',
+        ),
+        (
+            {"deploy": {"restart": ["pm2:-f"]}},
+            'deploy.restart[0]: "pm2:-f" is no service; write web.service, user:web.service or pm2:web',
+        ),
+        (
+            {"health": [{"name": "x", "tcp": "a:1", "passwordEnv": "X"}]},
+            'health[0].passwordEnv: "X" belongs to a valkey check',
+        ),
+        (
+            {"haproxy": {"host": "h", "backend": "b", "config": []}},
+            'haproxy.config: [] is no list with entries; write ["/etc/haproxy/haproxy.cfg", "/etc/haproxy/conf.d"]',
+        ),
         ({"deploy": {"timeout": 0}}, "deploy.timeout: 0 is no number of seconds, up to a week"),
         ({"deploy": {"timeout": 1_800_000}}, "deploy.timeout: 1800000 is no number of seconds, up to a week"),
         ({"deploy": {"timeout": float("nan")}}, "deploy.timeout: NaN is no number of seconds, up to a week"),

@@ -188,8 +188,8 @@ def test_what_haproxy_says_of_itself():
         "90              worker          0               0d00h00m02s     2.6.12\n# old workers\n"
         "80              worker          1               0d00h00m02s     2.6.12\n# programs\n\n"
     )
-    assert est.parse_show_proc(text) == (90, [80], 1)
-    assert est.parse_show_proc("") == (None, [], 0)
+    assert est.parse_show_proc(text) == est.Processes(90, (est.OldWorker(80, 2.0),), 1)
+    assert est.parse_show_proc("") == est.Processes()
     assert est.parse_show_stat("", "be") == est.parse_show_stat("Unknown command", "be") == []
 
 

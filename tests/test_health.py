@@ -20,7 +20,6 @@ import pytest
 
 from estelle_updater import (
     HealthRule,
-    _probe_mariadb,
     certificate_end,
     own_address,
     parse_config,
@@ -159,7 +158,15 @@ def test_valkey(tmp_path: Path):
         assert see(tmp_path, mariadb=address, timeout=0.5)[0] is False
     with valkey("--requirepass", "secret") as address:
         ok, detail = see(tmp_path, valkey=address)
-        assert ok and "wants a password" in detail
+        assert not ok and 'add passwordFile = "' in detail
+        (tmp_path / "word").write_text("secret\n")
+        assert see(tmp_path, valkey=address, passwordFile="word")[1].startswith("PONG")
+        env = {**os.environ, "STORE_WORD": "secret", "WRONG": "hunter2"}
+        assert see(tmp_path, env, valkey=address, passwordEnv="STORE_WORD", user="default")[0]
+        ok, detail = see(tmp_path, env, valkey=address, passwordEnv="WRONG")
+        assert not ok and detail.startswith("WRONGPASS") and "hunter2" not in detail
+        assert see(tmp_path, valkey=address, passwordFile="none")[1] == "passwordFile none: No such file or directory"
+        assert "no variable NOBODY" in see(tmp_path, valkey=address, passwordEnv="NOBODY")[1]
     assert not see(tmp_path, valkey=address)[0]
     with says(b"-LOADING the dataset is being loaded\r\n") as address:
         assert see(tmp_path, valkey=address) == (False, "LOADING the dataset is being loaded")
@@ -196,7 +203,8 @@ def test_checks_do_not_make_mariadb_block_their_host(database: str):
         pytest.skip("this machine has no address beside loopback")
     endpoint = f"{address}:{database.rpartition(':')[2]}"
     for _ in range(10):
-        assert "MariaDB" in _probe_mariadb(endpoint, 5)
+        assert see(Path(), mariadb=endpoint)[0]
+        assert see(Path(), tcp=endpoint)[0]
 
 
 def test_disk(tmp_path: Path):

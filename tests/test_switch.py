@@ -470,7 +470,7 @@ def test_connections_of_before_follow_every_switch(
 def test_an_undo_that_fails_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard's exit code says that nothing changed; here something did, and stays so."""
     switch = object.__new__(est.Switch)
-    switch.say = lambda text: [0, len(text)]
+    switch.note = lambda text: [0, len(text)]
 
     def fails() -> str:
         raise est.UpdaterError("HAProxy could not start")
