@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fleet import PROGRAM, Fleet, Origin, clean_env, kill_processes_of, need, run
+from tests.fleet import MODULE, Fleet, Origin, clean_env, kill_processes_of, need, run
 from tests.machines import Network, Windows
 
 
@@ -88,7 +89,8 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
             partial = shared / "partial.pyz"
-            code, out, err = run([*PROGRAM, "build", "-o", partial], clean_env(shared / "home"), timeout_s=300)
+            argv = [sys.executable, str(MODULE), "build", "-o", str(partial)]
+            code, out, err = run(argv, clean_env(shared / "home"), timeout_s=300)
             assert code == 0, f"build failed with {code}\n{out}{err}"
             partial.replace(built)
     return built

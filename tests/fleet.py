@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "estelle_updater.py"
-PROGRAM = (sys.executable, str(MODULE))
+# What hosts run: the zipapp that tests/run has built of this module, which need not be compiled at each start.
+PROGRAM = (sys.executable, os.environ.get("ESTELLE_TEST_PROGRAM") or str(MODULE))
 READY_S = 60.0  # generous: a test machine may be busy, and a wait ends as soon as its condition holds
 SCRIPT = ("sh", "deploy.sh")  # the default deployment: no pnpm to start in every test
 PNPM = ("pnpm", "deploy:release")
