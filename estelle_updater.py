@@ -359,7 +359,8 @@ SWAP, RESTART, UNDO = (
 DEFAULT_PORT = 9900
 TAILSCALE = "100.64.0.0/10"
 PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need one in common
-FEATURES: tuple[str, ...] = ()
+KEY_FEATURE = "key"  # an agent that can keep a key of its own
+FEATURES: tuple[str, ...] = (KEY_FEATURE,)
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
@@ -444,6 +445,7 @@ LOOK_AHEAD_S, PLAN_S = (
 )  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
+MASTERS_KEPT = 8  # whose keys a host keeps
 PLANS_KEPT = 100
 RUNS_ASKED = 100  # the newest ones, for who is in the fleet
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
@@ -1969,13 +1971,18 @@ class Welcome:
     features: list[str] = field(default_factory=list)
     proof: str = ""  # that the master knows the token too
     time: float = 0.0  # of the master's clock, for `doctor`
+    key: str = ""  # 64 hex digits for an agent that has none of this master, never sent again
+    master: str = ""  # whose key that is: the name of this master's list of keys
 
 
 @record(frozen=True)
 class Challenge:
-    """Master to whoever said `Hello`, where there is a token: prove that you know it."""
+    """Master to whoever said `Hello`: prove that you know the token, and the key that this master
+    gave you."""
 
     nonce: str
+    token: bool = True  # there is one; an older master asks for nothing else
+    master: str = ""  # the name of its list of keys, where it asks for one
 
 
 @record(frozen=True)
@@ -1983,7 +1990,8 @@ class Proof:
     """The answer to `Challenge`; the master has to prove the same with `nonce` in its `Welcome`."""
 
     nonce: str
-    proof: str
+    proof: str  # of the token
+    key: str = ""  # the proof by the key of that master, "" without one
 
 
 @record(frozen=True)
@@ -2295,19 +2303,25 @@ def check_proof(
     )
 
 
-def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, Any, Welcome]:
+def greeting(
+    hello: Hello, token: bytes | None, nonce: str, keys: Mapping[str, str] | None = None
+) -> Generator[Any, Any, Welcome]:
     """What a client says until it is welcomed: yields each message, is sent its answer, and returns
-    the welcome.
+    the welcome. `keys` are those that masters gave to this agent, by the masters' names.
 
     With a token, a master that does not prove that it knows it is told nothing more. Raises
     RefusedError, ProtocolError.
     """
     reply = yield hello
-    challenge = reply.nonce if isinstance(reply, Challenge) else ""
+    challenge = ""
     if isinstance(reply, Challenge):
-        if token is None:
+        challenge, proof = reply.nonce, ""
+        if reply.token and token is None:
             raise RefusedError("the master asks for a token, and there is none here", _TOKEN_HINT)
-        reply = yield Proof(nonce, make_proof(token, "client", hello, challenge, nonce))
+        if reply.token and token:
+            proof = make_proof(token, "client", hello, challenge, nonce)
+        key_proof = prove_key((keys or {}).get(reply.master, ""), hello, challenge, nonce)
+        reply = yield Proof(nonce, proof, key_proof)
     if isinstance(reply, Refuse):
         raise RefusedError(reply.what, reply.hint)
     if not isinstance(reply, Welcome):
@@ -2317,6 +2331,43 @@ def greeting(hello: Hello, token: bytes | None, nonce: str) -> Generator[Any, An
     ):
         raise RefusedError("whoever answers at masterUrl does not know our token", _TOKEN_HINT)
     return reply
+
+
+def prove_key(key: str, hello: Hello, challenge: str, nonce: str) -> str:
+    """That an agent has the key that the master gave it; nothing without one."""
+    if not re.fullmatch(r"[0-9a-f]{64}", key):
+        return ""
+    return make_proof(bytes.fromhex(key), "key", hello, challenge, nonce)
+
+
+class Standing(StrEnum):
+    """What an agent's words at the door are worth."""
+
+    PROVEN = "proven"  # it has the key that belongs to its machine id
+    NEW = "new"  # it gets a key
+    KEYLESS = "keyless"  # an older version, which can't have one
+    IMPOSTOR = "impostor"  # the machine id is another's
+
+
+def judge_standing(
+    *, able: bool, is_known: bool, same_address: bool, has_key: bool, was_proven: bool, proves: bool
+) -> Standing:
+    """Whether an agent is who its machine id says.
+
+    `able`: its version can keep a key. Of the master's list: the machine `is_known` (and not
+    forgotten), was last seen at the `same_address`, `has_key`, and it `was_proven` once that the
+    key arrived. `proves`: this hello proves it.
+
+    An id that every commander might have seen is no proof; a key that perhaps never arrived can be
+    given again, to the address that it was meant for.
+    """
+    if not is_known:
+        return Standing.NEW if able else Standing.KEYLESS
+    if has_key and proves:
+        return Standing.PROVEN
+    if not same_address or (has_key and was_proven):
+        return Standing.IMPOSTOR
+    return Standing.NEW if able else Standing.KEYLESS
 
 
 _TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
@@ -5405,6 +5456,8 @@ class StateFolder:
         # the URL of the master that this host was, or was welcomed by, last
         self.last_master = root / "last-master"
         self.serve_file = root / "serve.json"  # how the daemon was started
+        self.keys_file = root / "keys.json"  # by which this host proves to masters who it is
+        self.agent_keys_file = root / "agent-keys.json"  # that this master gave to agents
         self._machine = ""
         self.history = History(self)
 
@@ -5466,6 +5519,17 @@ class StateFolder:
             self._machine = os.urandom(16).hex()
             write_atomic(path, self._machine.encode(), durable=True)
         return self._machine
+
+    def keys(self) -> dict[str, str]:
+        """The keys that masters gave to this host, by the masters' names, the newest last."""
+        found = read_json(self.keys_file) or {}
+        return {str(name): str(key) for name, key in found.items()}
+
+    def save_key(self, master: str, key: str) -> None:
+        """Keep a master's key, and those of a few masters before: one of them may come back."""
+        keys = {name: old for name, old in self.keys().items() if name != master} | {master: key}
+        kept = dict(list(keys.items())[-MASTERS_KEPT:])
+        write_atomic(self.keys_file, json.dumps(kept).encode(), durable=True)
 
     def save_master_url(self, url: MasterUrl) -> None:
         with suppress(OSError):
@@ -9322,6 +9386,7 @@ class Way:
     bind: str | None  # the address to connect from
     token: bytes | None
     tls: Mapping[str, Any]
+    keys: Mapping[str, str] = field(default_factory=dict)  # of an agent, by the masters' names
 
 
 def way_to(config: Config, tree: Path, url: str, bind: str | None) -> Way:
@@ -9337,7 +9402,7 @@ async def connect_master(way: Way, hello: Hello) -> tuple[SocketWire, Welcome]:
     with dialing(way.url):
         options = CLIENT_OPTIONS | dict(way.tls)
         wire = SocketWire(await connect(way.url, local_addr=source, **options))
-        talk = greeting(hello, way.token, os.urandom(16).hex())
+        talk = greeting(hello, way.token, os.urandom(16).hex(), way.keys)
         try:
             async with asyncio.timeout(WELCOME_S):
                 message = next(talk)
@@ -10304,6 +10369,19 @@ class Dialer:
         last = self.agent.state.last_master_url()
         return list(dict.fromkeys([self.agent.config.config.master_url, *([last] if last else [])]))
 
+    def keep_key(self, welcome: Welcome, keys: Mapping[str, str]) -> None:
+        """The key that the master gave, if it did. One that can't be kept now is given again."""
+        if not welcome.key:
+            return
+        if welcome.master in keys:
+            log.warning("the master had lost this host's key, and gave it a new one")
+        elif keys:
+            log.warning("this master has no key of this host: it is another, or lost its state")
+        try:
+            self.agent.state.save_key(welcome.master, welcome.key)
+        except OSError as problem:
+            log.error("can't write %s: %s", self.agent.state.keys_file, problem.strerror)
+
     def say(self, text: str) -> None:
         self.trouble = text
         if text not in self.said:
@@ -10314,8 +10392,10 @@ class Dialer:
         """One connection, from the handshake to its end. Raises RefusedError, UnreachableError,
         ConfigError."""
         config, tree = self.agent.config.config, work_tree(self.agent.config.path)
-        way = way_to(config, tree, str(url), self.bind)
+        keys = self.agent.state.keys()
+        way = replace(way_to(config, tree, str(url), self.bind), keys=keys)
         wire, self.welcome = await connect_master(way, self.agent.hello())
+        self.keep_key(self.welcome, keys)
         self.said.clear()
         self.agent.state.save_master_url(url)
         log.info("welcomed by the master at %s as %s", url, self.welcome.label)
