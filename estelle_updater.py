@@ -1085,7 +1085,9 @@ CHECK_KINDS = (
     "certificate",
     "command",
 )
-NOTIFY_EVENTS = (*sorted(FINAL), "switched", "failover", "agent-offline", "certificate")
+NOTIFY_EVENTS = (
+    *sorted(FINAL), "switched", "failover", "agent-offline", "certificate", "impostor",
+)  # fmt: skip
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that "
     "file in tokenFile",
@@ -2794,6 +2796,22 @@ def run_of_job(job: JobRecord) -> RunRecord:
         job.by,
         options=job.options,
     )
+
+
+def as_ordered(run: RunRecord, job: JobRecord) -> JobRecord:
+    """A host's word about its job: what was ordered is the run's to say, and not the host's."""
+    ordered = job_of_run(run, job.host)
+    names = ("kind", "branch", "target", "address", "by", "created", "options")
+    return replace(job, **{name: getattr(ordered, name) for name in names})
+
+
+def without_ids(message: Any) -> Any:
+    """A message as commanders get it: a machine id is its host's, and nobody else's business."""
+    if isinstance(message, RunRecord):
+        return replace(message, machines={})
+    if isinstance(message, JobRecord):
+        return replace(message, machine="")
+    return message
 
 
 def job_of_run(run: RunRecord, host: str) -> JobRecord:
@@ -9490,6 +9508,7 @@ class Link:
 
     def __init__(self, wire: Wire, *, squeeze: bool = False, shared: bool = False) -> None:
         self.wire, self.squeeze, self.shared = wire, squeeze, shared
+        self.hides_ids = False  # the other end is a commander
         self._control: deque[str] = deque()
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
@@ -9504,7 +9523,7 @@ class Link:
     def post(self, message: Any) -> None:
         """Send a message as soon as the connection takes it; who asks and asks and never reads is
         cut off."""
-        text = encode_message(message)
+        text = encode_message(without_ids(message) if self.hides_ids else message)
         self._control.append(text)
         self._waiting_bytes += len(text)
         if self._waiting_bytes > WAITING_BYTES:
@@ -10686,6 +10705,69 @@ class Page:
         return answer
 
 
+class Proven(NamedTuple):
+    """What was said at the door after a hello."""
+
+    token: str = ""  # our own proof that we know it, for the welcome
+    challenge: str = ""
+    nonce: str = ""
+    key: str = ""  # the agent's proof that it has the key that this master gave it
+
+
+class AgentKeys:
+    """The keys that this master gave to its agents: by them it knows who is who, and not by a
+    machine id, which is no secret."""
+
+    def __init__(self, state: StateFolder) -> None:
+        self.state = state
+        self.name = ""  # of this list: an agent knows by it which key is meant
+        self.keys: dict[str, str] = {}  # by machine id
+        self.arrived: set[str] = set()  # machines that have proven theirs once
+
+    def recover(self) -> None:
+        """After a start: the keys given so far. A list that is damaged or gone is begun anew."""
+        reading, found = look_into_json(self.state.agent_keys_file)
+        if reading is Reading.UNREADABLE:
+            raise UsageError(
+                f"can't read {self.state.agent_keys_file}", "is it the user's who serves?"
+            )
+        if reading is Reading.TORN:
+            log.error("%s is damaged: every agent gets a new key", self.state.agent_keys_file)
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            keys = {str(machine): str(key) for machine, key in found["keys"].items()}
+            self.name, self.keys, self.arrived = str(found["name"]), keys, set(found["arrived"])
+        if not self.name:
+            self.name = os.urandom(16).hex()
+
+    def proves(self, hello: Hello, proven: Proven) -> bool:
+        """Whether an agent has proven the key of its machine id."""
+        wanted = prove_key(self.keys.get(hello.machine, ""), hello, proven.challenge, proven.nonce)
+        return bool(wanted) and hmac.compare_digest(wanted.encode(), proven.key.encode())
+
+    def give(self, machine: str) -> str:
+        """A key for a machine; the same one again, as long as it has perhaps not arrived."""
+        if machine in self.arrived or machine not in self.keys:
+            self.keys[machine] = os.urandom(32).hex()
+            self.arrived.discard(machine)
+            self.save()
+        return self.keys[machine]
+
+    def note_arrival(self, machine: str) -> None:
+        if machine not in self.arrived:
+            self.arrived.add(machine)
+            self.save()
+
+    def drop(self, machine: str) -> None:
+        """A host that was forgotten may come back as anybody."""
+        self.arrived.discard(machine)
+        if self.keys.pop(machine, ""):
+            self.save()
+
+    def save(self) -> None:
+        data = {"name": self.name, "keys": self.keys, "arrived": sorted(self.arrived)}
+        self.state.store.put(self.state.agent_keys_file, json.dumps(data).encode())
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
@@ -10818,9 +10900,9 @@ class Door:
         if self.certificate:
             self.certificate.reload()
 
-    async def check_token(self, link: Link, hello: Hello, address: str) -> str:
-        """Have whoever said hello prove that it knows the token, if there is one: our own proof,
-        for the welcome.
+    async def challenge(self, link: Link, hello: Hello, address: str, keys: str) -> Proven:
+        """Have whoever said hello prove that it knows the token, if there is one, and ask for its
+        proof by the key of the list `keys`, if it may have one; our own proof is for the welcome.
 
         Raises RefusedError.
         """
@@ -10831,25 +10913,25 @@ class Door:
             raise RefusedError(
                 "the master can't read its own token", "see the master's log"
             ) from None
-        if token is None:
-            return ""
+        if token is None and not keys:
+            return Proven()
         challenge = os.urandom(16).hex()
-        await link.wire.send(encode_message(Challenge(challenge)))
+        await link.wire.send(encode_message(Challenge(challenge, token is not None, keys)))
         try:
             async with asyncio.timeout(WELCOME_S):
-                frame = await link.wire.recv()
+                answer = decode_frame(await link.wire.recv())
         except (EOFError, TimeoutError):
-            self.log_refusal(address, "it did not prove that it knows the token")
+            self.log_refusal(address, "it did not prove who it is")
             raise
-        answer = decode_message(frame) if isinstance(frame, str) else None
-        if not (
-            isinstance(answer, Proof)
-            and check_proof(answer.proof, token, "client", hello, challenge, answer.nonce)
-        ):
-            raise RefusedError(
-                "the token is not the master's (the address is allowed)", _TOKEN_HINT
-            )
-        return make_proof(token, "master", hello, challenge, answer.nonce)
+        if not isinstance(answer, Proof):
+            raise RefusedError("it did not prove who it is", "do both sides run the same version?")
+        ours = ""
+        if token is not None:
+            if not check_proof(answer.proof, token, "client", hello, challenge, answer.nonce):
+                what = "the token is not the master's (the address is allowed)"
+                raise RefusedError(what, _TOKEN_HINT)
+            ours = make_proof(token, "master", hello, challenge, answer.nonce)
+        return Proven(ours, challenge, answer.nonce, answer.key)
 
     def drop_disallowed(self) -> None:
         """After the configuration changed: who is no longer on the list, or has not proven this
@@ -10886,6 +10968,18 @@ class Machine:
     platform: str = ""
     seen: float = 0.0
     forgotten: bool = False
+    moved_from: str = ""  # its address before this one
+    moved_at: float = 0.0
+
+
+@record()
+class Impostor:
+    """Somebody who showed a host's machine id without the key that belongs to it."""
+
+    machine: str
+    address: str
+    last: float
+    times: int = 1
 
 
 class Changes:
@@ -10965,10 +11059,14 @@ class Registry:
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.changes = Changes()
         self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
+        self.keys = AgentKeys(state)
+        self.impostors: dict[tuple[str, str], Impostor] = {}  # by machine and address
         self.tasks = Tasks()
 
     def recover(self) -> None:
-        """After a start: the known hosts, none of them connected yet."""
+        """After a start: the known hosts, none of them connected yet. Raises UsageError where the
+        agents' keys can't be read."""
+        self.keys.recover()
         found = read_json(self.file)
         for machine, data in (self.recorded_machines() if found is None else found).items():
             with suppress(ProtocolError, TypeError):
@@ -11030,6 +11128,67 @@ class Registry:
             return f"unnamed-{machine[:4]}"
         return name
 
+    def identify(self, hello: Hello, address: str, proven: Proven) -> str:
+        """Who an agent is: the key that it is to get, "" where it has one, or can't have one.
+        Raises RefusedError for who shows the machine id of another."""
+        known = self.machines.get(hello.machine)
+        if known and known.forgotten:
+            known = None
+        able = KEY_FEATURE in hello.features
+        standing = judge_standing(
+            able=able,
+            is_known=known is not None,
+            same_address=known is not None and known.address == address,
+            has_key=hello.machine in self.keys.keys,
+            was_proven=hello.machine in self.keys.arrived,
+            proves=self.keys.proves(hello, proven),
+        )
+        if standing is Standing.IMPOSTOR:
+            self.note_impostor(hello.machine, address)
+            raise RefusedError(
+                "this machine id belongs to another host, and its key was not proven",
+                "a copied state folder? delete machine-id in it and restart; a host that lost its "
+                "key, or has a new address and an old version, comes back after `forget`",
+            )
+        if standing is Standing.PROVEN:
+            self.keys.note_arrival(hello.machine)
+        if standing is not Standing.NEW:
+            return ""
+        if known and proven.key:
+            log.warning("%s has a key that this master has lost: it gets a new one", known.name)
+        return self.keys.give(hello.machine)
+
+    def note_impostor(self, machine: str, address: str) -> None:
+        seen = self.impostors.get((machine, address))
+        if seen:
+            seen.times += 1
+            seen.last = time.time()
+            return
+        while len(self.impostors) >= REFUSED_KEPT:
+            del self.impostors[next(iter(self.impostors))]
+        self.impostors[machine, address] = Impostor(machine, address, time.time())
+        log.error("%s: it was refused", self.impostor_text(self.impostors[machine, address]))
+
+    def impostor_text(self, impostor: Impostor) -> str:
+        """What somebody did who is not whom it says."""
+        labels = {host.machine: host.label for host in self.hosts()}
+        whose = labels.get(impostor.machine, "a host")
+        return f"{impostor.address} showed the machine id of {whose} without its key"
+
+    def warnings(self) -> list[str]:
+        """What was odd about the hosts within the last day."""
+        found, now = [], time.time()
+        for impostor in list(self.impostors.values()):
+            if now - impostor.last < DAY_S:
+                ago = f"{(now - impostor.last) / 60:.0f} minutes ago"
+                times = f"{impostor.times} times, last " if impostor.times > 1 else ""
+                found.append(f"{self.impostor_text(impostor)}, {times}{ago}; it was refused")
+        for host in self.hosts():
+            known = self.machines[host.machine]
+            if known.moved_from and now - known.moved_at < DAY_S:
+                found.append(f"{host.label} has a new address: it was {known.moved_from}")
+        return found
+
     def register(self, hello: Hello, address: str) -> None:
         """Remember a host that is welcomed. Raises RefusedError where one address has been too many
         machines."""
@@ -11042,6 +11201,7 @@ class Registry:
                     "`forget` those that are retired",
                 )
             del self.machines[retired]
+            self.keys.drop(retired)
         version, platform = (
             re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform)
         )
@@ -11053,9 +11213,14 @@ class Registry:
             platform,
             time.time(),
         )
-        new = hello.machine not in self.machines
+        before = self.machines.get(hello.machine)
+        if before and before.address != address:
+            known.moved_from, known.moved_at = before.address, time.time()
+            log.warning("%s has a new address: it was %s", address, before.address)
+        elif before:
+            known.moved_from, known.moved_at = before.moved_from, before.moved_at
         self.machines[hello.machine] = known
-        self.save(durable=new)
+        self.save(durable=before is None)
 
     def hosts(self, everyone: bool = False) -> list[HostRef]:
         """Every host of the fleet with its label, the master's own first; `everyone`: as if all
@@ -11124,6 +11289,7 @@ class Registry:
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
         for host in hosts:
             self.machines[host.machine].forgotten = True
+            self.keys.drop(host.machine)
         self.save(durable=True)
         return [host.label for host in hosts]
 
@@ -11620,11 +11786,13 @@ class Master:
             common_protocol(hello.protocol)
             if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
-            proof = await self.door.check_token(link, hello, address)
+            able = hello.role == "agent" and KEY_FEATURE in hello.features
+            keys = self.registry.keys.name if able else ""
+            proven = await self.door.challenge(link, hello, address, keys)
             if hello.role == "agent":
-                await self.serve_agent(link, hello, address, proof)
+                await self.serve_agent(link, hello, address, proven)
             else:
-                await Desk(self).serve_commander(link, hello, address, proof)
+                await Desk(self).serve_commander(link, hello, address, proven.token)
         except* (EOFError, TimeoutError):
             pass
         except* (ProtocolError, RefusedError) as group:
@@ -11640,7 +11808,9 @@ class Master:
             link.wire.abort()
             del self.door.sockets[socket]
 
-    async def serve_agent(self, link: Link, hello: Hello, address: str, proof: str = "") -> None:
+    async def serve_agent(
+        self, link: Link, hello: Hello, address: str, proven: Proven | None = None
+    ) -> None:
         """An agent's connection: welcome it, take its states and logs, until it goes."""
         if not re.fullmatch(r"[0-9a-f]{32}", hello.machine):
             raise ProtocolError("a machine id is 32 hex digits")
@@ -11649,6 +11819,9 @@ class Master:
                 "this is the master's own machine id: a cloned state folder; delete "
                 "machine-id in it"
             )
+        key = ""
+        if proven:  # the master's own agent is in this very process
+            key = self.registry.identify(hello, address, proven)
         while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
             if await old.answers_ping():
                 what = f"this machine id is in use by {old.address}: a cloned state folder"
@@ -11666,17 +11839,18 @@ class Master:
         went = self.registry.down_since.pop(hello.machine, 0.0)
         self.queue.busy.pop(hello.machine, None)
         label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
-        protocol = common_protocol(hello.protocol)
         link.post(
             Welcome(
-                protocol,
+                common_protocol(hello.protocol),
                 __version__,
                 address,
                 label,
                 self.nonce,
                 list(FEATURES),
-                proof,
+                proven.token if proven else "",
                 time.time(),
+                key,
+                self.registry.keys.name,
             )
         )
         if hello.machine != self.machine:
@@ -11737,6 +11911,7 @@ class Master:
         if found is None or (not found.record.nonce and job.host not in found.record.machines):
             self.adopt(found, job)
         run = self.ledger.own_job(agent, job.run, job.host)
+        job = as_ordered(run.record, job)
         if job.state in FINAL:
             run.held[job.host] = job
             self.settle(run, job.host)
@@ -11949,6 +12124,7 @@ class Desk:
     async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
+        link.hides_ids = True
         protocol = common_protocol(hello.protocol)
         link.post(
             Welcome(
@@ -12205,7 +12381,8 @@ class Desk:
             self.status_row(host, found, traffic)
             for host, found in zip(hosts, answers, strict=True)
         ]
-        return {"master": self.about_us(), "hosts": rows, "warnings": traffic["warnings"]}
+        warnings = [*traffic["warnings"], *self.registry.warnings()]
+        return {"master": self.about_us(), "hosts": rows, "warnings": warnings}
 
     def about_us(self) -> dict[str, Any]:
         """What `status` says of the master itself."""
@@ -12316,6 +12493,8 @@ class Planner:
         rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
         now_and_then = ("machine", "current", "target", "traffic")
         truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
+        for row in rows:
+            row.pop("machine", None)
         return {
             "plan": self.remember(truth, [text for row in rows for text in row["refused"]]),
             "branch": "",
@@ -12898,6 +13077,7 @@ class Notifier:
         while True:
             try:
                 self.look_for_agents(master)
+                self.look_for_impostors(master)
                 if time.monotonic() - looked > TRAFFIC_LOOK_S:
                     looked = time.monotonic()
                     await self.look_at_traffic(master)
@@ -12926,6 +13106,18 @@ class Notifier:
             for rule in rules:
                 if away_s > rule.offline_minutes * 60:
                     self.spool.tell(f"agent-offline-{host.machine}-{since:.0f}", news, rule)
+
+    def look_for_impostors(self, master: Master) -> None:
+        """Somebody who is not whom it says; once a day for each."""
+        if not self.spool.wants("impostor"):
+            return
+        for impostor in master.registry.impostors.values():
+            title = (
+                f"[{self.own_address}] {master.registry.impostor_text(impostor)}; it was refused"
+            )
+            news = {"event": "impostor", "title": title, "host": impostor.address}
+            day = int(impostor.last // DAY_S)
+            self.spool.tell(f"impostor-{impostor.machine}-{impostor.address}-{day}", news)
 
     def look_at_certificate(self) -> None:
         """The master's own certificate, some days before its end."""
