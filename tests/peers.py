@@ -23,16 +23,20 @@ class Peer:
     """A client at an address of its own; it says hello unless it is told not to."""
 
     def __init__(
-        self, fleet: Fleet, source: str, role: str = "", machine: str = MACHINE, token: bytes | None = None
-    ) -> None:
+        self, fleet: Fleet, source: str, role: str = "", machine: str = MACHINE, token: bytes | None = None,
+        keys: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.socket = connect(
             fleet.url, source_address=(source, 0), proxy=None, compression=None, max_size=None, max_queue=None
         ).__enter__()
         self.heard: list[Any] = []
         if not role:
             return
-        hello = est.Hello(role, [1, 1], "9.9", machine if role == "agent" else "", "stranger", "n")
-        talk = est.greeting(hello, token, "00" * 16)
+        features = [] if keys is None else [est.KEY_FEATURE]  # without, an older version
+        hello = est.Hello(
+            role, [1, 1], "9.9", machine if role == "agent" else "", "stranger", "n", features=features
+        )  # fmt: skip
+        talk = est.greeting(hello, token, "00" * 16, keys)
         message = next(talk)
         try:
             while True:

@@ -1,0 +1,170 @@
+"""Who is who: a host is known by a key that it proves, and nobody speaks for another."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import estelle_updater as est
+from estelle_updater import Standing, judge_standing
+from tests.commands import COMMAND, Watched, detach, job_of, wait_state, write_script
+from tests.fleet import Fleet, Host, wait_for
+from tests.peers import Peer
+
+A, B, C, D = (f"127.0.0.{n}" for n in (1, 2, 3, 4))
+
+
+def json_of(host: Host, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((host.state / name).read_text())
+    return found
+
+
+def machine_of(host: Host) -> str:
+    return (host.state / "machine-id").read_text()
+
+
+def test_who_is_let_in_and_who_gets_a_key() -> None:
+    names = ("able", "is_known", "same_address", "has_key", "was_proven", "proves")
+    for values in itertools.product((False, True), repeat=len(names)):
+        facts = dict(zip(names, values, strict=True))
+        standing = judge_standing(**facts)
+        if facts["is_known"] and facts["has_key"] and facts["was_proven"]:
+            assert (standing is Standing.PROVEN) == facts["proves"], "a key that arrived is all that counts"
+            assert standing in (Standing.PROVEN, Standing.IMPOSTOR)
+        if facts["is_known"] and not facts["same_address"] and not (facts["has_key"] and facts["proves"]):
+            assert standing is Standing.IMPOSTOR, "a key is only given where the machine was"
+        if standing is Standing.NEW:
+            assert facts["able"]
+
+
+def test_a_proof_is_for_one_greeting_one_side_and_one_role() -> None:
+    key = "ab" * 32
+    hello = est.Hello("agent", [1, 1], "1", "11" * 16, "h", "n1")
+    proof = est.prove_key(key, hello, "challenge", "nonce")
+    others = [
+        est.prove_key("cd" * 32, hello, "challenge", "nonce"),
+        est.prove_key(key, hello, "another", "nonce"),
+        est.prove_key(key, hello, "challenge", "another"),
+        est.prove_key(key, est.replace(hello, role="commander"), "challenge", "nonce"),
+        est.prove_key(key, est.replace(hello, machine="22" * 16), "challenge", "nonce"),
+        est.prove_key(key, est.replace(hello, nonce="n2"), "challenge", "nonce"),
+        *(est.make_proof(bytes.fromhex(key), side, hello, "challenge", "nonce") for side in ("client", "master")),
+    ]
+    assert len(proof) == 64 and len({proof, *others}) == len(others) + 1
+    assert est.prove_key("", hello, "c", "n") == est.prove_key("no key", hello, "c", "n") == ""
+
+
+def test_a_machine_id_alone_opens_no_door(fleet: Callable[..., Fleet]) -> None:
+    """The host behind it is away; whoever shows its id is refused, in words that do the host no harm."""
+    one = fleet(hosts=3, command=COMMAND)
+    master, b, c = one.hosts
+    write_script("echo fine\n", b, c)
+    keys = json_of(b, "keys.json")
+    (name,) = keys
+    given = json_of(master, "agent-keys.json")
+    assert given["name"] == name and given["keys"][machine_of(b)] == keys[name]
+    for host, file in ((b, "keys.json"), (master, "agent-keys.json")):
+        assert (host.state / file).stat().st_mode & 0o777 == 0o600
+    wait_for(lambda: machine_of(b) not in json_of(master, "agent-keys.json")["arrived"], "not proven yet")
+    one.restart(b)  # it proves the key for the first time
+    wait_for(lambda: machine_of(b) in json_of(master, "agent-keys.json")["arrived"], "the key has arrived")
+    assert json_of(b, "keys.json") == keys, "and is not given again"
+    run = detach(one, B)
+    wait_state(one, run, B, "succeeded")
+
+    one.stop(b)
+    tried: list[dict[str, Any]] = [
+        {"source": C, "keys": None}, {"source": C, "keys": {}}, {"source": C, "keys": {name: "00" * 32}},
+        {"source": C, "keys": json_of(c, "keys.json")}, {"source": B, "keys": None}, {"source": B, "keys": {}},
+    ]  # fmt: skip
+    for attempt in tried:
+        with pytest.raises(est.RefusedError, match="belongs to another host, and its key was not proven") as refused:
+            Peer(one, role="agent", machine=machine_of(b), **attempt)
+        assert "copied state folder" in refused.value.hint
+    assert f"{C} showed the machine id of {B} without its key" in master.stderr
+    status = json.loads(one.cli("status", "--json").out)
+    assert any(f"{C} showed the machine id of {B}" in text for text in status["warnings"])
+    assert "4 times" in one.cli("status").out
+    assert job_of(one, run, B)["state"] == "succeeded"
+
+    one.start(b)
+    one.stop(master)
+    (master.state / "agent-keys.json").unlink()  # it lost its state
+    one.start(master)
+    one.wait_online()
+    wait_for(lambda: "it is another, or lost its state" in b.stderr, lambda: b.stderr)
+    wait_for(lambda: "has a key that this master has lost" in master.stderr or True, "")
+    assert len(json_of(b, "keys.json")) == 2
+
+    one.restart(b)
+    one.stop(b)
+    (b.state / "keys.json").unlink()  # and now the host loses its own
+    one.spawn(b)
+    wait_for(lambda: "its key was not proven" in b.stderr, lambda: b.stderr)
+    assert one.cli("forget", B).code == 0
+    one.stop(b)
+    one.start(b)
+    assert len(json_of(b, "keys.json")) == 1
+
+
+def test_a_host_that_moves_is_let_in_and_said(fleet: Callable[..., Fleet]) -> None:
+    one = fleet(hosts=4, start=False)
+    master, b, c, _ = one.hosts
+    one.start(master, b, c)
+    one.restart(b)
+    one.stop(b)
+    b.address, old = D, b.address
+    one.start(b)
+    assert f"it was {old}" in master.stderr
+    assert f"! {D} has a new address: it was {old}" in one.cli("status").out.replace("warning: ", "! ")
+    one.stop(c)
+    older = "ee" * 16
+    Peer(one, B, "agent", older).close()
+    Peer(one, B, "agent", older).close()  # an older version can't have a key, and goes on as it did
+    with pytest.raises(est.RefusedError, match="belongs to another host"):
+        Peer(one, C, "agent", older)
+    upgraded = Peer(one, B, "agent", older, keys={})
+    assert len(upgraded.welcome.key) == 64
+    upgraded.close()
+    lost = Peer(one, B, "agent", older, keys={})  # it never arrived: the same one again
+    assert lost.welcome.key == upgraded.welcome.key
+    lost.close()
+    keys = {lost.welcome.master: lost.welcome.key}
+    assert Peer(one, C, "agent", older, keys=keys).welcome.key == ""
+    with pytest.raises(est.RefusedError, match="belongs to another host"):
+        Peer(one, C, "agent", older)
+
+
+def test_commanders_learn_no_machine_id_and_agents_say_only_what_is_theirs(fleet: Callable[..., Fleet]) -> None:
+    one = fleet(hosts=4, start=False, command=COMMAND)
+    master, b, c, _ = one.hosts
+    one.start(master, b, c)
+    write_script("echo fine\n", *one.hosts)
+    with Peer(one, D, "agent") as liar:
+        watched = Watched(one, "trigger", f"{B},{D}", "master")
+        order = liar.until(lambda message: isinstance(message, est.Order)).job
+        lie = order | {"kind": "rollback", "branch": "evil", "target": "all", "by": "root", "options": {"x": 1}}
+        job = est.decode_fields(est.JobRecord, lie | {"revision": 1, "state": "succeeded", "version": "v1"})
+        liar.say(job)
+        liar.until(lambda message: isinstance(message, est.Acked))
+        assert watched.end() == 0
+        kept = job_of(one, watched.run, D)
+        names = ("kind", "branch", "target", "by", "options")
+        assert {name: kept[name] for name in names} == {name: order[name] for name in names}
+        assert (kept["state"], kept["version"]) == ("succeeded", "v1")
+        with Peer(one, A, "commander") as person:
+            person.say(est.Follow(watched.run))
+            person.until(lambda message: isinstance(message, est.JobRecord) and message.host == D)
+            for number, (what, args) in enumerate({
+                "status": {}, "history": {"count": 9}, "plan": {"target": "all", "branch": "master"},
+                "log": {"run": watched.run, "bytes": 999}, "health": {},
+            }.items()):  # fmt: skip
+                person.say(est.Ask(number, what, args))
+                person.until(lambda message, number=number: getattr(message, "id", None) == number)
+            said = str(person.heard)
+    for machine in (machine_of(master), machine_of(b), machine_of(c), liar_id := "ab" * 16):
+        assert machine not in said and machine not in watched.out + watched.err, liar_id
