@@ -1547,6 +1547,7 @@ class Config:
 
     master_url: Annotated[MasterUrl, _by(parse_master_url)]
     whitelist: Networks
+    commanders: Networks = ()
     trusted_proxies: Networks = ()
     server_names: Annotated[tuple[str, ...], _list_of(_by(parse_host), '["master.example"]')] = ()
     token_file: Text | None = None
@@ -1637,7 +1638,11 @@ def _judge_doors(config: Config) -> Iterator[str]:
     if not config.whitelist:
         yield "whitelist: it is empty, so no agent and no commander can connect"
     tailscale = parse_network(TAILSCALE)
-    lists = {"whitelist": config.whitelist, "trustedProxies": config.trusted_proxies}
+    lists = {
+        "whitelist": config.whitelist,
+        "commanders": config.commanders,
+        "trustedProxies": config.trusted_proxies,
+    }
     for key, entries in lists.items():
         for entry in entries:
             network = parse_network(entry)
@@ -1646,6 +1651,14 @@ def _judge_doors(config: Config) -> Iterator[str]:
                 yield f"{key}: {network} is everybody"
             elif wider and network.overlaps(tailscale):
                 yield f"{key}: {network} holds public addresses; Tailscale's range is {TAILSCALE}"
+
+
+def _judge_commanders(config: Config) -> Iterator[str]:
+    listed = [parse_network(entry) for entry in config.whitelist]
+    for entry in config.commanders:
+        network = parse_network(entry)
+        if not any(network.version == one.version and network.overlaps(one) for one in listed):
+            yield f"commanders: {entry} is not on the whitelist, so it can't connect"
 
 
 def _judge_colors(config: Config) -> Iterator[str]:
@@ -1709,12 +1722,20 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     file names."""
     return [
         *_judge_doors(config),
+        *_judge_commanders(config),
         *_judge_colors(config),
         *_judge_hosts(config, known),
         *_judge_secrets(config),
         *_judge_trust(config),
         *_judge_checks(config),
     ]
+
+
+def who_commands(config: Config) -> str:
+    """Who may give orders to the fleet, for people."""
+    if not config.commanders:
+        return "every host of the whitelist may command"
+    return f"only these may command: {', '.join(config.commanders)}, and the master's own host"
 
 
 @record(frozen=True, kw_only=True)
@@ -1975,6 +1996,7 @@ class Welcome:
     time: float = 0.0  # of the master's clock, for `doctor`
     key: str = ""  # 64 hex digits for an agent that has none of this master, never sent again
     master: str = ""  # whose key that is: the name of this master's list of keys
+    may_command: bool = True  # a commander's address is among `commanders`
 
 
 @record(frozen=True)
@@ -2333,6 +2355,14 @@ def greeting(
     ):
         raise RefusedError("whoever answers at masterUrl does not know our token", _TOKEN_HINT)
     return reply
+
+
+def no_commander(address: str) -> RefusedError:
+    """Why who is at `address` can't give orders."""
+    return RefusedError(
+        f"{address} may not command: it is none of the commanders",
+        f"add {address} to commanders in the master's configuration, or type it on its own host",
+    )
 
 
 def prove_key(key: str, hello: Hello, challenge: str, nonce: str) -> str:
@@ -10776,6 +10806,9 @@ class Door:
         self.sockets: dict[
             Any, str
         ] = {}  # connection -> its address, to drop who is no longer allowed
+        self.commanders: dict[
+            Any, tuple[str, str]
+        ] = {}  # those that command, and where they came to
         self.handout = Handout()
         self.page = Page()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
@@ -10933,9 +10966,20 @@ class Door:
             ours = make_proof(token, "master", hello, challenge, answer.nonce)
         return Proven(ours, challenge, answer.nonce, answer.key)
 
+    def may_command(self, address: str, reached: str) -> bool:
+        """Whether somebody at `address` may give orders; who comes from the master's own host, and
+        so `reached` it at its own address, always may."""
+        listed = self.config.config.commanders
+        is_here = address in (host_key(reached), host_key(self.own_address))
+        return not listed or is_here or _whitelist(listed).verdict(address).allowed
+
     def drop_disallowed(self) -> None:
-        """After the configuration changed: who is no longer on the list, or has not proven this
+        """After the configuration changed: who is no longer on a list, or has not proven this
         token, is cut off."""
+        for socket, (address, reached) in list(self.commanders.items()):
+            if not self.may_command(address, reached):
+                log.warning("dropped %s: no longer among commanders", address)
+                socket.transport.abort()
         whitelist = _whitelist(self.config.config.whitelist)
         unproven, self.token_file = (
             self.token_file != self.config.config.token_file,
@@ -11792,7 +11836,10 @@ class Master:
             if hello.role == "agent":
                 await self.serve_agent(link, hello, address, proven)
             else:
-                await Desk(self).serve_commander(link, hello, address, proven.token)
+                reached = socket.local_address[0]
+                self.door.commanders[socket] = (address, reached)
+                may = self.door.may_command(address, reached)
+                await Desk(self).serve_commander(link, hello, address, proven.token, may)
         except* (EOFError, TimeoutError):
             pass
         except* (ProtocolError, RefusedError) as group:
@@ -11806,6 +11853,7 @@ class Master:
                 await socket.close()
         finally:
             link.wire.abort()
+            self.door.commanders.pop(socket, None)
             del self.door.sockets[socket]
 
     async def serve_agent(
@@ -12121,14 +12169,15 @@ class Desk:
         self.state, self.registry = master.state, master.registry
         self.ledger = master.ledger
 
-    async def serve_commander(self, link: Link, hello: Hello, address: str, proof: str) -> None:
+    async def serve_commander(
+        self, link: Link, hello: Hello, address: str, proof: str, may_command: bool
+    ) -> None:
         """A commander's connection. Watching is not owning: when it goes, nothing else changes."""
         log.debug("%s connects from %s", hello.name, address)
         link.hides_ids = True
-        protocol = common_protocol(hello.protocol)
         link.post(
             Welcome(
-                protocol,
+                common_protocol(hello.protocol),
                 __version__,
                 address,
                 "",
@@ -12136,6 +12185,7 @@ class Desk:
                 list(FEATURES),
                 proof,
                 time.time(),
+                may_command=may_command,
             )
         )
         name = hello.name
@@ -12155,6 +12205,8 @@ class Desk:
         def obey(frame: str | bytes) -> None:
             message = decode_frame(frame)
             try:
+                if not may_command:  # it is welcomed all the same: so a daemon learns who this is
+                    raise no_commander(address)
                 if isinstance(message, Submit | Ask):
                     commander.on_question(message)
                 else:
@@ -13268,7 +13320,11 @@ class Caller:
         way = way_to(self.config, self.tree, url, self.bind)
         spoken, process = [PROTOCOL_OLDEST, PROTOCOL], os.urandom(16).hex()
         hello = Hello("commander", spoken, __version__, "", user_name(), process)
-        return Connection(*call_master(way, hello, timeout_s))
+        wire, welcome = call_master(way, hello, timeout_s)
+        if not welcome.may_command:
+            wire.close()
+            raise no_commander(welcome.address)
+        return Connection(wire, welcome)
 
 
 def user_name() -> str:
@@ -15003,6 +15059,8 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
         ("masterUrl", str(config.master_url), "file"),
         ("whitelist", ", ".join(config.whitelist), "file"),
     ]
+    if config.commanders:
+        rows.append(("commanders", ", ".join(config.commanders), "file"))
     for key in (field_.name for field_ in fields(rule)):
         value = getattr(rule, key)
         if key in ("key", "address", "hostname"):
@@ -15751,6 +15809,9 @@ class Doctor:
             after, told = time.time(), connection.welcome
             connection.close()
         except UpdaterError as problem:
+            if "may not command" in problem.what:  # an agent is all that it is to be
+                yield Finding("commanders", None, f"{problem.what}; {who_commands(config)}")
+                return
             yield Finding("master", False, problem.what, problem.hint)
         except ImportError:
             yield Finding("master", None, "not asked: a package is missing")
@@ -15760,6 +15821,7 @@ class Doctor:
                 True,
                 f"{config.master_url} lets {told.address} in, version {told.version}",
             )
+            yield Finding("commanders", True, who_commands(config))
             if told.time:
                 yield judge_clock((before + after) / 2 - told.time)
 
@@ -16624,9 +16686,10 @@ def cmd_config(args: Args) -> int:
         show(args, facts, f"{path}\n" + render_table(("key", "value", "from"), rows))
         return 0
     problems, warnings = check_config(path)
+    notes = [] if problems else [who_commands(load_config(path))]
     lines = [f"error: {text}" for text in problems] + [f"warning: {text}" for text in warnings]
-    facts = {"file": str(path), "problems": problems, "warnings": warnings}
-    show(args, facts, "\n".join(lines or [f"{path} is valid"]))
+    facts = {"file": str(path), "problems": problems, "warnings": warnings, "notes": notes}
+    show(args, facts, "\n".join([*(lines or [f"{path} is valid"]), *notes]))
     return 2 if problems else 0
 
 

@@ -27,6 +27,7 @@ MEANINGS: dict[str, dict[str, str]] = {
     "": {
         "masterUrl": "where the master listens: `ws://` or `wss://`, an address or a name, and a port (9900)",
         "whitelist": "addresses and networks (CIDR) that may connect",
+        "commanders": "only these of the whitelist, and the master's own host, may command; without, all of them",
         "trustedProxies": "only these may say `X-Forwarded-For`",
         "serverNames": "names besides masterUrl's host that the `Host` header may have",
         "tokenFile": "a file outside the repository with a shared secret; or `ESTELLE_TOKEN` in the environment",

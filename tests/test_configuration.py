@@ -47,6 +47,7 @@ SMALL = {"masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58"]}
 WHOLE = """\
 masterUrl = "ws://5.223.72.58:9900"          # ws:// or wss://, an IP or a name
 whitelist = ["5.223.72.58", "121.0.0.0/24", "2001:db8::/48"]
+commanders = []                               # optional: only these of the whitelist may command, the others only serve as agents
 trustedProxies = []                           # only these may say X-Forwarded-For
 serverNames = []                              # names besides IP literals and masterUrl's host that Host and Origin may have
 tokenFile = "/etc/estelle-updater.token"      # optional shared secret; never the secret itself in this file
@@ -266,6 +267,7 @@ VALID = st.fixed_dictionaries(
     {"masterUrl": st.sampled_from(["ws://1.2.3.4", "wss://a.example/x"]), "whitelist": st.lists(ADDRESS, max_size=3)},
     optional={
         "trustedProxies": st.lists(ADDRESS, max_size=2),
+        "commanders": st.lists(ADDRESS, max_size=2),
         "tokenFile": TEXT,
         "deploy": table(
             command=COMMAND, restart=st.lists(st.sampled_from(["a.service", "b"])), timeout=SECONDS, version=TEXT
@@ -538,6 +540,9 @@ def test_what_is_no_json_or_toml_says_where(text: bytes | str, form: str, proble
         ({"whitelist": []}, ["whitelist: it is empty, so no agent and no commander can connect"]),
         ({"whitelist": ["0.0.0.0/0", "::/0"]}, ["whitelist: 0.0.0.0/0 is everybody", "whitelist: ::/0 is everybody"]),
         ({"trustedProxies": ["::/0"]}, ["trustedProxies: ::/0 is everybody"]),
+        ({"commanders": ["5.223.72.58", "9.9.9.0/24"]}, [
+            "commanders: 9.9.9.0/24 is not on the whitelist, so it can't connect"
+        ]),
         (
             {"whitelist": ["100.0.0.0/8", "100.64.0.0/10", "121.0.0.0/8"]},  # lesson 24
             ["whitelist: 100.0.0.0/8 holds public addresses; Tailscale's range is 100.64.0.0/10"],
