@@ -230,7 +230,7 @@ def test_health_kinds(kind: str, subject: Any):
 
 
 def test_every_final_state_can_be_notified():
-    more = {"switched", "failover", "agent-offline", "certificate"}
+    more = {"switched", "failover", "agent-offline", "certificate", "impostor"}
     assert {"succeeded", "failed", "cancelled", "timeout", "offline", "lost"} | more == set(NOTIFY_EVENTS)
     (rule,) = config_of(notify=[{"urlEnv": "HOOK", "format": "telegram", "chat": "42"}]).notify
     assert rule == NotifyRule(url_env="HOOK", format="telegram", chat="42", on=("failed", "lost", "switched"))
