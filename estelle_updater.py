@@ -445,6 +445,8 @@ LOOK_AHEAD_S, PLAN_S = (
 )  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
 HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
+# threads of a host: for each kind of question, for what dead runners left, for runners that start
+ANSWERS_AT_ONCE, BURIALS, LAUNCHES_AT_ONCE = 4, 2, 4
 MASTERS_KEPT = 8  # whose keys a host keeps
 PLANS_KEPT = 100
 RUNS_ASKED = 100  # the newest ones, for who is in the fleet
@@ -9307,6 +9309,37 @@ class Tasks:
         task.add_done_callback(self._tasks.discard)
 
 
+class Threads:
+    """At most `most` threads for one kind of work, so that no other kind waits for it. They end
+    with the process: what hangs in one holds up no stop."""
+
+    def __init__(self, most: int) -> None:
+        self._free = asyncio.Semaphore(most)
+
+    async def run(self, work: Callable[..., _T], *args: Any) -> _T:
+        """What `work` returns or raises. Who stops waiting leaves its thread at work, and the
+        thread's place taken."""
+        await self._free.acquire()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[_T] = loop.create_future()
+
+        def finish(act: Callable[[Any], None], outcome: Any) -> None:
+            self._free.release()
+            if not done.done():
+                act(outcome)
+
+        def begin() -> None:
+            try:
+                outcome: tuple[Any, Any] = done.set_result, work(*args)
+            except BaseException as problem:
+                outcome = done.set_exception, problem
+            with suppress(RuntimeError):  # the daemon has stopped meanwhile
+                loop.call_soon_threadsafe(finish, *outcome)
+
+        threading.Thread(target=begin, daemon=True).start()
+        return await done
+
+
 class BlockingWire:
     """A WebSocket for a program that does one thing at a time: it has neither event loop nor
     threads, so a command starts sooner, and no two threads meet in OpenSSL. Pings are answered
@@ -9923,6 +9956,7 @@ class OwnJobs:
         self.poked = asyncio.Event()
         self.tasks = Tasks()
         self.current = ("", "")  # the newest job by hand, once it is known here
+        self.burials, self.launches = Threads(BURIALS), Threads(LAUNCHES_AT_ONCE)
 
     def active(self) -> list[OwnJob]:
         """The jobs that are not over."""
@@ -10124,7 +10158,7 @@ class OwnJobs:
         """End a job whose runner died, in a thread: what it left may take seconds to kill, and
         links can't wait."""
         try:
-            self.write(await asyncio.to_thread(bury_runner, self.state, record))
+            self.write(await self.burials.run(bury_runner, self.state, record))
         finally:
             job.burying = False
 
@@ -10146,7 +10180,7 @@ class OwnJobs:
     async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
         """The cradle is empty at once; one that failed will fail again. What is half done is tried
         for ever."""
-        if await asyncio.to_thread(child.wait) and not is_half_done(self.state, job.record):
+        if await self.launches.run(child.wait) and not is_half_done(self.state, job.record):
             job.launches, job.launched = LAUNCHES, float("-inf")
             self.poked.set()
 
@@ -10221,6 +10255,8 @@ class Agent:
     ) -> None:
         self.state, self.config, self.machine, self.nonce = state, config, machine, nonce
         self.own = OwnJobs(state, config, machine, nursery)
+        # `status` must not wait for `health`, nor a plan for anybody
+        self.places = {what: Threads(ANSWERS_AT_ONCE) for what in QUESTIONS}
 
     def hello(self) -> Hello:
         return Hello(
@@ -10293,7 +10329,7 @@ class Agent:
         try:
             if ask.what not in QUESTIONS:
                 raise UpdaterError(f"unknown question {ask.what[:40]!r}", "upgrade this host")
-            result = await asyncio.to_thread(QUESTIONS[ask.what], self, ask.args)
+            result = await self.places[ask.what].run(QUESTIONS[ask.what], self, ask.args)
         except UpdaterError as problem:
             result = {"error": problem.what, "hint": problem.hint, "exit": problem.exit_code}
         except (OSError, ValueError) as problem:

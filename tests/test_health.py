@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import estelle_updater as est
 from estelle_updater import (
     HealthRule,
     certificate_end,
@@ -26,6 +27,7 @@ from estelle_updater import (
     run_checks,
 )
 from tests.fleet import Fleet, free_port, processes_of, wait_for
+from tests.peers import Peer
 from tests.stores import certificate, mariadb, valkey, worker
 
 
@@ -285,3 +287,23 @@ def test_checks_of_a_deployed_configuration_hold_at_once(fleet: Callable[..., Fl
     assert one.cli("trigger", "all", "master").code == 0
     code, out, _ = one.cli("health")
     assert code == 0 and "new" in out
+
+
+def test_slow_checks_hold_up_neither_status_nor_plan(fleet: Callable[..., Fleet]) -> None:
+    """More of them than a host has threads for: each kind of question has its own."""
+    slow = {"name": "slow", "command": ["sh", "-c", "echo x >> ../../asked; sleep 20"], "timeout": 25}
+    one = fleet(hosts=2, config={"health": [slow]})
+    agent = one.agents[0]
+    with Peer(one, "127.0.0.1", "commander") as person:
+        for number in range(3 * est.ANSWERS_AT_ONCE):
+            person.say(est.Ask(number, "health", {"target": agent.address}))
+        asked = agent.folder.parent / "asked"
+        wait_for(lambda: asked.exists() and asked.read_text().count("x") == est.ANSWERS_AT_ONCE, "all places are taken")
+        person.say(est.Ask(100, "status"))
+        status = person.until(lambda message: isinstance(message, est.Answer))
+        person.say(est.Ask(101, "plan", {"target": agent.address, "branch": "master"}))
+        plan = person.until(lambda message: isinstance(message, est.Answer))
+    assert (status.id, plan.id) == (100, 101), "and none of the checks is over"
+    assert [row["problem"] for row in status.result["hosts"]] == [None, None]
+    assert plan.result["ok"] and plan.result["hosts"][0]["target"], plan.result
+    assert asked.read_text().count("x") == est.ANSWERS_AT_ONCE, "no more at once than there are places"
