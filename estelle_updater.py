@@ -707,6 +707,41 @@ class Whitelist:
         return Verdict(False, f"{seen} {why}; {advice}")
 
 
+class Opening(NamedTuple):
+    """What a list of networks lets in that the one before did not."""
+
+    networks: tuple[str, ...]
+    is_wide: bool  # more addresses than a /16 (IPv4) or a /32 (IPv6) has
+
+
+def compare_networks(old: Iterable[str], new: Iterable[str]) -> Opening:
+    """What `new` lets in beyond `old`: counted by addresses, as two halves are a whole."""
+    opened, wide = [], False
+    for version, most in ((4, 1 << 16), (6, 1 << 96)):
+        had, has = (
+            list(ipaddress.collapse_addresses(_networks_of(entries, version)))
+            for entries in (old, new)
+        )
+        count = 0
+        for network in has:
+            if any(network.subnet_of(one) for one in had):
+                continue
+            opened.append(str(network))
+            known = sum(one.num_addresses for one in had if one.subnet_of(network))
+            count += network.num_addresses - known
+        wide |= count > most
+    return Opening(tuple(map(_network_text, opened)), wide)
+
+
+def _networks_of(entries: Iterable[str], version: int) -> list[Any]:
+    return [one for one in map(parse_network, entries) if one.version == version]
+
+
+def _network_text(text: str) -> str:
+    """A lone address without its length."""
+    return text.removesuffix("/32" if "." in text else "/128")
+
+
 def split_port(text: str) -> tuple[str, int | None]:
     """`HOST`, `HOST:PORT`, `[IPV6]:PORT` or a bare IPv6 in two parts, brackets kept; UsageError for
     a bad port."""
@@ -1762,6 +1797,99 @@ def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
     rule = next((sections[key] for key in wanted if key in sections), HostRule())
     own = {"name": rule.name or hostname, "command": rule.command or config.deploy.command}
     return Effective(**{**vars(config.deploy), **vars(rule), **own})
+
+
+class Change(NamedTuple):
+    """What a new configuration changes at the doors, or in what runs, for people."""
+
+    text: str
+    opens: bool = False  # so far that the master's host takes it only with --force
+
+
+def compare_doors(old: Config, new: Config) -> list[Change]:
+    """What a new configuration of the master changes in who gets in, what is asked of them, and who
+    is told."""
+    changes = []
+    if old.master_url != new.master_url:
+        changes.append(Change(f"masterUrl: {new.master_url} instead of {old.master_url}"))
+    changes += _compare_list("whitelist", "lets in", "shuts out", old.whitelist, new.whitelist)
+    if old.commanders or new.commanders:
+        before, after = old.commanders or old.whitelist, new.commanders or new.whitelist
+        changes += _compare_list("commanders", "may command:", "no longer:", before, after)
+    changes += _compare_list(
+        "trustedProxies", "believes", "no longer believes", old.trusted_proxies, new.trusted_proxies
+    )
+    names = sorted(set(new.server_names) - set(old.server_names))
+    if names:
+        changes.append(Change(f"serverNames: answers as {', '.join(names)} too"))
+    if old.token_file != new.token_file:
+        dropped = new.token_file is None
+        text = "nobody has to know the token any more" if dropped else f"reads {new.token_file}"
+        changes.append(Change(f"tokenFile: {text}", opens=dropped))
+    for key in ("cert", "key", "ca"):
+        was, is_now = getattr(old.tls, key), getattr(new.tls, key)
+        if was != is_now:
+            changes.append(Change(f"tls.{key}: {is_now or 'none'} instead of {was or 'none'}"))
+    if old.updater.sha256 != new.updater.sha256:
+        program = (new.updater.sha256 or "none")[:12]
+        changes.append(Change(f"updater.sha256: `upgrade` may install {program}"))
+    changes += _compare_receivers(old.notify, new.notify)
+    return changes
+
+
+def _compare_list(
+    key: str, opens: str, closes: str, old: Sequence[str], new: Sequence[str]
+) -> Iterator[Change]:
+    opened, closed = compare_networks(old, new), compare_networks(new, old)
+    if opened.networks:
+        yield Change(f"{key}: {opens} {', '.join(opened.networks)}", opened.is_wide)
+    if closed.networks:
+        yield Change(f"{key}: {closes} {', '.join(closed.networks)}")
+
+
+def _compare_receivers(old: Sequence[NotifyRule], new: Sequence[NotifyRule]) -> Iterator[Change]:
+    before, after = Counter(map(_receiver_text, old)), Counter(map(_receiver_text, new))
+    for receiver in after - before:
+        yield Change(f"notify: tells {receiver} too")
+    for receiver in before - after:
+        yield Change(f"notify: tells {receiver} no longer")
+
+
+def _receiver_text(rule: NotifyRule) -> str:
+    """Who is told, without the secret that the rest of its URL is."""
+    if rule.url:
+        return f"{rule.format} at {urllib_parse.urlsplit(rule.url).hostname}"
+    return f"{rule.format} at the URL in {rule.url_file or f'${rule.url_env}'}"
+
+
+def compare_commands(
+    old: Config, new: Config, address: str | None, hostname: str
+) -> Iterator[Change]:
+    """What a new configuration changes in what runs on the host at `address` that calls itself
+    `hostname`."""
+    was, is_now = host_rule(old, address, hostname), host_rule(new, address, hostname)
+    for key in ("command", "restart", "repo", "environment_file", "remote"):
+        before, after = getattr(was, key), getattr(is_now, key)
+        if before != after:
+            name = re.sub(r"_(\w)", lambda match: match[1].upper(), key)
+            yield Change(f"{name}: {_words_text(after)} instead of {_words_text(before)}")
+    variables = [name for name in is_now.env if was.env.get(name) != is_now.env[name]]
+    if variables:
+        yield Change(f"env: other values of {', '.join(sorted(variables))}")
+    known = [rule.command for rule in old.health if rule.command]
+    for rule in new.health:
+        if rule.command and rule.command not in known:
+            yield Change(f"health {rule.name}: runs {_words_text(rule.command)}")
+    before, after = (config.haproxy and config.haproxy.reload for config in (old, new))
+    if after and before != after:
+        yield Change(f"haproxy.reload: {_words_text(after)}")
+
+
+def _words_text(value: Any) -> str:
+    """A command or another setting for people; a list of commands too."""
+    if isinstance(value, tuple | list):
+        return " ".join(map(_words_text, value)) or "nothing"
+    return str(value or "nothing")
 
 
 def owner_of_name(config: Config, name: str) -> str | None:
