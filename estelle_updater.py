@@ -492,9 +492,11 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
+ID_SLACK_S = (
+    60.0  # an id that a commander proposed longer ago is by another clock than the master's
+)
 HISTORY_ROWS = 1000
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
-INDEX_TAIL_BYTES = 1 << 20  # where the newest runs stand
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
 # a message is remembered, so that a result that is reported again is not told again
@@ -2184,6 +2186,8 @@ class RunRecord:
     commits: dict[str, str] = field(
         default_factory=dict
     )  # label -> what to check out there instead of the branch
+    place: int = 0  # runs are in the order of these, which the one who records them gives
+    lived: float = 0.0  # how long the state of the host that records it was in use, in seconds
 
 
 @record(frozen=True)
@@ -2222,6 +2226,7 @@ class JobRecord:
     target: str = ""
     created: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    place: int = 0  # the run's, as the master gave it
     # What follows is of newer programs; an older one's record says nothing about it.
     step_kind: str = ""  # a StepKind
     before: str | None = None  # the commit that was checked out when the job began
@@ -2750,9 +2755,16 @@ class Orders(NamedTuple):
     wait: list[tuple[JobRecord, str]]  # and, as news, for which run
 
 
-def run_age(item: tuple[RunRecord, object]) -> tuple[float, str]:
+def run_age(item: tuple[RunRecord, object]) -> tuple[int, str, float]:
     """The queue's order."""
-    return item[0].created, item[0].run
+    run = item[0]
+    return place_order(run.place, run.run, run.created)
+
+
+def place_order(place: int, run: str, created: float) -> tuple[int, str, float]:
+    """Sorts runs as they were taken, whatever any clock said. Those of versions that gave no place
+    come first, by the second of their id."""
+    return place, run[:15] if not place else "", created
 
 
 def decide_orders(
@@ -2955,6 +2967,7 @@ def run_of_job(job: JobRecord) -> RunRecord:
         job.created,
         job.by,
         options=job.options,
+        place=job.place,
     )
 
 
@@ -2987,6 +3000,7 @@ def job_of_run(run: RunRecord, host: str) -> JobRecord:
         target=run.target,
         created=run.created,
         options=run.options,
+        place=run.place,
     )
 
 
@@ -5638,6 +5652,7 @@ class StateFolder:
         self.agent_keys_file = root / "agent-keys.json"  # that this master gave to agents
         self._machine = ""
         self.history = History(self)
+        self.lived = LivedClock(root / "lived.json")
 
     def exposure(self) -> str:
         """What lets somebody else write here, whose word would then be this host's; or nothing."""
@@ -5811,7 +5826,59 @@ def _dump(record: Any) -> bytes:
     return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
 
 
+def run_id_time(now: float) -> str:
+    """The time (UTC) with which a run's id begins."""
+    return time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+
+
+def make_run_id() -> str:
+    """A new run's name: the time (UTC) and four random hex digits, as in `20261122-210501-7f3a`."""
+    return f"{run_id_time(time.time())}-{os.urandom(2).hex()}"
+
+
+class LivedClock:
+    """How long this state folder has been in use, in seconds: what [keep] days counts, and what
+    waits are measured by across a restart. It never jumps: the wall clock only bridges the time
+    without a daemon, and by a day at most."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._base: float | None = None
+        self._began = 0.0
+
+    def now(self) -> float:
+        if self._base is None:
+            saved = read_json(self._file) or {}
+            base, at = saved.get("lived"), saved.get("at")
+            gap_s = time.time() - at if isinstance(at, int | float) else 0.0
+            base = float(base) if isinstance(base, int | float) else 0.0
+            self._base = base + min(max(gap_s, 0.0), DAY_S)
+            self._began = time.monotonic()
+        return self._base + time.monotonic() - self._began
+
+    def save(self) -> None:
+        """The daemon does, now and then. Raises OSError."""
+        saved = {"lived": round(self.now(), 3), "at": time.time()}
+        write_atomic(self._file, json.dumps(saved).encode())
+
+
 Row: TypeAlias = dict[str, Any]  # of a run: what `history` says of it, and some facts about it
+
+
+class Line(NamedTuple):
+    """A line of the history's index: what orders the run, and all of it as JSON."""
+
+    stamp: int = 0  # when its folder changed last
+    place: int = 0
+    created: float = 0.0
+    lived: float = 0.0
+    text: bytes = b""
+
+
+_LINE = re.compile(
+    rb'\{"run":"([0-9a-f-]+)","stamp":(\d+),"place":(\d+),'
+    rb'"created":(-?[0-9.e+-]+),"lived":(-?[0-9.e+-]+),.*\}$'
+)
 
 
 class History:
@@ -5830,7 +5897,7 @@ class History:
     def newest(self, count: int) -> list[Row]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each
         host."""
-        inside = ("stamp", "nonce", "machines", "over")
+        inside = ("stamp", "place", "lived", "nonce", "machines", "over")
         return [
             {key: value for key, value in row.items() if key not in inside}
             for row in self.rows(count)
@@ -5853,12 +5920,11 @@ class History:
 
     def rows(self, count: int | None = None) -> list[Row]:
         """The newest runs, or all, newest first."""
-        indexed = self._indexed(None if count is None else INDEX_TAIL_BYTES)
+        indexed = self._indexed()
         rows: list[Row] = []
         new: list[Row] = []
-        for run in reversed(self.state.run_ids()):
-            full = count is not None and len(rows) >= count
-            if full and run[:15] != rows[-1]["run"][:15]:  # ids of one second are in no order
+        for run in reversed(self._in_order(indexed)):
+            if count is not None and len(rows) >= count:
                 break
             stamp = self._stamp(run)
             row = self._row_of_line(indexed.get(run), stamp)
@@ -5869,7 +5935,33 @@ class History:
             if row:
                 rows.append(row)
         self._add_to_index(reversed(new))
-        return sorted(rows, key=row_order, reverse=True)[:count]
+        return rows
+
+    def ids(self) -> list[str]:
+        """All recorded runs, oldest first, as they were taken."""
+        return self._in_order(self._indexed())
+
+    def next_place(self) -> int:
+        """For a new run, which comes after all others."""
+        ids = self.ids()
+        return self._place_of(ids[-1], self._indexed()).place + 1 if ids else 1
+
+    def _in_order(self, indexed: Mapping[str, Line]) -> list[str]:
+        def order(run: str) -> tuple[int, str, float]:
+            line = self._place_of(run, indexed)
+            return place_order(line.place, run, line.created)
+
+        return sorted(self.state.run_ids(), key=order)
+
+    def _place_of(self, run: str, indexed: Mapping[str, Line]) -> Line:
+        """What orders a run, from the index or from its record, in which it never changes."""
+        known = indexed.get(run)
+        if known is None:
+            record = None
+            with suppress(OSError):  # not now
+                record = self.state.load_run(run)
+            known = Line(0, record.place, record.created, record.lived) if record else Line()
+        return known
 
     def _stamp(self, run: str) -> int:
         """When a run's folder changed last; 0 for one that is not on disk, or no longer."""
@@ -5878,15 +5970,15 @@ class History:
         except OSError:
             return 0
 
-    def _indexed(self, tail_bytes: int | None = None) -> dict[str, tuple[int, bytes]]:
-        """The index's lines, or its last ones, by run, each with its folder's time; the last line
-        of a run counts."""
+    def _indexed(self) -> dict[str, Line]:
+        """The index's lines by run; the last line of a run counts."""
         found = {}
-        size = log_size(self.index)
-        for line in read_log(self.index, size - min(size, tail_bytes or size), size).splitlines():
-            match = re.match(rb'\{"run":"([0-9a-f-]+)","stamp":([0-9]+),.*\}$', line)
+        for text in read_log(self.index, 0, log_size(self.index)).splitlines():
+            match = _LINE.match(text)
             if match:
-                found[match[1].decode()] = (int(match[2]), line)
+                run, stamp, place, created, lived = match.groups()
+                line = Line(int(stamp), int(place), float(created), float(lived), text)
+                found[run.decode()] = line
         return found
 
     def _add_to_index(self, rows: Iterable[Row]) -> None:
@@ -5897,12 +5989,12 @@ class History:
                 file.write(text.encode("utf-8", "replace"))
 
     @staticmethod
-    def _row_of_line(known: tuple[int, bytes] | None, stamp: int) -> Row | None:
+    def _row_of_line(known: Line | None, stamp: int) -> Row | None:
         """A run's line, if it is whole and the folder has not changed since."""
-        if known is None or known[0] != stamp:
+        if known is None or known.stamp != stamp:
             return None
         with suppress(ValueError):
-            row: Row = json.loads(known[1])
+            row: Row = json.loads(known.text)
             return row
         return None
 
@@ -5925,9 +6017,11 @@ class History:
         return {
             "run": run,
             "stamp": stamp,
+            "place": record.place,
+            "created": record.created,
+            "lived": record.lived,
             "over": ended and still and not untold,
             "nonce": record.nonce,
-            "created": record.created,
             "by": record.by,
             "kind": record.kind,
             "target": record.target,
@@ -5939,12 +6033,13 @@ class History:
     # Retention
 
     def prune(
-        self, keep: KeepRule, still_needed: Callable[[], Container[str]], now: float
+        self, keep: KeepRule, still_needed: Callable[[], Container[str]], lived_s: float
     ) -> list[str]:
-        """Delete runs beyond `keep`, except those needed, those not over, and each host's last
-        success of a kind."""
+        """Delete runs beyond `keep`, except the newest, those needed, those not over, and each
+        host's last success of a kind. Age is what was lived since (`LivedClock`), so that no clock
+        that jumps deletes anything."""
         needed = still_needed()
-        old = self._too_many(keep, now) | self._too_large(keep)
+        old = self._too_many(keep, lived_s) | self._too_large(keep)
         old = {run for run in old if run not in needed}
         if old:
             old -= self._worth_keeping()
@@ -5957,15 +6052,19 @@ class History:
             self._take_out_of_index(old)
         return sorted(old)
 
-    def _too_many(self, keep: KeepRule, now: float) -> set[str]:
-        """Runs beyond the number that is kept, or older than that."""
-        runs = self.state.run_ids()
-        oldest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now - keep.days * DAY_S))
-        return {*runs[: max(0, len(runs) - keep.runs)], *(run for run in runs if run < oldest)}
+    def _too_many(self, keep: KeepRule, lived_s: float) -> set[str]:
+        """Runs beyond the number that is kept, or older than that; never the newest."""
+        indexed = self._indexed()
+        runs = self._in_order(indexed)
+        old = set(runs[: max(0, len(runs) - keep.runs)])
+        for run in runs:
+            if lived_s - self._place_of(run, indexed).lived > keep.days * DAY_S:
+                old.add(run)
+        return old - set(runs[-1:])
 
     def _too_large(self, keep: KeepRule) -> set[str]:
         """The oldest runs, where all together take too much of the disk; never the newest."""
-        runs = self.state.run_ids()
+        runs = self.ids()
         old = set[str]()
         room = keep.megabytes * 1_000_000
         for run in reversed(runs):
@@ -5987,14 +6086,9 @@ class History:
         return worth
 
     def _take_out_of_index(self, gone: Container[str]) -> None:
-        lines = [line for run, (_, line) in sorted(self._indexed().items()) if run not in gone]
+        lines = [line.text for run, line in sorted(self._indexed().items()) if run not in gone]
         with suppress(OSError):  # a line of a run that is gone does no harm
             write_atomic(self.index, b"".join(line + b"\n" for line in lines))
-
-
-def row_order(row: Row) -> tuple[str, float]:
-    """Runs in the order in which the master took them."""
-    return row["run"][:15], row["created"]
 
 
 SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
@@ -10223,8 +10317,10 @@ class OwnJobs:
             try:
                 gone = await asyncio.to_thread(
                     self.state.history.prune, self.config.config.keep,
-                    lambda: {run for run, _ in list(self.jobs)}.union(needed()), time.time(),
+                    lambda: {run for run, _ in list(self.jobs)}.union(needed()),
+                    self.state.lived.now(),
                 )  # fmt: skip
+                self.state.lived.save()
                 if gone:
                     log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
             except OSError as problem:
@@ -10334,7 +10430,7 @@ class OwnJobs:
             return
         if self.state.load_run(record.run) is None:
             with suppress(OSError):  # an agent keeps `run.json` of its own jobs too
-                self.state.save_run(run_of_job(record))
+                self.state.save_run(replace(run_of_job(record), lived=self.state.lived.now()))
         if record.state is State.RUNNING or log_size(self.state.log_file(record.run, record.host)):
             # it ran, as the master knows or its log shows, and its state is gone: running it again
             # would be worse
@@ -11178,6 +11274,7 @@ class Machine:
     forgotten: bool = False
     moved_from: str = ""  # its address before this one
     moved_at: float = 0.0
+    lived: float = 0.0  # when it was seen, by the master's `LivedClock`
 
 
 @record()
@@ -11214,7 +11311,9 @@ class Changes:
 class Run:
     """A run in memory: because a host still works on it, or because somebody follows it."""
 
-    def __init__(self, record: RunRecord, jobs: Mapping[str, JobRecord]) -> None:
+    def __init__(
+        self, record: RunRecord, jobs: Mapping[str, JobRecord], age_s: float = 0.0
+    ) -> None:
         self.record = record
         self.jobs = dict(jobs)
         self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
@@ -11222,7 +11321,7 @@ class Run:
         self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
         self.promised = True  # its record is on disk: it may be ordered, and is in `history`
         self.ordered: dict[str, float] = {}  # when this process sent an order last, monotonic
-        self.began = time.monotonic() - max(0.0, time.time() - record.created)
+        self.began = time.monotonic() - age_s
 
     @property
     def active(self) -> bool:
@@ -11280,13 +11379,16 @@ class Registry:
             with suppress(ProtocolError, TypeError):
                 known: Machine = decode_fields(Machine, data)
                 self.machines[machine] = known
-                self.down_since[machine] = time.monotonic() - max(0.0, time.time() - known.seen)
+                away_s = time.time() - known.seen
+                if known.lived:  # by no clock that jumps
+                    away_s = self.state.lived.now() - known.lived
+                self.down_since[machine] = time.monotonic() - max(0.0, away_s)
 
     def recorded_machines(self) -> dict[str, dict[str, Any]]:
         """Whom the newest runs name, for want of the list: `all` must not lack a host without a
         word."""
         machines: dict[str, dict[str, Any]] = {}
-        for run in filter(None, map(self.state.load_run, self.state.run_ids()[-RUNS_ASKED:])):
+        for run in filter(None, map(self.state.load_run, self.state.history.ids()[-RUNS_ASKED:])):
             for label, machine in run.machines.items():
                 facts = {
                     "machine": machine,
@@ -11420,6 +11522,7 @@ class Registry:
             version,
             platform,
             time.time(),
+            lived=self.state.lived.now(),
         )
         before = self.machines.get(hello.machine)
         if before and before.address != address:
@@ -11459,14 +11562,11 @@ class Registry:
         printable = job.host.isprintable() and 0 < len(job.host) <= 200
         if not printable or file_label(job.host).casefold() in taken:
             raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
-        now = time.time()
-        latest = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now + DAY_S))
-        if job.run > latest or not 0 <= job.created < now + DAY_S:
-            raise ProtocolError(f"run {job.run} is of the future")
+        now = time.monotonic()
         still = 0
         for run in open_runs:
             still += not run.nonce and job.machine in run.machines.values()
-        none = deque([0.0] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR)
+        none = deque([float("-inf")] * ADOPTED_PER_HOUR, ADOPTED_PER_HOUR)
         recent = self.adopted.setdefault(job.machine, none)
         if still >= ADOPTED_OPEN or recent[0] > now - 3600:
             what = f"too many runs that nobody ordered here: {job.run} is not recorded"
@@ -11587,10 +11687,12 @@ class Ledger:
         self.tell = tell  # people want to know how a job ended
         self.runs: dict[str, Run] = {}
         self.nonces: dict[str, str] = {}  # -> run, for who asks again without knowing its id
+        self.next_place = 1
 
     def recover(self) -> list[Run]:
         """After a start: the runs that are not over, and how the hosts' last deployments ended."""
         for row in reversed(self.state.history.rows()):
+            self.next_place = max(self.next_place, row["place"] + 1)
             if row.get("nonce"):
                 self.nonces[row["nonce"]] = row["run"]
             for job in row["hosts"]:
@@ -11608,7 +11710,15 @@ class Ledger:
         record = self.state.load_run(run)
         if record is None:
             return None
-        return Run(record, {host: self.job_on_disk(record, host) for host in record.hosts})
+        self.next_place = max(self.next_place, record.place + 1)  # one that was made by hand here
+        jobs = {host: self.job_on_disk(record, host) for host in record.hosts}
+        return Run(record, jobs, self.age_s(record))
+
+    def age_s(self, record: RunRecord) -> float:
+        """How long ago a run was asked for, by no clock that jumps where it is known so."""
+        if record.place:
+            return max(0.0, self.state.lived.now() - record.lived)
+        return max(0.0, time.time() - record.created)
 
     def job_on_disk(self, record: RunRecord, host: str) -> JobRecord:
         """A job as it is recorded, or as it must stand where it is not."""
@@ -11623,7 +11733,7 @@ class Ledger:
         # disk has kept it from being recorded
         if record.cancelled:
             return replace(job, state=State.CANCELLED)
-        if time.time() - record.created < allowed_wait_s(record, host):
+        if self.age_s(record) < allowed_wait_s(record, host):
             return replace(job, provisional=False)
         return replace(job, state=State.OFFLINE)
 
@@ -11636,12 +11746,19 @@ class Ledger:
         self.runs[run] = found
         return found
 
+    def take_place(self) -> dict[str, Any]:
+        """What a new run gets from the master: after all others, whatever any clock says."""
+        place, self.next_place = self.next_place, self.next_place + 1
+        return {"place": place, "lived": round(self.state.lived.now(), 3)}
+
     def adopt(self, run: Run | None, job: JobRecord) -> Run:
         """Take in a job that only its host knew. Raises OSError where what is recorded of its run
         can't be read now: it must not be replaced."""
         record = run_of_job(job)
         if run is None:
             self.state.load_run(job.run)
+            created = min(job.created, time.time())  # its host's clock may be ahead
+            record = replace(record, created=created, **self.take_place())
             run = Run(record, {})
         else:
             known = run.record
@@ -11768,7 +11885,7 @@ class Queue:
                 "start its service, or use --wait SECONDS",
             )
         record = RunRecord(
-            message.run,
+            self.choose_id(message.run),
             message.nonce,
             message.kind,
             message.target,
@@ -11783,6 +11900,7 @@ class Queue:
             max(0.0, message.wait_s),
             options=message.options | expected_roles(message.target, hosts, active),
             commits=message.commits,
+            **self.ledger.take_place(),
         )
         run = Run(record, {label: job_of_run(record, label) for label in record.hosts})
         run.promised = False
@@ -11790,6 +11908,14 @@ class Queue:
         self.ledger.nonces[record.nonce] = record.run
         self.state.put_run(record)
         return run
+
+    def choose_id(self, proposed: str) -> str:
+        """The proposed id, unless its time is not the master's: who proposed it has another clock,
+        and the answer carries the run's real name."""
+        now = time.time()
+        times = {run_id_time(now - before_s) for before_s in range(-1, round(ID_SLACK_S))}
+        free = not (self.state.runs / proposed).exists()
+        return proposed if proposed[:15] in times and free else make_run_id()
 
     def start(self, run: Run, by: str) -> None:
         """What a run's first moment brings about."""
@@ -12084,7 +12210,8 @@ class Master:
             if self.agents.get(hello.machine) is agent:
                 del self.agents[hello.machine]
                 self.registry.down_since[hello.machine] = time.monotonic()
-                self.registry.machines[hello.machine].seen = time.time()
+                known = self.registry.machines[hello.machine]
+                known.seen, known.lived = time.time(), self.state.lived.now()
                 self.registry.save()
                 log.warning("agent %s is offline", label)
                 for run in self.runs.values():
@@ -12568,7 +12695,7 @@ class Desk:
         seen = await self.registry.changes.other_than(args.get("seen"), WATCH_S)
         runs = sorted(
             (run for run in self.master.runs.values() if run.active),
-            key=lambda run: run.record.created,
+            key=lambda run: run_age((run.record, None)),
         )
         return {
             "seen": seen,
@@ -12629,7 +12756,7 @@ class Desk:
         self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]
     ) -> dict[str, Any]:
         runs = sorted(
-            self.master.runs.values(), key=lambda run: run.record.created
+            self.master.runs.values(), key=lambda run: run_age((run.record, None))
         )  # the queue's order
         jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
         running = next((job for job in jobs if job.state is State.RUNNING), None)
@@ -13379,11 +13506,6 @@ class Notifier:
 # ==============================================================================
 
 
-def make_run_id() -> str:
-    """A new run's name: the time (UTC) and four random hex digits, as in `20261122-210501-7f3a`."""
-    return time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "-" + os.urandom(2).hex()
-
-
 class View:
     """Where a followed run is shown. Methods are called in the order of the contract's events."""
 
@@ -13919,6 +14041,8 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
         now,
         order.by,
         options=order.options,
+        place=state.history.next_place(),
+        lived=state.lived.now(),
     )
     state.save_run(record)
     job = replace(job_of_run(record, label), revision=1, ordered=True)

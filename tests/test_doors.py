@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import calendar
 import http.client
 import http.server
 import json
@@ -550,21 +551,42 @@ def test_an_agent_can_not_write_to_another_s_file_by_a_name_that_is_stored_alike
 
 
 @one_fleet
+def test_a_run_has_the_masters_time_and_place_whatever_a_commander_proposes(open_fleet: Fleet) -> None:
+    one, runs = open_fleet, []
+    with Peer(one, "127.0.1.7", "commander") as elsewhere:
+        for number, proposed in enumerate(("20990101-000000-ffff", "19990101-000000-ffff", est.make_run_id())):
+            order = est.Submit(proposed, f"clock{number}", est.Kind.DEPLOY, one.master.address, "no-such-branch", "me")
+            for _ in range(2):
+                elsewhere.say(order)
+            first, again = (elsewhere.until(lambda message: isinstance(message, est.RunRecord)) for _ in range(2))
+            assert first.run == again.run and first.place == again.place
+            runs.append(first)
+        assert runs[2].run == proposed, "a time like the master's stays"
+    assert all(abs(time.time() - calendar.timegm(time.strptime(run.run[:15], "%Y%m%d-%H%M%S"))) < 600 for run in runs)
+    assert [run.place for run in runs] == [runs[0].place + number for number in range(3)]
+    rows = json.loads(one.cli("history", "--json").out)["runs"]
+    assert [row["run"] for row in rows[:3]] == [run.run for run in reversed(runs)]
+
+
+@one_fleet
 def test_what_an_agent_can_make_the_master_hold_is_bounded(open_fleet: Fleet) -> None:
     one, machine = open_fleet, "ef" * 16
     with Peer(one, "127.0.1.2", "agent", machine) as false:
         still = {"state": est.State.RUNNING, "created": time.time()}
-        for run_id, created in (("99991231-235959-ffff", time.time()), (new_run(5002), 2.0**52), (new_run(5002), -1.0)):
-            assert "of the future" in false.refused(record(run_id, "127.0.1.2", created=created))
         for number in range(est.ADOPTED_OPEN):
             false.say(record(new_run(number), "127.0.1.2", **still))
         assert "too many runs" in false.refused(record(new_run(5000), "127.0.1.2", **still))
+
+        def recorded(count: int) -> bool:
+            return len(list(one.master.state.glob("runs/*/127.0.1.2.json"))) == count
+
+        wait_for(lambda: recorded(est.ADOPTED_OPEN), "what runs is recorded")
         for path in one.master.state.glob("runs/*/127.0.1.2.json"):
             false.say(record(path.parent.name, "127.0.1.2", revision=2, state=est.State.SUCCEEDED))
         for number in range(est.ADOPTED_OPEN, est.ADOPTED_PER_HOUR + 5):
             false.say(record(new_run(number), "127.0.1.2", state=est.State.SUCCEEDED, created=time.time()))
         assert "too many runs" in false.refused(record(new_run(5001), "127.0.1.2", created=time.time()))
-        assert len(list(one.master.state.glob("runs/*/127.0.1.2.json"))) == est.ADOPTED_PER_HOUR
+        wait_for(lambda: recorded(est.ADOPTED_PER_HOUR), "no more is recorded")
     with Peer(one, "127.0.1.3", "agent", "12" * 16) as false:
         run_id = new_run()
         false.say(record(run_id, "127.0.1.3", state=est.State.RUNNING, created=time.time()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def record(state: est.StateFolder, number: int, *states: est.State, kind: est.Ki
     """A run of two hosts, a day after the one with the number before; its folder has lain still for a while."""
     created = 1_700_000_000.0 + 86400 * number
     run = f"202311{15 + number:02}-000000-{number:04x}"
-    order = est.RunRecord(run, "n", kind, "all", "master", list(HOSTS), HOSTS, {h: h for h in HOSTS}, created, "me")
+    order = est.RunRecord(
+        run, "n", kind, "all", "master", list(HOSTS), HOSTS, {h: h for h in HOSTS}, created, "me",
+        place=number + 1, lived=86400.0 * number,
+    )  # fmt: skip
     state.save_run(order)
     for host, end in zip(HOSTS, states, strict=True):
         ended = created + 10 + number if end in est.FINAL else None
@@ -103,6 +107,26 @@ def test_runs_of_one_second_are_in_the_order_in_which_the_master_took_them(state
         state.save_run(order)
     assert [row["run"] for row in state.history.newest(100)] == names[::-1]
     assert [state.history.newest(count)[-1]["run"] for count in (1, 2, 3)] == names[::-1]
+
+
+def test_no_clock_decides_the_order_or_what_is_kept(state: est.StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids and times of another clock's: the place alone counts, and what was lived."""
+    names = ["20990101-000000-0001", "20231115-000000-0002", "19990101-000000-0003", "20231116-000000-0004"]
+    for number, name in enumerate(names):
+        order = est.RunRecord(name, "n", est.Kind.DEPLOY, "all", "master", [], {}, {}, 4e9 - number * 1e9, "me",
+                              place=number + 1, lived=100.0)  # fmt: skip
+        state.save_run(order)
+    assert [row["run"] for row in state.history.newest(9)] == names[::-1]
+    assert state.history.next_place() == 5
+    assert state.history.prune(est.KeepRule(runs=3, days=1), tuple, 200.0) == names[:1]
+    lived = est.LivedClock(state.root / "lived.json")
+    lived.save()
+    before = lived.now()
+    monkeypatch.setattr(time, "time", lambda: 9e9)
+    assert lived.now() - before < 60
+    assert est.LivedClock(state.root / "lived.json").now() - before < est.DAY_S + 60, "a day at most"
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    assert -1 < est.LivedClock(state.root / "lived.json").now() - before < 60
 
 
 def spoil(state: est.StateFolder, run: str) -> None:
@@ -177,10 +201,8 @@ def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) 
         {*left} - {runs[4]}
     )
     assert state.history.prune(keep, lambda: {runs[5]}, SETTLED_S) == []
-    assert state.history.prune(est.KeepRule(runs=500, days=1), tuple, 1_700_000_000.0 + 86400 * 20) == [
-        runs[5],
-        runs[6],
-    ]
+    gone = state.history.prune(est.KeepRule(runs=500, days=1), tuple, 86400.0 * 20)
+    assert gone == [runs[5]], "the newest stays"
 
 
 def test_a_run_that_somebody_begins_to_follow_does_not_go(state: est.StateFolder) -> None:
