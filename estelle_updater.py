@@ -454,7 +454,7 @@ HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 TRAFFIC_S = 60.0
 MCP_WAIT_S = 45.0  # for a run without progress: clients give up after 60 s, and then deploy again
-MCP_TEXT_BYTES = 3500  # of a log, unless more is asked for: it stands twice in an answer
+MCP_TEXT_BYTES = 2500  # of a log, unless more is asked for: it stands twice in an answer
 SEARCH_BYTES = 32 << 20  # of a log, the last ones, that are looked through for a line
 MCP_CALLS = 32  # at once: more is a client gone wild
 # for what was asked before the input ended; after 2 s the official client kills us
@@ -4680,11 +4680,14 @@ class LineFilter:
         return True
 
 
+LINE_COST = 4  # characters that a line takes besides its own, in JSON and where it is quoted
+
+
 def excerpt(lines: Sequence[str], room: int) -> tuple[str, bool]:
     """Lines as text of at most about `room` characters, and whether some are left out: the error is
     at the head or at the tail, seldom in the middle."""
     lines = [line if len(line) <= 500 else line[:497] + "..." for line in lines]
-    if sum(len(line) + 1 for line in lines) <= room:
+    if sum(len(line) + LINE_COST for line in lines) <= room:
         return "\n".join(lines), False
     head: list[str] = []
     tail: deque[str] = deque()
@@ -4693,7 +4696,7 @@ def excerpt(lines: Sequence[str], room: int) -> tuple[str, bool]:
     while left:
         take_head = len(head) <= len(tail)
         line = left[0] if take_head else left[-1]
-        used += len(line) + 1
+        used += len(line) + LINE_COST
         if used > room:
             break
         if take_head:
@@ -12442,7 +12445,7 @@ def last_lines(found: list[tuple[int, str]], room: int) -> tuple[list[tuple[int,
     """The last of these numbered lines that fit, and whether that leaves any out."""
     kept = 0
     for _, text in reversed(found):
-        room -= min(len(text), 500) + 1
+        room -= min(len(text), 500) + LINE_COST
         if room < 0:
             break
         kept += 1
@@ -12611,7 +12614,7 @@ class Desk:
 
     async def health(self, args: dict[str, Any]) -> dict[str, Any]:
         """What the configured checks see on the hosts of TARGET, the data node included."""
-        target = str(args.get("target") or "all")
+        target = "all" if args.get("target") is None else str(args["target"])
         hosts = self.registry.hosts(everyone=True)
         chosen = select_targets(target, hosts, await self.registry.active_for(target))
         rows = await self.registry.check_health(chosen)
@@ -16418,6 +16421,13 @@ def cmd_serve(args: Args) -> int:
 
 
 def cmd_trigger(args: Args) -> int:
+    if args.failed_of:
+        if args.target is not None:
+            raise UsageError("--failed-of says target and branch itself", "leave them out")
+        found = failed_of(args, args.failed_of)
+        args.target, args.branch = found["target"], found["branch"]
+    if args.branch is None:
+        raise UsageError("TARGET and BRANCH are missing", "for example: trigger all master")
     require_branch(args.branch, "nothing was sent")
     options = {} if args.plan is None else {"plan": args.plan}
     order = new_order(
@@ -17911,8 +17921,14 @@ COMMANDS = (
         "trigger",
         "deploy BRANCH on TARGET and stream every host's log",
         cmd_trigger,
-        TARGET,
-        BRANCH,
+        Option("target", metavar="TARGET", nargs="?", help=_TARGETS),
+        Option("branch", metavar="BRANCH", nargs="?", help=BRANCH.settings["help"]),
+        Option(
+            "--failed-of",
+            metavar="RUN",
+            type=parse_run_id,
+            help="instead of both: what RUN deployed, where it did not succeed",
+        ),
         Option("--detach", action="store_true", help="print the run id and leave"),
         Option(
             "--wait",

@@ -2,7 +2,8 @@
 
     PYTHONPATH=FOLDER python mcp_client.py MODE BRANCH COMMAND...
 
-MODE: `initialize` (both packages), or `auto` (2.x: asks `server/discover` first).
+MODE: `initialize` (both packages), or `auto` (2.x: asks `server/discover` first); with `confirm-` before it, a person
+who is asked says no, then nothing, then yes.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from mcp.client.stdio import StdioServerParameters, stdio_client  # type: ignore
 
 
 @contextlib.asynccontextmanager
-async def connect(mode: str, command: list[str]) -> AsyncIterator[Any]:
-    """A client that has agreed on a revision."""
+async def connect(mode: str, command: list[str], ask: Any = None) -> AsyncIterator[Any]:
+    """A client that has agreed on a revision; `ask` puts questions to a person."""
     server = StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
     if hasattr(mcp, "Client"):
-        async with mcp.Client(server, mode={"initialize": "legacy"}.get(mode, mode)) as client:
-            yield client.session
+        era = {"initialize": "legacy"}.get(mode, mode)
+        async with mcp.Client(server, mode=era, elicitation_callback=ask) as client:
+            yield client if ask else client.session
     else:
-        async with stdio_client(server) as streams, mcp.ClientSession(*streams) as session:
+        async with (
+            stdio_client(server) as streams,
+            mcp.ClientSession(*streams, elicitation_callback=ask) as session,
+        ):
             await session.initialize()
             yield session
 
@@ -84,5 +89,26 @@ async def talk(mode: str, branch: str, command: list[str]) -> dict[str, Any]:
     return said
 
 
+async def ask_a_person(mode: str, branch: str, command: list[str]) -> dict[str, Any]:
+    import mcp.types as types  # type: ignore[import-not-found,unused-ignore]
+
+    replies = iter([("decline", None), ("accept", {"confirm": False}), ("accept", {"confirm": True})])
+    asked: list[str] = []
+
+    async def ask(_: Any, params: Any) -> Any:
+        asked.append(params.message)
+        action, content = next(replies)
+        return types.ElicitResult(action=action, content=content)
+
+    deploy = {"target": "all", "branch": branch}
+    async with connect(mode, command, ask) as session:
+        results = [plain(await session.call_tool("update", deploy)) for _ in range(3)]
+    async with connect(mode, command) as session:
+        mute = plain(await session.call_tool("update", deploy))
+    return {"asked": asked, "refused": results[:2], "agreed": results[2], "mute": mute}
+
+
 if __name__ == "__main__":
-    json.dump(asyncio.run(talk(sys.argv[1], sys.argv[2], sys.argv[3:])), sys.stdout)
+    wanted = sys.argv[1].removeprefix("confirm-")
+    conversation = talk if wanted == sys.argv[1] else ask_a_person
+    json.dump(asyncio.run(conversation(wanted, sys.argv[2], sys.argv[3:])), sys.stdout)
