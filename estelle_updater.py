@@ -12388,7 +12388,7 @@ class LogPart:
         """Where the steps that are asked for stand, from the announcement on; all of the log
         without marks."""
         size = log_size(self.path)
-        begins = [offset for offset, _ in self.job.marks if 0 <= offset < size]
+        begins = [mark[0] for mark in self.job.marks if 0 <= mark[0] < size]
         steps = list(zip(begins, [*begins[1:], size], strict=True)) or [(0, size)]
         if self.failed:
             return steps[-1:]
