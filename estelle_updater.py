@@ -43,6 +43,11 @@ The one idea: a job's log is a file whose byte offset is the sequence number, an
 
 from __future__ import annotations
 
+try:
+    pass
+except* ImportError:  # THIS PROGRAM NEEDS PYTHON 3.11 OR NEWER (an older one shows this line)
+    pass
+
 import argparse
 import codecs
 import errno
@@ -594,6 +599,10 @@ class GuardError(UpdaterError):
     """A guard said no and nothing was changed."""
 
     exit_code = 5
+
+
+class Declined(GuardError):
+    """A person was asked and said no, which is no error."""
 
 
 def iter_leaves(group: BaseException) -> Iterator[BaseException]:
@@ -2881,22 +2890,35 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
     }
 
 
-def result_text(job: JobRecord) -> str:
-    """A host's last line, in the operator's language."""
-    match job.state:
+def outcome_text(job: Mapping[str, Any]) -> str:
+    """How a job ended, from `job_summary`, in the operator's language."""
+    match job["state"]:
         case State.SUCCEEDED:
-            return f"✓ 완료 {job.version or ''}".rstrip()
+            return f"✓ 완료 {job['version'] or ''}".rstrip()
         case State.FAILED:
-            exit_text = "" if job.exit is None else f" (exit {job.exit})"
-            return f"✗ 실패 {job.step or job.error}{exit_text}"
+            code = job["exit"]
+            exit_text = "" if code is None else f" (exit {code})"
+            return f"✗ 실패 {job['step'] or job['error']}{exit_text}"
         case State.CANCELLED:
             return "✗ 취소"
         case State.OFFLINE:
             return "✗ 오프라인"
         case State.TIMEOUT:
-            return f"✗ 시간 초과 {job.step}"
+            return f"✗ 시간 초과 {job['step']}"
         case _:
-            return f"✗ 연결 끊김 ({job.error})"
+            return f"✗ 연결 끊김 ({job['error']})"
+
+
+def result_text(job: JobRecord) -> str:
+    """A host's last line."""
+    return outcome_text(job_summary(job))
+
+
+def may_roll_back(job: JobRecord) -> bool:
+    """Whether the command of a new commit began on the host, and did not succeed."""
+    ended_badly = job.state in FINAL and job.state is not State.SUCCEEDED
+    is_new = job.before is None or job.before != job.commit
+    return ended_badly and job.kind is Kind.DEPLOY and job.began_command and is_new
 
 
 def unchanged_text(job: JobRecord) -> str:
@@ -3253,14 +3275,110 @@ def whole_text(data: bytes) -> int:
     return len(data) - len(decoder.getstate()[0])
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_PLAIN_ASCII = bytes([9, 10, *range(0x20, 0x7F)])
+
+
 def terminal_text(text: str) -> str:
     """A host's text as a terminal may have it: text and colours, nothing else; a carriage return
     begins a line."""
-    lines = []
-    for line in re.split(r"\r+\n?|\n", text):
-        clean = ESCAPES.sub(lambda match: match[1] or "", line)
-        lines.append(clean + RESET if SGR.search(clean) else clean)
-    return "\n".join(lines)
+    # the way of nearly every log: a quarter of a microsecond a line instead of five
+    harmless = text.isascii() and not text.encode().translate(None, _PLAIN_ASCII)
+    if harmless or not _CONTROL.search(text):
+        return text
+    *whole, rest = text.split("\n")
+    lines = [_clean_line(line.rstrip("\r")) for line in whole]
+    return "\n".join([*lines, _clean_line(rest)])
+
+
+def _clean_line(line: str) -> str:
+    if not _CONTROL.search(line):
+        return line
+    parts = []
+    for part in re.split("\r+", line):
+        clean = ESCAPES.sub(lambda match: match[1] or "", part)
+        parts.append(clean + RESET if SGR.search(clean) else clean)
+    return "\n".join(parts)
+
+
+def plain_text(text: str) -> str:
+    """A host's text without colours either: for a place with a width."""
+    return SGR.sub("", terminal_text(text))
+
+
+def count_cells(text: str, ambiguous: int = 1) -> int:
+    """How many columns of a terminal the text takes. Fonts differ on what Unicode calls ambiguous
+    (`✓`, `…`): one cell where we pad, two where a row must not be too long."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import category, east_asian_width
+
+    count = 0
+    for letter in text:
+        if category(letter) in ("Mn", "Me", "Cf"):
+            continue
+        kind = east_asian_width(letter)
+        if kind in "WF":
+            count += 2
+        else:
+            count += ambiguous if kind == "A" else 1
+    return count
+
+
+def cut_to_cells(text: str, width: int) -> str:
+    """The text if it fits `width` cells in any font, else its beginning and `…`."""
+    if count_cells(text, 2) <= width:
+        return text
+    left, kept = width - 2, 0
+    for letter in text:
+        left -= count_cells(letter, 2)
+        if left < 0:
+            break
+        kept += 1
+    return text[:kept] + "…"
+
+
+def pad_to_cells(text: str, width: int) -> str:
+    return text + " " * (width - count_cells(text))
+
+
+def wrap_to_cells(text: str, width: int) -> list[str]:
+    """The text in rows of at most `width` cells, broken at spaces where there are any."""
+    rows, row = [], ""
+    for word in text.split(" "):
+        longer = f"{row} {word}" if row else word
+        if count_cells(longer, 2) <= width:
+            row = longer
+            continue
+        if row:
+            rows.append(row)
+        while count_cells(word, 2) > width:
+            kept = max(1, len(cut_to_cells(word, width)) - 1)
+            rows.append(word[:kept])
+            word = word[kept:]
+        row = word
+    return [*rows, row]
+
+
+_SAYS_WHY = re.compile(r"error|ERR!|fatal|failed|exception", re.IGNORECASE)
+EXCERPT_LINES, EXCERPT_BEFORE, EXCERPT_END = 12, 2, 3
+
+
+def take_excerpt(output: str) -> list[str]:
+    """The lines of a failed step's output that say why: from just before the first that speaks of
+    an error, and the last ones; else the last ones."""
+    ended = output.replace("\r\n", "\n").split("\n")
+    # of a bar that is redrawn, the last state
+    said = [plain_text(line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in ended]
+    lines = [line for line in said if line]
+    first = next((at for at, line in enumerate(lines) if _SAYS_WHY.search(line)), None)
+    if first is None:
+        return lines[-EXCERPT_LINES:]
+    start = max(0, first - EXCERPT_BEFORE)
+    end = start + EXCERPT_LINES
+    if end + EXCERPT_END >= len(lines):  # nothing is left out
+        return lines[max(0, len(lines) - EXCERPT_LINES - EXCERPT_END) :]
+    return [*lines[start:end], "…", *lines[-EXCERPT_END:]]
 
 
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
@@ -11789,7 +11907,9 @@ class Ledger:
         if not own:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.jobs[job.host] = job
-        self.registry.remember(job.machine, {"run": job.run, "kind": job.kind, **job_summary(job)})
+        self.registry.remember(
+            job.machine, {"run": job.run, "kind": job.kind, "ended": job.ended, **job_summary(job)}
+        )
         for follower in run.followers:
             follower.post(job)
             # the last bytes may be here without having been sent
@@ -13520,9 +13640,14 @@ class View:
     def notice(self, text: str) -> None: ...
     def tick(self) -> None: ...  # now and then, at the latest when `due_s` is over
 
+    tells_silence = True  # wants to hear of a step that has said nothing for long
+
     def due_s(self) -> float:
         """How long `tick` may be away."""
         return TICK_S
+
+    def close(self) -> None:
+        """However the showing ended: nothing is left on the screen that does not belong there."""
 
 
 class Connection:
@@ -13944,11 +14069,14 @@ class Follower:
 
     def follow(self) -> list[JobRecord]:
         """Show the run: the jobs as they ended, or as they are. Raises UpdaterError."""
-        while not self.is_over():
-            for event in self.source.receive(self.view.due_s()):
-                self.show(event)
-            self.view.tick()
-            self.tell_silence()
+        try:
+            while not self.is_over():
+                for event in self.source.receive(self.view.due_s()):
+                    self.show(event)
+                self.view.tick()
+                self.tell_silence()
+        finally:
+            self.view.close()
         self.source.close()
         jobs = [followed.job for followed in self.hosts.values() if followed.job]
         assert self.record
@@ -14004,7 +14132,7 @@ class Follower:
         """Of steps that hang, whoever else talks meanwhile."""
         now = time.monotonic()
         gap_s = now - self.looked
-        if gap_s < 1 or not self.live:
+        if gap_s < 1 or not self.live or not self.view.tells_silence:
             return
         self.looked = now
         if gap_s > STOPPED_S:  # this process was stopped, or its output was
@@ -16154,6 +16282,223 @@ class Doctor:
 # ==============================================================================
 
 
+# What a person sees: words and tables (pure)
+
+MARK_COLORS = {"✓": "32", "✗": "31", "▸": "36", "!": "33", "⚠": "33"}
+_MARKED = re.compile(
+    r"(?m)(^| {2,}|(?<=\d ))([✓✗▸⚠]|!(?= ))( 완료| 실패| 취소| 오프라인| 시간 초과| 연결 끊김)?"
+)
+_PLAIN_MARKS = str.maketrans("✓✗▸⚠·…│→", "+x>!-~|>")  # where the encoding lacks them, as cp949
+WIDE_COLUMNS = 160  # from here on there is room for what one rarely needs
+LEAST_COLUMNS = 20
+CELL_LEAST = 6
+
+
+def paint_marks(text: str) -> str:
+    """Colour on marks and states alone, which say the same without it."""
+
+    def paint(match: re.Match[str]) -> str:
+        return f"{match[1]}\x1b[{MARK_COLORS[match[2]]}m{match[2]}{match[3] or ''}{RESET}"
+
+    return _MARKED.sub(paint, text)
+
+
+def seconds_text(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f} s"
+
+
+def duration_text(seconds: float | None) -> str:
+    """`0:41`, `1:42`, `3h04`, `2d03h`."""
+    if seconds is None:
+        return "-"
+    whole = int(seconds)
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02}"
+    if whole < DAY_S:
+        return f"{whole // 3600}h{whole // 60 % 60:02}"
+    return f"{whole // int(DAY_S)}d{whole // 3600 % 24:02}h"
+
+
+def clock_text(at: float) -> str:
+    return time.strftime("%m-%d %H:%M", time.localtime(at))
+
+
+def moment_text(at: float, now: float) -> str:
+    """A time of today as `19:02`, another with its day."""
+    text = clock_text(at)
+    today = clock_text(now)[:6]
+    return text.removeprefix(today)
+
+
+def count_text(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns padded with spaces, for a pipe; the last one, which may hold wide characters, is
+    not."""
+    rows = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join([*(f"{{:<{width}}}" for width in widths[:-1]), "{}"])
+    return "\n".join(form.format(*row).rstrip() for row in rows)
+
+
+class TableRow(NamedTuple):
+    """A row of a table on a terminal: what is long stands in `notes` below it, indented."""
+
+    mark: str
+    cells: Sequence[str]
+    notes: Sequence[str] = ()
+
+
+def lay_table(
+    head: Sequence[str], rows: Sequence[TableRow], columns: int, fixed: int = 1
+) -> list[str]:
+    """A table that fits a terminal of `columns`, whatever its font makes of the marks. The first
+    `fixed` columns hold what somebody may want to type and are never cut."""
+    columns = max(columns, LEAST_COLUMNS)
+    cells = [[plain_text(cell) for cell in row.cells] for row in rows]
+    full = [row for row in cells if len(row) == len(head)]
+    widths = [max(map(count_cells, column)) for column in zip(head, *full, strict=True)]
+    room = columns - 3 - 2 * (len(head) - 1)
+    while sum(widths) > room:
+        widest = max(range(min(fixed, len(head) - 1), len(head)), key=widths.__getitem__)
+        if widths[widest] <= CELL_LEAST:
+            break
+        widths[widest] -= 1
+    lines = [_lay_row(" ", head, widths)]
+    marked = any(row.mark for row in rows)
+    for row, texts in zip(rows, cells, strict=True):
+        lines.append(_lay_row(row.mark or " ", texts, widths))
+        for note in row.notes:
+            wrapped = wrap_to_cells(plain_text(note), columns - 5)
+            lines += [f"    {part}" for part in wrapped]
+    if not marked:
+        return [line.removeprefix("  ") for line in lines]
+    return lines
+
+
+def _lay_row(mark: str, cells: Sequence[str], widths: Sequence[int]) -> str:
+    if len(cells) < len(widths):  # a host of which there is nothing else to say
+        return f"{mark} {'  '.join([pad_to_cells(cells[0], widths[0]), *cells[1:]])}"
+    parts = []
+    for cell, width in zip(cells, widths, strict=True):
+        shown = cell
+        if count_cells(cell) > width:
+            shown = cut_to_cells(cell, width)
+        parts.append(pad_to_cells(shown, width))
+    return f"{mark} {'  '.join(parts)}".rstrip()
+
+
+class Ending(NamedTuple):
+    """One host's part in the end of a run: the job, and what its failing step said."""
+
+    job: JobRecord
+    lines: Sequence[str] = ()  # the excerpt
+    lines_text: str = ""  # how many lines the step wrote
+    on_screen: bool = False  # a person still sees them
+
+
+ENDING_HEAD = ("host", "commit", "time", "result")
+EXCERPTS = 4  # of so many hosts
+
+
+def failure_title(group: Sequence[Ending]) -> str:
+    """Who failed, alike, at what and after how long."""
+    job = group[0].job
+    hosts = ", ".join(ending.job.host for ending in group)
+    what = "failed"
+    if job.state is State.TIMEOUT:
+        what = "timed out"
+    if job.exit is not None:
+        what += f" (exit {job.exit})"
+    clock = duration_text(seconds_of(job))
+    title = f"{hosts}: {job.step} {what} after {clock}, {group[0].lines_text}"
+    if len(group) > 1:
+        title += ", alike"
+    return title
+
+
+def excerpt_lines(endings: Sequence[Ending], columns: int | None, most: int) -> list[str]:
+    """Why hosts failed, for stderr: hosts that failed alike share one excerpt. At most `most` lines
+    where that is a terminal's height."""
+    groups: dict[tuple[Any, ...], list[Ending]] = {}
+    for ending in endings:
+        job = ending.job
+        if ending.lines and not ending.on_screen:
+            alike = (job.state, job.step, job.exit, *ending.lines)
+            groups.setdefault(alike, []).append(ending)
+    shown = list(groups.values())[:EXCERPTS]
+    lines: list[str] = []
+    for group in shown:
+        lines.append(failure_title(group))
+        share = max(4, most // len(shown) - 2)
+        for line in _shorten(group[0].lines, share):
+            parts = [line]
+            if columns:
+                parts = wrap_to_cells(line, columns - 3)
+            for part in parts:
+                lines.append(f"  {part}")
+        lines.append("")
+    if len(groups) > len(shown):
+        lines.append(f"... and {len(groups) - len(shown)} more that failed in other ways\n")
+    return lines
+
+
+def _shorten(lines: Sequence[str], most: int) -> Sequence[str]:
+    """The first and the last of the lines, `most` in all."""
+    if len(lines) <= most:
+        return lines
+    return [*lines[: most - 3], "…", *lines[-2:]]
+
+
+def ending_rows(jobs: Iterable[JobRecord]) -> list[TableRow]:
+    """The table at the end of a run."""
+    rows = []
+    for job in jobs:
+        cells = (job.host, (job.commit or "-")[:7], seconds_text(seconds_of(job)), result_text(job))
+        rows.append(TableRow("", cells, [f"⚠ {warning}" for warning in job.warnings]))
+    return rows
+
+
+def next_commands(
+    run: str, jobs: Sequence[JobRecord], back: Mapping[str, str], columns: int
+) -> list[str]:
+    """What to type after a run that did not succeed everywhere. `back`: what `rollback` would bring
+    of hosts where the command of a new commit began."""
+    est = program_name()
+    bad = [job for job in jobs if job.state is not State.SUCCEEDED]
+    lines = []
+    for job in bad[:EXCERPTS]:
+        if job.size:
+            lines.append((f"{est} logs {run} {job.host}", "its whole log"))
+    if back:
+        brings = ", ".join(dict.fromkeys(back.values()))
+        lines.append((f"{est} rollback {','.join(back)}", f"to what worked before ({brings})"))
+    if bad and bad[0].kind is Kind.DEPLOY:
+        lines.append((f"{est} trigger --failed-of {run}", "again, once it is mended"))
+    widest = max((len(command) for command, _ in lines), default=0)
+    told = [f"  {command:<{widest}}  {why}" for command, why in lines]
+    if columns and max(map(count_cells, told), default=0) >= columns:
+        return [f"  {command}" for command, _ in lines]  # a broken line is hard to copy
+    return told
+
+
+# Standard output
+
+
+def enable_escapes() -> bool:
+    """Whether the terminal at standard output takes escape sequences; a Windows console has to be
+    asked to."""
+    if os.name != "nt":
+        return os.environ.get("TERM") != "dumb"
+    api = getattr(ctypes, "windll").kernel32  # noqa: B009
+    handle, mode = api.GetStdHandle(-11), ctypes.c_uint32()
+    known = api.GetConsoleMode(handle, ctypes.byref(mode))
+    virtual_terminal = 4  # ENABLE_VIRTUAL_TERMINAL_PROCESSING
+    return bool(known and api.SetConsoleMode(handle, mode.value | virtual_terminal))
+
+
 class Output:
     """Standard output: bytes as they are to a pipe, text that can't hurt to a terminal. Where it
     takes nothing more, because its pipe is closed or its disk is full, that raises Closed."""
@@ -16163,40 +16508,70 @@ class Output:
 
     def __init__(self, color: bool) -> None:
         self.terminal = sys.stdout.isatty()
-        self.color = color and self.terminal and not os.environ.get("NO_COLOR")
+        self.escapes = self.terminal and enable_escapes()
+        self.color = color and self.escapes and not os.environ.get("NO_COLOR")
+        self.plain_marks = False
+        if self.terminal:
+            try:
+                "✓✗▸⚠".encode(sys.stdout.encoding)
+            except UnicodeEncodeError:
+                self.plain_marks = True
+
+    def size(self) -> tuple[int, int]:
+        """The terminal's columns and lines, as they are now."""
+        try:
+            columns, lines = os.get_terminal_size(sys.stdout.fileno())
+        except (OSError, ValueError):
+            columns, lines = 0, 0
+        return columns or 80, lines or 24
 
     def write(self, data: bytes) -> None:
+        if self.terminal:
+            self.write_text(data.decode("utf-8", "replace"))
+            return
         try:
-            if self.terminal:
-                text = data.decode("utf-8", "replace")
-                sys.stdout.write(
-                    text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding)
-                )
-                sys.stdout.flush()
-            else:
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
         except (OSError, ValueError) as problem:
-            with suppress(OSError):
-                os.dup2(
-                    os.open(os.devnull, os.O_WRONLY), 1
-                )  # or the interpreter complains at its exit
-            gone = (
-                errno.EPIPE,
-                errno.ECONNRESET,
-                errno.EINVAL,
-            )  # the last is how Windows says that a pipe is closed
-            if isinstance(problem, OSError) and problem.errno not in gone:
-                print(
-                    f"estelle-updater: can't write the output: {problem.strerror}", file=sys.stderr
-                )
-            raise Output.Closed from problem
+            self.fail(problem)
+
+    def write_text(self, text: str) -> None:
+        """Text for a terminal, in one piece."""
+        if self.plain_marks:
+            text = text.translate(_PLAIN_MARKS)
+        if self.terminal and not self.escapes:
+            text = SGR.sub("", text)
+        data = text.encode(sys.stdout.encoding, "replace")
+        try:
+            if os.name == "nt":
+                sys.stdout.write(data.decode(sys.stdout.encoding))
+                sys.stdout.flush()
+                return
+            while data:
+                data = data[os.write(sys.stdout.fileno(), data) :]
+        except (OSError, ValueError) as problem:
+            self.fail(problem)
+
+    def fail(self, problem: OSError | ValueError) -> NoReturn:
+        with suppress(OSError):  # or the interpreter complains at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # the last is how Windows says that a pipe is closed
+        gone = (errno.EPIPE, errno.ECONNRESET, errno.EINVAL)
+        if isinstance(problem, OSError) and problem.errno not in gone:
+            print(f"estelle-updater: can't write the output: {problem.strerror}", file=sys.stderr)
+        raise Output.Closed from problem
 
     def paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}{RESET}" if self.color else text
 
+    def write_lines(self, lines: Iterable[str]) -> None:
+        """Lines of our own for a terminal, with colour on their marks."""
+        text = terminal_text("\n".join(lines))
+        self.write_text((paint_marks(text) if self.color else text) + "\n")
+
 
 PREFIX_COLORS = ("36", "35", "34", "33", "32")
+TAIL_KEPT = 64 << 10  # of each host's log, for what it says at its end
 
 
 class LineView(View):
@@ -16217,98 +16592,514 @@ class LineView(View):
         if cut:
             self.show(host, data[:cut])
 
-    def show(
-        self, host: str, data: bytes
-    ) -> None: ...  # lines, the last of them perhaps to be continued
+    def show(self, host: str, data: bytes) -> None:
+        """Lines, the last of them perhaps to be continued."""
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         for host, rest in self.partial.items():  # of a run that goes on
             self.show(host, rest)
 
 
+class Tail:
+    """The end of one host's log, for the excerpt of a step that failed."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.size = 0
+
+    def add(self, data: bytes) -> None:
+        self.size += len(data)
+        self.data += data
+        if len(self.data) > 2 * TAIL_KEPT:
+            del self.data[:-TAIL_KEPT]
+
+    def since(self, offset: int) -> tuple[str, str]:
+        """What the log says from `offset` on, as far as it was kept, and how many lines that is."""
+        start = offset - (self.size - len(self.data))
+        text = bytes(self.data[max(0, start) :]).decode("utf-8", "replace")
+        count = text.count("\n") + (text[-1:] not in ("", "\n"))
+        return text, ("over " if start < 0 else "") + count_text(count, "line")
+
+
 class TextView(LineView):
-    """A run for people: one `[host] ` prefix per line, whole lines only, a table at the end of
-    several hosts."""
+    """A run for people: one `[host] ` prefix per line, whole lines only, and at the end why hosts
+    failed, a table of several, and what to type next."""
+
+    explains = True  # why hosts failed, at the end: who reads a whole log has it there
 
     def __init__(self, output: Output) -> None:
         super().__init__(output)
-        self.prefixes: dict[str, bytes] = {}
+        self.prefixes: dict[str, str] = {}
         self.behind: dict[str, str | None] = {}
         self.open_host: str | None = None  # whose unfinished line stands on the screen
+        self.tails: dict[str, Tail] = {}
+        self.rows_shown = 0  # lines on the terminal so far
+        self.step_rows: dict[str, int] = {}  # how many there were when each host's step began
+        self.began = time.monotonic()
+
+    # Lines
 
     def begin(self, run: RunRecord) -> None:
         for index, host in enumerate(run.hosts):
             color = PREFIX_COLORS[index % len(PREFIX_COLORS)]
-            self.prefixes[host] = (
-                self.output.paint(f"[{terminal_text(host)}]", color).encode() + b" "
-            )
+            self.prefixes[host] = self.output.paint(f"[{terminal_text(host)}]", color) + " "
+            self.tails.setdefault(host, Tail())
+
+    def data(self, host: str, data: bytes) -> None:
+        self.tails[host].add(data)
+        super().data(host, data)
 
     def show(self, host: str, data: bytes) -> None:
-        if self.output.terminal:
-            ended = data.endswith(b"\n")
-            data = terminal_text(
-                data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
-            ).encode()
-            data += b"\n" if ended else b""
         prefix = self.prefixes[host]
-        start = b""
+        start = ""
         if self.open_host != host:
             self.end_line()
             start = prefix
-        self.open_host = None if data.endswith(b"\n") else host
-        self.output.write(start + data[:-1].replace(b"\n", b"\n" + prefix) + data[-1:])
+        ended = data.endswith(b"\n")
+        self.open_host = None if ended else host
+        if not self.output.terminal:
+            mark = prefix.encode()
+            body = data[:-1].replace(b"\n", b"\n" + mark)
+            self.output.write(start.encode() + body + data[-1:])
+            return
+        text = data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
+        text = self.clean(text)
+        self.rows_shown += text.count("\n") + 1
+        self.print(start + text.replace("\n", "\n" + prefix) + ("\n" if ended else ""))
+
+    def clean(self, text: str) -> str:
+        return terminal_text(text)
+
+    def print(self, text: str) -> None:
+        if self.output.terminal:
+            self.output.write_text(text)
+        else:
+            self.output.write(text.encode("utf-8", "replace"))
 
     def end_line(self) -> None:
         if self.open_host is not None:
-            self.output.write(b"\n")
+            self.print("\n")
             self.open_host = None
 
-    def result(self, job: JobRecord) -> None:
-        if rest := self.partial.pop(job.host, b""):
-            self.show(job.host, rest)
+    def print_line(self, text: str) -> None:
+        """A line of our own."""
         self.end_line()
-        text = self.output.paint(
-            terminal_text(result_text(job)), "32" if job.state is State.SUCCEEDED else "31"
-        )
-        for line in (text, *map(terminal_text, result_notes(job))):
-            self.output.write(self.prefixes[job.host] + line.encode() + b"\n")
-        if job.error and job.state is not State.LOST:
-            self.notice(f"{job.host}: {job.error}")
+        self.print(text + "\n")
+        self.rows_shown += 1
+
+    # What happens to hosts
 
     def state(self, job: JobRecord) -> None:
         if job.behind and self.behind.get(job.host) != job.behind:
             self.notice(f"{job.host}: queued behind run {job.behind}")
         self.behind[job.host] = job.behind
+        self.step_rows[job.host] = self.rows_shown
+
+    def result(self, job: JobRecord) -> None:
+        rest = self.partial.pop(job.host, b"")
+        if rest:
+            self.show(job.host, rest)
+        color = "32" if job.state is State.SUCCEEDED else "31"
+        prefix = self.prefixes[job.host]
+        self.print_line(prefix + self.output.paint(terminal_text(result_text(job)), color))
+        for note in result_notes(job):
+            self.print_line(prefix + self.output.paint(terminal_text(note), "33"))
+        if job.error and job.state is not State.LOST:
+            self.notice(f"{job.host}: {job.error}")
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         super().done(run, jobs)
         self.end_line()
-        if len(jobs) < 2 or any(job.state not in FINAL for job in jobs):
+        if any(job.state not in FINAL for job in jobs):
             return
-        rows = []
-        for job in jobs:
-            text = result_text(job) + (" ⚠" if job.warnings else "")
-            seconds = seconds_text(seconds_of(job))
-            rows.append((job.host, (job.commit or "-")[:7], seconds, text))
-        table = render_table(("host", "commit", "time", "result"), rows)
-        self.output.write(f"\n{terminal_text(table)}\n".encode())
+        if self.explains:
+            self.explain(jobs)
+        if self.output.terminal:
+            self.sum_up(run, jobs)
+        elif len(jobs) > 1:
+            table = []
+            for row in ending_rows(jobs):
+                *cells, result = row.cells
+                if row.notes:
+                    result += " ⚠"
+                table.append((*cells, result))
+            text = terminal_text(render_table(ENDING_HEAD, table))
+            self.output.write(f"\n{text}\n".encode())
+
+    def explain(self, jobs: Sequence[JobRecord]) -> None:
+        """Why hosts failed."""
+        columns, lines, room = None, 0, 1000
+        if self.output.terminal:
+            columns, lines = self.output.size()
+            room = max(4, lines - len(jobs) - 8)
+        endings = [self.ending(job, lines) for job in jobs]
+        excerpts = excerpt_lines(endings, columns, room)
+        if excerpts:
+            self.print_stderr("\n".join(["", *excerpts[:-1]]))
+
+    def sum_up(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        """How the run ended, for a person at a terminal."""
+        columns, _ = self.output.size()
+        good = sum(job.state is State.SUCCEEDED for job in jobs)
+        longest = max(seconds_of(job) or 0.0 for job in jobs)  # of a run that is long over
+        took = duration_text(max(time.monotonic() - self.began, longest))
+        lines = []
+        if len(jobs) > 1:
+            lines += ["", *lay_table(ENDING_HEAD, ending_rows(jobs), columns), ""]
+        lines.append(f"{good} of {len(jobs)} ok in {took}  {run.run}")
+        self.output.write_lines(lines)
+
+    def ending(self, job: JobRecord, lines: int) -> Ending:
+        """What the end of the run says of a host."""
+        if job.state not in (State.FAILED, State.TIMEOUT):
+            return Ending(job)
+        start = sum(job.marks[-1]) if job.marks else 0
+        text, count = self.tails[job.host].since(start)
+        since = self.rows_shown - self.step_rows.get(job.host, 0)
+        return Ending(job, take_excerpt(text), count, on_screen=since < lines - 8)
 
     def notice(self, text: str) -> None:
+        text = f"estelle-updater: {terminal_text(text)}"
         if self.output.terminal:
             self.end_line()
-        print(f"estelle-updater: {terminal_text(text)}", file=sys.stderr, flush=True)
+            self.rows_shown += 1
+        self.print_stderr(text)
+
+    def print_stderr(self, text: str) -> None:
+        text = text.encode(sys.stderr.encoding, "replace").decode(sys.stderr.encoding)
+        print(text, file=sys.stderr, flush=True)
 
 
-def seconds_text(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.1f} s"
+# The live block
+
+USUAL_S = 0.3  # more is not waited to learn how long a run usually takes
+FRAME_S = 0.1  # at most ten frames a second
+BLOCK_AFTER_S = 0.5  # a short run needs no block
+PENDING_CHARS = 256 << 10  # are written at once
+QUIET_S = 5.0  # from here on a silent step is said to be quiet
+LONG_QUIET_S = 10.0  # and stands above those that talk
+NAME_CELLS = 24
 
 
-def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded with spaces; the last one, which may hold wide characters, is not."""
-    rows = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join([*(f"{{:<{width}}}" for width in widths[:-1]), "{}"])
-    return "\n".join(form.format(*row).rstrip() for row in rows)
+class BlockHost:
+    """What the block knows of one host."""
+
+    def __init__(self) -> None:
+        self.job: JobRecord | None = None
+        self.since = 0.0  # when its step began, by our own clock
+        self.heard = 0.0
+        self.tail = b""
+
+    @property
+    def group(self) -> str:
+        """The word that the header counts it under."""
+        state = self.job.state if self.job else State.QUEUED
+        if state is State.SUCCEEDED:
+            return "ok"
+        return "failed" if state in FINAL else str(state)
+
+    def last_line(self) -> str:
+        """What it said last; of a bar that is redrawn, the newest state."""
+        text = plain_text(self.tail.decode("utf-8", "replace").replace("\r", "\n"))
+        said = [line.strip() for line in text.split("\n") if line.strip()]
+        return said[-1] if said else ""
+
+
+def block_rows(lines: int) -> int:
+    """How many rows of a terminal the block may take."""
+    share = lines // 2
+    if lines < 40:
+        share = lines // 3
+    return min(max(share, 2), max(1, lines - 1))
+
+
+def fit_row(text: str, columns: int) -> str:
+    """One row, whatever a host said."""
+    one_line = plain_text(text).replace("\n", " ")
+    return cut_to_cells(one_line, max(columns - 1, 2))
+
+
+class Block:
+    """The rows that stand below the log: what each host does now. Pure: facts and time come in,
+    rows go out."""
+
+    def __init__(self, run: RunRecord, now: float, usually_s: float | None = None) -> None:
+        self.run, self.began, self.usually_s = run.run, now, usually_s
+        self.what = run_title(run)
+        self.hosts = {host: BlockHost() for host in run.hosts}
+
+    def add(self, host: str, data: bytes, now: float) -> None:
+        """A host's log has grown."""
+        one = self.hosts[host]
+        one.heard = now
+        one.tail = (one.tail + data[-LAST_LINE_BYTES:])[-LAST_LINE_BYTES:]
+
+    def update(self, job: JobRecord, now: float) -> None:
+        """A host's state by now."""
+        one = self.hosts[job.host]
+        before, one.job = one.job, job
+        if before is None or (before.step, before.state) != (job.step, job.state):
+            one.since = one.heard = now
+
+    def rows(self, columns: int, lines: int, now: float) -> list[str]:
+        """The block on a terminal of this size."""
+        most = block_rows(lines)
+        names = self.in_order(now)
+        shown = names
+        if len(names) >= most:
+            shown = names[: max(0, most - 2)]  # the header above, and a word on the others below
+        width = min(NAME_CELLS, max(6, columns // 3))
+        widest = max(map(count_cells, shown), default=0)
+        rows = [self.header(columns, now)]
+        for host in shown:
+            rows.append(self.host_row(host, min(width, widest), now))
+        rest = names[len(shown) :]
+        if rest:
+            rows.append(self.rest_row(rest))
+        return [fit_row(row, columns) for row in rows[:most]]
+
+    def in_order(self, now: float) -> list[str]:
+        """Who failed first, then who has been silent for longest; the others as in the run."""
+        groups: dict[str, list[str]] = {"failed": [], "quiet": [], "running": []}
+        for host, one in self.hosts.items():
+            group = one.group
+            if group == "running" and now - one.heard >= LONG_QUIET_S:
+                group = "quiet"
+            groups.setdefault(group, []).append(host)
+        groups["quiet"].sort(key=lambda host: self.hosts[host].heard)
+        order = ("failed", "quiet", "running", "queued", "ok")
+        return list(itertools.chain.from_iterable(groups.get(group, ()) for group in order))
+
+    def rest_row(self, hosts: Iterable[str]) -> str:
+        """Those for whom there is no room."""
+        more = Counter(self.hosts[host].group for host in hosts)
+        said = []
+        for group in BLOCK_GROUPS:
+            if more[group]:
+                said.append(f"{more[group]} more {group}")
+        return "… " + ", ".join(said)
+
+    def header(self, columns: int, now: float) -> str:
+        """What runs, how many hosts are how far, and since when; parts that don't fit are left out
+        as a whole."""
+        counts = Counter(one.group for one in self.hosts.values())
+        told = "  ".join(f"{counts[group]} {group}" for group in BLOCK_GROUPS if counts[group])
+        clock = duration_text(now - self.began)
+        usually = "" if self.usually_s is None else f" (usually {duration_text(self.usually_s)})"
+        tries = (
+            f"{self.what}  {told}  {clock}{usually}  {self.run}",
+            f"{self.what}  {told}  {clock}{usually}",
+            f"{self.what}  {told}  {clock}",
+            f"{told}  {clock}",
+            told,
+        )
+        return next((text for text in tries if count_cells(text, 2) < columns), clock)
+
+    def host_row(self, host: str, width: int, now: float) -> str:
+        one = self.hosts[host]
+        job = one.job
+        short = cut_to_cells(plain_text(host), width)
+        name = pad_to_cells(short, width)
+        if job is None:
+            return f"· {name}  queued"
+        if job.state is State.QUEUED:
+            waits = "queued"
+            if job.behind:
+                waits = f"behind {job.behind}"
+            return f"· {name}  {waits}"
+        said = one.last_line()
+        if said:
+            said = f"  │ {said}"
+        if job.state is State.RUNNING:
+            clock = duration_text(now - one.since)
+            step = job.step or "starting"
+            quiet_s = now - one.heard
+            if quiet_s >= QUIET_S:
+                step += f"  quiet {duration_text(quiet_s)}"
+            return f"▸ {name}  {clock:>5}  {step}{said}"
+        mark, _, outcome = plain_text(result_text(job)).partition(" ")
+        clock = duration_text(seconds_of(job))
+        row = f"{mark} {name}  {clock:>5}  {outcome}"
+        if job.state is State.SUCCEEDED:
+            return row
+        return row + said
+
+
+BLOCK_GROUPS = ("failed", "running", "queued", "ok")
+
+
+def run_title(run: RunRecord) -> str:
+    """A run in words: `deploy master on all`."""
+    branch = run.branch
+    if re.fullmatch("[0-9a-f]{40}", branch):
+        branch = branch[:7]
+    if run.kind is Kind.SWITCH:
+        return f"switch to {branch}"
+    if run.kind is Kind.UPGRADE:
+        return f"upgrade on {run.target}"
+    if run.kind is Kind.ROLLBACK:
+        return f"rollback to {branch}"
+    return f"{run.kind} {branch} on {run.target or ', '.join(run.hosts)}"
+
+
+class Screen:
+    """A terminal with a block at its end: lines go above the block, and both are written as one
+    frame. The log stays ordinary lines in the scrollback."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.rows: Callable[[int, int, float], list[str]] | None = None
+        self.pending: list[str] = []
+        self.pending_chars = 0
+        self.drawn = 0  # rows of the block on the screen
+        self.shown_at = float("-inf")  # the last frame
+        self.opens_at = float("inf")  # when the block may appear
+        self.drawing = False
+        self.stops = False  # Ctrl-Z came in the middle of a frame
+
+    def open(self, rows: Callable[[int, int, float], list[str]]) -> None:
+        """From now on `rows(columns, lines, now)` stand below the lines."""
+        self.rows = rows
+        self.opens_at = time.monotonic() + BLOCK_AFTER_S
+        if hasattr(signal, "SIGTSTP") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTSTP, lambda *_: self.suspend())
+
+    def print(self, text: str) -> None:
+        self.pending.append(text)
+        self.pending_chars += len(text)
+        if self.pending_chars >= PENDING_CHARS:
+            self.draw()
+
+    def due_s(self) -> float:
+        """How long the next frame can wait."""
+        since_s = time.monotonic() - self.shown_at
+        return max(0.0, (FRAME_S if self.pending else TICK_S) - since_s)
+
+    def tick(self) -> None:
+        if self.due_s() <= 0:
+            self.draw()
+
+    def draw(self) -> None:
+        """Write what is pending, and the block anew."""
+        now = time.monotonic()
+        parts = []
+        if self.drawn:
+            parts.append(f"\r\x1b[{self.drawn}A\x1b[J")
+        parts += self.pending
+        self.pending, self.pending_chars = [], 0
+        rows: list[str] = []
+        if self.rows and now >= self.opens_at:
+            columns, lines = self.output.size()
+            rows = self.rows(columns, lines, now)
+        if rows:
+            text = "\n".join(rows) + "\n"
+            # without wrapping: a width that the terminal sees differently can't break the count
+            parts += ["\x1b[?7l", paint_marks(text) if self.output.color else text, "\x1b[?7h"]
+        self.drawing = True
+        try:
+            if rows or self.drawn:
+                parts = ["\x1b[?2026h", *parts, "\x1b[?2026l"]
+            self.drawn = len(rows)
+            if parts:
+                self.output.write_text("".join(parts))
+        finally:
+            self.drawing = False
+        self.shown_at = now
+        if self.stops:
+            self.stops = False
+            self.suspend()
+
+    def close(self) -> None:
+        """What is pending is written, and the block is gone."""
+        if self.rows and hasattr(signal, "SIGTSTP"):
+            with suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        self.rows = None
+        self.draw()
+
+    def suspend(self) -> None:
+        """Ctrl-Z: the shell gets a clean screen, and `fg` a new block."""
+        if self.drawing:
+            self.stops = True
+            return
+        rows, self.rows = self.rows, None
+        self.draw()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.rows = rows
+
+
+class LiveView(TextView):
+    """A run on a terminal: its lines, and below them the block."""
+
+    tells_silence = False  # the block does
+
+    def __init__(self, output: Output, usually: Callable[[RunRecord], float | None]) -> None:
+        super().__init__(output)
+        self.screen = Screen(output)
+        self.usually = usually
+        self.block: Block | None = None
+        # notices go through the frame where they stand on the same terminal
+        same = os.name == "nt" or os.path.sameopenfile(1, 2)
+        self.shares = sys.stderr.isatty() and same
+
+    def begin(self, run: RunRecord) -> None:
+        super().begin(run)
+        now = time.monotonic()
+        if self.block is None:
+            self.block = Block(run, now, self.usually(run))
+            self.screen.open(self.block.rows)
+        for host in run.hosts:
+            self.block.hosts.setdefault(host, BlockHost())
+
+    def data(self, host: str, data: bytes) -> None:
+        if self.block:
+            self.block.add(host, data, time.monotonic())
+        super().data(host, data)
+
+    def clean(self, text: str) -> str:
+        """Of a bar that is redrawn on one line, the last state alone."""
+        if "\r" in text:
+            text = re.sub(r"[^\n]*\r(?=[^\r\n])", "", text.replace("\r\n", "\n"))
+        return terminal_text(text)
+
+    def print(self, text: str) -> None:
+        self.screen.print(text)
+
+    def show(self, host: str, data: bytes) -> None:
+        super().show(host, data)
+        self.end_line()  # the block begins on a line of its own
+
+    def state(self, job: JobRecord) -> None:
+        super().state(job)
+        if self.block:
+            self.block.update(job, time.monotonic())
+
+    def result(self, job: JobRecord) -> None:
+        if self.block:
+            self.block.update(job, time.monotonic())
+        super().result(job)
+
+    def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        self.end_line()
+        self.close()
+        super().done(run, jobs)
+        self.close()
+
+    def print_stderr(self, text: str) -> None:
+        if self.shares and self.screen.rows:
+            self.print(text + "\n")
+        else:
+            self.screen.draw()
+            super().print_stderr(text)
+
+    def due_s(self) -> float:
+        return self.screen.due_s()
+
+    def tick(self) -> None:
+        self.screen.tick()
+
+    def close(self) -> None:
+        self.screen.close()
 
 
 class JsonView(LineView):
@@ -16370,9 +17161,18 @@ def say(text: str) -> None:
     Output(False).write(terminal_text(text).encode("utf-8", "replace") + b"\n")
 
 
-def show(args: Args, facts: Any, text: str) -> None:
-    """What a command found or did: for programs, with --json, as one object, else for people."""
-    say(json.dumps(facts, ensure_ascii=False) if args.json else text)
+def show(
+    args: Args, facts: Any, text: str, screen: Callable[[int], list[str]] | None = None
+) -> None:
+    """What a command found or did: for programs, with --json, as one object, else for people.
+    `screen(columns)` are the lines for a terminal, where that sees something else than a pipe."""
+    output = Output(not args.no_color)
+    if args.json:
+        say(json.dumps(facts, ensure_ascii=False))
+    elif screen and output.terminal:
+        output.write_lines(screen(output.size()[0]))
+    else:
+        say(text)
 
 
 def new_order(kind: Kind, target: str, branch: str, **more: Any) -> Submit:
@@ -16380,9 +17180,34 @@ def new_order(kind: Kind, target: str, branch: str, **more: Any) -> Submit:
     return Submit(make_run_id(), os.urandom(16).hex(), kind, target, branch, user_name(), **more)
 
 
-def make_view(args: Args) -> View:
+def make_view(args: Args, *, live: bool = True) -> View:
+    """Where a run is shown: as JSON lines, as lines, or on a terminal with the live block."""
     output = Output(not args.no_color)
-    return JsonView(output) if args.json else TextView(output)
+    if args.json:
+        return JsonView(output)
+    if live and output.escapes and not getattr(args, "plain", True):
+        return LiveView(output, functools.partial(usual_seconds, args))
+    view = TextView(output)
+    view.explains = live
+    return view
+
+
+def usual_seconds(args: Args, run: RunRecord) -> float | None:
+    """How long such a run usually takes: the slowest host's median, if the master says it at
+    once."""
+    with suppress(UpdaterError, OSError):
+        connection = make_caller(args).dial(USUAL_S)
+        try:
+            answer = connection.request(Ask(1, "history", {"stats": True}), USUAL_S)
+        finally:
+            connection.close()
+        seconds = [
+            one["median_s"]
+            for one in answer.result["stats"]
+            if one["kind"] == run.kind and one["host"] in run.hosts and one["median_s"]
+        ]
+        return max(seconds, default=None)
+    return None
 
 
 def make_caller(args: Args) -> Caller:
@@ -16424,10 +17249,11 @@ def cmd_trigger(args: Args) -> int:
     if args.failed_of:
         if args.target is not None:
             raise UsageError("--failed-of says target and branch itself", "leave them out")
-        found = failed_of(args, args.failed_of)
+        found = failed_of(args, find_run(args, args.failed_of))
         args.target, args.branch = found["target"], found["branch"]
     if args.branch is None:
-        raise UsageError("TARGET and BRANCH are missing", "for example: trigger all master")
+        missing = "BRANCH is" if args.target else "TARGET and BRANCH are"
+        raise UsageError(f"{missing} missing", "for example: trigger all master")
     require_branch(args.branch, "nothing was sent")
     options = {} if args.plan is None else {"plan": args.plan}
     order = new_order(
@@ -16455,6 +17281,32 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
     return {"target": ",".join(failed), "branch": found["branch"]}
 
 
+def find_run(args: Args, word: str, *, open_first: bool = False) -> str:
+    """The run that a person means by its id, by how it begins, or by `last`; `open_first`: the
+    newest that is not over, if there is one. Raises UpdaterError."""
+    if valid_run_id(word):
+        return word
+    try:
+        runs = ask_master(args, "history", {"count": HISTORY_ROWS})["runs"]
+    except (UnreachableError, RefusedError, ConfigError):
+        runs = args.state_folder().history.newest(HISTORY_ROWS)
+        if not runs:
+            raise
+    if word == LAST_RUN:
+        if not runs:
+            raise TargetError("there is no run so far", "`trigger` starts one")
+        going = [run for run in runs if any(host["state"] not in FINAL for host in run["hosts"])]
+        newest: str = (going if going and open_first else runs)[0]["run"]
+        return newest
+    names = [str(run["run"]) for run in runs if run["run"].startswith(word)]
+    if not names:
+        raise TargetError(f"no run begins with {word}", "`history` lists the runs")
+    if len(names) > 1:
+        some = ", ".join(names[:5])
+        raise UsageError(f"{count_text(len(names), 'run')} begin with {word}", f"which one? {some}")
+    return names[0]
+
+
 def run_order(
     args: Args, order: Submit, doing: str = "", *, detach: bool = False
 ) -> tuple[int, list[JobRecord]]:
@@ -16467,17 +17319,8 @@ def run_order(
         return 0, []
     view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
 
-    def follow() -> list[JobRecord]:
-        jobs = Follower(LinkSource(caller, connection, record.run), view).follow()
-        ended = [job for job in jobs if job.state in (State.FAILED, State.TIMEOUT)]
-        # the steps before the first that changes what is deployed
-        untouched = r"(start|check)$|git fetch "
-        failed = ",".join(job.host for job in ended if not re.match(untouched, job.step or "start"))
-        if failed and record.kind is Kind.DEPLOY:
-            view.notice(f"to go back to what worked before: {program_name()} rollback {failed}")
-        return jobs
-
-    return watch_order(args, record.run, follow)
+    follower = Follower(LinkSource(caller, connection, record.run), view)
+    return watch_order(args, record.run, follower)
 
 
 def run_here(args: Args, order: Submit, doing: str = "") -> int:
@@ -16487,82 +17330,169 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
     start_runner(state, args.config_path(), job).wait()
     view.notice(f"run {job.run}: {doing}{job.branch} on this host")
     source = FolderSource(state, job.run, live=True, started=True)
-    return watch_order(args, job.run, Follower(source, view).follow)[0]
+    return watch_order(args, job.run, Follower(source, view))[0]
 
 
-def watch_order(
-    args: Args, run: str, follow: Callable[[], list[JobRecord]]
-) -> tuple[int, list[JobRecord]]:
+def watch_order(args: Args, run: str, follower: Follower) -> tuple[int, list[JobRecord]]:
     """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs.
     Ctrl-C or a closed output stops watching, and says how to go on."""
     est = program_name()
     text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
     try:
-        jobs = follow()
+        jobs = follower.follow()
     except (UnreachableError, RefusedError) as problem:
         problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
         raise
     except (KeyboardInterrupt, Output.Closed):
-        notice = (
-            json.dumps({"event": "notice", "text": text})
-            if args.json
-            else f"\nestelle-updater: {text}"
-        )
+        notice = f"\nestelle-updater: {text}"
+        if args.json:
+            notice = json.dumps({"event": "notice", "text": text})
         with suppress(OSError):
             print(notice, file=sys.stderr)
         return 130, []
+    if run_ok(jobs) or not follower.live:
+        return int(not run_ok(jobs)), jobs
+    advise(args, run, jobs, follower.view)
     refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
-    return GuardError.exit_code if refused else int(not run_ok(jobs)), jobs
+    return GuardError.exit_code if refused else 1, jobs
+
+
+def advise(args: Args, run: str, jobs: Sequence[JobRecord], view: View) -> None:
+    """What to type after a run that did not succeed everywhere."""
+    output = Output(False)
+    columns = output.size()[0] if output.terminal else 0
+    commands = next_commands(run, jobs, ask_ways_back(args, jobs), columns)
+    if commands and args.json:
+        for line in commands:
+            view.notice(" ".join(line.split()))
+    elif commands:
+        print("\n".join(["Next:", *commands]), file=sys.stderr, flush=True)
+
+
+def ask_ways_back(args: Args, jobs: Sequence[JobRecord]) -> dict[str, str]:
+    """What `rollback` would bring, by host, where the command of a new commit began and there is
+    something to go back to."""
+    hosts = [job.host for job in jobs if may_roll_back(job)]
+    if not hosts:
+        return {}
+    asked = {"action": "rollback", "target": ",".join(hosts)}
+    try:
+        plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
+    except UpdaterError:  # nobody answers by now: what is not known is not advised
+        return {}
+    return {row["host"]: row["target"][:7] for row in plan["hosts"] if row["target"]}
 
 
 PLAN_ANSWER_S = ANSWER_S + PLAN_S
 
 
-def plan_text(row: Mapping[str, Any]) -> str:
-    """One host's outlook for people."""
+def list_text(row: Mapping[str, Any], name: str, word: str) -> list[str]:
+    """Some names of many: `local changes: a, b and 7 more`."""
+    if not row[name]:
+        return []
+    more = row[f"{name}_count"] - len(row[name])
+    return [f"{word}: {', '.join(row[name])}" + (f" and {more} more" if more else "")]
 
-    def listed(name: str, word: str) -> list[str]:
-        more = row[f"{name}_count"] - len(row[name])
-        return (
-            [f"{word}: {', '.join(row[name])}" + (f" and {more} more" if more else "")]
-            if row[name]
-            else []
-        )
 
+def plan_facts(row: Mapping[str, Any]) -> list[str]:
+    """One host's outlook in numbers."""
     facts = []
-    if target := row["target"]:
-        same = row["current"] == target
-        facts += [
-            f"{target[:7]}, no change" if same else f"{(row['current'] or '')[:7]} → {target[:7]}"
-        ]
-        facts += [f"{row['commits']} commits"] + [f"{row['leaving']} commits leave"] * (
-            row["leaving"] > 0
-        )
-        facts += [f"{row['changed_count']} files"] + ["the lock file changes"] * row["lock_file"]
-    facts += [f"about {row['expected_s']:.0f} s"] if row["expected_s"] is not None else []
-    facts += (
-        [f"{row['disk_free_bytes'] >> 20} MB free"] if row["disk_free_bytes"] is not None else []
+    target = row["target"]
+    if target and row["current"] == target:
+        facts.append(f"{target[:7]}, no change")
+    elif target:
+        facts.append(f"{(row['current'] or '')[:7]} → {target[:7]}")
+    if target:
+        facts.append(count_text(row["commits"], "commit"))
+        if row["leaving"]:
+            facts.append(f"{count_text(row['leaving'], 'commit')} leave")
+        facts.append(count_text(row["changed_count"], "file"))
+        if row["lock_file"]:
+            facts.append("the lock file changes")
+    if row["expected_s"] is not None:
+        facts.append(f"about {row['expected_s']:.0f} s")
+    if row["disk_free_bytes"] is not None:
+        facts.append(f"{row['disk_free_bytes'] >> 20} MB free")
+    return facts
+
+
+def plan_notes(row: Mapping[str, Any]) -> list[str]:
+    """What else there is to know of a host before deciding."""
+    notes = list_text(row, "dirty", "local changes")
+    if row["restart"]:
+        notes.append(f"restarts {' '.join(row['restart'])}")
+    if row["busy"]:
+        notes.append(f"busy with run {row['busy']}")
+    notes += [f"run {run} is queued" for run in row["queued"]]
+    notes += [f"! {text}" for text in row["warnings"]]
+    notes += [f"✗ refused: {text}" for text in row["refused"]]
+    return notes
+
+
+def plan_text(row: Mapping[str, Any]) -> str:
+    """One host's outlook for a pipe."""
+    lines = [f"{row['host']}  {', '.join(plan_facts(row))}"]
+    if row["why"]:
+        lines.append(row["why"])
+    lines += [*row["subjects"], *list_text(row, "changed", "changes"), *plan_notes(row)]
+    return "\n    ".join(lines)
+
+
+def plan_row(host: Mapping[str, Any], wide: bool) -> TableRow:
+    """One host's outlook as a row of a table."""
+    mark = "✓"
+    if host["refused"] or not host["online"]:
+        mark = "✗"
+    elif host["dirty"] or host["warnings"] or host["busy"]:
+        mark = "!"
+    notes = []
+    if host["why"]:
+        notes.append(host["why"])
+    if wide:
+        notes += host["subjects"]
+        notes += list_text(host, "changed", "changes")
+    notes += plan_notes(host)
+    target = host["target"]
+    if not target:
+        return TableRow(mark, (host["host"],), notes)
+    current = host["current"] or "-"
+    lock = "-"
+    if host["lock_file"]:
+        lock = "yes"
+    cells = (
+        host["host"],
+        current[:7],
+        target[:7],
+        str(host["commits"]),
+        str(host["changed_count"]),
+        lock,
+        duration_text(host["expected_s"]),
     )
-    lines = [row["why"]] if row["why"] else []
-    lines += [*row["subjects"], *listed("changed", "changes"), *listed("dirty", "local changes")]
-    lines += [f"restarts {' '.join(row['restart'])}"] if row["restart"] else []
-    lines += [f"busy with run {row['busy']}"] if row["busy"] else []
-    lines += [f"run {run} is queued" for run in row["queued"]]
-    lines += [f"! {text}" for text in row["warnings"]] + [
-        f"✗ refused: {text}" for text in row["refused"]
-    ]
-    return "\n    ".join([f"{row['host']}  {', '.join(facts)}", *lines])
+    return TableRow(mark, cells, notes)
+
+
+def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
+    """What an order would do, as a table for a terminal."""
+    rows = [plan_row(host, columns >= WIDE_COLUMNS) for host in plan["hosts"]]
+    head = ("HOST", "FROM", "TO", "COMMITS", "FILES", "LOCK", "ABOUT")
+    subject = next((host["subjects"][0] for host in plan["hosts"] if host["subjects"]), "")
+    if subject and columns < WIDE_COLUMNS:
+        title += f": {subject}"
+    return [*wrap_to_cells(title, max(columns, LEAST_COLUMNS)), *lay_table(head, rows, columns)]
 
 
 def cmd_plan(args: Args) -> int:
     result = ask_master(args, "plan", {"target": args.target, "branch": args.branch}, PLAN_ANSWER_S)
+    title = f"deploy {args.branch} on {args.target}"
     lines = list(map(plan_text, result["hosts"]))
+    screen = functools.partial(plan_screen, title, result)
+    do_it = ""
     if result["ok"]:
         words = shlex.join([args.target, args.branch, "--plan", result["plan"]])
-        lines.append(
-            f"exactly this, within {PLAN_FRESH_S / 60:.0f} min: {program_name()} trigger {words}"
-        )
-    show(args, result, "\n".join(lines))
+        within = f"{PLAN_FRESH_S / 60:.0f} min"
+        do_it = f"exactly this, within {within}: {program_name()} trigger {words}"
+        lines.append(do_it)
+    show(args, result, "\n".join(lines), lambda columns: [*screen(columns), do_it])
     return 0 if result["ok"] else 1
 
 
@@ -16582,7 +17512,7 @@ def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
         return
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().casefold() not in ("y", "yes", "ㅛ", "예", "네"):
-        raise GuardError(no, "")
+        raise Declined(no)
 
 
 def cmd_rollback(args: Args) -> int:
@@ -16590,10 +17520,20 @@ def cmd_rollback(args: Args) -> int:
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     order = plan_rollback(plan)
     if not args.json:
-        print("\n".join(terminal_text(plan_text(row)) for row in plan["hosts"]), file=sys.stderr)
+        rows = "\n".join(plan_text(row) for row in plan["hosts"])
+        print(terminal_text(rows), file=sys.stderr)
     confirm(args, f"roll back {', '.join(order.commits)}?")
     code, _ = run_order(args, order, "rollback to ")
     return code or int(len(order.commits) < len(plan["hosts"]))
+
+
+def require_colours(args: Args) -> None:
+    """Raise GuardError where nobody could switch."""
+    if load_config(args.config_path()).haproxy is None:
+        raise GuardError(
+            "there is no [haproxy] in the configuration: this fleet has no colours",
+            "`config init --blue-green` shows what belongs there",
+        )
 
 
 def order_switch(color: str, **options: Any) -> Submit:
@@ -16601,6 +17541,7 @@ def order_switch(color: str, **options: Any) -> Submit:
 
 
 def cmd_switch(args: Args) -> int:
+    require_colours(args)
     order = order_switch(args.color, dry_run=args.dry_run, force=args.force)
     try:
         return run_order(args, order, "switch to ")[0]
@@ -16677,6 +17618,7 @@ def cmd_release(args: Args) -> int:
     """The round as the strategy has it. Only this command moves on: if it dies, nothing
     switches."""
     require_branch(args.branch, "nothing was sent")
+    require_colours(args)
     require_answer(args)
     code, jobs = run_order(
         args, new_order(Kind.DEPLOY, "standby", args.branch, options={"alone": True})
@@ -16730,14 +17672,15 @@ def cmd_deploy(args: Args) -> int:
 
 
 def cmd_logs(args: Args) -> int:
-    view, state = make_view(args), args.state_folder()
+    args.run = find_run(args, args.run)
+    view, state = make_view(args, live=args.follow), args.state_folder()
     follower = None
     try:
         caller = make_caller(args)
         connection = caller.dial(PATIENCE_S)
         source = LinkSource(caller, connection, args.run, args.target or "")
         follower = Follower(source, view, live=args.follow)
-        code, _ = watch_order(args, args.run, follower.follow)
+        code, _ = watch_order(args, args.run, follower)
     except (
         UpdaterError
     ) as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
@@ -16745,7 +17688,7 @@ def cmd_logs(args: Args) -> int:
             raise
         view.notice(f"{problem.what}; this is what {state.root} has")
         folder = FolderSource(state, args.run, live=args.follow, target=args.target or "all")
-        code, _ = watch_order(args, args.run, Follower(folder, view, live=args.follow).follow)
+        code, _ = watch_order(args, args.run, Follower(folder, view, live=args.follow))
     return code if args.follow or code == 130 else 0
 
 
@@ -16762,7 +17705,10 @@ def cmd_history(args: Args) -> int:
         if not any(found.values()):
             raise
         TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
-    show(args, found, history_text(found))
+    screen = None
+    if "runs" in found:
+        screen = functools.partial(history_screen, found["runs"])
+    show(args, found, history_text(found), screen)
     return 0
 
 
@@ -16771,14 +17717,64 @@ def history_text(found: Mapping[str, Any]) -> str:
 
 
 def history_table(runs: Iterable[Mapping[str, Any]]) -> str:
-    """The recent runs, a line each."""
-    return render_table(("run", "when", "who", "target", "branch", "result"), [
-        (
-            run["run"], clock_text(run["created"]), run["by"], run["target"], run["branch"],
-            "  ".join(f"{host['host']} {short_result(host)}" for host in run["hosts"]),
-        )
-        for run in runs
-    ])  # fmt: skip
+    """The recent runs, a line each, for a pipe."""
+    rows = []
+    for run in runs:
+        results = [f"{host['host']} {short_result(host)}" for host in run["hosts"]]
+        when = clock_text(run["created"])
+        cells = (run["run"], when, run["by"], run["target"], run["branch"], "  ".join(results))
+        rows.append(cells)
+    return render_table(("run", "when", "who", "target", "branch", "result"), rows)
+
+
+def history_screen(runs: Iterable[Mapping[str, Any]], columns: int) -> list[str]:
+    """The recent runs for a terminal, the failed hosts of each below it."""
+    wide = columns >= WIDE_COLUMNS
+    head = ["WHEN", "RUN", "WHAT", "HOSTS", "TIME"]
+    if wide:
+        head.append("WHO")
+    rows = [history_row(run, wide) for run in runs]
+    return lay_table(head, rows, columns, fixed=2)
+
+
+def history_row(run: Mapping[str, Any], wide: bool) -> TableRow:
+    """A run, and below it what did not go well."""
+    good = bad = going = 0
+    longest = None
+    notes = []
+    for host in run["hosts"]:
+        name = host["host"]
+        if host["state"] not in FINAL:
+            going += 1
+        elif host["ok"]:
+            good += 1
+        else:
+            bad += 1
+            why = outcome_text(host).removeprefix("✗ ")
+            notes.append(f"✗ {name}  {why}")
+        for warning in host.get("warnings", ()):
+            notes.append(f"⚠ {name}  {warning}")
+        if host["seconds"] and host["seconds"] > (longest or 0):
+            longest = host["seconds"]
+    counts = []
+    for count, mark in ((good, "✓"), (bad, "✗"), (going, "▸")):
+        if count:
+            counts.append(f"{count} {mark}")
+    when = clock_text(run["created"])
+    cells = [when, run["run"], order_text(run), " ".join(counts), duration_text(longest)]
+    if wide:
+        cells.append(run["by"])
+    return TableRow("", cells, notes)
+
+
+def order_text(run: Mapping[str, Any]) -> str:
+    """What was asked for: `deploy master on all`."""
+    kind, branch = run["kind"], run["branch"][:40]
+    if kind == Kind.UPGRADE:
+        return str(kind)
+    if kind == Kind.SWITCH:
+        return f"switch to {branch}"
+    return f"{kind} {branch} on {run['target']}"
 
 
 def stats_table(stats: Iterable[Mapping[str, Any]]) -> str:
@@ -16794,19 +17790,11 @@ def stats_table(stats: Iterable[Mapping[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-def clock_text(at: float) -> str:
-    return time.strftime("%m-%d %H:%M", time.localtime(at))
-
-
 def short_result(host: Mapping[str, Any]) -> str:
-    """One host's outcome in a line of `history`."""
+    """One host's outcome in a line of `history` or `status`."""
     if host["state"] == State.SUCCEEDED:
         return f"✓ {host['version'] or ''}".rstrip()
-    return (
-        f"… {host['state']}"
-        if host["state"] not in FINAL
-        else f"✗ {host['state']} {host['step'] or ''}".rstrip()
-    )
+    return outcome_text(host) if host["state"] in FINAL else f"… {host['state']}"
 
 
 def cmd_forget(args: Args) -> int:
@@ -16827,22 +17815,37 @@ def ask_master(
 
 def cmd_health(args: Args) -> int:
     result = ask_health(args, args.target)
-    show(args, result, health_text(result))
+    show(args, result, health_text(result), functools.partial(health_screen, result["checks"]))
     return 0 if result["ok"] else 1
 
 
+HEALTH_HEAD = ("host", "check", "what it saw")
+NO_CHECKS = (
+    "no [[health]] check is configured for these hosts; `config init --blue-green` shows some"
+)
+
+
 def health_text(result: Mapping[str, Any]) -> str:
-    """What every check saw, as a table."""
-    text = (
-        "no [[health]] check is configured for these hosts; `config init --blue-green` shows some"
-    )
-    if result["checks"]:
-        rows = [
-            ("✓" if row["ok"] else "✗", row["host"], row["name"], row["detail"])
-            for row in result["checks"]
-        ]
-        text = render_table(("", "host", "check", "what it saw"), rows)
-    return text
+    """What every check saw, as a table for a pipe."""
+    rows = []
+    for row in result["checks"]:
+        mark = "✓" if row["ok"] else "✗"
+        rows.append((mark, row["host"], row["name"], row["detail"]))
+    return render_table(("", *HEALTH_HEAD), rows) if rows else NO_CHECKS
+
+
+def health_screen(checks: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
+    """What every check saw, for a terminal: a long story has rows of its own."""
+    if not checks:
+        return [NO_CHECKS]
+    rows = []
+    for check in checks:
+        mark = "✓" if check["ok"] else "✗"
+        detail, notes = check["detail"], []
+        if count_cells(detail) > columns // 2:
+            detail, notes = "", [detail]
+        rows.append(TableRow(mark, (check["host"], check["name"], detail), notes))
+    return lay_table([word.upper() for word in HEALTH_HEAD], rows, columns)
 
 
 def cancel_run(args: Args, run: str) -> RunRecord:
@@ -16868,7 +17871,10 @@ def cancel_run(args: Args, run: str) -> RunRecord:
 
 
 def cmd_cancel(args: Args) -> int:
-    record = cancel_run(args, args.run)
+    run = find_run(args, args.run, open_first=True)
+    if args.run == LAST_RUN:
+        confirm(args, f"cancel {run}?")
+    record = cancel_run(args, run)
     text = f"cancelling {record.run} on {', '.join(record.hosts)}"
     if record.offline:
         text += f"; {', '.join(record.offline)}: no connection, it stops once it is back"
@@ -16884,74 +17890,121 @@ def cmd_cancel(args: Args) -> int:
     return 0
 
 
+STATUS_HEAD = (
+    *("host", "name", "role", "online", "branch", "commit", "version", "updater"),
+    *("colour", "last", "job"),
+)
+
+
 def cmd_status(args: Args) -> int:
     result = ask_master(args, "status", {})
-    show(args, result, status_text(result))
+    screen = functools.partial(status_screen, result, time.time())
+    show(args, result, status_text(result), screen)
     return 0
 
 
-def status_text(result: Mapping[str, Any]) -> str:
-    """The fleet as a table, and what is wrong in it."""
-    master, hosts = result["master"], result["hosts"]
-    head = (
-        "host",
-        "name",
-        "role",
-        "online",
-        "branch",
-        "commit",
-        "version",
-        "updater",
-        "colour",
-        "last",
-        "job",
-    )
-    columns = zip(head, *(status_cells(row, master["version"]) for row in hosts), strict=True)
-    told = [column for column in columns if {*column[1:]} != {"-"}]  # a terminal has 80 columns
+def status_text(status: Mapping[str, Any]) -> str:
+    """The fleet for a pipe: columns that say nothing of any host are left out."""
+    master = status["master"]
+    cells = [status_cells(row, master["version"]) for row in status["hosts"]]
+    columns = zip(STATUS_HEAD, *cells, strict=True)
+    told = [column for column in columns if {*column[1:]} != {"-"}]
+    head = [column[0] for column in told]
+    uptime = f"up {master['uptime']:.0f} s"
+    lines = [f"master {master['ip']}  estelle-updater {master['version']}  {uptime}"]
+    lines.append(render_table(head, zip(*(column[1:] for column in told), strict=True)))
+    return "\n".join(lines + status_problems(status))
+
+
+def status_problems(status: Mapping[str, Any]) -> list[str]:
+    """What is wrong with hosts and traffic."""
+    rows = [status["master"], *status["hosts"]]
     lines = [
-        f"master {master['ip']}  estelle-updater {master['version']}  up {master['uptime']:.0f} s"
+        f"! {row.get('host', 'master')}: {row['problem']}" for row in rows if row.get("problem")
     ]
-    lines.append(
-        render_table(
-            [column[0] for column in told], zip(*(column[1:] for column in told), strict=True)
-        )
-    )
-    lines += [
-        f"! {row.get('host', 'master')}: {row['problem']}"
-        for row in (master, *hosts)
-        if row.get("problem")
-    ]
-    return "\n".join([*lines, *(f"! {warning}" for warning in result.get("warnings", ()))])
+    for row in status["hosts"]:
+        last = row.get("last") or {}
+        lines += [f"⚠ {row['host']}: {text}" for text in last.get("warnings") or ()]
+    return lines + [f"! {warning}" for warning in status.get("warnings", ())]
+
+
+def status_jobs(row: Mapping[str, Any]) -> list[str]:
+    """What a host does and has to do."""
+    jobs = []
+    if row["running"]:
+        text = f"{row['running']} {row.get('step') or ''}"
+        if row.get("since"):
+            text += f" for {time.time() - row['since']:.0f} s"
+        if (row.get("silent_s") or 0) >= SILENT_S:
+            text += f", silent for {row['silent_s']} s"
+        jobs.append(text)
+    for run in row["queued"]:
+        behind = row.get("behind", {}).get(run)
+        jobs.append(f"{run} queued" + (f" behind {behind}" if behind else ""))
+    return jobs
 
 
 def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     """One host's row of the `status` table; a host's own program is only worth a word where it is
     not the master's."""
-    jobs = []
+    online = "yes" if row["online"] else "no"
+    if row.get("link_down_since"):
+        online = f"no, since {clock_text(row['link_down_since'])}"
+    colour = " ".join(filter(None, (row["color"], row["traffic"])))
+    last = short_result(row["last"]) if row.get("last") else ""
+    updater = "" if row["updater"] == program else row["updater"]
+    jobs = "; ".join(status_jobs(row))
+    cells = (row["host"], row["name"], row["role"], online, row["branch"], commit_text(row))
+    return tuple(cell or "-" for cell in (*cells, row["version"], updater, colour, last, jobs))
+
+
+def commit_text(row: Mapping[str, Any]) -> str:
+    return (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
+
+
+def status_screen(status: Mapping[str, Any], now: float, columns: int) -> list[str]:
+    """The fleet for a terminal: one row per host, and below it what it does or what failed."""
+    master = status["master"]
+    wide = columns >= WIDE_COLUMNS
+    head = ["HOST", "NAME", "COMMIT", "VERSION", "TRAFFIC", "LAST"]
+    if wide:
+        head += ["ROLE", "BRANCH", "UPDATER", "PLATFORM"]
+    rows = [status_row(row, now, wide) for row in status["hosts"]]
+    title = f"master {master['ip']}  {master['version']}  up {duration_text(master['uptime'])}"
+    clock = time.strftime("%H:%M:%S", time.localtime(now))
+    gap = max(2, min(columns, WIDE_COLUMNS) - 1 - count_cells(title) - len(clock))
+    return [title + " " * gap + clock, *lay_table(head, rows, columns), *status_problems(status)]
+
+
+def status_row(row: Mapping[str, Any], now: float, wide: bool) -> TableRow:
+    mark = "✓" if row["online"] else "✗"
+    notes = []
     if row["running"]:
-        since = f" for {time.time() - row['since']:.0f} s" if row.get("since") else ""
-        silent = (
-            f", silent for {row['silent_s']} s" if (row.get("silent_s") or 0) >= SILENT_S else ""
-        )
-        jobs.append(f"{row['running']} {row.get('step') or ''}{since}{silent}")
+        mark = "▸" if row["online"] else "✗"
+        clock = duration_text(now - row["since"]) if row.get("since") else ""
+        silent_s = row.get("silent_s") or 0
+        quiet = f", quiet {duration_text(silent_s)}" if silent_s >= QUIET_S else ""
+        notes.append(f"{row.get('step') or 'starting'}  {clock}{quiet}    {row['running']}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
-        jobs.append(f"{run} queued" + (f" behind {behind}" if behind else ""))
-    away = f"no, since {clock_text(row['link_down_since'])}" if row.get("link_down_since") else "no"
-    commit = (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
-    return (
-        row["host"],
-        row["name"],
-        row["role"],
-        "yes" if row["online"] else away,
-        row["branch"] or "-",
-        commit,
-        row["version"] or "-",
-        "-" if row["updater"] in ("", program) else row["updater"],
-        " ".join(filter(None, (row["color"], row["traffic"]))) or "-",
-        short_result(row["last"]) if row.get("last") else "-",
-        "; ".join(jobs) or "-",
-    )
+        notes.append(f"queued  {run}" + (f" behind {behind}" if behind else ""))
+    if not row["online"]:
+        since = row.get("link_down_since")
+        notes.append("offline" + (f" since {moment_text(since, now)}" if since else ""))
+    last = row.get("last")
+    told = ""
+    if last:
+        mark_of_last, _, outcome = short_result(last).partition(" ")
+        ended = last.get("ended")
+        told = f"{mark_of_last} {moment_text(ended, now) if ended else ''}".rstrip()
+        if mark_of_last == "✗":
+            kept = ", nothing changed" if last.get("changed") is False else ""
+            notes.append(f"✗ {outcome}{kept}    {last['run']}")
+    traffic = " ".join(filter(None, (row["color"], row["traffic"])))
+    cells = [row["host"], row["name"], commit_text(row), row["version"], traffic, told]
+    if wide:
+        cells += [row["role"], row["branch"], row["updater"], row["platform"]]
+    return TableRow(mark, [cell or "-" for cell in cells], notes)
 
 
 RUNNER_NEEDS = (  # no more: a deployment begins when these are imported
@@ -17002,18 +18055,23 @@ def init_config(args: Args) -> int:
         raise UsageError(
             f"{found} exists", "`config check` looks at it, `whitelist add` extends it"
         )
-    address = canonical_address(args.bind) if args.bind else own_address()
-    url = parse_master_url(
-        args.master or f"ws://{f'[{address}]' if ':' in address else address}:{DEFAULT_PORT}"
-    )
-    allow = list(
-        dict.fromkeys([*args.allow, *([url.host] if is_address(url.host) else []), address])
-    )
-    has_script = "deploy:release" in (read_json(folder.parent / "package.json") or {}).get(
-        "scripts", {}
-    )
-    by_shell = not has_script and (folder.parent / "deploy.sh").exists()
-    command = ["sh", "deploy.sh"] if by_shell else ["pnpm", "deploy:release"]
+    address = own_address()
+    if args.bind:
+        address = canonical_address(args.bind)
+    host = address
+    if ":" in address:
+        host = f"[{address}]"
+    url = parse_master_url(args.master or f"ws://{host}:{DEFAULT_PORT}")
+    wanted = list(args.allow)
+    if is_address(url.host):
+        wanted.append(url.host)
+    wanted.append(address)
+    allow = list(dict.fromkeys(wanted))
+    package = read_json(folder.parent / "package.json") or {}
+    has_script = "deploy:release" in package.get("scripts", {})
+    command = ["pnpm", "deploy:release"]
+    if not has_script and (folder.parent / "deploy.sh").exists():
+        command = ["sh", "deploy.sh"]
     folder.mkdir(exist_ok=True)
     path = folder / f"updater.{args.format}"
     text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
@@ -17119,6 +18177,8 @@ class ProgressView(TextView):
     """A run that a model follows: its lines are progress, and so is its silence, as clients give up
     without any."""
 
+    explains = False  # the answer does
+
     def __init__(self, call: ToolCall, tell: Callable[[str], None], gone: threading.Event) -> None:
         super().__init__(ProgressOutput(self.tell))
         self.call, self.send, self.gone = call, tell, gone
@@ -17142,11 +18202,6 @@ class ProgressView(TextView):
 
     def notice(self, text: str) -> None:
         self.tell(text)
-
-
-def plain_text(text: str) -> str:
-    """A host's text without colours and all else that only a terminal understands."""
-    return SGR.sub("", terminal_text(text))
 
 
 # What a model reads of an answer; the structure beside it has all of it
@@ -17848,12 +18903,27 @@ def parse_count(text: str) -> int:
     raise UsageError(f"{text!r} is no positive number", "for example 1")
 
 
-def parse_run_id(text: str) -> str:
-    """A run's id on the command line. Raises UsageError."""
-    if valid_run_id(text):
+LAST_RUN = "last"
+
+
+def parse_run(text: str) -> str:
+    """A run on the command line: its id, the beginning of one, or `last`. Raises UsageError."""
+    whole = "00000000-000000-0000"
+    like = re.sub("[0-9a-f]", "0", text)
+    if text == LAST_RUN or (text and whole.startswith(like)):
         return text
     raise UsageError(
         f"{text[:80]!r} is no run id", "it looks like 20261122-210501-7f3a; `history` lists them"
+    )
+
+
+def parse_target(text: str) -> str:
+    """A target on the command line: an empty one, of a variable that is not set, is never `all`.
+    Raises UsageError."""
+    if text.strip():
+        return text
+    raise UsageError(
+        f"{text!r} names no target", "write all, an address or a name, with commas between"
     )
 
 
@@ -17894,15 +18964,92 @@ class Command:
         )
 
 
+COMPLETED = ("estelle_updater.pyz", "./estelle_updater.pyz", "estelle-updater", "est")
+
+
+def completion_words() -> dict[str, list[str]]:
+    """What may follow each command; the commands themselves under the empty name."""
+    shared = [name for item in GLOBAL_OPTIONS for name in item.names]
+    words = {"": [command.name for command in COMMANDS if not command.hidden] + shared}
+    for command in COMMANDS:
+        if command.hidden:
+            continue
+        own: list[str] = []
+        for item in command.options:
+            own += [name for name in item.names if name.startswith("-")]
+            if not item.names[0].startswith("-"):
+                own += item.settings.get("choices", ())
+        targets = [item for item in command.options if item.settings.get("help") == _TARGETS]
+        if targets or TARGET_OR_ALL in command.options:
+            own += ["all", "active", "standby"]
+        words[command.name] = own + shared
+    return words
+
+
+def render_completion(shell: str) -> str:
+    """The completion script of a shell, from the command table."""
+    words = completion_words()
+    names = [name for name in words if name]
+    if shell == "fish":
+        lines = []
+        for program in COMPLETED:
+            for command in COMMANDS:
+                if not command.hidden:
+                    told = f"-a {command.name} -d {json.dumps(command.help)}"
+                    lines.append(f"complete -c {program} -n __fish_use_subcommand -f {told}")
+            for name in names:
+                under = f"-n '__fish_seen_subcommand_from {name}'"
+                lines.append(f"complete -c {program} {under} -a '{' '.join(words[name])}'")
+        return "\n".join(lines)
+    cases = [f"    {name}) words='{' '.join(words[name])}' ;;" for name in names]
+    bash = shell == "bash"
+    # a shell's arrays count from 0 or 1; the word under the cursor is not looked at
+    typed = "${COMP_WORDS[@]:1:COMP_CWORD-1}" if bash else "${words[@]:1:$((CURRENT-2))}"
+    offer = 'COMPREPLY=($(compgen -W "$offer" -- "${COMP_WORDS[COMP_CWORD]}"))'
+    if not bash:
+        offer = "compadd -- ${=offer}"
+    cases = [case.replace("words=", "offer=") for case in cases]
+    head = "complete -o default -F _estelle_updater" if bash else "compdef _estelle_updater"
+    return "\n".join([
+        "_estelle_updater() {",
+        f"  local word offer='{' '.join(words[''])}'",
+        f'  for word in "{typed}"; do case $word in',
+        *cases,
+        "  esac; done",
+        f"  {offer}",
+        "}",
+        f"{head} {' '.join(COMPLETED)}",
+    ])  # fmt: skip
+
+
+def cmd_completion(args: Args) -> int:
+    say(render_completion(args.shell))
+    return 0
+
+
 _TARGETS = (
     "all, active, standby, an IP, a CIDR, a host name, IP/NAME, or several separated by commas"
 )
-TARGET = Option("target", metavar="TARGET", help=_TARGETS)
+TARGET = Option("target", metavar="TARGET", type=parse_target, help=_TARGETS)
 TARGET_OR_ALL = Option(
-    "target", metavar="TARGET", nargs="?", default="all", help=f"{_TARGETS} (default: all)"
+    *("target",),
+    metavar="TARGET",
+    nargs="?",
+    default="all",
+    type=parse_target,
+    help=f"{_TARGETS} (default: all)",
 )
 BRANCH = Option("branch", metavar="BRANCH", help="a branch, a tag or a full commit id")
-RUN = Option("run", metavar="RUN", type=parse_run_id, help="the run's id")
+YES = Option("--yes", action="store_true", help="do not ask")
+PLAIN = Option("--plain", action="store_true", help="no live block on a terminal")
+RUN = Option(
+    *("run",),
+    metavar="RUN",
+    nargs="?",
+    default=LAST_RUN,
+    type=parse_run,
+    help="its id, the beginning of it, or last (the default)",
+)
 COMMANDS = (
     Command(
         "serve",
@@ -17921,12 +19068,12 @@ COMMANDS = (
         "trigger",
         "deploy BRANCH on TARGET and stream every host's log",
         cmd_trigger,
-        Option("target", metavar="TARGET", nargs="?", help=_TARGETS),
+        Option("target", metavar="TARGET", nargs="?", type=parse_target, help=_TARGETS),
         Option("branch", metavar="BRANCH", nargs="?", help=BRANCH.settings["help"]),
         Option(
             "--failed-of",
             metavar="RUN",
-            type=parse_run_id,
+            type=parse_run,
             help="instead of both: what RUN deployed, where it did not succeed",
         ),
         Option("--detach", action="store_true", help="print the run id and leave"),
@@ -17947,6 +19094,7 @@ COMMANDS = (
             metavar="N",
             help="N hosts at a time, stop after a failure",
         ),
+        PLAIN,
     ),
     Command(
         "plan",
@@ -17966,7 +19114,8 @@ COMMANDS = (
             default="",
             help="this commit (a prefix will do if it succeeded here)",
         ),
-        Option("--yes", action="store_true", help="do not ask"),
+        YES,
+        PLAIN,
     ),
     Command(
         "mcp",
@@ -17985,14 +19134,15 @@ COMMANDS = (
         ),
         Option("--yes", action="store_true", help="neither plan nor person is needed for a change"),
     ),
-    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, RUN),
+    Command("cancel", "stop a running or queued deployment on every host", cmd_cancel, RUN, YES),
     Command(
         "logs",
         "print or follow a recorded run",
         cmd_logs,
         RUN,
-        Option("target", metavar="TARGET", nargs="?", help="only these hosts"),
+        Option("target", metavar="TARGET", nargs="?", type=parse_target, help="only these hosts"),
         Option("-f", "--follow", action="store_true", help="go on until the run's end"),
+        PLAIN,
     ),
     Command(
         "history",
@@ -18021,10 +19171,13 @@ COMMANDS = (
             "target",
             metavar="TARGET",
             nargs="?",
+            type=parse_target,
             help="only these hosts (default: all, the data node too)",
         ),
     ),
-    Command("deploy", "run the pipeline on this host alone, without a master", cmd_deploy, BRANCH),
+    Command(
+        "deploy", "run the pipeline on this host alone, without a master", cmd_deploy, BRANCH, PLAIN
+    ),
     Command(
         "switch",
         "move the traffic to another colour",
@@ -18045,9 +19198,14 @@ COMMANDS = (
             action="store_true",
             help="whatever the standby's health and commit; it is recorded",
         ),
+        PLAIN,
     ),
     Command(
-        "upgrade", "bring hosts to the master's version of this program", cmd_upgrade, TARGET_OR_ALL
+        "upgrade",
+        "bring hosts to the master's version of this program",
+        cmd_upgrade,
+        TARGET_OR_ALL,
+        PLAIN,
     ),
     Command(
         "release",
@@ -18062,6 +19220,7 @@ COMMANDS = (
             metavar="SECONDS",
             help="how long it may take to become healthy (default: 60)",
         ),
+        PLAIN,
     ),
     Command(
         "forget",
@@ -18150,6 +19309,17 @@ COMMANDS = (
         cmd_demo,
         Option("--keep", action="store_true", help="let it run until Ctrl-C, to play with it"),
     ),
+    Command(
+        "completion",
+        "print the completion script of a shell",
+        cmd_completion,
+        Option(
+            "shell",
+            metavar="bash|zsh|fish",
+            choices=("bash", "zsh", "fish"),
+            help="load it with: eval (bash, zsh), source (fish)",
+        ),
+    ),
     Command("self-test", "", cmd_self_test),
     Command(
         "prove-detached",
@@ -18199,6 +19369,31 @@ class Parser(argparse.ArgumentParser):
         )  # help through a pipe that is closed early ends without a complaint
 
 
+def describe_commands() -> dict[str, Any]:
+    """What `--help` says, for programs."""
+
+    def options(items: Iterable[Option]) -> list[dict[str, Any]]:
+        return [
+            {"names": list(item.names), "help": item.settings.get("help", "")} for item in items
+        ]
+
+    commands = []
+    for command in COMMANDS:
+        if not command.hidden:
+            own = {"name": command.name, "help": command.help}
+            commands.append(own | {"options": options(command.options)})
+    return {"version": __version__, "commands": commands, "options": options(GLOBAL_OPTIONS)}
+
+
+def answer_words(argv: list[str]) -> list[str]:
+    """`help`, `help COMMAND` and `version` as what argparse knows."""
+    at = next((at for at, word in enumerate(argv) if not word.startswith("-")), None)
+    if at is None or argv[at] not in ("help", "version"):
+        return argv
+    rest = argv[:at] + argv[at + 1 :]
+    return [*rest, f"--{argv[at]}"]
+
+
 def make_parser(argv: Sequence[str] = ()) -> Parser:
     """The command table as a parser; global options go before or after the command. Of the commands
     only those that `argv` names, if it does and asks for no help: all of them would take
@@ -18238,7 +19433,14 @@ def main(argv: list[str]) -> int:
         verbose=False,
     )
     args.json = "--json" in argv  # also for errors of the command line itself
+    argv = answer_words(argv)
     try:
+        if args.json and "--version" in argv:
+            say(json.dumps({"version": __version__, "protocol": [PROTOCOL_OLDEST, PROTOCOL]}))
+            return 0
+        if args.json and {"--help", "-h"} & {*argv}:
+            say(json.dumps(describe_commands(), ensure_ascii=False))
+            return 0
         if args.bind:
             args.bind = canonical_address(args.bind)
         make_parser(argv).parse_args(argv, args)
@@ -18269,7 +19471,9 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         import traceback
 
         traceback.print_exception(problem)
-    if args.json:
+    if isinstance(problem, Declined) and not args.json:
+        text = terminal_text(f"estelle-updater: {problem.what}")
+    elif args.json:
         event = {
             "event": "error",
             "what": problem.what,

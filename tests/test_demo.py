@@ -98,7 +98,7 @@ def test_tells_the_whole_story_from_a_checkout(stage: Stage):
         assert re.search(rf"(?m)^{host}  .*  yes     master  [0-9a-f]{{7}}  v0301_3 ", seen)
     assert re.findall(r"\[(.*)\] ✗ 실패 .* \(exit 1\)\n", seen) == ["127.0.0.3"]
     assert "[127.0.0.3] error: DEMO_PORT is not set on this host\n" in seen
-    assert "127.0.0.1 ✓ v0301_3  127.0.0.2 ✓ v0301_3  127.0.0.3 ✗ failed " in seen
+    assert "127.0.0.1 ✓ v0301_3  127.0.0.2 ✓ v0301_3  127.0.0.3 ✗ 실패 " in seen
     assert seen.count("welcomed by the master") == 2
     stage.assert_nothing_left()
 

@@ -47,7 +47,7 @@ def test_history_and_logs_with_and_without_the_master(fleet: MakeFleet) -> None:
     text = one.cli("history", "--stats", host=agent).out
     assert "1 failed" in text and "sh deploy.sh (1)" in text
     table = one.cli("history").out
-    assert str(newest["run"]) in table and f"127.0.0.1 ✓ {VERSION}" in table and "✗ failed sh deploy.sh" in table
+    assert str(newest["run"]) in table and f"127.0.0.1 ✓ {VERSION}" in table and "✗ 실패 sh deploy.sh (exit 3)" in table
     shown = one.cli("logs", str(first["run"])).out
     assert one.cli("logs", str(first["run"]), agent.address).out.count("✓") == 1
 
@@ -55,7 +55,7 @@ def test_history_and_logs_with_and_without_the_master(fleet: MakeFleet) -> None:
     one.wait_online()
     rows = json.loads(one.cli("status", "--json").out)["hosts"]
     assert [(row["last"]["run"], row["last"]["ok"]) for row in rows] == [(first["run"], True), (newest["run"], False)]
-    assert "✗ failed sh deploy.sh" in one.cli("status").out, "a new commit alone is no success"
+    assert "✗ 실패 sh deploy.sh (exit 3)" in one.cli("status").out, "a new commit alone is no success"
 
     one.stop(one.master)
     offline = one.cli("logs", str(first["run"]))

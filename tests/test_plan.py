@@ -158,7 +158,7 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
     broken = one.origin.commit({"app.txt": "broken"})
     write_script("exit 3\n", agent)
     failed = one.cli("trigger", "all", "master")
-    assert failed.code == 1 and f"rollback {agent.address}\n" in failed.err, "the line to type"
+    assert failed.code == 1 and f"rollback {agent.address} " in failed.err, "the line to type"
     write_script("cat app.txt\n", agent)
 
     asked = one.cli("rollback", agent.address)

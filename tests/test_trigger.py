@@ -216,7 +216,7 @@ def test_a_terminal_gets_text_and_colours_and_nothing_else(one: Fleet):
     )
     (one.hosts[1].folder / "data").write_bytes(data)
     write_script("cat ../data\n", one.hosts[1])
-    shown = read_terminal(one, "trigger", B, "master", env={"TERM": "xterm"}).decode()
+    shown = read_terminal(one, "trigger", B, "master", "--plain", env={"TERM": "xterm"}).decode()
     assert b"\r" not in shown.encode()
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert not re.findall(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", plain)
@@ -231,7 +231,7 @@ def test_a_terminal_gets_text_and_colours_and_nothing_else(one: Fleet):
     assert log_of(one, one.runs()[-1].name, one.hosts[1]).endswith(data)
     for options, env in (((), {"NO_COLOR": "1"}), (("--no-color",), {})):
         write_script("echo plain\n", one.hosts[1])
-        assert b"\x1b" not in read_terminal(one, *options, "trigger", B, "master", env=env)
+        assert b"\x1b" not in read_terminal(one, *options, "trigger", B, "master", "--plain", env=env)
 
 
 @one_fleet

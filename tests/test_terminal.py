@@ -1,0 +1,282 @@
+"""What a person sees at a terminal: the log once and unchanged, below it the block, at the end why and what to type."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import estelle_updater as est
+from tests.fleet import ROOT, clean_env
+from tests.terminal import Terminal
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="pty")
+
+NOW = 1000.0
+RUN = "20261126-210501-7f3a"
+
+
+def run_of(hosts: list[str], **more: Any) -> est.RunRecord:
+    machines = {host: f"m{at}" for at, host in enumerate(hosts)}
+    values = {"kind": est.Kind.DEPLOY, "target": "all", "branch": "master"} | more
+    return est.RunRecord(RUN, "n", hosts=hosts, machines=machines, addresses={}, created=0.0, **values)
+
+
+def job_of(host: str, state: est.State = est.State.RUNNING, **more: Any) -> est.JobRecord:
+    values: dict[str, Any] = {"step": "pnpm deploy:release", "started": 10.0} | more
+    return est.JobRecord(RUN, host, "m", est.Kind.DEPLOY, "master", state, **values)
+
+
+def block_of(hosts: list[str], *jobs: est.JobRecord, usually_s: float | None = None) -> est.Block:
+    block = est.Block(run_of(hosts), NOW - 102, usually_s)
+    for job in jobs:
+        block.update(job, NOW - 98)
+    return block
+
+
+def test_the_block_says_who_failed_who_is_quiet_and_what_was_said_last() -> None:
+    hosts = ["5.223.72.58", "121.0.0.7/office", "10.0.0.3", "10.0.0.19"]
+    block = block_of(
+        hosts,
+        job_of(hosts[0]),
+        job_of(hosts[1], est.State.FAILED, exit=1, ended=51.0),
+        job_of(hosts[2], est.State.SUCCEEDED, version="v0301_4", ended=68.0),
+        job_of(hosts[3], est.State.QUEUED, behind="20261126-205800-02ab"),
+        usually_s=85.0,
+    )
+    block.add(hosts[0], "Compiling 811\n\x1b[31mCompiling\x1b[0m 812 결제\n".encode(), NOW - 72)
+    block.add(hosts[1], b"10%\r50%\rERR_PNPM_RECURSIVE_RUN_FIRST_FAIL", NOW - 60)
+    assert block.rows(200, 60, NOW) == [
+        f"deploy master on all  1 failed  1 running  1 queued  1 ok  1:42 (usually 1:25)  {RUN}",
+        "✗ 121.0.0.7/office   0:41  실패 pnpm deploy:release (exit 1)  │ ERR_PNPM_RECURSIVE_RUN_FIRST_FAIL",
+        "▸ 5.223.72.58        1:38  pnpm deploy:release  quiet 1:12  │ Compiling 812 결제",
+        "· 10.0.0.19         behind 20261126-205800-02ab",
+        "✓ 10.0.0.3           0:58  완료 v0301_4",
+    ]
+    narrow = block.rows(80, 24, NOW)
+    assert narrow[1] == "✗ 121.0.0.7/office   0:41  실패 pnpm deploy:release (exit 1)  │ ERR_PNPM_REC…"
+    assert narrow[0].endswith("(usually 1:25)") and RUN not in narrow[0], "an id is never cut"
+
+
+@pytest.mark.parametrize(
+    ("columns", "lines", "most"), [(80, 24, 8), (200, 60, 30), (30, 6, 2), (20, 2, 1), (80, 40, 20)]
+)
+def test_the_block_is_never_more_than_its_share(columns: int, lines: int, most: int) -> None:
+    hosts = [f"10.0.0.{n}/원격-호스트-{n}" for n in range(40)]
+    states = [est.State.QUEUED, est.State.RUNNING, est.State.SUCCEEDED, est.State.FAILED]
+    block = block_of(hosts, *(job_of(host, states[at % 4], ended=20.0) for at, host in enumerate(hosts)))
+    for host in hosts:
+        block.add(host, "가나다라마바사…✓✗".encode() * 20, NOW)
+    rows = block.rows(columns, lines, NOW)
+    assert len(rows) == most
+    assert all(est.count_cells(row, 2) < columns for row in rows), rows
+    if most > 3:
+        assert re.fullmatch(r"… (\d+ more \w+, )+10 more ok", rows[-1]), rows[-1]
+        assert rows[1].startswith("✗ ")
+
+
+def test_the_excerpt_finds_the_cause_above_the_stack_trace() -> None:
+    noise = [f"module {n}" for n in range(100)]
+    trace = [f"    at frame {n}" for n in range(60)]
+    cause = "src/app/결제/page.tsx:14:7 - error TS2322: no"
+    lines = est.take_excerpt("\n".join([*noise, "10%\r50%\r100%", cause, *trace, " ELIFECYCLE  Command failed", ""]))
+    assert lines[:3] == ["module 99", "100%", cause]
+    assert len(lines) == 16 and lines[12] == "…" and lines[-1] == " ELIFECYCLE  Command failed"
+    assert est.take_excerpt("\n".join(noise)) == noise[-12:]
+    assert est.take_excerpt("") == []
+    short = ["one", "fatal: x", "three"]
+    assert est.take_excerpt("\n".join(short)) == short
+
+
+def test_hosts_that_failed_alike_share_one_excerpt() -> None:
+    alike = [
+        est.Ending(job_of(f"10.0.0.{n}", est.State.FAILED, exit=1, ended=17.0), ["no"], "31 lines") for n in (10, 11)
+    ]
+    other = est.Ending(job_of("10.0.0.12", est.State.TIMEOUT, ended=12.0), ["slow"], "1 line")
+    seen = est.Ending(job_of("10.0.0.13", est.State.FAILED, exit=2, ended=12.0), ["seen"], "1 line", on_screen=True)
+    text = est.excerpt_lines([*alike, other, seen], 80, 100)
+    assert text == [
+        "10.0.0.10, 10.0.0.11: pnpm deploy:release failed (exit 1) after 0:07, 31 lines, alike",
+        *("  no", "", "10.0.0.12: pnpm deploy:release timed out after 0:02, 1 line", "  slow", ""),
+    ]
+
+
+def test_only_lines_with_control_characters_are_treated() -> None:
+    assert est.terminal_text("가\tb\n\n✓") == "가\tb\n\n✓"
+    assert (
+        est.terminal_text("a\r\nb\r\r\nc\rd\x1b[2J\x1b[31mred\x07\n\u202eevil") == "a\nb\nc\nd\x1b[31mred\x1b[0m\nevil"
+    )
+
+
+TABLE_ROWS = [
+    est.TableRow("✓", ("5.223.72.58", "yq-data", "9392de5", "v0301_4", "-", "✓ 19:02")),
+    est.TableRow(
+        "▸",
+        (
+            "2001:db8:85a3::8a2e:370:7334/office",
+            "office-" * 5,
+            "9392de5+dirty",
+            "결제-" * 9,
+            "green standby",
+            "✗ 20:58",
+        ),
+        ["long " * 30],
+    ),
+    est.TableRow("✗", ("140.238.11.21", "offline since 11-26 20:01")),
+]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_tables_fit_and_names_that_are_typed_are_whole(columns: int) -> None:
+    lines = est.lay_table(("HOST", "NAME", "COMMIT", "VERSION", "TRAFFIC", "LAST"), TABLE_ROWS, columns)
+    assert all(est.count_cells(line) < columns for line in lines), "\n".join(lines)
+    assert any("2001:db8:85a3::8a2e:370:7334/office" in line for line in lines)
+    assert lines[-1].split() == ["✗", "140.238.11.21", "offline", "since", "11-26", "20:01"]
+
+
+# A real terminal
+
+PLAY = """
+import os, sys, time
+import estelle_updater as est
+hosts = [f"10.0.0.{n}" for n in range(int(sys.argv[1]))]
+machines = {host: host for host in hosts}
+run = est.RunRecord("20261126-210501-7f3a", "n", est.Kind.DEPLOY, "all", "master", hosts, machines, {}, 0.0)
+class Feed:
+    def __init__(self): self.state = 0
+    def receive(self, wait_s):
+        if not self.state:
+            self.state = 1
+            yield run
+            yield from (job(host, est.State.RUNNING) for host in hosts)
+            time.sleep(0.6)
+        elif self.state <= int(sys.argv[2]):
+            for host in hosts:
+                text = f"L{self.state}.\\n" + ("가나다 결제 ✓\\n" if self.state % 5 == 0 else "")
+                text += "10%\\r20%\\r99%\\n" if self.state % 7 == 0 else ""
+                yield est.Piece(host, text.encode())
+            if self.state == 3: yield est.Notice("a notice of the master")
+            self.state += 1
+            time.sleep(min(wait_s, 0.02))
+        else:
+            for at, host in enumerate(hosts):
+                yield job(host, est.State.FAILED if at == 1 else est.State.SUCCEEDED)
+    def close(self): pass
+def job(host, state):
+    code = 1 if state is est.State.FAILED else None
+    more = {"step": "build", "exit": code, "started": 1.0, "ended": 2.0}
+    return est.JobRecord(run.run, host, host, run.kind, run.branch, state, **more)
+class Args(est.Args): pass
+args = est.Args(json=False, no_color=False, plain="--plain" in sys.argv, config=None, state="/nonexistent", bind=None)
+view = est.make_view(args)
+est.Follower(Feed(), view).follow()
+"""
+
+
+@pytest.fixture
+def at_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*words: str, env: dict[str, str] | None = None, **options: Any) -> Terminal:
+        own = clean_env(tmp_path) | {"PYTHONPATH": str(ROOT), "ESTELLE_CONFIG": "/nonexistent.toml"}
+        opened.append(Terminal([sys.executable, "-c", PLAY, *words], own | (env or {}), tmp_path, **options))
+        return opened[-1]
+
+    yield start
+    for terminal in opened:
+        terminal.close()
+
+
+def assert_log_is_whole(terminal: Terminal, hosts: int, count: int) -> None:
+    """Every line of every host once and in order, each bar's last state, and nothing left of the block."""
+    lines = terminal.all_lines()
+    for at in range(hosts):
+        mine = [line.removeprefix(f"[10.0.0.{at}] ") for line in lines if line.startswith(f"[10.0.0.{at}] ")]
+        assert [line for line in mine if re.fullmatch(r"L\d+\.", line)] == [f"L{n}." for n in range(1, count + 1)]
+        if terminal.screen.columns > 30:
+            assert mine.count("가나다 결제 ✓") == count // 5
+            assert mine.count("99%") == count // 7
+    left = [line for line in lines if re.match(r"(▸|·) 10\.|deploy master on all  \d|… \d+ more", line)]
+    assert left == [], left
+
+
+@pytest.mark.parametrize(("columns", "lines", "hosts"), [(80, 24, 3), (200, 60, 20), (30, 6, 20), (80, 24, 20)])
+def test_the_log_is_in_the_scrollback_once_and_the_block_goes(
+    at_terminal: Callable[..., Terminal], columns: int, lines: int, hosts: int
+) -> None:
+    terminal = at_terminal(str(hosts), "60", columns=columns, lines=lines)
+    assert terminal.wait() == 0
+    rows = {int(up) for up in re.findall(rb"\x1b\[(\d+)A", terminal.raw)}
+    assert rows and max(rows) <= est.block_rows(lines), "there was a block, and never more than its share"
+    assert_log_is_whole(terminal, hosts, 60)
+    assert any(f"{hosts - 1} of {hosts} ok in" in line for line in terminal.all_lines())
+    assert b"\x1b[?1049h" not in terminal.raw and b"\x1b[?25l" not in terminal.raw, "no other screen, no hidden cursor"
+    assert terminal.raw.count(b"\x1b[?7l") == terminal.raw.count(b"\x1b[?7h") > 1
+
+
+def test_a_resize_loses_no_line(at_terminal: Callable[..., Terminal]) -> None:
+    terminal = at_terminal("3", "100", columns=100, lines=30)
+    terminal.until(lambda: "[10.0.0.1] L9." in terminal.all_lines(), "lines")
+    terminal.resize(60, 30)
+    terminal.until(lambda: "[10.0.0.1] L50." in terminal.all_lines(), "lines")
+    terminal.resize(120, 30)
+    assert terminal.wait() == 0
+    said = [line for line in terminal.all_lines() if re.match(r"\[10\.0\.0\.2\] L", line)]
+    assert said == [f"[10.0.0.2] L{n}." for n in range(1, 101)]
+
+
+@pytest.mark.parametrize(
+    ("words", "env"),
+    [(["--plain"], {}), ([], {"TERM": "dumb"}), ([], {"NO_COLOR": "1"})],
+    ids=["plain", "dumb", "no color"],
+)
+def test_what_a_person_switches_off_is_off(
+    at_terminal: Callable[..., Terminal], words: list[str], env: dict[str, str]
+) -> None:
+    terminal = at_terminal("2", "60", *words, env=env)
+    assert terminal.wait() == 0
+    assert_log_is_whole(terminal, 2, 60)
+    has_block = b"\x1b[?2026h" in terminal.raw
+    assert has_block == ("NO_COLOR" in env), "NO_COLOR switches off colour, not the block"
+    assert (re.search(rb"\x1b\[\d+m", terminal.raw) is not None) == (words == ["--plain"]), "colours"
+    if "TERM" in env:
+        assert b"\x1b" not in terminal.raw
+
+
+def test_notices_stand_above_the_block_or_where_stderr_goes(
+    at_terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    notice = "estelle-updater: a notice of the master"
+    terminal = at_terminal("2", "60")
+    assert terminal.wait() == 0
+    assert terminal.all_lines().count(notice) == 1
+    with open(tmp_path / "err", "wb") as err:
+        apart = at_terminal("2", "60", stderr=err.fileno())
+        assert apart.wait() == 0
+    assert_log_is_whole(apart, 2, 60)
+    assert notice not in apart.all_lines()
+    assert notice in (tmp_path / "err").read_text()
+
+
+@pytest.mark.parametrize("keys", ["\x03", "\x1a"], ids=["Ctrl-C", "Ctrl-Z"])
+def test_a_person_who_leaves_finds_a_clean_screen(at_terminal: Callable[..., Terminal], keys: str) -> None:
+    terminal = at_terminal("3", "150")
+    terminal.until(lambda: any(line.startswith("▸ ") for line in terminal.shown()), "the block")
+    terminal.type(keys)
+    if keys == "\x1a":
+        pid = terminal.process.pid
+        terminal.until(lambda: Path(f"/proc/{pid}/stat").read_text().split()[2] == "T", "it has stopped")
+        assert not any(line.startswith("▸ ") for line in terminal.shown()), terminal.shown()
+        os.kill(pid, signal.SIGCONT)
+        terminal.until(lambda: any(line.startswith("▸ ") for line in terminal.shown()), "the block again")
+        assert terminal.wait() == 0
+        assert_log_is_whole(terminal, 3, 150)
+    else:
+        terminal.wait()
+    assert not any(line.startswith("▸ ") for line in terminal.all_lines())
