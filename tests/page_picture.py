@@ -14,7 +14,7 @@ from tests.fleet import ROOT, Fleet
 from tests.haproxy import Proxy
 
 PICTURE = ROOT / "tests" / "page.png"
-SIZE = (900, 520)
+SIZE = (900, 690)
 BUILD = """echo "$ next build"
 for i in $(seq 60); do printf '\\033[32m✓\\033[0m compiled /page%s in %s ms\\n' $i $((i * 7 % 90)); done
 """
