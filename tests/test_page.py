@@ -163,6 +163,7 @@ def test_ten_seconds_tell_who_has_it_and_why_one_has_not(shared: Fleet, browser:
     browser.open(page_url(shared, f"#run/{newest}"))
     browser.wait("document.querySelector('.excerpt .at')")
     assert "2 of 3 hosts succeeded" in browser.text() and "Deploy again on these" in browser.text()
+    assert "0.0 s" not in browser.text("h3 + .dim"), "the run takes as long as its slowest host"
     browser.open(page_url(shared, "#history"))
     browser.wait("document.querySelectorAll('.past > li').length >= 2 && document.querySelector('svg rect')")
     assert f"{C} failed at sh ../deploy.sh (exit 3)" in browser.text(".past")
