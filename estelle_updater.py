@@ -3103,6 +3103,36 @@ def plan_command(command: tuple[str, ...]) -> Step:
     return Step(" ".join(command), command, StepKind.COMMAND)
 
 
+def left_behind_text(found: Mapping[str, Any]) -> str:
+    """What a release would leave behind of the commits that have the traffic, by subject; empty
+    where nothing."""
+    parts = []
+    for row in found["rows"]:
+        count = row.get("left_behind_count", 0)
+        if count:
+            more = f" and {count - len(row['left_behind'])} more" if count > PLAN_ROWS else ""
+            commits = "1 commit" if count == 1 else f"{count} commits"
+            parts.append(
+                f"{commits} of the active ({row['color']}, {row['host']}) would be left behind: "
+                f"{'; '.join(row['left_behind'])}{more}"
+            )
+    return "; ".join(parts)
+
+
+def comparison_lines(found: Mapping[str, Any]) -> list[str]:
+    """What a release brings and leaves, compared with the active, for people."""
+    lines = []
+    for row in found["rows"]:
+        who = f"the active ({row['color']}, {row['host']})"
+        if row.get("problem"):
+            lines.append(f"! nobody can compare with {who}: {row['problem']}")
+            continue
+        lines.append(f"{row['arrives_count']} new compared with {who} {row['current'][:7]}:")
+        lines += [f"  {subject}" for subject in row["arrives"]]
+    left = left_behind_text(found)
+    return [*lines, f"! {left}"] if left else lines
+
+
 def plan_restart(services: tuple[str, ...]) -> tuple[Step, ...]:
     """Restart the configured services, then ask whether each unit is active: asked about several,
     systemctl is content with one."""
@@ -9062,7 +9092,9 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
     if not proxy.live:
         who = f"{active} is active by" if active else "nobody can see where the traffic goes but in"
         what = f"{who} {', '.join(rule.files)} alone: HAProxy has no `socket` to be asked at"
-        return answer | {"active": active, "warnings": [f"{NO_SOCKET}; {what}", *warnings]}
+        roles = {color: servers[color]["file"] for color in COLORS} if active else {}
+        warnings.insert(0, f"{NO_SOCKET}; {what}")
+        return answer | {"active": active, "by_file": roles}
     try:
         rows = proxy.rows()
     except UpdaterError as problem:
@@ -9188,12 +9220,21 @@ class SwitchGate:
         )
         self.require_sync(rows)
         if entry.color == entry.before:
-            return f"{entry.color} is active already, nothing changes"
+            return self.already_active(taking)
         self.write_plan()
         standby = self.require_standby(rows)
         if taking == [entry.color]:
             return f"{standby}, and has the traffic by failover; the file has {entry.before}"
         return f"{standby}; {entry.before} is active"
+
+    def already_active(self, taking: Sequence[str]) -> str:
+        """What to say where nothing is to be done; by failover another may have the traffic."""
+        color = self.entry.color
+        if not self.proxy.live or taking == [color]:
+            return f"{color} is active already, nothing changes"
+        who = " and ".join(taking) or "nobody"
+        self.runner.warn(f"{color} is active by the file alone: {who} has the traffic by failover")
+        return f"{color} is active already by the file, nothing changes"
 
     def read_text(self) -> None:
         """Who is active by the text. Raises GuardError."""
@@ -10132,10 +10173,16 @@ ANSWERS: dict[str, dict[str, str]] = {
     | {"dirty": "bool | None", "silent_s": "int | None"},
     "traffic": {
         "active": "str | None",
+        "by_file": "dict[str, str | None]",
         "servers": f"dict[str, {_SERVER}]",
         "warnings": "list[str]",
     },
     "health": {"checks": "list[dict[str, Any]]"},
+    "compare": {
+        **dict.fromkeys(("current", "target"), "str"),
+        **dict.fromkeys(("arrives", "left_behind"), "list[str]"),
+        **dict.fromkeys(("arrives_count", "left_behind_count"), "int"),
+    },
     "plan": {
         **_TEXTS,
         **dict.fromkeys(_LISTS, "list[str]"),
@@ -11006,7 +11053,34 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
 
 
+def compare_commits(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """What would arrive, and what would be left behind, if `branch` of the remote took the place of
+    the commit that is checked out here. Raises UpdaterError.
+
+    A commit whose change is on both sides counts as neither, whatever its id.
+    """
+    branch = str(args.get("branch"))
+    require_branch(branch)
+    rule, repo = agent.rule_and_repo(args.get("address"))
+    outlook = Outlook(repo, rule)
+    head = (outlook.git("rev-parse", "--verify", "HEAD") or "").strip()
+    if not head:
+        raise UsageError(f"{repo} is no git checkout: {outlook.why()}")
+    target, _ = outlook.find_target(branch)
+    found: dict[str, Any] = {"current": head, "target": target}
+    for name, side in (("arrives", "--right-only"), ("left_behind", "--left-only")):
+        flags = ("--no-merges", "--cherry-pick", "--no-decorate", side)
+        listed = outlook.git("log", "--oneline", *flags, f"{head}...{target}", "--")
+        if listed is None:
+            raise UpdaterError(outlook.why())
+        lines = listed.splitlines()
+        found[f"{name}_count"] = len(lines)
+        found[name] = [line[:200] for line in lines[:PLAN_ROWS]]
+    return found
+
+
 QUESTIONS["plan"] = tell_plan
+QUESTIONS["compare"] = compare_commits
 
 
 # ==============================================================================
@@ -12848,7 +12922,9 @@ class Desk:
             for host, found in zip(hosts, answers, strict=True)
         ]
         warnings = [*traffic["warnings"], *self.registry.warnings()]
-        return {"master": self.about_us(), "hosts": rows, "warnings": warnings}
+        by_file = traffic.get("by_file") or {}  # where HAProxy can't be asked
+        facts = {"hosts": rows, "warnings": warnings, "by_file": by_file}
+        return {"master": self.about_us(), **facts}
 
     def about_us(self) -> dict[str, Any]:
         """What `status` says of the master itself."""
@@ -13119,9 +13195,28 @@ async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 
 
 # What a commander may ask; the sections below add theirs.
+async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
+    """What a release of BRANCH would bring, and what it would leave behind, compared with each host
+    that has the traffic now. Raises UpdaterError."""
+    branch = str(args.get("branch"))
+    active = await desk.registry.active_for("standby")
+    rows = []
+    for host in desk.registry.hosts():
+        if host.color != active:
+            continue
+        row: dict[str, Any] = {"host": host.label, "color": active, "problem": "it is offline"}
+        agent = desk.master.agents.get(host.machine)
+        if agent:
+            asked = {"address": host.address, "branch": branch}
+            answer = await agent.ask("compare", asked, PLAN_S) or {"error": "it does not answer"}
+            row |= {**answer, "problem": answer.get("error")}
+        rows.append(row)
+    return {"branch": branch, "rows": rows}
+
+
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
-    "health": Desk.health, "traffic": Desk.traffic,
+    "health": Desk.health, "traffic": Desk.traffic, "compare": compare_release,
     "log": Desk.log, "find": Desk.find, "watch": Desk.watch,
 }  # fmt: skip
 
@@ -13160,10 +13255,12 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
     """Raise GuardError where a standby is not healthy, or has not the commit that was to take the
     traffic."""
     hint = "repair it first; --force switches all the same"
+    failing = []
     for check in await desk.registry.check_health(standbys):
         if not check["ok"]:
-            what = f"{check['host']} is not healthy: {check['name']}: {check['detail']}"
-            raise GuardError(what, hint)
+            failing.append(f"{check['host']} is not healthy: {check['name']}: {check['detail']}")
+    if failing:
+        raise GuardError("; ".join(failing), hint)
     if not commit:
         return
     for host in standbys:
@@ -13183,9 +13280,23 @@ async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
     return replace(order, options=master.door.handout.offer(master.config))
 
 
+async def gate_deploy(desk: Desk, order: Submit) -> Submit:
+    """A release must not drop what the active already has, unless somebody saw it and wants that:
+    a hotfix on the active alone would silently be gone. Raises GuardError."""
+    options = order.options
+    if not options.get("alone") or options.get("leave") or options.get("force"):
+        return order
+    found = await compare_release(desk, {"branch": order.branch})
+    text = left_behind_text(found)
+    if text:
+        hint = f"bring them into {order.branch} first; `release --force` leaves them"
+        raise GuardError(text, hint)
+    return order
+
+
 # What has to be asked before an order is accepted.
 GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
-    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade,
+    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade, Kind.DEPLOY: gate_deploy,
 }  # fmt: skip
 
 
@@ -17256,6 +17367,10 @@ def cmd_trigger(args: Args) -> int:
         raise UsageError(f"{missing} missing", "for example: trigger all master")
     require_branch(args.branch, "nothing was sent")
     options = {} if args.plan is None else {"plan": args.plan}
+    if args.only is not None:
+        with suppress(ConfigError):  # then the hosts' own configuration says whether it is there
+            select_services(load_config(args.config_path()).deploy.restart, args.only)
+        options["only"] = args.only
     order = new_order(
         Kind.DEPLOY,
         args.target,
@@ -17585,8 +17700,12 @@ def await_standby(
     while True:
         view.tick()
         checks = ask_health(args, ",".join(hosts))["checks"]
-        rows = [row for row in ask_master(args, "status", {})["hosts"] if row["color"]]
+        status = ask_master(args, "status", {})
+        rows = [row for row in status["hosts"] if row["color"]]
         where = {row["host"]: row["traffic"] or "unknown" for row in rows}
+        if status.get("by_file"):  # there is no socket where HAProxy itself could be asked
+            roles = {"active": "active", "backup": "standby"}
+            where = {row["host"]: roles.get(status["by_file"][row["color"]], "") for row in rows}
         wrong = [
             f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]
         ]
@@ -17620,32 +17739,46 @@ def cmd_release(args: Args) -> int:
     require_branch(args.branch, "nothing was sent")
     require_colours(args)
     require_answer(args)
-    code, jobs = run_order(
-        args, new_order(Kind.DEPLOY, "standby", args.branch, options={"alone": True})
-    )
+    view = make_view(args)
+    for line in comparison_lines(compare_with_active(args, args.branch)):
+        view.notice(line)
+    options: dict[str, Any] = {"alone": True, "leave": not args.yes}
+    if args.force:
+        options["force"] = True
+    code, jobs = run_order(args, new_order(Kind.DEPLOY, "standby", args.branch, options=options))
     if code:
         return code
-    commit, view = only_commit(job.commit for job in jobs), make_view(args)
+    commit = only_commit(job.commit for job in jobs)
     color, rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
         view.notice(color_text(row))
-    confirm(
-        args,
-        f"switch the traffic to {color}?",
-        f"{color} has the new commit, and the traffic stays where it is",
-    )
-    if code := run_order(args, order_switch(color, commit=commit), "switch to ")[0]:
+    stays = f"{color} has the new commit, and the traffic stays where it is"
+    left = left_behind_text(compare_with_active(args, commit))  # the branch may have moved
+    if left and args.yes and not args.force:
+        raise GuardError(f"{left}; {stays}", "`release --force` leaves them")
+    confirm(args, f"{left}\nswitch the traffic to {color}?".strip(), stays)
+    code, _ = run_order(args, order_switch(color, commit=commit), "switch to ")
+    if code:
         return code
     status = ask_master(args, "status", {})
-    rows, warnings = [row for row in status["hosts"] if row["color"]], status["warnings"]
-    hosts = [
-        {key: row[key] for key in ("host", "color", "traffic", "commit", "version")} for row in rows
-    ]
+    rows = [row for row in status["hosts"] if row["color"]]
+    warnings = status["warnings"]
+    keys = ("host", "color", "traffic", "commit", "version")
+    hosts = [{key: row[key] for key in keys} for row in rows]
     event = {"event": "release", "ok": True, "color": color, "hosts": hosts, "warnings": warnings}
-    show(
-        args, event, "\n".join([*map(color_text, rows), *(f"! {warning}" for warning in warnings)])
-    )
+    lines = [*map(color_text, rows), *(f"! {warning}" for warning in warnings)]
+    show(args, event, "\n".join(lines))
     return 0
+
+
+def compare_with_active(args: Args, branch: str) -> dict[str, Any]:
+    """What a release of `branch` would bring and leave; nothing where the master is older."""
+    try:
+        return ask_master(args, "compare", {"branch": branch}, PLAN_ANSWER_S)
+    except UpdaterError as problem:
+        if "can't answer" in problem.what:
+            return {"rows": []}
+        raise
 
 
 def color_text(row: Mapping[str, Any]) -> str:
@@ -19087,6 +19220,7 @@ COMMANDS = (
         Option(
             "--plan", metavar="ID", help="only what this plan said, and only while that is true"
         ),
+        Option("--only", metavar="NAME", help="of `deploy.restart`, restart this service alone"),
         Option(
             "--batch",
             type=parse_count,
@@ -19213,6 +19347,11 @@ COMMANDS = (
         cmd_release,
         BRANCH,
         Option("--yes", action="store_true", help="switch without asking"),
+        Option(
+            "--force",
+            action="store_true",
+            help="also if commits that have the traffic now are left behind",
+        ),
         Option(
             "--wait",
             type=parse_seconds,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -269,12 +271,91 @@ def test_reload_that_fails_though_the_text_is_valid_is_undone(site: Site):
     site.expect_peace()
 
 
+def test_a_standby_that_takes_no_traffic_is_refused(site: Site):
+    """However that came about: HAProxy would go on sending everything to the old colour."""
+    proxy = site.proxy
+    for command, undo, words in (
+        ("weight 0", "weight 1", "weight 0"),
+        ("state drain", "state ready", "DRAIN"),
+        ("state maint", "state ready", "MAINT"),
+    ):
+        proxy.command(f"set server yquant_backend/green {command}")
+        assert any("green is" in line and "would not take over" in line for line in site.traffic()["warnings"])
+        code, out, err = site.switch("green")
+        assert code == 5 and words in out, (out, err)
+        assert proxy.roles() == "blue"
+        proxy.command(f"set server yquant_backend/green {undo}")
+    wait_for(lambda: proxy.statuses()["green"] == "UP", "green is up")
+    for words in ("weight 0", "disabled"):
+        proxy.file.write_text(site.text.decode().replace("check backup", f"{words} check backup"))
+        proxy.reload()
+        code, out, err = site.switch("green")
+        assert code == 5 and "HAProxy would send it nothing" in err, (out, err)
+        site.configure(socket=None, masterSocket=None)
+        code, out, err = site.switch("green")
+        assert code == 5 and f"green is `{words}` for HAProxy" in out, (out, err)
+        site.configure()
+
+
+def test_what_nobody_saw_is_not_called_proved(site: Site):
+    """No request came, and no probe is configured: done, but with a warning in the result."""
+    code, out, err = site.switch("green", "--json")
+    events = [json.loads(line) for line in out.splitlines()]
+    (result,) = [event for event in events if event["event"] == "result"]
+    assert code == 0 and result["ok"], (out, err)
+    assert [line for line in result["warnings"] if line.startswith("not proved: nobody saw a request reach green")]
+    code, out, err = site.switch("blue")
+    assert "⚠ not proved" in out, (out, err)
+    site.configure(probe=f"http://127.0.0.1:{site.proxy.port}/")
+    code, out, err = site.switch("green", "--json")
+    events = [json.loads(line) for line in out.splitlines()]
+    (result,) = [event for event in events if event["event"] == "result"]
+    assert code == 0 and result["warnings"] == [], (out, err)
+    assert "green has 1 requests, blue 0" in out
+
+
+def test_requests_that_go_on_to_the_old_colour_undo_the_switch(site: Site):
+    """Whatever it is that makes HAProxy do so: here a hand that takes green's weight as soon as it is active."""
+    script = site.proxy.folder / "spoil.sh"
+    ask = "import sys; sys.path.insert(0, sys.argv[1]); from tests.haproxy import ask; from pathlib import Path"
+    spoil = f'{ask}; ask(Path(sys.argv[2]), "set server yquant_backend/green weight 0")'
+    pid = f"$(cat {site.proxy.pid_file})"
+    root = Path(__file__).parent.parent
+    script.write_text(f"kill -USR2 {pid}\nsleep 0.3\n{sys.executable} -c '{spoil}' {root} {site.proxy.socket}\n")
+    site.configure(reload=["sh", str(script)])
+    with Load(site.proxy.port) as load:
+        code, out, err = site.switch("green")
+        assert code == 1, (out, err)
+        assert "requests still reach another server: green has" in out, out
+        assert "undone: blue is active" in out
+        load.end()
+    assert site.proxy.file.read_bytes() == site.text
+    site.proxy.command("set server yquant_backend/green weight 1")
+    site.expect_peace()
+
+
+def test_old_processes_are_told(site: Site):
+    """A connection that stays with the old process, as a WebSocket's does: how many, where, and until when."""
+    with socket.create_connection(("127.0.0.1", site.proxy.port)) as link:
+        link.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: site.proxy.rows()["blue"][4] == "1", "the request is under way")
+        code, out, err = site.switch("green")
+        assert code == 0, (out, err)
+        told = r"HAProxy's old process \d+ still holds 1 connection \(1 busy on blue\); `hard-stop-after` cuts them in \d+ s"
+        assert re.search(told, out), out
+        assert any(re.search(told, line) for line in site.traffic()["warnings"])
+        assert b" 200 " in link.recv(4096)
+    wait_for(lambda: not any("old process" in line for line in site.traffic()["warnings"]), "it ended")
+
+
 def test_failover_is_told_and_made_explicit(site: Site):
     with Load(site.proxy.port, slow=0) as load:
         site.proxy.stop_worker("blue")
         wait_for(lambda: site.proxy.statuses()["blue"] == "DOWN", "HAProxy notices")
         assert site.proxy.answers() == "green"
         assert any("has failed over to green; `switch green`" in warning for warning in site.traffic()["warnings"])
+        code, out, err = site.switch("blue")
+        assert code == 0 and "⚠ blue is active by the file alone: green has the traffic by failover" in out, (out, err)
         code, out, err = site.switch("standby")
         assert code == 5, (out, err)
         code, out, err = site.switch("green")
@@ -290,7 +371,10 @@ def test_without_any_socket_it_works_and_says_what_that_costs(site: Site):
     code, out, err = site.switch("green")
     assert code == 0, (out, err)
     assert "without a socket" in out
+    assert "⚠ not proved" in out, "the probe says not by whom it was answered"
     wait_for(lambda: site.proxy.answers() == "green", "green answers")
+    first = site.traffic()["warnings"][0]
+    assert first.startswith("add the line `stats socket ") and "green is active by" in first
 
 
 @pytest.mark.parametrize("without", ["socket", "masterSocket"])
@@ -434,6 +518,14 @@ def test_several_files_and_haproxys_own_environment(
     code, out, err = one.cli("switch", "blue")
     assert code == 5
     assert "can't be read for certain" in out
+    # what another file says holds here too, also for who has no socket to ask at
+    proxy.file.write_text("backend yquant_backend" + backend)
+    first.write_text(first.read_text().replace("    option redispatch", "    cookie SRV insert\n    option redispatch"))
+    code, out, err = one.cli("switch", "blue")
+    assert code == 5 and "keeps clients on the old colour" in out, (out, err)
+    warnings = json.loads(one.cli("status", "--json").out)["warnings"]
+    assert any(f"{first} line" in line for line in warnings), warnings
+    assert not any("redispatch" in line for line in warnings), "it is in the first file"
 
 
 def test_connections_of_before_follow_every_switch(
