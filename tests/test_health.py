@@ -8,6 +8,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -120,6 +121,35 @@ def test_https_verifies_names_but_not_loopback(tmp_path: Path):
     thread.join(5)
 
 
+def test_the_whole_served_chain_and_its_name(tmp_path: Path):
+    """An authority of the chain that ends soon breaks it like the server's own certificate; the name must be in it."""
+    own, soon = certificate(tmp_path / "own.pem", days=90), certificate(tmp_path / "soon.pem", days=3)
+    address = own_address()
+    if address == "127.0.0.1":
+        pytest.skip("this machine has no address beside loopback")
+    chain = tmp_path / "chain.pem"
+    authority = soon.read_text().partition("-----BEGIN PRIVATE KEY")[0]
+    for text, word in ((own.read_text() + authority, "days left, less than 14"), (own.read_text(), "not valid for")):
+        chain.write_text(text)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(chain)
+        with socket.create_server((address, 0)) as listener:
+
+            def serve(listener: socket.socket = listener, context: ssl.SSLContext = context) -> None:
+                with suppress(OSError):
+                    while True:
+                        connection, _ = listener.accept()
+                        with suppress(OSError), connection, context.wrap_socket(connection, server_side=True) as secure:
+                            secure.recv(1)
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            ok, detail = see(tmp_path, certificate=f"{address}:{listener.getsockname()[1]}")
+            assert not ok and word in detail, detail
+            listener.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
 def test_certificate_files(tmp_path: Path):
     file = certificate(tmp_path / "short.pem", days=5)
     assert see(tmp_path, certificate=str(file)) == (False, "5 days left, less than 14")
@@ -199,6 +229,22 @@ def test_mariadb(tmp_path: Path, database: str):
         assert not see(tmp_path, mariadb=address, timeout=0.5)[0]
 
 
+def test_what_a_store_says_of_itself(tmp_path: Path):
+    """After the login that it refuses it may say that nobody at all gets in."""
+    greeting = b"\x0a5.5.5-10.11.19-MariaDB\0"
+    hello = len(greeting).to_bytes(3, "little") + b"\0" + greeting
+    for number, words, said in (
+        (1040, "Too many connections", "no free connections: Too many connections"),
+        (1129, "Host 'x' is blocked", "it blocks this host: Host 'x' is blocked"),
+    ):
+        error = b"\xff" + number.to_bytes(2, "little") + b"#08004" + words.encode()
+        with says(hello + len(error).to_bytes(3, "little") + b"\x02" + error, 2) as address:
+            assert see(tmp_path, mariadb=address) == (False, said)
+            assert see(tmp_path, tcp=address) == (False, said)
+    with says(b"-MISCONF Redis is configured to save RDB snapshots\r\n") as address:
+        assert see(tmp_path, valkey=address)[1].startswith("MISCONF")
+
+
 def test_checks_do_not_make_mariadb_block_their_host(database: str):
     """A server blocks an address that hangs up without a login more than max_connect_errors times; loopback never."""
     if (address := own_address()) == "127.0.0.1":
@@ -209,11 +255,29 @@ def test_checks_do_not_make_mariadb_block_their_host(database: str):
         assert see(Path(), tcp=endpoint)[0]
 
 
+LOOK_AT_DISK = """
+import os, estelle_updater as est
+from pathlib import Path
+print(est.run_checks([est.HealthRule(name="x", disk=os.getcwd())], Path("/"), {})[0]["detail"])
+"""
+
+
 def test_disk(tmp_path: Path):
     assert see(tmp_path, disk="/", least=1)[0]
     ok, detail = see(tmp_path, disk=".", least=101)
     assert not ok and "less than 101 %" in detail
     assert see(tmp_path, disk="nowhere") == (False, "No such file or directory")
+    if os.geteuid() == 0 and shutil.which("unshare"):  # a file system of the test's own
+        mount = "mount -t tmpfs -o nr_inodes=20 x . && touch 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 && cd ."
+        look = f"{sys.executable} -c '{LOOK_AT_DISK}'"
+        script = f"cd {tmp_path} && {mount} && {look} && mount -o remount,ro . && {look}"
+        argv = ["unshare", "-m", "sh", "-c", script]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        said = subprocess.run(argv, capture_output=True, text=True, check=False, env=env)
+        if "permission denied" not in said.stderr.lower():
+            assert said.stdout.splitlines() == ["5 % of its inodes free; less than 10 %", "it is mounted read-only"], (
+                said
+            )
 
 
 def test_command(tmp_path: Path):

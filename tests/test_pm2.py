@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import estelle_updater as est
 from tests.commands import Watched, lines_of
 from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, need, run, wait_for
 
@@ -185,3 +187,38 @@ def test_the_interpreter_has_the_platform_s_name(platform: str, python: str):
     (app,) = json.loads(run(["node", "-e", script], {"PATH": os.environ["PATH"]}, ROOT).out)["apps"]
     assert (app["name"], app["args"], app["interpreter"]) == (SERVICE, "serve", python)
     assert app["watch"] is False
+
+
+def test_a_process_must_stay_online_in_one_life(tmp_path: Path):
+    """By its name, and by the ecosystem file that started it; no PM2 is started for the question."""
+    need("pm2")
+    env = {**os.environ, "PM2_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
+
+    def judge(text: str, since: float | None = None) -> str:
+        try:
+            return est.require_settled(est.parse_service(text), 1, env, since=since)
+        except est.UpdaterError as problem:
+            return problem.what
+
+    assert judge("pm2:steady").startswith("PM2 does not run: there is no ")
+    assert not (tmp_path / "home").exists()
+    (tmp_path / "steady.js").write_text("setInterval(() => {}, 1000)\n")
+    (tmp_path / "dying.js").write_text("setTimeout(() => process.exit(1), 300)\n")
+    apps = [{"name": name, "script": f"{name}.js", "exp_backoff_restart_delay": 50} for name in ("steady", "dying")]
+    for name in ("one", "both"):
+        chosen = apps[:1] if name == "one" else apps
+        (tmp_path / f"{name}.config.cjs").write_text(f"module.exports = {json.dumps({'apps': chosen})}\n")
+    try:
+        for file, wanted in (("one.config.cjs", "steady online"), ("both.config.cjs", "dying")):
+            began = time.time()
+            (step, save) = est.plan_restart((f"pm2:{file}",))
+            assert save.argv == ("pm2", "save")
+            assert run(step.argv, env, tmp_path).code == 0
+            assert wanted in judge(f"pm2:{file}", began)
+        assert judge("pm2:steady") == "online"
+        assert "dying" in judge("pm2:dying")
+        assert judge("pm2:nobody") == "PM2 has no process nobody"
+        check = est.HealthRule(name="x", pm2="steady")
+        assert est.run_checks([check], tmp_path, env, 1)[0]["ok"]
+    finally:
+        run(["pm2", "kill"], env, tmp_path)

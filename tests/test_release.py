@@ -127,6 +127,37 @@ def test_release_there_and_back(one: Round):
     assert "blue active" in out and "green standby" in out, out
 
 
+def test_a_hotfix_on_the_active_is_not_dropped_in_silence(one: Round):
+    """Compared with the active: a commit that BRANCH lacks is refused with --yes, and said in the question."""
+    origin = one.fleet.origin
+    origin.commit({"fix.txt": "1"}, "hotfix", "stop the double order")
+    assert one.cli("trigger", "active", "hotfix").code == 0
+    one.commit("1")
+    runs = len(one.fleet.runs())
+    code, _, err = one.cli("release", "master", "--yes")
+    assert code == 5 and len(one.fleet.runs()) == runs, err
+    assert f"1 commit of the active (blue, {BLUE}) would be left behind: " in err
+    assert "stop the double order" in err and "`release --force` leaves them" in err
+    assert "1 new compared with the active" in err
+    process, terminal = ask_person(one, "release", "master")
+    said = read_until(terminal, "switch the traffic to green?")
+    code, _ = answer(process, terminal, "n")
+    assert code == 5 and "would be left behind" in said.replace("\r", "").splitlines()[-2], said
+    assert one.proxy.answers() == "blue"
+    origin.git("switch", "--quiet", "master")
+    origin.git("cherry-pick", "hotfix")
+    origin.git("push", "--quiet", "origin", "master")
+    code, out, err = one.cli("release", "master", "--yes")
+    assert code == 0, "the same change under another id is there: " + out + err
+    one.commit("2")
+    assert one.cli("trigger", "active", "master").code == 0
+    code, out, err = one.cli("release", "hotfix", "--yes", "--force")
+    assert code == 0 and "would be left behind" in err, out + err
+    assert one.proxy.answers() == "blue"
+    options = [json.loads((folder / "run.json").read_text())["options"] for folder in one.fleet.runs()]
+    assert [found.get("force") for found in options if found.get("alone")][-1] is True
+
+
 def test_targets_by_role(one: Round):
     commit = one.commit("1")
     code, out, err = one.cli("trigger", "standby", "master")

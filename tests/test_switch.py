@@ -341,7 +341,10 @@ def test_old_processes_are_told(site: Site):
         wait_for(lambda: site.proxy.rows()["blue"][4] == "1", "the request is under way")
         code, out, err = site.switch("green")
         assert code == 0, (out, err)
-        told = r"HAProxy's old process \d+ still holds 1 connection \(1 busy on blue\); `hard-stop-after` cuts them in \d+ s"
+        told = (
+            r"HAProxy's old process \d+ still holds 1 connection \(1 busy on blue\); "
+            r"`hard-stop-after` cuts them in \d+ s"
+        )
         assert re.search(told, out), out
         assert any(re.search(told, line) for line in site.traffic()["warnings"])
         assert b" 200 " in link.recv(4096)

@@ -851,3 +851,39 @@ def test_the_port(fleet: Callable[..., Fleet]):
         (["--interface", "127.0.0.9", f"{base}/"], "403"),
     ):
         assert run([*curl, *words], made.env).out in (status, "200" if status == "426" else status), words
+
+
+SYSTEMCTL = """#!/bin/sh
+[ "$1" = --user ] && shift
+echo "$*" >>"$0.log"
+case "$1 $2" in
+"show dying") # up at the first look, another life at every later one
+    echo LoadState=loaded; echo ActiveState=active; echo InvocationID=$(wc -l <"$0.log")
+    cut -d' ' -f1 /proc/uptime | sed 's/\\.//; s/$/0000/; s/^/ActiveEnterTimestampMonotonic=/' ;;
+"show "*) echo LoadState=loaded; echo ActiveState=active; echo InvocationID=1; echo ActiveEnterTimestampMonotonic=1 ;;
+esac
+"""
+
+
+def test_a_service_must_stay_up_in_one_life(fleet: Callable[..., Fleet], tmp_path: Path):
+    """A unit that dies and is started again reads `active` at every second look; and one service alone."""
+    deploy = {"command": list(COMMAND), "restart": ["web", "user:dying"], "settle": 1}
+    made = fleet(hosts=1, config={"deploy": deploy}, start=False)
+    fake = tmp_path / "bin" / "systemctl"
+    fake.parent.mkdir()
+    fake.write_text(SYSTEMCTL)
+    fake.chmod(0o755)
+    write_script("true\n", made.master)
+    made.start(env={"PATH": f"{fake.parent}:{os.environ['PATH']}"})
+    code, out, err = made.cli("trigger", "all", "master")
+    said = lines_of(out, A)
+    assert code == 1 and "systemctl --user restart dying..." in said, out + err
+    assert said[-1].startswith("✗ 실패 restart user:dying"), out
+    assert "it was started again within 1 s" in out + err
+    fake.with_name("systemctl.log").unlink()
+    code, out, err = made.cli("trigger", "all", "master", "--only", "web")
+    assert code == 0, out + err
+    asked = fake.with_name("systemctl.log").read_text()
+    assert "restart web" in asked and "dying" not in asked
+    code, out, err = made.cli("trigger", "all", "master", "--only", "nobody")
+    assert code == 2 and "nobody is not in deploy.restart" in err and "web, user:dying" in err
