@@ -8528,7 +8528,10 @@ def _check_http(check: Check) -> str:
 def _check_tcp(check: Check) -> str:
     """That a port accepts connections; a MariaDB behind it is left as it wants to be left."""
     with _dial(check.subject, check.timeout_s) as connection:
-        connection.settimeout(min(_GREETING_S, check.timeout_s / 2))
+        patience_s = check.timeout_s / 2  # it looks up our name first
+        if split_port(check.subject)[1] != 3306:
+            patience_s = min(_GREETING_S, patience_s)
+        connection.settimeout(patience_s)
         head = b""
         with suppress(OSError):
             head = connection.recv(5, socket.MSG_PEEK)
@@ -9287,9 +9290,9 @@ class SwitchGate:
         status = row["status"] if row else "unknown to us (no socket)"
         idle = why_unusable(row) if row else server.idle
         if idle:
-            last = f": {row.get('check_status')} {row.get('last_chk')}".rstrip() if row else ""
+            last = [(row or {}).get(key) for key in ("check_status", "last_chk")]
             raise GuardError(
-                f"{color} is {idle} for HAProxy{last}",
+                " ".join(filter(None, [f"{color} is {idle} for HAProxy", *last])),
                 f"repair {color} first: HAProxy would send it nothing",
             )
         problem = connect_problem(self.entry.address)

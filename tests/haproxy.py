@@ -23,7 +23,7 @@ async def serve(reader, writer):
         while head := await reader.readuntil(b"\r\n\r\n"):
             path = head.split(b" ", 2)[1]
             if path.startswith(b"/slow"):
-                await asyncio.sleep(2)
+                await asyncio.sleep(9 if path == b"/slower" else 2)
             status = b"503 No" if path == b"/health" and sys.argv[3:] else b"200 OK"
             writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(color), color))
             await writer.drain()

@@ -222,6 +222,8 @@ def database() -> Iterator[str]:
 def test_mariadb(tmp_path: Path, database: str):
     ok, detail = see(tmp_path, mariadb=database)
     assert ok and "MariaDB" in detail, detail
+    ok, detail = see(tmp_path, tcp=database)
+    assert ok and "MariaDB sees more by `mariadb`" in detail, detail
     assert not see(tmp_path, mariadb=closed())[0]
     with says(b"\x11\x00\x00\x00\xff\x10\x04Too many conns") as address:
         assert see(tmp_path, mariadb=address) == (False, "Too many conns")
@@ -238,9 +240,10 @@ def test_what_a_store_says_of_itself(tmp_path: Path):
         (1129, "Host 'x' is blocked", "it blocks this host: Host 'x' is blocked"),
     ):
         error = b"\xff" + number.to_bytes(2, "little") + b"#08004" + words.encode()
-        with says(hello + len(error).to_bytes(3, "little") + b"\x02" + error, 2) as address:
-            assert see(tmp_path, mariadb=address) == (False, said)
-            assert see(tmp_path, tcp=address) == (False, said)
+        packets = hello + len(error).to_bytes(3, "little") + b"\x02" + error
+        for kind in ("mariadb", "tcp"):
+            with says(packets, 2) as address:
+                assert see(tmp_path, **{kind: address}) == (False, said)
     with says(b"-MISCONF Redis is configured to save RDB snapshots\r\n") as address:
         assert see(tmp_path, valkey=address)[1].startswith("MISCONF")
 
@@ -268,9 +271,11 @@ def test_disk(tmp_path: Path):
     assert not ok and "less than 101 %" in detail
     assert see(tmp_path, disk="nowhere") == (False, "No such file or directory")
     if os.geteuid() == 0 and shutil.which("unshare"):  # a file system of the test's own
-        mount = "mount -t tmpfs -o nr_inodes=20 x . && touch 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 && cd ."
+        (tmp_path / "small").mkdir()
+        place = tmp_path / "small"
+        fill = f"mount -t tmpfs -o nr_inodes=20 x {place} && cd {place} && touch $(seq 18)"
         look = f"{sys.executable} -c '{LOOK_AT_DISK}'"
-        script = f"cd {tmp_path} && {mount} && {look} && mount -o remount,ro . && {look}"
+        script = f"{fill} && {look} && mount -o remount,ro {place} && {look}"
         argv = ["unshare", "-m", "sh", "-c", script]
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
         said = subprocess.run(argv, capture_output=True, text=True, check=False, env=env)

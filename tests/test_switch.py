@@ -290,7 +290,7 @@ def test_a_standby_that_takes_no_traffic_is_refused(site: Site):
         proxy.file.write_text(site.text.decode().replace("check backup", f"{words} check backup"))
         proxy.reload()
         code, out, err = site.switch("green")
-        assert code == 5 and "HAProxy would send it nothing" in err, (out, err)
+        assert code == 5 and "HAProxy would send it nothing" in out, (out, err)
         site.configure(socket=None, masterSocket=None)
         code, out, err = site.switch("green")
         assert code == 5 and f"green is `{words}` for HAProxy" in out, (out, err)
@@ -337,7 +337,7 @@ def test_requests_that_go_on_to_the_old_colour_undo_the_switch(site: Site):
 def test_old_processes_are_told(site: Site):
     """A connection that stays with the old process, as a WebSocket's does: how many, where, and until when."""
     with socket.create_connection(("127.0.0.1", site.proxy.port)) as link:
-        link.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        link.sendall(b"GET /slower HTTP/1.1\r\nHost: x\r\n\r\n")
         wait_for(lambda: site.proxy.rows()["blue"][4] == "1", "the request is under way")
         code, out, err = site.switch("green")
         assert code == 0, (out, err)
