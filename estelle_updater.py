@@ -1096,8 +1096,11 @@ def parse_service(text: str) -> ServiceName:
     UsageError."""
     keeper, colon, name = text.partition(":")
     if not colon or keeper not in ("user", "pm2"):
-        keeper, name = "systemd", text
-    pattern = r"[\w@./+ -]*\w" if keeper == "pm2" else r"[\w@:.\\][\w@:.\\-]*"
+        keeper = "systemd"
+        name = text
+    pattern = r"[\w@:.\\][\w@:.\\-]*"
+    if keeper == "pm2":
+        pattern = r"[\w@./+ -]*\w"
     if not re.fullmatch(pattern, name) or name.startswith("-"):
         raise UsageError(
             f"{text!r} is no service", "write web.service, user:web.service or pm2:web"
@@ -3109,13 +3112,17 @@ def left_behind_text(found: Mapping[str, Any]) -> str:
     parts = []
     for row in found["rows"]:
         count = row.get("left_behind_count", 0)
-        if count:
-            more = f" and {count - len(row['left_behind'])} more" if count > PLAN_ROWS else ""
-            commits = "1 commit" if count == 1 else f"{count} commits"
-            parts.append(
-                f"{commits} of the active ({row['color']}, {row['host']}) would be left behind: "
-                f"{'; '.join(row['left_behind'])}{more}"
-            )
+        if not count:
+            continue
+        subjects = list(row["left_behind"])
+        if count > len(subjects):
+            subjects.append(f"{count - len(subjects)} more")
+        commits = "1 commit"
+        if count > 1:
+            commits = f"{count} commits"
+        who = f"{row['color']}, {row['host']}"
+        listed = "; ".join(subjects)
+        parts.append(f"{commits} of the active ({who}) would be left behind: {listed}")
     return "; ".join(parts)
 
 
@@ -3130,7 +3137,9 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"{row['arrives_count']} new compared with {who} {row['current'][:7]}:")
         lines += [f"  {subject}" for subject in row["arrives"]]
     left = left_behind_text(found)
-    return [*lines, f"! {left}"] if left else lines
+    if left:
+        lines.append(f"! {left}")
+    return lines
 
 
 def plan_restart(services: tuple[str, ...]) -> tuple[Step, ...]:
@@ -4054,13 +4063,17 @@ def describe_old_worker(
     if held is None or held[1] == "0":
         return None
     busy = [f"{row['scur']} busy on {c}" for c, row in rows.items() if row["scur"] != "0"]
-    where = f" ({', '.join(busy)})" if busy else " (none busy)"
+    where = " (none busy)"
+    if busy:
+        where = f" ({', '.join(busy)})"
     cut = "nothing cuts them: there is no `hard-stop-after` in global"
     if hard_stop_s is not None:
         left_s = max(0.0, hard_stop_s - old.ending_s)
         cut = f"`hard-stop-after` cuts them in {left_s:.0f} s"
-    plural = "" if held[1] == "1" else "s"
-    return f"HAProxy's old process {old.pid} still holds {held[1]} connection{plural}{where}; {cut}"
+    connections = "1 connection"
+    if held[1] != "1":
+        connections = f"{held[1]} connections"
+    return f"HAProxy's old process {old.pid} still holds {connections}{where}; {cut}"
 
 
 # Who gets the requests
@@ -7410,16 +7423,15 @@ def _unit_looks(service: ServiceName, env: Mapping[str, str]) -> list[ServiceLoo
         raise UpdaterError(f"systemd knows no unit {service.name}")
     if "ActiveState" not in facts:
         return []
-    state, result = facts["ActiveState"], facts.get("Result", "success")
+    state = facts["ActiveState"]
+    said = state
+    result = facts.get("Result", "success")
+    if result != "success":
+        said = f"{state} ({result})"
     since_s = int(facts.get("ActiveEnterTimestampMonotonic") or 0) / 1e6
-    return [
-        ServiceLook(
-            state in ("active", "reloading"),
-            state if result == "success" else f"{state} ({result})",
-            f"{facts.get('InvocationID')} {since_s}",
-            time.monotonic() - since_s,
-        )
-    ]
+    life = f"{facts.get('InvocationID')} {since_s}"
+    is_up = state in ("active", "reloading")
+    return [ServiceLook(is_up, said, life, time.monotonic() - since_s)]
 
 
 def pm2_looks(
@@ -7440,7 +7452,9 @@ def pm2_looks(
     for row in rows:
         facts = row["pm2_env"]
         started = facts.get("pm_uptime", 0) / 1000
-        is_meant = row["name"] == name if since is None else started >= since
+        is_meant = row["name"] == name
+        if since is not None:
+            is_meant = started >= since
         if not is_meant:
             continue
         looks.append(
@@ -7483,7 +7497,8 @@ def require_settled(
     """
     first = service_looks(service, env, since)
     lives = [look.life for look in first]
-    wait_s = settle_s - min((max(0.0, look.up_s) for look in first), default=settle_s)
+    ages_s = [max(0.0, look.up_s) for look in first]
+    wait_s = settle_s - min(ages_s, default=settle_s)
 
     def judge(looks: Sequence[ServiceLook]) -> str | None:
         down = [look.said for look in looks if not look.is_up]
@@ -8715,7 +8730,8 @@ def require_name(endpoint: str, chain: Sequence[bytes], timeout_s: float) -> Non
     host = split_port(endpoint)[0].strip("[]")
     if _is_loopback(host):  # which no certificate names
         return
-    context = ssl.create_default_context(cadata=b"".join(chain))
+    trusted = b"".join(chain)
+    context = ssl.create_default_context(cadata=trusted)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # what it shows counts as trusted
     try:
         with (
@@ -8907,7 +8923,10 @@ class Haproxy:
                 told = self.environment().get("HAPROXY_CFGFILES", "").split(";")
         read: list[Path] = []
         for argv, folder in running_haproxy():
-            found = _files_of(told if any(told) else haproxy_arguments(argv), folder)
+            names = told
+            if not any(told):
+                names = haproxy_arguments(argv)
+            found = _files_of(names, folder)
             if any(file in found for file in ours):
                 return found
             read = read or found
@@ -13212,7 +13231,8 @@ async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
         if agent:
             asked = {"address": host.address, "branch": branch}
             answer = await agent.ask("compare", asked, PLAN_S) or {"error": "it does not answer"}
-            row |= {**answer, "problem": answer.get("error")}
+            row |= answer
+            row["problem"] = answer.get("error")
         rows.append(row)
     return {"branch": branch, "rows": rows}
 
@@ -17705,10 +17725,13 @@ def await_standby(
         checks = ask_health(args, ",".join(hosts))["checks"]
         status = ask_master(args, "status", {})
         rows = [row for row in status["hosts"] if row["color"]]
-        where = {row["host"]: row["traffic"] or "unknown" for row in rows}
-        if status.get("by_file"):  # there is no socket where HAProxy itself could be asked
-            roles = {"active": "active", "backup": "standby"}
-            where = {row["host"]: roles.get(status["by_file"][row["color"]], "") for row in rows}
+        by_file = status.get("by_file", {})  # where HAProxy itself can't be asked
+        where = {}
+        for row in rows:
+            role = row["traffic"] or "unknown"
+            if by_file:
+                role = "standby" if by_file[row["color"]] == "backup" else "active"
+            where[row["host"]] = role
         wrong = [
             f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]
         ]
@@ -17767,9 +17790,16 @@ def cmd_release(args: Args) -> int:
     rows = [row for row in status["hosts"] if row["color"]]
     warnings = status["warnings"]
     keys = ("host", "color", "traffic", "commit", "version")
-    hosts = [{key: row[key] for key in keys} for row in rows]
-    event = {"event": "release", "ok": True, "color": color, "hosts": hosts, "warnings": warnings}
-    lines = [*map(color_text, rows), *(f"! {warning}" for warning in warnings)]
+    event = {
+        "event": "release",
+        "ok": True,
+        "color": color,
+        "hosts": [{key: row[key] for key in keys} for row in rows],
+        "warnings": warnings,
+    }
+    lines = [color_text(row) for row in rows]
+    for warning in warnings:
+        lines.append(f"! {warning}")
     show(args, event, "\n".join(lines))
     return 0
 
