@@ -16887,7 +16887,10 @@ class TextView(LineView):
         """What the end of the run says of a host."""
         if job.state not in (State.FAILED, State.TIMEOUT):
             return Ending(job)
-        start = sum(job.marks[-1]) if job.marks else 0
+        start = 0
+        if job.marks:
+            offset, length, *_ = job.marks[-1]
+            start = offset + length
         text, count = self.tails[job.host].since(start)
         since = self.rows_shown - self.step_rows.get(job.host, 0)
         return Ending(job, take_excerpt(text), count, on_screen=since < lines - 8)
@@ -17086,6 +17089,9 @@ class Screen:
         self.pending: list[str] = []
         self.pending_chars = 0
         self.drawn = 0  # rows of the block on the screen
+        self.made: list[str] = []  # the block's newest rows, when and for which size
+        self.made_at = float("-inf")
+        self.made_for = (0, 0)
         self.shown_at = float("-inf")  # the last frame
         self.opens_at = float("inf")  # when the block may appear
         self.drawing = False
@@ -17121,10 +17127,7 @@ class Screen:
             parts.append(f"\r\x1b[{self.drawn}A\x1b[J")
         parts += self.pending
         self.pending, self.pending_chars = [], 0
-        rows: list[str] = []
-        if self.rows and now >= self.opens_at:
-            columns, lines = self.output.size()
-            rows = self.rows(columns, lines, now)
+        rows = self.fresh_rows(now)
         if rows:
             text = "\n".join(rows) + "\n"
             # without wrapping: a width that the terminal sees differently can't break the count
@@ -17142,6 +17145,17 @@ class Screen:
         if self.stops:
             self.stops = False
             self.suspend()
+
+    def fresh_rows(self, now: float) -> list[str]:
+        """The block as it is now. A burst of lines is written oftener than the block need change,
+        and making its rows would cost more than the lines."""
+        if not self.rows or now < self.opens_at:
+            return []
+        size = self.output.size()
+        if now - self.made_at >= FRAME_S or size != self.made_for:
+            self.made = self.rows(*size, now)
+            self.made_at, self.made_for = now, size
+        return self.made
 
     def close(self) -> None:
         """What is pending is written, and the block is gone."""

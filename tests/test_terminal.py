@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +17,7 @@ from typing import Any
 import pytest
 
 import estelle_updater as est
-from tests.fleet import ROOT, clean_env
+from tests.fleet import ROOT, Fleet, clean_env
 from tests.terminal import Terminal
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="pty")
@@ -280,3 +284,124 @@ def test_a_person_who_leaves_finds_a_clean_screen(at_terminal: Callable[..., Ter
     else:
         terminal.wait()
     assert not any(line.startswith("▸ ") for line in terminal.all_lines())
+
+
+SLOW = """echo begun; while [ ! -e ../go ]; do sleep 0.1; done
+case $PWD in *host2*) for n in $(seq 40); do echo "module $n"; done; echo "error TS2322: no"; seq 30; exit 3;; esac
+"""
+
+
+def test_a_deployment_at_a_terminal(fleet: Callable[..., Fleet]) -> None:
+    one = fleet(hosts=2)
+    one.origin.commit({"deploy.sh": SLOW})
+
+    def at(*words: str, columns: int = 80) -> Terminal:
+        argv, env, cwd = one._command(words, None, None, None)
+        return Terminal(argv, env, cwd, columns=columns)
+
+    watched = at("trigger", "all", "master")
+    watched.until(lambda: sum(line.startswith("▸ 127.0.0.") for line in watched.shown()) == 2, "both run")
+    run = one.runs()[-1].name
+    watched.type("\x03")
+    assert watched.wait() == 130
+    text = "\n".join(watched.all_lines())
+    assert "the deployment goes on; follow it:" in text and not re.search("^▸", text, re.MULTILINE)
+    watched.close()
+
+    # without an id the newest run is meant, and the beginning of one is enough
+    follows = at("logs", "-f", columns=200)
+    follows.until(lambda: any(line.startswith("▸ ") for line in follows.shown()), "the block")
+    for host in one.hosts:
+        (host.folder / "go").touch()
+    assert follows.wait() == 1
+    lines = follows.all_lines()
+    assert lines.count("[127.0.0.2] module 7") == 1
+    assert not [line for line in lines if line.startswith(("▸ ", "deploy master on all "))]
+    title = re.compile(r"127\.0\.0\.2: sh deploy\.sh failed \(exit 3\) after \d:\d\d, 72 lines")
+    assert any(map(title.fullmatch, lines)), lines
+    assert "  error TS2322: no" in lines
+    assert any(line.startswith("1 of 2 ok in ") and line.endswith(run) for line in lines)
+    assert any(line.endswith(f"trigger --failed-of {run}  again, once it is mended") for line in lines)
+    follows.close()
+    for words in (["logs", "last"], ["logs", run[:17]], ["logs"]):
+        assert one.cli(*words).out.count("[127.0.0.2] module 7\n") == 1
+    nobody = one.cli("logs", "19990101")
+    assert nobody.code == 4 and "no run begins with 19990101" in nobody.err
+    asked = one.cli("cancel")
+    assert asked.code == 5 and "--yes" in asked.err, "the newest run is cancelled by a question only"
+    assert "is over" in one.cli("cancel", "--yes").out
+
+    for words, said in (
+        (["status"], "✗ 실패 sh deploy.sh (exit 3)"),
+        (["history"], "✗ 127.0.0.2  실패"),
+        (["plan", "all", "master"], "HOST"),
+    ):
+        table = at(*words)
+        assert table.wait() == 0
+        lines = table.all_lines()
+        assert any(said in line for line in lines), lines
+        assert all(est.count_cells(line) < 80 or "trigger" in line for line in lines)
+        assert re.search(rb"\x1b\[3[12]m", table.raw), "colour on marks"
+        table.close()
+
+    one.origin.commit({"deploy.sh": "echo better\n"})
+    again = one.cli("trigger", "--failed-of", "last")
+    assert again.code == 0 and "[127.0.0.2] better" in again.out and "[127.0.0.1]" not in again.out
+    nothing = one.cli("trigger", "--failed-of", "last")
+    assert nothing.code == 2 and "succeeded everywhere" in nothing.err
+
+
+def test_words_of_every_day(fleet: Callable[..., Fleet]) -> None:
+    one = fleet(hosts=1)
+    for words in (
+        ["rollback", "", "--yes"],
+        ["trigger", " ", "master"],
+        ["upgrade", ""],
+        ["health", ""],
+        ["logs", "last", ""],
+    ):
+        empty = one.cli(*words)
+        assert empty.code == 2 and "names no target" in empty.err, words
+    assert one.runs() == []
+    assert one.cli("health").code == 0
+    for words in (["switch", "blue"], ["release", "master"]):
+        refused = one.cli(*words)
+        assert refused.code == 5 and "no [haproxy]" in refused.err.splitlines()[0], words
+    assert one.cli("help").out == one.cli("--help").out
+    assert one.cli("help", "trigger").out == one.cli("trigger", "--help").out
+    assert one.cli("version").out == f"estelle-updater {est.__version__}\n"
+    assert json.loads(one.cli("version", "--json").out) == {"version": est.__version__, "protocol": [1, est.PROTOCOL]}
+    told = json.loads(one.cli("--json", "--help").out)
+    assert {"trigger", "completion"} <= {command["name"] for command in told["commands"]}
+
+
+def test_completion_knows_the_command_table(tmp_path: Path) -> None:
+    script = est.render_completion("bash")
+    ask = "COMP_WORDS=({words}); COMP_CWORD={at}; _estelle_updater; echo ${{COMPREPLY[@]}}"
+
+    def complete(*words: str) -> list[str]:
+        line = ask.format(words=" ".join(f"'{word}'" for word in words), at=len(words) - 1)
+        return subprocess.run(
+            ["bash", "-c", f"{script}\n{line}"], capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    assert complete("est", "tr") == ["trigger"]
+    assert complete("est", "trigger", "--fa") == ["--failed-of"]
+    assert complete("est", "--json", "switch", "st") == ["standby"]
+    assert complete("est", "trigger", "a") == ["all", "active"]
+    for shell in ("bash", "zsh", "fish"):
+        text = est.render_completion(shell)
+        assert all(command.name in text for command in est.COMMANDS if not command.hidden)
+        if shutil.which(shell):
+            (tmp_path / shell).write_text(text)
+            subprocess.run([shell, "-n", str(tmp_path / shell)], check=True)
+
+
+@pytest.mark.parametrize("minor", [7, 8, 9, 10])
+def test_an_older_python_shows_the_line_that_says_what_is_needed(minor: int) -> None:
+    source = (ROOT / "estelle_updater.py").read_text("utf-8")
+    with pytest.raises(SyntaxError) as problem:
+        ast.parse(source, feature_version=(3, minor))
+    lines = source.splitlines()[: problem.value.lineno]
+    said = [line for line in lines[-6:] if "THIS PROGRAM NEEDS PYTHON 3.11 OR NEWER" in line]
+    assert said, "no older syntax error comes first"

@@ -226,7 +226,7 @@ def test_a_terminal_gets_text_and_colours_and_nothing_else(one: Fleet):
     assert {"bellback", "csi", "dcs", "nul", "bidi", "up", "set", "\ufffd"} <= set(after)
     assert after[-1] == f"✓ 완료 {VERSION}"
     assert "\x1b[31mred\x1b[0m" in shown
-    assert len(said) == len([line for line in plain.splitlines() if line])
+    assert len(said) + 1 == len([line for line in plain.splitlines() if line]), "and how it ended"
     # the record has it all
     assert log_of(one, one.runs()[-1].name, one.hosts[1]).endswith(data)
     for options, env in (((), {"NO_COLOR": "1"}), (("--no-color",), {})):
