@@ -2416,9 +2416,49 @@ def decode_message(text: str) -> Any:
     return decode_fields(VERBS[verb], data)
 
 
+def one_line(text: str) -> str:
+    """Text as one printable line: what would begin another line, move the cursor, turn the order of
+    letters or not be seen at all is a space or U+FFFD. So no version, error or file name can look
+    like another host's result."""
+    if text.isprintable():
+        return text
+    return "".join(_printable(letter) for letter in text)
+
+
+def _printable(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return " " if letter.isspace() else "\ufffd"
+
+
+def one_line_each(value: Any) -> Any:
+    """A decoded value with every text in it, names of fields included, as one printable line."""
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, list):
+        return [one_line_each(item) for item in value]
+    if isinstance(value, dict):
+        return {one_line(key): one_line_each(item) for key, item in value.items()}
+    return value
+
+
+def _clean(cls: type[Any], name: str, value: Any) -> Any:
+    """A field as it may be shown. The log alone has lines; and what names a branch is judged as it
+    is, to be refused rather than mended."""
+    if (cls, name) in ((Submit, "branch"), (Submit, "commits"), (Ask, "args")):
+        return value
+    clean = one_line_each(value)
+    rows = value.get("hosts") if cls is Answer and isinstance(value, dict) else None
+    if isinstance(rows, list):
+        for raw, row in zip(rows, clean["hosts"], strict=True):
+            if isinstance(raw, dict) and isinstance(raw.get("text"), str):
+                row["text"] = raw["text"]
+    return clean
+
+
 def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
-    """A dataclass from decoded JSON, each value checked against its annotation. Raises
-    ProtocolError."""
+    """A dataclass from decoded JSON, each value checked against its annotation, and every text but
+    a log's as one printable line. Raises ProtocolError."""
     values: dict[str, Any] = {}
     for name, spec in cls.__dataclass_fields__.items():
         if name not in data:
@@ -2430,6 +2470,8 @@ def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
             value = WORDS[spec.type](value)
         elif not _fits(spec.type, value) or (name == "run" and not valid_run_id(value)):
             raise ProtocolError(f"{cls.__name__}: {name} can't be {str(value)[:60]!r}")
+        else:
+            value = _clean(cls, name, value)
         values[name] = value
     return cls(**values)
 
@@ -3103,7 +3145,7 @@ def decide_rollback(successes: Sequence[str], current: str) -> int | None:
 
 def plan_command(command: tuple[str, ...]) -> Step:
     """The host's configured command."""
-    return Step(" ".join(command), command, StepKind.COMMAND)
+    return Step(one_line(" ".join(command)), command, StepKind.COMMAND)
 
 
 def left_behind_text(found: Mapping[str, Any]) -> str:
@@ -9956,10 +9998,10 @@ def refusal(status: int, body: bytes) -> UpdaterError:
     """An HTTP answer where a WebSocket should be, as an error."""
     text = body.decode(errors="replace").strip()
     if status != 403:
-        what = f"HTTP {status} instead of a WebSocket: {text[:200]}"
+        what = f"HTTP {status} instead of a WebSocket: {one_line(text[:200])}"
         return UnreachableError(what, "is masterUrl right?")
     what, _, hint = text.partition("\n")
-    return RefusedError(f"{REFUSED_US}: {what}", hint)
+    return RefusedError(f"{REFUSED_US}: {one_line(what)}", one_line(hint))
 
 
 def decode_frame(frame: str | bytes) -> Any:
@@ -13363,16 +13405,21 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any
     }
 
 
+def inert(text: str) -> str:
+    """One line of somebody else's text in which nothing comes alive where it is shown: no link, no
+    end of the code block around it."""
+    text = re.sub("`{2,}", lambda ticks: " ".join(ticks[0]), one_line(text))
+    return re.sub(r"(?i)(://|\bwww\.)", lambda begin: " ".join(begin[0]), text)
+
+
 def news_text(form: str, news: Mapping[str, Any]) -> str:
     """The message as a person reads it: as much of the log's end as the service takes."""
-    head = "\n".join(
-        filter(None, (news["title"], news.get("detail"), news.get("error"), news.get("rollback")))
-    )
-    lines = list(news.get("log") or ())
+    parts = (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))
+    head = "\n".join(inert(part) for part in parts if part)
+    lines = [inert(line) for line in news.get("log") or ()]
     while True:
         text, end = head, "\n".join(lines)
         if lines and form in ("slack", "discord"):
-            end = end.replace("```", "` ` `")
             text = f"{head}\n```\n{end}\n```"
         elif lines:
             text = f"{head}\n\n{end}"
@@ -19669,7 +19716,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         text = json.dumps(event, ensure_ascii=False)
     else:
         hint = f"\nhint: {problem.hint}" if problem.hint else ""
-        text = terminal_text(f"estelle-updater: error: {problem.what}{hint}")
+        text = terminal_text(f"estelle-updater: error: {one_line(problem.what)}{hint}")
         text = text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding)
     print(text, file=sys.stderr)
     return problem.exit_code

@@ -72,7 +72,11 @@ def test_every_message_arrives_as_it_was_sent(message: Any) -> None:
     text = est.encode_message(message)
     assert "\n" not in text
     arrived = est.decode_message(text.encode().decode())
-    assert arrived == message and type(arrived) is type(message)
+    assert type(arrived) is type(message)
+    for name, value in vars(message).items():  # but that every text is one printable line
+        assert getattr(arrived, name) == est._clean(type(message), name, value)
+    again = est.decode_message(est.encode_message(arrived))
+    assert again == arrived
     for name, value in vars(message).items():  # State is a str: equal is not enough
         assert not isinstance(value, (est.State, est.Kind)) or type(getattr(arrived, name)) is type(value)
 
@@ -255,3 +259,46 @@ def test_a_frame_that_inflates_without_end_is_refused() -> None:
     whole = zlib.compress(b"line\n" * 5000)
     with pytest.raises(est.ProtocolError):
         est.decode_chunk(head + whole[:-4])
+
+
+def texts_in(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for item in inner for text in texts_in(item)]
+
+
+@quick
+@given(messages())
+def test_every_field_that_is_no_log_is_one_printable_line(message: Any) -> None:
+    """So that a version, an error, a name or a file name never makes a line that looks like another host's."""
+    arrived = est.decode_message(est.encode_message(message))
+    if isinstance(arrived, est.Submit):
+        arrived = replace(arrived, branch="", commits={})  # judged as they are: require_branch refuses
+    if isinstance(arrived, est.Ask):
+        return
+    if isinstance(arrived, est.Answer):
+        rows = arrived.result.get("hosts")
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict):
+                row.pop("text", None)  # a log's
+    assert all(text.isprintable() for text in texts_in(vars(arrived)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        ("v1\n[127.0.0.3] ✓ 완료 v2", "v1 [127.0.0.3] ✓ 완료 v2"),
+        ("a\r\x1b[2Jb\u2028c\u202ed\u200b\ud800", "a \ufffd[2Jb c\ufffdd\ufffd\ufffd"),
+        ("한글　파일", "한글 파일"),
+        ("plain ✓", "plain ✓"),
+    ],
+)
+def test_one_line(raw: str, line: str) -> None:
+    assert est.one_line(raw) == line
+
+
+def test_a_log_alone_has_lines() -> None:
+    answer = est.Answer(1, {"hosts": [{"host": "a\nb", "text": "one\ntwo\n"}, 3], "text": "x\ny"})
+    arrived = est.decode_message(est.encode_message(answer)).result
+    assert arrived == {"hosts": [{"host": "a b", "text": "one\ntwo\n"}, 3], "text": "x y"}
