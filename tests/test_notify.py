@@ -436,7 +436,8 @@ def test_check_names_the_file_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", est.NEWS_BYTES)
 def test_nothing_in_a_message_comes_alive(form: str) -> None:
     """Neither a link nor the end of the code block, from a log, an error or a branch's name."""
-    hostile = ["`````", "``` [x](http://evil.example/a) <https://evil.example> www.evil.example", "a\n[127.0.0.3] ✓ 완료"]
+    links = "``` [x](http://evil.example/a) <https://evil.example> www.evil.example"
+    hostile = ["`````", links, "a\n[127.0.0.3] ✓ 완료"]
     news = {"event": "failed", "host": "h", "title": "[h] ✗ HTTPS://evil.example ```", "error": "x\n[i] ✓ 완료 v2"}
     text = est.news_text(form, {**news, "log": hostile, "detail": "by \u202ex"})
     fences = text.split("```")
