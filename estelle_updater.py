@@ -3508,6 +3508,24 @@ def explain_failure(tail: bytes) -> str | None:
     return next((text for pattern, text in KNOWN_FAILURES if re.search(pattern, tail)), None)
 
 
+# git's lines that say why, the most telling first; its last line is mostly a hint
+_REASONS = (r"^ *! (\[.+)", r"^(?:fatal|FATAL): (.+)", r"^(?:error|ERROR): (.+)")
+_FORGE_SAYS = r"^remote: (?!Resolving|Counting|Compressing|Enumerating|Total)(.*\w.*)"
+
+
+def failure_reason(said: bytes) -> str:
+    """Why git, or a program like it, failed, in one line out of all that it said."""
+    known = explain_failure(said)
+    if known:
+        return known
+    text = said.decode(errors="replace")
+    found = [re.findall(pattern, text, re.MULTILINE) for pattern in (_FORGE_SAYS, *_REASONS)]
+    reasons = [lines[-1].strip() for lines in found if lines][:2]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    plain = [line for line in lines if not line.startswith("hint:")]
+    return "; ".join(dict.fromkeys(reasons)) or (plain or lines or ["no reason given"])[-1]
+
+
 # ==============================================================================
 # 8. HAProxy text: read and rewrite the backend's servers, read what HAProxy says
 # ==============================================================================
@@ -10988,8 +11006,7 @@ class Outlook:
 
     def why(self) -> str:
         """What git said last."""
-        last = self.said.decode("utf-8", "replace").strip().splitlines()[-1:]
-        return explain_failure(self.said) or "".join(last) or "git failed without a word"
+        return failure_reason(self.said)
 
     def find_target(self, branch: str) -> tuple[str, str | None]:
         """The commit that `branch` means on the remote, and where the local branch stands. Raises
@@ -14998,8 +15015,7 @@ def _fetch_wheels(dependencies: tuple[str, ...], python_text: str, folder: Path)
     command += [f"--dest={folder}", *dependencies]
     done = run_bounded(command, None, os.environ, FETCH_S, apart=True)
     if done.code:
-        said = (done.err or done.out).decode(errors="replace").strip().splitlines() or ["nothing"]
-        reason = next((line for line in said if line.startswith(("ERROR", "error"))), said[-1])
+        reason = failure_reason(done.err or done.out)
         hint = (
             "check the network and the package index; PIP_FIND_LINKS=FOLDER takes "
             "wheels from a folder"
@@ -15818,22 +15834,145 @@ def own_address() -> str:
     return "127.0.0.1"
 
 
-def commit_config(path: Path, message: str, really: bool) -> str:
-    """The line that publishes a change of the file, or, `really`, its effect. Raises UpdaterError
-    where git says no."""
-    tree = work_tree(path)
-    name = path.relative_to(tree).as_posix()
-    line = f"git add {name} && git commit -m {json.dumps(message)} -- {name} && git push"
-    if not really:
-        return line
-    for words in (["add", name], ["commit", "-q", "-m", message, "--", name], ["push", "-q"]):
-        done = run_bounded(("git", *words), tree, os.environ, SETUP_S, apart=True)
-        if done.code:
-            said = (done.err or done.out).decode(errors="replace").strip().splitlines() or [
-                "no reason given"
-            ]
-            raise UpdaterError(f"git {words[0]}: {said[-1]}", f"by hand: {line}")
-    return f"committed and pushed: {name}"
+# What git sets for its hooks and would act on instead of the folder (`git rev-parse
+# --local-env-vars`)
+_GIT_LOCAL = re.compile(
+    r"GIT_(DIR|WORK_TREE|INDEX_FILE|PREFIX|COMMON_DIR|NAMESPACE|QUARANTINE_PATH|SHALLOW_FILE"
+    r"|GRAFT_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|INTERNAL_SUPER_PREFIX)"
+)
+
+
+class Publication:
+    """A new text of the configuration file as a commit on the remote's branch.
+
+    The commit is made of git's objects alone, on the remote's tip, and pushed before anything of
+    the clone is touched: a remote that refuses leaves the clone as it was, where a commit of its
+    own would make its next deployment fail.
+    """
+
+    def __init__(self, path: Path, message: str) -> None:
+        self.path, self.message, self.tree = path, message, work_tree(path)
+        self.name = path.relative_to(self.tree).as_posix()
+        self.env = {key: os.environ[key] for key in os.environ if not _GIT_LOCAL.fullmatch(key)}
+        self.env["GIT_TERMINAL_PROMPT"] = "0"
+        self.branch = self.remote = ""
+        self.note = ""  # what could not be done after the push
+
+    def line(self) -> str:
+        """What a person types to publish the file as it is."""
+        commit = f"git commit -m {json.dumps(self.message)} -- {self.name}"
+        return f"git add {self.name} && {commit} && git push"
+
+    def publish(self, text: bytes) -> None:
+        """Push, then write the file and bring the clone along. Raises UpdaterError where git says
+        no, and nothing is changed then."""
+        self.branch = self.ask("symbolic-ref", "--quiet", "--short", "HEAD").strip()
+        if not self.branch:
+            raise self.failed(
+                "HEAD is detached, so there is no branch to push", "git checkout BRANCH"
+            )
+        self.remote = self.ask("config", f"branch.{self.branch}.remote").strip() or "origin"
+        tip = self.find_tip()
+        commit = self.make_commit(tip, text)
+        self.run("push", "--quiet", self.remote, f"{commit}:refs/heads/{self.branch}")
+        self.follow(commit, text)
+
+    def find_tip(self) -> str:
+        """The commit that the remote's branch is at; HEAD where the remote has no such branch; none
+        in an empty repository."""
+        head = self.ask("rev-parse", "--quiet", "--verify", "HEAD").strip()
+        ref = f"refs/heads/{self.branch}"
+        if not self.run("ls-remote", self.remote, ref):
+            return head
+        self.run("fetch", "--quiet", "--no-tags", self.remote, ref)
+        tip = self.ask("rev-parse", "FETCH_HEAD").strip()
+        if self.ask("rev-list", "--max-count=1", f"{tip}..{head}"):
+            raise self.failed(
+                f"this clone has commits that {self.remote} lacks",
+                "git push them first, or git pull",
+            )
+        if self.blob_at(tip) != self.blob_at(head):
+            raise self.failed(f"{self.name} has changed at {self.remote}", "git pull, then again")
+        return tip
+
+    def make_commit(self, tip: str, text: bytes) -> str:
+        """A commit that differs from `tip` in this one file; neither HEAD nor the index knows of
+        it."""
+        with tempfile.TemporaryDirectory(prefix="estelle-commit-") as folder:
+            self.env["GIT_INDEX_FILE"] = str(Path(folder, "index"))
+            fresh = Path(folder, "text")
+            fresh.write_bytes(text)
+            blob = self.run("hash-object", "-w", f"--path={self.name}", str(fresh))
+            if tip:
+                self.run("read-tree", tip)
+            self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{self.name}")
+            tree = self.run("write-tree")
+            del self.env["GIT_INDEX_FILE"]
+        parents = ["-p", tip] if tip else []
+        return self.run("commit-tree", tree, *parents, "-m", self.message)
+
+    def follow(self, commit: str, text: bytes) -> None:
+        """Have the clone at what was pushed. Where other changes are in the way, the file stays as
+        it is checked out, so that they alone keep the next deployment from pulling."""
+        head = self.ask("rev-parse", "--quiet", "--verify", "HEAD").strip()
+        write_config(self.path, text)
+        try:
+            if head:
+                self.run("add", "--", self.name)
+                self.run("merge", "--quiet", "--ff-only", commit)
+            else:
+                self.run("reset", "--quiet", commit)
+        except UpdaterError as problem:
+            self.note = f"; this clone does not have it yet: {problem.what}"
+            known = self.blob_at(head)
+            self.ask("reset", "--quiet", "--", self.name)
+            if known:
+                self.ask("checkout", "--quiet", "--", self.name)
+            else:
+                self.path.unlink(missing_ok=True)
+
+    def blob_at(self, commit: str) -> str:
+        return self.ask("rev-parse", "--quiet", "--verify", f"{commit}:{self.name}").strip()
+
+    def ask(self, *words: str) -> str:
+        """git's answer, nothing where it says no."""
+        return git_output(self.tree, self.env, *words).decode(errors="replace")
+
+    def run(self, *words: str) -> str:
+        """git's answer. A hook that hangs is ended. Raises UpdaterError with git's reason."""
+        code, out, err = ask_git(self.tree, self.env, *words, timeout_s=SETUP_S)
+        if code:
+            raise self.failed(f"git {words[0]}: {failure_reason(err or out)}", "")
+        return out.decode(errors="replace").strip()
+
+    def failed(self, what: str, hint: str) -> UpdaterError:
+        return UpdaterError(
+            f"{what}; nothing was changed", hint or f"without --commit, then: {self.line()}"
+        )
+
+
+def write_config(path: Path, text: bytes) -> None:
+    """The configuration file's new text, in one step and with the mode that it has."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, text, mode=mode)
+
+
+def change_config(path: Path, text: str, message: str, commit: bool) -> str:
+    """Write the configuration file, and, for `commit`, publish it first. What to tell of it.
+
+    Raises UpdaterError where git says no: then nothing was changed.
+    """
+    publication = Publication(path, message)
+    if not commit:
+        write_config(path, text.encode())
+        return publication.line()
+    publication.publish(text.encode())
+    master = parse_config(text.encode(), str(path), config_form(path)).master_url.host
+    return (
+        f"committed and pushed: {publication.name}{publication.note}\n"
+        f"it takes effect with: {program_name()} trigger {master} {publication.branch}"
+    )
 
 
 SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
@@ -16131,7 +16270,8 @@ class Setup:
             hint = f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
             if "--user" in argv:
                 hint = f"as this user, log in directly (not by su), or: {LINGER}"
-            raise UpdaterError(f"{line}: {(out.splitlines() or [f'exit {code}'])[-1]}", hint)
+            why = failure_reason(out.encode()) if out else f"exit {code}"
+            raise UpdaterError(f"{line}: {why}", hint)
 
 
 def judge_encoding(encoding: str) -> Finding:
@@ -16162,7 +16302,7 @@ def judge_clock(ahead_s: float) -> Finding:
 def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding:
     """Whether git reaches the remote as a service would: without a prompt, a terminal, or
     somebody's ssh-agent."""
-    text = explain_failure(said.encode()) or (said.splitlines() or ["no answer"])[-1]
+    text = failure_reason(said.encode())
     fix = (
         "give this user a key or a credential that asks for nothing, then: git ls-remote " + remote
     )
@@ -18272,12 +18412,14 @@ def cmd_config(args: Args) -> int:
 
 
 def init_config(args: Args) -> int:
-    folder = (
-        work_tree(
-            Path(os.environ.get("ESTELLE_REPO") or ".").absolute() / "config" / "updater.toml"
+    start = Path(os.environ.get("ESTELLE_REPO") or ".").absolute()
+    root = git_root(start)
+    if root is None:
+        raise UsageError(
+            f"{start} is in no git work tree, and the configuration is a committed file",
+            "go to the clone of what is deployed, or: git init",
         )
-        / "config"
-    )
+    folder = root / "config"
     if found := next((folder / name for name in CONFIG_NAMES if (folder / name).exists()), None):
         raise UsageError(
             f"{found} exists", "`config check` looks at it, `whitelist add` extends it"
@@ -18299,12 +18441,13 @@ def init_config(args: Args) -> int:
     command = ["pnpm", "deploy:release"]
     if not has_script and (folder.parent / "deploy.sh").exists():
         command = ["sh", "deploy.sh"]
-    folder.mkdir(exist_ok=True)
     path = folder / f"updater.{args.format}"
     text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
     parse_config(text, str(path), args.format)
-    path.write_text(text, "utf-8")
-    told = commit_config(path, "Configure estelle-updater", args.commit)
+    if args.dry_run:
+        show(args, {"file": str(path), "text": text}, text.rstrip())
+        return 0
+    told = change_config(path, text, "Configure estelle-updater", args.commit)
     show(args, {"file": str(path), "git": told}, f"wrote {path}\nnext: {told}")
     return 0
 
@@ -18363,9 +18506,8 @@ def cmd_whitelist(args: Args) -> int:
     if text is None:
         line = f"by hand: {action} {', '.join(map(json.dumps, add or remove))} in whitelist"
         raise UsageError(f"{path} is written in a way that can't be edited safely", line)
-    write_atomic(path, text.encode(), mode=path.stat().st_mode & 0o777)
     words = ", ".join(add or remove)
-    told = commit_config(path, f"Whitelist: {action} {words}", args.commit)
+    told = change_config(path, text, f"Whitelist: {action} {words}", args.commit)
     facts = {"file": str(path), "added": add, "removed": remove, "git": told}
     show(args, facts, f"{path}: {'added' if add else 'removed'} {words}\n{told}")
     return 0
@@ -19484,7 +19626,7 @@ COMMANDS = (
             action="store_true",
             help="init: with two workers behind HAProxy, and their checks",
         ),
-        Option("--dry-run", action="store_true", help="convert: print the result only"),
+        Option("--dry-run", action="store_true", help="init, convert: print the result only"),
         Option("--commit", action="store_true", help="init: commit and push the file"),
     ),
     Command(

@@ -70,6 +70,7 @@ def test_several_problems_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    run(["git", "init", "-q", "."], dict(os.environ), tmp_path)
     (tmp_path / "config").write_text("")
     assert_refused(est(tmp_path, "config", "init", "--master", "ws://127.0.0.1:9"), 1, str(tmp_path / "config"))
 

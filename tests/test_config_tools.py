@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estelle_updater import edit_whitelist, parse_config
-from tests.fleet import Origin, Result
+from estelle_updater import edit_whitelist, failure_reason, parse_config
+from tests.fleet import PROGRAM, Origin, Result, clean_env, run
 from tests.test_bad_input import est
 
 addresses = st.lists(st.ip_addresses(v=4).map(str), min_size=1, max_size=5, unique=True)
@@ -154,3 +155,103 @@ def test_whitelist(repo: Path) -> None:
         assert refused.code == 2 and "hint: " in refused.err, words
     pushed = ok(repo, "whitelist", "remove", "121.0.0.7", "--commit")
     assert "committed and pushed" in pushed.out
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[Origin, Path]:
+    """An origin whose configuration can be published, and a clone."""
+    origin = Origin(tmp_path, {"masterUrl": "ws://127.0.0.1:9900", "whitelist": ["127.0.0.1"]})
+    return origin, origin.clone(tmp_path / "clone")
+
+
+def state_of(origin: Origin, clone: Path) -> tuple[str, ...]:
+    """All that a refused publication may not touch."""
+    asked = ("rev-parse HEAD", "status --porcelain", "ls-files --stage", "ls-remote origin", "symbolic-ref -q HEAD")
+    texts = [run(["git", *words.split()], origin.env, clone).out for words in asked]
+    return (*texts, (clone / "config/updater.json").read_text())
+
+
+def test_a_publication_goes_onto_the_remote_s_tip(published: tuple[Origin, Path], tmp_path: Path) -> None:
+    """Beside what is staged and changed here, from behind, and inside a git hook."""
+    origin, clone = published
+    newer = origin.commit({"app.txt": "2"})
+    (clone / "staged.txt").write_text("mine")
+    origin.git("add", "staged.txt", cwd=clone)
+    (clone / "deploy.sh").write_text("changed here")
+    added = run([*PROGRAM, "whitelist", "add", "127.0.0.2", "--commit"], origin.env, clone)
+    assert added.code == 0, added.err
+    assert "committed and pushed: config/updater.json\nit takes effect with: " in added.out
+    assert added.out.rstrip().endswith("trigger 127.0.0.1 master")
+    origin.git("fetch", cwd=clone)
+    assert origin.git("rev-parse", "origin/master^", cwd=clone) == newer
+    assert origin.git("diff", "--name-only", newer, "origin/master", cwd=clone) == "config/updater.json"
+    assert origin.git("rev-parse", "HEAD", cwd=clone) == origin.git("rev-parse", "origin/master", cwd=clone)
+    assert origin.git("status", "--porcelain", cwd=clone) == "M deploy.sh\nA  staged.txt"
+    hook = clone / ".git/hooks/post-commit"
+    program = " ".join(map(shlex.quote, PROGRAM))
+    hook.write_text(f"#!/bin/sh\n{program} whitelist add 127.0.0.3 --commit >{tmp_path}/hook 2>&1\n")
+    hook.chmod(0o755)
+    origin.git("commit", "-qm", "mine", "staged.txt", cwd=clone)
+    assert "this clone has commits that origin lacks; nothing was changed" in (tmp_path / "hook").read_text()
+    hook.write_text(f"#!/bin/sh\ngit push -q && {program} whitelist add 127.0.0.3 --commit >{tmp_path}/hook 2>&1\n")
+    origin.git("commit", "-q", "--allow-empty", "-m", "mine", cwd=clone)
+    assert "committed and pushed" in (tmp_path / "hook").read_text()
+    assert "127.0.0.3" in origin.git("show", "origin/master:config/updater.json", cwd=clone)
+
+
+def test_a_refused_publication_changes_nothing(published: tuple[Origin, Path]) -> None:
+    origin, clone = published
+    hook = origin.bare / "hooks/pre-receive"
+    hook.write_text("#!/bin/sh\necho 'this key may only read' >&2\nexit 1\n")
+    hook.chmod(0o755)
+    before = state_of(origin, clone)
+
+    def refused(why: str) -> None:
+        told = run([*PROGRAM, "whitelist", "add", "127.0.0.2", "--commit"], origin.env, clone)
+        assert told.code == 1 and why in told.err and "; nothing was changed\nhint: " in told.err, told.err
+        assert state_of(origin, clone) == before
+
+    refused("git push: this key may only read; [remote rejected] ")
+    hook.unlink()
+    origin.git("remote", "set-url", "origin", "/nonexistent", cwd=clone)
+    before = state_of(origin, clone)
+    refused("git ls-remote: '/nonexistent' does not appear to be a git repository")
+    origin.git("remote", "set-url", "origin", str(origin.bare), cwd=clone)
+    settings = json.loads((clone / "config/updater.json").read_text())
+    origin.commit({"config/updater.json": json.dumps(settings | {"whitelist": ["127.0.0.1", "127.0.0.9"]})})
+    before = state_of(origin, clone)
+    refused("config/updater.json has changed at origin")
+    origin.git("checkout", "-q", "--detach", cwd=clone)
+    before = state_of(origin, clone)
+    refused("HEAD is detached")
+
+
+def test_init_writes_where_it_is_meant_to(tmp_path: Path) -> None:
+    """`--dry-run` writes nothing; outside of a work tree it is refused; a clone does not obey what lies above it."""
+    env = clean_env(tmp_path / "home")
+    outside = run([*PROGRAM, "config", "init"], env, tmp_path)
+    assert outside.code == 2 and "is in no git work tree" in outside.err and not (tmp_path / "config").exists()
+    inside = tmp_path / "inside"
+    (inside / "deep").mkdir(parents=True)
+    run(["git", "init", "-q"], env, inside)
+    shown = run([*PROGRAM, "config", "init", "--dry-run"], env, inside / "deep")
+    assert (shown.code, "masterUrl" in shown.out, (inside / "config").exists()) == (0, True, False)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/updater.json").write_text('{"masterUrl": "ws://127.0.0.1:9900", "whitelist": []}')
+    assert run([*PROGRAM, "config", "check"], env, tmp_path).code == 0
+    above = run([*PROGRAM, "config", "check"], env, inside / "deep")
+    assert above.code == 2 and f"nor above it in its work tree {inside}" in above.err
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("remote: Repository not found.\nfatal: repository 'https://x/' not found\n", "Repository not found."),
+        ("ERROR: No.\nfatal: Could not read from remote repository.\n\nand the repository exists.\n", "Could not read"),
+        ("To x\n ! [rejected] a -> b (fetch first)\nerror: failed\nhint: see\nhint: the Note\n", "[rejected] a -> b"),
+        ("hint: only this\n", "hint: only this"),
+        ("", "no reason given"),
+    ],
+)
+def test_the_line_that_says_why(said: str, why: str) -> None:
+    assert why in failure_reason(said.encode())
