@@ -413,8 +413,9 @@ QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
 ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
-DOWNLOADS = 4  # at once: each holds a copy of the program in memory
 LOW_INODES = 5000  # a checkout and an installation of packages make as many files
+# at once, of all addresses and of one: each holds a copy of the program in memory
+DOWNLOADS, DOWNLOADS_EACH = 64, 4
 LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 
 # Times in seconds
@@ -1147,9 +1148,13 @@ _FOREIGN_KEYS = {  # keys that people try, and what to do instead
 }
 _SECRET_NAME = re.compile(
     r"(?i)(?!.*_(FILE|PATH|DIR|SOCK)$).*"
-    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[^D]PWD$|PASS$|KEYS?(?![A-Z])|CREDENTIAL|DSN|PRIVATE|WEBHOOK|COOKIE)"
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[^D]PWD$|PASS$|KEYS?(?![A-Z])|CREDENTIAL|DSN|PRIVATE|WEBHOOK|COOKIE"
+    r"|(?<![A-Z])(PW|AUTH|JWT|PAT|OTP|PIN|SESSION)$|MNEMONIC|(?<![A-Z])SEED|CONNECTION_?STRING)"
 )
 _URL_PASSWORD = re.compile(r"(?i)[a-z][a-z0-9+.-]*://[^\s/?#:@]*:([^\s/?#]+)@")
+# A token alone before the host, and what a query says under a name that looks secret
+_URL_TOKEN = re.compile(r"(?i)[a-z][a-z0-9+.-]*://([^\s/?#:@]{16,})@")
+_URL_QUERY = re.compile(r"(?<=[?&])([A-Za-z0-9_.-]{1,40})=([^&#\s\"'<>]+)")
 _SECRET_URL = re.compile(
     r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)"
 )
@@ -2083,6 +2088,13 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     return variables
 
 
+def url_secrets(text: str) -> list[str]:
+    """What no log may show of the URLs in a text: passwords, lone tokens before the host, and what
+    a query says under names that look secret."""
+    found = [*_URL_PASSWORD.findall(text), *_URL_TOKEN.findall(text)]
+    return found + [value for name, value in _URL_QUERY.findall(text) if _SECRET_NAME.match(name)]
+
+
 def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
     """What no log may show: values under names that look secret or are `named`, every line of them,
     and passwords in any URL.
@@ -2095,7 +2107,7 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
         for name, value in environment.items():
             if name in named or _SECRET_NAME.match(name):
                 found.update((value, value.strip(), *value.splitlines()))
-            for password in _URL_PASSWORD.findall(value):
+            for password in url_secrets(value):
                 found.update((password, urllib_parse.unquote(password)))
 
     def is_maskable(secret: str) -> bool:
@@ -3338,6 +3350,20 @@ class Masker:
         return b"".join(written)
 
 
+def mask_words(value: Any, secrets: Iterable[str] = ()) -> Any:
+    """What a host says other than a log (an answer, an error, a finding), without `secrets` and
+    those of URLs; `value` may be text or, however deep, lists and mappings of it."""
+    if isinstance(value, str):
+        masker = Masker((*secrets, *url_secrets(value)))
+        data = value.encode("utf-8", "surrogatepass")
+        return (masker.feed(data) + masker.flush()).decode("utf-8", "surrogatepass")
+    if isinstance(value, Mapping):
+        return {key: mask_words(each, secrets) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [mask_words(each, secrets) for each in value]
+    return value
+
+
 SGR = re.compile(r"\x1b\[[0-9;:]*m")
 ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
     r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ "
@@ -3519,8 +3545,9 @@ def failure_reason(said: bytes) -> str:
     if known:
         return known
     text = said.decode(errors="replace")
-    found = [re.findall(pattern, text, re.MULTILINE) for pattern in (_FORGE_SAYS, *_REASONS)]
-    reasons = [lines[-1].strip() for lines in found if lines][:2]
+    forge = re.findall(_FORGE_SAYS, text, re.MULTILINE)[-1:]
+    found = [re.search(pattern, text, re.MULTILINE) for pattern in _REASONS]
+    reasons = [*forge, *(match[1].strip() for match in found if match)][:2]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     plain = [line for line in lines if not line.startswith("hint:")]
     return "; ".join(dict.fromkeys(reasons)) or (plain or lines or ["no reason given"])[-1]
@@ -5952,10 +5979,14 @@ class StateFolder:
         with suppress(OSError):
             write_atomic(self.last_master, str(url).encode())
 
-    def last_master_url(self) -> MasterUrl | None:
-        """The master that worked last: masterUrl may have changed to one that does not answer."""
+    def last_master_url(self, named: MasterUrl) -> MasterUrl | None:
+        """The master that worked last: masterUrl may have changed to one that does not answer.
+
+        Not one that is spoken to in the clear where the one that is `named` by now is not.
+        """
         with suppress(OSError, ValueError, UsageError):
-            return parse_master_url(self.last_master.read_text("utf-8"))
+            last = parse_master_url(self.last_master.read_text("utf-8"))
+            return None if named.secure and not last.secure else last
         return None
 
     def log_file(self, run: str, host: str) -> Path:
@@ -7767,6 +7798,35 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
         raise ConfigError(f"can't read environmentFile {path}: {why}") from problem
 
 
+def host_secrets(
+    config: Config, tree: Path, rule: Effective, extra: Mapping[str, str]
+) -> tuple[str, ...]:
+    """What of this host no log, answer or finding may show: secret values of the environment that
+    the configuration gives its steps (`extra`), the token, and what the remotes' URLs hold."""
+    named = (*rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
+    inherited = {name: os.environ.get(name, "") for name in named}
+    repo = tree / rule.repo if rule.repo else tree
+    remotes = {}
+    with suppress(OSError):
+        text = read_supplied(repo / ".git" / "config").decode(errors="replace")
+        remotes["remotes"] = "\n".join(re.findall(r"(?im)^\s*(?:push)?url\s*=\s*(.+)$", text))
+    found = secret_values(extra, inherited, remotes, named=named)
+    with suppress(ConfigError):
+        token = load_token(config, tree)
+        if token:
+            found += (token.decode(),)
+    return found
+
+
+def mask_for_host(value: Any, config: Config, tree: Path, rule: Effective) -> Any:
+    """`mask_words` with what this host must not show; an environment file that can't be read has
+    nothing to show."""
+    extra = dict(rule.env)
+    with suppress(ConfigError):
+        extra |= read_environment(rule, tree / (rule.repo or ""))
+    return mask_words(value, host_secrets(config, tree, rule, extra))
+
+
 class StepRun:
     """One command of a job while it runs: what it writes goes to the log, masked; a cancel or its
     deadline ends it with all that it started."""
@@ -7832,6 +7892,7 @@ class Runner:
         self.repo = Path()
         self.rule: Effective
         self.env: dict[str, str] = {}
+        self.hidden: tuple[str, ...] = ()  # what no log may show
         self.masker = Masker(())
         self.version: bytes | None = None  # the last one in the output
         self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
@@ -7999,18 +8060,9 @@ class Runner:
             self.log.line(f"warning: {problem}")
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        self.masker = Masker(self.secrets(config, tree, extra))
+        self.hidden = host_secrets(config, tree, self.rule, extra)
+        self.masker = Masker(self.hidden)
         return config
-
-    def secrets(self, config: Config, tree: Path, extra: Mapping[str, str]) -> tuple[str, ...]:
-        """What no log may show: secret values of the host's own environment, and the token."""
-        named = (*self.rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
-        inherited = {name: self.env.get(name, "") for name in named}
-        found = secret_values(extra, inherited, named=named)
-        with suppress(ConfigError):
-            token = load_token(config, tree)
-            found += (token.decode(),) if token else ()
-        return found
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
@@ -8037,6 +8089,9 @@ class Runner:
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
         fields.update(state=state, open_step=None, pipe=None, ended=time.time(), commit=None)
+        fields.update(
+            mask_words({key: fields[key] for key in ("error",) if key in fields}, self.hidden)
+        )
         if state is State.SUCCEEDED:
             fields.update(step=None, step_kind="", exit=0)
         # the result names the commit, also of a job that was cancelled
@@ -10808,7 +10863,15 @@ class Agent:
             result = {"error": problem.what, "hint": problem.hint, "exit": problem.exit_code}
         except (OSError, ValueError) as problem:
             result = {"error": str(problem)}
-        return Answer(ask.id, result)
+        return Answer(ask.id, await asyncio.to_thread(self.mask, ask.args.get("address"), result))
+
+    def mask(self, address: Any, result: dict[str, Any]) -> dict[str, Any]:
+        """An answer as it may leave this host."""
+        rule, _ = self.rule_and_repo(address)
+        masked: dict[str, Any] = mask_for_host(
+            result, self.config.config, work_tree(self.config.path), rule
+        )
+        return masked
 
 
 def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
@@ -10925,8 +10988,9 @@ class Dialer:
 
     def urls(self) -> list[MasterUrl]:
         """The master that the configuration names, then the one that welcomed this host last."""
-        last = self.agent.state.last_master_url()
-        return list(dict.fromkeys([self.agent.config.config.master_url, *([last] if last else [])]))
+        named = self.agent.config.config.master_url
+        last = self.agent.state.last_master_url(named)
+        return list(dict.fromkeys([named, last or named]))
 
     def keep_key(self, welcome: Welcome, keys: Mapping[str, str]) -> None:
         """The key that the master gave, if it did. One that can't be kept now is given again."""
@@ -11180,14 +11244,14 @@ class Handout:
 
     def __init__(self) -> None:
         self.program, self.sha256 = b"", ""
-        self.downloads: set[Any] = set()
+        self.downloads: dict[Any, str] = {}  # connections, each with its address
 
     def load(self, sha256: str) -> None:
         """Read the file, unless it is no longer the one that runs here and has this checksum."""
         if (file := program_file()) and sha256_of(file) == sha256:
             self.program, self.sha256 = file.read_bytes(), sha256
 
-    def respond(self, connection: Any, *, whole: bool) -> Any:
+    def respond(self, connection: Any, address: str, *, whole: bool) -> Any:
         """The program as an HTTP answer, or only its checksum."""
         if not self.program:
             return connection.respond(
@@ -11195,10 +11259,14 @@ class Handout:
             )
         if not whole:
             return connection.respond(200, f"{self.sha256}  {PROGRAM_NAME}\n")
-        self.downloads = {other for other in self.downloads if other.state.name != "CLOSED"}
-        if len(self.downloads) >= DOWNLOADS:
+        open_ones = {
+            other: whose for other, whose in self.downloads.items() if other.state.name != "CLOSED"
+        }
+        self.downloads = open_ones
+        own = list(open_ones.values()).count(address)
+        if own >= DOWNLOADS_EACH or len(open_ones) >= DOWNLOADS:
             return connection.respond(503, "others are downloading; try again in a few seconds\n")
-        self.downloads.add(connection)
+        self.downloads[connection] = address
         connection.allow(DOWNLOAD_S)
         answer = connection.respond(200, "")
         for name, value in {
@@ -11434,7 +11502,7 @@ class Door:
         path = request.path.partition("?")[0]
         program = f"{config.master_url.path.rstrip('/')}/{PROGRAM_NAME}"
         if path in (program, f"{program}.sha256"):
-            return self.handout.respond(connection, whole=path == program)
+            return self.handout.respond(connection, address, whole=path == program)
         if path != config.master_url.path:
             return connection.respond(404, "nothing here\n")
         if "Upgrade" not in request.headers:
@@ -13908,7 +13976,7 @@ class Caller:
             self.urls = list(dict.fromkeys([local, *self.urls]))
             self.named = len(self.urls) - 1
         # masterUrl may be wrong by now: the commit that mends it must get through
-        last = state.last_master_url()
+        last = state.last_master_url(config.master_url)
         if last and str(last) not in self.urls:
             self.urls.append(str(last))
 
@@ -15186,7 +15254,7 @@ class Upgrade:
         """Download, verify, and try the new program beside the one that runs. Raises UpdaterError
         or StepFailed."""
         runner = self.runner
-        url = self.state.last_master_url() or config.master_url
+        url = self.state.last_master_url(config.master_url) or config.master_url
         runner.announce(f"download {PROGRAM_NAME} from {url}")
         tls = client_tls(config, work_tree(runner.config_path), str(url))
         data = fetch_program(url, daemon_facts(self.state).get("bind"), tls)
@@ -16352,13 +16420,21 @@ class Doctor:
         self.state: StateFolder = args.state_folder()
         self.env = scrub_environment(os.environ)
         self.env.pop("SSH_AUTH_SOCK", None)  # a service has none
+        self.hidden: tuple[str, ...] = ()  # what no finding may show
         self.daemon = read_json(self.state.daemon_file) or {}
         self.serves = False
         with suppress(OSError):  # another user's folder
             self.serves = FileLock.held_elsewhere(self.state.daemon_lock)
 
+    def examine(self) -> Iterator[Finding]:
+        """The findings as they come, without secrets; some take seconds."""
+        for found in self.look():
+            yield found._replace(
+                text=mask_words(found.text, self.hidden), fix=mask_words(found.fix, self.hidden)
+            )
+
     def look(self) -> Iterator[Finding]:
-        """The findings as they come; some take seconds."""
+        """The findings as they are."""
         yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
         yield judge_attempt("packages", "all there", require_packages)
         yield judge_encoding(sys.stdout.encoding or "none")
@@ -16382,7 +16458,11 @@ class Doctor:
         rule = host_rule(
             config, address if address and is_address(address) else None, socket.gethostname()
         )
-        yield from self.repository(work_tree(path) / (rule.repo or ""), rule)
+        tree, extra = work_tree(path), dict(rule.env)
+        with suppress(ConfigError):
+            extra |= read_environment(rule, tree / (rule.repo or ""))
+        self.hidden = host_secrets(config, tree, rule, extra)
+        yield from self.repository(tree / (rule.repo or ""), rule)
         if config.updater.sha256:
             folder = os.path.dirname(program_argv()[1])
             fix = f"sudo chown -R $USER {folder}"
@@ -19206,7 +19286,7 @@ def cmd_setup(args: Args) -> int:
 
 def cmd_doctor(args: Args) -> int:
     findings: list[Finding] = []
-    for found in Doctor(args).look():
+    for found in Doctor(args).examine():
         findings.append(found)
         if not args.json:
             mark = "–" if found.ok is None else "✓" if found.ok else "✗"
@@ -19846,6 +19926,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         import traceback
 
         traceback.print_exception(problem)
+    problem.what, problem.hint = mask_words(problem.what), mask_words(problem.hint)
     if isinstance(problem, Declined) and not args.json:
         text = terminal_text(f"estelle-updater: {problem.what}")
     elif args.json:

@@ -31,6 +31,7 @@ from estelle_updater import (
     config_warnings,
     convert_data,
     host_rule,
+    mask_words,
     owner_of_name,
     parse_config,
     parse_data,
@@ -724,6 +725,8 @@ def test_an_environment_survives_both_forms(variables: dict[str, str]):
     [
         "GITHUB_TOKEN", "clientSecret", "DB_PASSWORD", "MYSQL_PASSWD", "API_KEY", "apiKey", "SSH_KEYS",
         "SENTRY_DSN", "DB_PWD", "DB_PASS", "PASSPHRASE", "KEY_2", "SLACK_WEBHOOK", "PRIVATE_PEM", "CREDENTIALS",
+        "KIS_PW", "AUTH", "BASIC_AUTH", "JWT", "PAT", "GH_PAT", "OTP", "LOGIN_OTP", "PIN", "CARD_PIN", "SESSION",
+        "MNEMONIC", "SEED", "SEED_PHRASE", "WALLET_SEED", "CONNECTION_STRING", "DB_CONNECTION_STRING", "DSN",
     ],
 )  # fmt: skip
 def test_a_secret_by_its_name(name: str):
@@ -734,7 +737,27 @@ def test_a_secret_by_its_name(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    ["PATH", "PWD", "OLDPWD", "NODE_ENV", "KEYBOARD", "TOKEN_FILE", "SSH_KEY_PATH", "SECRETS_DIR", "GIT_AUTHOR_NAME"],
+    [
+        "PATH",
+        "PWD",
+        "OLDPWD",
+        "NODE_ENV",
+        "KEYBOARD",
+        "TOKEN_FILE",
+        "SSH_KEY_PATH",
+        "SECRETS_DIR",
+        "GIT_AUTHOR_NAME",
+        "AUTHOR",
+        "COMPAT",
+        "SPIN",
+        "NEXT_STEP",
+        "SESSION_TTL",
+        "PATTERN",
+        "SSH_AUTH_SOCK",
+        "XDG_SESSION_TYPE",
+        "PINGS",
+        "LINSEED",
+    ],
 )
 def test_no_secret_by_its_name(name: str):
     assert secret_values({name: "/home/estelle"}) == ()
@@ -750,6 +773,18 @@ def test_secrets_of_several_lines_and_in_urls_longest_first():
         "p%40ssw0rd", "p@ssw0rd", "hunter22", "-----BEGIN\nabcdefgh\n", "-----BEGIN\nabcdefgh", "-----BEGIN",
         "abcdefgh", " abcdefgh ",
     }  # fmt: skip
+
+
+def test_secrets_of_urls() -> None:
+    token = "ghp_0123456789abcdef"
+    url = f"https://{token}@forge/x.git and http://h/?a=1&access_token=abcdef12&x=visible&apiKey=k1234567#top"
+    assert set(secret_values({"ORIGIN": url})) == {token, "abcdef12", "k1234567"}
+    said = {"text": f"can't read {url}", "rows": [f"https://u:{token}@forge", 5, None]}
+    assert mask_words(said) == {
+        "text": "can't read https://***@forge/x.git and http://h/?a=1&access_token=***&x=visible&apiKey=***#top",
+        "rows": ["https://u:***@forge", 5, None],
+    }
+    assert mask_words("the value of it", ["value of"]) == "the *** it"
 
 
 @given(st.dictionaries(st.text(max_size=8), st.text(max_size=12)))

@@ -248,3 +248,38 @@ def test_before_each_deployment(fleet: Callable[..., Fleet]) -> None:
     code, out, _ = one.cli("trigger", "all", "master")
     assert code == 1
     assert "there is no remote origin" in out and "git fetch" not in out
+
+
+def test_nothing_that_leaves_the_host_has_a_secret(two: Fleet) -> None:
+    """A token in the remote's URL and a secret by its configured name: doctor, health, status, plan and the log."""
+    agent, token, session = two.agents[0], "ghp_0123456789abcdef", "0123456789"
+    two.origin.git("remote", "set-url", "origin", f"https://{token}@127.0.0.1:1/x.git?token=q1w2e3r4", cwd=agent.repo)
+    settings = json.loads(agent.config.read_text())
+    settings["deploy"]["secrets"] = ["ODD"]
+    settings["health"] = [{"name": "odd", "command": ["sh", "-c", f"echo {session}"], "hosts": [agent.address]}]
+    settings["hosts"] = {agent.address: {"env": {"ODD": session}}}
+    for host in two.hosts:
+        host.config.write_text(json.dumps(settings))
+    two.restart(two.master)
+    two.start(agent)
+    said = [
+        *two.cli("doctor", host=agent),
+        *two.cli("health", agent.address, "--json"),
+        *two.cli("plan", agent.address, "master", "--json"),
+        *two.cli("status", "--json"),
+        *two.cli("trigger", agent.address, "master"),
+    ]
+    text = "".join(map(str, said))
+    assert "https://***@127.0.0.1:1/x.git?token=***" in text
+    for secret in (token, session, "q1w2e3r4"):
+        assert secret not in text, [part for part in map(str, said) if secret in part]
+
+
+def test_nobody_falls_back_from_wss_to_ws(tmp_path: Path) -> None:
+    state = est.StateFolder(tmp_path)
+    old, new = est.parse_master_url("ws://127.0.0.1:9900"), est.parse_master_url("wss://127.0.0.1:9900")
+    state.save_master_url(old)
+    assert state.last_master_url(est.parse_master_url("ws://127.0.0.2")) == old
+    assert state.last_master_url(new) is None
+    state.save_master_url(new)
+    assert state.last_master_url(old) == new

@@ -7,11 +7,12 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 
 import estelle_updater
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
-from tests.fleet import ROOT, Fleet, Host, need, processes_of, run, wait_for
+from tests.fleet import ROOT, Fleet, Host, Result, need, processes_of, run, wait_for
 from tests.test_pm2 import SERVICE, Pm2
 
 MakeFleet = Callable[..., Fleet]
@@ -111,24 +112,49 @@ def test_a_new_host_gets_the_program(fleet: MakeFleet, pyz: Path) -> None:
         stalled[-1].sendall(f"GET /{NAME} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
         assert stalled[-1].recv(15, socket.MSG_WAITALL) == b"HTTP/1.1 200 OK"
     assert get(one, f"/{NAME}")[0] == 503
+    assert get(one, f"/{NAME}", "127.0.0.2") == (200, data), "another address has its own"
     for connection in stalled:
         connection.close()
     wait_for(lambda: get(one, f"/{NAME}") == (200, data), "there is room again")
     assert one.cli("status").code == 0
 
 
-def test_the_line_for_a_new_host(fleet: MakeFleet, pyz: Path) -> None:
-    """README's, in a clone whose configuration names the file, and in one whose does not."""
-    need("curl", "sha256sum")
-    config = {"updater": {"sha256": hashlib.sha256(pyz.read_bytes()).hexdigest()}}
-    one = fleet(hosts=1, program=(sys.executable, str(pyz)), config=config)
-    (line,) = re.findall(r"(?m)^curl -fO http://.*$", (ROOT / "README.md").read_text("utf-8"))
-    line = line.replace("5.223.72.58:9900", f"127.0.0.1:{one.port}").replace("python3", sys.executable)
-    words = ["bash", "-c", line.replace(" setup", " --version")]
-    done = run(words, one.env, one.master.repo)
+def test_the_line_for_a_new_host(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
+    """README's goes on only where the configuration's own key names the very file, and every tool is there."""
+    need("curl")
+    sha256 = hashlib.sha256(pyz.read_bytes()).hexdigest()
+    one = fleet(hosts=1, program=(sys.executable, str(pyz)), config={"updater": {"sha256": sha256}})
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (line,) = re.findall(r"(?m)^curl -fO http://.*$", readme)
+    (powershell,) = re.findall(r"(?m)^curl\.exe -fO http://.*$", readme)
+    assert re.findall('"(.+?)"', powershell) == re.findall('"(.+?)"', line), "the check is the same"
+    line = line.replace("5.223.72.58:9900", f"127.0.0.1:{one.port}").replace(" setup", " --version")
+    tools = {"python3": sys.executable, "curl": shutil.which("curl") or ""}
+
+    def type_in(folder: Path, names: Sequence[str] = ("python3", "curl"), command: str = line) -> Result:
+        shutil.rmtree(tmp_path / "bin", ignore_errors=True)
+        (tmp_path / "bin").mkdir()
+        for name in names:
+            (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {tools[name]} "$@"\n')
+            (tmp_path / "bin" / name).chmod(0o755)
+        return run(["/bin/sh", "-c", command], one.env | {"PATH": str(tmp_path / "bin")}, folder)
+
+    done = type_in(one.master.repo)
     assert done.code == 0 and done.out.startswith("estelle-updater "), done.err
-    one.origin.commit({"config/updater.json": json.dumps({"masterUrl": one.url, "whitelist": []})})
-    assert run(words, one.env, one.origin.seed)[:2] == (1, "")
+    altered = line.replace("&& python3 -c", "&& echo >> estelle_updater.pyz && python3 -c")
+    refused = type_in(one.master.repo, command=altered)
+    assert refused.out == "" and "is not the checksum in config/updater.json" in refused.err
+    for names in (["python3"], ["curl"], []):
+        assert (type_in(one.master.repo, names).code, type_in(one.master.repo, names).out) == (127, "")
+    clone = one.origin.seed
+    (clone / "config/updater.json").unlink()
+    assert type_in(clone).code == 1, "no configuration"
+    text = f'masterUrl = "{one.url}"\nwhitelist = []  # sha256 = "{sha256}"\n# [updater]\n# sha256 = "{sha256}"\n'
+    for more in ("", "[updater]\n", '[updater]\nsha256 = ""\n', f'[updater]\nsha256 = "{"0" * 64}"  # {sha256}\n'):
+        (clone / "config/updater.toml").write_text(text + more)
+        assert (type_in(clone).code, type_in(clone).out) == (1, ""), more
+    (clone / "config/updater.toml").write_text(f'{text}[updater]\nsha256 = "{sha256.upper()}"\n')
+    assert type_in(clone).code == 0
 
 
 def test_a_checkout_has_nothing_to_hand_out(fleet: MakeFleet) -> None:
