@@ -5552,7 +5552,8 @@ class FileLock:
 
     def release(self) -> None:
         """Give the lock back; nothing happens if it is not held."""
-        fd, self._fd = self._fd, -1
+        fd = self._fd
+        self._fd = -1
         if fd >= 0:
             os.close(fd)
 
@@ -5723,7 +5724,8 @@ class Store:
 
     async def kept(self, path: Path) -> OSError | None:
         """Wait until what was put is on disk, or until the disk has refused it: why, then."""
-        loop, told = asyncio.get_running_loop(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        told = asyncio.Event()
 
         def tell() -> None:
             with suppress(RuntimeError):  # the daemon has stopped meanwhile
@@ -5799,7 +5801,8 @@ class Store:
                 if any(write.durable for _, write, _ in written):
                     sync_folder(folder)
             except OSError as problem:
-                kept, refused = False, problem
+                kept = False
+                refused = problem
             for one in written:
                 self._end(*one, refused)
         return kept
@@ -5821,7 +5824,8 @@ class Store:
             write.refused = refused
             if write.data is not data:
                 return
-            told, write.askers = write.askers, []
+            told = write.askers
+            write.askers = []
             if not refused:
                 told += write.waiters
                 if self._waiting.get(path) is write:
@@ -6056,7 +6060,8 @@ class StateFolder:
         """Which job the job's lock is held for, or was held for last, as run and host; empty where
         none is known."""
         found = read_json(self.current_file) or {}
-        run, host = found.get("run"), found.get("host")
+        run = found.get("run")
+        host = found.get("host")
         if isinstance(run, str) and valid_run_id(run) and isinstance(host, str):
             return run, host
         return "", ""
@@ -6104,7 +6109,8 @@ class LivedClock:
     def now(self) -> float:
         if self._base is None:
             saved = read_json(self._file) or {}
-            base, at = saved.get("lived"), saved.get("at")
+            base = saved.get("lived")
+            at = saved.get("at")
             gap_s = time.time() - at if isinstance(at, int | float) else 0.0
             base = float(base) if isinstance(base, int | float) else 0.0
             self._base = base + min(max(gap_s, 0.0), DAY_S)
@@ -6445,7 +6451,8 @@ class FileWatch:
     """
 
     def __init__(self, *paths: Path, settled: bool = False) -> None:
-        self._paths, self._settled = paths, settled
+        self._paths = paths
+        self._settled = settled
         self._used: object = None
         self._seen: object = None
 
@@ -6486,7 +6493,8 @@ class ConfigFile:
     second; a file that is missing or invalid keeps the old settings, and `problem` says so."""
 
     def __init__(self, path: Path, state: StateFolder) -> None:
-        self.path, self.state = path, state
+        self.path = path
+        self.state = state
         self._watch = FileWatch(path, settled=True)
         self._watch.accept()
         self.config, self.problem = load_config_or_last(path, state)
@@ -6523,7 +6531,8 @@ def git_root(folder: Path) -> Path | None:
 def load_token(config: Config, tree: Path) -> bytes | None:
     """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises
     ConfigError, without it."""
-    text, source = os.environ.get("ESTELLE_TOKEN", ""), "ESTELLE_TOKEN"
+    text = os.environ.get("ESTELLE_TOKEN", "")
+    source = "ESTELLE_TOKEN"
     if not text and config.token_file:
         path = tree / Path(config.token_file).expanduser()
         source = f"tokenFile {path}"
@@ -6617,10 +6626,13 @@ class Certificate:
 
     def reload(self) -> None:
         """Called about once a second."""
-        before, tree, rule = self.problem, work_tree(self.config.path), self.config.config.tls
+        before = self.problem
+        tree = work_tree(self.config.path)
+        rule = self.config.config.tls
         cert, key = paths = tree / (rule.cert or ""), tree / (rule.key or "")
         if paths != self._paths:
-            self._paths, self._watch = paths, FileWatch(cert, key)
+            self._paths = paths
+            self._watch = FileWatch(cert, key)
         try:
             if self._watch.changed():
                 self._use(cert, key)
@@ -14519,9 +14531,11 @@ def gather_role(config: Config, options: ServeOptions, outside: bool) -> FoundRo
     knows.
     """
     rule = host_rule(config, options.bind, socket.gethostname())
-    override, source = rule.role, f"[hosts] {rule.key}"
+    override = rule.role
+    source = f"[hosts] {rule.key}"
     if options.role:
-        override, source = options.role, "--role"
+        override = options.role
+        source = "--role"
     addresses: tuple[str, ...] = ()
     if not override:
         addresses = probe_master_addresses(config.master_url.host, config.master_url.port)
@@ -14547,7 +14561,10 @@ class RoleKeeper:
     def __init__(
         self, config: ConfigFile, options: ServeOptions, nonce: str, on_change: Callable[[], None]
     ) -> None:
-        self.config, self.options, self.nonce, self._on_change = config, options, nonce, on_change
+        self.config = config
+        self.options = options
+        self.nonce = nonce
+        self._on_change = on_change
         self.found = FoundRole(RoleDecision(Role.AGENT, "agent: nothing is known yet"))
 
     async def find(self, outside: bool) -> FoundRole:
@@ -14569,7 +14586,9 @@ class RoleKeeper:
             new = self.config.config.master_url
             if url() in ("", str(new)) or not idle():
                 continue
-            found, nonce, welcomed = await self.find(outside=False), None, True
+            found = await self.find(outside=False)
+            nonce = None
+            welcomed = True
             if found.decision.role is Role.AGENT:
                 nonce, welcomed = await self.meet(new)
             if welcomed and nonce != self.nonce:
@@ -14608,7 +14627,8 @@ class RoleKeeper:
     async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
         """The nonce of the process that answers at `url`, None where nobody does, and whether it
         lets us in."""
-        versions, name = [PROTOCOL_OLDEST, PROTOCOL], socket.gethostname()
+        versions = [PROTOCOL_OLDEST, PROTOCOL]
+        name = socket.gethostname()
         hello = Hello("commander", versions, __version__, "", name, self.nonce)
         tree = work_tree(self.config.path)
         try:
@@ -14626,7 +14646,8 @@ class Service:
     """This host's daemon, from its first line to its last."""
 
     def __init__(self, options: ServeOptions) -> None:
-        self.options, self.state = options, options.state
+        self.options = options
+        self.state = options.state
         options.state.create()
         self.config = ConfigFile(options.config_path, options.state)
         self.nonce = os.urandom(16).hex()
@@ -15133,7 +15154,8 @@ def _zip(files: dict[str, bytes]) -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name)
-            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            entry.create_system = 3
+            entry.external_attr = 0o100644 << 16
             archive.writestr(entry, files[name])
     return buffer.getvalue()
 
@@ -15193,7 +15215,8 @@ class Upgrade:
     """
 
     def __init__(self, runner: Runner) -> None:
-        self.runner, self.state = runner, runner.state
+        self.runner = runner
+        self.state = runner.state
         self.sha256, self.version = (
             str(runner.job.options.get(key, "")) for key in ("sha256", "version")
         )
@@ -15300,11 +15323,13 @@ class Upgrade:
     def await_daemon(self, sha256: str) -> bool:
         """Whether a daemon with this program is welcomed in time. The one that runs starts itself
         anew; what does not is killed, and what nobody else starts again is started."""
-        obeys_until, killed = time.monotonic() + OBEY_S, False
+        obeys_until = time.monotonic() + OBEY_S
+        killed = False
 
         def is_up() -> bool:
             nonlocal killed
-            facts, how = daemon_facts(self.state), read_json(self.state.serve_file) or {}
+            facts = daemon_facts(self.state)
+            how = read_json(self.state.serve_file) or {}
             same = facts.get("sha256") == sha256
             if not facts and how.get("supervised") is False:
                 self.revive(how)
@@ -15379,7 +15404,9 @@ class Stage:
     """
 
     def __init__(self, say: Callable[..., None]) -> None:
-        self.say, self.stopped, self.folder = say, False, Path()
+        self.say = say
+        self.stopped = False
+        self.folder = Path()
         self.hosts = [address for address in _DEMO_HOSTS if _can_bind(address)]
         self.children: list[subprocess.Popen[bytes]] = []
         self.env: dict[str, str] = {}
@@ -15571,7 +15598,8 @@ class Demo(Stage):
             "(--bind, --config and --state tell three hosts on one machine apart; "
             "elsewhere `serve` is enough.)"
         )
-        master, daemons = self.hosts[0], {}
+        master = self.hosts[0]
+        daemons = {}
         for address in self.hosts:
             own = ["--bind", address, "--config", f"{address}/app/config/updater.json"]
             own += ["--state", f"{address}/state"]
@@ -15861,7 +15889,8 @@ def render_firewall(
 ) -> str:
     """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that
     go with them."""
-    command, vpn = "firewall-cmd --permanent", parse_network(TAILSCALE)
+    command = "firewall-cmd --permanent"
+    vpn = parse_network(TAILSCALE)
     lines = [f"{command} --new-zone=tailscale || true  # it may be there"]
     lines.append(f"{command} --zone=tailscale --add-interface=tailscale0")
     cloud = [
@@ -15919,7 +15948,9 @@ class Publication:
     """
 
     def __init__(self, path: Path, message: str) -> None:
-        self.path, self.message, self.tree = path, message, work_tree(path)
+        self.path = path
+        self.message = message
+        self.tree = work_tree(path)
         self.name = path.relative_to(self.tree).as_posix()
         self.env = {key: os.environ[key] for key in os.environ if not _GIT_LOCAL.fullmatch(key)}
         self.env["GIT_TERMINAL_PROMPT"] = "0"
@@ -16114,17 +16145,24 @@ class Setup:
     """
 
     def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
-        self.say, self.dry_run, self.changed = say, bool(args.dry_run), False
-        self.config, self.folder = load_config(config_path), config_path.parent.parent
-        self.repo, self.home, self.user = work_tree(config_path), Path.home(), ""
+        self.say = say
+        self.dry_run = bool(args.dry_run)
+        self.changed = False
+        self.config = load_config(config_path)
+        self.folder = config_path.parent.parent
+        self.repo = work_tree(config_path)
+        self.home = Path.home()
+        self.user = ""
         self.root = os.name != "nt" and os.geteuid() == 0
         if self.root:  # the daemon is not root's business, but of whoever owns the repository
             import pwd
 
             owner = pwd.getpwuid(self.repo.stat().st_uid)
-            self.user, self.home = owner.pw_name, Path(owner.pw_dir)
+            self.user = owner.pw_name
+            self.home = Path(owner.pw_dir)
         self.state: StateFolder = args.state_folder()
-        self.argv, self.bind = [*program_argv(), "serve"], args.bind
+        self.argv = [*program_argv(), "serve"]
+        self.bind = args.bind
         if args.config:
             self.argv += ["--config", str(config_path)]
         if args.bind:
@@ -16142,7 +16180,8 @@ class Setup:
 
         Raises UsageError where the host has not what is wanted, or neither.
         """
-        booted, pm2 = Path("/run/systemd/system").is_dir(), shutil.which("pm2")
+        booted = Path("/run/systemd/system").is_dir()
+        pm2 = shutil.which("pm2")
         found = wanted
         if not found and self.unit.exists():
             found = "systemd"
@@ -16187,7 +16226,8 @@ class Setup:
 
         Raises UpdaterError where the master refuses it, or nothing comes in time.
         """
-        ends, facts = time.monotonic() + SETUP_S, dict[str, Any]()
+        ends = time.monotonic() + SETUP_S
+        facts = dict[str, Any]()
         refused = False  # it will try again, but this is an answer
         while time.monotonic() < ends and not refused:
             facts = daemon_facts(self.state) or facts
@@ -16207,7 +16247,8 @@ class Setup:
     # systemd
 
     def install_unit(self) -> None:
-        path, user = os.environ.get("PATH", os.defpath), self.user if self.root else None
+        path = os.environ.get("PATH", os.defpath)
+        user = self.user if self.root else None
         text = render_unit(self.argv, str(self.folder), path, user, self.writable())
         if self.root and "--state" not in self.argv:
             self.state = StateFolder(SYSTEM_STATE)
@@ -16328,7 +16369,8 @@ class Setup:
 
     def call(self, *argv: str, may_fail: bool = False) -> None:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
-        self.changed, line = True, " ".join(argv)
+        self.changed = True
+        line = " ".join(argv)
         if self.dry_run:
             self.say(f"would run: {line}")
             return
@@ -16458,7 +16500,8 @@ class Doctor:
         rule = host_rule(
             config, address if address and is_address(address) else None, socket.gethostname()
         )
-        tree, extra = work_tree(path), dict(rule.env)
+        tree = work_tree(path)
+        extra = dict(rule.env)
         with suppress(ConfigError):
             extra |= read_environment(rule, tree / (rule.repo or ""))
         self.hidden = host_secrets(config, tree, rule, extra)
@@ -16530,7 +16573,8 @@ class Doctor:
 
     def service(self) -> Finding:
         """Who starts the daemon after a reboot, and whether it runs."""
-        own, system = Path.home() / ".config/systemd/user", Path("/etc/systemd/system")
+        own = Path.home() / ".config/systemd/user"
+        system = Path("/etc/systemd/system")
         places = (
             (own, " --user", SERVICE),
             (system, "", SERVICE),
@@ -16626,7 +16670,8 @@ class Doctor:
             connection = Caller(
                 self.state, config, self.args.bind, work_tree(self.args.config_path())
             ).dial(PATIENCE_S)
-            after, told = time.time(), connection.welcome
+            after = time.time()
+            told = connection.welcome
             connection.close()
         except UpdaterError as problem:
             if "may not command" in problem.what:  # an agent is all that it is to be
