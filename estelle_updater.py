@@ -469,6 +469,7 @@ MCP_SILENT_S = 10.0  # clients give up after 60 s without progress
 MCP_PATIENCE_S = 30.0  # for a master that is gone in the middle of a run
 LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 NURSERY_END_S = 2.0
+ATTEND_S = 1.0  # a commander whose output nobody reads answers pings in time
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
@@ -9874,9 +9875,9 @@ class Threads:
 
 
 class BlockingWire:
-    """A WebSocket for a program that does one thing at a time: it has neither event loop nor
-    threads, so a command starts sooner, and no two threads meet in OpenSSL. Pings are answered
-    while it reads. The end of the connection is EOFError."""
+    """A WebSocket for a program that does one thing at a time: it has no event loop, so a command
+    starts sooner. Pings are answered while it reads, and once it was told to `attend`, also while
+    the program waits for its own output to be read. The end of the connection is EOFError."""
 
     def __init__(self, way: Way, timeout_s: float) -> None:
         from websockets.client import ClientProtocol
@@ -9888,6 +9889,8 @@ class BlockingWire:
         self._parts: list[bytes] = []
         self._is_text = False
         self._quiet_s = 0.0  # waited for a sign of life
+        self._in_use = threading.Lock()  # whoever reads or writes: the program, or who attends
+        self._attended = False
         deadline = time.monotonic() + timeout_s
         source = (way.bind, 0) if way.bind else None
         self._socket = socket.create_connection((uri.host, uri.port), timeout_s, source)
@@ -9910,26 +9913,51 @@ class BlockingWire:
         return self._protocol.state.name == "OPEN"
 
     def send(self, frame: str) -> None:
-        if not self._is_open():
-            raise EOFError
-        self._protocol.send_text(frame.encode())
-        self._flush()
+        with self._in_use:
+            if not self._is_open():
+                raise EOFError
+            self._protocol.send_text(frame.encode())
+            self._flush()
+
+    def attend(self) -> None:
+        """From now on, answer pings also while this program can't: a terminal that was stopped
+        holds up whoever writes to it, and would look like a host that died."""
+        if not self._attended:
+            self._attended = True
+            threading.Thread(target=self._attend_forever, daemon=True).start()
+
+    def _attend_forever(self) -> None:
+        """What comes meanwhile waits in memory: the master sends no more than a window."""
+        while self._attended:
+            time.sleep(ATTEND_S)
+            if not self._in_use.acquire(blocking=False):
+                continue  # the program reads by itself
+            try:
+                while self._is_open():
+                    self._read(0.0)
+            except (TimeoutError, EOFError, OSError):
+                pass  # nothing more for now; an end is seen by the program's own reading
+            finally:
+                self._in_use.release()
 
     def receive(self, timeout_s: float) -> str | bytes | None:
         """The next message, or None where none comes in time."""
         deadline = time.monotonic() + timeout_s
         while not self._frames:
             left_s = deadline - time.monotonic()
-            if not self._is_open():
-                raise EOFError
-            if left_s <= 0:
+            if left_s <= 0 and self._is_open():
                 return None
-            with suppress(TimeoutError):
+            with suppress(TimeoutError), self._in_use:
+                if self._frames:
+                    break
+                if not self._is_open():
+                    raise EOFError
                 self._read(min(left_s, PING_INTERVAL_S))
         return self._frames.popleft()
 
     def close(self) -> None:
-        with suppress(EOFError):
+        self._attended = False
+        with suppress(EOFError), self._in_use:
             if self._is_open():
                 self._protocol.send_close()
                 self._flush()
@@ -14126,6 +14154,7 @@ class LinkSource:
         try:
             if not self.asked:
                 self.connection.send(Follow(self.run, self.target))
+                self.connection.wire.attend()
                 self.asked = True
             unacked = any(inbox.unacked for _, inbox in self.inboxes.values())
             message = self.connection.receive(min(wait_s, ACK_S) if unacked else wait_s)
