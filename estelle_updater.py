@@ -351,9 +351,21 @@ FINAL = frozenset(State) - {State.QUEUED, State.RUNNING}
 # What a step is, where that decides something: its label is for people, and may be any command.
 StepKind = StrEnum(
     "StepKind",
-    ["CHECK", "FETCH", "CHECKOUT", "PULL", "CONFIG", "TRAFFIC", "COMMAND", "RESTART"],
+    [
+        "CHECK",
+        "FETCH",
+        "CHECKOUT",
+        "PULL",
+        "SUBMODULES",
+        "LFS",
+        "CONFIG",
+        "TRAFFIC",
+        "COMMAND",
+        "RESTART",
+    ],
 )
-MOVES_TREE = frozenset({StepKind.CHECKOUT, StepKind.PULL})  # git is writing files meanwhile
+# git is writing files meanwhile
+MOVES_TREE = frozenset({StepKind.CHECKOUT, StepKind.PULL, StepKind.SUBMODULES, StepKind.LFS})
 COLORS = ("blue", "green")
 SWAP, RESTART, UNDO = (
     "swap",
@@ -1406,6 +1418,8 @@ class DeployRule:
     settle_s: Seconds = 3.0
     timeout_s: Seconds = STEP_TIMEOUT_S
     version: Text = "config/version.json"
+    submodules: Flag = True
+    lfs: Flag = True
     secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
 
 
@@ -2688,7 +2702,17 @@ def resumes(job: JobRecord) -> bool:
     )
 
 
-Fate = StrEnum("Fate", ["WAIT", "START", "BURY", "CANCEL", "EXPIRE", "GIVE_UP"])
+Fate = StrEnum(
+    "Fate",
+    [
+        "WAIT",
+        "START",
+        "BURY",
+        "CANCEL",
+        "EXPIRE",
+        "GIVE_UP",
+    ],
+)
 
 
 class RunnerFacts(NamedTuple):
@@ -2987,13 +3011,6 @@ def unchanged_text(job: JobRecord) -> str:
     return f"nothing changed on {job.host}" + (f": it has {has}" if has else "")
 
 
-def result_notes(job: JobRecord) -> list[str]:
-    """The lines after a host's last one: what who reads it has to know as well."""
-    notes = [f"⚠ {warning}" for warning in job.warnings]
-    unchanged = unchanged_text(job)
-    return [*notes, unchanged] if unchanged else notes
-
-
 def run_stats(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Per host and kind of order, out of the rows of `history`: how many ended how, the median
     seconds of those that succeeded, and how often which step was the one that failed."""
@@ -3097,6 +3114,26 @@ class Step(NamedTuple):
     kind: str = ""  # a StepKind
 
 
+# What of a person's git settings would decide a deployment, or the words of an answer. Credentials,
+# proxies, URLs, hooks and line ends stay that person's.
+_GIT_SETTINGS = (
+    "merge.autoStash=false",
+    "rebase.autoStash=false",
+    "merge.verifySignatures=false",
+    "pull.rebase=false",
+    "submodule.recurse=false",
+    "fetch.recurseSubmodules=false",
+    "fetch.pruneTags=false",
+    "diff.ignoreSubmodules=none",
+    "core.quotePath=false",
+    "color.ui=false",
+    "log.showSignature=false",
+    "i18n.commitEncoding=utf-8",
+    "i18n.logOutputEncoding=utf-8",
+)
+GIT_SETTINGS = tuple(word for setting in _GIT_SETTINGS for word in ("-c", setting))
+
+
 def plan_fetch(remote: str) -> Step:
     """The document's first step. `--prune` lets branch `a` make way for `a/b`."""
     argv = ("git", "fetch", "--prune", remote)
@@ -3122,7 +3159,7 @@ def plan_checkout(
     tracking = f"refs/remotes/{remote}/{branch}"
     if heads in refs or tracking in refs:
         argv = (branch,) if heads in refs else ("-b", branch, "--track", tracking)
-        pull = ("git", "pull", "--ff-only", remote, heads)
+        pull = ("git", "pull", "--ff-only", "--no-rebase", remote, heads)
         checkout = Step(label, ("git", "checkout", *argv, "--"), StepKind.CHECKOUT)
         return None, checkout, Step(f"git pull {remote} {branch}", pull, StepKind.PULL)
     name = ref = branch
@@ -3138,6 +3175,80 @@ def pin_pull(pull: Step, commit: str) -> Step:
     """The same step held to one commit: what is pushed between fetch and pull does not come with
     it."""
     return pull._replace(argv=("git", "merge", "--ff-only", commit))
+
+
+def plan_fetch_branch(remote: str, branch: str) -> Step:
+    """For a clone that was told to fetch other branches only (`--depth 1`, `--single-branch`)."""
+    ref = f"+refs/heads/{branch}:refs/remotes/{remote}/{branch}"
+    return Step(f"git fetch {remote} {branch}", ("git", "fetch", remote, ref), StepKind.FETCH)
+
+
+def plan_submodules() -> Step:
+    """The submodules' content as the commit names it, whatever `submodule.NAME.update` says."""
+    words = ("git", "submodule", "update", "--init", "--recursive")
+    return Step(" ".join(words), (*words, "--checkout"), StepKind.SUBMODULES)
+
+
+def plan_lfs(remote: str) -> Step:
+    """The content that LFS pointers stand for."""
+    return Step("git lfs pull", ("git", "lfs", "pull", remote), StepKind.LFS)
+
+
+def find_clashes(heads: Iterable[str], branch: str) -> list[str]:
+    """The local branches that `branch` can't exist beside: git keeps a branch as a file, and `a/b`
+    in a folder `a`."""
+    others = (head for head in heads if head != branch)
+    return [
+        name
+        for name in others
+        if f"{name}/".startswith(f"{branch}/") or branch.startswith(f"{name}/")
+    ]
+
+
+class TreeChanges(NamedTuple):
+    """The tracked files that are not what the commit says."""
+
+    paths: tuple[str, ...]
+    unmerged: tuple[str, ...]
+
+
+def parse_status(data: bytes) -> TreeChanges:
+    """The answer of `git status --porcelain -z --no-renames --untracked-files=no`."""
+    paths, unmerged = [], []
+    for entry in data.decode("utf-8", "surrogateescape").split("\0"):
+        code, path = entry[:2], entry[3:]
+        if not path:
+            continue
+        paths.append(path)
+        if "U" in code or code in ("AA", "DD"):
+            unmerged.append(path)
+    return TreeChanges(tuple(paths), tuple(unmerged))
+
+
+class Versions(NamedTuple):
+    """What git may have written as one path: the ids of its contents, and whether HEAD has it."""
+
+    ids: set[str]
+    in_head: bool
+
+
+def parse_raw_diff(data: bytes) -> dict[str, Versions]:
+    """The answer of `git diff --raw -z --no-abbrev --no-renames HEAD COMMIT`: submodules are left
+    out."""
+    found = {}
+    words = data.decode("utf-8", "surrogateescape").split("\0")
+    for facts, path in zip(words[::2], words[1::2], strict=False):
+        old_mode, new_mode, old, new, _ = facts.removeprefix(":").split()
+        if "160000" not in (old_mode, new_mode):
+            ids = {name for name in (old, new) if name.strip("0")}
+            found[path] = Versions(ids, bool(old.strip("0")))
+    return found
+
+
+def paths_text(paths: Sequence[str], most: int = 10) -> str:
+    """Some paths for people."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more
 
 
 LOCK_FILE = re.compile(
@@ -5899,6 +6010,7 @@ class StateFolder:
         self.job_lock = root / "job.lock"
         self.current_file = root / "current.json"  # which job the lock's holder does, or did last
         self.runner_log = root / "runner.log"
+        self.transit_file = root / "transit.json"  # exists while git writes the working tree
         self.switch_file = root / "switch.json"  # exists while a switch is neither done nor undone
         self.last_config = root / "last-config"  # the last valid configuration that was used here
         # the URL of the master that this host was, or was welcomed by, last
@@ -6839,7 +6951,12 @@ def _line_of(table: Mapping[int, _Process], pid: int) -> set[int]:
     return line
 
 
-def _find_family(mark: str, root: int = -1, since: int = 0, pipe: str | None = None) -> set[int]:
+def _find_family(
+    mark: str,
+    root: int = -1,
+    since: int = 0,
+    pipe: str | None = None,
+) -> set[int]:
     """The living processes of the step `mark`: those that carry it or write to its `pipe`, and all
     their children.
 
@@ -6888,7 +7005,9 @@ def _kill_family(mark: str, deadline_s: float, **where: Any) -> tuple[int, set[i
 
 
 def kill_leftovers(
-    mark: str, pipe: str | None = None, deadline_s: float = KILL_S
+    mark: str,
+    pipe: str | None = None,
+    deadline_s: float = KILL_S,
 ) -> tuple[int, set[int]]:
     """Kill what the step `mark` of a dead runner, or who writes to its `pipe`, left running: how
     many, and those that are another user's. Nothing is left on Windows: the runner's Job Object
@@ -7340,7 +7459,10 @@ def run_bounded(
 
 
 def run_command(
-    argv: Sequence[str], env: Mapping[str, str], timeout_s: float, cwd: StrPath | None = None
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    timeout_s: float,
+    cwd: StrPath | None = None,
 ) -> tuple[int, str]:
     """A short command's exit code and output. Raises UpdaterError where it does not start or
     end."""
@@ -7376,7 +7498,7 @@ def ask_git(
         raise UsageError(what, "clone the repository there, or set repo")
     if not repo.is_dir():
         raise UsageError(f"{repo} is no folder", "set repo in [hosts]")
-    argv = ("git", *args)
+    argv = ("git", *GIT_SETTINGS, *args)
     env = {**env, "LANGUAGE": "en"}  # for `explain_failure`
     try:
         ended = run_bounded(argv, repo, env, timeout_s, mark=mark, stop=stop, apart=True)
@@ -7859,7 +7981,11 @@ class StepRun:
             self.version = found[-1] if found else self.version
             self.tail = (self.tail[-TAIL_BYTES:] + data)[-TAIL_BYTES:]
 
-    def watch(self, deadline: float, is_cancelled: Callable[[], bool]) -> tuple[State, str] | None:
+    def watch(
+        self,
+        deadline: float,
+        is_cancelled: Callable[[], bool],
+    ) -> tuple[State, str] | None:
         """Wait until the command is over. None, or why it was ended, and what lives on all the
         same."""
         while True:
@@ -7894,7 +8020,13 @@ class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job
     restarts. What is to be done is WORK's."""
 
-    def __init__(self, state: StateFolder, run: str, host: str, config_path: Path) -> None:
+    def __init__(
+        self,
+        state: StateFolder,
+        run: str,
+        host: str,
+        config_path: Path,
+    ) -> None:
         self.state, self.run, self.host = state, run, host
         self.config_path = config_path
         self.poke = Poke(state.daemon_file)
@@ -8030,12 +8162,13 @@ class Runner:
 
     def spawn(self, step: Step, mark: str) -> Spawned:
         """Start a step's command. Raises StepFailed."""
-        env = self.env
+        env, words = self.env, step.argv[1:]
         if step.argv[0] == "git":
             env = env | {"LANGUAGE": "en"}  # for `explain_failure`
+            words = (*GIT_SETTINGS, *words)
         try:
             program = resolve_program(step.argv[0], env.get("PATH", ""))
-            return spawn_step([*program, *step.argv[1:]], self.repo, env, mark=mark)
+            return spawn_step([*program, *words], self.repo, env, mark=mark)
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
@@ -8111,7 +8244,10 @@ class Runner:
         self.is_cancelled = lambda: False
         with suppress(Exception):  # nothing may take the result away
             fields["commit"] = self.git("rev-parse", "HEAD").decode().strip() or None
-            if state is State.SUCCEEDED and not fields.get("version"):
+            if self.job.before:
+                fields["changed"] = self.has_changed(fields["commit"])
+            still = fields.get("changed") is False  # then it is what it was, and has that version
+            if (state is State.SUCCEEDED or still) and not fields.get("version"):
                 fields["version"] = self.read_version()
         while True:
             whole = self.log.write(b"")  # else how much is missing is still to be said
@@ -8119,6 +8255,11 @@ class Runner:
             if whole and self.save(durable=True, size=self.log.size, **fields):
                 return
             time.sleep(RESULT_RETRY_S)
+
+    def has_changed(self, commit: str | None) -> bool:
+        """Whether commit, tree or what runs may differ from before the job."""
+        mixed = self.state.transit_file.exists()
+        return self.job.began_command or mixed or commit != self.job.before
 
     def save(self, *, durable: bool = False, **fields: Any) -> bool:
         """Replace the job's record by its next revision; False where the disk does not take it."""
@@ -8131,21 +8272,196 @@ class Runner:
         return True
 
 
+class WorkTree:
+    """A clone's files between two commits: what git itself wrote is known by its content, anything
+    else is somebody's. Asks whatever a cancel says: a tree is not left half written."""
+
+    def __init__(self, repo: Path, env: Mapping[str, str], *, submodules: bool) -> None:
+        self.env, self.submodules = env, submodules
+        self.root = repo
+        top = self.ask("rev-parse", "--show-toplevel")
+        self.root = Path(os.fsdecode(top).rstrip("\r\n") or repo)
+
+    def ask(self, *args: str) -> bytes:
+        """git's answer in the tree's root; nothing where it says no. Raises UpdaterError."""
+        return git_output(self.root, self.env, *args)
+
+    # What there is
+
+    def commit_of(self, name: str) -> str:
+        """The commit that a name means, "" where there is none. `^{commit}` would not survive
+        cmd.exe."""
+        return self.ask("rev-list", "--max-count=1", name, "--").decode().strip()
+
+    def branch(self) -> str:
+        """The branch that is checked out; "" where none is."""
+        return os.fsdecode(self.ask("branch", "--show-current").strip())
+
+    def changes(self) -> TreeChanges:
+        """What is not as HEAD has it. Raises UpdaterError where git does not say."""
+        words = ["status", "--porcelain", "-z", "--no-renames", "--untracked-files=no"]
+        if not self.submodules:
+            words.append("--ignore-submodules=all")
+        code, out, err = ask_git(self.root, self.env, *words)
+        if code:
+            raise UpdaterError(explain_failure(err) or err.decode(errors="replace").strip())
+        return parse_status(out)
+
+    def find_phantoms(self, paths: Sequence[str]) -> set[str]:
+        """Of the paths that git calls changed, those whose content is the commit's: it disagrees
+        with itself about line ends, or took another size for another content."""
+        found = set()
+        for path in paths:
+            place = self.root / path
+            if place.is_file() and not place.is_symlink():
+                wanted = self.ask("rev-parse", f"HEAD:{path}").strip()
+                for how in ("--no-filters", f"--path={path}"):
+                    if wanted and self.ask("hash-object", how, "--", path).strip() == wanted:
+                        found.add(path)
+        return found
+
+    def find_stale_submodules(self) -> list[str]:
+        """Those that are at another commit than the one that is named; one that is switched off in
+        the clone's own settings is not meant."""
+        lines = os.fsdecode(self.ask("submodule", "status", "--recursive")).splitlines()
+        return [line.split()[1] for line in lines if line[:1] in ("+", "U")]
+
+    def find_pointers(self) -> list[str]:
+        """The files that are LFS' pointers still."""
+        # most trees have none: the question about attributes is the cheap one
+        if not self.ask("grep", "-l", "-F", "filter=lfs", "HEAD", "--", "*.gitattributes"):
+            return []
+        listed = self.ask("grep", "-l", "-z", "-F", _LFS_POINTER.decode(), "HEAD")
+        pointers = []
+        for name in filter(None, os.fsdecode(listed).split("\0")):
+            path = name.removeprefix("HEAD:")
+            with suppress(OSError), open(self.root / path, "rb") as file:
+                begins = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+                if begins and b"lfs" in self.ask("check-attr", "filter", "--", path).split():
+                    pointers.append(path)
+        return pointers
+
+    # While git writes
+
+    def begin_transit(self, branch: str, remote: str, dirty: Sequence[str]) -> dict[str, Any]:
+        """What is to be known if it is cut off: between which commits, and what is somebody's
+        already."""
+        names = ["HEAD", f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}"]
+        names += [branch] if is_commit_id(branch) else [f"refs/tags/{branch}"]
+        commits = [commit for commit in map(self.commit_of, names) if commit]
+        kept = set(dirty)
+        for path, versions in self.find_versions(commits).items():
+            if not versions.in_head and os.path.lexists(self.root / path):
+                kept.add(path)  # not tracked, and in the way
+        return {
+            "repo": str(self.root),
+            "commits": sorted(set(commits)),
+            "branch": self.branch() or (commits[0] if commits else ""),
+            "kept": sorted(kept),
+        }
+
+    def find_versions(self, commits: Iterable[str]) -> dict[str, Versions]:
+        """The paths in which HEAD and any of the commits differ."""
+        found: dict[str, Versions] = {}
+        for commit in set(commits):
+            raw = self.ask(
+                "diff", "--raw", "-z", "--no-abbrev", "--no-renames", "HEAD", commit, "--"
+            )
+            for path, versions in parse_raw_diff(raw).items():
+                before = found.get(path, versions)
+                found[path] = Versions(before.ids | versions.ids, versions.in_head)
+        return found
+
+    def restore(self, transit: Mapping[str, Any]) -> list[str]:
+        """HEAD's content again where git was writing; what is somebody's there is left, and
+        returned. Raises UpdaterError, OSError."""
+        commits = [*transit["commits"], self.commit_of("FETCH_HEAD")]
+        versions = self.find_versions(filter(None, commits))
+        touched = set(self.changes().paths)
+        for path, one in [*versions.items()]:
+            here = path in touched or (not one.in_head and os.path.lexists(self.root / path))
+            if not here or path in transit["kept"]:
+                del versions[path]
+        theirs = [path for path in versions if not self.is_gits(path, versions[path].ids)]
+        for path in theirs:
+            del versions[path]
+        added = [path for path, one in versions.items() if not one.in_head]
+        for part in _parts(added):
+            self.write("rm", "-q", "-r", "--cached", "--ignore-unmatch", "--", *part)
+        for path in added:
+            self.remove(path)
+        for part in _parts([path for path, one in versions.items() if one.in_head]):
+            self.write("checkout", "-q", "HEAD", "--", *part)
+        return theirs
+
+    def write(self, *args: str) -> None:
+        """A command of git that has to work. Raises UpdaterError."""
+        code, _, err = ask_git(self.root, self.env, "--literal-pathspecs", *args)
+        if code:
+            raise UpdaterError(explain_failure(err) or err.decode(errors="replace").strip())
+
+    def remove(self, path: str) -> None:
+        """A file that git added, and the folders that it made for it."""
+        place = self.root / path
+        with suppress(FileNotFoundError, NotADirectoryError):
+            place.unlink()
+        for folder in place.parents:
+            if folder == self.root:
+                break
+            try:
+                folder.rmdir()
+            except OSError:  # not empty
+                break
+
+    def is_gits(self, path: str, ids: set[str]) -> bool:
+        """Whether what is at `path` is one of the contents, or the beginning of one."""
+        place = self.root / path
+        if place.is_symlink():
+            data = os.fsencode(os.readlink(place))
+        elif place.is_file():
+            written = self.ask("hash-object", "--", path).decode().strip()
+            if written in ids:
+                return True
+            data = place.read_bytes()
+        else:
+            return True  # gone, or a folder of what is looked at by itself
+        return any(self.ask("cat-file", "blob", blob).startswith(data) for blob in ids)
+
+    def go_back(self, branch: str) -> None:
+        """What was checked out before, where another branch is by now."""
+        if branch and branch != (self.branch() or self.commit_of("HEAD")):
+            self.ask("checkout", "--quiet", branch, "--")
+
+
+def _parts(paths: Sequence[str]) -> Iterator[Sequence[str]]:
+    """As many paths at a time as a command line takes, on Windows too."""
+    return (paths[at : at + 50] for at in range(0, len(paths), 50))
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
 class Deployment:
     """The document's steps on one clone, in its order, done by a runner."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.log, self.git = runner, runner.log, runner.git
+        self.tree: WorkTree
 
     def perform(self) -> None:
         """Check, fetch, check out, pull, and run the host's command."""
         runner = self.runner
         runner.begin("check", StepKind.CHECK)
         runner.load_rule(strict=False)
+        with suppress(UpdaterError):  # `check_ground` will say what is wrong
+            before = self.git("rev-parse", "HEAD").decode().strip()
+            runner.job = replace(runner.job, before=before or None)
         self.confirm_traffic()
         require_branch(runner.job.branch)
         self.check_ground()
         self.remove_git_locks()
+        self.tree = WorkTree(runner.repo, runner.env, submodules=runner.rule.submodules)
+        self.end_transit()
         self.move_tree()
         runner.begin("config", StepKind.CONFIG)
         self.warn_of_doors(runner.load_rule(strict=True))
@@ -8184,18 +8500,62 @@ class Deployment:
                 raise StepFailed(State.FAILED, label, error=problem.what) from problem
             self.log.line(f"{text} is {said}, for {settle_s:g} s in one life")
 
+    # Moving the tree
+
     def move_tree(self) -> None:
-        """From what is checked out to what was asked for."""
+        """From what is checked out to what was asked for. Raises StepFailed, UpdaterError: then git
+        has left nothing half written, or the mark stays."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
         runner.step(plan_fetch(rule.remote), rule.timeout_s)
-        self.warn_of_changes()
-        names = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
-        # each "COMMIT TYPE<tab>NAME"; a format of our own would need a %, which cmd.exe interprets
-        refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        refs = self.find_refs()
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
-        planned = runner.job.options.get("planned", {}).get(runner.host)
+        planned = runner.job.options.get("planned", {}).get(runner.host, "")
         if planned and not get:
             self.confirm_plan(planned, self.commit_to_come(branch, refs))
+        if planned and pull:
+            pull = pin_pull(pull, planned)
+        changes = self.tree.changes()
+        if changes.paths:
+            runner.warn(f"local changes stay: {paths_text(changes.paths)}")
+        self.make_way()
+        transit = self.tree.begin_transit(branch, rule.remote, changes.paths)
+        write_atomic(runner.state.transit_file, json.dumps(transit).encode(), durable=True)
+        try:
+            self.go(get, checkout, pull, planned)
+            wanted = branch if is_commit_id(branch) else f"refs/tags/{branch}"
+            if pull:
+                wanted = planned or "FETCH_HEAD"
+            self.verify(wanted, transit["kept"])
+        except (StepFailed, UpdaterError):
+            self.restore(transit)
+            raise
+        runner.state.transit_file.unlink()
+
+    def find_refs(self) -> list[str]:
+        """The full names of the branches, local and fetched, that are called as what was asked for;
+        the words of the answer, "COMMIT TYPE<tab>NAME" each."""
+        runner, remote, branch = self.runner, self.runner.rule.remote, self.runner.job.branch
+        names = (f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}")
+        # a format of our own would need a %, which cmd.exe interprets
+        refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        if not (set(names) & set(refs)) and not is_commit_id(branch):
+            with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
+                if self.git("ls-remote", remote, names[0]):
+                    runner.step(plan_fetch_branch(remote, branch), runner.rule.timeout_s)
+                    # a local branch by hand: git tracks no branch that it was told not to fetch
+                    self.tree.ask("branch", "--no-track", branch, names[1])
+                    refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        return refs
+
+    def go(
+        self,
+        get: Step | None,
+        checkout: Step,
+        pull: Step | None,
+        planned: str,
+    ) -> None:
+        """Check out and pull, then what the commit only names: submodules and large files."""
+        runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
         if get and not self.has_commit(branch):
             runner.step(get, rule.timeout_s)
             if planned and not is_commit_id(branch):
@@ -8205,10 +8565,130 @@ class Deployment:
         else:
             runner.step(checkout, rule.timeout_s)
         if pull:
-            runner.step(pin_pull(pull, planned) if planned else pull, rule.timeout_s)
+            runner.step(pull, rule.timeout_s)
         else:
             runner.announce(f"git pull {rule.remote} {branch}", StepKind.PULL)
             self.log.line("Nothing to pull: not a branch.")
+        if (self.tree.root / ".gitmodules").exists():
+            if rule.submodules:
+                runner.step(plan_submodules(), rule.timeout_s)
+            else:
+                runner.warn("submodules stay as they are: deploy.submodules is false")
+        self.get_large_files()
+
+    def get_large_files(self) -> None:
+        """Where LFS' pointers stand for files, those. Raises UpdaterError where they can't come."""
+        runner, rule = self.runner, self.runner.rule
+        pointers = self.tree.find_pointers()
+        if not pointers:
+            return
+        what = f"{len(pointers)} files are only LFS pointers: {paths_text(pointers, 5)}"
+        if not rule.lfs:
+            runner.warn(f"{what}; deploy.lfs is false")
+            return
+        if not self.git("lfs", "version"):
+            runner.begin("git lfs pull", StepKind.LFS)
+            raise UpdaterError(
+                what, f"install git-lfs here, then: git -C {self.tree.root} lfs install"
+            )
+        if not self.git("config", "filter.lfs.clean"):
+            self.git("lfs", "install", "--local")
+        runner.step(plan_lfs(rule.remote), rule.timeout_s)
+        left = self.tree.find_pointers()
+        if left:
+            raise UpdaterError(f"still LFS pointers after git lfs pull: {paths_text(left)}")
+
+    def make_way(self) -> None:
+        """A local branch that holds nothing of its own makes way for one that can't exist beside
+        it. Raises UpdaterError where it does."""
+        branch, start = self.runner.job.branch, "refs/heads/"
+        if is_commit_id(branch):
+            return
+        words = self.git("for-each-ref", start).decode(errors="replace").split()
+        heads = [word.removeprefix(start) for word in words if word.startswith(start)]
+        if branch in heads:
+            return
+        for name in find_clashes(heads, branch):
+            own = self.git("rev-list", "--max-count=1", start + name, "--not", "--remotes", "--")
+            if own:
+                self.runner.begin(f"git checkout {branch}", StepKind.CHECKOUT)
+                what = f"the local branch {name} is in the way of {branch}"
+                hint = f"git -C {self.runner.repo} branch -m {name} kept-{name}"
+                raise UpdaterError(f"{what}, and no remote has its commits", hint)
+            if self.tree.branch() == name:
+                self.tree.ask("checkout", "--quiet", "--detach")
+            self.tree.ask("branch", "--quiet", "-D", name)
+            self.log.line(f"The local branch {name} makes way: a remote branch has its commits.")
+
+    def verify(self, asked: str, kept: Sequence[str]) -> None:
+        """That the tree is the commit that was asked for, but for what was another before. Raises
+        UpdaterError."""
+        tree, runner = self.tree, self.runner
+        branch = runner.job.branch
+        head, wanted = tree.commit_of("HEAD"), tree.commit_of(asked)
+        if head != wanted:
+            own = self.git("rev-list", "--count", "HEAD", "--not", wanted or "HEAD", "--").decode()
+            what = f"HEAD is {head[:12]}, and {branch} on the remote is {wanted[:12]}"
+            if own.strip() not in ("", "0"):
+                what = f"the local branch has {own.strip()} commits that the remote has not"
+            remote = runner.rule.remote
+            hint = f"git -C {runner.repo} reset --keep {remote}/{branch}, or push them"
+            raise UpdaterError(what, hint)
+        changes = tree.changes()
+        if changes.unmerged:
+            raise UpdaterError(
+                f"not merged: {paths_text(changes.unmerged)}", f"git -C {runner.repo} status"
+            )
+        more = [path for path in changes.paths if path not in set(kept)]
+        phantoms = tree.find_phantoms(more)
+        more = [path for path in more if path not in phantoms]
+        if more:
+            what = f"not what the commit says: {paths_text(more)}"
+            raise UpdaterError(
+                what, f"git -C {runner.repo} status; a hook or a filter changed them"
+            )
+        if runner.rule.submodules:
+            stale = tree.find_stale_submodules()
+            if stale:
+                raise UpdaterError(f"submodules are not what the commit says: {paths_text(stale)}")
+
+    def end_transit(self) -> None:
+        """What an earlier job left half written: whole again before anything else. Raises
+        UpdaterError."""
+        transit = read_json(self.runner.state.transit_file)
+        if transit is None or transit.get("repo") != str(self.tree.root):
+            return
+        self.log.line("An earlier job ended while git wrote the tree: restoring what git wrote.")
+        theirs = self.tree.restore(transit)
+        if theirs:
+            raise UpdaterError(self.half_written(theirs), self.way_out(theirs))
+        self.runner.state.transit_file.unlink()
+
+    def restore(self, transit: Mapping[str, Any]) -> None:
+        """After a step that failed within git's writing; where that can't be, the next job tries
+        again."""
+        try:
+            theirs = self.tree.restore(transit)
+        except (UpdaterError, OSError) as problem:
+            self.runner.warn(f"the tree is half written: {problem}")
+            return
+        if theirs:
+            self.runner.warn(self.half_written(theirs))
+            self.log.line(f"hint: {self.way_out(theirs)}")
+            return
+        self.tree.go_back(transit["branch"])
+        self.runner.state.transit_file.unlink(missing_ok=True)
+
+    def half_written(self, theirs: Sequence[str]) -> str:
+        """What stands in the way of restoring."""
+        return f"the tree is half written, and these are neither old nor new: {paths_text(theirs)}"
+
+    def way_out(self, theirs: Sequence[str]) -> str:
+        """The lines to type."""
+        first, *more = theirs
+        others = f"; so the {len(more)} others" if more else ""
+        restore = f"git -C {self.tree.root} checkout HEAD -- {first}"
+        return f"keep what you need, then: {restore}, or rm it{others}"
 
     def commit_to_come(self, branch: str, refs: Sequence[str]) -> str:
         """What a pull would bring this branch to, as it was just fetched: the remote's commit, or
@@ -8257,8 +8737,8 @@ class Deployment:
         runner.begin(TRAFFIC_STEP, StepKind.TRAFFIC)
         now = self.await_word(expected)
         if now != expected:
-            why = f"it was {expected} when this was asked for, now it is {now}"
-            raise GuardError("traffic moved", why)
+            hint = f"it was {expected} when this was asked for, now it is {now}"
+            raise GuardError("traffic moved", hint)
 
     def await_word(self, expected: str) -> Any:
         """What the master says about this host's traffic. Raises GuardError where it says
@@ -8314,21 +8794,15 @@ class Deployment:
                 lock.unlink()
                 self.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
 
-    def warn_of_changes(self) -> None:
-        """Local changes stay, but are listed: that the tree is not what the commit says should be
-        seen."""
-        changes: list[str] = []
-        with suppress(UpdaterError):  # a slow answer is no reason to fail
-            status = self.git("status", "--porcelain", "--untracked-files=no")
-            changes = status.decode(errors="replace").splitlines()
-        if changes:
-            listed = ", ".join(map(str.strip, changes[:10]))
-            more = f" and {len(changes) - 10} more" if len(changes) > 10 else ""
-            self.runner.warn(f"local changes stay: {listed}{more}")
-
 
 # below the folder that a clone and its other work trees have in common
-_GIT_LOCKS = ("*", "refs/**/*", "worktrees/**/*", "modules/**/*", "objects/info/**/*")
+_GIT_LOCKS = (
+    "*",
+    "refs/**/*",
+    "worktrees/**/*",
+    "modules/**/*",
+    "objects/info/**/*",
+)
 
 
 def deploy(runner: Runner) -> str | None:
@@ -17177,8 +17651,11 @@ class TextView(LineView):
         color = "32" if job.state is State.SUCCEEDED else "31"
         prefix = self.prefixes[job.host]
         self.print_line(prefix + self.output.paint(terminal_text(result_text(job)), color))
-        for note in result_notes(job):
-            self.print_line(prefix + self.output.paint(terminal_text(note), "33"))
+        for warning in job.warnings:
+            self.print_line(prefix + self.output.paint(f"⚠ {terminal_text(warning)}", "33"))
+        unchanged = unchanged_text(job)
+        if unchanged:
+            self.notice(unchanged)
         if job.error and job.state is not State.LOST:
             self.notice(f"{job.host}: {job.error}")
 

@@ -38,6 +38,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "restart": "services to restart after the command: `NAME.service`, `user:NAME.service` or `pm2:NAME`",
         "settle": "seconds for which each must then stay up, in one life",
         "timeout": "seconds for one step",
+        "submodules": "`git submodule update --init --recursive` after the pull, where the commit has any",
+        "lfs": "`git lfs pull` after the pull, where files are only pointers",
         "secrets": "names of more variables whose values no log may show; those that look secret are masked anyway",
         "version": "where the version stands; else the last `vMMDD_N` of the output, else `git describe`",
     },

@@ -24,7 +24,11 @@ quick = settings(deadline=None, max_examples=150, suppress_health_check=list(Hea
 
 
 def test_the_plan_of_a_branch() -> None:
-    pull = Step("git pull origin master", ("git", "pull", "--ff-only", "origin", "refs/heads/master"), StepKind.PULL)
+    pull = Step(
+        "git pull origin master",
+        ("git", "pull", "--ff-only", "--no-rebase", "origin", "refs/heads/master"),
+        StepKind.PULL,
+    )
     label, tracking = "git checkout master", "refs/remotes/origin/master"
     new = Step(label, ("git", "checkout", "-b", "master", "--track", tracking, "--"), StepKind.CHECKOUT)
     old = Step(label, ("git", "checkout", "master", "--"), StepKind.CHECKOUT)
@@ -39,7 +43,7 @@ def test_the_plan_of_a_branch() -> None:
             ("git", "checkout", "-b", "a/b", "--track", "refs/remotes/up/a/b", "--"),
             StepKind.CHECKOUT,
         ),
-        Step("git pull up a/b", ("git", "pull", "--ff-only", "up", "refs/heads/a/b"), StepKind.PULL),
+        Step("git pull up a/b", ("git", "pull", "--ff-only", "--no-rebase", "up", "refs/heads/a/b"), StepKind.PULL),
     )
 
 

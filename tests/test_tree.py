@@ -1,0 +1,246 @@
+"""What a ✓ says is what is in the tree: whatever git's settings are, however an earlier job ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fleet import MODULE, Result, wait_for
+
+HOST = "127.0.0.1"
+COMMAND = {"deploy": {"command": ["sh", "deploy.sh"], "timeout": 60}}
+SLOW = 'sh -c "while [ -e ../hold ]; do sleep 0.05; done; cat"'
+
+
+class Clone:
+    """An origin, whoever commits to it, and the host's clone, deployed by hand: no daemon is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.host, self.state = folder, folder / "host", folder / "state"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "ESTELLE_"))}
+        self.env = {**kept, "GIT_CONFIG_GLOBAL": str(folder / ".gitconfig"), "HOME": str(folder), "LC_ALL": "C"}
+        for key, value in (("user.name", "x"), ("user.email", "x@y"), ("protocol.file.allow", "always")):
+            self.git(folder, "config", "--global", key, value)
+        self.git(folder, "init", "-q", "--bare", "-b", "master", "origin")
+        self.git(folder, "clone", "-q", "origin", "seed")
+        config = {"masterUrl": "ws://127.0.0.1:9900", "whitelist": [HOST], **COMMAND}
+        self.commit({"config/updater.json": json.dumps(config), "deploy.sh": "echo deploying\n", "a": "one\n"})
+        self.git(folder, "clone", "-q", "origin", "host")
+
+    def git(self, where: Path, *args: str) -> str:
+        argv = ["git", *args]
+        done = subprocess.run(argv, cwd=where, env=self.env, check=True, stdout=-1, stderr=-3, timeout=60, text=True)
+        return done.stdout.strip()
+
+    def commit(self, files: dict[str, str], branch: str = "master") -> str:
+        """A commit on top of what the seed has, pushed as `branch`."""
+        seed = self.folder / "seed"
+        for name, text in files.items():
+            (seed / name).parent.mkdir(parents=True, exist_ok=True)
+            (seed / name).write_text(text)
+        self.git(seed, "add", "-A")
+        self.git(seed, "commit", "-qm", "x", "--allow-empty")
+        self.git(seed, "push", "-q", "origin", f"HEAD:refs/heads/{branch}")
+        return self.git(seed, "rev-parse", "HEAD")
+
+    def start(self, branch: str) -> subprocess.Popen[str]:
+        words = ["--state", str(self.state), "--bind", HOST, "deploy", branch]
+        argv = [sys.executable, str(MODULE), *words]
+        return subprocess.Popen(argv, cwd=self.host, env=self.env, stdout=-1, stderr=-1, text=True)
+
+    def deploy(self, branch: str = "master") -> Result:
+        with self.start(branch) as command:
+            out, err = command.communicate(timeout=90)
+        return Result(command.returncode, out, err)
+
+    def job(self) -> dict[str, object]:
+        """The newest job's record."""
+        files = sorted((self.state / "runs").glob(f"*/{HOST}.json"), key=lambda file: file.stat().st_mtime_ns)
+        found: dict[str, object] = json.loads(files[-1].read_text())
+        return found
+
+    def head(self) -> str:
+        return self.git(self.host, "rev-parse", "HEAD")
+
+    def dirty(self) -> str:
+        return self.git(self.host, "status", "--porcelain")
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+def test_personal_settings_decide_nothing_and_nothing_changes_on_a_failure(clone: Clone):
+    first = clone.head()
+    settings = ("merge.autoStash=true", "rebase.autoStash=true", "pull.rebase=true", "merge.verifySignatures=true")
+    for setting in (*settings, "branch.autoSetupRebase=always", "submodule.recurse=true", "color.ui=always"):
+        clone.git(clone.folder, "config", "--global", *setting.split("="))
+    (clone.host / "a").write_text("mine\n")
+    new = clone.commit({"a": "two\n", "결제/새.txt": "new\n"})
+    code, out, err = clone.deploy()
+    assert (code, clone.head(), (clone.host / "a").read_text()) == (1, first, "mine\n")
+    assert f"[{HOST}] ⚠ local changes stay: a\n" in out
+    assert f"nothing changed on {HOST}: it has {first[:7]} ({first[:7]})\n" in err
+    assert "local changes are in the way" in err
+    assert (clone.job()["changed"], clone.job()["began_command"]) == (False, False)
+    clone.git(clone.host, "checkout", "-q", "a")
+    assert clone.deploy().code == 0 and (clone.head(), clone.dirty()) == (new, "")
+    job = clone.job()
+    assert (job["before"], job["changed"], job["began_command"], job["warnings"]) == (first, True, True, [])
+    (clone.host / "결제/새.txt").write_text("mine\n")
+    code, out, _ = clone.deploy()
+    assert code == 0 and f"[{HOST}] ⚠ local changes stay: 결제/새.txt\n" in out
+
+
+def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
+    """The runner and its git are killed while a file of several is being written."""
+    for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.host, "config", f"filter.slow.{key}", value)
+    first = clone.head()
+    new = clone.commit({"a": "two\n", "b": "new\n", "c/d": "new\n", ".gitattributes": "z filter=slow\n", "z": "z\n"})
+    (clone.host / "own").write_text("mine\n")
+    hold = clone.folder / "hold"
+    hold.touch()
+    command = clone.start("master")
+    wait_for(lambda: (clone.host / "c/d").exists(), "git is in the middle")
+    wait_for(lambda: clone.job()["open_step"], "the step is recorded")
+    runner = next(
+        int(pid)
+        for pid in os.listdir("/proc")
+        if pid.isdigit() and pid != str(command.pid) and runs_job(int(pid), str(clone.state))
+    )
+    os.kill(runner, signal.SIGKILL)
+    out, _ = command.communicate(timeout=60)
+    hold.unlink()
+    assert command.returncode == 1 and "runner died" in out
+    assert (clone.head(), (clone.state / "transit.json").exists()) == (first, True)
+    assert clone.dirty() != "?? own"
+    (clone.host / "b").write_text("theirs\n")
+    code, out, err = clone.deploy()
+    assert code == 1 and "neither old nor new: b" in err and "checkout HEAD -- b, or rm it" in out
+    assert (clone.host / "b").read_text() == "theirs\n" and not (clone.host / "c").exists()
+    (clone.host / "b").write_text("ne")  # the beginning of what git was writing
+    assert clone.deploy().code == 0
+    assert (clone.head(), clone.dirty(), (clone.state / "transit.json").exists()) == (new, "?? own", False)
+
+
+def runs_job(pid: int, state: str) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"run-job" in words and os.fsencode(state) in words
+
+
+def test_a_step_that_fails_while_git_writes_leaves_no_mixed_tree(clone: Clone):
+    for key, value in (("smudge", "false"), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.host, "config", f"filter.slow.{key}", value)
+    first = clone.head()
+    clone.commit({"a": "two\n", "b": "new\n", ".gitattributes": "z filter=slow\n", "z": "z\n"})
+    code, _, err = clone.deploy()
+    assert code == 1 and f"nothing changed on {HOST}" in err
+    assert (clone.head(), clone.dirty(), (clone.state / "transit.json").exists()) == (first, "", False)
+
+
+def test_a_branch_is_found_wherever_it_is(clone: Clone):
+    """In a clone that was told to fetch another one only; beside a local branch whose name it extends."""
+    origin = clone.folder / "origin"
+    rel = clone.commit({"r": "1\n"}, "rel")
+    assert clone.deploy("rel").code == 0 and clone.head() == rel
+    clone.git(origin, "branch", "-D", "rel")
+    deeper = clone.commit({"r": "2\n"}, "rel/1")
+    code, out, _ = clone.deploy("rel/1")
+    assert code == 0 and "The local branch rel makes way" in out and clone.head() == deeper
+    # a branch with commits of its own stays, and the tree with it
+    clone.git(clone.host, "checkout", "-q", "-b", "own")
+    clone.git(clone.host, "commit", "-q", "--allow-empty", "-m", "mine")
+    clone.commit({"r": "3\n"}, "own/1")
+    code, out, _ = clone.deploy("own/1")
+    assert code == 1 and f"hint: git -C {clone.host} branch -m own kept-own" in out
+    assert clone.git(clone.host, "branch", "--show-current") == "own"
+    for words in (
+        ["rm", "-rf", "host"],
+        ["git", "clone", "-q", "--depth=1", "-b", "master", f"file://{origin}", "host"],
+    ):
+        subprocess.run(words, cwd=clone.folder, env=clone.env, check=True, timeout=60)
+    for _ in range(2):
+        assert clone.deploy("rel/1").code == 0 and clone.head() == deeper
+    assert clone.deploy("master").code == 0
+
+
+def test_a_local_branch_that_is_ahead_is_no_success(clone: Clone):
+    clone.git(clone.host, "commit", "-q", "--allow-empty", "-m", "mine")
+    code, _, err = clone.deploy()
+    assert code == 1 and "the local branch has 1 commits that the remote has not" in err
+    assert f"nothing changed on {HOST}" in err
+
+
+def test_submodules_are_what_the_commit_names(clone: Clone):
+    seed = clone.folder / "seed"
+    clone.git(clone.folder, "init", "-q", "-b", "master", "part")
+    part = clone.folder / "part"
+
+    def bump(text: str) -> None:
+        (part / "p").write_text(text)
+        clone.git(part, "add", "-A")
+        clone.git(part, "commit", "-qm", text)
+
+    bump("1")
+    clone.git(seed, "submodule", "add", "-q", str(part), "sub")
+    clone.commit({})
+    code, out, _ = clone.deploy()
+    assert code == 0 and f"[{HOST}] git submodule update --init --recursive...\n" in out
+    assert (clone.host / "sub/p").read_text() == "1"
+    bump("2")
+    clone.git(seed / "sub", "pull", "-q", "origin", "master")
+    clone.commit({})
+    clone.git(clone.folder, "config", "--global", "submodule.recurse", "true")
+    assert clone.deploy().code == 0
+    assert ((clone.host / "sub/p").read_text(), clone.dirty()) == ("2", "")
+    config = {
+        "masterUrl": "ws://127.0.0.1:9900",
+        "whitelist": [HOST],
+        "deploy": {**COMMAND["deploy"], "submodules": False},
+    }
+    clone.commit({"config/updater.json": json.dumps(config)})
+    assert clone.deploy().code == 0  # this one brings the setting
+    bump("3")
+    clone.git(seed / "sub", "pull", "-q", "origin", "master")
+    clone.commit({})
+    code, out, _ = clone.deploy()
+    assert code == 0 and "⚠ submodules stay as they are: deploy.submodules is false" in out
+
+
+def test_lfs_pointers_are_not_deployed(clone: Clone, tmp_path: Path):
+    first = clone.head()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+    new = clone.commit({".gitattributes": "*.bin filter=lfs\n", "x.bin": pointer, "doc": pointer})
+    code, out, err = clone.deploy()
+    assert code == 1 and "1 files are only LFS pointers: x.bin" in err and "hint: install git-lfs here" in out
+    assert clone.job()["began_command"] is False
+    # a stand-in, as no package holds git-lfs
+    (tmp_path / "bin").mkdir()
+    lfs = tmp_path / "bin/git-lfs"
+    lfs.write_text(
+        '#!/bin/sh\ncase $1 in pull) printf big >x.bin;; clean) printf "%s" "$POINTER";; esac\necho git-lfs\n'
+    )
+    lfs.chmod(0o755)
+    clone.env |= {"PATH": f"{tmp_path / 'bin'}:{clone.env['PATH']}"}
+    clone.git(
+        clone.host,
+        "config",
+        "filter.lfs.clean",
+        "printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:00\\nsize 3\\n'; cat >/dev/null",
+    )
+    clone.git(clone.host, "config", "filter.lfs.smudge", "cat")
+    code, out, err = clone.deploy()
+    assert code == 0, out + err
+    assert f"[{HOST}] git lfs pull...\n" in out
+    assert (clone.head(), (clone.host / "x.bin").read_text(), first != new) == (new, "big", True)
