@@ -17914,13 +17914,17 @@ class Screen:
         self.opens_at = float("inf")  # when the block may appear
         self.drawing = False
         self.stops = False  # Ctrl-Z came in the middle of a frame
+        self.stoppable = False  # Ctrl-Z is ours to handle
 
     def open(self, rows: Callable[[int, int, float], list[str]]) -> None:
         """From now on `rows(columns, lines, now)` stand below the lines."""
         self.rows = rows
         self.opens_at = time.monotonic() + BLOCK_AFTER_S
-        if hasattr(signal, "SIGTSTP") and threading.current_thread() is threading.main_thread():
+        if not hasattr(signal, "SIGTSTP") or threading.current_thread() != threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:  # else there is no shell to go to
             signal.signal(signal.SIGTSTP, lambda *_: self.suspend())
+            self.stoppable = True
 
     def print(self, text: str) -> None:
         self.pending.append(text)
@@ -17977,9 +17981,9 @@ class Screen:
 
     def close(self) -> None:
         """What is pending is written, and the block is gone."""
-        if self.rows and hasattr(signal, "SIGTSTP"):
-            with suppress(ValueError):  # not the main thread
-                signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        if self.stoppable:
+            self.stoppable = False
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         self.rows = None
         self.draw()
 
@@ -18005,8 +18009,10 @@ class LiveView(TextView):
         self.usually = usually
         self.block: Block | None = None
         # notices go through the frame where they stand on the same terminal
-        same = os.name == "nt" or os.path.sameopenfile(1, 2)
-        self.shares = sys.stderr.isatty() and same
+        same = os.name == "nt"
+        with suppress(OSError):  # whoever started us closed standard error
+            same = same or os.path.sameopenfile(1, 2)
+        self.shares = same and sys.stderr.isatty()
 
     def begin(self, run: RunRecord) -> None:
         super().begin(run)
