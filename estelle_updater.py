@@ -511,6 +511,8 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
+FREEZE_SOON_S = 3600.0  # a window that begins within the hour is worth a word
+FREEZE_MOST_S = 90 * 86400.0
 ID_SLACK_S = (
     60.0  # an id that a commander proposed longer ago is by another clock than the master's
 )
@@ -1523,6 +1525,51 @@ class KeepRule:
     megabytes: Count = 2000
 
 
+DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+HELD_KINDS = ("deploy", "switch", "release", "rollback", "upgrade")
+
+
+def parse_days(text: str) -> tuple[int, ...]:
+    """Days of the week, 0 for Monday, of `mon-fri`, `sat` or `mon,wed-fri`. Raises UsageError."""
+    found: list[int] = []
+    for part in text.casefold().split(","):
+        first, _, last = part.strip().partition("-")
+        if first not in DAYS or (last or first) not in DAYS:
+            raise UsageError(f"{text!r} is no days of the week", "for example mon-fri, or sat,sun")
+        begin, end = DAYS.index(first), DAYS.index(last or first)
+        count = (end - begin) % 7 + 1  # fri-mon goes over Sunday
+        found += [(begin + number) % 7 for number in range(count)]
+    return tuple(sorted(set(found)))
+
+
+def parse_clock(text: str) -> float:
+    """A time of the day, `09:00` to `24:00`, in seconds since midnight. Raises UsageError."""
+    match = re.fullmatch(r"(\d\d):(\d\d)", text)
+    minutes = int(match[1]) * 60 + int(match[2]) if match and int(match[2]) < 60 else 9999
+    if minutes > 24 * 60:
+        raise UsageError(f"{text!r} is no time of the day", "for example 09:00")
+    return minutes * 60.0
+
+
+_zone = _matches(
+    "time zone's name such as Asia/Seoul", r"[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*"
+)
+
+
+@record(frozen=True, kw_only=True)
+class FreezeRule:
+    """One [[freeze]] window, in which nobody deploys; one that ends before it begins goes on into
+    the next day."""
+
+    name: Word
+    days: Annotated[tuple[int, ...], _by(parse_days)] = tuple(range(7))
+    from_s: Annotated[float, _by(parse_clock)] = 0.0
+    to_s: Annotated[float, _by(parse_clock)] = 86400.0
+    zone: Annotated[str, _zone] = "UTC"
+    kinds: Annotated[tuple[str, ...], _list_of(_one_of(*HELD_KINDS), '["deploy"]')] = HELD_KINDS
+    hosts: Annotated[tuple[str, ...], _list_of(_host, '["yq-blue"]')] = ()
+
+
 @record(frozen=True, kw_only=True)
 class UpdaterRule:
     """[updater]: the program file that `upgrade` may install."""
@@ -1631,6 +1678,7 @@ class Config:
     tls: Annotated[TlsRule, _table(TlsRule, _check_tls)] = TlsRule()
     keep: Annotated[KeepRule, _table(KeepRule)] = KeepRule()
     updater: Annotated[UpdaterRule, _table(UpdaterRule)] = UpdaterRule()
+    freeze: Annotated[tuple[FreezeRule, ...], _list_of(_table(FreezeRule), "[[freeze]]")] = ()
     notify: Annotated[
         tuple[NotifyRule, ...], _list_of(_table(NotifyRule, _check_notify), "[[notify]]")
     ] = ()
@@ -12696,12 +12744,151 @@ class Ledger:
         self.runs.pop(run.record.run, None)
 
 
+class Freeze(NamedTuple):
+    """A window in which orders are held, as it holds now or begins soon."""
+
+    name: str
+    begins: float  # seconds since 1970
+    ends: float
+    kinds: tuple[str, ...]
+    hosts: tuple[str, ...]  # as they are written; empty: all
+    note: str = ""  # who froze by hand, or what is wrong with the window
+
+    def text(self, now: float) -> str:
+        begins, ends = (time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at)) for at in self[1:3])
+        when = f"until {ends}" if self.begins <= now else f"from {begins} to {ends}"
+        return f"frozen by {self.name} {when}" + (f" ({self.note})" if self.note else "")
+
+
+def find_zone(name: str) -> Any:
+    """A time zone. Raises LookupError where this machine knows none of that name."""
+    import datetime
+
+    if name.upper() in ("UTC", "ETC/UTC"):
+        return datetime.UTC
+    import zoneinfo
+
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as problem:
+        raise LookupError(name) from problem
+
+
+def freeze_span(rule: FreezeRule, now: float) -> tuple[float, float] | None:
+    """The window that holds at `now` or is the next to begin, in seconds since 1970. The days and
+    the clock are the zone's, whatever its clocks do that night. Raises LookupError."""
+    import datetime
+
+    zone = find_zone(rule.zone)
+    today = datetime.datetime.fromtimestamp(now, zone).date()
+    for ahead in range(-1, 9):  # a window of yesterday may go on over midnight
+        day = today + datetime.timedelta(days=ahead)
+        if day.weekday() not in rule.days:
+            continue
+        over = 1 if rule.to_s <= rule.from_s else 0
+        at = []
+        for days, clock_s in ((0, rule.from_s), (over, rule.to_s)):
+            days += int(clock_s // DAY_S)  # 24:00 is the next day's midnight
+            clock = datetime.time(int(clock_s % DAY_S // 3600), int(clock_s % 3600 // 60))
+            moment = datetime.datetime.combine(day + datetime.timedelta(days=days), clock, zone)
+            at.append(moment.timestamp())
+        if now < at[1]:
+            return at[0], at[1]
+    return None
+
+
+class Freezes:
+    """When nobody deploys: the windows of the configuration, and those that somebody set by hand,
+    which outlive a restart."""
+
+    def __init__(self, state: StateFolder, config: ConfigFile) -> None:
+        self.store, self.config = state.store, config
+        self.file = state.root / "freezes.json"
+        reading, data = self.store.read(self.file)
+        if reading not in (Reading.VALUE, Reading.MISSING):
+            log.error("%s is %s: what was frozen by hand is not any more", self.file, reading)
+        self.by_hand: dict[str, dict[str, Any]] = data
+
+    def freeze(self, name: str, seconds: float, by: str) -> Freeze:
+        """Hold every order from now on, for so long."""
+        now = time.time()
+        self.by_hand[name] = {"begins": now, "ends": now + seconds, "by": by}
+        self.save()
+        log.warning("%s freezes the fleet: %s, for %.0f s", by, name, seconds)
+        return next(found for found in self.near(now) if found.name == name)
+
+    def thaw(self, name: str, by: str) -> list[str]:
+        """End what was frozen by hand: all of it, or one of a name. Raises TargetError."""
+        names = [known for known in self.by_hand if name in ("", known)]
+        if not names:
+            hint = "a [[freeze]] window of the configuration is passed by --force"
+            raise TargetError(f"nothing is frozen by hand{' as ' + name if name else ''}", hint)
+        for known in names:
+            del self.by_hand[known]
+        self.save()
+        log.warning("%s thaws %s", by, ", ".join(names))
+        return names
+
+    def save(self) -> None:
+        self.store.put(self.file, json.dumps(self.by_hand, indent=1).encode())
+
+    def near(self, now: float) -> list[Freeze]:
+        """What holds at `now`, or begins within the hour."""
+        found = []
+        for name, held in self.by_hand.items():
+            note = f"by {held['by']}"
+            found.append(Freeze(name, held["begins"], held["ends"], HELD_KINDS, (), note))
+        for rule in self.config.config.freeze:
+            try:
+                span = freeze_span(rule, now)
+            except LookupError:  # better nobody deploys than somebody while the market is open
+                note = f"this machine knows no time zone {rule.zone}: install tzdata"
+                found.append(Freeze(rule.name, now, now + 60, rule.kinds, rule.hosts, note))
+            else:
+                if span:
+                    found.append(Freeze(rule.name, *span, rule.kinds, rule.hosts))
+        return [one for one in found if one.begins - FREEZE_SOON_S <= now < one.ends]
+
+    def holding(
+        self, kind: Kind, options: Mapping[str, Any], hosts: Iterable[HostRef]
+    ) -> list[Freeze]:
+        """What holds an order of this kind back, on any of the hosts."""
+        now = time.time()
+        words = {str(kind)}
+        if options.get("alone"):  # it begins a release, which would not get to its end
+            words |= {"release", "switch"}
+        names = set[str]()
+        for host in hosts:
+            names |= {host.label, host.address, host_key(host.name)}
+        held = []
+        for one in self.near(now):
+            concerned = not one.hosts or not names.isdisjoint(map(host_key, one.hosts))
+            if one.begins <= now and concerned and not words.isdisjoint(one.kinds):
+                held.append(one)
+        return held
+
+    def check(
+        self, kind: Kind, options: Mapping[str, Any], hosts: Sequence[HostRef], by: str
+    ) -> dict[str, Any]:
+        """Raises GuardError where an order is held back and not forced; what it goes past, for the
+        record."""
+        held = self.holding(kind, options, hosts)
+        texts = [one.text(time.time()) for one in held]
+        if held and not options.get("force"):
+            what = f"{held[0].name} holds every {kind} back: {texts[0]}"
+            raise GuardError(what, "wait for its end; --force does it all the same, on record")
+        if held:
+            log.warning("%s forces a %s: %s", by, kind, "; ".join(texts))
+        return {"past_freeze": texts} if held else {}
+
+
 class Queue:
     """What each host does next: a job waits until its host is free and online, and its batch is
     due."""
 
-    def __init__(self, ledger: Ledger, registry: Registry) -> None:
+    def __init__(self, ledger: Ledger, registry: Registry, freezes: Freezes) -> None:
         self.ledger, self.registry, self.agents = ledger, registry, registry.agents
+        self.freezes = freezes
         self.state, self.runs = ledger.state, ledger.runs
         self.busy: dict[str, float] = {}  # machine -> when to ask again
         self.began = time.monotonic()
@@ -12738,6 +12925,11 @@ class Queue:
         hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
         if message.options.get("alone"):  # a release begins with nothing under way on either colour
             self.require_free([host for host in self.registry.hosts(everyone=True) if host.color])
+        concerned = hosts
+        if message.kind is Kind.SWITCH:  # the workers, whatever host has the HAProxy
+            everyone = self.registry.hosts(everyone=True)
+            concerned = hosts + [host for host in everyone if host.color]
+        past = self.freezes.check(message.kind, message.options, concerned, by)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
@@ -12758,7 +12950,7 @@ class Queue:
             offline,
             max(0, message.batch),
             max(0.0, message.wait_s),
-            options=message.options | expected_roles(message.target, hosts, active),
+            options={**message.options, **expected_roles(message.target, hosts, active), **past},
             commits=message.commits,
             **self.ledger.take_place(),
         )
@@ -12830,7 +13022,7 @@ class Queue:
         self.scheduled = False
         now, runs = time.monotonic(), []
         for run in self.runs.values():
-            if run.active and run.promised:
+            if run.active and run.promised and not self.is_held(run):
                 runs.append((run.record, run.jobs))
         runs.sort(key=run_age)
         busy = {machine for machine, until in self.busy.items() if until > now}
@@ -12843,6 +13035,16 @@ class Queue:
             job = replace(job, ordered=True, behind=None)
             self.ledger.record(self.runs[job.run], job, durable=True)
             self.registry.tasks.spawn(self.order_once_recorded(job))
+
+    def is_held(self, run: Run) -> bool:
+        """A run that waited into a freeze window begins after it; one that has begun goes on, as
+        half of a deployment is worse."""
+        record = run.record
+        untouched = all(job.state is State.QUEUED and not job.ordered for job in run.jobs.values())
+        if not untouched or record.cancelled or record.options.get("force"):
+            return False
+        chosen = [host for host in self.registry.hosts() if host.label in record.hosts]
+        return bool(self.freezes.holding(record.kind, record.options, chosen))
 
     async def order_once_recorded(self, job: JobRecord) -> None:
         """An order that a restarted master does not know of could run twice."""
@@ -12916,8 +13118,7 @@ class Queue:
             if job.state in FINAL:
                 continue
             if job.state is State.QUEUED and not (job.ordered and agent):
-                why = f"cancelled by {by}"
-                self.ledger.end(run, job, State.CANCELLED, why, guess=job.ordered)
+                self.ledger.end(run, job, State.CANCELLED, f"cancelled by {by}", guess=job.ordered)
             elif agent:
                 agent.link.post(Order(vars(job)))  # a host that knows nothing of it says so
                 agent.link.post(Cancel(name, run.record.cancelled_by))
@@ -12945,7 +13146,8 @@ class Master:
         self.agents = self.registry.agents
         self.ledger = Ledger(state, self.registry, tell)
         self.runs = self.ledger.runs
-        self.queue = Queue(self.ledger, self.registry)
+        self.freezes = Freezes(state, config)
+        self.queue = Queue(self.ledger, self.registry, self.freezes)
         self.plans: dict[str, Plan] = {}
         self.began = time.monotonic()
 
@@ -13544,6 +13746,31 @@ class Desk:
             return {"run": None}
         return {"run": found.record.run, "asked": found.record.options.get("asked")}
 
+    async def freeze(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Hold every order for a while, by hand."""
+        name, seconds, by = args.get("name"), args.get("seconds"), str(args.get("by") or "")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,40}", name):
+            raise UsageError("a freeze needs a name of letters, digits, . _ and -")
+        if not _fits("float", seconds) or not 0 < float(str(seconds)) <= FREEZE_MOST_S:
+            raise UsageError("a freeze lasts for more than nothing and at most 90 days")
+        held = self.master.freezes.freeze(name, float(str(seconds)), by[:100])
+        await self.keep(self.master.freezes.file)
+        return {"name": name, "ends": held.ends, "text": held.text(time.time())}
+
+    async def thaw(self, args: dict[str, Any]) -> dict[str, Any]:
+        """End what was frozen by hand."""
+        name, by = str(args.get("name") or ""), str(args.get("by") or "")
+        thawed = self.master.freezes.thaw(name, by[:100])
+        await self.keep(self.master.freezes.file)
+        self.master.queue.schedule()
+        return {"thawed": thawed}
+
+    async def keep(self, path: Path) -> None:
+        """Wait until what was put is on disk. Raises OSError."""
+        refused = await self.state.store.kept(path)
+        if refused:
+            raise refused
+
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"forgotten": self.registry.forget(str(args.get("target")))}
 
@@ -13584,9 +13811,14 @@ class Desk:
             self.status_row(host, found, traffic)
             for host, found in zip(hosts, answers, strict=True)
         ]
+        now, freezes = time.time(), []
+        for one in self.master.freezes.near(now):
+            facts = {"name": one.name, "begins": one.begins, "ends": one.ends}
+            freezes.append({**facts, "text": one.text(now)})
         warnings = [*traffic["warnings"], *self.registry.warnings()]
+        warnings += [one["text"] for one in freezes]
         by_file = traffic.get("by_file") or {}  # where HAProxy can't be asked
-        facts = {"hosts": rows, "warnings": warnings, "by_file": by_file}
+        facts = {"hosts": rows, "warnings": warnings, "by_file": by_file, "freezes": freezes}
         return {"master": self.about_us(), **facts}
 
     def about_us(self) -> dict[str, Any]:
@@ -13696,6 +13928,7 @@ class Planner:
         """Every host's outlook, and the id under which the master remembers it. Raises
         UpdaterError."""
         rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
+        self.look_at_freezes(rows)
         now_and_then = ("machine", "current", "target", "traffic")
         truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
         for row in rows:
@@ -13709,6 +13942,21 @@ class Planner:
             "ok": not any(row["refused"] for row in rows),
             "hosts": rows,
         }
+
+    def look_at_freezes(self, rows: list[dict[str, Any]]) -> None:
+        """What holds the order back now is a refusal, what begins within the hour a warning."""
+        kinds = {"switch": Kind.SWITCH, "rollback": Kind.ROLLBACK}
+        kind = kinds.get(self.action, Kind.DEPLOY)
+        freezes, now = self.master.freezes, time.time()
+        hosts = {host.label: host for host in self.master.registry.hosts(everyone=True)}
+        soon = [one.text(now) for one in freezes.near(now) if one.begins > now]
+        for row in rows:
+            concerned = [hosts[row["host"]]] if row["host"] in hosts else []
+            held = freezes.holding(kind, {}, concerned)
+            if held:
+                row["refused"] = row["refused"] + [one.text(now) for one in held]
+                row.setdefault("exit", GuardError.exit_code)
+            row["warnings"] = [*row.get("warnings", ()), *soon]
 
     async def look_at_traffic(self) -> list[dict[str, Any]]:
         """The colours as they stand, and what a switch would be refused for."""
@@ -13880,6 +14128,7 @@ async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
+    "freeze": Desk.freeze, "thaw": Desk.thaw,
     "health": Desk.health, "traffic": Desk.traffic, "compare": compare_release,
     "log": Desk.log, "find": Desk.find, "watch": Desk.watch,
 }  # fmt: skip
@@ -13941,7 +14190,7 @@ async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
     master.queue.require_free(
         select_targets(order.target, master.registry.hosts(everyone=True), active)
     )
-    return replace(order, options=master.door.handout.offer(master.config))
+    return replace(order, options={**order.options, **master.door.handout.offer(master.config)})
 
 
 async def gate_deploy(desk: Desk, order: Submit) -> Submit:
@@ -18227,11 +18476,13 @@ def cmd_trigger(args: Args) -> int:
         missing = "BRANCH is" if args.target else "TARGET and BRANCH are"
         raise UsageError(f"{missing} missing", "for example: trigger all master")
     require_branch(args.branch, "nothing was sent")
-    options = {} if args.plan is None else {"plan": args.plan}
+    options: dict[str, Any] = {} if args.plan is None else {"plan": args.plan}
     if args.only is not None:
         with suppress(ConfigError):  # then the hosts' own configuration says whether it is there
             select_services(load_config(args.config_path()).deploy.restart, args.only)
         options["only"] = args.only
+    if args.force:
+        options["force"] = True
     order = new_order(
         Kind.DEPLOY,
         args.target,
@@ -18495,6 +18746,8 @@ def cmd_rollback(args: Args) -> int:
     asked = {"action": "rollback", "target": args.target, "to": args.to}
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     order = plan_rollback(plan)
+    if args.force:
+        order = replace(order, options={**order.options, "force": True})
     if not args.json:
         rows = "\n".join(plan_text(row) for row in plan["hosts"])
         print(terminal_text(rows), file=sys.stderr)
@@ -18542,7 +18795,9 @@ def cmd_switch(args: Args) -> int:
 
 
 def cmd_upgrade(args: Args) -> int:
-    return run_order(args, new_order(Kind.UPGRADE, args.target, Kind.UPGRADE))[0]
+    options = {"force": True} if args.force else {}
+    order = new_order(Kind.UPGRADE, args.target, Kind.UPGRADE, options=options)
+    return run_order(args, order)[0]
 
 
 def ask_health(args: Args, target: str) -> dict[str, Any]:
@@ -18799,6 +19054,19 @@ def short_result(host: Mapping[str, Any]) -> str:
     if host["state"] == State.SUCCEEDED:
         return f"✓ {host['version'] or ''}".rstrip()
     return outcome_text(host) if host["state"] in FINAL else f"… {host['state']}"
+
+
+def cmd_freeze(args: Args) -> int:
+    asked = {"name": args.name, "seconds": args.duration, "by": user_name()}
+    result = ask_master(args, "freeze", asked)
+    show(args, result, result["text"])
+    return 0
+
+
+def cmd_thaw(args: Args) -> int:
+    result = ask_master(args, "thaw", {"name": args.name, "by": user_name()})
+    show(args, result, "thawed: " + ", ".join(result["thawed"]))
+    return 0
 
 
 def cmd_forget(args: Args) -> int:
@@ -19894,6 +20162,15 @@ def cmd_demo(args: Args) -> int:
         return 130
 
 
+def parse_duration(text: str) -> float:
+    """`90s`, `30m`, `2h` or `1d` as seconds, for argparse."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_S}[match[2]] if match else 0
+    if not 0 < seconds <= FREEZE_MOST_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 30m, 2h or 1d")
+    return seconds
+
+
 def parse_seconds(text: str) -> float:
     """A number of seconds on the command line. Raises UsageError."""
     with suppress(ValueError):
@@ -20056,6 +20333,7 @@ RUN = Option(
     type=parse_run,
     help="its id, the beginning of it, or last (the default)",
 )
+FORCE = Option("--force", action="store_true", help="in spite of a freeze; it is recorded")
 COMMANDS = (
     Command(
         "serve",
@@ -20094,6 +20372,7 @@ COMMANDS = (
             "--plan", metavar="ID", help="only what this plan said, and only while that is true"
         ),
         Option("--only", metavar="NAME", help="of `deploy.restart`, restart this service alone"),
+        FORCE,
         Option(
             "--batch",
             type=parse_count,
@@ -20123,6 +20402,7 @@ COMMANDS = (
         ),
         YES,
         PLAIN,
+        FORCE,
     ),
     Command(
         "mcp",
@@ -20213,6 +20493,7 @@ COMMANDS = (
         cmd_upgrade,
         TARGET_OR_ALL,
         PLAIN,
+        FORCE,
     ),
     Command(
         "release",
@@ -20233,6 +20514,26 @@ COMMANDS = (
             help="how long it may take to become healthy (default: 60)",
         ),
         PLAIN,
+    ),
+    Command(
+        "freeze",
+        "hold every order for a while, as a [[freeze]] window does",
+        cmd_freeze,
+        Option("name", metavar="NAME", nargs="?", default="by-hand", help="default: by-hand"),
+        Option(
+            "--for",
+            dest="duration",
+            type=parse_duration,
+            required=True,
+            metavar="TIME",
+            help="how long: 90s, 30m, 2h or 1d",
+        ),
+    ),
+    Command(
+        "thaw",
+        "end what was frozen by hand",
+        cmd_thaw,
+        Option("name", metavar="NAME", nargs="?", default="", help="default: all of it"),
     ),
     Command(
         "forget",

@@ -94,6 +94,15 @@ MEANINGS: dict[str, dict[str, str]] = {
         "days": "for how many days",
         "megabytes": "and how much of the disk, the oldest going first",
     },
+    "[[freeze]]": {
+        "name": "what the window is called",
+        "days": "on which days it begins: `mon-fri`, `sat,sun`; default: all",
+        "from": "when it begins: `09:00`; default: midnight",
+        "to": "when it ends; before `from`: on the next day; default: midnight",
+        "zone": "whose clock: an IANA name such as `Asia/Seoul`",
+        "kinds": "what it holds back",
+        "hosts": "on which hosts, by name or address; default: all",
+    },
     "updater": {"sha256": "the `.pyz` that `upgrade` may install"},
     "[[notify]]": {
         "url": "where to post; only where the URL is no secret",
@@ -108,7 +117,7 @@ MEANINGS: dict[str, dict[str, str]] = {
 TABLES: Mapping[str, Any] = {
     "": est.Config, "deploy": est.DeployRule, 'hosts."KEY"': est.HostRule, "haproxy": est.HaproxyRule,
     "[[health]]": est.HealthRule, "tls": est.TlsRule, "keep": est.KeepRule, "updater": est.UpdaterRule,
-    "[[notify]]": est.NotifyRule,
+    "[[notify]]": est.NotifyRule, "[[freeze]]": est.FreezeRule,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from estelle_updater import (
     Config,
     ConfigError,
     DeployRule,
+    FreezeRule,
     HaproxyRule,
     HealthRule,
     HostRule,
@@ -105,6 +106,13 @@ megabytes = 2000
 [updater]
 sha256 = "..."                                # the .pyz that `upgrade` may install: what runs still comes from git
 
+[[freeze]]                                    # nobody deploys meanwhile (exit 5); --force is recorded
+name = "market"
+days = "mon-fri"
+from = "09:00"
+to = "15:30"
+zone = "Asia/Seoul"
+
 [[notify]]
 urlFile = "/etc/estelle-updater.slack"        # or urlEnv; `url` only where it holds no secret
 format = "slack"                              # slack discord telegram (with chat = "…") ntfy json
@@ -189,6 +197,7 @@ def test_the_whole_example():
             ca="config/fleet-ca.pem",
         ),
         updater=UpdaterRule(sha256="..."),
+        freeze=(FreezeRule(name="market", days=(0, 1, 2, 3, 4), from_s=32400.0, to_s=55800.0, zone="Asia/Seoul"),),
         notify=(NotifyRule(url_file="/etc/estelle-updater.slack", format="slack", on=("failed", "lost", "switched")),),
     )
 
