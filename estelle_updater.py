@@ -511,6 +511,7 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
+FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
 FREEZE_SOON_S = 3600.0  # a window that begins within the hour is worth a word
 FREEZE_MOST_S = 90 * 86400.0
 ID_SLACK_S = (
@@ -1153,8 +1154,13 @@ CHECK_KINDS = (
     "command",
 )
 NOTIFY_EVENTS = (
-    *sorted(FINAL), "switched", "failover", "agent-offline", "certificate", "impostor",
-)  # fmt: skip
+    *sorted(FINAL),
+    "switched",
+    "failover",
+    "agent-offline",
+    "certificate",
+    "impostor",
+)
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that "
     "file in tokenFile",
@@ -7532,9 +7538,13 @@ def try_command(
 
 
 def ask_git(
-    repo: Path, env: Mapping[str, str], *args: str, timeout_s: float = QUESTION_S, mark: str = "",
+    repo: Path,
+    env: Mapping[str, str],
+    *args: str,
+    timeout_s: float = QUESTION_S,
+    mark: str = "",
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[int, bytes, bytes]:  # fmt: skip
+) -> tuple[int, bytes, bytes]:
     """A question to git: its exit code, output and errors. Raises UpdaterError where there is
     nobody to ask.
 
@@ -11183,10 +11193,11 @@ class OwnJobs:
         while True:
             try:
                 gone = await asyncio.to_thread(
-                    self.state.history.prune, self.config.config.keep,
+                    self.state.history.prune,
+                    self.config.config.keep,
                     lambda: {run for run, _ in list(self.jobs)}.union(needed()),
                     self.state.lived.now(),
-                )  # fmt: skip
+                )
                 self.state.lived.save()
                 if gone:
                     log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
@@ -12755,9 +12766,18 @@ class Freeze(NamedTuple):
     note: str = ""  # who froze by hand, or what is wrong with the window
 
     def text(self, now: float) -> str:
-        begins, ends = (time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at)) for at in self[1:3])
-        when = f"until {ends}" if self.begins <= now else f"from {begins} to {ends}"
-        return f"frozen by {self.name} {when}" + (f" ({self.note})" if self.note else "")
+        text = f"frozen by {self.name} "
+        if self.begins > now:
+            text += f"from {utc(self.begins)} "
+        text += f"until {utc(self.ends)}"
+        if self.note:
+            text += f" ({self.note})"
+        return text
+
+
+def utc(at: float) -> str:
+    """A moment for people."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
 
 
 def find_zone(name: str) -> Any:
@@ -12785,15 +12805,14 @@ def freeze_span(rule: FreezeRule, now: float) -> tuple[float, float] | None:
         day = today + datetime.timedelta(days=ahead)
         if day.weekday() not in rule.days:
             continue
-        over = 1 if rule.to_s <= rule.from_s else 0
-        at = []
-        for days, clock_s in ((0, rule.from_s), (over, rule.to_s)):
-            days += int(clock_s // DAY_S)  # 24:00 is the next day's midnight
-            clock = datetime.time(int(clock_s % DAY_S // 3600), int(clock_s % 3600 // 60))
-            moment = datetime.datetime.combine(day + datetime.timedelta(days=days), clock, zone)
-            at.append(moment.timestamp())
-        if now < at[1]:
-            return at[0], at[1]
+        midnight = datetime.datetime.combine(day, datetime.time(), zone)
+        to_s = rule.to_s
+        if to_s <= rule.from_s:
+            to_s += DAY_S
+        begins = midnight + datetime.timedelta(seconds=rule.from_s)  # by the zone's clock
+        ends = midnight + datetime.timedelta(seconds=to_s)
+        if now < ends.timestamp():
+            return begins.timestamp(), ends.timestamp()
     return None
 
 
@@ -12822,7 +12841,7 @@ class Freezes:
         names = [known for known in self.by_hand if name in ("", known)]
         if not names:
             hint = "a [[freeze]] window of the configuration is passed by --force"
-            raise TargetError(f"nothing is frozen by hand{' as ' + name if name else ''}", hint)
+            raise TargetError("nothing of that name is frozen by hand", hint)
         for known in names:
             del self.by_hand[known]
         self.save()
@@ -13813,8 +13832,7 @@ class Desk:
         ]
         now, freezes = time.time(), []
         for one in self.master.freezes.near(now):
-            facts = {"name": one.name, "begins": one.begins, "ends": one.ends}
-            freezes.append({**facts, "text": one.text(now)})
+            freezes.append({**one._asdict(), "text": one.text(now)})
         warnings = [*traffic["warnings"], *self.registry.warnings()]
         warnings += [one["text"] for one in freezes]
         by_file = traffic.get("by_file") or {}  # where HAProxy can't be asked
@@ -13945,8 +13963,9 @@ class Planner:
 
     def look_at_freezes(self, rows: list[dict[str, Any]]) -> None:
         """What holds the order back now is a refusal, what begins within the hour a warning."""
-        kinds = {"switch": Kind.SWITCH, "rollback": Kind.ROLLBACK}
-        kind = kinds.get(self.action, Kind.DEPLOY)
+        kind = Kind.DEPLOY
+        if self.action in ("switch", "rollback"):
+            kind = Kind(self.action)
         freezes, now = self.master.freezes, time.time()
         hosts = {host.label: host for host in self.master.registry.hosts(everyone=True)}
         soon = [one.text(now) for one in freezes.near(now) if one.begins > now]
@@ -14127,11 +14146,19 @@ async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 
 
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "status": Desk.status, "history": Desk.history, "forget": Desk.forget, "plan": answer_plan,
-    "freeze": Desk.freeze, "thaw": Desk.thaw,
-    "health": Desk.health, "traffic": Desk.traffic, "compare": compare_release,
-    "log": Desk.log, "find": Desk.find, "watch": Desk.watch,
-}  # fmt: skip
+    "status": Desk.status,
+    "history": Desk.history,
+    "forget": Desk.forget,
+    "plan": answer_plan,
+    "freeze": Desk.freeze,
+    "thaw": Desk.thaw,
+    "health": Desk.health,
+    "traffic": Desk.traffic,
+    "compare": compare_release,
+    "log": Desk.log,
+    "find": Desk.find,
+    "watch": Desk.watch,
+}
 
 
 async def gate_switch(desk: Desk, order: Submit) -> Submit:
@@ -14209,8 +14236,10 @@ async def gate_deploy(desk: Desk, order: Submit) -> Submit:
 
 # What has to be asked before an order is accepted.
 GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
-    Kind.SWITCH: gate_switch, Kind.UPGRADE: gate_upgrade, Kind.DEPLOY: gate_deploy,
-}  # fmt: skip
+    Kind.SWITCH: gate_switch,
+    Kind.UPGRADE: gate_upgrade,
+    Kind.DEPLOY: gate_deploy,
+}
 
 
 # ==============================================================================
@@ -14822,9 +14851,15 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
     branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
     return Submit(
-        make_run_id(), os.urandom(16).hex(), Kind.ROLLBACK, ",".join(commits), branch, user_name(),
-        options={"expects": plan["expects"]} if plan.get("expects") else {}, commits=commits,
-    )  # fmt: skip
+        make_run_id(),
+        os.urandom(16).hex(),
+        Kind.ROLLBACK,
+        ",".join(commits),
+        branch,
+        user_name(),
+        options={"expects": plan["expects"]} if plan.get("expects") else {},
+        commits=commits,
+    )
 
 
 class Piece(NamedTuple):
@@ -15482,6 +15517,7 @@ class Service:
     def shutdown(self, lock: FileLock) -> None:
         """Nobody is to look for this daemon any more, and the next one may begin."""
         self.nursery.close()
+        self.state.store.flush(FLUSH_S)
         with suppress(OSError):
             self.state.daemon_file.unlink(missing_ok=True)
         lock.release()
@@ -19038,15 +19074,21 @@ def order_text(run: Mapping[str, Any]) -> str:
 
 def stats_table(stats: Iterable[Mapping[str, Any]]) -> str:
     """What all runs together say."""
-    return render_table(("host", "what", "runs", "ok", "not ok", "median", "failed at"), [
-        (
-            one["host"], one["kind"], str(one["runs"]), str(one["ok"]),
-            ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
-            seconds_text(one["median_s"]),
-            ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
-        )
-        for one in stats
-    ])  # fmt: skip
+    return render_table(
+        ("host", "what", "runs", "ok", "not ok", "median", "failed at"),
+        [
+            (
+                one["host"],
+                one["kind"],
+                str(one["runs"]),
+                str(one["ok"]),
+                ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
+                seconds_text(one["median_s"]),
+                ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
+            )
+            for one in stats
+        ],
+    )
 
 
 def short_result(host: Mapping[str, Any]) -> str:
@@ -20293,16 +20335,18 @@ def render_completion(shell: str) -> str:
         offer = "compadd -- ${=offer}"
     cases = [case.replace("words=", "offer=") for case in cases]
     head = "complete -o default -F _estelle_updater" if bash else "compdef _estelle_updater"
-    return "\n".join([
-        "_estelle_updater() {",
-        f"  local word offer='{' '.join(words[''])}'",
-        f'  for word in "{typed}"; do case $word in',
-        *cases,
-        "  esac; done",
-        f"  {offer}",
-        "}",
-        f"{head} {' '.join(COMPLETED)}",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "_estelle_updater() {",
+            f"  local word offer='{' '.join(words[''])}'",
+            f'  for word in "{typed}"; do case $word in',
+            *cases,
+            "  esac; done",
+            f"  {offer}",
+            "}",
+            f"{head} {' '.join(COMPLETED)}",
+        ]
+    )
 
 
 def cmd_completion(args: Args) -> int:
