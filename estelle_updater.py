@@ -7788,8 +7788,10 @@ def require_settled(
         down = [look.said for look in looks if not look.is_up]
         if down:
             return ", ".join(down)
-        if [look.life for look in looks] != lives:
-            return f"it was started again within {settle_s:g} s"
+        again = [look.said.split()[0] for look in looks if look.life not in lives]
+        if again or len(looks) < len(lives):
+            who = ", ".join(again) if service.is_file else "it"
+            return f"{who} was started again within {settle_s:g} s"
         return "cancelled" if stop() else None
 
     problem = judge(first)
