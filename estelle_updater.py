@@ -15405,13 +15405,13 @@ class RoleKeeper:
             if nonce is not None:
                 break
             await asyncio.sleep(random.uniform(*RETRY_S))
-        why = ""
+        reason = ""
         if nonce is None and self.found.source != "metadata":
-            why = f"nobody answers at {url}, and no cloud says that it is this host"
+            reason = f"nobody answers at {url}, and no cloud says that it is this host"
         elif nonce not in (None, self.nonce):
-            why = f"another host answers at {url}"
-        if why:
-            self.change(FoundRole(RoleDecision(Role.AGENT, f"agent: {why}")))
+            reason = f"another host answers at {url}"
+        if reason:
+            self.change(FoundRole(RoleDecision(Role.AGENT, f"agent: {reason}")))
 
     async def meet(self, url: MasterUrl) -> tuple[str | None, bool]:
         """The nonce of the process that answers at `url`, None where nobody does, and whether it
