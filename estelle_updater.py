@@ -7221,6 +7221,10 @@ class Spawned:
         code = self._popen.returncode
         return code if code >= 0 else 128 - code
 
+    def is_over(self, within_s: float) -> bool:
+        """Whether the command has ended, or does within that time."""
+        return self._exited.wait(within_s)
+
     def read(self, max_bytes: int = CHUNK_BYTES, timeout_s: float | None = None) -> bytes | None:
         """What the command wrote, as soon as there is any; None if nothing came for `timeout_s`;
         b"" when it is over.
@@ -7421,11 +7425,15 @@ def spawn_step(
         if program.lower().endswith((".cmd", ".bat")):
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
 
+    given = {**env, MARK: mark}
+    if cwd is not None:
+        given["PWD"] = os.path.abspath(cwd)  # the daemon's own folder is in there else
+
     def start(words: str | Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             words,
             cwd=cwd,
-            env={**env, MARK: mark},
+            env=given,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if apart else subprocess.STDOUT,
@@ -8034,7 +8042,18 @@ class StepRun:
         self.pump.start()
 
     def pump_output(self) -> None:
-        """Pipe to log."""
+        """Pipe to log. What can't be recorded is read all the same: the command would stand still
+        for want of a reader."""
+        try:
+            self.record_output()
+        except Exception as problem:
+            with suppress(Exception):
+                self.log.line(f"warning: what follows is not recorded: {problem!r}")
+            while self.child.read(CHUNK_BYTES):
+                pass
+
+    def record_output(self) -> None:
+        """Each piece masked, and looked through for a version."""
         while data := self.child.read(CHUNK_BYTES):
             self.log.write(self.masker.feed(data))
             found = VERSION_IN_OUTPUT.findall(self.tail[-VERSION_OVERLAP:] + data)
@@ -8051,7 +8070,8 @@ class StepRun:
         while True:
             self.pump.join(CANCEL_LOOK_S)
             bury_orphans(self.child.pid)
-            if not self.pump.is_alive():
+            # without its reader a command still has its deadline, and can be cancelled
+            if not self.pump.is_alive() and self.child.is_over(CANCEL_LOOK_S):
                 return None
             if is_cancelled():
                 return State.CANCELLED, self.end()
@@ -8364,7 +8384,7 @@ class WorkTree:
             words.append("--ignore-submodules=all")
         code, out, err = ask_git(self.root, self.env, *words)
         if code:
-            raise UpdaterError(explain_failure(err) or err.decode(errors="replace").strip())
+            raise UpdaterError(failure_reason(err))
         return parse_status(out)
 
     def find_phantoms(self, paths: Sequence[str]) -> set[str]:
@@ -8458,7 +8478,7 @@ class WorkTree:
         """A command of git that has to work. Raises UpdaterError."""
         code, _, err = ask_git(self.root, self.env, "--literal-pathspecs", *args)
         if code:
-            raise UpdaterError(explain_failure(err) or err.decode(errors="replace").strip())
+            raise UpdaterError(failure_reason(err))
 
     def remove(self, path: str) -> None:
         """A file that git added, and the folders that it made for it."""

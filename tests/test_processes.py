@@ -453,6 +453,33 @@ def test_what_a_step_waited_for_at_its_deadline_is_named(tmp_path: Path) -> None
     assert json.loads(done.stdout) == ["timeout", f"still running: {helper.name}"]
 
 
+def test_a_step_whose_output_cannot_be_read_has_a_deadline_all_the_same(tmp_path: Path) -> None:
+    code = """
+class Deaf(updater.StepRun):
+    def pump_output(self):
+        if sys.argv[1] == "dead":
+            raise SystemExit
+        super().pump_output()
+    def record_output(self):
+        raise MemoryError("none left")
+
+updater.StepRun = Deaf
+do("sh", "-c", "pwd; echo $PWD; >$0; exec sleep 100", "begun")
+print(text())
+"""
+    for how, said in (("dead", ""), ("deaf", "warning: what follows is not recorded: MemoryError('none left')\n")):
+        place = tmp_path / how
+        place.mkdir()
+        argv = python(STEPPING + code, how)
+        done = subprocess.run(argv, env=ENV, cwd=place, stdout=subprocess.PIPE, timeout=60, text=True, check=False)
+        assert done.stdout == f'["timeout", "still running: sleep"]\nit...\n{said}\n'
+
+
+def test_a_step_is_told_its_own_folder(step: Callable[..., Spawned], tmp_path: Path) -> None:
+    one = step("sh", "-c", "env | grep ^PWD=", PWD="/elsewhere")
+    assert read_all(one) == f"PWD={tmp_path}\n".encode()
+
+
 HANGING = """#!/bin/sh
 [ "$1" = 2 ] || exit 1
 trap "" TERM
