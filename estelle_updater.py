@@ -18816,7 +18816,8 @@ def cmd_rollback(args: Args) -> int:
 
 def require_colours(args: Args) -> None:
     """Raise GuardError where nobody could switch."""
-    if load_config(args.config_path()).haproxy is None:
+    config, _ = load_config_or_last(args.config_path(), args.state_folder(), remember=False)
+    if config.haproxy is None:
         raise GuardError(
             "there is no [haproxy] in the configuration: this fleet has no colours",
             "`config init --blue-green` shows what belongs there",
