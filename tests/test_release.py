@@ -40,7 +40,14 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 class Round:
     """A master that is the data node, blue and green; blue is active."""
 
-    def __init__(self, proxy: Proxy, fleet: Callable[..., Fleet], *more: dict[str, Any], token: str = "") -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        fleet: Callable[..., Fleet],
+        *more: dict[str, Any],
+        token: str = "",
+        rule: dict[str, Any] | None = None,
+    ) -> None:
         checks = [
             *more,
             {"name": "well", "command": ["sh", "-c", "test ! -e ../sick || { echo sick; exit 1; }"]},
@@ -53,7 +60,7 @@ class Round:
                 BLUE: {"name": "yq-blue", "color": "blue"},
                 GREEN: {"name": "yq-green", "color": "green"},
             },
-            "haproxy": proxy.rule,
+            "haproxy": rule or proxy.rule,
             "health": checks,
         }
         self.proxy = proxy
@@ -418,3 +425,15 @@ def test_recipe_for_github_actions(proxy: Proxy, fleet: Callable[..., Fleet], tm
     code, out, _ = act("a secret of the fleet")
     assert code == 1 and '"ok": false' in out
     assert proxy.answers() == "blue"
+
+
+def test_without_a_socket_the_text_says_who_is_standby(proxy: Proxy, fleet: Callable[..., Fleet]):
+    """As in the strategy's own example: one `backup` line decides, and what nobody saw is said."""
+    settings = {key: value for key, value in proxy.rule.items() if "ocket" not in key}
+    one = Round(proxy, fleet, rule=settings)
+    commit = one.commit("1")
+    code, out, err = one.cli("release", "master", "--yes")
+    assert code == 0, out + err
+    assert "⚠ not proved" in out and "add the line `stats socket " in out
+    assert one.rows()["green"]["commit"] == commit
+    wait_for(lambda: one.proxy.answers() == "green", "green answers")
