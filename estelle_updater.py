@@ -511,6 +511,7 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
+REGISTRY_SAVE_S = 0.5  # hosts that come within this are written together
 FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
 FREEZE_SOON_S = 3600.0  # a window that begins within the hour is worth a word
 FREEZE_MOST_S = 90 * 86400.0
@@ -12002,6 +12003,7 @@ class Door:
 
     def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
         self.config, self.own_address, self.nonce = config, own_address, nonce
+        self.connected: Counter[str] = Counter()  # connections by address
         self.sockets: dict[
             Any, str
         ] = {}  # connection -> its address, to drop who is no longer allowed
@@ -12090,7 +12092,7 @@ class Door:
             return self.refuse(
                 connection, address, f"a page of {origin[:80]!r} can't talk to this port", ""
             )
-        if list(self.sockets.values()).count(address) >= CONNECTIONS:
+        if self.connected[address] >= CONNECTIONS:
             return self.refuse(
                 connection, address, f"more than {CONNECTIONS} connections", "close some"
             )
@@ -12301,6 +12303,7 @@ class Registry:
         self.file = state.root / "machines.json"
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, AgentLink] = {}
+        self.dirty = False  # something is to be written
         self.down_since: dict[str, float] = {}  # by the monotonic clock: the other one may jump
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.changes = Changes()
@@ -12357,11 +12360,18 @@ class Registry:
         since = self.down_since.get(machine)
         return None if since is None else now - since
 
-    def save(self, *, durable: bool = False) -> None:
+    def save(self) -> None:
+        """Have the list written, once for all that changes within a moment: a fleet that comes
+        back must not write all of itself for each of its hosts."""
         self.changes.count()
+        if not self.dirty:
+            self.dirty = True
+            asyncio.get_running_loop().call_later(REGISTRY_SAVE_S, self.write)
+
+    def write(self) -> None:
+        self.dirty = False
         data = {machine: vars(known) for machine, known in self.machines.items()}
-        with suppress(OSError):
-            write_atomic(self.file, json.dumps(data, indent=1).encode(), durable=durable)
+        self.state.store.put(self.file, json.dumps(data, indent=1).encode())
 
     def host_name(self, machine: str, address: str, claimed: str) -> str:
         """The configuration's name for the host, else the one it claims, unless that belongs to
@@ -12470,7 +12480,7 @@ class Registry:
         elif before:
             known.moved_from, known.moved_at = before.moved_from, before.moved_at
         self.machines[hello.machine] = known
-        self.save(durable=before is None)
+        self.save()
 
     def hosts(self, everyone: bool = False) -> list[HostRef]:
         """Every host of the fleet with its label, the master's own first; `everyone`: as if all
@@ -12537,7 +12547,7 @@ class Registry:
         for host in hosts:
             self.machines[host.machine].forgotten = True
             self.keys.drop(host.machine)
-        self.save(durable=True)
+        self.write()
         return [host.label for host in hosts]
 
     async def ask_traffic(self) -> dict[str, Any]:
@@ -13210,6 +13220,7 @@ class Master:
         address = socket.estelle_address
         link = Link(SocketWire(socket))
         self.door.sockets[socket] = address
+        self.door.connected[address] += 1
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
@@ -13248,6 +13259,9 @@ class Master:
             link.wire.abort()
             self.door.commanders.pop(socket, None)
             del self.door.sockets[socket]
+            self.door.connected[address] -= 1
+            if not self.door.connected[address]:
+                del self.door.connected[address]
 
     async def serve_agent(
         self, link: Link, hello: Hello, address: str, proven: Proven | None = None
@@ -13813,7 +13827,9 @@ class Desk:
             raise refused
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
-        return {"forgotten": self.registry.forget(str(args.get("target")))}
+        forgotten = self.registry.forget(str(args.get("target")))
+        await self.keep(self.registry.file)
+        return {"forgotten": forgotten}
 
     # Status
 

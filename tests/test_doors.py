@@ -603,8 +603,12 @@ def test_what_an_agent_can_make_the_master_hold_is_bounded(open_fleet: Fleet) ->
     with pytest.raises(est.RefusedError, match="machines already"):
         Peer(one, "127.0.1.4", "agent", "f" * 32)
     with Peer(one, "127.0.1.4", "agent", f"{7:032x}"):
-        known = json.loads((one.master.state / "machines.json").read_bytes())
-        assert sum(machine["address"] == "127.0.1.4" for machine in known.values()) == est.MACHINES
+
+        def known() -> int:
+            machines = json.loads((one.master.state / "machines.json").read_bytes()).values()
+            return sum(machine["address"] == "127.0.1.4" for machine in machines)
+
+        wait_for(lambda: known() == est.MACHINES, "all of them are written down")
     assert one.cli("status").code == 0 and one.cli("history").code == 0
     wait_for(lambda: one.cli("forget", "127.0.1.4").code == 0, "all of them are offline and forgotten")
     with Peer(one, "127.0.1.4", "agent", "f" * 32):

@@ -312,7 +312,8 @@ def test_an_agent_that_stays_away_is_told_of_once(tmp_path: Path) -> None:
         for number, forgotten in (("b", False), ("c", True)):
             known = est.Machine(number * 32, "127.0.0.2", number, seen=now - seen_s, forgotten=forgotten)
             master.registry.machines[known.machine] = known
-        master.registry.save()
+        master.registry.write()
+        assert master.state.store.flush(10.0)
         master.registry.recover()
         master.began = time.monotonic() - up_s
         notifier.look_for_agents(master)
