@@ -56,6 +56,7 @@ import importlib
 import itertools
 import json
 import os
+import posixpath
 import re
 import stat
 import struct
@@ -465,6 +466,8 @@ HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 # threads of a host: for each kind of question, for what dead runners left, for runners that start
 ANSWERS_AT_ONCE, BURIALS, LAUNCHES_AT_ONCE = 4, 2, 4
+OPENS_DOORS = "it opens the doors"  # why the master's host refuses a commit
+COMMITTED_LINKS = 5  # from one to the next, until a file
 MASTERS_KEPT = 8  # whose keys a host keeps
 PLANS_KEPT = 100
 RUNS_ASKED = 100  # the newest ones, for who is in the fleet
@@ -6683,6 +6686,43 @@ class ConfigFile:
         return self.config != before
 
 
+def config_at(commit: str, path: Path, repo: Path, ask: Callable[..., str | None]) -> Config | None:
+    """The configuration at `path` as a commit has it, where that lies in the clone; `ask` asks git.
+    Raises ConfigError."""
+    try:
+        folder = os.path.relpath(path.parent.resolve(), repo.resolve()).replace(os.sep, "/")
+    except ValueError:  # another drive of Windows
+        return None
+    if folder.startswith(".."):
+        return None
+    for form in (path.suffix.removeprefix("."), *("json", "toml")):
+        name = f"./{folder}/{path.stem}.{form}"
+        for _ in range(COMMITTED_LINKS):
+            text = ask("show", f"{commit}:{name}")
+            if text is None:
+                break
+            try:
+                return parse_config(text, name.removeprefix("./"), form)
+            except ConfigError:
+                mode = ask("ls-tree", commit, "--", name) or ""
+                if not mode.startswith("120000 "):
+                    raise
+                name = "./" + posixpath.normpath(f"{posixpath.dirname(name)}/{text}")
+    raise ConfigError(f"there is no {folder}/{path.name} in {commit[:7]}")
+
+
+def incoming_config(
+    commit: str, path: Path, repo: Path, ask: Callable[..., str | None]
+) -> Config | None:
+    """The configuration that a commit brings, None where it brings no other one than HEAD has: a
+    file that was edited here stays then. Raises ConfigError."""
+    new = config_at(commit, path, repo, ask)
+    with suppress(ConfigError):
+        if new == config_at("HEAD", path, repo, ask):
+            return None
+    return new
+
+
 def work_tree(config_path: Path) -> Path:
     """The git work tree that holds the configuration file, else the folder above `config/`."""
     return git_root(config_path.parent) or config_path.parent.parent
@@ -8593,6 +8633,10 @@ class Deployment:
         planned = runner.job.options.get("planned", {}).get(runner.host, "")
         if planned and not get:
             self.confirm_plan(planned, self.commit_to_come(branch, refs))
+        if not get:
+            self.judge_doors(self.commit_to_come(branch, refs))
+        elif self.has_commit(branch):
+            self.judge_doors(branch)
         if planned and pull:
             pull = pin_pull(pull, planned)
         changes = self.tree.changes()
@@ -8639,9 +8683,13 @@ class Deployment:
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
         if get and not self.has_commit(branch):
             runner.step(get, rule.timeout_s)
-            if planned and not is_commit_id(branch):
+            target = branch
+            if not is_commit_id(branch):
                 tag = self.git("rev-list", "--max-count=1", f"refs/tags/{branch}", "--")
-                self.confirm_plan(planned, tag.decode(errors="replace").strip())
+                target = tag.decode(errors="replace").strip()
+                if planned:
+                    self.confirm_plan(planned, target)
+            self.judge_doors(target)
             runner.step(checkout, rule.timeout_s, announce=False)
         else:
             runner.step(checkout, rule.timeout_s)
@@ -8836,6 +8884,33 @@ class Deployment:
                 what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
                 raise GuardError(what, "is the data node online? `status` shows the traffic")
             time.sleep(CANCEL_LOOK_S / 2)
+
+    def judge_doors(self, commit: str) -> None:
+        """What a commit's configuration changes at the doors is a warning, and where it opens them
+        wide on the master's host, an end. Raises GuardError, before the tree moves."""
+        runner = self.runner
+        options, path = runner.job.options, runner.config_path
+        old, _ = load_config_or_last(path, runner.state)
+
+        def ask(*args: str) -> str | None:
+            return self.git(*args).decode(errors="replace") or None
+
+        try:
+            new = incoming_config(commit, path, runner.repo, ask)
+        except ConfigError:  # it takes no effect, and the step `config` will say so
+            return
+        if new is None:
+            return
+        changes = compare_doors(old, new)
+        opened = [change.text for change in changes if change.opens]
+        is_master = options.get("master") == runner.host
+        if opened and is_master and not options.get("force"):
+            what = "this commit opens the doors, and was not ordered with --force"
+            raise GuardError(f"{what}: {'; '.join(opened)}")
+        own = ("masterUrl", "tokenFile", "tls")  # what an agent goes by as well
+        for change in changes:
+            if is_master or change.text.startswith(own):
+                runner.warn(f"new configuration: {change.text}")
 
     def warn_of_doors(self, config: Config) -> None:
         """A new whitelist may shut out this host, or who asked: better said before it takes
@@ -10891,7 +10966,10 @@ _TEXTS, _SERVER = (
     dict.fromkeys(("branch", "current", "target", "busy"), "str | None"),
     "dict[str, str | None]",
 )
-_LISTS = ("subjects", "changed", "dirty", "in_the_way", "restart", "refused", "warnings")
+_LISTS = (
+    *("subjects", "changed", "dirty", "in_the_way", "restart"),
+    *("refused", "warnings", "doors", "opens"),
+)
 _COUNTS = (
     "commits",
     "leaving",
@@ -11767,23 +11845,22 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(address)
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
-    path, name = agent.config.path, ""
-    with suppress(ValueError):  # another drive of Windows
-        name = os.path.relpath(path.resolve(), repo.resolve()).replace(os.sep, "/")
-    if name in found.get("changed", ()):
-        try:  # what runs comes from the configuration that arrives
-            text = outlook.git("show", f"{found['target']}:{name}")
-            if text is None:
-                raise ConfigError(f"there is no {name} in {found['target'][:7]}")
-            rule = host_rule(
-                parse_config(text, name, path.suffix.removeprefix(".")),
-                address,
-                socket.gethostname(),
-            )
-        except ConfigError as wrong:
-            found["refused"].append(wrong.what)
-    elif agent.config.problem:
-        found["refused"].append(agent.config.problem)
+    config, old = agent.config, agent.config.config
+    hostname = socket.gethostname()
+    try:
+        new = None
+        if found.get("target"):
+            new = incoming_config(found["target"], config.path, repo, outlook.git)
+        if new is not None and new != old:  # what runs comes from the configuration that arrives
+            rule = host_rule(new, address, hostname)
+            doors = compare_doors(old, new)
+            runs = compare_commands(old, new, address, hostname)
+            found["doors"] = [change.text for change in (*doors, *runs)]
+            found["opens"] = [change.text for change in doors if change.opens]
+        elif new is None and config.problem:
+            found["refused"].append(config.problem)
+    except ConfigError as wrong:
+        found["refused"].append(wrong.what)
     for name in ("changed", "dirty", "in_the_way"):
         paths = found.get(name, [])
         found |= {f"{name}_count": len(paths), name: [path[:300] for path in paths[:PLAN_ROWS]]}
@@ -12155,13 +12232,17 @@ class Door:
             async with asyncio.timeout(WELCOME_S):
                 answer = decode_frame(await link.wire.recv())
         except (EOFError, TimeoutError):
-            self.log_refusal(address, "it did not prove who it is")
+            of_what = "that it knows the token" if token else "who it is"
+            self.log_refusal(address, f"it did not prove {of_what}")
             raise
-        if not isinstance(answer, Proof):
+        is_proof = isinstance(answer, Proof)
+        if token is None and not is_proof:
             raise RefusedError("it did not prove who it is", "do both sides run the same version?")
         ours = ""
         if token is not None:
-            if not check_proof(answer.proof, token, "client", hello, challenge, answer.nonce):
+            if not is_proof or not check_proof(
+                answer.proof, token, "client", hello, challenge, answer.nonce
+            ):
                 what = "the token is not the master's (the address is allowed)"
                 raise RefusedError(what, _TOKEN_HINT)
             ours = make_proof(token, "master", hello, challenge, answer.nonce)
@@ -12987,6 +13068,10 @@ class Queue:
                 f"no host of {message.target} is online ({', '.join(offline)})",
                 "start its service, or use --wait SECONDS",
             )
+        options = message.options | expected_roles(message.target, hosts, active)
+        for host in hosts:
+            if host.machine == self.registry.own_machine:
+                options["master"] = host.label  # its configuration is that of the doors
         record = RunRecord(
             self.choose_id(message.run),
             message.nonce,
@@ -13001,7 +13086,7 @@ class Queue:
             offline,
             max(0, message.batch),
             max(0.0, message.wait_s),
-            options={**message.options, **expected_roles(message.target, hosts, active), **past},
+            options={**options, **past},
             commits=message.commits,
             **self.ledger.take_place(),
         )
@@ -14114,6 +14199,7 @@ class Planner:
             "expected_s": None,
             "command": None,
             "restart": [],
+            "doors": [],
             "refused": [],
             "warnings": [],
         }
@@ -14130,7 +14216,12 @@ class Planner:
                 return row | {"refused": [str(answer["error"])], "exit": answer.get("exit")}
         except UpdaterError as problem:
             return row | {"refused": [problem.what], "exit": problem.exit_code}
-        return row | answer
+        row |= answer
+        opened = row.pop("opens", [])
+        if opened and host.machine == self.master.machine:  # the doors are the master's
+            row["refused"] = [*row["refused"], f"{OPENS_DOORS}: {'; '.join(opened)}"]
+            row["exit"] = GuardError.exit_code
+        return row
 
     async def choose(
         self, agent: AgentLink, host: HostRef, past: Sequence[Mapping[str, Any]]
@@ -18654,8 +18745,14 @@ def watch_order(args: Args, run: str, follower: Follower) -> tuple[int, list[Job
     if run_ok(jobs) or not follower.live:
         return int(not run_ok(jobs)), jobs
     advise(args, run, jobs, follower.view)
-    refused = any(job.kind is Kind.SWITCH and job.exit == GuardError.exit_code for job in jobs)
+    failed = [job for job in jobs if job.state is not State.SUCCEEDED]
+    refused = len(failed) == len(jobs) and all(map(is_guarded, jobs))
     return GuardError.exit_code if refused else 1, jobs
+
+
+def is_guarded(job: JobRecord) -> bool:
+    """Whether a guard ended a job before it changed anything."""
+    return job.exit == GuardError.exit_code and not job.began_command and not job.changed
 
 
 def advise(args: Args, run: str, jobs: Sequence[JobRecord], view: View) -> None:
@@ -18725,6 +18822,7 @@ def plan_notes(row: Mapping[str, Any]) -> list[str]:
     if row["busy"]:
         notes.append(f"busy with run {row['busy']}")
     notes += [f"run {run} is queued" for run in row["queued"]]
+    notes += [f"new configuration: {text}" for text in row.get("doors", ())]
     notes += [f"! {text}" for text in row["warnings"]]
     notes += [f"✗ refused: {text}" for text in row["refused"]]
     return notes
@@ -18825,7 +18923,13 @@ def cmd_rollback(args: Args) -> int:
     if not args.json:
         rows = "\n".join(plan_text(row) for row in plan["hosts"])
         print(terminal_text(rows), file=sys.stderr)
+    refused = [text for row in plan["hosts"] for text in row["refused"]]
+    opened = [text for text in refused if text.startswith(OPENS_DOORS)]
+    if opened and args.yes and not args.force:
+        raise GuardError(opened[0], "if that is meant, --force")
     confirm(args, f"roll back {', '.join(order.commits)}?")
+    if opened:  # it was seen, and answered with yes
+        order = replace(order, options=order.options | {"force": True})
     code, _ = run_order(args, order, "rollback to ")
     return code or int(len(order.commits) < len(plan["hosts"]))
 
@@ -20416,7 +20520,11 @@ RUN = Option(
     type=parse_run,
     help="its id, the beginning of it, or last (the default)",
 )
-FORCE = Option("--force", action="store_true", help="in spite of a freeze; it is recorded")
+FORCE = Option(
+    "--force",
+    action="store_true",
+    help="in spite of a freeze, or of doors that the commit opens; it is recorded",
+)
 COMMANDS = (
     Command(
         "serve",

@@ -241,3 +241,65 @@ def test_a_plan_is_quick_and_in_parallel(fleet: MakeFleet) -> None:
     rows = {row["host"]: row for row in json.loads(watched.out)["hosts"]}
     assert "did not answer" in rows[hanging.address]["refused"][0] or "no answer" in rows[hanging.address]["refused"][0]
     assert not rows[one.agents[1].address]["refused"] and not rows[one.master.address]["refused"]
+
+
+def test_a_commit_that_opens_the_doors_needs_force(fleet: MakeFleet, tmp_path: Path) -> None:
+    """What a new configuration changes is said beforehand, in the log and in the question; where it opens the doors
+    wide, the master's host does not take it unless that is meant."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123")
+    one = fleet(hosts=2, command=COMMAND, config={"tokenFile": str(token)})
+    master, agent = one.hosts
+    write_script("echo ok\n", *one.hosts)
+    settings = json.loads(master.config.read_text())
+    first = head(one, master)
+    wide = settings | {
+        "whitelist": [*settings["whitelist"], "0.0.0.0/1", "128.0.0.0/1"], "commanders": ["127.0.0.1"],
+        "notify": [{"url": "http://hooks.example/services/geheim", "on": ["failed"]}],
+        "deploy": {"command": ["sh", "../script", "more"]}, "updater": {"sha256": "ab" * 32},
+        "health": [{"name": "own", "command": ["sh", "-c", "true"]}],
+    }  # fmt: skip
+    del wide["tokenFile"]
+    opening = one.origin.commit({"config/updater.json": json.dumps(wide)})
+    says = [
+        "whitelist: lets in 0.0.0.0/0", "commanders: no longer: 127.0.0.2",
+        "tokenFile: nobody has to know the token any more", "updater.sha256: `upgrade` may install abababababab",
+        "notify: tells json at hooks.example too", "command: sh ../script more instead of sh ../script",
+        "health own: runs sh -c true",
+    ]  # fmt: skip
+    rows = plan(one, "all", "master", code=1)
+    assert rows[master.address]["doors"] == rows[agent.address]["doors"]
+    assert set(says) - set(rows[master.address]["doors"]) == set() and "geheim" not in str(rows)
+    assert rows[agent.address]["refused"] == [] and rows[master.address]["exit"] == 5
+    assert rows[master.address]["refused"] == [f"it opens the doors: {says[0]}; {says[2]}"]
+    assert f"new configuration: {says[0]}" in one.cli("plan", "all", "master").out
+
+    refused = one.cli("trigger", master.address, "master")
+    assert refused.code == 5 and "opens the doors, and was not ordered with --force" in refused.err, refused
+    assert head(one, master) == first
+    folder = one.runs()[-1]
+    assert json.loads((folder / "127.0.0.1.json").read_text())["error"].startswith("this commit opens the doors")
+    one.origin.git("switch", "--quiet", "--create", "link")
+    (one.origin.seed / "config" / "updater.json").unlink()
+    (one.origin.seed / "config" / "updater.json").symlink_to("other/open.json")
+    one.origin.commit({"config/other/open.json": json.dumps(wide)}, "link")
+    assert one.cli("trigger", master.address, "link").code == 5, "a link to it is no way round"
+    moved = {"config/updater.json": None, "config/updater.toml": est.render_config(wide, "toml")}
+    one.origin.commit(moved, "moved")
+    assert one.cli("trigger", master.address, "moved").code == 5, "nor is the file's other form"
+
+    forced = one.cli("trigger", "all", "master", "--force")
+    assert forced.code == 0 and f"⚠ new configuration: {says[0]}" in forced.out, forced
+    assert head(one, master) == opening
+    record = json.loads((one.runs()[-1] / "run.json").read_text())
+    assert record["options"]["force"] and record["by"].endswith("@127.0.0.1")
+    closed = one.origin.commit({"config/updater.json": json.dumps(settings)})
+    wait_for(lambda: one.cli("trigger", master.address, "master").code == 0, "who closes them needs no force")
+    assert head(one, master) == closed
+    wait_for(lambda: master.stderr.count("new settings") == 2, lambda: f"in force again\n{master.stderr}")
+    wait_for(lambda: one.cli("status").code == 0, "the master's token is that of the clone")
+    back = one.cli("rollback", master.address, "--yes")
+    assert back.code == 5 and "it opens the doors" in back.err, back
+    assert head(one, master) == closed
+    assert one.cli("rollback", master.address, "--yes", "--force").code == 0
+    assert head(one, master) == opening
