@@ -640,7 +640,7 @@ def iter_leaves(group: BaseException) -> Iterator[BaseException]:
 # ==============================================================================
 
 
-_ADDRESS_HINT = "write 121.0.0.7 or 121.0.0.0/8"
+_ADDRESS_HINT = "write 121.0.0.7, or a network such as 121.0.0.0/24"
 _ADDRESS_LIKE = re.compile(
     r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*"
 )  # meant as an address, `121.x.x.x` too
@@ -1735,6 +1735,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _no_json_reason(text: str, at: int) -> str:
+    """What people write that JSON has not, where it stands at this place; else nothing."""
+    before, after = text[:at].rstrip(), text[at:]
+    if after.startswith(("//", "/*", "#")):
+        return "JSON has no comments; take this one out, or write the file as .toml"
+    is_last = after.startswith(("}", "]")) and before.endswith(",")
+    if is_last or re.match(r",\s*[}\]]", after):
+        return "JSON has no comma before } or ]; take it out"
+    return ""
+
+
 def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
     """The raw tables of a file in `form` json or toml; ConfigError, with line and column, where it
     is neither."""
@@ -1747,7 +1758,8 @@ def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
         )
         return data
     except json.JSONDecodeError as error:
-        problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        reason = _no_json_reason(plain, error.pos) or error.msg
+        problem = f"line {error.lineno}, column {error.colno}: {reason}"
         raise _config_error(file, ("", problem)) from None
     except (ValueError, RecursionError) as error:  # tomllib's message holds line and column
         raise _config_error(file, ("", str(error))) from None
@@ -3422,7 +3434,8 @@ VERSION_IN_OUTPUT = re.compile(
 def parse_version_file(data: bytes) -> str | None:
     """The "version" of a JSON file, or the first line of plain text, as at most 80 printable
     characters: it stands in the line that says how a job ended. None where there is neither."""
-    text = data.decode("utf-8-sig", "replace").strip()
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows' redirection writes it
+    text = data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace").strip()
     if text.startswith("{"):
         try:
             value = json.loads(text).get("version")

@@ -75,7 +75,7 @@ def test_what_is_no_address_says_what_to_write(text: str):
     with pytest.raises(UsageError) as caught:
         canonical_address(text)
     assert caught.value.what == f"{text!r} is no address"
-    assert caught.value.hint == "write 121.0.0.7 or 121.0.0.0/8"
+    assert caught.value.hint == "write 121.0.0.7, or a network such as 121.0.0.0/24"
 
 
 @given(st.ip_addresses())
@@ -124,12 +124,12 @@ def test_network(text: str, network: str):
         ("::ffff:1.2.3.4/120", "write 1.2.3.0/24 for the network or 1.2.3.4 for the host"),
         ("::ffff:1.2.3.4/95", "write 1.2.3.4 or a prefix of at most /32"),
         ("10.0.0.0/33", "write 10.0.0.0 or a prefix of at most /32"),
-        ("10.0.0.0/0.0.0.255", "write 121.0.0.7 or 121.0.0.0/8"),
-        ("10.0.0.0/255.0.0.0", "write 121.0.0.7 or 121.0.0.0/8"),
-        ("10.0.0.0/08", "write 121.0.0.7 or 121.0.0.0/8"),
-        ("10.0.0.0/", "write 121.0.0.7 or 121.0.0.0/8"),
-        ("10.0.0.0/-1", "write 121.0.0.7 or 121.0.0.0/8"),
-        ("121.x.x.x/8", "write 121.0.0.7 or 121.0.0.0/8"),
+        ("10.0.0.0/0.0.0.255", "write 121.0.0.7, or a network such as 121.0.0.0/24"),
+        ("10.0.0.0/255.0.0.0", "write 121.0.0.7, or a network such as 121.0.0.0/24"),
+        ("10.0.0.0/08", "write 121.0.0.7, or a network such as 121.0.0.0/24"),
+        ("10.0.0.0/", "write 121.0.0.7, or a network such as 121.0.0.0/24"),
+        ("10.0.0.0/-1", "write 121.0.0.7, or a network such as 121.0.0.0/24"),
+        ("121.x.x.x/8", "write 121.0.0.7, or a network such as 121.0.0.0/24"),
     ],
 )
 def test_wrong_network_names_the_right_one(text: str, hint: str):
@@ -543,7 +543,7 @@ def test_a_placeholder_is_wrong_usage(target: str):
         select_targets(target, HOSTS)
     assert caught.value.exit_code == 2
     assert "is no address" in caught.value.what
-    assert caught.value.hint == "write 121.0.0.7 or 121.0.0.0/8"
+    assert caught.value.hint == "write 121.0.0.7, or a network such as 121.0.0.0/24"
 
 
 @pytest.mark.parametrize("target", ["", ",", "all,", "10.0.0.5/24"])

@@ -44,6 +44,8 @@ from estelle_updater import (
 settings.register_profile("patient", deadline=None, max_examples=60)  # a busy machine is no failure
 settings.load_profile("patient")
 
+WRITE = "write 121.0.0.7, or a network such as 121.0.0.0/24"
+NO_COMMENT = "JSON has no comments; take this one out, or write the file as .toml"
 SMALLEST = '{ "masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58", "121.0.0.7"] }'
 SMALL = {"masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58"]}
 WHOLE = """\
@@ -373,7 +375,7 @@ def test_all_problems_at_once_with_file_key_and_value():
     assert problems_of(data, "config/updater.json") == [
         'masterUrl: "http://5.223.72.58" is no ws:// or wss:// URL; '
         "write ws://5.223.72.58:9900 or wss://master.example:9900",
-        'whitelist[1]: "121.x.x.x" is no address; write 121.0.0.7 or 121.0.0.0/8',
+        'whitelist[1]: "121.x.x.x" is no address; ' + WRITE,
         "whitelist[2]: 7 is no text of one line",
         'whitelst: unknown key, value ["1.2.3.4"]; did you mean whitelist?',
         "deploy.timeout: true is no number of seconds, up to a week",
@@ -389,7 +391,7 @@ def test_all_problems_at_once_with_file_key_and_value():
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        ({"masterUrl": "ws://121.x.x.x:9900"}, "masterUrl: '121.x.x.x' is no address; write 121.0.0.7 or 121.0.0.0/8"),
+        ({"masterUrl": "ws://121.x.x.x:9900"}, "masterUrl: '121.x.x.x' is no address; " + WRITE),
         ({"masterUrl": 5}, "masterUrl: 5 is no text of one line"),
         ({"whitelist": "1.2.3.4"}, 'whitelist: "1.2.3.4" is no list; write ["1.2.3.4"]'),
         ({"whitelist": None}, 'whitelist: null is no list; write ["5.223.72.58", "121.0.0.0/24"]'),
@@ -398,7 +400,7 @@ def test_all_problems_at_once_with_file_key_and_value():
             'whitelist[0]: "10.0.0.5/24" has host bits set; write 10.0.0.0/24 for the network or 10.0.0.5 for the host',
         ),
         ({"whitelist": ["fe80::1\n"]}, 'whitelist[0]: "fe80::1\\n" is no text of one line'),
-        ({"serverNames": ["a b"]}, 'serverNames[0]: "a b" is no address; write 121.0.0.7 or 121.0.0.0/8'),
+        ({"serverNames": ["a b"]}, 'serverNames[0]: "a b" is no address; ' + WRITE),
         ({"tokenFile": ""}, 'tokenFile: "" is no text of one line'),
         ({"deploy": []}, "deploy: [] is no table"),
         ({"deploy": {"command": []}}, 'deploy.command: [] is no list with entries; write ["pnpm", "deploy:release"]'),
@@ -427,7 +429,7 @@ def test_all_problems_at_once_with_file_key_and_value():
         ({"deploy": {"timout": 5}}, "deploy.timout: unknown key, value 5; did you mean timeout?"),
         ({"hosts": {"1.2.3.4": {"name": "all"}}}, 'hosts."1.2.3.4".name: "all" is no name for a host'),
         ({"hosts": {"a": {"role": "auto"}}}, 'hosts.a.role: "auto" is no choice here; write master or agent'),
-        ({"hosts": {"a b": {}}}, "hosts.\"a b\": \"a b\" is no address; write 121.0.0.7 or 121.0.0.0/8"),
+        ({"hosts": {"a b": {}}}, "hosts.\"a b\": \"a b\" is no address; " + WRITE),
         ({"hosts": {"a": {"env": {"A=B": "x"}}}}, 'hosts.a.env."A=B": is no name of an environment variable'),
         ({"haproxy": {"host": "h"}}, "haproxy.backend: missing, and it has no default"),
         (
@@ -529,6 +531,11 @@ def test_no_two_sections_for_one_host_or_name(hosts: dict[str, Any], problem: st
     [
         ('{"masterUrl": "x",\n "whitelist" 5}', "json", "line 2, column 14: Expecting ':' delimiter"),
         ("", "json", "line 1, column 1: Expecting value"),
+        ('{"a": 1, // the master\n "b": 2}', "json", "line 1, column 10: " + NO_COMMENT),
+        ("// what\n{}", "json", "line 1, column 1: " + NO_COMMENT),
+        ('{"a": /* x */ 1}', "json", "line 1, column 7: " + NO_COMMENT),
+        ('{"a": [1, 2,],\n}', "json", "JSON has no comma before } or ]; take it out"),
+        ('{"a": 1,\n}', "json", "JSON has no comma before } or ]; take it out"),
         ("[]", "json", "[] is no table"),
         ('{"whitelist": [], "whitelist": []}', "json", '"whitelist" stands twice in one table; keep one'),
         ('{"deploy": {"a": 1, "a": 2}}', "json", '"a" stands twice in one table; keep one'),

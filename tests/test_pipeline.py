@@ -257,6 +257,8 @@ def test_a_failure_is_explained(repos: Repos) -> None:
 @pytest.mark.parametrize(
     ("data", "version"),
     [
+        ("v0301_4\r\n".encode("utf-16"), "v0301_4"),
+        (b"\xfe\xff" + '{"version": "1.2"}'.encode("utf-16-be"), "1.2"),
         (b'{"version": "v0301_4"}', "v0301_4"), (b'\xef\xbb\xbf {"a": 1,\r\n"version": "1.2"}\n', "1.2"),
         (b'{"version": 7}', "7"), (b'{"version": 1.5}', "1.5"), ('{"version": "봄 1"}'.encode(), "봄 1"),
         (b"v0301_4\nnotes\n", "v0301_4"), (b"  1.0  \r\n2", "1.0"), (b"\n\n 3 \n", "3"), (b"", None), (b" \n", None),

@@ -376,7 +376,7 @@ def test_no_target_at_all(one: Fleet, target: str):
     assert len(err.splitlines()) == 2
     if target == "121.x.x.x":
         assert "no address" in err
-        assert "write 121.0.0.7 or 121.0.0.0/8" in err
+        assert "write 121.0.0.7, or a network such as 121.0.0.0/24" in err
 
 
 @one_fleet
