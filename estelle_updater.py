@@ -13104,6 +13104,9 @@ class Queue:
             **self.ledger.take_place(),
         )
         run = Run(record, {label: job_of_run(record, label) for label in record.hosts})
+        # every state that a host tells carries the order, and a message has a limit
+        if any(len(encode_message(job)) > RECORD_BYTES // 2 for job in run.jobs.values()):
+            raise UsageError("the order's options are too large", "at most 32 KiB of them")
         run.promised = False
         self.runs[record.run] = run
         self.ledger.nonces[record.nonce] = record.run

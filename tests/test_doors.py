@@ -562,6 +562,11 @@ def test_a_run_has_the_masters_time_and_place_whatever_a_commander_proposes(open
             assert first.run == again.run and first.place == again.place
             runs.append(first)
         assert runs[2].run == proposed, "a time like the master's stays"
+        large = est.Submit(est.make_run_id(), "large", est.Kind.DEPLOY, one.master.address, "master", "me",
+                           options={"x": "y" * 40_000})  # fmt: skip
+        elsewhere.say(large)
+        refused = elsewhere.until(lambda message: isinstance(message, est.Refuse))
+        assert refused.what == "the order's options are too large" and refused.exit == 2
     assert all(abs(time.time() - calendar.timegm(time.strptime(run.run[:15], "%Y%m%d-%H%M%S"))) < 600 for run in runs)
     assert [run.place for run in runs] == [runs[0].place + number for number in range(3)]
     rows = json.loads(one.cli("history", "--json").out)["runs"]
