@@ -5,6 +5,37 @@
 # ///
 """Deploy a small fleet: one program on every host, master or agent by its own address.
 
+One log chunk's way, from a command to a commander's terminal (the number is the section's):
+
+    Spawned.read            11  bytes of the one pipe that stdout and stderr share
+    StepRun.pump_output     12  pipe to log, in the runner: a process that outlives the daemon
+    Masker.feed              7  secrets become ***
+    LogWriter.write         12  appended to HOST.log: its size is the next byte's number
+    Poke                    12  an empty datagram, which may be lost
+    OwnJobs.refresh         16  the daemon looks how far the file has grown
+    Link.grew               15  wakes Link.write_forever; SendCursor.next_span says what to send
+    Link.on_chunk           15  the master: append_log writes it if it belongs at the file's end
+    Inbox.on_chunk           6  acknowledges, or asks again from where the file ends
+    Run.tell                19  every follower's link grows: the same two steps once more
+    LinkSource.receive      21  the commander
+    Follower.follow         21  in order, each host's result after its last byte
+    TextView.data           24  `[host] ` before each line, and Output.write
+
+One order's way, and back:
+
+    cmd_trigger             24  Caller.dial finds the master, RunRecord's nonce makes resending safe
+    Desk.submit             19  guards, then Queue.submit: run.json is on disk before it is answered
+    Queue.send_due          19  decide_orders (6) says whose turn it is: free, online, batch due
+    Agent.on_order          16  OwnJobs.accept writes the job, OwnJobs.start_runner starts a runner
+    Runner.main             12  the job's lock, Deployment.perform, step after step, Runner.finish
+    OwnJobs.refresh         16  sees the new revision of HOST.json and posts it
+    Master.on_job           19  accepts_job (6) judges it, Master.settle waits for the log
+    OwnJobs.release         16  the master has it: the agent may forget
+
+Words: a Door is the master's port, and judges whoever comes; a Desk is one commander's conversation
+with the master; an Outlook is what an order would find on one host; a Handout is the program that
+the master gives to new hosts; a Nursery is the process that runners are forked from.
+
 | #  | section            | holds                                                                  |
 | -- | ------------------ | ---------------------------------------------------------------------- |
 | 0  | Header             | dependencies, this table, imports, version                             |
@@ -3730,10 +3761,11 @@ def failure_reason(said: bytes) -> str:
     text = said.decode(errors="replace")
     forge = re.findall(_FORGE_SAYS, text, re.MULTILINE)[-1:]
     found = [re.search(pattern, text, re.MULTILINE) for pattern in _REASONS]
-    reasons = [*forge, *(match[1].strip() for match in found if match)][:2]
+    reasons = [*forge, *(match[1] for match in found if match)][:2]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     plain = [line for line in lines if not line.startswith("hint:")]
-    return "; ".join(dict.fromkeys(reasons)) or (plain or lines or ["no reason given"])[-1]
+    why = "; ".join(dict.fromkeys(map(str.strip, reasons)))
+    return why or (plain or lines or ["no reason given"])[-1]
 
 
 # ==============================================================================

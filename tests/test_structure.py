@@ -165,6 +165,23 @@ def breaks_table(source: str) -> list[str]:
     return problems or ([] if table == banners else ["the order differs"])
 
 
+def breaks_map(source: str) -> list[str]:
+    """The ways and words in the docstring name what is there, in the section that they say."""
+    text = ast.get_docstring(ast.parse(source)) or ""
+    home: dict[str, int] = {}
+    for section, statements in statements_of(source):
+        for node in statements:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                home[node.name] = section.number
+            if isinstance(node, ast.ClassDef):
+                methods = [each for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
+                home |= {f"{node.name}.{method.name}": section.number for method in methods}
+    steps = re.findall(r"(?m)^ {4}(\w+(?:\.\w+)?) +(\d+)  ", text)
+    problems = [f"{name} is not in section {number}" for name, number in steps if home.get(name) != int(number)]
+    named = re.findall(r"\b[A-Z][a-z]\w*\.[a-z_]\w+|(?<=\b[Aa] )[A-Z]\w+(?= is)", text)
+    return problems + [f"nothing is called {name}" for name in named if name not in home]
+
+
 def breaks_upward_order(source: str) -> list[str]:
     """A section uses only names of the sections above it, its own, and built-in ones."""
     known = set(dir(builtins)) | {"__file__", "__name__", "__doc__", "__spec__"}
@@ -322,7 +339,7 @@ def repository_files() -> list[str]:
 
 MODULE_RULES = [
     breaks_banners, breaks_table, breaks_upward_order, breaks_purity, breaks_sizes, breaks_density, breaks_dividers,
-    breaks_imports, breaks_names, breaks_future,
+    breaks_imports, breaks_names, breaks_future, breaks_map,
 ]  # fmt: skip
 
 
@@ -441,6 +458,10 @@ BROKEN = [
     (breaks_names, "class A:\n    async def _process_line(self): ...", "_process_line"),
     (breaks_names, "class RunManager: ...", "RunManager"),
     (breaks_future, "import os\n", "annotations"),
+    (breaks_map, module("class A: pass", table="    A.twice    1  moved\n"), "A.twice is not in section 1"),
+    (breaks_map, module("def f(): pass", table="    f    2  elsewhere\n"), "f is not in section 2"),
+    (breaks_map, module("", table="A Door is the port, and Gone.method its way.\n"), "called Gone.method"),
+    (breaks_map, module("", table="A Door is the port.\n"), "called Door"),
     (breaks_places, "cd /" + "work/main", "main"),
     (breaks_places, "x='/" + "root/.cache'", ".cache'"),
     (breaks_places, "~/.py" + "env/shims", "shims"),
