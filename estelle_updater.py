@@ -3739,6 +3739,39 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"server .+ not responding",
         "the git remote does not answer",
     ),
+    (
+        rb"(?i)repository not found|repository '[^']*' not found|returned error: 40[34]"
+        rb"|access denied|does not appear to be a git repository",
+        "the forge knows no such repository, or this host's key or token may not read it",
+    ),
+    (
+        rb"is already (?:checked out|used by worktree) at",
+        "the branch is checked out in another work tree of this clone (named above)",
+    ),
+    (
+        rb"needs merge|you need to resolve your current index|not concluded your merge",
+        "a merge that somebody began is not ended: git status there, then git merge --abort",
+    ),
+    (
+        rb"insufficient permission for adding an object|unable to (?:create|unlink|append)[^\n]*"
+        rb"Permission denied|cannot open [^\n]*FETCH_HEAD[^\n]*Permission denied",
+        "files of the clone belong to another user (git was run as root there?): chown -R them",
+    ),
+    (rb"No space left on device", "the disk is full"),
+    (
+        rb"index file smaller than expected|index file corrupt|bad signature 0x00000000"
+        rb"|bad ref for|cannot lock ref [^\n]*unable to resolve"
+        rb"|loose object [^\n]* is (?:empty|corrupt)|object file [^\n]* is empty",
+        "a file of git is empty or damaged, as after a power loss: clone anew beside, and swap",
+    ),
+    (
+        rb"would clobber existing tag",
+        "a tag was moved on the remote: git fetch --tags --force there",
+    ),
+    (
+        rb"Missing script:|ERR_PNPM_NO_SCRIPT\b|Command \"deploy:release\" not found",
+        "package.json of that commit has no such script",
+    ),
 )
 
 

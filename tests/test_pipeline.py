@@ -446,3 +446,21 @@ def test_a_url_that_never_ends_is_not_held_back() -> None:
     masker = Masker([])
     assert masker.feed(b"http://" + b"x" * 300) == b"http"
     assert len(masker.feed(b"x" * 300)) > 590 and masker.flush() == b""
+
+
+@pytest.mark.parametrize(
+    ("said", "explained"),
+    [
+        ("ERROR: Repository not found.\nfatal: Could not read from remote repository.", "the forge knows"),
+        ("fatal: 'master' is already checked out at '/srv/other'", "in another work tree"),
+        ("a: needs merge\nerror: you need to resolve your current index first", "a merge that somebody began"),
+        ("error: insufficient permission for adding an object to repository database .git/objects", "another user"),
+        ("fatal: write error: No space left on device", "the disk is full"),
+        ("fatal: .git/index: index file smaller than expected", "empty or damaged"),
+        ("error: object file .git/objects/ab/cd is empty", "empty or damaged"),
+        (" ! [rejected]  v1 -> v1  (would clobber existing tag)", "a tag was moved"),
+        (" ERR_PNPM_NO_SCRIPT  Missing script: deploy:release", "no such script"),
+    ],
+)
+def test_what_git_and_pnpm_say_is_explained(said: str, explained: str) -> None:
+    assert explained in (est.explain_failure(said.encode()) or "")
