@@ -16030,7 +16030,7 @@ def build_zipapp(source: Path, output: Path) -> BuildResult:
     faster; others compile from the source. Raises UpdaterError.
     """
     if not source.is_file():
-        raise UpdaterError(
+        raise UsageError(
             "build needs a source checkout, and this is a .pyz",
             f"python3 {source.stem}.py build there",
         )
