@@ -5946,6 +5946,8 @@ class Store:
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
 
+    # To be written
+
     def put(
         self, path: Path, data: bytes, *, durable: bool = True, after: Path | None = None
     ) -> None:
@@ -5999,6 +6001,8 @@ class Store:
         with self._turn:
             return any(path.parent == folder for path in self._waiting)
 
+    # What is there
+
     def read(self, path: Path) -> tuple[Reading, dict[str, Any]]:
         """What a file holds, or will hold once the disk has taken it."""
         with self._turn:
@@ -6013,6 +6017,8 @@ class Store:
         with self._turn:
             found.update(path.name for path in self._waiting if path.parent == folder)
         return found
+
+    # The thread that writes
 
     def flush(self, within_s: float) -> bool:
         """Wait until everything is on disk; False where the disk does not take it in that time."""
@@ -6169,6 +6175,8 @@ class StateFolder:
             return f"may be written by others (mode {found.st_mode & 0o7777:04o})"
         return ""
 
+    # The folder itself
+
     def create(self) -> None:
         """Make the folder, which nobody else may write.
 
@@ -6198,6 +6206,8 @@ class StateFolder:
             raise UsageError(
                 f"can't write to the state folder {self.root}: {problem.strerror}", hint
             ) from problem
+
+    # Who this host is
 
     def machine_id(self) -> str:
         """This host's random identity, made at the first start. A copied folder is a cloned
@@ -6241,6 +6251,8 @@ class StateFolder:
             last = parse_master_url(self.last_master.read_text("utf-8"))
             return None if named.secure and not last.secure else last
         return None
+
+    # The files of a job
 
     def log_file(self, run: str, host: str) -> Path:
         return self.runs / run / f"{file_label(host)}.log"
@@ -10062,6 +10074,8 @@ class SwitchGate:
         self.found: BackendText
         self.files: list[Path] = []
 
+    # The verdict
+
     def judge(self) -> str:
         """Refuse whatever could leave two active colours or none. Raises GuardError."""
         entry = self.entry
@@ -10093,6 +10107,8 @@ class SwitchGate:
         who = " and ".join(taking) or "nobody"
         self.runner.warn(f"{color} is active by the file alone: {who} has the traffic by failover")
         return f"{color} is active already by the file, nothing changes"
+
+    # What its text says, and what runs
 
     def read_text(self) -> None:
         """Who is active by the text. Raises GuardError."""
@@ -10128,6 +10144,8 @@ class SwitchGate:
         if self.options.get("force"):
             forced = f"forced by {self.runner.job.by}"
             self.note(f"{forced}: health and commit of {entry.color} are not required")
+
+    # The side that takes over
 
     def require_standby(self, rows: Sequence[_Row]) -> str:
         """Only a server that HAProxy would use, and that answers here and now, may get the
@@ -10620,12 +10638,16 @@ class BlockingWire:
             raise self._protocol.handshake_exc
         return self._protocol.state.name == "OPEN"
 
+    # For its user
+
     def send(self, frame: str) -> None:
         with self._in_use:
             if not self._is_open():
                 raise EOFError
             self._protocol.send_text(frame.encode())
             self._flush()
+
+    # Alive while its user is busy
 
     def attend(self) -> None:
         """From now on, answer pings also while this program can't: a terminal that was stopped
@@ -10670,6 +10692,8 @@ class BlockingWire:
                 self._protocol.send_close()
                 self._flush()
         self._socket.close()
+
+    # Frames of the protocol
 
     def _read(self, timeout_s: float) -> None:
         """Take what comes next. Raises TimeoutError where nothing does."""
@@ -11539,6 +11563,8 @@ class Agent:
         # `status` must not wait for `health`, nor a plan for anybody
         self.places = {what: Threads(ANSWERS_AT_ONCE) for what in QUESTIONS}
 
+    # Who it is
+
     def hello(self) -> Hello:
         return Hello(
             "agent",
@@ -11557,6 +11583,8 @@ class Agent:
         tree = work_tree(self.config.path)
         rule = host_rule(self.config.config, address, socket.gethostname())
         return rule, tree / rule.repo if rule.repo else tree
+
+    # One connection to the master
 
     async def serve_link(self, link: Link) -> None:
         """Everything after `Welcome`, until the connection ends."""
@@ -11603,6 +11631,8 @@ class Agent:
             self.own.accept(record, link)
         except OSError as problem:
             self.own.write(record, state=State.FAILED, step="start", error=str(problem))
+
+    # The master's questions
 
     async def answer(self, ask: Ask) -> Answer:
         """Answer the master's question about this host; one that can't be answered is an error in
@@ -11807,6 +11837,8 @@ class Outlook:
         self.deadline = time.monotonic() + LOOK_AHEAD_S
         self.said = b""
 
+    # What git says
+
     def git(self, *args: str) -> str | None:
         """git's answer, None where it says no. Raises UpdaterError, also when all the time is used
         up."""
@@ -11823,6 +11855,8 @@ class Outlook:
     def why(self) -> str:
         """What git said last."""
         return failure_reason(self.said)
+
+    # What would be checked out
 
     def find_target(self, branch: str) -> tuple[str, str | None]:
         """The commit that `branch` means on the remote, and where the local branch stands. Raises
@@ -11856,6 +11890,8 @@ class Outlook:
             if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
                 raise TargetError(self.why())
         return target, local
+
+    # What an order would find and change
 
     def look(self, branch: str) -> dict[str, Any]:
         """From what is checked out now to what `branch` means on the remote, and what stands in the
@@ -12173,6 +12209,8 @@ class Door:
         tls = config.config.master_url.secure and config.config.tls.cert
         self.certificate = Certificate(config) if tls else None
 
+    # The port
+
     def connection_class(self) -> Any:
         """A server connection that can't keep others out by beginning handshakes and not ending
         them."""
@@ -12216,6 +12254,8 @@ class Door:
                 self.patience.reschedule(self.loop.time() + seconds)
 
         return Guarded
+
+    # Before the handshake
 
     def judge_request(self, connection: Any, request: Any) -> Any:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP
@@ -12269,6 +12309,8 @@ class Door:
         answer.headers[WHO_HEADER] = self.nonce
         return answer
 
+    # Who was refused
+
     def log_refusal(self, address: str, reason: str) -> None:
         """Once per address and minute, then a count: a flood must not become a flood of lines."""
         if address not in self.refused and len(self.refused) >= REFUSED_KEPT:
@@ -12288,6 +12330,8 @@ class Door:
                     log.warning("refused %s %d more times within a minute", address, count)
         if self.certificate:
             self.certificate.reload()
+
+    # Who has come in
 
     async def challenge(self, link: Link, hello: Hello, address: str, keys: str) -> Proven:
         """Have whoever said hello prove that it knows the token, if there is one, and ask for its
@@ -12471,6 +12515,8 @@ class Registry:
         self.impostors: dict[tuple[str, str], Impostor] = {}  # by machine and address
         self.tasks = Tasks()
 
+    # On disk
+
     def recover(self) -> None:
         """After a start: the known hosts, none of them connected yet. Raises UsageError where the
         agents' keys can't be read."""
@@ -12531,6 +12577,8 @@ class Registry:
         self.dirty = False
         data = {machine: vars(known) for machine, known in self.machines.items()}
         self.state.store.put(self.file, json.dumps(data, indent=1).encode())
+
+    # Who is welcomed
 
     def host_name(self, machine: str, address: str, claimed: str) -> str:
         """The configuration's name for the host, else the one it claims, unless that belongs to
@@ -12641,6 +12689,8 @@ class Registry:
         self.machines[hello.machine] = known
         self.save()
 
+    # Who is meant
+
     def hosts(self, everyone: bool = False) -> list[HostRef]:
         """Every host of the fleet with its label, the master's own first; `everyone`: as if all
         took deployments."""
@@ -12708,6 +12758,8 @@ class Registry:
             self.keys.drop(host.machine)
         self.write()
         return [host.label for host in hosts]
+
+    # What the hosts say
 
     async def ask_traffic(self) -> dict[str, Any]:
         """Where HAProxy sends the traffic, as its host says now; `active` is None where that is not
@@ -12797,6 +12849,8 @@ class Ledger:
         self.nonces: dict[str, str] = {}  # -> run, for who asks again without knowing its id
         self.next_place = 1
 
+    # What is on disk
+
     def recover(self) -> list[Run]:
         """After a start: the runs that are not over, and how the hosts' last deployments ended."""
         for row in reversed(self.state.history.rows()):
@@ -12844,6 +12898,8 @@ class Ledger:
         if self.age_s(record) < allowed_wait_s(record, host):
             return replace(job, provisional=False)
         return replace(job, state=State.OFFLINE)
+
+    # Jobs that only the agent knows
 
     def own_job(self, agent: AgentLink, run: str, host: str) -> Run:
         """The run of a job that belongs to this very agent. Raises ProtocolError for anybody
@@ -14146,6 +14202,8 @@ class Planner:
             raise UsageError("branch is missing", "a branch, a tag or a full commit id")
         return {"action": action, "target": "all"} | given
 
+    # The plan as a whole
+
     async def plan(self) -> dict[str, Any]:
         """Every host's outlook, and the id under which the master remembers it. Raises
         UpdaterError."""
@@ -14164,6 +14222,8 @@ class Planner:
             "ok": not any(row["refused"] for row in rows),
             "hosts": rows,
         }
+
+    # What may hold it
 
     def look_at_freezes(self, rows: list[dict[str, Any]]) -> None:
         """What holds the order back now is a refusal, what begins within the hour a warning."""
@@ -14245,6 +14305,8 @@ class Planner:
         if changed:
             raise GuardError(f"plan {self.known} is no longer true on {', '.join(changed)}", hint)
         return self.known
+
+    # One host
 
     async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
