@@ -8558,8 +8558,11 @@ class WorkTree:
         """What is to be known if it is cut off: between which commits, and what is somebody's
         already."""
         names = ["HEAD", f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}"]
-        names += [branch] if is_commit_id(branch) else [f"refs/tags/{branch}"]
+        if is_commit_id(branch):
+            names.append(branch)
         commits = [commit for commit in map(self.commit_of, names) if commit]
+        if len(commits) < 2:  # no branch is called so
+            commits += filter(None, [self.commit_of(f"refs/tags/{branch}")])
         kept = set(dirty)
         for path, versions in self.find_versions(commits).items():
             if not versions.in_head and os.path.lexists(self.root / path):
@@ -8574,7 +8577,7 @@ class WorkTree:
     def find_versions(self, commits: Iterable[str]) -> dict[str, Versions]:
         """The paths in which HEAD and any of the commits differ."""
         found: dict[str, Versions] = {}
-        for commit in set(commits):
+        for commit in set(commits) - {self.commit_of("HEAD")}:
             raw = self.ask(
                 "diff", "--raw", "-z", "--no-abbrev", "--no-renames", "HEAD", commit, "--"
             )
@@ -8732,7 +8735,8 @@ class Deployment:
         changes = self.tree.changes()
         if changes.paths:
             runner.warn(f"local changes stay: {paths_text(changes.paths)}")
-        self.make_way()
+        if f"refs/heads/{branch}" not in refs:
+            self.make_way()
         transit = self.tree.begin_transit(branch, rule.remote, changes.paths)
         write_atomic(runner.state.transit_file, json.dumps(transit).encode(), durable=True)
         try:
