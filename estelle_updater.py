@@ -14724,6 +14724,8 @@ class Spool:
     def wants(self, event: str) -> bool:
         return any(rule.wants(event) for rule in self.rules)
 
+    # What is to be sent
+
     def tell(self, name: str, news: Mapping[str, Any], *rules: NotifyRule) -> None:
         """Spool a message for those who want it, or for `rules`; each gets one of a name, and only
         one."""
@@ -14742,7 +14744,7 @@ class Spool:
             if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
                 path.unlink()
 
-    # Sending
+    # Sending, and what became of it
 
     async def send_forever(self) -> None:
         """Send what is due, to each receiver one message after the other."""
@@ -14845,6 +14847,8 @@ class Notifier:
         self.spool = Spool(state.root / "notify", config, own_address)
         self.traffic_file = self.spool.folder / "traffic"
         self.switched = False  # since the last look at the traffic
+
+    # What jobs tell
 
     def tell_of_job(self, run: Run, job: JobRecord) -> None:
         """Spool what people want to know of a job's end. Whatever goes wrong here must not touch
@@ -16323,6 +16327,8 @@ class Upgrade:
             runner.save(durable=True, step=UNDO)
         raise self.put_back()
 
+    # The way to the new program
+
     def check(self) -> Config:
         """The committed checksum decides: the configuration that names it. Raises ConfigError."""
         config = load_config(self.runner.config_path)
@@ -16366,6 +16372,8 @@ class Upgrade:
             _replace_executable(self.old, self.file.read_bytes())
             _replace_executable(self.file, self.fresh.read_bytes())
         self.runner.save(durable=True, step=RESTART)
+
+    # The way back, and the daemon
 
     def put_back(self) -> UpdaterError:
         """The old program again; what to report."""
@@ -16484,6 +16492,8 @@ class Stage:
                 signal.signal(number, self.stop)
         self.folder = Path(tempfile.mkdtemp(prefix="estelle-demo-")).resolve()
 
+    # Stop signals
+
     def stop(self, *_: object) -> None:
         self.stopped = True
 
@@ -16491,6 +16501,8 @@ class Stage:
         """The one place where a stop signal takes effect."""
         if self.stopped:
             raise KeyboardInterrupt
+
+    # What stands on it
 
     def state(self, address: str) -> StateFolder:
         return StateFolder(self.folder / address / "state")
@@ -16516,6 +16528,8 @@ class Stage:
             with suppress(subprocess.TimeoutExpired):
                 return child.wait(0.1)
             self.check()
+
+    # The end, however it came
 
     def clean(self) -> None:
         """End what runs, the daemons before the deployments that outlive them, and remove every
@@ -17026,6 +17040,8 @@ class Publication:
         commit = f"git commit -m {json.dumps(self.message)} -- {self.name}"
         return f"git add {self.name} && {commit} && git push"
 
+    # The way to the remote
+
     def publish(self, text: bytes) -> None:
         """Push, then write the file and bring the clone along. Raises UpdaterError where git says
         no, and nothing is changed then."""
@@ -17093,6 +17109,8 @@ class Publication:
                 self.ask("checkout", "--quiet", "--", self.name)
             else:
                 self.path.unlink(missing_ok=True)
+
+    # Questions to git
 
     def blob_at(self, commit: str) -> str:
         return self.ask("rev-parse", "--quiet", "--verify", f"{commit}:{self.name}").strip()
@@ -17583,6 +17601,8 @@ class Doctor:
         ):
             yield from self.haproxy(proxy)
 
+    # This host
+
     def state_folder(self) -> Finding:
         exposed = self.state.exposure()
         if exposed:
@@ -17670,6 +17690,8 @@ class Doctor:
             "it runs, but nothing starts it after a reboot" if self.serves else "none is installed"
         )
         return Finding("service", False, text, f"{program_name()} setup")
+
+    # The fleet
 
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
         """Git, the clone, its remote, and what the deploy command needs."""
@@ -18344,6 +18366,8 @@ class Block:
         self.what = run_title(run)
         self.hosts = {host: BlockHost() for host in run.hosts}
 
+    # What happened
+
     def add(self, host: str, data: bytes, now: float) -> None:
         """A host's log has grown."""
         one = self.hosts[host]
@@ -18356,6 +18380,8 @@ class Block:
         before, one.job = one.job, job
         if before is None or (before.step, before.state) != (job.step, job.state):
             one.since = one.heard = now
+
+    # Rows
 
     def rows(self, columns: int, lines: int, now: float) -> list[str]:
         """The block on a terminal of this size."""
@@ -19911,15 +19937,90 @@ MCP_ANSWERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-class McpTools:
-    """What each tool does: `call_NAME` takes the arguments that fit and answers with fields that
-    keep the tool's schema. Raises UpdaterError, Abandoned, WaitedEnough, MustAsk."""
+class Consent:
+    """Who agreed to an order of a model: a plan that it names, or a person who saw one. What a
+    client sends back is not believed, but for what our own seal is on."""
 
     def __init__(self, args: Args, put: Callable[[ToolCall, str, Callable[[Any], None]], None]):
         self.args = args
         self.put_question = put  # to a person, in the middle of a call
         self.asks = args.confirm or not (args.require_plan or args.yes)
         self.secret = os.urandom(16)  # of what we say to be said back
+
+    def guard(
+        self, given: Mapping[str, Any], view: ProgressView, request: dict[str, Any], doing: str
+    ) -> dict[str, Any]:
+        """The options by which the master holds an order to its plan: the one that the model
+        names, or, where a person is to be asked, the one whose summary that person saw. Raises
+        UpdaterError, MustAsk."""
+        options: dict[str, Any] = {}
+        if given.get("force"):
+            options["force"] = True
+        if "plan" in given:
+            options["plan"] = given["plan"].strip()
+        if not self.asks:
+            return options
+        call = view.call
+        if call.modern and isinstance(call.state, str):
+            options["plan"] = self.replied_plan(call)
+            return options
+        if not call.may_ask:
+            raise GuardError(
+                "a person has to agree to every change, and this client can't ask one; the server "
+                "can be started with --require-plan, so that the id of a fresh plan is enough"
+            )
+        known = {"plan": options["plan"]} if "plan" in options else {}
+        plan = ask_master(self.args, "plan", {**request, **known}, PLAN_ANSWER_S)
+        options["plan"] = plan["plan"]
+        if not plan["ok"] and "force" not in options:
+            refused = [text for row in plan["hosts"] for text in row["refused"]]
+            raise GuardError(f"the plan says no: {'; '.join(refused)[:1000]}")
+        self.confirm(view, "\n".join([f"{doing}?", plan_answer_text(plan)]), plan["plan"])
+        return options
+
+    def confirm(self, view: ProgressView, question: str, plan: str) -> None:
+        """Ask a person. Raises GuardError unless the answer is yes, MustAsk where the client asks
+        by calling again."""
+        call = view.call
+        if call.modern:
+            raise MustAsk(question, f"{plan}.{self.seal(call, plan)}")
+        heard = threading.Event()
+        replies: list[Any] = []
+
+        def receive_reply(reply: Any) -> None:
+            replies.append(reply)
+            heard.set()
+
+        self.put_question(call, question, receive_reply)
+        while not heard.wait(LOCAL_LOOK_S):
+            view.tick()
+        if not is_confirmed(replies[0]):
+            raise GuardError("the person did not agree, and nothing was done")
+
+    def replied_plan(self, call: ToolCall) -> str:
+        """The plan that a person agreed to, in a call that is repeated with the reply. Raises
+        GuardError."""
+        plan, _, seal = call.state.partition(".")
+        if not hmac.compare_digest(seal.encode(), self.seal(call, plan).encode()):
+            raise GuardError("requestState is not what this server gave for this call")
+        replies = call.replies if isinstance(call.replies, dict) else {}
+        if not is_confirmed(replies.get("confirm")):
+            raise GuardError("the person did not agree, and nothing was done")
+        return str(plan)
+
+    def seal(self, call: ToolCall, plan: str) -> str:
+        """What binds a plan to this very call, and only we can make."""
+        words = json.dumps([plan, call.tool, call.arguments], sort_keys=True)
+        return hmac.digest(self.secret, words.encode(), "sha256").hex()
+
+
+class McpTools:
+    """What each tool does: `call_NAME` takes the arguments that fit and answers with fields that
+    keep the tool's schema. Raises UpdaterError, Abandoned, WaitedEnough, MustAsk."""
+
+    def __init__(self, args: Args, put: Callable[[ToolCall, str, Callable[[Any], None]], None]):
+        self.args = args
+        self.consent = Consent(args, put)
 
     def answer(self, view: ProgressView, takes: Mapping[str, _Schema]) -> dict[str, Any]:
         """A tool's answer: its own method's, or the master's to the question of this name."""
@@ -19967,72 +20068,6 @@ class McpTools:
                 "take another key",
             )
         return None if found["run"] is None else str(found["run"])
-
-    def guard(
-        self, given: Mapping[str, Any], view: ProgressView, request: dict[str, Any], doing: str
-    ) -> dict[str, Any]:
-        """The options by which the master holds an order to its plan: the one that the model
-        names, or, where a person is to be asked, the one whose summary that person saw. Raises
-        UpdaterError, MustAsk."""
-        options: dict[str, Any] = {}
-        if given.get("force"):
-            options["force"] = True
-        if "plan" in given:
-            options["plan"] = given["plan"].strip()
-        if not self.asks:
-            return options
-        call = view.call
-        if call.modern and isinstance(call.state, str):
-            options["plan"] = self.replied_plan(call)
-            return options
-        if not call.may_ask:
-            raise GuardError(
-                "a person has to agree to every change, and this client can't ask one; the server "
-                "can be started with --require-plan, so that the id of a fresh plan is enough"
-            )
-        known = {"plan": options["plan"]} if "plan" in options else {}
-        plan = self.ask("plan", **request, **known)
-        options["plan"] = plan["plan"]
-        if not plan["ok"] and "force" not in options:
-            refused = [text for row in plan["hosts"] for text in row["refused"]]
-            raise GuardError(f"the plan says no: {'; '.join(refused)[:1000]}")
-        self.confirm(view, "\n".join([f"{doing}?", plan_answer_text(plan)]), plan["plan"])
-        return options
-
-    def confirm(self, view: ProgressView, question: str, plan: str) -> None:
-        """Ask a person. Raises GuardError unless the answer is yes, MustAsk where the client asks
-        by calling again."""
-        call = view.call
-        if call.modern:
-            raise MustAsk(question, f"{plan}.{self.seal(call, plan)}")
-        heard = threading.Event()
-        replies: list[Any] = []
-
-        def receive_reply(reply: Any) -> None:
-            replies.append(reply)
-            heard.set()
-
-        self.put_question(call, question, receive_reply)
-        while not heard.wait(LOCAL_LOOK_S):
-            view.tick()
-        if not is_confirmed(replies[0]):
-            raise GuardError("the person did not agree, and nothing was done")
-
-    def replied_plan(self, call: ToolCall) -> str:
-        """The plan that a person agreed to, in a call that is repeated with the reply. Raises
-        GuardError."""
-        plan, _, seal = call.state.partition(".")
-        if not hmac.compare_digest(seal.encode(), self.seal(call, plan).encode()):
-            raise GuardError("requestState is not what this server gave for this call")
-        replies = call.replies if isinstance(call.replies, dict) else {}
-        if not is_confirmed(replies.get("confirm")):
-            raise GuardError("the person did not agree, and nothing was done")
-        return str(plan)
-
-    def seal(self, call: ToolCall, plan: str) -> str:
-        """What binds a plan to this very call, and only we can make."""
-        words = json.dumps([plan, call.tool, call.arguments], sort_keys=True)
-        return hmac.digest(self.secret, words.encode(), "sha256").hex()
 
     def await_run(self, run: str, given: Mapping[str, Any], view: ProgressView) -> dict[str, Any]:
         """A run as it stands at its end, or when the client wants its answer: without progress, no
@@ -20109,7 +20144,7 @@ class McpTools:
         wanted = {key: asked[key] for key in ("target", "branch")}
 
         def make(more: dict[str, Any]) -> Submit:
-            guarded = self.guard(given, view, wanted, doing)
+            guarded = self.consent.guard(given, view, wanted, doing)
             return new_order(Kind.DEPLOY, **wanted, options={**options, **more, **guarded})
 
         return self.order(given, view, asked, make)
@@ -20123,7 +20158,9 @@ class McpTools:
 
         def make(more: dict[str, Any]) -> Submit:
             planned = {"action": "rollback", **request}
-            guarded = self.guard(given, view, planned, f"roll back {request.get('target', 'all')}")
+            guarded = self.consent.guard(
+                given, view, planned, f"roll back {request.get('target', 'all')}"
+            )
             known = {"plan": guarded["plan"]} if "plan" in guarded else {}
             order = plan_rollback(self.ask("plan", **planned, **known))
             return replace(order, options={**order.options, **more, **guarded})
@@ -20148,7 +20185,7 @@ class McpTools:
             if rehearsal and "plan" in given:
                 self.ask("plan", plan=given["plan"], **planned)
             if not rehearsal:
-                guarded = self.guard(given, view, planned, f"switch the traffic to {color}")
+                guarded = self.consent.guard(given, view, planned, f"switch the traffic to {color}")
             return order_switch(color, dry_run=rehearsal, **more, **guarded)
 
         answer = self.order(given, view, asked, make)
