@@ -20298,7 +20298,7 @@ class McpServer:
         more = []
         if self.args.require_plan:
             more.append("Whatever changes something needs the id of a fresh plan, once.")
-        if self.tools.asks:
+        if self.tools.consent.asks:
             more.append("A person is asked before anything changes.")
         return " ".join([MCP_INSTRUCTIONS, *more])
 
