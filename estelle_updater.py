@@ -8655,11 +8655,112 @@ def _parts(paths: Sequence[str]) -> Iterator[Sequence[str]]:
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
+class Clearance:
+    """What has to be true for a deployment to go on: asked before it moves the tree, and some of it
+    again on the way."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.log, self.git = runner, runner.log, runner.git
+
+    # The host
+
+    def check_ground(self) -> None:
+        """What can't but fail is said before anything has changed. Raises UsageError."""
+        runner = self.runner
+        for found in probe_ground(runner.repo, runner.state.root, runner.rule, runner.env):
+            if not found.ok and found.certain:
+                raise UsageError(found.text, found.fix)
+            if not found.ok:
+                self.log.line(f"warning: {found.text}; {found.fix}")
+
+    def confirm_traffic(self) -> None:
+        """For a job that was given as `active` or `standby`: go on only while this host still is.
+
+        The step asks: it reaches the master with the job's state, over a new connection too if need
+        be, and the daemon writes down what the master says. Raises GuardError.
+        """
+        runner = self.runner
+        expected = runner.job.options.get("expects", {}).get(runner.host)
+        if not expected:
+            return
+        runner.begin(TRAFFIC_STEP, StepKind.TRAFFIC)
+        now = self.await_word(expected)
+        if now != expected:
+            hint = f"it was {expected} when this was asked for, now it is {now}"
+            raise GuardError("traffic moved", hint)
+
+    def await_word(self, expected: str) -> Any:
+        """What the master says about this host's traffic. Raises GuardError where it says
+        nothing."""
+        runner, ends = self.runner, time.monotonic() + TRAFFIC_S
+        file = runner.state.traffic_file(runner.run, runner.host)
+        while True:
+            word = read_json(file) or {}
+            if word.get("at") == runner.job.revision:  # else it answers an earlier question
+                return word.get("is")
+            if runner.is_cancelled():
+                raise runner.cancelled(TRAFFIC_STEP)
+            if time.monotonic() > ends:
+                what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
+                raise GuardError(what, "is the data node online? `status` shows the traffic")
+            time.sleep(CANCEL_LOOK_S / 2)
+
+    # The commit
+
+    def judge_doors(self, commit: str) -> None:
+        """What a commit's configuration changes at the doors is a warning, and where it opens them
+        wide on the master's host, an end. Raises GuardError, before the tree moves."""
+        runner = self.runner
+        options, path = runner.job.options, runner.config_path
+        old, _ = load_config_or_last(path, runner.state)
+
+        def ask(*args: str) -> str | None:
+            return self.git(*args).decode(errors="replace") or None
+
+        try:
+            new = incoming_config(commit, path, runner.repo, ask)
+        except ConfigError:  # it takes no effect, and the step `config` will say so
+            return
+        if new is None:
+            return
+        changes = compare_doors(old, new)
+        opened = [change.text for change in changes if change.opens]
+        is_master = options.get("master") == runner.host
+        if opened and is_master and not options.get("force"):
+            what = "this commit opens the doors, and was not ordered with --force"
+            raise GuardError(f"{what}: {'; '.join(opened)}")
+        own = ("masterUrl", "tokenFile", "tls")  # what an agent goes by as well
+        for change in changes:
+            if is_master or change.text.startswith(own):
+                runner.warn(f"new configuration: {change.text}")
+
+    def warn_of_doors(self, config: Config) -> None:
+        """A new whitelist may shut out this host, or who asked: better said before it takes
+        effect."""
+        whitelist, job = Whitelist(config.whitelist), self.runner.job
+        asked_from = job.by.rpartition("@")[2]
+        concerned = {job.address: "this host", asked_from: "where this run was asked for"}
+        for address, who in concerned.items():
+            with suppress(UsageError):  # a deployment by hand was asked for from no address
+                allowed = whitelist.verdict(canonical_address(address)).allowed
+                if not allowed and address != config.master_url.host:
+                    self.runner.warn(f"the whitelist has no entry for {address}, {who}")
+
+    def confirm_plan(self, planned: str, found: str) -> None:
+        """For an order with a plan: go on only with the commit that was planned. Raises
+        GuardError, before the tree moves."""
+        if found != planned:
+            now = found[:7] or "nothing"
+            what = f"{planned[:7]} was planned, now it would be {now}; plan again"
+            raise GuardError("the plan is no longer true", what)
+
+
 class Deployment:
     """The document's steps on one clone, in its order, done by a runner."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.log, self.git = runner, runner.log, runner.git
+        self.clearance = Clearance(runner)
         self.tree: WorkTree
 
     def perform(self) -> None:
@@ -8670,16 +8771,16 @@ class Deployment:
         with suppress(UpdaterError):  # `check_ground` will say what is wrong
             before = self.git("rev-parse", "HEAD").decode().strip()
             runner.job = replace(runner.job, before=before or None)
-        self.confirm_traffic()
+        self.clearance.confirm_traffic()
         require_branch(runner.job.branch)
-        self.check_ground()
-        self.remove_git_locks()
+        self.clearance.check_ground()
+        remove_git_locks(runner)
         self.tree = WorkTree(runner.repo, runner.env, submodules=runner.rule.submodules)
         self.end_transit()
         self.move_tree()
         runner.begin("config", StepKind.CONFIG)
-        self.warn_of_doors(runner.load_rule(strict=True))
-        self.confirm_traffic()
+        self.clearance.warn_of_doors(runner.load_rule(strict=True))
+        self.clearance.confirm_traffic()
         runner.step(plan_command(runner.rule.command), runner.rule.timeout_s)
         self.restart()
 
@@ -8693,7 +8794,7 @@ class Deployment:
             services = select_services(services, only)
         if not services:
             return
-        self.confirm_traffic()
+        self.clearance.confirm_traffic()
         began = time.time()
         runner.env = user_bus(runner.env)
         for step in plan_restart(services):
@@ -8725,11 +8826,11 @@ class Deployment:
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
         planned = runner.job.options.get("planned", {}).get(runner.host, "")
         if planned and not get:
-            self.confirm_plan(planned, self.commit_to_come(branch, refs))
+            self.clearance.confirm_plan(planned, self.commit_to_come(branch, refs))
         if not get:
-            self.judge_doors(self.commit_to_come(branch, refs))
+            self.clearance.judge_doors(self.commit_to_come(branch, refs))
         elif self.has_commit(branch):
-            self.judge_doors(branch)
+            self.clearance.judge_doors(branch)
         if planned and pull:
             pull = pin_pull(pull, planned)
         changes = self.tree.changes()
@@ -8782,8 +8883,8 @@ class Deployment:
                 tag = self.git("rev-list", "--max-count=1", f"refs/tags/{branch}", "--")
                 target = tag.decode(errors="replace").strip()
                 if planned:
-                    self.confirm_plan(planned, target)
-            self.judge_doors(target)
+                    self.clearance.confirm_plan(planned, target)
+            self.clearance.judge_doors(target)
             runner.step(checkout, rule.timeout_s, announce=False)
         else:
             runner.step(checkout, rule.timeout_s)
@@ -8875,6 +8976,8 @@ class Deployment:
             if stale:
                 raise UpdaterError(f"submodules are not what the commit says: {paths_text(stale)}")
 
+    # When an earlier job, or this one, failed halfway
+
     def end_transit(self) -> None:
         """What an earlier job left half written: whole again before anything else. Raises
         UpdaterError."""
@@ -8913,6 +9016,8 @@ class Deployment:
         restore = f"git -C {self.tree.root} checkout HEAD -- {first}"
         return f"keep what you need, then: {restore}, or rm it{others}"
 
+    # What git knows
+
     def commit_to_come(self, branch: str, refs: Sequence[str]) -> str:
         """What a pull would bring this branch to, as it was just fetched: the remote's commit, or
         our own where that is ahead of it."""
@@ -8924,125 +9029,9 @@ class Deployment:
         common = self.git("merge-base", own, theirs).decode(errors="replace").strip()
         return own if common == theirs else theirs
 
-    def confirm_plan(self, planned: str, found: str) -> None:
-        """For an order with a plan: go on only with the commit that was planned. Raises
-        GuardError, before the tree moves."""
-        if found != planned:
-            now = found[:7] or "nothing"
-            what = f"{planned[:7]} was planned, now it would be {now}; plan again"
-            raise GuardError("the plan is no longer true", what)
-
     def has_commit(self, name: str) -> bool:
         """Whether `name` is the id of a commit that is here already."""
         return is_commit_id(name) and self.git("cat-file", "-t", name).strip() == b"commit"
-
-    # What it stands on
-
-    def check_ground(self) -> None:
-        """What can't but fail is said before anything has changed. Raises UsageError."""
-        runner = self.runner
-        for found in probe_ground(runner.repo, runner.state.root, runner.rule, runner.env):
-            if not found.ok and found.certain:
-                raise UsageError(found.text, found.fix)
-            if not found.ok:
-                self.log.line(f"warning: {found.text}; {found.fix}")
-
-    def confirm_traffic(self) -> None:
-        """For a job that was given as `active` or `standby`: go on only while this host still is.
-
-        The step asks: it reaches the master with the job's state, over a new connection too if need
-        be, and the daemon writes down what the master says. Raises GuardError.
-        """
-        runner = self.runner
-        expected = runner.job.options.get("expects", {}).get(runner.host)
-        if not expected:
-            return
-        runner.begin(TRAFFIC_STEP, StepKind.TRAFFIC)
-        now = self.await_word(expected)
-        if now != expected:
-            hint = f"it was {expected} when this was asked for, now it is {now}"
-            raise GuardError("traffic moved", hint)
-
-    def await_word(self, expected: str) -> Any:
-        """What the master says about this host's traffic. Raises GuardError where it says
-        nothing."""
-        runner, ends = self.runner, time.monotonic() + TRAFFIC_S
-        file = runner.state.traffic_file(runner.run, runner.host)
-        while True:
-            word = read_json(file) or {}
-            if word.get("at") == runner.job.revision:  # else it answers an earlier question
-                return word.get("is")
-            if runner.is_cancelled():
-                raise runner.cancelled(TRAFFIC_STEP)
-            if time.monotonic() > ends:
-                what = f"nobody said within {TRAFFIC_S:.0f} s whether this host is {expected}"
-                raise GuardError(what, "is the data node online? `status` shows the traffic")
-            time.sleep(CANCEL_LOOK_S / 2)
-
-    def judge_doors(self, commit: str) -> None:
-        """What a commit's configuration changes at the doors is a warning, and where it opens them
-        wide on the master's host, an end. Raises GuardError, before the tree moves."""
-        runner = self.runner
-        options, path = runner.job.options, runner.config_path
-        old, _ = load_config_or_last(path, runner.state)
-
-        def ask(*args: str) -> str | None:
-            return self.git(*args).decode(errors="replace") or None
-
-        try:
-            new = incoming_config(commit, path, runner.repo, ask)
-        except ConfigError:  # it takes no effect, and the step `config` will say so
-            return
-        if new is None:
-            return
-        changes = compare_doors(old, new)
-        opened = [change.text for change in changes if change.opens]
-        is_master = options.get("master") == runner.host
-        if opened and is_master and not options.get("force"):
-            what = "this commit opens the doors, and was not ordered with --force"
-            raise GuardError(f"{what}: {'; '.join(opened)}")
-        own = ("masterUrl", "tokenFile", "tls")  # what an agent goes by as well
-        for change in changes:
-            if is_master or change.text.startswith(own):
-                runner.warn(f"new configuration: {change.text}")
-
-    def warn_of_doors(self, config: Config) -> None:
-        """A new whitelist may shut out this host, or who asked: better said before it takes
-        effect."""
-        whitelist, job = Whitelist(config.whitelist), self.runner.job
-        asked_from = job.by.rpartition("@")[2]
-        concerned = {job.address: "this host", asked_from: "where this run was asked for"}
-        for address, who in concerned.items():
-            with suppress(UsageError):  # a deployment by hand was asked for from no address
-                allowed = whitelist.verdict(canonical_address(address)).allowed
-                if not allowed and address != config.master_url.host:
-                    self.runner.warn(f"the whitelist has no entry for {address}, {who}")
-
-    # The clone
-
-    def remove_git_locks(self) -> None:
-        """A git that was killed leaves locks behind that would fail every later one. We hold the
-        job's lock; what is left to exclude is a git that somebody runs by hand, anywhere in the
-        clone or its other work trees."""
-        repo = self.runner.repo
-        folder = repo / ".git"
-        if not folder.is_dir():  # a folder within the clone, or a linked work tree
-            folder = repo / os.fsdecode(self.git("rev-parse", "--git-common-dir").strip())
-        locks: list[Path] = []
-        for place in _GIT_LOCKS:
-            locks += folder.glob(f"{place}.lock")
-        if not locks:
-            return
-        trees = []
-        for line in os.fsdecode(self.git("worktree", "list", "--porcelain")).splitlines():
-            if line.startswith("worktree "):
-                trees.append(Path(line.removeprefix("worktree ")))
-        if runs_below("git", (repo, folder, *trees)):
-            return
-        for lock in locks:
-            with suppress(OSError):  # Windows: it is open, so its owner lives
-                lock.unlink()
-                self.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
 
 
 # below the folder that a clone and its other work trees have in common
@@ -9053,6 +9042,31 @@ _GIT_LOCKS = (
     "modules/**/*",
     "objects/info/**/*",
 )
+
+
+def remove_git_locks(runner: Runner) -> None:
+    """A git that was killed leaves locks behind that would fail every later one. We hold the
+    job's lock; what is left to exclude is a git that somebody runs by hand, anywhere in the
+    clone or its other work trees."""
+    repo = runner.repo
+    folder = repo / ".git"
+    if not folder.is_dir():  # a folder within the clone, or a linked work tree
+        folder = repo / os.fsdecode(runner.git("rev-parse", "--git-common-dir").strip())
+    locks: list[Path] = []
+    for place in _GIT_LOCKS:
+        locks += folder.glob(f"{place}.lock")
+    if not locks:
+        return
+    trees = []
+    for line in os.fsdecode(runner.git("worktree", "list", "--porcelain")).splitlines():
+        if line.startswith("worktree "):
+            trees.append(Path(line.removeprefix("worktree ")))
+    if runs_below("git", (repo, folder, *trees)):
+        return
+    for lock in locks:
+        with suppress(OSError):  # Windows: it is open, so its owner lives
+            lock.unlink()
+            runner.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
 
 
 def deploy(runner: Runner) -> str | None:

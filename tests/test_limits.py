@@ -322,10 +322,10 @@ def test_git_locks_of_the_clone_s_other_folders_are_in_use_too(tmp_path: Path, d
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     with subprocess.Popen(["git", "hash-object", "--stdin"], cwd=clone, stdin=subprocess.PIPE, stdout=-3) as other:
-        updater.Deployment(runner).remove_git_locks()
+        updater.remove_git_locks(runner)
         assert all(lock.exists() for lock in locks)
         other.communicate()
-    updater.Deployment(runner).remove_git_locks()
+    updater.remove_git_locks(runner)
     assert not any(lock.exists() for lock in locks)
 
 

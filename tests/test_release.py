@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import estelle_updater
-from estelle_updater import Deployment, GuardError, JobRecord, Kind, LogWriter, Runner, StateFolder
+from estelle_updater import Clearance, GuardError, JobRecord, Kind, LogWriter, Runner, StateFolder
 from tests.commands import COMMAND, GATE, GATED, Watched, detach, job_of, log_of, open_gate, wait_state, write_script
 from tests.fleet import ROOT, Fleet, Host, Result, need, run, wait_for
 from tests.haproxy import Proxy
@@ -237,13 +237,13 @@ def test_a_job_that_learns_nothing_fails(tmp_path: Path, monkeypatch: pytest.Mon
     state.log_file(run, GREEN).parent.mkdir(parents=True)
     runner.log = LogWriter(state.log_file(run, GREEN), lambda: None)
     with pytest.raises(GuardError, match="nobody said within"):
-        Deployment(runner).confirm_traffic()
+        Clearance(runner).confirm_traffic()
     old = {"at": runner.job.revision, "is": "standby"}  # a word on an earlier question is none on this one
     state.traffic_file(run, GREEN).write_text(json.dumps(old))
     with pytest.raises(GuardError, match="nobody said within"):
-        Deployment(runner).confirm_traffic()
+        Clearance(runner).confirm_traffic()
     runner.job = JobRecord(run, GREEN, "0" * 32, Kind.DEPLOY, "master")
-    Deployment(runner).confirm_traffic()  # nothing was expected
+    Clearance(runner).confirm_traffic()  # nothing was expected
     runner.poke._socket.close()
 
 
