@@ -11408,24 +11408,6 @@ class OwnJobs:
         self.poked.set()
         return record
 
-    async def prune_forever(self, needed: Callable[[], Iterable[str]]) -> None:
-        """Now and then, delete the runs that [keep] does not keep."""
-        await asyncio.sleep(PRUNE_FIRST_S)
-        while True:
-            try:
-                gone = await asyncio.to_thread(
-                    self.state.history.prune,
-                    self.config.config.keep,
-                    lambda: {run for run, _ in list(self.jobs)}.union(needed()),
-                    self.state.lived.now(),
-                )
-                self.state.lived.save()
-                if gone:
-                    log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
-            except OSError as problem:
-                log.error("can't delete old runs: %s", problem)
-            await asyncio.sleep(PRUNE_S)
-
     # Their runners
 
     def check_runner(self, job: OwnJob) -> None:
@@ -11563,6 +11545,26 @@ class OwnJobs:
                 self.state.save_job(replace(job.record, acked=True))
                 self.state.cancel_file(message.run, message.host).unlink(missing_ok=True)
             link.close_log(message.run, message.host)
+
+
+async def prune_forever(own: OwnJobs, needed: Callable[[], Iterable[str]]) -> None:
+    """Now and then, delete the runs that [keep] does not keep."""
+    state = own.state
+    await asyncio.sleep(PRUNE_FIRST_S)
+    while True:
+        try:
+            gone = await asyncio.to_thread(
+                state.history.prune,
+                own.config.config.keep,
+                lambda: {run for run, _ in list(own.jobs)}.union(needed()),
+                state.lived.now(),
+            )
+            state.lived.save()
+            if gone:
+                log.info("deleted %d old runs, up to %s", len(gone), gone[-1])
+        except OSError as problem:
+            log.error("can't delete old runs: %s", problem)
+        await asyncio.sleep(PRUNE_S)
 
 
 class Agent:
@@ -15913,7 +15915,7 @@ class Service:
         dialer = Dialer(agent, self.options.bind, failed, welcomed)
         async with asyncio.TaskGroup() as group:
             group.create_task(dialer.dial_forever())
-            group.create_task(agent.own.prune_forever(tuple))
+            group.create_task(prune_forever(agent.own, tuple))
             group.create_task(self.tick_forever(agent, dialer.config_changed.set))
             group.create_task(
                 self.role.follow_master(lambda: dialer.url, lambda: not agent.own.jobs)
@@ -15950,7 +15952,7 @@ class Service:
             group.create_task(master.tick_forever())
             group.create_task(notifier.spool.send_forever())
             group.create_task(notifier.watch_forever(master))
-            group.create_task(agent.own.prune_forever(lambda: set(master.runs)))
+            group.create_task(prune_forever(agent.own, lambda: set(master.runs)))
             group.create_task(self.tick_forever(agent, master.door.drop_disallowed))
             group.create_task(
                 self.role.follow_master(
