@@ -12155,15 +12155,29 @@ class Proven(NamedTuple):
     key: str = ""  # the agent's proof that it has the key that this master gave it
 
 
+@record()
+class Impostor:
+    """Somebody who showed a host's machine id without the key that belongs to it."""
+
+    machine: str
+    address: str
+    last: float
+    times: int = 1
+
+
 class AgentKeys:
     """The keys that this master gave to its agents: by them it knows who is who, and not by a
     machine id, which is no secret."""
 
-    def __init__(self, state: StateFolder) -> None:
+    def __init__(self, state: StateFolder, label_of: Callable[[str], str]) -> None:
         self.state = state
+        self.label_of = label_of  # by machine id, for what people read
         self.name = ""  # of this list: an agent knows by it which key is meant
         self.keys: dict[str, str] = {}  # by machine id
         self.arrived: set[str] = set()  # machines that have proven theirs once
+        self.impostors: dict[tuple[str, str], Impostor] = {}  # by machine and address
+
+    # The list
 
     def recover(self) -> None:
         """After a start: the keys given so far. A list that is damaged or gone is begun anew."""
@@ -12207,6 +12221,62 @@ class AgentKeys:
     def save(self) -> None:
         data = {"name": self.name, "keys": self.keys, "arrived": sorted(self.arrived)}
         self.state.store.put(self.state.agent_keys_file, json.dumps(data).encode())
+
+    # Who is who
+
+    def identify(self, hello: Hello, address: str, proven: Proven, known: Machine | None) -> str:
+        """Who an agent is, of whose machine id the master so far knows `known`: the key that it is
+        to get, "" where it has one, or can't have one. Raises RefusedError for who shows the
+        machine id of another."""
+        able = KEY_FEATURE in hello.features
+        standing = judge_standing(
+            able=able,
+            is_known=known is not None,
+            same_address=known is not None and known.address == address,
+            has_key=hello.machine in self.keys,
+            was_proven=hello.machine in self.arrived,
+            proves=self.proves(hello, proven),
+        )
+        if standing is Standing.IMPOSTOR:
+            self.note_impostor(hello.machine, address)
+            raise RefusedError(
+                "this machine id belongs to another host, and its key was not proven",
+                "a copied state folder? delete machine-id in it and restart; a host that lost its "
+                "key, or has a new address and an old version, comes back after `forget`",
+            )
+        if standing is Standing.PROVEN:
+            self.note_arrival(hello.machine)
+        if standing is not Standing.NEW:
+            return ""
+        if known and proven.key:
+            log.warning("%s has a key that this master has lost: it gets a new one", known.name)
+        return self.give(hello.machine)
+
+    def note_impostor(self, machine: str, address: str) -> None:
+        seen = self.impostors.get((machine, address))
+        if seen:
+            seen.times += 1
+            seen.last = time.time()
+            return
+        while len(self.impostors) >= REFUSED_KEPT:
+            del self.impostors[next(iter(self.impostors))]
+        self.impostors[machine, address] = Impostor(machine, address, time.time())
+        log.error("%s: it was refused", self.impostor_text(self.impostors[machine, address]))
+
+    def impostor_text(self, impostor: Impostor) -> str:
+        """What somebody did who is not whom it says."""
+        whose = self.label_of(impostor.machine)
+        return f"{impostor.address} showed the machine id of {whose} without its key"
+
+    def warnings(self, now: float) -> list[str]:
+        """Who within the last day was not whom it said."""
+        found = []
+        for impostor in list(self.impostors.values()):
+            if now - impostor.last < DAY_S:
+                ago = f"{(now - impostor.last) / 60:.0f} minutes ago"
+                times = f"{impostor.times} times, last " if impostor.times > 1 else ""
+                found.append(f"{self.impostor_text(impostor)}, {times}{ago}; it was refused")
+        return found
 
 
 class Door:
@@ -12441,16 +12511,6 @@ class Machine:
     lived: float = 0.0  # when it was seen, by the master's `LivedClock`
 
 
-@record()
-class Impostor:
-    """Somebody who showed a host's machine id without the key that belongs to it."""
-
-    machine: str
-    address: str
-    last: float
-    times: int = 1
-
-
 class Changes:
     """Counts what changes in the fleet's picture, for those who wait to be told."""
 
@@ -12531,8 +12591,7 @@ class Registry:
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.changes = Changes()
         self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
-        self.keys = AgentKeys(state)
-        self.impostors: dict[tuple[str, str], Impostor] = {}  # by machine and address
+        self.keys = AgentKeys(state, self.label_of)
         self.tasks = Tasks()
 
     # On disk
@@ -12614,61 +12673,10 @@ class Registry:
             return f"unnamed-{machine[:4]}"
         return name
 
-    def identify(self, hello: Hello, address: str, proven: Proven) -> str:
-        """Who an agent is: the key that it is to get, "" where it has one, or can't have one.
-        Raises RefusedError for who shows the machine id of another."""
-        known = self.machines.get(hello.machine)
-        if known and known.forgotten:
-            known = None
-        able = KEY_FEATURE in hello.features
-        standing = judge_standing(
-            able=able,
-            is_known=known is not None,
-            same_address=known is not None and known.address == address,
-            has_key=hello.machine in self.keys.keys,
-            was_proven=hello.machine in self.keys.arrived,
-            proves=self.keys.proves(hello, proven),
-        )
-        if standing is Standing.IMPOSTOR:
-            self.note_impostor(hello.machine, address)
-            raise RefusedError(
-                "this machine id belongs to another host, and its key was not proven",
-                "a copied state folder? delete machine-id in it and restart; a host that lost its "
-                "key, or has a new address and an old version, comes back after `forget`",
-            )
-        if standing is Standing.PROVEN:
-            self.keys.note_arrival(hello.machine)
-        if standing is not Standing.NEW:
-            return ""
-        if known and proven.key:
-            log.warning("%s has a key that this master has lost: it gets a new one", known.name)
-        return self.keys.give(hello.machine)
-
-    def note_impostor(self, machine: str, address: str) -> None:
-        seen = self.impostors.get((machine, address))
-        if seen:
-            seen.times += 1
-            seen.last = time.time()
-            return
-        while len(self.impostors) >= REFUSED_KEPT:
-            del self.impostors[next(iter(self.impostors))]
-        self.impostors[machine, address] = Impostor(machine, address, time.time())
-        log.error("%s: it was refused", self.impostor_text(self.impostors[machine, address]))
-
-    def impostor_text(self, impostor: Impostor) -> str:
-        """What somebody did who is not whom it says."""
-        labels = {host.machine: host.label for host in self.hosts()}
-        whose = labels.get(impostor.machine, "a host")
-        return f"{impostor.address} showed the machine id of {whose} without its key"
-
     def warnings(self) -> list[str]:
         """What was odd about the hosts within the last day."""
-        found, now = [], time.time()
-        for impostor in list(self.impostors.values()):
-            if now - impostor.last < DAY_S:
-                ago = f"{(now - impostor.last) / 60:.0f} minutes ago"
-                times = f"{impostor.times} times, last " if impostor.times > 1 else ""
-                found.append(f"{self.impostor_text(impostor)}, {times}{ago}; it was refused")
+        now = time.time()
+        found = self.keys.warnings(now)
         for host in self.hosts():
             known = self.machines[host.machine]
             if known.moved_from and now - known.moved_at < DAY_S:
@@ -12728,6 +12736,16 @@ class Registry:
                 HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys)
             )
         return hosts
+
+    def label_of(self, machine: str) -> str:
+        """How people call a machine; "a host" where it has been none."""
+        labels = {host.machine: host.label for host in self.hosts()}
+        return labels.get(machine, "a host")
+
+    def known(self, machine: str) -> Machine | None:
+        """What is remembered of a machine, unless it was forgotten."""
+        found = self.machines.get(machine)
+        return None if found is None or found.forgotten else found
 
     def check_adoption(
         self, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
@@ -13518,19 +13536,10 @@ class Master:
             )
         key = ""
         if proven:  # the master's own agent is in this very process
-            key = self.registry.identify(hello, address, proven)
-        while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
-            if await old.answers_ping():
-                what = f"this machine id is in use by {old.address}: a cloned state folder"
-                log.warning("refused %s: %s", address, what)
-                hint = "delete machine-id in its state folder and restart it"
-                await link.wire.send(encode_message(Refuse(what, hint)))
-                return
-            old.link.wire.abort()
-            if self.agents.get(hello.machine) is old:
-                del self.agents[hello.machine]
-        if old:
-            old.link.wire.abort()
+            known = self.registry.known(hello.machine)
+            key = self.registry.keys.identify(hello, address, proven, known)
+        if not await self.makes_way(link, hello, address):
+            return
         self.registry.register(hello, address)
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
         went = self.registry.down_since.pop(hello.machine, 0.0)
@@ -13566,15 +13575,38 @@ class Master:
 
             await agent.serve(obey)
         finally:
-            if self.agents.get(hello.machine) is agent:
+            self.note_departure(agent, label)
+
+    async def makes_way(self, link: Link, hello: Hello, address: str) -> bool:
+        """Whether an agent may come in: an older connection of its machine ends, unless another
+        daemon answers there, which then keeps it; the new one is told why it can't."""
+        while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
+            if await old.answers_ping():
+                what = f"this machine id is in use by {old.address}: a cloned state folder"
+                log.warning("refused %s: %s", address, what)
+                hint = "delete machine-id in its state folder and restart it"
+                await link.wire.send(encode_message(Refuse(what, hint)))
+                return False
+            old.link.wire.abort()
+            if self.agents.get(hello.machine) is old:
                 del self.agents[hello.machine]
-                self.registry.down_since[hello.machine] = time.monotonic()
-                known = self.registry.machines[hello.machine]
-                known.seen, known.lived = time.time(), self.state.lived.now()
-                self.registry.save()
-                log.warning("agent %s is offline", label)
-                for run in self.runs.values():
-                    run.tell(hello.machine, "no connection; what runs there goes on")
+        if old:
+            old.link.wire.abort()
+        return True
+
+    def note_departure(self, agent: AgentLink, label: str) -> None:
+        """An agent's connection has ended, and no newer one has taken its place."""
+        machine = agent.hello.machine
+        if self.agents.get(machine) is not agent:
+            return
+        del self.agents[machine]
+        self.registry.down_since[machine] = time.monotonic()
+        known = self.registry.machines[machine]
+        known.seen, known.lived = time.time(), self.state.lived.now()
+        self.registry.save()
+        log.warning("agent %s is offline", label)
+        for run in self.runs.values():
+            run.tell(machine, "no connection; what runs there goes on")
 
     def receive_from_agent(self, agent: AgentLink, frame: str | bytes) -> None:
         if isinstance(frame, bytes):
@@ -14931,10 +14963,10 @@ class Notifier:
         """Somebody who is not whom it says; once a day for each."""
         if not self.spool.wants("impostor"):
             return
-        for impostor in master.registry.impostors.values():
-            title = (
-                f"[{self.own_address}] {master.registry.impostor_text(impostor)}; it was refused"
-            )
+        keys = master.registry.keys
+        for impostor in keys.impostors.values():
+            what = keys.impostor_text(impostor)
+            title = f"[{self.own_address}] {what}; it was refused"
             news = {"event": "impostor", "title": title, "host": impostor.address}
             day = int(impostor.last // DAY_S)
             self.spool.tell(f"impostor-{impostor.machine}-{impostor.address}-{day}", news)
