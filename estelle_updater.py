@@ -13843,6 +13843,123 @@ def last_lines(found: list[tuple[int, str]], room: int) -> tuple[list[tuple[int,
 RUN_FACTS = ("run", "kind", "target", "branch", "by", "created", "cancelled")
 
 
+class FleetView:
+    """What a commander sees of the fleet: as the master remembers it, and as its hosts say it
+    now."""
+
+    def __init__(self, master: Master) -> None:
+        self.master, self.registry = master, master.registry
+
+    # The two pictures
+
+    async def watch(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The fleet as the master remembers it, which asks no host: at once where that is no longer
+        what was `seen`, else at the next change, or after 25 s."""
+        seen = await self.registry.changes.other_than(args.get("seen"), WATCH_S)
+        runs = sorted(
+            (run for run in self.master.runs.values() if run.active),
+            key=lambda run: run_age((run.record, None)),
+        )
+        return {
+            "seen": seen,
+            "time": time.time(),
+            "master": self.about_us(),
+            "hosts": [self.status_row(host, {}, no_traffic()) for host in self.registry.hosts()],
+            "runs": [
+                {
+                    **{key: getattr(run.record, key) for key in RUN_FACTS},
+                    "hosts": [
+                        job_summary(job) | {"started": job.started, "behind": job.behind}
+                        for job in run.jobs.values()
+                    ],
+                }
+                for run in runs
+            ],
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """The fleet as it is now, in the contract's form."""
+        hosts = self.registry.hosts()
+        traffic, *answers = await asyncio.gather(
+            self.registry.ask_traffic(), *map(self.facts_of, hosts)
+        )
+        rows = [
+            self.status_row(host, found, traffic)
+            for host, found in zip(hosts, answers, strict=True)
+        ]
+        now, freezes = time.time(), []
+        for one in self.master.freezes.near(now):
+            freezes.append({**one._asdict(), "text": one.text(now)})
+        warnings = [*traffic["warnings"], *self.registry.warnings()]
+        warnings += [one["text"] for one in freezes]
+        by_file = traffic.get("by_file") or {}  # where HAProxy can't be asked
+        facts = {"hosts": rows, "warnings": warnings, "by_file": by_file, "freezes": freezes}
+        return {"master": self.about_us(), **facts}
+
+    # Their parts
+
+    def about_us(self) -> dict[str, Any]:
+        """What `status` says of the master itself."""
+        return {
+            "ip": self.master.own_address,
+            "version": __version__,
+            "uptime": round(self.master.up_s, 1),
+            "problem": self.master.config.problem
+            or getattr(self.master.door.certificate, "problem", None),
+        }
+
+    async def facts_of(self, host: HostRef) -> dict[str, Any]:
+        """What a host says of itself now."""
+        agent = self.master.agents.get(host.machine)
+        if agent is None:
+            return {"problem": None}
+        found = await agent.ask("status", {"address": host.address})
+        if not found:
+            silent = f"no answer within {FACTS_S:.0f} s: does its daemon, or its disk, hang?"
+            return {"problem": silent}
+        found["problem"] = found.get("problem") or found.pop("error", None)
+        for key, value in found.items():
+            if isinstance(value, str):
+                found[key] = value[:300]
+        return found
+
+    def status_row(
+        self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        runs = sorted(
+            self.master.runs.values(), key=lambda run: run_age((run.record, None))
+        )  # the queue's order
+        jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
+        running = next((job for job in jobs if job.state is State.RUNNING), None)
+        machine = self.registry.machines[host.machine]
+        away_s = self.registry.away_s(host.machine, time.monotonic())
+        return {
+            "host": host.label,
+            "name": host.name,
+            "online": host.online,
+            "role": "master" if host.machine == self.master.machine else "agent",
+            "platform": machine.platform,
+            "updater": machine.version,
+            "version": facts.get("version"),
+            "branch": facts.get("branch"),
+            "commit": facts.get("commit"),
+            "dirty": facts.get("dirty"),
+            "color": host.color,
+            "traffic": traffic["servers"].get(host.color, {}).get("traffic"),
+            "running": running.run if running else facts.get("running"),
+            "step": running.step if running else None,
+            "since": running.started if running else None,
+            "silent_s": facts.get("silent_s"),
+            "link_down_since": None if away_s is None else time.time() - away_s,
+            "queued": [job.run for job in jobs if job.state is State.QUEUED],
+            "behind": {
+                job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind
+            },
+            "last": self.registry.last.get(host.machine),
+            "problem": facts.get("problem"),
+        }
+
+
 class Desk:
     """What a commander can ask of the master."""
 
@@ -13850,6 +13967,7 @@ class Desk:
         self.master = master
         self.state, self.registry = master.state, master.registry
         self.ledger = master.ledger
+        self.view = FleetView(master)
 
     async def serve_commander(
         self, link: Link, hello: Hello, address: str, proof: str, may_command: bool
@@ -14105,113 +14223,6 @@ class Desk:
         await self.keep(self.registry.file)
         return {"forgotten": forgotten}
 
-    # Status
-
-    async def watch(self, args: dict[str, Any]) -> dict[str, Any]:
-        """The fleet as the master remembers it, which asks no host: at once where that is no longer
-        what was `seen`, else at the next change, or after 25 s."""
-        seen = await self.registry.changes.other_than(args.get("seen"), WATCH_S)
-        runs = sorted(
-            (run for run in self.master.runs.values() if run.active),
-            key=lambda run: run_age((run.record, None)),
-        )
-        return {
-            "seen": seen,
-            "time": time.time(),
-            "master": self.about_us(),
-            "hosts": [self.status_row(host, {}, no_traffic()) for host in self.registry.hosts()],
-            "runs": [
-                {
-                    **{key: getattr(run.record, key) for key in RUN_FACTS},
-                    "hosts": [
-                        job_summary(job) | {"started": job.started, "behind": job.behind}
-                        for job in run.jobs.values()
-                    ],
-                }
-                for run in runs
-            ],
-        }
-
-    async def status(self, _: dict[str, Any]) -> dict[str, Any]:
-        """The fleet as it is now, in the contract's form."""
-        hosts = self.registry.hosts()
-        traffic, *answers = await asyncio.gather(
-            self.registry.ask_traffic(), *map(self.facts_of, hosts)
-        )
-        rows = [
-            self.status_row(host, found, traffic)
-            for host, found in zip(hosts, answers, strict=True)
-        ]
-        now, freezes = time.time(), []
-        for one in self.master.freezes.near(now):
-            freezes.append({**one._asdict(), "text": one.text(now)})
-        warnings = [*traffic["warnings"], *self.registry.warnings()]
-        warnings += [one["text"] for one in freezes]
-        by_file = traffic.get("by_file") or {}  # where HAProxy can't be asked
-        facts = {"hosts": rows, "warnings": warnings, "by_file": by_file, "freezes": freezes}
-        return {"master": self.about_us(), **facts}
-
-    def about_us(self) -> dict[str, Any]:
-        """What `status` says of the master itself."""
-        return {
-            "ip": self.master.own_address,
-            "version": __version__,
-            "uptime": round(self.master.up_s, 1),
-            "problem": self.master.config.problem
-            or getattr(self.master.door.certificate, "problem", None),
-        }
-
-    async def facts_of(self, host: HostRef) -> dict[str, Any]:
-        """What a host says of itself now."""
-        agent = self.master.agents.get(host.machine)
-        if agent is None:
-            return {"problem": None}
-        found = await agent.ask("status", {"address": host.address})
-        if not found:
-            silent = f"no answer within {FACTS_S:.0f} s: does its daemon, or its disk, hang?"
-            return {"problem": silent}
-        found["problem"] = found.get("problem") or found.pop("error", None)
-        for key, value in found.items():
-            if isinstance(value, str):
-                found[key] = value[:300]
-        return found
-
-    def status_row(
-        self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        runs = sorted(
-            self.master.runs.values(), key=lambda run: run_age((run.record, None))
-        )  # the queue's order
-        jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
-        running = next((job for job in jobs if job.state is State.RUNNING), None)
-        machine = self.registry.machines[host.machine]
-        away_s = self.registry.away_s(host.machine, time.monotonic())
-        return {
-            "host": host.label,
-            "name": host.name,
-            "online": host.online,
-            "role": "master" if host.machine == self.master.machine else "agent",
-            "platform": machine.platform,
-            "updater": machine.version,
-            "version": facts.get("version"),
-            "branch": facts.get("branch"),
-            "commit": facts.get("commit"),
-            "dirty": facts.get("dirty"),
-            "color": host.color,
-            "traffic": traffic["servers"].get(host.color, {}).get("traffic"),
-            "running": running.run if running else facts.get("running"),
-            "step": running.step if running else None,
-            "since": running.started if running else None,
-            "silent_s": facts.get("silent_s"),
-            "link_down_since": None if away_s is None else time.time() - away_s,
-            "queued": [job.run for job in jobs if job.state is State.QUEUED],
-            "behind": {
-                job.run: job.behind for job in jobs if job.state is State.QUEUED and job.behind
-            },
-            "last": self.registry.last.get(host.machine),
-            "problem": facts.get("problem"),
-        }
-
 
 PLANNED = {  # what can be planned, and the words that each takes
     "update": ("target", "branch"),
@@ -14303,7 +14314,7 @@ class Planner:
         except GuardError as problem:
             refused = [problem.what]
         keys = ("host", "online", "color", "traffic", "version")
-        rows = [row for row in (await self.desk.status({}))["hosts"] if row["color"]]
+        rows = [row for row in (await self.desk.view.status())["hosts"] if row["color"]]
         return [
             {key: row[key] for key in keys} | {"current": row["commit"], "refused": refused}
             for row in rows
@@ -14443,6 +14454,16 @@ class Planner:
         return commits[index], f"the newest that succeeded (run {past[index]['run']}); {when}"
 
 
+async def answer_status(desk: Desk, _: dict[str, Any]) -> dict[str, Any]:
+    """The fleet as its hosts say it is now."""
+    return await desk.view.status()
+
+
+async def answer_watch(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
+    """The fleet's next change, asked for by the number of the last one."""
+    return await desk.view.watch(args)
+
+
 async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
     """What an order would do."""
     return await Planner(desk, args).plan()
@@ -14470,7 +14491,7 @@ async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
 
 
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-    "status": Desk.status,
+    "status": answer_status,
     "history": Desk.history,
     "forget": Desk.forget,
     "plan": answer_plan,
@@ -14481,7 +14502,7 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "compare": compare_release,
     "log": Desk.log,
     "find": Desk.find,
-    "watch": Desk.watch,
+    "watch": answer_watch,
 }
 
 
@@ -14528,7 +14549,7 @@ async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> 
     if not commit:
         return
     for host in standbys:
-        facts = await desk.facts_of(host)
+        facts = await desk.view.facts_of(host)
         if facts.get("commit") != commit:
             what = f"{host.label} has commit {facts.get('commit')} and not {str(commit)[:64]}"
             raise GuardError(what, hint)
