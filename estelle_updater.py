@@ -1366,8 +1366,10 @@ def _table(
     at several raw values together.
     """
     keys = config_keys(cls)
-    defaults = {setting.name for setting in fields(cls) if setting.default is not MISSING}
-    defaults |= {setting.name for setting in fields(cls) if setting.default_factory is not MISSING}
+    defaults = set()
+    for setting in fields(cls):
+        if setting.default is not MISSING or setting.default_factory is not MISSING:
+            defaults.add(setting.name)
 
     def read(raw: Any, place: _Place) -> Any:
         before = len(place.problems)
@@ -1579,7 +1581,8 @@ def parse_days(text: str) -> tuple[int, ...]:
             raise UsageError(f"{text!r} is no days of the week", "for example mon-fri, or sat,sun")
         begin, end = DAYS.index(first), DAYS.index(last or first)
         count = (end - begin) % 7 + 1  # fri-mon goes over Sunday
-        found += [(begin + number) % 7 for number in range(count)]
+        for number in range(count):
+            found.append((begin + number) % 7)
     return tuple(sorted(set(found)))
 
 
@@ -1846,9 +1849,10 @@ def _judge_hosts(config: Config, known: Iterable[str]) -> Iterator[str]:
     for rule in config.hosts:
         own = (rule.address, rule.hostname, rule.name)
         names.update(host_key(name) for name in own if name)
-    wanted = [
-        (f"health {_shown(rule.name)}", host) for rule in config.health for host in rule.hosts
-    ]
+    wanted = []
+    for check in config.health:
+        for host in check.hosts:
+            wanted.append((f"health {_shown(check.name)}", host))
     if config.haproxy:
         wanted.append(("haproxy", config.haproxy.host))
     listed = Whitelist(config.whitelist)
@@ -2008,7 +2012,10 @@ def compare_commands(
         if before != after:
             name = re.sub(r"_(\w)", lambda match: match[1].upper(), key)
             yield Change(f"{name}: {_words_text(after)} instead of {_words_text(before)}")
-    variables = [name for name in is_now.env if was.env.get(name) != is_now.env[name]]
+    variables = []
+    for name, value in is_now.env.items():
+        if was.env.get(name) != value:  # one that is gone gives nobody's command a value
+            variables.append(name)
     if variables:
         yield Change(f"env: other values of {', '.join(sorted(variables))}")
     known = [rule.command for rule in old.health if rule.command]
@@ -2208,7 +2215,10 @@ def url_secrets(text: str) -> list[str]:
     """What no log may show of the URLs in a text: passwords, lone tokens before the host, and what
     a query says under names that look secret."""
     found = [*_URL_PASSWORD.findall(text), *_URL_TOKEN.findall(text)]
-    return found + [value for name, value in _URL_QUERY.findall(text) if _SECRET_NAME.match(name)]
+    for name, value in _URL_QUERY.findall(text):
+        if _SECRET_NAME.match(name):
+            found.append(value)
+    return found
 
 
 def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
@@ -3298,12 +3308,12 @@ def plan_lfs(remote: str) -> Step:
 def find_clashes(heads: Iterable[str], branch: str) -> list[str]:
     """The local branches that `branch` can't exist beside: git keeps a branch as a file, and `a/b`
     in a folder `a`."""
-    others = (head for head in heads if head != branch)
-    return [
-        name
-        for name in others
-        if f"{name}/".startswith(f"{branch}/") or branch.startswith(f"{name}/")
-    ]
+    clashes = []
+    for name in heads:
+        is_above, is_below = branch.startswith(f"{name}/"), name.startswith(f"{branch}/")
+        if is_above or is_below:
+            clashes.append(name)
+    return clashes
 
 
 class TreeChanges(NamedTuple):
@@ -3402,7 +3412,8 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"! nobody can compare with {who}: {row['problem']}")
             continue
         lines.append(f"{row['arrives_count']} new compared with {who} {row['current'][:7]}:")
-        lines += [f"  {subject}" for subject in row["arrives"]]
+        for subject in row["arrives"]:
+            lines.append(f"  {subject}")
     left = left_behind_text(found)
     if left:
         lines.append(f"! {left}")
@@ -3421,7 +3432,8 @@ def plan_restart(services: tuple[str, ...]) -> tuple[Step, ...]:
         names = [service.name for service in kept[keeper]]
         if names:
             argvs.append((*systemctl, "restart", *names))
-        argvs += [(*systemctl, "is-active", name) for name in names]
+        for name in names:
+            argvs.append((*systemctl, "is-active", name))
     for service in kept["pm2"]:
         verb = "startOrRestart" if service.is_file else "restart"
         argvs.append(("pm2", verb, service.name, "--update-env"))
@@ -3492,9 +3504,11 @@ class Masker:
     `flush`. Passwords in URLs are secrets, whoever prints them."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        self._values = {
-            value for secret in secrets if len(value := secret.encode()) >= SECRET_BYTES
-        }
+        self._values: set[bytes] = set()
+        for secret in secrets:
+            value = secret.encode()
+            if len(value) >= SECRET_BYTES:  # a shorter one would mask half of every log
+                self._values.add(value)
         self._held = b""
         self._before = b""  # the last bytes before them: of a URL's scheme, perhaps
         # how many of the held bytes belong to a secret whose `***` is already written
@@ -3550,7 +3564,9 @@ class Masker:
             if scheme < hold < end:
                 hold = scheme  # a password is written or held as a whole, `://` and all
         spans = self._find_values(data, hold)
-        spans += [(start, end) for scheme, start, end in urls if scheme < hold]
+        for scheme, start, end in urls:
+            if scheme < hold:
+                spans.append((start, end))
         written = []
         done = self._masked
         for start, end in sorted(spans):
@@ -3688,11 +3704,16 @@ EXCERPT_LINES, EXCERPT_BEFORE, EXCERPT_END = 12, 2, 3
 def take_excerpt(output: str) -> list[str]:
     """The lines of a failed step's output that say why: from just before the first that speaks of
     an error, and the last ones; else the last ones."""
-    ended = output.replace("\r\n", "\n").split("\n")
-    # of a bar that is redrawn, the last state
-    said = [plain_text(line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in ended]
-    lines = [line for line in said if line]
-    first = next((at for at, line in enumerate(lines) if _SAYS_WHY.search(line)), None)
+    lines: list[str] = []
+    first = None
+    for ended in output.replace("\r\n", "\n").split("\n"):
+        last_state = ended.rstrip("\r").rpartition("\r")[2]  # of a bar that is redrawn
+        line = plain_text(last_state).rstrip()
+        if not line:
+            continue
+        if first is None and _SAYS_WHY.search(line):
+            first = len(lines)
+        lines.append(line)
     if first is None:
         return lines[-EXCERPT_LINES:]
     start = max(0, first - EXCERPT_BEFORE)
@@ -3778,7 +3799,10 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
 def explain_failure(tail: bytes) -> str | None:
     """What the last output of a failed step says in other words, where it is one of the known
     failures."""
-    return next((text for pattern, text in KNOWN_FAILURES if re.search(pattern, tail)), None)
+    for pattern, text in KNOWN_FAILURES:
+        if re.search(pattern, tail):
+            return text
+    return None
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
@@ -3793,11 +3817,14 @@ def failure_reason(said: bytes) -> str:
         return known
     text = said.decode(errors="replace")
     forge = re.findall(_FORGE_SAYS, text, re.MULTILINE)[-1:]
-    found = [re.search(pattern, text, re.MULTILINE) for pattern in _REASONS]
-    reasons = [*forge, *(match[1] for match in found if match)][:2]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reasons = list(forge)
+    for pattern in _REASONS:
+        match = re.search(pattern, text, re.MULTILINE)
+        if match:
+            reasons.append(match[1])
+    lines = list(filter(None, map(str.strip, text.splitlines())))
     plain = [line for line in lines if not line.startswith("hint:")]
-    why = "; ".join(dict.fromkeys(map(str.strip, reasons)))
+    why = "; ".join(dict.fromkeys(map(str.strip, reasons[:2])))
     return why or (plain or lines or ["no reason given"])[-1]
 
 
@@ -4063,9 +4090,15 @@ def _find_backend(
     sections: list[_HaproxySection], rule: HaproxyRule, files: Iterable[str]
 ) -> _HaproxySection:
     """The one backend whose servers are the colours. Raises GuardError."""
-    proxies = [section for section in sections if section.kind in (b"backend", b"listen")]
-    found = [section for section in proxies if section.name == rule.backend.encode()]
-    second = [section for section in proxies if section.name is None] + found[1:]
+    found, unnamed = [], []
+    for section in sections:
+        if section.kind not in (b"backend", b"listen"):
+            continue
+        if section.name is None:
+            unnamed.append(section)
+        elif section.name == rule.backend.encode():
+            found.append(section)
+    second = unnamed + found[1:]
     if second:
         raise second[0].title.refusal(f"it may be a second backend {rule.backend}")
     if not found:
@@ -4142,11 +4175,10 @@ def _read_server(
         raise line.refusal("`no-backup` and `backup` overrule each other")
     if b"redir" in keywords:
         raise line.refusal("its `redir` answers the requests in its place")
-    backups = [
-        (line.spans[option.place - 1][1], line.spans[option.place][1])
-        for option in options
-        if option.keyword == b"backup"
-    ]
+    backups = []
+    for option in options:
+        if option.keyword == b"backup":  # with the space before it, so that none stays behind
+            backups.append((line.spans[option.place - 1][1], line.spans[option.place][1]))
     before = 3 if line.words[3:4] == [b"check"] else 2  # a `backup` goes after what people expect
     address = (line.words[2] or b"").decode(errors="replace")
     idle = _why_idle([*defaults, *options])
@@ -4189,9 +4221,9 @@ def read_backend(
     `flags`: the words of a `server` line that take no argument, as the installed HAProxy has them.
     Raises GuardError, with the line, for what no switch can change.
     """
-    sections = [
-        section for file, text in files.items() for section in _haproxy_sections(text, file)
-    ]
+    sections: list[_HaproxySection] = []
+    for file, text in files.items():
+        sections += _haproxy_sections(text, file)
     own = _find_backend(sections, rule, files)
     lines = [*_inherited(sections, own), *own.lines]
     for line in lines:
@@ -4291,8 +4323,9 @@ def switch_text(found: BackendText, color: str) -> bytes:
 def render_diff(old: bytes, new: bytes, file: str) -> bytes:
     """A unified diff, in the bytes of the file."""
     name = file.encode()
-    before, after = ([line + b"\n" for line in text.split(b"\n")] for text in (old, new))
-    return b"".join(difflib.diff_bytes(difflib.unified_diff, before, after, name, name))
+    before, after = old.split(b"\n"), new.split(b"\n")
+    diff = difflib.diff_bytes(difflib.unified_diff, before, after, name, name, lineterm=b"")
+    return b"".join(line + b"\n" for line in diff)
 
 
 def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
@@ -4469,11 +4502,10 @@ def traffic_warnings(
     where unreadable."""
     row_of = rows_by_color(rows, rule)
     runs = live_roles(rows, rule)
-    warnings = [
-        f"HAProxy runs no server {name} in {rule.backend}"
-        for color, name in rule.servers.items()
-        if color not in row_of
-    ]
+    warnings = []
+    for color, name in rule.servers.items():
+        if color not in row_of:
+            warnings.append(f"HAProxy runs no server {name} in {rule.backend}")
     differ = [color for color in runs if roles and runs[color] != roles[color]]
     if differ:
         said = ", ".join(f"{color} is {runs[color]} and not {roles[color]}" for color in differ)
@@ -4578,9 +4610,10 @@ class TrafficProof:
     def seen(self) -> str:
         """Who got how many requests since HAProxy was reloaded."""
         if self.new or self.others:
-            others = [
-                f"{row['svname']} {row['stot']}" for row in self.rows if row["svname"] != self.name
-            ]
+            others = []
+            for row in self.rows:
+                if row["svname"] != self.name:
+                    others.append(f"{row['svname']} {row['stot']}")
             return f"{self.name} has {self.new} requests, {', '.join(others)}"
         if self.requests:
             return f"{self.requests} requests came to the backend, and none reached a server"
@@ -17939,8 +17972,12 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns padded with spaces, for a pipe; the last one, which may hold wide characters, is
     not."""
     rows = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join([*(f"{{:<{width}}}" for width in widths[:-1]), "{}"])
+    places = []
+    for column in zip(*rows, strict=True):
+        width = max(map(len, column))
+        places.append(f"{{:<{width}}}")
+    places[-1] = "{}"  # len() is not the width of Korean, and nothing stands behind it
+    form = "  ".join(places)
     return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
@@ -17958,9 +17995,14 @@ def lay_table(
     """A table that fits a terminal of `columns`, whatever its font makes of the marks. The first
     `fixed` columns hold what somebody may want to type and are never cut."""
     columns = max(columns, LEAST_COLUMNS)
-    cells = [[plain_text(cell) for cell in row.cells] for row in rows]
-    full = [row for row in cells if len(row) == len(head)]
-    widths = [max(map(count_cells, column)) for column in zip(head, *full, strict=True)]
+    cells: list[list[str]] = []
+    full: list[Sequence[str]] = [head]  # a row of a host alone says nothing of the other columns
+    for row in rows:
+        plain = list(map(plain_text, row.cells))
+        cells.append(plain)
+        if len(plain) == len(head):
+            full.append(plain)
+    widths = [max(map(count_cells, column)) for column in zip(*full, strict=True)]
     room = columns - 3 - 2 * (len(head) - 1)
     while sum(widths) > room:
         widest = max(range(min(fixed, len(head) - 1), len(head)), key=widths.__getitem__)
@@ -17972,8 +18014,8 @@ def lay_table(
     for row, texts in zip(rows, cells, strict=True):
         lines.append(_lay_row(row.mark or " ", texts, widths))
         for note in row.notes:
-            wrapped = wrap_to_cells(plain_text(note), columns - 5)
-            lines += [f"    {part}" for part in wrapped]
+            for part in wrap_to_cells(plain_text(note), columns - 5):
+                lines.append(f"    {part}")
     if not marked:
         return [line.removeprefix("  ") for line in lines]
     return lines
@@ -18078,10 +18120,12 @@ def next_commands(
         lines.append((f"{est} rollback {','.join(back)}", f"to what worked before ({brings})"))
     if bad and bad[0].kind is Kind.DEPLOY:
         lines.append((f"{est} trigger --failed-of {run}", "again, once it is mended"))
-    widest = max((len(command) for command, _ in lines), default=0)
+    commands = [command for command, _ in lines]
+    widest = max(map(len, commands), default=0)
     told = [f"  {command:<{widest}}  {why}" for command, why in lines]
     if columns and max(map(count_cells, told), default=0) >= columns:
-        return [f"  {command}" for command, _ in lines]  # a broken line is hard to copy
+        # a line that the terminal breaks is hard to copy: the reasons go, the commands stay whole
+        return ["  " + command for command in commands]
     return told
 
 
@@ -18408,8 +18452,10 @@ class BlockHost:
     def last_line(self) -> str:
         """What it said last; of a bar that is redrawn, the newest state."""
         text = plain_text(self.tail.decode("utf-8", "replace").replace("\r", "\n"))
-        said = [line.strip() for line in text.split("\n") if line.strip()]
-        return said[-1] if said else ""
+        last = ""
+        for line in text.split("\n"):
+            last = line.strip() or last
+        return last
 
 
 def block_rows(lines: int) -> int:
@@ -18479,7 +18525,10 @@ class Block:
             groups.setdefault(group, []).append(host)
         groups["quiet"].sort(key=lambda host: self.hosts[host].heard)
         order = ("failed", "quiet", "running", "queued", "ok")
-        return list(itertools.chain.from_iterable(groups.get(group, ()) for group in order))
+        hosts: list[str] = []
+        for group in order:
+            hosts += groups.get(group, ())
+        return hosts
 
     def rest_row(self, hosts: Iterable[str]) -> str:
         """Those for whom there is no room."""
@@ -18494,7 +18543,11 @@ class Block:
         """What runs, how many hosts are how far, and since when; parts that don't fit are left out
         as a whole."""
         counts = Counter(one.group for one in self.hosts.values())
-        told = "  ".join(f"{counts[group]} {group}" for group in BLOCK_GROUPS if counts[group])
+        parts = []
+        for group in BLOCK_GROUPS:
+            if counts[group]:
+                parts.append(f"{counts[group]} {group}")
+        told = "  ".join(parts)
         clock = duration_text(now - self.began)
         usually = "" if self.usually_s is None else f" (usually {duration_text(self.usually_s)})"
         tries = (
@@ -18740,8 +18793,15 @@ class JsonView(LineView):
 
     def begin(self, run: RunRecord) -> None:
         self.run = run.run
-        same = {key: getattr(run, key) for key in ("run", "kind", "target", "branch", "hosts")}
-        self.emit(event="run", **same, offline=[host for host in run.hosts if host in run.offline])
+        self.emit(
+            event="run",
+            run=run.run,
+            kind=run.kind,
+            target=run.target,
+            branch=run.branch,
+            hosts=run.hosts,
+            offline=[host for host in run.hosts if host in run.offline],  # in the run's order
+        )
 
     def state(self, job: JobRecord) -> None:
         self.emit(
@@ -18829,12 +18889,12 @@ def usual_seconds(args: Args, run: RunRecord) -> float | None:
             answer = connection.request(Ask(1, "history", {"stats": True}), USUAL_S)
         finally:
             connection.close()
-        seconds = [
-            one["median_s"]
-            for one in answer.result["stats"]
-            if one["kind"] == run.kind and one["host"] in run.hosts and one["median_s"]
-        ]
-        return max(seconds, default=None)
+        longest_s = None
+        for one in answer.result["stats"]:
+            is_alike = one["kind"] == run.kind and one["host"] in run.hosts
+            if is_alike and one["median_s"]:
+                longest_s = max(longest_s or 0.0, one["median_s"])
+        return longest_s
     return None
 
 
@@ -18905,7 +18965,10 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
     """Target and branch of a deployment of only those hosts where `run` did not succeed. Raises
     UpdaterError."""
     found = ask_master(args, "log", {"run": run})
-    failed = [row["host"] for row in found["hosts"] if row["state"] in FINAL and not row["ok"]]
+    failed = []
+    for row in found["hosts"]:
+        if row["state"] in FINAL and not row["ok"]:
+            failed.append(row["host"])
     if found["kind"] != Kind.DEPLOY:
         raise UsageError(f"run {run} is a {found['kind']}, and no deployment")
     if not found["done"]:
@@ -18929,10 +18992,15 @@ def find_run(args: Args, word: str, *, open_first: bool = False) -> str:
     if word == LAST_RUN:
         if not runs:
             raise TargetError("there is no run so far", "`trigger` starts one")
-        going = [run for run in runs if any(host["state"] not in FINAL for host in run["hosts"])]
-        newest: str = (going if going and open_first else runs)[0]["run"]
-        return newest
-    names = [str(run["run"]) for run in runs if run["run"].startswith(word)]
+        if open_first:
+            for run in runs:
+                if any(host["state"] not in FINAL for host in run["hosts"]):
+                    return str(run["run"])
+        return str(runs[0]["run"])
+    names = []
+    for run in runs:
+        if run["run"].startswith(word):
+            names.append(str(run["run"]))
     if not names:
         raise TargetError(f"no run begins with {word}", "`history` lists the runs")
     if len(names) > 1:
@@ -19020,7 +19088,11 @@ def ask_ways_back(args: Args, jobs: Sequence[JobRecord]) -> dict[str, str]:
         plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     except UpdaterError:  # nobody answers by now: what is not known is not advised
         return {}
-    return {row["host"]: row["target"][:7] for row in plan["hosts"] if row["target"]}
+    ways = {}
+    for row in plan["hosts"]:
+        if row["target"]:
+            ways[row["host"]] = row["target"][:7]
+    return ways
 
 
 PLAN_ANSWER_S = ANSWER_S + PLAN_S
@@ -19063,10 +19135,14 @@ def plan_notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(f"restarts {' '.join(row['restart'])}")
     if row["busy"]:
         notes.append(f"busy with run {row['busy']}")
-    notes += [f"run {run} is queued" for run in row["queued"]]
-    notes += [f"new configuration: {text}" for text in row.get("doors", ())]
-    notes += [f"! {text}" for text in row["warnings"]]
-    notes += [f"✗ refused: {text}" for text in row["refused"]]
+    for run in row["queued"]:
+        notes.append(f"run {run} is queued")
+    for text in row.get("doors", ()):  # an older master says nothing of them
+        notes.append(f"new configuration: {text}")
+    for text in row["warnings"]:
+        notes.append(f"! {text}")
+    for text in row["refused"]:  # last, next to the question that follows
+        notes.append(f"✗ refused: {text}")
     return notes
 
 
@@ -19116,8 +19192,12 @@ def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
     """What an order would do, as a table for a terminal."""
     rows = [plan_row(host, columns >= WIDE_COLUMNS) for host in plan["hosts"]]
     head = ("HOST", "FROM", "TO", "COMMITS", "FILES", "LOCK", "ABOUT")
-    subject = next((host["subjects"][0] for host in plan["hosts"] if host["subjects"]), "")
-    if subject and columns < WIDE_COLUMNS:
+    subject = ""
+    for host in plan["hosts"]:
+        if host["subjects"]:
+            subject = host["subjects"][0]
+            break
+    if subject and columns < WIDE_COLUMNS:  # else each host's own stand below it
         title += f": {subject}"
     return [*wrap_to_cells(title, max(columns, LEAST_COLUMNS)), *lay_table(head, rows, columns)]
 
@@ -19165,8 +19245,11 @@ def cmd_rollback(args: Args) -> int:
     if not args.json:
         rows = "\n".join(plan_text(row) for row in plan["hosts"])
         print(terminal_text(rows), file=sys.stderr)
-    refused = [text for row in plan["hosts"] for text in row["refused"]]
-    opened = [text for text in refused if text.startswith(OPENS_DOORS)]
+    opened = []
+    for row in plan["hosts"]:
+        for text in row["refused"]:
+            if text.startswith(OPENS_DOORS):
+                opened.append(text)
     if opened and args.yes and not args.force:
         raise GuardError(opened[0], "if that is meant, --force")
     confirm(args, f"roll back {', '.join(order.commits)}?")
@@ -19246,14 +19329,14 @@ def await_standby(
             if by_file:
                 role = "standby" if by_file[row["color"]] == "backup" else "active"
             where[row["host"]] = role
-        wrong = [
-            f"{row['host']}: {row['name']}: {row['detail']}" for row in checks if not row["ok"]
-        ]
-        wrong += [
-            f"{host}: {at} for HAProxy"
-            for host in hosts
-            if (at := where.get(host, "unknown")) != "standby"
-        ]
+        wrong = []
+        for row in checks:
+            if not row["ok"]:
+                wrong.append(f"{row['host']}: {row['name']}: {row['detail']}")
+        for host in hosts:
+            at = where.get(host, "unknown")
+            if at != "standby":
+                wrong.append(f"{host}: {at} for HAProxy")
         if not wrong:
             return next(row["color"] for row in rows if row["host"] == hosts[0]), rows
         if time.monotonic() > ends:
@@ -19304,14 +19387,17 @@ def cmd_release(args: Args) -> int:
     rows = [row for row in status["hosts"] if row["color"]]
     warnings = status["warnings"]
     keys = ("host", "color", "traffic", "commit", "version")
+    found, lines = [], []
+    for row in rows:
+        found.append({key: row[key] for key in keys})
+        lines.append(color_text(row))
     event = {
         "event": "release",
         "ok": True,
         "color": color,
-        "hosts": [{key: row[key] for key in keys} for row in rows],
+        "hosts": found,
         "warnings": warnings,
     }
-    lines = [color_text(row) for row in rows]
     for warning in warnings:
         lines.append(f"! {warning}")
     show(args, event, "\n".join(lines))
@@ -19459,21 +19545,14 @@ def order_text(run: Mapping[str, Any]) -> str:
 
 def stats_table(stats: Iterable[Mapping[str, Any]]) -> str:
     """What all runs together say."""
-    return render_table(
-        ("host", "what", "runs", "ok", "not ok", "median", "failed at"),
-        [
-            (
-                one["host"],
-                one["kind"],
-                str(one["runs"]),
-                str(one["ok"]),
-                ", ".join(f"{count} {state}" for state, count in one["states"].items()) or "-",
-                seconds_text(one["median_s"]),
-                ", ".join(f"{step} ({count})" for step, count in one["steps"].items()) or "-",
-            )
-            for one in stats
-        ],
-    )
+    rows = []
+    for one in stats:
+        states = ", ".join(f"{count} {state}" for state, count in one["states"].items())
+        steps = ", ".join(f"{step} ({count})" for step, count in one["steps"].items())
+        counts = (str(one["runs"]), str(one["ok"]), states or "-")
+        median = seconds_text(one["median_s"])
+        rows.append((one["host"], one["kind"], *counts, median, steps or "-"))
+    return render_table(("host", "what", "runs", "ok", "not ok", "median", "failed at"), rows)
 
 
 def short_result(host: Mapping[str, Any]) -> str:
@@ -19560,7 +19639,11 @@ def cancel_run(args: Args, run: str) -> RunRecord:
     ) as problem:  # as for `logs`: nobody answers, or the master has not heard of it
         state = args.state_folder()
         jobs = state.load_jobs(run) if valid_run_id(run) else []
-        own = [job for job in jobs if job.state not in FINAL and job.machine == state.machine_id()]
+        own = []
+        for job in jobs:
+            # a master's folder holds the jobs of its agents too, whose processes are elsewhere
+            if job.state not in FINAL and job.machine == state.machine_id():
+                own.append(job)
         if not own:
             raise
         for job in own:
@@ -19606,24 +19689,28 @@ def status_text(status: Mapping[str, Any]) -> str:
     """The fleet for a pipe: columns that say nothing of any host are left out."""
     master = status["master"]
     cells = [status_cells(row, master["version"]) for row in status["hosts"]]
-    columns = zip(STATUS_HEAD, *cells, strict=True)
-    told = [column for column in columns if {*column[1:]} != {"-"}]
-    head = [column[0] for column in told]
+    head, told = [], []
+    for title, *column in zip(STATUS_HEAD, *cells, strict=True):
+        if {*column} != {"-"}:
+            head.append(title)
+            told.append(column)
     uptime = f"up {master['uptime']:.0f} s"
     lines = [f"master {master['ip']}  estelle-updater {master['version']}  {uptime}"]
-    lines.append(render_table(head, zip(*(column[1:] for column in told), strict=True)))
+    lines.append(render_table(head, zip(*told, strict=True)))
     return "\n".join(lines + status_problems(status))
 
 
 def status_problems(status: Mapping[str, Any]) -> list[str]:
     """What is wrong with hosts and traffic."""
     rows = [status["master"], *status["hosts"]]
-    lines = [
-        f"! {row.get('host', 'master')}: {row['problem']}" for row in rows if row.get("problem")
-    ]
+    lines = []
+    for row in rows:
+        if row.get("problem"):
+            lines.append(f"! {row.get('host', 'master')}: {row['problem']}")
     for row in status["hosts"]:
         last = row.get("last") or {}
-        lines += [f"⚠ {row['host']}: {text}" for text in last.get("warnings") or ()]
+        for text in last.get("warnings") or ():
+            lines.append(f"⚠ {row['host']}: {text}")
     return lines + [f"! {warning}" for warning in status.get("warnings", ())]
 
 
@@ -19737,7 +19824,10 @@ def cmd_config(args: Args) -> int:
         return 0
     problems, warnings = check_config(path)
     notes = [] if problems else [who_commands(load_config(path))]
-    lines = [f"error: {text}" for text in problems] + [f"warning: {text}" for text in warnings]
+    lines = []
+    for kind, texts in (("error", problems), ("warning", warnings)):
+        for text in texts:
+            lines.append(f"{kind}: {text}")
     facts = {"file": str(path), "problems": problems, "warnings": warnings, "notes": notes}
     show(args, facts, "\n".join([*(lines or [f"{path} is valid"]), *notes]))
     return 2 if problems else 0
@@ -19752,10 +19842,12 @@ def init_config(args: Args) -> int:
             "go to the clone of what is deployed, or: git init",
         )
     folder = root / "config"
-    if found := next((folder / name for name in CONFIG_NAMES if (folder / name).exists()), None):
-        raise UsageError(
-            f"{found} exists", "`config check` looks at it, `whitelist add` extends it"
-        )
+    for name in CONFIG_NAMES:
+        found = folder / name
+        if found.exists():  # in the other form too: hosts would read only one of the two
+            raise UsageError(
+                f"{found} exists", "`config check` looks at it, `whitelist add` extends it"
+            )
     address = own_address()
     if args.bind:
         address = canonical_address(args.bind)
@@ -19816,12 +19908,17 @@ def cmd_whitelist(args: Args) -> int:
     def plain(entry: str) -> str:
         return str(parse_network(entry)).removesuffix("/32").removesuffix("/128")
 
-    wanted, written = (
-        dict.fromkeys(map(plain, args.addresses)),
-        {plain(entry): entry for entry in whitelist},
-    )
-    allows, missing = Whitelist(whitelist).verdict, [text for text in wanted if text not in written]
-    add, remove = [text for text in missing if "/" in text or not allows(text).allowed], list[str]()
+    wanted = dict.fromkeys(map(plain, args.addresses))
+    written = {plain(entry): entry for entry in whitelist}
+    allows = Whitelist(whitelist).verdict
+    missing, add, remove = [], [], list[str]()
+    for address in wanted:
+        if address in written:
+            continue
+        missing.append(address)
+        # what a listed network covers is let in already; a network is looked up whole or not at all
+        if "/" in address or not allows(address).allowed:
+            add.append(address)
     if action == "remove":
         if missing:
             raise UsageError(
@@ -19924,7 +20021,8 @@ def run_answer_text(answer: Mapping[str, Any]) -> str:
         commit = f" {row['commit'][:7]}" if row.get("commit") else ""
         why = f": {row['error']}" if row.get("error") else ""
         lines.append(f"[{row['host']}] {outcome}{commit}{why}")
-        lines += [f"  warning: {text}" for text in row.get("warnings") or ()]
+        for text in row.get("warnings") or ():
+            lines.append(f"  warning: {text}")
     for failure in answer.get("failures") or ():
         title = f"what {failure['step']} said on {', '.join(failure['hosts'])} ({NO_ORDERS}):"
         lines += quoted(title, failure["output"])
@@ -19954,8 +20052,10 @@ def plan_answer_text(answer: Mapping[str, Any]) -> str:
 
 def switch_row_text(row: Mapping[str, Any]) -> str:
     """A worker as a switch would find it."""
-    refused = [f"\n    ✗ refused: {text}" for text in row["refused"]]
-    return color_text({**row, "commit": row["current"]}) + "".join(refused)
+    lines = [color_text({**row, "commit": row["current"]})]
+    for text in row["refused"]:
+        lines.append(f"✗ refused: {text}")
+    return "\n    ".join(lines)
 
 
 def cancel_answer_text(answer: Mapping[str, Any]) -> str:
@@ -20042,7 +20142,9 @@ class Consent:
         plan = ask_master(self.args, "plan", {**request, **known}, PLAN_ANSWER_S)
         options["plan"] = plan["plan"]
         if not plan["ok"] and "force" not in options:
-            refused = [text for row in plan["hosts"] for text in row["refused"]]
+            refused: list[str] = []
+            for row in plan["hosts"]:
+                refused += row["refused"]
             raise GuardError(f"the plan says no: {'; '.join(refused)[:1000]}")
         self.confirm(view, "\n".join([f"{doing}?", plan_answer_text(plan)]), plan["plan"])
         return options
@@ -20310,9 +20412,10 @@ class McpTools:
     def call_logs(self, given: dict[str, Any], view: ProgressView) -> dict[str, Any]:
         deadline = time.monotonic() + given["wait_s"]
         offsets = self.cursor(given)
-        part = {
-            key: given[key] for key in ("failed_only", "step", "grep", "lines") if given.get(key)
-        }
+        part = {}
+        for key in ("failed_only", "step", "grep", "lines"):
+            if given.get(key):
+                part[key] = given[key]
         asked = {"run": given["run"], "target": given.get("target"), "bytes": given["max_bytes"]}
         tail = given["tail"] and not offsets
         if not (part or tail or "cursor" in given):
