@@ -17938,6 +17938,7 @@ def paint_marks(text: str) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
+    # A job that never began took no time, and `0.0 s` would claim that it was fast.
     return "-" if seconds is None else f"{seconds:.1f} s"
 
 
@@ -17954,6 +17955,8 @@ def duration_text(seconds: float | None) -> str:
 
 
 def clock_text(at: float) -> str:
+    """A moment (seconds since 1970) in this host's own time zone, without the year: `11-27
+    19:02`."""
     return time.strftime("%m-%d %H:%M", time.localtime(at))
 
 
@@ -17965,6 +17968,7 @@ def moment_text(at: float, now: float) -> str:
 
 
 def count_text(count: int, word: str) -> str:
+    """`1 commit`, `2 commits`: a number with its word."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
@@ -18004,6 +18008,9 @@ def lay_table(
             full.append(plain)
     widths = [max(map(count_cells, column)) for column in zip(*full, strict=True)]
     room = columns - 3 - 2 * (len(head) - 1)
+    # The widest column gives way first, cell by cell: one long branch name must not cost the short
+    # columns their last letters. Below CELL_LEAST nothing is readable any more, and the terminal
+    # may break the row instead.
     while sum(widths) > room:
         widest = max(range(min(fixed, len(head) - 1), len(head)), key=widths.__getitem__)
         if widths[widest] <= CELL_LEAST:
@@ -18069,6 +18076,8 @@ def excerpt_lines(endings: Sequence[Ending], columns: int | None, most: int) -> 
     for ending in endings:
         job = ending.job
         if ending.lines and not ending.on_screen:
+            # The same broken commit fails alike on twenty hosts: twenty copies of one stack trace
+            # would push the first failure, and the summary, off the screen.
             alike = (job.state, job.step, job.exit, *ending.lines)
             groups.setdefault(alike, []).append(ending)
     shown = list(groups.values())[:EXCERPTS]
@@ -18168,6 +18177,7 @@ class Output:
             columns, lines = os.get_terminal_size(sys.stdout.fileno())
         except (OSError, ValueError):
             columns, lines = 0, 0
+        # A pseudo terminal that nobody gave a size says 0 x 0 and means that it does not know.
         return columns or 80, lines or 24
 
     def write(self, data: bytes) -> None:
@@ -18188,10 +18198,13 @@ class Output:
             text = SGR.sub("", text)
         data = text.encode(sys.stdout.encoding, "replace")
         try:
+            # A Windows console takes text alone: bytes of UTF-8 would come out in its code page.
             if os.name == "nt":
                 sys.stdout.write(data.decode(sys.stdout.encoding))
                 sys.stdout.flush()
                 return
+            # os.write, as a frame has to leave in one piece; a slow or stopped (Ctrl-S) terminal
+            # may still take less than all of it, and the rest of the frame would be lost.
             while data:
                 data = data[os.write(sys.stdout.fileno(), data) :]
         except (OSError, ValueError) as problem:
@@ -18228,8 +18241,11 @@ class LineView(View):
         self.partial: dict[str, bytes] = {}
 
     def data(self, host: str, data: bytes) -> None:
+        """Hand on what is whole of a host's log; `data` may end anywhere, even in a character."""
         data = self.partial.pop(host, b"") + data
         cut = data.rfind(b"\n") + 1
+        # A progress bar may write for hours without a line end: what waits for one would grow with
+        # it, and be shown when it is too late.
         if len(data) - cut >= LINE_BYTES:
             cut = whole_text(data)
         if cut < len(data):
@@ -18256,6 +18272,7 @@ class Tail:
         self.size += len(data)
         self.data += data
         if len(self.data) > 2 * TAIL_KEPT:
+            # Cut at twice the size, and not at every chunk: each cut moves all that is kept.
             del self.data[:-TAIL_KEPT]
 
     def since(self, offset: int) -> tuple[str, str]:
@@ -18295,6 +18312,8 @@ class TextView(LineView):
         super().data(host, data)
 
     def show(self, host: str, data: bytes) -> None:
+        """Lines of a host under its prefix; one that goes on later is continued only while nobody
+        else has written, or two hosts' words would stand in one line."""
         prefix = self.prefixes[host]
         start = ""
         if self.open_host != host:
@@ -18335,12 +18354,15 @@ class TextView(LineView):
     # What happens to hosts
 
     def state(self, job: JobRecord) -> None:
+        """Say once for each run in the way that a host waits behind it, not at every tick."""
         if job.behind and self.behind.get(job.host) != job.behind:
             self.notice(f"{job.host}: queued behind run {job.behind}")
         self.behind[job.host] = job.behind
         self.step_rows[job.host] = self.rows_shown
 
     def result(self, job: JobRecord) -> None:
+        """A host's outcome, right behind the last it said; a rest without line end comes first, or
+        it would be taken for the next host's."""
         rest = self.partial.pop(job.host, b"")
         if rest:
             self.show(job.host, rest)
@@ -18356,6 +18378,8 @@ class TextView(LineView):
             self.notice(f"{job.host}: {job.error}")
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
+        """The end of a run: why hosts failed, and a table. Nothing of both while a host still
+        works, as after `logs` of a run that goes on."""
         super().done(run, jobs)
         self.end_line()
         if any(job.state not in FINAL for job in jobs):
@@ -18410,6 +18434,8 @@ class TextView(LineView):
         return Ending(job, take_excerpt(text), count, on_screen=since < lines - 8)
 
     def notice(self, text: str) -> None:
+        """A line of our own on standard error, so that `trigger ... > log` holds the hosts' words
+        alone."""
         text = f"estelle-updater: {terminal_text(text)}"
         if self.output.terminal:
             self.end_line()
@@ -18487,12 +18513,15 @@ class Block:
         """A host's log has grown."""
         one = self.hosts[host]
         one.heard = now
+        # Only the end is kept: a step that prints megabytes without a line end must not be kept for
+        # a block that shows one row of it.
         one.tail = (one.tail + data[-LAST_LINE_BYTES:])[-LAST_LINE_BYTES:]
 
     def update(self, job: JobRecord, now: float) -> None:
         """A host's state by now."""
         one = self.hosts[job.host]
         before, one.job = one.job, job
+        # A state comes again with every tick of the master: its clock would start anew each time.
         if before is None or (before.step, before.state) != (job.step, job.state):
             one.since = one.heard = now
 
@@ -18560,6 +18589,8 @@ class Block:
         return next((text for text in tries if count_cells(text, 2) < columns), clock)
 
     def host_row(self, host: str, width: int, now: float) -> str:
+        """One host: mark, name, clock and what it said last. The words of a failed one stay, those
+        of a good one are no news."""
         one = self.hosts[host]
         job = one.job
         short = cut_to_cells(plain_text(host), width)
@@ -18636,6 +18667,8 @@ class Screen:
             self.stoppable = True
 
     def print(self, text: str) -> None:
+        """Lines for the next frame. Past PENDING_CHARS they are written at once: a log of gigabytes
+        must not wait in memory for a frame."""
         self.pending.append(text)
         self.pending_chars += len(text)
         if self.pending_chars >= PENDING_CHARS:
@@ -18666,6 +18699,8 @@ class Screen:
         self.drawing = True
         try:
             if rows or self.drawn:
+                # Synchronized output: a terminal that knows it shows the frame at once and does not
+                # flicker; others ignore it.
                 parts = ["\x1b[?2026h", *parts, "\x1b[?2026l"]
             self.drawn = len(rows)
             if parts:
@@ -18673,6 +18708,8 @@ class Screen:
         finally:
             self.drawing = False
         self.shown_at = now
+        # The frame is whole now: a signal between its two halves would have left the block on the
+        # shell's screen.
         if self.stops:
             self.stops = False
             self.suspend()
@@ -18703,6 +18740,8 @@ class Screen:
             return
         rows, self.rows = self.rows, None
         self.draw()
+        # SIGSTOP, as SIGTSTP is ours by now and would only come back here; the line after it runs
+        # at `fg`.
         os.kill(os.getpid(), signal.SIGSTOP)
         self.rows = rows
 
@@ -18763,10 +18802,14 @@ class LiveView(TextView):
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         self.end_line()
         self.close()
+        # The table is ordinary lines, written when the block is gone: else the next frame would
+        # wipe its last rows.
         super().done(run, jobs)
         self.close()
 
     def print_stderr(self, text: str) -> None:
+        """A notice above the block where both are on one terminal: written past the frame, it would
+        shift the rows, and the next frame would wipe it."""
         if self.shares and self.screen.rows:
             self.print(text + "\n")
         else:
@@ -18789,6 +18832,8 @@ class JsonView(LineView):
     run = ""
 
     def emit(self, **event: Any) -> None:
+        """One event as one line, so that a reader never has to wait for the end of a run to parse
+        it."""
         self.output.write(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
     def begin(self, run: RunRecord) -> None:
@@ -18814,6 +18859,8 @@ class JsonView(LineView):
         )
 
     def show(self, host: str, data: bytes) -> None:
+        """The host's lines as events; what has no end is marked `more`, and is no line of its
+        own."""
         *lines, rest = data.split(b"\n")
         for line in lines:
             self.line(host, line)
@@ -18899,6 +18946,8 @@ def usual_seconds(args: Args, run: RunRecord) -> float | None:
 
 
 def make_caller(args: Args) -> Caller:
+    """The way to the master by this host's configuration, or by its last valid one. Raises
+    UpdaterError where there never was a valid one."""
     require_packages()
     path, state = args.config_path(), args.state_folder()
     # the commit that mends a broken configuration has to be ordered too
@@ -18911,6 +18960,7 @@ def make_caller(args: Args) -> Caller:
 
 
 def cmd_serve(args: Args) -> int:
+    """The daemon, until a signal ends it. Raises UsageError for a role that is none."""
     require_packages()
     preload()
     if (
@@ -18934,6 +18984,8 @@ def cmd_serve(args: Args) -> int:
 
 
 def cmd_trigger(args: Args) -> int:
+    """Deploy, and follow it. What can be seen to be wrong here (a branch that is none, two targets)
+    is refused before anything is sent. Raises UsageError."""
     if args.failed_of:
         if args.target is not None:
             raise UsageError("--failed-of says target and branch itself", "leave them out")
@@ -18985,6 +19037,8 @@ def find_run(args: Args, word: str, *, open_first: bool = False) -> str:
         return word
     try:
         runs = ask_master(args, "history", {"count": HISTORY_ROWS})["runs"]
+    # Without the master, this host's own folder still knows what was deployed here: it is just then
+    # that one wants to read a log.
     except (UnreachableError, RefusedError, ConfigError):
         runs = args.state_folder().history.newest(HISTORY_ROWS)
         if not runs:
@@ -19043,6 +19097,8 @@ def watch_order(args: Args, run: str, follower: Follower) -> tuple[int, list[Job
     try:
         jobs = follower.follow()
     except (UnreachableError, RefusedError) as problem:
+        # The run is the master's and goes on without us: who reads only "unreachable" would order
+        # it a second time.
         problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
         raise
     except (KeyboardInterrupt, Output.Closed):
@@ -19051,11 +19107,15 @@ def watch_order(args: Args, run: str, follower: Follower) -> tuple[int, list[Job
             notice = json.dumps({"event": "notice", "text": text})
         with suppress(OSError):
             print(notice, file=sys.stderr)
+        # As a shell says it of a program that SIGINT ended: scripts tell it from a deployment that
+        # failed.
         return 130, []
     if run_ok(jobs) or not follower.live:
         return int(not run_ok(jobs)), jobs
     advise(args, run, jobs, follower.view)
     failed = [job for job in jobs if job.state is not State.SUCCEEDED]
+    # Exit 5 promises that nothing was changed anywhere; one host that did begin breaks that
+    # promise.
     refused = len(failed) == len(jobs) and all(map(is_guarded, jobs))
     return GuardError.exit_code if refused else 1, jobs
 
@@ -19071,6 +19131,7 @@ def advise(args: Args, run: str, jobs: Sequence[JobRecord], view: View) -> None:
     columns = output.size()[0] if output.terminal else 0
     commands = next_commands(run, jobs, ask_ways_back(args, jobs), columns)
     if commands and args.json:
+        # A reader of JSON lines would choke on two aligned columns.
         for line in commands:
             view.notice(" ".join(line.split()))
     elif commands:
@@ -19203,6 +19264,8 @@ def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
 
 
 def cmd_plan(args: Args) -> int:
+    """What a deployment would do, and the command that does exactly this while the plan is fresh
+    (PLAN_FRESH_S). Exit 1 where a host would refuse it."""
     result = ask_master(args, "plan", {"target": args.target, "branch": args.branch}, PLAN_ANSWER_S)
     title = f"deploy {args.branch} on {args.target}"
     lines = list(map(plan_text, result["hosts"]))
@@ -19237,6 +19300,8 @@ def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
 
 
 def cmd_rollback(args: Args) -> int:
+    """Plan, ask, go back. A commit whose configuration opens doors is only taken with a person's
+    yes or --force. Raises GuardError for a no."""
     asked = {"action": "rollback", "target": args.target, "to": args.to}
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     order = plan_rollback(plan)
@@ -19256,6 +19321,8 @@ def cmd_rollback(args: Args) -> int:
     if opened:  # it was seen, and answered with yes
         order = replace(order, options=order.options | {"force": True})
     code, _ = run_order(args, order, "rollback to ")
+    # Success on those that had something to go back to is not success everywhere: a host without a
+    # recorded success was left as it is.
     return code or int(len(order.commits) < len(plan["hosts"]))
 
 
@@ -19274,6 +19341,8 @@ def order_switch(color: str, **options: Any) -> Submit:
 
 
 def cmd_switch(args: Args) -> int:
+    """Move the traffic. Where the master is gone, HAProxy's own host can do it alone with --force,
+    as that is when a failing colour must be left. Raises UnreachableError."""
     require_colours(args)
     order = order_switch(args.color, dry_run=args.dry_run, force=args.force)
     try:
@@ -19283,6 +19352,8 @@ def cmd_switch(args: Args) -> int:
         rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
         here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
         if (
+            # The order may have arrived before the line broke: a second switch beside it would undo
+            # it.
             problem.asked
             or rule is None
             or host_key(rule.host) not in (host_key(name) for name in here if name)
@@ -19299,6 +19370,7 @@ def cmd_switch(args: Args) -> int:
 
 
 def cmd_upgrade(args: Args) -> int:
+    """Bring the updater itself to the master's version, and follow it."""
     options = {"force": True} if args.force else {}
     order = new_order(Kind.UPGRADE, args.target, Kind.UPGRADE, options=options)
     return run_order(args, order)[0]
@@ -19318,6 +19390,8 @@ def await_standby(
     about."""
     ends = time.monotonic() + wait_s
     while True:
+        # A model's client that is gone ends the waiting here: else this thread would look for as
+        # long as --wait says.
         view.tick()
         checks = ask_health(args, ",".join(hosts))["checks"]
         status = ask_master(args, "status", {})
@@ -19326,6 +19400,8 @@ def await_standby(
         where = {}
         for row in rows:
             role = row["traffic"] or "unknown"
+            # Without a stats socket nobody knows what HAProxy routes; what the file says is better
+            # than never to release.
             if by_file:
                 role = "standby" if by_file[row["color"]] == "backup" else "active"
             where[row["host"]] = role
@@ -19349,6 +19425,8 @@ def only_commit(commits: Iterable[str | None]) -> str:
     """What the standby's hosts have now, to hold the switch to it. Raises GuardError where that is
     not one commit."""
     commit, *others = {*commits}
+    # The switch is held to the commit that was deployed and checked: two of them, and half of the
+    # traffic would go to one that nobody meant.
     if others or not commit:
         raise GuardError(
             "nobody can say which one commit the standby has", "the traffic stays; look at `status`"
@@ -19371,6 +19449,7 @@ def cmd_release(args: Args) -> int:
     code, jobs = run_order(args, new_order(Kind.DEPLOY, "standby", args.branch, options=options))
     if code:
         return code
+    # From the jobs that ran and not from the branch, which may have moved while they did.
     commit = only_commit(job.commit for job in jobs)
     color, rows = await_standby(args, [job.host for job in jobs], args.wait, view)
     for row in rows:
@@ -19432,12 +19511,16 @@ def cmd_self_test(args: Args) -> int:
 
 
 def cmd_deploy(args: Args) -> int:
+    """Deploy on this host alone, without the master. Raises UsageError, ConfigError before anything
+    is started."""
     require_branch(args.branch, "nothing was started")
     load_config(args.config_path())  # what is wrong with it is better said here than in a log
     return run_here(args, new_order(Kind.DEPLOY, "", args.branch))
 
 
 def cmd_logs(args: Args) -> int:
+    """A run's log: from the master, and from this host's folder where nobody answers or the master
+    has not heard of the run. Exit 0 unless followed: the log was shown, whatever it says."""
     args.run = find_run(args, args.run)
     view, state = make_view(args, live=args.follow), args.state_folder()
     follower = None
@@ -19459,6 +19542,7 @@ def cmd_logs(args: Args) -> int:
 
 
 def cmd_history(args: Args) -> int:
+    """The recent runs, or statistics of all; this host's own where the master does not answer."""
     try:
         found = ask_master(args, "history", {"count": args.count, "stats": args.stats})
     except (UnreachableError, RefusedError, ConfigError) as problem:
@@ -19563,6 +19647,8 @@ def short_result(host: Mapping[str, Any]) -> str:
 
 
 def cmd_freeze(args: Args) -> int:
+    """Nobody deploys for a while (seconds), or until `thaw`: said to the master, which refuses
+    orders meanwhile."""
     asked = {"name": args.name, "seconds": args.duration, "by": user_name()}
     result = ask_master(args, "freeze", asked)
     show(args, result, result["text"])
@@ -19570,12 +19656,14 @@ def cmd_freeze(args: Args) -> int:
 
 
 def cmd_thaw(args: Args) -> int:
+    """Deployments may begin again."""
     result = ask_master(args, "thaw", {"name": args.name, "by": user_name()})
     show(args, result, "thawed: " + ", ".join(result["thawed"]))
     return 0
 
 
 def cmd_forget(args: Args) -> int:
+    """The master drops a host that will not come back: no target means it any more."""
     result = ask_master(args, "forget", {"target": args.host})
     show(args, result, "forgotten: " + ", ".join(result["forgotten"]))
     return 0
@@ -19592,6 +19680,7 @@ def ask_master(
 
 
 def cmd_health(args: Args) -> int:
+    """What every check sees now. Exit 1 where one fails, for scripts that wait for it."""
     result = ask_health(args, args.target)
     show(args, result, health_text(result), functools.partial(health_screen, result["checks"]))
     return 0 if result["ok"] else 1
@@ -19653,6 +19742,8 @@ def cancel_run(args: Args, run: str) -> RunRecord:
 
 
 def cmd_cancel(args: Args) -> int:
+    """Stop a run. `last` is asked about first: between a look and the word, somebody else may have
+    started a newer one."""
     run = find_run(args, args.run, open_first=True)
     if args.run == LAST_RUN:
         confirm(args, f"cancel {run}?")
@@ -19679,6 +19770,7 @@ STATUS_HEAD = (
 
 
 def cmd_status(args: Args) -> int:
+    """The fleet as the master sees it."""
     result = ask_master(args, "status", {})
     screen = functools.partial(status_screen, result, time.time())
     show(args, result, status_text(result), screen)
@@ -19745,6 +19837,7 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
 
 
 def commit_text(row: Mapping[str, Any]) -> str:
+    """Seven letters of the commit, with `+dirty` where tracked files differ from it."""
     return (row["commit"] or "-")[:7] + ("+dirty" if row["dirty"] else "")
 
 
@@ -19763,6 +19856,7 @@ def status_screen(status: Mapping[str, Any], now: float, columns: int) -> list[s
 
 
 def status_row(row: Mapping[str, Any], now: float, wide: bool) -> TableRow:
+    """One host for a terminal: what it is in cells, what it does or what failed below them."""
     mark = "✓" if row["online"] else "✗"
     notes = []
     if row["running"]:
@@ -19810,6 +19904,8 @@ RUNNER_NEEDS = (  # no more: a deployment begins when these are imported
 
 
 def cmd_config(args: Args) -> int:
+    """Check, show, begin or convert the configuration file. Exit 2 where it is wrong, as for every
+    other command that reads it."""
     if args.action == "init":
         return init_config(args)
     path = args.config_path()
@@ -19834,6 +19930,8 @@ def cmd_config(args: Args) -> int:
 
 
 def init_config(args: Args) -> int:
+    """Write a first configuration that would let this host in, and say how to publish it. Raises
+    UsageError where there is one already, or no git work tree."""
     start = Path(os.environ.get("ESTELLE_REPO") or ".").absolute()
     root = git_root(start)
     if root is None:
@@ -19867,6 +19965,8 @@ def init_config(args: Args) -> int:
         command = ["sh", "deploy.sh"]
     path = folder / f"updater.{args.format}"
     text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
+    # Read back before it is written: an address from --allow that is none must not become a file
+    # that no command can load.
     parse_config(text, str(path), args.format)
     if args.dry_run:
         show(args, {"file": str(path), "text": text}, text.rstrip())
@@ -19889,6 +19989,7 @@ def convert_config(args: Args, path: Path) -> int:
     if args.dry_run:
         show(args, {"file": str(new), "text": text}, text.rstrip())
         return 0
+    # The new file first, and then the old one goes: a crash between leaves two, never none.
     write_atomic(new, text.encode(), mode=path.stat().st_mode & 0o777)
     if new != path:
         path.unlink()
@@ -19897,6 +19998,8 @@ def convert_config(args: Args, path: Path) -> int:
 
 
 def cmd_whitelist(args: Args) -> int:
+    """List, extend or shorten the whitelist in the file as it is written, comments and order kept.
+    Raises UsageError where that can't be done safely, with the line to write by hand."""
     path = args.config_path()
     whitelist, action = load_config(path).whitelist, args.action
     if action == "list":
@@ -19924,6 +20027,8 @@ def cmd_whitelist(args: Args) -> int:
             raise UsageError(
                 f"{', '.join(missing)} is not in the whitelist", "`whitelist list` shows it"
             )
+        # Entries as they stand: `10.0.0.1/32` is asked for as `10.0.0.1`, and has to be found in
+        # the text.
         raw = parse_data(path.read_bytes(), str(path), config_form(path))["whitelist"]
         gone = {written[text].strip() for text in wanted}
         add, remove = [], [entry for entry in raw if entry.strip() in gone]
@@ -19990,6 +20095,8 @@ class ProgressView(TextView):
         self.told = time.monotonic()
 
     def tick(self) -> None:
+        """Raises Abandoned where the client cancelled its call, WaitedEnough where it wants its
+        answer now. Speaks after MCP_SILENT_S seconds of silence."""
         if self.gone.is_set():
             raise Abandoned
         if self.until is not None and time.monotonic() > self.until:
@@ -20034,6 +20141,7 @@ def run_answer_text(answer: Mapping[str, Any]) -> str:
 
 
 def logs_answer_text(answer: Mapping[str, Any]) -> str:
+    """A run's log for a model, every line of a host marked as data."""
     lines = [f"run {answer['run']} {'is over' if answer['done'] else 'goes on'}"]
     for row in answer["hosts"]:
         lines.append(f"[{row['host']}] {short_result(row)}")
@@ -20043,6 +20151,7 @@ def logs_answer_text(answer: Mapping[str, Any]) -> str:
 
 
 def plan_answer_text(answer: Mapping[str, Any]) -> str:
+    """A plan for a model, cut to PLAN_TEXT_CHARS: the person who is asked sees this very text."""
     words = "would go" if answer["ok"] else "would be refused, at least in part"
     lines = [f"plan {answer['plan']}: {answer['action']} {words}"]
     for row in answer["hosts"]:
@@ -20080,6 +20189,8 @@ def group_failures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             },
         )
         found["hosts"].append(row["host"])
+    # Each group gets the same share: the first one's megabyte must not leave no room for the reason
+    # of the second.
     room = MCP_TEXT_BYTES // max(1, len(groups))
     for found in groups.values():
         found["output"], cut = excerpt(found["output"].split("\n"), room)
