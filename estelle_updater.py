@@ -623,7 +623,11 @@ class ProtocolError(UpdaterError):
 
 
 class UnreachableError(UpdaterError):
-    """The master did not answer in time; `asked`: it may have got the order all the same."""
+    """The master did not answer in time; `asked`: it may have got the order all the same.
+
+    Apart from RefusedError because the two are mended at different ends: this one at the network or
+    by starting the master, that one in the configuration.
+    """
 
     exit_code = 3
     asked = False
@@ -644,7 +648,10 @@ class TargetError(UpdaterError):
 
 
 class OverdueError(UpdaterError):
-    """A command did not end by its deadline; nothing of it is left running."""
+    """A command did not end by its deadline; nothing of it is left running.
+
+    Its own class, so that a caller may go on without what a slow tool would have said.
+    """
 
 
 class GuardError(UpdaterError):
@@ -654,7 +661,10 @@ class GuardError(UpdaterError):
 
 
 class Declined(GuardError):
-    """A person was asked and said no, which is no error."""
+    """A person was asked and said no, which is no error.
+
+    Its exit code is still that of a guard: a script that asked for a change did not get it.
+    """
 
 
 def iter_leaves(group: BaseException) -> Iterator[BaseException]:
@@ -757,6 +767,8 @@ class Whitelist:
         """Judge one address, in any spelling; what is no address is refused, never an error."""
         try:
             seen = _parse_ip(address)
+        # A door that raises would end the handshake with a stack trace instead of a refusal, and
+        # anybody could fill the log with those.
         except UsageError as error:
             return Verdict(False, error.what)
         for (version, shift), listed in self._by_shift.items():
@@ -780,6 +792,7 @@ class Opening(NamedTuple):
 def compare_networks(old: Iterable[str], new: Iterable[str]) -> Opening:
     """What `new` lets in beyond `old`: counted by addresses, as two halves are a whole."""
     opened, wide = [], False
+    # Collapsed, or splitting one entry into its two halves would be reported as opening both.
     for version, most in ((4, 1 << 16), (6, 1 << 96)):
         had, has = (
             list(ipaddress.collapse_addresses(_networks_of(entries, version)))
@@ -994,6 +1007,7 @@ def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> li
                 "no HAProxy is configured, or it did not answer",
             )
         wants_active = part == "active"
+        # A host without a colour, as the data node, is neither: `standby` must never mean it.
         return [host for host in hosts if host.color and (host.color == active) == wants_active]
     by_label = [host for host in hosts if host.label == part]
     if by_label:
@@ -1037,6 +1051,7 @@ def select_targets(
                 f"{part} takes no deployments",
                 "its section in the configuration says deploy = false",
             )
+        # By label: `all,web1` must not deploy twice on web1, with the second waiting for the first.
         chosen.update((host.label, host) for host in deploying)
     return list(chosen.values())
 
@@ -1094,6 +1109,8 @@ def valid_host_name(text: str) -> bool:
     TARGET's grammar uses."""
     if not text.isprintable() or not 0 < len(text) <= 64:
         return False
+    # A digit alone would be read as the beginning of an address, and `,`, `/`, `~` would split it
+    # in a TARGET.
     if re.search(r"[\s,/~]", text) or text.isdecimal() or _ADDRESS_LIKE.fullmatch(text):
         return False
     return text.casefold() not in ("all", "active", "standby")
@@ -1382,6 +1399,8 @@ def _table(
                 values[name] = convert(value, place.key(key))
             else:
                 _unknown_key(key, value, keys, place.key(key))
+        # Every gap in one go: who mends a file that is told one problem at a time commits it five
+        # times.
         for key, (name, _) in keys.items():
             if key not in table and name not in defaults:
                 place.key(key).is_wrong("missing, and it has no default")
@@ -1579,6 +1598,7 @@ def parse_days(text: str) -> tuple[int, ...]:
         first, _, last = part.strip().partition("-")
         if first not in DAYS or (last or first) not in DAYS:
             raise UsageError(f"{text!r} is no days of the week", "for example mon-fri, or sat,sun")
+        # A set at the end: `mon-fri,wed` names Wednesday twice, and is no mistake.
         begin, end = DAYS.index(first), DAYS.index(last or first)
         count = (end - begin) % 7 + 1  # fri-mon goes over Sunday
         for number in range(count):
@@ -1638,6 +1658,8 @@ class NotifyRule:
 
 
 def _exactly_one(raw: dict[str, Any], keys: Sequence[str], place: _Place) -> None:
+    """Say so where not exactly one of `keys` is given: with two, the one that is looked at first
+    would win silently."""
     given = [key for key in keys if key in raw]
     if len(given) != 1:
         said = " and ".join(given) or "nothing"
@@ -1645,6 +1667,8 @@ def _exactly_one(raw: dict[str, Any], keys: Sequence[str], place: _Place) -> Non
 
 
 def _check_health(raw: dict[str, Any], place: _Place) -> None:
+    """A check has one kind, and only the settings that its kind looks at: one that is never looked
+    at would be believed to guard something."""
     _exactly_one(raw, CHECK_KINDS, place)
     owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
     owners |= dict.fromkeys(("user", "passwordFile", "passwordEnv", "tls"), "a valkey")
@@ -1655,6 +1679,7 @@ def _check_health(raw: dict[str, Any], place: _Place) -> None:
 
 
 def _check_notify(raw: dict[str, Any], place: _Place) -> None:
+    """A webhook has one place for its URL; telegram alone needs a chat."""
     _exactly_one(raw, ("url", "urlEnv", "urlFile"), place)
     if ("chat" in raw) != (raw.get("format") == "telegram"):
         chat = _shown(raw.get("chat"))
@@ -1662,6 +1687,7 @@ def _check_notify(raw: dict[str, Any], place: _Place) -> None:
 
 
 def _check_tls(raw: dict[str, Any], place: _Place) -> None:
+    """A certificate and its key come together."""
     if ("cert" in raw) != ("key" in raw):
         place.is_wrong(f"{_shown(raw)} lacks cert or key; a master needs both")
 
@@ -1810,6 +1836,7 @@ def parse_config(text: bytes | str, file: str, form: str) -> Config:
 
 
 def _judge_doors(config: Config) -> Iterator[str]:
+    """Lists that let in everybody or nobody."""
     if not config.whitelist:
         yield "whitelist: it is empty, so no agent and no commander can connect"
     tailscale = parse_network(TAILSCALE)
@@ -1829,6 +1856,7 @@ def _judge_doors(config: Config) -> Iterator[str]:
 
 
 def _judge_commanders(config: Config) -> Iterator[str]:
+    """Commanders whom the port itself would refuse."""
     listed = [parse_network(entry) for entry in config.whitelist]
     for entry in config.commanders:
         network = parse_network(entry)
@@ -1837,6 +1865,7 @@ def _judge_commanders(config: Config) -> Iterator[str]:
 
 
 def _judge_colors(config: Config) -> Iterator[str]:
+    """Colours of HAProxy's that no host has, so that a switch would find nobody to check."""
     colors = {rule.color for rule in config.hosts}
     for color in COLORS:
         if config.haproxy and color not in colors:
@@ -1863,6 +1892,7 @@ def _judge_hosts(config: Config, known: Iterable[str]) -> Iterator[str]:
 
 
 def _judge_secrets(config: Config) -> Iterator[str]:
+    """What looks like a secret in a file that is committed."""
     for rule in config.hosts:
         for name in rule.env:
             if _SECRET_NAME.match(name):
@@ -1876,6 +1906,7 @@ def _judge_secrets(config: Config) -> Iterator[str]:
 
 
 def _judge_trust(config: Config) -> Iterator[str]:
+    """Settings that look as if they protect, and don't."""
     token_file, sha256 = config.token_file, config.updater.sha256
     if config.tls.cert and not config.master_url.secure:
         yield "tls: masterUrl is ws://, so nothing is encrypted; write wss:// there"
@@ -1886,6 +1917,7 @@ def _judge_trust(config: Config) -> Iterator[str]:
 
 
 def _judge_checks(config: Config) -> Iterator[str]:
+    """Checks that see less than they seem to."""
     for check in config.health:
         if check.tcp and check.tcp.endswith(":3306"):
             yield f'health {check.name}: for a database write mariadb = "{check.tcp}", it sees more'
@@ -1979,6 +2011,7 @@ def compare_doors(old: Config, new: Config) -> list[Change]:
 def _compare_list(
     key: str, opens: str, closes: str, old: Sequence[str], new: Sequence[str]
 ) -> Iterator[Change]:
+    """What a list lets in and shuts out now, a line each."""
     opened, closed = compare_networks(old, new), compare_networks(new, old)
     if opened.networks:
         yield Change(f"{key}: {opens} {', '.join(opened.networks)}", opened.is_wide)
@@ -1987,6 +2020,7 @@ def _compare_list(
 
 
 def _compare_receivers(old: Sequence[NotifyRule], new: Sequence[NotifyRule]) -> Iterator[Change]:
+    """Who is told and who is no longer; two webhooks at one service count as two."""
     before, after = Counter(map(_receiver_text, old)), Counter(map(_receiver_text, new))
     for receiver in after - before:
         yield Change(f"notify: tells {receiver} too")
@@ -2146,6 +2180,8 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     except ConfigError:
         return None
     wanted = [entry for entry in listed if entry not in remove]
+    # Read again, as regular expressions don't know TOML: a bracket in a comment that fooled them
+    # shows as a difference here.
     return text if new == old | {"whitelist": [*wanted, *add]} else None
 
 
@@ -2232,6 +2268,8 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
     for environment in environments:
         for name, value in environment.items():
             if name in named or _SECRET_NAME.match(name):
+                # A key of several lines is printed line by line, and a value from a file often with
+                # a line end that no program prints.
                 found.update((value, value.strip(), *value.splitlines()))
             for password in url_secrets(value):
                 found.update((password, urllib_parse.unquote(password)))
@@ -3269,6 +3307,8 @@ def plan_checkout(
     label, heads = f"git checkout {branch}", f"refs/heads/{branch}"
     tracking = f"refs/remotes/{remote}/{branch}"
     if heads in refs or tracking in refs:
+        # `--track` with the full name: with two remotes that have the branch, git would refuse to
+        # guess.
         argv = (branch,) if heads in refs else ("-b", branch, "--track", tracking)
         pull = ("git", "pull", "--ff-only", "--no-rebase", remote, heads)
         checkout = Step(label, ("git", "checkout", *argv, "--"), StepKind.CHECKOUT)
@@ -3331,6 +3371,8 @@ def parse_status(data: bytes) -> TreeChanges:
         if not path:
             continue
         paths.append(path)
+        # A merge that somebody left half done: git would refuse the checkout with words that do not
+        # say so.
         if "U" in code or code in ("AA", "DD"):
             unmerged.append(path)
     return TreeChanges(tuple(paths), tuple(unmerged))
@@ -3432,6 +3474,8 @@ def plan_restart(services: tuple[str, ...]) -> tuple[Step, ...]:
         names = [service.name for service in kept[keeper]]
         if names:
             argvs.append((*systemctl, "restart", *names))
+        # Each asked alone: of several, one active unit is enough for exit 0, and a dead worker
+        # would pass for restarted.
         for name in names:
             argvs.append((*systemctl, "is-active", name))
     for service in kept["pm2"]:
@@ -3484,6 +3528,8 @@ def parse_version_file(data: bytes) -> str | None:
             value = json.loads(text).get("version")
         except (ValueError, RecursionError):
             return None
+        # A list or a table under "version" is no version; its text would stand in every line of
+        # `history`.
         text = str(value).strip() if type(value) in (str, int, float) else ""
     line = "".join(text.splitlines()[:1])
     return "".join(filter(str.isprintable, line))[:80].strip() or None
@@ -3520,6 +3566,8 @@ class Masker:
         hold = len(data)
         for value in self._values:
             hold = min(hold, self._find_tail(data, value))
+        # A password may come in the next read; its `://` would be written by then, and nothing
+        # would tell it from other text.
         url = URL_BEGUN.search(data, max(0, len(data) - 515))
         return self._write(data, min(hold, url.start()) if url else hold)
 
@@ -3560,6 +3608,7 @@ class Masker:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its
         `***`. All places are offsets in `data`."""
         urls = self._find_urls(data)
+        # First, as it moves `hold`: secrets are then looked for in what is really written.
         for scheme, _, end in urls:
             if scheme < hold < end:
                 hold = scheme  # a password is written or held as a whole, `://` and all
@@ -3607,6 +3656,8 @@ RESET = "\x1b[0m"
 
 def whole_text(data: bytes) -> int:
     """The length of `data` without the beginning of a UTF-8 character at its end."""
+    # `ignore`: bytes that are no UTF-8 at all are passed on, only a character that may still be
+    # completed is held back.
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     decoder.decode(data[-3:])
     return len(data) - len(decoder.getstate()[0])
@@ -3720,6 +3771,8 @@ def take_excerpt(output: str) -> list[str]:
     end = start + EXCERPT_LINES
     if end + EXCERPT_END >= len(lines):  # nothing is left out
         return lines[max(0, len(lines) - EXCERPT_LINES - EXCERPT_END) :]
+    # The cause stands first and the summary last ("ELIFECYCLE", "exit 1"); what lies between is
+    # mostly the stack.
     return [*lines[start:end], "…", *lines[-EXCERPT_END:]]
 
 
@@ -3982,6 +4035,8 @@ def _plain_word(raw: bytes) -> bytes | None:
     """A word without its quotes; None where escapes, mixed quotes or the environment make its value
     uncertain."""
     quotes = set(raw) & set(b"\"'\\")
+    # Better no reading than a wrong one: a switch that misreads which server is backup would move
+    # the traffic to nobody.
     if len(quotes) > 1 or b"\\" in raw or (b'"' in raw and b"$" in raw):
         return None
     return raw.replace(bytes(quotes), b"") if quotes else raw
@@ -4052,6 +4107,7 @@ def _haproxy_sections(text: bytes, file: str) -> list[_HaproxySection]:
             current = _follow_condition(line, conditions, current)
             if word == b".if" and unsure is None:
                 unsure = line.number
+            # All branches ended in the same section: what follows belongs to it for certain again.
             if not conditions and len(current) < 2:
                 unsure = None
         elif word in _HAPROXY_SECTIONS:
@@ -4196,6 +4252,8 @@ def _read_servers(
     for line in lines:
         if line.starts(b"default-server"):
             defaults += _server_options(line, 1, flags)
+        # Then a line without `backup` may be one all the same, and adding or removing the word on
+        # it changes nothing.
         if any(option.keyword in (b"backup", b"no-backup") for option in defaults):
             raise line.refusal("`default-server` decides who is a backup")
         if not line.starts(b"server"):
@@ -4312,6 +4370,7 @@ def switch_text(found: BackendText, color: str) -> bytes:
     for other, server in found.servers.items():
         line = lines[server.number - 1]
         if other == color:
+            # From the end, so that the places of those before stay right.
             for start, end in reversed(server.backups):
                 line = line[:start] + line[end:]
         elif not server.backups:
@@ -4337,6 +4396,8 @@ def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
     for line in dump.splitlines(keepends=True):
         fields = line.split()
         is_ours = len(fields) > 18 and fields[1] == rule.backend
+        # By address and port, where the file gives them as numbers: a name may resolve to another
+        # address by now, which proves nothing.
         literal = _LITERAL_ADDRESS.fullmatch(wanted.get(fields[3], "")) if is_ours else None
         if literal is None or literal.groups() == (fields[4], fields[18]):
             kept.append(line)
@@ -4415,6 +4476,7 @@ def parse_show_proc(text: str) -> Processes:
     old = []
     if not title:
         older = []
+    # Youngest first: each was told to end when the one before it in this order came up.
     for age_s, pid in sorted(older):
         old.append(OldWorker(pid, younger_s))  # told to end when its successor came
         younger_s = age_s
@@ -4531,6 +4593,8 @@ def decide_color(wanted: Any, asked: str, before: str, takers: Sequence[str]) ->
     """The colour that a switch to `wanted` means, where `before` is active by the file and `takers`
     get the requests; `asked`: what the order was given for. Raises GuardError, UsageError."""
     standby = next(color for color in COLORS if color != before)
+    # The file's standby has the traffic already: "standby" by the file and by the facts are now
+    # opposite hosts.
     if wanted == "standby" and standby in takers:
         raise GuardError(
             f"HAProxy has failed over: {before} or {standby} could be meant",
@@ -4572,6 +4636,8 @@ class TrafficProof:
                 new = count
             else:
                 others += count
+        # Counters that went back: a new process counts from zero, and a difference to the old one's
+        # would prove a switch that never happened.
         is_first = not self.rows or new < self.new or others < self.others
         if is_first:  # or somebody reloaded, and all counters began anew
             self.others_at_first = others
@@ -14672,6 +14738,8 @@ def news_text(form: str, news: Mapping[str, Any]) -> str:
     parts = (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))
     head = "\n".join(inert(part) for part in parts if part)
     lines = [inert(line) for line in news.get("log") or ()]
+    # Services cut or refuse what is too long: the oldest lines go, as the last ones say why it
+    # failed.
     while True:
         text, end = head, "\n".join(lines)
         if lines and form in ("slack", "discord"):
@@ -14683,6 +14751,8 @@ def news_text(form: str, news: Mapping[str, Any]) -> str:
             text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         data = text.encode("utf-8", "replace")
         if not lines or len(data) <= NEWS_BYTES[form]:
+            # A cut may fall into a character; half of one is no UTF-8, and the service would refuse
+            # the whole message.
             return data[: NEWS_BYTES[form]].decode("utf-8", "ignore")
         del lines[0]
 
@@ -14737,6 +14807,7 @@ def hook_url(rule: NotifyRule, tree: Path) -> str:
             ) from None
     else:
         url = rule.url or os.environ.get(rule.url_env or "", "").strip()
+    # Of a file of two lines, the second would end up in the request.
     if not is_http_url(url):
         raise UpdaterError(f"{rule.url_file or rule.url_env} holds no http:// or https:// URL")
     return (
@@ -14755,6 +14826,8 @@ def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[st
     try:
         headers, body = render_news(rule.format, news, rule.chat)
         request = urllib_request.Request(hook_url(rule, tree), body, headers, method="POST")
+        # Without the handlers for redirects and files: a receiver could otherwise have this host
+        # fetch an address that only this host can reach.
         opener = urllib_request.OpenerDirector()
         for part in (
             urllib_request.ProxyHandler,
@@ -14789,6 +14862,8 @@ class Receiver:
         """Again after a pause that doubles, and not before the receiver wants it."""
         self.failures += 1
         self.tries[name] += 1
+        # Half of it by chance: receivers that failed together, as when the network was gone, do not
+        # all come back in the same second.
         longest_s = min(POST_RETRY_S, 2.0 ** min(self.failures, 10))
         self.due = now + max(pause_s, random.uniform(longest_s / 2, longest_s))
 
@@ -14824,6 +14899,8 @@ class Spool:
         return work_tree(self.config.path)
 
     def wants(self, event: str) -> bool:
+        """Whether anybody is to be told of such an event: what nobody wants is not even looked
+        for."""
         return any(rule.wants(event) for rule in self.rules)
 
     # What is to be sent
@@ -14833,6 +14910,7 @@ class Spool:
         one."""
         for rule in rules or self.rules:
             path = self.folder / f"{file_label(name)}.{receiver_id(rule)}.json"
+            # A master that restarts sees the ends of its jobs again; people must not.
             told = path.exists() or path.with_suffix(".sent").exists()
             if told or not (rules or rule.wants(news["event"])):
                 continue
@@ -14873,6 +14951,8 @@ class Spool:
                 continue
             left = self.drop_old(sorted(found))
             if left and key in rules and time.monotonic() >= receiver.due:
+                # The one that was tried least: a message that its receiver never takes, as one that
+                # is too long for it, must not hold up the others for ever.
                 first = min(left, key=lambda path: receiver.tries[path.name])
                 self.send(receiver, rules[key], first)
         return bool(waiting)
@@ -14882,6 +14962,8 @@ class Spool:
         left = []
         excess = len(found) - NEWS_KEPT
         for number, (when, path) in enumerate(found):
+            # After days without network, all their failures would come at once, of which few are
+            # true any more.
             if number >= excess and time.time() - when <= NEWS_S:
                 left.append(path)
                 continue
@@ -15001,6 +15083,8 @@ class Notifier:
             return
         now = time.monotonic()
         for host in master.registry.hosts():
+            # A master that was down for a night has heard of nobody, and would call the whole fleet
+            # offline.
             away_s = min(master.registry.away_s(host.machine, now) or 0.0, master.up_s)
             since = master.registry.machines[host.machine].seen
             news = {
@@ -15022,6 +15106,7 @@ class Notifier:
             what = keys.impostor_text(impostor)
             title = f"[{self.own_address}] {what}; it was refused"
             news = {"event": "impostor", "title": title, "host": impostor.address}
+            # Somebody who knocks every second would otherwise be a message every second.
             day = int(impostor.last // DAY_S)
             self.spool.tell(f"impostor-{impostor.machine}-{impostor.address}-{day}", news)
 
@@ -15052,8 +15137,11 @@ class Notifier:
         for run in master.runs.values():
             self.switched |= run.record.kind is Kind.SWITCH and run.active
         active = (await master.registry.ask_traffic())["active"]
+        # HAProxy did not answer: that is no failover, and a later look compares with what was known
+        # before.
         if active is None:
             return
+        # From disk: a failover while the master restarted is told as well.
         before = (read_json(self.traffic_file) or {}).get("active")
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
@@ -16405,6 +16493,8 @@ class Upgrade:
         """The new version, once the master has welcomed it. Raises UpdaterError where the old one
         stays."""
         runner = self.runner
+        # A runner that died in the middle has all of this behind it; checking again would fail, as
+        # the daemon may be gone by now.
         if not resumes(runner.job):
             runner.begin("check")
             runner.load_rule(strict=False)
@@ -16458,6 +16548,8 @@ class Upgrade:
                 f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again"
             )
         _replace_executable(self.fresh, data)
+        # Tried before it takes the old one's place: that it cannot start on this host's Python is
+        # to be known while the daemon still runs.
         for words in (("--version",), ("self-test", "--config", str(runner.config_path))):
             runner.step(
                 Step(f"{self.fresh.name} {words[0]}", (sys.executable, str(self.fresh), *words)),
@@ -16466,6 +16558,8 @@ class Upgrade:
 
     def swap(self) -> None:
         """The new program takes the old one's place, of which a copy stays beside it."""
+        # Already there where another runner died right after the swap: copying again would make the
+        # new one its own `.old`, and there would be no way back.
         if sha256_of(self.file) != self.sha256:
             if sha256_of(self.fresh) != self.sha256:
                 raise UpdaterError(
@@ -16597,6 +16691,8 @@ class Stage:
     # Stop signals
 
     def stop(self, *_: object) -> None:
+        """Only a flag: a signal between a program's start and its entry in `children` would leave
+        it running."""
         self.stopped = True
 
     def check(self) -> None:
@@ -16626,6 +16722,7 @@ class Stage:
         return child
 
     def wait(self, child: subprocess.Popen[bytes]) -> int:
+        """A program's exit code. Raises KeyboardInterrupt at a stop signal."""
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return child.wait(0.1)
@@ -16638,6 +16735,8 @@ class Stage:
         file."""
         with suppress(Exception):  # nobody may be reading any more
             self.say("\nThe demo ends: what it started is stopped, and what it wrote is removed.")
+        # Asked first, so that daemons end their own children; then killed, as a demo must not leave
+        # a process.
         for number in (15, 9):
             for child in self.children:
                 self.end(child, number)
@@ -17167,6 +17266,8 @@ class Publication:
             return head
         self.run("fetch", "--quiet", "--no-tags", self.remote, ref)
         tip = self.ask("rev-parse", "FETCH_HEAD").strip()
+        # Pushing on top of the remote's tip would leave those commits beside it, and the next `git
+        # pull` of this clone would need a merge.
         if self.ask("rev-list", "--max-count=1", f"{tip}..{head}"):
             raise self.failed(
                 f"this clone has commits that {self.remote} lacks",
@@ -17180,6 +17281,8 @@ class Publication:
         """A commit that differs from `tip` in this one file; neither HEAD nor the index knows of
         it."""
         with tempfile.TemporaryDirectory(prefix="estelle-commit-") as folder:
+            # An index of its own: what somebody has staged in the clone must not slip into this
+            # commit.
             self.env["GIT_INDEX_FILE"] = str(Path(folder, "index"))
             fresh = Path(folder, "text")
             fresh.write_bytes(text)
@@ -17206,6 +17309,8 @@ class Publication:
         except UpdaterError as problem:
             self.note = f"; this clone does not have it yet: {problem.what}"
             known = self.blob_at(head)
+            # Back to what is checked out: a changed file here would be one more reason for the next
+            # pull to fail.
             self.ask("reset", "--quiet", "--", self.name)
             if known:
                 self.ask("checkout", "--quiet", "--", self.name)
@@ -17215,6 +17320,7 @@ class Publication:
     # Questions to git
 
     def blob_at(self, commit: str) -> str:
+        """The id of the file's content in a commit; nothing where the commit has no such file."""
         return self.ask("rev-parse", "--quiet", "--verify", f"{commit}:{self.name}").strip()
 
     def ask(self, *words: str) -> str:
@@ -17229,6 +17335,7 @@ class Publication:
         return out.decode(errors="replace").strip()
 
     def failed(self, what: str, hint: str) -> UpdaterError:
+        """The error for what git refused, and how to publish by hand."""
         return UpdaterError(
             f"{what}; nothing was changed", hint or f"without --commit, then: {self.line()}"
         )
@@ -17664,6 +17771,8 @@ class Doctor:
         yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
         yield judge_attempt("packages", "all there", require_packages)
         yield judge_encoding(sys.stdout.encoding or "none")
+        # Before the configuration is read: what does not need it can be found out where it is
+        # broken, which is when people call doctor.
         yield self.detached()
         yield self.state_folder()
         yield self.service()
@@ -17706,6 +17815,7 @@ class Doctor:
     # This host
 
     def state_folder(self) -> Finding:
+        """Whether the folder whose files runners obey is this user's alone, and can be made."""
         exposed = self.state.exposure()
         if exposed:
             fix = f"sudo chown -R $USER {self.state.root} && chmod 700 {self.state.root}"
@@ -17715,6 +17825,7 @@ class Doctor:
 
     @staticmethod
     def certificate(cert: Path) -> Finding:
+        """Whether the master's certificate can be read, and its days left."""
         try:
             days = certificate_days(read_supplied(cert))
         except (OSError, ValueError) as problem:
@@ -17773,6 +17884,8 @@ class Doctor:
                 found = judge_unit(
                     dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope
                 )
+                # A user's own systemd ends with the last session, unless the user lingers: the
+                # agent would be gone after the log-out.
                 if found.ok and scope and not lingers():
                     return Finding("service", False, "systemd ends it when you log out", LINGER)
                 return found
@@ -17828,6 +17941,8 @@ class Doctor:
         ask = ["git", "ls-remote", rule.remote, "HEAD"]
         code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
+        # It works in this shell and would fail under the service: the key that opens the remote
+        # lives in an ssh agent, which a service has not.
         agent_only = bool(
             code
             and with_agent["SSH_AUTH_SOCK"]
@@ -17854,6 +17969,8 @@ class Doctor:
             yield Finding("master", None, "it is this host, and it does not serve yet")
             return
         try:
+            # Both ends of the exchange: the master's clock was read somewhere between them, so half
+            # a slow answer is not taken for a wrong clock.
             before = time.time()
             connection = Caller(
                 self.state, config, self.args.bind, work_tree(self.args.config_path())
