@@ -277,7 +277,10 @@ def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
     """What a class's own annotations and defaults say; its attributes become the bare defaults."""
     for name, annotation in vars(cls).get("__annotations__", {}).items():
         given = vars(cls).get(name, MISSING)
-        said = given if isinstance(given, Field) else field(default=given)
+        if isinstance(given, Field):
+            said = given
+        else:
+            said = field(default=given)
         if isinstance(given, Field):
             delattr(cls, name)
         if said.default is not MISSING:
@@ -772,7 +775,10 @@ class Whitelist:
         except UsageError as error:
             return Verdict(False, error.what)
         for (version, shift), listed in self._by_shift.items():
-            entry = listed.get(int(seen) >> shift) if version == seen.version else None
+            if version == seen.version:
+                entry = listed.get(int(seen) >> shift)
+            else:
+                entry = None
             if entry is not None:
                 return Verdict(True, f"{seen} is allowed by {entry}")
         why = "is not in the whitelist"
@@ -824,7 +830,10 @@ def split_port(text: str) -> tuple[str, int | None]:
     if text.count(":") > 1 and "[" not in text:
         return text, None
     match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?", text)
-    port = int(match[2]) if match and match[2] else None
+    if match and match[2]:
+        port = int(match[2])
+    else:
+        port = None
     if match is None or port == 0 or (port or 0) > 65535:
         raise UsageError(
             f"{text!r} is no host and port", "write 121.0.0.7:9900 or [2001:db8::7]:9900"
@@ -849,7 +858,10 @@ def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) 
     agent.
     """
     hop = host_key(peer)
-    claims = ",".join(forwarded_for).split(",") if forwarded_for else []
+    if forwarded_for:
+        claims = ",".join(forwarded_for).split(",")
+    else:
+        claims = []
     for claim in reversed(claims):
         if not trusted.verdict(hop).allowed:
             break
@@ -866,7 +878,9 @@ def parse_host(text: str) -> str:
     else."""
     name = host_key(text)
     is_name = _HOST_NAME.fullmatch(name) and not _ADDRESS_LIKE.fullmatch(name)
-    return name if is_name else canonical_address(text)
+    if is_name:
+        return name
+    return canonical_address(text)
 
 
 def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bool:
@@ -901,7 +915,10 @@ class MasterUrl(NamedTuple):
     secure: bool
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        if ":" in self.host:
+            host = f"[{self.host}]"
+        else:
+            host = self.host
         return f"{self.scheme}://{host}:{self.port}{self.path}"
 
 
@@ -912,7 +929,9 @@ def parse_master_url(text: str) -> MasterUrl:
     match = re.fullmatch(r"([^:/?#]+)://([^/?#]+)([^?#]*)(.*)", text.strip(), re.DOTALL)
     if "@" in text or (match and match[4]):  # never echoed: it may hold a secret
         raise UsageError("a user, password, query or fragment has no place in masterUrl", hint)
-    scheme = match[1].lower() if match else ""
+    scheme = ""
+    if match:
+        scheme = match[1].lower()
     if match is None or scheme not in ("ws", "wss") or not re.fullmatch(r"(/[!-~]*)?", match[3]):
         raise UsageError(f"{text!r} is no ws:// or wss:// URL", hint)
     host, port = split_port(match[2])
@@ -970,9 +989,14 @@ def decide_role(facts: RoleFacts) -> RoleDecision:
         master = canonical_address(to)
         if source and master in telling and canonical_address(source) == master:
             return RoleDecision(Role.MASTER, f"master: {master} is an address of this host")
-    public = canonical_address(facts.public_address) if facts.public_address else None
+    if facts.public_address:
+        public = canonical_address(facts.public_address)
+    else:
+        public = None
     if public in telling:
-        who = "cloud metadata" if facts.public_source == "metadata" else "the outside world"
+        who = "the outside world"
+        if facts.public_source == "metadata":
+            who = "cloud metadata"
         return RoleDecision(
             Role.MASTER, f"master: {who} knows this host as {public}", provisional=True
         )
@@ -1064,10 +1088,14 @@ def expected_roles(
     words = [part.strip() for part in target.split(",")]
     expects = {}
     for host in hosts:
-        role = "active" if host.color == active else "standby"
+        role = "standby"
+        if host.color == active:
+            role = "active"
         if host.color and active and role in words:
             expects[host.label] = role
-    return {"expects": expects} if expects else {}
+    if expects:
+        return {"expects": expects}
+    return {}
 
 
 def file_label(label: str) -> str:
@@ -1076,7 +1104,9 @@ def file_label(label: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
     if not plain.strip("."):
         return plain + "_"
-    return _DEVICE.sub(r"\1_", plain, count=1) if _DEVICE.match(plain) else plain
+    if _DEVICE.match(plain):
+        return _DEVICE.sub(r"\1_", plain, count=1)
+    return plain
 
 
 def assign_labels(hosts: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -1260,11 +1290,15 @@ def _shown(raw: Any) -> str:
     """A value as the file spells it, short and on one line."""
     text = json.dumps(raw, ensure_ascii=False, default=str)
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 80 else text[:77] + "..."
+    if len(text) <= 80:
+        return text
+    return text[:77] + "..."
 
 
 def _step(key: str) -> str:
-    return f".{key}" if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f".{_shown(key)}"
+    if re.fullmatch(r"[A-Za-z0-9_-]+", key):
+        return f".{key}"
+    return f".{_shown(key)}"
 
 
 def _is_argument(raw: Any) -> bool:
@@ -1322,23 +1356,35 @@ def _by(parse: Callable[[str], Any], keep: bool = False) -> _Convert:
         except UsageError as error:
             reason = error.what.removeprefix(repr(text))
             # a reason that does not begin with the value leaves it out because it may hold a secret
-            shown = _shown(text) if reason != error.what else ""
+            shown = ""
+            if reason != error.what:
+                shown = _shown(text)
             place.is_wrong(f"{shown}{reason}; {error.hint}")
             return None
-        return text if keep else parsed
+        if keep:
+            return text
+        return parsed
 
     return convert
 
 
 def _list_of(convert: _Convert, example: str, least: int = 0) -> _Convert:
     """Converts every entry of a list; `example` is what to write instead of anything else."""
-    wanted = "list with entries" if least else "list"
+    wanted = "list"
+    if least:
+        wanted = "list with entries"
 
     def read(raw: Any, place: _Place) -> Any:
         if isinstance(raw, list) and len(raw) >= least:
             return tuple(convert(item, place.item(i)) for i, item in enumerate(raw))
-        words = raw.split() if isinstance(raw, str) else []
-        write = _shown(words) if words else example
+        if isinstance(raw, str):
+            words = raw.split()
+        else:
+            words = []
+        if words:
+            write = _shown(words)
+        else:
+            write = example
         place.is_wrong(f"{_shown(raw)} is no {wanted}; write {write}")
         return None
 
@@ -1357,8 +1403,14 @@ def _unknown_key(key: str, raw: Any, known: Iterable[str], place: _Place) -> Non
     """Say that nobody knows a key, and which was meant; a value under a name that looks secret is
     not shown."""
     like = difflib.get_close_matches(key, list(known), 1)
-    advice = f"did you mean {like[0]}?" if like else "known are " + ", ".join(known)
-    value = "" if _SECRET_NAME.match(key) else f", value {_shown(raw)}"
+    if like:
+        advice = f"did you mean {like[0]}?"
+    else:
+        advice = "known are " + ", ".join(known)
+    if _SECRET_NAME.match(key):
+        value = ""
+    else:
+        value = f", value {_shown(raw)}"
     place.is_wrong(f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")
 
 
@@ -1405,7 +1457,9 @@ def _table(
             if key not in table and name not in defaults:
                 place.key(key).is_wrong("missing, and it has no default")
         check(table, place)
-        return cls(**values) if len(place.problems) == before else None
+        if len(place.problems) == before:
+            return cls(**values)
+        return None
 
     return read
 
@@ -1536,7 +1590,9 @@ class HaproxyRule:
     @property
     def files(self) -> tuple[str, ...]:
         """HAProxy's files and folders of such, in its order."""
-        return (self.config,) if isinstance(self.config, str) else tuple(self.config)
+        if isinstance(self.config, str):
+            return (self.config,)
+        return tuple(self.config)
 
 
 @record(frozen=True, kw_only=True)
@@ -1609,7 +1665,9 @@ def parse_days(text: str) -> tuple[int, ...]:
 def parse_clock(text: str) -> float:
     """A time of the day, `09:00` to `24:00`, in seconds since midnight. Raises UsageError."""
     match = re.fullmatch(r"(\d\d):(\d\d)", text)
-    minutes = int(match[1]) * 60 + int(match[2]) if match and int(match[2]) < 60 else 9999
+    minutes = 9999
+    if match and int(match[2]) < 60:
+        minutes = int(match[1]) * 60 + int(match[2])
     if minutes > 24 * 60:
         raise UsageError(f"{text!r} is no time of the day", "for example 09:00")
     return minutes * 60.0
@@ -1961,7 +2019,10 @@ def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
     Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone;
     `name` finds no section.
     """
-    at = canonical_address(address) if address else None
+    if address:
+        at = canonical_address(address)
+    else:
+        at = None
     called = hostname.casefold()
     sections = {(rule.address, rule.hostname): rule for rule in config.hosts}
     wanted = ((at, called), (None, called), (at, None))
@@ -1995,7 +2056,10 @@ def compare_doors(old: Config, new: Config) -> list[Change]:
         changes.append(Change(f"serverNames: answers as {', '.join(names)} too"))
     if old.token_file != new.token_file:
         dropped = new.token_file is None
-        text = "nobody has to know the token any more" if dropped else f"reads {new.token_file}"
+        if dropped:
+            text = "nobody has to know the token any more"
+        else:
+            text = f"reads {new.token_file}"
         changes.append(Change(f"tokenFile: {text}", opens=dropped))
     for key in ("cert", "key", "ca"):
         was, is_now = getattr(old.tls, key), getattr(new.tls, key)
@@ -2114,7 +2178,10 @@ class _ListText(NamedTuple):
         if indent is None:
             return f"{text[:stop]}, {added}{text[stop:]}"
         line_end = _LINE_END.search(text, stop, self.end)  # behind the last one's comment
-        place = line_end.start() if line_end else self.end
+        if line_end:
+            place = line_end.start()
+        else:
+            place = self.end
         ends_with_comma = _COMMA.match(text, stop, self.end) is not None
         before, after = ("", ",") if ends_with_comma else (",", "")
         return f"{text[:stop]}{before}{text[stop:place]}{indent[0]}{added}{after}{text[place:]}"
@@ -2170,7 +2237,10 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     """
     try:
         old = parse_data(text, "", form)
-        listed = old["whitelist"] if isinstance(old.get("whitelist"), list) else []
+        if isinstance(old.get("whitelist"), list):
+            listed = old["whitelist"]
+        else:
+            listed = []
         for entry in listed:
             if entry in remove:
                 text = _edit_entry(text, form, entry, add=False)
@@ -2182,7 +2252,9 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     wanted = [entry for entry in listed if entry not in remove]
     # Read again, as regular expressions don't know TOML: a bracket in a comment that fooled them
     # shows as a difference here.
-    return text if new == old | {"whitelist": [*wanted, *add]} else None
+    if new == old | {"whitelist": [*wanted, *add]}:
+        return text
+    return None
 
 
 def accept_hint(sha256: str) -> str:
@@ -2202,13 +2274,18 @@ def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
     machines = data.get("machines")
     if not isinstance(machines, dict):
         return dict(data)
-    listed = data["whitelist"] if isinstance(data.get("whitelist"), list) else []
+    if isinstance(data.get("whitelist"), list):
+        listed = data["whitelist"]
+    else:
+        listed = []
     new = {key: value for key, value in data.items() if key not in ("machines", "hosts")}
     new["whitelist"] = [*listed, *(address for address in machines if address not in listed)]
     hosts = {address: settings for address, settings in machines.items() if settings}
     if isinstance(data.get("hosts"), dict):
         hosts.update(data["hosts"])
-    return {**new, "hosts": hosts} if hosts else new
+    if hosts:
+        return {**new, "hosts": hosts}
+    return new
 
 
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
@@ -2221,7 +2298,9 @@ def _environment_value(match: re.Match[str]) -> str:
         return re.sub(
             r'\\([nrt"\\$])', lambda escaped: _ESCAPES.get(escaped[1], escaped[1]), double
         )
-    return single if single is not None else (bare or "").strip()
+    if single is not None:
+        return single
+    return (bare or "").strip()
 
 
 def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
@@ -2237,7 +2316,10 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     for number, line in enumerate(_LINE_END.split(plain), 1):
         if re.fullmatch(r"\s*(#.*)?", line):
             continue
-        match = _ENVIRONMENT_LINE.fullmatch(line) if _is_argument(line) else None
+        if _is_argument(line):
+            match = _ENVIRONMENT_LINE.fullmatch(line)
+        else:
+            match = None
         if match is None:
             problems.append((f"line {number}", "is no KEY=VALUE"))
         else:
@@ -2586,7 +2668,10 @@ def decode_message(text: str) -> Any:
             json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as problem:
         raise ProtocolError("a message is no JSON") from problem
-    verb = data.get("verb") if isinstance(data, dict) else None
+    if isinstance(data, dict):
+        verb = data.get("verb")
+    else:
+        verb = None
     if not isinstance(verb, str) or verb not in VERBS:
         raise ProtocolError(f"unknown verb {str(verb)[:40]!r}")
     return decode_fields(VERBS[verb], data)
@@ -2604,7 +2689,9 @@ def one_line(text: str) -> str:
 def _printable(letter: str) -> str:
     if letter.isprintable():
         return letter
-    return " " if letter.isspace() else "\ufffd"
+    if letter.isspace():
+        return " "
+    return "\ufffd"
 
 
 def one_line_each(value: Any) -> Any:
@@ -2624,7 +2711,10 @@ def _clean(cls: type[Any], name: str, value: Any) -> Any:
     if (cls, name) in ((Submit, "branch"), (Submit, "commits"), (Ask, "args")):
         return value
     clean = one_line_each(value)
-    rows = value.get("hosts") if cls is Answer and isinstance(value, dict) else None
+    if cls is Answer and isinstance(value, dict):
+        rows = value.get("hosts")
+    else:
+        rows = None
     if isinstance(rows, list):
         for raw, row in zip(rows, clean["hosts"], strict=True):
             if isinstance(raw, dict) and isinstance(raw.get("text"), str):
@@ -2759,12 +2849,16 @@ def judge_standing(
     given again, to the address that it was meant for.
     """
     if not is_known:
-        return Standing.NEW if able else Standing.KEYLESS
+        if able:
+            return Standing.NEW
+        return Standing.KEYLESS
     if has_key and proves:
         return Standing.PROVEN
     if not same_address or (has_key and was_proven):
         return Standing.IMPOSTOR
-    return Standing.NEW if able else Standing.KEYLESS
+    if able:
+        return Standing.NEW
+    return Standing.KEYLESS
 
 
 _TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
@@ -2880,7 +2974,9 @@ def decide_runner(job: JobRecord, facts: RunnerFacts) -> Fate:
     if facts.half_done:  # for ever, ever more rarely: it must end one way or the other
         doublings = max(0, min(facts.launches, 10) - 1)
         pause_s = min(RESUME_MOST_S, RESUME_S * 2.0**doublings)
-        return Fate.START if facts.silent_s > pause_s else Fate.WAIT
+        if facts.silent_s > pause_s:
+            return Fate.START
+        return Fate.WAIT
     if job.state is State.RUNNING:
         return Fate.BURY
     if job.state is not State.QUEUED:
@@ -2891,7 +2987,9 @@ def decide_runner(job: JobRecord, facts: RunnerFacts) -> Fate:
         return Fate.EXPIRE
     if facts.silent_s <= LAUNCH_S:
         return Fate.WAIT
-    return Fate.START if facts.launches < LAUNCHES else Fate.GIVE_UP
+    if facts.launches < LAUNCHES:
+        return Fate.START
+    return Fate.GIVE_UP
 
 
 def moves_tree(job: JobRecord) -> bool:
@@ -2930,13 +3028,18 @@ class SendCursor:
         if self.sent is None:
             return None
         length = min(self.size - self.sent, CHUNK_BYTES, room)
-        return (self.sent, length) if length > 0 else None
+        if length > 0:
+            return (self.sent, length)
+        return None
 
     def on_have(self, size: int, rewind: bool) -> None:
         """The reader has `size` bytes: go on from there if it asks, or if it is ahead of what we
         sent."""
         self.acked = size
-        self.sent = size if rewind or self.sent is None else max(self.sent, size)
+        if rewind or self.sent is None:
+            self.sent = size
+        else:
+            self.sent = max(self.sent, size)
 
     @property
     def unacked(self) -> int:
@@ -3079,21 +3182,29 @@ def decide_expiry(
         waits = job.ordered and not job.revision and job.state is State.QUEUED
         if waits and run.cancelled and silent_s > ANSWER_S:
             return State.CANCELLED, unanswered[1]
-        return unanswered if waits and silent_s > ORDER_EXPIRES_S else None
+        if waits and silent_s > ORDER_EXPIRES_S:
+            return unanswered
+        return None
     if job.state is State.RUNNING:
         gone = min(away_s, up_s) > LOST_S
-        return (State.LOST, f"no connection for {LOST_S:.0f} s") if gone else None
+        if gone:
+            return (State.LOST, f"no connection for {LOST_S:.0f} s")
+        return None
     waited_s = min(away_s, age_s)
     if job.behind or run.batch:  # it waited for others, not for its host
         waited_s = min(waited_s, up_s)
     if waited_s <= allowed_wait_s(run, job.host):
         return None
-    return unanswered if job.ordered else (State.OFFLINE, "the host is offline")
+    if job.ordered:
+        return unanswered
+    return (State.OFFLINE, "the host is offline")
 
 
 def allowed_wait_s(run: RunRecord, host: str) -> float:
     """How long a job may wait for its host: one that was away already has only what --wait says."""
-    return run.wait_s if host in run.offline else max(ORDER_EXPIRES_S, run.wait_s)
+    if host in run.offline:
+        return run.wait_s
+    return max(ORDER_EXPIRES_S, run.wait_s)
 
 
 def seconds_of(job: JobRecord) -> float | None:
@@ -3128,7 +3239,10 @@ def outcome_text(job: Mapping[str, Any]) -> str:
             return f"✓ 완료 {job['version'] or ''}".rstrip()
         case State.FAILED:
             code = job["exit"]
-            exit_text = "" if code is None else f" (exit {code})"
+            if code is None:
+                exit_text = ""
+            else:
+                exit_text = f" (exit {code})"
             return f"✗ 실패 {job['step'] or job['error']}{exit_text}"
         case State.CANCELLED:
             return "✗ 취소"
@@ -3196,7 +3310,9 @@ def median(seconds: Iterable[float]) -> float | None:
     """The middle one, or the mean of the two in the middle; None of none."""
     found = sorted(seconds)
     middle = found[(len(found) - 1) // 2 : len(found) // 2 + 1]
-    return round(sum(middle) / len(middle), 3) if middle else None
+    if middle:
+        return round(sum(middle) / len(middle), 3)
+    return None
 
 
 def run_of_job(job: JobRecord) -> RunRecord:
@@ -3400,7 +3516,9 @@ def parse_raw_diff(data: bytes) -> dict[str, Versions]:
 
 def paths_text(paths: Sequence[str], most: int = 10) -> str:
     """Some paths for people."""
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    more = ""
+    if len(paths) > most:
+        more = f" and {len(paths) - most} more"
     return ", ".join(paths[:most]) + more
 
 
@@ -3416,8 +3534,13 @@ def decide_rollback(successes: Sequence[str], current: str) -> int | None:
     The newest one before `current` first succeeded; the newest at all where `current` never did. As
     a rollback is no step forward, the next one goes one step further back.
     """
-    before = successes.index(current) if current in successes else len(successes)
-    return before - 1 if before else None
+    if current in successes:
+        before = successes.index(current)
+    else:
+        before = len(successes)
+    if before:
+        return before - 1
+    return None
 
 
 def plan_command(command: tuple[str, ...]) -> Step:
@@ -3479,7 +3602,9 @@ def plan_restart(services: tuple[str, ...]) -> tuple[Step, ...]:
         for name in names:
             argvs.append((*systemctl, "is-active", name))
     for service in kept["pm2"]:
-        verb = "startOrRestart" if service.is_file else "restart"
+        verb = "restart"
+        if service.is_file:
+            verb = "startOrRestart"
         argvs.append(("pm2", verb, service.name, "--update-env"))
     if any(service.is_file for service in kept["pm2"]):
         argvs.append(("pm2", "save"))  # else the list after a boot is the one of before
@@ -3530,7 +3655,9 @@ def parse_version_file(data: bytes) -> str | None:
             return None
         # A list or a table under "version" is no version; its text would stand in every line of
         # `history`.
-        text = str(value).strip() if type(value) in (str, int, float) else ""
+        text = ""
+        if type(value) in (str, int, float):
+            text = str(value).strip()
     line = "".join(text.splitlines()[:1])
     return "".join(filter(str.isprintable, line))[:80].strip() or None
 
@@ -3582,7 +3709,9 @@ class Masker:
         start = data.find(value[:1], max(0, len(data) - len(value) + 1))
         while start >= 0 and not value.startswith(data[start:]):
             start = data.find(value[:1], start + 1)
-        return start if start >= 0 else len(data)
+        if start >= 0:
+            return start
+        return len(data)
 
     def _find_urls(self, data: bytes) -> list[tuple[int, int, int]]:
         """(where its `://` starts, password's start, its end) of each URL with a password, counted
@@ -3709,7 +3838,10 @@ def count_cells(text: str, ambiguous: int = 1) -> int:
         if kind in "WF":
             count += 2
         else:
-            count += ambiguous if kind == "A" else 1
+            if kind == "A":
+                count += ambiguous
+            else:
+                count += 1
     return count
 
 
@@ -3734,7 +3866,10 @@ def wrap_to_cells(text: str, width: int) -> list[str]:
     """The text in rows of at most `width` cells, broken at spaces where there are any."""
     rows, row = [], ""
     for word in text.split(" "):
-        longer = f"{row} {word}" if row else word
+        if row:
+            longer = f"{row} {word}"
+        else:
+            longer = word
         if count_cells(longer, 2) <= width:
             row = longer
             continue
@@ -3954,7 +4089,9 @@ class _HaproxySection:
     @property
     def name(self) -> bytes | None:
         """Its name; None where it has none, or one that can't be read."""
-        return self.title.words[1] if len(self.title.words) > 1 else None
+        if len(self.title.words) > 1:
+            return self.title.words[1]
+        return None
 
 
 @record()
@@ -4012,7 +4149,9 @@ class BackendText(NamedTuple):
                 self.file, self.strangers[0], "another server of the backend is no backup"
             )
         if len(active) != 1:
-            what = "both colours are active" if active else "neither colour is active"
+            what = "neither colour is active"
+            if active:
+                what = "both colours are active"
             lines = " and ".join(str(server.number) for server in self.servers.values())
             raise GuardError(
                 f"{self.file} lines {lines}: {what}",
@@ -4039,7 +4178,9 @@ def _plain_word(raw: bytes) -> bytes | None:
     # the traffic to nobody.
     if len(quotes) > 1 or b"\\" in raw or (b'"' in raw and b"$" in raw):
         return None
-    return raw.replace(bytes(quotes), b"") if quotes else raw
+    if quotes:
+        return raw.replace(bytes(quotes), b"")
+    return raw
 
 
 def _haproxy_words(line: bytes) -> list[tuple[int, int]] | None:
@@ -4125,7 +4266,10 @@ def _inherited(sections: list[_HaproxySection], own: _HaproxySection) -> list[_H
     """The lines of `defaults` that hold for a section: those of the one it names, else of the last
     one above it, in whichever file; of one that a condition may switch off, and the next too."""
     words = own.title.words
-    name = words[words.index(b"from") + 1 :][:1] if b"from" in words[1:] else []
+    if b"from" in words[1:]:
+        name = words[words.index(b"from") + 1 :][:1]
+    else:
+        name = []
     if own.kind == b"defaults" and not name:
         return []
     place = next(i for i, section in enumerate(sections) if section is own)
@@ -4189,9 +4333,15 @@ def _server_options(
             is_flag = _SERVER_FLAG.fullmatch(word) is not None
         else:
             is_flag = word in flags
-        argument = None if is_flag else next(iter(line.words[index + 1 :]), None)
+        if is_flag:
+            argument = None
+        else:
+            argument = next(iter(line.words[index + 1 :]), None)
         options.append(_ServerOption(index, word, argument))
-        index += 1 if is_flag else 2
+        if is_flag:
+            index += 1
+        else:
+            index += 2
     return options
 
 
@@ -4324,7 +4474,9 @@ def _global_settings(sections: list[_HaproxySection]) -> dict[bytes, str]:
 def _haproxy_seconds(text: str) -> float | None:
     """HAProxy's way to write a time, milliseconds where it has no unit."""
     match = re.fullmatch(r"(\d+)(us|ms|s|m|h|d)?", text)
-    return int(match[1]) * _TIME_UNITS_S[match[2] or "ms"] if match else None
+    if match:
+        return int(match[1]) * _TIME_UNITS_S[match[2] or "ms"]
+    return None
 
 
 def _state_file(settings: Mapping[bytes, str], lines: Iterable[_HaproxyLine]) -> str | None:
@@ -4334,7 +4486,9 @@ def _state_file(settings: Mapping[bytes, str], lines: Iterable[_HaproxyLine]) ->
     loads = any(line.starts(b"load-server-state-from-file", b"global") for line in lines)
     if not path or not loads:
         return None
-    return path if path.startswith("/") else f"{settings.get(b'server-state-base', '')}/{path}"
+    if path.startswith("/"):
+        return path
+    return f"{settings.get(b'server-state-base', '')}/{path}"
 
 
 def _haproxy_warnings(
@@ -4398,7 +4552,10 @@ def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
         is_ours = len(fields) > 18 and fields[1] == rule.backend
         # By address and port, where the file gives them as numbers: a name may resolve to another
         # address by now, which proves nothing.
-        literal = _LITERAL_ADDRESS.fullmatch(wanted.get(fields[3], "")) if is_ours else None
+        if is_ours:
+            literal = _LITERAL_ADDRESS.fullmatch(wanted.get(fields[3], ""))
+        else:
+            literal = None
         if literal is None or literal.groups() == (fields[4], fields[18]):
             kept.append(line)
     return "".join(kept)
@@ -4514,7 +4671,9 @@ def why_unusable(row: _Row) -> str | None:
     file, by hand or by its agent; None where it does."""
     if not row["status"].startswith(("UP", "no check")):
         return row["status"]
-    return f"{row['status']} with weight 0" if row.get("weight") == "0" else None
+    if row.get("weight") == "0":
+        return f"{row['status']} with weight 0"
+    return None
 
 
 def is_usable(row: _Row) -> bool:
@@ -4527,7 +4686,10 @@ def decide_traffic(rows: Iterable[_Row], all_backups: bool = False) -> list[str]
     backup, or all of them with `option allbackups`."""
     usable = list(filter(is_usable, rows))
     active = [row["svname"] for row in usable if row["bck"] == "0"]
-    backups = usable if all_backups else usable[:1]
+    if all_backups:
+        backups = usable
+    else:
+        backups = usable[:1]
     return active or [row["svname"] for row in backups]
 
 
@@ -4535,7 +4697,9 @@ def traffic_of(row: _Row, takers: Sequence[str]) -> str:
     """What a colour is as HAProxy routes: active, standby or down."""
     if row["svname"] in takers:
         return "active"
-    return "standby" if is_usable(row) else "down"
+    if is_usable(row):
+        return "standby"
+    return "down"
 
 
 def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
@@ -4600,7 +4764,10 @@ def decide_color(wanted: Any, asked: str, before: str, takers: Sequence[str]) ->
             f"HAProxy has failed over: {before} or {standby} could be meant",
             f"`switch {standby}` makes that explicit, `switch {before}` changes nothing",
         )
-    color = standby if wanted == "standby" else str(wanted)
+    if wanted == "standby":
+        color = standby
+    else:
+        color = str(wanted)
     if color not in COLORS:
         raise UsageError(f"{color[:40]!r} is no colour", "blue, green or standby")
     if asked not in ("standby", color):
@@ -4747,7 +4914,9 @@ def _by_name(description: str, kind: str) -> _Schema:
 def _fields(needs: Sequence[str], properties: _Schema, description: str = "") -> _Schema:
     """An object of these properties, of which `needs` are always there."""
     schema: _Schema = {"type": "object", "properties": properties, "required": list(needs)}
-    return {**schema, "description": description} if description else schema
+    if description:
+        return {**schema, "description": description}
+    return schema
 
 
 _LABEL = _has("string", "the host, as status shows it")
@@ -5191,7 +5360,9 @@ def fit_arguments(schema: _Schema, given: Any) -> Any:
         return given
     known, fitting = schema["properties"], {}
     for name, value in given.items():
-        kind = known[name]["type"] if name in known else ""
+        kind = ""
+        if name in known:
+            kind = known[name]["type"]
         is_blank = isinstance(value, str) and not value.strip()
         if value is None or (is_blank and kind and name not in _NEVER_EMPTY):
             continue
@@ -5290,7 +5461,10 @@ def excerpt(lines: Sequence[str], room: int) -> tuple[str, bool]:
     used = 0
     while left:
         take_head = len(head) <= len(tail)
-        line = left[0] if take_head else left[-1]
+        if take_head:
+            line = left[0]
+        else:
+            line = left[-1]
         used += len(line) + LINE_COST
         if used > room:
             break
@@ -5301,7 +5475,10 @@ def excerpt(lines: Sequence[str], room: int) -> tuple[str, bool]:
     dropped = 0
     for line in left:
         gap = _GAP.fullmatch(line)  # of an excerpt of an excerpt
-        dropped += int(gap[1]) if gap else 1
+        if gap:
+            dropped += int(gap[1])
+        else:
+            dropped += 1
     return "\n".join([*head, f"[... {dropped} lines]", *tail]), True
 
 
@@ -5367,7 +5544,10 @@ class McpSession:
             answers = self.receive_batch(data)
         else:
             answer = self.receive(data, None)
-            answers = [answer] if answer else []
+            if answer:
+                answers = [answer]
+            else:
+                answers = []
         calls = [call for call in self.begun if self.calls.get(call.id) is call]
         return answers, calls, self.ended
 
@@ -5384,7 +5564,9 @@ class McpSession:
         return self.close_batch(batch)
 
     def close_batch(self, batch: Batch) -> list[Any]:
-        return [batch.answers] if batch.answers and not batch.open else []
+        if batch.answers and not batch.open:
+            return [batch.answers]
+        return []
 
     def refuse_long(self, head: bytes, tail: bytes) -> dict[str, Any]:
         """The answer to a line of more than 4 MiB, of which only head and tail were kept."""
@@ -5398,7 +5580,10 @@ class McpSession:
 
     def receive(self, item: Any, batch: Batch | None) -> dict[str, Any] | None:
         """One message: its answer if there is one by now."""
-        number = item.get("id") if isinstance(item, dict) else None
+        if isinstance(item, dict):
+            number = item.get("id")
+        else:
+            number = None
         if type(number) not in (str, int):
             number = None
         try:
@@ -5408,7 +5593,10 @@ class McpSession:
                 self.receive_reply(number, item)
                 return None
             method, params = item.get("method"), item.get("params")
-            params = {} if params is None else params
+            if params is None:
+                params = {}
+            else:
+                params = params
             has_bad_id = "id" in item and number is None
             if not isinstance(method, str) or not isinstance(params, dict) or has_bad_id:
                 what = "method is a text, params an object, id a text or a whole number"
@@ -5447,13 +5635,19 @@ class McpSession:
     ) -> dict[str, Any] | None:
         """The answer to a request; None for a tool's call, whose answer comes later. Raises
         JsonRpcError."""
-        meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+        if isinstance(params.get("_meta"), dict):
+            meta = params["_meta"]
+        else:
+            meta = {}
         if method == "initialize":
             return self.success(number, self.initialize(params), False)
         if method == "ping" and _MCP_META + "protocolVersion" not in meta:
             return self.success(number, {}, False)
         modern = self.judge_era(method, meta)
-        cache = {"ttlMs": 0, "cacheScope": "private"} if modern else {}
+        if modern:
+            cache = {"ttlMs": 0, "cacheScope": "private"}
+        else:
+            cache = {}
         if method == "server/discover" and modern:
             found = {"supportedVersions": list(MCP_MODERN), **self.introduction(), **cache}
             return self.success(number, found, modern)
@@ -5479,8 +5673,14 @@ class McpSession:
             raise JsonRpcError(_INVALID_PARAMS, what, list(self.tools))
         schema = self.tools[name]["inputSchema"]
         given = params.get("arguments")
-        arguments = {} if given is None else fit_arguments(schema, given)
-        may_ask = "elicitation" in meta[_CAPABILITIES] if modern else self.can_ask
+        if given is None:
+            arguments = {}
+        else:
+            arguments = fit_arguments(schema, given)
+        if modern:
+            may_ask = "elicitation" in meta[_CAPABILITIES]
+        else:
+            may_ask = self.can_ask
         call = ToolCall(
             number,
             name,
@@ -5532,7 +5732,10 @@ class McpSession:
         asked, can = params.get("protocolVersion"), params.get("capabilities")
         if not isinstance(asked, str):
             raise JsonRpcError(_INVALID_PARAMS, "protocolVersion is missing")
-        self.older = asked if asked in MCP_OLDER else MCP_OLDER[-1]
+        if asked in MCP_OLDER:
+            self.older = asked
+        else:
+            self.older = MCP_OLDER[-1]
         has_form = isinstance(can, dict) and "elicitation" in can
         self.can_ask = has_form and self.older >= _STRUCTURE
         return {"protocolVersion": self.older, **self.introduction()}
@@ -5777,14 +5980,18 @@ def look_into_json(path: Path) -> tuple[Reading, dict[str, Any]]:
             return Reading.TORN, {}
         else:
             whole = isinstance(data, dict)
-            return (Reading.VALUE, data) if whole else (Reading.TORN, {})
+            if whole:
+                return (Reading.VALUE, data)
+            return (Reading.TORN, {})
     return Reading.UNREADABLE, {}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file of which nothing depends on why there is none: None then."""
     reading, data = look_into_json(path)
-    return data if reading is Reading.VALUE else None
+    if reading is Reading.VALUE:
+        return data
+    return None
 
 
 def read_supplied(
@@ -5819,7 +6026,10 @@ def _require_regular(found: os.stat_result, path: Path) -> None:
 
 def read_committed(path: Path, tree: Path) -> bytes:
     """A file of the clone at `tree`, whose links must not lead out of it. Raises OSError."""
-    within = tree if (tree / ".git").exists() else None
+    if (tree / ".git").exists():
+        within = tree
+    else:
+        within = None
     return read_supplied(path, within=within)
 
 
@@ -5975,7 +6185,10 @@ class DaemonLog:
             if os.name != "nt" and not select.select([], [2], [], 0)[1]:
                 return  # whoever should read this is stopped: that must not stop the daemon too
         text = terminal_text(text % args if args else text).replace("\n", " ")
-        start = f"<{priority}>" if self._journal else time.strftime("%Y-%m-%d %H:%M:%S ") + word
+        if self._journal:
+            start = f"<{priority}>"
+        else:
+            start = time.strftime("%Y-%m-%d %H:%M:%S ") + word
         data = f"{start}{text}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
         with suppress(OSError, ValueError):
             sys.stderr.buffer.write(data)
@@ -6009,7 +6222,9 @@ class DaemonLog:
         """What became of a job; its steps only in detail."""
         name = f"run {now.run} ({now.kind} {now.branch}) on {now.host}"
         if before is None or before.state is not now.state:
-            where = f" at {now.step}" if now.state in FINAL and now.step else ""
+            where = ""
+            if now.state in FINAL and now.step:
+                where = f" at {now.step}"
             why = f": {now.error}" if now.error else f" {now.version}" if now.version else ""
             bad = now.state in FINAL and now.state is not State.SUCCEEDED
             (self.warning if bad else self.info)("%s", f"{name}: {now.state}{where}{why}")
@@ -6106,7 +6321,9 @@ class Store:
         """What a file holds, or will hold once the disk has taken it."""
         with self._turn:
             write = self._waiting.get(path)
-        return look_into_json(path) if write is None else (Reading.VALUE, json.loads(write.data))
+        if write is None:
+            return look_into_json(path)
+        return (Reading.VALUE, json.loads(write.data))
 
     def names(self, folder: Path) -> set[str]:
         """The files in a folder, those that wait for the disk included."""
@@ -6191,13 +6408,17 @@ class Store:
 def program_file() -> Path | None:
     """The zipapp that this process runs from; None in a source checkout."""
     archive = Path(__file__).absolute().parent
-    return archive if archive.is_file() else None
+    if archive.is_file():
+        return archive
+    return None
 
 
 def sha256_of(path: Path | None) -> str:
     """A file's SHA-256 in hexadecimal; empty where there is none."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+        if path:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        return ""
     except OSError:
         return ""
 
@@ -6297,11 +6518,9 @@ class StateFolder:
             write_atomic(probe, b"")
             probe.unlink(missing_ok=True)  # two may look at once
         except OSError as problem:
-            hint = (
-                "make room there"
-                if problem.errno == errno.ENOSPC
-                else "choose another with --state DIR"
-            )
+            hint = "choose another with --state DIR"
+            if problem.errno == errno.ENOSPC:
+                hint = "make room there"
             raise UsageError(
                 f"can't write to the state folder {self.root}: {problem.strerror}", hint
             ) from problem
@@ -6348,7 +6567,9 @@ class StateFolder:
         """
         with suppress(OSError, ValueError, UsageError):
             last = parse_master_url(self.last_master.read_text("utf-8"))
-            return None if named.secure and not last.secure else last
+            if named.secure and not last.secure:
+                return None
+            return last
         return None
 
     # The files of a job
@@ -6437,7 +6658,9 @@ class StateFolder:
         if reading is Reading.UNREADABLE:
             raise OSError(errno.EIO, "can't be read now", str(path))
         try:
-            return decode_fields(cls, data) if reading is Reading.VALUE else None
+            if reading is Reading.VALUE:
+                return decode_fields(cls, data)
+            return None
         except ProtocolError:
             return None
 
@@ -6471,8 +6694,13 @@ class LivedClock:
             saved = read_json(self._file) or {}
             base = saved.get("lived")
             at = saved.get("at")
-            gap_s = time.time() - at if isinstance(at, int | float) else 0.0
-            base = float(base) if isinstance(base, int | float) else 0.0
+            gap_s = 0.0
+            if isinstance(at, int | float):
+                gap_s = time.time() - at
+            if isinstance(base, int | float):
+                base = float(base)
+            else:
+                base = 0.0
             self._base = base + min(max(gap_s, 0.0), DAY_S)
             self._began = time.monotonic()
         return self._base + time.monotonic() - self._began
@@ -6565,7 +6793,9 @@ class History:
     def next_place(self) -> int:
         """For a new run, which comes after all others."""
         ids = self.ids()
-        return self._place_of(ids[-1], self._indexed()).place + 1 if ids else 1
+        if ids:
+            return self._place_of(ids[-1], self._indexed()).place + 1
+        return 1
 
     def _in_order(self, indexed: Mapping[str, Line]) -> list[str]:
         def order(run: str) -> tuple[int, str, float]:
@@ -6581,7 +6811,10 @@ class History:
             record = None
             with suppress(OSError):  # not now
                 record = self.state.load_run(run)
-            known = Line(0, record.place, record.created, record.lived) if record else Line()
+            if record:
+                known = Line(0, record.place, record.created, record.lived)
+            else:
+                known = Line()
         return known
 
     def _stamp(self, run: str) -> int:
@@ -6954,7 +7187,10 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
     ConfigError."""
     if not url.startswith("wss:"):
         return {}
-    ca = tree / config.tls.ca if config.tls.ca else None
+    if config.tls.ca:
+        ca = tree / config.tls.ca
+    else:
+        ca = None
     try:
         if ca:
             read_supplied(ca)
@@ -6990,7 +7226,9 @@ def _parse_time(short: bytes | None, long: bytes) -> float:
     """A certificate's time; the short form has two digits of the year, from 1950 to 2049."""
     text = (long or b"").decode()
     if short:
-        century = b"19" if short >= b"5" else b"20"
+        century = b"20"
+        if short >= b"5":
+            century = b"19"
         text = (century + short).decode()
     return calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S"))
 
@@ -7035,7 +7273,9 @@ class Certificate:
                 self._use(cert, key)
             days = certificate_days(self._data)
             if days < CERTIFICATE_DAYS[-1]:
-                ends = f"expires in {days // 1:.0f} days" if days > 0 else "has expired"
+                ends = "has expired"
+                if days > 0:
+                    ends = f"expires in {days // 1:.0f} days"
                 self.problem = f"the certificate {cert} {ends}"
         except (OSError, ValueError) as problem:
             self._watch.forget()
@@ -7072,7 +7312,9 @@ StrPath: TypeAlias = str | os.PathLike[str]
 HIDDEN: dict[str, Any] = (
     {"creationflags": 0x08000000} if os.name == "nt" else {}
 )  # CREATE_NO_WINDOW, for Popen
-_ANY_CASE = re.IGNORECASE if os.name == "nt" else 0
+_ANY_CASE = 0
+if os.name == "nt":
+    _ANY_CASE = re.IGNORECASE
 
 _PM2_KEYS = (  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's environment
     "automation|auto(re)?start|created_at|exec_(interpreter|mode)|exit_code|exp_backoff_restart_delay|instance_var"
@@ -7142,7 +7384,10 @@ def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> lis
         folders = [part.strip('"') for part in path_env.split(os.pathsep) if part]
     suffixes: tuple[str, ...] = ("",)
     if os.name == "nt" and not name.lower().endswith(_WINDOWS_PROGRAMS):
-        suffixes = (*_WINDOWS_PROGRAMS, "") if has_folder else _WINDOWS_PROGRAMS
+        if has_folder:
+            suffixes = (*_WINDOWS_PROGRAMS, "")
+        else:
+            suffixes = _WINDOWS_PROGRAMS
     for folder, suffix in itertools.product(folders, suffixes):
         path = os.path.join(folder, name + suffix)
         if os.path.isfile(path) and os.access(path, os.X_OK):
@@ -7166,7 +7411,10 @@ def render_cmd_line(argv: Sequence[str], shell: str) -> str:
     line = f'"{argv[0]}"'
     for word in argv[1:]:
         plain = re.fullmatch(r"[\w./\\:@+-]+", word)
-        line += f" {word}" if plain else f' "{word}"'
+        if plain:
+            line += f" {word}"
+        else:
+            line += f' "{word}"'
     return f'"{shell}" /d /s /c "{line}"'
 
 
@@ -7220,7 +7468,10 @@ def _read_table() -> dict[int, _Process]:
     if sys.platform != "linux":
         return table
     for name in os.listdir("/proc"):
-        process = _read_process(int(name)) if name.isdigit() else None
+        if name.isdigit():
+            process = _read_process(int(name))
+        else:
+            process = None
         if process:
             table[int(name)] = process
     return table
@@ -7324,7 +7575,9 @@ def running_text(family: set[int]) -> str:
     names = [*dict.fromkeys(map(_name_of, sorted(family - parents)))]
     if len(names) > 5:
         names = [*names[:5], "..."]
-    return f"still running: {', '.join(names)}" if names else ""
+    if names:
+        return f"still running: {', '.join(names)}"
+    return ""
 
 
 def runs_below(name: str, folders: Iterable[Path]) -> bool:
@@ -7449,7 +7702,9 @@ class Spawned:
         """Wait for the command's end; its exit code, 128 + n after signal n."""
         self._exited.wait()
         code = self._popen.returncode
-        return code if code >= 0 else 128 - code
+        if code >= 0:
+            return code
+        return 128 - code
 
     def is_over(self, within_s: float) -> bool:
         """Whether the command has ended, or does within that time."""
@@ -7463,7 +7718,10 @@ class Spawned:
         it started) for DRAIN_S. Whatever the command itself wrote comes first: that is never more
         than its pipe holds.
         """
-        until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        if timeout_s is None:
+            until = float("inf")
+        else:
+            until = time.monotonic() + timeout_s
         while not self._over:
             now = time.monotonic()
             exited = self._exited.is_set()
@@ -7475,7 +7733,10 @@ class Spawned:
             )  # the exit may come silently
             data = self._next_bytes(max_bytes, max(0.0, patience_s))
             if data:
-                self._drained_bytes += len(data) if exited else 0
+                if exited:
+                    self._drained_bytes += len(data)
+                else:
+                    self._drained_bytes += 0
                 self._over = drained and self._drained_bytes > 2 * PIPE_BYTES
                 return data
             self._ended = self._ended or data == b""
@@ -7552,7 +7813,10 @@ class Spawned:
 
         def _open(self) -> None:
             process = _read_process(self.pid)
-            self._start = process.start if process else 0
+            if process:
+                self._start = process.start
+            else:
+                self._start = 0
             self._reading = threading.Lock()
             self._poll = select.poll()
             self._readable = {pipe.fileno() for pipe in (self._out, self._err) if pipe}
@@ -7572,7 +7836,9 @@ class Spawned:
                 if not data:
                     self._poll.unregister(number)
                     self._readable.discard(number)
-                    return None if self._readable else b""
+                    if self._readable:
+                        return None
+                    return b""
                 if number == self._out.fileno():
                     return data
                 self._set_aside(data)
@@ -7646,7 +7912,10 @@ def spawn_step(
     an earlier step left running on purpose is taken for a leftover of this one. Raises UpdaterError
     if it can't be started.
     """
-    program = resolve_program(argv[0], "", cwd)[0] if os.path.dirname(argv[0]) else argv[0]
+    if os.path.dirname(argv[0]):
+        program = resolve_program(argv[0], "", cwd)[0]
+    else:
+        program = argv[0]
     command: str | list[str] = [program, *argv[1:]]
     flags = 0
     if sys.platform == "win32":
@@ -7813,7 +8082,9 @@ def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> by
     """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to
     ask."""
     code, out, _ = ask_git(repo, env, *args, **how)
-    return out if code == 0 else b""
+    if code == 0:
+        return out
+    return b""
 
 
 def open_runner_log(path: Path) -> int:
@@ -7927,7 +8198,9 @@ class ServiceLook(NamedTuple):
 
 def user_bus(env: Mapping[str, str]) -> dict[str, str]:
     """The environment in which `systemctl --user` finds its manager, also from a system service."""
-    folder = f"/run/user/{os.getuid()}" if hasattr(os, "getuid") else ""
+    folder = ""
+    if hasattr(os, "getuid"):
+        folder = f"/run/user/{os.getuid()}"
     if "XDG_RUNTIME_DIR" in env or not os.path.isdir(folder):
         return dict(env)
     return {**env, "XDG_RUNTIME_DIR": folder}
@@ -8028,16 +8301,22 @@ def require_settled(
             return ", ".join(down)
         again = [look.said.split()[0] for look in looks if look.life not in lives]
         if again or len(looks) < len(lives):
-            who = ", ".join(again) if service.is_file else "it"
+            who = "it"
+            if service.is_file:
+                who = ", ".join(again)
             return f"{who} was started again within {settle_s:g} s"
-        return "cancelled" if stop() else None
+        if stop():
+            return "cancelled"
+        return None
 
     problem = judge(first)
     if problem is None and wait_s > 0:
         problem = poll(lambda: judge(service_looks(service, env, since)), 0.25, wait_s)
     if problem:
         raise UpdaterError(f"{service.name}: {problem}")
-    return first[0].said if first else "active"
+    if first:
+        return first[0].said
+    return "active"
 
 
 # ==============================================================================
@@ -8069,7 +8348,10 @@ class Poke:
         if now - self._looked > 1:  # the daemon may have come back on another port
             self._looked = now
             port = (read_json(self._file) or {}).get("poke")
-            self._port = port if type(port) is int and 0 < port < 65536 else 0
+            if type(port) is int and 0 < port < 65536:
+                self._port = port
+            else:
+                self._port = 0
         if self._port:
             with suppress(OSError):
                 self._socket.sendto(
@@ -8100,7 +8382,10 @@ class LogWriter:
                     return False
                 self._dropped = 0
             self._dropped += len(data) - self._append(data)
-            self._line_open = not data.endswith(b"\n") if data else self._line_open
+            if data:
+                self._line_open = not data.endswith(b"\n")
+            else:
+                self._line_open = self._line_open
         self._poke()
         return not self._dropped
 
@@ -8238,7 +8523,10 @@ def host_secrets(
     the configuration gives its steps (`extra`), the token, and what the remotes' URLs hold."""
     named = (*rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
     inherited = {name: os.environ.get(name, "") for name in named}
-    repo = tree / rule.repo if rule.repo else tree
+    if rule.repo:
+        repo = tree / rule.repo
+    else:
+        repo = tree
     remotes = {}
     with suppress(OSError):
         text = read_supplied(repo / ".git" / "config").decode(errors="replace")
@@ -8287,7 +8575,10 @@ class StepRun:
         while data := self.child.read(CHUNK_BYTES):
             self.log.write(self.masker.feed(data))
             found = VERSION_IN_OUTPUT.findall(self.tail[-VERSION_OVERLAP:] + data)
-            self.version = found[-1] if found else self.version
+            if found:
+                self.version = found[-1]
+            else:
+                self.version = self.version
             self.tail = (self.tail[-TAIL_BYTES:] + data)[-TAIL_BYTES:]
 
     def watch(
@@ -8311,7 +8602,9 @@ class StepRun:
 
     def end(self) -> str:
         """Interrupt, grace, kill the whole tree; what could not be killed."""
-        grace_s = GRACE_S if self.child.interrupt() else 0.0
+        grace_s = 0.0
+        if self.child.interrupt():
+            grace_s = GRACE_S
         ends = time.monotonic() + grace_s
         self.pump.join(grace_s)
         while self.child.family() and time.monotonic() < ends:  # its leader may be the first to go
@@ -8390,7 +8683,10 @@ class Runner:
     def bury(self, holder: tuple[str, str]) -> None:
         """End the job that had the lock last, if its runner died unseen: no job may run beside what
         another left."""
-        last = self.state.load_job(*holder) if holder[0] else None
+        if holder[0]:
+            last = self.state.load_job(*holder)
+        else:
+            last = None
         if last is None or holder == (self.run, self.host):
             return
         facts = RunnerFacts(half_done=is_half_done(self.state, last))
@@ -8411,7 +8707,10 @@ class Runner:
                 self.log.line(f"estelle-updater: error: {line}")
             if problem.hint:
                 self.log.line(f"hint: {problem.hint}")
-            refused = problem.exit_code if isinstance(problem, GuardError) else None
+            if isinstance(problem, GuardError):
+                refused = problem.exit_code
+            else:
+                refused = None
             self.finish(State.FAILED, step=self.job.step, exit=refused, error=problem.what)
         except OSError as problem:  # a disk is full, a folder went away
             place = problem.filename or self.state.root
@@ -8454,7 +8753,10 @@ class Runner:
         number = self.job.steps + 1
         mark = f"{self.run}/{file_label(self.host)}/{number}"
         self.job = replace(self.job, steps=number, open_step=mark)
-        begin = self.announce if announce else self.begin
+        if announce:
+            begin = self.announce
+        else:
+            begin = self.begin
         begin(step.label, step.kind)
         child = self.spawn(step, mark)
         began = self.job.began_command or step.kind == StepKind.COMMAND
@@ -8504,7 +8806,10 @@ class Runner:
             config, problem = load_config_or_last(self.config_path, self.state)
         self.rule = host_rule(config, self.job.address, socket.gethostname())
         tree = work_tree(self.config_path)
-        self.repo = tree / self.rule.repo if self.rule.repo else tree
+        if self.rule.repo:
+            self.repo = tree / self.rule.repo
+        else:
+            self.repo = tree
         extra: dict[str, str] = {}
         try:
             extra = read_environment(self.rule, self.repo)
@@ -8941,7 +9246,10 @@ class Deployment:
         write_atomic(runner.state.transit_file, json.dumps(transit).encode(), durable=True)
         try:
             self.go(get, checkout, pull, planned)
-            wanted = branch if is_commit_id(branch) else f"refs/tags/{branch}"
+            if is_commit_id(branch):
+                wanted = branch
+            else:
+                wanted = f"refs/tags/{branch}"
             if pull:
                 wanted = planned or "FETCH_HEAD"
             self.verify(wanted, transit["kept"])
@@ -9111,7 +9419,9 @@ class Deployment:
     def way_out(self, theirs: Sequence[str]) -> str:
         """The lines to type."""
         first, *more = theirs
-        others = f"; so the {len(more)} others" if more else ""
+        others = ""
+        if more:
+            others = f"; so the {len(more)} others"
         restore = f"git -C {self.tree.root} checkout HEAD -- {first}"
         return f"keep what you need, then: {restore}, or rm it{others}"
 
@@ -9126,7 +9436,9 @@ class Deployment:
         if not own or not theirs:
             return theirs or own
         common = self.git("merge-base", own, theirs).decode(errors="replace").strip()
-        return own if common == theirs else theirs
+        if common == theirs:
+            return own
+        return theirs
 
     def has_commit(self, name: str) -> bool:
         """Whether `name` is the id of a commit that is here already."""
@@ -9348,7 +9660,10 @@ def probe_is_local(address: str) -> bool:
     """
     with suppress(OSError, UsageError):
         ip = _parse_ip(address)
-        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+        if ip.version == 4:
+            family = socket.AF_INET
+        else:
+            family = socket.AF_INET6
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((str(ip), 9))
             if probe.getsockname()[0] == str(ip):
@@ -9536,7 +9851,10 @@ def _check_valkey(check: Check) -> str:
             connection = _tls_context(host).wrap_socket(plain, server_hostname=host)
         with connection.makefile("rwb") as file:
             if password is not None:
-                login = [check.rule.user, password] if check.rule.user else [password]
+                if check.rule.user:
+                    login = [check.rule.user, password]
+                else:
+                    login = [password]
                 _ask_valkey(file, "AUTH", *login)
             answer = _ask_valkey(file, "PING")
     if answer != "+PONG":
@@ -9570,7 +9888,9 @@ def _store_password(check: Check) -> str | None:
         return data.decode(errors="replace").strip("\r\n")
     if rule.password_env and rule.password_env not in check.env:
         raise CheckFailed(f"passwordEnv: there is no variable {rule.password_env} here")
-    return check.env[rule.password_env] if rule.password_env else None
+    if rule.password_env:
+        return check.env[rule.password_env]
+    return None
 
 
 # what a server says of itself and not of the login that it is to refuse
@@ -9585,7 +9905,9 @@ _MARIADB_TROUBLE = {
 
 def _read_packet(file: IO[bytes]) -> bytes:
     head = file.read(4)
-    return file.read(int.from_bytes(head[:3], "little")) if len(head) == 4 else b""
+    if len(head) == 4:
+        return file.read(int.from_bytes(head[:3], "little"))
+    return b""
 
 
 def _mariadb_error(packet: bytes) -> tuple[int, str]:
@@ -9804,8 +10126,14 @@ NO_SOCKET = (
 def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str:
     """HAProxy's answer to a command: the worker's, or with `master` that of the process above.
     Raises UpdaterError."""
-    path = rule.master_socket if master or not rule.socket else rule.socket
-    words = command if master or rule.socket else f"@1 {command}"
+    if master or not rule.socket:
+        path = rule.master_socket
+    else:
+        path = rule.socket
+    if master or rule.socket:
+        words = command
+    else:
+        words = f"@1 {command}"
     hint = (
         f"is HAProxy running? `stats socket {path} user USER mode 600 level admin` lets "
         f"this service's user in"
@@ -9958,10 +10286,15 @@ class Haproxy:
         def ask() -> Processes | None:
             with suppress(UpdaterError):  # silent while it starts itself anew
                 found = parse_show_proc(ask_haproxy(self.rule, "show proc", master=True))
-                return found if found.worker else None
+                if found.worker:
+                    return found
+                return None
             return None
 
-        found = poll(ask, 0.1, RELOAD_S / 2) if self.rule.master_socket else None
+        if self.rule.master_socket:
+            found = poll(ask, 0.1, RELOAD_S / 2)
+        else:
+            found = None
         return found or Processes()
 
     def old_connections(self, hard_stop_s: float | None) -> list[str]:
@@ -10025,9 +10358,15 @@ class Haproxy:
                 return "done; without a socket nobody can tell whether HAProxy took it"
             if self.runs(color, RELOAD_S):
                 now = self.processes()
-                who = f"HAProxy's process {now.worker}" if now.worker else "HAProxy"
-                again = f" at attempt {attempt}" if attempt > 1 else ""
-                ending = f"; {len(now.old)} older still end what was begun" if now.old else ""
+                who = "HAProxy"
+                if now.worker:
+                    who = f"HAProxy's process {now.worker}"
+                again = ""
+                if attempt > 1:
+                    again = f" at attempt {attempt}"
+                ending = ""
+                if now.old:
+                    ending = f"; {len(now.old)} older still end what was begun"
                 return f"{who} runs the new text{again}{ending}"
             if self.processes().failed > failed:
                 break  # while it fails, new connections are refused for seconds
@@ -10045,11 +10384,15 @@ class Haproxy:
         ask = (*self.rule.reload, "--job-mode=isolate", "--no-ask-password")
         _, said = run_command(ask, self.env, RELOAD_COMMAND_S)
         refused = re.search(r"(?i)authenti|denied|not permitted|failed to connect", said)
-        return said.splitlines()[-1] if refused else None
+        if refused:
+            return said.splitlines()[-1]
+        return None
 
 
 def _config_files(path: Path) -> list[Path]:
-    return sorted(path.resolve().glob("*.cfg")) if path.is_dir() else [path.resolve()]
+    if path.is_dir():
+        return sorted(path.resolve().glob("*.cfg"))
+    return [path.resolve()]
 
 
 def _files_of(names: Iterable[str], folder: Path) -> list[Path]:
@@ -10077,9 +10420,14 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
     except (UpdaterError, OSError) as problem:
         warnings.append(str(problem))
     if not proxy.live:
-        who = f"{active} is active by" if active else "nobody can see where the traffic goes but in"
+        who = "nobody can see where the traffic goes but in"
+        if active:
+            who = f"{active} is active by"
         what = f"{who} {', '.join(rule.files)} alone: HAProxy has no `socket` to be asked at"
-        roles = {color: servers[color]["file"] for color in COLORS} if active else {}
+        if active:
+            roles = {color: servers[color]["file"] for color in COLORS}
+        else:
+            roles = {}
         warnings.insert(0, f"{NO_SOCKET}; {what}")
         return answer | {"active": active, "by_file": roles}
     try:
@@ -10097,7 +10445,10 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
             "address": address,
         }
     taking = [color for color in COLORS if servers[color]["traffic"] == "active"]
-    roles = found.roles() if found else {}
+    if found:
+        roles = found.roles()
+    else:
+        roles = {}
     warnings += traffic_warnings(rule, rows, roles, all_backups)
     warnings += proxy.old_connections(found.hard_stop_s if found else None)
     return answer | {"active": taking[0] if len(taking) == 1 else None}
@@ -10197,7 +10548,10 @@ class SwitchGate:
         """Refuse whatever could leave two active colours or none. Raises GuardError."""
         entry = self.entry
         self.read_text()
-        rows = self.proxy.rows() if self.proxy.live else []
+        if self.proxy.live:
+            rows = self.proxy.rows()
+        else:
+            rows = []
         takers = decide_traffic(rows, self.found.all_backups)
         taking = [
             color
@@ -10277,8 +10631,13 @@ class SwitchGate:
         server = self.found.servers[color]
         row = rows_by_color(rows, self.rule).get(color)
         self.entry.address = (row or {}).get("addr") or server.address
-        status = row["status"] if row else "unknown to us (no socket)"
-        idle = why_unusable(row) if row else server.idle
+        status = "unknown to us (no socket)"
+        if row:
+            status = row["status"]
+        if row:
+            idle = why_unusable(row)
+        else:
+            idle = server.idle
         if idle:
             last = [(row or {}).get(key) for key in ("check_status", "last_chk")]
             raise GuardError(
@@ -10527,7 +10886,10 @@ class Switch:
 
     def make_ready(self) -> None:
         """Nobody stays drained, as far as HAProxy can be told."""
-        problem = self.proxy.make_ready(self.entry.before) if self.live else None
+        if self.live:
+            problem = self.proxy.make_ready(self.entry.before)
+        else:
+            problem = None
         if problem:
             self.note(f"warning: {problem}")
 
@@ -10735,7 +11097,10 @@ class BlockingWire:
         self._in_use = threading.Lock()  # whoever reads or writes: the program, or who attends
         self._attended = False
         deadline = time.monotonic() + timeout_s
-        source = (way.bind, 0) if way.bind else None
+        if way.bind:
+            source = (way.bind, 0)
+        else:
+            source = None
         self._socket = socket.create_connection((uri.host, uri.port), timeout_s, source)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -10889,7 +11254,10 @@ async def connect_master(way: Way, hello: Hello) -> tuple[SocketWire, Welcome]:
     """A connection of which the greeting is over. Raises RefusedError, UnreachableError."""
     from websockets.asyncio.client import connect
 
-    source = (way.bind, 0) if way.bind else None
+    if way.bind:
+        source = (way.bind, 0)
+    else:
+        source = None
     with dialing(way.url):
         options = CLIENT_OPTIONS | dict(way.tls)
         wire = SocketWire(await connect(way.url, local_addr=source, **options))
@@ -10968,7 +11336,9 @@ def refusal(status: int, body: bytes) -> UpdaterError:
 
 def decode_frame(frame: str | bytes) -> Any:
     """The message in a frame; None for bytes, which are no message."""
-    return decode_message(frame) if isinstance(frame, str) else None
+    if isinstance(frame, str):
+        return decode_message(frame)
+    return None
 
 
 class Link:
@@ -11316,7 +11686,9 @@ QUESTION_NUMBERS = itertools.count(1)
 def reconnect_delay(attempt: int, refused: bool, random: Callable[[float, float], float]) -> float:
     """Seconds until the next try: full jitter, so that a master that returns is not met by
     everybody at once."""
-    return random(30, 90) if refused else random(0, min(60, 2.0 ** min(attempt, 10)))
+    if refused:
+        return random(30, 90)
+    return random(0, min(60, 2.0 ** min(attempt, 10)))
 
 
 # ==============================================================================
@@ -11495,7 +11867,10 @@ class OwnJobs:
         except OSError as problem:
             why = f"can't write to {self.state.root}: {problem.strerror}"
             log.error("%s", why)
-            state = record.state if record.state in FINAL else State.FAILED
+            if record.state in FINAL:
+                state = record.state
+            else:
+                state = State.FAILED
             record = replace(record, state=state, step=record.step or "start", error=why)
             with suppress(OSError):  # what is said to have failed must not run after a restart
                 self.state.job_file(record.run, record.host).unlink()
@@ -11600,7 +11975,9 @@ class OwnJobs:
             return
         active = self.active()
         if active or FileLock.held_elsewhere(self.state.job_lock):
-            behind = active[0].record.run if active else ""
+            behind = ""
+            if active:
+                behind = active[0].record.run
             link.post(Busy(record.run, record.host, behind))
             return
         problem = valid_branch_problem(record.branch)
@@ -11827,7 +12204,9 @@ def no_traffic(*warnings: str) -> dict[str, Any]:
 def tell_traffic(agent: Agent, _: dict[str, Any]) -> dict[str, Any]:
     """Where HAProxy sends the traffic; only its own host knows."""
     rule = agent.config.config.haproxy
-    return probe_traffic(rule) if rule else no_traffic()
+    if rule:
+        return probe_traffic(rule)
+    return no_traffic()
 
 
 # What the master may ask a host, each answered in a thread; the sections below add theirs.
@@ -11965,7 +12344,9 @@ class Outlook:
         code, out, self.said = ask_git(
             self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s
         )
-        return None if code else out.decode("utf-8", "replace")
+        if code:
+            return None
+        return out.decode("utf-8", "replace")
 
     def paths(self, *args: str) -> list[str]:
         """The paths in an answer to `-z`."""
@@ -11990,7 +12371,10 @@ class Outlook:
         }
         local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
         if local or names[0] in refs or not is_commit_id(branch):
-            found = names[:1] if local or names[0] in refs else names[1:]
+            if local or names[0] in refs:
+                found = names[:1]
+            else:
+                found = names[1:]
             name, target = next(
                 ((name, refs[name]) for name in reversed(found) if name in refs), ("", "")
             )
@@ -12057,11 +12441,10 @@ class Outlook:
             touched.update(self.paths(*diff, one, two))
             added.update(self.paths(*diff, "--diff-filter=A", one, two))
         there = sorted(path for path in added if os.path.lexists(self.repo / path))[:PLAN_ROWS]
-        untracked = (
-            self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there)
-            if there
-            else []
-        )
+        if there:
+            untracked = self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there)
+        else:
+            untracked = []
         found["in_the_way"] = sorted(touched.intersection(found["dirty"])) + untracked
         found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
         if found["in_the_way"]:
@@ -12227,7 +12610,10 @@ class Page:
             return connection.respond(404, f"{only}; serve from a .pyz or a checkout\n")
         zipped = "gzip" in request.headers.get("Accept-Encoding", "")
         answer = connection.respond(200, "")
-        answer.body = self.squeezed if zipped else self.text
+        if zipped:
+            answer.body = self.squeezed
+        else:
+            answer.body = self.text
         fields = {
             "Content-Type": "text/html; charset=utf-8",
             "Content-Length": str(len(answer.body)),
@@ -12373,7 +12759,9 @@ class AgentKeys:
         for impostor in list(self.impostors.values()):
             if now - impostor.last < DAY_S:
                 ago = f"{(now - impostor.last) / 60:.0f} minutes ago"
-                times = f"{impostor.times} times, last " if impostor.times > 1 else ""
+                times = ""
+                if impostor.times > 1:
+                    times = f"{impostor.times} times, last "
                 found.append(f"{self.impostor_text(impostor)}, {times}{ago}; it was refused")
         return found
 
@@ -12416,9 +12804,15 @@ class Door:
                     _whitelist(listed).verdict(self.peer)
                     for listed in (config.whitelist, config.trusted_proxies)
                 )
-                self.among = self.peer if any(verdict.allowed for verdict in known) else ""
+                if any(verdict.allowed for verdict in known):
+                    self.among = self.peer
+                else:
+                    self.among = ""
                 door.handshakes[self.among] += 1
-                most = HANDSHAKES if self.among else STRANGERS
+                if self.among:
+                    most = HANDSHAKES
+                else:
+                    most = STRANGERS
                 self.one_too_many = door.handshakes[self.among] > most
                 if self.one_too_many:
                     door.log_refusal(
@@ -12543,7 +12937,9 @@ class Door:
             async with asyncio.timeout(WELCOME_S):
                 answer = decode_frame(await link.wire.recv())
         except (EOFError, TimeoutError):
-            of_what = "that it knows the token" if token else "who it is"
+            of_what = "who it is"
+            if token:
+                of_what = "that it knows the token"
             self.log_refusal(address, f"it did not prove {of_what}")
             raise
         is_proof = isinstance(answer, Proof)
@@ -12741,7 +13137,9 @@ class Registry:
     def away_s(self, machine: str, now: float) -> float | None:
         """For how many seconds a host has had no connection."""
         since = self.down_since.get(machine)
-        return None if since is None else now - since
+        if since is None:
+            return None
+        return now - since
 
     def save(self) -> None:
         """Have the list written, once for all that changes within a moment: a fleet that comes
@@ -12844,7 +13242,9 @@ class Registry:
     def known(self, machine: str) -> Machine | None:
         """What is remembered of a machine, unless it was forgotten."""
         found = self.machines.get(machine)
-        return None if found is None or found.forgotten else found
+        if found is None or found.forgotten:
+            return None
+        return found
 
     def check_adoption(
         self, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
@@ -12997,7 +13397,10 @@ class Ledger:
             for job in row["hosts"]:
                 job |= {"run": row["run"], "kind": row["kind"]}
                 self.registry.remember(row["machines"].get(job["host"], ""), job)
-            found = None if row["over"] else self.load(row["run"])
+            if row["over"]:
+                found = None
+            else:
+                found = self.load(row["run"])
             if found and found.active:
                 self.runs[row["run"]] = found
         return list(self.runs.values())
@@ -13082,7 +13485,10 @@ class Ledger:
         own = job.machine == self.registry.own_machine
         if not (own and self.is_recorded(job)):
             log_file = self.state.log_file(job.run, job.host)
-            after = log_file if durable and job.state in FINAL and not own else None
+            if durable and job.state in FINAL and not own:
+                after = log_file
+            else:
+                after = None
             self.state.put_job(job, durable=durable, after=after)
         if not own:  # its own agent says so already
             log.job(run.jobs[job.host], job)
@@ -13097,7 +13503,10 @@ class Ledger:
 
     def is_recorded(self, job: JobRecord) -> bool:
         """What a runner of this machine wrote is on disk already, if there was room."""
-        there = self.state.load_job(job.run, job.host) if job.revision else None
+        if job.revision:
+            there = self.state.load_job(job.run, job.host)
+        else:
+            there = None
         return there is not None and there.revision >= job.revision
 
     def settle(self, run: Run, job: JobRecord) -> bool:
@@ -13282,7 +13691,9 @@ class Freezes:
             raise GuardError(what, "wait for its end; --force does it all the same, on record")
         if held:
             log.warning("%s forces a %s: %s", by, kind, "; ".join(texts))
-        return {"past_freeze": texts} if held else {}
+        if held:
+            return {"past_freeze": texts}
+        return {}
 
 
 class Queue:
@@ -13377,7 +13788,9 @@ class Queue:
         now = time.time()
         times = {run_id_time(now - before_s) for before_s in range(-1, round(ID_SLACK_S))}
         free = not (self.state.runs / proposed).exists()
-        return proposed if proposed[:15] in times and free else make_run_id()
+        if proposed[:15] in times and free:
+            return proposed
+        return make_run_id()
 
     def start(self, run: Run, by: str) -> None:
         """What a run's first moment brings about."""
@@ -13489,7 +13902,10 @@ class Queue:
         job = run.jobs[message.host]
         if job.state is State.QUEUED:
             self.busy[job.machine] = time.monotonic() + BUSY_RETRY_S
-            behind = message.behind if valid_run_id(message.behind) else None
+            if valid_run_id(message.behind):
+                behind = message.behind
+            else:
+                behind = None
             self.ledger.record(run, replace(job, ordered=False, behind=behind))
 
     # Ends
@@ -13583,18 +13999,19 @@ class Master:
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
-            hello = (
-                decode_message(frame)
-                if isinstance(frame, str) and len(frame) <= HELLO_BYTES
-                else None
-            )
+            if isinstance(frame, str) and len(frame) <= HELLO_BYTES:
+                hello = decode_message(frame)
+            else:
+                hello = None
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
             common_protocol(hello.protocol)
             if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
             able = hello.role == "agent" and KEY_FEATURE in hello.features
-            keys = self.registry.keys.name if able else ""
+            keys = ""
+            if able:
+                keys = self.registry.keys.name
             proven = await self.door.challenge(link, hello, address, keys)
             if hello.role == "agent":
                 await self.serve_agent(link, hello, address, proven)
@@ -14219,7 +14636,10 @@ class Desk:
 
     async def health(self, args: dict[str, Any]) -> dict[str, Any]:
         """What the configured checks see on the hosts of TARGET, the data node included."""
-        target = "all" if args.get("target") is None else str(args["target"])
+        if args.get("target") is None:
+            target = "all"
+        else:
+            target = str(args["target"])
         hosts = self.registry.hosts(everyone=True)
         chosen = select_targets(target, hosts, await self.registry.active_for(target))
         rows = await self.registry.check_health(chosen)
@@ -14239,7 +14659,10 @@ class Desk:
     async def log(self, args: dict[str, Any]) -> dict[str, Any]:
         """How a run's jobs stand, and some text of each log: from an offset on, or its tail."""
         name = str(args.get("run"))
-        run = self.ledger.load(name) if valid_run_id(name) else None
+        if valid_run_id(name):
+            run = self.ledger.load(name)
+        else:
+            run = None
         if run is None:
             raise TargetError(f"there is no run {name[:40]}", "`history` lists the runs")
         record = run.record
@@ -14396,7 +14819,10 @@ class Planner:
         hosts = {host.label: host for host in self.master.registry.hosts(everyone=True)}
         soon = [one.text(now) for one in freezes.near(now) if one.begins > now]
         for row in rows:
-            concerned = [hosts[row["host"]]] if row["host"] in hosts else []
+            if row["host"] in hosts:
+                concerned = [hosts[row["host"]]]
+            else:
+                concerned = []
             held = freezes.holding(kind, {}, concerned)
             if held:
                 row["refused"] = row["refused"] + [one.text(now) for one in held]
@@ -14428,14 +14854,20 @@ class Planner:
         if self.action == "update":
             require_branch(self.branch)
         history = asyncio.ensure_future(asyncio.to_thread(self.master.state.history.successes))
-        past = await history if self.action == "rollback" else {}
+        if self.action == "rollback":
+            past = await history
+        else:
+            past = {}
         rows = list(
             await asyncio.gather(*(self.look(host, past.get(host.machine, [])) for host in hosts))
         )
         # how long it takes is worth no waiting: a large history that was never read takes seconds
         if not past:
             await asyncio.wait({history}, timeout=HISTORY_S)
-            past = history.result() if history.done() else {}
+            if history.done():
+                past = history.result()
+            else:
+                past = {}
         for row in rows:
             times = sorted(
                 job["seconds"] for job in past.get(row["machine"], []) if job["seconds"] is not None
@@ -14810,11 +15242,9 @@ def hook_url(rule: NotifyRule, tree: Path) -> str:
     # Of a file of two lines, the second would end up in the request.
     if not is_http_url(url):
         raise UpdaterError(f"{rule.url_file or rule.url_env} holds no http:// or https:// URL")
-    return (
-        url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage"
-        if rule.format == "telegram"
-        else url
-    )
+    if rule.format == "telegram":
+        return url.rstrip("/").removesuffix("/sendMessage") + "/sendMessage"
+    return url
 
 
 def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[str, float]:
@@ -15190,7 +15620,9 @@ class Connection:
     def receive(self, timeout_s: float) -> Any:
         """The next message, or a log frame's bytes, or None when nothing comes in time."""
         frame = self.wire.receive(timeout_s)
-        return decode_message(frame) if isinstance(frame, str) else frame
+        if isinstance(frame, str):
+            return decode_message(frame)
+        return frame
 
     def request(self, message: Any, timeout_s: float) -> Any:
         """Send a message and wait for its answer. Raises the master's refusal with its exit
@@ -15319,7 +15751,9 @@ def plan_rollback(plan: Mapping[str, Any]) -> Submit:
         problem.exit_code = stuck[0].get("exit") or 1
         raise problem
     commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
-    branch = commits[min(commits)] if len(set(commits.values())) == 1 else "previous"
+    branch = "previous"
+    if len(set(commits.values())) == 1:
+        branch = commits[min(commits)]
     return Submit(
         make_run_id(),
         os.urandom(16).hex(),
@@ -15741,7 +16175,10 @@ class Supervisor:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.address = environ.get("NOTIFY_SOCKET", "")
         mine = environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
-        self.watchdog_s = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if mine else 0.0
+        if mine:
+            self.watchdog_s = int(environ.get("WATCHDOG_USEC", "0")) / 1e6
+        else:
+            self.watchdog_s = 0.0
         if self.watchdog_s:
             # the watchdog kills by SIGABRT: then the journal has what the loop hung in
             import faulthandler
@@ -15751,7 +16188,10 @@ class Supervisor:
     def tell(self, *facts: str) -> None:
         """Send KEY=VALUE lines; nobody's loss where nobody listens."""
         if self.address:
-            place = "\0" + self.address[1:] if self.address[0] == "@" else self.address
+            if self.address[0] == "@":
+                place = "\0" + self.address[1:]
+            else:
+                place = self.address
             with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
                 out.setblocking(False)
                 out.sendto("\n".join(facts).encode(errors="replace"), place)
@@ -16060,7 +16500,10 @@ class Service:
             "poke": transport.get_extra_info("sockname")[1],
             "bind": self.options.bind,
         }
-        serve = self.serve_master if role is Role.MASTER else self.serve_agent
+        if role is Role.MASTER:
+            serve = self.serve_master
+        else:
+            serve = self.serve_agent
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -16110,7 +16553,9 @@ class Service:
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         async with await self.listen(master, host, port), asyncio.TaskGroup() as group:
-            near = own if await asyncio.to_thread(probe_is_local, own) else "127.0.0.1"
+            near = "127.0.0.1"
+            if await asyncio.to_thread(probe_is_local, own):
+                near = own
             place = local_url(url, host or near, port, bool(master.door.certificate))
             where = host or "all addresses"
             self.announce(f"listening on {where} port {port}", listen=place, label=own)
@@ -16168,7 +16613,10 @@ def raise_file_limit() -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        if hard == resource.RLIM_INFINITY:
+            most = FILES
+        else:
+            most = min(FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
@@ -16255,12 +16703,17 @@ def require_packages() -> None:
     Looks only in a source checkout: the zipapp holds its packages. Raises UsageError.
     """
     source = Path(__file__)
-    wanted = parse_script_block(source.read_text("utf-8"))[1] if source.is_file() else ()
+    if source.is_file():
+        wanted = parse_script_block(source.read_text("utf-8"))[1]
+    else:
+        wanted = ()
     for requirement in wanted:
         name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
         try:
             have = importlib_metadata.version(name)
-            wrong = f"{have} is installed" if not _is_within(have, requirement) else ""
+            wrong = ""
+            if not _is_within(have, requirement):
+                wrong = f"{have} is installed"
         except importlib_metadata.PackageNotFoundError:
             wrong = "it is not installed"
         if wrong:
@@ -16454,9 +16907,9 @@ def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> b
 
 def daemon_facts(state: StateFolder) -> dict[str, Any]:
     """What the daemon says of itself; nothing while there is none."""
-    return (
-        (read_json(state.daemon_file) or {}) if FileLock.held_elsewhere(state.daemon_lock) else {}
-    )
+    if FileLock.held_elsewhere(state.daemon_lock):
+        return read_json(state.daemon_file) or {}
+    return {}
 
 
 def daemon_is_up(facts: Mapping[str, Any]) -> bool:
@@ -16526,7 +16979,9 @@ class Upgrade:
         config = load_config(self.runner.config_path)
         accepted = (config.updater.sha256 or "").lower()
         if not accepted or accepted != self.sha256:
-            named = f"the program {accepted[:12]}…" if accepted else "no program"
+            named = "no program"
+            if accepted:
+                named = f"the program {accepted[:12]}…"
             what = (
                 f"{self.runner.config_path} accepts {named}, and the master has {self.sha256[:12]}…"
             )
@@ -16578,11 +17033,9 @@ class Upgrade:
         self.runner.log.line("not welcomed: restarting the daemon with the old program")
         back = self.await_daemon(sha256_of(self.file))
         self.clean()
-        after = (
-            "the old one is back"
-            if back
-            else "the old one is in its place again, and is not welcomed either"
-        )
+        after = "the old one is in its place again, and is not welcomed either"
+        if back:
+            after = "the old one is back"
         return UpdaterError(
             f"{self.version} was not welcomed within {BACK_S:.0f} s: {after}",
             "see the daemon's log",
@@ -16790,7 +17243,10 @@ class Demo(Stage):
 
     def __init__(self, say: Callable[..., None]) -> None:
         super().__init__(say)
-        self.python = "python" if os.name == "nt" else "python3"
+        if os.name == "nt":
+            self.python = "python"
+        else:
+            self.python = "python3"
         self.est = f"{self.python} estelle_updater.pyz"
         self.scenes: tuple[tuple[str, Callable[[], None]], ...] = (
             ("Build the program: one file for every host", self.build),
@@ -16973,7 +17429,9 @@ class Demo(Stage):
             self.check()
             if daemon.poll() is not None:
                 return "ended"
-            return "up" if daemon_is_up(daemon_facts(self.state(address))) else ""
+            if daemon_is_up(daemon_facts(self.state(address))):
+                return "up"
+            return ""
 
         up = poll(answer, 0.02, _DEMO_READY_S) == "up"
         said = self.said(f"{address}/serve.log")
@@ -17018,7 +17476,9 @@ class Demo(Stage):
 
 def config_form(path: Path) -> str:
     """How a configuration file is written, by its name."""
-    return "toml" if path.suffix == ".toml" else "json"
+    if path.suffix == ".toml":
+        return "toml"
+    return "json"
 
 
 def check_config(path: Path) -> tuple[list[str], list[str]]:
@@ -17122,11 +17582,15 @@ def init_text(
         f"in the repository\n"
         "timeout = 1800  # seconds for one step\n"
     )
-    text += _BLUE_GREEN if blue_green else ""
+    if blue_green:
+        text += _BLUE_GREEN
     for name, what, hosts in _BLUE_GREEN_CHECKS if blue_green else ():
         text += f"\n[[health]]\nname = {json.dumps(name)}\n{what}\n"
-        text += f"hosts = {json.dumps(hosts)}\n" if hosts else ""
-    return text if form == "toml" else render_config(tomllib.loads(text), "json")
+        if hosts:
+            text += f"hosts = {json.dumps(hosts)}\n"
+    if form == "toml":
+        return text
+    return render_config(tomllib.loads(text), "json")
 
 
 def plan_ports(
@@ -17180,8 +17644,14 @@ def render_firewall(
         if who == "nobody":
             lines.append(f"# {port} stays closed: {what}")
             continue
-        network = parse_network(who) if who not in ("anybody", "tailscale") else None
-        by_vpn = network.overlaps(vpn) and network.prefixlen > 9 if network else who == "tailscale"
+        if who not in ("anybody", "tailscale"):
+            network = parse_network(who)
+        else:
+            network = None
+        if network:
+            by_vpn = network.overlaps(vpn) and network.prefixlen > 9
+        else:
+            by_vpn = who == "tailscale"
         rule = f"--add-port={port}  # {what}"
         if network:
             number, _, protocol = port.partition("/")
@@ -17292,7 +17762,10 @@ class Publication:
             self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{self.name}")
             tree = self.run("write-tree")
             del self.env["GIT_INDEX_FILE"]
-        parents = ["-p", tip] if tip else []
+        if tip:
+            parents = ["-p", tip]
+        else:
+            parents = []
         return self.run("commit-tree", tree, *parents, "-m", self.message)
 
     def follow(self, commit: str, text: bytes) -> None:
@@ -17343,7 +17816,9 @@ class Publication:
 
 def write_config(path: Path, text: bytes) -> None:
     """The configuration file's new text, in one step and with the mode that it has."""
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+    mode = 0o644
+    if path.exists():
+        mode = path.stat().st_mode & 0o777
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, text, mode=mode)
 
@@ -17478,11 +17953,15 @@ class Setup:
             found = "systemd"
         elif not found:
             by_pm2 = self.pm2_file.exists() or pm2 or not booted
-            found = "pm2" if by_pm2 else "systemd"
+            found = "systemd"
+            if by_pm2:
+                found = "pm2"
         if found == "systemd" and not booted:
             raise UsageError("systemd does not run this host", "use --with pm2")
         if found == "pm2" and not pm2:
-            other = ", or --with systemd" if booted else ""
+            other = ""
+            if booted:
+                other = ", or --with systemd"
             raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{other}")
         return found
 
@@ -17495,9 +17974,9 @@ class Setup:
             self.remove_unit()
             self.install_pm2()
         if not self.dry_run:
-            done = (
-                "installed and started" if self.changed else "unchanged: it is installed and runs"
-            )
+            done = "unchanged: it is installed and runs"
+            if self.changed:
+                done = "installed and started"
             self.say(done)
             self.await_welcome()
 
@@ -17507,9 +17986,9 @@ class Setup:
         self.remove_unit()
         self.remove_pm2()
         if not self.dry_run:
-            done = (
-                "removed; recorded runs stay" if self.changed else "unchanged: nothing is installed"
-            )
+            done = "unchanged: nothing is installed"
+            if self.changed:
+                done = "removed; recorded runs stay"
             self.say(done)
 
     def await_welcome(self) -> None:
@@ -17524,12 +18003,16 @@ class Setup:
             facts = daemon_facts(self.state) or facts
             if daemon_is_up(facts):
                 master = facts["role"] == Role.MASTER
-                does = "listens" if master else "has been welcomed by the master"
+                does = "has been welcomed by the master"
+                if master:
+                    does = "listens"
                 self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
                 return
             refused = str(facts.get("trouble")).startswith(REFUSED_US)
             time.sleep(LOCAL_LOOK_S)
-        silent = "no answer yet" if facts else "it does not run"
+        silent = "it does not run"
+        if facts:
+            silent = "no answer yet"
         why = facts.get("trouble") or silent
         raise UpdaterError(
             f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
@@ -17539,7 +18022,10 @@ class Setup:
 
     def install_unit(self) -> None:
         path = os.environ.get("PATH", os.defpath)
-        user = self.user if self.root else None
+        if self.root:
+            user = self.user
+        else:
+            user = None
         text = render_unit(self.argv, str(self.folder), path, user, self.writable())
         if self.root and "--state" not in self.argv:
             self.state = StateFolder(SYSTEM_STATE)
@@ -17598,7 +18084,9 @@ class Setup:
         return try_command(argv, os.environ)[0]
 
     def scope(self) -> list[str]:
-        return [] if self.root else ["--user"]
+        if self.root:
+            return []
+        return ["--user"]
 
     # PM2
 
@@ -17671,7 +18159,10 @@ class Setup:
             hint = f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
             if "--user" in argv:
                 hint = f"as this user, log in directly (not by su), or: {LINGER}"
-            why = failure_reason(out.encode()) if out else f"exit {code}"
+            if out:
+                why = failure_reason(out.encode())
+            else:
+                why = f"exit {code}"
             raise UpdaterError(f"{line}: {why}", hint)
 
 
@@ -17692,11 +18183,9 @@ def judge_encoding(encoding: str) -> Finding:
 def judge_clock(ahead_s: float) -> Finding:
     """Whether this host's clock agrees with the master's."""
     text = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the master"
-    fix = (
-        "w32tm /resync"
-        if os.name == "nt"
-        else "sudo timedatectl set-ntp true, here and on the master"
-    )
+    fix = "sudo timedatectl set-ntp true, here and on the master"
+    if os.name == "nt":
+        fix = "w32tm /resync"
     return Finding("clock", abs(ahead_s) < CLOCK_S, text, fix)
 
 
@@ -17784,7 +18273,9 @@ class Doctor:
             fix = f"run this in the repository, or: {program_name()} config init"
             yield Finding("configuration", False, str(problem), fix)
             return
-        more = f", {len(warnings)} warnings: see config check" if warnings else ""
+        more = ""
+        if warnings:
+            more = f", {len(warnings)} warnings: see config check"
         fix = "mend the file, commit and push it"
         yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
         address = self.args.bind or (
@@ -17901,9 +18392,9 @@ class Doctor:
                     "PM2: saved" + ("" if self.serves else ", not running"),
                     fix,
                 )
-        text = (
-            "it runs, but nothing starts it after a reboot" if self.serves else "none is installed"
-        )
+        text = "none is installed"
+        if self.serves:
+            text = "it runs, but nothing starts it after a reboot"
         return Finding("service", False, text, f"{program_name()} setup")
 
     # The fleet
@@ -18056,7 +18547,9 @@ def paint_marks(text: str) -> str:
 
 def seconds_text(seconds: float | None) -> str:
     # A job that never began took no time, and `0.0 s` would claim that it was fast.
-    return "-" if seconds is None else f"{seconds:.1f} s"
+    if seconds is None:
+        return "-"
+    return f"{seconds:.1f} s"
 
 
 def duration_text(seconds: float | None) -> str:
@@ -18086,7 +18579,9 @@ def moment_text(at: float, now: float) -> str:
 
 def count_text(count: int, word: str) -> str:
     """`1 commit`, `2 commits`: a number with its word."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+    if count == 1:
+        return f"{count} {word}"
+    return f"{count} {word}s"
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -18337,7 +18832,9 @@ class Output:
         raise Output.Closed from problem
 
     def paint(self, text: str, code: str) -> str:
-        return f"\x1b[{code}m{text}{RESET}" if self.color else text
+        if self.color:
+            return f"\x1b[{code}m{text}{RESET}"
+        return text
 
     def write_lines(self, lines: Iterable[str]) -> None:
         """Lines of our own for a terminal, with colour on their marks."""
@@ -18437,7 +18934,10 @@ class TextView(LineView):
             self.end_line()
             start = prefix
         ended = data.endswith(b"\n")
-        self.open_host = None if ended else host
+        if ended:
+            self.open_host = None
+        else:
+            self.open_host = host
         if not self.output.terminal:
             mark = prefix.encode()
             body = data[:-1].replace(b"\n", b"\n" + mark)
@@ -18483,7 +18983,9 @@ class TextView(LineView):
         rest = self.partial.pop(job.host, b"")
         if rest:
             self.show(job.host, rest)
-        color = "32" if job.state is State.SUCCEEDED else "31"
+        color = "31"
+        if job.state is State.SUCCEEDED:
+            color = "32"
         prefix = self.prefixes[job.host]
         self.print_line(prefix + self.output.paint(terminal_text(result_text(job)), color))
         for warning in job.warnings:
@@ -18587,10 +19089,15 @@ class BlockHost:
     @property
     def group(self) -> str:
         """The word that the header counts it under."""
-        state = self.job.state if self.job else State.QUEUED
+        if self.job:
+            state = self.job.state
+        else:
+            state = State.QUEUED
         if state is State.SUCCEEDED:
             return "ok"
-        return "failed" if state in FINAL else str(state)
+        if state in FINAL:
+            return "failed"
+        return str(state)
 
     def last_line(self) -> str:
         """What it said last; of a bar that is redrawn, the newest state."""
@@ -18695,7 +19202,10 @@ class Block:
                 parts.append(f"{counts[group]} {group}")
         told = "  ".join(parts)
         clock = duration_text(now - self.began)
-        usually = "" if self.usually_s is None else f" (usually {duration_text(self.usually_s)})"
+        if self.usually_s is None:
+            usually = ""
+        else:
+            usually = f" (usually {duration_text(self.usually_s)})"
         tries = (
             f"{self.what}  {told}  {clock}{usually}  {self.run}",
             f"{self.what}  {told}  {clock}{usually}",
@@ -19092,12 +19602,17 @@ def cmd_serve(args: Args) -> int:
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
         raise UsageError(f"{role!r} is no role", "auto, master or agent")
-    chosen = Role(role) if role != "auto" else None
+    if role != "auto":
+        chosen = Role(role)
+    else:
+        chosen = None
     service = Service(
         ServeOptions(args.config_path(), args.state_folder(), args.bind, chosen, args.listen)
     )
     code = asyncio.run(service.run())
-    return restart_self() if service.restarting else code
+    if service.restarting:
+        return restart_self()
+    return code
 
 
 def cmd_trigger(args: Args) -> int:
@@ -19109,7 +19624,9 @@ def cmd_trigger(args: Args) -> int:
         found = failed_of(args, find_run(args, args.failed_of))
         args.target, args.branch = found["target"], found["branch"]
     if args.branch is None:
-        missing = "BRANCH is" if args.target else "TARGET and BRANCH are"
+        missing = "TARGET and BRANCH are"
+        if args.target:
+            missing = "BRANCH is"
         raise UsageError(f"{missing} missing", "for example: trigger all master")
     require_branch(args.branch, "nothing was sent")
     options: dict[str, Any] = {} if args.plan is None else {"plan": args.plan}
@@ -19245,7 +19762,9 @@ def is_guarded(job: JobRecord) -> bool:
 def advise(args: Args, run: str, jobs: Sequence[JobRecord], view: View) -> None:
     """What to type after a run that did not succeed everywhere."""
     output = Output(False)
-    columns = output.size()[0] if output.terminal else 0
+    columns = 0
+    if output.terminal:
+        columns = output.size()[0]
     commands = next_commands(run, jobs, ask_ways_back(args, jobs), columns)
     if commands and args.json:
         # A reader of JSON lines would choke on two aligned columns.
@@ -19394,7 +19913,9 @@ def cmd_plan(args: Args) -> int:
         do_it = f"exactly this, within {within}: {program_name()} trigger {words}"
         lines.append(do_it)
     show(args, result, "\n".join(lines), lambda columns: [*screen(columns), do_it])
-    return 0 if result["ok"] else 1
+    if result["ok"]:
+        return 0
+    return 1
 
 
 def require_answer(args: Args) -> None:
@@ -19488,7 +20009,10 @@ def cmd_switch(args: Args) -> int:
 
 def cmd_upgrade(args: Args) -> int:
     """Bring the updater itself to the master's version, and follow it."""
-    options = {"force": True} if args.force else {}
+    if args.force:
+        options = {"force": True}
+    else:
+        options = {}
     order = new_order(Kind.UPGRADE, args.target, Kind.UPGRADE, options=options)
     return run_order(args, order)[0]
 
@@ -19520,7 +20044,9 @@ def await_standby(
             # Without a stats socket nobody knows what HAProxy routes; what the file says is better
             # than never to release.
             if by_file:
-                role = "standby" if by_file[row["color"]] == "backup" else "active"
+                role = "active"
+                if by_file[row["color"]] == "backup":
+                    role = "standby"
             where[row["host"]] = role
         wrong = []
         for row in checks:
@@ -19655,7 +20181,9 @@ def cmd_logs(args: Args) -> int:
         view.notice(f"{problem.what}; this is what {state.root} has")
         folder = FolderSource(state, args.run, live=args.follow, target=args.target or "all")
         code, _ = watch_order(args, args.run, Follower(folder, view, live=args.follow))
-    return code if args.follow or code == 130 else 0
+    if args.follow or code == 130:
+        return code
+    return 0
 
 
 def cmd_history(args: Args) -> int:
@@ -19664,11 +20192,10 @@ def cmd_history(args: Args) -> int:
         found = ask_master(args, "history", {"count": args.count, "stats": args.stats})
     except (UnreachableError, RefusedError, ConfigError) as problem:
         state = args.state_folder()
-        found = (
-            {"stats": run_stats(state.history.rows())}
-            if args.stats
-            else {"runs": state.history.newest(args.count)}
-        )
+        if args.stats:
+            found = {"stats": run_stats(state.history.rows())}
+        else:
+            found = {"runs": state.history.newest(args.count)}
         if not any(found.values()):
             raise
         TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
@@ -19680,7 +20207,9 @@ def cmd_history(args: Args) -> int:
 
 
 def history_text(found: Mapping[str, Any]) -> str:
-    return history_table(found["runs"]) if "runs" in found else stats_table(found["stats"])
+    if "runs" in found:
+        return history_table(found["runs"])
+    return stats_table(found["stats"])
 
 
 def history_table(runs: Iterable[Mapping[str, Any]]) -> str:
@@ -19760,7 +20289,9 @@ def short_result(host: Mapping[str, Any]) -> str:
     """One host's outcome in a line of `history` or `status`."""
     if host["state"] == State.SUCCEEDED:
         return f"✓ {host['version'] or ''}".rstrip()
-    return outcome_text(host) if host["state"] in FINAL else f"… {host['state']}"
+    if host["state"] in FINAL:
+        return outcome_text(host)
+    return f"… {host['state']}"
 
 
 def cmd_freeze(args: Args) -> int:
@@ -19800,7 +20331,9 @@ def cmd_health(args: Args) -> int:
     """What every check sees now. Exit 1 where one fails, for scripts that wait for it."""
     result = ask_health(args, args.target)
     show(args, result, health_text(result), functools.partial(health_screen, result["checks"]))
-    return 0 if result["ok"] else 1
+    if result["ok"]:
+        return 0
+    return 1
 
 
 HEALTH_HEAD = ("host", "check", "what it saw")
@@ -19813,9 +20346,13 @@ def health_text(result: Mapping[str, Any]) -> str:
     """What every check saw, as a table for a pipe."""
     rows = []
     for row in result["checks"]:
-        mark = "✓" if row["ok"] else "✗"
+        mark = "✗"
+        if row["ok"]:
+            mark = "✓"
         rows.append((mark, row["host"], row["name"], row["detail"]))
-    return render_table(("", *HEALTH_HEAD), rows) if rows else NO_CHECKS
+    if rows:
+        return render_table(("", *HEALTH_HEAD), rows)
+    return NO_CHECKS
 
 
 def health_screen(checks: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
@@ -19824,7 +20361,9 @@ def health_screen(checks: Sequence[Mapping[str, Any]], columns: int) -> list[str
         return [NO_CHECKS]
     rows = []
     for check in checks:
-        mark = "✓" if check["ok"] else "✗"
+        mark = "✗"
+        if check["ok"]:
+            mark = "✓"
         detail, notes = check["detail"], []
         if count_cells(detail) > columns // 2:
             detail, notes = "", [detail]
@@ -19844,7 +20383,10 @@ def cancel_run(args: Args, run: str) -> RunRecord:
         UpdaterError
     ) as problem:  # as for `logs`: nobody answers, or the master has not heard of it
         state = args.state_folder()
-        jobs = state.load_jobs(run) if valid_run_id(run) else []
+        if valid_run_id(run):
+            jobs = state.load_jobs(run)
+        else:
+            jobs = []
         own = []
         for job in jobs:
             # a master's folder holds the jobs of its agents too, whose processes are elsewhere
@@ -19942,12 +20484,19 @@ def status_jobs(row: Mapping[str, Any]) -> list[str]:
 def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     """One host's row of the `status` table; a host's own program is only worth a word where it is
     not the master's."""
-    online = "yes" if row["online"] else "no"
+    online = "no"
+    if row["online"]:
+        online = "yes"
     if row.get("link_down_since"):
         online = f"no, since {clock_text(row['link_down_since'])}"
     colour = " ".join(filter(None, (row["color"], row["traffic"])))
-    last = short_result(row["last"]) if row.get("last") else ""
-    updater = "" if row["updater"] == program else row["updater"]
+    last = ""
+    if row.get("last"):
+        last = short_result(row["last"])
+    if row["updater"] == program:
+        updater = ""
+    else:
+        updater = row["updater"]
     jobs = "; ".join(status_jobs(row))
     cells = (row["host"], row["name"], row["role"], online, row["branch"], commit_text(row))
     return tuple(cell or "-" for cell in (*cells, row["version"], updater, colour, last, jobs))
@@ -19974,13 +20523,21 @@ def status_screen(status: Mapping[str, Any], now: float, columns: int) -> list[s
 
 def status_row(row: Mapping[str, Any], now: float, wide: bool) -> TableRow:
     """One host for a terminal: what it is in cells, what it does or what failed below them."""
-    mark = "✓" if row["online"] else "✗"
+    mark = "✗"
+    if row["online"]:
+        mark = "✓"
     notes = []
     if row["running"]:
-        mark = "▸" if row["online"] else "✗"
-        clock = duration_text(now - row["since"]) if row.get("since") else ""
+        mark = "✗"
+        if row["online"]:
+            mark = "▸"
+        clock = ""
+        if row.get("since"):
+            clock = duration_text(now - row["since"])
         silent_s = row.get("silent_s") or 0
-        quiet = f", quiet {duration_text(silent_s)}" if silent_s >= QUIET_S else ""
+        quiet = ""
+        if silent_s >= QUIET_S:
+            quiet = f", quiet {duration_text(silent_s)}"
         notes.append(f"{row.get('step') or 'starting'}  {clock}{quiet}    {row['running']}")
     for run in row["queued"]:
         behind = row.get("behind", {}).get(run)
@@ -19995,7 +20552,9 @@ def status_row(row: Mapping[str, Any], now: float, wide: bool) -> TableRow:
         ended = last.get("ended")
         told = f"{mark_of_last} {moment_text(ended, now) if ended else ''}".rstrip()
         if mark_of_last == "✗":
-            kept = ", nothing changed" if last.get("changed") is False else ""
+            kept = ""
+            if last.get("changed") is False:
+                kept = ", nothing changed"
             notes.append(f"✗ {outcome}{kept}    {last['run']}")
     traffic = " ".join(filter(None, (row["color"], row["traffic"])))
     cells = [row["host"], row["name"], commit_text(row), row["version"], traffic, told]
@@ -20036,14 +20595,19 @@ def cmd_config(args: Args) -> int:
         show(args, facts, f"{path}\n" + render_table(("key", "value", "from"), rows))
         return 0
     problems, warnings = check_config(path)
-    notes = [] if problems else [who_commands(load_config(path))]
+    if problems:
+        notes = []
+    else:
+        notes = [who_commands(load_config(path))]
     lines = []
     for kind, texts in (("error", problems), ("warning", warnings)):
         for text in texts:
             lines.append(f"{kind}: {text}")
     facts = {"file": str(path), "problems": problems, "warnings": warnings, "notes": notes}
     show(args, facts, "\n".join([*(lines or [f"{path} is valid"]), *notes]))
-    return 2 if problems else 0
+    if problems:
+        return 2
+    return 0
 
 
 def init_config(args: Args) -> int:
@@ -20099,7 +20663,10 @@ def convert_config(args: Args, path: Path) -> int:
     form = config_form(path)
     data = parse_data(read_supplied(path), str(path), form)
     if "machines" not in data:
-        form = "json" if form == "toml" else "toml"
+        if form == "toml":
+            form = "json"
+        else:
+            form = "toml"
     new = path.with_name(f"updater.{form}")
     text = render_config(convert_data(data), form)
     parse_config(text, str(new), form)
@@ -20238,12 +20805,18 @@ def run_answer_text(answer: Mapping[str, Any]) -> str:
     """A run in a few lines: one for each host, and what the steps that failed said."""
     end = "goes on"
     if answer["done"]:
-        end = "succeeded" if answer["ok"] else "did not succeed"
+        end = "did not succeed"
+        if answer["ok"]:
+            end = "succeeded"
     lines = [f"run {answer['run']} ({answer['kind']} {answer['branch']}) {end}"]
     for row in answer["hosts"]:
         outcome = short_result(row)
-        commit = f" {row['commit'][:7]}" if row.get("commit") else ""
-        why = f": {row['error']}" if row.get("error") else ""
+        commit = ""
+        if row.get("commit"):
+            commit = f" {row['commit'][:7]}"
+        why = ""
+        if row.get("error"):
+            why = f": {row['error']}"
         lines.append(f"[{row['host']}] {outcome}{commit}{why}")
         for text in row.get("warnings") or ():
             lines.append(f"  warning: {text}")
@@ -20269,7 +20842,9 @@ def logs_answer_text(answer: Mapping[str, Any]) -> str:
 
 def plan_answer_text(answer: Mapping[str, Any]) -> str:
     """A plan for a model, cut to PLAN_TEXT_CHARS: the person who is asked sees this very text."""
-    words = "would go" if answer["ok"] else "would be refused, at least in part"
+    words = "would be refused, at least in part"
+    if answer["ok"]:
+        words = "would go"
     lines = [f"plan {answer['plan']}: {answer['action']} {words}"]
     for row in answer["hosts"]:
         lines.append(plan_text(row) if "commits" in row else switch_row_text(row))
@@ -20366,7 +20941,10 @@ class Consent:
                 "a person has to agree to every change, and this client can't ask one; the server "
                 "can be started with --require-plan, so that the id of a fresh plan is enough"
             )
-        known = {"plan": options["plan"]} if "plan" in options else {}
+        if "plan" in options:
+            known = {"plan": options["plan"]}
+        else:
+            known = {}
         plan = ask_master(self.args, "plan", {**request, **known}, PLAN_ANSWER_S)
         options["plan"] = plan["plan"]
         if not plan["ok"] and "force" not in options:
@@ -20402,7 +20980,10 @@ class Consent:
         plan, _, seal = call.state.partition(".")
         if not hmac.compare_digest(seal.encode(), self.seal(call, plan).encode()):
             raise GuardError("requestState is not what this server gave for this call")
-        replies = call.replies if isinstance(call.replies, dict) else {}
+        if isinstance(call.replies, dict):
+            replies = call.replies
+        else:
+            replies = {}
         if not is_confirmed(replies.get("confirm")):
             raise GuardError("the person did not agree, and nothing was done")
         return str(plan)
@@ -20427,7 +21008,9 @@ class McpTools:
         given = {name: spec["default"] for name, spec in takes.items() if "default" in spec}
         given |= view.call.arguments
         own: Callable[..., dict[str, Any]] | None = getattr(self, f"call_{tool}", None)
-        return own(given, view) if own else self.ask(tool, **given)
+        if own:
+            return own(given, view)
+        return self.ask(tool, **given)
 
     def ask(self, what: str, **details: Any) -> dict[str, Any]:
         return ask_master(self.args, what, details, PLAN_ANSWER_S)
@@ -20466,7 +21049,9 @@ class McpTools:
                 f"this idempotency_key belongs to another request: {was} (run {found['run']})",
                 "take another key",
             )
-        return None if found["run"] is None else str(found["run"])
+        if found["run"] is None:
+            return None
+        return str(found["run"])
 
     def await_run(self, run: str, given: Mapping[str, Any], view: ProgressView) -> dict[str, Any]:
         """A run as it stands at its end, or when the client wants its answer: without progress, no
@@ -20560,7 +21145,10 @@ class McpTools:
             guarded = self.consent.guard(
                 given, view, planned, f"roll back {request.get('target', 'all')}"
             )
-            known = {"plan": guarded["plan"]} if "plan" in guarded else {}
+            if "plan" in guarded:
+                known = {"plan": guarded["plan"]}
+            else:
+                known = {}
             order = plan_rollback(self.ask("plan", **planned, **known))
             return replace(order, options={**order.options, **more, **guarded})
 
@@ -20896,7 +21484,9 @@ def cmd_doctor(args: Args) -> int:
             for one in findings
         ]
         say(json.dumps({"ok": healthy, "checks": checks}, ensure_ascii=False))
-    return 0 if healthy else 1
+    if healthy:
+        return 0
+    return 1
 
 
 def cmd_prove_detached(args: Args) -> int:
@@ -21056,12 +21646,16 @@ def render_completion(shell: str) -> str:
     cases = [f"    {name}) words='{' '.join(words[name])}' ;;" for name in names]
     bash = shell == "bash"
     # a shell's arrays count from 0 or 1; the word under the cursor is not looked at
-    typed = "${COMP_WORDS[@]:1:COMP_CWORD-1}" if bash else "${words[@]:1:$((CURRENT-2))}"
+    typed = "${words[@]:1:$((CURRENT-2))}"
+    if bash:
+        typed = "${COMP_WORDS[@]:1:COMP_CWORD-1}"
     offer = 'COMPREPLY=($(compgen -W "$offer" -- "${COMP_WORDS[COMP_CWORD]}"))'
     if not bash:
         offer = "compadd -- ${=offer}"
     cases = [case.replace("words=", "offer=") for case in cases]
-    head = "complete -o default -F _estelle_updater" if bash else "compdef _estelle_updater"
+    head = "compdef _estelle_updater"
+    if bash:
+        head = "complete -o default -F _estelle_updater"
     return "\n".join(
         [
             "_estelle_updater() {",
@@ -21447,7 +22041,10 @@ class Parser(argparse.ArgumentParser):
 
             names = ", ".join(command.name for command in COMMANDS if not command.hidden)
             like = get_close_matches(unknown[1], names.split(", "), 1)
-            hint = f"did you mean {like[0]}?" if like else f"the commands are: {names}"
+            if like:
+                hint = f"did you mean {like[0]}?"
+            else:
+                hint = f"the commands are: {names}"
             raise UsageError(f"there is no command {unknown[1]}", hint)
         raise UsageError(message, f"see: {self.prog} --help")
 
@@ -21494,11 +22091,10 @@ def make_parser(argv: Sequence[str] = ()) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"estelle-updater {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    named = (
-        []
-        if {"-h", "--help"} & {*argv}
-        else [command for command in COMMANDS if command.name in argv]
-    )
+    if {"-h", "--help"} & {*argv}:
+        named = []
+    else:
+        named = [command for command in COMMANDS if command.name in argv]
     for command in named or COMMANDS:
         shown: dict[str, Any] = {} if command.hidden else {"help": command.help}
         sub = commands.add_parser(command.name, parents=[shared], description=command.help, **shown)
@@ -21539,7 +22135,9 @@ def main(argv: list[str]) -> int:
     except (KeyboardInterrupt, Output.Closed):
         return 130
     except OSError as problem:  # a folder that is not ours, a full disk
-        place = f"{problem.filename}: " if problem.filename else ""
+        place = ""
+        if problem.filename:
+            place = f"{problem.filename}: "
         wrong = UpdaterError(
             f"{place}{problem.strerror or problem}", "give it to this user, or make room there"
         )
@@ -21571,7 +22169,9 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         }
         text = json.dumps(event, ensure_ascii=False)
     else:
-        hint = f"\nhint: {problem.hint}" if problem.hint else ""
+        hint = ""
+        if problem.hint:
+            hint = f"\nhint: {problem.hint}"
         text = terminal_text(f"estelle-updater: error: {one_line(problem.what)}{hint}")
         text = text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding)
     print(text, file=sys.stderr)

@@ -25,18 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "estelle_updater.py"
 RULE = "# " + "=" * 78
 
-FUNCTION_LINES, MOST_FUNCTIONS_LINES, MOST = 72, 35, 0.9
-CLASS_LINES = 546
-DIVIDED_LINES = 546  # a longer class has parts with names
+FUNCTION_LINES, MOST_FUNCTIONS_LINES, MOST = 60, 35, 0.9
+CLASS_LINES = 304
+DIVIDED_LINES = 110  # a longer class has parts with names
 # How much a line of code (neither blank nor comment nor docstring) holds. Nodes a line of those that we learn from:
 # git-filter-repo 4.7, bottle 5.1, websockets 4.6 to 5.6. The limits go down, never up.
-NODES_PER_LINE = 5.9
+NODES_PER_LINE = 5.8
 PER_100_LINES: dict[str, tuple[float, tuple[type[ast.AST], ...]]] = {
-    "assignments in expressions": (1.0, (ast.NamedExpr,)),
-    "conditional expressions": (3.7, (ast.IfExp,)),
-    "comprehensions": (3.9, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)),
+    "assignments in expressions": (0.4, (ast.NamedExpr,)),
+    "conditional expressions": (2.0, (ast.IfExp,)),
+    "comprehensions": (3.0, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)),
 }
-PROSE = 0.10  # of all lines: comments and docstrings
+PROSE = 0.118  # of all lines: comments and docstrings
 NO_NODES = (ast.Load, ast.Store, ast.Del, ast.Constant)
 TOP_LEVEL = {
     ".ci", ".github", ".gitignore", "LICENSE", "README.md", "config", "estelle_updater.py", "pm2.config.js",
