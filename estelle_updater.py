@@ -274,7 +274,10 @@ def replace(value: _T, **changes: Any) -> _T:
 
 
 def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
-    """What a class's own annotations and defaults say; its attributes become the bare defaults."""
+    """What a class's own annotations and defaults say; its attributes become the bare defaults.
+
+    Annotations stay text: to evaluate them all would cost each start more than it saves.
+    """
     for name, annotation in vars(cls).get("__annotations__", {}).items():
         given = vars(cls).get(name, MISSING)
         if isinstance(given, Field):
@@ -289,7 +292,11 @@ def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
 
 
 def _initializer(cls: type[Any], known: Mapping[str, Field]) -> Callable[..., None]:
-    """The `__init__` of a record class, shared code instead of compiled text."""
+    """The `__init__` of a record class, shared code instead of compiled text.
+
+    It fills the instance's own dictionary at once, in the order of the fields: `vars(record)` is
+    what goes over the wire and into files, and it is also how a frozen record is made at all.
+    """
     template = {name: spec.default for name, spec in known.items()}
     positional = [name for name, spec in known.items() if not spec.kw_only]
     factories: dict[str, Callable[[], Any]] = {}
@@ -414,6 +421,7 @@ PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need on
 KEY_FEATURE = "key"  # an agent that can keep a key of its own
 FEATURES: tuple[str, ...] = (KEY_FEATURE,)
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
+WEBSOCKETS_KNOWN = "17.4"  # whose internals Door.connection_class overrides: read them again
 PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
 # Sizes in bytes
@@ -5512,6 +5520,11 @@ _ID_FIRST = re.compile(rb'\s*\{(?:\s*"(?:jsonrpc|method)"\s*:\s*"[^"]{0,100}"\s*
 _ID_LAST = re.compile(_ID + rb'\s*(?:,\s*"(?:jsonrpc|method)"\s*:\s*"[^"]{0,100}"\s*)*\}\s*\Z')
 
 
+def _failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
+    """The answer to a request that could not be done; no number where it could not be read."""
+    return {"jsonrpc": "2.0", "id": number, "error": problem.error}
+
+
 class McpSession:
     """One client's conversation: lines in; answers out, calls to do and calls that nobody waits for
     any more.
@@ -5539,7 +5552,7 @@ class McpSession:
         try:
             data = json.loads(line.decode(), parse_constant=_no_number)
         except (ValueError, RecursionError):
-            return [self.failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
+            return [_failure(None, JsonRpcError(_PARSE_ERROR, "this line is no JSON"))], [], []
         if isinstance(data, list) and data and self.older == _BATCHES:
             answers = self.receive_batch(data)
         else:
@@ -5576,7 +5589,7 @@ class McpSession:
             with suppress(ValueError):
                 number = json.loads(found[1])
         what = f"a message has at most {MESSAGE_BYTES >> 20} MiB"
-        return self.failure(number, JsonRpcError(_INVALID_REQUEST, what))
+        return _failure(number, JsonRpcError(_INVALID_REQUEST, what))
 
     def receive(self, item: Any, batch: Batch | None) -> dict[str, Any] | None:
         """One message: its answer if there is one by now."""
@@ -5609,7 +5622,7 @@ class McpSession:
                 raise JsonRpcError(_INVALID_REQUEST, what)
             return self.answer(number, method, params, batch)
         except JsonRpcError as problem:
-            return self.failure(number, problem)
+            return _failure(number, problem)
 
     def receive_notice(self, method: str, params: dict[str, Any]) -> None:
         """What needs no answer; of it all, only that somebody waits no more matters."""
@@ -5754,10 +5767,6 @@ class McpSession:
             meta = {_MCP_META + "serverInfo": self.info}
             result = {"resultType": "complete", **result, "_meta": meta}
         return {"jsonrpc": "2.0", "id": number, "result": result}
-
-    @staticmethod
-    def failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
-        return {"jsonrpc": "2.0", "id": number, "error": problem.error}
 
     @staticmethod
     def result(text: str, wrong: bool) -> dict[str, Any]:
@@ -8088,7 +8097,11 @@ def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> by
 
 
 def open_runner_log(path: Path) -> int:
-    """A descriptor for the standard error of runners; crashes of years must not fill a disk."""
+    """A descriptor for the standard error of runners; crashes of years must not fill a disk.
+
+    It is opened for appending and never followed through a link: several runners may write to it,
+    and another user of the host may have put a link in its place. Raises OSError.
+    """
     if log_size(path) > RUNNER_LOG_BYTES:
         with suppress(OSError):
             os.replace(path, path.with_suffix(".old"))
@@ -9501,6 +9514,10 @@ class Nursery:
 
     Only POSIX can fork; and a nursery that has died, is only starting, or has another program than
     the file holds by now, takes no order: then a runner is started as a program, as everywhere.
+
+    It is a program of its own and not a fork of the daemon: a fork of a process with threads may
+    hold a lock that nobody will ever release. It is no parent of the runners either: each leaves by
+    `detach_self`, or PM2, which kills by parent ids, would end a deployment with its daemon.
     """
 
     def __init__(self, state: StateFolder, config_path: Path) -> None:
@@ -9516,6 +9533,7 @@ class Nursery:
             return
         self._program.accept()
         self._ready = False
+        # one connection for its whole life: whichever end dies, the other reads the end of file
         self._socket, its = socket.socketpair()
         self._socket.setblocking(False)
         place = ["--state", str(self.state.root), "--config", str(self.config_path)]
@@ -9539,6 +9557,7 @@ class Nursery:
         if self._socket is None:
             return False
         try:
+            # a daemon that was just started does not wait for it, nor does one whose nursery died
             self._ready = self._ready or self._socket.recv(1) == READY
             if not self._ready or self._program.changed():
                 raise ConnectionError("it has ended, or is not what would be started now")
@@ -9567,6 +9586,8 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
             if child:
                 os.waitpid(child, 0)
                 continue
+            # a runner that kept it would keep the nursery's end open after the nursery's death, and
+            # the daemon would go on giving it orders
             os.close(descriptor)
             code = 1
             try:
@@ -9575,6 +9596,7 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
                 detach_self()
                 set_title(runner_argv(state, config_path, run, host))
                 code = Runner(state, run, host, config_path).main()
+            # whatever it is, it must not go on as a second nursery
             except BaseException:
                 import traceback
 
@@ -9589,6 +9611,7 @@ def set_title(argv: Sequence[str]) -> None:
     place of the old ones reaches (proc(5): arg_start and arg_end of /proc/PID/stat)."""
     if sys.platform != "linux":
         return
+    # the command's own name, field 2, may hold spaces and brackets: what follows the last counts
     numbers = Path("/proc/self/stat").read_text().rpartition(") ")[2].split()
     start, end = int(numbers[45]), int(numbers[46])
     room = end - start
@@ -12790,7 +12813,12 @@ class Door:
 
     def connection_class(self) -> Any:
         """A server connection that can't keep others out by beginning handshakes and not ending
-        them."""
+        them.
+
+        The only place that overrides what websockets does not promise to keep: `connection_made`
+        and `handshake`, as WEBSOCKETS_KNOWN has them. Were they called otherwise, refused strangers
+        would no longer be counted (floods), or a download would be cut off after WELCOME_S.
+        """
         from websockets.asyncio.server import ServerConnection
 
         door = self
@@ -19283,6 +19311,8 @@ class Screen:
         self.stops = False  # Ctrl-Z came in the middle of a frame
         self.stoppable = False  # Ctrl-Z is ours to handle
 
+    # What is to be seen
+
     def open(self, rows: Callable[[int, int, float], list[str]]) -> None:
         """From now on `rows(columns, lines, now)` stand below the lines."""
         self.rows = rows
@@ -19300,6 +19330,8 @@ class Screen:
         self.pending_chars += len(text)
         if self.pending_chars >= PENDING_CHARS:
             self.draw()
+
+    # Frames
 
     def due_s(self) -> float:
         """How long the next frame can wait."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib.metadata
 import io
 import itertools
 import re
@@ -26,17 +27,17 @@ MODULE = ROOT / "estelle_updater.py"
 RULE = "# " + "=" * 78
 
 FUNCTION_LINES, MOST_FUNCTIONS_LINES, MOST = 60, 35, 0.9
-CLASS_LINES = 304
-DIVIDED_LINES = 110  # a longer class has parts with names
+CLASS_LINES = 300
+DIVIDED_LINES = 100  # a longer class has parts with names
 # How much a line of code (neither blank nor comment nor docstring) holds. Nodes a line of those that we learn from:
 # git-filter-repo 4.7, bottle 5.1, websockets 4.6 to 5.6. The limits go down, never up.
-NODES_PER_LINE = 5.8
+NODES_PER_LINE = 5.7
 PER_100_LINES: dict[str, tuple[float, tuple[type[ast.AST], ...]]] = {
     "assignments in expressions": (0.4, (ast.NamedExpr,)),
     "conditional expressions": (2.0, (ast.IfExp,)),
     "comprehensions": (3.0, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)),
 }
-PROSE = 0.118  # of all lines: comments and docstrings
+PROSE = 0.119  # of all lines: comments and docstrings
 NO_NODES = (ast.Load, ast.Store, ast.Del, ast.Constant)
 TOP_LEVEL = {
     ".ci", ".github", ".gitignore", "LICENSE", "README.md", "config", "estelle_updater.py", "pm2.config.js",
@@ -373,6 +374,12 @@ def test_dependencies_stand_in_the_header_alone():
     names = {re.split(r"[<>=!~ ]", one.strip(' "'))[0].replace("-", "_") for one in header[0].split('", "')}
     assert names == RUN_TIME_PACKAGES
     assert "project" not in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def test_the_websockets_whose_internals_are_overridden_is_the_one_that_was_read():
+    """Another version is no fault: compare its `connection_made` and `handshake` with what the Door expects of them."""
+    known = re.search(r'^WEBSOCKETS_KNOWN = "(.*?)"', MODULE.read_text("utf-8"), re.MULTILINE)
+    assert known and importlib.metadata.version("websockets") == known[1]
 
 
 def test_lazy_modules_are_those_that_the_type_checker_imports():
