@@ -510,10 +510,10 @@ def test_a_question_that_hangs_leaves_nothing(tmp_path: Path, how: str) -> None:
 # ---- leaving the daemon's tree
 
 DAEMON = """
-import os, sys, time
+import os, pathlib, sys, time
 from estelle_updater import spawn_runner
 env = {**os.environ, "ESTELLE_RUN": "the run that started this daemon"}
-child = spawn_runner([sys.executable, "-c", sys.argv[2], sys.argv[1]], env, sys.argv[1] + "/runner.log")
+child = spawn_runner([sys.executable, "-c", sys.argv[2], sys.argv[1]], env, pathlib.Path(sys.argv[1], "runner.log"))
 print(child.pid, child.wait(), flush=True)
 time.sleep(120)
 """
@@ -836,9 +836,9 @@ open("runner", "w").write(str(os.getpid()))
 time.sleep(60)
 '''
 DAEMON = '''
-import os, sys, time
+import os, pathlib, sys, time
 from estelle_updater import spawn_runner
-child = spawn_runner(sys.argv[1:], {**os.environ, "ESTELLE_RUN": "x"}, "log")
+child = spawn_runner(sys.argv[1:], {**os.environ, "ESTELLE_RUN": "x"}, pathlib.Path("log"))
 print(child.wait(), flush=True)
 time.sleep(60)
 '''
