@@ -1168,8 +1168,9 @@ def valid_branch_problem(name: str) -> str | None:
         (r".*\.|.*\.lock(/.*)?", "a part ends with .lock, or the name with a dot"),
         (r".*(\.\.|@\{|[ ~^:?*\[\\]).*", "it holds '..', '@{', a space or one of ~^:?*[\\"),
     )
-    # control, bidirectional and zero-width characters, line ends, lone surrogates
-    if not name.isprintable():
+    # control, bidirectional and zero-width characters, line ends, lone surrogates; and U+FFFD,
+    # which decoding puts in their place: the name that was meant is another
+    if not name.isprintable() or "\ufffd" in name:
         return "it holds a character that can't be seen"
     if len(name.encode()) > 255:
         return "it is longer than 255 bytes"
@@ -2718,6 +2719,9 @@ def _clean(cls: type[Any], name: str, value: Any) -> Any:
     is, to be refused rather than mended."""
     if (cls, name) in ((Submit, "branch"), (Submit, "commits"), (Ask, "args")):
         return value
+    if (cls, name) == (JobRecord, "host"):
+        # a host's name is refused for what was replaced in it, and a space would not tell
+        return "".join(letter if letter.isprintable() else "\ufffd" for letter in value)
     clean = one_line_each(value)
     if cls is Answer and isinstance(value, dict):
         rows = value.get("hosts")
@@ -13282,8 +13286,8 @@ class Registry:
         ProtocolError."""
         others = [host.label for host in self.hosts() if host.machine != job.machine]
         taken = {file_label(label).casefold() for label in others + list(hosts)}
-        printable = job.host.isprintable() and 0 < len(job.host) <= 200
-        if not printable or file_label(job.host).casefold() in taken:
+        shown = job.host.isprintable() and "\ufffd" not in job.host
+        if not shown or not 0 < len(job.host) <= 200 or file_label(job.host).casefold() in taken:
             raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
         now = time.monotonic()
         still = 0

@@ -732,7 +732,7 @@ def test_hostile_branches_pass_neither_the_master_nor_an_agent_nor_a_runner(open
         ended = state.load_job(run_id, A)
         assert ended and (ended.state, ended.step) == (est.State.FAILED, "check")
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
-    assert not re.search("fetch|checkout|pull", asked)
+    assert not re.search(r"(?<![.\w])(fetch|checkout|pull)(?![.\w])", asked), "as a command, not in a setting's name"
 
 
 def test_an_agent_takes_no_hostile_branch_of_a_false_master(fleet: MakeFleet) -> None:

@@ -40,11 +40,13 @@ from tests.fleet import VERSION, Fleet, processes_of, wait_for
 A, B, C = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 PEAK = "import atexit; atexit.register(lambda: print('peak', *open('/proc/self/status'), file=sys.stderr))"
 IMPATIENT = "SERVER_OPTIONS.update(ping_interval=1, ping_timeout=3)"  # and a send that blocks is given up after 1 s
-DIES = """save = StateFolder.save_run
-def save_and_die(self, record):
-    save(self, record)
-    os._exit(9)
-StateFolder.save_run = save_and_die"""
+# once the disk has kept a run, and before the store tells anybody so
+DIES = """end = Store._end
+def die(self, path, write, data, refused):
+    if path.name == "run.json" and not refused:
+        os._exit(9)
+    end(self, path, write, data, refused)
+Store._end = die"""
 TALK = "until [ -e ../go ]; do echo talking; sleep 0.05; done\n"
 BOUND_KB = 64 << 10  # over what a process of this program needs anyway
 pytestmark = pytest.mark.xdist_group("limits")

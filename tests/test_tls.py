@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import pytest
 
 import estelle_updater as est
 from tests.commands import COMMAND, GATED, detach, lines_of, log_of, open_gate, wait_state, write_script
-from tests.fleet import READY_S, ROOT, Fleet, Host, need, run, wait_for
+from tests.fleet import MODULE, READY_S, ROOT, Fleet, Host, need, run, wait_for
 
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -90,6 +91,7 @@ def serial(one: Fleet, ca: Path, strict: bool = False) -> str:
 def test_the_readme_s_authority_serves_a_fleet_through_a_renewal(fleet: Callable[..., Fleet], tmp_path: Path) -> None:
     authority = Authority(tmp_path / "ca")
     one = secure(fleet, authority)
+    one.master.program = (sys.executable, str(MODULE))
     one.start()
     agent, ca = one.agents[0], authority.folder / "fleet-ca.pem"
     code, out, err = one.cli("trigger", "all", "master")

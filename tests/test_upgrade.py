@@ -20,7 +20,7 @@ import pytest
 
 import estelle_updater
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
-from tests.fleet import ROOT, Fleet, Host, Result, need, processes_of, run, wait_for
+from tests.fleet import MODULE, ROOT, Fleet, Host, Result, need, processes_of, run, wait_for
 from tests.test_pm2 import SERVICE, Pm2
 
 MakeFleet = Callable[..., Fleet]
@@ -158,7 +158,7 @@ def test_the_line_for_a_new_host(fleet: MakeFleet, pyz: Path, tmp_path: Path) ->
 
 
 def test_a_checkout_has_nothing_to_hand_out(fleet: MakeFleet) -> None:
-    one = fleet(hosts=1)
+    one = fleet(hosts=1, program=(sys.executable, str(MODULE)))
     status, text = get(one, f"/{NAME}")
     assert status == 404 and b".pyz" in text
     code, _, err = one.cli("upgrade")
