@@ -2734,9 +2734,12 @@ def _clean(cls: type[Any], name: str, value: Any) -> Any:
     return clean
 
 
-def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
+def decode_fields(cls: type[Any], data: dict[str, Any], *, exact: bool = False) -> Any:
     """A dataclass from decoded JSON, each value checked against its annotation, and every text but
-    a log's as one printable line. Raises ProtocolError."""
+    a log's as one printable line. Raises ProtocolError.
+
+    `exact` leaves the texts as they are: a switch's journal holds whole files, and what is written
+    back from it must be what was there."""
     values: dict[str, Any] = {}
     for name, spec in cls.__dataclass_fields__.items():
         if name not in data:
@@ -2748,7 +2751,7 @@ def decode_fields(cls: type[Any], data: dict[str, Any]) -> Any:
             value = WORDS[spec.type](value)
         elif not _fits(spec.type, value) or (name == "run" and not valid_run_id(value)):
             raise ProtocolError(f"{cls.__name__}: {name} can't be {str(value)[:60]!r}")
-        else:
+        elif not exact:
             value = _clean(cls, name, value)
         values[name] = value
     return cls(**values)
@@ -6666,13 +6669,13 @@ class StateFolder:
         known = path.exists() or log_size(self.log_file(run, host)) > 0
         return known and self.store.read(path)[0] is not Reading.VALUE
 
-    def _load(self, path: Path, cls: type[Any]) -> Any:
+    def _load(self, path: Path, cls: type[Any], *, exact: bool = False) -> Any:
         reading, data = self.store.read(path)
         if reading is Reading.UNREADABLE:
             raise OSError(errno.EIO, "can't be read now", str(path))
         try:
             if reading is Reading.VALUE:
-                return decode_fields(cls, data)
+                return decode_fields(cls, data, exact=exact)
             return None
         except ProtocolError:
             return None
@@ -10946,7 +10949,8 @@ def switch_traffic(runner: Runner) -> str | None:
     """The whole job of a switch; what an earlier one left half done is ended first. Returns the
     colour that takes the traffic now. Raises UpdaterError."""
     runner.begin("gate")
-    entry: SwitchEntry | None = runner.state._load(runner.state.switch_file, SwitchEntry)
+    journal = runner.state.switch_file
+    entry: SwitchEntry | None = runner.state._load(journal, SwitchEntry, exact=True)
     if entry:
         color = resume_switch(runner, entry)
         if color:
@@ -20001,10 +20005,10 @@ def cmd_rollback(args: Args) -> int:
 
 
 def require_colours(args: Args) -> None:
-    """Raise GuardError where nobody could switch."""
+    """Raise UsageError where nobody could switch."""
     config, _ = load_config_or_last(args.config_path(), args.state_folder(), remember=False)
     if config.haproxy is None:
-        raise GuardError(
+        raise UsageError(
             "there is no [haproxy] in the configuration: this fleet has no colours",
             "`config init --blue-green` shows what belongs there",
         )

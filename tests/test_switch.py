@@ -408,6 +408,16 @@ def runner_of(folder: Path) -> int | None:
     return next((pid for pid, command in processes_of(folder).items() if " run-job " in command), None)
 
 
+def test_the_journal_gives_back_every_byte(tmp_path: Path):
+    """Whoever takes a dead runner's switch up compares HAProxy's file with it, and writes it back from it."""
+    state = est.StateFolder(tmp_path)
+    text = bytes(range(256)).decode("latin-1") + "# 데이터\n".encode().decode("latin-1")
+    rule: dict[str, Any] = {"reload": ["sh", "-c", "kill\n\tx"]}
+    entry = est.SwitchEntry("20261127-040332-0001", rule, "/a\tb", old=text, new=text + "\n\n", states="1\n# be\n")
+    est.write_atomic(state.switch_file, est._dump(entry))
+    assert vars(state._load(state.switch_file, est.SwitchEntry, exact=True)) == vars(entry)
+
+
 @pytest.mark.parametrize(
     ("phase", "daemon"),
     [("drain", True), ("write", False), ("reload", True), ("proof", False)],
