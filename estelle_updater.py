@@ -19616,14 +19616,22 @@ def make_caller(args: Args) -> Caller:
     """The way to the master by this host's configuration, or by its last valid one. Raises
     UpdaterError where there never was a valid one."""
     require_packages()
-    path, state = args.config_path(), args.state_folder()
-    # the commit that mends a broken configuration has to be ordered too
-    config, problem = load_config_or_last(path, state, remember=False)
-    if problem:
-        text = f"{problem}; the last valid settings of this host are used"
+    config, text = settings_in_force(args)
+    if text and args.tells_settings:
         notice = json.dumps({"event": "notice", "text": text})
         print(notice if args.json else f"estelle-updater: {terminal_text(text)}", file=sys.stderr)
-    return Caller(state, config, args.bind, work_tree(path))
+    return Caller(args.state_folder(), config, args.bind, work_tree(args.config_path()))
+
+
+def settings_in_force(args: Args) -> tuple[Config, str]:
+    """A commander's settings, and what is to be said where they are not what the file holds. Raises
+    ConfigError."""
+    # the commit that mends a broken configuration has to be ordered too
+    path = args.config_path()
+    config, problem = load_config_or_last(path, args.state_folder(), remember=False)
+    if problem:
+        return config, f"{problem}; the last valid settings of this host are used"
+    return config, ""
 
 
 def cmd_serve(args: Args) -> int:
@@ -21396,8 +21404,11 @@ class McpServer:
         text = ""
         try:
             takes = self.session.tools[call.tool]["inputSchema"]["properties"]
+            _, warning = settings_in_force(self.args)
             found = self.tools.answer(view, takes)
             text = MCP_ANSWERS.get(call.tool, run_answer_text)(found)
+            if warning:
+                text = f"! {warning}\n{text}"
             answer: Any = without_nulls(found)
         except MustAsk as asked:
             with self.lock:
@@ -21457,6 +21468,7 @@ def divert_output() -> IO[bytes]:
 
 def cmd_mcp(args: Args) -> int:
     preload()
+    args.tells_settings = False
     McpServer(args, divert_output()).serve(sys.stdin.buffer)
     return 0
 
@@ -21611,6 +21623,9 @@ def parse_target(text: str) -> str:
 
 class Args(SimpleNamespace):
     """The command line, parsed."""
+
+    # that the last valid settings are used: on standard error, unless each answer says it
+    tells_settings = True
 
     def state_folder(self) -> StateFolder:
         return StateFolder(

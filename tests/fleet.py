@@ -420,6 +420,9 @@ class Fleet:
         killed = kill_processes_of(self.tmp_path)
         for process in self.watched:
             process.wait(5)
+            for pipe in (process.stdout, process.stderr):
+                if pipe:  # of a test that failed: else a later test fails for what this one left open
+                    pipe.close()
         for host in self.hosts:
             if host.process:
                 host.process.wait(5)

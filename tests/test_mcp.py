@@ -468,9 +468,16 @@ def test_a_broken_master_and_garbage_are_answers(fleet: MakeFleet, model: Callab
     assert lines.count(b"begun") == 1 and b"ended" in log_of(one, run, one.master)
     config = one.master.config.read_text()
     one.master.config.write_text("{")
-    assert "exit: 2" in client.error("status"), "a broken configuration is told too"
+    told = client.call("status")
+    assert not told["isError"], "the commit that mends it has to be ordered too"
+    assert "the last valid settings of this host are used\n" in told["content"][0]["text"], (
+        "a broken configuration is told"
+    )
+    (one.master.state / "last-config.json").unlink()
+    assert "exit: 2" in client.error("status"), "there never was a valid one"
     one.master.config.write_text(config)
-    assert not client.call("status")["isError"], "and its repair takes effect"
+    mended = client.call("status")
+    assert not mended["isError"] and "last valid" not in mended["content"][0]["text"], "its repair takes effect"
     assert client.end() == ""
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -541,27 +542,42 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
+@contextmanager
+def ended_at_end(argv: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process of a test that may fail: else a later test fails for what this one left open."""
+    process = subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_a_detached_runner_outlives_its_daemon(tmp_path: Path, killed_at_end: list[int]) -> None:
-    daemon = subprocess.Popen(python(DAEMON, tmp_path, DETACHED), env=ENV, stdout=subprocess.PIPE, text=True)
-    assert daemon.stdout
-    facts_file = tmp_path / "facts"
-    first, code = map(int, daemon.stdout.readline().split())
-    facts = json.loads(wait_for(lambda: facts_file.read_text() if facts_file.exists() else "", "the runner's facts"))
-    killed_at_end.append(facts["pid"])
-    assert code == 0
-    assert facts["pid"] != first and facts["sid"] == facts["pid"], "a session of its own"
-    # its parent is the first process, or whoever adopts orphans here: nobody between the test and the daemon
-    assert not {daemon.pid, os.getpid()} & set(ancestors(facts["pid"])), "PM2 would kill it with the daemon"
-    log = tmp_path / "runner.log"
-    assert facts["fds"] == {"0": "/dev/null", "1": "/dev/null", "2": str(log)}
-    assert facts["open"] == 5, "three streams, the lock and the listing itself"
-    assert facts["mark"] is False
-    assert log.read_text() == "for the log\n" and stat.S_IMODE(log.stat().st_mode) == 0o600
-    daemon.kill()
-    assert daemon.communicate(timeout=10)[0] == "", "the daemon's pipe ends with the daemon"
-    assert alive(facts["pid"]) and FileLock.held_elsewhere(tmp_path / "lock")
-    os.kill(facts["pid"], signal.SIGKILL)
-    wait_for(lambda: not FileLock.held_elsewhere(tmp_path / "lock"), "a free lock")
+    with ended_at_end(python(DAEMON, tmp_path, DETACHED)) as daemon:
+        assert daemon.stdout
+        facts_file = tmp_path / "facts"
+        first, code = map(int, daemon.stdout.readline().split())
+        facts = json.loads(
+            wait_for(lambda: facts_file.read_text() if facts_file.exists() else "", "the runner's facts")
+        )
+        killed_at_end.append(facts["pid"])
+        assert code == 0
+        assert facts["pid"] != first and facts["sid"] == facts["pid"], "a session of its own"
+        # its parent is the first process, or whoever adopts orphans here: nobody between the test and the daemon
+        assert not {daemon.pid, os.getpid()} & set(ancestors(facts["pid"])), "PM2 would kill it with the daemon"
+        log = tmp_path / "runner.log"
+        assert facts["fds"] == {"0": "/dev/null", "1": "/dev/null", "2": str(log)}
+        assert facts["open"] == 5, "three streams, the lock and the listing itself"
+        assert facts["mark"] is False
+        assert log.read_text() == "for the log\n" and stat.S_IMODE(log.stat().st_mode) == 0o600
+        daemon.kill()
+        assert daemon.communicate(timeout=10)[0] == "", "the daemon's pipe ends with the daemon"
+        assert alive(facts["pid"]) and FileLock.held_elsewhere(tmp_path / "lock")
+        os.kill(facts["pid"], signal.SIGKILL)
+        wait_for(lambda: not FileLock.held_elsewhere(tmp_path / "lock"), "a free lock")
 
 
 # ---- the lock
