@@ -8914,8 +8914,10 @@ class WorkTree:
     def __init__(self, repo: Path, env: Mapping[str, str], *, submodules: bool) -> None:
         self.env, self.submodules = env, submodules
         self.root = repo
-        top = self.ask("rev-parse", "--show-toplevel")
-        self.root = Path(os.fsdecode(top).rstrip("\r\n") or repo)
+        if not (repo / ".git").exists():  # a folder within the clone
+            # the way up, not the place: Cygwin's git has names of its own for places
+            up = os.fsdecode(self.ask("rev-parse", "--show-cdup")).strip()
+            self.root = Path(os.path.realpath(repo / up))
 
     def ask(self, *args: str) -> bytes:
         """git's answer in the tree's root; nothing where it says no. Raises UpdaterError."""
@@ -8927,6 +8929,14 @@ class WorkTree:
         """The commit that a name means, "" where there is none. `^{commit}` would not survive
         cmd.exe."""
         return self.ask("rev-list", "--max-count=1", name, "--").decode().strip()
+
+    def commits_of(self, names: Iterable[str], *, all_known: bool = False) -> list[str]:
+        """The commits that the names mean, in their order and each once, by one question: git's
+        start is what takes long, on Windows above all. With `all_known`, none where one is not."""
+        words = ["--no-walk=unsorted"]
+        if not all_known:
+            words.append("--ignore-missing")
+        return self.ask("rev-list", *words, *names, "--").decode().split()
 
     def branch(self) -> str:
         """The branch that is checked out; "" where none is."""
@@ -8958,6 +8968,8 @@ class WorkTree:
     def find_stale_submodules(self) -> list[str]:
         """Those that are at another commit than the one that is named; one that is switched off in
         the clone's own settings is not meant."""
+        if not (self.root / ".gitmodules").exists():
+            return []
         lines = os.fsdecode(self.ask("submodule", "status", "--recursive")).splitlines()
         return [line.split()[1] for line in lines if line[:1] in ("+", "U")]
 
@@ -8978,17 +8990,12 @@ class WorkTree:
 
     # While git writes
 
-    def begin_transit(self, branch: str, remote: str, dirty: Sequence[str]) -> dict[str, Any]:
-        """What is to be known if it is cut off: between which commits, and what is somebody's
-        already."""
-        names = ["HEAD", f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}"]
-        if is_commit_id(branch):
-            names.append(branch)
-        commits = [commit for commit in map(self.commit_of, names) if commit]
-        if len(commits) < 2:  # no branch is called so
-            commits += filter(None, [self.commit_of(f"refs/tags/{branch}")])
+    def begin_transit(self, names: Iterable[str], dirty: Sequence[str]) -> dict[str, Any]:
+        """What is to be known if it is cut off: between HEAD and which commits, and what is
+        somebody's already."""
+        commits = self.commits_of(["HEAD", *names])
         kept = set(dirty)
-        for path, versions in self.find_versions(commits).items():
+        for path, versions in self.find_versions(commits[1:]).items():
             if not versions.in_head and os.path.lexists(self.root / path):
                 kept.add(path)  # not tracked, and in the way
         return {
@@ -9001,7 +9008,7 @@ class WorkTree:
     def find_versions(self, commits: Iterable[str]) -> dict[str, Versions]:
         """The paths in which HEAD and any of the commits differ."""
         found: dict[str, Versions] = {}
-        for commit in set(commits) - {self.commit_of("HEAD")}:
+        for commit in set(commits):
             raw = self.ask(
                 "diff", "--raw", "-z", "--no-abbrev", "--no-renames", "HEAD", commit, "--"
             )
@@ -9013,8 +9020,8 @@ class WorkTree:
     def restore(self, transit: Mapping[str, Any]) -> list[str]:
         """HEAD's content again where git was writing; what is somebody's there is left, and
         returned. Raises UpdaterError, OSError."""
-        commits = [*transit["commits"], self.commit_of("FETCH_HEAD")]
-        versions = self.find_versions(filter(None, commits))
+        commits = self.commits_of(["HEAD", *transit["commits"], "FETCH_HEAD"])
+        versions = self.find_versions(commits[1:])
         touched = set(self.changes().paths)
         for path, one in [*versions.items()]:
             here = path in touched or (not one.in_head and os.path.lexists(self.root / path))
@@ -9262,7 +9269,11 @@ class Deployment:
             runner.warn(f"local changes stay: {paths_text(changes.paths)}")
         if f"refs/heads/{branch}" not in refs:
             self.make_way()
-        transit = self.tree.begin_transit(branch, rule.remote, changes.paths)
+        branches = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
+        names = [name for name in branches if name in refs]
+        if is_commit_id(branch):
+            names.append(branch)
+        transit = self.tree.begin_transit(names or [f"refs/tags/{branch}"], changes.paths)
         write_atomic(runner.state.transit_file, json.dumps(transit).encode(), durable=True)
         try:
             self.go(get, checkout, pull, planned)
@@ -9376,8 +9387,8 @@ class Deployment:
         UpdaterError."""
         tree, runner = self.tree, self.runner
         branch = runner.job.branch
-        head, wanted = tree.commit_of("HEAD"), tree.commit_of(asked)
-        if head != wanted:
+        if len(tree.commits_of(["HEAD", asked], all_known=True)) != 1:  # they are not one commit
+            head, wanted = tree.commit_of("HEAD"), tree.commit_of(asked)
             own = self.git("rev-list", "--count", "HEAD", "--not", wanted or "HEAD", "--").decode()
             what = f"HEAD is {head[:12]}, and {branch} on the remote is {wanted[:12]}"
             if own.strip() not in ("", "0"):
@@ -9409,7 +9420,9 @@ class Deployment:
         """What an earlier job left half written: whole again before anything else. Raises
         UpdaterError."""
         transit = read_json(self.runner.state.transit_file)
-        if transit is None or transit.get("repo") != str(self.tree.root):
+        if transit is None:
+            return
+        if os.path.realpath(transit.get("repo", "")) != os.path.realpath(self.tree.root):
             return
         self.log.line("An earlier job ended while git wrote the tree: restoring what git wrote.")
         theirs = self.tree.restore(transit)
@@ -9453,7 +9466,7 @@ class Deployment:
         commits = dict(zip(refs[2::3], refs[0::3], strict=False))
         own = commits.get(f"refs/heads/{branch}", "")
         theirs = commits.get(f"refs/remotes/{self.runner.rule.remote}/{branch}", "")
-        if not own or not theirs:
+        if own == theirs or not own or not theirs:
             return theirs or own
         common = self.git("merge-base", own, theirs).decode(errors="replace").strip()
         if common == theirs:

@@ -261,7 +261,7 @@ for encoding in ("cp949", "cp1252", "cp437"):
     updater.log.info("완료 ✓")
     updater.print_error(updater.UpdaterError("실패 ✗"), updater.Args(json=False, verbose=False))
     sys.stderr = sys.__stderr__
-assert shown == ["? 완료", "? ??", "? ??"], shown
+assert shown == ["+ 완료", "+ ??", "+ ??"], shown  # the mark has a plain one, so that it says something
 assert updater.default_state_folder(os.environ) == updater.Path(os.environ["LOCALAPPDATA"]) / "estelle-updater"
 print("all good")
 """
