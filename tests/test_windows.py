@@ -164,6 +164,7 @@ def test_doctor(windows_fleet: MakeHosts) -> None:
     assert result.code == 2 and "npm install -g pm2" in result.err
 
 
+@pytest.mark.timeout(240)  # three deployments under Wine: 40 s each on a busy machine
 def test_an_agent_deploys_fails_and_is_cancelled(windows_fleet: MakeHosts) -> None:
     one, windows = windows_fleet()
     row = next(row for row in json.loads(one.cli("status", "--json").out)["hosts"] if row["host"] == AGENT)
