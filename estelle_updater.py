@@ -4015,9 +4015,6 @@ _FORGE_SAYS = r"^remote: (?!Resolving|Counting|Compressing|Enumerating|Total)(.*
 
 def failure_reason(said: bytes) -> str:
     """Why git, or a program like it, failed, in one line out of all that it said."""
-    known = explain_failure(said)
-    if known:
-        return known
     text = said.decode(errors="replace")
     forge = re.findall(_FORGE_SAYS, text, re.MULTILINE)[-1:]
     reasons = list(forge)
@@ -4028,7 +4025,11 @@ def failure_reason(said: bytes) -> str:
     lines = list(filter(None, map(str.strip, text.splitlines())))
     plain = [line for line in lines if not line.startswith("hint:")]
     why = "; ".join(dict.fromkeys(map(str.strip, reasons[:2])))
-    return why or (plain or lines or ["no reason given"])[-1]
+    why = why or (plain or lines or ["no reason given"])[-1]
+    known = explain_failure(said)
+    if known:  # git's own words stay: the explanation may be of another fault that looks the same
+        return f"{known} ({why})"
+    return why
 
 
 # ==============================================================================
@@ -8845,11 +8846,21 @@ class Runner:
         self.masker = Masker(self.hidden)
         return config
 
+    @property
+    def question_mark(self) -> str:
+        """What git is marked with that is asked between the steps; `bury_runner` knows it."""
+        return f"{self.run}/{file_label(self.host)}/questions"
+
+    def work_tree(self) -> WorkTree:
+        """The clone's files, as the rule says by now."""
+        submodules = self.rule.submodules
+        return WorkTree(self.repo, self.env, submodules=submodules, mark=self.question_mark)
+
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
-        mark = f"{self.run}/{file_label(self.host)}/questions"  # `bury_runner` knows it
+        how: dict[str, Any] = {"mark": self.question_mark, "stop": self.is_cancelled}
         try:
-            return git_output(self.repo, self.env, *args, mark=mark, stop=self.is_cancelled)
+            return git_output(self.repo, self.env, *args, **how)
         except UpdaterError:
             if self.is_cancelled():
                 raise self.cancelled(self.job.step or "") from None
@@ -8911,8 +8922,11 @@ class WorkTree:
     """A clone's files between two commits: what git itself wrote is known by its content, anything
     else is somebody's. Asks whatever a cancel says: a tree is not left half written."""
 
-    def __init__(self, repo: Path, env: Mapping[str, str], *, submodules: bool) -> None:
+    def __init__(
+        self, repo: Path, env: Mapping[str, str], *, submodules: bool, mark: str = ""
+    ) -> None:
         self.env, self.submodules = env, submodules
+        self.mark = mark  # of every git, so that none outlives a runner that was killed
         self.root = repo
         if not (repo / ".git").exists():  # a folder within the clone
             # the way up, not the place: Cygwin's git has names of its own for places
@@ -8921,7 +8935,7 @@ class WorkTree:
 
     def ask(self, *args: str) -> bytes:
         """git's answer in the tree's root; nothing where it says no. Raises UpdaterError."""
-        return git_output(self.root, self.env, *args)
+        return git_output(self.root, self.env, *args, mark=self.mark)
 
     # What there is
 
@@ -8942,12 +8956,13 @@ class WorkTree:
         """The branch that is checked out; "" where none is."""
         return os.fsdecode(self.ask("branch", "--show-current").strip())
 
-    def changes(self) -> TreeChanges:
-        """What is not as HEAD has it. Raises UpdaterError where git does not say."""
+    def changes(self, stop: Callable[[], bool] = lambda: False) -> TreeChanges:
+        """What is not as HEAD has it. Raises UpdaterError where git does not say, or `stop`
+        does."""
         words = ["status", "--porcelain", "-z", "--no-renames", "--untracked-files=no"]
         if not self.submodules:
             words.append("--ignore-submodules=all")
-        code, out, err = ask_git(self.root, self.env, *words)
+        code, out, err = ask_git(self.root, self.env, *words, mark=self.mark, stop=stop)
         if code:
             raise UpdaterError(failure_reason(err))
         return parse_status(out)
@@ -9041,7 +9056,8 @@ class WorkTree:
 
     def write(self, *args: str) -> None:
         """A command of git that has to work. Raises UpdaterError."""
-        code, _, err = ask_git(self.root, self.env, "--literal-pathspecs", *args)
+        words = ["--literal-pathspecs", *args]
+        code, _, err = ask_git(self.root, self.env, *words, mark=self.mark)
         if code:
             raise UpdaterError(failure_reason(err))
 
@@ -9206,7 +9222,7 @@ class Deployment:
         require_branch(runner.job.branch)
         self.clearance.check_ground()
         remove_git_locks(runner)
-        self.tree = WorkTree(runner.repo, runner.env, submodules=runner.rule.submodules)
+        self.tree = runner.work_tree()
         self.end_transit()
         self.move_tree()
         runner.begin("config", StepKind.CONFIG)
@@ -9248,6 +9264,16 @@ class Deployment:
 
     # Moving the tree
 
+    def find_changes(self) -> TreeChanges:
+        """The local changes. Nothing has been written yet, so a cancel ends the question too."""
+        runner = self.runner
+        try:
+            return self.tree.changes(stop=runner.is_cancelled)
+        except UpdaterError:
+            if runner.is_cancelled():
+                raise runner.cancelled(runner.job.step or "") from None
+            raise
+
     def move_tree(self) -> None:
         """From what is checked out to what was asked for. Raises StepFailed, UpdaterError: then git
         has left nothing half written, or the mark stays."""
@@ -9264,7 +9290,7 @@ class Deployment:
             self.clearance.judge_doors(branch)
         if planned and pull:
             pull = pin_pull(pull, planned)
-        changes = self.tree.changes()
+        changes = self.find_changes()
         if changes.paths:
             runner.warn(f"local changes stay: {paths_text(changes.paths)}")
         if f"refs/heads/{branch}" not in refs:

@@ -215,7 +215,8 @@ def test_a_refused_publication_changes_nothing(published: tuple[Origin, Path]) -
     hook.unlink()
     origin.git("remote", "set-url", "origin", "/nonexistent", cwd=clone)
     before = state_of(origin, clone)
-    refused("git ls-remote: '/nonexistent' does not appear to be a git repository")
+    forge = "the forge knows no such repository, or this host's key or token may not read it"
+    refused(f"git ls-remote: {forge} ('/nonexistent' does not appear to be a git repository)")
     origin.git("remote", "set-url", "origin", str(origin.bare), cwd=clone)
     settings = json.loads((clone / "config/updater.json").read_text())
     origin.commit({"config/updater.json": json.dumps(settings | {"whitelist": ["127.0.0.1", "127.0.0.9"]})})
