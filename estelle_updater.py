@@ -18235,10 +18235,10 @@ class Setup:
             if "--user" in argv:
                 hint = f"as this user, log in directly (not by su), or: {LINGER}"
             if out:
-                why = failure_reason(out.encode())
+                reason = failure_reason(out.encode())
             else:
-                why = f"exit {code}"
-            raise UpdaterError(f"{line}: {why}", hint)
+                reason = f"exit {code}"
+            raise UpdaterError(f"{line}: {reason}", hint)
 
 
 def judge_encoding(encoding: str) -> Finding:
@@ -20901,10 +20901,10 @@ def run_answer_text(answer: Mapping[str, Any]) -> str:
         commit = ""
         if row.get("commit"):
             commit = f" {row['commit'][:7]}"
-        why = ""
+        error = ""
         if row.get("error"):
-            why = f": {row['error']}"
-        lines.append(f"[{row['host']}] {outcome}{commit}{why}")
+            error = f": {row['error']}"
+        lines.append(f"[{row['host']}] {outcome}{commit}{error}")
         for text in row.get("warnings") or ():
             lines.append(f"  warning: {text}")
     for failure in answer.get("failures") or ():
