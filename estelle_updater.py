@@ -3281,11 +3281,21 @@ def may_roll_back(job: JobRecord) -> bool:
     return ended_badly and job.kind is Kind.DEPLOY and job.began_command and is_new
 
 
+def commit_words(version: str | None, commit: str | None) -> str:
+    """What is, or would be, checked out: the project's own word for it, and the commit."""
+    short = (commit or "")[:7]
+    if not version or version == short:
+        return short
+    if not short:
+        return version
+    return f"{version} ({short})"
+
+
 def unchanged_text(job: JobRecord) -> str:
     """What a host that failed still has, where nothing changed on it; "" else."""
     if job.changed is not False or job.state in (State.SUCCEEDED, State.QUEUED, State.RUNNING):
         return ""
-    has = " ".join(filter(None, (job.version, f"({job.commit[:7]})" if job.commit else "")))
+    has = commit_words(job.version, job.commit)
     return f"nothing changed on {job.host}" + (f": it has {has}" if has else "")
 
 
@@ -3556,6 +3566,31 @@ def decide_rollback(successes: Sequence[str], current: str) -> int | None:
     if before:
         return before - 1
     return None
+
+
+def succeeded(attempts: Iterable[Mapping[str, Any]], *kinds: Kind) -> list[Mapping[str, Any]]:
+    """Of a host's attempts those that brought a commit, in their order."""
+    found = []
+    for job in attempts:
+        if job["kind"] in kinds and job["ok"] and job["commit"]:
+            found.append(job)
+    return found
+
+
+def needless_rollback(attempts: Sequence[Mapping[str, Any]], current: str) -> str | None:
+    """Why there is nothing to go back from: the last attempt (of all, oldest first) failed, and
+    left what had succeeded before it. None where there is."""
+    if not attempts or attempts[-1]["ok"]:
+        return None
+    last = attempts[-1]
+    newest = succeeded(attempts, Kind.DEPLOY, Kind.ROLLBACK)[-1:]
+    if not newest or newest[0]["commit"] != current:
+        return None
+    did = "changed nothing"
+    if last.get("changed"):  # the command was run again, and did not end well
+        did = "brought no other commit"
+    has = commit_words(newest[0]["version"], current)
+    return f"the last attempt (run {last['run']}) {did}: {has} is what succeeded last"
 
 
 def plan_command(command: tuple[str, ...]) -> Step:
@@ -5003,6 +5038,9 @@ PLAN_SCHEMA = _fields(
         "current": _has("string", "the commit that is checked out now"),
         "target": _has("string", "the commit that would be"),
         "why": _has("string", "for a rollback: why this commit"),
+        "back": _has(
+            "string", "where a rollback has nothing to undo: the commit one step further back"
+        ),
         "version": _has("string", "what the deployed program calls itself now"),
         "target_version": _has("string", "what it called itself when that commit was deployed"),
         "color": _has("string", "blue or green"),
@@ -6769,17 +6807,18 @@ class History:
             for row in self.rows(count)
         ]
 
-    def successes(self) -> dict[str, list[dict[str, Any]]]:
-        """The deployments that succeeded, oldest first, per machine: its label may have been
-        another one then."""
+    def attempts(self) -> dict[str, list[dict[str, Any]]]:
+        """The deployments and rollbacks that began and are over, oldest first, per machine: its
+        label may have been another one then."""
         found: dict[str, list[dict[str, Any]]] = {}
         for row in reversed(self.rows()):
-            if row["kind"] != Kind.DEPLOY:
+            if row["kind"] not in (Kind.DEPLOY, Kind.ROLLBACK):
                 continue
             for job in row["hosts"]:
                 machine = row["machines"].get(job["host"], "")
-                if job["ok"] and job["commit"]:
-                    found.setdefault(machine, []).append({"run": row["run"], **job})
+                if job["state"] in FINAL and job["seconds"] is not None:
+                    facts = {"run": row["run"], "kind": row["kind"], **job}
+                    found.setdefault(machine, []).append(facts)
         return found
 
     # The index
@@ -11622,7 +11661,9 @@ class Inbound(Inbox):
 # What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`,
 # nor speak in a plan for another host, by whose name the master would then act.
 _TEXTS, _SERVER = (
-    dict.fromkeys(("branch", "current", "target", "busy"), "str | None"),
+    dict.fromkeys(
+        ("branch", "current", "target", "busy", "version", "target_version"), "str | None"
+    ),
     "dict[str, str | None]",
 )
 _LISTS = (
@@ -12554,6 +12595,11 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         found["busy"] = agent.state.current()[0] or None
     with suppress(OSError):
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
+    with suppress(OSError):
+        found["version"] = parse_version_file(read_committed(repo / rule.version, repo))
+    if found.get("target"):
+        file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
+        found["target_version"] = parse_version_file(file.encode())
     return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
 
 
@@ -14829,6 +14875,16 @@ PLANNED = {  # what can be planned, and the words that each takes
 PLAN_WORDS = ("action", "target", "branch", "to", "color")
 
 
+class WayBack(NamedTuple):
+    """Where a rollback leads a host; `needless`: there is nothing to undo, and `commit` is one step
+    further."""
+
+    commit: str
+    why: str
+    current: str = ""
+    needless: bool = False
+
+
 class Planner:
     """Answers `plan`: what an order would do on each host, asked of all hosts at once."""
 
@@ -14871,15 +14927,22 @@ class Planner:
         self.look_at_freezes(rows)
         now_and_then = ("machine", "current", "target", "traffic")
         truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
+        concerned = rows
+        if self.action == "rollback" and any(row["target"] for row in rows):
+            # where there is nothing to go back to, or nothing to undo, nothing will be done
+            concerned = [row for row in rows if row["target"]]
+        refused = []
         for row in rows:
             row.pop("machine", None)
+            if row in concerned:
+                refused += row["refused"]
         return {
-            "plan": self.remember(truth, [text for row in rows for text in row["refused"]]),
+            "plan": self.remember(truth, refused),
             "branch": "",
             **self.request,
             **self.expects,
             "fresh_s": PLAN_FRESH_S,
-            "ok": not any(row["refused"] for row in rows),
+            "ok": not refused,
             "hosts": rows,
         }
 
@@ -14928,7 +14991,7 @@ class Planner:
         self.expects = expected_roles(self.target, hosts, active)
         if self.action == "update":
             require_branch(self.branch)
-        history = asyncio.ensure_future(asyncio.to_thread(self.master.state.history.successes))
+        history = asyncio.ensure_future(asyncio.to_thread(self.master.state.history.attempts))
         if self.action == "rollback":
             past = await history
         else:
@@ -14944,10 +15007,13 @@ class Planner:
             else:
                 past = {}
         for row in rows:
-            times = sorted(
-                job["seconds"] for job in past.get(row["machine"], []) if job["seconds"] is not None
-            )
+            attempts = past.get(row["machine"], [])
+            times = sorted(job["seconds"] for job in succeeded(attempts, Kind.DEPLOY))
             row["expected_s"] = times[len(times) // 2] if times else None
+            for commit, version in (("current", "version"), ("target", "target_version")):
+                for job in succeeded(attempts, Kind.DEPLOY, Kind.ROLLBACK):
+                    if job["commit"] == row[commit] and not row.get(version):
+                        row[version] = job["version"]
         if not any(row["online"] for row in rows):
             raise TargetError(f"no host of {self.target} is online", "start its service")
         return rows
@@ -14977,6 +15043,19 @@ class Planner:
 
     # One host
 
+    @staticmethod
+    def empty_row(host: HostRef, online: bool, queued: list[str]) -> dict[str, Any]:
+        """One host's row before anybody was asked."""
+        unknown = ("branch", "current", "target", "why", "version", "target_version", "back")
+        lists = ("subjects", "changed", "dirty", "in_the_way", "restart", "doors", "refused")
+        row: dict[str, Any] = {name: [] for name in (*lists, "warnings")}
+        row |= dict.fromkeys((*unknown, "busy", "disk_free_bytes", "expected_s", "command"))
+        row |= dict.fromkeys(("lock_file", "diverged"), False)
+        counts = ("commits", "leaving", "changed_count", "dirty_count", "in_the_way_count")
+        row |= dict.fromkeys(counts, 0)
+        known = {"host": host.label, "machine": host.machine, "online": online, "queued": queued}
+        return {**known, **row}
+
     async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
         agent = self.master.agents.get(host.machine)
@@ -14986,41 +15065,19 @@ class Planner:
             for job in run.jobs.values()
             if job.machine == host.machine
         ]
-        row: dict[str, Any] = {
-            "host": host.label,
-            "machine": host.machine,
-            "online": agent is not None,
-            "branch": None,
-            "current": None,
-            "target": None,
-            "why": None,
-            "commits": 0,
-            "leaving": 0,
-            "subjects": [],
-            "changed_count": 0,
-            "changed": [],
-            "lock_file": False,
-            "dirty_count": 0,
-            "dirty": [],
-            "in_the_way_count": 0,
-            "in_the_way": [],
-            "diverged": False,
-            "busy": None,
-            "queued": [job.run for job in jobs if job.state is State.QUEUED],
-            "disk_free_bytes": None,
-            "expected_s": None,
-            "command": None,
-            "restart": [],
-            "doors": [],
-            "refused": [],
-            "warnings": [],
-        }
+        queued = [job.run for job in jobs if job.state is State.QUEUED]
+        row = self.empty_row(host, agent is not None, queued)
         if agent is None:
             return row | {"refused": ["the host is offline"], "exit": TargetError.exit_code}
         try:
             branch = self.branch
             if self.action == "rollback":
-                branch, row["why"] = await self.choose(agent, host, past)
+                chosen = await self.choose(agent, host, past)
+                if chosen.needless:
+                    facts = {"current": chosen.current, "back": chosen.commit or None}
+                    needless = {"refused": [chosen.why], "exit": TargetError.exit_code}
+                    return row | facts | needless
+                branch, row["why"] = chosen.commit, chosen.why
             answer = await agent.ask("plan", {"address": host.address, "branch": branch}, PLAN_S)
             if answer is None:
                 raise UpdaterError(f"no answer within {PLAN_S:.0f} s")
@@ -15037,13 +15094,15 @@ class Planner:
 
     async def choose(
         self, agent: AgentLink, host: HostRef, past: Sequence[Mapping[str, Any]]
-    ) -> tuple[str, str]:
+    ) -> WayBack:
         """The commit to go back to, and why that one. Raises TargetError."""
-        commits = [job["commit"] for job in past]
+        successes = succeeded(past, Kind.DEPLOY)
+        commits = [job["commit"] for job in successes]
         if self.to:
-            found = {commit for commit in commits if commit.startswith(self.to)}
+            known = succeeded(past, Kind.DEPLOY, Kind.ROLLBACK)
+            found = {job["commit"] for job in known if job["commit"].startswith(self.to)}
             if len(found) == 1 or is_commit_id(self.to):
-                return (found or {self.to}).pop(), "as asked"
+                return WayBack((found or {self.to}).pop(), "as asked")
             raise TargetError(
                 f"{len(found) or 'no'} recorded successes have a commit {self.to[:80]!r}..."
             )
@@ -15052,12 +15111,19 @@ class Planner:
         if current is None:
             raise UpdaterError("git does not say what is checked out")
         index = decide_rollback(commits, current)
+        needless = needless_rollback(past, current)
+        if needless:
+            before = ""
+            if index is not None:
+                before = commits[index]
+            return WayBack(before, needless, current, needless=True)
         if index is None:
             raise TargetError(f"no commit succeeded before {current[:7]}")
         when = f"{current[:7]} never did"
         if current in commits:
             when = f"before {current[:7]} first did"
-        return commits[index], f"the newest that succeeded (run {past[index]['run']}); {when}"
+        run = successes[index]["run"]
+        return WayBack(commits[index], f"the newest that succeeded (run {run}); {when}", current)
 
 
 async def answer_status(desk: Desk, _: dict[str, Any]) -> dict[str, Any]:
@@ -15203,9 +15269,9 @@ def has_switched(job: JobRecord) -> bool:
     return job.state is State.SUCCEEDED and job.switched
 
 
-def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any]:
+def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") -> dict[str, Any]:
     """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are
-    masked."""
+    masked. `back` is the commit that a rollback would bring, where that is any help."""
     switched = has_switched(job)
     seconds = seconds_of(job)
     facts = (
@@ -15216,7 +15282,9 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any
         job.version if job.version and job.state is not State.SUCCEEDED else "",
         f"run {job.run}",
     )
-    deployed = job.kind in (Kind.DEPLOY, Kind.ROLLBACK) and job.started is not None
+    rollback = None
+    if back:
+        rollback = f"estelle_updater.pyz rollback {job.host} --to {back}"
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": "switched" if switched else str(job.state),
@@ -15228,7 +15296,8 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes) -> dict[str, Any
         "target": run.target,
         "branch": job.branch,
         "by": run.by,
-        "rollback": f"estelle_updater.pyz rollback {job.host}" if deployed else None,
+        "unchanged": unchanged_text(job) or None,
+        "rollback": rollback,
         "log": [line[:NEWS_LINE_CHARS] for line in lines if line.strip()][-NEWS_LINES:],
     }
 
@@ -15242,7 +15311,8 @@ def inert(text: str) -> str:
 
 def news_text(form: str, news: Mapping[str, Any]) -> str:
     """The message as a person reads it: as much of the log's end as the service takes."""
-    parts = (news["title"], news.get("detail"), news.get("error"), news.get("rollback"))
+    told = ("title", "detail", "error", "unchanged", "rollback")
+    parts = tuple(map(news.get, told))
     head = "\n".join(inert(part) for part in parts if part)
     lines = [inert(line) for line in news.get("log") or ()]
     # Services cut or refuse what is too long: the oldest lines go, as the last ones say why it
@@ -15548,9 +15618,22 @@ class Notifier:
                 path = self.state.log_file(job.run, job.host)
                 end = read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
                 name = f"{job.run}-{job.host}-{job.state}"
-                self.spool.tell(name, news_of_job(run.record, job, end))
+                news = news_of_job(run.record, job, end, self.way_back(job))
+                self.spool.tell(name, news)
         except Exception as problem:
             log.error("can't tell of run %s: %s", job.run, problem)
+
+    def way_back(self, job: JobRecord) -> str:
+        """The commit that a rollback would bring, where the command of a new one began and did not
+        succeed; "" where there is nothing to undo, or nothing to go back to."""
+        if not may_roll_back(job):
+            return ""
+        attempts = self.state.history.attempts().get(job.machine, [])
+        commits = [each["commit"] for each in succeeded(attempts, Kind.DEPLOY)]
+        index = decide_rollback(commits, job.commit or "")
+        if index is None:
+            return ""
+        return str(commits[index])
 
     def remember_switch(self, job: JobRecord) -> None:
         """What the traffic does after an order is no failover."""
@@ -15816,16 +15899,41 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
         return connection, reply
 
 
+def further_back(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What to type for one step further back where a rollback has nothing to undo: hosts that have
+    the same commit there share a line."""
+    hosts: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("back"):
+            hosts.setdefault(row["back"], []).append(row["host"])
+    return [
+        f"{program_name()} rollback {','.join(labels)} --to {commit}"
+        for commit, labels in hosts.items()
+    ]
+
+
+def stuck_rollback(rows: Sequence[Mapping[str, Any]]) -> UpdaterError:
+    """That nobody has anything to go back to, each host with its reason."""
+    stuck = [row for row in rows if row["online"]] or rows
+    what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
+    hint = "`history` lists what succeeded; --to COMMIT names a commit"
+    further = further_back(stuck)
+    if further:
+        hint = f"for one step further back all the same: {'; '.join(further)}"
+    problem = UpdaterError(what, hint)
+    codes = {row.get("exit") or 1 for row in stuck}
+    problem.exit_code = TargetError.exit_code
+    if codes != {TargetError.exit_code}:
+        problem.exit_code = min(codes)
+    return problem
+
+
 def plan_rollback(plan: Mapping[str, Any]) -> Submit:
-    """The order that does what a rollback's plan says. Raises TargetError where a host has nothing
-    to go back to."""
-    stuck = [row for row in plan["hosts"] if row["online"] and not row["target"]]
-    if stuck:
-        what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
-        problem = UpdaterError(what, "`history` lists what succeeded; --to COMMIT names a commit")
-        problem.exit_code = stuck[0].get("exit") or 1
-        raise problem
-    commits = {row["host"]: row["target"] for row in plan["hosts"] if row["online"]}
+    """The order that does what a rollback's plan says, on the hosts that have something to go back
+    to. Raises UpdaterError where nobody has."""
+    commits = {row["host"]: row["target"] for row in plan["hosts"] if row["target"]}
+    if not commits:
+        raise stuck_rollback(plan["hosts"])
     branch = "previous"
     if len(set(commits.values())) == 1:
         branch = commits[min(commits)]
@@ -19875,7 +19983,7 @@ def ask_ways_back(args: Args, jobs: Sequence[JobRecord]) -> dict[str, str]:
     ways = {}
     for row in plan["hosts"]:
         if row["target"]:
-            ways[row["host"]] = row["target"][:7]
+            ways[row["host"]] = commit_words(row.get("target_version"), row["target"])
     return ways
 
 
@@ -19890,14 +19998,27 @@ def list_text(row: Mapping[str, Any], name: str, word: str) -> list[str]:
     return [f"{word}: {', '.join(row[name])}" + (f" and {more} more" if more else "")]
 
 
+def versions_text(row: Mapping[str, Any]) -> str:
+    """What the project calls the two commits of an outlook, as far as that is known."""
+    now, then = row.get("version"), row.get("target_version")
+    if now == then or not then:
+        return now or ""
+    return f"{now or '?'} → {then}"
+
+
 def plan_facts(row: Mapping[str, Any]) -> list[str]:
     """One host's outlook in numbers."""
     facts = []
     target = row["target"]
+    versions = versions_text(row)
     if target and row["current"] == target:
         facts.append(f"{target[:7]}, no change")
     elif target:
         facts.append(f"{(row['current'] or '')[:7]} → {target[:7]}")
+    elif row["current"]:
+        facts.append(row["current"][:7])
+    if versions:
+        facts.append(versions)
     if target:
         facts.append(count_text(row["commits"], "commit"))
         if row["leaving"]:
@@ -19964,6 +20085,7 @@ def plan_row(host: Mapping[str, Any], wide: bool) -> TableRow:
         host["host"],
         current[:7],
         target[:7],
+        versions_text(host) or "-",
         str(host["commits"]),
         str(host["changed_count"]),
         lock,
@@ -19975,7 +20097,7 @@ def plan_row(host: Mapping[str, Any], wide: bool) -> TableRow:
 def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
     """What an order would do, as a table for a terminal."""
     rows = [plan_row(host, columns >= WIDE_COLUMNS) for host in plan["hosts"]]
-    head = ("HOST", "FROM", "TO", "COMMITS", "FILES", "LOCK", "ABOUT")
+    head = ("HOST", "FROM", "TO", "VERSION", "COMMITS", "FILES", "LOCK", "ABOUT")
     subject = ""
     for host in plan["hosts"]:
         if host["subjects"]:
@@ -20035,6 +20157,8 @@ def cmd_rollback(args: Args) -> int:
     if not args.json:
         rows = "\n".join(plan_text(row) for row in plan["hosts"])
         print(terminal_text(rows), file=sys.stderr)
+        for line in further_back(plan["hosts"]):
+            print(f"  {line}  one step further back all the same", file=sys.stderr)
     opened = []
     for row in plan["hosts"]:
         for text in row["refused"]:
@@ -20046,9 +20170,10 @@ def cmd_rollback(args: Args) -> int:
     if opened:  # it was seen, and answered with yes
         order = replace(order, options=order.options | {"force": True})
     code, _ = run_order(args, order, "rollback to ")
-    # Success on those that had something to go back to is not success everywhere: a host without a
-    # recorded success was left as it is.
-    return code or int(len(order.commits) < len(plan["hosts"]))
+    # Success on those that had something to go back to is not success everywhere: a host that is
+    # offline, or without a recorded success, was left as it is. One with nothing to undo is well.
+    left = [row for row in plan["hosts"] if not (row["target"] or row.get("back"))]
+    return code or int(bool(left))
 
 
 def require_colours(args: Args) -> None:
@@ -20381,6 +20506,17 @@ def short_result(host: Mapping[str, Any]) -> str:
     return f"… {host['state']}"
 
 
+def half_way_text(host: Mapping[str, Any]) -> str:
+    """Of a host that failed, whether what runs there is what ran before."""
+    if host["state"] == State.SUCCEEDED or host["state"] not in FINAL:
+        return ""
+    if host.get("changed") is False:
+        return ", nothing changed"
+    if host.get("changed"):
+        return ", half-way"
+    return ""  # an older host does not say
+
+
 def cmd_freeze(args: Args) -> int:
     """Nobody deploys for a while (seconds), or until `thaw`: said to the master, which refuses
     orders meanwhile."""
@@ -20579,7 +20715,7 @@ def status_cells(row: Mapping[str, Any], program: str) -> tuple[str, ...]:
     colour = " ".join(filter(None, (row["color"], row["traffic"])))
     last = ""
     if row.get("last"):
-        last = short_result(row["last"])
+        last = short_result(row["last"]) + half_way_text(row["last"])
     if row["updater"] == program:
         updater = ""
     else:
@@ -20639,10 +20775,7 @@ def status_row(row: Mapping[str, Any], now: float, wide: bool) -> TableRow:
         ended = last.get("ended")
         told = f"{mark_of_last} {moment_text(ended, now) if ended else ''}".rstrip()
         if mark_of_last == "✗":
-            kept = ""
-            if last.get("changed") is False:
-                kept = ", nothing changed"
-            notes.append(f"✗ {outcome}{kept}    {last['run']}")
+            notes.append(f"✗ {outcome}{half_way_text(last)}    {last['run']}")
     traffic = " ".join(filter(None, (row["color"], row["traffic"])))
     cells = [row["host"], row["name"], commit_text(row), row["version"], traffic, told]
     if wide:

@@ -137,7 +137,8 @@ def test_every_format_and_no_secret_in_sight(
     assert headers["User-Agent"].startswith("estelle-updater/")
     for text in (slack["text"], discord["content"], telegram["text"], note, whole["text"]):
         assert text.startswith("[127.0.0.2] ✗ 실패 sh deploy.sh (exit 7)\n")
-        assert "estelle_updater.pyz rollback 127.0.0.2\n" in text and run in text and "line 40" in text
+        assert " rollback " not in text, "there is nothing yet to go back to"
+        assert run in text and "line 40" in text
         assert "line 22 " not in text and "\x1b" not in text and PASSWORD not in text
         assert SECRET not in text, "nor what the deployment printed of its environment"
     assert (whole["event"], whole["host"], whole["exit"], whole["step"]) == ("failed", "127.0.0.2", 7, "sh deploy.sh")
@@ -257,8 +258,11 @@ def test_no_message_is_longer_than_its_service_takes(form: str, log: str) -> Non
 def test_what_is_said_of_each_end() -> None:
     assert news(est.State.SUCCEEDED, version="v1")["title"] == "[h] ✓ 완료 v1"
     assert news(est.State.TIMEOUT, step="s")["event"] == "timeout"
-    assert news(est.State.LOST, error="the runner died")["rollback"] == "estelle_updater.pyz rollback h"
-    assert news(est.State.OFFLINE, started=None, ended=None)["rollback"] is None, "nothing was deployed"
+    assert news(est.State.LOST, error="the runner died")["rollback"] is None
+    back = est.news_of_job(RUN, replace(JOB, state=est.State.FAILED, step="s"), b"", "abc")
+    assert back["rollback"] == "estelle_updater.pyz rollback h --to abc"
+    same = news(est.State.FAILED, step="git fetch origin", changed=False, version="v1", commit="f" * 40)
+    assert same["unchanged"] == "nothing changed on h: it has v1 (fffffff)"
     switched = news(est.State.SUCCEEDED, kind=est.Kind.SWITCH, version="green", switched=True)
     assert (switched["event"], switched["title"]) == ("switched", "[h] switched: ✓ 완료 green")
     assert news(est.State.SUCCEEDED, kind=est.Kind.SWITCH)["event"] == "succeeded", "a dry run"

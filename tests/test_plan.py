@@ -159,6 +159,8 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
     write_script("exit 3\n", agent)
     failed = one.cli("trigger", "all", "master")
     assert failed.code == 1 and f"rollback {agent.address} " in failed.err, "the line to type"
+    assert f"to what worked before (v0301_4 ({commits[3][:7]}))" in failed.err
+    assert "✗ 실패 sh ../script (exit 3), half-way" in one.cli("status").out
     write_script("cat app.txt\n", agent)
 
     asked = one.cli("rollback", agent.address)
@@ -170,11 +172,12 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
     assert [head(one, host) for host in one.hosts] == [commits[3]] * 2
     assert one.cli("rollback", "--yes").code == 0
     assert [head(one, host) for host in one.hosts] == [commits[2]] * 2, "a rollback is no step forward"
-    stuck = one.cli("rollback", "--yes")
-    assert stuck.code == 4 and f"{master.address}: no commit succeeded before {commits[2][:7]}" in stuck.err
-    assert [head(one, host) for host in one.hosts] == [commits[2]] * 2, "and nothing was done anywhere"
-    assert one.cli("rollback", agent.address, "--yes").code == 0
-    assert head(one, agent) == commits[1]
+    stuck = f"no commit succeeded before {commits[2][:7]}"
+    some = one.cli("rollback", "--yes")
+    assert some.code == 1 and stuck in some.err and f"[{agent.address}] ✓" in some.out, "the others are offered"
+    assert [head(one, host) for host in one.hosts] == [commits[2], commits[1]]
+    none = one.cli("rollback", master.address, "--yes")
+    assert none.code == 4 and f"{master.address}: {stuck}" in none.err
 
     assert one.cli("rollback", "all", "--to", commits[3][:8], "--yes").code == 0
     assert [head(one, host) for host in one.hosts] == [commits[3]] * 2
@@ -183,10 +186,33 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
         assert answer.code == 4 and agent.address in answer.err, answer.err
     rows = json.loads(one.cli("history", "--json").out)["runs"]
     assert [row["kind"] for row in rows[:2]] == ["rollback", "deploy"] or rows[0]["kind"] == "rollback"
+
+    typo = one.cli("trigger", "all", "mastre")
+    assert typo.code == 1 and " rollback " not in typo.err
+    assert f"nothing changed on {agent.address}: it has v0301_4 ({commits[3][:7]})\n" in typo.err
+    assert "✗ 실패 git checkout mastre (exit 128), nothing changed" in one.cli("status").out
+    kept = one.cli("rollback", "all", "--yes")
+    assert kept.code == 4 and [head(one, host) for host in one.hosts] == [commits[3]] * 2
+    assert f"changed nothing: v0301_4 ({commits[3][:7]}) is what succeeded last" in kept.err
+    further = f"rollback {master.address},{agent.address} --to {commits[2]}"
+    assert further in kept.err, "who means the version before is told how"
+    plan_of = json.loads(one.cli("rollback", "all", "--json", "--yes").err)
+    assert plan_of["exit"] == 4 and further in plan_of["hint"]
+    one.origin.commit({"config/version.json": json.dumps({"version": "v0302_1"})})
+    write_script("exit 3\n", agent)
+    assert one.cli("trigger", agent.address, "master").code == 1
+    mixed = one.cli("rollback", "all")
+    assert mixed.code == 5 and f"roll back {agent.address}?" not in mixed.err
+    assert "v0302_1 → v0301_4" in mixed.err and "changed nothing" in mixed.err
+    write_script("cat app.txt\n", agent)
+    assert one.cli("rollback", "all", "--yes").code == 0
+    assert [head(one, host) for host in one.hosts] == [commits[3]] * 2, "only what failed half-way goes back"
+
+    assert one.cli("trigger", master.address, "master").code == 0
     one.stop(agent)
     wait_for(lambda: not status(one)[1]["online"], "the agent is gone")
     part = one.cli("rollback", "--yes")
-    assert part.code == 1 and "the host is offline" in part.err and head(one, master) == commits[2]
+    assert part.code == 1 and "the host is offline" in part.err and head(one, master) == broken
 
 
 def test_rollback_asks_at_a_terminal(fleet: MakeFleet) -> None:
