@@ -3850,12 +3850,28 @@ def terminal_text(text: str) -> str:
     """A host's text as a terminal may have it: text and colours, nothing else; a carriage return
     begins a line."""
     # the way of nearly every log: a quarter of a microsecond a line instead of five
-    harmless = text.isascii() and not text.encode().translate(None, _PLAIN_ASCII)
-    if harmless or not _CONTROL.search(text):
+    if _is_harmless(text):
         return text
+    text = text.replace("\r\n", "\n")
+    if _is_harmless(SGR.sub("", text)):  # a build's colours: one microsecond a line
+        return "\n".join([_end_colour(line) for line in text.split("\n")])
     *whole, rest = text.split("\n")
     lines = [_clean_line(line.rstrip("\r")) for line in whole]
     return "\n".join([*lines, _clean_line(rest)])
+
+
+def _is_harmless(text: str) -> bool:
+    """Whether the text holds nothing that a terminal would act on."""
+    if text.isascii():
+        return not text.encode().translate(None, _PLAIN_ASCII)
+    return not _CONTROL.search(text)
+
+
+def _end_colour(line: str) -> str:
+    """A line with its colours, which do not run on into the next host's."""
+    if "\x1b" in line:
+        return line + RESET
+    return line
 
 
 def _clean_line(line: str) -> str:
@@ -3863,8 +3879,7 @@ def _clean_line(line: str) -> str:
         return line
     parts = []
     for part in re.split("\r+", line):
-        clean = ESCAPES.sub(lambda match: match[1] or "", part)
-        parts.append(clean + RESET if SGR.search(clean) else clean)
+        parts.append(_end_colour(ESCAPES.sub(lambda match: match[1] or "", part)))
     return "\n".join(parts)
 
 
@@ -18985,13 +19000,18 @@ class Output:
         except (OSError, ValueError) as problem:
             self.fail(problem)
 
-    def write_text(self, text: str) -> None:
-        """Text for a terminal, in one piece."""
+    def encode(self, text: str) -> bytes:
+        """The text in the terminal's encoding, with marks that it has."""
         if self.plain_marks:
             text = text.translate(_PLAIN_MARKS)
         if self.terminal and not self.escapes:
             text = SGR.sub("", text)
-        data = text.encode(sys.stdout.encoding, "replace")
+        return text.encode(sys.stdout.encoding, "replace")
+
+    def write_text(self, *texts: str) -> None:
+        """Text for a terminal, in one piece. It may come in parts, each encoded alone: one mark of
+        the block would make Python hold and encode all lines of its frame as wide characters."""
+        data = b"".join([self.encode(text) for text in texts])
         try:
             # A Windows console takes text alone: bytes of UTF-8 would come out in its code page.
             if os.name == "nt":
@@ -19518,7 +19538,7 @@ class Screen:
                 parts = ["\x1b[?2026h", *parts, "\x1b[?2026l"]
             self.drawn = len(rows)
             if parts:
-                self.output.write_text("".join(parts))
+                self.output.write_text(*parts)
         finally:
             self.drawing = False
         self.shown_at = now

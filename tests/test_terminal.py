@@ -116,6 +116,9 @@ def test_only_lines_with_control_characters_are_treated() -> None:
     assert (
         est.terminal_text("a\r\nb\r\r\nc\rd\x1b[2J\x1b[31mred\x07\n\u202eevil") == "a\nb\nc\nd\x1b[31mred\x1b[0m\nevil"
     )
+    assert est.terminal_text("\x1b[32m✓\x1b[0m a\r\nb\n\x1b[31mc") == "\x1b[32m✓\x1b[0m a\x1b[0m\nb\n\x1b[31mc\x1b[0m"
+    nested = "\x1b\x1b[31m[2Ja\x1b]0;\x1b[1mt\x07b"  # what is left when colours are taken out is no sequence either
+    assert "\x1b" not in est.terminal_text(nested).replace("\x1b[31m", "").replace(est.RESET, "")
 
 
 TABLE_ROWS = [
