@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
-from estelle_updater import Hello, encode_message
+from tests.seam import Hello, encode_message
 
 MASTER = "127.0.0.1"
 UPGRADE = (

@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
-import estelle_updater as est
+from tests import seam as est
 from tests.fleet import Fleet
 
 MACHINE = "ab" * 16

@@ -19,8 +19,8 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import estelle_updater as est  # noqa: E402
-from estelle_updater import MISSING, Field, fields  # noqa: E402
+from tests import seam as est  # noqa: E402
+from tests.seam import MISSING, Field, fields  # noqa: E402
 
 # Every key of the configuration, by table. One that stands only here, or only in the program, is an error.
 MEANINGS: dict[str, dict[str, str]] = {

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater
-from estelle_updater import UpdaterError, UsageError, build_zipapp, parse_script_block, render_build, require_packages
+from tests import seam
+from tests.seam import UpdaterError, UsageError, build_zipapp, parse_script_block, render_build, require_packages
 
-SOURCE = Path(estelle_updater.__file__)
+SOURCE = Path(seam.program.__file__)
 BUILD = "import sys, pathlib, estelle_updater as e; e.build_zipapp(pathlib.Path(e.__file__), pathlib.Path(sys.argv[1]))"
 
 
@@ -111,7 +111,7 @@ def test_two_builds_are_equal(tmp_path: Path, pyz: Path, offline: dict[str, str]
     (checkout / SOURCE.name).write_bytes(SOURCE.read_bytes().replace(b"\n", b"\r\n"))
     if SOURCE.with_name("LICENSE").exists():
         shutil.copy(SOURCE.with_name("LICENSE"), checkout)
-    for name in estelle_updater.PACKED:
+    for name in seam.PACKED:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_bytes((SOURCE.parent / name).read_bytes().replace(b"\n", b"\r\n"))
     env = {**offline, "PYTHONPATH": str(checkout), "PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONOPTIMIZE": "1"}
@@ -127,7 +127,7 @@ def test_what_is_in_it(pyz: Path) -> None:
     with zipfile.ZipFile(pyz) as archive:
         names = archive.namelist()
         assert archive.testzip() is None
-        for name in (SOURCE.name, *estelle_updater.PACKED):
+        for name in (SOURCE.name, *seam.PACKED):
             assert archive.read(name) == (SOURCE.parent / name).read_bytes()
     assert names == sorted(names)
     assert not [name for name in names if name.endswith((".so", ".pyd", ".c")) or "/legacy/" in name]
@@ -152,7 +152,7 @@ def test_the_result_is_what_was_written(
 
 def test_version_is_answered_before_the_program_is_imported(pyz: Path) -> None:
     done = run(sys.executable, "-X", "importtime", pyz, "--version")
-    assert (done.returncode, done.stdout) == (0, f"estelle-updater {estelle_updater.__version__}\n")
+    assert (done.returncode, done.stdout) == (0, f"estelle-updater {seam.__version__}\n")
     assert not [name for name in ("estelle_updater", "dataclasses", "asyncio") if f" {name}\n" in done.stderr]
     other = run(sys.executable, "-X", "importtime", pyz, "no-such-command")
     assert " estelle_updater\n" in other.stderr  # else the line above proves nothing
@@ -181,7 +181,7 @@ def test_every_python_runs_it_and_the_builders_own_uses_the_bytecode(pyz: Path, 
     )
     done = run(find_python(version), "-I", "-S", "-c", code)
     own = version == f"{sys.version_info[0]}.{sys.version_info[1]}"
-    expected = f"{estelle_updater.__version__} {importlib.metadata.version('websockets')} {'c' if own else 'y'}\n"
+    expected = f"{seam.__version__} {importlib.metadata.version('websockets')} {'c' if own else 'y'}\n"
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
@@ -265,7 +265,7 @@ def test_without_preload_it_would_break(pyz: Path, tmp_path: Path) -> None:
 def test_preload_covers_every_import_of_a_package() -> None:
     """An import inside a function, of a module in the zip, would be the one that fails in a replaced daemon."""
     tree = ast.parse(SOURCE.read_text("utf-8"))
-    wanted = {name for name in estelle_updater._LAZY_NAMES if name.startswith(("websockets", "tomli_w"))}
+    wanted = {name for name in seam._LAZY_NAMES if name.startswith(("websockets", "tomli_w"))}
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -339,4 +339,4 @@ def test_uv_runs_the_source(tmp_path: Path, offline: dict[str, str]) -> None:
     env = {**offline, "UV_CACHE_DIR": str(tmp_path / "cache"), "UV_PYTHON_DOWNLOADS": "never"}
     words = ["run", "--no-index", "--find-links", offline["PIP_FIND_LINKS"], "--python", sys.executable]
     done = run(uv, *words, SOURCE, "--version", env=env)
-    assert (done.returncode, done.stdout) == (0, f"estelle-updater {estelle_updater.__version__}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"estelle-updater {seam.__version__}\n"), done.stderr

@@ -8,11 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from estelle_updater import edit_whitelist, failure_reason, parse_config
 from tests.fleet import PROGRAM, Origin, Result, clean_env, run
+from tests.seam import edit_whitelist, failure_reason, parse_config
 from tests.test_bad_input import est
 
 addresses = st.lists(st.ip_addresses(v=4).map(str), min_size=1, max_size=5, unique=True)

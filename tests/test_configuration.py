@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import tomli_w
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
-from estelle_updater import (
+from tests.seam import (
     CHECK_KINDS,
     NOTIFY_EVENTS,
     Config,

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as updater
+from tests import seam as updater
 from tests.commands import (
     GATED,
     HURRIED,

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from estelle_updater import LOOK_S, log_size
 from tests.commands import (
     COMMAND,
     GATE,
@@ -27,6 +26,7 @@ from tests.commands import (
     write_script,
 )  # fmt: skip
 from tests.fleet import VERSION, Fleet, Host, kill_processes_of, need, processes_of, run, unavailable, wait_for
+from tests.seam import LOOK_S, log_size
 
 A, B = "127.0.0.1", "127.0.0.2"
 SIZE_KB = 1024  # the master has room for several times as much

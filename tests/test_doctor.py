@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.fleet import MODULE, Fleet, Host, need, run, unavailable, wait_for
 
 Findings = dict[str, dict[str, Any]]

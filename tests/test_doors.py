@@ -22,13 +22,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from websockets.exceptions import InvalidStatus
 from websockets.sync.server import serve
 
-import estelle_updater as est
-from estelle_updater import replace
+from tests import seam as est
 from tests.commands import (
     COMMAND,
     FOREVER,
@@ -44,6 +42,7 @@ from tests.commands import (
 )
 from tests.fleet import Fleet, Host, free_port, need, processes_of, run, wait_for
 from tests.peers import MACHINE, FalseMaster, Peer, files_of
+from tests.seam import replace
 from tests.test_bad_input import HOSTILE
 from tests.test_messages import example_of
 from tests.test_tls import Authority

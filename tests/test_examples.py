@@ -20,8 +20,8 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, build_opener
 
 import pytest
 
-from estelle_updater import Config, config_warnings, init_text, parse_config, render_firewall
 from tests.fleet import PROGRAM, ROOT, clean_env, free_port, need, run, wait_for
+from tests.seam import Config, config_warnings, init_text, parse_config, render_firewall
 from tests.stores import certificate, server, worker
 
 SUBNET = "10.0.0.0/24"

@@ -10,11 +10,9 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, seed, settings, strategies as st
 
-import estelle_updater as est
-from tests import floods
+from tests import floods, seam as est
 from tests.commands import COMMAND, GATED, Watched, open_gate, write_script
 from tests.fleet import Fleet, need
 from tests.peers import Peer

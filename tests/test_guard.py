@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-import estelle_updater as est
-from tests.commands import COMMAND as SCRIPT
-from tests.commands import GATED, detach, job_of, open_gate, wait_state, write_script
+from tests import seam as est
+from tests.commands import COMMAND as SCRIPT, GATED, detach, job_of, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Host, unavailable, wait_for
-from tests.test_mcp import CLIENT, META, Model, feed, session
-from tests.test_mcp import model as model  # the fixture
+from tests.test_mcp import (
+    CLIENT,
+    META,
+    Model,
+    feed,
+    model as model,  # the fixture
+    session,
+)
 
 MakeFleet = Callable[..., Fleet]
 MakeModel = Callable[..., Model]

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-import estelle_updater as est
+from tests import seam as est
 from tests.fleet import need, wait_for
 from tests.haproxy import ask
 

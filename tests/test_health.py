@@ -19,16 +19,16 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
-from estelle_updater import (
+from tests import seam as est
+from tests.fleet import Fleet, free_port, processes_of, wait_for
+from tests.peers import Peer
+from tests.seam import (
     HealthRule,
     certificate_end,
     own_address,
     parse_config,
     run_checks,
 )
-from tests.fleet import Fleet, free_port, processes_of, wait_for
-from tests.peers import Peer
 from tests.stores import certificate, mariadb, valkey, worker
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
-from estelle_updater import replace
+from tests import seam as est
 from tests.fleet import VERSION, Fleet, Host, wait_for
+from tests.seam import replace
 
 MakeFleet = Callable[..., Fleet]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
-from estelle_updater import Standing, judge_standing
+from tests import seam as est
 from tests.commands import COMMAND, Watched, detach, job_of, wait_state, write_script
 from tests.fleet import Fleet, Host, wait_for
 from tests.peers import Peer
+from tests.seam import Standing, judge_standing
 
 A, B, C, D = (f"127.0.0.{n}" for n in (1, 2, 3, 4))
 

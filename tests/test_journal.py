@@ -9,12 +9,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import estelle_updater as est
-from estelle_updater import (
+from tests import seam as est
+from tests.seam import (
     FINAL,
     Inbox,
     JobRecord,

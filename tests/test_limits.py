@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater as updater
+from tests import seam as updater
 from tests.commands import (
     GATE,
     GATED,

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater as est
-from estelle_updater import reconnect_delay
+from tests import seam as est
 from tests.commands import COMMAND, Watched, lines_of, log_of, open_gate, write_script
 from tests.fleet import Fleet, free_port, wait_for
 from tests.machines import Network
 from tests.peers import FalseMaster
+from tests.seam import reconnect_delay
 
 
 def test_reconnects_are_spread() -> None:

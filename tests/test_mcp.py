@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-import estelle_updater as est
-from tests.commands import COMMAND as SCRIPT
-from tests.commands import GATED, STEP, job_of, log_of, open_gate, wait_state, write_script
+from tests import seam as est
+from tests.commands import COMMAND as SCRIPT, GATED, STEP, job_of, log_of, open_gate, wait_state, write_script
 from tests.fleet import PROGRAM, ROOT, Fleet, clean_env, unavailable, wait_for
 from tests.haproxy import Proxy
 from tests.test_release import Round

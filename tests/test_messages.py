@@ -9,11 +9,10 @@ import zlib
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-import estelle_updater as est
-from estelle_updater import MISSING, fields, replace
+from tests import seam as est
+from tests.seam import MISSING, fields, replace
 
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 RUN = "20261122-210501-7f3a"

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
-from estelle_updater import replace
+from tests import seam as est
 from tests.fleet import ROOT, VERSION, Fleet, free_port, need, wait_for
 from tests.haproxy import Proxy
+from tests.seam import replace
 
 MakeFleet = Callable[..., Fleet]
 SECRET = "T0p-S3cret-Hook"

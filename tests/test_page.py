@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.browser import PHONE, Browser
 from tests.fleet import MODULE, ROOT, Fleet, need, run, unavailable, wait_for
 

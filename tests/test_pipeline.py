@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-import estelle_updater as est
-from estelle_updater import Masker, Step, StepKind, parse_version_file, plan_checkout
+from tests import seam as est
+from tests.seam import Masker, Step, StepKind, parse_version_file, plan_checkout
 
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 

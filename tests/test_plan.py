@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-import estelle_updater as est
+from tests import seam as est
 from tests.commands import GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Host, wait_for
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.commands import Watched, lines_of
 from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, need, run, wait_for
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater
-from estelle_updater import probe_is_local, probe_master_addresses, probe_public_address
+from tests import seam
+from tests.seam import probe_is_local, probe_master_addresses, probe_public_address
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may take a second to answer itself."""
-    monkeypatch.setattr(estelle_updater, "_METADATA_DEADLINE_S", 20.0)
+    monkeypatch.setattr(seam.program, "_METADATA_DEADLINE_S", 20.0)
 
 
 Answer = Callable[[str, str, Mapping[str, str]], str | None]
@@ -158,7 +158,7 @@ for address in sys.argv[1:]:
     }
     done = subprocess.run(
         ["ip", "netns", "exec", namespace, sys.executable, "-c", code, *addresses],
-        env={**os.environ, "PYTHONPATH": str(Path(estelle_updater.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(seam.program.__file__).parent)},
         capture_output=True,
         text=True,
         check=False,

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater as updater
-from estelle_updater import FileLock, Spawned, UpdaterError, poll, poll_async, spawn_step
+from tests import seam as updater
 from tests.fleet import ROOT, unavailable, wait_for
 from tests.machines import Windows
+from tests.seam import FileLock, Spawned, UpdaterError, poll, poll_async, spawn_step
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -165,7 +165,7 @@ def test_what_the_command_wrote_is_read_even_after_the_drain(
     step: Callable[..., Spawned], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow disk delays the reader, a service holds the pipe: the command's last lines must not be the ones to go."""
-    monkeypatch.setattr(updater, "DRAIN_S", 0.0)
+    monkeypatch.setattr(updater.program, "DRAIN_S", 0.0)
     one = step("sh", "-c", "sleep 100 & head -c 60000 /dev/zero")
     one.wait()
     assert one.read(1000) == bytes(1000)

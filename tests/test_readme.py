@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import estelle_updater as est
-from estelle_updater import replace
+from tests import seam as est
 from tests.fleet import ROOT, Fleet, free_port, processes_of, run, wait_for
 from tests.readme import rewrite
+from tests.seam import replace
 
 README = (ROOT / "README.md").read_text("utf-8")
 SOURCE = (ROOT / "estelle_updater.py").read_text("utf-8")

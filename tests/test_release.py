@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-import estelle_updater
-from estelle_updater import Clearance, GuardError, JobRecord, Kind, LogWriter, Runner, StateFolder
+from tests import seam
 from tests.commands import COMMAND, GATE, GATED, Watched, detach, job_of, log_of, open_gate, wait_state, write_script
 from tests.fleet import ROOT, Fleet, Host, Result, need, run, wait_for
 from tests.haproxy import Proxy
+from tests.seam import Clearance, GuardError, JobRecord, Kind, LogWriter, Runner, StateFolder
 from tests.stores import certificate, mariadb, valkey
 
 BLUE, GREEN = "127.0.0.2", "127.0.0.3"
@@ -228,7 +228,7 @@ def test_a_job_waits_for_the_word_over_a_new_connection(one: Round):
 
 
 def test_a_job_that_learns_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(estelle_updater, "TRAFFIC_S", 0.3)
+    monkeypatch.setattr(seam.program, "TRAFFIC_S", 0.3)
     state = StateFolder(tmp_path)
     state.create()
     run = "20261122-210501-7f3a"

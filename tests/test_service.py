@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.fleet import ROOT, Fleet, Host, Result, need, run, unavailable, wait_for
 from tests.systemd_lab import PYTHON, Lab
 

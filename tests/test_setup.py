@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.fleet import ROOT, Fleet, Host, Result, need, run, wait_for
 
 SERVICE = "estelle-updater"

@@ -356,6 +356,27 @@ def test_every_file_keeps_the_rule(rule: Callable[[str], list[str]]):
     assert {name: found for name, text in texts.items() if (found := rule(text))} == {}
 
 
+def breaks_seam(source: str) -> list[str]:
+    """What a test reaches of the module stands in tests/seam.py; a text that another process runs may import."""
+    nodes = ast.walk(ast.parse(source))
+    modules = [
+        (node.lineno, name)
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    ]
+    return [f"line {line}: from tests.seam, not from the module" for line, name in modules if name == MODULE.stem]
+
+
+def test_tests_reach_the_module_through_the_seam_alone():
+    seam = ROOT / "tests" / "seam.py"
+    texts = {path: path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py") if path != seam}
+    assert {path.name: found for path, text in texts.items() if (found := breaks_seam(text))} == {}
+    reached = re.findall(r"(?m)^    (\w+) as \w+,$", seam.read_text("utf-8"))
+    used = set(re.findall(r"\w+", "\n".join(texts.values())))
+    assert reached and sorted(set(reached) - used) == []
+
+
 def test_top_level_holds_only_the_given_shape():
     assert breaks_top_level(repository_files()) == []
 
@@ -469,6 +490,8 @@ BROKEN = [
     (breaks_map, module("def f(): pass", table="Way:\n\n    f    2  elsewhere\n\nEnd.\n"), "f is not in section 2"),
     (breaks_map, module("", table="A Door is the port, and Gone.method its way.\n"), "called Gone.method"),
     (breaks_map, module("", table="A Door is the port.\n"), "called Door"),
+    (breaks_seam, "import estelle_updater as est", "line 1: from tests.seam"),
+    (breaks_seam, "def f():\n    from estelle_updater import poll", "line 2: from tests.seam"),
     (breaks_places, "cd /" + "work/main", "main"),
     (breaks_places, "x='/" + "root/.cache'", ".cache'"),
     (breaks_places, "~/.py" + "env/shims", "shims"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.fleet import Fleet, wait_for
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Result, kill_processes_of, processes_of, wait_for
 from tests.haproxy import CONFIG, Load, Proxy

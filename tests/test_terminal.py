@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.fleet import ROOT, Fleet, clean_env
 from tests.terminal import Terminal
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from estelle_updater import init_text
 from tests.commands import COMMAND, detach, wait_state, write_script
 from tests.fleet import ROOT, Fleet, wait_for
 from tests.machines import Network
+from tests.seam import init_text
 from tests.stores import certificate, mariadb, server, valkey, worker
 
 DATA, BLUE, GREEN = (f"192.0.2.{number}" for number in (11, 12, 13))

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.commands import COMMAND, GATED, detach, lines_of, log_of, open_gate, wait_state, write_script
 from tests.fleet import MODULE, READY_S, ROOT, Fleet, Host, need, run, wait_for
 

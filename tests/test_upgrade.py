@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater
+from tests import seam
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import MODULE, ROOT, Fleet, Host, Result, need, processes_of, run, wait_for
 from tests.test_pm2 import SERVICE, Pm2
@@ -49,7 +49,7 @@ def variant(pyz: Path, output: Path, version: str, edits: dict[str, str] | None 
                         assert text.count(before) == 1, before
                         text = text.replace(before, after)
                     data = text.encode()
-                    new.writestr(zipfile.ZipInfo(f"{name}c"), estelle_updater._compile(data, name))
+                    new.writestr(zipfile.ZipInfo(f"{name}c"), seam._compile(data, name))
                 new.writestr(zipfile.ZipInfo(name), data)
     output.chmod(0o755)
     return hashlib.sha256(output.read_bytes()).hexdigest()

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import estelle_updater as est
+from tests import seam as est
 
 HOSTS = {f"127.0.0.{i}": f"{i:032x}" for i in (1, 2, 3)}
 
