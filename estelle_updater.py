@@ -51,7 +51,7 @@ the master gives to new hosts; a Nursery is the process that runners are forked 
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
 | 12 | Runner             | one job: lock, steps, log, result                                      |
-| 13 | Probes             | own address and role, health checks                                    |
+| 13 | Probes             | own address and role, whose a state folder is, health checks           |
 | 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Links              | connections: log cursors, questions both ways, greeting, connecting    |
 | 16 | Agent              | resume, take orders, answer questions                                  |
@@ -1511,6 +1511,22 @@ _remote = _is(
     "git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None
 )
 _host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_host_name(raw))
+# `estelle-updater-haproxy` is the data node's service; the rest stands in the state folder of a
+# host whose project has no name
+NO_PROJECTS = ("haproxy", "runs", "notify", "machine-id", "last-config", "last-master")
+
+
+def is_project_name(raw: Any) -> bool:
+    """Whether a project may be called so: its service, its folder and files carry the name, on
+    Windows too, where case does not tell names apart."""
+    if not isinstance(raw, str) or raw in NO_PROJECTS:
+        return False
+    return re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", raw) is not None
+
+
+_project = _is(
+    "project's name: up to 32 of a-z 0-9 - _, and none of our own names", is_project_name
+)
 _host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
 _networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
 _command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
@@ -1801,6 +1817,7 @@ class Config:
     as written."""
 
     master_url: Annotated[MasterUrl, _by(parse_master_url)]
+    project: Annotated[str | None, _project] = None
     whitelist: Networks
     commanders: Networks = ()
     trusted_proxies: Networks = ()
@@ -2391,6 +2408,7 @@ class Hello:
     nonce: str
     platform: str = ""
     features: list[str] = field(default_factory=list)
+    project: str = ""  # as its configuration names it; "" for none, or of an older version
 
 
 @record(frozen=True)
@@ -2825,6 +2843,19 @@ def greeting(
     ):
         raise RefusedError("whoever answers at masterUrl does not know our token", _TOKEN_HINT)
     return reply
+
+
+def require_project(hello: Hello, project: str | None) -> None:
+    """That who says hello is not of another project than the master's: two projects on one host
+    whose masterUrl names one port would be one fleet, and an order for one would deploy the other.
+
+    A host without a name may only lag behind the commit that gave it one. Raises RefusedError.
+    """
+    if project and hello.project and hello.project != project:
+        raise RefusedError(
+            f"this is the master of project {project}, and you are of {hello.project[:40]}",
+            "masterUrl needs a port of its own for each project",
+        )
 
 
 def no_commander(address: str) -> RefusedError:
@@ -5251,6 +5282,7 @@ TOOLS = (
                     ("ip", "version", "uptime"),
                     {
                         "ip": _has("string", "its address"),
+                        "project": _has("string", "which one it deploys, where that has a name"),
                         "version": _has("string", "the version of this program"),
                         "uptime": _has("number", "seconds since it started"),
                         "problem": _has("string", "what is wrong with it"),
@@ -6530,6 +6562,19 @@ def program_name() -> str:
     return f"{'python' if os.name == 'nt' else 'python3'} {sys.argv[0]}"
 
 
+@record(frozen=True)
+class Owner:
+    """Whose a state folder is: `owner.json`. What is not known is empty."""
+
+    folder: str = ""  # where its daemon works: the one above config/
+    project: str = ""
+    remotes: list[str] = field(default_factory=list)  # without user, password and protocol
+    roots: list[str] = field(default_factory=list)  # commits without a parent
+    # clones on this host that were found to be of this repository, with what their .git looked like
+    # then: git need not be asked again while it looks the same
+    clones: dict[str, list[int]] = field(default_factory=dict)
+
+
 class StateFolder:
     """Where this host keeps what it knows: one folder per run, readable with ordinary tools."""
 
@@ -6550,6 +6595,7 @@ class StateFolder:
         self.serve_file = root / "serve.json"  # how the daemon was started
         self.keys_file = root / "keys.json"  # by which this host proves to masters who it is
         self.agent_keys_file = root / "agent-keys.json"  # that this master gave to agents
+        self.owner_file = root / "owner.json"  # whose this folder is
         self._machine = ""
         self.history = History(self)
         self.lived = LivedClock(root / "lived.json")
@@ -6641,6 +6687,33 @@ class StateFolder:
                 return None
             return last
         return None
+
+    # Whose this folder is
+
+    def is_used(self) -> bool:
+        """Whether a daemon or a deployment was here: else this is at most a folder above others."""
+        return (self.root / "machine-id").exists() or self.owner_file.exists()
+
+    def owner(self) -> Owner:
+        """Whose the folder is, as it remembers; empty where nobody has claimed it."""
+        with suppress(ProtocolError):
+            found: Owner = decode_fields(Owner, read_json(self.owner_file) or {})
+            if found.folder:
+                return found
+        return Owner(folder=self._served_folder())
+
+    def _served_folder(self) -> str:
+        """Where a daemon of an earlier version worked, which claimed nothing."""
+        how = read_json(self.serve_file) or {}
+        argv = how.get("argv")
+        cwd = how.get("cwd")
+        if not isinstance(argv, list) or not isinstance(cwd, str):
+            return ""
+        if "--config" in argv[:-1]:
+            return str(Path(cwd, str(argv[argv.index("--config") + 1])).parent.parent)
+        with suppress(ConfigError):
+            return str(find_config(Path(cwd)).parent.parent)
+        return ""
 
     # The files of a job
 
@@ -7019,26 +7092,49 @@ class History:
 SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
 
 
-def default_state_folder(environ: Mapping[str, str]) -> Path:
-    """The contract's place for state: `$ESTELLE_STATE`, systemd's `$STATE_DIRECTORY`, else the
-    user's own folder.
-
-    The system service's folder where that is this user's: a `deploy` by hand shares the job's lock
-    with the daemon.
-    """
-    if (
-        path := environ.get("ESTELLE_STATE")
-        or environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]
-    ):
-        return Path(path).absolute()
-    with suppress(OSError):
-        if os.name != "nt" and SYSTEM_STATE.stat().st_uid == os.getuid():
-            return SYSTEM_STATE
+def user_state(environ: Mapping[str, str]) -> Path:
+    """The folder in which this user's daemons keep their state."""
     if os.name == "nt":
         return (
             Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
         )
     return Path.home() / ".local/state/estelle-updater"
+
+
+def default_state_folder(environ: Mapping[str, str], project: str = "") -> Path:
+    """The contract's place for state: `$ESTELLE_STATE`, else below systemd's `$STATE_DIRECTORY` or
+    the user's own folder, in a folder of the project's name where it has one.
+
+    The system service's folder where that is this user's: a `deploy` by hand shares the job's lock
+    with the daemon.
+    """
+    if named := environ.get("ESTELLE_STATE"):
+        return Path(named).absolute()
+    if given := environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]:
+        base = Path(given).absolute()
+        if base.name == project:  # the unit that `setup` writes names it already
+            return base
+        return base / project
+    with suppress(OSError):
+        if os.name != "nt" and (SYSTEM_STATE / project).stat().st_uid == os.getuid():
+            return SYSTEM_STATE / project
+    return user_state(environ) / project
+
+
+def state_folders(environ: Mapping[str, str]) -> list[StateFolder]:
+    """Those of this host that were used and that this user may look into: one for each project, and
+    one for what has no name."""
+    bases = [SYSTEM_STATE, user_state(environ)]
+    if os.name == "nt":
+        del bases[0]
+    found = []
+    for base in bases:
+        with suppress(OSError):
+            below = [entry for entry in sorted(base.iterdir()) if is_project_name(entry.name)]
+            for root in (base, *below):
+                if StateFolder(root).is_used():
+                    found.append(StateFolder(root))
+    return found
 
 
 CONFIG_NAMES = ("updater.json", "updater.toml")
@@ -7104,6 +7200,44 @@ def load_config_or_last(
         if remember and not (keep.exists() and keep.read_bytes() == data):
             write_atomic(keep, data)
     return config, None
+
+
+def project_of(config_path: Path) -> str:
+    """The project that a configuration file names, also where the rest of it is wrong; "" where it
+    names none, or nobody can read it."""
+    form = "toml" if config_path.suffix == ".toml" else "json"
+    with suppress(OSError, ConfigError):
+        data = parse_data(
+            read_committed(config_path, work_tree(config_path)), str(config_path), form
+        )
+        name = data.get("project")
+        if is_project_name(name):
+            return str(name)
+    return ""
+
+
+def find_state_folder(environ: Mapping[str, str], config_path: Path | None) -> Path:
+    """Where this host keeps what it knows of the project whose configuration this is."""
+    project = ""
+    if config_path:
+        project = project_of(config_path)
+    wanted = default_state_folder(environ, project)
+    if config_path is None or environ.get("ESTELLE_STATE") or StateFolder(wanted).is_used():
+        return wanted
+    # A commit has given the project a name, or another one, and `setup` was not here since: daemon
+    # and lock are still where they were, and a `deploy` by hand must not run beside them.
+    folder = config_path.parent.parent
+    for state in state_folders(environ):
+        if is_same_folder(state.owner().folder, folder):
+            return state.root
+    return wanted
+
+
+def is_same_folder(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one folder, which exists."""
+    with suppress(OSError):
+        return bool(one) and os.path.samefile(one, other)
+    return False
 
 
 class FileWatch:
@@ -9720,7 +9854,7 @@ def set_title(argv: Sequence[str]) -> None:
 
 
 # ==============================================================================
-# 13. Probes: own address and role, health checks
+# 13. Probes: own address and role, whose a state folder is, health checks
 # ==============================================================================
 
 
@@ -9761,6 +9895,140 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
     with suppress(queue.Empty):
         for _ in calls:
             yield from done.get(timeout=max(0.0, ends - time.monotonic()))
+
+
+def plain_remote(url: str) -> str:
+    """What names a repository in a remote's URL: `ssh` or `https`, user, password and `.git` do
+    not."""
+    text = url.strip().rstrip("/").removesuffix(".git")
+    match = re.fullmatch(r"[a-z+]+://(?:[^/]*@)?([^/:@]+)(?::\d+)?/+(.+)", text)
+    if not match and "://" not in text:
+        match = re.fullmatch(r"(?:[^/@]*@)?([^/:@]{2,}):/*(.+)", text)  # `C:` is a drive
+    if match:
+        return f"{match[1].casefold()}/{match[2]}"
+    return text
+
+
+def probe_owner(config_path: Path) -> Owner | None:
+    """Which repository a configuration belongs to; None where git can't be asked."""
+    tree = work_tree(config_path)
+    env = scrub_environment(os.environ)
+    clone = str(tree.resolve())
+    folder = str(config_path.parent.parent.resolve())
+    found = Owner(folder, project_of(config_path), clones={clone: _clone_stamp(tree)})
+    if not (tree / ".git").exists():
+        return found
+    try:
+        urls = git_output(tree, env, "config", "--get-regexp", r"^remote\..*\.url$")
+        roots: list[str] = []
+        # the oldest commit of a shallow clone is only where it was cut off
+        if git_output(tree, env, "rev-parse", "--is-shallow-repository").strip() != b"true":
+            roots = git_output(tree, env, "rev-list", "--max-parents=0", "HEAD").decode().split()
+    except UpdaterError:
+        return None
+    remotes = {
+        plain_remote(line.partition(" ")[2])
+        for line in urls.decode("utf-8", "replace").splitlines()
+    }
+    return replace(found, remotes=sorted(remotes), roots=sorted(roots))
+
+
+def _clone_stamp(tree: Path) -> list[int]:
+    """Other numbers once another clone lies in this folder, or its remotes have changed."""
+    git = tree / ".git"
+    if git.is_dir():
+        git /= "config"
+    return list(file_stamp(git)[:3])
+
+
+def is_same_repository(one: Owner, other: Owner) -> bool:
+    """Whether two clones of this host are of one repository: a template's copies have one first
+    commit and two remotes, while one clone may get another remote, or another history."""
+    same_clone = not one.clones.keys().isdisjoint(other.clones)
+    same_remote = not {*one.remotes}.isdisjoint(other.remotes)
+    same_root = not {*one.roots}.isdisjoint(other.roots)
+    known = one.remotes and other.remotes
+    if same_clone:
+        return same_remote or same_root or not known
+    if not one.roots or not other.roots:
+        return same_remote
+    return same_root and (same_remote or not (one.remotes or other.remotes))
+
+
+def require_own_state(state: StateFolder, config_path: Path, *, claim: bool = False) -> None:
+    """That a state folder is of this configuration's repository: what another one's says is not to
+    be believed, and its daemon is not ours to command. `claim` it where it is nobody's so far.
+
+    Raises UsageError.
+    """
+    known = state.owner()
+    tree = work_tree(config_path)
+    folder = config_path.parent.parent.resolve()
+    if known.clones.get(str(tree.resolve())) == _clone_stamp(tree):
+        settled = known.folder == str(folder) and known.project == project_of(config_path)
+        if settled or not claim:
+            return
+    if not (claim or known.folder):
+        return
+    own = probe_owner(config_path)
+    if own is None:
+        return
+    if known.folder and not known.clones:  # of an earlier version, which wrote down only where
+        with suppress(ConfigError):
+            known = probe_owner(find_config(Path(known.folder))) or known
+    if known.clones and not is_same_repository(known, own):
+        raise UsageError(
+            f"the state folder {state.root} is that of another repository: {owner_text(known)}",
+            name_hint(config_path, taken=known.project),
+        )
+    if not claim:
+        own = replace(own, folder=known.folder, project=known.project)
+    # not more of them than a person has
+    clones = dict(list({**known.clones, **own.clones}.items())[-8:])
+    with suppress(OSError):  # another user's, or a full disk: git is asked again the next time
+        write_atomic(state.owner_file, _dump(replace(own, clones=clones)))
+
+
+OWN_PORT = "write another port into masterUrl, and commit it"
+
+
+def require_own_url(config: Config, config_path: Path, own: Sequence[StateFolder]) -> None:
+    """That no other project of this host has the same masterUrl: an order for this one would reach
+    that one's master, and deploy it. `own` are this project's state folders. Raises UsageError."""
+    ours = [state.root.resolve() for state in own]
+    for state in state_folders(os.environ):
+        owner = state.owner()
+        if state.root.resolve() in ours or is_same_folder(owner.folder, config_path.parent.parent):
+            continue
+        with suppress(ConfigError, OSError):
+            if load_config(find_config(Path(owner.folder))).master_url != config.master_url:
+                continue
+            asking = probe_owner(config_path)
+            if asking and not is_same_repository(owner, asking):
+                what = f"{config.master_url} is the masterUrl of {owner_text(owner)} too"
+                raise UsageError(what, OWN_PORT)
+
+
+def owner_text(owner: Owner) -> str:
+    """Whose a state folder or service is, for people."""
+    if owner.project:
+        return f"project {owner.project} in {owner.folder}"
+    return owner.folder
+
+
+def name_hint(config_path: Path, taken: str = "") -> str:
+    """How a configuration gets a service and a state folder of its own."""
+    folder = config_path.parent.parent
+    name = re.sub(r"[^a-z0-9_-]+", "-", folder.resolve().name.casefold()).strip("-_")[:24]
+    if not is_project_name(name) or name == taken:
+        name = f"{name or 'project'}-2"
+    line = f'"project": "{name}",'
+    if config_path.suffix == ".toml":
+        line = f'project = "{name}"'
+    return (
+        f"give this one a name: write {line} beside masterUrl in {config_path}; then it has a "
+        f"service and a state folder of its own"
+    )
 
 
 def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tuple[str, ...]:
@@ -12197,6 +12465,7 @@ class Agent:
             self.nonce,
             sys.platform,
             list(FEATURES),
+            self.config.config.project or "",
         )
 
     def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
@@ -14144,6 +14413,7 @@ class Master:
             common_protocol(hello.protocol)
             if hello.role not in ("agent", "commander"):
                 raise ProtocolError(f"unknown role {hello.role[:20]!r}")
+            require_project(hello, self.config.config.project)
             able = hello.role == "agent" and KEY_FEATURE in hello.features
             keys = ""
             if able:
@@ -14554,6 +14824,7 @@ class FleetView:
         """What `status` says of the master itself."""
         return {
             "ip": self.master.own_address,
+            "project": self.master.config.config.project,
             "version": __version__,
             "uptime": round(self.master.up_s, 1),
             "problem": self.master.config.problem
@@ -15326,8 +15597,9 @@ def inert(text: str) -> str:
 
 def news_text(form: str, news: Mapping[str, Any]) -> str:
     """The message as a person reads it: as much of the log's end as the service takes."""
-    told = ("title", "detail", "error", "unchanged", "rollback")
-    parts = tuple(map(news.get, told))
+    title = " ".join(filter(None, (news.get("project"), news["title"])))
+    told = ("detail", "error", "unchanged", "rollback")
+    parts = (title, *map(news.get, told))
     head = "\n".join(inert(part) for part in parts if part)
     lines = [inert(line) for line in news.get("log") or ()]
     # Services cut or refuse what is too long: the oldest lines go, as the last ones say why it
@@ -15356,7 +15628,8 @@ def render_news(
     text = news_text(form, news)
     headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
     if form == "ntfy":
-        title = f"{news['event']} {news['host']}".encode("ascii", "replace").decode()
+        words = (news.get("project"), news["event"], news["host"])
+        title = " ".join(filter(None, words)).encode("ascii", "replace").decode()
         headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
         good = news["event"] in (State.SUCCEEDED, "switched")
         return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
@@ -15504,7 +15777,8 @@ class Spool:
             told = path.exists() or path.with_suffix(".sent").exists()
             if told or not (rules or rule.wants(news["event"])):
                 continue
-            data = {"time": round(time.time(), 3), "master": self.own_address, **news}
+            from_whom = {"master": self.own_address, "project": self.config.config.project}
+            data = {"time": round(time.time(), 3), **from_whom, **news}
             write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
             self.wake.set()
 
@@ -15866,7 +16140,8 @@ class Caller:
     def _dial(self, url: str, timeout_s: float) -> Connection:
         way = way_to(self.config, self.tree, url, self.bind)
         spoken, process = [PROTOCOL_OLDEST, PROTOCOL], os.urandom(16).hex()
-        hello = Hello("commander", spoken, __version__, "", user_name(), process)
+        own = self.config.project or ""
+        hello = Hello("commander", spoken, __version__, "", user_name(), process, project=own)
         wire, welcome = call_master(way, hello, timeout_s)
         if not welcome.may_command:
             wire.close()
@@ -16553,6 +16828,7 @@ class Service:
         self.facts: dict[str, Any] = {}  # what this daemon says of itself in daemon.json
         self.unsaved = False  # a full disk did not take them
         self.problem: str | None = None  # of the configuration, as it was logged last
+        self.project = self.config.config.project  # that it serves under, whatever a commit says
         self.machine = ""
         self.supervisor = Supervisor(os.environ)
         self.nursery = Nursery(self.state, options.config_path)
@@ -16578,8 +16854,9 @@ class Service:
     async def startup(self) -> Agent:
         """All that comes before this host has a role: its agent, which knows what runs here.
 
-        Raises UpdaterError where the token can't be read.
+        Raises UpdaterError where the token can't be read, or the state is another repository's.
         """
+        require_own_state(self.state, self.config.path, claim=True)
         self.config.token()  # one that can't be read is better said here
         raise_file_limit()
         self.machine = self.state.machine_id()
@@ -16616,6 +16893,9 @@ class Service:
             return
         if self.config.reload():
             log.info("new settings from %s", self.config.path)
+            if self.config.config.project != self.project:
+                self.project = self.config.config.project
+                log.warning("project is now %s: `setup` here names the service so", self.project)
             changed()
         self.restart_if_replaced(agent)
         if self.config.problem and self.config.problem != self.problem:
@@ -16695,6 +16975,7 @@ class Service:
             "pid": os.getpid(),
             "role": role,
             "sha256": self.sha256,
+            "project": self.project,
             "poke": transport.get_extra_info("sockname")[1],
             "bind": self.options.bind,
         }
@@ -18039,8 +18320,18 @@ def change_config(path: Path, text: str, message: str, commit: bool) -> str:
 
 
 SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
+
+
+def service_name(project: str | None) -> str:
+    """What a project's service is called under PM2, systemd and Windows' tasks."""
+    if project:
+        return f"{SERVICE}-{project}"
+    return SERVICE
+
+
 LINGER = "sudo loginctl enable-linger $USER"
-_POLKIT_FILE = Path("/etc/polkit-1/rules.d/50-estelle-updater.rules")
+_POLKIT_FOLDER = Path("/etc/polkit-1/rules.d")
+_UNIT_FOLDER = Path("/etc/systemd/system")
 
 
 def _unit_words(words: Iterable[str]) -> str:
@@ -18052,12 +18343,21 @@ def _unit_words(words: Iterable[str]) -> str:
 
 
 def render_unit(
-    argv: Sequence[str], folder: str, path_env: str, user: str | None, writable: Iterable[str]
+    argv: Sequence[str],
+    folder: str,
+    path_env: str,
+    user: str | None,
+    writable: Iterable[str],
+    project: str = "",
 ) -> str:
     """The systemd unit of the daemon `argv` in `folder`: the system's for `user`, or, for None, a
     user's own. It is the repository's with this host's values."""
     text = packed_file(f"systemd/{'' if user else 'user/'}{SERVICE}.service")
+    if project:
+        text = text.replace(f"edit {SERVICE}\n", f"edit {service_name(project)}\n")
+        text = text.replace(f"={SERVICE}: ", f"={SERVICE} ({project}): ")
     values = {
+        "StateDirectory=": f"{SERVICE}/{project}".rstrip("/"),
         "User=": user or "",
         "WorkingDirectory=": folder.replace("%", "%%"),
         "ExecStart=": _unit_words(argv).replace("$", "$$"),
@@ -18082,10 +18382,10 @@ def _fill(text: str, values: Mapping[str, str]) -> str:
     return "\n".join([*lines, ""])
 
 
-def render_pm2(argv: Sequence[str], folder: str) -> str:
+def render_pm2(argv: Sequence[str], folder: str, service: str = SERVICE) -> str:
     """The service for PM2: the repository's file, with what it would otherwise look for."""
     host = {
-        "name": SERVICE,
+        "name": service,
         "script": argv[1],
         "args": list(argv[2:]),
         "interpreter": argv[0],
@@ -18101,224 +18401,186 @@ def lingers() -> bool:
     return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
 
 
-class Setup:
-    """This host's service, under PM2 or systemd: installed, started and welcomed, or removed.
+@record(frozen=True)
+class Installed:
+    """A daemon that something on this host starts: its name there, where it works, what runs."""
 
-    Everything that changes the host goes through `put`, `take` and `call`, which a dry run only
-    says.
+    service: str
+    keeper: str  # "systemd" or "pm2"
+    folder: str
+    program: str = ""
+    unit: str = ""  # systemd: its file
+
+    def config_path(self) -> Path | None:
+        """Its configuration; None where there is no more any, so that nothing can be deployed."""
+        with suppress(ConfigError, OSError):
+            return find_config(Path(self.folder))
+        return None
+
+
+_UNIT_LINES = re.compile(r"(?m)^(WorkingDirectory|ExecStart)=(.*)$")
+
+
+def installed_units(folder: Path) -> Iterator[Installed]:
+    """The daemons of systemd's units in a folder."""
+    for path in sorted(folder.glob(f"{SERVICE}*.service")):
+        with suppress(OSError, ValueError):
+            lines = dict(_UNIT_LINES.findall(path.read_text("utf-8")))
+            words = shlex.split(lines.get("ExecStart", "").replace("%%", "%").replace("$$", "$"))
+            place = lines.get("WorkingDirectory", "").replace("%%", "%")
+            if "serve" in words:
+                program = next(iter(words[1:]), "")
+                yield Installed(path.stem, "systemd", place, program, str(path))
+
+
+def pm2_home() -> Path:
+    """Where this user's PM2 keeps what it knows."""
+    return Path(os.environ.get("PM2_HOME") or Path.home() / ".pm2")
+
+
+def installed_pm2() -> Iterator[Installed]:
+    """The daemons that PM2 has saved. From its file, as any word to pm2 would start one."""
+    with suppress(OSError, ValueError, TypeError):
+        yield from services_of_pm2(json.loads((pm2_home() / "dump.pm2").read_bytes()))
+
+
+def running_pm2() -> list[dict[str, Any]]:
+    """What PM2 runs now, of any program."""
+    _, out = try_command(["pm2", "jlist"], os.environ)
+    with suppress(ValueError, IndexError):
+        found = json.loads(out.splitlines()[-1])
+        if isinstance(found, list):
+            return found
+    return []
+
+
+def services_of_pm2(apps: Iterable[Any]) -> Iterator[Installed]:
+    """Those of PM2's applications that are this program."""
+    for app in apps:
+        # PM2 saves them flat, and shows them with what it was told in a table of its own
+        facts = {**app, **app.get("pm2_env", {})}
+        name = str(facts.get("name"))
+        if name == SERVICE or name.startswith(f"{SERVICE}-"):
+            place, program = str(facts.get("pm_cwd")), str(facts.get("pm_exec_path"))
+            yield Installed(name, "pm2", place, program)
+
+
+def installed_services() -> list[Installed]:
+    """Every daemon of this program that is installed on this host, as far as this user can see."""
+    own = Path.home() / ".config/systemd/user"
+    return [*installed_units(_UNIT_FOLDER), *installed_units(own), *installed_pm2()]
+
+
+def port_holder(port: int, own: Sequence[StateFolder]) -> str:
+    """Which project of this host listens on a port; nothing where none does. `own` are the state
+    folders of the one that asks."""
+    ours = [state.root.resolve() for state in own]
+    for state in state_folders(os.environ):
+        listens = str(daemon_facts(state).get("listen") or "")
+        if state.root.resolve() not in ours and re.search(rf":{port}(/|$)", listens):
+            return owner_text(state.owner()) or str(state.root)
+    return ""
+
+
+def port_is_taken(port: int) -> bool:
+    """Whether somebody listens there, on any address of this host."""
+    with socket.socket() as probe:
+        if os.name != "nt":  # else a connection of the past would count
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as problem:
+            return problem.errno == errno.EADDRINUSE
+    return False
+
+
+def require_way_to_state(own: StateFolder, uid: int) -> None:
+    """That systemd can give each user a folder: that of a project without a name is its user's
+    alone, and the others' lie in it. Raises UsageError."""
+    for state in state_folders(os.environ):
+        of_systemd = SYSTEM_STATE in (state.root, state.root.parent)
+        nested = SYSTEM_STATE in (state.root, own.root) and state.root != own.root
+        if of_systemd and nested and state.root.stat().st_uid != uid:
+            whose = owner_text(state.owner()) or str(state.root)
+            raise UsageError(
+                f"{SYSTEM_STATE} would be shared with another user's project: {whose}",
+                "where two users have projects, give both a name: project = ...",
+            )
+
+
+def require_port(
+    config: Config, config_path: Path, bind: str | None, mine: Sequence[StateFolder]
+) -> None:
+    """That this project's master has a port of its own; said before anything is started. Raises
+    UsageError."""
+    require_own_url(config, config_path, mine)
+    if any(FileLock.held_elsewhere(state.daemon_lock) for state in mine):
+        return  # it is ours
+    port = config.master_url.port
+    role = gather_role(config, ServeOptions(config_path, mine[0], bind), outside=False).decision
+    if role.role is Role.MASTER and port_is_taken(port):
+        whose = port_holder(port, mine) or "another program"
+        what = f"port {port} is that of {whose}, and this host is to be the master"
+        raise UsageError(what, OWN_PORT)
+
+
+def move_state(former: StateFolder, state: StateFolder) -> None:
+    """Have what this host knows of a project, who it is and what it deployed, in another folder.
+    Raises GuardError while a daemon is there."""
+    ended = poll(lambda: not FileLock.held_elsewhere(former.daemon_lock), 0.1, SETUP_S)
+    if not ended:
+        raise GuardError(f"a daemon still runs in {former.root}", "stop it")
+    state.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.name != "nt":
+        found = former.root.stat()
+        os.chown(state.root, found.st_uid, found.st_gid)
+    (former.root / "pm2.config.js").unlink(missing_ok=True)
+    for entry in sorted(former.root.iterdir()):
+        # in the folder of one without a name lie those of the others
+        is_other = is_project_name(entry.name) and StateFolder(entry).is_used()
+        if not is_other and entry != state.root:
+            entry.rename(state.root / entry.name)
+    if former.root == SYSTEM_STATE:  # no project's any more, and other users' lie in it
+        os.chown(former.root, 0, 0)
+        former.root.chmod(0o755)
+
+
+def await_welcome(state: StateFolder, say: Callable[[str], None]) -> None:
+    """Until the daemon says that its master has welcomed it, or that it is the master.
+
+    Raises UpdaterError where the master refuses it, or nothing comes in time.
     """
+    ends = time.monotonic() + SETUP_S
+    facts = dict[str, Any]()
+    refused = False  # it will try again, but this is an answer
+    while time.monotonic() < ends and not refused:
+        facts = daemon_facts(state) or facts
+        if daemon_is_up(facts):
+            master = facts["role"] == Role.MASTER
+            does = "has been welcomed by the master"
+            if master:
+                does = "listens"
+            say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
+            return
+        refused = str(facts.get("trouble")).startswith(REFUSED_US)
+        time.sleep(LOCAL_LOOK_S)
+    silent = "it does not run"
+    if facts:
+        silent = "no answer yet"
+    why = facts.get("trouble") or silent
+    raise UpdaterError(
+        f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
+    )
 
-    def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
+
+class HostChanges:
+    """What `setup` does to this host; a dry run only says it."""
+
+    def __init__(self, say: Callable[[str], None], dry_run: bool, service: str) -> None:
         self.say = say
-        self.dry_run = bool(args.dry_run)
+        self.dry_run = dry_run
+        self.service = service
         self.changed = False
-        self.config = load_config(config_path)
-        self.folder = config_path.parent.parent
-        self.repo = work_tree(config_path)
-        self.home = Path.home()
-        self.user = ""
-        self.root = os.name != "nt" and os.geteuid() == 0
-        if self.root:  # the daemon is not root's business, but of whoever owns the repository
-            import pwd
-
-            owner = pwd.getpwuid(self.repo.stat().st_uid)
-            self.user = owner.pw_name
-            self.home = Path(owner.pw_dir)
-        self.state: StateFolder = args.state_folder()
-        self.argv = [*program_argv(), "serve"]
-        self.bind = args.bind
-        if args.config:
-            self.argv += ["--config", str(config_path)]
-        if args.bind:
-            self.argv += ["--bind", args.bind]
-        if args.state:
-            self.argv += ["--state", str(self.state.root)]
-        units = self.home / ".config/systemd/user"
-        if self.root:
-            units = Path("/etc/systemd/system")
-        self.unit = units / f"{SERVICE}.service"
-        self.pm2_file = self.state.root / "pm2.config.js"
-
-    def choose(self, wanted: str | None) -> str:
-        """pm2 or systemd: as asked, as installed already, else PM2 where it is.
-
-        Raises UsageError where the host has not what is wanted, or neither.
-        """
-        booted = Path("/run/systemd/system").is_dir()
-        pm2 = shutil.which("pm2")
-        found = wanted
-        if not found and self.unit.exists():
-            found = "systemd"
-        elif not found:
-            by_pm2 = self.pm2_file.exists() or pm2 or not booted
-            found = "systemd"
-            if by_pm2:
-                found = "pm2"
-        if found == "systemd" and not booted:
-            raise UsageError("systemd does not run this host", "use --with pm2")
-        if found == "pm2" and not pm2:
-            other = ""
-            if booted:
-                other = ", or --with systemd"
-            raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{other}")
-        return found
-
-    def install(self, wanted: str | None) -> None:
-        """Install, start, and wait for the master's welcome. Raises UpdaterError."""
-        if self.choose(wanted) == "systemd":
-            self.remove_pm2()
-            self.install_unit()
-        else:
-            self.remove_unit()
-            self.install_pm2()
-        if not self.dry_run:
-            done = "unchanged: it is installed and runs"
-            if self.changed:
-                done = "installed and started"
-            self.say(done)
-            self.await_welcome()
-
-    def remove(self) -> None:
-        """Take away what `install` brought; a deployment that runs goes on, and recorded runs
-        stay."""
-        self.remove_unit()
-        self.remove_pm2()
-        if not self.dry_run:
-            done = "unchanged: nothing is installed"
-            if self.changed:
-                done = "removed; recorded runs stay"
-            self.say(done)
-
-    def await_welcome(self) -> None:
-        """Until the daemon says that its master has welcomed it, or that it is the master.
-
-        Raises UpdaterError where the master refuses it, or nothing comes in time.
-        """
-        ends = time.monotonic() + SETUP_S
-        facts = dict[str, Any]()
-        refused = False  # it will try again, but this is an answer
-        while time.monotonic() < ends and not refused:
-            facts = daemon_facts(self.state) or facts
-            if daemon_is_up(facts):
-                master = facts["role"] == Role.MASTER
-                does = "has been welcomed by the master"
-                if master:
-                    does = "listens"
-                self.say(f"the {facts['role']} {does} as {facts['label']} (pid {facts['pid']})")
-                return
-            refused = str(facts.get("trouble")).startswith(REFUSED_US)
-            time.sleep(LOCAL_LOOK_S)
-        silent = "it does not run"
-        if facts:
-            silent = "no answer yet"
-        why = facts.get("trouble") or silent
-        raise UpdaterError(
-            f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
-        )
-
-    # systemd
-
-    def install_unit(self) -> None:
-        path = os.environ.get("PATH", os.defpath)
-        if self.root:
-            user = self.user
-        else:
-            user = None
-        text = render_unit(self.argv, str(self.folder), path, user, self.writable())
-        if self.root and "--state" not in self.argv:
-            self.state = StateFolder(SYSTEM_STATE)
-        fresh = self.put(self.unit, text)
-        if self.root:
-            self.allow_restarts()
-        if fresh:
-            self.systemctl("daemon-reload")
-        if fresh or self.ask_systemctl("is-enabled"):
-            self.systemctl("enable", SERVICE)
-        if fresh or self.ask_systemctl("is-active"):
-            self.systemctl("restart", SERVICE)
-        if self.user == "root":
-            self.say(
-                "note: the repository is root's, so deployments run as root; better: chown "
-                "it to an ordinary user"
-            )
-        if not self.root and not lingers():
-            self.say(f"note: it ends when you log out, until: {LINGER}")
-
-    def writable(self) -> list[str]:
-        """Where the service may write; the program's folder is for `upgrade`, where its owner lets
-        it."""
-        other = host_rule(self.config, self.bind, socket.gethostname()).repo
-        places = [self.repo, other and self.repo / other, Path(self.argv[1]).parent]
-        if "--state" in self.argv:
-            places.append(self.state.root)
-        return [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
-
-    def allow_restarts(self) -> None:
-        """Let the service restart what its deployments restart, and nothing else."""
-        units = []
-        for service in map(parse_service, self.config.deploy.restart):
-            if service.keeper == "systemd":
-                name = service.name
-                units.append(name if "." in name else f"{name}.service")
-        if units and self.user != "root":
-            self.put(_POLKIT_FILE, render_polkit(self.user, units))
-        else:
-            self.take(_POLKIT_FILE)
-
-    def remove_unit(self) -> None:
-        if self.unit.exists():
-            self.systemctl("disable", "--now", SERVICE)
-            self.take(self.unit)
-            if self.root:
-                self.take(_POLKIT_FILE)
-            self.systemctl("daemon-reload")
-
-    def systemctl(self, *words: str) -> None:
-        self.call("systemctl", *self.scope(), *words)
-
-    def ask_systemctl(self, question: str) -> int:
-        """Its exit code: 0 for yes."""
-        argv = ["systemctl", *self.scope(), question, "--quiet", SERVICE]
-        return try_command(argv, os.environ)[0]
-
-    def scope(self) -> list[str]:
-        if self.root:
-            return []
-        return ["--user"]
-
-    # PM2
-
-    def install_pm2(self) -> None:
-        text = render_pm2(self.argv, str(self.folder))
-        if self.put(self.pm2_file, text) or not self.runs_under_pm2():
-            self.call("pm2", "delete", SERVICE, may_fail=True)
-            self.call("pm2", "start", str(self.pm2_file))
-            self.call("pm2", "save")
-        if os.name == "nt":
-            boot = f'schtasks /Create /SC ONLOGON /TN {SERVICE} /TR "cmd /c pm2 resurrect"'
-            self.say(f"note: to have it started at each logon: {boot}")
-        elif not Path(f"/etc/systemd/system/pm2-{getpass.getuser()}.service").exists():
-            self.say(
-                "note: to have PM2 started at boot, run the line that this prints: pm2 startup"
-            )
-
-    def runs_under_pm2(self) -> bool:
-        _, out = try_command(["pm2", "jlist"], os.environ)
-        with suppress(ValueError, IndexError, KeyError, TypeError):
-            apps = json.loads(out.splitlines()[-1])
-            online = [app["name"] for app in apps if app["pm2_env"]["status"] == "online"]
-            return SERVICE in online
-        return False
-
-    def remove_pm2(self) -> None:
-        before = self.pm2_file.with_name("pm2.json")  # as the first versions called it
-        if self.pm2_file.exists() or before.exists():
-            self.call("pm2", "delete", SERVICE, may_fail=True)
-            self.call("pm2", "save", "--force")
-            self.take(self.pm2_file)
-            self.take(before)
-
-    # What changes the host
 
     def put(self, path: Path, text: str) -> bool:
         """Write a file unless it says just that; whether it was written."""
@@ -18354,7 +18616,7 @@ class Setup:
         self.say(f"running: {line}")
         code, out = try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = f"see: journalctl -u {SERVICE}, or pm2 logs {SERVICE}"
+            hint = f"see: journalctl -u {self.service}, or pm2 logs {self.service}"
             if "--user" in argv:
                 hint = f"as this user, log in directly (not by su), or: {LINGER}"
             if out:
@@ -18362,6 +18624,286 @@ class Setup:
             else:
                 reason = f"exit {code}"
             raise UpdaterError(f"{line}: {reason}", hint)
+
+
+class Setup(HostChanges):
+    """This host's service, under PM2 or systemd: installed, started and welcomed, or removed.
+
+    Everything that changes the host goes through `put`, `take` and `call`, which a dry run only
+    says.
+    """
+
+    def __init__(self, args: Any, config_path: Path, say: Callable[[str], None]) -> None:
+        self.config = load_config(config_path)
+        self.project = self.config.project or ""
+        super().__init__(say, bool(args.dry_run), service_name(self.project))
+        self.config_path = config_path
+        self.folder = config_path.parent.parent
+        self.repo = work_tree(config_path)
+        self.home = Path.home()
+        self.user = ""
+        self.uid = -1
+        self.root = os.name != "nt" and os.geteuid() == 0
+        if self.root:  # the daemon is not root's business, but of whoever owns the repository
+            import pwd
+
+            owner = pwd.getpwuid(self.repo.stat().st_uid)
+            self.user = owner.pw_name
+            self.uid = owner.pw_uid
+            self.home = Path(owner.pw_dir)
+        self.argv = [*program_argv(), "serve"]
+        self.bind = args.bind
+        if args.config:
+            self.argv += ["--config", str(config_path)]
+        if args.bind:
+            self.argv += ["--bind", args.bind]
+        # The folder that the project's name says; `former` is where it was before it had this name
+        self.state: StateFolder = args.plain_state_folder()
+        self.former: StateFolder | None = None
+        if args.state:
+            self.argv += ["--state", str(self.state.root)]
+        else:
+            self.find_state(default_state_folder(os.environ, self.project))
+        units = self.home / ".config/systemd/user"
+        if self.root:
+            units = _UNIT_FOLDER
+        self.unit = units / f"{self.service}.service"
+
+    def find_state(self, wanted: Path) -> None:
+        """Where the state is to be, and where it is."""
+        self.state = StateFolder(wanted)
+        self.former = None
+        for state in state_folders(os.environ):
+            its_own = is_same_folder(state.owner().folder, self.folder)
+            if its_own and state.root != wanted and not self.state.is_used():
+                self.former = state
+
+    @property
+    def pm2_file(self) -> Path:
+        return self.state.root / "pm2.config.js"
+
+    @property
+    def polkit(self) -> Path:
+        return _POLKIT_FOLDER / f"50-{self.service}.rules"
+
+    def choose(self, wanted: str | None) -> str:
+        """pm2 or systemd: as asked, as installed already, else PM2 where it is.
+
+        Raises UsageError where the host has not what is wanted, or neither.
+        """
+        booted = Path("/run/systemd/system").is_dir()
+        pm2 = shutil.which("pm2")
+        found = wanted
+        former = self.former_services()
+        if not found and (self.unit.exists() or any(one.unit for one in former)):
+            found = "systemd"
+        elif not found:
+            by_pm2 = self.pm2_file.exists() or pm2 or not booted
+            found = "systemd"
+            if by_pm2:
+                found = "pm2"
+        if found == "systemd" and not booted:
+            raise UsageError("systemd does not run this host", "use --with pm2")
+        if found == "pm2" and not pm2:
+            other = ""
+            if booted:
+                other = ", or --with systemd"
+            raise UsageError("there is no pm2 in PATH", f"npm install -g pm2{other}")
+        return found
+
+    def install(self, wanted: str | None) -> None:
+        """Install, start, and wait for the master's welcome. Raises UpdaterError."""
+        keeper = self.choose(wanted)
+        if keeper == "systemd" and self.root and "--state" not in self.argv:
+            self.find_state(SYSTEM_STATE / self.project)
+        apps = []
+        if keeper == "pm2" and not self.dry_run:
+            apps = running_pm2()  # somebody may have started one by hand, and not saved it
+        self.require_own(apps)
+        mine = [state for state in (self.state, self.former) if state]
+        require_port(self.config, self.config_path, self.bind, mine)
+        self.give_up_former()
+        if keeper == "systemd":
+            self.remove_pm2()
+            self.install_unit()
+        else:
+            self.remove_unit()
+            self.install_pm2()
+        if not self.dry_run:
+            done = "unchanged: it is installed and runs"
+            if self.changed:
+                done = "installed and started"
+            self.say(done)
+            await_welcome(self.state, self.say)
+
+    def remove(self) -> None:
+        """Take away what `install` brought; a deployment that runs goes on, and recorded runs
+        stay."""
+        self.require_own()
+        self.remove_unit()
+        self.remove_pm2()
+        for one in self.former_services():
+            self.end_service(one)
+        if not self.dry_run:
+            done = "unchanged: nothing is installed"
+            if self.changed:
+                done = "removed; recorded runs stay"
+            self.say(done)
+
+    # Other projects on this host
+
+    def require_own(self, apps: Iterable[Any] = ()) -> None:
+        """That service and state folder are no other clone's: it would be evicted in silence, and
+        commands here would act on it; `apps`: what PM2 runs. Raises UsageError."""
+        require_own_state(self.state, self.config_path)
+        under_pm2 = [*installed_pm2(), *services_of_pm2(apps)]
+        for one in [*installed_units(self.unit.parent), *under_pm2]:
+            if one.service != self.service or is_same_folder(one.folder, self.folder):
+                continue
+            other = one.config_path()
+            if other:  # where its clone is gone, nobody misses it
+                raise UsageError(
+                    f"the service {one.service} is that of {other.parent.parent}",
+                    f"{name_hint(self.config_path, project_of(other))}; or, to give the other up, "
+                    f"there: setup --remove",
+                )
+        if self.root:
+            require_way_to_state(self.state, self.uid)
+
+    def former_services(self) -> list[Installed]:
+        """What is installed for this clone under a name that it had before."""
+        found = []
+        for one in [*installed_units(self.unit.parent), *installed_pm2()]:
+            renamed = one.service not in (self.service, f"{SERVICE}-haproxy")
+            if renamed and is_same_folder(one.folder, self.folder):
+                found.append(one)
+        return found
+
+    def give_up_former(self) -> None:
+        """End the service of the name that this project had, and take its state along. Raises
+        GuardError while a deployment runs there."""
+        if self.former and FileLock.held_elsewhere(self.former.job_lock):
+            raise GuardError("a deployment runs here", "setup again once it is over")
+        for one in self.former_services():
+            self.end_service(one)
+        if self.former:
+            self.changed = True
+            doing = "moving"
+            if self.dry_run:
+                doing = "would move"
+            self.say(f"{doing} {self.former.root} to {self.state.root}")
+            if not self.dry_run:
+                move_state(self.former, self.state)
+
+    def end_service(self, one: Installed) -> None:
+        """Stop and take away a service of this clone's, whatever it is called."""
+        if one.keeper == "pm2":
+            self.call("pm2", "delete", one.service, may_fail=True)
+            self.call("pm2", "save", "--force")
+            return
+        self.systemctl("disable", "--now", one.service)
+        self.take(Path(one.unit))
+        if self.root:
+            self.take(_POLKIT_FOLDER / f"50-{one.service}.rules")
+        self.systemctl("daemon-reload")
+
+    # systemd
+
+    def install_unit(self) -> None:
+        path = os.environ.get("PATH", os.defpath)
+        if self.root:
+            user = self.user
+        else:
+            user = None
+        text = render_unit(self.argv, str(self.folder), path, user, self.writable(), self.project)
+        fresh = self.put(self.unit, text)
+        if self.root:
+            self.allow_restarts()
+        if fresh:
+            self.systemctl("daemon-reload")
+        if fresh or self.ask_systemctl("is-enabled"):
+            self.systemctl("enable", self.service)
+        if fresh or self.ask_systemctl("is-active"):
+            self.systemctl("restart", self.service)
+        if self.user == "root":
+            self.say(
+                "note: the repository is root's, so deployments run as root; better: chown "
+                "it to an ordinary user"
+            )
+        if not self.root and not lingers():
+            self.say(f"note: it ends when you log out, until: {LINGER}")
+
+    def writable(self) -> list[str]:
+        """Where the service may write; the program's folder is for `upgrade`, where its owner lets
+        it."""
+        other = host_rule(self.config, self.bind, socket.gethostname()).repo
+        places = [self.repo, other and self.repo / other, Path(self.argv[1]).parent]
+        if "--state" in self.argv:
+            places.append(self.state.root)
+        return [*map(str, filter(None, places)), f"-{self.home}", "/tmp", "/var/tmp"]
+
+    def allow_restarts(self) -> None:
+        """Let the service restart what its deployments restart, and nothing else."""
+        units = []
+        for service in map(parse_service, self.config.deploy.restart):
+            if service.keeper == "systemd":
+                name = service.name
+                units.append(name if "." in name else f"{name}.service")
+        if units and self.user != "root":
+            self.put(self.polkit, render_polkit(self.user, units))
+        else:
+            self.take(self.polkit)
+
+    def remove_unit(self) -> None:
+        if self.unit.exists():
+            self.systemctl("disable", "--now", self.service)
+            self.take(self.unit)
+            if self.root:
+                self.take(self.polkit)
+            self.systemctl("daemon-reload")
+
+    def systemctl(self, *words: str) -> None:
+        self.call("systemctl", *self.scope(), *words)
+
+    def ask_systemctl(self, question: str) -> int:
+        """Its exit code: 0 for yes."""
+        argv = ["systemctl", *self.scope(), question, "--quiet", self.service]
+        return try_command(argv, os.environ)[0]
+
+    def scope(self) -> list[str]:
+        if self.root:
+            return []
+        return ["--user"]
+
+    # PM2
+
+    def install_pm2(self) -> None:
+        text = render_pm2(self.argv, str(self.folder), self.service)
+        if self.put(self.pm2_file, text) or not self.runs_under_pm2():
+            self.call("pm2", "delete", self.service, may_fail=True)
+            self.call("pm2", "start", str(self.pm2_file))
+            self.call("pm2", "save")
+        if os.name == "nt":
+            boot = f'schtasks /Create /SC ONLOGON /TN {self.service} /TR "cmd /c pm2 resurrect"'
+            self.say(f"note: to have it started at each logon: {boot}")
+        elif not Path(f"/etc/systemd/system/pm2-{getpass.getuser()}.service").exists():
+            self.say(
+                "note: to have PM2 started at boot, run the line that this prints: pm2 startup"
+            )
+
+    def runs_under_pm2(self) -> bool:
+        with suppress(KeyError, TypeError):
+            online = [app["name"] for app in running_pm2() if app["pm2_env"]["status"] == "online"]
+            return self.service in online
+        return False
+
+    def remove_pm2(self) -> None:
+        before = self.pm2_file.with_name("pm2.json")  # as the first versions called it
+        if self.pm2_file.exists() or before.exists():
+            self.call("pm2", "delete", self.service, may_fail=True)
+            self.call("pm2", "save", "--force")
+            self.take(self.pm2_file)
+            self.take(before)
 
 
 def judge_encoding(encoding: str) -> Finding:
@@ -18402,12 +18944,12 @@ def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding
     return Finding("access", code == 0, f"{remote} answers" if code == 0 else text, fix)
 
 
-def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
+def judge_unit(facts: Mapping[str, str], scope: str = "", service: str = SERVICE) -> Finding:
     """Whether systemd starts the daemon after a boot, keeps it running, and spares its
     deployments."""
-    start = f"systemctl{scope} enable --now {SERVICE}"
+    start = f"systemctl{scope} enable --now {service}"
     if facts.get("KillMode") != "process":
-        fix = f"systemctl{scope} edit {SERVICE}: [Service] KillMode=process"
+        fix = f"systemctl{scope} edit {service}: [Service] KillMode=process"
         return Finding(
             "service", False, "a restart of the unit would kill a running deployment", fix
         )
@@ -18421,6 +18963,46 @@ def judge_unit(facts: Mapping[str, str], scope: str = "") -> Finding:
     return Finding(
         "service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times"
     )
+
+
+def judge_service(one: Installed, serves: bool) -> Finding:
+    """Whether what is installed runs, and goes on running."""
+    if one.keeper == "pm2":
+        idle = "" if serves else ", not running"
+        return Finding("service", serves, f"PM2: saved{idle}", f"pm2 restart {one.service}")
+    scope = ""
+    if Path(one.unit).parent != _UNIT_FOLDER:
+        scope = " --user"
+    keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
+    _, out = try_command(["systemctl", *scope.split(), "show", keys, one.service], os.environ)
+    facts = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+    found = judge_unit(facts, scope, one.service)
+    # A user's own systemd ends with the last session, unless the user lingers: the agent would
+    # be gone after the log-out.
+    if found.ok and scope and not lingers():
+        return Finding("service", False, "systemd ends it when you log out", LINGER)
+    return found
+
+
+def judge_instances(state: StateFolder, path: Path) -> Iterator[Finding]:
+    """The projects of this host, where it has several, and whether they are in each other's way;
+    `state` and `path` are this project's folder and configuration."""
+    rows = []
+    services = installed_services()
+    for one in services:
+        rows.append(f"{one.service} ({one.keeper}) in {one.folder}")
+    for each in state_folders(os.environ):
+        owner = each.owner()
+        if not any(is_same_folder(one.folder, owner.folder) for one in services):
+            whose = owner.folder or each.root
+            rows.append(f"{service_name(owner.project)} (no service) in {whose}")
+    if len(rows) > 1:
+        yield Finding("instances", True, "; ".join(dict.fromkeys(rows)))
+    with suppress(ConfigError):
+        try:
+            require_own_url(load_config(path), path, [state])
+        except UsageError as problem:
+            yield Finding("port", False, problem.what, problem.hint)
 
 
 def judge_attempt(name: str, text: str, act: Callable[[], object]) -> Finding:
@@ -18437,7 +19019,7 @@ class Doctor:
 
     def __init__(self, args: Any) -> None:
         self.args = args
-        self.state: StateFolder = args.state_folder()
+        self.state: StateFolder = args.plain_state_folder()
         self.env = scrub_environment(os.environ)
         self.env.pop("SSH_AUTH_SOCK", None)  # a service has none
         self.hidden: tuple[str, ...] = ()  # what no finding may show
@@ -18465,6 +19047,7 @@ class Doctor:
         yield self.service()
         try:
             path = self.args.config_path()
+            yield from judge_instances(self.state, path)
             problems, warnings = check_config(path)
             config, _ = load_config_or_last(path, self.state)
         except (ConfigError, OSError) as problem:
@@ -18509,6 +19092,11 @@ class Doctor:
         if exposed:
             fix = f"sudo chown -R $USER {self.state.root} && chmod 700 {self.state.root}"
             return Finding("state", False, f"{self.state.root} {exposed}", fix)
+        with suppress(ConfigError):
+            try:
+                require_own_state(self.state, self.args.config_path())
+            except UsageError as problem:
+                return Finding("state", False, problem.what, problem.hint)
         text = f"{self.state.root}, {len(self.state.run_ids())} recorded runs"
         return judge_attempt("state", text, self.state.create)
 
@@ -18557,41 +19145,31 @@ class Doctor:
             fix,
         )
 
+    def place(self) -> tuple[str, Path | None]:
+        """What this project's service is called, and where it works."""
+        with suppress(ConfigError):
+            path = self.args.config_path()
+            return service_name(project_of(path)), path.parent.parent
+        return SERVICE, None
+
     def service(self) -> Finding:
         """Who starts the daemon after a reboot, and whether it runs."""
-        own = Path.home() / ".config/systemd/user"
-        system = Path("/etc/systemd/system")
-        places = (
-            (own, " --user", SERVICE),
-            (system, "", SERVICE),
-            (system, "", f"{SERVICE}-haproxy"),
-        )
-        for folder, scope, unit in places:
-            if (folder / f"{unit}.service").exists():
-                keys = "--property=ActiveState,UnitFileState,KillMode,NRestarts"
-                _, out = try_command(["systemctl", *scope.split(), "show", keys, unit], os.environ)
-                found = judge_unit(
-                    dict(line.split("=", 1) for line in out.splitlines() if "=" in line), scope
-                )
-                # A user's own systemd ends with the last session, unless the user lingers: the
-                # agent would be gone after the log-out.
-                if found.ok and scope and not lingers():
-                    return Finding("service", False, "systemd ends it when you log out", LINGER)
-                return found
-        dump = Path(os.environ.get("PM2_HOME") or Path.home() / ".pm2") / "dump.pm2"
-        with suppress(
-            OSError, ValueError, AttributeError
-        ):  # the file: any word to pm2 would start one
-            if any(app.get("name") == SERVICE for app in json.loads(dump.read_bytes())):
-                fix = f"pm2 restart {SERVICE}"
-                return Finding(
-                    "service",
-                    self.serves,
-                    "PM2: saved" + ("" if self.serves else ", not running"),
-                    fix,
-                )
+        name, folder = self.place()
+        others = []
+        for one in installed_services():
+            its_own = folder is None or is_same_folder(one.folder, folder)
+            if one.service == f"{SERVICE}-haproxy" or (one.service == name and its_own):
+                return judge_service(one, self.serves)
+            if its_own:
+                fix = f"{program_name()} setup"
+                text = f"it is still called {one.service}, and its project is {name}"
+                return Finding("service", False, text, fix)
+            if one.service == name:
+                others.append(one.folder)
         text = "none is installed"
-        if self.serves:
+        if others:
+            text = f"{name} is that of {others[0]}"
+        elif self.serves:
             text = "it runs, but nothing starts it after a reboot"
         return Finding("service", False, text, f"{program_name()} setup")
 
@@ -19787,7 +20365,10 @@ def make_caller(args: Args) -> Caller:
     if text and args.tells_settings:
         notice = json.dumps({"event": "notice", "text": text})
         print(notice if args.json else f"estelle-updater: {terminal_text(text)}", file=sys.stderr)
-    return Caller(args.state_folder(), config, args.bind, work_tree(args.config_path()))
+    state = args.state_folder()
+    if config.project:
+        require_own_url(config, args.config_path(), [state])
+    return Caller(state, config, args.bind, work_tree(args.config_path()))
 
 
 def settings_in_force(args: Args) -> tuple[Config, str]:
@@ -19931,6 +20512,7 @@ def run_order(
 def run_here(args: Args, order: Submit, doing: str = "") -> int:
     """Start an order on this host without the master, and show it to its end."""
     state, view = args.state_folder(), make_view(args)
+    require_own_state(state, args.config_path(), claim=True)
     job = make_local_job(state, order, args.bind)
     start_runner(state, args.config_path(), job).wait()
     view.notice(f"run {job.run}: {doing}{job.branch} on this host")
@@ -20689,9 +21271,17 @@ def status_text(status: Mapping[str, Any]) -> str:
             head.append(title)
             told.append(column)
     uptime = f"up {master['uptime']:.0f} s"
-    lines = [f"master {master['ip']}  estelle-updater {master['version']}  {uptime}"]
+    project = project_mark(master)
+    lines = [f"{project}master {master['ip']}  estelle-updater {master['version']}  {uptime}"]
     lines.append(render_table(head, zip(*told, strict=True)))
     return "\n".join(lines + status_problems(status))
+
+
+def project_mark(master: Mapping[str, Any]) -> str:
+    """What `status` begins with where the project has a name."""
+    if master.get("project"):
+        return f"project {master['project']}  "
+    return ""
 
 
 def status_problems(status: Mapping[str, Any]) -> list[str]:
@@ -20758,7 +21348,8 @@ def status_screen(status: Mapping[str, Any], now: float, columns: int) -> list[s
     if wide:
         head += ["ROLE", "BRANCH", "UPDATER", "PLATFORM"]
     rows = [status_row(row, now, wide) for row in status["hosts"]]
-    title = f"master {master['ip']}  {master['version']}  up {duration_text(master['uptime'])}"
+    uptime = f"up {duration_text(master['uptime'])}"
+    title = f"{project_mark(master)}master {master['ip']}  {master['version']}  {uptime}"
     clock = time.strftime("%H:%M:%S", time.localtime(now))
     gap = max(2, min(columns, WIDE_COLUMNS) - 1 - count_cells(title) - len(clock))
     return [title + " " * gap + clock, *lay_table(head, rows, columns), *status_problems(status)]
@@ -21669,13 +22260,13 @@ def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
     preload(*RUNNER_NEEDS)
-    return Runner(args.state_folder(), args.run, args.host, args.config_path()).main()
+    return Runner(args.plain_state_folder(), args.run, args.host, args.config_path()).main()
 
 
 def cmd_nursery(args: Args) -> int:
     """Where the daemon's runners come from: not for people."""
     preload(*RUNNER_NEEDS)
-    tend_nursery(args.state_folder(), args.config_path(), int(args.descriptor))
+    tend_nursery(args.plain_state_folder(), args.config_path(), int(args.descriptor))
     return 0
 
 
@@ -21818,11 +22409,30 @@ class Args(SimpleNamespace):
 
     # that the last valid settings are used: on standard error, unless each answer says it
     tells_settings = True
+    state_root: Path | None = None  # once it was looked for
+    owns_state = False  # once that was looked at
 
     def state_folder(self) -> StateFolder:
-        return StateFolder(
-            Path(self.state).absolute() if self.state else default_state_folder(os.environ)
-        )
+        """This host's state of the project whose configuration is in force. Raises UsageError where
+        it is another repository's."""
+        state = self.plain_state_folder()
+        if not self.owns_state:
+            with suppress(ConfigError):
+                require_own_state(state, self.config_path())
+            self.owns_state = True
+        return state
+
+    def plain_state_folder(self) -> StateFolder:
+        """The same, whoever's it is."""
+        if not self.state_root:
+            path = None
+            with suppress(ConfigError):
+                path = self.config_path()
+            if self.state:
+                self.state_root = Path(self.state).absolute()
+            else:
+                self.state_root = find_state_folder(os.environ, path)
+        return StateFolder(self.state_root)
 
     def config_path(self) -> Path:
         """--config, ESTELLE_CONFIG, else found upwards from ESTELLE_REPO or the working

@@ -9,11 +9,15 @@ const installed = null;
 const windows = process.platform === 'win32';
 const pyz = path.join(__dirname, 'estelle_updater.pyz');
 const repo = path.resolve(process.env.ESTELLE_REPO || process.cwd());
+// A project that has a name, where a host has several, has a service of that name.
+const text = ['json', 'toml'].map((form) => path.join(repo, 'config', `updater.${form}`))
+  .filter(fs.existsSync).map((file) => fs.readFileSync(file, 'utf8').split(/^\s*\[/m)[0])[0] || '';
+const project = (/^\s*\{?\s*"?project"?\s*[:=]\s*"([a-z0-9][a-z0-9_-]{0,31})"/m.exec(text) || [])[1];
 
 module.exports = {
   apps: [
     {
-      name: 'estelle-updater', // on every host; the role follows from masterUrl and the host's own address
+      name: project ? `estelle-updater-${project}` : 'estelle-updater', // on every host; the role follows from masterUrl and the host's own address
       script: fs.existsSync(pyz) ? pyz : path.join(__dirname, 'estelle_updater.py'), // the second in a source checkout
       args: 'serve',
       interpreter: windows ? 'python' : 'python3', // Windows' python3 is often only a door to the Store

@@ -26,6 +26,7 @@ from tests.seam import MISSING, Field, fields  # noqa: E402
 MEANINGS: dict[str, dict[str, str]] = {
     "": {
         "masterUrl": "where the master listens: `ws://` or `wss://`, an address or a name, and a port (9900)",
+        "project": "names service, state folder and messages, where a host has several",
         "whitelist": "addresses and networks (CIDR) that may connect",
         "commanders": "only these of the whitelist, and the master's own host, may command; without, all of them",
         "trustedProxies": "only these may say `X-Forwarded-For`",
