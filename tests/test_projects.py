@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import estelle_updater as est
+from tests import seam as est
 from tests.fleet import Origin, Result, free_port, need, run, wait_for
 from tests.systemd_lab import PYTHON, Lab
 
@@ -245,7 +245,7 @@ def test_names_that_are_none(name: object) -> None:
 
 def test_places_of_a_named_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(est, "SYSTEM_STATE", tmp_path / "system")
+    monkeypatch.setattr(est.program, "SYSTEM_STATE", tmp_path / "system")
     if os.name != "nt":
         assert est.default_state_folder({}, "yq") == tmp_path / ".local/state/estelle-updater/yq"
     assert est.default_state_folder({"STATE_DIRECTORY": str(tmp_path)}, "yq") == tmp_path / "yq"
