@@ -1513,7 +1513,14 @@ _remote = _is(
 _host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_host_name(raw))
 # `estelle-updater-haproxy` is the data node's service; the rest stands in the state folder of a
 # host whose project has no name
-NO_PROJECTS = ("haproxy", "runs", "notify", "machine-id", "last-config", "last-master")
+NO_PROJECTS = (
+    "haproxy",
+    "runs",
+    "notify",
+    "machine-id",
+    "last-config",
+    "last-master",
+)
 
 
 def is_project_name(raw: Any) -> bool:
@@ -16140,8 +16147,15 @@ class Caller:
     def _dial(self, url: str, timeout_s: float) -> Connection:
         way = way_to(self.config, self.tree, url, self.bind)
         spoken, process = [PROTOCOL_OLDEST, PROTOCOL], os.urandom(16).hex()
-        own = self.config.project or ""
-        hello = Hello("commander", spoken, __version__, "", user_name(), process, project=own)
+        hello = Hello(
+            "commander",
+            spoken,
+            __version__,
+            "",
+            user_name(),
+            process,
+            project=self.config.project or "",
+        )
         wire, welcome = call_master(way, hello, timeout_s)
         if not welcome.may_command:
             wire.close()
@@ -16799,7 +16813,14 @@ class RoleKeeper:
         lets us in."""
         versions = [PROTOCOL_OLDEST, PROTOCOL]
         name = socket.gethostname()
-        hello = Hello("commander", versions, __version__, "", name, self.nonce)
+        hello = Hello(
+            "commander",
+            versions,
+            __version__,
+            "",
+            name,
+            self.nonce,
+        )
         tree = work_tree(self.config.path)
         try:
             way = way_to(self.config.config, tree, str(url), self.options.bind)
@@ -18815,7 +18836,14 @@ class Setup(HostChanges):
             user = self.user
         else:
             user = None
-        text = render_unit(self.argv, str(self.folder), path, user, self.writable(), self.project)
+        text = render_unit(
+            self.argv,
+            str(self.folder),
+            path,
+            user,
+            self.writable(),
+            self.project,
+        )
         fresh = self.put(self.unit, text)
         if self.root:
             self.allow_restarts()

@@ -15,6 +15,7 @@ from tests import seam as est
 from tests.fleet import Origin, Result, free_port, need, run, wait_for
 from tests.systemd_lab import PYTHON, Lab
 
+HOMES = "/home"  # of the lab
 TOML = """\
 masterUrl = "ws://127.0.0.1:PORT"
 whitelist = ["127.0.0.1"]
@@ -163,7 +164,7 @@ def test_two_projects_of_one_host_under_systemd(tmp_path: Path, pyz: Path) -> No
     with Lab(tmp_path, binds={program: "/opt/estelle"}) as lab:
 
         def est_of(user: str, *words: str, by: str = "") -> Result:
-            argv = ("env", f"ESTELLE_REPO=/home/{user}/app", PYTHON, "/opt/estelle/estelle_updater.pyz")
+            argv = ("env", f"ESTELLE_REPO={HOMES}/{user}/app", PYTHON, "/opt/estelle/estelle_updater.pyz")
             return lab.run(*argv, *words, user=by, timeout_s=100)
 
         for number, user in enumerate(("anna", "bert")):
@@ -173,7 +174,7 @@ def test_two_projects_of_one_host_under_systemd(tmp_path: Path, pyz: Path) -> No
         # The one without a name would own the folder in which the other's is to lie
         assert est_of("anna", "setup", "--with", "systemd").code == 0, lab.journal()
         code, out, err = est_of("bert", "setup", "--with", "systemd")
-        assert (code, "would be shared with another user's project: /home/anna/app" in err) == (2, True), out + err
+        assert (code, f"would be shared with another user's project: {HOMES}/anna/app" in err) == (2, True), out + err
         lab.ok(
             "sh",
             "-c",
@@ -191,7 +192,7 @@ def test_two_projects_of_one_host_under_systemd(tmp_path: Path, pyz: Path) -> No
             assert len(list(lab.path(f"/var/lib/estelle-updater/{user}/runs").iterdir())) == 1
         assert lab.show("estelle-updater", "LoadState") == "not-found"
         assert (
-            "; ".join(f"estelle-updater-{u} (systemd) in /home/{u}/app" for u in ("anna", "bert"))
+            "; ".join(f"estelle-updater-{u} (systemd) in {HOMES}/{u}/app" for u in ("anna", "bert"))
             in est_of("bert", "doctor", by="bert").out
         )
         code, out, err = est_of("anna", "setup", "--remove")
@@ -201,7 +202,7 @@ def test_two_projects_of_one_host_under_systemd(tmp_path: Path, pyz: Path) -> No
         more = "git clone -q app more 2>&1; cd more; git checkout -q --orphan x; sed -i /project/d config/updater.toml"
         lab.ok("sh", "-c", f"{more}; git commit -qam other; git remote set-url origin ../more.git", user="bert")
         lab.ok("sh", "-c", "sed -i s/9901/9902/ more/config/updater.toml", user="bert")
-        argv = ("env", "ESTELLE_REPO=/home/bert/more", PYTHON, "/opt/estelle/estelle_updater.pyz")
+        argv = ("env", f"ESTELLE_REPO={HOMES}/bert/more", PYTHON, "/opt/estelle/estelle_updater.pyz")
         code, out, err = lab.run(*argv, "setup", "--with", "systemd", user="bert", timeout_s=100)
         assert (code, "the master listens" in out) == (0, True), out + err + lab.journal()
         assert lab.show("estelle-updater", "ActiveState", "bert") == "active"
