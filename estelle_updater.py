@@ -16050,6 +16050,7 @@ class View:
     def result(self, job: JobRecord) -> None: ...
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None: ...
     def notice(self, text: str) -> None: ...
+    def phase(self, name: str, told: str) -> None: ...  # of a release, between its runs
     def tick(self) -> None: ...  # now and then, at the latest when `due_s` is over
 
     tells_silence = True  # wants to hear of a step that has said nothing for long
@@ -19960,9 +19961,10 @@ class Block:
 
     # Rows
 
-    def rows(self, columns: int, lines: int, now: float) -> list[str]:
-        """The block on a terminal of this size."""
-        most = block_rows(lines)
+    def rows(self, columns: int, lines: int, now: float, most: int | None = None) -> list[str]:
+        """The block on a terminal of this size, in at most `most` rows."""
+        if most is None:
+            most = block_rows(lines)
         names = self.in_order(now)
         shown = names
         if len(names) >= most:
@@ -20056,7 +20058,64 @@ class Block:
         return row + said
 
 
+NARROW_COLUMNS = 80  # a clock farther to the right is read in the wrong row
 BLOCK_GROUPS = ("failed", "running", "queued", "ok")
+
+
+PHASES = ("deploy", "health", "question", "switch")
+
+
+class Phases:
+    """The rows of a release: what is done, what is under way with its run's own rows, and what is
+    still to come. Pure, as Block is."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.told: dict[str, str] = {}
+        self.clocks: dict[str, tuple[float, float | None]] = {}  # by phase: begun, ended
+        self.block: Block | None = None  # of the run that is this phase
+
+    def begin(self, name: str, now: float, told: str = "") -> None:
+        """A phase begins, and so the one before it is done."""
+        for other, (begun, ended) in self.clocks.items():
+            if ended is None:
+                self.clocks[other] = begun, now
+        self.clocks[name] = now, None
+        self.told[name] = told
+        self.block = None
+
+    def tell(self, name: str, text: str) -> None:
+        """What is to be said of a phase by now."""
+        self.told[name] = text
+
+    def rows(self, columns: int, lines: int, now: float) -> list[str]:
+        """All phases, and below the one that is under way its hosts; where there is no room for
+        both, the hosts."""
+        most = block_rows(lines)
+        room = most - len(PHASES) - 1
+        if self.block and room < 2:
+            return self.block.rows(columns, lines, now)
+        rows = [self.title]
+        for name in PHASES:
+            rows.append(self.phase_row(name, columns, now))
+            if self.block and self.is_open(name):
+                rows += self.block.rows(columns, lines, now, room)[1:]
+        return [fit_row(row, columns) for row in rows[:most]]
+
+    def is_open(self, name: str) -> bool:
+        return name in self.clocks and self.clocks[name][1] is None
+
+    def phase_row(self, name: str, columns: int, now: float) -> str:
+        """One phase: mark, name, what is to be said of it, and at the right how long it took."""
+        told = self.told.get(name, "")
+        if name not in self.clocks:
+            return f"· {name}"
+        begun, ended = self.clocks[name]
+        mark = "▸" if ended is None else "✓"
+        clock = duration_text((now if ended is None else ended) - begun)
+        start = f"{mark} {name:<8}  "
+        room = min(columns, NARROW_COLUMNS) - len(start) - len(clock) - 4
+        return f"{start}{pad_to_cells(cut_to_cells(told, room), room)}  {clock}"
 
 
 def run_title(run: RunRecord) -> str:
@@ -20196,6 +20255,7 @@ class LiveView(TextView):
         self.screen = Screen(output)
         self.usually = usually
         self.block: Block | None = None
+        self.phases: Phases | None = None  # where the run is one of a release's
         # notices go through the frame where they stand on the same terminal
         same = os.name == "nt"
         with suppress(OSError):  # whoever started us closed standard error
@@ -20207,7 +20267,11 @@ class LiveView(TextView):
         now = time.monotonic()
         if self.block is None:
             self.block = Block(run, now, self.usually(run))
-            self.screen.open(self.block.rows)
+            if self.phases:
+                self.phases.block = self.block
+                self.screen.open(self.phases.rows)
+            else:
+                self.screen.open(self.block.rows)
         for host in run.hosts:
             self.block.hosts.setdefault(host, BlockHost())
 
@@ -20255,6 +20319,14 @@ class LiveView(TextView):
         else:
             self.screen.draw()
             super().print_stderr(text)
+
+    def phase(self, name: str, told: str) -> None:
+        """Between its runs a release has a block of its own."""
+        if self.phases:
+            self.phases.tell(name, told)
+            if not self.screen.rows:
+                self.screen.open(self.phases.rows)
+            self.tick()
 
     def due_s(self) -> float:
         return self.screen.due_s()
@@ -20355,13 +20427,16 @@ def new_order(kind: Kind, target: str, branch: str, **more: Any) -> Submit:
     return Submit(make_run_id(), os.urandom(16).hex(), kind, target, branch, user_name(), **more)
 
 
-def make_view(args: Args, *, live: bool = True) -> View:
-    """Where a run is shown: as JSON lines, as lines, or on a terminal with the live block."""
+def make_view(args: Args, *, live: bool = True, phases: Phases | None = None) -> View:
+    """Where a run is shown: as JSON lines, as lines, or on a terminal with the live block, which
+    says of a release how far that is."""
     output = Output(not args.no_color)
     if args.json:
         return JsonView(output)
     if live and output.escapes and not getattr(args, "plain", True):
-        return LiveView(output, functools.partial(usual_seconds, args))
+        shown = LiveView(output, functools.partial(usual_seconds, args))
+        shown.phases = phases
+        return shown
     view = TextView(output)
     view.explains = live
     return view
@@ -20522,11 +20597,16 @@ def find_run(args: Args, word: str, *, open_first: bool = False) -> str:
 
 
 def run_order(
-    args: Args, order: Submit, doing: str = "", *, detach: bool = False
+    args: Args,
+    order: Submit,
+    doing: str = "",
+    *,
+    detach: bool = False,
+    phases: Phases | None = None,
 ) -> tuple[int, list[JobRecord]]:
     """Start a run and show it to its end, or only start it: the exit code, and the jobs as they
     ended."""
-    caller, view = make_caller(args), make_view(args)
+    caller, view = make_caller(args), make_view(args, phases=phases)
     connection, record = submit_run(caller, order, max(PATIENCE_S, order.wait_s))
     if detach:
         view.begin(record) if args.json else say(record.run)
@@ -20898,6 +20978,9 @@ def await_standby(
             at = where.get(host, "unknown")
             if at != "standby":
                 wrong.append(f"{host}: {at} for HAProxy")
+        good = sum(row["ok"] for row in checks)
+        missing = f"  ✗ {wrong[0]}" if wrong else ""
+        view.phase("health", f"{good} of {count_text(len(checks), 'check')} ok{missing}")
         if not wrong:
             return next(row["color"] for row in rows if row["host"] == hosts[0]), rows
         if time.monotonic() > ends:
@@ -20925,26 +21008,38 @@ def cmd_release(args: Args) -> int:
     require_branch(args.branch, "nothing was sent")
     require_colours(args)
     require_answer(args)
-    view = make_view(args)
+    phases = Phases(f"release {args.branch}")
+    view = make_view(args, phases=phases)
     for line in comparison_lines(compare_with_active(args, args.branch)):
         view.notice(line)
     options: dict[str, Any] = {"alone": True, "leave": not args.yes}
     if args.force:
         options["force"] = True
-    code, jobs = run_order(args, new_order(Kind.DEPLOY, "standby", args.branch, options=options))
+    order = new_order(Kind.DEPLOY, "standby", args.branch, options=options)
+    phases.begin("deploy", time.monotonic())
+    code, jobs = run_order(args, order, phases=phases)
     if code:
         return code
     # From the jobs that ran and not from the branch, which may have moved while they did.
     commit = only_commit(job.commit for job in jobs)
-    color, rows = await_standby(args, [job.host for job in jobs], args.wait, view)
+    phases.tell("deploy", ", ".join(f"{job.host} {result_text(job)[2:]}" for job in jobs))
+    phases.begin("health", time.monotonic(), "asking")
+    view.phase("health", "asking")
+    try:
+        color, rows = await_standby(args, [job.host for job in jobs], args.wait, view)
+    finally:
+        view.close()
+    phases.title += f": the standby is {color}"
     for row in rows:
         view.notice(color_text(row))
     stays = f"{color} has the new commit, and the traffic stays where it is"
     left = left_behind_text(compare_with_active(args, commit))  # the branch may have moved
     if left and args.yes and not args.force:
         raise GuardError(f"{left}; {stays}", "`release --force` leaves them")
+    phases.begin("question", time.monotonic())
     confirm(args, f"{left}\nswitch the traffic to {color}?".strip(), stays)
-    code, _ = run_order(args, order_switch(color, commit=commit), "switch to ")
+    phases.begin("switch", time.monotonic(), f"to {color}")
+    code, _ = run_order(args, order_switch(color, commit=commit), "switch to ", phases=phases)
     if code:
         return code
     status = ask_master(args, "status", {})

@@ -24,6 +24,7 @@ from tests.fleet import ROOT, Fleet, Host, Result, need, run, wait_for
 from tests.haproxy import Proxy
 from tests.seam import Clearance, GuardError, JobRecord, Kind, LogWriter, Runner, StateFolder
 from tests.stores import certificate, mariadb, valkey
+from tests.terminal import Terminal
 
 BLUE, GREEN = "127.0.0.2", "127.0.0.3"
 
@@ -342,6 +343,40 @@ def readme_block(after: str) -> str:
     """The first block of commands after a text of README.md."""
     text = (ROOT / "README.md").read_text("utf-8")
     return text[text.index(after) :].split("```")[1].partition("\n")[2]
+
+
+def test_a_person_sees_how_far_a_release_is(one: Round):
+    """One block for the whole round: what is done, what is under way with its hosts, what is still to come."""
+    write_script(f"echo deploying\n{GATED}", one.green)
+    (one.green.folder / "sick").touch()
+    argv, env, cwd = one.fleet._command(["release", "master"], None, None, None)
+    seen = Terminal(argv, env, cwd)
+
+    def row(start: str) -> str:
+        return next((line for line in seen.shown() if line.startswith(start)), "")
+
+    try:
+        seen.until(lambda: row("▸ 127.0.0.3"), "the deployment runs")
+        rows = seen.shown()
+        top = rows.index("release master")
+        assert [line[:10].rstrip() for line in rows[top + 1 : top + 6]] == [
+            *("▸ deploy", "▸ 127.0.0.", "· health", "· question", "· switch")
+        ], rows
+        assert "│ " in rows[top + 2]
+        open_gate(one.green)
+        seen.until(lambda: "✗ 127.0.0.3: well: exit 1: sick" in row("▸ health"), "why it is not healthy")
+        assert row("✓ deploy").split()[2:4] == ["127.0.0.3", "완료"], seen.shown()
+        (one.green.folder / "sick").unlink()
+        seen.until(lambda: any("switch the traffic to green?" in line for line in seen.shown()), "the question")
+        assert not row("▸ health")
+        seen.type("y\n")
+        assert seen.wait() == 0
+        lines = seen.all_lines()
+        assert lines.count("[127.0.0.3] deploying") == 1
+        left = [line for line in lines if re.match(r"[▸·✓] (deploy|health|question|switch|127)\b", line)]
+        assert left == [] and one.traffic() == {"blue": "standby", "green": "active"}, lines
+    finally:
+        seen.close()
 
 
 def test_runbook_application_failure(one: Round):
