@@ -252,6 +252,9 @@ def test_a_running_deployment_is_cancelled_by_typing_its_last_digits(shared: Fle
     assert "cancelled" in browser.text(".job") and "page@127.0.0.1" in browser.text("#view")
 
     deploys(shared, GOOD)
+    assert shared.cli("trigger", B, "master").code == 0
+    shared.origin.commit({"app.txt": "newer"})
+    assert shared.cli("trigger", B, "master").code == 0
     browser.js("openDialog({kind: 'rollback', target: '127.0.0.2', to: ''})")
     browser.wait("document.activeElement.name === 'target'")
     browser.key("Enter")

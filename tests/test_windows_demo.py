@@ -68,10 +68,8 @@ def test_the_demo_tells_its_story(windows_python: Windows, git_for_windows: dict
     out = out.replace("\r\n", "\n")
     for host in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
         assert f"[{host}] ✓ 완료 v0301_2\n" in out
-        row = re.search(rf"(?m)^{host}  .*  yes     .*", out)
-        assert row, out
-        # Git through two shells of Wine may take longer than a status waits for a host's facts
-        assert re.search(r"  master  [0-9a-f]{7}  v0301_3 |no answer within", row[0]), row[0]
+        # Git through two shells of Wine may take longer than a status waits for the rest of a row
+        assert re.search(rf"(?m)^{host}  .*  yes  .*  (✓ v0301_3$|✗ 실패 )", out), out
     assert re.findall(r"\[(.*)\] ✗ 실패 .* \(exit 1\)\n", out) == ["127.0.0.3"]
     folder = re.findall(r"^A fleet .*\\(estelle-demo-\w+)", out)
     assert [
