@@ -558,6 +558,11 @@ LOST_S = 900.0  # without a connection a running job counts as lost, which relea
 DISK_RETRY_S = 5.0
 REGISTRY_SAVE_S = 0.5  # hosts that come within this are written together
 FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
+PUSH_LEAST_S = 15.0  # between two questions to the remote: a forge counts them
+PUSH_FIRST_S = 2.0  # after the start, or a change of what is watched
+PUSH_RETRY_S = 15.0  # an order that is held back is tried again, without a question to the remote
+PUSH_BACKOFF_S = 900.0  # at most between two questions to a remote that does not answer
+PUSH_ROWS, PUSH_ROW_CHARS = 10, 200  # of what was pushed: it stands in every message about the run
 FREEZE_SOON_S = 3600.0  # a window that begins within the hour is worth a word
 FREEZE_MOST_S = 90 * 86400.0
 ID_SLACK_S = (
@@ -1251,6 +1256,7 @@ NOTIFY_EVENTS = (
     "agent-offline",
     "certificate",
     "impostor",
+    "pushed",
 )
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that "
@@ -1510,6 +1516,11 @@ _word = _matches("single word", r"[^\s\"'#\\]+")
 _remote = _is(
     "git remote's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None
 )
+_pause = _is(
+    f"number of seconds, {PUSH_LEAST_S:g} at least and up to a week",
+    lambda raw: _is_number(raw) and PUSH_LEAST_S <= raw <= MAX_TIMEOUT_S,
+)
+_branch = _is("branch's name", lambda raw: _is_argument(raw) and valid_branch_problem(raw) is None)
 _host_name = _is("name for a host", lambda raw: isinstance(raw, str) and valid_host_name(raw))
 # `estelle-updater-haproxy` is the data node's service; the rest stands in the state folder of a
 # host whose project has no name
@@ -1725,6 +1736,22 @@ class FreezeRule:
 
 
 @record(frozen=True, kw_only=True)
+class WatchRule:
+    """One [[watch]]: a branch of the remote that is deployed, or planned, when it moves."""
+
+    branch: Annotated[str, _branch]
+    target: Text = "all"
+    every_s: Annotated[float, _pause] = 60.0
+    then: Annotated[str, _one_of("deploy", "plan")] = "deploy"
+    by: Word = "watch"
+
+    @property
+    def key(self) -> str:
+        """What is remembered of it: whatever else changes, it is the same one."""
+        return f"{self.branch} {self.target}"
+
+
+@record(frozen=True, kw_only=True)
 class UpdaterRule:
     """[updater]: the program file that `upgrade` may install."""
 
@@ -1840,6 +1867,7 @@ class Config:
     keep: Annotated[KeepRule, _table(KeepRule)] = KeepRule()
     updater: Annotated[UpdaterRule, _table(UpdaterRule)] = UpdaterRule()
     freeze: Annotated[tuple[FreezeRule, ...], _list_of(_table(FreezeRule), "[[freeze]]")] = ()
+    watch: Annotated[tuple[WatchRule, ...], _list_of(_table(WatchRule), "[[watch]]")] = ()
     notify: Annotated[
         tuple[NotifyRule, ...], _list_of(_table(NotifyRule, _check_notify), "[[notify]]")
     ] = ()
@@ -1975,6 +2003,11 @@ def _judge_hosts(config: Config, known: Iterable[str]) -> Iterator[str]:
             wanted.append((f"health {_shown(check.name)}", host))
     if config.haproxy:
         wanted.append(("haproxy", config.haproxy.host))
+    for watch in config.watch:
+        words = [word.strip() for word in watch.target.split(",")]
+        for word in words:
+            if word not in ("all", "active", "standby") and "/" not in word:
+                wanted.append((f"watch {watch.branch}", word))
     listed = Whitelist(config.whitelist)
     for key, host in wanted:
         may_connect = key != "haproxy" and listed.verdict(host).allowed
@@ -2016,6 +2049,18 @@ def _judge_checks(config: Config) -> Iterator[str]:
             yield f"health {check.name}: a user without passwordFile or passwordEnv can't log in"
 
 
+def _judge_watches(config: Config) -> Iterator[str]:
+    """Watches that can never deploy, or would deploy the same twice."""
+    known = set()
+    for watch in config.watch:
+        if watch.key in known:
+            yield f"watch {watch.branch}: there is another one for {watch.target}"
+        known.add(watch.key)
+        colours = {"active", "standby"}.intersection(watch.target.split(","))
+        if colours and not config.haproxy:
+            yield f"watch {watch.branch}: nobody knows who is {watch.target} without [haproxy]"
+
+
 def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
     """What is valid and yet hardly meant; `known`: labels and names of hosts besides those that the
     file names."""
@@ -2027,6 +2072,7 @@ def config_warnings(config: Config, known: Iterable[str] = ()) -> list[str]:
         *_judge_secrets(config),
         *_judge_trust(config),
         *_judge_checks(config),
+        *_judge_watches(config),
     ]
 
 
@@ -2102,6 +2148,9 @@ def compare_doors(old: Config, new: Config) -> list[Change]:
         program = (new.updater.sha256 or "none")[:12]
         changes.append(Change(f"updater.sha256: `upgrade` may install {program}"))
     changes += _compare_receivers(old.notify, new.notify)
+    for watch in new.watch:
+        if watch not in old.watch:
+            changes.append(Change(f"watch: {watch.then}s {watch.branch} on {watch.target}"))
     return changes
 
 
@@ -11992,6 +12041,17 @@ ANSWERS: dict[str, dict[str, str]] = {
         "diverged": "bool",
         "exit": "int",
     },
+    "remote": {
+        "busy": "bool",
+        "heads": "dict[str, str]",
+        "known": "dict[str, str]",
+    },
+    "pushed": {
+        "busy": "bool",
+        "commits": "int",
+        "leaving": "int",
+        "subjects": "list[str]",
+    },
 }
 
 
@@ -12728,13 +12788,19 @@ class Outlook:
     objects, and changes neither the working tree nor the index nor any ref. A job may run
     meanwhile: no lock of git is taken."""
 
-    def __init__(self, repo: Path, rule: Effective) -> None:
-        self.repo, self.remote = repo, rule.remote
+    def __init__(
+        self,
+        repo: Path,
+        rule: Effective,
+        within_s: float = LOOK_AHEAD_S,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.repo, self.remote, self.stop = repo, rule.remote, stop
         extra: dict[str, str] = {}
         with suppress(ConfigError):  # the job will say so
             extra = read_environment(rule, repo)
         self.env = {**scrub_environment(os.environ), **extra, **rule.env}
-        self.deadline = time.monotonic() + LOOK_AHEAD_S
+        self.deadline = time.monotonic() + within_s
         self.said = b""
 
     # What git says
@@ -12744,7 +12810,7 @@ class Outlook:
         up."""
         left_s = max(0.1, self.deadline - time.monotonic())
         code, out, self.said = ask_git(
-            self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s
+            self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s, stop=self.stop
         )
         if code:
             return None
@@ -12784,17 +12850,37 @@ class Outlook:
                 raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
         else:
             name = target = branch
-        if self.git("cat-file", "-e", target) is None:
-            quiet = (
-                "--quiet",
-                "--no-write-fetch-head",
-                "--no-tags",
-                "--no-auto-maintenance",
-                "--refmap=",
-            )
-            if self.git("fetch", *quiet, self.remote, name.removesuffix("^{}")) is None:
-                raise TargetError(self.why())
+        self.bring(target, name.removesuffix("^{}"))
         return target, local
+
+    def bring(self, commit: str, name: str) -> None:
+        """Have the objects of a commit here, by the name that the remote has for it. Raises
+        TargetError."""
+        if self.git("cat-file", "-e", commit) is not None:
+            return
+        quiet = (
+            "--quiet",
+            "--no-write-fetch-head",
+            "--no-tags",
+            "--no-auto-maintenance",
+            "--refmap=",
+        )
+        if self.git("fetch", *quiet, self.remote, name) is None:
+            raise TargetError(self.why())
+
+    def list_heads(self, branches: Sequence[str]) -> dict[str, str]:
+        """Where branches stand on the remote, by one question to it; one that it has not is left
+        out. Raises UpdaterError."""
+        names = [f"refs/heads/{branch}" for branch in branches]
+        listed = self.git("ls-remote", self.remote, *names)
+        if listed is None:
+            raise UpdaterError(self.why())
+        heads = {}
+        for line in listed.splitlines():
+            commit, _, name = line.partition("\t")
+            if name in names:  # it also lists what only ends so
+                heads[name.removeprefix("refs/heads/")] = commit
+        return heads
 
     # What an order would find and change
 
@@ -12920,6 +13006,70 @@ def compare_commits(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def ask_aside(agent: Agent, args: dict[str, Any], ask: Callable[[Outlook], Any]) -> dict[str, Any]:
+    """What git says while no job works in the clone; `busy` where one does, or begins meanwhile: a
+    git of ours beside it would keep it from clearing away locks that a dead git left."""
+    rule, repo = agent.rule_and_repo(args.get("address"))
+    lock = agent.state.job_lock
+
+    def is_busy() -> bool:
+        return FileLock.held_elsewhere(lock)
+
+    if is_busy():
+        return {"busy": True}
+    try:
+        answer: dict[str, Any] = ask(Outlook(repo, rule, ACCESS_S, is_busy))
+    except UpdaterError:
+        if is_busy():
+            return {"busy": True}
+        raise
+    return answer
+
+
+def tell_remote(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """Where branches stand on the remote now, and where this clone saw them last."""
+    branches = args.get("branches")
+    if not isinstance(branches, list):
+        raise UsageError("branches is a list of names")
+    for branch in branches:
+        require_branch(str(branch))
+
+    def ask(outlook: Outlook) -> dict[str, Any]:
+        known = {}
+        for branch in branches:
+            name = f"refs/remotes/{outlook.remote}/{branch}"
+            known[branch] = (outlook.git("rev-parse", "--verify", "--quiet", name) or "").strip()
+        return {"heads": outlook.list_heads(branches), "known": known}
+
+    return ask_aside(agent, args, ask)
+
+
+def tell_pushed(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
+    """Which commits lie between two places of a branch: who made them, and what they say."""
+    branch, old, new = (str(args.get(key)) for key in ("branch", "old", "new"))
+    require_branch(branch)
+    for commit in (old, new):
+        if not is_commit_id(commit):
+            raise UsageError(f"{commit[:80]!r} is no commit")
+
+    def ask(outlook: Outlook) -> dict[str, Any]:
+        outlook.bring(new, f"refs/heads/{branch}")
+        most = f"--max-count={PUSH_ROWS}"
+        told = outlook.git("log", "--format=%h %an: %s", most, f"{old}..{new}", "--")
+        rows = [line[:PUSH_ROW_CHARS] for line in (told or "").splitlines()]
+        commits = outlook.git("rev-list", "--count", f"{old}..{new}")
+        leaving = outlook.git("rev-list", "--count", f"{new}..{old}")
+        return {
+            "commits": int(commits or 0),
+            "leaving": int(leaving or 0),
+            "subjects": rows,
+        }
+
+    return ask_aside(agent, args, ask)
+
+
+QUESTIONS["remote"] = tell_remote
+QUESTIONS["pushed"] = tell_pushed
 QUESTIONS["plan"] = tell_plan
 QUESTIONS["compare"] = compare_commits
 
@@ -14387,6 +14537,7 @@ class Master:
         self.freezes = Freezes(state, config)
         self.queue = Queue(self.ledger, self.registry, self.freezes)
         self.plans: dict[str, Plan] = {}
+        self.watcher = Watcher(self)
         self.began = time.monotonic()
 
     @property
@@ -14821,6 +14972,7 @@ class FleetView:
             freezes.append({**one._asdict(), "text": one.text(now)})
         warnings = [*traffic["warnings"], *self.registry.warnings()]
         warnings += [one["text"] for one in freezes]
+        warnings += self.master.watcher.warnings()
         by_file = traffic.get("by_file") or {}  # where HAProxy can't be asked
         facts = {"hosts": rows, "warnings": warnings, "by_file": by_file, "freezes": freezes}
         return {"master": self.about_us(), **facts}
@@ -15434,6 +15586,15 @@ async def answer_plan(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
     return await Planner(desk, args).plan()
 
 
+async def answer_watches(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
+    """What the watched branches last saw and did; `paused` true or false stops or resumes them."""
+    watcher, paused = desk.master.watcher, args.get("paused")
+    if isinstance(paused, bool):
+        watcher.pause(paused, str(args.get("by") or "")[:100])
+        await desk.keep(watcher.file)
+    return watcher.tell()
+
+
 # What a commander may ask; the sections below add theirs.
 async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
     """What a release of BRANCH would bring, and what it would leave behind, compared with each host
@@ -15468,6 +15629,7 @@ DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "log": Desk.log,
     "find": Desk.find,
     "watch": answer_watch,
+    "watches": answer_watches,
 }
 
 
@@ -15552,6 +15714,328 @@ GATES: dict[Kind, Callable[[Desk, Submit], Awaitable[Submit]]] = {
 }
 
 
+def pushed_text(pushed: Mapping[str, Any]) -> str:
+    """What was pushed, in a line; "" where nobody knows."""
+    if not pushed.get("commit"):
+        return ""
+    rows, count = pushed.get("subjects") or [], int(pushed.get("commits") or 0)
+    text = f"pushed: {'; '.join(rows[:3]) or pushed['commit'][:7]}"
+    if count > 3:
+        text += f"; and {count - 3} more"
+    if pushed.get("leaving"):
+        text += f" (a forced push: it takes back {pushed['leaving']})"
+    return text
+
+
+def running_job(master: Master, host: HostRef, branch: str) -> JobRecord | None:
+    """The deployment of a branch that runs on a host now."""
+    for run in master.runs.values():
+        for job in run.jobs.values():
+            deploys = job.kind is Kind.DEPLOY and job.branch == branch
+            if deploys and job.machine == host.machine and job.state is State.RUNNING:
+                return job
+    return None
+
+
+class Watcher:
+    """Deploys on push: asks the remote where the [[watch]] branches stand, and has each new commit
+    deployed once.
+
+    An order's nonce says for which move of the branch it is. So neither a restart nor a crash
+    between the order and what is remembered of it starts a commit's run twice.
+    """
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
+        self.store = master.state.store
+        # What a watch did must outlive the process: a master that forgot it would take every branch
+        # for one that it sees for the first time, and lose what was pushed while it was down.
+        self.file = master.state.root / "watches.json"
+        reading, data = self.store.read(self.file)
+        if reading not in (Reading.VALUE, Reading.MISSING):
+            log.error("%s is %s: what was watched begins anew", self.file, reading)
+        self.paused: dict[str, Any] = data.get("paused") or {}  # by whom, since when
+        # what a watch did last, by its key: done (a commit), moves, run, at
+        self.past: dict[str, dict[str, Any]] = data.get("watches") or {}
+        self.seen: dict[str, str] = {}  # branch -> commit, as the remote said last
+        self.held: dict[str, str] = {}  # key -> why its new commit is not deployed yet
+        self.retry: dict[str, float] = {}  # key -> not before, monotonic
+        # For whoever tells people, who looks every few seconds: a list, and no call, as messages
+        # are the business of a section below.
+        self.news: list[dict[str, Any]] = []
+        self.rules: tuple[WatchRule, ...] = ()
+        self.due, self.failures, self.trouble = 0.0, 0, ""
+
+    def save(self) -> None:
+        data = {
+            "paused": self.paused,
+            "watches": self.past,
+        }
+        self.store.put(self.file, json.dumps(data, indent=1).encode())
+
+    # What people ask of it
+
+    def pause(self, paused: bool, by: str) -> None:
+        """Ask and deploy no more until it is resumed; then the newest commit counts as pushed."""
+        if paused:
+            self.paused = self.paused or {
+                "by": by,
+                "since": time.time(),
+            }
+        else:
+            self.paused, self.due = {}, 0.0
+        self.save()
+        if paused:
+            log.warning("%s pauses the watched branches", by)
+        else:
+            log.warning("%s resumes the watched branches", by)
+
+    def warnings(self) -> list[str]:
+        """What keeps pushes from being deployed, for `status`."""
+        rules = self.master.config.config.watch
+        if not rules:
+            return []
+        if self.paused:
+            since = utc(self.paused["since"])
+            return [f"watch is paused by {self.paused['by']} since {since}: `watch resume`"]
+        found = []
+        if self.trouble:
+            found.append(f"watch: {self.trouble}")
+        for rule in rules:
+            if self.held.get(rule.key):
+                found.append(f"watch {rule.branch} on {rule.target}: {self.held[rule.key]}")
+        return found
+
+    def tell(self) -> dict[str, Any]:
+        """Each watch: what the remote has, and what was done last."""
+        rows = []
+        for rule in self.master.config.config.watch:
+            past = self.past.get(rule.key, {})
+            row: dict[str, Any] = {
+                "branch": rule.branch,
+                "target": rule.target,
+                "then": rule.then,
+                "by": rule.by,
+                "every": rule.every_s,
+                "seen": self.seen.get(rule.branch),
+                "done": past.get("done"),
+                "run": past.get("run"),
+                "plan": past.get("plan"),
+                "at": past.get("at"),
+                "held": self.held.get(rule.key),
+                "hosts": [],
+            }
+            rows.append(row)
+            run = None
+            if past.get("run"):
+                run = self.master.ledger.load(past["run"])
+            if run:
+                row["hosts"] = [job_summary(job) for job in run.jobs.values()]
+        return {
+            "paused": self.paused or None,
+            "problem": self.trouble or None,
+            "watches": rows,
+        }
+
+    # Asking the remote
+
+    async def watch_forever(self) -> None:
+        """Look every second whether it is time to ask, or an order that was held may go."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                await self.look()
+            except Exception as problem:  # whatever it is, deployments by hand go on
+                log.error("can't watch the remote: %s", problem)
+
+    async def look(self) -> None:
+        """One question for all watches where one is due, and one order for each new commit."""
+        rules = self.master.config.config.watch
+        if not rules or self.paused:
+            return
+        # A new configuration is looked at soon, and not by the pause of the one before, which may
+        # be hours; a question that was due earlier stays so.
+        if rules != self.rules:
+            self.rules, self.held = rules, {}
+            first = time.monotonic() + random.uniform(0, PUSH_FIRST_S)
+            self.due = min(self.due, first) if self.due else first
+        if time.monotonic() >= self.due:
+            await self.ask_remote()
+        for rule in rules:
+            past, commit = self.past.get(rule.key), self.seen.get(rule.branch)
+            is_new = past is not None and commit is not None and commit != past["done"]
+            if is_new and time.monotonic() >= self.retry.get(rule.key, 0.0):
+                await self.act(rule, str(commit))
+
+    async def ask_own(self, what: str, args: dict[str, Any]) -> dict[str, Any]:
+        """A question to this very host, in whose clone git knows the remote."""
+        agent = self.master.agents.get(self.master.machine)
+        silent = {"error": "this host's own agent does not answer"}
+        if agent is None:
+            return silent
+        asked = {"address": self.master.own_address, **args}
+        return await agent.ask(what, asked, ACCESS_S + 1) or silent
+
+    async def ask_remote(self) -> None:
+        """Where all watched branches stand; the next question comes after a pause that no other
+        master shares, and that grows while the remote does not answer."""
+        branches = list(dict.fromkeys(rule.branch for rule in self.rules))
+        answer = await self.ask_own("remote", {"branches": branches})
+        pause_s = min(rule.every_s for rule in self.rules)
+        # A job in this clone brings the branch along anyway, and nothing may stand beside it.
+        if answer.get("busy"):
+            self.due = time.monotonic() + BUSY_RETRY_S
+            return
+        trouble = ""
+        if "error" in answer:
+            self.failures += 1
+            pause_s = max(pause_s, min(PUSH_BACKOFF_S, pause_s * 2.0 ** min(self.failures, 10)))
+            trouble = f"the remote does not answer: {answer['error']}"
+        else:
+            self.failures = 0
+            self.note(answer.get("heads", {}), answer.get("known", {}))
+        if trouble and trouble != self.trouble:
+            log.warning("watch: %s", trouble)
+        elif self.trouble and not trouble:
+            log.info("watch: the remote answers again")
+        self.trouble = trouble
+        self.due = time.monotonic() + random.uniform(0.8, 1.0) * pause_s
+
+    def note(self, heads: Mapping[str, str], known: Mapping[str, str]) -> None:
+        """What the remote said. At a watch's first look, what this clone fetched last is old: only
+        what was pushed since then is new."""
+        self.seen = dict(heads)
+        for rule in self.rules:
+            if rule.branch not in heads:
+                self.held[rule.key] = "the remote has no such branch"
+                self.past.setdefault(rule.key, {"done": "", "moves": 0})
+            elif rule.key not in self.past:
+                old = known.get(rule.branch) or heads[rule.branch]
+                self.past[rule.key] = {"done": old, "moves": 0}
+                log.info("watch: %s on %s from %s on", rule.branch, rule.target, old[:7])
+                self.save()
+            elif heads[rule.branch] == self.past[rule.key]["done"]:
+                self.held.pop(rule.key, None)
+
+    # Doing what a push asks for
+
+    async def act(self, rule: WatchRule, commit: str) -> None:
+        """Have a new commit deployed or planned; where that is held back, the reason is kept, and
+        it is tried again."""
+        self.retry[rule.key] = time.monotonic() + random.uniform(0.7, 1.0) * PUSH_RETRY_S
+        past = self.past[rule.key]
+        try:
+            there = await self.is_there(rule, commit)
+            # A git that is just fetching is over in seconds: looking again is cheap, and a second
+            # run of the same commit is what nobody wants.
+            if there is None:
+                self.retry[rule.key] = 0.0
+                return
+            found: dict[str, Any] = {}
+            if not there:
+                pushed = await self.find_pushed(rule, past["done"], commit)
+                found = await self.carry_out(rule, pushed, past["moves"])
+        except (UpdaterError, OSError) as problem:
+            reason = str(getattr(problem, "what", problem))
+            if reason != self.held.get(rule.key):
+                log.warning("watch: %s %s waits: %s", rule.branch, commit[:7], reason)
+            self.held[rule.key] = reason
+            return
+        self.held.pop(rule.key, None)
+        self.past[rule.key] = {
+            "done": commit,
+            "moves": past["moves"] + 1,
+            "at": time.time(),
+            **found,
+        }
+        self.save()
+
+    async def is_there(self, rule: WatchRule, commit: str) -> bool | None:
+        """Whether the last deployment of every host was of this commit already, whoever asked for
+        it and however it ended; None while that is undecided. Raises UpdaterError."""
+        registry = self.master.registry
+        active = await registry.active_for(rule.target)
+        for host in select_targets(rule.target, registry.hosts(), active):
+            last = registry.last.get(host.machine) or {}
+            # What is checked out says less than the last job's end: somebody may have pulled by
+            # hand, and built nothing.
+            has = last.get("commit")
+            running = running_job(self.master, host, rule.branch)
+            if running:
+                facts = await FleetView(self.master).facts_of(host)
+                has = facts.get("commit")
+            if has != commit:
+                if running and not running.began_command:
+                    return None  # it fetches: what it brings may be this very commit
+                return False
+        return True
+
+    async def find_pushed(self, rule: WatchRule, old: str, commit: str) -> dict[str, Any]:
+        """What a push brought, for people; the deployment does not depend on it."""
+        pushed = {"commit": commit, "before": old}
+        if old:
+            asked = {
+                "branch": rule.branch,
+                "old": old,
+                "new": commit,
+            }
+            answer = await self.ask_own("pushed", asked)
+            # Without the words about it the deployment goes on all the same: they are for people,
+            # and the remote may just have become slow.
+            if "error" not in answer:
+                pushed |= answer
+        return pushed
+
+    async def carry_out(
+        self, rule: WatchRule, pushed: dict[str, Any], moves: int
+    ) -> dict[str, Any]:
+        """Start the run or make the plan, and have people told. Raises UpdaterError, OSError."""
+        desk, text = Desk(self.master), pushed_text(pushed)
+        news = {
+            "event": "pushed",
+            "host": rule.target,
+            "target": rule.target,
+            "branch": rule.branch,
+            "pushed": text,
+        }
+        if rule.then == "plan":
+            asked = {
+                "action": "update",
+                "target": rule.target,
+                "branch": rule.branch,
+            }
+            plan = await Planner(desk, asked).plan()
+            refused = "; ".join(text for row in plan["hosts"] for text in row["refused"])
+            words = f"{rule.target} {rule.branch} --plan {plan['plan']}"
+            news |= {
+                "title": f"[{rule.target}] {rule.branch} is planned",
+                "error": refused[:500],
+                "rollback": f"estelle_updater.pyz trigger {words}",
+            }
+            found = {"plan": plan["plan"]}
+        else:
+            # Which move it is, and not the commit alone: a branch that is forced back to an older
+            # commit, and forward again, has moved twice and wants both.
+            identity = f"{rule.key} {moves} {pushed['commit']}"
+            nonce = hashlib.sha256(identity.encode()).hexdigest()[:32]
+            order = Submit(
+                make_run_id(),
+                nonce,
+                Kind.DEPLOY,
+                rule.target,
+                rule.branch,
+                rule.by,
+                options={"pushed": pushed},
+            )
+            record = await desk.submit(order, rule.by)
+            news |= {"title": f"[{rule.target}] {rule.branch} is deployed: run {record.run}"}
+            found = {"run": record.run}
+        log.info("watch: %s on %s: %s", rule.branch, rule.target, text)
+        name = f"pushed-{rule.key}-{moves}-{pushed['commit'][:12]}"
+        self.news = [*self.news[-PUSH_ROWS:], {**news, "name": name}]
+        return found
+
+
 # ==============================================================================
 # 20. Notify: webhooks, sent from a spool on disk
 # ==============================================================================
@@ -15591,6 +16075,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
         "by": run.by,
         "unchanged": unchanged_text(job) or None,
         "rollback": rollback,
+        "pushed": pushed_text(run.options.get("pushed") or {}),
         "log": [line[:NEWS_LINE_CHARS] for line in lines if line.strip()][-NEWS_LINES:],
     }
 
@@ -15605,7 +16090,7 @@ def inert(text: str) -> str:
 def news_text(form: str, news: Mapping[str, Any]) -> str:
     """The message as a person reads it: as much of the log's end as the service takes."""
     title = " ".join(filter(None, (news.get("project"), news["title"])))
-    told = ("detail", "error", "unchanged", "rollback")
+    told = ("detail", "pushed", "error", "unchanged", "rollback")
     parts = (title, *map(news.get, told))
     head = "\n".join(inert(part) for part in parts if part)
     lines = [inert(line) for line in news.get("log") or ()]
@@ -15950,6 +16435,7 @@ class Notifier:
             try:
                 self.look_for_agents(master)
                 self.look_for_impostors(master)
+                self.look_for_pushes(master)
                 if time.monotonic() - looked > TRAFFIC_LOOK_S:
                     looked = time.monotonic()
                     await self.look_at_traffic(master)
@@ -15993,6 +16479,13 @@ class Notifier:
             # Somebody who knocks every second would otherwise be a message every second.
             day = int(impostor.last // DAY_S)
             self.spool.tell(f"impostor-{impostor.machine}-{impostor.address}-{day}", news)
+
+    def look_for_pushes(self, master: Master) -> None:
+        """What the watched branches brought."""
+        if not self.spool.wants("pushed"):
+            return
+        for news in master.watcher.news:
+            self.spool.tell(news["name"], news)
 
     def look_at_certificate(self) -> None:
         """The master's own certificate, some days before its end."""
@@ -17072,6 +17565,7 @@ class Service:
             group.create_task(master.tick_forever())
             group.create_task(notifier.spool.send_forever())
             group.create_task(notifier.watch_forever(master))
+            group.create_task(master.watcher.watch_forever())
             group.create_task(prune_forever(agent.own, lambda: set(master.runs)))
             group.create_task(self.tick_forever(agent, master.door.drop_disallowed))
             group.create_task(
@@ -21258,6 +21752,55 @@ def cmd_thaw(args: Args) -> int:
     return 0
 
 
+def cmd_watch(args: Args) -> int:
+    """What the watched branches last saw and did; pausing and resuming them is the master's."""
+    asked = {"by": user_name()}
+    if args.action:
+        asked["paused"] = args.action == "pause"
+    result = ask_master(args, "watches", asked)
+    show(args, result, watch_text(result))
+    return 0
+
+
+def watch_text(result: Mapping[str, Any]) -> str:
+    """The watched branches as a table, and what holds them."""
+    if not result["watches"]:
+        return "nothing is watched: there is no [[watch]] in the configuration"
+    rows, notes = [], []
+    for one in result["watches"]:
+        results = [f"{host['host']} {short_result(host)}" for host in one["hosts"]]
+        did = " ".join(filter(None, (one["run"] or one["plan"], "  ".join(results)))) or "-"
+        when = "-"
+        if one["at"]:
+            when = clock_text(one["at"])
+        seen = (one["seen"] or "-")[:7]
+        cells = (
+            one["branch"],
+            one["target"],
+            one["then"],
+            seen,
+            when,
+            did,
+        )
+        rows.append(cells)
+        if one["held"]:
+            notes.append(f"! {one['branch']} on {one['target']} waits: {one['held']}")
+    if result["problem"]:
+        notes.append(f"! {result['problem']}")
+    if result["paused"]:
+        by, since = result["paused"]["by"], utc(result["paused"]["since"])
+        notes.append(f"! paused by {by} since {since}: `watch resume`")
+    head = (
+        "branch",
+        "target",
+        "then",
+        "remote",
+        "last",
+        "did",
+    )
+    return "\n".join([render_table(head, rows), *notes])
+
+
 def cmd_forget(args: Args) -> int:
     """The master drops a host that will not come back: no target means it any more."""
     result = ask_master(args, "forget", {"target": args.host})
@@ -22883,6 +23426,12 @@ COMMANDS = (
         "end what was frozen by hand",
         cmd_thaw,
         Option("name", metavar="NAME", nargs="?", default="", help="default: all of it"),
+    ),
+    Command(
+        "watch",
+        "show, pause or resume the watched branches, which are deployed on push",
+        cmd_watch,
+        Option("action", nargs="?", choices=["pause", "resume"]),
     ),
     Command(
         "forget",

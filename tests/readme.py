@@ -104,6 +104,13 @@ MEANINGS: dict[str, dict[str, str]] = {
         "kinds": "what it holds back",
         "hosts": "on which hosts, by name or address; default: all",
     },
+    "[[watch]]": {
+        "branch": "the branch of the remote that is asked for",
+        "target": "where it is deployed when it moves",
+        "every": "seconds between two questions to the remote, 15 at least",
+        "then": "`deploy`, or `plan`, which only says what would come",
+        "by": "who `history` says has asked for it",
+    },
     "updater": {"sha256": "the `.pyz` that `upgrade` may install"},
     "[[notify]]": {
         "url": "where to post; only where the URL is no secret",
@@ -119,6 +126,7 @@ TABLES: Mapping[str, Any] = {
     "": est.Config, "deploy": est.DeployRule, 'hosts."KEY"': est.HostRule, "haproxy": est.HaproxyRule,
     "[[health]]": est.HealthRule, "tls": est.TlsRule, "keep": est.KeepRule, "updater": est.UpdaterRule,
     "[[notify]]": est.NotifyRule, "[[freeze]]": est.FreezeRule,
+    "[[watch]]": est.WatchRule,
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from tests.seam import (
     Role,
     TlsRule,
     UpdaterRule,
+    WatchRule,
     config_keys,
     config_warnings,
     convert_data,
@@ -114,6 +115,11 @@ from = "09:00"
 to = "15:30"
 zone = "Asia/Seoul"
 
+[[watch]]                                     # deploy on push: the master asks the remote
+branch = "master"
+target = "standby"
+every = 60
+
 [[notify]]
 urlFile = "/etc/estelle-updater.slack"        # or urlEnv; `url` only where it holds no secret
 format = "slack"                              # slack discord telegram (with chat = "…") ntfy json
@@ -199,6 +205,7 @@ def test_the_whole_example():
         ),
         updater=UpdaterRule(sha256="..."),
         freeze=(FreezeRule(name="market", days=(0, 1, 2, 3, 4), from_s=32400.0, to_s=55800.0, zone="Asia/Seoul"),),
+        watch=(WatchRule(branch="master", target="standby", every_s=60.0),),
         notify=(NotifyRule(url_file="/etc/estelle-updater.slack", format="slack", on=("failed", "lost", "switched")),),
     )
 
@@ -243,7 +250,7 @@ def test_health_kinds(kind: str, subject: Any):
 
 
 def test_every_final_state_can_be_notified():
-    more = {"switched", "failover", "agent-offline", "certificate", "impostor"}
+    more = {"switched", "failover", "agent-offline", "certificate", "impostor", "pushed"}
     assert {"succeeded", "failed", "cancelled", "timeout", "offline", "lost"} | more == set(NOTIFY_EVENTS)
     (rule,) = config_of(notify=[{"urlEnv": "HOOK", "format": "telegram", "chat": "42"}]).notify
     assert rule == NotifyRule(url_env="HOOK", format="telegram", chat="42", on=("failed", "lost", "switched"))
