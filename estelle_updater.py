@@ -7687,6 +7687,8 @@ class _Process(NamedTuple):
     start: int
     alive: bool
     mark: str | None
+    name: str  # the kernel keeps 15 characters of it
+    session: int
 
 
 _boot_id = functools.cache(Path("/proc/sys/kernel/random/boot_id").read_text)
@@ -7709,12 +7711,16 @@ def _read_process(pid: int) -> _Process | None:
         environ = Path(f"/proc/{pid}/environ").read_bytes()
     if not stat:
         return None
-    state, parent, _, *more = stat[stat.rindex(b")") + 2 :].split()
-    threads, start = int(more[14]), int(more[16])
+    name = os.fsdecode(stat[stat.index(b"(") + 1 : stat.rindex(b")")])
+    state, parent, _, session, *more = stat[stat.rindex(b")") + 2 :].split()
+    threads, start = int(more[13]), int(more[15])
     # a zombie with threads: only its first one ended
     alive = state not in (b"Z", b"X") or threads > 1
     found = re.search(rb"(?:\A|\0)" + MARK.encode() + rb"=([^\0]*)", environ)
-    return _Process(int(parent), start, alive, os.fsdecode(found[1]) if found else None)
+    mark = None
+    if found:
+        mark = os.fsdecode(found[1])
+    return _Process(int(parent), start, alive, mark, name, int(session))
 
 
 def is_alive(pid: int) -> bool:
@@ -7747,18 +7753,48 @@ def _line_of(table: Mapping[int, _Process], pid: int) -> set[int]:
     return line
 
 
+def _is_left(
+    table: Mapping[int, _Process], process: _Process, mark: str, spared: Container[int]
+) -> bool:
+    """Whether a process with a step's mark or output is an orphan of the step, or has its parent
+    in there: not the child of somebody else, who was asked to start it."""
+    parent = table.get(process.parent)
+    if parent is None or process.parent in spared or process.parent == 1:
+        return True
+    # a user's systemd takes orphans as init does
+    return parent.mark == mark or parent.name == "systemd"
+
+
+# daemons that a step hands its services to: `pm2 update` starts one, with all that it manages
+_SUPERVISOR = re.compile(r"PM2 v[\d.]+: G.*|supervisord|dockerd|containerd.*|conmon|systemd")
+
+
+def _handed_over(table: Mapping[int, _Process], pid: int, spared: Container[int]) -> bool:
+    """Whether a process is a supervisor's daemon, or what one manages. One that runs in the
+    session of whoever started it was meant to end with that."""
+    seen = set[int]()
+    while pid in table and pid not in spared and pid not in seen:
+        if table[pid].session == pid and _SUPERVISOR.fullmatch(table[pid].name):
+            return True
+        seen.add(pid)
+        pid = table[pid].parent
+    return False
+
+
 def _find_family(
     mark: str,
     root: int = -1,
     since: int = 0,
     pipe: str | None = None,
+    leader: int = -1,
 ) -> set[int]:
     """The living processes of the step `mark`: those that carry it or write to its `pipe`, and all
     their children.
 
     With a `root` also its descendants, started at tick `since` or later: a service of an earlier
     step is not ours. What carries another mark belongs to another step. Never this process or its
-    ancestors.
+    ancestors, nor what was handed to a supervisor, or forked by a process that is older than the
+    step: an older PM2 gives its apps the environment of whoever asks it to start them.
     """
     table = _read_table()
     spared = _line_of(table, os.getpid())
@@ -7768,13 +7804,16 @@ def _find_family(
         children.setdefault(process.parent, []).append(pid)
         # `env -i` sheds the mark, not the output
         writes = pipe and pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2))
-        if writes or process.mark == mark or process.parent == root:
+        ours = writes or process.mark == mark
+        if process.parent == root or (ours and _is_left(table, process, mark, spared)):
             seeds.append(pid)
     family = set[int]()
     while seeds:
         pid = seeds.pop()
         ours = table[pid].mark in (None, mark) and table[pid].start >= since
-        if ours and pid not in family and pid not in spared:
+        if not ours or pid in family or pid in spared:
+            continue
+        if pid == leader or not _handed_over(table, pid, spared):
             family.add(pid)
             seeds += children.get(pid, [])
     return {pid for pid in family if table[pid].alive}
@@ -7929,6 +7968,9 @@ if sys.platform == "win32":
             self._job = ctypes.c_void_p(None)
 
 
+_DRAINS: list[subprocess.Popen[bytes]] = []  # nobody waits for them: they outlive this process
+
+
 class Spawned:
     """A running command. One thread loops over `read` until it answers b"", then asks `wait` for
     the exit code.
@@ -8062,6 +8104,11 @@ class Spawned:
 
         kill_marked = kill_tree
 
+        def leave_running(self) -> list[int] | None:
+            """Nobody: whoever writes on hears at once that there is no reader, and nobody here can
+            tell who that is."""
+            return None
+
         def close_pipe(self) -> None:
             """Stop reading. What a command that has exited left running goes on, as on POSIX."""
             self._over = True
@@ -8115,7 +8162,7 @@ class Spawned:
         def family(self) -> set[int]:
             """The living processes of the command, wherever they moved; as `kill_tree` finds
             them."""
-            return _find_family(self.mark, os.getpid(), self._start)
+            return _find_family(self.mark, os.getpid(), self._start, leader=self.pid)
 
         def interrupt(self) -> bool:
             """Send SIGTERM to the command's process group (pnpm passes it on) and what left it;
@@ -8138,17 +8185,39 @@ class Spawned:
             the step's.
             """
             self._signal_group(9)
-            _, self.refused, gone = _kill_family(
-                self.mark, deadline_s, root=os.getpid(), since=self._start
-            )
+            where = {"root": os.getpid(), "since": self._start, "leader": self.pid}
+            _, self.refused, gone = _kill_family(self.mark, deadline_s, **where)
             return gone and self._exited.wait(1.0)
 
         def kill_marked(self, deadline_s: float = KILL_S) -> bool:
             """As `kill_tree`, for a process with other children at the same time: what shed the
             mark and the output is nobody's."""
             self._signal_group(9)
-            _, self.refused, gone = _kill_family(self.mark, deadline_s, pipe=self.pipe)
+            _, self.refused, gone = _kill_family(
+                self.mark, deadline_s, pipe=self.pipe, leader=self.pid
+            )
             return gone and self._exited.wait(1.0)
+
+        def leave_running(self) -> list[int] | None:
+            """Stop reading what the command has left running, which goes on: its output has a
+            reader all the same, which outlives us. Who that is, as far as one can tell; None where
+            there is nobody."""
+            with self._reading:
+                if self._ended or not self._exited.is_set():
+                    return None
+                null = subprocess.DEVNULL
+                # a mark of its own, or a later step would take it for its own child
+                env = {"PATH": os.environ.get("PATH", os.defpath), MARK: f"{self.mark}/drain"}
+                drain = ["cat"]
+                how: dict[str, Any] = {"stdout": null, "stderr": null, "cwd": "/", "env": env}
+                with suppress(OSError):
+                    popen = subprocess.Popen(drain, stdin=self._out, start_new_session=True, **how)
+                    _DRAINS.append(popen)
+            left = []
+            for pid, process in _read_table().items():
+                if process.alive and self.pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2)):
+                    left.append(pid)
+            return sorted(left)
 
         def close_pipe(self) -> None:
             """Stop reading. What the command left running goes on."""
@@ -8878,10 +8947,18 @@ class StepRun:
         self.pump.join(DRAIN_S + 1)
         return refused_text(self.child.refused)
 
-    def close(self) -> None:
-        """Stop reading; what the masker held back is written."""
+    def close(self, *, leave_running: bool) -> str:
+        """Stop reading; what the masker held back is written. What the command left running on
+        purpose, for people; "" where nothing holds its output, or it was ended."""
+        left = None
+        if leave_running:
+            left = self.child.leave_running()
         self.child.close_pipe()
         self.log.write(self.masker.flush())
+        if left is None:
+            return ""
+        names = ", ".join(f"{pid} {_name_of(pid)}" for pid in left) or "somebody"
+        return f"left running: {names}; its output is not recorded any more"
 
 
 class Runner:
@@ -9029,7 +9106,9 @@ class Runner:
         running = StepRun(child, self.log, self.masker)
         stopped = running.watch(time.monotonic() + timeout_s, self.is_cancelled)
         code = child.wait() if stopped is None else None  # what can't be killed is not waited for
-        running.close()
+        left = running.close(leave_running=stopped is None)
+        if left:
+            self.warn(left)
         self.version = running.version or self.version
         self.save(open_step=None, pipe=None)  # what it left running was left on purpose
         if stopped:

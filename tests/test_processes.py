@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import select
+import shutil
 import signal
 import stat
 import subprocess
@@ -366,6 +367,68 @@ def test_a_supervisor_does_not_restart_what_is_killed(step: Callable[..., Spawne
     assert updater.kill_leftovers(str(tmp_path))[0] >= 1
     assert updater.kill_leftovers(str(tmp_path))[0] == 0
     assert read_all(one) == b"", "nobody holds the pipe any more"
+
+
+OLDER = """
+import os, subprocess, sys
+for line in sys.stdin:
+    place = line.strip()
+    env = dict(os.environ, ESTELLE_RUN=os.environ["STEP"])
+    app = subprocess.Popen(["sh", "-c", f"echo $$ >{place}; exec sleep 100"], env=env, start_new_session=True)
+"""
+
+
+def test_what_was_handed_to_a_supervisor_is_not_the_step_s(
+    step: Callable[..., Spawned], tmp_path: Path, killed_at_end: list[int]
+) -> None:
+    """As PM2 does it: a daemon of before the step forks with its client's environment, and the step starts another."""
+    older = subprocess.Popen(
+        python(OLDER), env=ENV | {"STEP": str(tmp_path)}, stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    killed_at_end.append(older.pid)
+    assert older.stdin
+    print(tmp_path / "app", file=older.stdin, flush=True)
+    pid_in(tmp_path / "app")  # it is older than the step by then
+    supervisor = tmp_path / "supervisord"
+    shutil.copy(shutil.which("sh") or "", supervisor)
+    daemon = f"'sleep 100 & echo $! >{tmp_path}/managed; echo $$ >{tmp_path}/daemon; wait'"
+    # one that stays in the step's session ends with it
+    script = f"setsid {supervisor} -c {daemon} & {supervisor} -c 'sleep 100 & echo $! >own; wait' & exec sleep 100"
+    one = step("sh", "-c", script, mark=str(tmp_path))
+    pids = {name: pid_in(tmp_path / name) for name in ("app", "managed", "daemon", "own")}
+    killed_at_end += pids.values()
+    wait_for(lambda: f"ESTELLE_RUN={tmp_path}" in Path(f"/proc/{pids['app']}/environ").read_text(), "its environment")
+    assert pids["app"] not in one.family() and pids["own"] in one.family()
+    one.interrupt()
+    assert one.kill_tree(20)
+    updater.kill_leftovers(str(tmp_path), one.pipe)
+    assert {name for name, pid in pids.items() if alive(pid)} == {"app", "managed", "daemon"}
+    assert alive(older.pid)
+    older.communicate(timeout=30)
+
+
+def test_what_a_step_left_running_has_a_reader(
+    step: Callable[..., Spawned], tmp_path: Path, killed_at_end: list[int]
+) -> None:
+    one = step("sh", "-c", "(while sleep 0.02; do echo tick; date +%s%N >ticked; done) & echo $! >server")
+    server = pid_in(tmp_path / "server")
+    killed_at_end.append(server)
+    assert one.wait() == 0
+    read_all(one)
+    left = one.leave_running()
+    assert left is not None and server in left
+    one.close_pipe()
+    ticks: set[str] = set()
+
+    def writes_on() -> bool:
+        ticks.add((tmp_path / "ticked").read_text())
+        return len(ticks) > 3
+
+    wait_for(writes_on, "it writes on")
+    assert alive(server)
+    two = step("true")
+    read_all(two)
+    assert two.leave_running() is None, "nobody holds it"
 
 
 def test_killing_leftovers_spares_this_process_and_its_ancestors(tmp_path: Path) -> None:
