@@ -7774,10 +7774,12 @@ def _handed_over(table: Mapping[int, _Process], pid: int, spared: Container[int]
     session of whoever started it was meant to end with that."""
     seen = set[int]()
     while pid in table and pid not in spared and pid not in seen:
-        if table[pid].session == pid and _SUPERVISOR.fullmatch(table[pid].name):
+        process = table[pid]
+        is_apart = process.session == pid
+        if is_apart and _SUPERVISOR.fullmatch(process.name):
             return True
         seen.add(pid)
-        pid = table[pid].parent
+        pid = process.parent
     return False
 
 
@@ -8206,18 +8208,32 @@ class Spawned:
                 if self._ended or not self._exited.is_set():
                     return None
                 null = subprocess.DEVNULL
-                # a mark of its own, or a later step would take it for its own child
-                env = {"PATH": os.environ.get("PATH", os.defpath), MARK: f"{self.mark}/drain"}
-                drain = ["cat"]
-                how: dict[str, Any] = {"stdout": null, "stderr": null, "cwd": "/", "env": env}
+                env = {
+                    "PATH": os.environ.get("PATH", os.defpath),
+                    # of its own, or a later step would take it for its own child
+                    MARK: f"{self.mark}/drain",
+                }
                 with suppress(OSError):
-                    popen = subprocess.Popen(drain, stdin=self._out, start_new_session=True, **how)
-                    _DRAINS.append(popen)
+                    drain = subprocess.Popen(
+                        ["cat"],
+                        stdin=self._out,
+                        stdout=null,
+                        stderr=null,
+                        cwd="/",
+                        env=env,
+                        start_new_session=True,
+                    )
+                    _DRAINS.append(drain)
             left = []
             for pid, process in _read_table().items():
-                if process.alive and self.pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2)):
+                out = _pipe_name(pid, 1)
+                err = _pipe_name(pid, 2)
+                if not process.alive:
+                    continue
+                if self.pipe in (out, err):
                     left.append(pid)
-            return sorted(left)
+            left.sort()
+            return left
 
         def close_pipe(self) -> None:
             """Stop reading. What the command left running goes on."""
@@ -15570,15 +15586,38 @@ class Planner:
     @staticmethod
     def empty_row(host: HostRef, online: bool, queued: list[str]) -> dict[str, Any]:
         """One host's row before anybody was asked."""
-        unknown = ("branch", "current", "target", "why", "version", "target_version", "back")
-        lists = ("subjects", "changed", "dirty", "in_the_way", "restart", "doors", "refused")
-        row: dict[str, Any] = {name: [] for name in (*lists, "warnings")}
-        row |= dict.fromkeys((*unknown, "busy", "disk_free_bytes", "expected_s", "command"))
-        row |= dict.fromkeys(("lock_file", "diverged"), False)
-        counts = ("commits", "leaving", "changed_count", "dirty_count", "in_the_way_count")
-        row |= dict.fromkeys(counts, 0)
-        known = {"host": host.label, "machine": host.machine, "online": online, "queued": queued}
-        return {**known, **row}
+        return {
+            "host": host.label,
+            "machine": host.machine,
+            "online": online,
+            "branch": None,
+            "current": None,
+            "target": None,
+            "why": None,
+            "version": None,
+            "target_version": None,
+            "back": None,
+            "commits": 0,
+            "leaving": 0,
+            "subjects": [],
+            "changed_count": 0,
+            "changed": [],
+            "lock_file": False,
+            "dirty_count": 0,
+            "dirty": [],
+            "in_the_way_count": 0,
+            "in_the_way": [],
+            "diverged": False,
+            "busy": None,
+            "queued": queued,
+            "disk_free_bytes": None,
+            "expected_s": None,
+            "command": None,
+            "restart": [],
+            "doors": [],
+            "refused": [],
+            "warnings": [],
+        }
 
     async def look(self, host: HostRef, past: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One host's row."""
