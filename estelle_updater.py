@@ -556,7 +556,7 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
-REGISTRY_SAVE_S = 0.5  # hosts that come within this are written together
+LIST_SAVE_S = 0.5  # hosts that come within this are written together
 FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
 PUSH_LEAST_S = 15.0  # between two questions to the remote: a forge counts them
 PUSH_FIRST_S = 2.0  # after the start, or a change of what is watched
@@ -1139,6 +1139,82 @@ def assign_labels(hosts: Sequence[tuple[str, str, str]]) -> list[str]:
             if shared[file] > 1:
                 labels[i] = finer[i]
     return labels
+
+
+class Labels:
+    """What `assign_labels` says of a fleet, kept while hosts come and go: one that comes costs a
+    look at those it could be taken for, and none at the whole fleet."""
+
+    def __init__(self) -> None:
+        self.label: dict[str, str] = {}  # by machine
+        self._hosts: dict[str, tuple[str, str]] = {}  # machine -> address, name
+        self._at: dict[str, set[str]] = {}  # the address as a file -> machines
+        # the same of the label without machine id, and that label
+        self._named: dict[str, set[str]] = {}
+        self._plain: dict[str, str] = {}
+        self._prefixes: set[str] = set()
+        self._digits = 4
+
+    def put(self, address: str, name: str, machine: str) -> None:
+        """A host is there, or has another address or name."""
+        before = self._hosts.get(machine)
+        if before == (address, name):
+            return
+        files = {_file_key(address)}
+        if before:
+            files.add(_file_key(before[0]))
+            self._at[_file_key(before[0])].discard(machine)
+        self._hosts[machine] = (address, name)
+        self._at.setdefault(_file_key(address), set()).add(machine)
+        self._count_digits(machine)
+        touched: set[str] = set()
+        for machines in map(self._at.__getitem__, files):
+            touched |= machines
+        self._relabel(touched)
+
+    def _count_digits(self, machine: str) -> None:
+        """As many digits of the machine ids as tell them apart."""
+        prefix = machine[: self._digits]
+        if prefix not in self._prefixes:
+            self._prefixes.add(prefix)
+        elif self._digits < 32 and len(self._prefixes) < len(self._hosts):
+            while len(self._prefixes) < len(self._hosts) and self._digits < 32:
+                self._digits += 1
+                self._prefixes = {known[: self._digits] for known in self._hosts}
+            for machines in self._named.values():
+                self._finish(machines)
+
+    def _relabel(self, machines: Iterable[str]) -> None:
+        """First by address alone, where that is nobody else's file; with the name where it is."""
+        files: set[str] = set()
+        for machine in machines:
+            address, name = self._hosts[machine]
+            plain = address
+            if len(self._at[_file_key(address)]) > 1:
+                plain = f"{address}/{name}"
+            before = self._plain.get(machine)
+            if before is not None:
+                self._named[_file_key(before)].discard(machine)
+                files.add(_file_key(before))
+            self._plain[machine] = plain
+            self._named.setdefault(_file_key(plain), set()).add(machine)
+            files.add(_file_key(plain))
+        for file in files:
+            self._finish(self._named[file])
+
+    def _finish(self, machines: Iterable[str]) -> None:
+        """Those of one file: with the machine id where they are several."""
+        found = list(machines)
+        for machine in found:
+            address, name = self._hosts[machine]
+            if len(found) > 1:
+                self.label[machine] = f"{address}/{name}~{machine[: self._digits]}"
+            else:
+                self.label[machine] = self._plain[machine]
+
+
+def _file_key(label: str) -> str:
+    return file_label(label).casefold()  # on Windows, a and A are one
 
 
 def valid_run_id(text: str) -> bool:
@@ -3099,6 +3175,11 @@ def moves_tree(job: JobRecord) -> bool:
     return job.state is State.RUNNING and job.step_kind in MOVES_TREE
 
 
+def waits_for_order(job: JobRecord) -> bool:
+    """Whether a job has not been sent to its host."""
+    return job.state is State.QUEUED and not job.ordered
+
+
 def waits_for_traffic(job: JobRecord) -> bool:
     """Whether a job stands still until the master says where the traffic goes. An older program's
     record has no kind of step."""
@@ -3228,38 +3309,34 @@ def decide_orders(
             if job.state is State.RUNNING or (job.state is State.QUEUED and job.ordered):
                 holder.setdefault(job.machine, job.run)
     for run, jobs in runs:
+        due, failed = True, False  # of the batches before
         for wave in waves_of(run):
-            for host in wave.hosts:
+            for host in wave:
                 job = jobs[host]
-                if job.state is not State.QUEUED or job.ordered:
+                if not waits_for_order(job):
                     continue
                 if run.cancelled:
                     orders.end.append((job, "cancelled"))
-                elif any(has_failed(jobs[name]) for name in wave.earlier):
+                elif failed:
                     orders.end.append((job, "an earlier batch did not succeed"))
                 elif job.machine in holder:
                     if job.behind != holder[job.machine]:
                         orders.wait.append((job, holder[job.machine]))
                 else:
                     holder[job.machine] = job.run
-                    due = all(jobs[name].state in FINAL for name in wave.earlier)
                     if due and job.machine in online and job.machine not in busy:
                         orders.send.append(job)
+            due = due and all(jobs[host].state in FINAL for host in wave)
+            failed = failed or any(has_failed(jobs[host]) for host in wave)
     return orders
 
 
-class Wave(NamedTuple):
-    """Hosts that are deployed at the same time, and those whose success they wait for."""
-
-    hosts: list[str]
-    earlier: list[str]
-
-
-def waves_of(run: RunRecord) -> Iterator[Wave]:
-    """A run's hosts as they come one after the other; one batch where there is no --batch."""
+def waves_of(run: RunRecord) -> Iterator[list[str]]:
+    """A run's hosts by those that are deployed at the same time, each after the success of those
+    before; one batch where there is no --batch."""
     size = run.batch or len(run.hosts)
     for start in range(0, len(run.hosts), max(1, size)):
-        yield Wave(run.hosts[start : start + size], run.hosts[:start])
+        yield run.hosts[start : start + size]
 
 
 def has_failed(job: JobRecord) -> bool:
@@ -6415,6 +6492,7 @@ class Store:
 
     def __init__(self) -> None:
         self._waiting: dict[Path, Write] = {}
+        self._soon: dict[Path, Callable[[], bytes]] = {}  # what is put within a moment
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -6435,6 +6513,18 @@ class Store:
                 self._thread.start()
             self._turn.notify_all()
 
+    def put_soon(self, path: Path, render: Callable[[], bytes]) -> None:
+        """Put what `render` makes then, once for all that changes within a moment: a fleet that
+        comes back must not have a list of all of itself made for each of its hosts."""
+        if path not in self._soon:
+            self._soon[path] = render
+            asyncio.get_running_loop().call_later(LIST_SAVE_S, self._put_now, path)
+
+    def _put_now(self, path: Path) -> None:
+        render = self._soon.pop(path, None)
+        if render:
+            self.put(path, render())
+
     def when_kept(self, path: Path, then: Callable[[], None]) -> None:
         """Call `then` once what was put is on disk, however long that takes; in another thread."""
         with self._turn:
@@ -6448,6 +6538,7 @@ class Store:
         """Wait until what was put is on disk, or until the disk has refused it: why, then."""
         loop = asyncio.get_running_loop()
         told = asyncio.Event()
+        self._put_now(path)
 
         def tell() -> None:
             with suppress(RuntimeError):  # the daemon has stopped meanwhile
@@ -6496,6 +6587,8 @@ class Store:
 
     def flush(self, within_s: float) -> bool:
         """Wait until everything is on disk; False where the disk does not take it in that time."""
+        for path in list(self._soon):
+            self._put_now(path)
         with self._turn:
             return self._turn.wait_for(lambda: not self._waiting, within_s)
 
@@ -11900,6 +11993,8 @@ class Link:
         self._wake = asyncio.Event()
         self._cursors: dict[tuple[str, str], SendCursor] = {}
         self._channels: dict[int, SendCursor] = {}
+        self._due: dict[int, SendCursor] = {}  # those with something to send, in turn
+        self._unacked = 0  # bytes of all of them together
         self._paths: dict[int, Path] = {}
         self._next_channel = 1
         self._inbound: dict[int, Inbound] = {}
@@ -11942,6 +12037,8 @@ class Link:
         """Forget a log whose bytes are all delivered."""
         cursor = self._cursors.pop((run, host), None)
         if cursor:
+            self._unacked -= cursor.unacked
+            self._due.pop(cursor.channel, None)
             del self._channels[cursor.channel], self._paths[cursor.channel]
 
     def grew(self, run: str, host: str, size: int) -> None:
@@ -11950,6 +12047,7 @@ class Link:
         if cursor is None or size <= cursor.size:
             return
         cursor.size = size
+        self._note_due(cursor)
         self._wake.set()
         if self.shared:
             self.post(Log(cursor.channel, run, host, size))
@@ -11974,28 +12072,40 @@ class Link:
             if message.size and log_check(path, message.size) != message.check:
                 self.post(Broken(cursor.channel, "the host's copy of this log differs"))
                 return
+        before = cursor.unacked
         cursor.on_have(message.size, message.rewind)
+        self._unacked += cursor.unacked - before
+        self._note_due(cursor)
         self._wake.set()
 
     async def _write_chunks(self) -> bool:
         """One chunk of each log that has something to send and room in the window; False when there
         is none."""
         sent = False
-        for cursor in list(self._channels.values()):
-            room = WINDOW_BYTES - sum(other.unacked for other in self._channels.values())
-            span = cursor.next_span(room)
+        for cursor in list(self._due.values()):
+            span = cursor.next_span(WINDOW_BYTES - self._unacked)
             path = self._paths.get(cursor.channel)
-            if self.shared or span is None or path is None:
+            if span is None or path is None:
                 continue
             data = read_log(path, *span)
             if not data:
                 continue
+            before = cursor.unacked
             cursor.sent = span[0] + len(data)
+            self._unacked += cursor.unacked - before
+            self._note_due(cursor)
             await self.wire.send(encode_chunk(cursor.channel, span[0], data, squeeze=self.squeeze))
             sent = True
             if self._control:
                 break
         return sent
+
+    def _note_due(self, cursor: SendCursor) -> None:
+        """Whether a log has something to send, so that a thousand that have not cost nothing; what
+        has just had its turn is last."""
+        self._due.pop(cursor.channel, None)
+        if not self.shared and cursor.sent is not None and cursor.sent < cursor.size:
+            self._due[cursor.channel] = cursor
 
     # Logs that we receive
 
@@ -13356,8 +13466,11 @@ class AgentKeys:
             self.save()
 
     def save(self) -> None:
+        self.state.store.put_soon(self.state.agent_keys_file, self.render)
+
+    def render(self) -> bytes:
         data = {"name": self.name, "keys": self.keys, "arrived": sorted(self.arrived)}
-        self.state.store.put(self.state.agent_keys_file, json.dumps(data).encode())
+        return json.dumps(data).encode()
 
     # Who is who
 
@@ -13692,16 +13805,39 @@ class Run:
     ) -> None:
         self.record = record
         self.jobs = dict(jobs)
+        self.hosts_of: dict[str, list[str]] = {}  # machine -> its hosts' names in this run
+        for job in jobs.values():
+            self.hosts_of.setdefault(job.machine, []).append(job.host)
         self.held: dict[str, JobRecord] = {}  # results whose log has not all arrived
         self.followers: dict[Link, str] = {}  # and which hosts each asked for
         self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
         self.promised = True  # its record is on disk: it may be ordered, and is in `history`
         self.ordered: dict[str, float] = {}  # when this process sent an order last, monotonic
         self.began = time.monotonic() - age_s
+        self.open = {host for host, job in self.jobs.items() if job.state not in FINAL}
+        self.waits = {host for host, job in self.jobs.items() if waits_for_order(job)}
 
     @property
     def active(self) -> bool:
-        return any(job.state not in FINAL for job in self.jobs.values())
+        return bool(self.open)
+
+    def put(self, job: JobRecord) -> None:
+        """A job's state, or a job more."""
+        self.jobs[job.host] = job
+        if job.state in FINAL:
+            self.open.discard(job.host)
+        else:
+            self.open.add(job.host)
+        if waits_for_order(job):
+            self.waits.add(job.host)
+        else:
+            self.waits.discard(job.host)
+
+    def of_machine(self, machine: str) -> Iterator[JobRecord]:
+        """What a machine still has to do, or to end."""
+        for host in self.hosts_of.get(machine, ()):
+            if host in self.open:
+                yield self.jobs[host]
 
     def show(self, link: Link, hosts: list[str], state: StateFolder) -> None:
         """Tell a follower all that there is of some hosts; what comes later follows by itself."""
@@ -13715,8 +13851,8 @@ class Run:
 
     def tell(self, machine: str, text: str) -> None:
         """Whoever watches a host's running job hears of its connection."""
-        for job in self.jobs.values():
-            if job.machine == machine and job.state is State.RUNNING:
+        for job in self.of_machine(machine):
+            if job.state is State.RUNNING:
                 for follower in self.followers:
                     follower.post(Notice(f"{job.host}: {text}"))
 
@@ -13729,16 +13865,94 @@ class AgentLink(Peer):
         self.hello, self.address = hello, address
 
 
-class Registry:
+class Roster:
+    """Every machine that was ever welcomed as an agent, by its id, its address and its label, and
+    which of them is connected. A welcome costs a look at its own place, not at the whole fleet."""
+
+    def __init__(self, config: ConfigFile, own_machine: str) -> None:
+        self.config, self.own_machine = config, own_machine
+        self.machines: dict[str, Machine] = {}
+        self.agents: dict[str, AgentLink] = {}
+        self.labels = Labels()  # of those that were not forgotten
+        self.at: dict[str, set[str]] = {}  # address -> machines, the forgotten ones included
+        self.sorted: list[Machine] | None = None  # as people read them, while that holds
+        self.rules: dict[str, HostRef] = {}  # machine -> what the configuration says of it
+        self.rules_of: Config | None = None  # that configuration
+
+    # Who is listed
+
+    def place(self, known: Machine) -> None:
+        """Have a machine in all lists, in its place; at a welcome, only that machine's place."""
+        before = self.machines.get(known.machine)
+        self.machines[known.machine] = known
+        if before and before.address != known.address:
+            self.at[before.address].discard(known.machine)
+        self.at.setdefault(known.address, set()).add(known.machine)
+        if not known.forgotten:
+            self.labels.put(known.address, known.name, known.machine)
+        self.sorted = None
+
+    def remove(self, machine: str) -> None:
+        """A retired machine makes room for another of its address."""
+        known = self.machines.pop(machine)
+        self.at[known.address].discard(machine)
+
+    def retire(self, machines: Container[str]) -> None:
+        """Some are in no target any more, which is rare: the others' labels are judged anew."""
+        self.labels, self.sorted = Labels(), None
+        for known in self.machines.values():
+            known.forgotten |= known.machine in machines
+            if not known.forgotten:
+                self.labels.put(known.address, known.name, known.machine)
+
+    def known(self, machine: str) -> Machine | None:
+        """What is remembered of a machine, unless it was forgotten."""
+        found = self.machines.get(machine)
+        if found is None or found.forgotten:
+            return None
+        return found
+
+    # Who is meant
+
+    def hosts(self, everyone: bool = False) -> list[HostRef]:
+        """Every host of the fleet with its label, the master's own first; `everyone`: as if all
+        took deployments."""
+        if self.sorted is None:
+            known = [machine for machine in self.machines.values() if not machine.forgotten]
+            known.sort(key=lambda host: (host.machine != self.own_machine, host.address, host.name))
+            self.sorted = known
+        return [self.host_ref(host, everyone) for host in self.sorted]
+
+    def host_ref(self, host: Machine, everyone: bool = False) -> HostRef:
+        """One host, as a target names it."""
+        if self.rules_of is not self.config.config:
+            self.rules.clear()
+            self.rules_of = self.config.config
+        label = self.labels.label[host.machine]
+        ref = self.rules.get(host.machine)
+        if ref is None or (ref.label, ref.address, ref.name) != (label, host.address, host.name):
+            rule = host_rule(self.config.config, host.address, host.name)
+            ref = HostRef(
+                label, host.address, host.name, host.machine, False, rule.color, rule.deploy
+            )
+            self.rules[host.machine] = ref
+        online = host.machine in self.agents
+        if online or (everyone and not ref.deploys):
+            return replace(ref, online=online, deploys=ref.deploys or everyone)
+        return ref
+
+    def label_of(self, machine: str) -> str:
+        """How people call a machine; "a host" where it has been none."""
+        return self.labels.label.get(machine, "a host")
+
+
+class Registry(Roster):
     """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them
     is connected."""
 
     def __init__(self, state: StateFolder, config: ConfigFile, own_machine: str) -> None:
-        self.config, self.own_machine, self.state = config, own_machine, state
-        self.file = state.root / "machines.json"
-        self.machines: dict[str, Machine] = {}
-        self.agents: dict[str, AgentLink] = {}
-        self.dirty = False  # something is to be written
+        super().__init__(config, own_machine)
+        self.state, self.file = state, state.root / "machines.json"
         self.down_since: dict[str, float] = {}  # by the monotonic clock: the other one may jump
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.changes = Changes()
@@ -13756,7 +13970,7 @@ class Registry:
         for machine, data in (self.recorded_machines() if found is None else found).items():
             with suppress(ProtocolError, TypeError):
                 known: Machine = decode_fields(Machine, data)
-                self.machines[machine] = known
+                self.place(known)
                 away_s = time.time() - known.seen
                 if known.lived:  # by no clock that jumps
                     away_s = self.state.lived.now() - known.lived
@@ -13799,17 +14013,13 @@ class Registry:
         return now - since
 
     def save(self) -> None:
-        """Have the list written, once for all that changes within a moment: a fleet that comes
-        back must not write all of itself for each of its hosts."""
+        """Have the list written, and those hear of it who wait for news."""
         self.changes.count()
-        if not self.dirty:
-            self.dirty = True
-            asyncio.get_running_loop().call_later(REGISTRY_SAVE_S, self.write)
+        self.state.store.put_soon(self.file, self.render)
 
-    def write(self) -> None:
-        self.dirty = False
+    def render(self) -> bytes:
         data = {machine: vars(known) for machine, known in self.machines.items()}
-        self.state.store.put(self.file, json.dumps(data, indent=1).encode())
+        return json.dumps(data, indent=1).encode()
 
     # Who is welcomed
 
@@ -13840,7 +14050,7 @@ class Registry:
     def register(self, hello: Hello, address: str) -> None:
         """Remember a host that is welcomed. Raises RefusedError where one address has been too many
         machines."""
-        here = [known for known in self.machines.values() if known.address == address]
+        here = [self.machines[machine] for machine in self.at.get(address, ())]
         if hello.machine not in self.machines and len(here) >= MACHINES:
             retired = next((known.machine for known in here if known.forgotten), None)
             if retired is None:
@@ -13848,7 +14058,7 @@ class Registry:
                     f"{address} has been {MACHINES} machines already",
                     "`forget` those that are retired",
                 )
-            del self.machines[retired]
+            self.remove(retired)
             self.keys.drop(retired)
         version, platform = (
             re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform)
@@ -13868,40 +14078,10 @@ class Registry:
             log.warning("%s has a new address: it was %s", address, before.address)
         elif before:
             known.moved_from, known.moved_at = before.moved_from, before.moved_at
-        self.machines[hello.machine] = known
+        self.place(known)
         self.save()
 
     # Who is meant
-
-    def hosts(self, everyone: bool = False) -> list[HostRef]:
-        """Every host of the fleet with its label, the master's own first; `everyone`: as if all
-        took deployments."""
-        known = [machine for machine in self.machines.values() if not machine.forgotten]
-        known.sort(
-            key=lambda machine: (machine.machine != self.own_machine, machine.address, machine.name)
-        )
-        labels = assign_labels([(host.address, host.name, host.machine) for host in known])
-        hosts = []
-        for label, host in zip(labels, known, strict=True):
-            rule = host_rule(self.config.config, host.address, host.name)
-            online = host.machine in self.agents
-            deploys = rule.deploy or everyone
-            hosts.append(
-                HostRef(label, host.address, host.name, host.machine, online, rule.color, deploys)
-            )
-        return hosts
-
-    def label_of(self, machine: str) -> str:
-        """How people call a machine; "a host" where it has been none."""
-        labels = {host.machine: host.label for host in self.hosts()}
-        return labels.get(machine, "a host")
-
-    def known(self, machine: str) -> Machine | None:
-        """What is remembered of a machine, unless it was forgotten."""
-        found = self.machines.get(machine)
-        if found is None or found.forgotten:
-            return None
-        return found
 
     def check_adoption(
         self, job: JobRecord, hosts: Sequence[str], open_runs: Sequence[RunRecord]
@@ -13909,7 +14089,7 @@ class Registry:
         """Keep an agent from filling the history with runs that nobody ordered here, and from
         writing what looks like, or is, the file of another of the run's `hosts`. Raises
         ProtocolError."""
-        others = [host.label for host in self.hosts() if host.machine != job.machine]
+        others = [label for machine, label in self.labels.label.items() if machine != job.machine]
         taken = {file_label(label).casefold() for label in others + list(hosts)}
         shown = job.host.isprintable() and "\ufffd" not in job.host
         if not shown or not 0 < len(job.host) <= 200 or file_label(job.host).casefold() in taken:
@@ -13948,9 +14128,9 @@ class Registry:
             what = f"{', '.join(online)} is online and would only come back"
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
         for host in hosts:
-            self.machines[host.machine].forgotten = True
             self.keys.drop(host.machine)
-        self.write()
+        self.retire({host.machine for host in hosts})
+        self.save()
         return [host.label for host in hosts]
 
     # What the hosts say
@@ -14131,7 +14311,8 @@ class Ledger:
             )
         self.state.put_run(record)
         run.record = record
-        run.jobs[job.host] = replace(job_of_run(record, job.host), ordered=True)
+        run.put(replace(job_of_run(record, job.host), ordered=True))
+        run.hosts_of.setdefault(job.machine, []).append(job.host)
         self.runs[job.run] = run
         return run
 
@@ -14149,7 +14330,7 @@ class Ledger:
             self.state.put_job(job, durable=durable, after=after)
         if not own:  # its own agent says so already
             log.job(run.jobs[job.host], job)
-        run.jobs[job.host] = job
+        run.put(job)
         self.registry.remember(
             job.machine, {"run": job.run, "kind": job.kind, "ended": job.ended, **job_summary(job)}
         )
@@ -14431,7 +14612,8 @@ class Queue:
         )
         run = Run(record, {label: job_of_run(record, label) for label in record.hosts})
         # every state that a host tells carries the order, and a message has a limit
-        if any(len(encode_message(job)) > RECORD_BYTES // 2 for job in run.jobs.values()):
+        longest = max(run.jobs.values(), key=lambda job: len(job.host))
+        if len(encode_message(longest)) > RECORD_BYTES // 2:
             raise UsageError("the order's options are too large", "at most 32 KiB of them")
         run.promised = False
         self.runs[record.run] = run
@@ -14501,6 +14683,8 @@ class Queue:
     def send_due(self) -> None:
         self.scheduled = False
         now, runs = time.monotonic(), []
+        if not any(run.waits for run in self.runs.values()):
+            return  # a look at every job would be for nothing, once for each word of each host
         for run in self.runs.values():
             if run.active and run.promised and not self.is_held(run):
                 runs.append((run.record, run.jobs))
@@ -14520,8 +14704,10 @@ class Queue:
         """A run that waited into a freeze window begins after it; one that has begun goes on, as
         half of a deployment is worse."""
         record = run.record
-        untouched = all(job.state is State.QUEUED and not job.ordered for job in run.jobs.values())
+        untouched = len(run.waits) == len(run.jobs)
         if not untouched or record.cancelled or record.options.get("force"):
+            return False
+        if not self.freezes.near(time.time()):
             return False
         chosen = [host for host in self.registry.hosts() if host.label in record.hosts]
         return bool(self.freezes.holding(record.kind, record.options, chosen))
@@ -14545,9 +14731,7 @@ class Queue:
         """To a host that is back: the orders that it has not acknowledged, and the cancels that it
         missed."""
         for run in list(self.runs.values()):
-            for job in run.jobs.values():
-                if job.machine != agent.hello.machine or job.state in FINAL:
-                    continue
+            for job in list(run.of_machine(agent.hello.machine)):
                 if job.ordered:  # also one that runs: the host says so if it knows nothing of it
                     self.order(agent, job)
                 if run.record.cancelled:
@@ -14719,7 +14903,7 @@ class Master:
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
         went = self.registry.down_since.pop(hello.machine, 0.0)
         self.queue.busy.pop(hello.machine, None)
-        label = next(host.label for host in self.registry.hosts() if host.machine == hello.machine)
+        label = self.registry.label_of(hello.machine)
         link.post(
             Welcome(
                 common_protocol(hello.protocol),
@@ -14897,8 +15081,8 @@ class Master:
 
     def look_after(self, run: Run) -> None:
         """What time alone brings about."""
-        for job in list(run.jobs.values()):
-            self.queue.expire(run, job)
+        for host in list(run.open):
+            self.queue.expire(run, run.jobs[host])
         for host, job in list(run.held.items()):
             agent = self.agents.get(job.machine)
             if agent:
@@ -15035,11 +15219,14 @@ class FleetView:
             (run for run in self.master.runs.values() if run.active),
             key=lambda run: run_age((run.record, None)),
         )
+        work, rows = self.open_jobs(), []
+        for host in self.registry.hosts():
+            rows.append(self.status_row(host, work.get(host.machine, []), {}, no_traffic()))
         return {
             "seen": seen,
             "time": time.time(),
             "master": self.about_us(),
-            "hosts": [self.status_row(host, {}, no_traffic()) for host in self.registry.hosts()],
+            "hosts": rows,
             "runs": [
                 {
                     **{key: getattr(run.record, key) for key in RUN_FACTS},
@@ -15058,8 +15245,9 @@ class FleetView:
         traffic, *answers = await asyncio.gather(
             self.registry.ask_traffic(), *map(self.facts_of, hosts)
         )
+        work = self.open_jobs()
         rows = [
-            self.status_row(host, found, traffic)
+            self.status_row(host, work.get(host.machine, []), found, traffic)
             for host, found in zip(hosts, answers, strict=True)
         ]
         now, freezes = time.time(), []
@@ -15085,6 +15273,17 @@ class FleetView:
             or getattr(self.master.door.certificate, "problem", None),
         }
 
+    def open_jobs(self) -> dict[str, list[JobRecord]]:
+        """What every machine has to do, in the queue's order: looked for once for all hosts."""
+        found: dict[str, list[JobRecord]] = {}
+        runs = sorted(self.master.runs.values(), key=lambda run: run_age((run.record, None)))
+        for run in runs:
+            for host in run.record.hosts:
+                if host in run.open:
+                    job = run.jobs[host]
+                    found.setdefault(job.machine, []).append(job)
+        return found
+
     async def facts_of(self, host: HostRef) -> dict[str, Any]:
         """What a host says of itself now."""
         agent = self.master.agents.get(host.machine)
@@ -15101,12 +15300,13 @@ class FleetView:
         return found
 
     def status_row(
-        self, host: HostRef, facts: Mapping[str, Any], traffic: Mapping[str, Any]
+        self,
+        host: HostRef,
+        jobs: Sequence[JobRecord],
+        facts: Mapping[str, Any],
+        traffic: Mapping[str, Any],
     ) -> dict[str, Any]:
-        runs = sorted(
-            self.master.runs.values(), key=lambda run: run_age((run.record, None))
-        )  # the queue's order
-        jobs = [job for run in runs for job in run.jobs.values() if job.machine == host.machine]
+        """What `status` says of a host whose open jobs are `jobs`."""
         running = next((job for job in jobs if job.state is State.RUNNING), None)
         machine = self.registry.machines[host.machine]
         away_s = self.registry.away_s(host.machine, time.monotonic())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from tests.seam import (
     HostRef,
+    Labels,
     MasterUrl,
     Role,
     RoleDecision,
@@ -679,3 +681,19 @@ def test_what_we_allow_git_allows(name: str):
         assert git or problem is not None
         stricter = not name.isprintable() or "@{" in name or name == "@"
         assert stricter or git == (problem is None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_labels_that_are_kept_are_those_that_would_be_assigned(seed: int) -> None:
+    """Hosts that share addresses, names, files and beginnings of machine ids come and change in any order."""
+    chance = random.Random(seed)
+    addresses, names = ["1.1.1.1", "1.1.1.2", "1::2", "1::2:a", "1::2:b"], ["a", "A", "b", "a_b", "x"]
+    for _ in range(30):
+        hosts: dict[str, tuple[str, str]] = {}
+        labels = Labels()
+        for _ in range(chance.randrange(1, 14)):
+            machine = chance.choice(("aaaa", "aaab", "bbbb")) + chance.choice("01") * 3 + chance.choice("012") * 25
+            host = hosts[machine] = chance.choice(addresses), chance.choice(names)
+            labels.put(*host, machine)
+            wanted = assign_labels([(*host, machine) for machine, host in hosts.items()])
+            assert labels.label == dict(zip(hosts, wanted, strict=True))

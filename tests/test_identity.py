@@ -65,11 +65,12 @@ def test_a_machine_id_alone_opens_no_door(fleet: Callable[..., Fleet]) -> None:
     write_script("echo fine\n", b, c)
     keys = json_of(b, "keys.json")
     (name,) = keys
+    wait_for((master.state / "agent-keys.json").exists, "the keys are written")
     given = json_of(master, "agent-keys.json")
     assert given["name"] == name and given["keys"][machine_of(b)] == keys[name]
     for host, file in ((b, "keys.json"), (master, "agent-keys.json")):
         assert (host.state / file).stat().st_mode & 0o777 == 0o600
-    wait_for(lambda: machine_of(b) not in json_of(master, "agent-keys.json")["arrived"], "not proven yet")
+    assert machine_of(b) not in given["arrived"], "not proven yet"
     one.restart(b)  # it proves the key for the first time
     wait_for(lambda: machine_of(b) in json_of(master, "agent-keys.json")["arrived"], "the key has arrived")
     assert json_of(b, "keys.json") == keys, "and is not given again"

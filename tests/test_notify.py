@@ -316,7 +316,7 @@ def test_an_agent_that_stays_away_is_told_of_once(tmp_path: Path) -> None:
         for number, forgotten in (("b", False), ("c", True)):
             known = est.Machine(number * 32, "127.0.0.2", number, seen=now - seen_s, forgotten=forgotten)
             master.registry.machines[known.machine] = known
-        master.registry.write()
+        master.state.store.put(master.registry.file, master.registry.render())
         assert master.state.store.flush(10.0)
         master.registry.recover()
         master.began = time.monotonic() - up_s
