@@ -315,7 +315,7 @@ def test_an_agent_that_stays_away_is_told_of_once(tmp_path: Path) -> None:
         master, notifier = make_master(tmp_path, notify=rules)
         for number, forgotten in (("b", False), ("c", True)):
             known = est.Machine(number * 32, "127.0.0.2", number, seen=now - seen_s, forgotten=forgotten)
-            master.registry.machines[known.machine] = known
+            master.registry.place(known)
         master.state.store.put(master.registry.file, master.registry.render())
         assert master.state.store.flush(10.0)
         master.registry.recover()
@@ -362,7 +362,7 @@ def test_failover_is_what_no_switch_explains(tmp_path: Path) -> None:
             assert (what, args) == ("traffic", {"address": "127.0.0.1"})
             return {"active": said[-1], "servers": {}}
 
-        master.registry.machines["a" * 32] = est.Machine("a" * 32, "127.0.0.1", "lb")
+        master.registry.place(est.Machine("a" * 32, "127.0.0.1", "lb"))
         master.agents["a" * 32] = SimpleNamespace(ask=ask)  # type: ignore[assignment]
         for active in ("blue", "blue", None, "green", "green"):
             said.append(active)
