@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import estelle_updater as est
+from tests import seam as est
 
 AT_ONCE = 64  # greetings
 OUTPUT = b"\xe2\x96\xb6 true\nnothing to do\n"
