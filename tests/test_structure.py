@@ -352,6 +352,7 @@ def test_module_keeps_the_rule(rule: Callable[[str], list[str]]):
 @pytest.mark.parametrize("rule", [breaks_places, breaks_hosts, breaks_words], ids=lambda rule: rule.__name__)
 def test_every_file_keeps_the_rule(rule: Callable[[str], list[str]]):
     texts = {name: name + "\n" + (ROOT / name).read_text("utf-8", "replace") for name in repository_files()}
+    texts |= {name: name for name in texts if name.endswith(".png")}  # in so many bytes any word comes about by chance
     assert "estelle_updater.py" in texts
     assert {name: found for name, text in texts.items() if (found := rule(text))} == {}
 
