@@ -6706,8 +6706,13 @@ def program_argv() -> list[str]:
     return [sys.executable, str(program_file() or Path(__file__).absolute())]
 
 
+COMMAND_NAME = "estelle-updater"  # that `setup` puts into a folder of PATH
+
+
 def program_name() -> str:
     """What a person types to run this program."""
+    if os.environ.get("ESTELLE_COMMAND") == COMMAND_NAME:
+        return COMMAND_NAME
     return f"{'python' if os.name == 'nt' else 'python3'} {sys.argv[0]}"
 
 
@@ -19407,6 +19412,16 @@ def await_welcome(state: StateFolder, say: Callable[[str], None]) -> None:
     )
 
 
+COMMAND_MARK = "# estelle-updater: `setup --remove` takes this away"
+
+
+def render_command(argv: Sequence[str]) -> str:
+    """The small script by which the program is found from any folder."""
+    words = " ".join(map(shlex.quote, argv))
+    start = f'ESTELLE_COMMAND={COMMAND_NAME} exec {words} "$@"'
+    return "\n".join(["#!/bin/sh", COMMAND_MARK, start, ""])
+
+
 class HostChanges:
     """What `setup` does to this host; a dry run only says it."""
 
@@ -19416,7 +19431,7 @@ class HostChanges:
         self.service = service
         self.changed = False
 
-    def put(self, path: Path, text: str) -> bool:
+    def put(self, path: Path, text: str, mode: int = 0o644) -> bool:
         """Write a file unless it says just that; whether it was written."""
         with suppress(OSError):
             if path.read_text("utf-8") == text:
@@ -19427,7 +19442,7 @@ class HostChanges:
             return True
         self.say(f"writing {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode(), durable=True, mode=0o644)
+        write_atomic(path, text.encode(), durable=True, mode=mode)
         return True
 
     def take(self, path: Path) -> None:
@@ -19502,6 +19517,10 @@ class Setup(HostChanges):
         if self.root:
             units = _UNIT_FOLDER
         self.unit = units / f"{self.service}.service"
+        commands = self.home / ".local/bin"
+        if self.root:
+            commands = Path("/usr/local/bin")
+        self.command = commands / COMMAND_NAME
 
     def find_state(self, wanted: Path) -> None:
         """Where the state is to be, and where it is."""
@@ -19563,6 +19582,7 @@ class Setup(HostChanges):
         else:
             self.remove_unit()
             self.install_pm2()
+        self.install_command()
         if not self.dry_run:
             done = "unchanged: it is installed and runs"
             if self.changed:
@@ -19578,11 +19598,39 @@ class Setup(HostChanges):
         self.remove_pm2()
         for one in self.former_services():
             self.end_service(one)
+        self.remove_command()
         if not self.dry_run:
             done = "unchanged: nothing is installed"
             if self.changed:
                 done = "removed; recorded runs stay"
             self.say(done)
+
+    # The short command
+
+    def install_command(self) -> None:
+        """Have this program found from any folder, or say how it is called where that can't be."""
+        if os.name == "nt":
+            self.say(f"note: from any folder: {' '.join(program_argv())}")
+            return
+        text = render_command(program_argv())
+        before = ""
+        with suppress(OSError, UnicodeError):
+            before = self.command.read_text("utf-8")
+        if os.path.lexists(self.command) and COMMAND_MARK not in before:
+            self.say(f"note: {self.command} is somebody else's, and stays")
+            return
+        self.put(self.command, text, 0o755)
+        if str(self.command.parent) not in os.environ.get("PATH", "").split(os.pathsep):
+            self.say(f"note: have it in PATH: export PATH={self.command.parent}:$PATH")
+
+    def remove_command(self) -> None:
+        """Unless another service of this host runs the same program."""
+        others = [one for one in installed_services() if one.service != self.service]
+        if any(one.program == self.argv[1] for one in others):
+            return
+        with suppress(OSError, UnicodeError):
+            if self.command.read_text("utf-8") == render_command(program_argv()):
+                self.take(self.command)
 
     # Other projects on this host
 

@@ -67,6 +67,11 @@ def test_setup_again_and_remove(site: Pm2Site) -> None:
     assert (app["name"], app["pm2_env"]["status"], app["pm2_env"]["pm_cwd"]) == (SERVICE, "online", str(site.host.repo))
     assert SERVICE in (site.folder / "pm2" / "dump.pm2").read_text()
 
+    command = Path(site.env["HOME"]) / ".local/bin/estelle-updater"
+    assert f"export PATH={command.parent}:$PATH" in out
+    code, said, err = run([command, "status", "--state", site.host.state], site.env, site.host.repo)
+    assert (code, site.host.address in said) == (0, True), err
+    assert "usage: estelle-updater " in run([command, "--help"], site.env, site.folder).out
     code, out, err = site.est("setup")
     assert (code, "unchanged" in out) == (0, True), out + err
     assert site.apps()[0]["pid"] == app["pid"]
@@ -81,6 +86,7 @@ def test_setup_again_and_remove(site: Pm2Site) -> None:
     assert site.apps() == []
     assert SERVICE not in (site.folder / "pm2" / "dump.pm2").read_text()
     assert "unchanged" in site.est("setup", "--remove").out
+    assert not command.exists()
     assert sorted(site.host.repo.rglob("*")) == before, "nothing is written into the repository"
 
 
