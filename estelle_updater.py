@@ -19475,6 +19475,43 @@ class HostChanges:
             raise UpdaterError(f"{line}: {reason}", hint)
 
 
+def command_places() -> tuple[Path, Path]:
+    """Where the short command lies: this user's own, and everybody's."""
+    return Path.home() / ".local/bin" / COMMAND_NAME, Path("/usr/local/bin", COMMAND_NAME)
+
+
+def install_command(changes: HostChanges, everybody: bool) -> None:
+    """Have this program found from any folder, or say how it is called where that can't be."""
+    if os.name == "nt":
+        changes.say(f"note: from any folder: {' '.join(program_argv())}")
+        return
+    own, for_all = command_places()
+    command = own
+    if everybody:
+        command = for_all
+    before = ""
+    with suppress(OSError, UnicodeError):
+        before = command.read_text("utf-8")
+    if os.path.lexists(command) and COMMAND_MARK not in before:
+        changes.say(f"note: {command} is somebody else's, and stays")
+        return
+    changes.put(command, render_command(program_argv()), 0o755)
+    if str(command.parent) not in os.environ.get("PATH", "").split(os.pathsep):
+        changes.say(f"note: have it in PATH: export PATH={command.parent}:$PATH")
+
+
+def remove_command(changes: HostChanges) -> None:
+    """Unless another service of this host runs the same program."""
+    argv = program_argv()
+    others = [one for one in installed_services() if one.service != changes.service]
+    if any(one.program == argv[1] for one in others):
+        return
+    for command in command_places():
+        with suppress(OSError, UnicodeError):
+            if command.read_text("utf-8") == render_command(argv):
+                changes.take(command)
+
+
 class Setup(HostChanges):
     """This host's service, under PM2 or systemd: installed, started and welcomed, or removed.
 
@@ -19517,10 +19554,6 @@ class Setup(HostChanges):
         if self.root:
             units = _UNIT_FOLDER
         self.unit = units / f"{self.service}.service"
-        commands = self.home / ".local/bin"
-        if self.root:
-            commands = Path("/usr/local/bin")
-        self.command = commands / COMMAND_NAME
 
     def find_state(self, wanted: Path) -> None:
         """Where the state is to be, and where it is."""
@@ -19582,7 +19615,7 @@ class Setup(HostChanges):
         else:
             self.remove_unit()
             self.install_pm2()
-        self.install_command()
+        install_command(self, everybody=self.root and keeper == "systemd")
         if not self.dry_run:
             done = "unchanged: it is installed and runs"
             if self.changed:
@@ -19598,39 +19631,12 @@ class Setup(HostChanges):
         self.remove_pm2()
         for one in self.former_services():
             self.end_service(one)
-        self.remove_command()
+        remove_command(self)
         if not self.dry_run:
             done = "unchanged: nothing is installed"
             if self.changed:
                 done = "removed; recorded runs stay"
             self.say(done)
-
-    # The short command
-
-    def install_command(self) -> None:
-        """Have this program found from any folder, or say how it is called where that can't be."""
-        if os.name == "nt":
-            self.say(f"note: from any folder: {' '.join(program_argv())}")
-            return
-        text = render_command(program_argv())
-        before = ""
-        with suppress(OSError, UnicodeError):
-            before = self.command.read_text("utf-8")
-        if os.path.lexists(self.command) and COMMAND_MARK not in before:
-            self.say(f"note: {self.command} is somebody else's, and stays")
-            return
-        self.put(self.command, text, 0o755)
-        if str(self.command.parent) not in os.environ.get("PATH", "").split(os.pathsep):
-            self.say(f"note: have it in PATH: export PATH={self.command.parent}:$PATH")
-
-    def remove_command(self) -> None:
-        """Unless another service of this host runs the same program."""
-        others = [one for one in installed_services() if one.service != self.service]
-        if any(one.program == self.argv[1] for one in others):
-            return
-        with suppress(OSError, UnicodeError):
-            if self.command.read_text("utf-8") == render_command(program_argv()):
-                self.take(self.command)
 
     # Other projects on this host
 
