@@ -19269,7 +19269,13 @@ def installed_units(folder: Path) -> Iterator[Installed]:
             place = lines.get("WorkingDirectory", "").replace("%%", "%")
             if "serve" in words:
                 program = next(iter(words[1:]), "")
-                yield Installed(path.stem, "systemd", place, program, str(path))
+                yield Installed(
+                    path.stem,
+                    "systemd",
+                    place,
+                    program,
+                    str(path),
+                )
 
 
 def pm2_home() -> Path:
@@ -19300,8 +19306,12 @@ def services_of_pm2(apps: Iterable[Any]) -> Iterator[Installed]:
         facts = {**app, **app.get("pm2_env", {})}
         name = str(facts.get("name"))
         if name == SERVICE or name.startswith(f"{SERVICE}-"):
-            place, program = str(facts.get("pm_cwd")), str(facts.get("pm_exec_path"))
-            yield Installed(name, "pm2", place, program)
+            yield Installed(
+                name,
+                "pm2",
+                str(facts.get("pm_cwd")),
+                str(facts.get("pm_exec_path")),
+            )
 
 
 def installed_services() -> list[Installed]:
@@ -19477,7 +19487,9 @@ class HostChanges:
 
 def command_places() -> tuple[Path, Path]:
     """Where the short command lies: this user's own, and everybody's."""
-    return Path.home() / ".local/bin" / COMMAND_NAME, Path("/usr/local/bin", COMMAND_NAME)
+    own = Path.home() / ".local/bin"
+    for_all = Path("/usr/local/bin")
+    return own / COMMAND_NAME, for_all / COMMAND_NAME
 
 
 def install_command(changes: HostChanges, everybody: bool) -> None:
@@ -19503,10 +19515,15 @@ def install_command(changes: HostChanges, everybody: bool) -> None:
 def remove_command(changes: HostChanges) -> None:
     """Unless another service of this host runs the same program."""
     argv = program_argv()
-    others = [one for one in installed_services() if one.service != changes.service]
-    if any(one.program == argv[1] for one in others):
+    users = [one.program for one in installed_services()]
+    if changes.dry_run and argv[1] in users:
+        users.remove(argv[1])  # ours would be gone
+    if argv[1] in users:
         return
-    for command in command_places():
+    places = list(command_places())
+    if os.name == "nt" or os.geteuid():
+        places = places[:1]  # the system's is root's to take
+    for command in places:
         with suppress(OSError, UnicodeError):
             if command.read_text("utf-8") == render_command(argv):
                 changes.take(command)
@@ -19646,14 +19663,17 @@ class Setup(HostChanges):
         require_own_state(self.state, self.config_path)
         under_pm2 = [*installed_pm2(), *services_of_pm2(apps)]
         for one in [*installed_units(self.unit.parent), *under_pm2]:
-            if one.service != self.service or is_same_folder(one.folder, self.folder):
+            if one.service != self.service:
+                continue
+            if is_same_folder(one.folder, self.folder):
                 continue
             other = one.config_path()
             if other:  # where its clone is gone, nobody misses it
+                whose = other.parent.parent
+                hint = name_hint(self.config_path, project_of(other))
                 raise UsageError(
-                    f"the service {one.service} is that of {other.parent.parent}",
-                    f"{name_hint(self.config_path, project_of(other))}; or, to give the other up, "
-                    f"there: setup --remove",
+                    f"the service {one.service} is that of {whose}",
+                    f"{hint}; or, to give the other up, there: setup --remove",
                 )
         if self.root:
             require_way_to_state(self.state, self.uid)
@@ -19892,7 +19912,9 @@ def judge_instances(state: StateFolder, path: Path) -> Iterator[Finding]:
             whose = owner.folder or each.root
             rows.append(f"{service_name(owner.project)} (no service) in {whose}")
     if len(rows) > 1:
-        yield Finding("instances", True, "; ".join(dict.fromkeys(rows)))
+        known = dict.fromkeys(rows)
+        text = "; ".join(known)
+        yield Finding("instances", True, text)
     with suppress(ConfigError):
         try:
             require_own_url(load_config(path), path, [state])
