@@ -10225,6 +10225,8 @@ def require_own_state(state: StateFolder, config_path: Path, *, claim: bool = Fa
     if known.folder and not known.clones:  # of an earlier version, which wrote down only where
         with suppress(ConfigError):
             known = probe_owner(find_config(Path(known.folder))) or known
+    # One mistaken for another repository would be locked out of its own history; one taken for this
+    # one could roll it back. Where git can't tell, nothing is refused.
     if known.clones and not is_same_repository(known, own):
         raise UsageError(
             f"the state folder {state.root} is that of another repository: {owner_text(known)}",
@@ -19363,6 +19365,8 @@ def require_port(
     """That this project's master has a port of its own; said before anything is started. Raises
     UsageError."""
     require_own_url(config, config_path, mine)
+    # A daemon of this project that runs already has the port, and nobody else can: what it holds
+    # is no clash, also where it was started by hand.
     if any(FileLock.held_elsewhere(state.daemon_lock) for state in mine):
         return  # it is ours
     port = config.master_url.port
@@ -19504,6 +19508,8 @@ def install_command(changes: HostChanges, everybody: bool) -> None:
     before = ""
     with suppress(OSError, UnicodeError):
         before = command.read_text("utf-8")
+    # Somebody's own script of this name, or a package's, must not be lost: only what `setup` wrote
+    # is written anew, say for a program that lies elsewhere by now.
     if os.path.lexists(command) and COMMAND_MARK not in before:
         changes.say(f"note: {command} is somebody else's, and stays")
         return
@@ -19515,6 +19521,8 @@ def install_command(changes: HostChanges, everybody: bool) -> None:
 def remove_command(changes: HostChanges) -> None:
     """Unless another service of this host runs the same program."""
     argv = program_argv()
+    # Two projects of one host share the program, and so the command: the first of them that leaves
+    # must not take it from the other.
     users = [one.program for one in installed_services()]
     if changes.dry_run and argv[1] in users:
         users.remove(argv[1])  # ours would be gone
