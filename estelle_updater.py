@@ -439,6 +439,7 @@ ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
+KEPT_END_BYTES = 64 << 10  # of what a step writes beyond the most that a log may have
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -1760,6 +1761,7 @@ class KeepRule:
     runs: Count = 500
     days: Count = 90
     megabytes: Count = 2000
+    job_megabytes: Count = 256
 
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -8809,7 +8811,8 @@ class Poke:
 
 class LogWriter:
     """The one writer of a job's log. A full disk loses bytes, and says how many, but never stops
-    the job."""
+    the job. Beyond `most_bytes` only the end of what a step writes is recorded, behind a note of
+    how much is not: one talkative command would fill two disks."""
 
     def __init__(self, path: Path, poke: Callable[[], None]) -> None:
         self._fd = os.open(path, LOG_FLAGS, 0o600)
@@ -8817,24 +8820,60 @@ class LogWriter:
         self._lock = threading.Lock()
         self._dropped = 0
         self._line_open = False
+        self._end = bytearray()  # of what came beyond `most_bytes`, not written yet
+        self._left_out = 0  # how many bytes before that
+        self.most_bytes = sys.maxsize
         self.size = os.fstat(self._fd).st_size
 
     def write(self, data: bytes) -> bool:
         """Append; whether everything until now is in the log, or the note that says how much is
         not."""
         with self._lock:
-            if self._dropped:
-                note = b"\n[... %d bytes not recorded]\n" % self._dropped
-                if self._append(note) < len(note):
-                    self._dropped += len(data)
-                    return False
-                self._dropped = 0
-            self._dropped += len(data) - self._append(data)
-            if data:
-                self._line_open = not data.endswith(b"\n")
-            else:
-                self._line_open = self._line_open
+            room = max(0, self.most_bytes - self.size)
+            if self._end:
+                room = 0
+            beyond = data[room:]
+            whole = True
+            if not beyond:
+                whole = self._record(data)
+            elif room:
+                whole = self._record(data[:room])
+            if beyond:
+                self._hold(beyond)
         self._poke()
+        return whole
+
+    def _hold(self, data: bytes) -> None:
+        """Keep the end of what is not recorded."""
+        self._end += data
+        if len(self._end) > 2 * KEPT_END_BYTES:
+            excess = len(self._end) - KEPT_END_BYTES
+            self._left_out += excess
+            del self._end[:excess]
+
+    def release(self) -> None:
+        """At a step's end, and before a line of our own: the end that was kept, behind the note."""
+        with self._lock:
+            excess = max(0, len(self._end) - KEPT_END_BYTES)
+            left_out = self._left_out + excess
+            end = bytes(self._end[excess:])
+            self._end.clear()
+            self._left_out = 0
+            if left_out:
+                self._record(b"\n[... %d bytes not recorded]\n" % left_out)
+            self._record(end)
+
+    def _record(self, data: bytes) -> bool:
+        """Append, whatever the size; what a full disk does not take is counted."""
+        if self._dropped:
+            note = b"\n[... %d bytes not recorded]\n" % self._dropped
+            if self._append(note) < len(note):
+                self._dropped += len(data)
+                return False
+            self._dropped = 0
+        self._dropped += len(data) - self._append(data)
+        if data:
+            self._line_open = not data.endswith(b"\n")
         return not self._dropped
 
     def _append(self, data: bytes) -> int:
@@ -8851,8 +8890,14 @@ class LogWriter:
         """A line of our own, never glued to a program's unfinished one; returns its offset and
         length."""
         line = text.encode(errors="replace") + b"\n"
-        self.write(b"\n" + line if self._line_open else line)
-        return [self.size - len(line), len(line)]
+        self.release()
+        with self._lock:
+            if self._line_open:
+                self._record(b"\n")
+            self._record(line)
+            place = [self.size - len(line), len(line)]
+        self._poke()
+        return place
 
     def sync(self) -> None:
         with suppress(OSError):
@@ -9069,6 +9114,7 @@ class StepRun:
             left = self.child.leave_running()
         self.child.close_pipe()
         self.log.write(self.masker.flush())
+        self.log.release()
         if left is None:
             return ""
         names = ", ".join(f"{pid} {_name_of(pid)}" for pid in left) or "somebody"
@@ -9263,6 +9309,7 @@ class Runner:
         else:
             config, problem = load_config_or_last(self.config_path, self.state)
         self.rule = host_rule(config, self.job.address, socket.gethostname())
+        self.log.most_bytes = config.keep.job_megabytes << 20
         tree = work_tree(self.config_path)
         if self.rule.repo:
             self.repo = tree / self.rule.repo

@@ -94,6 +94,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "runs": "how many recorded runs stay",
         "days": "for how many days",
         "megabytes": "and how much of the disk, the oldest going first",
+        "jobMegabytes": "of one log: beyond it, only the last 64 KiB of what a step writes",
     },
     "[[freeze]]": {
         "name": "what the window is called",

@@ -104,6 +104,7 @@ ca = "config/fleet-ca.pem"
 runs = 500
 days = 90
 megabytes = 2000
+jobMegabytes = 256
 
 [updater]
 sha256 = "..."                                # the .pyz that `upgrade` may install: what runs still comes from git

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,3 +245,27 @@ def test_lfs_pointers_are_not_deployed(clone: Clone, tmp_path: Path):
     assert code == 0, out + err
     assert f"[{HOST}] git lfs pull...\n" in out
     assert (clone.head(), (clone.host / "x.bin").read_text(), first != new) == (new, "big", True)
+
+
+def test_a_talkative_command_fills_no_disk(clone: Clone):
+    """The log has its beginning and its end, what follows it is where the record says, and the failure is explained."""
+    keep = {"keep": {"jobMegabytes": 1}, "masterUrl": "ws://127.0.0.1:9900", "whitelist": [HOST], **COMMAND}
+    script = "seq 1000000 1400000; echo 'error: No space left on device'; sleep 100 & echo '한 줄'; exit 3\n"
+    clone.commit({"config/updater.json": json.dumps(keep), "deploy.sh": script})
+    code, out, err = clone.deploy()
+    assert code == 1 and "the disk is full" in out + err
+    job = clone.job()
+    log = next((clone.state / "runs").glob(f"*/{HOST}.log")).read_bytes()
+    note = re.search(rb"\n\[\.\.\. (\d+) bytes not recorded\]\n", log)
+    assert note and (job["size"], log.count(b"bytes not recorded")) == (len(log), 1)
+    assert note.start() == 1 << 20, "the beginning"
+    end = log[note.end() :]
+    begin, length, _ = job["marks"][-1]  # type: ignore[index]
+    whole = "".join(f"{n}\n" for n in range(1000000, 1400001)).encode()
+    whole += "error: No space left on device\n한 줄\n".encode()
+    head = log[begin + length : note.start()]
+    assert whole.startswith(head) and len(head) + int(note[1]) + (64 << 10) == len(whole)
+    assert end.startswith(whole[-(64 << 10) :]), "the end"
+    assert re.search(r"warning: left running: \d+ sleep; its output is not recorded any more\n", end.decode())
+    (pid,) = re.findall(r"left running: (\d+) sleep", str(job["warnings"]))
+    os.kill(int(pid), signal.SIGKILL)
