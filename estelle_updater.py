@@ -463,7 +463,9 @@ ACCEPTED, BACKLOG = (
     16,
     4096,
 )  # connections taken between two looks at the others, and how many may wait for it
-FILES = 8192  # open at once, all connections together
+# Open at once, all connections together, where the system allows as many: more hosts than one
+# master's processor serves; and a deployment's programs inherit it, of which some look at each.
+FILES = 1 << 16
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address

@@ -160,7 +160,7 @@ class Relay(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.source, self.sink = 0, b""  # how much of STREAM is written; what has arrived
-        self.patch = patch.object(est, "CHUNK_BYTES", CHUNK)
+        self.patch = patch.object(est.program, "CHUNK_BYTES", CHUNK)
         self.patch.start()
 
     @initialize()

@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
-"""Speed as ratios to a floor measured in the same run: python3 tests/bench/run.py [PYZ]
+"""Speed as ratios to a floor measured in the same run: python3 tests/bench/run.py [PYZ] [--scale 200,1000] [--peers]
 
-A master on 127.0.0.1 and an agent on 127.0.0.2 deploy from a git origin on this disk. Nothing here asserts a figure.
+A master on 127.0.0.1 and an agent on 127.0.0.2 deploy from a git origin on this disk; with `--scale`, beside them so
+many light agents (herd.py says what of them is simulated); with `--peers`, ssh by a server of its own on this machine,
+and Fabric in a virtualenv of its own do the same no-op and the same lines. It ends with a table in Markdown, and
+writes `--svg FILE`: cost by hosts. Nothing here asserts a figure.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2] / "estelle_updater.py"
+ROWS: list[tuple[str, str, str, str]] = []  # what, floor, ours, ratio
+NOOP = "git fetch origin && git checkout noop && git pull origin noop && true"
 LINES = 1_000_000
 LINE = "x" * 79
 PRINTER = "import sys,time\nfor _ in range(300):\n    print(time.time_ns(), flush=True)\n    time.sleep(0.02)\n"
@@ -52,7 +59,7 @@ class Fleet:
         self.folder, self.program = folder, program
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            self.port = port = probe.getsockname()[1]
         origin, work = folder / "origin.git", folder / "work"
         run("git", "init", "--bare", "-b", "noop", str(origin))
         run("git", "clone", str(origin), str(work))
@@ -108,6 +115,7 @@ class Fleet:
 
 
 def say(name: str, value_s: float, floor_name: str, floor_s: float) -> None:
+    ROWS.append((name, f"{floor_name} {floor_s * 1000:.1f} ms", f"{value_s * 1000:.1f} ms", f"{value_s / floor_s:.2f}"))
     print(
         f"{name:<34} {value_s * 1000:9.1f} ms   {floor_name} {floor_s * 1000:9.1f} ms   ratio {value_s / floor_s:6.2f}"
     )
@@ -120,10 +128,19 @@ def bench_start(program: list[str]) -> None:
 
 
 def bench_noop(fleet: Fleet) -> None:
-    script = "git fetch origin && git checkout noop && git pull origin noop && true"
     repo = fleet.folder / "127.0.0.2"
-    floor = median_s(7, lambda: run("sh", "-c", script, cwd=repo))
-    say("no-op trigger, one agent", median_s(7, lambda: fleet.trigger("127.0.0.2", "noop").wait()), "shell", floor)
+    floor = median_s(7, lambda: run("sh", "-c", NOOP, cwd=repo))
+    say("no-op deployment, one host", median_s(7, lambda: fleet.trigger("127.0.0.2", "noop").wait()), "shell", floor)
+    times = os.times()
+    before = times.children_user + times.children_system + sum(cpu_s(daemon.pid) for daemon in fleet.daemons)
+    for _ in range(5):
+        fleet.trigger("127.0.0.2", "noop").wait()
+    times = os.times()
+    after = times.children_user + times.children_system + sum(cpu_s(daemon.pid) for daemon in fleet.daemons)
+    spent = (after - before) / 5 * 1000
+    ROWS.append(("its processor time: command and daemons", "", f"{spent:.0f} ms", ""))
+    status = median_s(7, lambda: run(*fleet.arguments("127.0.0.1"), "status"))
+    say("status", status, "python -c pass", median_s(7, lambda: run(sys.executable, "-c", "pass")))
 
 
 def bench_lines(fleet: Fleet) -> None:
@@ -138,6 +155,7 @@ def bench_lines(fleet: Fleet) -> None:
 
         value = median_s(3, deploy)
         kind = "master" if host == "127.0.0.1" else "agent"
+        say(f"{LINES:,} lines of 80 bytes, {kind} to command", value, "lines to a file", floor)
         lines = sum(1 for _ in (fleet.folder / "out").open("rb"))
         print(f"{f'1M lines, {kind} to CLI':<34} {value:9.2f} s    {lines} lines arrived", end="    ")
         idle = median_s(3, lambda host=host: fleet.trigger(host, "noop").wait())  # type: ignore[misc]
@@ -156,6 +174,7 @@ def bench_live(fleet: Fleet) -> None:
     watcher.wait()
     delays.sort()
     p50, p99 = delays[len(delays) // 2], delays[int(len(delays) * 0.99)]
+    ROWS.append(("live line, p50 / p99", "", f"{p50:.2f} / {p99:.2f} ms", ""))
     print(f"live line each 20 ms, {len(delays)} lines: p50 {p50:.2f} ms  p99 {p99:.2f} ms  max {delays[-1]:.2f} ms")
 
 
@@ -197,6 +216,7 @@ def bench_idle(fleet: Fleet, seconds: float = 30.0) -> None:
     time.sleep(seconds)
     for name, daemon, cpu in zip(("master", "agent"), fleet.daemons, before, strict=False):
         share = (cpu_s(daemon.pid) - cpu) / seconds
+        ROWS.append((f"idle {name}", "", f"{rss_mb(daemon.pid):.0f} MB, {share:.2%} of a core", ""))
         print(f"idle {name}: {rss_mb(daemon.pid):.1f} MB resident, {share:.3%} of a core")
 
 
@@ -221,27 +241,143 @@ def bench_resume(fleet: Fleet) -> None:
     watcher.communicate()
 
 
+def bench_scale(folder: Path, program: list[str], counts: list[int]) -> list[tuple[int, float, float]]:
+    """What a fleet costs its master, per agent: (agents, ms to welcome one, ms to deploy on one), processor time."""
+    found = []
+    for count in counts:
+        (folder / f"scale-{count}").mkdir()
+        fleet = Fleet(folder / f"scale-{count}", program)
+        herd = None
+        try:
+            pid, began = fleet.daemons[0].pid, time.perf_counter()
+            memory, cpu = rss_mb(pid), cpu_s(pid)
+            argv = [sys.executable, "-m", "tests.bench.herd", str(fleet.port), str(count)]
+            herd = subprocess.Popen(argv, cwd=SOURCE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            assert herd.stdout
+            herd.stdout.readline()
+            welcome_s, welcomed = time.perf_counter() - began, cpu_s(pid) - cpu
+            each_kib = (rss_mb(pid) - memory) * 1e6 / 1024 / count
+            began, cpu = time.perf_counter(), cpu_s(pid)
+            code = fleet.trigger("all", "noop").wait(300)
+            order_s, ordered = time.perf_counter() - began, cpu_s(pid) - cpu
+            found.append((count, welcomed / count * 1000, ordered / count * 1000))
+            ROWS.append(
+                (
+                    f"{count:,} agents welcomed",
+                    "",
+                    f"{welcome_s:.1f} s",
+                    f"{found[-1][1]:.2f} ms each, {each_kib:.0f} KiB",
+                )
+            )
+            ROWS.append(
+                (f"`trigger all` on {count:,}, exit {code}", "", f"{order_s:.1f} s", f"{found[-1][2]:.2f} ms each")
+            )
+            print(*ROWS[-2:], sep="\n", flush=True)
+        finally:
+            if herd:
+                herd.kill()
+                herd.communicate()
+            fleet.close()
+    return found
+
+
+def draw(points: list[tuple[int, float, float]]) -> str:
+    """An SVG: the master's processor time per agent by the number of agents, which a linear cost keeps level."""
+    top = max((max(point[1:]) for point in points), default=1.0)
+    lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 260" font-family="sans-serif" font-size="12">']
+    lines.append('<rect width="480" height="260" fill="white"/><path d="M50 20V220H460" fill="none" stroke="black"/>')
+    lines.append(
+        f'<text x="10" y="15">ms per agent</text><text x="10" y="34">{top:.1f}</text><text x="36" y="222">0</text>'
+    )
+    for index, (name, colour) in enumerate((("welcome", "#06c"), ("deployment", "#c50")), 1):
+        places = []
+        for count, *_ in points:
+            places.append(70 + 370 * math.log(count / points[0][0]) / max(0.1, math.log(points[-1][0] / points[0][0])))
+        dots = [(x, 220 - 190 * point[index] / top) for x, point in zip(places, points, strict=True)]
+        lines.append(
+            f'<polyline points="{" ".join(f"{x:.0f},{y:.0f}" for x, y in dots)}" fill="none" stroke="{colour}"/>'
+        )
+        lines += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="{colour}"/>' for x, y in dots]
+        lines.append(f'<text x="{200 + 100 * index}" y="15" fill="{colour}">{name}</text>')
+        lines += [f'<text x="{x - 15:.0f}" y="238">{point[0]}</text>' for x, point in zip(places, points, strict=True)]
+    return "\n".join([*lines, '<text x="200" y="255">agents of one master</text>', "</svg>"]) + "\n"
+
+
+def bench_peers(fleet: Fleet) -> None:
+    """The same no-op and the same lines by ssh, plain and multiplexed, and by Fabric."""
+    home, repo = fleet.folder, fleet.folder / "127.0.0.2"
+    port = fleet.port + 1
+    for name in ("host", "user"):
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name))
+    (home / "user.pub").rename(home / "known")
+    settings = (
+        f"-p {port} -h {home}/host -o AuthorizedKeysFile={home}/known -o StrictModes=no -o PidFile=none -f /dev/null"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)
+    server = subprocess.Popen(
+        [shutil.which("sshd") or "/usr/sbin/sshd", "-D", *settings.split()], stderr=subprocess.DEVNULL
+    )
+    once = f"ssh -p {port} -i {home}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes"
+    shared = f"{once} -o ControlMaster=auto -o ControlPath={home}/c -o ControlPersist=60"
+    try:
+        time.sleep(1)
+        floor = median_s(7, lambda: run("sh", "-c", NOOP, cwd=repo))
+        for name, words in (("ssh", once), ("ssh, multiplexed", shared)):
+            call = [*words.split(), "127.0.0.1"]
+            value = median_s(7, lambda call=call: run(*call, f"cd {repo} && {NOOP}"))  # type: ignore[misc]
+            say(f"{name}: no-op", value, "shell", floor)
+            lines = f"{' '.join(call)} 'yes {LINE} | head -n {LINES}' > {home}/lines"
+            value = median_s(3, lambda lines=lines: run("sh", "-c", lines))  # type: ignore[misc]
+            say(f"{name}: {LINES:,} lines", value, "lines to a file", median_s(3, lambda: run(
+                "sh", "-c", f"yes {LINE} | head -n {LINES} | cat > {home}/lines")))  # fmt: skip
+        run(*shared.split(), "-O", "exit", "127.0.0.1")
+        run(sys.executable, "-m", "venv", str(home / "fabric"))
+        run(str(home / "fabric/bin/pip"), "install", "--quiet", "fabric")
+        fabric = [str(home / "fabric/bin/fab"), "-H", f"127.0.0.1:{port}", "-i", str(home / "user"), "--"]
+        say("Fabric: no-op", median_s(3, lambda: run(*fabric, f"cd {repo} && {NOOP}")), "shell", floor)
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pyz", nargs="?")
+    parser.add_argument("--scale", default="", help="numbers of light agents, as in 200,1000")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--only-scale", action="store_true", help="and nothing else")
+    parser.add_argument("--svg", type=Path)
+    args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
-        pyz = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else folder / "estelle_updater.pyz"
+        pyz = Path(args.pyz).resolve() if args.pyz else folder / "estelle_updater.pyz"
         if not pyz.exists():
             run(sys.executable, str(SOURCE), "build", "-o", str(pyz))
         program = [sys.executable, str(pyz)]
-        print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores")
-        bench_start(program)
-        fleet = Fleet(folder, program)
-        try:
-            bench_idle(fleet)
-            bench_noop(fleet)
-            bench_live(fleet)
-            bench_lines(fleet)
-            bench_memory(fleet)
-            bench_resume(fleet)
-        finally:
-            fleet.close()
+        print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+        if not args.only_scale:
+            bench_start(program)
+            fleet = Fleet(folder, program)
+            try:
+                bench_idle(fleet)
+                bench_noop(fleet)
+                bench_live(fleet)
+                bench_lines(fleet)
+                if args.peers:
+                    bench_peers(fleet)
+                bench_memory(fleet)
+                bench_resume(fleet)
+            finally:
+                fleet.close()
+        points = bench_scale(folder, program, [int(count) for count in args.scale.split(",") if count])
+        if args.svg and points:
+            args.svg.write_text(draw(points))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    print(f"\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
+    print("| what | floor of the same run | here | ratio |\n| --- | --- | --- | --- |")
+    for row in ROWS:
+        print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":
