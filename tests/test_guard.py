@@ -240,6 +240,82 @@ def test_a_long_run_is_answered_in_time_and_waited_for(fleet: MakeFleet, model: 
     open_gate(*one.hosts)
 
 
+KINDS: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,), "array": (list,)
+}  # fmt: skip
+
+
+def faults(schema: dict[str, Any], value: Any, place: str) -> set[str]:
+    """Where an answer is not of its schema, and what of it that does not describe."""
+    if not isinstance(value, KINDS[schema["type"]]) or (isinstance(value, bool) and schema["type"] != "boolean"):
+        return {f"{place} is {value!r}"}
+    found = set()
+    if isinstance(value, dict):
+        found = {f"{place} lacks {name}" for name in schema.get("required", ()) if name not in value}
+        for name, item in value.items():
+            known = schema.get("properties", {}).get(name) or schema.get("additionalProperties")
+            found |= faults(known, item, f"{place}.{name}") if known else {f"{place}.{name} is described nowhere"}
+    for item in value if isinstance(value, list) else ():
+        found |= faults(schema["items"], item, f"{place}[]")
+    return found
+
+
+def test_one_schema_for_a_thing_whoever_shows_it(fleet: MakeFleet, model: MakeModel) -> None:
+    """What `--json` prints and what a model gets: jobs, hosts, rows of plans, checks, runs; and a fleet of a hundred
+    fits an answer."""
+    check = {"name": "disk", "disk": "/", "least": 1}
+    one = fleet(hosts=2, command=SCRIPT, config={"health": [check]})
+    write_script("echo fine\n", one.hosts[0])
+    write_script("echo broken; exit 3\n", one.hosts[1])
+    events = [json.loads(line) for line in one.cli("trigger", "all", "master", "--json").out.splitlines()]
+    run = next(event["run"] for event in events if event["event"] == "run")
+    [states, results] = [[e for e in events if e["event"] == kind] for kind in ("state", "result")]
+    assert len(results) == 2 and states
+    wrong: set[str] = set()
+    for row in states + results:
+        wrong |= faults(
+            est.JOB_SCHEMA, est.without_nulls({k: v for k, v in row.items() if k not in ("event", "run")}), "job"
+        )
+    printed = {
+        "status": json.loads(one.cli("status", "--json").out),
+        "plan": json.loads(one.cli("plan", "all", "master", "--json").out),
+        "health": json.loads(one.cli("health", "--json").out),
+        "history": json.loads(one.cli("history", "--json").out),
+    }
+    client = model(one)
+    asked = {"plan": {"target": "all", "branch": "master"}, "logs": {"run": run}, "wait": {"run": run}}
+    for tool in est.TOOLS:
+        if tool.name in printed or tool.name in asked:
+            answer = client.call(tool.name, **asked.get(tool.name, {}))
+            wrong |= faults(tool.gives, answer["structuredContent"], tool.name)
+            assert len(json.dumps(answer, ensure_ascii=False)) < 8000
+        if tool.name in printed:
+            [name] = {"hosts", "checks", "runs"} & set(printed[tool.name])
+            for row in printed[tool.name][name]:
+                schema = tool.gives["properties"][name]["items"]
+                wrong |= faults(schema, est.without_nulls(row), f"{tool.name} --json")
+    assert not wrong
+    master = client.call("status", target=one.master.address)["structuredContent"]
+    assert [row["host"] for row in master["hosts"]] == [one.master.address], master
+    assert "no host of the fleet" in client.error("status", target="nobody")
+
+    printed["wait"] = client.call("wait", run=run)["structuredContent"]
+    for name, answer in printed.items():
+        for key in {"hosts", "checks", "runs"} & set(answer):
+            answer[key] = [{**row, "host": f"10.0.0.{n}"} for n in range(50) for row in answer[key]]
+        if name == "history":
+            answer["runs"] = [{**row, "hosts": row["hosts"] * 50} for row in answer["runs"][:10]]
+        call = est.ToolCall(1, name, {}, None, True)
+        short, text = est.fit_answer(call, answer)
+        short = est.without_nulls(short)
+        [tool] = [tool for tool in est.TOOLS if tool.name == name]
+        assert not faults(tool.gives, {k: v for k, v in short.items() if k in tool.gives["properties"]}, name)
+        assert len(json.dumps(short, ensure_ascii=False)) + len(text) < 8000, name
+        left = short if name != "history" else short["runs"][0]
+        assert (left["left_out"] > 10 and "no room here" in text) or name == "history"
+    assert est.fit_answer(call._replace(arguments={"count": 100}), answer)[0] is answer, "it was asked for"
+
+
 # ---------------------------------------------------------------------------- shapes of calls, without any process
 
 

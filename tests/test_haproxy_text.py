@@ -128,6 +128,20 @@ def test_everyday_texts_are_read(lines: str):
     assert read(est.switch_text(found, "green")).active() == "green"
 
 
+def test_what_goes_round_the_backend_is_told():
+    servers = "server blue a:1\nserver green b:1 backup\n"
+    other = "frontend f\nuse_backend api if { path /api }\ndefault_backend be\nbackend api\nserver x a:1\n"
+    [said] = read(HEAD + (servers + other).encode()).bypasses
+    assert said == f"{FILE} line 10: what goes to api reaches blue, whichever colour is active"
+    for rule in ("redirect prefix http://x", "http-request redirect location /x", "http-request return status 200"):
+        [said] = read(HEAD + f"{rule}\n{servers}".encode()).bypasses
+        assert said == f"{FILE} line 4: it answers all requests itself"
+        front = f"frontend f\n{rule}\ndefault_backend be\n"
+        assert read(HEAD + (servers + front).encode()).bypasses == (f"{FILE} line 7: it answers all requests itself",)
+        assert read(HEAD + (servers + front.replace("be\n", "o\nbackend o\n")).encode()).bypasses == ()
+        assert read(HEAD + f"{rule} if {{ path /x }}\n{servers}".encode()).bypasses == ()
+
+
 def test_refused_in_what_it_inherits():
     servers = b"backend be\nserver blue a:1\nserver green b:1 backup\n"
     assert "line 2" in refusal(b"defaults\ncookie SRV insert\n" + servers)
@@ -175,7 +189,7 @@ def test_flags_are_those_of_haproxy():
     words = re.findall(r"(?m)^\tserver <name> <addr> (\S+)( \S+)?$", said.stdout + said.stderr)
     if not words:
         pytest.skip("this HAProxy lists no keywords")
-    flags = {word for word, argument in words if not argument} - {"usesrc"}
+    flags = {word for word, argument in words if not argument} - {"usesrc", "set-proxy-v2-tlv-fmt"}
     taken = {word for word, _ in words if est._SERVER_FLAG.fullmatch(word.encode())}
     assert taken == flags
 
@@ -188,6 +202,8 @@ def test_what_haproxy_says_of_itself():
         "80              worker          1               0d00h00m02s     2.6.12\n# programs\n\n"
     )
     assert est.parse_show_proc(text) == est.Processes(90, (est.OldWorker(80, 2.0),), 1)
+    kept = text.replace("90              worker          0               0d00h00m02s     2.6.12\n", "")
+    assert est.parse_show_proc(kept) == est.Processes(80, (), 1), "3.1 and newer, after a text that could not be read"
     assert est.parse_show_proc("") == est.Processes()
     assert est.parse_show_stat("", "be") == est.parse_show_stat("Unknown command", "be") == []
 
@@ -205,6 +221,11 @@ def test_who_gets_the_requests():
     assert est.decide_traffic(rows(blue="DRAIN", sorry="no check/backup", green="UP/backup")) == ["sorry"]
     assert est.decide_traffic(rows(blue="UP", green="UP")) == ["blue", "green"]
     assert est.decide_traffic(rows(blue="MAINT", green="DOWN/backup")) == []
+    failed = rows(blue="DOWN", green="UP/backup", sorry="NOLB/backup", third="UP/backup")
+    assert est.decide_traffic(failed, all_backups=True) == ["green", "third"], "option allbackups"
+    said = est.traffic_warnings(RULE, failed, {}, all_backups=True)
+    assert "green and third share the traffic" in said
+    assert read(HEAD + b"option allbackups\nserver blue a:1\nserver green b:1 backup\n").all_backups
     said = est.traffic_warnings(RULE, rows(blue="DOWN", green="UP/backup"), {"blue": "active", "green": "backup"})
     assert any("failed over to green" in line for line in said)
     said = est.traffic_warnings(RULE, rows(blue="UP", green="UP/backup"), {"blue": "backup", "green": "active"})
