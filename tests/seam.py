@@ -26,6 +26,7 @@ from estelle_updater import (
     GLOBAL_OPTIONS as GLOBAL_OPTIONS,
     HANDSHAKES as HANDSHAKES,
     INDEX_AFTER_S as INDEX_AFTER_S,
+    JOB_SCHEMA as JOB_SCHEMA,
     KEY_FEATURE as KEY_FEATURE,
     KNOWN_FAILURES as KNOWN_FAILURES,
     LOCK_FILE as LOCK_FILE,
@@ -140,6 +141,7 @@ from estelle_updater import (
     TableRow as TableRow,
     TargetError as TargetError,
     TlsRule as TlsRule,
+    ToolCall as ToolCall,
     UnreachableError as UnreachableError,
     UpdaterError as UpdaterError,
     UpdaterRule as UpdaterRule,
@@ -189,6 +191,7 @@ from estelle_updater import (
     fetch_program as fetch_program,
     fields as fields,
     file_label as file_label,
+    fit_answer as fit_answer,
     freeze_span as freeze_span,
     greeting as greeting,
     host_rule as host_rule,
@@ -281,6 +284,7 @@ from estelle_updater import (
     valid_branch_problem as valid_branch_problem,
     valid_host_name as valid_host_name,
     valid_run_id as valid_run_id,
+    without_nulls as without_nulls,
     write_atomic as write_atomic,
 )
 
