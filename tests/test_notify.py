@@ -158,7 +158,8 @@ def test_every_format_and_no_secret_in_sight(
     shown = one.master.stderr + one.cli("status", "--json").out + one.cli("history", "--json").out
     shown += one.cli("config", "check").out + "".join(text for _, text in texts(one.master.state))
     assert SECRET not in shown
-    assert PASSWORD not in "".join(text for path, text in texts(one.master.state) if not path.stem.startswith("last-config"))
+    kept = [text for path, text in texts(one.master.state) if not path.stem.startswith("last-config")]
+    assert PASSWORD not in "".join(kept)
 
 
 def test_failing_gone_and_back(fleet: MakeFleet, receiver: Callable[..., Receiver], tmp_path: Path) -> None:

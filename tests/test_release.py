@@ -256,7 +256,11 @@ def test_an_unhealthy_standby_gets_no_traffic(one: Round):
     assert one.proxy.answers() == "blue" and one.rows()["green"]["commit"] == commit
     code, _, err = one.cli("switch", "green")
     assert code == 5 and "sick" in err
+    code, out, err = one.cli("release", "master", "--yes", "--force", "--wait", "1")
+    assert code == 0 and "forced: the standby is not healthy: " in err and "forced by" in out, out + err
+    assert one.proxy.answers() == "green"
     (one.green.folder / "sick").unlink()
+    assert one.cli("switch", "blue").code == 0
     one.proxy.stop_worker("green")
     code, _, err = one.cli("release", "master", "--yes", "--wait", "1")
     assert code == 5 and "refused" in err and "down for HAProxy" in err
