@@ -110,7 +110,8 @@ together = pytest.mark.xdist_group("page")  # one worker makes the fleet and the
 
 def test_the_file_is_small_and_nothing_in_it_can_become_markup() -> None:
     text = PAGE.read_bytes()
-    assert len(text) <= 82 << 10 and len(gzip.compress(text, 9)) <= 26 << 10 and text.count(b"\n") <= 1800
+    # Loaded once and whole, so it is a second on a phone's slow line: a limit that follows what it is, and goes down.
+    assert len(text) <= 82_000 and len(gzip.compress(text, 9)) <= 26_600 and text.count(b"\n") <= 1790
     for word in (b"innerHTML", b"outerHTML", b"insertAdjacent", b"document.write", b"eval(", b"Function(", b"srcdoc"):
         assert word not in text, word
     assert not re.search(rb"(src|href)=.?(http|//)|@import|url\(", text), "nothing comes from elsewhere"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -180,7 +181,8 @@ def job(host, state):
     more = {"step": "build", "exit": code, "started": 1.0, "ended": 2.0}
     return est.JobRecord(run.run, host, host, run.kind, run.branch, state, **more)
 class Args(est.Args): pass
-args = est.Args(json=False, no_color=False, plain="--plain" in sys.argv, config=None, state="/nonexistent", bind=None)
+words = {"json": "--json" in sys.argv, "plain": "--plain" in sys.argv}
+args = est.Args(**words, no_color=False, config=None, state="/nonexistent", bind=None)
 view = est.make_view(args)
 est.Follower(Feed(), view).follow()
 """
@@ -225,6 +227,42 @@ def test_the_log_is_in_the_scrollback_once_and_the_block_goes(
     assert any(f"{hosts - 1} of {hosts} ok in" in line for line in terminal.all_lines())
     assert b"\x1b[?1049h" not in terminal.raw and b"\x1b[?25l" not in terminal.raw, "no other screen, no hidden cursor"
     assert terminal.raw.count(b"\x1b[?7l") == terminal.raw.count(b"\x1b[?7h") > 1
+
+
+GOLDEN = (
+    "".join(
+        f"[10.0.0.{host}] L{n}.\n"
+        + (f"[10.0.0.{host}] 가나다 결제 ✓\n" if n == 5 else "")
+        + (f"[10.0.0.{host}] 10%\r20%\r99%\n" if n == 7 else "")
+        for n in range(1, 8)
+        for host in (0, 1)
+    )
+    + """[10.0.0.0] ✓ 완료
+[10.0.0.1] ✗ 실패 build (exit 1)
+
+host      commit  time   result
+10.0.0.0  -       1.0 s  ✓ 완료
+10.0.0.1  -       1.0 s  ✗ 실패 build (exit 1)
+"""
+)
+# of the events of the same run, as programs have read them since before there was a block
+GOLDEN_EVENTS = "019792004e56f7fbdb46debe308b7c75efe26b0bc3a74de7938a5a8e12dd7900"
+
+
+@pytest.mark.parametrize("to_file", [False, True], ids=["pipe", "file"])
+def test_pipes_and_files_get_the_bytes_that_they_always_got(tmp_path: Path, to_file: bool) -> None:
+    env = clean_env(tmp_path) | {"PYTHONPATH": str(ROOT), "ESTELLE_CONFIG": "/nonexistent.toml", "TERM": "xterm"}
+
+    def play(*words: str) -> bytes:
+        argv = [sys.executable, "-c", PLAY, "2", "7", *words]
+        with open(tmp_path / "out", "wb") as out:
+            where = out if to_file else subprocess.PIPE
+            done = subprocess.run(argv, env=env, stdout=where, stderr=subprocess.DEVNULL, check=True, timeout=60)
+        return (tmp_path / "out").read_bytes() if to_file else done.stdout
+
+    assert play() == play("--plain") == GOLDEN.encode()
+    events = play("--json")
+    assert hashlib.sha256(events).hexdigest() == GOLDEN_EVENTS, events.decode()
 
 
 def test_a_resize_loses_no_line(at_terminal: Callable[..., Terminal]) -> None:
