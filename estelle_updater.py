@@ -1576,6 +1576,7 @@ def _is_number(raw: Any) -> bool:
     return type(raw) in (int, float)  # isinstance would take true for 1
 
 
+_variable = _matches("name of an environment variable", r"[A-Za-z_][A-Za-z0-9_]*")
 _text = _is("text of one line", lambda raw: _is_argument(raw) and raw.strip() and raw.isprintable())
 _argument = _is("text", _is_argument)
 _flag = _is("true or false", lambda raw: isinstance(raw, bool))
@@ -1647,6 +1648,30 @@ Count = Annotated[int, _count]
 Flag = Annotated[bool, _flag]
 Networks = Annotated[tuple[str, ...], _networks]
 Argv = Annotated[tuple[str, ...], _command]
+Commands: TypeAlias = tuple[str, ...] | tuple[tuple[str, ...], ...]
+_some_commands = _list_of(_command, '[["pnpm", "install"], ["pnpm", "build"]]', least=1)
+
+
+def _commands(raw: Any, place: _Place) -> Any:
+    """A command, or a list of some, each a step of its own."""
+    if isinstance(raw, list) and raw and isinstance(raw[0], list):
+        return _some_commands(raw, place)
+    return _command(raw, place)
+
+
+def split_commands(command: Commands) -> tuple[tuple[str, ...], ...]:
+    """The commands of a setting that may be one alone."""
+    found: list[tuple[str, ...]] = []
+    for item in command:
+        if isinstance(item, str):
+            return (tuple(map(str, command)),)
+        found.append(item)
+    return tuple(found)
+
+
+def commands_text(command: Commands) -> str:
+    """Some commands for people, in one line."""
+    return "; ".join(" ".join(words) for words in split_commands(command))
 
 
 @record(frozen=True, kw_only=True)
@@ -1654,7 +1679,7 @@ class DeployRule:
     """[deploy]: what a deployment runs unless a host's section says otherwise."""
 
     remote: Annotated[str, _remote] = "origin"
-    command: Argv = ("pnpm", "deploy:release")
+    command: Annotated[Commands, _commands] = ("pnpm", "deploy:release")
     restart: Annotated[tuple[str, ...], _list_of(_service, '["estelle.service"]')] = ()
     settle_s: Seconds = 3.0
     timeout_s: Seconds = STEP_TIMEOUT_S
@@ -1675,8 +1700,9 @@ class HostRule:
     name: Annotated[str | None, _host_name] = None
     role: Annotated[Role | None, _one_of(*Role)] = None
     repo: Text | None = None
-    command: Argv | None = None
+    command: Annotated[Commands | None, _commands] = None
     environment_file: Text | None = None
+    environment_variable: Annotated[str | None, _variable] = None
     env: Annotated[Mapping[str, str], _environment] = field(default_factory=dict)
     color: Annotated[str | None, _one_of(*COLORS)] = None
     deploy: Flag = True
@@ -2268,7 +2294,8 @@ def compare_commands(
     """What a new configuration changes in what runs on the host at `address` that calls itself
     `hostname`."""
     was, is_now = host_rule(old, address, hostname), host_rule(new, address, hostname)
-    for key in ("command", "restart", "repo", "environment_file", "remote"):
+    keys = ("command", "restart", "repo", "environment_file", "environment_variable", "remote")
+    for key in keys:
         before, after = getattr(was, key), getattr(is_now, key)
         if before != after:
             name = re.sub(r"_(\w)", lambda match: match[1].upper(), key)
@@ -2428,6 +2455,17 @@ def accept_hint(sha256: str) -> str:
     )
 
 
+def _convert_machine(settings: Any) -> Any:
+    """A machine of the older form: its environmentFile was looked for beside the configuration, and
+    is now named from the clone's top."""
+    if not isinstance(settings, dict):
+        return settings
+    file = settings.get("environmentFile")
+    if not isinstance(file, str) or re.match(r"config/|[/~]|[A-Za-z]:[/\\]", file):
+        return settings
+    return settings | {"environmentFile": posixpath.normpath(f"config/{file}")}
+
+
 def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """Raw tables in today's form: of the older `machines`, the addresses join the whitelist and the
     settings [hosts].
@@ -2443,7 +2481,10 @@ def convert_data(data: Mapping[str, Any]) -> dict[str, Any]:
         listed = []
     new = {key: value for key, value in data.items() if key not in ("machines", "hosts")}
     new["whitelist"] = [*listed, *(address for address in machines if address not in listed)]
-    hosts = {address: settings for address, settings in machines.items() if settings}
+    hosts = {}
+    for address, settings in machines.items():
+        if settings:
+            hosts[address] = _convert_machine(settings)
     if isinstance(data.get("hosts"), dict):
         hosts.update(data["hosts"])
     if hosts:
@@ -2490,6 +2531,61 @@ def parse_environment_file(text: bytes | str, file: str) -> dict[str, str]:
     if problems:
         raise _config_error(file, *problems)
     return variables
+
+
+NESTED_VARIABLE = "ESTELLE_ENV_CONFIG"  # what the TypeScript updater called it
+
+
+def is_nested(text: str) -> bool:
+    """Whether an environment's text is a JSON object with tables or lists in it: it can only be
+    handed on as a whole. A number alone is a slip, and is told so."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return False
+    if not isinstance(data, dict):
+        return False
+    kinds = set(map(type, data.values()))
+    return not kinds.isdisjoint((dict, list))
+
+
+def nested_environment(text: str, file: str, home: str) -> str:
+    """The JSON of a file as the text of one variable, with `~/` at the beginning of a value made
+    this user's home. ConfigError shows no value."""
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(expand, value))
+        if isinstance(value, dict):
+            expanded = {}
+            for key, part in value.items():
+                expanded[key] = expand(part)
+            return expanded
+        if isinstance(value, str) and value.startswith("~/"):
+            return f"{home}/{value[2:]}"
+        return value
+
+    data = parse_data(text, file, "json")
+    return json.dumps(expand(data), ensure_ascii=False)
+
+
+def leaves_of(data: Any, name: str = "") -> dict[str, str]:
+    """The texts in nested tables, by the names on the way to each: a secret is known by its name
+    there too."""
+    found: dict[str, str] = {}
+    if isinstance(data, str):
+        found[name] = data
+    # Whatever lies below a name that looks secret is one: `passwords: [...]` too.
+    if isinstance(data, list):
+        data = dict(enumerate(data))
+    if isinstance(data, dict):
+        for key, part in data.items():
+            below = leaves_of(
+                part,
+                f"{name}_{key}".lstrip("_"),
+            )
+            found |= below
+    return found
 
 
 def url_secrets(text: str) -> list[str]:
@@ -9112,7 +9208,8 @@ def probe_ground(
     text = shown or f"there is no remote {rule.remote}"
     yield Finding("remote", bool(shown), text, add, certain=True)
     try:
-        program = resolve_program(rule.command[0], env.get("PATH", ""), repo)[0]
+        first = split_commands(rule.command)[0]
+        program = resolve_program(first[0], env.get("PATH", ""), repo)[0]
         yield Finding("command", True, program)
     except UpdaterError as problem:  # the pull may bring it, or another command
         yield Finding("command", False, problem.what, problem.hint)
@@ -9155,7 +9252,8 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
 
 
 def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
-    """The host's environmentFile, if it has one. Raises ConfigError."""
+    """The host's environmentFile, if it has one: its variables, or the whole of it as one. Raises
+    ConfigError."""
     if not rule.environment_file:
         return {}
     path = repo / rule.environment_file
@@ -9164,6 +9262,10 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
         within = repo  # it was committed; an operator's own link may lead anywhere
     try:
         text = read_supplied(path, ENVIRONMENT_BYTES, within=within).decode("utf-8-sig")
+        if rule.environment_variable or is_nested(text):
+            name = rule.environment_variable or NESTED_VARIABLE
+            home = str(Path.home())
+            return {name: nested_environment(text, str(path), home)}
         return parse_environment_file(text, str(path))
     except (OSError, UnicodeError) as problem:
         why = getattr(problem, "strerror", None) or problem
@@ -9185,7 +9287,12 @@ def host_secrets(
     with suppress(OSError):
         text = read_supplied(repo / ".git" / "config").decode(errors="replace")
         remotes["remotes"] = "\n".join(re.findall(r"(?im)^\s*(?:push)?url\s*=\s*(.+)$", text))
-    found = secret_values(extra, inherited, remotes, named=named)
+    # A file that is handed on as one variable has names of its own for what is secret in it.
+    nested: dict[str, str] = {}
+    for value in extra.values():
+        if is_nested(value):
+            nested |= leaves_of(json.loads(value))
+    found = secret_values(extra, nested, inherited, remotes, named=named)
     with suppress(ConfigError):
         token = load_token(config, tree)
         if token:
@@ -9847,6 +9954,25 @@ class Clearance:
             raise GuardError("the plan is no longer true", what)
 
 
+def await_settled(runner: Runner, text: str, began: float) -> None:
+    """Wait until a service that was restarted has stayed up for `settle`. Raises StepFailed."""
+    settle_s = runner.rule.settle_s
+    try:
+        said = require_settled(
+            parse_service(text),
+            settle_s,
+            runner.env,
+            since=began,
+            stop=runner.is_cancelled,
+        )
+    except UpdaterError as problem:
+        # The command that restarted it has ended well: the failure is a step of its own.
+        label = f"restart {text}"
+        runner.begin(label, StepKind.RESTART)
+        raise StepFailed(State.FAILED, label, error=problem.what) from problem
+    runner.log.line(f"{text} is {said}, for {settle_s:g} s in one life")
+
+
 class Deployment:
     """The document's steps on one clone, in its order, done by a runner."""
 
@@ -9873,7 +9999,8 @@ class Deployment:
         runner.begin("config", StepKind.CONFIG)
         self.clearance.warn_of_doors(runner.load_rule(strict=True))
         self.clearance.confirm_traffic()
-        runner.step(plan_command(runner.rule.command), runner.rule.timeout_s)
+        for command in split_commands(runner.rule.command):
+            runner.step(plan_command(command), runner.rule.timeout_s)
         self.restart()
 
     def restart(self) -> None:
@@ -9891,21 +10018,8 @@ class Deployment:
         runner.env = user_bus(runner.env)
         for step in plan_restart(services):
             runner.step(step, runner.rule.timeout_s)
-        settle_s = runner.rule.settle_s
         for text in services:
-            try:
-                said = require_settled(
-                    parse_service(text),
-                    settle_s,
-                    runner.env,
-                    since=began,
-                    stop=runner.is_cancelled,
-                )
-            except UpdaterError as problem:
-                label = f"restart {text}"
-                runner.begin(label, StepKind.RESTART)
-                raise StepFailed(State.FAILED, label, error=problem.what) from problem
-            self.log.line(f"{text} is {said}, for {settle_s:g} s in one life")
+            await_settled(runner, text, began)
 
     # Moving the tree
 
@@ -13400,7 +13514,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     if found.get("target"):
         file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
         found["target_version"] = parse_version_file(file.encode())
-    return found | {"command": " ".join(rule.command), "restart": list(rule.restart)}
+    return found | {"command": commands_text(rule.command), "restart": list(rule.restart)}
 
 
 def compare_commits(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
@@ -16273,6 +16387,21 @@ def running_job(master: Master, host: HostRef, branch: str) -> JobRecord | None:
     return None
 
 
+async def ask_own(master: Master, what: str, args: dict[str, Any]) -> dict[str, Any]:
+    """A question to this very host, in whose clone git knows the remote."""
+    agent = master.agents.get(master.machine)
+    silent = {
+        "error": "this host's own agent does not answer",
+    }
+    if agent is None:
+        return silent
+    asked = {
+        "address": master.own_address,
+        **args,
+    }
+    return await agent.ask(what, asked, ACCESS_S + 1) or silent
+
+
 class Watcher:
     """Deploys on push: asks the remote where the [[watch]] branches stand, and has each new commit
     deployed once.
@@ -16403,20 +16532,11 @@ class Watcher:
             if is_new and time.monotonic() >= self.retry.get(rule.key, 0.0):
                 await self.act(rule, str(commit))
 
-    async def ask_own(self, what: str, args: dict[str, Any]) -> dict[str, Any]:
-        """A question to this very host, in whose clone git knows the remote."""
-        agent = self.master.agents.get(self.master.machine)
-        silent = {"error": "this host's own agent does not answer"}
-        if agent is None:
-            return silent
-        asked = {"address": self.master.own_address, **args}
-        return await agent.ask(what, asked, ACCESS_S + 1) or silent
-
     async def ask_remote(self) -> None:
         """Where all watched branches stand; the next question comes after a pause that no other
         master shares, and that grows while the remote does not answer."""
         branches = list(dict.fromkeys(rule.branch for rule in self.rules))
-        answer = await self.ask_own("remote", {"branches": branches})
+        answer = await ask_own(self.master, "remote", {"branches": branches})
         pause_s = min(rule.every_s for rule in self.rules)
         # A job in this clone brings the branch along anyway, and nothing may stand beside it.
         if answer.get("busy"):
@@ -16508,14 +16628,17 @@ class Watcher:
 
     async def find_pushed(self, rule: WatchRule, old: str, commit: str) -> dict[str, Any]:
         """What a push brought, for people; the deployment does not depend on it."""
-        pushed = {"commit": commit, "before": old}
+        pushed = {
+            "commit": commit,
+            "before": old,
+        }
         if old:
             asked = {
                 "branch": rule.branch,
                 "old": old,
                 "new": commit,
             }
-            answer = await self.ask_own("pushed", asked)
+            answer = await ask_own(self.master, "pushed", asked)
             # Without the words about it the deployment goes on all the same: they are for people,
             # and the remote may just have become slow.
             if "error" not in answer:
@@ -16548,7 +16671,9 @@ class Watcher:
                 "error": refused[:500],
                 "rollback": f"estelle_updater.pyz trigger {words}",
             }
-            found = {"plan": plan["plan"]}
+            found = {
+                "plan": plan["plan"],
+            }
         else:
             # Which move it is, and not the commit alone: a branch that is forced back to an older
             # commit, and forward again, has moved twice and wants both.
@@ -16565,7 +16690,9 @@ class Watcher:
             )
             record = await desk.submit(order, rule.by)
             news |= {"title": f"[{rule.target}] {rule.branch} is deployed: run {record.run}"}
-            found = {"run": record.run}
+            found = {
+                "run": record.run,
+            }
         log.info("watch: %s on %s: %s", rule.branch, rule.target, text)
         name = f"pushed-{rule.key}-{moves}-{pushed['commit'][:12]}"
         self.news = [*self.news[-PUSH_ROWS:], {**news, "name": name}]
@@ -20352,7 +20479,8 @@ class Doctor:
             and not try_command(ask, with_agent, repo, ACCESS_S)[0]
         )
         yield judge_remote(code, said, rule.remote, agent_only)
-        if (name := Path(rule.command[0]).stem) in ("node", "npm", "npx", "pnpm", "yarn"):
+        name = Path(split_commands(rule.command)[0][0]).stem
+        if name in ("node", "npm", "npx", "pnpm", "yarn"):
             for tool in dict.fromkeys(("node", name)):
                 code, said = try_command([tool, "--version"], self.env, repo, ACCESS_S)
                 fix = (
@@ -22786,8 +22914,30 @@ def convert_config(args: Args, path: Path) -> int:
     write_atomic(new, text.encode(), mode=path.stat().st_mode & 0o777)
     if new != path:
         path.unlink()
-    show(args, {"file": str(new)}, f"wrote {new}" + (f", removed {path}" if new != path else ""))
+    # Not an error: each host has its own file, and this one may well lack the others'.
+    missing = []
+    converted = parse_config(text, str(new), form)
+    for key, name in environment_files(converted):
+        if not (work_tree(new) / name).exists():
+            missing.append(f"{key}: there is no {name} here; that host needs it")
+    text = f"wrote {new}"
+    if new != path:
+        text += f", removed {path}"
+    for line in missing:
+        text += f"\n! {line}"
+    result = {
+        "file": str(new),
+        "missing": missing,
+    }
+    show(args, result, text)
     return 0
+
+
+def environment_files(config: Config) -> Iterator[tuple[str, str]]:
+    """Each host's environmentFile, with its place in the configuration."""
+    for rule in config.hosts:
+        if rule.environment_file:
+            yield f"hosts{_step(rule.key)}.environmentFile", rule.environment_file
 
 
 def cmd_whitelist(args: Args) -> int:

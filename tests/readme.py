@@ -35,7 +35,7 @@ MEANINGS: dict[str, dict[str, str]] = {
     },
     "deploy": {
         "remote": "the git remote",
-        "command": "what deploys: a program and its arguments, no shell",
+        "command": "what deploys: a program and its arguments, no shell; or a list of such commands, each a step",
         "restart": "services to restart after the command: `NAME.service`, `user:NAME.service` or `pm2:NAME`",
         "settle": "seconds for which each must then stay up, in one life",
         "timeout": "seconds for one step",
@@ -50,6 +50,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "repo": "the checkout to deploy; default: the one that holds this file",
         "command": "instead of `deploy.command`",
         "environmentFile": "a flat JSON object of strings, or `KEY=VALUE` lines, for the steps' environment",
+        "environmentVariable": "gets the file's whole JSON, with `~/` expanded; nested JSON always is one variable",
         "env": "the same, here",
         "color": "`blue` or `green`: which worker this host is",
         "deploy": "`false` keeps it out of `all`, `active` and `standby`",

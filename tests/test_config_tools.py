@@ -127,7 +127,9 @@ def test_the_older_form(repo: Path) -> None:
     assert told.code == 2 and "config convert" in told.out
     ok(repo, "config", "convert")
     new = json.loads((repo / "config/updater.json").read_text())
-    assert new["whitelist"] == ["121.0.0.7", "1.2.3.4"] and new["hosts"]["121.0.0.7"] == {"environmentFile": "a.json"}
+    assert new["whitelist"] == ["121.0.0.7", "1.2.3.4"] and new["hosts"]["121.0.0.7"] == {
+        "environmentFile": "config/a.json"
+    }
 
 
 def test_check_tells_all_problems_and_warnings(repo: Path) -> None:

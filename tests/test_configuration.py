@@ -50,6 +50,7 @@ SMALLEST = '{ "masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58",
 SMALL = {"masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58"]}
 WHOLE = """\
 masterUrl = "ws://5.223.72.58:9900"          # ws:// or wss://, an IP or a name
+project = "yquant"
 whitelist = ["5.223.72.58", "121.0.0.0/24", "2001:db8::/48"]
 commanders = []                               # optional: only these of the whitelist may command, the others only serve as agents
 trustedProxies = []                           # only these may say X-Forwarded-For
@@ -73,6 +74,7 @@ role = "agent"                                # per host only, or --role; never 
 repo = "C:/apps/estelle2"                     # default: the git work tree that holds this file
 command = ["pnpm", "deploy:release"]
 environmentFile = "config/environments.office.json"   # flat JSON object of strings, or KEY=VALUE lines
+environmentVariable = "ESTELLE_ENV_CONFIG"
 env = { NODE_ENV = "production" }
 color = "green"                               # this host is the green worker
 deploy = true                                 # false: not part of all, active, standby (the data node); naming it is exit 4
@@ -152,7 +154,8 @@ def problems_of(data: Any, file: str = "f", form: str = "json") -> list[str]:
 def test_the_smallest_file_has_every_default():
     config = parse_config(SMALLEST, "config/updater.json", "json")
     assert config == Config(
-        master_url=MasterUrl("ws", "5.223.72.58", 9900, "/", False), whitelist=("5.223.72.58", "121.0.0.7")
+        master_url=MasterUrl("ws", "5.223.72.58", 9900, "/", False),
+        whitelist=("5.223.72.58", "121.0.0.7"),
     )
     assert config.deploy == DeployRule(
         remote="origin",
@@ -168,6 +171,7 @@ def test_the_smallest_file_has_every_default():
 
 def test_the_whole_example():
     assert parse_config(WHOLE.encode(), "config/updater.toml", "toml") == Config(
+        project="yquant",
         master_url=MasterUrl("ws", "5.223.72.58", 9900, "/", False),
         whitelist=("5.223.72.58", "121.0.0.0/24", "2001:db8::/48"),
         token_file="/etc/estelle-updater.token",
@@ -180,6 +184,7 @@ def test_the_whole_example():
                 repo="C:/apps/estelle2",
                 command=("pnpm", "deploy:release"),
                 environment_file="config/environments.office.json",
+                environment_variable="ESTELLE_ENV_CONFIG",
                 env={"NODE_ENV": "production"},
                 color="green",
                 deploy=True,
@@ -668,7 +673,7 @@ def test_a_name_belongs_to_the_address_that_the_configuration_gives_it():
 def test_the_older_form_becomes_the_new_one():
     old = {
         "masterUrl": "ws://5.223.72.58:9900",
-        "machines": {"5.223.72.58": {"environmentFile": "config/environments.cloud.json"}, "121.0.0.7": {}},
+        "machines": {"5.223.72.58": {"environmentFile": "environments.cloud.json"}, "121.0.0.7": {}},
     }
     new = convert_data(old)
     assert new == {
