@@ -10471,7 +10471,7 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
 def plain_remote(url: str) -> str:
     """What names a repository in a remote's URL: `ssh` or `https`, user, password and `.git` do
     not."""
-    text = url.strip().rstrip("/").removesuffix(".git")
+    text = url.strip().rstrip("/").removesuffix(".git").removeprefix("file://")
     match = re.fullmatch(r"[a-z+]+://(?:[^/]*@)?([^/:@]+)(?::\d+)?/+(.+)", text)
     if not match and "://" not in text:
         match = re.fullmatch(r"(?:[^/@]*@)?([^/:@]{2,}):/*(.+)", text)  # `C:` is a drive

@@ -235,6 +235,7 @@ def test_which_clones_are_of_one_repository() -> None:
     for url in ("git@h.example:o/x.git", "https://me:secret@H.example/o/x", "ssh://git@h.example:22/o/x.git/"):
         assert est.plain_remote(url) == "h.example/o/x"
     assert est.plain_remote("C:/repos/x.git") == "C:/repos/x"
+    assert est.plain_remote("file:///repos/x.git") == est.plain_remote("/repos/x")
 
 
 @pytest.mark.parametrize("name", ["Yquant", "haproxy", "runs", "a/b", "", "x" * 33, 7])
