@@ -18271,11 +18271,14 @@ def raise_file_limit() -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard == resource.RLIM_INFINITY:
-            most = FILES
-        else:
-            most = min(FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most_files(hard)), hard))
+
+
+def most_files(hard: int) -> int:
+    """How many files a daemon may have open, of the system's hard limit; -1 is none."""
+    if hard < 0:
+        return FILES
+    return min(FILES, hard)
 
 
 def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
@@ -20277,6 +20280,18 @@ def judge_attempt(name: str, text: str, act: Callable[[], object]) -> Finding:
     return Finding(name, True, text)
 
 
+def judge_files() -> Iterator[Finding]:
+    """How many hosts and commanders could be connected, were this the master; nothing where the
+    system sets no such limit."""
+    with suppress(ImportError):
+        import resource
+
+        most = most_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        fix = "raise the hard limit of open files (LimitNOFILE=, ulimit -Hn)"
+        text = f"{most:,} at once; a master needs one for each host and each who watches"
+        yield Finding("files", most >= 1024, text, fix)
+
+
 class Doctor:
     """This host against the traps that deployments have met, each with its fix."""
 
@@ -20307,6 +20322,7 @@ class Doctor:
         # broken, which is when people call doctor.
         yield self.detached()
         yield self.state_folder()
+        yield from judge_files()
         yield self.service()
         try:
             path = self.args.config_path()

@@ -82,7 +82,7 @@ class Fleet:
         for index, host in enumerate(("127.0.0.1", "127.0.0.2")):
             run("git", "clone", str(origin), str(folder / host))
             self.serve(host, index)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while "127.0.0.2" not in self.online():
             if time.monotonic() > deadline:
                 raise SystemExit("the fleet does not come up: " + (folder / "127.0.0.2.err").read_text())
