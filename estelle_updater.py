@@ -10808,22 +10808,30 @@ def _check_valkey(check: Check) -> str:
     """Valkey's or Redis' answer to PING, as a user who may ask: before that it hides whether it
     still loads its data, or takes no writes any more."""
     password = _store_password(check)
-    with _dial(check.subject, check.timeout_s) as plain:
-        connection: socket.socket = plain
-        if check.rule.tls:
-            host = split_port(check.subject)[0].strip("[]")
-            connection = _tls_context(host).wrap_socket(plain, server_hostname=host)
-        with connection.makefile("rwb") as file:
-            if password is not None:
-                if check.rule.user:
-                    login = [check.rule.user, password]
-                else:
-                    login = [password]
-                _ask_valkey(file, "AUTH", *login)
-            answer = _ask_valkey(file, "PING")
+    with (
+        _dial(check.subject, check.timeout_s) as plain,
+        _secured(check, plain) as connection,
+        connection.makefile("rwb") as file,
+    ):
+        if password is not None:
+            if check.rule.user:
+                login = [check.rule.user, password]
+            else:
+                login = [password]
+            _ask_valkey(file, "AUTH", *login)
+        answer = _ask_valkey(file, "PING")
     if answer != "+PONG":
         raise CheckFailed(f"it answers {answer!r}, which is no Valkey's answer")
     return "PONG"
+
+
+def _secured(check: Check, plain: socket.socket) -> socket.socket:
+    """The connection with TLS where the check wants that. Closing it is the caller's: wrapping
+    takes the socket away from `plain`. Raises OSError."""
+    if not check.rule.tls:
+        return plain
+    host = split_port(check.subject)[0].strip("[]")
+    return _tls_context(host).wrap_socket(plain, server_hostname=host)
 
 
 def _ask_valkey(file: Any, *words: str) -> str:

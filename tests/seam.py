@@ -284,6 +284,7 @@ from estelle_updater import (
     valid_branch_problem as valid_branch_problem,
     valid_host_name as valid_host_name,
     valid_run_id as valid_run_id,
+    why_unusable as why_unusable,
     without_nulls as without_nulls,
     write_atomic as write_atomic,
 )

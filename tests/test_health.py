@@ -200,6 +200,13 @@ def test_valkey(tmp_path: Path):
         assert see(tmp_path, valkey=address, passwordFile="none")[1] == "passwordFile none: No such file or directory"
         assert "no variable NOBODY" in see(tmp_path, valkey=address, passwordEnv="NOBODY")[1]
     assert not see(tmp_path, valkey=address)[0]
+    pem, port = certificate(tmp_path / "valkey.pem"), free_port()
+    files = [word for kind in ("cert", "key", "ca-cert") for word in (f"--tls-{kind}-file", str(pem))]
+    with valkey("--port", "0", "--tls-port", str(port), *files, "--tls-auth-clients", "no", port=port) as address:
+        assert see(tmp_path, valkey=address, tls=True)[1].startswith("PONG")
+        assert not see(tmp_path, valkey=address, timeout=2)[0]
+        ok, detail = see(tmp_path, valkey=f"localhost:{port}", tls=True)
+        assert not ok and "certificate" in detail.lower(), detail
     with says(b"-LOADING the dataset is being loaded\r\n") as address:
         assert see(tmp_path, valkey=address) == (False, "LOADING the dataset is being loaded")
     with says(b"", wait_s=5) as address:  # it accepts and stays silent

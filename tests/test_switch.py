@@ -21,6 +21,7 @@ from tests import seam as est
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Result, kill_processes_of, processes_of, wait_for
 from tests.haproxy import CONFIG, Load, Proxy
+from tests.test_health import says
 
 PHASES = ("gate", "check", "drain", "write", "reload", "proof")
 
@@ -295,6 +296,19 @@ def test_a_standby_that_takes_no_traffic_is_refused(site: Site):
         code, out, err = site.switch("green")
         assert code == 5 and f"green is `{words}` for HAProxy" in out, (out, err)
         site.configure()
+    for said, words in ((b"drain\n", "DRAIN (agent)"), (b"0%\n", "weight 0"), (b"maint\n", "MAINT")):
+        with says(said) as agent:
+            check = f"agent-check agent-port {agent.rpartition(':')[2]} agent-inter 100 check backup"
+            proxy.file.write_text(site.text.decode().replace("check backup", check))
+            proxy.reload()
+            wait_for(lambda: est.why_unusable(green_row(proxy)), "the agent's word")
+            code, out, err = site.switch("green")
+            assert code == 5 and words in out and "HAProxy would send it nothing" in out, (out, err)
+
+
+def green_row(proxy: Proxy) -> dict[str, str]:
+    rows = est.parse_show_stat(proxy.command("show stat"), "yquant_backend")
+    return next((row for row in rows if row["svname"] == "green"), {"status": "UP"})
 
 
 def test_what_nobody_saw_is_not_called_proved(site: Site):
