@@ -1035,6 +1035,98 @@ class HostRef:
     online: bool
     color: str | None = None
     deploys: bool = True
+    section: str = ""  # of the configuration, where a host name leads to it
+
+
+def find_hosts(word: str, hosts: Sequence[HostRef]) -> list[HostRef]:
+    """The hosts that an address, a network, a name or a label means: the one lookup for all that
+    is named anywhere."""
+    head, slash, tail = word.partition("/")
+    is_place = bool(slash) or bool(_ADDRESS_LIKE.fullmatch(word))
+    wanted = host_key(word)
+    labelled = []
+    named = []
+    for host in hosts:
+        if host.label == word:
+            labelled.append(host)
+        # what looks like an address is never the name of a host that calls itself 10.0.0.1
+        if not is_place and host_key(host.name) == wanted:
+            named.append(host)
+    if labelled or not is_place:
+        return labelled or named
+    address = canonical_address(head)
+    if slash and not tail.isdecimal():
+        wanted = host_key(tail)
+        for host in hosts:
+            if host.address == address and host_key(host.name) == wanted:
+                named.append(host)
+        return named
+    network = parse_network(word)
+    there = []
+    for host in hosts:
+        if ipaddress.ip_address(host.address) in network:
+            there.append(host)
+    return there
+
+
+def means_one(word: str) -> bool:
+    """Whether a word means one host, as a name does; an address means whoever is there."""
+    _, slash, tail = word.partition("/")
+    if slash:
+        return not tail.isdecimal()
+    return not _ADDRESS_LIKE.fullmatch(word)
+
+
+def ambiguous(what: str, hosts: Sequence[HostRef]) -> TargetError:
+    """What fits several machines, and what to write instead. Hosts choose their names themselves:
+    whoever took one of two would let the other speak for it."""
+    labels = [host.label for host in hosts]
+    # of two, the one that is offline is more likely the retired one
+    gone = labels[-1]
+    for host in hosts:
+        if not host.online:
+            gone = host.label
+    section = f'[hosts."{hosts[0].address}/{hosts[0].name}"]'
+    advice = f"write the address of the one that is meant, and its section as {section}"
+    if len({host.address for host in hosts}) == 1:
+        advice = f"write {labels[0]} for that one, and give each a host name of its own"
+    return TargetError(
+        f"{what} fits {len(hosts)} machines: {' and '.join(labels)}",
+        f"{advice}; `forget {gone}` if that one is gone",
+    )
+
+
+def require_colors(hosts: Iterable[HostRef]) -> None:
+    """Raise TargetError where two machines have one colour: nobody knows which of them gets its
+    requests."""
+    by_color: dict[str, list[HostRef]] = {}
+    for host in hosts:
+        if host.color:
+            by_color.setdefault(host.color, []).append(host)
+    for color, found in by_color.items():
+        if len(found) > 1:
+            raise ambiguous(f"the colour {color}", found)
+
+
+def shared_section(host: HostRef, hosts: Iterable[HostRef]) -> TargetError | None:
+    """Why a host's section of the configuration is perhaps not meant for it."""
+    if not host.section:
+        return None
+    found = []
+    for other in hosts:
+        if other.section == host.section:
+            found.append(other)
+    if len(found) > 1:
+        return ambiguous(f"the section hosts.{host.section}", found)
+    return None
+
+
+def require_sections(chosen: Iterable[HostRef], hosts: Sequence[HostRef]) -> None:
+    """Raise TargetError where what is to run on a host is written for a name that two have."""
+    for host in chosen:
+        problem = shared_section(host, hosts)
+        if problem:
+            raise problem
 
 
 def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> list[HostRef]:
@@ -1049,27 +1141,19 @@ def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> li
             )
         wants_active = part == "active"
         # A host without a colour, as the data node, is neither: `standby` must never mean it.
+        require_colors(hosts)
         return [host for host in hosts if host.color and (host.color == active) == wants_active]
-    by_label = [host for host in hosts if host.label == part]
-    if by_label:
-        return by_label
-    head, slash, tail = part.partition("/")
-    # what looks like an address is never the name of a host that calls itself 10.0.0.1
-    if not slash and not _ADDRESS_LIKE.fullmatch(part):
-        return [host for host in hosts if host.name.casefold() == part.casefold()]
-    address = canonical_address(head)
-    if slash and not tail.isdecimal():
-        there = [host for host in hosts if host.address == address]
-        return [host for host in there if host.name.casefold() == tail.casefold()]
-    network = parse_network(part)
-    return [host for host in hosts if ipaddress.ip_address(host.address) in network]
+    found = find_hosts(part, hosts)
+    if len(found) > 1 and means_one(part):
+        raise ambiguous(f"the name {part}", found)
+    return found
 
 
 def select_targets(
     target: str, hosts: Sequence[HostRef], active: str | None = None
 ) -> list[HostRef]:
     """The hosts that TARGET means, each once, in the order named; TargetError where a part of it is
-    nobody.
+    nobody, or a name is two machines'.
 
     `active` is the colour that has the traffic, as far as known. `121.x.x.x` and the like are
     UsageErrors.
@@ -1337,6 +1421,7 @@ NOTIFY_EVENTS = (
     "certificate",
     "impostor",
     "pushed",
+    "ambiguous",
 )
 _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "token": "a secret must not be committed: put it into a file outside git and name that "
@@ -2322,13 +2407,80 @@ def _words_text(value: Any) -> str:
     return str(value or "nothing")
 
 
-def owner_of_name(config: Config, name: str) -> str | None:
-    """The address to which the configuration gives `name`; a host elsewhere that claims the name is
-    refused it."""
+def owners_of_name(config: Config, name: str) -> set[str]:
+    """The addresses to which the configuration gives `name`, by `name` or as ADDRESS/HOSTNAME: a
+    host elsewhere that claims it is refused it. Nobody's in particular where a section goes by the
+    name alone."""
+    owners = set()
+    called = name.casefold()
     for rule in config.hosts:
-        if rule.name and rule.name.casefold() == name.casefold():
-            return rule.address
-    return None
+        given = rule.name or ""
+        if called and called in (rule.hostname, given.casefold()):
+            owners.add(rule.address or "")
+    # a section without an address gives it to whoever calls itself so: then nobody is refused it
+    if "" in owners:
+        return set()
+    return owners
+
+
+def find_balancer(rule: HaproxyRule, hosts: Sequence[HostRef]) -> HostRef:
+    """The one machine that [haproxy] says has the HAProxy. Raises TargetError."""
+    found = find_hosts(rule.host, hosts)
+    if len(found) > 1:
+        raise ambiguous(f"haproxy.host {rule.host}", found)
+    if not found:
+        what = f"haproxy.host {rule.host} is no host that was ever here"
+        raise TargetError(
+            what,
+            "start its service there, or correct [haproxy]",
+        )
+    return found[0]
+
+
+def find_doubles(config: Config, hosts: Sequence[HostRef]) -> dict[str, list[HostRef]]:
+    """What of the configuration fits more than one machine, in words, and which ones: its colours,
+    sections, and names. What two hosts call themselves is nothing as long as nobody means one of
+    them by it."""
+    meant: dict[str, list[HostRef]] = {}
+    # names are written in sections, and where checks and windows say whom they concern
+    words = []
+    for rule in config.hosts:
+        if rule.name:
+            words.append(rule.name)
+    for check in config.health:
+        words += check.hosts
+    for freeze in config.freeze:
+        words += freeze.hosts
+    for word in words:
+        if means_one(word):
+            meant[f"the name {word}"] = find_hosts(word, hosts)
+    if config.haproxy:
+        word = config.haproxy.host
+        meant[f"haproxy.host {word}"] = find_hosts(word, hosts)
+    for host in hosts:
+        if host.color:
+            meant.setdefault(f"the colour {host.color}", []).append(host)
+        if host.section:
+            meant.setdefault(f"the section hosts.{host.section}", []).append(host)
+    # one copied machine usually takes all of them at once: that is one thing to say
+    whats: dict[tuple[str, ...], list[str]] = {}
+    for what, found in meant.items():
+        if len(found) > 1:
+            labels = tuple(host.label for host in found)
+            whats.setdefault(labels, []).append(what)
+    doubles = {}
+    for alike in whats.values():
+        doubles[", ".join(alike)] = meant[alike[0]]
+    return doubles
+
+
+def tell_doubles(config: Config, hosts: Sequence[HostRef]) -> dict[str, set[str]]:
+    """What fits two machines, for people, and the hosts that it concerns."""
+    told = {}
+    for what, found in find_doubles(config, hosts).items():
+        problem = ambiguous(what, found)
+        told[f"{problem.what}; {problem.hint}"] = {host.label for host in found}
+    return told
 
 
 def render_config(data: Mapping[str, Any], form: str) -> str:
@@ -14114,6 +14266,7 @@ class Machine:
     moved_from: str = ""  # its address before this one
     moved_at: float = 0.0
     lived: float = 0.0  # when it was seen, by the master's `LivedClock`
+    hostname: str = ""  # by which its section is found; `name` may be the section's
 
 
 class Changes:
@@ -14205,6 +14358,30 @@ class AgentLink(Peer):
         self.hello, self.address = hello, address
 
 
+def host_names(config: Config, machine: str, address: str, claimed: str) -> tuple[str, str]:
+    """The configuration's name for the host, else the one it claims, unless that belongs to
+    another address; and the host name by which its section is found, "" for none."""
+    if not valid_host_name(claimed):
+        claimed = ""
+    name = host_rule(config, address, claimed).name or claimed
+    nameless = f"unnamed-{machine[:4]}"
+    for owned in dict.fromkeys((name, claimed)):
+        owners = owners_of_name(config, owned)
+        if not owners or address in owners:
+            continue
+        log.warning(
+            "%s claims the name %s, which the configuration gives to %s",
+            address,
+            owned,
+            ", ".join(sorted(owners)),
+        )
+        # it may well have a name of its own by its address; only what it says of itself is nothing
+        if owned == name:
+            name = nameless
+        return name, ""
+    return name or nameless, claimed
+
+
 class Roster:
     """Every machine that was ever welcomed as an agent, by its id, its address and its label, and
     which of them is connected. A welcome costs a look at its own place, not at the whole fleet."""
@@ -14231,6 +14408,8 @@ class Roster:
         if not known.forgotten:
             self.labels.put(known.address, known.name, known.machine)
         self.sorted = None
+        # it may have come with another host name, which leads to another section
+        self.rules.pop(known.machine, None)
 
     def remove(self, machine: str) -> None:
         """A retired machine makes room for another of its address."""
@@ -14257,23 +14436,42 @@ class Roster:
     def hosts(self, everyone: bool = False) -> list[HostRef]:
         """Every host of the fleet with its label, the master's own first; `everyone`: as if all
         took deployments."""
+        self.refresh()
         if self.sorted is None:
             known = [machine for machine in self.machines.values() if not machine.forgotten]
             known.sort(key=lambda host: (host.machine != self.own_machine, host.address, host.name))
             self.sorted = known
         return [self.host_ref(host, everyone) for host in self.sorted]
 
+    def refresh(self) -> None:
+        """After the configuration changed: names and sections are those of the new one."""
+        config = self.config.config
+        if self.rules_of is config:
+            return
+        self.rules.clear()
+        self.rules_of = config
+        for known in list(self.machines.values()):
+            claimed = known.hostname or known.name
+            name, hostname = host_names(config, known.machine, known.address, claimed)
+            if (name, hostname) != (known.name, known.hostname or claimed):
+                self.place(replace(known, name=name, hostname=hostname))
+
     def host_ref(self, host: Machine, everyone: bool = False) -> HostRef:
         """One host, as a target names it."""
-        if self.rules_of is not self.config.config:
-            self.rules.clear()
-            self.rules_of = self.config.config
+        self.refresh()
         label = self.labels.label[host.machine]
         ref = self.rules.get(host.machine)
         if ref is None or (ref.label, ref.address, ref.name) != (label, host.address, host.name):
-            rule = host_rule(self.config.config, host.address, host.name)
+            rule = host_rule(self.config.config, host.address, host.hostname or host.name)
+            section = ""
+            if rule.hostname:
+                section = rule.key
             ref = HostRef(
-                label, host.address, host.name, host.machine, False, rule.color, rule.deploy
+                *(label, host.address, host.name, host.machine),
+                online=False,
+                color=rule.color,
+                deploys=rule.deploy,
+                section=section,
             )
             self.rules[host.machine] = ref
         online = host.machine in self.agents
@@ -14363,20 +14561,6 @@ class Registry(Roster):
 
     # Who is welcomed
 
-    def host_name(self, machine: str, address: str, claimed: str) -> str:
-        """The configuration's name for the host, else the one it claims, unless that belongs to
-        another address."""
-        name = host_rule(self.config.config, address, claimed).name or claimed
-        if not valid_host_name(name):
-            return f"unnamed-{machine[:4]}"
-        owner = owner_of_name(self.config.config, name)
-        if owner is not None and owner != address:
-            log.warning(
-                "%s claims the name %s, which the configuration gives to %s", address, name, owner
-            )
-            return f"unnamed-{machine[:4]}"
-        return name
-
     def warnings(self) -> list[str]:
         """What was odd about the hosts within the last day."""
         now = time.time()
@@ -14385,7 +14569,7 @@ class Registry(Roster):
             known = self.machines[host.machine]
             if known.moved_from and now - known.moved_at < DAY_S:
                 found.append(f"{host.label} has a new address: it was {known.moved_from}")
-        return found
+        return [*found, *tell_doubles(self.config.config, self.hosts())]
 
     def register(self, hello: Hello, address: str) -> None:
         """Remember a host that is welcomed. Raises RefusedError where one address has been too many
@@ -14403,14 +14587,16 @@ class Registry(Roster):
         version, platform = (
             re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform)
         )
+        name, hostname = host_names(self.config.config, hello.machine, address, hello.name)
         known = Machine(
             hello.machine,
             address,
-            self.host_name(hello.machine, address, hello.name),
+            name,
             version,
             platform,
             time.time(),
             lived=self.state.lived.now(),
+            hostname=hostname,
         )
         before = self.machines.get(hello.machine)
         if before and before.address != address:
@@ -14481,16 +14667,19 @@ class Registry(Roster):
         rule = self.config.config.haproxy
         if rule is None:
             return no_traffic()
-        key, answer = host_key(rule.host), None
-        for host in self.hosts():
-            if key in (host.address, host_key(host.name)) and (
-                agent := self.agents.get(host.machine)
-            ):
-                answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
+        answer = None
+        nobody = "nobody knows where the traffic goes"
+        try:
+            host = find_balancer(rule, self.hosts())
+        except TargetError as problem:
+            return no_traffic(f"{nobody}: {problem.what}; {problem.hint}")
+        agent = self.agents.get(host.machine)
+        if agent:
+            answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
         if answer and "servers" in answer:
             return answer
         why = (answer or {}).get("error") or f"{rule.host} is offline or does not answer"
-        return no_traffic(f"nobody knows where the traffic goes: {why}")
+        return no_traffic(f"{nobody}: {why}")
 
     async def check_health(self, hosts: Sequence[HostRef]) -> list[dict[str, Any]]:
         """Every host's own checks, on all hosts at once: host, name, ok and detail; one that does
@@ -14536,11 +14725,13 @@ class Registry(Roster):
     async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
         """Tell a job that waits for it whether its host is active or standby, once that is
         known."""
-        colors = {host.machine: host.color for host in self.hosts()}
         ends = time.monotonic() + TRAFFIC_S
         while time.monotonic() < ends and self.agents.get(job.machine) is agent:
             traffic = await self.ask_traffic()
-            if traffic["active"]:
+            colors = {host.machine: host.color for host in self.hosts()}
+            # of two machines of one colour, nobody knows which it is
+            alike = list(colors.values()).count(colors.get(job.machine))
+            if traffic["active"] and alike == 1:
                 active = colors.get(job.machine) == traffic["active"]
                 word = {"run": job.run, "host": job.host, "at": job.revision}
                 word["is"] = "active" if active else "standby"
@@ -14847,12 +15038,9 @@ class Freezes:
         words = {str(kind)}
         if options.get("alone"):  # it begins a release, which would not get to its end
             words |= {"release", "switch"}
-        names = set[str]()
-        for host in hosts:
-            names |= {host.label, host.address, host_key(host.name)}
-        held = []
+        hosts, held = list(hosts), []
         for one in self.near(now):
-            concerned = not one.hosts or not names.isdisjoint(map(host_key, one.hosts))
+            concerned = not one.hosts or any(find_hosts(word, hosts) for word in one.hosts)
             if one.begins <= now and concerned and not words.isdisjoint(one.kinds):
                 held.append(one)
         return held
@@ -14915,6 +15103,9 @@ class Queue:
         # the other kinds also concern the data node
         deploys = message.kind in (Kind.DEPLOY, Kind.ROLLBACK)
         hosts = select_targets(message.target, self.registry.hosts(everyone=not deploys), active)
+        # two workers with the environment of one: what a section holds is meant for one machine
+        if deploys:
+            require_sections(hosts, self.registry.hosts())
         if message.options.get("alone"):  # a release begins with nothing under way on either colour
             self.require_free([host for host in self.registry.hosts(everyone=True) if host.color])
         concerned = hosts
@@ -15586,10 +15777,13 @@ class FleetView:
             self.registry.ask_traffic(), *map(self.facts_of, hosts)
         )
         work = self.open_jobs()
-        rows = [
-            self.status_row(host, work.get(host.machine, []), found, traffic)
-            for host, found in zip(hosts, answers, strict=True)
-        ]
+        colors = Counter(host.color for host in hosts)
+        rows = []
+        for host, found in zip(hosts, answers, strict=True):
+            row = self.status_row(host, work.get(host.machine, []), found, traffic)
+            if colors[host.color] > 1:  # which of them gets the colour's requests, nobody knows
+                row["traffic"] = None
+            rows.append(row)
         now, freezes = time.time(), []
         for one in self.master.freezes.near(now):
             freezes.append({**one._asdict(), "text": one.text(now)})
@@ -16005,6 +16199,13 @@ class Planner:
         UpdaterError."""
         rows = await (self.look_at_traffic() if self.action == "switch" else self.look_at_hosts())
         self.look_at_freezes(rows)
+        doubles = tell_doubles(self.master.config.config, self.master.registry.hosts())
+        for row in rows:
+            told = list(row.get("warnings", ()))
+            for text, labels in doubles.items():
+                if row["host"] in labels:
+                    told.append(text)
+            row["warnings"] = told
         now_and_then = ("machine", "current", "target", "traffic")
         truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
         concerned = rows
@@ -16054,7 +16255,7 @@ class Planner:
             await gate_switch(
                 self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color})
             )
-        except GuardError as problem:
+        except (GuardError, TargetError) as problem:
             refused = [problem.what]
         keys = ("host", "online", "color", "traffic", "version")
         rows = [row for row in (await self.desk.view.status())["hosts"] if row["color"]]
@@ -16067,7 +16268,8 @@ class Planner:
         """What a deployment or a rollback would find on the hosts of the target."""
         registry = self.master.registry
         active = await registry.active_for(self.target)
-        hosts = select_targets(self.target, registry.hosts(), active)
+        everyone = registry.hosts()
+        hosts = select_targets(self.target, everyone, active)
         self.expects = expected_roles(self.target, hosts, active)
         if self.action == "update":
             require_branch(self.branch)
@@ -16086,7 +16288,11 @@ class Planner:
                 past = history.result()
             else:
                 past = {}
-        for row in rows:
+        for row, host in zip(rows, hosts, strict=True):
+            problem = shared_section(host, everyone)
+            if problem:
+                row["refused"] = [*row["refused"], f"{problem.what}; {problem.hint}"]
+                row["exit"] = problem.exit_code
             attempts = past.get(row["machine"], [])
             times = sorted(job["seconds"] for job in succeeded(attempts, Kind.DEPLOY))
             row["expected_s"] = times[len(times) // 2] if times else None
@@ -16260,7 +16466,9 @@ async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
     branch = str(args.get("branch"))
     active = await desk.registry.active_for("standby")
     rows = []
-    for host in desk.registry.hosts():
+    hosts = desk.registry.hosts()
+    require_colors(hosts)
+    for host in hosts:
         if host.color != active:
             continue
         row: dict[str, Any] = {"host": host.label, "color": active, "problem": "it is offline"}
@@ -16302,7 +16510,8 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
         what = "there is no [haproxy] in the configuration"
         raise UsageError(what, "it says whose HAProxy has the traffic")
     hosts = registry.hosts(everyone=True)
-    data = select_targets(rule.host, hosts)[0]
+    data = find_balancer(rule, hosts)
+    require_colors(hosts)
     if not data.online:
         what = f"{data.label} is offline, and its HAProxy has the traffic"
         raise TargetError(what, "start its service")
@@ -17058,6 +17267,7 @@ class Notifier:
         self.spool = Spool(state.root / "notify", config, own_address)
         self.traffic_file = self.spool.folder / "traffic"
         self.switched = False  # since the last look at the traffic
+        self.doubles: set[str] = set()  # what was told to fit two machines
 
     # What jobs tell
 
@@ -17107,6 +17317,7 @@ class Notifier:
                 self.look_for_agents(master)
                 self.look_for_impostors(master)
                 self.look_for_pushes(master)
+                self.look_for_doubles(master)
                 if time.monotonic() - looked > TRAFFIC_LOOK_S:
                     looked = time.monotonic()
                     await self.look_at_traffic(master)
@@ -17157,6 +17368,21 @@ class Notifier:
             return
         for news in master.watcher.news:
             self.spool.tell(news["name"], news)
+
+    def look_for_doubles(self, master: Master) -> None:
+        """A name, section or colour that has come to fit two machines: told once, and again once
+        it was in order meanwhile."""
+        fitting = set(tell_doubles(self.config.config, master.registry.hosts()))
+        for text in sorted(fitting - self.doubles):
+            log.warning("%s", text)
+            news = {
+                "event": "ambiguous",
+                "title": f"[{self.own_address}] {text}",
+                "host": self.own_address,
+            }
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            self.spool.tell(f"ambiguous-{digest[:12]}-{int(time.time() // DAY_S)}", news)
+        self.doubles = fitting
 
     def look_at_certificate(self) -> None:
         """The master's own certificate, some days before its end."""

@@ -24,7 +24,7 @@ class Peer:
 
     def __init__(
         self, fleet: Fleet, source: str, role: str = "", machine: str = MACHINE, token: bytes | None = None,
-        keys: dict[str, str] | None = None,
+        keys: dict[str, str] | None = None, name: str = "stranger",
     ) -> None:  # fmt: skip
         self.socket = connect(
             fleet.url, source_address=(source, 0), proxy=None, compression=None, max_size=None, max_queue=None
@@ -34,7 +34,7 @@ class Peer:
             return
         features = [] if keys is None else [est.KEY_FEATURE]  # without, an older version
         hello = est.Hello(
-            role, [1, 1], "9.9", machine if role == "agent" else "", "stranger", "n", features=features
+            role, [1, 1], "9.9", machine if role == "agent" else "", name, "n", features=features
         )  # fmt: skip
         talk = est.greeting(hello, token, "00" * 16, keys)
         message = next(talk)

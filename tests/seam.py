@@ -219,7 +219,7 @@ from estelle_updater import (
     news_text as news_text,
     one_line as one_line,
     own_address as own_address,
-    owner_of_name as owner_of_name,
+    owners_of_name as owners_of_name,
     parse_config as parse_config,
     parse_data as parse_data,
     parse_environment_file as parse_environment_file,

@@ -33,7 +33,7 @@ from tests.seam import (
     convert_data,
     host_rule,
     mask_words,
-    owner_of_name,
+    owners_of_name,
     parse_config,
     parse_data,
     parse_environment_file,
@@ -256,7 +256,7 @@ def test_health_kinds(kind: str, subject: Any):
 
 
 def test_every_final_state_can_be_notified():
-    more = {"switched", "failover", "agent-offline", "certificate", "impostor", "pushed"}
+    more = {"switched", "failover", "agent-offline", "certificate", "impostor", "pushed", "ambiguous"}
     assert {"succeeded", "failed", "cancelled", "timeout", "offline", "lost"} | more == set(NOTIFY_EVENTS)
     (rule,) = config_of(notify=[{"urlEnv": "HOOK", "format": "telegram", "chat": "42"}]).notify
     assert rule == NotifyRule(url_env="HOOK", format="telegram", chat="42", on=("failed", "lost", "switched"))
@@ -661,10 +661,11 @@ def test_a_hosts_settings_lie_over_deploy():
 
 
 def test_a_name_belongs_to_the_address_that_the_configuration_gives_it():
-    config = config_of(hosts=SECTIONS | {"laptop": {"name": "mobile"}})
-    assert owner_of_name(config, "Edge") == "10.0.0.2"
-    assert owner_of_name(config, "yq-blue") is None
-    assert owner_of_name(config, "mobile") is None  # it may be anywhere
+    config = config_of(hosts=SECTIONS | {"laptop": {"name": "mobile"}, "10.0.0.7/Home": {}})
+    assert owners_of_name(config, "Edge") == {"10.0.0.2"}
+    assert owners_of_name(config, "yq-blue") == set()  # a section goes by this name alone
+    assert owners_of_name(config, "mobile") == set()  # it may be anywhere
+    assert owners_of_name(config, "HOME") == {"10.0.0.7"}
 
 
 # ---------------------------------------------------------------------------- the older form

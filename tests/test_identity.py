@@ -11,9 +11,11 @@ import pytest
 
 from tests import seam as est
 from tests.commands import COMMAND, Watched, detach, job_of, wait_state, write_script
-from tests.fleet import Fleet, Host, wait_for
+from tests.fleet import Fleet, Host, need, wait_for
+from tests.haproxy import Proxy
 from tests.peers import Peer
 from tests.seam import Standing, judge_standing
+from tests.test_notify import Receiver
 
 A, B, C, D = (f"127.0.0.{n}" for n in (1, 2, 3, 4))
 
@@ -60,7 +62,9 @@ def test_a_proof_is_for_one_greeting_one_side_and_one_role() -> None:
 
 def test_a_machine_id_alone_opens_no_door(fleet: Callable[..., Fleet]) -> None:
     """The host behind it is away; whoever shows its id is refused, in words that do the host no harm."""
-    one = fleet(hosts=3, command=COMMAND)
+    hooks = Receiver()
+    told = {"url": f"{hooks.url}/json", "on": ["impostor"]}
+    one = fleet(hosts=3, command=COMMAND, config={"notify": [told]})
     master, b, c = one.hosts
     write_script("echo fine\n", b, c)
     keys = json_of(b, "keys.json")
@@ -90,6 +94,10 @@ def test_a_machine_id_alone_opens_no_door(fleet: Callable[..., Fleet]) -> None:
     status = json.loads(one.cli("status", "--json").out)
     assert any(f"{C} showed the machine id of {B}" in text for text in status["warnings"])
     assert "4 times" in one.cli("status").out
+    wait_for(lambda: len(hooks.bodies("/json")) >= 2, "people are told of both", 30)
+    titles = {json.loads(body)["title"] for body in hooks.bodies("/json")}
+    assert titles == {f"[{A}] {where} showed the machine id of {B} without its key; it was refused" for where in (B, C)}
+    hooks.close()
     assert job_of(one, run, B)["state"] == "succeeded"
 
     one.start(b)
@@ -120,7 +128,19 @@ def test_a_host_that_moves_is_let_in_and_said(fleet: Callable[..., Fleet]) -> No
     b.address, old = D, b.address
     one.start(b)
     assert f"it was {old}" in master.stderr
-    assert f"! {D} has a new address: it was {old}" in one.cli("status").out.replace("warning: ", "! ")
+    moved = f"! {D} has a new address: it was {old}"
+    assert moved in one.cli("status").out.replace("warning: ", "! ")
+    one.restart(b)
+    one.restart(master)
+    one.wait_online()
+    assert moved in one.cli("status").out.replace("warning: ", "! "), "for a day, whoever restarts"
+    one.stop(master)
+    machines = json_of(master, "machines.json")
+    machines[machine_of(b)]["moved_at"] -= est.DAY_S
+    (master.state / "machines.json").write_text(json.dumps(machines))
+    one.start(master)
+    one.wait_online()
+    assert moved not in one.cli("status").out.replace("warning: ", "! "), "and no longer"
     one.stop(c)
     older = "ee" * 16
     Peer(one, B, "agent", older).close()
@@ -195,3 +215,92 @@ def test_who_may_command_is_a_list_of_its_own(fleet: Callable[..., Fleet]) -> No
         master.config.write_text(json.dumps(settings | {"commanders": [C]}))
         assert person.hear() is None, "a change takes effect at once"
     assert one.cli("status", host=b).code == 3 and one.cli("status", host=c).code == 0
+
+
+def test_a_name_that_fits_two_machines_is_nobodys(fleet: Callable[..., Fleet], tmp_path_factory: Any) -> None:
+    """Sections by bare names, and a second host that calls itself as the standby, then as the data node does."""
+    need("unshare")
+    proxy, hooks = Proxy(tmp_path_factory.mktemp("haproxy")), Receiver()
+    settings = {
+        "whitelist": [A, B, C, D],
+        "hosts": {
+            "yq-data": {"deploy": False}, "yq-blue": {"color": "blue", "name": "Azure"}, "yq-green": {"color": "green"},
+        },
+        "haproxy": proxy.rule | {"host": "yq-data"},
+        "health": [{"name": "fine", "command": ["true"], "hosts": ["Azure", "yq-green"]}],
+        "notify": [{"url": f"{hooks.url}/json", "on": ["ambiguous"]}],
+    }  # fmt: skip
+    one = fleet(hosts=3, command=COMMAND, config=settings, start=False)
+    for host, name in zip(one.hosts, ("yq-data", "yq-blue", "yq-green"), strict=True):
+        host.prefix = ("unshare", "--uts", "sh", "-c", f'hostname {name} && exec "$@"', "sh")
+    try:
+        proxy.start()
+        one.start()
+        write_script("echo fine\n", *one.hosts)
+        rows = {row["host"]: row for row in json.loads(one.cli("status", "--json").out)["hosts"]}
+        assert (rows[B]["name"], rows[B]["color"], rows[C]["traffic"]) == ("Azure", "blue", "standby")
+        text = proxy.file.read_bytes()
+
+        def refused(what: str, *words: str) -> None:
+            code, out, err = one.cli(*words)
+            assert code == 4, (words, out, err)
+            (error, hint) = err.splitlines()[-2:]
+            assert what in error + hint and "forget" in hint, (words, err)
+            assert proxy.file.read_bytes() == text
+            assert not json.loads(one.cli("history", "--json").out)["runs"], words
+
+        Peer(one, D, "agent", name="yq-green").close()  # a copy of the machine, say; that it is gone again is no help
+        clash = f"fits 2 machines: {C} and {D}"
+        for words in (
+            ("trigger", "standby", "master"), ("trigger", "active", "master"), ("trigger", "yq-green", "master"),
+            ("trigger", "all", "master"), ("trigger", C, "master"), ("switch", "green"), ("switch", "standby"),
+            ("switch", "blue"), ("release", "master", "--yes"), ("health", "YQ-Green"), ("health", "standby"),
+            ("upgrade", "yq-green"), ("plan", "standby", "master"), ("rollback", "yq-green", "--yes"),
+            ("forget", "yq-green"),
+        ):  # fmt: skip
+            refused(clash, *words)
+        plan = {row["host"]: row for row in json.loads(one.cli("plan", "all", "master", "--json").out)["hosts"]}
+        assert plan[B]["refused"] == plan[B]["warnings"] == []
+        assert clash in plan[C]["refused"][0] and clash in plan[C]["warnings"][0]
+        status = json.loads(one.cli("status", "--json").out)
+        (warning,) = status["warnings"]
+        whats = "the name yq-green, the colour green, the section hosts.yq-green"
+        assert warning.startswith(f"{whats} {clash}; write the address") and f'[hosts."{C}/yq-green"]' in warning
+        assert {row["host"]: row["traffic"] for row in status["hosts"] if row["color"]} == {
+            B: "active", C: None, D: None,
+        }  # fmt: skip
+        assert f"! {warning}" in one.cli("status").out
+        wait_for(lambda: warning in one.master.stderr, "the log says it", 30)
+        wait_for(lambda: [b for b in hooks.bodies("/json") if warning in json.loads(b)["title"]], "people are told", 30)
+        assert one.cli("trigger", B, "master").code == 0, "what has nothing to do with it goes on"
+
+        assert one.cli("forget", D).code == 0
+        one.origin.commit({"more": ""})
+        assert one.cli("trigger", "standby", "master").code == 0
+        Peer(one, D, "agent", "cd" * 16, name="YQ-DATA").close()
+        for words in (("switch", "green"), ("trigger", "standby", "master"), ("release", "master", "--yes")):
+            code, out, err = one.cli(*words)
+            assert code == 4 and f"haproxy.host yq-data fits 2 machines: {A} and {D}" in err, (words, out, err)
+            assert proxy.file.read_bytes() == text
+        assert not {row["traffic"] for row in json.loads(one.cli("status", "--json").out)["hosts"]} - {None}
+        assert one.cli("forget", D).code == 0
+
+        settings["hosts"] = {
+            f"{A}/yq-data": {"deploy": False},
+            f"{B}/yq-blue": {"color": "blue"},
+            f"{C}/yq-green": {"color": "green"},
+        }
+        one.origin.commit({"config/updater.json": json.dumps({"masterUrl": one.url, **settings})})
+        assert one.cli("trigger", "all", "master").code == 0, "not on the data node"
+        one.origin.git("pull", "--quiet", cwd=one.master.repo)
+        with Peer(one, D, "agent", "ef" * 16, name="yq-data"):
+            wait_for(
+                lambda: one.cli("status").out.count("yq-data") == 1,
+                lambda: one.cli("status").out + one.master.stderr,
+                30,
+            )
+            assert one.cli("status").out.count("yq-data") == 1, "a section with an address gives the name to it"
+            assert one.cli("switch", "green", "--dry-run").code == 0
+    finally:
+        proxy.close()
+        hooks.close()

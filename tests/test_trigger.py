@@ -717,11 +717,13 @@ def test_hosts_behind_one_address(fleet: Callable[..., Fleet], tmp_path: Path):
             re.sub(r"[^A-Za-z0-9._-]", "_", label) + ".log" for label in rows
         }
         for target, labels in (
-            (B, {label for label in rows if label != A}), (f"solo,{B}/twin", {f"{B}/solo", *twins}),
+            (B, {label for label in rows if label != A}), (f"solo,{B}/First", {f"{B}/solo", f"{B}/first"}),
             (twins[0], {twins[0]}),
         ):  # fmt: skip
             _, out, err = made.cli("trigger", target, "master", "--detach", "--json")
             assert set(json.loads(out or "{}").get("hosts", [])) == labels, err
+        code, out, err = made.cli("trigger", f"solo,{B}/twin", "master")
+        assert (code, out) == (4, "") and "fits 2 machines: " in err and all(twin in err for twin in twins), err
     finally:
         for host in more:
             made.stop(host)
