@@ -13669,6 +13669,11 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         found["busy"] = agent.state.current()[0] or None
     with suppress(OSError):
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
+    if found.get("target") and not os.path.dirname(rule.command[0]):  # else the commit may bring it
+        try:
+            resolve_program(rule.command[0], outlook.env.get("PATH", ""))
+        except UpdaterError as missing:
+            found["refused"].append(missing.what)
     with suppress(OSError):
         found["version"] = parse_version_file(read_committed(repo / rule.version, repo))
     if found.get("target"):

@@ -140,6 +140,10 @@ def test_plan_sees_the_incoming_configuration_and_a_running_job(fleet: MakeFleet
     assert "config/updater.json" in plan(one, agent.address, "master", code=1)[agent.address]["refused"][0]
     open_gate(agent)
     assert one.cli("logs", run, "-f").code == 0
+    absent = {**good, "deploy": {"command": ["no-such-program", "x"]}}
+    one.origin.commit({"config/updater.json": json.dumps(absent)})
+    missing = plan(one, agent.address, "master", code=1)[agent.address]["refused"]
+    assert missing == ["no-such-program: not found in PATH"]
     one.origin.commit({"config/updater.json": json.dumps(good)})
     assert plan(one, agent.address, "master")[agent.address]["expected_s"] is not None
     one.origin.bare.rename(one.origin.bare.with_suffix(".away"))
