@@ -129,3 +129,16 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
         assert daemon.wait(20) == 0
     assert type_in(commands[5], clone)[0] == 3
     wait_for(lambda: os.getpid() in processes_of(tmp_path) or not processes_of(tmp_path), "nothing is left running")
+
+
+def test_the_first_day_is_short_and_everything_is_found() -> None:
+    first, *others = re.split(r"^# Part ", README, flags=re.MULTILINE)
+    assert len(others) == 2 and len(first.splitlines()) <= 150, "part 1 is what a newcomer reads"
+    headings = re.findall(r"^##+ (.+)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert links <= anchors, links - anchors
+    guides = [
+        re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in re.findall(r"^## (.+)$", README, re.M)
+    ]
+    assert {*guides} <= set(re.findall(r"\]\(#([^)]+)\)", first)), "the table of contents names each"
