@@ -17008,7 +17008,7 @@ def render_news(
         words = (news.get("project"), news["event"], news["host"])
         title = " ".join(filter(None, words)).encode("ascii", "replace").decode()
         headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
-        good = news["event"] in (State.SUCCEEDED, "switched")
+        good = news["event"] in (State.SUCCEEDED, "switched", "test")
         return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
     bodies = {
         "slack": {"text": text},
@@ -17429,6 +17429,32 @@ class Notifier:
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
         self.switched = False
+
+
+async def answer_notify_test(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
+    """Send a test message to every receiver, whatever it wants to hear, and say how each took it."""
+    config = desk.master.config
+    own = desk.master.own_address
+    by = str(args.get("by") or "")[:100]
+    news = {
+        "event": "test",
+        "time": round(time.time(), 3),
+        "master": own,
+        "project": config.config.project,
+        "title": f"[{own}] a test message: notifications arrive",
+        "detail": f"by {by}",
+        "host": own,
+    }
+    rules = config.config.notify
+    # Not by the spool, which would try for hours: who tests wants to know now.
+    sent = [asyncio.to_thread(post_news, rule, work_tree(config.path), news) for rule in rules]
+    rows = []
+    for rule, (problem, _) in zip(rules, await asyncio.gather(*sent), strict=True):
+        rows.append({"receiver": _receiver_text(rule), "ok": not problem, "problem": problem})
+    return {"receivers": rows}
+
+
+DESK["notify-test"] = answer_notify_test
 
 
 # ==============================================================================
@@ -22757,6 +22783,22 @@ def cmd_watch(args: Args) -> int:
     return 0
 
 
+def cmd_notify(args: Args) -> int:
+    """Send a test message to every receiver of the master's, and say what each answered."""
+    result = ask_master(args, "notify-test", {"by": user_name()})
+    lines = []
+    for row in result["receivers"]:
+        if row["ok"]:
+            lines.append(f"✓ {row['receiver']}: it took the message")
+        else:
+            lines.append(f"✗ {row['receiver']}: {row['problem']}")
+    nobody = "nobody is told of anything: there is no [[notify]] in the configuration"
+    show(args, result, "\n".join(lines) or nobody)
+    if all(row["ok"] for row in result["receivers"]):
+        return 0
+    return 1
+
+
 def watch_text(result: Mapping[str, Any]) -> str:
     """The watched branches as a table, and what holds them."""
     if not result["watches"]:
@@ -24482,6 +24524,12 @@ COMMANDS = (
         "show, pause or resume the watched branches, which are deployed on push",
         cmd_watch,
         Option("action", nargs="?", choices=["pause", "resume"]),
+    ),
+    Command(
+        "notify",
+        "send a test message to every receiver, and say what each answered",
+        cmd_notify,
+        Option("action", metavar="test", choices=("test",), help="what to do"),
     ),
     Command(
         "forget",

@@ -450,3 +450,31 @@ def test_nothing_in_a_message_comes_alive(form: str) -> None:
     assert len(fences) == (3 if form in ("slack", "discord") else 1), text
     assert "://" not in text and "www.evil" not in text and "\u202e" not in text
     assert not [line for line in text.split("\n") if line.startswith(("[127.0.0.3]", "[i]"))]
+
+
+def test_a_test_message_says_what_each_receiver_answered(fleet: MakeFleet, receiver: Callable[..., Receiver]) -> None:
+    """Also to who wants to hear of nothing that has happened; the URL stays a secret."""
+    hooks, refuses = receiver(), receiver()
+    refuses.answers = [(404, {})] * 2
+    rules = [
+        {"url": f"{hooks.url}/one", "format": "slack", "on": ["lost"]},
+        {"url": f"{refuses.url}/{SECRET}", "format": "json"},
+        {"urlEnv": "NO_SUCH_HOOK", "format": "ntfy"},
+    ]
+    one = fleet(hosts=1, config={"project": "yquant", "notify": rules})
+    code, out, err = one.cli("notify", "test")
+    assert (code, err) == (1, "")
+    assert out.splitlines() == [
+        "✓ slack at 127.0.0.1: it took the message",
+        "✗ json at 127.0.0.1: HTTP 404",
+        "✗ ntfy at the URL in $NO_SUCH_HOOK: NO_SUCH_HOOK holds no http:// or https:// URL",
+    ]
+    (body,) = hooks.bodies("/one")
+    assert json.loads(body)["text"].startswith("yquant [127.0.0.1] a test message: notifications arrive\nby ")
+    code, out, _ = one.cli("notify", "test", "--json")
+    assert (code, [row["ok"] for row in json.loads(out)["receivers"]], SECRET in out) == (
+        1,
+        [True, False, False],
+        False,
+    )
+    assert not spooled(one), "it is not tried again"
