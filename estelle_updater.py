@@ -17432,7 +17432,7 @@ class Notifier:
 
 
 async def answer_notify_test(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
-    """Send a test message to every receiver, whatever it wants to hear, and say how each took it."""
+    """Send a test message to every receiver, whatever it wants to hear; how each took it."""
     config = desk.master.config
     own = desk.master.own_address
     by = str(args.get("by") or "")[:100]
@@ -22785,7 +22785,8 @@ def cmd_watch(args: Args) -> int:
 
 def cmd_notify(args: Args) -> int:
     """Send a test message to every receiver of the master's, and say what each answered."""
-    result = ask_master(args, "notify-test", {"by": user_name()})
+    # a receiver that says nothing has its time, and the answer comes after that
+    result = ask_master(args, "notify-test", {"by": user_name()}, POST_S + ANSWER_S)
     lines = []
     for row in result["receivers"]:
         if row["ok"]:
