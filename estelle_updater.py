@@ -16975,10 +16975,15 @@ def inert(text: str) -> str:
 def news_text(form: str, news: Mapping[str, Any]) -> str:
     """The message as a person reads it: as much of the log's end as the service takes."""
     title = " ".join(filter(None, (news.get("project"), news["title"])))
-    told = ("detail", "pushed", "error", "unchanged", "rollback")
+    told = ["detail", "pushed", "error", "unchanged", "rollback"]
+    went_well = news["event"] in (State.SUCCEEDED, "switched")
+    # Good news is read in passing, and often: a way back and the log's end under each of them would
+    # have people overlook the message that needs both. They stay in the JSON form's own fields.
+    if went_well:
+        told.remove("rollback")
     parts = (title, *map(news.get, told))
     head = "\n".join(inert(part) for part in parts if part)
-    lines = [inert(line) for line in news.get("log") or ()]
+    lines = [] if went_well else [inert(line) for line in news.get("log") or ()]
     # Services cut or refuse what is too long: the oldest lines go, as the last ones say why it
     # failed.
     while True:
@@ -23188,8 +23193,23 @@ def init_config(args: Args) -> int:
         show(args, {"file": str(path), "text": text}, text.rstrip())
         return 0
     told = change_config(path, text, "Configure estelle-updater", args.commit)
-    show(args, {"file": str(path), "git": told}, f"wrote {path}\nnext: {told}")
+    facts = {"file": str(path), "git": told}
+    show(args, facts, f"wrote {path}\nnext: {told}\n{next_steps(root)}")
     return 0
+
+
+def next_steps(root: Path) -> str:
+    """What follows a first configuration, to be typed as it stands: here, and on the others."""
+    branch = git_output(root, scrub_environment(os.environ), "branch", "--show-current")
+    name = branch.decode("utf-8", "replace").strip() or "BRANCH"
+    est = program_name()
+    return "\n".join(
+        [
+            f"then here: {est} setup",
+            f"on every other host, in its clone: git pull && {est} setup",
+            f"and to deploy: {est} trigger all {name}",
+        ]
+    )
 
 
 def convert_config(args: Args, path: Path) -> int:
