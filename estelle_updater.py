@@ -7723,12 +7723,13 @@ def find_config(start: Path) -> Path:
         if folder == root:
             break
     where = f"{start} or above it"
+    hint = "go to the repository, or name the file with --config FILE"
     if root:
         where = f"{start}, nor above it in its work tree {root}"
-    raise ConfigError(
-        f"no config/updater.json or config/updater.toml in {where}",
-        "go to the repository, or name the file with --config FILE",
-    )
+        # A host that was cloned before the commit that brings the file: its owner stands in the
+        # right place, and to be sent elsewhere would help nobody.
+        hint = "git pull, where the commit that brings it is not here yet; or " + hint
+    raise ConfigError(f"no config/updater.json or config/updater.toml in {where}", hint)
 
 
 def load_config(path: Path) -> Config:

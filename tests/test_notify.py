@@ -268,6 +268,9 @@ def test_what_is_said_of_each_end() -> None:
     assert (switched["event"], switched["title"]) == ("switched", "[h] switched: ✓ 완료 green")
     assert news(est.State.SUCCEEDED, kind=est.Kind.SWITCH)["event"] == "succeeded", "a dry run"
     assert switched["rollback"] is None
+    good = est.news_of_job(RUN, replace(JOB, state=est.State.SUCCEEDED, version="v1"), b"a log", "abc")
+    assert len(est.news_text("slack", good).splitlines()) == 2, "short, without a way back and the log"
+    assert "a log" in est.news_text("slack", {**good, "event": "failed"})
     rule = est.NotifyRule(url="http://x", on=("failed",))
     assert rule.wants("timeout") and rule.wants("failed") and not rule.wants("lost")
 
