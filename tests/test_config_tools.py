@@ -103,9 +103,9 @@ def test_init_check_show_convert(repo: Path) -> None:
         assert refused.code == 2 and "exists" in refused.err
         existing.unlink()
     written = ok(repo, "config", "init", "--master", "ws://5.223.72.58:9900", "--allow", "121.0.0.7")
-    steps = [line.split(": ", 1) for line in written.splitlines()[-3:]]
-    assert [words.rsplit(maxsplit=1)[-1] for _, words in steps] == ["setup", "setup", "master"], written
-    assert ": git pull && " in written
+    steps = [line.split(": ", 1) for line in written.out.splitlines()[-3:]]
+    assert [words.rsplit(maxsplit=1)[-1] for _, words in steps] == ["setup", "setup", "master"], written.out
+    assert ": git pull && " in written.out
     assert "git add config/updater.toml" in written.out
     text = (repo / "config/updater.toml").read_text()
     assert text.count("#") >= 3
