@@ -50,7 +50,6 @@ SMALLEST = '{ "masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58",
 SMALL = {"masterUrl": "ws://5.223.72.58:9900", "whitelist": ["5.223.72.58"]}
 WHOLE = """\
 masterUrl = "ws://5.223.72.58:9900"          # ws:// or wss://, an IP or a name
-project = "yquant"                           # the name of service and state folder, where a host has several
 project = "yquant"
 whitelist = ["5.223.72.58", "121.0.0.0/24", "2001:db8::/48"]
 commanders = []                               # optional: only these of the whitelist may command, the others only serve as agents
@@ -172,7 +171,6 @@ def test_the_smallest_file_has_every_default():
 
 def test_the_whole_example():
     assert parse_config(WHOLE.encode(), "config/updater.toml", "toml") == Config(
-        project="yquant",
         project="yquant",
         master_url=MasterUrl("ws", "5.223.72.58", 9900, "/", False),
         whitelist=("5.223.72.58", "121.0.0.0/24", "2001:db8::/48"),
