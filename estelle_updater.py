@@ -7175,7 +7175,8 @@ class StateFolder:
     def last_config(self, path: Path) -> Path:
         """The last valid text of this very configuration file: another project's, which once had
         this folder, must not pass for it."""
-        mark = zlib.crc32(os.fsencode(path.resolve()))
+        # where a committed link points to is not where the file is
+        mark = zlib.crc32(os.fsencode(path.parent.resolve() / path.name))
         return self.root / f"last-config-{mark:08x}{path.suffix}"
 
     def create(self) -> None:
@@ -8732,6 +8733,7 @@ class Spawned:
                         cwd="/",
                         env=env,
                         start_new_session=True,
+                        **HIDDEN,
                     )
                     _DRAINS.append(drain)
             left = []
@@ -10695,7 +10697,9 @@ def require_own_state(state: StateFolder, config_path: Path, *, claim: bool = Fa
     if not (claim or known.folder):
         return
     own = probe_owner(config_path)
-    if own is None:
+    # a file that lies in no clone, and is named by hand, speaks for no other repository
+    is_loose = not (tree / ".git").exists()
+    if own is None or (is_loose and not claim):
         return
     if known.folder and not known.clones:  # of an earlier version, which wrote down only where
         with suppress(ConfigError):

@@ -70,7 +70,7 @@ def test_the_demo_tells_its_story(windows_python: Windows, git_for_windows: dict
         assert f"[{host}] ✓ 완료 v0301_2\n" in out
         # Git through two shells of Wine may take longer than a status waits for the rest of a row
         assert re.search(rf"(?m)^{host}  .*  yes  .*  (✓ v0301_3$|✗ 실패 )", out), out
-    assert re.findall(r"\[(.*)\] ✗ 실패 .* \(exit 1\)\n", out) == ["127.0.0.3"]
+    assert re.findall(r"\[(.*)\] ✗ 실패 .* \(exit 1\)\n", out) == ["127.0.0.3"], out
     folder = re.findall(r"^A fleet .*\\(estelle-demo-\w+)", out)
     assert [
         name for name in os.listdir(next(windows_python.prefix.glob("drive_c/users/*/Temp"))) if name in folder
