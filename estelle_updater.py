@@ -4463,6 +4463,11 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"Missing script:|ERR_PNPM_NO_SCRIPT\b|Command \"deploy:release\" not found",
         "package.json of that commit has no such script",
     ),
+    (
+        rb"\b(?:pnpm|npm|npx|yarn|node|corepack): (?:command )?not found"
+        rb"|'(?:pnpm|npm|npx|yarn|node|corepack)' is not recognized",
+        "the service's PATH has no such package manager (named above)",
+    ),
 )
 
 
@@ -6826,6 +6831,7 @@ class DaemonLog:
             if os.name != "nt" and not select.select([], [2], [], 0)[1]:
                 return  # whoever should read this is stopped: that must not stop the daemon too
         text = terminal_text(text % args if args else text).replace("\n", " ")
+        text = mask_words(text)  # a remote or a receiver may be named with its password
         if self._journal:
             start = f"<{priority}>"
         else:
@@ -23143,7 +23149,8 @@ def cmd_config(args: Args) -> int:
     if problems:
         notes = []
     else:
-        notes = [who_commands(load_config(path))]
+        config = load_config(path)
+        notes = [who_commands(config), *bare_names(config)]
     lines = []
     for kind, texts in (("error", problems), ("warning", warnings)):
         for text in texts:
@@ -23153,6 +23160,25 @@ def cmd_config(args: Args) -> int:
     if problems:
         return 2
     return 0
+
+
+def bare_names(config: Config) -> list[str]:
+    """Which parts of a configuration hold for whatever machine calls itself so, and what to write
+    for one machine alone."""
+    texts = []
+    for host in config.hosts:
+        if host.hostname and not host.address:
+            texts.append(
+                f'hosts."{host.key}" is for any host that calls itself so; for one alone write'
+                f' "ADDRESS/{host.hostname}"'
+            )
+    data_node = config.haproxy.host if config.haproxy else None
+    if data_node and "/" not in data_node and not is_address(data_node):
+        texts.append(
+            f'haproxy.host is any host that calls itself "{data_node}"; for one alone write its'
+            " address"
+        )
+    return texts
 
 
 def init_config(args: Args) -> int:

@@ -143,6 +143,14 @@ def test_check_tells_all_problems_and_warnings(repo: Path) -> None:
     (repo / "config/updater.json").write_text(json.dumps({"masterUrl": "ws://1.2.3.4", "whitelist": ["0.0.0.0/0"]}))
     warned = ok(repo, "config", "check")
     assert "warning: whitelist: 0.0.0.0/0 is everybody" in warned.out
+    hosts = {"yq-blue": {"color": "blue"}, "10.0.0.3/yq-green": {"color": "green"}, "10.0.0.4": {}}
+    named = {"masterUrl": "ws://1.2.3.4", "whitelist": ["10.0.0.0/24"], "hosts": hosts}
+    named["haproxy"] = {"host": "yq-data", "backend": "app"}
+    (repo / "config/updater.json").write_text(json.dumps(named))
+    notes = json.loads(ok(repo, "config", "check", "--json").out)["notes"]
+    loose = [note for note in notes if "calls itself" in note]
+    assert len(loose) == 2, notes
+    assert 'hosts."yq-blue"' in loose[0] and '"ADDRESS/yq-blue"' in loose[0] and '"yq-data"' in loose[1]
 
 
 def test_whitelist(repo: Path) -> None:

@@ -447,6 +447,12 @@ def test_a_url_that_never_ends_is_not_held_back() -> None:
     assert len(masker.feed(b"x" * 300)) > 590 and masker.flush() == b""
 
 
+def test_the_daemons_own_log_shows_no_password(capfd: pytest.CaptureFixture[str]) -> None:
+    est.DaemonLog().warning("can't reach %s", "https://bot:hunter2222@git.example/app.git?x=1")
+    said = capfd.readouterr().err
+    assert "git.example/app.git" in said and "hunter2222" not in said, said
+
+
 @pytest.mark.parametrize(
     ("said", "explained"),
     [
@@ -459,6 +465,8 @@ def test_a_url_that_never_ends_is_not_held_back() -> None:
         ("error: object file .git/objects/ab/cd is empty", "empty or damaged"),
         (" ! [rejected]  v1 -> v1  (would clobber existing tag)", "a tag was moved"),
         (" ERR_PNPM_NO_SCRIPT  Missing script: deploy:release", "no such script"),
+        ("scripts/release.sh: line 3: pnpm: command not found", "no such package manager"),
+        ("'pnpm' is not recognized as an internal or external command,", "no such package manager"),
     ],
 )
 def test_what_git_and_pnpm_say_is_explained(said: str, explained: str) -> None:
