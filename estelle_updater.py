@@ -16744,7 +16744,8 @@ class Watcher:
             try:
                 await self.look()
             except Exception as problem:  # whatever it is, deployments by hand go on
-                log.error("can't watch the remote: %s", problem)
+                # once: what is wrong now is so at each look, every second
+                log.once(self, f"can't watch the remote: {problem}")
 
     async def look(self) -> None:
         """One question for all watches where one is due, and one order for each new commit."""
