@@ -1714,6 +1714,7 @@ _project = _is(
 _host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
 _networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
 _command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
+_services = _list_of(_service, '["estelle.service"]')
 _some_paths = _list_of(_text, '["/etc/haproxy/haproxy.cfg", "/etc/haproxy/conf.d"]', least=1)
 
 
@@ -1760,22 +1761,39 @@ def commands_text(command: Commands) -> str:
 
 
 @record(frozen=True, kw_only=True)
+class RoleRule:
+    """[deploy.master], [deploy.agent], and most of a host's section: what is said here holds in
+    place of what [deploy] says, and None says nothing."""
+
+    command: Annotated[Commands | None, _commands] = None
+    restart: Annotated[tuple[str, ...] | None, _services] = None
+    settle_s: Annotated[float | None, _seconds] = None
+    timeout_s: Annotated[float | None, _seconds] = None
+    version: Text | None = None
+    environment_file: Text | None = None
+    environment_variable: Annotated[str | None, _variable] = None
+    env: Annotated[Mapping[str, str], _environment] = field(default_factory=dict)
+
+
+@record(frozen=True, kw_only=True)
 class DeployRule:
-    """[deploy]: what a deployment runs unless a host's section says otherwise."""
+    """[deploy]: what a deployment runs unless a role's or a host's section says otherwise."""
 
     remote: Annotated[str, _remote] = "origin"
     command: Annotated[Commands, _commands] = ("pnpm", "deploy:release")
-    restart: Annotated[tuple[str, ...], _list_of(_service, '["estelle.service"]')] = ()
+    restart: Annotated[tuple[str, ...], _services] = ()
     settle_s: Seconds = 3.0
     timeout_s: Seconds = STEP_TIMEOUT_S
     version: Text = "config/version.json"
     submodules: Flag = True
     lfs: Flag = True
     secrets: Annotated[tuple[str, ...], _list_of(_word, '["DB_LOGIN"]')] = ()
+    master: Annotated[RoleRule, _table(RoleRule)] = RoleRule()
+    agent: Annotated[RoleRule, _table(RoleRule)] = RoleRule()
 
 
 @record(frozen=True, kw_only=True)
-class HostRule:
+class HostRule(RoleRule):
     """One section of [hosts]; `address` and `hostname` are its key's parts, compared as they are,
     or None."""
 
@@ -1785,10 +1803,6 @@ class HostRule:
     name: Annotated[str | None, _host_name] = None
     role: Annotated[Role | None, _one_of(*Role)] = None
     repo: Text | None = None
-    command: Annotated[Commands | None, _commands] = None
-    environment_file: Text | None = None
-    environment_variable: Annotated[str | None, _variable] = None
-    env: Annotated[Mapping[str, str], _environment] = field(default_factory=dict)
     color: Annotated[str | None, _one_of(*COLORS)] = None
     deploy: Flag = True
 
@@ -2064,6 +2078,14 @@ class Config:
         tuple[NotifyRule, ...], _list_of(_table(NotifyRule, _check_notify), "[[notify]]")
     ] = ()
 
+    @property
+    def all_services(self) -> tuple[str, ...]:
+        """What is restarted anywhere, each service once."""
+        listed = list(self.deploy.restart)
+        for _, section in role_sections(self):
+            listed += section.restart or ()
+        return tuple(dict.fromkeys(listed))
+
 
 def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
     """Every (path, problem) as a line `FILE: PATH: PROBLEM`."""
@@ -2207,13 +2229,21 @@ def _judge_hosts(config: Config, known: Iterable[str]) -> Iterator[str]:
             yield f"{key}: {_shown(host)} matches no host"
 
 
+def role_sections(config: Config) -> Iterator[tuple[str, RoleRule]]:
+    """The sections that say what a role or a host has of its own, each with its place."""
+    yield "deploy.master", config.deploy.master
+    yield "deploy.agent", config.deploy.agent
+    for rule in config.hosts:
+        yield f"hosts{_step(rule.key)}", rule
+
+
 def _judge_secrets(config: Config) -> Iterator[str]:
     """What looks like a secret in a file that is committed."""
-    for rule in config.hosts:
+    for place, rule in role_sections(config):
         for name in rule.env:
             if _SECRET_NAME.match(name):
                 yield (
-                    f"hosts{_step(rule.key)}.env.{name}: it looks like a secret; "
+                    f"{place}.env.{name}: it looks like a secret; "
                     f"move it to an environmentFile outside git"
                 )
     for i, notify in enumerate(config.notify):
@@ -2277,15 +2307,22 @@ def who_commands(config: Config) -> str:
 
 @record(frozen=True, kw_only=True)
 class Effective(HostRule, DeployRule):
-    """What holds for one host: its own section over [deploy]; `key` names that section, "" without
-    one."""
+    """What holds for one host: its own section over its role's over [deploy]; `key` names its own,
+    "" without one."""
 
     name: str
-    command: tuple[str, ...]
+    command: Commands
+    restart: tuple[str, ...]
+    settle_s: float
+    timeout_s: float
+    version: str
 
 
-def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
-    """The settings of the host at `address` that calls itself `hostname`.
+def host_rule(
+    config: Config, address: str | None, hostname: str, role: Role | None = None
+) -> Effective:
+    """The settings of the host at `address` that calls itself `hostname`; `role`, where it is
+    known, brings what [deploy] says for that role.
 
     Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone;
     `name` finds no section.
@@ -2297,9 +2334,21 @@ def host_rule(config: Config, address: str | None, hostname: str) -> Effective:
     called = hostname.casefold()
     sections = {(rule.address, rule.hostname): rule for rule in config.hosts}
     wanted = ((at, called), (None, called), (at, None))
-    rule = next((sections[key] for key in wanted if key in sections), HostRule())
-    own = {"name": rule.name or hostname, "command": rule.command or config.deploy.command}
-    return Effective(**{**vars(config.deploy), **vars(rule), **own})
+    own = next((sections[key] for key in wanted if key in sections), HostRule())
+    by_role = RoleRule()
+    if role is Role.MASTER:
+        by_role = config.deploy.master
+    elif role is Role.AGENT:
+        by_role = config.deploy.agent
+    settings = dict(vars(config.deploy))
+    for section in (by_role, own):
+        for name, value in vars(section).items():
+            # an empty list is said, and holds: this host restarts nothing
+            if value is not None or name not in settings:
+                settings[name] = value
+    settings["env"] = {**by_role.env, **own.env}
+    settings["name"] = own.name or hostname
+    return Effective(**settings)
 
 
 class Change(NamedTuple):
@@ -2374,11 +2423,12 @@ def _receiver_text(rule: NotifyRule) -> str:
 
 
 def compare_commands(
-    old: Config, new: Config, address: str | None, hostname: str
+    old: Config, new: Config, address: str | None, hostname: str, role: Role | None = None
 ) -> Iterator[Change]:
     """What a new configuration changes in what runs on the host at `address` that calls itself
     `hostname`."""
-    was, is_now = host_rule(old, address, hostname), host_rule(new, address, hostname)
+    was = host_rule(old, address, hostname, role)
+    is_now = host_rule(new, address, hostname, role)
     keys = ("command", "restart", "repo", "environment_file", "environment_variable", "remote")
     for key in keys:
         before, after = getattr(was, key), getattr(is_now, key)
@@ -3806,6 +3856,16 @@ def job_of_run(run: RunRecord, host: str) -> JobRecord:
         options=run.options,
         place=run.place,
     )
+
+
+def job_role(job: JobRecord) -> Role:
+    """What the job's host is: an order names the master's own host, and what is deployed by hand
+    says it itself."""
+    with suppress(ValueError):
+        return Role(str(job.options.get("role")))
+    if job.options.get("master") == job.host:
+        return Role.MASTER
+    return Role.AGENT
 
 
 # ==============================================================================
@@ -9737,7 +9797,8 @@ class Runner:
             config = load_config(self.config_path)
         else:
             config, problem = load_config_or_last(self.config_path, self.state)
-        self.rule = host_rule(config, self.job.address, socket.gethostname())
+        hostname = socket.gethostname()
+        self.rule = host_rule(config, self.job.address, hostname, job_role(self.job))
         self.log.most_bytes = config.keep.job_megabytes << 20
         tree = work_tree(self.config_path)
         if self.rule.repo:
@@ -13225,6 +13286,7 @@ class Agent:
     ) -> None:
         self.state, self.config, self.machine, self.nonce = state, config, machine, nonce
         self.own = OwnJobs(state, config, machine, nursery)
+        self.role: Role | None = None  # until the daemon has found it
         # `status` must not wait for `health`, nor a plan for anybody
         self.places = {what: Threads(ANSWERS_AT_ONCE) for what in QUESTIONS}
 
@@ -13247,7 +13309,7 @@ class Agent:
         """What the configuration says of this host, seen from `address`, and where its repository
         is."""
         tree = work_tree(self.config.path)
-        rule = host_rule(self.config.config, address, socket.gethostname())
+        rule = host_rule(self.config.config, address, socket.gethostname(), self.role)
         return rule, tree / rule.repo if rule.repo else tree
 
     # One connection to the master
@@ -13664,9 +13726,9 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         if found.get("target"):
             new = incoming_config(found["target"], config.path, repo, outlook.git)
         if new is not None and new != old:  # what runs comes from the configuration that arrives
-            rule = host_rule(new, address, hostname)
+            rule = host_rule(new, address, hostname, agent.role)
             doors = compare_doors(old, new)
-            runs = compare_commands(old, new, address, hostname)
+            runs = compare_commands(old, new, address, hostname, agent.role)
             found["doors"] = [change.text for change in (*doors, *runs)]
             found["opens"] = [change.text for change in doors if change.opens]
         elif new is None and config.problem:
@@ -13680,9 +13742,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         found["busy"] = agent.state.current()[0] or None
     with suppress(OSError):
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
-    if found.get("target") and not os.path.dirname(rule.command[0]):  # else the commit may bring it
+    program = split_commands(rule.command)[0][0]
+    if found.get("target") and not os.path.dirname(program):  # else the commit may bring it
         try:
-            resolve_program(rule.command[0], outlook.env.get("PATH", ""))
+            resolve_program(program, outlook.env.get("PATH", ""))
         except UpdaterError as missing:
             found["refused"].append(missing.what)
     with suppress(OSError):
@@ -18425,7 +18488,7 @@ class Service:
     async def serve_role(self, agent: Agent) -> None:
         """One role, until the daemon stops or the role turns out to be another."""
         self.over.clear()
-        role = self.role.found.decision.role
+        role = agent.role = self.role.found.decision.role
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(
             lambda: PokeReceiver(agent.own.poked),
@@ -18853,6 +18916,14 @@ def daemon_facts(state: StateFolder) -> dict[str, Any]:
     if FileLock.held_elsewhere(state.daemon_lock):
         return read_json(state.daemon_file) or {}
     return {}
+
+
+def own_role(config: Config, path: Path, state: StateFolder, bind: str | None) -> Role:
+    """What this host is: as its daemon says; without one, as that would find now, without asking
+    the internet."""
+    with suppress(ValueError):
+        return Role(str(daemon_facts(state).get("role")))
+    return gather_role(config, ServeOptions(path, state, bind), outside=False).decision.role
 
 
 def daemon_is_up(facts: Mapping[str, Any]) -> bool:
@@ -19437,6 +19508,12 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
     for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
         if name and not (tree / name).exists():
             warnings.append(f"{key}: there is no {tree / name} on this host")
+    for role in Role:
+        file = getattr(config.deploy, role).environment_file
+        if file and not (tree / file).exists():
+            warnings.append(
+                f"deploy.{role}.environmentFile: there is no {tree / file} on this host"
+            )
     for i, hook in enumerate(config.notify):
         try:
             _ = hook.url_file and hook_url(hook, tree)
@@ -19445,9 +19522,11 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
     return [], warnings
 
 
-def effective_settings(config: Config, address: str | None) -> list[tuple[str, str, str]]:
+def effective_settings(
+    config: Config, address: str | None, role: Role | None = None
+) -> list[tuple[str, str, str]]:
     """(key, value, where it comes from) of everything that holds on this host."""
-    rule = host_rule(config, address, socket.gethostname())
+    rule = host_rule(config, address, socket.gethostname(), role)
     own = next((host for host in config.hosts if host.key == rule.key), None)
     rows = [
         ("masterUrl", str(config.master_url), "file"),
@@ -19455,20 +19534,36 @@ def effective_settings(config: Config, address: str | None) -> list[tuple[str, s
     ]
     if config.commanders:
         rows.append(("commanders", ", ".join(config.commanders), "file"))
+    layers: list[tuple[str, Any]] = []
+    if own is not None:
+        layers.append((f'[hosts."{own.key}"]', own))
+    if role is not None:
+        layers.append((f"[deploy.{role}]", getattr(config.deploy, role)))
     for key in (field_.name for field_ in fields(rule)):
-        value = getattr(rule, key)
-        if key in ("key", "address", "hostname"):
+        if key in ("key", "address", "hostname", *Role):
             continue
         origin = "default"
-        if own is not None and getattr(own, key, None):
-            origin = f'[hosts."{own.key}"]'
-        elif getattr(config.deploy, key, None) != getattr(DeployRule(), key, None):
+        if getattr(config.deploy, key, None) != getattr(DeployRule(), key, None):
             origin = "[deploy]"
-        if isinstance(value, tuple | Mapping):
-            value = (" " if isinstance(value, tuple) else ", ").join(value)
+        for name, section in reversed(layers):
+            if getattr(section, key, None) not in (None, {}):
+                origin = name
         name = re.sub(r"_(\w)", lambda match: match[1].upper(), key.removesuffix("_s"))
-        rows.append((name, "-" if value in (None, "") else str(value), origin))
+        rows.append((name, _setting_text(key, getattr(rule, key)), origin))
     return rows
+
+
+def _setting_text(key: str, value: Any) -> str:
+    """A setting's value for people; of an environment the names alone."""
+    if key == "command":
+        return commands_text(value)
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    elif isinstance(value, Mapping):
+        value = ", ".join(value)
+    if value in (None, ""):
+        return "-"
+    return str(value)
 
 
 _BLUE_GREEN = """\
@@ -20391,7 +20486,11 @@ class Setup(HostChanges):
     def allow_restarts(self) -> None:
         """Let the service restart what its deployments restart, and nothing else."""
         units = []
-        for service in map(parse_service, self.config.deploy.restart):
+        # Of both roles: a host that becomes the master must not need another `setup` first.
+        listed: list[str] = []
+        for role in Role:
+            listed += host_rule(self.config, self.bind, socket.gethostname(), role).restart
+        for service in map(parse_service, dict.fromkeys(listed)):
             if service.keeper == "systemd":
                 name = service.name
                 units.append(name if "." in name else f"{name}.service")
@@ -20623,9 +20722,10 @@ class Doctor:
         address = self.args.bind or (
             None if self.daemon.get("trouble") else self.daemon.get("label")
         )
-        rule = host_rule(
-            config, address if address and is_address(address) else None, socket.gethostname()
-        )
+        if not (address and is_address(address)):
+            address = None
+        role = own_role(config, path, self.state, self.args.bind)
+        rule = host_rule(config, address, socket.gethostname(), role)
         tree = work_tree(path)
         extra = dict(rule.env)
         with suppress(ConfigError):
@@ -22064,7 +22164,7 @@ def cmd_trigger(args: Args) -> int:
     options: dict[str, Any] = {} if args.plan is None else {"plan": args.plan}
     if args.only is not None:
         with suppress(ConfigError):  # then the hosts' own configuration says whether it is there
-            select_services(load_config(args.config_path()).deploy.restart, args.only)
+            select_services(load_config(args.config_path()).all_services, args.only)
         options["only"] = args.only
     if args.force:
         options["force"] = True
@@ -22626,8 +22726,9 @@ def cmd_deploy(args: Args) -> int:
     """Deploy on this host alone, without the master. Raises UsageError, ConfigError before anything
     is started."""
     require_branch(args.branch, "nothing was started")
-    load_config(args.config_path())  # what is wrong with it is better said here than in a log
-    return run_here(args, new_order(Kind.DEPLOY, "", args.branch))
+    config = load_config(args.config_path())  # what is wrong is better said here than in a log
+    options = {"role": own_role(config, args.config_path(), args.state_folder(), args.bind)}
+    return run_here(args, new_order(Kind.DEPLOY, "", args.branch, options=options))
 
 
 def cmd_logs(args: Args) -> int:
@@ -23140,7 +23241,9 @@ def cmd_config(args: Args) -> int:
     if args.action == "convert":
         return convert_config(args, path)
     if args.action == "show":
-        rows = effective_settings(load_config(path), args.bind)
+        config = load_config(path)
+        role = own_role(config, path, args.plain_state_folder(), args.bind)
+        rows = effective_settings(config, args.bind, role)
         facts: dict[str, Any] = {
             key: {"value": value, "from": origin} for key, value, origin in rows
         }
@@ -23270,6 +23373,11 @@ def convert_config(args: Args, path: Path) -> int:
     for key, name in environment_files(converted):
         if not (work_tree(new) / name).exists():
             missing.append(f"{key}: there is no {name} here; that host needs it")
+    if "machines" in data and "deploy" not in data:
+        missing.append(
+            "the steps are not in this file, they were in the older updater's code: write them"
+            " into deploy.command, and what differs by role into deploy.master and deploy.agent"
+        )
     text = f"wrote {new}"
     if new != path:
         text += f", removed {path}"
@@ -23284,10 +23392,10 @@ def convert_config(args: Args, path: Path) -> int:
 
 
 def environment_files(config: Config) -> Iterator[tuple[str, str]]:
-    """Each host's environmentFile, with its place in the configuration."""
-    for rule in config.hosts:
+    """Each role's and each host's environmentFile, with its place in the configuration."""
+    for place, rule in role_sections(config):
         if rule.environment_file:
-            yield f"hosts{_step(rule.key)}.environmentFile", rule.environment_file
+            yield f"{place}.environmentFile", rule.environment_file
 
 
 def cmd_whitelist(args: Args) -> int:

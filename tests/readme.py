@@ -22,6 +22,17 @@ sys.path.insert(0, str(ROOT))
 from tests import seam as est  # noqa: E402
 from tests.seam import MISSING, Field, fields  # noqa: E402
 
+# What may differ by role
+BY_ROLE = {
+    "command": "instead of `deploy.command`, on the `master` or on each `agent`",
+    "restart": "instead of `deploy.restart`; `[]` restarts nothing",
+    "settle": "instead of `deploy.settle`",
+    "timeout": "instead of `deploy.timeout`",
+    "version": "instead of `deploy.version`",
+    "environmentFile": "a flat JSON object of strings, or `KEY=VALUE` lines, for the steps' environment",
+    "environmentVariable": "gets the file's whole JSON, with `~/` expanded; nested JSON always is one variable",
+    "env": "variables by name, for the steps",
+}
 # Every key of the configuration, by table. One that stands only here, or only in the program, is an error.
 MEANINGS: dict[str, dict[str, str]] = {
     "": {
@@ -44,14 +55,11 @@ MEANINGS: dict[str, dict[str, str]] = {
         "secrets": "names of more variables whose values no log may show; those that look secret are masked anyway",
         "version": "where the version stands; else the last `vMMDD_N` of the output, else `git describe`",
     },
+    "deploy.ROLE": BY_ROLE,
     'hosts."KEY"': {
         "name": "what the host is called; nobody else may claim the name",
         "role": "`master` or `agent`, where the address can't tell",
         "repo": "the checkout to deploy; default: the one that holds this file",
-        "command": "instead of `deploy.command`",
-        "environmentFile": "a flat JSON object of strings, or `KEY=VALUE` lines, for the steps' environment",
-        "environmentVariable": "gets the file's whole JSON, with `~/` expanded; nested JSON always is one variable",
-        "env": "the same, here",
         "color": "`blue` or `green`: which worker this host is",
         "deploy": "`false` keeps it out of `all`, `active` and `standby`",
     },
@@ -125,7 +133,8 @@ MEANINGS: dict[str, dict[str, str]] = {
     },
 }
 TABLES: Mapping[str, Any] = {
-    "": est.Config, "deploy": est.DeployRule, 'hosts."KEY"': est.HostRule, "haproxy": est.HaproxyRule,
+    "": est.Config, "deploy": est.DeployRule, "deploy.ROLE": est.RoleRule, 'hosts."KEY"': est.HostRule,
+    "haproxy": est.HaproxyRule,
     "[[health]]": est.HealthRule, "tls": est.TlsRule, "keep": est.KeepRule, "updater": est.UpdaterRule,
     "[[notify]]": est.NotifyRule, "[[freeze]]": est.FreezeRule,
     "[[watch]]": est.WatchRule,
@@ -197,7 +206,10 @@ def keys_of(cls: Any) -> Iterator[tuple[str, Field]]:
     known = {setting.name: setting for setting in fields(cls)}
     for key, (name, _) in est.config_keys(cls).items():
         is_table = cls is est.Config and (key in ("hosts", *TABLES) or f"[[{key}]]" in TABLES)
-        if not is_table:
+        is_role = cls is est.DeployRule and key in ("master", "agent")
+        # a host has all that a role has: that is one row of its own
+        is_shared = cls is est.HostRule and key in BY_ROLE
+        if not (is_table or is_role or is_shared):
             yield key, known[name]
 
 
@@ -211,6 +223,8 @@ def configuration() -> str:
         for key, meaning in MEANINGS[table].items():
             shown = f"{table} {key}" if table.startswith("[[") else f"{table}.{key}".removeprefix(".")
             rows.append(f"| `{shown}` | {default_text(found[key])} | {meaning} |")
+        if cls is est.HostRule:
+            rows.append(f"| `{table}.*` |  | all keys of `deploy.ROLE`, over what that says |")
     return "\n".join(rows)
 
 

@@ -124,6 +124,7 @@ from estelle_updater import (
     Role as Role,
     RoleDecision as RoleDecision,
     RoleFacts as RoleFacts,
+    RoleRule as RoleRule,
     Run as Run,
     Runner as Runner,
     RunRecord as RunRecord,

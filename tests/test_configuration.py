@@ -25,6 +25,7 @@ from tests.seam import (
     MasterUrl,
     NotifyRule,
     Role,
+    RoleRule,
     TlsRule,
     UpdaterRule,
     WatchRule,
@@ -68,11 +69,27 @@ timeout = 1800                                # seconds for one step
 version = "config/version.json"               # its "version", or the first line of plain text; else the last vMMDD_N in the output, else git describe --always
 secrets = []                                  # names of more variables whose values are masked in the logs
 
+[deploy.master]                               # what differs by role; a host's section lies over it
+restart = ["pm2:ecosystem.master.config.cjs"]
+[deploy.agent]
+command = ["pnpm", "deploy:release"]          # or a list of commands, each a step of its own
+restart = ["pm2:ecosystem.agents.config.cjs"]
+settle = 5
+timeout = 600
+version = "config/version.json"
+environmentFile = "config/environments.agents.json"
+environmentVariable = "ESTELLE_ENV_CONFIG"
+env = { NODE_ENV = "production" }
+
 [hosts."121.0.0.7"]                           # ADDRESS/HOSTNAME, HOSTNAME or ADDRESS: the first that matches, in this order; all keys optional
 name = "office"
 role = "agent"                                # per host only, or --role; never for the whole fleet
 repo = "C:/apps/estelle2"                     # default: the git work tree that holds this file
 command = ["pnpm", "deploy:release"]
+restart = []                                  # this host restarts nothing
+settle = 5
+timeout = 600
+version = "config/version.json"
 environmentFile = "config/environments.office.json"   # flat JSON object of strings, or KEY=VALUE lines
 environmentVariable = "ESTELLE_ENV_CONFIG"
 env = { NODE_ENV = "production" }
@@ -175,6 +192,19 @@ def test_the_whole_example():
         master_url=MasterUrl("ws", "5.223.72.58", 9900, "/", False),
         whitelist=("5.223.72.58", "121.0.0.0/24", "2001:db8::/48"),
         token_file="/etc/estelle-updater.token",
+        deploy=DeployRule(
+            master=RoleRule(restart=("pm2:ecosystem.master.config.cjs",)),
+            agent=RoleRule(
+                command=("pnpm", "deploy:release"),
+                restart=("pm2:ecosystem.agents.config.cjs",),
+                settle_s=5,
+                timeout_s=600,
+                version="config/version.json",
+                environment_file="config/environments.agents.json",
+                environment_variable="ESTELLE_ENV_CONFIG",
+                env={"NODE_ENV": "production"},
+            ),
+        ),
         hosts=(
             HostRule(
                 key="121.0.0.7",
@@ -183,6 +213,10 @@ def test_the_whole_example():
                 role=Role.AGENT,
                 repo="C:/apps/estelle2",
                 command=("pnpm", "deploy:release"),
+                restart=(),
+                settle_s=5,
+                timeout_s=600,
+                version="config/version.json",
                 environment_file="config/environments.office.json",
                 environment_variable="ESTELLE_ENV_CONFIG",
                 env={"NODE_ENV": "production"},
@@ -221,7 +255,8 @@ def test_the_whole_example_uses_every_key():
     data = tomllib.loads(WHOLE)
     tables = {
         Config: [data], DeployRule: [data["deploy"]], HostRule: list(data["hosts"].values()), TlsRule: [data["tls"]],
-        HaproxyRule: [data["haproxy"]], KeepRule: [data["keep"]], UpdaterRule: [data["updater"]],
+        RoleRule: [data["deploy"]["agent"]], HaproxyRule: [data["haproxy"]], KeepRule: [data["keep"]],
+        UpdaterRule: [data["updater"]],
     }  # fmt: skip
     for rule, examples in tables.items():
         assert {key for table in examples for key in table} == set(config_keys(rule))
@@ -658,6 +693,33 @@ def test_a_hosts_settings_lie_over_deploy():
     assert host_rule(config, "10.0.0.9", "x").deploy is False
     none = host_rule(config, None, "x")
     assert (none.role, none.repo, none.environment_file, none.env, none.color) == (None, None, None, {}, None)
+
+
+def test_what_differs_by_role_lies_between():
+    config = config_of(
+        deploy={
+            "command": ["make"],
+            "restart": ["web"],
+            "master": {"restart": ["pm2:master.cjs"], "env": {"A": "role", "B": "role"}, "environmentFile": "m"},
+            "agent": {"command": [["make", "x"], ["make", "y"]], "restart": [], "timeout": 9},
+        },
+        hosts={"10.0.0.2": {"restart": ["own"], "env": {"B": "own"}}},
+    )
+    master, agent = (host_rule(config, "10.0.0.9", "x", role) for role in Role)
+    assert (master.command, master.restart, master.environment_file) == (("make",), ("pm2:master.cjs",), "m")
+    assert (agent.command, agent.restart, agent.timeout_s) == ((("make", "x"), ("make", "y")), (), 9)
+    assert master.env == {"A": "role", "B": "role"} and agent.env == {}
+    own = host_rule(config, "10.0.0.2", "x", Role.MASTER)
+    assert (own.restart, own.env, own.environment_file) == (("own",), {"A": "role", "B": "own"}, "m")
+    assert host_rule(config, "10.0.0.9", "x").restart == ("web",), "a role that nobody knows has no section"
+    assert config.all_services == ("web", "pm2:master.cjs", "own")
+    problems = problems_of({**SMALL, "deploy": {"agent": {"role": "agent", "restart": ["a b"]}}})
+    assert [text.split(",")[0] for text in problems][:1] == ["deploy.agent.role: unknown key"]
+    assert problems[1].startswith("deploy.agent.restart[0]: ")
+    warned = config_warnings(config_of(deploy={"master": {"env": {"DB_PASSWORD": "hunter2-hunter2"}}}))
+    assert warned == [
+        "deploy.master.env.DB_PASSWORD: it looks like a secret; move it to an environmentFile outside git"
+    ]
 
 
 def test_a_name_belongs_to_the_address_that_the_configuration_gives_it():

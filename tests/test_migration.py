@@ -25,6 +25,7 @@ def test_the_older_configuration_becomes_a_green_deployment(fleet: Callable[...,
     converted = one.cli("config", "convert")
     assert converted.code == 0, converted.err
     assert "there is no config/gone.json here; that host needs it" in converted.out
+    assert "! the steps are not in this file" in converted.out
     new = json.loads(one.master.config.read_text())
     assert new["hosts"]["127.0.0.1"] == {"environmentFile": "config/environments.office.json"}
     assert one.cli("config", "check").code == 0
@@ -49,3 +50,32 @@ def test_the_older_configuration_becomes_a_green_deployment(fleet: Callable[...,
     one.origin.commit({"build.sh": "exit 7\n"})
     failed = one.cli("trigger", "all", "master")
     assert failed.code == 1 and "✗ 실패 sh build.sh (exit 7)" in failed.out and "released" not in failed.out
+
+
+def test_master_and_agents_run_what_their_role_says(fleet: Callable[..., Fleet]) -> None:
+    """In a run, by hand, in a plan and in `config show`: the same."""
+    steps = [["sh", "-c", "echo built"], ["sh", "-c", "echo on the $WHO"]]
+    by_role = {
+        "master": {"env": {"WHO": "master"}},
+        "agent": {"env": {"WHO": "agent"}, "command": [*steps, ["sh", "a.sh"]]},
+    }
+    one = fleet(hosts=2, config={"deploy": {"command": steps, **by_role}})
+    one.origin.commit({"a.sh": "echo only agents\n"})
+    plan = {row["host"]: row["command"] for row in json.loads(one.cli("plan", "all", "master", "--json").out)["hosts"]}
+    common = "sh -c echo built; sh -c echo on the $WHO"
+    assert plan == {"127.0.0.1": common, "127.0.0.2": f"{common}; sh a.sh"}
+    done = one.cli("trigger", "all", "master")
+    assert done.code == 0, done.out + done.err
+    assert "[127.0.0.1] on the master\n" in done.out and "[127.0.0.1] only" not in done.out
+    assert "[127.0.0.2] on the agent\n" in done.out and "[127.0.0.2] only agents\n" in done.out
+    for host, words in ((one.master, "on the master"), (one.agents[0], "only agents")):
+        by_hand = one.cli("deploy", "master", host=host)
+        assert by_hand.code == 0 and words in by_hand.out, by_hand.out + by_hand.err
+        shown = json.loads(one.cli("config", "show", "--json", host=host).out)
+        role = "master" if host is one.master else "agent"
+        assert shown["env"] == {"value": "WHO", "from": f"[deploy.{role}]"}
+        origin = "[deploy]" if host is one.master else "[deploy.agent]"
+        assert shown["command"] == {"value": plan[host.address], "from": origin}
+    one.stop(one.master)
+    alone = one.cli("deploy", "master")
+    assert alone.code == 0 and "on the master" in alone.out, "no daemon has to say the role"
