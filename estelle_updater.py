@@ -555,6 +555,7 @@ ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its ver
 CLOCK_S = 30.0  # more than the clocks of two hosts may differ
 SETUP_S = 60.0  # one step of an installation, and until the master's welcome
 JOB_LOCK_WAIT_S, DAEMON_LOCK_WAIT_S = 10.0, 5.0  # the one before may just be ending
+CLONE_LOOK_S = 0.5  # between two looks whether the other's deployment in this clone is over
 TICK_S = 1.0
 BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
@@ -6872,6 +6873,68 @@ class FileLock:
         return True
 
 
+class CloneLock:
+    """The right to deploy in one work tree of git: two daemons, of two users even, may serve one,
+    and each knows only the lock of its own state folder.
+
+    It is held on git's own folder for the work tree, which all who can deploy there can read: a
+    file made by one user could keep out another. Windows locks no folders: there it is a file. A
+    second file says who holds it, for people alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.note = folder / "estelle-updater.json"
+        # no name of its own may end in .lock: those are git's, and are removed
+        self._file = FileLock(folder / "estelle-updater.job")
+        self._fd = -1
+
+    def acquire(self, state: str) -> bool:
+        """Take it, if nobody has it; `state` is the folder to be named to others. Raises OSError
+        where nothing can be locked."""
+        if sys.platform == "win32":
+            taken = self._file.acquire()
+        else:
+            taken = self._lock_folder()
+        if taken:
+            holder = {"pid": os.getpid(), "state": state}
+            with suppress(OSError):  # nobody may write there: then others are told less
+                write_atomic(self.note, json.dumps(holder).encode(), mode=0o644)
+        return taken
+
+    def _lock_folder(self) -> bool:
+        import fcntl
+
+        # never inherited by a step, as all descriptors of os.open
+        fd = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            os.close(fd)
+            if isinstance(problem, BlockingIOError):
+                return False
+            raise
+        self._fd = fd
+        return True
+
+    def holder(self) -> str:
+        """Who has it, for people."""
+        try:
+            found = json.loads(read_supplied(self.note))
+            pid, state = found["pid"], found["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+        return one_line(f"pid {pid} with the state folder {state}")
+
+    def release(self) -> None:
+        """Give it back; nothing happens if it is not held."""
+        self._file.release()
+        fd = self._fd
+        self._fd = -1
+        if fd >= 0:
+            os.close(fd)
+
+
 class DaemonLog:
     """The daemon's own log: one line per event on stderr, with its time, or with its priority under
     journald."""
@@ -10204,10 +10267,50 @@ class Deployment:
         self.tree: WorkTree
 
     def perform(self) -> None:
-        """Check, fetch, check out, pull, and run the host's command."""
+        """Check, fetch, check out, pull, and run the host's command, while no other runner deploys
+        in this clone."""
         runner = self.runner
         runner.begin("check", StepKind.CHECK)
         runner.load_rule(strict=False)
+        lock = self.claim_clone()
+        try:
+            self.go_through()
+        finally:
+            if lock:
+                lock.release()
+
+    def claim_clone(self) -> CloneLock | None:
+        """The lock of this clone, whoever else deploys in it; None where it can't be locked. Waits
+        as long as a step may take. Raises StepFailed."""
+        runner = self.runner
+        # as git says it, relative to the place: Cygwin's git has names of its own for places
+        found = os.fsdecode(self.git("rev-parse", "--git-dir")).rstrip("\n")
+        if not found:
+            return None  # no clone, and `check_ground` will say so
+        lock = CloneLock(runner.repo / found)
+        ends = time.monotonic() + runner.rule.timeout_s
+        told = ""
+        try:
+            while not lock.acquire(str(runner.state.root)):
+                holder = f"{lock.holder()} deploys in this clone, {runner.repo}"
+                if holder != told:
+                    runner.log.line(f"Waiting: {holder}.")
+                    told = holder
+                if runner.is_cancelled():
+                    raise runner.cancelled("check")
+                if time.monotonic() > ends:
+                    raise StepFailed(State.TIMEOUT, "check", error=holder)
+                time.sleep(CLONE_LOOK_S)
+        except OSError as problem:  # a file system without locks
+            runner.warn(f"nothing keeps two deployments out of this clone: {problem}")
+            return None
+        if told:
+            runner.load_rule(strict=False)  # the other may have brought another configuration
+        return lock
+
+    def go_through(self) -> None:
+        """The steps themselves."""
+        runner = self.runner
         with suppress(UpdaterError):  # `check_ground` will say what is wrong
             before = self.git("rev-parse", "HEAD").decode().strip()
             runner.job = replace(runner.job, before=before or None)

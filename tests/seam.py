@@ -69,6 +69,7 @@ from estelle_updater import (
     Cancel as Cancel,
     Challenge as Challenge,
     Clearance as Clearance,
+    CloneLock as CloneLock,
     Config as Config,
     ConfigError as ConfigError,
     ConfigFile as ConfigFile,

@@ -934,6 +934,12 @@ assert lock.acquire(10)
 assert lock.held_elsewhere(folder / "lock")
 lock.release()
 assert not lock.held_elsewhere(folder / "lock") and not lock.held_elsewhere(folder / "none")
+mine, other = updater.CloneLock(folder), updater.CloneLock(folder)
+assert mine.acquire("C:\\one") and not other.acquire("C:\\two")
+assert other.holder() == f"pid {os.getpid()} with the state folder C:\\one"
+mine.release()
+assert other.acquire("C:\\two")
+other.release()
 
 import asyncio
 async def main():

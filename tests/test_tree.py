@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fleet import MODULE, Result, wait_for
+from tests import seam as est
+from tests.fleet import MODULE, Result, unavailable, wait_for
 
 HOST = "127.0.0.1"
 COMMAND = {"deploy": {"command": ["sh", "deploy.sh"], "timeout": 60}}
@@ -59,6 +61,17 @@ class Clone:
         with self.start(branch) as command:
             out, err = command.communicate(timeout=90)
         return Result(command.returncode, out, err)
+
+    def second(self) -> Clone:
+        """The same host with another state folder, as another user's daemon."""
+        other = copy.copy(self)
+        other.state = self.folder / "state2"
+        return other
+
+    def log(self, at: int = 0) -> str:
+        """The log of a job, the first one by default; nothing before it begins."""
+        files = sorted((self.state / "runs").glob(f"*/{HOST}.log"), key=lambda file: file.stat().st_ctime_ns)
+        return "".join(file.read_text() for file in files[at : at + 1])
 
     def job(self) -> dict[str, object]:
         """The newest job's record."""
@@ -269,3 +282,63 @@ def test_a_talkative_command_fills_no_disk(clone: Clone):
     assert re.search(r"warning: left running: \d+ sleep; its output is not recorded any more\n", end.decode())
     (pid,) = re.findall(r"left running: (\d+) sleep", str(job["warnings"]))
     os.kill(int(pid), signal.SIGKILL)
+
+
+# Two daemons, one clone
+
+
+def test_two_state_folders_never_deploy_in_one_clone_at_once(clone: Clone):
+    """Each has a lock of its own, and both have the clone's."""
+    other = clone.second()
+    steps = clone.folder / "steps"
+    gate = clone.folder / "go"
+    script = f"echo begin >> {steps}\nuntil [ -e {gate} ]; do sleep 0.02; done\necho end >> {steps}\n"
+    clone.commit({"deploy.sh": script})
+    with clone.start("master") as first:
+        wait_for(steps.exists, "the first one deploys")
+        with other.start("master") as second:
+            waiting = wait_for(lambda: re.search("Waiting: .*", other.log()), other.log)[0]
+            (pid,) = re.findall("pid (\\d+) with", waiting)
+            assert (
+                waiting
+                == f"Waiting: pid {pid} with the state folder {clone.state} deploys in this clone, {clone.host}."
+            )
+            assert "run-job" in Path(f"/proc/{pid}/cmdline").read_text()
+            assert other.job()["step"] == "check" and steps.read_text() == "begin\n"
+            gate.touch()
+            for command in (first, second):
+                assert command.communicate(timeout=60)[1] is not None and command.returncode == 0
+    assert steps.read_text() == "begin\nend\n" * 2
+
+    gate.unlink()
+    with clone.start("master") as first:
+        wait_for(lambda: steps.read_text().count("begin") == 3, "it deploys")
+        with other.start("master") as second:
+            again = wait_for(lambda: re.search("Waiting: pid (\\d+) ", other.log(at=1)), lambda: other.log(at=1))
+            os.kill(int(again[1]), signal.SIGKILL)  # the runner: the lock goes with it
+            gate.touch()
+            first.communicate(timeout=60)
+            second.communicate(timeout=60)
+            assert (first.returncode, second.returncode) == (1, 0), other.log()
+
+
+def test_a_clone_that_others_own_can_be_locked(clone: Clone):
+    """Who may only read git's folder locks it all the same."""
+    if os.geteuid() != 0:
+        unavailable("only root can be another user")
+    git = clone.host / ".git"
+    lock, same = est.CloneLock(git), est.CloneLock(git)
+    assert lock.acquire("/one") and not same.acquire("/two")
+    assert same.holder() == f"pid {os.getpid()} with the state folder /one"
+    lock.note.unlink()
+    os.mkfifo(lock.note)
+    assert same.holder() == "another process"
+    lock.note.unlink()
+    # their folders are root's alone: it goes there before it is somebody else
+    code = "import fcntl, os, sys; from pathlib import Path; from tests import seam as est; os.chdir(sys.argv[1])\n"
+    code += "lock = est.CloneLock(Path()); os.setuid(65534); print(lock.acquire('/x'), lock.note.exists())"
+    for expected in ("False", "True"):
+        argv = [sys.executable, "-c", code, str(git)]
+        done = subprocess.run(argv, cwd=MODULE.parent, capture_output=True, text=True, timeout=60, check=False)
+        assert done.stdout.split() == [expected, "False"], done.stderr
+        lock.release()
