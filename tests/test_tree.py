@@ -297,12 +297,10 @@ def test_two_state_folders_never_deploy_in_one_clone_at_once(clone: Clone):
     with clone.start("master") as first:
         wait_for(steps.exists, "the first one deploys")
         with other.start("master") as second:
-            waiting = wait_for(lambda: re.search("Waiting: .*", other.log()), other.log)[0]
+            (waiting,) = wait_for(lambda: re.findall("Waiting: .*", other.log()), other.log)
             (pid,) = re.findall("pid (\\d+) with", waiting)
-            assert (
-                waiting
-                == f"Waiting: pid {pid} with the state folder {clone.state} deploys in this clone, {clone.host}."
-            )
+            there = f"the state folder {clone.state} deploys in this clone, {clone.host}."
+            assert waiting == f"Waiting: pid {pid} with {there}"
             assert "run-job" in Path(f"/proc/{pid}/cmdline").read_text()
             assert other.job()["step"] == "check" and steps.read_text() == "begin\n"
             gate.touch()
@@ -314,8 +312,8 @@ def test_two_state_folders_never_deploy_in_one_clone_at_once(clone: Clone):
     with clone.start("master") as first:
         wait_for(lambda: steps.read_text().count("begin") == 3, "it deploys")
         with other.start("master") as second:
-            again = wait_for(lambda: re.search("Waiting: pid (\\d+) ", other.log(at=1)), lambda: other.log(at=1))
-            os.kill(int(again[1]), signal.SIGKILL)  # the runner: the lock goes with it
+            (pid,) = wait_for(lambda: re.findall("Waiting: pid (\\d+) ", other.log(at=1)), lambda: other.log(at=1))
+            os.kill(int(pid), signal.SIGKILL)  # the runner: the lock goes with it
             gate.touch()
             first.communicate(timeout=60)
             second.communicate(timeout=60)
