@@ -10258,6 +10258,35 @@ def await_settled(runner: Runner, text: str, began: float) -> None:
     runner.log.line(f"{text} is {said}, for {settle_s:g} s in one life")
 
 
+def claim_clone(runner: Runner) -> CloneLock | None:
+    """The lock of this clone, whoever else deploys in it; None where it can't be locked. Waits
+    as long as a step may take. Raises StepFailed."""
+    # as git says it, relative to the place: Cygwin's git has names of its own for places
+    found = os.fsdecode(runner.git("rev-parse", "--git-dir")).rstrip("\n")
+    if not found:
+        return None  # no clone, and `check_ground` will say so
+    lock = CloneLock(runner.repo / found)
+    ends = time.monotonic() + runner.rule.timeout_s
+    told = ""
+    try:
+        while not lock.acquire(str(runner.state.root)):
+            holder = f"{lock.holder()} deploys in this clone, {runner.repo}"
+            if holder != told:
+                runner.log.line(f"Waiting: {holder}.")
+                told = holder
+            if runner.is_cancelled():
+                raise runner.cancelled("check")
+            if time.monotonic() > ends:
+                raise StepFailed(State.TIMEOUT, "check", error=holder)
+            time.sleep(CLONE_LOOK_S)
+    except OSError as problem:  # a file system without locks
+        runner.warn(f"nothing keeps two deployments out of this clone: {problem}")
+        return None
+    if told:
+        runner.load_rule(strict=False)  # the other may have brought another configuration
+    return lock
+
+
 class Deployment:
     """The document's steps on one clone, in its order, done by a runner."""
 
@@ -10267,49 +10296,7 @@ class Deployment:
         self.tree: WorkTree
 
     def perform(self) -> None:
-        """Check, fetch, check out, pull, and run the host's command, while no other runner deploys
-        in this clone."""
-        runner = self.runner
-        runner.begin("check", StepKind.CHECK)
-        runner.load_rule(strict=False)
-        lock = self.claim_clone()
-        try:
-            self.go_through()
-        finally:
-            if lock:
-                lock.release()
-
-    def claim_clone(self) -> CloneLock | None:
-        """The lock of this clone, whoever else deploys in it; None where it can't be locked. Waits
-        as long as a step may take. Raises StepFailed."""
-        runner = self.runner
-        # as git says it, relative to the place: Cygwin's git has names of its own for places
-        found = os.fsdecode(self.git("rev-parse", "--git-dir")).rstrip("\n")
-        if not found:
-            return None  # no clone, and `check_ground` will say so
-        lock = CloneLock(runner.repo / found)
-        ends = time.monotonic() + runner.rule.timeout_s
-        told = ""
-        try:
-            while not lock.acquire(str(runner.state.root)):
-                holder = f"{lock.holder()} deploys in this clone, {runner.repo}"
-                if holder != told:
-                    runner.log.line(f"Waiting: {holder}.")
-                    told = holder
-                if runner.is_cancelled():
-                    raise runner.cancelled("check")
-                if time.monotonic() > ends:
-                    raise StepFailed(State.TIMEOUT, "check", error=holder)
-                time.sleep(CLONE_LOOK_S)
-        except OSError as problem:  # a file system without locks
-            runner.warn(f"nothing keeps two deployments out of this clone: {problem}")
-            return None
-        if told:
-            runner.load_rule(strict=False)  # the other may have brought another configuration
-        return lock
-
-    def go_through(self) -> None:
-        """The steps themselves."""
+        """Check, fetch, check out, pull, and run the host's command."""
         runner = self.runner
         with suppress(UpdaterError):  # `check_ground` will say what is wrong
             before = self.git("rev-parse", "HEAD").decode().strip()
@@ -10624,9 +10611,16 @@ def remove_git_locks(runner: Runner) -> None:
 
 
 def deploy(runner: Runner) -> str | None:
-    """What a runner does for `trigger`, `deploy` and `rollback`. Returns no version: the project
-    has its own."""
-    Deployment(runner).perform()
+    """What a runner does for `trigger`, `deploy` and `rollback`, while no other runner deploys in
+    this clone. Returns no version: the project has its own."""
+    runner.begin("check", StepKind.CHECK)
+    runner.load_rule(strict=False)
+    lock = claim_clone(runner)
+    try:
+        Deployment(runner).perform()
+    finally:
+        if lock:
+            lock.release()
     return None
 
 
