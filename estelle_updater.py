@@ -74,10 +74,16 @@ The one idea: a job's log is a file whose byte offset is the sequence number, an
 
 from __future__ import annotations
 
-try:
-    pass
-except* ImportError:  # THIS PROGRAM NEEDS PYTHON 3.11 OR NEWER (an older one shows this line)
-    pass
+import sys
+
+# Python 3.8 to 3.10 can read this module to its end, and say what is needed; an older one can't
+# read the `:=`, which is the first that it does not know, and shows that line.
+if (_version := sys.version.split()[0]) and sys.version_info < (3, 11):  # PYTHON 3.11 IS NEEDED
+    sys.stderr.write(
+        f"estelle-updater: error: Python 3.11 or newer is needed, and {sys.executable} is Python"
+        f" {_version}\nhint: name a newer one, as in: python3.11 {' '.join(sys.argv)}\n"
+    )
+    sys.exit(2)
 
 import argparse
 import codecs
@@ -91,7 +97,6 @@ import posixpath
 import re
 import stat
 import struct
-import sys
 import threading
 import time
 import zlib
@@ -695,6 +700,14 @@ def iter_leaves(group: BaseException) -> Iterator[BaseException]:
             yield from iter_leaves(problem)
     else:
         yield group
+
+
+def leaves_if(problem: Exception, *kinds: type[Exception]) -> list[BaseException]:
+    """The exceptions of a group, or the one alone; raises it again where one is of no such kind."""
+    leaves = list(iter_leaves(problem))
+    if not all(isinstance(leaf, kinds) for leaf in leaves):
+        raise problem
+    return leaves
 
 
 # ==============================================================================
@@ -3717,24 +3730,21 @@ def job_summary(job: JobRecord) -> dict[str, Any]:
 
 def outcome_text(job: Mapping[str, Any]) -> str:
     """How a job ended, from `job_summary`, in the operator's language."""
-    match job["state"]:
-        case State.SUCCEEDED:
-            return f"✓ 완료 {job['version'] or ''}".rstrip()
-        case State.FAILED:
-            code = job["exit"]
-            if code is None:
-                exit_text = ""
-            else:
-                exit_text = f" (exit {code})"
-            return f"✗ 실패 {job['step'] or job['error']}{exit_text}"
-        case State.CANCELLED:
-            return "✗ 취소"
-        case State.OFFLINE:
-            return "✗ 오프라인"
-        case State.TIMEOUT:
-            return f"✗ 시간 초과 {job['step']}"
-        case _:
-            return f"✗ 연결 끊김 ({job['error']})"
+    state, step, code = job["state"], job["step"], job["exit"]
+    if state == State.SUCCEEDED:
+        return f"✓ 완료 {job['version'] or ''}".rstrip()
+    if state == State.FAILED:
+        exit_text = ""
+        if code is not None:
+            exit_text = f" (exit {code})"
+        return f"✗ 실패 {step or job['error']}{exit_text}"
+    if state == State.CANCELLED:
+        return "✗ 취소"
+    if state == State.OFFLINE:
+        return "✗ 오프라인"
+    if state == State.TIMEOUT:
+        return f"✗ 시간 초과 {step}"
+    return f"✗ 연결 끊김 ({job['error']})"
 
 
 def result_text(job: JobRecord) -> str:
@@ -4900,15 +4910,15 @@ def _why_idle(options: Iterable[_ServerOption]) -> str | None:
     does."""
     idle: dict[str, str] = {}
     for option in options:
-        match option.keyword, option.argument:
-            case b"disabled", _:
-                idle["disabled"] = "`disabled`"
-            case b"enabled", _:
-                idle.pop("disabled", None)
-            case b"weight", b"0":
-                idle["weight"] = "`weight 0`"
-            case b"weight", _:
-                idle.pop("weight", None)
+        word = option.keyword
+        if word == b"disabled":
+            idle["disabled"] = "`disabled`"
+        elif word == b"enabled":
+            idle.pop("disabled", None)
+        elif word == b"weight" and option.argument == b"0":
+            idle["weight"] = "`weight 0`"
+        elif word == b"weight":
+            idle.pop("weight", None)
     return next(iter(idle.values()), None)
 
 
@@ -11129,18 +11139,16 @@ def _check_valkey(check: Check) -> str:
     """Valkey's or Redis' answer to PING, as a user who may ask: before that it hides whether it
     still loads its data, or takes no writes any more."""
     password = _store_password(check)
-    with (
-        _dial(check.subject, check.timeout_s) as plain,
-        _secured(check, plain) as connection,
-        connection.makefile("rwb") as file,
-    ):
-        if password is not None:
-            if check.rule.user:
-                login = [check.rule.user, password]
-            else:
-                login = [password]
-            _ask_valkey(file, "AUTH", *login)
-        answer = _ask_valkey(file, "PING")
+    with _dial(check.subject, check.timeout_s) as plain, _secured(check, plain) as connection:
+        file = connection.makefile("rwb")
+        with file:
+            if password is not None:
+                if check.rule.user:
+                    login = [check.rule.user, password]
+                else:
+                    login = [password]
+                _ask_valkey(file, "AUTH", *login)
+            answer = _ask_valkey(file, "PING")
     if answer != "+PONG":
         raise CheckFailed(f"it answers {answer!r}, which is no Valkey's answer")
     return "PONG"
@@ -11294,14 +11302,17 @@ def served_chain(endpoint: str, timeout_s: float) -> list[bytes]:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     host = split_port(endpoint)[0].strip("[]")
-    with (
-        _dial(endpoint, timeout_s) as plain,
-        context.wrap_socket(plain, server_hostname=host) as connection,
-    ):
-        if hasattr(connection, "get_unverified_chain"):  # Python 3.13
-            return [bytes(data) for data in connection.get_unverified_chain()]
-        chain = connection._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]
-        return [ssl.PEM_cert_to_DER_cert(found.public_bytes()) for found in chain]
+    with _dial(endpoint, timeout_s) as plain:
+        connection = context.wrap_socket(plain, server_hostname=host)
+        with connection:
+            return _chain_of(connection)
+
+
+def _chain_of(connection: ssl.SSLSocket) -> list[bytes]:
+    if hasattr(connection, "get_unverified_chain"):  # Python 3.13
+        return [bytes(data) for data in connection.get_unverified_chain()]
+    chain = connection._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]
+    return [ssl.PEM_cert_to_DER_cert(found.public_bytes()) for found in chain]
 
 
 def require_name(endpoint: str, chain: Sequence[bytes], timeout_s: float) -> None:
@@ -11314,11 +11325,8 @@ def require_name(endpoint: str, chain: Sequence[bytes], timeout_s: float) -> Non
     context = ssl.create_default_context(cadata=trusted)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # what it shows counts as trusted
     try:
-        with (
-            _dial(endpoint, timeout_s) as plain,
-            context.wrap_socket(plain, server_hostname=host),
-        ):
-            return
+        with _dial(endpoint, timeout_s) as plain:
+            context.wrap_socket(plain, server_hostname=host).close()
     except ssl.SSLCertVerificationError as problem:
         raise CheckFailed(problem.verify_message.rstrip(".")) from problem
 
@@ -13431,23 +13439,22 @@ class Agent:
             master.link.post(Refuse(str(problem)[:1000]))
 
     def obey(self, master: Peer, message: Any) -> None:
-        match message:
-            case Order():
-                self.on_order(message, master.link)
-            case Cancel():
-                for job in self.own.active():
-                    if job.record.run == message.run:
-                        self.own.cancel(job, message.by)
-            case Have():
-                master.link.on_have(message)
-            case Acked():
-                self.own.release(message, master.link)
-            case Ask():
-                master.on_question(message)
-            case Refuse():
-                log.warning("the master says: %s", message.what)
-            case _:
-                raise ProtocolError("an agent has no use for that message")
+        if isinstance(message, Order):
+            self.on_order(message, master.link)
+        elif isinstance(message, Cancel):
+            for job in self.own.active():
+                if job.record.run == message.run:
+                    self.own.cancel(job, message.by)
+        elif isinstance(message, Have):
+            master.link.on_have(message)
+        elif isinstance(message, Acked):
+            self.own.release(message, master.link)
+        elif isinstance(message, Ask):
+            master.on_question(message)
+        elif isinstance(message, Refuse):
+            log.warning("the master says: %s", message.what)
+        else:
+            raise ProtocolError("an agent has no use for that message")
 
     def on_order(self, order: Order, link: Link) -> None:
         """Take a job; one that can't be taken has failed, or its host's queue would wait for it."""
@@ -13635,11 +13642,10 @@ class Dialer:
         self.url = str(url)
         try:
             await self.agent.serve_link(Link(wire, squeeze=True))
-        except* (EOFError, OSError):
-            pass
-        except* ProtocolError as group:
-            what = next(iter_leaves(group))
-            log.error("the master sent what is no part of the protocol: %s", what)
+        except Exception as problem:
+            for leaf in leaves_if(problem, EOFError, OSError, ProtocolError):
+                if isinstance(leaf, ProtocolError):
+                    log.error("the master sent what is no part of the protocol: %s", leaf)
         finally:
             self.url = ""
         self.say("the connection to the master ended; trying again until it answers")
@@ -15500,6 +15506,14 @@ class Queue:
         return replace(run.record, hosts=[job.host for job in stopping], offline=away)
 
 
+async def send_refusal(link: Link, socket: Any, problem: UpdaterError) -> None:
+    """Say why this connection ends, to whoever is still there to hear it."""
+    refusal = Refuse(problem.what[:1000], problem.hint, problem.exit_code)
+    with suppress(EOFError):
+        await link.wire.send(encode_message(refusal))
+        await socket.close()
+
+
 class Master:
     """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is
     told of it."""
@@ -15570,17 +15584,12 @@ class Master:
                 self.door.commanders[socket] = (address, reached)
                 may = self.door.may_command(address, reached)
                 await Desk(self).serve_commander(link, hello, address, proven.token, may)
-        except* (EOFError, TimeoutError):
-            pass
-        except* (ProtocolError, RefusedError) as group:
-            problem = next(iter_leaves(group))
-            assert isinstance(problem, UpdaterError)
-            self.door.log_refusal(address, problem.what)
-            with suppress(EOFError):
-                await link.wire.send(
-                    encode_message(Refuse(problem.what[:1000], problem.hint, problem.exit_code))
-                )
-                await socket.close()
+        except Exception as problem:
+            leaves = leaves_if(problem, EOFError, TimeoutError, ProtocolError, RefusedError)
+            wrong = [leaf for leaf in leaves if isinstance(leaf, UpdaterError)]
+            if wrong:
+                self.door.log_refusal(address, wrong[0].what)
+                await send_refusal(link, socket, wrong[0])
         finally:
             link.wire.abort()
             self.door.commanders.pop(socket, None)
@@ -15679,24 +15688,23 @@ class Master:
             agent.link.on_chunk(frame)
             return
         message = decode_message(frame)
-        match message:
-            case JobRecord():
-                if len(frame) > RECORD_BYTES:
-                    raise ProtocolError("a job's state of more than 64 KiB")
-                self.on_job(agent, message)
-            case Log():
-                self.on_log(agent, message)
-            case Broken():
-                agent.link.on_broken(message)
-            case Busy():
-                run = self.ledger.own_job(agent, message.run, message.host)
-                self.queue.on_busy(run, message)
-            case Answer():
-                agent.on_answer(message)
-            case Refuse():
-                self.door.log_refusal(f"by {agent.address}", message.what[:1000])
-            case _:
-                raise ProtocolError(f"an agent can't say {VERB_OF[type(message)]}")
+        if isinstance(message, JobRecord):
+            if len(frame) > RECORD_BYTES:
+                raise ProtocolError("a job's state of more than 64 KiB")
+            self.on_job(agent, message)
+        elif isinstance(message, Log):
+            self.on_log(agent, message)
+        elif isinstance(message, Broken):
+            agent.link.on_broken(message)
+        elif isinstance(message, Busy):
+            run = self.ledger.own_job(agent, message.run, message.host)
+            self.queue.on_busy(run, message)
+        elif isinstance(message, Answer):
+            agent.on_answer(message)
+        elif isinstance(message, Refuse):
+            self.door.log_refusal(f"by {agent.address}", message.what[:1000])
+        else:
+            raise ProtocolError(f"an agent can't say {VERB_OF[type(message)]}")
 
     # Agents' words
 
@@ -15814,14 +15822,14 @@ class Plan:
 
     def fits(self, order: Submit) -> bool:
         """Whether this order is what was planned."""
-        match self.request["action"], order.kind:
-            case "update", Kind.DEPLOY:
-                planned = (self.request["target"], self.request.get("branch"))
-                return (order.target, order.branch) == planned
-            case "rollback", Kind.ROLLBACK:
-                return order.commits == self.commits()
-            case "switch", Kind.SWITCH:
-                return order.options.get("color") == self.request.get("color")
+        asked = (self.request["action"], order.kind)
+        if asked == ("update", Kind.DEPLOY):
+            planned = (self.request["target"], self.request.get("branch"))
+            return (order.target, order.branch) == planned
+        if asked == ("rollback", Kind.ROLLBACK):
+            return order.commits == self.commits()
+        if asked == ("switch", Kind.SWITCH):
+            return bool(order.options.get("color") == self.request.get("color"))
         return False
 
 
@@ -16113,15 +16121,14 @@ class Desk:
 
     def obey(self, link: Link, message: Any, by: str) -> None:
         """What needs no waiting."""
-        match message:
-            case Follow():
-                self.follow(link, message)
-            case Have():
-                link.on_have(message)
-            case Cancel():
-                link.post(self.master.queue.cancel(message.run, by))
-            case _:
-                raise ProtocolError("not a commander's message")
+        if isinstance(message, Follow):
+            self.follow(link, message)
+        elif isinstance(message, Have):
+            link.on_have(message)
+        elif isinstance(message, Cancel):
+            link.post(self.master.queue.cancel(message.run, by))
+        else:
+            raise ProtocolError("not a commander's message")
 
     def follow(self, link: Link, message: Follow) -> None:
         """Tell a commander all of a run: first what there is, then whatever comes."""

@@ -171,6 +171,13 @@ def test_an_old_python_is_told_which_one_is_needed(pyz: Path, version: str) -> N
     error, hint = done.stderr.splitlines()
     assert error.startswith("estelle-updater: error: Python 3.11 or newer is needed, and ") and version in error
     assert hint.startswith("hint: ")
+    # the module by itself: from 3.8 on in the same words, and an older one shows the line that says it
+    alone = run(find_python(version), SOURCE, "trigger", "all", "master")
+    if version in ("3.8", "3.9", "3.10"):
+        assert (alone.returncode, alone.stdout) == (2, "")
+        assert alone.stderr.replace(str(SOURCE), str(pyz)) == done.stderr
+    else:
+        assert alone.returncode == 1 and "PYTHON 3.11 IS NEEDED" in alone.stderr.splitlines()[1]
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
