@@ -3343,13 +3343,12 @@ def judge_standing(
     An id that every commander might have seen is no proof; a key that perhaps never arrived can be
     given again, to the address that it was meant for.
     """
-    if not is_known:
-        if able:
-            return Standing.NEW
-        return Standing.KEYLESS
     if has_key and proves:
         return Standing.PROVEN
-    if not same_address or (has_key and was_proven):
+    # also where the list of hosts was lost: `forget` drops the key as well
+    if has_key and was_proven:
+        return Standing.IMPOSTOR
+    if is_known and not same_address:
         return Standing.IMPOSTOR
     if able:
         return Standing.NEW
@@ -7038,6 +7037,7 @@ class Store:
     def __init__(self) -> None:
         self._waiting: dict[Path, Write] = {}
         self._soon: dict[Path, Callable[[], bytes]] = {}  # what is put within a moment
+        self._turns: dict[Path, asyncio.Lock] = {}  # of those who wait until a list is kept
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -7098,6 +7098,15 @@ class Store:
             write.askers.append(tell)
         await told.wait()
         return write.refused
+
+    async def keep(self, path: Path, render: Callable[[], bytes]) -> OSError | None:
+        """Have what `render` makes written, and wait as `kept` does. Whoever comes while that list
+        is being written shares the next one: a fleet that comes at once needs a few of them, and
+        not one for each of its hosts."""
+        self._soon[path] = render
+        async with self._turns.setdefault(path, asyncio.Lock()):
+            # perhaps it is there by now: who had the turn before made a list with ours in it
+            return await self.kept(path)
 
     def drop(self, path: Path) -> None:
         """Write a file no more that was not kept: nobody was promised anything."""
@@ -14142,6 +14151,10 @@ class AgentKeys:
     def save(self) -> None:
         self.state.store.put_soon(self.state.agent_keys_file, self.render)
 
+    async def keep(self) -> bool:
+        """Wait until the list is on disk; False where the disk does not take it now."""
+        return not await self.state.store.keep(self.state.agent_keys_file, self.render)
+
     def render(self) -> bytes:
         data = {"name": self.name, "keys": self.keys, "arrived": sorted(self.arrived)}
         return json.dumps(data).encode()
@@ -15615,7 +15628,13 @@ class Master:
             key = self.registry.keys.identify(hello, address, proven, known)
         if not await self.makes_way(link, hello, address):
             return
+        # from here on nobody elsewhere can be given the same key
         self.registry.register(hello, address)
+        if key:
+            if not await self.registry.keys.keep():
+                key = ""  # a key that the master may forget would shut the host out
+            if not await self.makes_way(link, hello, address):  # who came meanwhile
+                return
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
         went = self.registry.down_since.pop(hello.machine, 0.0)
         self.queue.busy.pop(hello.machine, None)
@@ -16320,6 +16339,8 @@ class Desk:
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         forgotten = self.registry.forget(str(args.get("target")))
+        # the key first: who has one and is no longer in the list can not be forgotten again
+        await self.keep(self.state.agent_keys_file)
         await self.keep(self.registry.file)
         return {"forgotten": forgotten}
 

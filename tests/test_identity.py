@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests import seam as est
-from tests.commands import COMMAND, Watched, detach, job_of, wait_state, write_script
+from tests.commands import COMMAND, HURRIED, Watched, detach, job_of, wait_state, write_script
 from tests.fleet import Fleet, Host, need, wait_for
 from tests.haproxy import Proxy
 from tests.peers import Peer
@@ -34,7 +35,7 @@ def test_who_is_let_in_and_who_gets_a_key() -> None:
     for values in itertools.product((False, True), repeat=len(names)):
         facts = dict(zip(names, values, strict=True))
         standing = judge_standing(**facts)
-        if facts["is_known"] and facts["has_key"] and facts["was_proven"]:
+        if facts["has_key"] and facts["was_proven"]:
             assert (standing is Standing.PROVEN) == facts["proves"], "a key that arrived is all that counts"
             assert standing in (Standing.PROVEN, Standing.IMPOSTOR)
         if facts["is_known"] and not facts["same_address"] and not (facts["has_key"] and facts["proves"]):
@@ -117,6 +118,36 @@ def test_a_machine_id_alone_opens_no_door(fleet: Callable[..., Fleet]) -> None:
     one.stop(b)
     one.start(b)
     assert len(json_of(b, "keys.json")) == 1
+
+
+def test_a_key_is_on_disk_before_it_is_given(fleet: Callable[..., Fleet]) -> None:
+    """A master that is killed in the moment after a welcome knows the host afterwards, wherever that comes from; and
+    what was forgotten stays so."""
+    one = fleet(hosts=1, config={"whitelist": [A, B, C]})
+    master, machine = one.master, "cd" * 16
+    program = (sys.executable, "-c", HURRIED)
+    slow = {"LIMITS": json.dumps({"LIST_SAVE_S": 3600})}  # what may be written later is not written
+    for forget in (False, True, False):
+        one.stop(master)
+        master.program = program
+        one.start(master, env=slow)
+        if forget:
+            assert one.cli("forget", C).code == 0
+        else:
+            with Peer(one, "127.0.0.2", "agent", machine, keys={}) as peer:
+                welcome = peer.welcome
+                one.kill(master)
+            assert json_of(master, "agent-keys.json")["keys"] == {machine: welcome.key}
+        if master.process and master.process.poll() is None:
+            one.kill(master)
+        master.program = ()
+        one.start(master)
+        if forget:
+            assert json_of(master, "agent-keys.json")["keys"] == {}
+        else:
+            with Peer(one, C, "agent", machine, keys={welcome.master: welcome.key}) as peer:
+                assert peer.welcome.key == "", "it has its key, and gets no other"
+        wait_for(lambda: one.cli("status").code == 0, "it serves")
 
 
 def test_a_host_that_moves_is_let_in_and_said(fleet: Callable[..., Fleet]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 
@@ -64,3 +65,31 @@ def test_a_look_tells_missing_torn_and_unreadable_apart(tmp_path: Path) -> None:
     assert est.look_into_json(path)[0] is est.Reading.UNREADABLE
     with pytest.raises(OSError, match="can't be read now"):
         state.load_job(job.run, job.host)
+
+
+def test_a_list_is_kept_for_all_who_wait_by_a_few_writes(tmp_path: Path) -> None:
+    """A thousand hosts that are given their keys at once: nobody goes on before his is on disk."""
+    store, file = est.Store(), tmp_path / "keys.json"
+    known: list[int] = []
+    made = 0
+
+    def render() -> bytes:
+        nonlocal made
+        made += 1
+        return json.dumps({"known": known}).encode()
+
+    async def come(number: int) -> None:
+        known.append(number)
+        assert await store.keep(file, render) is None
+        assert number in (est.read_json(file) or {})["known"]
+
+    async def all_come() -> None:
+        await asyncio.gather(*map(come, range(1000)))
+
+    asyncio.run(all_come())
+    assert made <= 3, "each who waits while a list is written is in the next one"
+    file.unlink()
+    tmp_path.joinpath("keys.json").mkdir()
+    assert isinstance(asyncio.run(store.keep(file, render)), OSError)
+    file.rmdir()
+    assert store.flush(10 * est.DISK_RETRY_S)
