@@ -14553,6 +14553,24 @@ class AgentLink(Peer):
         self.hello, self.address = hello, address
 
 
+async def makes_way(agents: dict[str, AgentLink], link: Link, hello: Hello, address: str) -> bool:
+    """Whether an agent may come in: an older connection of its machine ends, unless another
+    daemon answers there, which then keeps it; the new one is told why it can't."""
+    while (old := agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
+        if await old.answers_ping():
+            what = f"this machine id is in use by {old.address}: a cloned state folder"
+            log.warning("refused %s: %s", address, what)
+            hint = "delete machine-id in its state folder and restart it"
+            await link.wire.send(encode_message(Refuse(what, hint)))
+            return False
+        old.link.wire.abort()
+        if agents.get(hello.machine) is old:
+            del agents[hello.machine]
+    if old:
+        old.link.wire.abort()
+    return True
+
+
 def host_names(config: Config, machine: str, address: str, claimed: str) -> tuple[str, str]:
     """The configuration's name for the host, else the one it claims, unless that belongs to
     another address; and the host name by which its section is found, "" for none."""
@@ -15626,14 +15644,14 @@ class Master:
         if proven:  # the master's own agent is in this very process
             known = self.registry.known(hello.machine)
             key = self.registry.keys.identify(hello, address, proven, known)
-        if not await self.makes_way(link, hello, address):
+        if not await makes_way(self.agents, link, hello, address):
             return
         # from here on nobody elsewhere can be given the same key
         self.registry.register(hello, address)
         if key:
             if not await self.registry.keys.keep():
                 key = ""  # a key that the master may forget would shut the host out
-            if not await self.makes_way(link, hello, address):  # who came meanwhile
+            if not await makes_way(self.agents, link, hello, address):  # who came meanwhile
                 return
         agent = self.agents[hello.machine] = AgentLink(link, hello, address)
         went = self.registry.down_since.pop(hello.machine, 0.0)
@@ -15670,23 +15688,6 @@ class Master:
             await agent.serve(obey)
         finally:
             self.note_departure(agent, label)
-
-    async def makes_way(self, link: Link, hello: Hello, address: str) -> bool:
-        """Whether an agent may come in: an older connection of its machine ends, unless another
-        daemon answers there, which then keeps it; the new one is told why it can't."""
-        while (old := self.agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
-            if await old.answers_ping():
-                what = f"this machine id is in use by {old.address}: a cloned state folder"
-                log.warning("refused %s: %s", address, what)
-                hint = "delete machine-id in its state folder and restart it"
-                await link.wire.send(encode_message(Refuse(what, hint)))
-                return False
-            old.link.wire.abort()
-            if self.agents.get(hello.machine) is old:
-                del self.agents[hello.machine]
-        if old:
-            old.link.wire.abort()
-        return True
 
     def note_departure(self, agent: AgentLink, label: str) -> None:
         """An agent's connection has ended, and no newer one has taken its place."""
