@@ -1451,7 +1451,9 @@ _SECRET_NAME = re.compile(
 _URL_PASSWORD = re.compile(r"(?i)[a-z][a-z0-9+.-]*://[^\s/?#:@]*:([^\s/?#]+)@")
 # A token alone before the host, and what a query says under a name that looks secret
 _URL_TOKEN = re.compile(r"(?i)[a-z][a-z0-9+.-]*://([^\s/?#:@]{16,})@")
-_URL_QUERY = re.compile(r"(?<=[?&])([A-Za-z0-9_.-]{1,40})=([^&#\s\"'<>]+)")
+_URL_QUERY = re.compile(r"(?<=[?&#;])([A-Za-z0-9_.\[\]%-]{1,60})=(?=([^&#\s\"'<>]+))")
+# What only a query calls so: in an environment, PWD is the working directory
+_SECRET_QUERY = re.compile(r"(?i)(.*[-_.])?(sig|signature|pwd|assertion)")
 _SECRET_URL = re.compile(
     r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)"
 )
@@ -2809,9 +2811,15 @@ def url_secrets(text: str) -> list[str]:
     a query says under names that look secret."""
     found = [*_URL_PASSWORD.findall(text), *_URL_TOKEN.findall(text)]
     for name, value in _URL_QUERY.findall(text):
-        if _SECRET_NAME.match(name):
+        if is_secret_query(name):
             found.append(value)
     return found
+
+
+@functools.lru_cache(256)  # a log has the same few names a thousand times
+def is_secret_query(name: str) -> bool:
+    """Whether what a URL's query says under this name lets somebody in."""
+    return bool(_SECRET_NAME.match(name) or _SECRET_QUERY.fullmatch(name))
 
 
 def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) -> tuple[str, ...]:
@@ -4206,12 +4214,38 @@ URL_SECRET = re.compile(
     rb"://(?<=[A-Za-z][A-Za-z0-9]://)(?:[^\0-\x20/?#:@]*:(?=([^\0-\x20/?#]{1,512})@)|(?=([^\0-\x20/?#:@]{16,512})@))"
 )
 URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
+# `?token=...`: the value is the secret, whatever its length, as far as QUERY_BYTES
+QUERY_BYTES = 4096
+_SEPARATORS = bytes.maketrans(b"&#;", b"???")  # one literal is found twenty times as fast as four
+QUERY_NAME = re.compile(rb"\?([A-Za-z0-9_.\[\]%-]{1,60})=")
+QUERY_VALUE = re.compile(rb"[^\0-\x20&#\"'<>\x7f]{0,%d}" % QUERY_BYTES)
+QUERY_BEGUN = re.compile(rb"[?&#;][A-Za-z0-9_.\[\]%-]{0,60}\Z")
+
+
+def query_secrets(data: bytes) -> list[tuple[int, int, int]]:
+    """(where its `?` or `&` stands, the value's start, its end) of each secret in the queries of
+    URLs, also of one that may go on behind the end of `data`."""
+    found = []
+    marked = data.translate(_SEPARATORS)
+    name = QUERY_NAME.search(marked)
+    while name:
+        end = name.end()
+        if is_secret_query(name[1].decode()):
+            value = QUERY_VALUE.match(data, end)
+            if value:
+                end = value.end()
+            found.append((name.start(), name.end(), end))
+        # Behind the value, as it is masked as a whole: `?token=?token=...` would else be looked at
+        # as often as it has question marks.
+        name = QUERY_NAME.search(marked, end)
+    return found
 
 
 class Masker:
     """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that
     overlap become one `***`. A tail that could begin a secret is held back until the next byte or
-    `flush`. Passwords in URLs are secrets, whoever prints them."""
+    `flush`. Passwords in URLs are secrets, whoever prints them, and so is what their queries say
+    under names that look secret."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._values: set[bytes] = set()
@@ -4233,11 +4267,14 @@ class Masker:
         # A password may come in the next read; its `://` would be written by then, and nothing
         # would tell it from other text.
         url = URL_BEGUN.search(data, max(0, len(data) - 515))
-        return self._write(data, min(hold, url.start()) if url else hold)
+        if url:
+            hold = min(hold, url.start())
+        queries = query_secrets(data)
+        return self._write(data, min(hold, self._open_query(data, queries)), queries)
 
     def flush(self) -> bytes:
         """The tail that turned out to be no secret."""
-        return self._write(self._held, len(self._held))
+        return self._write(self._held, len(self._held), query_secrets(self._held))
 
     @staticmethod
     def _find_tail(data: bytes, value: bytes) -> int:
@@ -4250,15 +4287,35 @@ class Masker:
             return start
         return len(data)
 
-    def _find_urls(self, data: bytes) -> list[tuple[int, int, int]]:
+    @staticmethod
+    def _open_query(data: bytes, queries: Sequence[tuple[int, int, int]]) -> int:
+        """Where a query's secret may begin that goes on in the next read."""
+        if queries:
+            start, value, end = queries[-1]
+            if end == len(data) and end - value < QUERY_BYTES:
+                return start
+        begun = QUERY_BEGUN.search(data, max(0, len(data) - 61))
+        if begun:
+            return begun.start()
+        return len(data)
+
+    def _find_urls(
+        self, data: bytes, queries: Sequence[tuple[int, int, int]]
+    ) -> list[tuple[int, int, int]]:
         """(where its `://` starts, password's start, its end) of each URL with a password, counted
-        from the beginning of `data`; a scheme may stand before that."""
+        from the beginning of `data`; a scheme may stand before that. And the secrets of
+        `queries`."""
         shift = len(self._before)
         urls = []
         for match in URL_SECRET.finditer(self._before + data):
             start, end = match.span(match.lastindex or 0)
             urls.append((match.start() - shift, start - shift, end - shift))
-        return urls
+        for query in queries:
+            _, value, end = query
+            if end > value:
+                urls.append(query)
+        # The last first: what is held because of one may cut one that stands before it.
+        return sorted(urls, reverse=True)
 
     def _find_values(self, data: bytes, hold: int) -> list[tuple[int, int]]:
         """Where secrets stand that begin before `hold`."""
@@ -4270,10 +4327,10 @@ class Masker:
                 start = data.find(value, start + 1)
         return spans
 
-    def _write(self, data: bytes, hold: int) -> bytes:
+    def _write(self, data: bytes, hold: int, queries: Sequence[tuple[int, int, int]]) -> bytes:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its
         `***`. All places are offsets in `data`."""
-        urls = self._find_urls(data)
+        urls = self._find_urls(data, queries)
         # First, as it moves `hold`: secrets are then looked for in what is really written.
         for scheme, _, end in urls:
             if scheme < hold < end:
@@ -4310,11 +4367,17 @@ def mask_words(value: Any, secrets: Iterable[str] = ()) -> Any:
 
 
 SGR = re.compile(r"\x1b\[[0-9;:]*m")
+# What no terminal may act on, and nobody sees: controls, other kinds of line ends, what turns the
+# order of letters, and the invisible twins of ASCII, in which one hides words for a model.
+_CONTROLS = (
+    r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
+    r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+)
 ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
     r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ "
     r"-/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
     r"|\x1b[ -/]*[0-~]"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+    rf"|[{_CONTROLS}]",
     re.DOTALL,
 )
 RESET = "\x1b[0m"
@@ -4329,7 +4392,7 @@ def whole_text(data: bytes) -> int:
     return len(data) - len(decoder.getstate()[0])
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(f"[{_CONTROLS}]")
 _PLAIN_ASCII = bytes([9, 10, *range(0x20, 0x7F)])
 
 
@@ -4384,17 +4447,22 @@ def count_cells(text: str, ambiguous: int = 1) -> int:
 
     count = 0
     for letter in text:
-        if category(letter) in ("Mn", "Me", "Cf"):
+        group = category(letter)
+        if letter == "\ufe0f":  # asks for the picture, which some fonts draw wider
+            count += ambiguous - 1
+        if group in ("Mn", "Me", "Cf"):
             continue
         kind = east_asian_width(letter)
         if kind in "WF":
             count += 2
+        elif kind == "A" or group == "Cn":  # or of a newer Unicode than ours
+            count += ambiguous
         else:
-            if kind == "A":
-                count += ambiguous
-            else:
-                count += 1
+            count += 1
     return count
+
+
+LEAST_COLUMNS = 20
 
 
 def cut_to_cells(text: str, width: int) -> str:
@@ -4433,6 +4501,45 @@ def wrap_to_cells(text: str, width: int) -> list[str]:
             word = word[kept:]
         row = word
     return [*rows, row]
+
+
+_COLOURS = re.compile(r"(\x1b\[[0-9;:]*m)")
+TAB_CELLS = 8
+
+
+def fold_line(line: str, columns: int, indent: int, used: int = 0) -> str:
+    """A line as rows of a terminal of `columns`: every row but the first is indented, so that none
+    of it can be taken for the beginning of a line, which says who speaks. `used` cells stand before
+    it. Where the width is not known (0) the line stays as it is."""
+    if columns < LEAST_COLUMNS:
+        return line
+    indent = min(indent, columns // 2)
+    used %= columns
+    # The way of nearly every line: plain, and short enough.
+    if used + len(line) <= columns and line.isascii() and "\t" not in line:
+        return line
+    parts = []
+    for part in _COLOURS.split(line):
+        if part.startswith("\x1b"):
+            parts.append(part)
+            continue
+        for letter in part:
+            cells = count_cells(letter, 2)
+            if letter == "\t":
+                cells = TAB_CELLS - used % TAB_CELLS
+            if used + cells > columns:
+                parts.append("\n" + " " * indent)
+                used = indent
+                if letter == "\t":
+                    cells = TAB_CELLS - used % TAB_CELLS
+            parts.append(letter)
+            used += cells
+    return "".join(parts)
+
+
+def fold_lines(text: str, columns: int, indent: int, used: int = 0) -> str:
+    """The same of each line of a text; `used` cells stand before every one of them."""
+    return "\n".join([fold_line(line, columns, indent, used) for line in text.split("\n")])
 
 
 _SAYS_WHY = re.compile(r"error|ERR!|fatal|failed|exception", re.IGNORECASE)
@@ -9380,6 +9487,7 @@ class LogWriter:
         self._lock = threading.Lock()
         self._dropped = 0
         self._line_open = False
+        self.hidden: tuple[str, ...] = ()  # what no line of our own may show
         self._end = bytearray()  # of what came beyond `most_bytes`, not written yet
         self._left_out = 0  # how many bytes before that
         self.most_bytes = sys.maxsize
@@ -9449,7 +9557,8 @@ class LogWriter:
     def line(self, text: str) -> list[int]:
         """A line of our own, never glued to a program's unfinished one; returns its offset and
         length."""
-        line = text.encode(errors="replace") + b"\n"
+        shown = mask_words(text, self.hidden)
+        line = shown.encode(errors="replace") + b"\n"
         self.release()
         with self._lock:
             if self._line_open:
@@ -9798,6 +9907,7 @@ class Runner:
 
     def warn(self, text: str) -> None:
         """A warning that is part of the result: in the log, and in the record."""
+        text = mask_words(text, self.hidden)
         self.log.line(f"warning: {text}")
         if text not in self.job.warnings and len(self.job.warnings) < WARNINGS_KEPT:
             self.job.warnings.append(text[:WARNING_CHARS])
@@ -9898,7 +10008,7 @@ class Runner:
             self.log.line(f"warning: {problem}")
         extra |= self.rule.env
         self.env = {**scrub_environment(os.environ), **extra}
-        self.hidden = host_secrets(config, tree, self.rule, extra)
+        self.hidden = self.log.hidden = host_secrets(config, tree, self.rule, extra)
         self.masker = Masker(self.hidden)
         return config
 
@@ -9937,9 +10047,6 @@ class Runner:
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
         fields.update(state=state, open_step=None, pipe=None, ended=time.time(), commit=None)
-        fields.update(
-            mask_words({key: fields[key] for key in ("error",) if key in fields}, self.hidden)
-        )
         if state is State.SUCCEEDED:
             fields.update(step=None, step_kind="", exit=0)
         # the result names the commit, also of a job that was cancelled
@@ -9965,6 +10072,9 @@ class Runner:
 
     def save(self, *, durable: bool = False, **fields: Any) -> bool:
         """Replace the job's record by its next revision; False where the disk does not take it."""
+        for name in ("step", "error", "version"):  # as everybody is shown them
+            if name in fields:
+                fields[name] = mask_words(fields[name], self.hidden)
         self.job = replace(self.job, revision=self.job.revision + 1, **fields)
         try:
             self.state.save_job(self.job, durable=durable)
@@ -10809,7 +10919,8 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
 def plain_remote(url: str) -> str:
     """What names a repository in a remote's URL: `ssh` or `https`, user, password and `.git` do
     not."""
-    text = url.strip().rstrip("/").removesuffix(".git").removeprefix("file://")
+    url = re.sub(r"(://[^?#]*)[?#].*", r"\1", url.strip())  # a query is for who fetches
+    text = url.rstrip("/").removesuffix(".git").removeprefix("file://")
     match = re.fullmatch(r"[a-z+]+://(?:[^/]*@)?([^/:@]+)(?::\d+)?/+(.+)", text)
     if not match and "://" not in text:
         match = re.fullmatch(r"(?:[^/@]*@)?([^/:@]{2,}):/*(.+)", text)  # `C:` is a drive
@@ -17182,9 +17293,14 @@ def news_text(form: str, news: Mapping[str, Any]) -> str:
     # have people overlook the message that needs both. They stay in the JSON form's own fields.
     if went_well:
         told.remove("rollback")
-    parts = (title, *map(news.get, told))
+    # No line but the title begins with somebody else's words: `# ...` would be a title for Discord.
+    words = {**news, "error": f"error: {news['error']}" if news.get("error") else None}
+    parts = (title, *map(words.get, told))
     head = "\n".join(inert(part) for part in parts if part)
-    lines = [] if went_well else [inert(line) for line in news.get("log") or ()]
+    lines = []
+    if not went_well:
+        # Marked, as a host may print what would be the title of a message about another.
+        lines = [f"| {inert(line)}" for line in news.get("log") or ()]
     # Services cut or refuse what is too long: the oldest lines go, as the last ones say why it
     # failed.
     while True:
@@ -17219,7 +17335,16 @@ def render_news(
     bodies = {
         "slack": {"text": text},
         "discord": {"content": text, "allowed_mentions": {"parse": []}},
-        "telegram": {"chat_id": chat, "text": text, "disable_web_page_preview": True},
+        "telegram": {
+            "chat_id": chat,
+            "text": text,
+            # Telegram makes a link of every bare name such as deploy.sh, but of nothing in a block
+            # of code; its lengths are in units of UTF-16.
+            "entities": [
+                {"type": "pre", "offset": 0, "length": len(text.encode("utf-16-le")) // 2}
+            ],
+            "disable_web_page_preview": True,
+        },
         "json": {**news, "text": text},
     }
     return headers, json.dumps(bodies[form], ensure_ascii=False).encode("utf-8", "replace")
@@ -17361,7 +17486,9 @@ class Spool:
             if told or not (rules or rule.wants(news["event"])):
                 continue
             from_whom = {"master": self.own_address, "project": self.config.config.project}
-            data = {"time": round(time.time(), 3), **from_whom, **news}
+            # A host of an older version masks less than this one.
+            told_news = mask_words(news)
+            data = {"time": round(time.time(), 3), **from_whom, **told_news}
             write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
             self.wake.set()
 
@@ -21096,8 +21223,8 @@ _MARKED = re.compile(
 )
 _PLAIN_MARKS = str.maketrans("✓✗▸⚠·…│→", "+x>!-~|>")  # where the encoding lacks them, as cp949
 WIDE_COLUMNS = 160  # from here on there is room for what one rarely needs
-LEAST_COLUMNS = 20
 CELL_LEAST = 6
+ROW_INDENT = 4  # of what goes on in the next row
 
 
 def paint_marks(text: str) -> str:
@@ -21195,7 +21322,11 @@ def lay_table(
     lines = [_lay_row(" ", head, widths)]
     marked = any(row.mark for row in rows)
     for row, texts in zip(rows, cells, strict=True):
-        lines.append(_lay_row(row.mark or " ", texts, widths))
+        # A name that is never cut may be longer than the terminal is wide.
+        line = _lay_row(row.mark or " ", texts, widths)
+        if count_cells(line) >= columns:
+            line = fold_line(line, columns, ROW_INDENT)
+        lines.append(line)
         for note in row.notes:
             for part in wrap_to_cells(plain_text(note), columns - 5):
                 lines.append(f"    {part}")
@@ -21259,9 +21390,10 @@ def excerpt_lines(endings: Sequence[Ending], columns: int | None, most: int) -> 
     shown = list(groups.values())[:EXCERPTS]
     lines: list[str] = []
     for group in shown:
-        lines.append(failure_title(group))
+        lines.append(fold_line(failure_title(group), columns or 0, ROW_INDENT))
         share = max(4, most // len(shown) - 2)
         for line in _shorten(group[0].lines, share):
+            line = line.expandtabs(TAB_CELLS)
             parts = [line]
             if columns:
                 parts = wrap_to_cells(line, columns - 3)
@@ -21329,6 +21461,20 @@ def enable_escapes() -> bool:
     return bool(known and api.SetConsoleMode(handle, mode.value | virtual_terminal))
 
 
+def known_columns(stream: IO[str]) -> int:
+    """The columns of the terminal behind a stream, 0 where it is none or does not know them."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def fold_for_stderr(text: str) -> str:
+    """Lines for standard error: where that is a terminal, no row of them looks like a line of its
+    own."""
+    return fold_lines(text, known_columns(sys.stderr), ROW_INDENT)
+
+
 class Output:
     """Standard output: bytes as they are to a pipe, text that can't hurt to a terminal. Where it
     takes nothing more, because its pipe is closed or its disk is full, that raises Closed."""
@@ -21355,6 +21501,12 @@ class Output:
             columns, lines = 0, 0
         # A pseudo terminal that nobody gave a size says 0 x 0 and means that it does not know.
         return columns or 80, lines or 24
+
+    def width(self) -> int:
+        """The terminal's columns, 0 where nobody knows them."""
+        if self.terminal:
+            return known_columns(sys.stdout)
+        return 0
 
     def write(self, data: bytes) -> None:
         if self.terminal:
@@ -21499,7 +21651,8 @@ class TextView(LineView):
         else has written, or two hosts' words would stand in one line."""
         prefix = self.prefixes[host]
         start = ""
-        if self.open_host != host:
+        goes_on = self.open_host == host
+        if not goes_on:
             self.end_line()
             start = prefix
         ended = data.endswith(b"\n")
@@ -21513,9 +21666,20 @@ class TextView(LineView):
             self.output.write(start.encode() + body + data[-1:])
             return
         text = data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
-        text = self.clean(text)
+        text = self.fold(host, self.clean(text))
+        if goes_on:  # nobody knows in which column the last row ended
+            text = "\n" + " " * ROW_INDENT + text
         self.rows_shown += text.count("\n") + 1
-        self.print(start + text.replace("\n", "\n" + prefix) + ("\n" if ended else ""))
+        self.print(start + text + ("\n" if ended else ""))
+
+    def fold(self, host: str, text: str) -> str:
+        """Lines of a host for a terminal: the first has its prefix already, and what the terminal
+        would break has rows that can't look like another host's line."""
+        prefix = self.prefixes[host]
+        columns = self.output.width()
+        used = count_cells(plain_text(prefix), 2)
+        lines = [fold_line(line, columns, used, used) for line in text.split("\n")]
+        return f"\n{prefix}".join(lines)
 
     def clean(self, text: str) -> str:
         return terminal_text(text)
@@ -21531,11 +21695,12 @@ class TextView(LineView):
             self.print("\n")
             self.open_host = None
 
-    def print_line(self, text: str) -> None:
-        """A line of our own."""
+    def print_said(self, host: str, text: str, color: str) -> None:
+        """A line of our own about a host."""
         self.end_line()
-        self.print(text + "\n")
-        self.rows_shown += 1
+        folded = self.fold(host, self.output.paint(terminal_text(text), color))
+        self.print(f"{self.prefixes[host]}{folded}\n")
+        self.rows_shown += 1 + folded.count("\n")
 
     # What happens to hosts
 
@@ -21555,10 +21720,9 @@ class TextView(LineView):
         color = "31"
         if job.state is State.SUCCEEDED:
             color = "32"
-        prefix = self.prefixes[job.host]
-        self.print_line(prefix + self.output.paint(terminal_text(result_text(job)), color))
+        self.print_said(job.host, result_text(job), color)
         for warning in job.warnings:
-            self.print_line(prefix + self.output.paint(f"⚠ {terminal_text(warning)}", "33"))
+            self.print_said(job.host, f"⚠ {warning}", "33")
         unchanged = unchanged_text(job)
         if unchanged:
             self.notice(unchanged)
@@ -21624,7 +21788,7 @@ class TextView(LineView):
     def notice(self, text: str) -> None:
         """A line of our own on standard error, so that `trigger ... > log` holds the hosts' words
         alone."""
-        text = f"estelle-updater: {terminal_text(text)}"
+        text = f"estelle-updater: {terminal_text(mask_words(text))}"
         if self.output.terminal:
             self.end_line()
             self.rows_shown += 1
@@ -21632,7 +21796,7 @@ class TextView(LineView):
 
     def print_stderr(self, text: str) -> None:
         text = text.encode(sys.stderr.encoding, "replace").decode(sys.stderr.encoding)
-        print(text, file=sys.stderr, flush=True)
+        print(fold_for_stderr(text), file=sys.stderr, flush=True)
 
 
 # The live block
@@ -22074,7 +22238,7 @@ class LiveView(TextView):
         """A notice above the block where both are on one terminal: written past the frame, it would
         shift the rows, and the next frame would wipe it."""
         if self.shares and self.screen.rows:
-            self.print(text + "\n")
+            self.print(fold_for_stderr(text) + "\n")
         else:
             self.screen.draw()
             super().print_stderr(text)
@@ -22159,7 +22323,7 @@ class JsonView(LineView):
             self.emit(event="done", run=run.run, ok=run_ok(jobs))
 
     def notice(self, text: str) -> None:
-        self.emit(event="notice", text=text)
+        self.emit(event="notice", text=mask_words(text))
 
 
 def say(text: str) -> None:
@@ -22574,7 +22738,7 @@ def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
             break
     if subject and columns < WIDE_COLUMNS:  # else each host's own stand below it
         title += f": {subject}"
-    return [*wrap_to_cells(title, max(columns, LEAST_COLUMNS)), *lay_table(head, rows, columns)]
+    return [fold_line(title, columns, ROW_INDENT), *lay_table(head, rows, columns)]
 
 
 def cmd_plan(args: Args) -> int:
@@ -22625,7 +22789,7 @@ def cmd_rollback(args: Args) -> int:
         order = replace(order, options={**order.options, "force": True})
     if not args.json:
         rows = "\n".join(plan_text(row) for row in plan["hosts"])
-        print(terminal_text(rows), file=sys.stderr)
+        print(fold_for_stderr(terminal_text(rows)), file=sys.stderr)
         for line in further_back(plan["hosts"]):
             print(f"  {line}  one step further back all the same", file=sys.stderr)
     opened = []
@@ -22895,11 +23059,17 @@ def cmd_history(args: Args) -> int:
         if not any(found.values()):
             raise
         TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
-    screen = None
+    text = history_text(found)
+    screen = functools.partial(folded_screen, text)
     if "runs" in found:
         screen = functools.partial(history_screen, found["runs"])
-    show(args, found, history_text(found), screen)
+    show(args, found, text, screen)
     return 0
+
+
+def folded_screen(text: str, columns: int) -> list[str]:
+    """The lines that a pipe gets, for a terminal."""
+    return [fold_line(terminal_text(line), columns, ROW_INDENT) for line in text.split("\n")]
 
 
 def history_text(found: Mapping[str, Any]) -> str:
@@ -23023,7 +23193,8 @@ def cmd_watch(args: Args) -> int:
     if args.action:
         asked["paused"] = args.action == "pause"
     result = ask_master(args, "watches", asked)
-    show(args, result, watch_text(result))
+    text = watch_text(result)
+    show(args, result, text, functools.partial(folded_screen, text))
     return 0
 
 
@@ -23300,7 +23471,9 @@ def status_screen(status: Mapping[str, Any], now: float, columns: int) -> list[s
     title = f"{project_mark(master)}master {master['ip']}  {master['version']}  {uptime}"
     clock = time.strftime("%H:%M:%S", time.localtime(now))
     gap = max(2, min(columns, WIDE_COLUMNS) - 1 - count_cells(title) - len(clock))
-    return [title + " " * gap + clock, *lay_table(head, rows, columns), *status_problems(status)]
+    problems = [fold_line(line, columns, ROW_INDENT) for line in status_problems(status)]
+    first = fold_line(title + " " * gap + clock, columns, ROW_INDENT)
+    return [first, *lay_table(head, rows, columns), *problems]
 
 
 def status_row(row: Mapping[str, Any], now: float, wide: bool) -> TableRow:
@@ -24275,13 +24448,13 @@ class McpServer:
         """What went wrong, without advice for people at a command line."""
         advice = re.split(r"; |, or ", problem.hint)
         hint = "; ".join(piece for piece in advice if not re.search(r"(?:^|\s)--[a-z]", piece))
-        lines = [f"error: {problem.what}"]
+        lines = [f"error: {one_line(problem.what)}"]
         if hint:
-            lines.append(f"hint: {hint}")
+            lines.append(f"hint: {one_line(hint)}")
         if view.run and not isinstance(problem, UsageError):
             lines.append(f"run {view.run['run']} goes on: call wait or logs with it")
         lines.append(f"exit: {problem.exit_code}")
-        return "\n".join(lines)
+        return str(mask_words("\n".join(lines)))
 
 
 def divert_output() -> IO[bytes]:
@@ -24348,14 +24521,15 @@ def cmd_setup(args: Args) -> int:
 
 def cmd_doctor(args: Args) -> int:
     findings: list[Finding] = []
+    output = Output(False)
     for found in Doctor(args).examine():
         findings.append(found)
         if not args.json:
             mark = "–" if found.ok is None else "✓" if found.ok else "✗"
-            say(
-                f"{mark} {found.name}: {found.text}"
-                + (f"\n    fix: {found.fix}" if found.ok is False else "")
-            )
+            line = f"{mark} {found.name}: {one_line(found.text)}"
+            say(fold_line(line, output.width(), ROW_INDENT))
+            if found.ok is False:
+                say(f"    fix: {found.fix}")
     healthy = all(found.ok is not False for found in findings)
     if args.json:
         keys = ("name", "ok", "text", "fix")
@@ -25087,6 +25261,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         if problem.hint:
             hint = f"\nhint: {problem.hint}"
         text = terminal_text(f"estelle-updater: error: {one_line(problem.what)}{hint}")
+        text = fold_for_stderr(text)
         text = text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding)
     print(text, file=sys.stderr)
     return problem.exit_code

@@ -269,6 +269,25 @@ def test_nothing_that_leaves_the_host_has_a_secret(two: Fleet) -> None:
         *two.cli("status", "--json"),
         *two.cli("trigger", agent.address, "master"),
     ]
+    # what a step prints, what its announcement names, and what a version file says
+    spent = "https://127.0.0.1:1/dl?access_token=q1w2e3r4&x=1"
+    for host in two.hosts:
+        two.origin.git("remote", "set-url", "origin", str(two.origin.bare), cwd=host.repo)
+        command = ["sh", "-c", f"echo 'GET {spent}'; exit 3", spent]
+        host.config.write_text(json.dumps({**settings, "deploy": {"command": command, "version": "v"}}))
+    (agent.repo / "v").write_text(f"v1 {spent}")
+    said += [
+        *two.cli("trigger", agent.address, "master"),
+        *two.cli("trigger", agent.address, "master", "--json"),
+        *two.cli("status", "--json"),
+        *two.cli("history", "--json"),
+        *two.cli("plan", agent.address, "master", "--json"),
+        agent.stderr,
+        two.master.stderr,
+    ]
+    assert "GET https://127.0.0.1:1/dl?access_token=***&x=1" in str(said)
+    kept = [path.read_text() for path in two.master.state.glob("runs/*/*")]
+    said += kept
     text = "".join(map(str, said))
     assert "https://***@127.0.0.1:1/x.git?token=***" in text
     for secret in (token, session, "q1w2e3r4"):

@@ -131,7 +131,9 @@ def test_every_format_and_no_secret_in_sight(
     assert set(slack) == {"text"} and "&lt;!channel&gt;" in slack["text"] and "<" not in slack["text"]
     assert set(discord) == {"content", "allowed_mentions"} and discord["allowed_mentions"] == {"parse": []}
     assert len(discord["content"]) <= 2000 and discord["content"].count("```") == 2
-    assert (telegram["chat_id"], set(telegram)) == ("-42", {"chat_id", "text", "disable_web_page_preview"})
+    assert (telegram["chat_id"], telegram["disable_web_page_preview"]) == ("-42", True)
+    whole_text = len(telegram["text"].encode("utf-16-le")) // 2
+    assert telegram["entities"] == [{"type": "pre", "offset": 0, "length": whole_text}], "where no name becomes a link"
     (headers,) = (headers for path, headers, _ in hooks.got if path == "/topic")
     assert headers["Title"] == "failed 127.0.0.2" and headers["Priority"] == "high"
     assert headers["User-Agent"].startswith("estelle-updater/")
@@ -446,13 +448,13 @@ def test_check_names_the_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_nothing_in_a_message_comes_alive(form: str) -> None:
     """Neither a link nor the end of the code block, from a log, an error or a branch's name."""
     links = "``` [x](http://evil.example/a) <https://evil.example> www.evil.example"
-    hostile = ["`````", links, "a\n[127.0.0.3] ✓ 완료"]
-    news = {"event": "failed", "host": "h", "title": "[h] ✗ HTTPS://evil.example ```", "error": "x\n[i] ✓ 완료 v2"}
+    hostile = ["`````", links, "a\n[127.0.0.3] ✓ 완료", "[127.0.0.3] ✓ 완료 v2", "# a title"]
+    news = {"event": "failed", "host": "h", "title": "[h] ✗ HTTPS://evil.example ```", "error": "# x\n[i] ✓ 완료 v2"}
     text = est.news_text(form, {**news, "log": hostile, "detail": "by \u202ex"})
     fences = text.split("```")
     assert len(fences) == (3 if form in ("slack", "discord") else 1), text
     assert "://" not in text and "www.evil" not in text and "\u202e" not in text
-    assert not [line for line in text.split("\n") if line.startswith(("[127.0.0.3]", "[i]"))]
+    assert not [line for line in text.split("\n") if line.startswith(("[127.0.0.3]", "[i]", "#"))]
 
 
 def test_a_test_message_says_what_each_receiver_answered(fleet: MakeFleet, receiver: Callable[..., Receiver]) -> None:

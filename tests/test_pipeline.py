@@ -427,6 +427,33 @@ def test_passwords_in_urls_are_masked_wherever_the_text_is_cut(text: str, cuts: 
     assert fed(["abcdef"], [data[i : i + 1] for i in range(len(data))]) == whole
 
 
+QUERY_PARTS = [
+    *("?", "&", "#", ";", "token=", "a=", "access_token=", "sort=", "abc", " ", "\n", '"', "x" * 30, "한글"),
+    *("http://u:a&key=b@h", "://u:abcdef@", "?x=/p?sig=1", "user[otp]=", "="),
+]
+
+
+@quick
+@given(st.lists(st.sampled_from(QUERY_PARTS), max_size=9).map("".join), st.lists(st.integers(0, 99), max_size=5))
+@example("GET /r?token=abc&key=d HTTP", [8, 12, 15])
+def test_secrets_in_queries_are_masked_wherever_the_text_is_cut(text: str, cuts: list[int]) -> None:
+    data = text.encode()
+    whole = fed(["abcdef"], [data])
+    assert not re.search(rb"[?&#;](?:token|key|access_token|sig)=(?!\*\*\*)[^\s&#\"]", whole), whole
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    assert fed(["abcdef"], [data[start:end] for start, end in itertools.pairwise(edges)]) == whole
+    assert fed(["abcdef"], [data[i : i + 1] for i in range(len(data))]) == whole
+
+
+def test_a_query_s_other_values_stay_and_a_secret_is_masked_alone() -> None:
+    said = b'at "https://h/r?page=2&token=abc&x=1" and /cb#access_token=q;jwt=1 ok?a=b?key= end?'
+    assert fed([], [said]) == b'at "https://h/r?page=2&token=***&x=1" and /cb#access_token=*** ok?a=b?key= end?'
+    long = b"?token=" + b"x" * est.QUERY_BYTES + b"yy "
+    assert fed([], [long]) == fed([], [long[:99], long[99:5000], long[5000:]]) == b"?token=***yy "
+    assert est.mask_words({"a": ["x?private_token=1"]}) == {"a": ["x?private_token=***"]}
+    assert est.plain_remote("https://h/o/r.git?token=abc") == "h/o/r"
+
+
 def test_what_is_no_text_is_not_taken_for_a_url() -> None:
     """A program that prints bytes gets exactly these into its log."""
     for data in (

@@ -105,7 +105,7 @@ def test_hosts_that_failed_alike_share_one_excerpt() -> None:
     ]
     other = est.Ending(job_of("10.0.0.12", est.State.TIMEOUT, ended=12.0), ["slow"], "1 line")
     seen = est.Ending(job_of("10.0.0.13", est.State.FAILED, exit=2, ended=12.0), ["seen"], "1 line", on_screen=True)
-    text = est.excerpt_lines([*alike, other, seen], 80, 100)
+    text = est.excerpt_lines([*alike, other, seen], 90, 100)
     assert text == [
         "10.0.0.10, 10.0.0.11: pnpm deploy:release failed (exit 1) after 0:07, 31 lines, alike",
         *("  no", "", "10.0.0.12: pnpm deploy:release timed out after 0:02, 1 line", "  slow", ""),
