@@ -4276,6 +4276,8 @@ class Masker:
         """The tail that turned out to be no secret."""
         return self._write(self._held, len(self._held), query_secrets(self._held))
 
+    # Where secrets stand, or may begin
+
     @staticmethod
     def _find_tail(data: bytes, value: bytes) -> int:
         """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole
@@ -4326,6 +4328,8 @@ class Masker:
                 spans.append((start, start + len(value)))
                 start = data.find(value, start + 1)
         return spans
+
+    # What is written
 
     def _write(self, data: bytes, hold: int, queries: Sequence[tuple[int, int, int]]) -> bytes:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its
