@@ -46,6 +46,7 @@ class Browser:
         need("chromium")
         self.folder = Path(tempfile.mkdtemp(prefix="browser-"))
         self.errors: list[str] = []
+        self.traced: list[dict[str, Any]] = []
         argv = ["chromium", *FLAGS, f"--user-data-dir={self.folder}", "about:blank"]
         with open(self.folder / "log", "wb") as log:
             options: dict[str, Any] = {"env": dict(env), "start_new_session": True}
@@ -102,6 +103,8 @@ class Browser:
     def _hear(self, event: dict[str, Any]) -> None:
         told = event.get("params", {})
         match event.get("method"):
+            case "Tracing.dataCollected":
+                self.traced += told["value"]
             case "Runtime.exceptionThrown":
                 details = told["exceptionDetails"]
                 self.errors.append(str(details.get("exception", {}).get("description") or details["text"]))
@@ -109,6 +112,32 @@ class Browser:
                 self.errors.append(told["entry"]["text"])
             case "Runtime.consoleAPICalled" if told["type"] == "error":
                 self.errors.append(str([part.get("description") or part.get("value") for part in told["args"]]))
+
+    def trace(self) -> None:
+        """Note from now on what each task of the page costs."""
+        wanted = {"includedCategories": ["toplevel"], "traceBufferSizeInKb": 200_000}
+        self.command("Tracing.start", transferMode="ReportEvents", traceConfig=wanted)
+
+    def longest_task(self) -> tuple[float, float]:
+        """Milliseconds of the page's thread that its most expensive task since `trace` took, and those that passed
+        in the slowest: on a machine that others use as well the second says more of them than of the page."""
+        self.traced.clear()
+        self.command("Tracing.end")
+
+        def ended() -> bool:
+            self.js("0")  # what was traced arrives with the answer
+            return any(event["name"] == "CrRendererMain" for event in named())
+
+        def named() -> list[dict[str, Any]]:
+            threads = [event for event in self.traced if event["name"] == "thread_name"]
+            return [{**event, "name": event["args"]["name"]} for event in threads]
+
+        wait_for(ended, "the trace arrives")
+        pages = {(event["pid"], event["tid"]) for event in named() if event["name"] == "CrRendererMain"}
+        tasks = [event for event in self.traced if (event["pid"], event["tid"]) in pages and "RunTask" in event["name"]]
+        assert tasks, "the trace has the page's tasks"
+        cpu_us = max(task.get("tdur", 0) for task in tasks)
+        return cpu_us / 1000, max(task.get("dur", 0) for task in tasks) / 1000
 
     def look(self, size: tuple[int, int], dark: bool = False) -> None:
         """How large the window is, and which colours its owner likes."""

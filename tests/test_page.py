@@ -111,7 +111,7 @@ together = pytest.mark.xdist_group("page")  # one worker makes the fleet and the
 def test_the_file_is_small_and_nothing_in_it_can_become_markup() -> None:
     text = PAGE.read_bytes()
     # Loaded once and whole, so it is a second on a phone's slow line: a limit that follows what it is, and goes down.
-    assert len(text) <= 82_000 and len(gzip.compress(text, 9)) <= 26_600 and text.count(b"\n") <= 1790
+    assert len(text) <= 79_800 and len(gzip.compress(text, 9)) <= 26_000 and text.count(b"\n") <= 1730
     for word in (b"innerHTML", b"outerHTML", b"insertAdjacent", b"document.write", b"eval(", b"Function(", b"srcdoc"):
         assert word not in text, word
     assert not re.search(rb"(src|href)=.?(http|//)|@import|url\(", text), "nothing comes from elsewhere"
@@ -251,8 +251,8 @@ def test_a_running_deployment_is_cancelled_by_typing_its_last_digits(shared: Fle
     browser.js("[...document.querySelectorAll('button')].find(each => each.textContent === 'Cancel…').click()")
     browser.wait("document.activeElement.name === 'typed'")
     confirm(browser, run_id[-4:])
-    browser.wait("state.run.jobs['127.0.0.2'].state === 'cancelled'")
-    assert "cancelled" in browser.text(".job") and "page@127.0.0.1" in browser.text("#view")
+    browser.wait("document.querySelector('.job').innerText.includes('cancelled')")
+    assert "page@127.0.0.1" in browser.text("#view")
 
     deploys(shared, GOOD)
     assert shared.cli("trigger", B, "master").code == 0
@@ -367,14 +367,12 @@ def log_of_any(folder: Path) -> bytes:
 def test_a_long_log_stays_fluent_and_small(fleet: MakeFleet) -> None:
     """Lines by the hundred thousand: few nodes, bounded memory, what was let go is fetched again, no long task."""
     one = fleet(hosts=1, command=DEPLOY)
-    count = 1_000_000 if LONG else 250_000
-    deploys(one, f"seq -f '%.0f{' the quick brown fox jumps over the lazy dog and goes on until 80':.73}' {count}\n")
+    words = " the quick brown fox jumps over the lazy dog and goes on until 80"
+    deploys(one, f"seq -f '%.0f{words:.73}' 1000000\n")
     run_id = detach(one, A)
     with Browser(one.env, PHONE) as tab:
         tab.open(page_url(one))
-        tab.js("""longest = 0, new PerformanceObserver(list => {
-          for (const entry of list.getEntries()) longest = Math.max(longest, entry.duration);
-        }).observe({type: 'longtask'}), 0""")
+        tab.trace()
         tab.js(f"location.hash = '#log/{run_id}/{A}'")
         tab.wait("FINAL.has(state.logJob.state) && viewer.store.size >= state.logJob.size", 110)
         log = log_of(one, run_id, A)
@@ -391,9 +389,9 @@ def test_a_long_log_stays_fluent_and_small(fleet: MakeFleet) -> None:
         tab.js("viewer.find('77777 ')")
         tab.wait("viewer.hits.length > 0 && document.querySelector('#hits').innerText.includes('in memory')")
         assert tab.errors == []
-        longest = tab.js("longest")
-        print(f"{len(lines)} lines, longest task {longest:.0f} ms")
-        assert not LONG or longest <= 100
+        cpu_ms, passed_ms = tab.longest_task()
+        print(f"{len(lines)} lines: no task took more than {cpu_ms:.0f} ms ({passed_ms:.0f} ms with what others ran)")
+        assert 0 < cpu_ms <= 50
 
 
 def test_a_token_is_asked_for_and_proven_on_both_sides(fleet: MakeFleet, tmp_path: Path) -> None:
