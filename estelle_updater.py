@@ -2103,10 +2103,15 @@ class Config:
         return tuple(dict.fromkeys(listed))
 
 
+PROBLEM_CHARS = 500
+
+
 def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
     """Every (path, problem) as a line `FILE: PATH: PROBLEM`."""
     lines = []
     for path, problem in problems:
+        if len(problem) > PROBLEM_CHARS:  # a value of a megabyte is no line for a log
+            problem = problem[:PROBLEM_CHARS] + "..."
         parts = (file, path.removeprefix("."), problem)
         lines.append(": ".join(part for part in parts if part))
     what = lines[0]
@@ -2155,16 +2160,51 @@ def _no_json_reason(text: str, at: int) -> str:
     return ""
 
 
+# Strings and comments, in which a dot is no part of a key; one that has no end goes to the line's
+_NO_KEY = re.compile(r"""(?x) " (?: [^"\\\n] | \\. )* "? | ' [^'\n]* '? | \# [^\n]* """)
+NESTED_MOST, DOTS_MOST = 100, 200
+
+
+def _require_few_dots(text: str) -> None:
+    """Raise ValueError where a key of TOML may have so many parts that reading it takes minutes and
+    gigabytes: tomllib's cost grows with their square, and a file of a branch that nobody has
+    reviewed must not end the daemons that plan it."""
+    # With strings of several lines a key could be hidden in what only looks quoted.
+    if '"""' not in text and "'''" not in text:
+        text = _NO_KEY.sub("", text)
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > DOTS_MOST:
+            raise ValueError(f"line {number} has more than {DOTS_MOST} dots; break it into several")
+
+
+def _require_bounded(data: Any) -> None:
+    """Raise ValueError where tables stand too deep in each other, or a number is too long, for
+    whatever would show them."""
+    waiting = [(data, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > NESTED_MOST:
+            raise ValueError(f"more than {NESTED_MOST} tables or lists stand in each other")
+        if isinstance(value, dict):
+            value = [*value.values()]
+        if isinstance(value, list):
+            waiting += [(part, depth + 1) for part in value]
+        elif type(value) is int and abs(value) >= 1 << 63:
+            raise ValueError("a number has more than 64 bits")
+
+
 def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
     """The raw tables of a file in `form` json or toml; ConfigError, with line and column, where it
     is neither."""
     plain = _decoded(text, file)
     try:
         if form == "toml":
-            return tomllib.loads(plain)
-        data: dict[str, Any] = _checked(
-            _mapping, json.loads(plain, object_pairs_hook=_unique), file
-        )
+            _require_few_dots(plain)
+            raw = tomllib.loads(plain)
+        else:
+            raw = json.loads(plain, object_pairs_hook=_unique)
+        _require_bounded(raw)
+        data: dict[str, Any] = _checked(_mapping, raw, file)
         return data
     except json.JSONDecodeError as error:
         reason = _no_json_reason(plain, error.pos) or error.msg
@@ -6803,7 +6843,7 @@ def look_into_json(path: Path) -> tuple[Reading, dict[str, Any]]:
             time.sleep(0.02)  # it is being replaced
         except OSError:
             break
-        except ValueError:
+        except (ValueError, RecursionError):
             return Reading.TORN, {}
         else:
             whole = isinstance(data, dict)
@@ -6822,26 +6862,44 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_supplied(
-    path: Path, most_bytes: int = SUPPLIED_BYTES, *, within: Path | None = None
+    path: Path,
+    most_bytes: int = SUPPLIED_BYTES,
+    *,
+    within: Path | None = None,
+    cut: bool = False,
 ) -> bytes:
     """The bytes of a file that a commit or an operator put there, which may be anything.
 
     Only a regular file of at most `most_bytes`: a FIFO would hold its reader for ever, /dev/zero
-    fill its memory. `within` is the clone that a committed file's links must not lead out of.
-    Raises OSError, whose `strerror` says what is wrong with it.
+    fill its memory. `within` is the clone that a committed file's links must not lead out of, nor
+    into git's own folder. `cut`: of a longer file the beginning. Raises OSError, whose `strerror`
+    says what is wrong with it.
     """
-    if within is not None and not path.resolve().is_relative_to(within.resolve()):
-        raise OSError(errno.EPERM, "it is a link out of the repository", str(path))
+    if within is not None:
+        _require_inside(path, within)
     # asked first, as opening a device alone may do something
     _require_regular(os.stat(path), path)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags), "rb") as file:
         _require_regular(os.fstat(file.fileno()), path)
         data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
+    if len(data) > most_bytes and not cut:
         most = f"it has more than {most_bytes >> 20} MiB"
         raise OSError(errno.EFBIG, most, str(path))
-    return data
+    return data[:most_bytes]
+
+
+def _require_inside(path: Path, within: Path) -> None:
+    """Raise OSError where a committed file's links lead out of its clone, in a circle, or into
+    `.git`, where remotes' URLs hold passwords."""
+    try:
+        place, tree = path.resolve(), within.resolve()
+    except RuntimeError:  # of Python before 3.13
+        raise OSError(errno.ELOOP, "its links lead in a circle", str(path)) from None
+    if not place.is_relative_to(tree):
+        raise OSError(errno.EPERM, "it is a link out of the repository", str(path))
+    if ".git" in place.relative_to(tree).parts:
+        raise OSError(errno.EPERM, "it is a link into git's own folder", str(path))
 
 
 def _require_regular(found: os.stat_result, path: Path) -> None:
@@ -10167,9 +10225,12 @@ class WorkTree:
         pointers = []
         for name in filter(None, os.fsdecode(listed).split("\0")):
             path = name.removeprefix("HEAD:")
-            with suppress(OSError), open(self.root / path, "rb") as file:
-                begins = file.read(len(_LFS_POINTER)) == _LFS_POINTER
-                if begins and b"lfs" in self.ask("check-attr", "filter", "--", path).split():
+            with suppress(OSError):
+                data = read_supplied(self.root / path, len(_LFS_POINTER), cut=True)
+                if (
+                    data.startswith(_LFS_POINTER)
+                    and b"lfs" in self.ask("check-attr", "filter", "--", path).split()
+                ):
                     pointers.append(path)
         return pointers
 
@@ -20241,7 +20302,7 @@ def installed_units(folder: Path) -> Iterator[Installed]:
     """The daemons of systemd's units in a folder."""
     for path in sorted(folder.glob(f"{SERVICE}*.service")):
         with suppress(OSError, ValueError):
-            lines = dict(_UNIT_LINES.findall(path.read_text("utf-8")))
+            lines = dict(_UNIT_LINES.findall(read_supplied(path).decode()))
             words = shlex.split(lines.get("ExecStart", "").replace("%%", "%").replace("$$", "$"))
             place = lines.get("WorkingDirectory", "").replace("%%", "%")
             if "serve" in words:
@@ -20262,8 +20323,9 @@ def pm2_home() -> Path:
 
 def installed_pm2() -> Iterator[Installed]:
     """The daemons that PM2 has saved. From its file, as any word to pm2 would start one."""
-    with suppress(OSError, ValueError, TypeError):
-        yield from services_of_pm2(json.loads((pm2_home() / "dump.pm2").read_bytes()))
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        saved = read_supplied(pm2_home() / "dump.pm2", ENVIRONMENT_BYTES)
+        yield from services_of_pm2(json.loads(saved))
 
 
 def running_pm2() -> list[dict[str, Any]]:
@@ -23617,8 +23679,11 @@ def init_config(args: Args) -> int:
         wanted.append(url.host)
     wanted.append(address)
     allow = list(dict.fromkeys(wanted))
-    package = read_json(folder.parent / "package.json") or {}
-    has_script = "deploy:release" in package.get("scripts", {})
+    scripts: Any = None
+    with suppress(OSError, ConfigError):
+        package = folder.parent / "package.json"
+        scripts = parse_data(read_committed(package, root), str(package), "json").get("scripts")
+    has_script = isinstance(scripts, dict) and "deploy:release" in scripts
     command = ["pnpm", "deploy:release"]
     if not has_script and (folder.parent / "deploy.sh").exists():
         command = ["sh", "deploy.sh"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,8 +33,58 @@ def test_only_a_regular_file_of_bounded_size_is_read(tmp_path: Path) -> None:
     assert len(est.read_supplied(big)) == est.SUPPLIED_BYTES
     assert est.read_supplied(tree / "out") == b"secret", "an operator's link"
     assert est.read_supplied(tree / "sub/link", within=tree) == b"inner"
-    with pytest.raises(OSError, match="out of the repository"):
-        est.read_supplied(tree / "out", within=tree)
+    (tree / "loop").symlink_to("loop")
+    (tree / "up").symlink_to("/proc/self")
+    (tree / ".git").mkdir()
+    (tree / ".git/config").write_text("url = https://secret@h")
+    (tree / "git").symlink_to(".git/config")
+    for name, why in (
+        ("out", "out of the repository"), ("loop", "circle|symbolic links"), ("git", "into git's own folder"),
+        ("up/environ", "out of the repository"), ("up/root/etc/passwd", "out of the repository"),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match=why):
+            est.read_supplied(tree / name, within=tree)
+    assert est.read_supplied(big, 3, cut=True) == b"xxx", "the beginning of what may be long"
+
+
+START = {
+    "json": '{"masterUrl": "ws://127.0.0.1", "whitelist": []',
+    "toml": 'masterUrl = "ws://127.0.0.1"\nwhitelist = []\n',
+}
+HOSTILE = [
+    ("toml", f"a{'.a' * 50_000} = 1", "more than 200 dots"),
+    ("toml", f"[{'.'.join(['a'] * 40_000)}]", "more than 200 dots"),
+    ("toml", f'x = {{y = """#\'""", a{".a" * 50_000} = 1}}', "more than 200 dots"),
+    ("toml", f'"a\'"{".a" * 50_000} = 1', "more than 200 dots"),
+    ("toml", f"x = {'[' * 100_000}", "recursion"),
+    ("toml", f"[deploy]\ntimeout = 0x{'f' * 5000}", "more than 64 bits"),
+    ("toml", f"[deploy]\ntimeout = {'9' * 5000}", "5000 digits|4300 digits"),
+    ("toml", "[deploy]\ntimeout = nan", "no number of seconds"),
+    ("json", f', "x": {"[" * 100_000}', "recursion"),
+    ("json", ', "hosts": ' + '{"a":' * 500 + "1" + "}" * 501, "more than 100 tables"),
+    ("json", f', "keep": {{"runs": {"9" * 4000}}}}}', "more than 64 bits"),
+    ("json", ', "deploy": {"timeout": Infinity}}', "no number of seconds"),
+    ("json", ', "whitelist": ["0.0.0.0/0"]}', "stands twice"),
+    ("json", f', "project": "{"x" * 900_000}"}}', "project"),
+]
+
+
+@pytest.mark.parametrize(("form", "more", "why"), HOSTILE, ids=range(len(HOSTILE)))
+def test_a_configuration_that_is_made_to_hurt_is_refused_at_once(form: str, more: str, why: str) -> None:
+    """In time and memory that a daemon has, and in a line."""
+    began = time.process_time()
+    tracemalloc.start()
+    try:
+        with pytest.raises(est.ConfigError, match=why) as refused:
+            est.parse_config(START[form] + more, "f", form)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 5
+    assert len(refused.value.what) < 1000 and refused.value.what.isprintable()
+    strings = 'x = "' + "a." * 300 + f'" # {"b." * 300}\n[deploy]\nversion = "{"v." * 120}"'
+    with pytest.raises(est.ConfigError, match="x: unknown key"):  # dots in strings and comments are no key's
+        est.parse_config(START["toml"] + strings, "f", "toml")
 
 
 def test_a_hostile_commit_stops_nobody(fleet: Callable[..., Fleet]) -> None:
@@ -59,6 +111,14 @@ def test_a_hostile_commit_stops_nobody(fleet: Callable[..., Fleet]) -> None:
     (agent.repo / "config/version.json").unlink()
     (agent.repo / "config/version.json").symlink_to("/dev/zero")
 
+    # a branch that nobody has reviewed yet: its plan is refused, and the daemons live on
+    (work / "config/updater.json").unlink()
+    one.origin.commit({"config/updater.toml": f"a{'.a' * 50_000} = 1\n"}, branch="hostile")
+    plan = one.cli("plan", "all", "hostile")
+    assert (plan.code, plan.out.count("more than 200 dots")) == (1, 2), plan
+    one.origin.git("checkout", "-q", "master", cwd=work)
+
+    (work / "config/updater.json").unlink(missing_ok=True)
     commit_link("config/updater.json", "/dev/zero")
     code, out, err = one.cli("trigger", "all", "master")
     assert (code, out.count("it is a link out of the repository\n"), out.count("] ✗ 실패 config")) == (1, 2, 2), (
