@@ -2009,7 +2009,11 @@ def _check_health(raw: dict[str, Any], place: _Place) -> None:
     """A check has one kind, and only the settings that its kind looks at: one that is never looked
     at would be believed to guard something."""
     _exactly_one(raw, CHECK_KINDS, place)
-    owners = {"status": "an http", "contains": "an http", "least": "a disk or certificate"}
+    owners = {
+        "status": "an http",
+        "contains": "an http",
+        "least": "a disk or certificate",
+    }
     owners |= dict.fromkeys(("user", "passwordFile", "passwordEnv", "tls"), "a valkey")
     for key, owner in owners.items():
         has_owner = any(kind in raw for kind in owner.split())
@@ -3030,6 +3034,7 @@ class JobRecord:
     changed: bool | None = None  # whether commit, tree or what runs may differ from before
     switched: bool = False  # traffic goes another way than before
     warnings: list[str] = field(default_factory=list)  # what who sees a ✓ has to know as well
+    lived: float = 0.0  # when its host took it, by how long that host's state was in use
 
 
 @record(frozen=True)
@@ -5645,7 +5650,11 @@ def _a_text(description: str, **more: Any) -> _Schema:
 
 
 def _a_flag(description: str, default: bool) -> _Schema:
-    return {"type": "boolean", "description": description, "default": default}
+    return {
+        "type": "boolean",
+        "description": description,
+        "default": default,
+    }
 
 
 def _a_number(description: str, low: int, high: int, **more: int) -> _Schema:
@@ -5662,7 +5671,11 @@ def _has(kind: str, description: str) -> _Schema:
 
 
 def _some(description: str, item: _Schema) -> _Schema:
-    return {"type": "array", "description": description, "items": item}
+    return {
+        "type": "array",
+        "description": description,
+        "items": item,
+    }
 
 
 def _by_name(description: str, kind: str) -> _Schema:
@@ -5729,6 +5742,7 @@ STATUS_SCHEMA = _fields(
         "step": _has("string", "its step"),
         "since": _has("number", "when it began, in seconds since 1970"),
         "silent_s": _has("number", "for how long its step has said nothing"),
+        "running_s": _has("number", "for how long its job has run, by its own clock"),
         "link_down_since": _has("number", "since when the host is away, in seconds since 1970"),
         "queued": _some("the runs that wait for it", {"type": "string"}),
         "behind": _by_name("for a run that waits: the run before it", "string"),
@@ -6380,7 +6394,11 @@ _ID_LAST = re.compile(_ID + rb'\s*(?:,\s*"(?:jsonrpc|method)"\s*:\s*"[^"]{0,100}
 
 def _failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
     """The answer to a request that could not be done; no number where it could not be read."""
-    return {"jsonrpc": "2.0", "id": number, "error": problem.error}
+    return {
+        "jsonrpc": "2.0",
+        "id": number,
+        "error": problem.error,
+    }
 
 
 class McpSession:
@@ -6624,7 +6642,11 @@ class McpSession:
         if modern:
             meta = {_MCP_META + "serverInfo": self.info}
             result = {"resultType": "complete", **result, "_meta": meta}
-        return {"jsonrpc": "2.0", "id": number, "result": result}
+        return {
+            "jsonrpc": "2.0",
+            "id": number,
+            "result": result,
+        }
 
     @staticmethod
     def result(text: str, wrong: bool) -> dict[str, Any]:
@@ -6663,10 +6685,18 @@ class McpSession:
         """A word on a call that goes on, for a client that asked for such."""
         if call.token is None or self.calls.get(call.id) is not call:
             return None
-        params = {"progressToken": call.token, "progress": number, "message": text}
+        params = {
+            "progressToken": call.token,
+            "progress": number,
+            "message": text,
+        }
         if not call.modern and self.older < _NOTES:
             del params["message"]
-        return {"jsonrpc": "2.0", "method": "notifications/progress", "params": params}
+        return {
+            "jsonrpc": "2.0",
+            "method": "notifications/progress",
+            "params": params,
+        }
 
     def ask(self, call: ToolCall, question: str, tell: Callable[[Any], None]) -> dict[str, Any]:
         """The request by which a client of the older era puts a question to a person; `tell` hears
@@ -6696,7 +6726,11 @@ def _no_number(word: str) -> NoReturn:
 def _confirmation(question: str) -> dict[str, Any]:
     """A request to a person: yes or no."""
     form = {"confirm": {"type": "boolean", "title": "Do it", "description": "yes, do it"}}
-    schema = {"type": "object", "properties": form, "required": ["confirm"]}
+    schema = {
+        "type": "object",
+        "properties": form,
+        "required": ["confirm"],
+    }
     params = {"message": question, "requestedSchema": schema}
     return {"method": "elicitation/create", "params": params}
 
@@ -7705,10 +7739,20 @@ def make_run_id() -> str:
     return f"{run_id_time(time.time())}-{os.urandom(2).hex()}"
 
 
+def since_boot() -> tuple[str, float]:
+    """Which boot of the machine this is, and for how many seconds it lasts; "" where the system
+    does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return boot, time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (OSError, ValueError, AttributeError):
+        return "", 0.0
+
+
 class LivedClock:
     """How long this state folder has been in use, in seconds: what [keep] days counts, and what
-    waits are measured by across a restart. It never jumps: the wall clock only bridges the time
-    without a daemon, and by a day at most."""
+    waits are measured by across a restart. It never jumps: the time without a daemon is told by the
+    machine's boot, and where that was another one, by the wall clock and a day at most."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -7720,20 +7764,30 @@ class LivedClock:
             saved = read_json(self._file) or {}
             base = saved.get("lived")
             at = saved.get("at")
+            up_s = saved.get("up")
+            boot, up_now_s = since_boot()
             gap_s = 0.0
-            if isinstance(at, int | float):
-                gap_s = time.time() - at
+            if boot and saved.get("boot") == boot and isinstance(up_s, int | float):
+                gap_s = up_now_s - up_s
+            elif isinstance(at, int | float):
+                gap_s = min(time.time() - at, DAY_S)
             if isinstance(base, int | float):
                 base = float(base)
             else:
                 base = 0.0
-            self._base = base + min(max(gap_s, 0.0), DAY_S)
+            self._base = base + max(gap_s, 0.0)
             self._began = time.monotonic()
         return self._base + time.monotonic() - self._began
 
     def save(self) -> None:
         """The daemon does, now and then. Raises OSError."""
-        saved = {"lived": round(self.now(), 3), "at": time.time()}
+        boot, up_s = since_boot()
+        saved = {
+            "lived": round(self.now(), 3),
+            "at": time.time(),
+            "boot": boot,
+            "up": up_s,
+        }
         write_atomic(self._file, json.dumps(saved).encode())
 
 
@@ -9015,7 +9069,11 @@ class Spawned:
             the step's.
             """
             self._signal_group(9)
-            where = {"root": os.getpid(), "since": self._start, "leader": self.pid}
+            where = {
+                "root": os.getpid(),
+                "since": self._start,
+                "leader": self.pid,
+            }
             _, self.refused, gone = _kill_family(self.mark, deadline_s, **where)
             return gone and self._exited.wait(1.0)
 
@@ -9888,6 +9946,7 @@ class Runner:
         self.masker = Masker(())
         self.version: bytes | None = None  # the last one in the output
         self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
+        self.began: float | None = None  # monotonic: the clock may jump while the job runs
 
     # The job from its lock to its result
 
@@ -9918,7 +9977,10 @@ class Runner:
             holder = {"run": self.run, "host": self.host}
             write_atomic(self.state.current_file, json.dumps(holder).encode())
         self.bury(last)
-        if not self.save(durable=True, state=State.RUNNING, started=job.started or time.time()):
+        started = job.started
+        if started is None:  # else a runner before this one began
+            started, self.began = time.time(), time.monotonic()
+        if not self.save(durable=True, state=State.RUNNING, started=started):
             return 1  # the disk is full: a job that is not known to run would be run again
         self.perform()
         self.last_act()
@@ -10108,7 +10170,10 @@ class Runner:
 
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
-        fields.update(state=state, open_step=None, pipe=None, ended=time.time(), commit=None)
+        ended = time.time()
+        if self.began is not None and self.job.started is not None:
+            ended = self.job.started + time.monotonic() - self.began
+        fields.update(state=state, open_step=None, pipe=None, ended=ended, commit=None)
         if state is State.SUCCEEDED:
             fields.update(step=None, step_kind="", exit=0)
         # the result names the commit, also of a job that was cancelled
@@ -11579,7 +11644,12 @@ def run_checks(
     for rule in rules:
         check = Check(rule, repo, env, settle_s)
         late = f"no answer within {check.takes_s:g} s"
-        row = {"name": rule.name, "kind": rule.kind, "ok": False, "detail": late}
+        row = {
+            "name": rule.name,
+            "kind": rule.kind,
+            "ok": False,
+            "detail": late,
+        }
         rows.append(row)
         looks.append(lambda row=row, check=check: (row, probe_health(check)))  # type: ignore[misc]
     for row, found in _answers(looks, checks_take_s(rules, settle_s)):
@@ -11895,7 +11965,11 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
     warnings: list[str] = []
     keys = ("traffic", "file", "status", "address")
     servers: dict[str, dict[str, Any]] = {color: dict.fromkeys(keys) for color in COLORS}
-    answer = {"active": None, "servers": servers, "warnings": warnings}
+    answer = {
+        "active": None,
+        "servers": servers,
+        "warnings": warnings,
+    }
     found: BackendText | None = None
     active: str | None = None
     try:
@@ -13078,7 +13152,7 @@ _COUNTS = (
 )
 ANSWERS: dict[str, dict[str, str]] = {
     "status": dict.fromkeys(("branch", "commit", "version", "problem", "running"), "str | None")
-    | {"dirty": "bool | None", "silent_s": "int | None"},
+    | {"dirty": "bool | None", "silent_s": "int | None", "running_s": "int | None"},
     "traffic": {
         "active": "str | None",
         "by_file": "dict[str, str | None]",
@@ -13439,6 +13513,8 @@ class OwnJobs:
 
     def is_old(self, record: JobRecord) -> bool:
         """Whether a job was accepted so long ago that nobody expects it to run any more."""
+        if record.lived:  # by no clock that jumps; an older program's record has only its file
+            return self.state.lived.now() - record.lived > ORDER_EXPIRES_S
         with suppress(OSError):
             return (
                 time.time() - self.state.job_file(record.run, record.host).stat().st_mtime
@@ -13514,7 +13590,7 @@ class OwnJobs:
             self.write(record, state=State.LOST, error="the host forgot this job")
             return
         ordered = replace(record, machine=self.machine, state=State.QUEUED, ordered=True)
-        record = self.write(replace(ordered, revision=1))
+        record = self.write(replace(ordered, revision=1, lived=self.state.lived.now()))
         self.offer(self.jobs[record.run, record.host], link)
         if record.state is State.QUEUED:
             self.start_runner(record)
@@ -13659,7 +13735,11 @@ class Agent:
                 raise UpdaterError(f"unknown question {ask.what[:40]!r}", "upgrade this host")
             result = await self.places[ask.what].run(QUESTIONS[ask.what], self, ask.args)
         except UpdaterError as problem:
-            result = {"error": problem.what, "hint": problem.hint, "exit": problem.exit_code}
+            result = {
+                "error": problem.what,
+                "hint": problem.hint,
+                "exit": problem.exit_code,
+            }
         except (OSError, ValueError) as problem:
             result = {"error": str(problem)}
         return Answer(ask.id, await asyncio.to_thread(self.mask, ask.args.get("address"), result))
@@ -13688,7 +13768,11 @@ def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         if job.record.state is State.RUNNING:
             with suppress(OSError):
                 wrote = agent.state.log_file(job.record.run, job.record.host).stat().st_mtime
-                result |= {"running": job.record.run, "silent_s": round(time.time() - wrote)}
+                silent_s = max(0, round(time.time() - wrote))
+                # who asks may have another clock than this host, which wrote down when it began
+                running_s = max(0, round(time.time() - (job.record.started or wrote)))
+                result |= {"running": job.record.run}
+                result |= {"silent_s": silent_s, "running_s": running_s}
     return result
 
 
@@ -14267,7 +14351,7 @@ class Impostor:
 
     machine: str
     address: str
-    last: float
+    last: float  # by how long the master's state was in use
     times: int = 1
 
 
@@ -14332,7 +14416,11 @@ class AgentKeys:
         return not await self.state.store.keep(self.state.agent_keys_file, self.render)
 
     def render(self) -> bytes:
-        data = {"name": self.name, "keys": self.keys, "arrived": sorted(self.arrived)}
+        data = {
+            "name": self.name,
+            "keys": self.keys,
+            "arrived": sorted(self.arrived),
+        }
         return json.dumps(data).encode()
 
     # Who is who
@@ -14369,11 +14457,11 @@ class AgentKeys:
         seen = self.impostors.get((machine, address))
         if seen:
             seen.times += 1
-            seen.last = time.time()
+            seen.last = self.state.lived.now()
             return
         while len(self.impostors) >= REFUSED_KEPT:
             del self.impostors[next(iter(self.impostors))]
-        self.impostors[machine, address] = Impostor(machine, address, time.time())
+        self.impostors[machine, address] = Impostor(machine, address, self.state.lived.now())
         log.error("%s: it was refused", self.impostor_text(self.impostors[machine, address]))
 
     def impostor_text(self, impostor: Impostor) -> str:
@@ -14952,11 +15040,11 @@ class Registry(Roster):
 
     def warnings(self) -> list[str]:
         """What was odd about the hosts within the last day."""
-        now = time.time()
+        now = self.state.lived.now()
         found = self.keys.warnings(now)
         for host in self.hosts():
             known = self.machines[host.machine]
-            if known.moved_from and now - known.moved_at < DAY_S:
+            if known.moved_from and 0 <= now - known.moved_at < DAY_S:
                 found.append(f"{host.label} has a new address: it was {known.moved_from}")
         return [*found, *tell_doubles(self.config.config, self.hosts())]
 
@@ -14989,7 +15077,7 @@ class Registry(Roster):
         )
         before = self.machines.get(hello.machine)
         if before and before.address != address:
-            known.moved_from, known.moved_at = before.address, time.time()
+            known.moved_from, known.moved_at = before.address, self.state.lived.now()
             log.warning("%s has a new address: it was %s", address, before.address)
         elif before:
             known.moved_from, known.moved_at = before.moved_from, before.moved_at
@@ -15295,6 +15383,10 @@ class Ledger:
             size=log_size(self.state.log_file(job.run, job.host)),
             ended=time.time(),
         )
+        if job.started is not None:
+            # by its host's clock, which may be hours off: it took no longer than the run is old
+            longest = job.started + time.monotonic() - run.began
+            job = replace(job, ended=max(job.started, min(time.time(), longest)))
         self.tell(run, job)
         self.record(run, job, durable=True)
 
@@ -15372,7 +15464,7 @@ class Freezes:
     which outlive a restart."""
 
     def __init__(self, state: StateFolder, config: ConfigFile) -> None:
-        self.store, self.config = state.store, config
+        self.store, self.config, self.lived = state.store, config, state.lived
         self.file = state.root / "freezes.json"
         reading, data = self.store.read(self.file)
         if reading not in (Reading.VALUE, Reading.MISSING):
@@ -15382,7 +15474,8 @@ class Freezes:
     def freeze(self, name: str, seconds: float, by: str) -> Freeze:
         """Hold every order from now on, for so long."""
         now = time.time()
-        self.by_hand[name] = {"begins": now, "ends": now + seconds, "by": by}
+        until = self.lived.now() + seconds  # a clock that is set back or ahead ends nothing
+        self.by_hand[name] = {"begins": now, "ends": now + seconds, "by": by, "lived": until}
         self.save()
         log.warning("%s freezes the fleet: %s, for %.0f s", by, name, seconds)
         return next(found for found in self.near(now) if found.name == name)
@@ -15401,13 +15494,18 @@ class Freezes:
 
     def save(self) -> None:
         self.store.put(self.file, json.dumps(self.by_hand, indent=1).encode())
+        with suppress(OSError):
+            self.lived.save()  # what the ends are measured by
 
     def near(self, now: float) -> list[Freeze]:
         """What holds at `now`, or begins within the hour."""
         found = []
         for name, held in self.by_hand.items():
             note = f"by {held['by']}"
-            found.append(Freeze(name, held["begins"], held["ends"], HELD_KINDS, (), note))
+            begins, ends = held["begins"], held["ends"]
+            if "lived" in held:  # else an older program's
+                begins, ends = min(begins, now), now + held["lived"] - self.lived.now()
+            found.append(Freeze(name, begins, ends, HELD_KINDS, (), note))
         for rule in self.config.config.freeze:
             try:
                 span = freeze_span(rule, now)
@@ -16241,6 +16339,7 @@ class FleetView:
             "step": running.step if running else None,
             "since": running.started if running else None,
             "silent_s": facts.get("silent_s"),
+            "running_s": facts.get("running_s"),
             "link_down_since": None if away_s is None else time.time() - away_s,
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
             "behind": {
@@ -17512,14 +17611,21 @@ class Spool:
     A file ends as `.sent` and stays for a while, so that no event is told twice.
     """
 
-    def __init__(self, folder: Path, config: ConfigFile, own_address: str) -> None:
+    def __init__(
+        self, folder: Path, config: ConfigFile, own_address: str, lived: LivedClock
+    ) -> None:
         self.folder, self.config, self.own_address = folder, config, own_address
+        self.lived = lived  # no message gets old because a clock jumped
         self.receivers: dict[str, Receiver] = {}
         self.wake = asyncio.Event()
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as problem:  # deployments go on without
             log.error("no messages can be sent: %s", problem)
+        for path in folder.glob("*"):  # an older program's go by the wall clock
+            with suppress(OSError):
+                if path.stat().st_mtime > lived.now() + DAY_S:
+                    self.stamp(path)
         for rule in self.rules:  # said at the start, not when the first deployment fails
             try:
                 hook_url(rule, self.tree)
@@ -17555,12 +17661,19 @@ class Spool:
             told_news = mask_words(news)
             data = {"time": round(time.time(), 3), **from_whom, **told_news}
             write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+            self.stamp(path)
             self.wake.set()
+
+    def stamp(self, path: Path) -> None:
+        """A file's time tells its age, and which one is older: by the time that was lived, as the
+        wall clock may jump between its writing and a look at it."""
+        at = self.lived.now()
+        os.utime(path, (at, at))
 
     def forget_told(self) -> None:
         """What was sent long ago is not going to happen a second time."""
         for path in self.folder.glob("*.sent"):
-            if time.time() - path.stat().st_mtime > NEWS_TOLD_S:
+            if self.lived.now() - path.stat().st_mtime > NEWS_TOLD_S:
                 path.unlink()
 
     # Sending, and what became of it
@@ -17603,7 +17716,7 @@ class Spool:
         for number, (when, path) in enumerate(found):
             # After days without network, all their failures would come at once, of which few are
             # true any more.
-            if number >= excess and time.time() - when <= NEWS_S:
+            if number >= excess and self.lived.now() - when <= NEWS_S:
                 left.append(path)
                 continue
             log.warning("not delivered, and no news any more: %s", path.name)
@@ -17667,7 +17780,7 @@ class Notifier:
 
     def __init__(self, state: StateFolder, config: ConfigFile, own_address: str) -> None:
         self.state, self.config, self.own_address = state, config, own_address
-        self.spool = Spool(state.root / "notify", config, own_address)
+        self.spool = Spool(state.root / "notify", config, own_address, state.lived)
         self.traffic_file = self.spool.folder / "traffic"
         self.switched = False  # since the last look at the traffic
         self.doubles: set[str] = set()  # what was told to fit two machines
@@ -17678,8 +17791,12 @@ class Notifier:
         """Spool what people want to know of a job's end. Whatever goes wrong here must not touch
         its result."""
         try:
-            self.remember_switch(job)
-            if time.time() - max(job.ended or 0.0, run.record.created) < NEWS_S:
+            age_s = time.monotonic() - run.began  # by this host's clock alone
+            self.remember_switch(job, age_s - (seconds_of(job) or 0.0))
+            before = run.jobs.get(job.host)
+            # a result that somebody still waited for is news, however long its host was away
+            was_open = before is not None and before.state not in FINAL
+            if was_open or age_s < NEWS_S:
                 path = self.state.log_file(job.run, job.host)
                 end = read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
                 name = f"{job.run}-{job.host}-{job.state}"
@@ -17700,10 +17817,11 @@ class Notifier:
             return ""
         return str(commits[index])
 
-    def remember_switch(self, job: JobRecord) -> None:
-        """What the traffic does after an order is no failover."""
+    def remember_switch(self, job: JobRecord, ago_s: float) -> None:
+        """What the traffic does after an order is no failover. The job ended at most `ago_s`
+        ago."""
         switched = has_switched(job)
-        if switched and time.time() - (job.ended or 0.0) < TRAFFIC_LOOK_S:
+        if switched and ago_s < TRAFFIC_LOOK_S:
             # where the next look finds the traffic elsewhere, it went there by itself
             self.switched = False
             write_atomic(self.traffic_file, json.dumps({"active": job.version}).encode())
@@ -23488,8 +23606,8 @@ def status_jobs(row: Mapping[str, Any]) -> list[str]:
     jobs = []
     if row["running"]:
         text = f"{row['running']} {row.get('step') or ''}"
-        if row.get("since"):
-            text += f" for {time.time() - row['since']:.0f} s"
+        if row.get("running_s") is not None:
+            text += f" for {row['running_s']} s"
         if (row.get("silent_s") or 0) >= SILENT_S:
             text += f", silent for {row['silent_s']} s"
         jobs.append(text)
@@ -23553,8 +23671,8 @@ def status_row(row: Mapping[str, Any], now: float, wide: bool) -> TableRow:
         if row["online"]:
             mark = "▸"
         clock = ""
-        if row.get("since"):
-            clock = duration_text(now - row["since"])
+        if row.get("running_s") is not None:
+            clock = duration_text(row["running_s"])
         silent_s = row.get("silent_s") or 0
         quiet = ""
         if silent_s >= QUIET_S:

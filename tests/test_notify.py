@@ -381,8 +381,8 @@ def test_failover_is_what_no_switch_explains(tmp_path: Path) -> None:
             said.append(then)
             await notifier.look_at_traffic(master)
             assert (len(titles(notifier)) == 1) == (to == then), "that was the switch, and what came at once was none"
-        for active, end in (("green", replace(ended, state=est.State.FAILED)), ("blue", replace(ended, ended=1.0))):
-            notifier.tell_of_job(est.Run(order, {}), replace(end, version=None))
+        for active, end, age_s in (("green", est.State.FAILED, 0.0), ("blue", est.State.SUCCEEDED, 3600.0)):
+            notifier.tell_of_job(est.Run(order, {}, age_s), replace(ended, state=end, version=None))
             said.append(active)
             await notifier.look_at_traffic(master)
             assert len(titles(notifier)) == 2, "one that failed half-way or was told late explains it too"
@@ -398,10 +398,14 @@ def test_old_news_is_no_news(tmp_path: Path) -> None:
     async def look() -> None:
         _, notifier = make_master(tmp_path, notify=[{"url": "http://127.0.0.1:1", "on": ["failed"]}])
         now = time.time()
-        run = est.Run(replace(RUN, created=now - 3 * est.NEWS_S), {})
-        notifier.tell_of_job(run, replace(JOB, state=est.State.FAILED, ended=now - 2 * est.NEWS_S))
-        assert titles(notifier) == []
-        notifier.tell_of_job(run, replace(JOB, state=est.State.FAILED, ended=now))
+        over = replace(JOB, state=est.State.LOST)
+        for ended in (now - 2 * est.NEWS_S, now + 2 * est.NEWS_S):  # whatever clock its host has
+            old = est.Run(RUN, {JOB.host: over}, 3 * est.NEWS_S)
+            notifier.tell_of_job(old, replace(JOB, state=est.State.FAILED, ended=ended))
+            assert titles(notifier) == []
+        waited_for = est.Run(RUN, {JOB.host: JOB}, 3 * est.NEWS_S)
+        run = est.Run(RUN, {JOB.host: over})
+        notifier.tell_of_job(waited_for, replace(JOB, state=est.State.FAILED, ended=now - 200 * est.DAY_S))
         (path,) = notifier.spool.folder.glob("*.json")
         path.rename(path.with_suffix(".sent"))
         notifier.tell_of_job(run, replace(JOB, state=est.State.FAILED, ended=now))
@@ -411,7 +415,7 @@ def test_old_news_is_no_news(tmp_path: Path) -> None:
         assert len(titles(notifier)) == est.NEWS_KEPT + 3
         (tmp_path / "state/notify/torn.00000000.json").write_text("{")
         for path in list(notifier.spool.folder.glob("*-h1-*.json")):
-            os.utime(path, (now - 2 * est.NEWS_S,) * 2)
+            os.utime(path, (notifier.spool.lived.now() - 2 * est.NEWS_S,) * 2)
         notifier.spool.receivers[est.receiver_id(notifier.spool.rules[0])] = est.Receiver(due=float("inf"))
         assert notifier.spool.send_due()
         assert len(list(notifier.spool.folder.glob("*-h*.json"))) == est.NEWS_KEPT
