@@ -6642,11 +6642,7 @@ class McpSession:
         if modern:
             meta = {_MCP_META + "serverInfo": self.info}
             result = {"resultType": "complete", **result, "_meta": meta}
-        return {
-            "jsonrpc": "2.0",
-            "id": number,
-            "result": result,
-        }
+        return {"jsonrpc": "2.0", "id": number, "result": result}
 
     @staticmethod
     def result(text: str, wrong: bool) -> dict[str, Any]:
@@ -6685,18 +6681,10 @@ class McpSession:
         """A word on a call that goes on, for a client that asked for such."""
         if call.token is None or self.calls.get(call.id) is not call:
             return None
-        params = {
-            "progressToken": call.token,
-            "progress": number,
-            "message": text,
-        }
+        params = {"progressToken": call.token, "progress": number, "message": text}
         if not call.modern and self.older < _NOTES:
             del params["message"]
-        return {
-            "jsonrpc": "2.0",
-            "method": "notifications/progress",
-            "params": params,
-        }
+        return {"jsonrpc": "2.0", "method": "notifications/progress", "params": params}
 
     def ask(self, call: ToolCall, question: str, tell: Callable[[Any], None]) -> dict[str, Any]:
         """The request by which a client of the older era puts a question to a person; `tell` hears
@@ -6726,11 +6714,7 @@ def _no_number(word: str) -> NoReturn:
 def _confirmation(question: str) -> dict[str, Any]:
     """A request to a person: yes or no."""
     form = {"confirm": {"type": "boolean", "title": "Do it", "description": "yes, do it"}}
-    schema = {
-        "type": "object",
-        "properties": form,
-        "required": ["confirm"],
-    }
+    schema = {"type": "object", "properties": form, "required": ["confirm"]}
     params = {"message": question, "requestedSchema": schema}
     return {"method": "elicitation/create", "params": params}
 
