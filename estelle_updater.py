@@ -6936,6 +6936,29 @@ def read_committed(path: Path, tree: Path) -> bytes:
     return read_supplied(path, within=within)
 
 
+def git_root(folder: Path) -> Path | None:
+    """The root of the git work tree that `folder` lies in, if any."""
+    for each in (folder, *folder.parents):
+        if (each / ".git").exists():
+            return each
+    return None
+
+
+def work_tree(config_path: Path) -> Path:
+    """The git work tree that holds the configuration file, else the folder above `config/`."""
+    folder = config_path.parent
+    if folder.is_symlink():  # a commit that makes it one must not choose another clone by that
+        folder = folder.parent
+    return git_root(folder) or config_path.parent.parent
+
+
+def lasting_place(config_path: Path) -> Path:
+    """Where a configuration file is, whatever links its clone has by now: only the way to the clone
+    is resolved. A link in a circle would raise, and another one be another file's place."""
+    tree = work_tree(config_path)
+    return tree.resolve() / config_path.relative_to(tree)
+
+
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
@@ -7510,8 +7533,7 @@ class StateFolder:
     def last_config(self, path: Path) -> Path:
         """The last valid text of this very configuration file: another project's, which once had
         this folder, must not pass for it."""
-        # where a committed link points to is not where the file is
-        mark = zlib.crc32(os.fsencode(path.parent.resolve() / path.name))
+        mark = zlib.crc32(os.fsencode(lasting_place(path)))
         return self.root / f"last-config-{mark:08x}{path.suffix}"
 
     def create(self) -> None:
@@ -8239,7 +8261,8 @@ def config_at(commit: str, path: Path, repo: Path, ask: Callable[..., str | None
     """The configuration at `path` as a commit has it, where that lies in the clone; `ask` asks git.
     Raises ConfigError."""
     try:
-        folder = os.path.relpath(path.parent.resolve(), repo.resolve()).replace(os.sep, "/")
+        place = lasting_place(path).parent
+        folder = os.path.relpath(place, repo.resolve()).replace(os.sep, "/")
     except ValueError:  # another drive of Windows
         return None
     if folder.startswith(".."):
@@ -8270,19 +8293,6 @@ def incoming_config(
         if new == config_at("HEAD", path, repo, ask):
             return None
     return new
-
-
-def work_tree(config_path: Path) -> Path:
-    """The git work tree that holds the configuration file, else the folder above `config/`."""
-    return git_root(config_path.parent) or config_path.parent.parent
-
-
-def git_root(folder: Path) -> Path | None:
-    """The root of the git work tree that `folder` lies in, if any."""
-    for each in (folder, *folder.parents):
-        if (each / ".git").exists():
-            return each
-    return None
 
 
 def load_token(config: Config, tree: Path) -> bytes | None:
