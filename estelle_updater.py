@@ -16229,6 +16229,7 @@ class FleetView:
             "seen": seen,
             "time": time.time(),
             "master": self.about_us(),
+            "warnings": self.own_warnings(self.master.freezes.near(time.time())),
             "hosts": rows,
             "runs": [
                 {
@@ -16256,17 +16257,23 @@ class FleetView:
             if colors[host.color] > 1:  # which of them gets the colour's requests, nobody knows
                 row["traffic"] = None
             rows.append(row)
-        now, freezes = time.time(), []
-        for one in self.master.freezes.near(now):
+        near = self.master.freezes.near(now := time.time())
+        freezes = []
+        for one in near:
             freezes.append({**one._asdict(), "text": one.text(now)})
-        warnings = [*traffic["warnings"], *self.registry.warnings()]
-        warnings += [one["text"] for one in freezes]
-        warnings += self.master.watcher.warnings()
+        warnings = [*traffic["warnings"], *self.own_warnings(near)]
         by_file = traffic.get("by_file") or {}  # where HAProxy can't be asked
         facts = {"hosts": rows, "warnings": warnings, "by_file": by_file, "freezes": freezes}
         return {"master": self.about_us(), **facts}
 
     # Their parts
+
+    def own_warnings(self, freezes: Iterable[Freeze]) -> list[str]:
+        """What is wrong or held as the master knows it, which asks nobody: twice the same host, a
+        freeze, a watch that is paused or waits."""
+        now = time.time()
+        held = [one.text(now) for one in freezes]
+        return [*self.registry.warnings(), *held, *self.master.watcher.warnings()]
 
     def about_us(self) -> dict[str, Any]:
         """What `status` says of the master itself."""
@@ -21649,7 +21656,13 @@ def known_columns(stream: IO[str]) -> int:
 
 def fold_for_stderr(text: str) -> str:
     """Lines for standard error: where that is a terminal, no row of them looks like a line of its
-    own."""
+    own. A letter that its encoding lacks is told by its number: a `?` could be any."""
+    encoding = sys.stderr.encoding
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        plain = text.translate(_PLAIN_MARKS)
+        text = plain.encode(encoding, "backslashreplace").decode(encoding)
     return fold_lines(text, known_columns(sys.stderr), ROW_INDENT)
 
 
@@ -21973,7 +21986,6 @@ class TextView(LineView):
         self.print_stderr(text)
 
     def print_stderr(self, text: str) -> None:
-        text = text.encode(sys.stderr.encoding, "replace").decode(sys.stderr.encoding)
         print(fold_for_stderr(text), file=sys.stderr, flush=True)
 
 
@@ -23046,6 +23058,28 @@ def ask_health(args: Args, target: str) -> dict[str, Any]:
     return ask_master(args, "health", {"target": target}, take_s)
 
 
+def ask_while_ticking(view: View, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a question brings that may take its ten seconds: the view's clock goes on meanwhile.
+    Raises what asking raises."""
+    told: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            told.put(ask())
+        except BaseException as problem:  # which is the asker's to handle, over there
+            told.put(problem)
+
+    # A daemon, or Ctrl-C would wait for an answer that nobody wants any more.
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        view.tick()
+        with suppress(queue.Empty):
+            answer = told.get(timeout=max(FRAME_S, view.due_s()))
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+
 def await_standby(
     args: Args, hosts: Sequence[str], wait_s: float, view: View, *, force: bool = False
 ) -> tuple[str, list[dict[str, Any]]]:
@@ -23057,8 +23091,9 @@ def await_standby(
         # A model's client that is gone ends the waiting here: else this thread would look for as
         # long as --wait says.
         view.tick()
-        checks = ask_health(args, ",".join(hosts))["checks"]
-        status = ask_master(args, "status", {})
+        ask = functools.partial(ask_health, args, ",".join(hosts))
+        checks = ask_while_ticking(view, ask)["checks"]
+        status = ask_while_ticking(view, functools.partial(ask_master, args, "status", {}))
         rows = [row for row in status["hosts"] if row["color"]]
         by_file = status.get("by_file", {})  # where HAProxy itself can't be asked
         where = {}
@@ -23480,7 +23515,7 @@ def health_text(result: Mapping[str, Any]) -> str:
 def health_screen(checks: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
     """What every check saw, for a terminal: a long story has rows of its own."""
     if not checks:
-        return [NO_CHECKS]
+        return folded_screen(NO_CHECKS, columns)
     rows = []
     for check in checks:
         mark = "✗"
@@ -25443,7 +25478,6 @@ def print_error(problem: UpdaterError, args: Args) -> int:
             hint = f"\nhint: {problem.hint}"
         text = terminal_text(f"estelle-updater: error: {one_line(problem.what)}{hint}")
         text = fold_for_stderr(text)
-        text = text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding)
     print(text, file=sys.stderr)
     return problem.exit_code
 

@@ -159,14 +159,14 @@ class Windows:
         timeout_s: float = 60,
     ) -> Result:
         """Run the Windows Python to its end; a Path among the arguments is translated."""
-        return run(self._command(arguments), self.env | dict(env or {}), cwd, timeout_s)
+        return run(self.command(arguments), self.env | dict(env or {}), cwd, timeout_s)
 
     def popen(
         self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.Popen[bytes]:
         """Start the Windows Python with pipes for its output, which must be read; `close` ends it."""
         return subprocess.Popen(
-            self._command(arguments),
+            self.command(arguments),
             env=self.env | dict(env or {}),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -175,7 +175,7 @@ class Windows:
             start_new_session=True,
         )
 
-    def _command(self, arguments: Sequence[str | Path]) -> list[str]:
+    def command(self, arguments: Sequence[str | Path]) -> list[str]:
         return ["wine", str(self.python), *(self.path(a) if isinstance(a, Path) else a for a in arguments)]
 
     def close(self) -> None:

@@ -218,7 +218,8 @@ def test_ctrl_c_in_a_terminal(stage: Stage, pyz: Path, terminal: Callable[..., s
     def screen() -> str:
         return terminal("capture-pane", "-p")
 
-    wait_for(lambda: "installing ..." in screen(), screen, 60)
+    # the block, with all three at work
+    wait_for(lambda: re.search(r"(?m)^deploy master on all  3 running(.*\n)+▸ 127\.0\.0\.3 ", screen()), screen, 60)
     terminal("send-keys", "C-c")
     wait_for(lambda: "ended with" in screen(), screen, 30)
     assert "ended with 130" in screen()

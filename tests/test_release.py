@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests import seam
+from tests.browser import Browser
 from tests.commands import COMMAND, GATE, GATED, Watched, detach, job_of, log_of, open_gate, wait_state, write_script
 from tests.fleet import ROOT, Fleet, Host, Result, need, run, wait_for
 from tests.haproxy import Proxy
@@ -380,6 +381,31 @@ def test_a_person_sees_how_far_a_release_is(one: Round):
         assert left == [] and one.traffic() == {"blue": "standby", "green": "active"}, lines
     finally:
         seen.close()
+
+
+def test_the_traffic_is_switched_in_the_page(one: Round):
+    """By the colour's own button: the plan, the colour typed, and the proof that HAProxy gives."""
+    one.commit("2")
+    deploy_by_hand(one, one.green)
+    with Browser(one.fleet.env) as tab:
+        tab.open(one.fleet.url.replace("ws:", "http:") + "/#traffic")
+        button = "[...document.querySelectorAll('button')].find(each => each.textContent === 'Switch to {}…')"
+        tab.wait(f"!{button.format('green')}.disabled")
+        assert tab.js(f"{button.format('blue')}.disabled") and "It has the traffic already." in tab.text(".card.active")
+        tab.js(f"{button.format('green')}.focus()")
+        tab.key("Enter")
+        tab.wait("document.activeElement.name === 'typed'")
+        assert "green, standby" in tab.text("dialog")
+        tab.type("gree")
+        assert tab.js("document.querySelector('dialog .danger').disabled")
+        tab.type("n")
+        tab.wait("!document.querySelector('dialog .danger').disabled")
+        tab.key("Enter")
+        tab.wait("state.run?.record?.kind === 'switch' && document.querySelector('.headline .ok')")
+        assert one.proxy.answers() == "green"
+        tab.js("location.hash = '#traffic'")
+        tab.wait("document.querySelector('.card.active h3').innerText === 'green'")
+        assert "The traffic goes to green" in tab.text(".headline") and tab.errors == []
 
 
 def test_runbook_application_failure(one: Round):

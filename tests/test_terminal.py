@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,7 +217,10 @@ def assert_log_is_whole(terminal: Terminal, hosts: int, count: int) -> None:
     assert left == [], left
 
 
-@pytest.mark.parametrize(("columns", "lines", "hosts"), [(80, 24, 3), (200, 60, 20), (30, 6, 20), (80, 24, 20)])
+SIZES = [(columns, lines, hosts) for columns, lines in ((80, 24), (200, 60), (30, 6)) for hosts in (3, 20)]
+
+
+@pytest.mark.parametrize(("columns", "lines", "hosts"), SIZES)
 def test_the_log_is_in_the_scrollback_once_and_the_block_goes(
     at_terminal: Callable[..., Terminal], columns: int, lines: int, hosts: int
 ) -> None:
@@ -309,6 +314,45 @@ def test_notices_stand_above_the_block_or_where_stderr_goes(
     assert notice in (tmp_path / "err").read_text()
 
 
+def test_an_encoding_that_lacks_letters_still_tells_which(
+    at_terminal: Callable[..., Terminal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cp949 knows Korean and no ✓: marks have plain ones, and what else it lacks is told by its number."""
+    with open(tmp_path / "err", "wb") as err:
+        terminal = at_terminal("2", "60", env={"PYTHONIOENCODING": "cp949"}, stderr=err.fileno())
+        assert terminal.wait() == 0
+    shown = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", terminal.raw.decode("cp949"))
+    said = (tmp_path / "err").read_bytes().decode("cp949")
+    assert "[10.0.0.1] 가나다 결제 +\r\n" in shown and "?" not in shown
+    assert "+ 완료" in shown and "x 실패 build (exit 1)" in shown
+    assert "10.0.0.1: build failed (exit 1)" in said and "  가나다 결제 +\n" in said and "?" not in said
+    for encoding, wanted in (("cp949", "실패 x \\U0001f680 …"), ("utf-8", "실패 ✗ 🚀 …")):
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding))
+        folded = est.fold_for_stderr("실패 ✗ 🚀 …")
+        assert folded == wanted.replace("…", "~" if encoding == "cp949" else "…")
+
+
+def test_a_slow_question_does_not_stop_the_clock() -> None:
+    ticks = threading.Semaphore(0)
+
+    class View(est.View):
+        def tick(self) -> None:
+            ticks.release()
+
+        def due_s(self) -> float:
+            return 0.0
+
+    def ask() -> dict[str, Any]:
+        return {"ticked": all(ticks.acquire(timeout=10) for _ in range(5))}
+
+    def fail() -> dict[str, Any]:
+        raise est.GuardError("no")
+
+    assert est.ask_while_ticking(View(), ask) == {"ticked": True}
+    with pytest.raises(est.GuardError):
+        est.ask_while_ticking(View(), fail)
+
+
 @pytest.mark.parametrize("keys", ["\x03", "\x1a"], ids=["Ctrl-C", "Ctrl-Z"])
 def test_a_person_who_leaves_finds_a_clean_screen(at_terminal: Callable[..., Terminal], keys: str) -> None:
     terminal = at_terminal("3", "150")
@@ -333,7 +377,8 @@ case $PWD in *host2*) for n in $(seq 40); do echo "module $n"; done; echo "error
 
 
 def test_a_deployment_at_a_terminal(fleet: Callable[..., Fleet]) -> None:
-    one = fleet(hosts=2)
+    check = {"name": "web", "command": ["sh", "-c", f"test $PWD = /x || {{ echo {'long ' * 30}; exit 1; }}"]}
+    one = fleet(hosts=2, config={"health": [check]})
     one.origin.commit({"deploy.sh": SLOW})
 
     def at(*words: str, columns: int = 80) -> Terminal:
@@ -364,6 +409,11 @@ def test_a_deployment_at_a_terminal(fleet: Callable[..., Fleet]) -> None:
     assert any(line.startswith("1 of 2 ok in ") and line.endswith(run) for line in lines)
     assert any(line.endswith(f"trigger --failed-of {run}  again, once it is mended") for line in lines)
     follows.close()
+    narrow = at("logs", "-f", run, columns=30)
+    assert narrow.wait() == 1
+    for command in (f"logs {run} 127.0.0.2", f"trigger --failed-of {run}"):
+        assert f" {command}\r\n".encode() in narrow.raw, "the terminal wraps a command, and not we: it can be copied"
+    narrow.close()
     for words in (["logs", "last"], ["logs", run[:17]], ["logs"]):
         assert one.cli(*words).out.count("[127.0.0.2] module 7\n") == 1
     nobody = one.cli("logs", "19990101")
@@ -376,9 +426,10 @@ def test_a_deployment_at_a_terminal(fleet: Callable[..., Fleet]) -> None:
         (["status"], "✗ 실패 sh deploy.sh (exit 3)"),
         (["history"], "✗ 127.0.0.2  실패"),
         (["plan", "all", "master"], "HOST"),
+        (["health"], "✗ 127.0.0.1  web"),
     ):
         table = at(*words)
-        assert table.wait() == 0
+        assert table.wait() == (words == ["health"])
         lines = table.all_lines()
         assert any(said in line for line in lines), lines
         whole = ("trigger", "exactly this, ")  # a command is to be copied: the terminal wraps it

@@ -131,6 +131,8 @@ def test_what_holds_a_push_back(watching: Watching) -> None:
     one.restart(one.master)
     one.wait_online()
     assert "watch is paused by" in one.cli("status").out and len(watching.runs()) == 2
+    code, told, _ = one.cli("status", "--json")
+    assert code == 0 and any("watch is paused by" in text for text in json.loads(told)["warnings"])
     # a remote that is gone
     gone = Path(f"{origin.bare}.gone")
     os.rename(origin.bare, gone)

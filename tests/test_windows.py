@@ -21,6 +21,7 @@ import pytest
 from tests.commands import Watched, job_of, log_of
 from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, is_listening, kill_processes_of, wait_for
 from tests.machines import Windows
+from tests.terminal import Terminal
 from tests.test_upgrade import NAME, NEW, variant, versions
 
 WINE_S = 120.0  # Wine starts each process slowly
@@ -272,6 +273,45 @@ def test_consoles_without_our_letters_and_the_place_of_the_state(windows_python:
     (tmp_path / "script.py").write_text(CONSOLES, "utf-8")
     done = windows_python.run(tmp_path / "script.py", env={"PYTHONPATH": Windows.path(ROOT)})
     assert done.out.strip() == "all good", done.out + done.err
+
+
+COLOURS = r"""
+import ctypes, json, sys
+import estelle_updater as updater
+
+api = ctypes.windll.kernel32
+console = api.GetStdHandle(-11)
+
+def mode():
+    value = ctypes.c_uint32()
+    return value.value if api.GetConsoleMode(console, ctypes.byref(value)) else None
+
+api.SetConsoleMode(console, 3)  # as cmd.exe has it
+before = mode()
+output = updater.Output(True)
+told = {"modes": [before, mode()], "escapes": output.escapes, "size": output.size()}
+open(sys.argv[1], "w").write(json.dumps(told))
+if output.terminal:
+    output.write_lines(["✓ 완료 v1"])
+"""
+
+
+def test_a_console_is_told_to_take_escapes(windows_python: Windows, tmp_path: Path) -> None:
+    """Wine makes a console of a terminal; a pipe is none, and gets no escapes."""
+    script, told = tmp_path / "script.py", tmp_path / "told"
+    script.write_text(COLOURS, "utf-8")
+    env = windows_python.env | {"PYTHONPATH": Windows.path(ROOT)}
+    console = Terminal(windows_python.command([script, told]), env, tmp_path, 90, 20)
+    try:
+        assert console.wait() == 0
+        virtual_terminal = 4
+        assert json.loads(told.read_text()) == {"modes": [3, 3 | virtual_terminal], "escapes": True, "size": [90, 20]}
+        assert console.shown()[0] == "✓ 완료 v1" and console.screen.buffer[0][0].fg == "green"
+    finally:
+        console.close()
+    piped = windows_python.run(script, told, env={"PYTHONPATH": Windows.path(ROOT)})
+    assert (piped.code, piped.out) == (0, ""), piped.err
+    assert json.loads(told.read_text()) == {"modes": [None, None], "escapes": False, "size": [80, 24]}
 
 
 def test_no_console_window_pops_up() -> None:
