@@ -86,6 +86,8 @@ def test_the_documents_example_there_and_back(encoding: str, end: str):
         ("server blue a:1\nserver green b:1 b\\ c backup\n", 5, "quotes, escapes"),
         ("dispatch a:1\nserver blue a:1\nserver green b:1 backup\n", 4, "past the servers"),
         ("option transparent\nserver blue a:1\nserver green b:1 backup\n", 4, "past the servers"),
+        ("server blue 0.0.0.0:0\nserver green b:1 backup\n", 4, "where the client meant them"),
+        ("server blue a:1\nserver green *:80 backup\n", 5, "where the client meant them"),
         ('server blue a:1\nserver green b:1 "backup\n', 5, "does not end"),
         ("default-server check backup\nserver blue a:1\nserver green b:1 backup\n", 4, "default-server"),
         ("default-server no-backup\nserver blue a:1\nserver green b:1 backup\n", 4, "default-server"),
@@ -133,13 +135,23 @@ def test_what_goes_round_the_backend_is_told():
     other = "frontend f\nuse_backend api if { path /api }\ndefault_backend be\nbackend api\nserver x a:1\n"
     [said] = read(HEAD + (servers + other).encode()).bypasses
     assert said == f"{FILE} line 10: what goes to api reaches blue, whichever colour is active"
+    leads = "frontend f\ndefault_backend be\n"
     for rule in ("redirect prefix http://x", "http-request redirect location /x", "http-request return status 200"):
-        [said] = read(HEAD + f"{rule}\n{servers}".encode()).bypasses
-        assert said == f"{FILE} line 4: it answers all requests itself"
+        assert read(HEAD + f"{rule}\n{servers}{leads}".encode()).bypasses == (
+            f"{FILE} line 4: it answers all requests itself",
+        )
         front = f"frontend f\n{rule}\ndefault_backend be\n"
         assert read(HEAD + (servers + front).encode()).bypasses == (f"{FILE} line 7: it answers all requests itself",)
-        assert read(HEAD + (servers + front.replace("be\n", "o\nbackend o\n")).encode()).bypasses == ()
-        assert read(HEAD + f"{rule} if {{ path /x }}\n{servers}".encode()).bypasses == ()
+        assert read(HEAD + (servers + front.replace("be\n", "o\nbackend o\n") + leads).encode()).bypasses == ()
+        assert read(HEAD + f"{rule} if {{ path /x }}\n{servers}{leads}".encode()).bypasses == ()
+
+
+def test_a_backend_that_nothing_leads_to_is_told():
+    servers = "server blue a:1\nserver green b:1 backup\n"
+    lost = read(HEAD + f"{servers}frontend f\ndefault_backend o\nbackend o\n".encode()).bypasses
+    assert lost == (f"{FILE} line 3: no frontend sends requests to it",)
+    for way in ("default_backend be", "use_backend %[hdr(host),map(x)]", 'use_backend "${B}"'):
+        assert read(HEAD + f"{servers}frontend f\n{way}\n".encode()).bypasses == ()
 
 
 def test_refused_in_what_it_inherits():
@@ -206,6 +218,45 @@ def test_what_haproxy_says_of_itself():
     assert est.parse_show_proc(kept) == est.Processes(80, (), 1), "3.1 and newer, after a text that could not be read"
     assert est.parse_show_proc("") == est.Processes()
     assert est.parse_show_stat("", "be") == est.parse_show_stat("Unknown command", "be") == []
+
+
+STAT = """\
+# pxname,svname,stot,status,bck,addr,req_tot,weight,
+outside,FRONTEND,9,OPEN,,,{arrived},,
+other,x,{other},no check,0,127.0.0.1:1,,1,
+other,BACKEND,{other},UP,0,,,1,
+be,blue,{blue},UP,1,127.0.0.1:1,,1,
+be,green,{green},UP,0,127.0.0.1:2,,1,
+be,BACKEND,{all},UP,0,,,2,
+"""
+
+
+def proof_of(*counts: tuple[int, int, int, int, int]) -> est.TrafficProof:
+    """Looks half a second apart: requests that arrived, to other/x, to blue, to green, and to the backend."""
+    proof = est.TrafficProof("green", "green")
+    for number, row in enumerate(counts):
+        text = STAT.format(**dict(zip(("arrived", "other", "blue", "green", "all"), row, strict=True)))
+        proof.add(est.parse_look(text, RULE, ("outside",)), number / 2)
+    return proof
+
+
+def test_what_counters_prove():
+    assert proof_of((0, 0, 0, 0, 0), (5, 0, 0, 5, 5)).is_proved
+    said = proof_of((0, 0, 0, 0, 0), (5, 0, 2, 3, 5)).problem()
+    assert said == "requests still reach another server: green has 3 requests, blue 2"
+    silent = proof_of((0, 0, 0, 0, 0), (0, 0, 0, 0, 0))
+    assert not silent.is_proved and silent.problem() is None and silent.seen() == "no request came so far"
+    round_it = proof_of((0, 0, 0, 0, 0), (5, 5, 0, 0, 0))
+    assert round_it.problem() == ("requests go another way: other/x got 5 requests, at blue's address, and green none")
+    both = proof_of((0, 0, 0, 0, 0), (9, 4, 0, 5, 5))
+    assert both.is_proved and both.problem() is None
+    assert both.detoured == ["other/x got 4 requests, at blue's address"]
+    before = proof_of((9, 9, 0, 0, 0), (9, 9, 0, 0, 0))
+    assert before.problem() is None and before.seen() == "no request came so far", "of before the switch"
+    assert proof_of((0, 0, 0, 0, 0), (5, 0, 0, 0, 0)).seen() == "5 requests came in, and none reached the backend"
+    assert "5 requests came to the backend" in proof_of((0, 0, 0, 0, 0), (5, 0, 0, 0, 5)).seen()
+    anew = proof_of((9, 9, 0, 0, 0), (1, 1, 0, 0, 0))
+    assert anew.problem() is None, "a new process counts from zero"
 
 
 def rows(**servers: str) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -193,7 +194,7 @@ def test_wrong_roles_are_refused(site: Site, old: str, new: str, words: str):
 
 
 def test_text_that_haproxy_refuses_is_refused(site: Site):
-    site.proxy.file.write_bytes(site.text + b"    no such word\n")
+    site.proxy.file.write_bytes(site.text + b"    such a word\n")
     site.refused("green", "haproxy -c refuses the new text", "unknown keyword")
 
 
@@ -304,6 +305,74 @@ def test_a_standby_that_takes_no_traffic_is_refused(site: Site):
             wait_for(lambda: est.why_unusable(green_row(proxy)), "the agent's word")
             code, out, err = site.switch("green")
             assert code == 5 and words in out and "HAProxy would send it nothing" in out, (out, err)
+
+
+def test_servers_that_begin_down_keep_their_states_or_are_refused(site: Site):
+    """`init-state` (3.1 and newer): without the states of before, nobody would get the requests after the reload."""
+    if not any(word == b"init-state" for word in keywords_of_haproxy()):
+        pytest.skip("this HAProxy knows no init-state")
+    proxy = site.proxy
+    down = site.text.decode().replace("default-server inter 500", "default-server init-state fully-down inter 500")
+    cold = down.replace("    load-server-state-from-file global\n", "")
+    proxy.file.write_text(cold.replace("inter 500", "inter 60s"))
+    proxy.reload()
+    code, out, err = site.switch("green")
+    assert code == 5 and "green is DOWN" in out, (out, err)
+    proxy.file.write_text(cold)
+    proxy.reload()
+    wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, "both are up")
+    site.refused("green", "`init-state fully-down` without the states of before")
+    proxy.file.write_text(down)
+    proxy.reload()
+    wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, "both are up")
+    with Load(proxy.port, slow=0) as load:
+        assert site.switch("green").code == 0
+        assert load.end()[1] == {}
+
+
+def keywords_of_haproxy() -> list[bytes]:
+    argv = ["haproxy", "-dKcfg", "-c", "-f", os.devnull]
+    said = subprocess.run(argv, capture_output=True, check=False)
+    return re.findall(rb"(?m)^\s*server <name> <addr> (\S+)", said.stdout + said.stderr)
+
+
+@pytest.mark.parametrize(
+    ("front", "code", "words"),
+    [
+        ("use_backend other", 1, "requests go another way: other/x got "),
+        ("use_backend other if { path /slow }", 0, "⚠ not all the traffic moves: other/x got "),
+        ("http-request return status 200 if { path / }", 0, "⚠ not proved: nobody saw a request reach green ("),
+    ],
+)
+def test_requests_that_go_round_the_backend(site: Site, front: str, code: int, words: str):
+    """To the old colour under a name that the text alone does not tell, or to nobody."""
+    proxy = site.proxy
+    text = site.text.decode().replace("    default_backend", f"    {front}\n    default_backend")
+    proxy.file.write_text(f"{text}backend other\n    server x localhost:{proxy.ports['blue']} backup\n")
+    proxy.reload()
+    way = "what goes to other reaches blue, whichever colour is active"
+    assert way in site.traffic()["warnings"]
+    with Load(proxy.port, keep=2, new=1, slow=2) as load:
+        wait_for(lambda: "\nother,x" in proxy.command("show stat"), "HAProxy answers")
+        found, out, err = site.switch("green")
+        load.end()
+    assert found == code and words in out, (out, err)
+    if "return" in front:
+        assert "requests came in, and none reached the backend)" in out, out
+    if code:
+        assert "undone: blue is active" in out and proxy.roles() == "blue", out
+    site.expect_peace()
+
+
+def test_rules_that_choose_for_themselves_are_refused_before_anything_changes(site: Site):
+    """HAProxy takes each of these texts and sends nothing by the `backup` words."""
+    proxy = site.proxy
+    for line in ("option transparent", f"dispatch 127.0.0.1:{proxy.ports['blue']}", "use-server blue if TRUE"):
+        proxy.file.write_text(site.text.decode().replace("option http-server-close", line))
+        proxy.reload()
+        code, out, err = site.switch("green")
+        assert code == 5 and re.search(r"haproxy\.cfg line \d+: it (sends|chooses)", out), (out, err)
+        assert any(": it " in warning for warning in site.traffic()["warnings"])
 
 
 def green_row(proxy: Proxy) -> dict[str, str]:
