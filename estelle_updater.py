@@ -5678,6 +5678,8 @@ class TrafficProof:
         stands_still = now - self.still_since >= STILL_S
         self.is_proved = stands_still and new > self.new_then and self.takes_all
 
+    # What was seen
+
     @property
     def rows(self) -> Sequence[_Row]:
         """The servers as last seen."""
@@ -5702,6 +5704,8 @@ class TrafficProof:
     def strayed(self) -> int:
         """How many requests other servers got since the first look."""
         return self.others - self.others_at_first
+
+    # What that says
 
     def problem(self) -> str | None:
         """What contradicts the switch; None where nothing does, proved or not."""
