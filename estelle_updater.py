@@ -586,6 +586,7 @@ NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
 NEWS_TOLD_S = 7 * NEWS_S
 NEWS_KEPT = 200  # messages that may wait for one receiver
 NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
+NEWS_HOSTS = 10  # of a run that are named in its message: more would push the log out of it
 NEWS_BYTES = {
     "slack": 3500,
     "discord": 1900,
@@ -609,6 +610,14 @@ TRY_S = 60.0  # a new program tries itself on a slow host
 BACK_S = 60.0
 OBEY_S = 15.0  # a daemon that has not restarted by then is killed, to get the old program back
 MOVE_LOOK_S = (2.0, 5.0)  # between two looks whether the master that masterUrl names by now answers
+
+
+def count_text(count: float, word: str) -> str:
+    """`1 commit`, `2 commits`: a number, without what stands behind its point, with its word."""
+    shown = f"{count:.0f}"
+    if shown == "1":
+        return f"{shown} {word}"
+    return f"{shown} {word}s"
 
 
 # ==============================================================================
@@ -1990,6 +1999,7 @@ class NotifyRule:
     format: Annotated[str, _one_of(*NEWS_BYTES)] = "json"
     chat: Text | None = None
     on: Annotated[tuple[str, ...], _notify_events] = ("failed", "lost", "switched")
+    per: Annotated[str, _one_of("run", "host")] = "run"
     offline_minutes: Annotated[float, _minutes] = 10
 
     def wants(self, event: str) -> bool:
@@ -4149,9 +4159,7 @@ def left_behind_text(found: Mapping[str, Any]) -> str:
         subjects = list(row["left_behind"])
         if count > len(subjects):
             subjects.append(f"{count - len(subjects)} more")
-        commits = "1 commit"
-        if count > 1:
-            commits = f"{count} commits"
+        commits = count_text(count, "commit")
         who = f"{row['color']}, {row['host']}"
         listed = "; ".join(subjects)
         parts.append(f"{commits} of the active ({who}) would be left behind: {listed}")
@@ -4221,7 +4229,7 @@ def judge_disk(
         return Finding("disk", False, f"{place} is mounted read-only", fix, certain=True)
     text = f"{free_bytes / 1e9:.1f} GB free at {place}"
     if free_inodes is not None and free_inodes < LOW_INODES:
-        text = f"{free_inodes} more files fit at {place}: no inodes are left"
+        text = f"room for {count_text(free_inodes, 'more file')} at {place}: no inodes are left"
         return Finding("disk", False, text, f"remove files from the disk of {place}")
     return Finding("disk", free_bytes >= LOW_DISK_BYTES, text, f"make room on the disk of {place}")
 
@@ -8536,7 +8544,7 @@ class Certificate:
             if days < CERTIFICATE_DAYS[-1]:
                 ends = "has expired"
                 if days > 0:
-                    ends = f"expires in {days // 1:.0f} days"
+                    ends = f"expires in {count_text(days // 1, 'day')}"
                 self.problem = f"the certificate {cert} {ends}"
         except (OSError, ValueError) as problem:
             self._watch.forget()
@@ -10818,7 +10826,7 @@ class Deployment:
         pointers = self.tree.find_pointers()
         if not pointers:
             return
-        what = f"{len(pointers)} files are only LFS pointers: {paths_text(pointers, 5)}"
+        what = f"files are only LFS pointers: {paths_text(pointers, 5)}"
         if not rule.lfs:
             runner.warn(f"{what}; deploy.lfs is false")
             return
@@ -10866,7 +10874,8 @@ class Deployment:
             own = self.git("rev-list", "--count", "HEAD", "--not", wanted or "HEAD", "--").decode()
             what = f"HEAD is {head[:12]}, and {branch} on the remote is {wanted[:12]}"
             if own.strip() not in ("", "0"):
-                what = f"the local branch has {own.strip()} commits that the remote has not"
+                commits = count_text(int(own), "commit")
+                what = f"the local branch has {commits} that the remote has not"
             remote = runner.rule.remote
             hint = f"git -C {runner.repo} reset --keep {remote}/{branch}, or push them"
             raise UpdaterError(what, hint)
@@ -10928,7 +10937,7 @@ class Deployment:
         first, *more = theirs
         others = ""
         if more:
-            others = f"; so the {len(more)} others"
+            others = f"; so the {count_text(len(more), 'other')}"
         restore = f"git -C {self.tree.root} checkout HEAD -- {first}"
         return f"keep what you need, then: {restore}, or rm it{others}"
 
@@ -11710,11 +11719,11 @@ def _check_certificate(check: Check) -> str:
         days = certificate_days(read_supplied(check.repo / check.subject))
     least_days = check.rule.least or _LEAST_DAYS
     if days < least_days:
-        left = f"{days:.0f} days left, less than {least_days}"
-        raise CheckFailed(left if days > 0 else f"ended {-days:.0f} days ago")
+        left = f"{count_text(days, 'day')} left, less than {least_days}"
+        raise CheckFailed(left if days > 0 else f"ended {count_text(-days, 'day')} ago")
     if chain:
         require_name(check.subject, chain, check.timeout_s)
-    return f"{days:.0f} days left"
+    return f"{count_text(days, 'day')} left"
 
 
 # All of them
@@ -14179,15 +14188,12 @@ class Outlook:
             return found | {"refused": [problem.what], "exit": problem.exit_code}
         if local and (ahead := int(self.git("rev-list", "--count", f"{target}..{local}") or 0)):
             found["diverged"] = self.git("merge-base", "--is-ancestor", target, local) is None
+            commits = count_text(ahead, "commit")
             if found["diverged"]:
-                found["refused"].append(
-                    f"the local branch has {ahead} commits that the remote has not"
-                )
+                found["refused"].append(f"the local branch has {commits} that the remote has not")
             else:
                 target = local
-                found["warnings"].append(
-                    f"{ahead} commits of this host are not on the remote; they stay"
-                )
+                found["warnings"].append(f"{commits} of this host not on the remote; they stay")
         range_ = f"{head}..{target}"
         found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
         found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
@@ -14611,7 +14617,7 @@ class AgentKeys:
         found = []
         for impostor in list(self.impostors.values()):
             if now - impostor.last < DAY_S:
-                ago = f"{(now - impostor.last) / 60:.0f} minutes ago"
+                ago = f"{count_text((now - impostor.last) / 60, 'minute')} ago"
                 times = ""
                 if impostor.times > 1:
                     times = f"{impostor.times} times, last "
@@ -15380,11 +15386,15 @@ class Ledger:
                 job |= {"run": row["run"], "kind": row["kind"]}
                 self.registry.remember(row["machines"].get(job["host"], ""), job)
             if row["over"]:
-                found = None
-            else:
-                found = self.load(row["run"])
+                continue
+            found = self.load(row["run"])
             if found and found.active:
                 self.runs[row["run"]] = found
+            elif found:
+                # Over since nobody said anything for too long: without this look nobody would be
+                # told of the others either, whose message waited for the last host.
+                for each in found.jobs.values():
+                    self.tell(found, each)
         return list(self.runs.values())
 
     def load(self, run: str) -> Run | None:
@@ -17551,6 +17561,13 @@ def has_switched(job: JobRecord) -> bool:
     return job.state is State.SUCCEEDED and job.switched
 
 
+def event_of(job: JobRecord) -> str:
+    """What a job's end is to a [[notify]]."""
+    if has_switched(job):
+        return "switched"
+    return str(job.state)
+
+
 def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") -> dict[str, Any]:
     """What a message about a job's end says; `log_end` is of the recorded log, in which secrets are
     masked. `back` is the commit that a rollback would bring, where that is any help."""
@@ -17569,7 +17586,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
         rollback = f"estelle_updater.pyz rollback {job.host} --to {back}"
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
-        "event": "switched" if switched else str(job.state),
+        "event": event_of(job),
         "title": f"[{job.host}] {'switched: ' if switched else ''}{result_text(job)}",
         "detail": ", ".join(filter(None, facts)),
         **job_summary(job),
@@ -17585,6 +17602,71 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
     }
 
 
+# Of a run's hosts the one that ended worst gives the message its event, and its log
+_WORST_FIRST = (
+    State.FAILED,
+    State.TIMEOUT,
+    State.LOST,
+    State.OFFLINE,
+    State.CANCELLED,
+    State.SUCCEEDED,
+)
+
+
+def worst_of(jobs: Iterable[JobRecord]) -> list[JobRecord]:
+    """A run's jobs, those that ended worst first, else as they were."""
+    return sorted(jobs, key=lambda job: _WORST_FIRST.index(job.state))
+
+
+def news_of_run(
+    run: RunRecord, jobs: Sequence[JobRecord], log_end: bytes, back: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What one message about all hosts of a run says; `jobs` with the worst first, whose log ends
+    with `log_end`. `back`: the hosts on which a rollback would help."""
+    worst = jobs[0]
+    bad = [job for job in jobs if job.state is not State.SUCCEEDED]
+    if bad:
+        title = f"[{run.target}] {len(bad)} of {count_text(len(jobs), 'host')} did not succeed"
+    else:
+        versions = dict.fromkeys(job.version or "" for job in jobs)
+        title = f"[{run.target}] ✓ 완료 {', '.join(filter(None, versions))}".rstrip()
+    news = news_of_job(run, worst, log_end)
+    lines = []
+    for job in bad[:NEWS_HOSTS]:
+        line = f"[{job.host}] {result_text(job)}"
+        if job.error and job.error not in line:
+            line += f": {job.error}"
+        if unchanged_text(job):
+            line += "; nothing changed"
+        lines.append(line)
+    if len(bad) > NEWS_HOSTS:
+        lines.append(f"and {len(bad) - NEWS_HOSTS} more")
+    hosts = ",".join(back)
+    whole = {
+        "title": title,
+        "detail": f"{count_text(len(jobs), 'host')}, {run_facts(run, jobs)}",
+        "host": run.target,
+        "ok": not bad,
+        "hosts": [job_summary(job) for job in jobs],
+        "bad": lines,
+        "unchanged": None,
+        "rollback": f"estelle_updater.pyz rollback {hosts}" if hosts else None,
+        "log_of": f"the end of {worst.host}'s log:" if news["log"] else None,
+    }
+    return {**news, **whole}
+
+
+def run_facts(run: RunRecord, jobs: Sequence[JobRecord]) -> str:
+    """What was asked for, by whom, and how long the slowest host took."""
+    took = [seconds for seconds in map(seconds_of, jobs) if seconds is not None]
+    facts = [f"{run.kind} {run.branch} on {run.target}"]
+    if run.by:
+        facts.append(f"by {run.by}")
+    if took:
+        facts.append(f"{max(took):.1f} s")
+    return ", ".join([*facts, f"run {run.run}"])
+
+
 def inert(text: str) -> str:
     """One line of somebody else's text in which nothing comes alive where it is shown: no link, no
     end of the code block around it."""
@@ -17595,15 +17677,18 @@ def inert(text: str) -> str:
 def news_text(form: str, news: Mapping[str, Any]) -> str:
     """The message as a person reads it: as much of the log's end as the service takes."""
     title = " ".join(filter(None, (news.get("project"), news["title"])))
-    told = ["detail", "pushed", "error", "unchanged", "rollback"]
+    told = ["detail", "pushed", "error", "unchanged", "rollback", "log_of"]
     went_well = news["event"] in (State.SUCCEEDED, "switched")
     # Good news is read in passing, and often: a way back and the log's end under each of them would
     # have people overlook the message that needs both. They stay in the JSON form's own fields.
     if went_well:
-        told.remove("rollback")
+        told = ["detail", "pushed", "error", "unchanged"]
     # No line but the title begins with somebody else's words: `# ...` would be a title for Discord.
     words = {**news, "error": f"error: {news['error']}" if news.get("error") else None}
-    parts = (title, *map(words.get, told))
+    bad = news.get("bad", ())
+    if bad:
+        told.remove("error")  # each host's line has its own
+    parts = (title, *bad, *map(words.get, told))
     head = "\n".join(inert(part) for part in parts if part)
     lines = []
     if not went_well:
@@ -17932,22 +18017,51 @@ class Notifier:
     # What jobs tell
 
     def tell_of_job(self, run: Run, job: JobRecord) -> None:
-        """Spool what people want to know of a job's end. Whatever goes wrong here must not touch
-        its result."""
+        """Spool what people want to know of a job's end, before it is recorded: a master that dies
+        in between hears of it again. Whatever goes wrong here must not touch its result."""
         try:
             age_s = time.monotonic() - run.began  # by this host's clock alone
             self.remember_switch(job, age_s - (seconds_of(job) or 0.0))
             before = run.jobs.get(job.host)
             # a result that somebody still waited for is news, however long its host was away
             was_open = before is not None and before.state not in FINAL
-            if was_open or age_s < NEWS_S:
-                path = self.state.log_file(job.run, job.host)
-                end = read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
-                name = f"{job.run}-{job.host}-{job.state}"
-                news = news_of_job(run.record, job, end, self.way_back(job))
-                self.spool.tell(name, news)
+            if self.spool.rules and (was_open or age_s < NEWS_S):
+                self.spool_job(run, job)
         except Exception as problem:
             log.error("can't tell of run %s: %s", job.run, problem)
+
+    def spool_job(self, run: Run, job: JobRecord) -> None:
+        """A message about the job for who wants one for each host, and one about the whole run for
+        the others, when this was its last. What a host says later, about a run that was told of as
+        over, is a message of its own again."""
+        before = run.jobs.get(job.host)
+        is_late = before is not None and before.state in FINAL and before.state is not job.state
+        alone: list[NotifyRule] = []
+        together: list[NotifyRule] = []
+        for rule in self.spool.rules:
+            is_whole = rule.per == "run" and len(run.record.hosts) > 1 and not is_late
+            (together if is_whole else alone).append(rule)
+        wanted = [rule for rule in alone if rule.wants(event_of(job))]
+        if wanted:
+            name = f"{job.run}-{job.host}-{job.state}"
+            news = news_of_job(run.record, job, self.log_end(job), self.way_back(job))
+            self.spool.tell(name, news, *wanted)
+        if run.open - {job.host}:
+            return
+        jobs = worst_of({**run.jobs, job.host: job}.values())
+        wanted = []
+        for rule in together:
+            if any(rule.wants(event_of(each)) for each in jobs):
+                wanted.append(rule)
+        if wanted:
+            back = [each.host for each in jobs if self.way_back(each)]
+            news = news_of_run(run.record, jobs, self.log_end(jobs[0]), back)
+            self.spool.tell(f"{job.run}-run", news, *wanted)
+
+    def log_end(self, job: JobRecord) -> bytes:
+        """The end of a job's recorded log."""
+        path = self.state.log_file(job.run, job.host)
+        return read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
 
     def way_back(self, job: JobRecord) -> str:
         """The commit that a rollback would bring, where the command of a new one began and did not
@@ -18059,7 +18173,7 @@ class Notifier:
         step = next((step for step in CERTIFICATE_DAYS if days <= step), None)
         if step is None:
             return
-        what = f"the certificate {cert} ends in {max(0.0, days):.0f} days"
+        what = f"the certificate {cert} ends in {count_text(max(0.0, days), 'day')}"
         news = {
             "event": "certificate",
             "title": f"[{self.own_address}] {what}",
@@ -21186,9 +21300,8 @@ def judge_unit(facts: Mapping[str, str], scope: str = "", service: str = SERVICE
             f"systemd: {facts.get('ActiveState')}, {facts.get('UnitFileState')}",
             start,
         )
-    return Finding(
-        "service", True, f"systemd: active and enabled, restarted {facts.get('NRestarts')} times"
-    )
+    restarts = count_text(int(facts.get("NRestarts") or 0), "time")
+    return Finding("service", True, f"systemd: active and enabled, restarted {restarts}")
 
 
 def judge_service(one: Installed, serves: bool) -> Finding:
@@ -21297,7 +21410,7 @@ class Doctor:
             return
         more = ""
         if warnings:
-            more = f", {len(warnings)} warnings: see config check"
+            more = f", {count_text(len(warnings), 'warning')}: see config check"
         fix = "mend the file, commit and push it"
         yield Finding("configuration", not problems, "; ".join(problems) or f"{path}{more}", fix)
         address = self.args.bind or (
@@ -21353,7 +21466,8 @@ class Doctor:
             )
         soon = days <= CERTIFICATE_DAYS[-1]
         fix = "renew it, or see why that fails: certbot renew"
-        return Finding("certificate", not soon, f"{cert}: {days // 1:.0f} days left", fix)
+        left = count_text(days // 1, "day")
+        return Finding("certificate", not soon, f"{cert}: {left} left", fix)
 
     def detached(self) -> Finding:
         """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look
@@ -21594,13 +21708,6 @@ def moment_text(at: float, now: float) -> str:
     text = clock_text(at)
     today = clock_text(now)[:6]
     return text.removeprefix(today)
-
-
-def count_text(count: int, word: str) -> str:
-    """`1 commit`, `2 commits`: a number with its word."""
-    if count == 1:
-        return f"{count} {word}"
-    return f"{count} {word}s"
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -129,6 +129,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "format": "`slack`, `discord`, `telegram`, `ntfy` or `json`",
         "chat": "telegram: the chat's id",
         "on": "which events: see Notifications",
+        "per": "`run`: one message about all hosts of a run, at its end; `host`: one about each, at once",
         "offlineMinutes": "how long an agent may be away before `agent-offline` tells of it",
     },
 }

@@ -235,6 +235,7 @@ from estelle_updater import (
     make_run_id as make_run_id,
     mask_words as mask_words,
     news_of_job as news_of_job,
+    news_of_run as news_of_run,
     news_text as news_text,
     one_line as one_line,
     own_address as own_address,
@@ -311,6 +312,7 @@ from estelle_updater import (
     valid_run_id as valid_run_id,
     why_unusable as why_unusable,
     without_nulls as without_nulls,
+    worst_of as worst_of,
     write_atomic as write_atomic,
 )
 

@@ -112,7 +112,10 @@ def test_every_format_and_no_secret_in_sight(
             {"urlEnv": "CHAT_ADDRESS", "format": "discord", "on": bad},
             {"urlFile": str(tmp_path / "telegram"), "format": "telegram", "chat": "-42", "on": bad},
             {"url": f"{hooks.url}/topic", "format": "ntfy", "on": [*bad, "succeeded"]},
-            {"url": f"{hooks.url}/json", "on": [*bad, "succeeded", "agent-offline"], "offlineMinutes": 0.01},
+            {
+                "url": f"{hooks.url}/json", "per": "host",
+                "on": [*bad, "succeeded", "agent-offline"], "offlineMinutes": 0.01,
+            },
         ],
     })  # fmt: skip
     one.start(env={"CHAT_ADDRESS": f"{hooks.url}/discord/{SECRET}"})
@@ -148,14 +151,17 @@ def test_every_format_and_no_secret_in_sight(
 
     one.origin.commit({"deploy.sh": "echo fine\n"})
     assert one.cli("trigger", "all", "master").code == 0
-    wait_for(lambda: len(hooks.got) == 9, "both hosts' successes, to the two who want them")
+    wait_for(lambda: len(hooks.got) == 8, "to one about each host, to the other about both at once")
+    both = hooks.bodies("/topic")[1].splitlines()
+    assert both[0] == f"[all] ✓ 완료 {VERSION}" and both[1].startswith("2 hosts, deploy master on all, by ")
+    assert len(both) == 2
     good = {json.loads(body)["host"]: json.loads(body) for body in hooks.bodies("/json")[1:]}
     assert {host: (one["event"], one["version"]) for host, one in good.items()} == {
         "127.0.0.1": ("succeeded", VERSION), "127.0.0.2": ("succeeded", VERSION),
     }  # fmt: skip
 
     one.stop(agent)
-    wait_for(lambda: len(hooks.got) == 10, "the agent is away")
+    wait_for(lambda: len(hooks.got) == 9, "the agent is away")
     assert "[127.0.0.2] the agent is offline for" in json.loads(hooks.bodies("/json")[-1])["text"]
     shown = one.master.stderr + one.cli("status", "--json").out + one.cli("history", "--json").out
     shown += one.cli("config", "check").out + "".join(text for _, text in texts(one.master.state))
@@ -422,6 +428,75 @@ def test_old_news_is_no_news(tmp_path: Path) -> None:
         assert not list(notifier.spool.folder.glob("*-h1-*.json"))
 
     asyncio.run(look())
+
+
+def test_a_run_of_several_hosts_is_one_message(tmp_path: Path) -> None:
+    """At its end, once, whoever reports again; a late word is a message of its own."""
+    now, hook = time.time(), {"url": "http://127.0.0.1:1"}
+
+    async def look() -> None:
+        rules = [{**hook, "on": ["failed"]}, {**hook, "on": ["succeeded"]}, {**hook, "on": ["offline"]}]
+        _, notifier = make_master(tmp_path, notify=[{**rule, "format": form} for rule, form in zip(
+            rules, ("slack", "discord", "ntfy"), strict=True)])  # fmt: skip
+        names = ["a", "b", "c"]
+        record = replace(RUN, hosts=names, target="all", created=now, by="kim@h")
+        jobs = {name: replace(JOB, host=name, started=now - 9, ended=now) for name in names}
+        run = est.Run(record, jobs)
+
+        def end(host: str, state: est.State, **more: Any) -> None:
+            ended = replace(jobs[host], state=state, **more)
+            notifier.tell_of_job(run, ended)
+            assert len(titles(notifier)) in (0, 2), "nobody is told before the end"
+            notifier.tell_of_job(run, ended)  # the master died before it had recorded it
+            run.put(ended)
+
+        end("b", est.State.SUCCEEDED, version="v2")
+        end("a", est.State.FAILED, step="make", exit=3, began_command=True, commit="f" * 40, error="no disk")
+        assert titles(notifier) == []
+        end("c", est.State.LOST, error="no connection for 900 s", provisional=True)
+        assert titles(notifier) == ["[all] 2 of 3 hosts did not succeed"] * 2, "who wants failures, and who successes"
+        for path in notifier.spool.folder.glob("*.json"):
+            path.rename(path.with_suffix(".sent"))
+        notifier.tell_of_job(run, run.jobs["b"])
+        assert titles(notifier) == []
+        notifier.tell_of_job(run, replace(jobs["c"], state=est.State.SUCCEEDED, version="v2"))
+        assert titles(notifier) == ["[c] ✓ 완료 v2"]
+
+        whole = est.news_of_run(record, est.worst_of(run.jobs.values()), b"the log of a", ["a", "c"])
+        assert (whole["event"], whole["host"], whole["step"]) == ("failed", "all", "make")
+        assert [job["host"] for job in whole["hosts"]] == ["a", "c", "b"]
+        assert est.news_text("ntfy", whole).splitlines() == [
+            "[all] 2 of 3 hosts did not succeed",
+            "[a] ✗ 실패 make (exit 3): no disk",
+            "[c] ✗ 연결 끊김 (no connection for 900 s)",
+            f"3 hosts, deploy master on all, by kim@h, 9.0 s, run {RUN.run}",
+            "estelle_updater.pyz rollback a,c",
+            "the end of a's log:",
+            "",
+            "| the log of a",
+        ]
+        many = [replace(run.jobs["a"], host=f"h{number}") for number in range(14)]
+        lines = est.news_text("json", est.news_of_run(record, many, b"")).splitlines()
+        assert lines[0] == "[all] 14 of 14 hosts did not succeed" and lines[11] == "and 4 more"
+
+    asyncio.run(look())
+
+
+def test_who_is_told_after_a_restart_that_finds_a_run_over(tmp_path: Path) -> None:
+    """Its last host never answered: the others' message waited for it."""
+
+    async def look() -> list[str]:
+        master, notifier = make_master(tmp_path, notify=[{"url": "http://127.0.0.1:1", "on": ["failed"]}])
+        created = time.time() - 1000
+        record = replace(
+            RUN, hosts=["a", "b"], machines={"a": "a" * 32, "b": "b" * 32}, created=created, nonce="n", target="all"
+        )
+        master.state.save_run(record)
+        master.state.save_job(replace(JOB, host="a", state=est.State.FAILED, step="make", ended=time.time()))
+        master.recover()
+        return titles(notifier)
+
+    assert asyncio.run(look()) == ["[all] 2 of 2 hosts did not succeed"]
 
 
 def test_trouble_in_telling_touches_no_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

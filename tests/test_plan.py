@@ -64,7 +64,7 @@ def test_plan_tells_what_would_arrive_and_what_is_in_the_way(fleet: MakeFleet) -
     assert row["branch"] == "master" and row["expected_s"] is None and not row["diverged"]
     assert rows[dirty.address]["dirty"] == ["deploy.sh", "package.json"]
     assert rows[dirty.address]["in_the_way"] == ["deploy.sh", "new.txt"]
-    assert rows[diverged.address]["diverged"] and "1 commits that the remote has not" in str(rows[diverged.address])
+    assert rows[diverged.address]["diverged"] and "1 commit that the remote has not" in str(rows[diverged.address])
     assert rows[gone.address]["refused"] == ["the host is offline"]
     text = one.cli("plan", "all", "master").out
     assert f"{first[:7]} → {second[:7]}" in text and "✗ refused: local changes are in the way" in text

@@ -192,7 +192,7 @@ def test_a_branch_is_found_wherever_it_is(clone: Clone):
 def test_a_local_branch_that_is_ahead_is_no_success(clone: Clone):
     clone.git(clone.host, "commit", "-q", "--allow-empty", "-m", "mine")
     code, _, err = clone.deploy()
-    assert code == 1 and "the local branch has 1 commits that the remote has not" in err
+    assert code == 1 and "the local branch has 1 commit that the remote has not" in err
     assert f"nothing changed on {HOST}" in err
 
 
@@ -237,7 +237,7 @@ def test_lfs_pointers_are_not_deployed(clone: Clone, tmp_path: Path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
     new = clone.commit({".gitattributes": "*.bin filter=lfs\n", "x.bin": pointer, "doc": pointer})
     code, out, err = clone.deploy()
-    assert code == 1 and "1 files are only LFS pointers: x.bin" in err and "hint: install git-lfs here" in out
+    assert code == 1 and "files are only LFS pointers: x.bin" in err and "hint: install git-lfs here" in out
     assert clone.job()["began_command"] is False
     # a stand-in, as no package holds git-lfs
     (tmp_path / "bin").mkdir()
