@@ -92,6 +92,7 @@ import functools
 import importlib
 import itertools
 import json
+import operator
 import os
 import posixpath
 import re
@@ -120,11 +121,12 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
-    NamedTuple,
+    AnyStr,
     NoReturn,
     Protocol,
     TypeAlias,
     TypeVar,
+    cast,
     dataclass_transform,
     get_args,
     get_type_hints,
@@ -208,8 +210,70 @@ if TYPE_CHECKING:
     import zipfile
     from collections.abc import Generator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+    from typing import NamedTuple
 else:
     globals().update({name.replace(".", "_"): _Lazy(name) for name in _LAZY_NAMES})
+
+
+class _LazyPattern:
+    """A regular expression that is compiled at its first use: most commands need few of them, and
+    to compile them all took as long as half of this module's import."""
+
+    def __init__(self, text: Any, flags: int) -> None:
+        self._given = (text, flags)
+
+    def compile(self) -> re.Pattern[Any]:
+        """The real one: `re` keeps it."""
+        return re.compile(*self._given)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.compile(), name)
+        setattr(self, name, found)  # the next use does not come here
+        return found
+
+
+def regex(text: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """`re.compile`, at the first use: an error in the text shows only then."""
+    return cast("re.Pattern[AnyStr]", _LazyPattern(text, flags))
+
+
+if not TYPE_CHECKING:
+
+    class NamedTuple(tuple):
+        """As `typing.NamedTuple`, which compiles the text of a method for each class: most of what
+        the patterns had left of this module's import."""
+
+        def __init_subclass__(cls) -> None:
+            names = cls._fields = cls.__match_args__ = tuple(cls.__annotations__)
+            cls._defaults = {name: vars(cls)[name] for name in names if name in vars(cls)}
+            for place, name in enumerate(names):
+                setattr(cls, name, property(operator.itemgetter(place)))
+
+        def __new__(cls, *values: Any, **named: Any) -> NamedTuple:
+            names = cls._fields
+            if not named and len(values) == len(names):
+                return tuple.__new__(cls, values)
+            given = dict(zip(names, values, strict=False))
+            twice = given.keys() & named.keys()
+            whole = cls._defaults | given | named
+            if twice or whole.keys() != {*names} or len(values) > len(names):
+                wrong = f"wants {names}, got {len(values)} in order and {[*named]}"
+                raise TypeError(f"{cls.__name__} {wrong}")
+            return tuple.__new__(cls, map(whole.get, names))
+
+        def __getnewargs__(self) -> tuple[Any, ...]:
+            return tuple(self)  # for `copy`
+
+        def __repr__(self) -> str:
+            return _render_fields(self, self._asdict())
+
+        def _asdict(self) -> dict[str, Any]:
+            return dict(zip(self._fields, self, strict=True))
+
+        def _replace(self, **changes: Any) -> NamedTuple:
+            values = self._asdict() | changes
+            return type(self)(**values)
+
 
 # What a daemon comes to need besides: imported inside functions, here, in websockets or by the
 # library itself.
@@ -342,7 +406,11 @@ def _hash_of_record(self: Any) -> int:
 
 
 def _render_record(self: Any) -> str:
-    parts = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+    return _render_fields(self, vars(self))
+
+
+def _render_fields(self: Any, values: Mapping[str, Any]) -> str:
+    parts = ", ".join(f"{name}={value!r}" for name, value in values.items())
     return f"{type(self).__name__}({parts})"
 
 
@@ -725,11 +793,11 @@ def leaves_if(problem: Exception, *kinds: type[Exception]) -> list[BaseException
 
 
 _ADDRESS_HINT = "write 121.0.0.7, or a network such as 121.0.0.0/24"
-_ADDRESS_LIKE = re.compile(
+_ADDRESS_LIKE = regex(
     r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*"
 )  # meant as an address, `121.x.x.x` too
-_HOST_NAME = re.compile(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
-_DEVICE = re.compile(r"(?i)(RUN|CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
+_HOST_NAME = regex(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
+_DEVICE = regex(r"(?i)(RUN|CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
 
 
 def _parse_ip(text: str) -> IPv4Address | IPv6Address:
@@ -1452,21 +1520,19 @@ _FOREIGN_KEYS = {  # keys that people try, and what to do instead
     "role": 'never for the whole fleet; write it into [hosts."ADDRESS"] or pass --role',
     "machines": "this is the older form; `config convert` makes the new one of it",
 }
-_SECRET_NAME = re.compile(
+_SECRET_NAME = regex(
     r"(?i)(?!.*_(FILE|PATH|DIR|SOCK)$).*"
     r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[^D]PWD$|PASS$|KEYS?(?![A-Z])|CREDENTIAL|DSN|PRIVATE|WEBHOOK|COOKIE"
     r"|(?<![A-Z])(PW|AUTH|JWT|PAT|OTP|PIN|SESSION)$|MNEMONIC|(?<![A-Z])SEED|CONNECTION_?STRING)"
 )
-_URL_PASSWORD = re.compile(r"(?i)[a-z][a-z0-9+.-]*://[^\s/?#:@]*:([^\s/?#]+)@")
+_URL_PASSWORD = regex(r"(?i)[a-z][a-z0-9+.-]*://[^\s/?#:@]*:([^\s/?#]+)@")
 # A token alone before the host, and what a query says under a name that looks secret
-_URL_TOKEN = re.compile(r"(?i)[a-z][a-z0-9+.-]*://([^\s/?#:@]{16,})@")
-_URL_QUERY = re.compile(r"(?<=[?&#;])([A-Za-z0-9_.\[\]%-]{1,60})=(?=([^&#\s\"'<>]+))")
+_URL_TOKEN = regex(r"(?i)[a-z][a-z0-9+.-]*://([^\s/?#:@]{16,})@")
+_URL_QUERY = regex(r"(?<=[?&#;])([A-Za-z0-9_.\[\]%-]{1,60})=(?=([^&#\s\"'<>]+))")
 # What only a query calls so: in an environment, PWD is the working directory
-_SECRET_QUERY = re.compile(r"(?i)(.*[-_.])?(sig|signature|pwd|assertion)")
-_SECRET_URL = re.compile(
-    r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)"
-)
-_ENVIRONMENT_LINE = re.compile(
+_SECRET_QUERY = regex(r"(?i)(.*[-_.])?(sig|signature|pwd|assertion)")
+_SECRET_URL = regex(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)")
+_ENVIRONMENT_LINE = regex(
     r"""\s*(?:export\s+)?([^\s=#"']+)[ \t]*="""
     r"""(?:[ \t]*"((?:[^"\\]|\\.)*)"|[ \t]*'([^']*)'|((?![ \t]*["'])(?:(?!\s#).)*))\s*(?:\s#.*)?"""
 )
@@ -1619,6 +1685,7 @@ def _unknown_key(key: str, raw: Any, known: Iterable[str], place: _Place) -> Non
     place.is_wrong(f"unknown key{value}; {_FOREIGN_KEYS.get(key, advice)}")
 
 
+@functools.cache
 def config_keys(cls: Any) -> dict[str, tuple[str, _Convert]]:
     """The keys that a table of the file may have: for each its field, and the converter in that
     field's annotation, such as `Text`, `Text | None` or `Annotated[int, converter]`."""
@@ -1639,13 +1706,13 @@ def _table(
     So a new key is one field, at one place. A field without default must be there; `check` looks
     at several raw values together.
     """
-    keys = config_keys(cls)
     defaults = set()
     for setting in fields(cls):
         if setting.default is not MISSING or setting.default_factory is not MISSING:
             defaults.add(setting.name)
 
     def read(raw: Any, place: _Place) -> Any:
+        keys = config_keys(cls)  # here: most files have few of the tables
         before = len(place.problems)
         table, values = _mapping(raw, place), {}
         if table is not raw:
@@ -2175,7 +2242,7 @@ def _no_json_reason(text: str, at: int) -> str:
 
 
 # Strings and comments, in which a dot is no part of a key; one that has no end goes to the line's
-_NO_KEY = re.compile(r"""(?x) " (?: [^"\\\n] | \\. )* "? | ' [^'\n]* '? | \# [^\n]* """)
+_NO_KEY = regex(r"""(?x) " (?: [^"\\\n] | \\. )* "? | ' [^'\n]* '? | \# [^\n]* """)
 NESTED_MOST, DOTS_MOST = 100, 200
 
 
@@ -2613,13 +2680,13 @@ def render_config(data: Mapping[str, Any], form: str) -> str:
 
 
 # Strings, comments and brackets of both forms: what a bracket inside a string or comment hides in
-_TOKENS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]')
+_TOKENS = regex(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]]')
 _LIST_BEGINS = {
-    "json": re.compile(r'"whitelist"\s*:\s*\['),
-    "toml": re.compile(r"(?m)^whitelist\s*=\s*\["),
+    "json": regex(r'"whitelist"\s*:\s*\['),
+    "toml": regex(r"(?m)^whitelist\s*=\s*\["),
 }
-_LINE_END, _COMMA = re.compile(r"\r?\n"), re.compile(r"\s*,[ \t]*")
-_INDENT, _COMMA_BEFORE = re.compile(r"\r?\n[ \t]*$"), re.compile(r",\s*$")
+_LINE_END, _COMMA = regex(r"\r?\n"), regex(r"\s*,[ \t]*")
+_INDENT, _COMMA_BEFORE = regex(r"\r?\n[ \t]*$"), regex(r",\s*$")
 
 
 class _ListText(NamedTuple):
@@ -4097,9 +4164,7 @@ def paths_text(paths: Sequence[str], most: int = 10) -> str:
     return ", ".join(paths[:most]) + more
 
 
-LOCK_FILE = re.compile(
-    r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)"
-)
+LOCK_FILE = regex(r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)")
 
 
 def decide_rollback(successes: Sequence[str], current: str) -> int | None:
@@ -4236,9 +4301,7 @@ def judge_disk(
 
 # A word of its own, also right behind a colour (`ESC[32m`); it begins with its one fixed letter
 # because that is fast.
-VERSION_IN_OUTPUT = re.compile(
-    rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])"
-)
+VERSION_IN_OUTPUT = regex(rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
 
 
 def parse_version_file(data: bytes) -> str | None:
@@ -4263,16 +4326,16 @@ def parse_version_file(data: bytes) -> str | None:
 # user:password@ or token@ behind a scheme; without control characters, or it would be found in what
 # is no text The literal comes first: the engine looks for it many times as fast as for what must
 # stand before it.
-URL_SECRET = re.compile(
+URL_SECRET = regex(
     rb"://(?<=[A-Za-z][A-Za-z0-9]://)(?:[^\0-\x20/?#:@]*:(?=([^\0-\x20/?#]{1,512})@)|(?=([^\0-\x20/?#:@]{16,512})@))"
 )
-URL_BEGUN = re.compile(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
+URL_BEGUN = regex(rb":(?:/(?:/[^\s/?#]{0,512})?)?\Z")  # held back; a longer password is none
 # `?token=...`: the value is the secret, whatever its length, as far as QUERY_BYTES
 QUERY_BYTES = 4096
 _SEPARATORS = bytes.maketrans(b"&#;", b"???")  # one literal is found twenty times as fast as four
-QUERY_NAME = re.compile(rb"\?([A-Za-z0-9_.\[\]%-]{1,60})=")
-QUERY_VALUE = re.compile(rb"[^\0-\x20&#\"'<>\x7f]{0,%d}" % QUERY_BYTES)
-QUERY_BEGUN = re.compile(rb"[?&#;][A-Za-z0-9_.\[\]%-]{0,60}\Z")
+QUERY_NAME = regex(rb"\?([A-Za-z0-9_.\[\]%-]{1,60})=")
+QUERY_VALUE = regex(rb"[^\0-\x20&#\"'<>\x7f]{0,%d}" % QUERY_BYTES)
+QUERY_BEGUN = regex(rb"[?&#;][A-Za-z0-9_.\[\]%-]{0,60}\Z")
 
 
 def query_secrets(data: bytes) -> list[tuple[int, int, int]]:
@@ -4423,14 +4486,14 @@ def mask_words(value: Any, secrets: Iterable[str] = ()) -> Any:
     return value
 
 
-SGR = re.compile(r"\x1b\[[0-9;:]*m")
+SGR = regex(r"\x1b\[[0-9;:]*m")
 # What no terminal may act on, and nobody sees: controls, other kinds of line ends, what turns the
 # order of letters, and the invisible twins of ASCII, in which one hides words for a model.
 _CONTROLS = (
     r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
     r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
 )
-ESCAPES = re.compile(  # SGR is kept; then whole sequences go before single control characters do
+ESCAPES = regex(  # SGR is kept; then whole sequences go before single control characters do
     r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ "
     r"-/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
     r"|\x1b[ -/]*[0-~]"
@@ -4449,7 +4512,7 @@ def whole_text(data: bytes) -> int:
     return len(data) - len(decoder.getstate()[0])
 
 
-_CONTROL = re.compile(f"[{_CONTROLS}]")
+_CONTROL = regex(f"[{_CONTROLS}]")
 _PLAIN_ASCII = bytes([9, 10, *range(0x20, 0x7F)])
 
 
@@ -4560,7 +4623,7 @@ def wrap_to_cells(text: str, width: int) -> list[str]:
     return [*rows, row]
 
 
-_COLOURS = re.compile(r"(\x1b\[[0-9;:]*m)")
+_COLOURS = regex(r"(\x1b\[[0-9;:]*m)")
 TAB_CELLS = 8
 
 
@@ -4599,7 +4662,7 @@ def fold_lines(text: str, columns: int, indent: int, used: int = 0) -> str:
     return "\n".join([fold_line(line, columns, indent, used) for line in text.split("\n")])
 
 
-_SAYS_WHY = re.compile(r"error|ERR!|fatal|failed|exception", re.IGNORECASE)
+_SAYS_WHY = regex(r"error|ERR!|fatal|failed|exception", re.IGNORECASE)
 EXCERPT_LINES, EXCERPT_BEFORE, EXCERPT_END = 12, 2, 3
 
 
@@ -4744,17 +4807,17 @@ def failure_reason(said: bytes) -> str:
 
 
 _Row: TypeAlias = Mapping[str, str]  # what `show stat` says of one server
-_HAPROXY_WORD = re.compile(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
+_HAPROXY_WORD = regex(rb"""(?:[^\s"'\\#]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""")
 _HAPROXY_SECTIONS = frozenset(
     b"global defaults frontend backend listen peers resolvers mailers userlist cache "
     b"program http-errors ring"
     b" log-forward fcgi-app crt-store traces log-profile acme".split()
 )
 # what Jinja (Ansible) or ERB (Chef, Puppet) fill in: anywhere in a word, in quotes at its start
-_TEMPLATE = re.compile(rb"[^\"']*\{\{|[^\"']*<%([=-]|$)|[\"'](\{\{|<%[=-])")
+_TEMPLATE = regex(rb"[^\"']*\{\{|[^\"']*<%([=-]|$)|[\"'](\{\{|<%[=-])")
 # What a `server` line may say without an argument; every other word takes one. HAProxy's own list
 # comes before this one where it can be asked (`haproxy -dKcfg`, since 2.6).
-_SERVER_FLAG = re.compile(
+_SERVER_FLAG = regex(
     rb"agent-check|allow-0rtt|backup|check(-reuse-pool|-send-proxy|-sni-auto|-ssl|-via-socks4)?"
     rb"|disabled|enabled|force-.*|no-.*|non-stick|renegotiate|send-proxy.*|sni-auto"
     rb"|ssl(-reuse)?|stick|strict-maxconn|tfo|tls-tickets"
@@ -4777,8 +4840,8 @@ _COSTS = {
     b"state": "until its first check a new HAProxy process takes a dead worker for alive, "
     "and requests fail meanwhile",
 }
-_NO_ADDRESS = re.compile(rb"(0\.0\.0\.0|\*|\[?::\]?)?(:\d*)?$")
-_LITERAL_ADDRESS = re.compile(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)")
+_NO_ADDRESS = regex(rb"(0\.0\.0\.0|\*|\[?::\]?)?(:\d*)?$")
+_LITERAL_ADDRESS = regex(r"\[?([0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)\]?:(\d+)")
 _TIME_UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -5471,7 +5534,7 @@ def parse_look(text: str, rule: HaproxyRule, fronts: Container[str] = ()) -> Loo
     return Look(rows, requests, arrived, tuple(detours))
 
 
-_WORKER = re.compile(r"(?m)^(\d+)\s+worker\s+\S+\s+(\d+)d(\d+)h(\d+)m(\d+)s")
+_WORKER = regex(r"(?m)^(\d+)\s+worker\s+\S+\s+(\d+)d(\d+)h(\d+)m(\d+)s")
 
 
 def parse_show_proc(text: str) -> Processes:
@@ -6494,7 +6557,7 @@ def excerpt(lines: Sequence[str], room: int) -> tuple[str, bool]:
     return "\n".join([*head, f"[... {dropped} lines]", *tail]), True
 
 
-_GAP = re.compile(r"\[\.\.\. ([0-9]{1,9}) lines\]")
+_GAP = regex(r"\[\.\.\. ([0-9]{1,9}) lines\]")
 
 
 @record(eq=False)
@@ -6520,8 +6583,8 @@ class ToolCall(NamedTuple):
 
 
 _ID = rb'"id"\s*:\s*(-?[0-9]{1,15}|"(?:[^"\\]|\\.){0,200}")'
-_ID_FIRST = re.compile(rb'\s*\{(?:\s*"(?:jsonrpc|method)"\s*:\s*"[^"]{0,100}"\s*,)*\s*' + _ID)
-_ID_LAST = re.compile(_ID + rb'\s*(?:,\s*"(?:jsonrpc|method)"\s*:\s*"[^"]{0,100}"\s*)*\}\s*\Z')
+_ID_FIRST = regex(rb'\s*\{(?:\s*"(?:jsonrpc|method)"\s*:\s*"[^"]{0,100}"\s*,)*\s*' + _ID)
+_ID_LAST = regex(_ID + rb'\s*(?:,\s*"(?:jsonrpc|method)"\s*:\s*"[^"]{0,100}"\s*)*\}\s*\Z')
 
 
 def _failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
@@ -7942,7 +8005,7 @@ class Line(NamedTuple):
     text: bytes = b""
 
 
-_LINE = re.compile(
+_LINE = regex(
     rb'\{"run":"([0-9a-f-]+)","stamp":(\d+),"place":(\d+),'
     rb'"created":(-?[0-9.e+-]+),"lived":(-?[0-9.e+-]+),.*\}$'
 )
@@ -8472,7 +8535,7 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
 
 
 _PEM = "CERTIFICATE-----"
-_VALIDITY = re.compile(rb"(?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
+_VALIDITY = regex(rb"(?:\x17\r\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z")
 
 
 def certificate_end(data: bytes) -> float:
@@ -8774,7 +8837,7 @@ def _is_left(
 
 
 # daemons that a step hands its services to: `pm2 update` starts one, with all that it manages
-_SUPERVISOR = re.compile(r"PM2 v[\d.]+: G.*|supervisord|dockerd|containerd.*|conmon|systemd")
+_SUPERVISOR = regex(r"PM2 v[\d.]+: G.*|supervisord|dockerd|containerd.*|conmon|systemd")
 
 
 def _handed_over(table: Mapping[int, _Process], pid: int, spared: Container[int]) -> bool:
@@ -11087,6 +11150,7 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
     import gc
 
     gc.disable()
+    warm_up(config_path)
     gc.freeze()  # what is never looked at again is never copied
     with socket.socket(fileno=descriptor) as daemon, daemon.makefile("rb") as orders:
         daemon.sendall(READY)
@@ -11114,6 +11178,15 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
             finally:
                 sys.stderr.flush()
                 os._exit(code)
+
+
+def warm_up(config_path: Path) -> None:
+    """Make what is otherwise made at its first use: here once, and not in each runner."""
+    for value in list(globals().values()):
+        if isinstance(value, _LazyPattern):
+            value.compile()
+    with suppress(UpdaterError, OSError):  # it need not be valid: each job reads it again
+        load_config(config_path)
 
 
 def set_title(argv: Sequence[str]) -> None:
@@ -11795,10 +11868,10 @@ def checks_take_s(rules: Iterable[HealthRule], settle_s: float = DeployRule.sett
 # ==============================================================================
 
 
-_HAPROXY_OWN = re.compile(
+_HAPROXY_OWN = regex(
     r"HAPROXY_(MWORKER.*|PROCESSES|(MASTER_)?CLI|STARTUP_VERSION|LOCALPEER|CFGFILES)|NOTIFY_SOCKET"
 )
-_LISTED_WORD = re.compile(r"(?m)^\s*server <name> <addr> (\S+)( \S+)?\s*$")
+_LISTED_WORD = regex(r"(?m)^\s*server <name> <addr> (\S+)( \S+)?\s*$")
 _SBIN = "/usr/sbin:/usr/local/sbin"  # where haproxy is, and no ordinary user's PATH
 NO_SOCKET = (
     "add the line `stats socket /run/haproxy/admin.sock mode 660 level admin` to `global`, reload, "
@@ -19341,11 +19414,11 @@ def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
 # 23. Tools: build, upgrade, demo, setup, doctor
 # ==============================================================================
 
-_BLOCK = re.compile(
+_BLOCK = regex(
     r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
 )  # as PEP 723 gives it
 _UNUSED = ("websockets/__main__.py", "websockets/cli.py", "websockets/legacy/", "websockets/trio/")
-_LICENCE = re.compile(r"[^/]+\.dist-info/(.*/)?(licen[cs]e|copying|notice)[^/]*", re.IGNORECASE)
+_LICENCE = regex(r"[^/]+\.dist-info/(.*/)?(licen[cs]e|copying|notice)[^/]*", re.IGNORECASE)
 # Valid on Python 2.7 and 3.x alike, so that an old one says a sentence and not "SyntaxError".
 _MAIN = '''\
 """Start estelle-updater. Written by `build`; nothing newer than Python 2.7 may stand here."""
@@ -20414,7 +20487,7 @@ def own_address() -> str:
 
 # What git sets for its hooks and would act on instead of the folder (`git rev-parse
 # --local-env-vars`)
-_GIT_LOCAL = re.compile(
+_GIT_LOCAL = regex(
     r"GIT_(DIR|WORK_TREE|INDEX_FILE|PREFIX|COMMON_DIR|NAMESPACE|QUARANTINE_PATH|SHALLOW_FILE"
     r"|GRAFT_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|INTERNAL_SUPER_PREFIX)"
 )
@@ -20671,7 +20744,7 @@ class Installed:
         return None
 
 
-_UNIT_LINES = re.compile(r"(?m)^(WorkingDirectory|ExecStart)=(.*)$")
+_UNIT_LINES = regex(r"(?m)^(WorkingDirectory|ExecStart)=(.*)$")
 
 
 def installed_units(folder: Path) -> Iterator[Installed]:
@@ -21660,7 +21733,7 @@ class Doctor:
 # What a person sees: words and tables (pure)
 
 MARK_COLORS = {"✓": "32", "✗": "31", "▸": "36", "!": "33", "⚠": "33"}
-_MARKED = re.compile(
+_MARKED = regex(
     r"(?m)(^| {2,}|(?<=\d ))([✓✗▸⚠]|!(?= ))( 완료| 실패| 취소| 오프라인| 시간 초과| 연결 끊김)?"
 )
 _PLAIN_MARKS = str.maketrans("✓✗▸⚠·…│→", "+x>!-~|>")  # where the encoding lacks them, as cp949
@@ -25586,6 +25659,11 @@ GLOBAL_OPTIONS = (
 )
 
 
+# It looks for a translation of each of its words, and for the locale's name to do so: Python has no
+# translations, and this program's words are English.
+vars(argparse)["_"] = str
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with the contract's errors instead of its own."""
 
@@ -25637,21 +25715,38 @@ def make_parser(argv: Sequence[str] = ()) -> Parser:
     """The command table as a parser; global options go before or after the command. Of the commands
     only those that `argv` names, if it does and asks for no help: all of them would take
     milliseconds of every command's start."""
-    shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    asks_help = not argv or bool({"-h", "--help"} & {*argv})
+    # Only help has to know how wide the terminal is: to find out, argparse imports `shutil` with
+    # all its compressors, and it asks for a formatter with each option that is declared.
+    formatter: Any = functools.partial(argparse.HelpFormatter, width=80)
+    if asks_help:
+        formatter = argparse.HelpFormatter
+    shared = Parser(
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=formatter,
+    )
     for item in GLOBAL_OPTIONS:
         shared.add_argument(*item.names, **item.settings)
     parser = Parser(
-        prog=program_name(), description="Deploy a small fleet, live.", parents=[shared]
+        prog=program_name(),
+        description="Deploy a small fleet, live.",
+        parents=[shared],
+        formatter_class=formatter,
     )
     parser.add_argument("--version", action="version", version=f"estelle-updater {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    if {"-h", "--help"} & {*argv}:
-        named = []
-    else:
+    named = []
+    if not asks_help:
         named = [command for command in COMMANDS if command.name in argv]
     for command in named or COMMANDS:
-        shown: dict[str, Any] = {} if command.hidden else {"help": command.help}
-        sub = commands.add_parser(command.name, parents=[shared], description=command.help, **shown)
+        settings: dict[str, Any] = {
+            "formatter_class": formatter,
+            "description": command.help,
+        }
+        if not command.hidden:
+            settings["help"] = command.help
+        sub = commands.add_parser(command.name, parents=[shared], **settings)
         for item in command.options:
             sub.add_argument(*item.names, **item.settings)
         sub.set_defaults(function=command.run)
