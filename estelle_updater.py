@@ -6037,6 +6037,7 @@ _FAILURE = _fields(
     ("hosts", "output"),
     {
         "hosts": _some("the hosts on which this was said", _LABEL),
+        "hosts_left_out": _has("integer", "how many more of them there are"),
         "step": _has("string", "the step that failed"),
         "output": _has("string", f"what it said, head and tail where it is long: {_FOREIGN}"),
         "truncated": _has("boolean", "whether lines are left out, as [... N lines]"),
@@ -6055,6 +6056,7 @@ RUN_SCHEMA = _fields(
         "ok": _has("boolean", "whether all succeeded; missing until it is done"),
         "hosts": _some("every host's part", JOB_SCHEMA),
         "failures": _some("what failed, what was the same on several hosts once", _FAILURE),
+        "failures_left_out": _has("integer", "how many other failures had no room"),
         "output": _has("string", f"for dry_run: what would change: {_FOREIGN}"),
         "next": _has("string", "what to call next"),
         "idempotency_key": _has("string", "with which to call again, to go on with a release"),
@@ -6473,6 +6475,8 @@ def shorten_answer(answer: Mapping[str, Any], room: int) -> dict[str, Any]:
     """An answer of at most about `room` characters: of too many rows first the details go, then
     those that are well; `left_out` says how many."""
     short = dict(answer)
+    if short.get("failures"):
+        shorten_failures(short, room // 2)
     for name in _ROWS:
         rows = short.get(name)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -6491,6 +6495,30 @@ def shorten_answer(answer: Mapping[str, Any], room: int) -> dict[str, Any]:
             short[name] = kept
             short["left_out"] = len(rows) - len(kept)
     return short
+
+
+def shorten_failures(short: dict[str, Any], room: int) -> None:
+    """Make what failed fit as well: each says less, and then the last of them nothing at all."""
+    failures = [dict(failure) for failure in short["failures"]]
+    share = max(room // (2 * len(failures)), FAILURE_LEAST)
+    for failure in failures:
+        text, cut = excerpt(failure["output"].split("\n"), share)
+        failure["output"] = text
+        failure["truncated"] = failure["truncated"] or cut
+        more = len(failure["hosts"]) - FAILURE_HOSTS
+        if more > 0:
+            failure["hosts"] = failure["hosts"][:FAILURE_HOSTS]
+            failure["hosts_left_out"] = more
+    short["failures"] = failures
+    count = len(failures)
+    while len(failures) > 1 and _size(failures) > room:
+        failures.pop()
+    if len(failures) < count:
+        short["failures_left_out"] = count - len(failures)
+
+
+FAILURE_HOSTS = 20  # named with what they said alike
+FAILURE_LEAST = 200  # characters of an output that still say why
 
 
 class LineFilter:
@@ -22896,14 +22924,22 @@ def usual_seconds(args: Args, run: RunRecord) -> float | None:
     return None
 
 
+def tell_aside(args: Args, text: str) -> None:
+    """A line on standard error beside a command's result: for programs an event there too."""
+    if args.json:
+        line = json.dumps({"event": "notice", "text": mask_words(text)})
+    else:
+        line = fold_for_stderr(terminal_text(f"estelle-updater: {mask_words(text)}"))
+    print(line, file=sys.stderr, flush=True)
+
+
 def make_caller(args: Args) -> Caller:
     """The way to the master by this host's configuration, or by its last valid one. Raises
     UpdaterError where there never was a valid one."""
     require_packages()
     config, text = settings_in_force(args)
     if text and args.tells_settings:
-        notice = json.dumps({"event": "notice", "text": text})
-        print(notice if args.json else f"estelle-updater: {terminal_text(text)}", file=sys.stderr)
+        tell_aside(args, text)
     state = args.state_folder()
     if config.project:
         require_own_url(config, args.config_path(), [state])
@@ -23377,7 +23413,8 @@ def cmd_upgrade(args: Args) -> int:
 
 def ask_health(args: Args, target: str) -> dict[str, Any]:
     """What the checks see, with the patience that they need."""
-    take_s = ANSWER_S + checks_take_s(load_config(args.config_path()).health)
+    config, _ = settings_in_force(args)
+    take_s = ANSWER_S + checks_take_s(config.health)
     return ask_master(args, "health", {"target": target}, take_s)
 
 
@@ -23544,7 +23581,8 @@ def cmd_self_test(args: Args) -> int:
             importlib.import_module(name)
     preload()
     load_config(args.config_path())
-    say(f"estelle-updater {__version__} speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}")
+    told = f"estelle-updater {__version__} speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL}"
+    show(args, {"version": __version__, "protocol": [PROTOCOL_OLDEST, PROTOCOL]}, told)
     return 0
 
 
@@ -23594,7 +23632,7 @@ def cmd_history(args: Args) -> int:
             found = {"runs": state.history.newest(args.count)}
         if not any(found.values()):
             raise
-        TextView(Output(False)).notice(f"{problem.what}; this is what {state.root} has")
+        tell_aside(args, f"{problem.what}; this is what {state.root} has")
     text = history_text(found)
     screen = functools.partial(folded_screen, text)
     if "runs" in found:
@@ -23876,7 +23914,7 @@ def cancel_run(args: Args, run: str) -> RunRecord:
             raise
         for job in own:
             ask_to_stop(state, run, job.host, user_name())
-        TextView(Output(False)).notice(f"{problem.what}; stopping what runs on this host")
+        tell_aside(args, f"{problem.what}; stopping what runs on this host")
         return replace(run_of_job(own[0]), cancelled=True)
 
 
@@ -24376,7 +24414,10 @@ def run_answer_text(answer: Mapping[str, Any]) -> str:
         for text in row.get("warnings") or ():
             lines.append(f"  warning: {text}")
     for failure in answer.get("failures") or ():
-        title = f"what {failure['step']} said on {', '.join(failure['hosts'])} ({NO_ORDERS}):"
+        where = ", ".join(failure["hosts"])
+        if failure.get("hosts_left_out"):
+            where += f" and {failure['hosts_left_out']} more"
+        title = f"what {failure['step']} said on {where} ({NO_ORDERS}):"
         lines += quoted(title, failure["output"])
     if answer.get("output"):
         lines += quoted(f"what it would do ({NO_ORDERS}):", answer["output"])
@@ -24465,23 +24506,49 @@ MCP_ANSWERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def fit_answer(call: ToolCall, found: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """An answer and its text, together at most about MCP_ANSWER_CHARS, unless the call itself asked
-    for so many lines, bytes or runs."""
+    """An answer and its text, together at most MCP_ANSWER_CHARS, unless the call itself asked for
+    so many lines, bytes or runs. What has no room is named, with how to get it."""
     given = call.arguments
     render = MCP_ANSWERS.get(call.tool, run_answer_text)
     text = render(found)
-    if any(name in given for name in ("lines", "max_bytes", "count")):
+    asked_for_much = given.get("lines", 0) > LINES_OF_EACH
+    if asked_for_much or any(name in given for name in ("max_bytes", "count")):
         return found, text
     room = MCP_ANSWER_CHARS
     short = found
     # The text is made of the rows, so that its length follows theirs.
-    while room > 1000 and len(text) + _size(short) > MCP_ANSWER_CHARS:
+    while room > 1000 and _size(text) + _size(short) > MCP_ANSWER_CHARS:
         room = room * 3 // 4
         short = shorten_answer(found, room)
-        text = render(short)
-        if short.get("left_out"):
-            text += f"\n[... {short['left_out']} more, which have no room here]"
+        left = [name for name in _row_names(found) if name not in _row_names(short)]
+        if "cursor" in short:
+            # Their text is still to come: a cursor behind it would hide it for ever.
+            offsets = json.loads(short["cursor"])
+            short["cursor"] = json.dumps({key: offsets[key] for key in offsets if key not in left})
+        text = "\n".join([render(short), *left_out_text(short, left)])
     return short, text
+
+
+LINES_OF_EACH = 20  # more of them is a long answer that was asked for
+
+
+def _row_names(answer: Mapping[str, Any]) -> list[str]:
+    """The hosts that an answer has rows of."""
+    return [row["host"] for row in answer.get("hosts", ()) if isinstance(row, dict)]
+
+
+def left_out_text(short: Mapping[str, Any], left: Sequence[str]) -> list[str]:
+    """What had no room in an answer, and how to ask for it."""
+    lines = []
+    if left:
+        some = ",".join(left[:10])
+        lines.append(f"[... {len(left)} more, which have no room here; for example target {some}]")
+    elif short.get("left_out"):
+        lines.append(f"[... {short['left_out']} more, which have no room here]")
+    if short.get("failures_left_out"):
+        count = short["failures_left_out"]
+        lines.append(f"[... {count} more that failed in other ways; logs shows each with target]")
+    return lines
 
 
 class Consent:
@@ -24796,7 +24863,10 @@ class McpTools:
     def call_status(self, given: dict[str, Any], _: ProgressView) -> dict[str, Any]:
         """The fleet, or the hosts of it that are asked for. Raises TargetError."""
         found = self.ask("status")
-        wanted = {word.strip() for word in given.get("target", "all").split(",")}
+        target = given.get("target", "all")
+        wanted = {word.strip() for word in target.split(",")}
+        if "" in wanted:
+            parse_target("")
         if "all" in wanted:
             return found
         rows = []
@@ -25286,7 +25356,8 @@ def render_completion(shell: str) -> str:
 
 
 def cmd_completion(args: Args) -> int:
-    say(render_completion(args.shell))
+    script = render_completion(args.shell)
+    show(args, {"shell": args.shell, "script": script}, script)
     return 0
 
 

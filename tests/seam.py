@@ -211,6 +211,7 @@ from estelle_updater import (
     fold_line as fold_line,
     freeze_span as freeze_span,
     greeting as greeting,
+    group_failures as group_failures,
     health_screen as health_screen,
     history_screen as history_screen,
     host_rule as host_rule,

@@ -316,6 +316,42 @@ def test_one_schema_for_a_thing_whoever_shows_it(fleet: MakeFleet, model: MakeMo
     assert est.fit_answer(call._replace(arguments={"count": 100}), answer)[0] is answer, "it was asked for"
 
 
+@pytest.mark.parametrize("count", [3, 12, 300])
+@pytest.mark.parametrize("alike", [False, True])
+def test_many_hosts_that_failed_fit_an_answer_that_says_what_is_left_out(count: int, alike: bool) -> None:
+    """What has no room is said, and the cursor of a log does not pass it."""
+    names = [f"10.0.{at // 250}.{at % 250}" for at in range(count)]
+    text = "\n".join(f'line {n} of a build, ✗ with \\ and quotes"' for n in range(60))
+    rows = [
+        {"host": name, "state": "failed", "ok": False, "step": "pnpm build", "exit": 3, "error": "it broke",
+         "version": "v1", "commit": "0" * 40, "warnings": [], "text": text if alike else f"{name}\n{text}", "truncated": False,
+         "step_offset": 7, "first_line": 9}
+        for name in names
+    ]  # fmt: skip
+    run = {"run": "20261122-210501-7f3a", "kind": "deploy", "branch": "master", "done": True, "ok": False}
+    bare = [{key: row[key] for key in ("host", "state", "ok", "step", "exit", "error")} for row in rows]
+    waited = {**run, "hosts": bare, "failures": est.group_failures(rows), "next": "call logs"}
+    logs = {**run, "hosts": rows, "cursor": json.dumps(dict.fromkeys(names, 5000))}
+    for tool, answer in (("wait", waited), ("logs", logs)):
+        for arguments in ({}, {"lines": 5}):
+            short, told = est.fit_answer(est.ToolCall(1, tool, arguments, None, True), answer)
+            sent = {"content": [{"type": "text", "text": told}], "structuredContent": est.without_nulls(short)}
+            assert len(json.dumps(sent, ensure_ascii=False)) < 8000, (tool, arguments)
+            shown = [row["host"] for row in short["hosts"]]
+            assert short.get("left_out", 0) == count - len(shown)
+            if len(shown) < count:
+                first = next(name for name in names if name not in shown)
+                assert f"{count - len(shown)} more, which have no room here; for example target {first}" in told
+            if tool == "logs":
+                assert list(json.loads(short["cursor"])) == shown, "the others' text is still to come"
+            else:
+                said = [failure["hosts"] for failure in short["failures"]]
+                if not alike:
+                    assert len(said) + short.get("failures_left_out", 0) == count
+                else:
+                    assert len(said[0]) + short["failures"][0].get("hosts_left_out", 0) == count
+
+
 # ---------------------------------------------------------------------------- shapes of calls, without any process
 
 
