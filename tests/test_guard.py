@@ -324,8 +324,8 @@ def test_many_hosts_that_failed_fit_an_answer_that_says_what_is_left_out(count: 
     text = "\n".join(f'line {n} of a build, ✗ with \\ and quotes"' for n in range(60))
     rows = [
         {"host": name, "state": "failed", "ok": False, "step": "pnpm build", "exit": 3, "error": "it broke",
-         "version": "v1", "commit": "0" * 40, "warnings": [], "text": text if alike else f"{name}\n{text}", "truncated": False,
-         "step_offset": 7, "first_line": 9}
+         "version": "v1", "commit": "0" * 40, "warnings": [], "text": text if alike else f"{name}\n{text}",
+         "truncated": False, "step_offset": 7, "first_line": 9}
         for name in names
     ]  # fmt: skip
     run = {"run": "20261122-210501-7f3a", "kind": "deploy", "branch": "master", "done": True, "ok": False}
