@@ -439,9 +439,15 @@ def record(
             "__repr__": _render_record,
         }
         if eq:
-            methods |= {"__eq__": _same_record, "__hash__": _hash_of_record if frozen else None}
+            methods |= {
+                "__eq__": _same_record,
+                "__hash__": _hash_of_record if frozen else None,
+            }
         if frozen:
-            methods |= {"__setattr__": _refuse_change, "__delattr__": _refuse_change}
+            methods |= {
+                "__setattr__": _refuse_change,
+                "__delattr__": _refuse_change,
+            }
         for name, method in methods.items():
             setattr(cls, name, method)
         return cls
@@ -2455,8 +2461,12 @@ class Effective(HostRule, DeployRule):
     version: str
 
 
+# Where a host is: as one address, or as all by which its section may be found, the best first
+Places: TypeAlias = str | Sequence[str] | None
+
+
 def host_rule(
-    config: Config, address: str | None, hostname: str, role: Role | None = None
+    config: Config, address: Places, hostname: str, role: Role | None = None
 ) -> Effective:
     """The settings of the host at `address` that calls itself `hostname`; `role`, where it is
     known, brings what [deploy] says for that role.
@@ -2464,13 +2474,14 @@ def host_rule(
     Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone;
     `name` finds no section.
     """
-    if address:
-        at = canonical_address(address)
-    else:
-        at = None
+    if isinstance(address, str):
+        address = (address,)
+    places = [canonical_address(at) for at in address or () if at]
     called = hostname.casefold()
     sections = {(rule.address, rule.hostname): rule for rule in config.hosts}
-    wanted = ((at, called), (None, called), (at, None))
+    wanted: list[tuple[str | None, str | None]] = [(at, called) for at in places]
+    wanted.append((None, called))
+    wanted += [(at, None) for at in places]
     own = next((sections[key] for key in wanted if key in sections), HostRule())
     by_role = RoleRule()
     if role is Role.MASTER:
@@ -2560,7 +2571,7 @@ def _receiver_text(rule: NotifyRule) -> str:
 
 
 def compare_commands(
-    old: Config, new: Config, address: str | None, hostname: str, role: Role | None = None
+    old: Config, new: Config, address: Places, hostname: str, role: Role | None = None
 ) -> Iterator[Change]:
     """What a new configuration changes in what runs on the host at `address` that calls itself
     `hostname`."""
@@ -5630,7 +5641,10 @@ def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
 
 def live_roles(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, str]:
     """Each colour as the running HAProxy read it, whatever the file says by now."""
-    roles = {"0": "active", "1": "backup"}
+    roles = {
+        "0": "active",
+        "1": "backup",
+    }
     return {color: roles[row["bck"]] for color, row in rows_by_color(rows, rule).items()}
 
 
@@ -5853,7 +5867,10 @@ def _a_flag(description: str, default: bool) -> _Schema:
 
 
 def _a_number(description: str, low: int, high: int, **more: int) -> _Schema:
-    limits = {"minimum": low, "maximum": high}
+    limits = {
+        "minimum": low,
+        "maximum": high,
+    }
     return {"type": "integer", "description": description, **limits, **more}
 
 
@@ -5862,7 +5879,10 @@ def _a_number(description: str, low: int, high: int, **more: int) -> _Schema:
 
 
 def _has(kind: str, description: str) -> _Schema:
-    return {"type": kind, "description": description}
+    return {
+        "type": kind,
+        "description": description,
+    }
 
 
 def _some(description: str, item: _Schema) -> _Schema:
@@ -6937,9 +6957,19 @@ def _no_number(word: str) -> NoReturn:
 def _confirmation(question: str) -> dict[str, Any]:
     """A request to a person: yes or no."""
     form = {"confirm": {"type": "boolean", "title": "Do it", "description": "yes, do it"}}
-    schema = {"type": "object", "properties": form, "required": ["confirm"]}
-    params = {"message": question, "requestedSchema": schema}
-    return {"method": "elicitation/create", "params": params}
+    schema = {
+        "type": "object",
+        "properties": form,
+        "required": ["confirm"],
+    }
+    params = {
+        "message": question,
+        "requestedSchema": schema,
+    }
+    return {
+        "method": "elicitation/create",
+        "params": params,
+    }
 
 
 def is_confirmed(reply: Any) -> bool:
@@ -8518,6 +8548,82 @@ def incoming_config(
     return new
 
 
+def probe_is_local(address: str) -> bool:
+    """Whether an address is this host's own; of the loopback net only 127.0.0.1 and ::1 count as
+    such.
+
+    A bind alone proves nothing: with `ip_nonlocal_bind` it succeeds for any address. Connecting a
+    UDP socket sends nothing and makes the kernel choose a source. It is the address itself where
+    that is ours, except for a second address in the same IPv4 subnet: there it is the first one,
+    but Linux routes nothing from a source that isn't ours.
+    """
+    with suppress(OSError, UsageError):
+        ip = _parse_ip(address)
+        if ip.version == 4:
+            family = socket.AF_INET
+        else:
+            family = socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(ip), 9))
+            if probe.getsockname()[0] == str(ip):
+                return True
+        if ip.version == 6 or ip.is_loopback or ip.is_unspecified or ip.is_multicast:
+            return False
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(ip), 0))
+            probe.connect((str(ip), 9))
+            return True
+    return False
+
+
+def own_address() -> str:
+    """The address that this host would use towards the internet; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+def own_addresses(
+    config: Config, seen: str | None, bind: str | None = None, role: Role | None = None
+) -> tuple[str, ...]:
+    """The addresses by which this very host's section is found: the one that the master has `seen`,
+    and those of its own that sections name.
+
+    Its own count for the master, which may be behind a NAT, and where no master has seen any: two
+    hosts of two sites may well have the same private address. `--bind` names the only one.
+    """
+    found = []
+    if seen or bind:
+        found.append(str(seen or bind))
+    if not bind and (not seen or role is Role.MASTER):
+        for section in config.hosts:
+            # all hosts have those of the loopback net
+            is_told = section.address and not ipaddress.ip_address(section.address).is_loopback
+            if is_told and probe_is_local(str(section.address)):
+                found.append(str(section.address))
+    return tuple(dict.fromkeys(found))
+
+
+def idle_sections(
+    config: Config, seen: str | None, bind: str | None, role: Role | None
+) -> Iterator[str]:
+    """Which sections name an address of this very host and have no effect here, and what to write.
+    `seen`: the address at which the master sees this host, where it has."""
+    hostname = socket.gethostname()
+    chosen = host_rule(config, own_addresses(config, seen, bind, role), hostname).key
+    own = own_addresses(config, None, bind)
+    for section in config.hosts:
+        is_ours = section.address in own and section.hostname in (None, hostname.casefold())
+        if not is_ours or section.key == chosen:
+            continue
+        text = f'[hosts."{section.key}"] has no effect on this host: '
+        if chosen:
+            yield text + f'[hosts."{chosen}"] is found first, and holds alone'
+        else:
+            yield text + f'the master sees it at {seen}; write [hosts."{seen}/{hostname}"]'
+
+
 def load_token(config: Config, tree: Path) -> bytes | None:
     """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises
     ConfigError, without it."""
@@ -8559,7 +8665,10 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
         raise ConfigError(
             f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates"
         ) from None
-    return {"ssl": context, "server_hostname": config.master_url.host}
+    return {
+        "ssl": context,
+        "server_hostname": config.master_url.host,
+    }
 
 
 _PEM = "CERTIFICATE-----"
@@ -8721,7 +8830,10 @@ def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
         dropped += f"|{_PM2_KEYS}"
     kept = {key: value for key, value in env.items() if not re.fullmatch(dropped, key, _ANY_CASE)}
     if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
-        kept |= {"GIT_SSH_COMMAND": _SSH_COMMAND, "GIT_SSH_VARIANT": "ssh"}
+        kept |= {
+            "GIT_SSH_COMMAND": _SSH_COMMAND,
+            "GIT_SSH_VARIANT": "ssh",
+        }
     return kept | _NO_PROMPTS
 
 
@@ -10330,8 +10442,10 @@ class Runner:
             config = load_config(self.config_path)
         else:
             config, problem = load_config_or_last(self.config_path, self.state)
-        hostname = socket.gethostname()
-        self.rule = host_rule(config, self.job.address, hostname, job_role(self.job))
+        role = job_role(self.job)
+        bind = (read_json(self.state.daemon_file) or {}).get("bind")
+        place = own_addresses(config, self.job.address, bind, role)
+        self.rule = host_rule(config, place, socket.gethostname(), role)
         self.log.most_bytes = config.keep.job_megabytes << 20
         tree = work_tree(self.config_path)
         if self.rule.repo:
@@ -11422,34 +11536,6 @@ def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tupl
     return ()
 
 
-def probe_is_local(address: str) -> bool:
-    """Whether an address is this host's own; of the loopback net only 127.0.0.1 and ::1 count as
-    such.
-
-    A bind alone proves nothing: with `ip_nonlocal_bind` it succeeds for any address. Connecting a
-    UDP socket sends nothing and makes the kernel choose a source. It is the address itself where
-    that is ours, except for a second address in the same IPv4 subnet: there it is the first one,
-    but Linux routes nothing from a source that isn't ours.
-    """
-    with suppress(OSError, UsageError):
-        ip = _parse_ip(address)
-        if ip.version == 4:
-            family = socket.AF_INET
-        else:
-            family = socket.AF_INET6
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((str(ip), 9))
-            if probe.getsockname()[0] == str(ip):
-                return True
-        if ip.version == 6 or ip.is_loopback or ip.is_unspecified or ip.is_multicast:
-            return False
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(ip), 0))
-            probe.connect((str(ip), 9))
-            return True
-    return False
-
-
 def _fetch_address(
     url: str, headers: dict[str, str], timeout_s: float, direct: bool = False
 ) -> str:
@@ -11854,7 +11940,10 @@ def probe_health(check: Check) -> dict[str, Any]:
         words = getattr(problem, "strerror", None) or str(problem)
         if not words:
             words = type(problem).__name__
-        return {"ok": False, "detail": words}
+        return {
+            "ok": False,
+            "detail": words,
+        }
     seconds = time.monotonic() - began
     return {"ok": seconds <= check.takes_s, "detail": f"{detail} ({seconds:.2f} s)"}
 
@@ -13900,6 +13989,7 @@ class Agent:
         self.state, self.config, self.machine, self.nonce = state, config, machine, nonce
         self.own = OwnJobs(state, config, machine, nursery)
         self.role: Role | None = None  # until the daemon has found it
+        self.bind: str | None = None  # the one address that counts as this host's, if so told
         # `status` must not wait for `health`, nor a plan for anybody
         self.places = {what: Threads(ANSWERS_AT_ONCE) for what in QUESTIONS}
 
@@ -13918,11 +14008,17 @@ class Agent:
             self.config.config.project or "",
         )
 
+    def place(self, config: Config, address: Any) -> tuple[str, ...]:
+        """The addresses by which a configuration's section for this host is found, where the master
+        sees it at `address`."""
+        return own_addresses(config, address, self.bind, self.role)
+
     def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
         """What the configuration says of this host, seen from `address`, and where its repository
         is."""
         tree = work_tree(self.config.path)
-        rule = host_rule(self.config.config, address, socket.gethostname(), self.role)
+        place = self.place(self.config.config, address)
+        rule = host_rule(self.config.config, place, socket.gethostname(), self.role)
         return rule, tree / rule.repo if rule.repo else tree
 
     # One connection to the master
@@ -14019,7 +14115,10 @@ def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
                 # who asks may have another clock than this host, which wrote down when it began
                 running_s = max(0, round(time.time() - (job.record.started or wrote)))
                 result |= {"running": job.record.run}
-                result |= {"silent_s": silent_s, "running_s": running_s}
+                result |= {
+                    "silent_s": silent_s,
+                    "running_s": running_s,
+                }
     return result
 
 
@@ -14028,9 +14127,8 @@ def tell_health(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     have changed it."""
     config, _ = load_config_or_last(agent.config.path, agent.state)
     rule, repo = agent.rule_and_repo(args.get("address"))
-    names = {
-        host_key(name) for name in (args.get("address"), rule.name, socket.gethostname()) if name
-    }
+    place = agent.place(config, args.get("address"))
+    names = {host_key(name) for name in (*place, rule.name, socket.gethostname()) if name}
     checks = []
     for check in config.health:
         if not check.hosts or names.intersection(map(host_key, check.hosts)):
@@ -14043,7 +14141,10 @@ def note_traffic(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     it."""
     run, host = args.get("run"), args.get("host")
     if (run, host) in agent.own.jobs:
-        word = {"at": args.get("at"), "is": str(args.get("is"))}
+        word = {
+            "at": args.get("at"),
+            "is": str(args.get("is")),
+        }
         write_atomic(agent.state.traffic_file(str(run), str(host)), json.dumps(word).encode())
     return {}
 
@@ -14342,9 +14443,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         if found.get("target"):
             new = incoming_config(found["target"], config.path, repo, outlook.git)
         if new is not None and new != old:  # what runs comes from the configuration that arrives
-            rule = host_rule(new, address, hostname, agent.role)
+            place = agent.place(new, address)
+            rule = host_rule(new, place, hostname, agent.role)
             doors = compare_doors(old, new)
-            runs = compare_commands(old, new, address, hostname, agent.role)
+            runs = compare_commands(old, new, place, hostname, agent.role)
             found["doors"] = [change.text for change in (*doors, *runs)]
             found["opens"] = [change.text for change in doors if change.opens]
         elif new is None and config.problem:
@@ -14431,7 +14533,10 @@ def tell_remote(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         for branch in branches:
             name = f"refs/remotes/{outlook.remote}/{branch}"
             known[branch] = (outlook.git("rev-parse", "--verify", "--quiet", name) or "").strip()
-        return {"heads": outlook.list_heads(branches), "known": known}
+        return {
+            "heads": outlook.list_heads(branches),
+            "known": known,
+        }
 
     return ask_aside(agent, args, ask)
 
@@ -15079,20 +15184,22 @@ async def makes_way(agents: dict[str, AgentLink], link: Link, hello: Hello, addr
     return True
 
 
-def host_names(config: Config, machine: str, address: str, claimed: str) -> tuple[str, str]:
-    """The configuration's name for the host, else the one it claims, unless that belongs to
-    another address; and the host name by which its section is found, "" for none."""
+def host_names(
+    config: Config, machine: str, places: Sequence[str], claimed: str
+) -> tuple[str, str]:
+    """The configuration's name for the host at `places`, else the one it claims, unless that
+    belongs to another address; and the host name by which its section is found, "" for none."""
     if not valid_host_name(claimed):
         claimed = ""
-    name = host_rule(config, address, claimed).name or claimed
+    name = host_rule(config, places, claimed).name or claimed
     nameless = f"unnamed-{machine[:4]}"
     for owned in dict.fromkeys((name, claimed)):
         owners = owners_of_name(config, owned)
-        if not owners or address in owners:
+        if not owners or not owners.isdisjoint(places):
             continue
         log.warning(
             "%s claims the name %s, which the configuration gives to %s",
-            address,
+            places[0],
             owned,
             ", ".join(sorted(owners)),
         )
@@ -15116,6 +15223,7 @@ class Roster:
         self.sorted: list[Machine] | None = None  # as people read them, while that holds
         self.rules: dict[str, HostRef] = {}  # machine -> what the configuration says of it
         self.rules_of: Config | None = None  # that configuration
+        self.bind: str | None = None  # the one address that counts as the master's own, if so told
 
     # Who is listed
 
@@ -15173,7 +15281,7 @@ class Roster:
         self.rules_of = config
         for known in list(self.machines.values()):
             claimed = known.hostname or known.name
-            name, hostname = host_names(config, known.machine, known.address, claimed)
+            name, hostname = host_names(config, known.machine, self.places_of(known), claimed)
             if (name, hostname) != (known.name, known.hostname or claimed):
                 self.place(replace(known, name=name, hostname=hostname))
 
@@ -15183,7 +15291,7 @@ class Roster:
         label = self.labels.label[host.machine]
         ref = self.rules.get(host.machine)
         if ref is None or (ref.label, ref.address, ref.name) != (label, host.address, host.name):
-            rule = host_rule(self.config.config, host.address, host.hostname or host.name)
+            rule = host_rule(self.config.config, self.places_of(host), host.hostname or host.name)
             section = ""
             if rule.hostname:
                 section = rule.key
@@ -15199,6 +15307,16 @@ class Roster:
         if online or (everyone and not ref.deploys):
             return replace(ref, online=online, deploys=ref.deploys or everyone)
         return ref
+
+    def places_of(self, host: Machine) -> tuple[str, ...]:
+        return self.places(host.machine, host.address)
+
+    def places(self, machine: str, address: str) -> tuple[str, ...]:
+        """The addresses by which a machine's section is found: what another host says of its own is
+        no proof, so only this very host's are all of them."""
+        if machine != self.own_machine:
+            return (address,)
+        return own_addresses(self.config.config, address, self.bind, Role.MASTER)
 
     def label_of(self, machine: str) -> str:
         """How people call a machine; "a host" where it has been none."""
@@ -15308,7 +15426,8 @@ class Registry(Roster):
         version, platform = (
             re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform)
         )
-        name, hostname = host_names(self.config.config, hello.machine, address, hello.name)
+        places = self.places(hello.machine, address)
+        name, hostname = host_names(self.config.config, hello.machine, places, hello.name)
         known = Machine(
             hello.machine,
             address,
@@ -17209,12 +17328,18 @@ async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"host": host.label, "color": active, "problem": "it is offline"}
         agent = desk.master.agents.get(host.machine)
         if agent:
-            asked = {"address": host.address, "branch": branch}
+            asked = {
+                "address": host.address,
+                "branch": branch,
+            }
             answer = await agent.ask("compare", asked, PLAN_S) or {"error": "it does not answer"}
             row |= answer
             row["problem"] = answer.get("error")
         rows.append(row)
-    return {"branch": branch, "rows": rows}
+    return {
+        "branch": branch,
+        "rows": rows,
+    }
 
 
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
@@ -17520,7 +17645,10 @@ class Watcher:
                 self.past.setdefault(rule.key, {"done": "", "moves": 0})
             elif rule.key not in self.past:
                 old = known.get(rule.branch) or heads[rule.branch]
-                self.past[rule.key] = {"done": old, "moves": 0}
+                self.past[rule.key] = {
+                    "done": old,
+                    "moves": 0,
+                }
                 log.info("watch: %s on %s from %s on", rule.branch, rule.target, old[:7])
                 self.save()
             elif heads[rule.branch] == self.past[rule.key]["done"]:
@@ -17823,7 +17951,10 @@ def render_news(
     if form == "ntfy":
         words = (news.get("project"), news["event"], news["host"])
         title = " ".join(filter(None, words)).encode("ascii", "replace").decode()
-        headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
+        headers |= {
+            "Content-Type": "text/plain; charset=utf-8",
+            "Title": title,
+        }
         good = news["event"] in (State.SUCCEEDED, "switched", "test")
         return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
     bodies = {
@@ -18237,7 +18368,11 @@ class Notifier:
         for impostor in keys.impostors.values():
             what = keys.impostor_text(impostor)
             title = f"[{self.own_address}] {what}; it was refused"
-            news = {"event": "impostor", "title": title, "host": impostor.address}
+            news = {
+                "event": "impostor",
+                "title": title,
+                "host": impostor.address,
+            }
             # Somebody who knocks every second would otherwise be a message every second.
             day = int(impostor.last // DAY_S)
             self.spool.tell(f"impostor-{impostor.machine}-{impostor.address}-{day}", news)
@@ -18299,7 +18434,12 @@ class Notifier:
         before = (read_json(self.traffic_file) or {}).get("active")
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
-            news = {"event": "failover", "title": title, "host": rule.host, "active": active}
+            news = {
+                "event": "failover",
+                "title": title,
+                "host": rule.host,
+                "active": active,
+            }
             self.spool.tell(f"failover-{time.time():.3f}", news)
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
@@ -18409,6 +18549,26 @@ def refused(reply: Refuse) -> UpdaterError:
     return problem
 
 
+def near_address(config: Config, own: str) -> str:
+    """The address at which commands on the master's own host reach it, and are let in: masterUrl's
+    where that is this host's, and behind a NAT another one that the whitelist has."""
+    whitelist = Whitelist(config.whitelist)
+    listed = [entry.partition("/")[0] for entry in config.whitelist]
+    for address in (own, own_address(), *listed, "127.0.0.1"):
+        if probe_is_local(address) and whitelist.verdict(address).allowed:
+            return address
+    if probe_is_local(own):
+        return own
+    return "127.0.0.1"
+
+
+def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
+    """How a commander on the master's own host reaches the listener; a proxy may be what makes
+    masterUrl wss://."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
+
+
 class Caller:
     """Finds the master: on its own host by the local listener first, then by masterUrl."""
 
@@ -18419,6 +18579,14 @@ class Caller:
         local = (read_json(state.daemon_file) or {}).get("listen")
         if isinstance(local, str) and FileLock.held_elsewhere(state.daemon_lock):
             self.urls = list(dict.fromkeys([local, *self.urls]))
+            self.named = len(self.urls) - 1
+        elif host_rule(config, own_addresses(config, None, bind), socket.gethostname()).role is (
+            Role.MASTER
+        ):
+            # its daemon has another state folder, and masterUrl may not be reachable from inside
+            url = config.master_url
+            near = local_url(url, near_address(config, url.host), url.port, bool(config.tls.cert))
+            self.urls = list(dict.fromkeys([near, *self.urls]))
             self.named = len(self.urls) - 1
         # masterUrl may be wrong by now: the commit that mends it must get through
         last = state.last_master_url(config.master_url)
@@ -19011,9 +19179,10 @@ def gather_role(config: Config, options: ServeOptions, outside: bool) -> FoundRo
     Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet
     knows.
     """
-    rule = host_rule(config, options.bind, socket.gethostname())
+    place = own_addresses(config, None, options.bind)
+    rule = host_rule(config, place, socket.gethostname())
     override = rule.role
-    source = f"[hosts] {rule.key}"
+    source = f'[hosts."{rule.key}"]'
     if options.role:
         override = options.role
         source = "--role"
@@ -19028,9 +19197,28 @@ def gather_role(config: Config, options: ServeOptions, outside: bool) -> FoundRo
     if outside and not told and any(map(is_public, addresses)):
         public = probe_public_address(PUBLIC_S)
         if public:
+            section = host_rule(config, (*place, public[0]), socket.gethostname())
+            if section.role:  # it need not prove what the configuration says
+                facts = replace(facts, override=section.role)
+                facts = replace(facts, override_source=f'[hosts."{section.key}"]')
             facts = replace(facts, public_address=public[0], public_source=public[1])
             return FoundRole(decide_role(facts), public[1])
     return FoundRole(decision)
+
+
+def role_advice(config: Config) -> str:
+    """What to write on the host that is the master and does not find out."""
+    return (
+        f"if this host is the master, {config.master_url.host} is behind a NAT: write"
+        f' [hosts."{own_address()}"] role = "master" in the configuration, or use --role master'
+    )
+
+
+def advise_role(config: Config, state: StateFolder) -> None:
+    """Say so, once, where nothing says what this host is and no master was ever here."""
+    section = host_rule(config, own_addresses(config, None), socket.gethostname())
+    if not section.role and not state.last_master_url(config.master_url):
+        log.once(advise_role, role_advice(config))
 
 
 class RoleKeeper:
@@ -19088,6 +19276,8 @@ class RoleKeeper:
         found = await self.find(outside)
         if found.decision.role is Role.MASTER:
             self.change(found)
+        elif not self.options.role and not self.options.bind:
+            await asyncio.to_thread(advise_role, self.config.config, self.options.state)
 
     async def prove(self, url: MasterUrl) -> None:
         """Only a public address says that this is the master: dial masterUrl and meet oneself, else
@@ -19189,6 +19379,7 @@ class Service:
         on_stop_signals(asyncio.get_running_loop(), self.stop)
         self.nursery.open()
         agent = Agent(self.state, self.config, self.machine, self.nonce, self.nursery)
+        agent.bind = self.options.bind
         agent.own.recover()
         self.warn_of_oddities(agent)
         self.role.found = await self.role.find(outside=True)
@@ -19318,8 +19509,14 @@ class Service:
         self.announce(f"calling {self.config.config.master_url}")
 
         def welcomed(label: str) -> None:
-            url = self.config.config.master_url
+            config = self.config.config
+            url = config.master_url
             self.announce(f"welcomed as {label} by {url}", label=label, trouble="")
+            seen = None
+            if dialer.welcome:
+                seen = dialer.welcome.address
+            for text in idle_sections(config, seen, self.options.bind, Role.AGENT):
+                log.once(self, text)
 
         async def failed(outside: bool) -> None:
             # beside the label, which a deployment by hand still goes by
@@ -19346,14 +19543,15 @@ class Service:
         master = Master(
             self.state, self.config, self.machine, self.nonce, own, notifier.tell_of_job
         )
+        master.registry.bind = self.options.bind
         master.recover()
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         async with await self.listen(master, host, port), asyncio.TaskGroup() as group:
-            near = "127.0.0.1"
-            if await asyncio.to_thread(probe_is_local, own):
-                near = own
-            place = local_url(url, host or near, port, bool(master.door.certificate))
+            near = host or ""
+            if not near:
+                near = await asyncio.to_thread(near_address, self.config.config, own)
+            place = local_url(url, near, port, bool(master.door.certificate))
             where = host or "all addresses"
             self.announce(f"listening on {where} port {port}", listen=place, label=own)
             self.state.save_master_url(url)
@@ -19429,13 +19627,6 @@ def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     if not colon or not number.isascii() or not number.isdigit() or not 0 <= int(number) < 65536:
         raise UsageError(f"--listen {text!r} is not HOST:PORT", "for example --listen 0.0.0.0:9900")
     return host.strip("[]") or None, int(number)
-
-
-def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
-    """How a commander on the master's own host reaches the listener; a proxy may be what makes
-    masterUrl wss://."""
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
 
 
 # ==============================================================================
@@ -20299,7 +20490,7 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
         return list(problem.problems) or [problem.what], []
     warnings = config_warnings(config)
     tree = work_tree(path)
-    rule = host_rule(config, None, socket.gethostname())
+    rule = host_rule(config, own_addresses(config, None), socket.gethostname())
     for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
         if name and not (tree / name).exists():
             warnings.append(f"{key}: there is no {tree / name} on this host")
@@ -20321,7 +20512,8 @@ def effective_settings(
     config: Config, address: str | None, role: Role | None = None
 ) -> list[tuple[str, str, str]]:
     """(key, value, where it comes from) of everything that holds on this host."""
-    rule = host_rule(config, address, socket.gethostname(), role)
+    place = own_addresses(config, None, address)
+    rule = host_rule(config, place, socket.gethostname(), role)
     own = next((host for host in config.hosts if host.key == rule.key), None)
     rows = [
         ("masterUrl", str(config.master_url), "file"),
@@ -20503,14 +20695,6 @@ def is_address(text: str) -> bool:
         canonical_address(text)
         return True
     return False
-
-
-def own_address() -> str:
-    """The address that this host would use towards the internet; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect(("192.0.2.1", 9))
-        return str(probe.getsockname()[0])
-    return "127.0.0.1"
 
 
 # What git sets for its hooks and would act on instead of the folder (`git rev-parse
@@ -21273,7 +21457,8 @@ class Setup(HostChanges):
     def writable(self) -> list[str]:
         """Where the service may write; the program's folder is for `upgrade`, where its owner lets
         it."""
-        other = host_rule(self.config, self.bind, socket.gethostname()).repo
+        place = own_addresses(self.config, None, self.bind)
+        other = host_rule(self.config, place, socket.gethostname()).repo
         places = [self.repo, other and self.repo / other, Path(self.argv[1]).parent]
         if "--state" in self.argv:
             places.append(self.state.root)
@@ -21284,8 +21469,9 @@ class Setup(HostChanges):
         units = []
         # Of both roles: a host that becomes the master must not need another `setup` first.
         listed: list[str] = []
+        place = own_addresses(self.config, None, self.bind)
         for role in Role:
-            listed += host_rule(self.config, self.bind, socket.gethostname(), role).restart
+            listed += host_rule(self.config, place, socket.gethostname(), role).restart
         for service in map(parse_service, dict.fromkeys(listed)):
             if service.keeper == "systemd":
                 name = service.name
@@ -21520,7 +21706,9 @@ class Doctor:
         if not (address and is_address(address)):
             address = None
         role = own_role(config, path, self.state, self.args.bind)
-        rule = host_rule(config, address, socket.gethostname(), role)
+        place = own_addresses(config, address, self.args.bind, role)
+        rule = host_rule(config, place, socket.gethostname(), role)
+        yield from self.sections(config, address, role, rule)
         tree = work_tree(path)
         extra = dict(rule.env)
         with suppress(ConfigError):
@@ -21632,6 +21820,16 @@ class Doctor:
 
     # The fleet
 
+    def sections(
+        self, config: Config, address: str | None, role: Role, rule: Effective
+    ) -> Iterator[Finding]:
+        """Which section of the configuration holds on this host, and which is not found."""
+        for text in idle_sections(config, address, self.args.bind, role):
+            what, _, fix = text.partition("; ")
+            yield Finding("section", False, what, fix or "put into that one what holds here")
+        if rule.key:
+            yield Finding("section", True, f'[hosts."{rule.key}"]')
+
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
         """Git, the clone, its remote, and what the deploy command needs."""
         code, said = try_command(["git", "--version"], self.env)
@@ -21707,7 +21905,10 @@ class Doctor:
             if "may not command" in problem.what:  # an agent is all that it is to be
                 yield Finding("commanders", None, f"{problem.what}; {who_commands(config)}")
                 return
-            yield Finding("master", False, problem.what, problem.hint)
+            hint = problem.hint
+            if decision.role is Role.AGENT and not isinstance(problem, RefusedError):
+                hint = "; ".join(filter(None, (hint, role_advice(config))))
+            yield Finding("master", False, problem.what, hint)
         except ImportError:
             yield Finding("master", None, "not asked: a package is missing")
         else:
@@ -23032,7 +23233,10 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
         raise GuardError(f"run {run} goes on", "wait for its end")
     if not failed:
         raise UsageError(f"run {run} succeeded everywhere", "there is nothing to do again")
-    return {"target": ",".join(failed), "branch": found["branch"]}
+    return {
+        "target": ",".join(failed),
+        "branch": found["branch"],
+    }
 
 
 def find_run(args: Args, word: str, *, open_first: bool = False) -> str:
@@ -23157,7 +23361,10 @@ def ask_ways_back(args: Args, jobs: Sequence[JobRecord]) -> dict[str, str]:
     hosts = [job.host for job in jobs if may_roll_back(job)]
     if not hosts:
         return {}
-    asked = {"action": "rollback", "target": ",".join(hosts)}
+    asked = {
+        "action": "rollback",
+        "target": ",".join(hosts),
+    }
     try:
         plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     except UpdaterError:  # nobody answers by now: what is not known is not advised
@@ -23331,7 +23538,11 @@ def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
 def cmd_rollback(args: Args) -> int:
     """Plan, ask, go back. A commit whose configuration opens doors is only taken with a person's
     yes or --force. Raises GuardError for a no."""
-    asked = {"action": "rollback", "target": args.target, "to": args.to}
+    asked = {
+        "action": "rollback",
+        "target": args.target,
+        "to": args.to,
+    }
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     order = plan_rollback(plan)
     if args.force:
@@ -23381,8 +23592,11 @@ def cmd_switch(args: Args) -> int:
         return run_order(args, order, "switch to ")[0]
     except UnreachableError as problem:
         config = load_config(args.config_path())
-        rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
-        here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
+        rule, place = config.haproxy, own_addresses(config, None, args.bind)
+        own = host_rule(config, place, socket.gethostname())
+        here = {own.name, own.hostname, own.address, args.bind, socket.gethostname()}
+        if rule and is_address(rule.host) and not args.bind and probe_is_local(rule.host):
+            here.add(rule.host)
         if (
             # The order may have arrived before the line broke: a second switch beside it would undo
             # it.
@@ -23748,7 +23962,11 @@ def half_way_text(host: Mapping[str, Any]) -> str:
 def cmd_freeze(args: Args) -> int:
     """Nobody deploys for a while (seconds), or until `thaw`: said to the master, which refuses
     orders meanwhile."""
-    asked = {"name": args.name, "seconds": args.duration, "by": user_name()}
+    asked = {
+        "name": args.name,
+        "seconds": args.duration,
+        "by": user_name(),
+    }
     result = ask_master(args, "freeze", asked)
     show(args, result, result["text"])
     return 0
