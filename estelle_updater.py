@@ -19376,6 +19376,8 @@ class Service:
         }
         with suppress(OSError):  # a full disk is no reason not to serve
             write_atomic(self.state.serve_file, json.dumps(how).encode())
+            # what this process records by it must not lie ahead of the next one's time
+            self.state.lived.save()
         on_stop_signals(asyncio.get_running_loop(), self.stop)
         self.nursery.open()
         agent = Agent(self.state, self.config, self.machine, self.nonce, self.nursery)
