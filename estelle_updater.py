@@ -88,6 +88,7 @@ if (_version := sys.version.split()[0]) and sys.version_info < (3, 11):  # PYTHO
 import argparse
 import codecs
 import errno
+import fnmatch
 import functools
 import importlib
 import itertools
@@ -653,6 +654,7 @@ ID_SLACK_S = (
     60.0  # an id that a commander proposed longer ago is by another clock than the master's
 )
 HISTORY_ROWS = 1000
+NOT_FOUND = 127  # a shell's exit code for a program that is not there
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
@@ -4043,6 +4045,7 @@ _GIT_SETTINGS = (
     "fetch.recurseSubmodules=false",
     "fetch.pruneTags=false",
     "diff.ignoreSubmodules=none",
+    "core.logAllRefUpdates=true",  # what the remote had before it was rewritten
     "core.quotePath=false",
     "color.ui=false",
     "log.showSignature=false",
@@ -4173,6 +4176,258 @@ def paths_text(paths: Sequence[str], most: int = 10) -> str:
     if len(paths) > most:
         more = f" and {len(paths) - most} more"
     return ", ".join(paths[:most]) + more
+
+
+# What is known before the tree moves
+
+
+class Refusal(NamedTuple):
+    """Why a deployment can't but fail, and the line to type."""
+
+    what: str
+    hint: str = ""
+    command: str = ""  # the one that would end with `exit_code`
+    exit_code: int | None = None
+
+    @property
+    def text(self) -> str:
+        """Both, in one line."""
+        if not self.hint:
+            return self.what
+        return f"{self.what}; {self.hint}"
+
+
+class Prospect(NamedTuple):
+    """What git and the disk say of a commit before the tree is moved to it."""
+
+    repo: str
+    remote: str
+    commit: str = ""
+    branch: str = ""  # empty: a tag or a commit
+    is_current: bool = True  # the branch is checked out here
+    elsewhere: str = ""  # the other work tree that has it checked out
+    elsewhere_is_gone: bool = False  # its folder was removed
+    clash: str = ""  # the local branch with commits of its own that it can't exist beside
+    own: int = 0  # commits of the local branch that the remote has not
+    was_there: bool = False  # it had all of them
+    is_shallow: bool = False
+    begun: str = ""  # a merge, or the like, that nobody ended
+    missing: tuple[Refusal, ...] = ()  # of what the commands need
+    unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
+    submodules: tuple[str, ...] = ()
+    stuck: tuple[Refusal, ...] = ()  # submodules that can't be what the commit names
+    moved: tuple[str, ...] = ()  # submodules whose commit is only where .gitmodules says by now
+    update_submodules: bool = True
+    pointers: tuple[str, ...] = ()  # files that would be LFS' pointers
+    get_pointers: bool = True
+    has_lfs: bool = True
+
+
+class Forecast(NamedTuple):
+    """What a deployment would be refused for, what to know of it, and which steps it would have
+    besides the usual."""
+
+    refused: list[Refusal]
+    warnings: list[str]
+    steps: list[str]
+
+
+def judge_prospect(known: Prospect) -> Forecast:
+    """The one judgement of a commit that is to be checked out: the plan tells it, and a job goes by
+    it before it moves the tree."""
+    refused = [*_judge_branch(known), *known.missing, *known.stuck]
+    warnings, steps = list(known.unsure), []
+    if known.submodules:
+        named = paths_text(known.submodules, 5)
+        if known.update_submodules:
+            steps.append(f"{plan_submodules().label} ({named})")
+        else:
+            warnings.append(f"submodules stay as they are: deploy.submodules is false ({named})")
+    if known.pointers:
+        what = pointers_text(known.pointers)
+        if not known.get_pointers:
+            warnings.append(f"{what}; deploy.lfs is false")
+        elif known.has_lfs:
+            steps.append(f"git lfs pull ({paths_text(known.pointers, 5)})")
+        else:
+            refused.append(Refusal(what, lfs_hint(known.repo)))
+    return Forecast(refused, warnings, steps)
+
+
+def _judge_branch(known: Prospect) -> Iterator[Refusal]:
+    """What git would refuse, by the state of the clone and its branches."""
+    git, branch = f"git -C {known.repo}", known.branch
+    theirs = f"{known.remote}/{branch}"
+    if known.begun:
+        what = f"a {known.begun} that somebody began in {known.repo} is not ended"
+        yield Refusal(what, f"{git} status, then: {git} {known.begun} --abort")
+    if known.elsewhere:
+        free = f"git -C {known.elsewhere} checkout --detach"
+        if known.elsewhere_is_gone:
+            free = f"{git} worktree prune"
+        yield Refusal(f"{branch} is checked out in another work tree: {known.elsewhere}", free)
+    if known.clash:
+        what = f"the local branch {known.clash} is in the way of {branch}"
+        keep = f"{git} branch -m {known.clash} kept-{known.clash}"
+        yield Refusal(f"{what}, and no remote has its commits", keep)
+    if not known.own:
+        return
+    take = f"{git} branch -f {branch} {theirs}"
+    if known.is_current:
+        take = f"{git} reset --keep {theirs}"
+    commits = count_text(known.own, "commit")
+    what = f"the local branch has {commits} that the remote has not"
+    if known.was_there:
+        yield Refusal(f"{branch} was force-pushed: {what} any more", take)
+    elif known.is_shallow:
+        whole = f"{git} fetch --unshallow {known.remote}"
+        yield Refusal(f"{what}, as far as this shallow clone knows", f"{whole}; else: {take}")
+    else:
+        yield Refusal(what, f"{take}, or push them")
+
+
+def pointers_text(paths: Sequence[str]) -> str:
+    """Files whose content is not there."""
+    return f"files are only LFS pointers: {paths_text(paths, 5)}"
+
+
+def lfs_hint(repo: str) -> str:
+    """What to type where git-lfs is missing."""
+    return f"install git-lfs here, then: git -C {repo} lfs install"
+
+
+def covers(refspecs: Iterable[str], branch: str) -> bool:
+    """Whether a remote's fetch settings bring this branch."""
+    name = f"refs/heads/{branch}"
+    found = False
+    for refspec in refspecs:
+        source = refspec.removeprefix("^").removeprefix("+").partition(":")[0]
+        start, star, end = source.partition("*")
+        matches = source == name
+        if star:
+            matches = name.startswith(start) and name.endswith(end)
+        if matches and refspec.startswith("^"):
+            return False
+        found = found or matches
+    return found
+
+
+# Their first argument may be a file to run; none of them looks for one with a suffix elsewhere.
+_INTERPRETERS = frozenset(("sh", "bash", "dash", "zsh", "python", "python3", "node"))
+_QUIET_WORDS = frozenset(("-s", "--silent", "--color", "--no-color"))
+
+
+def called_as(command: Sequence[str]) -> str:
+    """The bare name of a command's program: `pnpm` of `C:\\bin\\pnpm.CMD`."""
+    name = re.split(r"[/\\\\]", command[0])[-1].lower()
+    return re.sub(r"\.(?:cmd|exe|bat|com)$", "", name)
+
+
+def file_to_run(command: Sequence[str]) -> str:
+    """The script file that a command gives to an interpreter; "" where that is not certain."""
+    if called_as(command) in _INTERPRETERS and len(command) > 1:
+        name = command[1]
+        is_file = re.fullmatch(r"[^-].*\.[A-Za-z]+", name)
+        if is_file:
+            return name
+    return ""
+
+
+def script_to_run(command: Sequence[str]) -> tuple[str, bool]:
+    """The script of package.json that a command of a package manager runs, and whether it can be
+    nothing else; "" where there is none."""
+    manager = called_as(command)
+    words = [word for word in command[1:] if word not in _QUIET_WORDS]
+    if manager not in ("pnpm", "npm", "yarn") or not words:
+        return "", False
+    explicit = words[0] in ("run", "run-script")
+    if explicit:
+        del words[0]
+    # npm's other words are its own; an option may say that the script is another package's
+    if not words or words[0][0] in "-/" or not (explicit or manager != "npm"):
+        return "", False
+    # yarn runs installed programs too, and no word of a package manager has a colon
+    certain = ":" in words[0] or (explicit and manager != "yarn")
+    if "--if-present" in words:
+        return "", False
+    return words[0], certain
+
+
+def judge_script(
+    command: Sequence[str], package: str | None, former: str | None, commit: str
+) -> Refusal | None:
+    """Whether the script that a command runs is in the package.json that comes; `former` is
+    today's. What is no JSON is left to the package manager."""
+    name, certain = script_to_run(command)
+    if not name or package is None:
+        return None
+    coming, today = package_scripts(package), package_scripts(former or "")
+    if coming is None or name in coming:
+        return None
+    if not certain and name not in (today or ()):
+        return None
+    there = ", ".join(sorted(coming)[:10]) or "none"
+    return Refusal(
+        f"package.json of {commit[:7]} has no script {name}", f"its scripts are: {there}"
+    )
+
+
+def package_scripts(text: str) -> dict[str, Any] | None:
+    """The scripts of a package.json, None where it is none."""
+    try:
+        package = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(package, dict):
+        return None
+    scripts = package.get("scripts", {})
+    if isinstance(scripts, dict):
+        return scripts
+    return None
+
+
+def lfs_rules(said: str) -> list[tuple[str, str]]:
+    """The patterns that a commit's .gitattributes give to LFS, each with the folder that it counts
+    in: the answer of `git grep -F filter=lfs COMMIT`."""
+    found = []
+    for line in said.splitlines():
+        file, colon, rule = line.partition(".gitattributes:")
+        words = rule.split()
+        if colon and "filter=lfs" in words[1:]:
+            found.append((file.partition(":")[2], words[0].strip('"')))
+    return found
+
+
+def is_large(path: str, rules: Sequence[tuple[str, str]]) -> bool:
+    """Whether LFS keeps a path's content: `*` of a pattern may stand for a slash here, which makes
+    no difference to a file that is a pointer."""
+    for folder, pattern in rules:
+        if path.startswith(folder):
+            within = path.removeprefix(folder)
+            name = within
+            if "/" not in pattern:
+                name = posixpath.basename(within)
+            if fnmatch.fnmatchcase(name, pattern.removeprefix("/")):
+                return True
+    return False
+
+
+class TreeEntry(NamedTuple):
+    """What a commit has at one path."""
+
+    mode: str
+    id: str
+
+
+def parse_tree(text: str) -> dict[str, TreeEntry]:
+    """The answer of `git ls-tree -z`."""
+    found = {}
+    for line in text.split("\0"):
+        facts, _, path = line.partition("\t")
+        if path:
+            mode, _, name = facts.split()
+            found[path] = TreeEntry(mode, name)
+    return found
 
 
 LOCK_FILE = regex(r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)")
@@ -6023,6 +6278,7 @@ PLAN_SCHEMA = _fields(
         "doors": _some(
             "what the new configuration changes in who gets in and what runs", {"type": "string"}
         ),
+        "steps": _some("what it would do besides the usual, as for submodules", {"type": "string"}),
         "refused": _some("why it would not go; empty where it would", {"type": "string"}),
         "warnings": _WARNINGS,
         "exit": _has("integer", "the kind of the refusal, as the contract's exit codes have it"),
@@ -10112,6 +10368,14 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     )
 
 
+def environment_in(text: str, rule: Effective, file: str) -> dict[str, str]:
+    """The variables that the text of an environmentFile gives. Raises ConfigError."""
+    if rule.environment_variable or is_nested(text):
+        name = rule.environment_variable or NESTED_VARIABLE
+        return {name: nested_environment(text, file, str(Path.home()))}
+    return parse_environment_file(text, file)
+
+
 def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
     """The host's environmentFile, if it has one: its variables, or the whole of it as one. Raises
     ConfigError."""
@@ -10123,11 +10387,7 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
         within = repo  # it was committed; an operator's own link may lead anywhere
     try:
         text = read_supplied(path, ENVIRONMENT_BYTES, within=within).decode("utf-8-sig")
-        if rule.environment_variable or is_nested(text):
-            name = rule.environment_variable or NESTED_VARIABLE
-            home = str(Path.home())
-            return {name: nested_environment(text, str(path), home)}
-        return parse_environment_file(text, str(path))
+        return environment_in(text, rule, str(path))
     except (OSError, UnicodeError) as problem:
         why = getattr(problem, "strerror", None) or problem
         raise ConfigError(f"can't read environmentFile {path}: {why}") from problem
@@ -10421,7 +10681,7 @@ class Runner:
             return spawn_step([*program, *words], self.repo, env, mark=mark)
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
-            raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
+            raise StepFailed(State.FAILED, step.label, NOT_FOUND, str(problem)) from problem
 
     def stopped(self, label: str, child: Spawned, state: State, left: str) -> StepFailed:
         """How a step ends that a cancel or its deadline ended."""
@@ -10604,6 +10864,11 @@ class WorkTree:
                         found.add(path)
         return found
 
+    def has_index(self) -> bool:
+        """Whether git has written down what is checked out here."""
+        name = os.fsdecode(self.ask("rev-parse", "--git-path", "index").strip())
+        return (self.root / name).exists()
+
     def find_stale_submodules(self) -> list[str]:
         """Those that are at another commit than the one that is named; one that is switched off in
         the clone's own settings is not meant."""
@@ -10659,15 +10924,63 @@ class WorkTree:
                 found[path] = Versions(before.ids | versions.ids, versions.in_head)
         return found
 
-    def restore(self, transit: Mapping[str, Any]) -> list[str]:
-        """HEAD's content again where git was writing; what is somebody's there is left, and
-        returned. Raises UpdaterError, OSError."""
-        commits = self.commits_of(["HEAD", *transit["commits"], "FETCH_HEAD"])
+    # The submodules
+
+    def iter_parts(
+        self, commits: Iterable[str], above: str = ""
+    ) -> Iterator[tuple[str, WorkTree, list[str]]]:
+        """The submodules that are there, also those within others: the path of each from here, its
+        tree, and the commits that HEAD or `commits` name for it."""
+        said = self.ask("config", "--file", ".gitmodules", "--null", "--list")
+        for item in os.fsdecode(said).split("\0"):
+            key, _, folder = item.partition("\n")
+            is_path = key.startswith("submodule.") and key.endswith(".path")
+            link = self.root / folder / ".git"
+            # without the second git would take the folder above it for the clone
+            if not is_path or not (link.is_file() or (link / "HEAD").exists()):
+                continue
+            part = WorkTree(self.root / folder, self.env, submodules=True, mark=self.mark)
+            wanted: set[str] = set()
+            for commit in ("HEAD", *commits):
+                listed = os.fsdecode(self.ask("ls-tree", "-z", commit, "--", folder))
+                wanted.update(one.id for one in parse_tree(listed).values())
+            path = f"{above}{folder}"
+            yield path, part, sorted(wanted)
+            yield from part.iter_parts(wanted, f"{path}/")
+
+    def discard_half_clone(self) -> bool:
+        """Remove a submodule whose clone was cut off: without a single ref it holds nothing, and
+        git would neither use it nor clone it again. Whether it was so."""
+        if self.ask("for-each-ref", "--count=1"):
+            return False
+        link = self.root / ".git"
+        if not link.is_file():
+            return False
+        place = self.root / link.read_text("utf-8", "replace").removeprefix("gitdir:").strip()
+        if "modules" not in place.resolve().parts:
+            return False
+        link.unlink()
+        shutil.rmtree(place, ignore_errors=True)
+        return True
+
+    def restore(
+        self, commits: Iterable[str], kept: Container[str], *, is_new: bool = False
+    ) -> list[str]:
+        """HEAD's content again where git was writing on its way to one of the commits; what is
+        somebody's there is left, and returned. `is_new`: nobody had anything here before. Raises
+        UpdaterError, OSError."""
+        commits = self.commits_of(["HEAD", *commits, "FETCH_HEAD"])
         versions = self.find_versions(commits[1:])
+        if is_new and not self.has_index():
+            self.write("reset", "-q")
         touched = set(self.changes().paths)
+        if is_new:
+            for path in touched.difference(versions):
+                blob = os.fsdecode(self.ask("rev-parse", f"HEAD:{path}").strip())
+                versions[path] = Versions({blob} - {""}, bool(blob))
         for path, one in [*versions.items()]:
             here = path in touched or (not one.in_head and os.path.lexists(self.root / path))
-            if not here or path in transit["kept"]:
+            if not here or path in kept:
                 del versions[path]
         theirs = [path for path in versions if not self.is_gits(path, versions[path].ids)]
         for path in theirs:
@@ -10727,6 +11040,520 @@ def _parts(paths: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+# what brings objects, and changes nothing else
+QUIET_FETCH = (
+    "--quiet",
+    "--no-write-fetch-head",
+    "--no-tags",
+    "--no-auto-maintenance",
+    "--refmap=",
+)
+
+
+class Coming:
+    """The files of a clone as a move to a commit would leave them: what it does not change is as it
+    is on the disk. `ask` asks git: the answer, or nothing where git says no. Objects may come;
+    nothing else changes."""
+
+    def __init__(
+        self, repo: Path, rule: Effective, commit: str, ask: Callable[..., str | None]
+    ) -> None:
+        self.repo, self.rule, self.commit, self.ask = repo, rule, commit, ask
+        self.root = repo
+        if not (repo / ".git").exists():  # a folder within the clone
+            up = self.git("rev-parse", "--show-cdup").strip()
+            self.root = Path(os.path.realpath(repo / up))
+        self.head = self.git(
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            "HEAD",
+        ).strip()
+        self.now: dict[str, TreeEntry] = {}
+        self.then: dict[str, TreeEntry] = {}
+
+    def git(self, *args: str) -> str:
+        """git's answer; "" where it says no. Raises UpdaterError."""
+        return self.ask(*args) or ""
+
+    def at_root(self, *args: str) -> str:
+        """The same, asked in the root of the clone."""
+        if self.root == self.repo:
+            return self.git(*args)
+        return self.git("-C", str(self.root), *args)
+
+    # The files
+
+    def inside(self, name: str) -> str:
+        """A path as git has it, seen from the repository's folder; "" where it leads out of the
+        clone."""
+        place = os.path.join(self.repo, name)
+        try:
+            within = os.path.relpath(place, self.root)
+            seen = os.path.relpath(place, self.repo)
+        except ValueError:  # another drive of Windows
+            return ""
+        if within.startswith(".."):
+            return ""
+        return seen.replace(os.sep, "/")
+
+    def manifests(self) -> list[str]:
+        """Where a package manager looks for package.json, from here to the clone's root."""
+        depth = len(self.repo.parts) - len(self.root.parts)
+        name = "package.json"
+        found = [name]
+        for _ in range(depth):
+            name = f"../{name}"
+            found.append(name)
+        return found
+
+    def find_fates(self) -> None:
+        """What HEAD and the commit have at the paths that the commands need.
+
+        Only what differs between them is moved: a file that was edited here, or that git does not
+        know, stays as it is, and the commands will find that one.
+        """
+        if self.head == self.commit:
+            return
+        names = [*self.manifests(), self.rule.environment_file or ""]
+        for command in split_commands(self.rule.command):
+            names.append(file_to_run(command))
+            if os.path.dirname(command[0]):
+                names += [command[0] + suffix for suffix in ("", *_WINDOWS_PROGRAMS)]
+        paths = {self.inside(name) for name in names if name} - {""}
+        for commit, found in ((self.head, self.now), (self.commit, self.then)):
+            said = self.git(
+                "ls-tree",
+                "-z",
+                commit,
+                "--",
+                *sorted(paths),
+            )
+            found.update(parse_tree(said))
+
+    def fate(self, name: str) -> tuple[bool, TreeEntry | None]:
+        """Whether the move changes what is at a path, and to what."""
+        path = self.inside(name)
+        now, then = self.now.get(path), self.then.get(path)
+        return now != then, then
+
+    def text(self, name: str) -> str | None:
+        """What a file will hold after the move; None where there will be none, or nobody knows."""
+        moved, entry = self.fate(name)
+        if moved:
+            if entry is None or not entry.mode.startswith("100"):
+                return None
+            return self.git("cat-file", "blob", entry.id)
+        with suppress(OSError):
+            return read_supplied(self.repo / name).decode("utf-8-sig", "replace")
+        return None
+
+    def will_be(self, name: str) -> bool:
+        """Whether something will be at a path; in a submodule nobody knows."""
+        moved, entry = self.fate(name)
+        if moved:
+            return entry is not None
+        return os.path.lexists(self.repo / name) or self.is_in_submodule(name)
+
+    def will_run(self, name: str) -> bool:
+        """Whether what will be at a path can be started as a program."""
+        for suffix in ("", *_WINDOWS_PROGRAMS):
+            entry = self.then.get(self.inside(name + suffix))
+            moved, _ = self.fate(name + suffix)
+            if moved and entry and (os.name == "nt" or entry.mode != "100644"):
+                return True
+        if self.fate(name)[0]:
+            return False
+        try:
+            return bool(resolve_program(name, "", self.repo))
+        except UpdaterError:
+            return self.is_in_submodule(name)
+
+    def is_in_submodule(self, name: str) -> bool:
+        """Whether a path lies in a submodule of the commit."""
+        path = os.path.relpath(os.path.join(self.repo, name), self.root).replace(os.sep, "/")
+        return any(path.startswith(f"{folder}/") for folder in self.submodules.values())
+
+    # The submodules
+
+    @functools.cached_property
+    def settings(self) -> dict[str, str]:
+        """The commit's .gitmodules."""
+        said = self.git(
+            "config",
+            "--blob",
+            f"{self.commit}:.gitmodules",
+            "--null",
+            "--list",
+        )
+        found = {}
+        for item in said.split("\0"):
+            key, _, value = item.partition("\n")
+            found[key] = value
+        return found
+
+    @functools.cached_property
+    def submodules(self) -> dict[str, str]:
+        """The folders of the commit's submodules, by their names."""
+        found = {}
+        for key, value in self.settings.items():
+            if key.startswith("submodule.") and key.endswith(".path"):
+                found[key.removeprefix("submodule.").removesuffix(".path")] = value
+        return found
+
+
+class Needs:
+    """What the commands of a deployment need of the host and of the commit that comes."""
+
+    def __init__(self, coming: Coming) -> None:
+        self.coming, self.rule, self.repo = coming, coming.rule, coming.repo
+
+    def environment(self) -> dict[str, str]:
+        """What the commands will be given. Raises ConfigError."""
+        file, extra = self.rule.environment_file, {}
+        if file and self.coming.fate(file)[0]:
+            text = self.coming.text(file)
+            if text is None:
+                raise ConfigError(f"there is no environmentFile {file} in {self.coming.commit[:7]}")
+            extra = environment_in(text.removeprefix("\ufeff"), self.rule, file)
+        elif file:
+            extra = read_environment(self.rule, self.repo)
+        return {**scrub_environment(os.environ), **extra, **self.rule.env}
+
+    def check_commands(self) -> tuple[list[Refusal], list[str]]:
+        """What the commands need and won't find; and what only an earlier one could bring."""
+        try:
+            path = self.environment().get("PATH", "")
+        except ConfigError as problem:
+            return [Refusal(problem.what, problem.hint)], []
+        wrong, unsure = [], []
+        for number, command in enumerate(split_commands(self.rule.command)):
+            missing = self.check_program(command, path)
+            # Of a list the first may install what the others need; a script is in package.json, and
+            # that comes with the commit.
+            if missing and number:
+                unsure.append(f"{missing.what}, unless an earlier command brings it")
+            elif missing:
+                wrong.append(missing)
+            script = self.check_script(command)
+            if script:
+                wrong.append(script)
+        return wrong, unsure
+
+    def check_program(self, command: Sequence[str], path: str) -> Refusal | None:
+        """What is wrong with a command's program, or the file that it is to interpret."""
+        name = command[0]
+        file = file_to_run(command)
+        label = plan_command(tuple(command)).label
+        if os.path.dirname(name):
+            if not self.coming.will_run(name):
+                what = f"{name}: not found, or not executable, in {self.coming.commit[:7]}"
+                fix = "commit it with git add --chmod=+x, or correct deploy.command"
+                return Refusal(
+                    what,
+                    fix,
+                    label,
+                    NOT_FOUND,
+                )
+        else:
+            try:
+                resolve_program(name, path)
+            except UpdaterError as problem:
+                return Refusal(
+                    problem.what,
+                    problem.hint,
+                    label,
+                    NOT_FOUND,
+                )
+        if file and not self.coming.will_be(file):
+            what = f"{file}: not found in {self.coming.commit[:7]}"
+            return Refusal(what, "commit it, or correct deploy.command")
+        return None
+
+    def check_script(self, command: Sequence[str]) -> Refusal | None:
+        """Whether package.json will have the script that a command runs."""
+        name, certain = script_to_run(command)
+        if not name:
+            return None
+        for manifest in self.coming.manifests():
+            if self.coming.will_be(manifest):
+                today = read_log(self.repo / manifest, 0, SUPPLIED_BYTES).decode(errors="replace")
+                return judge_script(
+                    command,
+                    self.coming.text(manifest),
+                    today,
+                    self.coming.commit,
+                )
+        if not certain or self.has_other_manifest():
+            return None
+        what = f"there is no package.json in {self.coming.commit[:7]}, and {name} is a script of it"
+        return Refusal(what, "commit it, or correct deploy.command")
+
+    def has_other_manifest(self) -> bool:
+        """Whether the script may be in another kind of package.json, or in one above the clone."""
+        for other in ("package.yaml", "package.json5"):
+            if (self.repo / other).exists():
+                return True
+        above = [folder / "package.json" for folder in self.coming.root.parents]
+        return any(map(Path.exists, above))
+
+
+class Foresight:
+    """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
+    job asks before its first change."""
+
+    def __init__(self, coming: Coming) -> None:
+        self.coming, self.rule, self.git = coming, coming.rule, coming.git
+        self.root, self.commit = coming.root, coming.commit
+
+    def look(
+        self, branch: str, local: str, unmerged: Sequence[str] = (), former: str = ""
+    ) -> Prospect:
+        """All that is known of the commit. `branch` is empty for a tag or a commit; `local` is
+        where the clone's own branch stands, `former` where the remote's was seen before the
+        fetch. Raises UpdaterError."""
+        self.coming.find_fates()
+        wrong, unsure = Needs(self.coming).check_commands()
+        known = Prospect(str(self.root), self.rule.remote, self.commit)
+        known = known._replace(
+            begun=self.find_begun(unmerged),
+            missing=tuple(wrong),
+            unsure=tuple(unsure),
+            update_submodules=self.rule.submodules,
+            get_pointers=self.rule.lfs,
+        )
+        if branch:
+            known = self.look_at_branch(
+                known,
+                branch,
+                local,
+                former,
+            )
+        known = self.look_at_submodules(known)
+        pointers = self.find_pointers()
+        if pointers:
+            has_lfs = bool(self.git("lfs", "version"))
+            known = known._replace(pointers=tuple(pointers), has_lfs=has_lfs)
+        return known
+
+    # The clone and its branches
+
+    def git_file(self, name: str) -> Path:
+        """A file of git's own in this work tree."""
+        folder = self.root / ".git"
+        if folder.is_dir():
+            return folder / name
+        return self.coming.repo / self.git("rev-parse", "--git-path", name).strip()
+
+    def find_begun(self, unmerged: Sequence[str]) -> str:
+        """What somebody began there and did not end: git would refuse to move on."""
+        for name in ("merge", "cherry-pick"):
+            file = f"{name.replace('-', '_').upper()}_HEAD"
+            if self.git_file(file).exists():
+                return name
+        if unmerged:
+            return "merge"
+        return ""
+
+    def look_at_branch(self, known: Prospect, branch: str, local: str, former: str) -> Prospect:
+        """What of the clone's own branch, or another one, stands in the way."""
+        known = known._replace(branch=branch)
+        if self.git("branch", "--show-current").strip() != branch:
+            elsewhere = self.find_other_tree(branch)
+            gone = bool(elsewhere) and not os.path.exists(elsewhere)
+            known = known._replace(is_current=False, elsewhere=elsewhere, elsewhere_is_gone=gone)
+        if not local:
+            return known._replace(clash=self.find_clash(branch))
+        if local == self.commit:
+            return known
+        said = self.git(
+            "rev-list",
+            "--count",
+            local,
+            "--not",
+            self.commit,
+            "--",
+        )
+        own = int(said or 0)
+        if not own:
+            return known
+        return known._replace(
+            own=own,
+            was_there=self.was_on_remote(branch, local, former),
+            is_shallow=self.git_file("shallow").exists(),
+        )
+
+    def find_other_tree(self, branch: str) -> str:
+        """The other work tree of this clone in which a branch is checked out, if any."""
+        place = ""
+        for line in self.git("worktree", "list", "--porcelain").splitlines():
+            word, _, value = line.partition(" ")
+            if word == "worktree":
+                place = value
+            is_it = (word, value) == ("branch", f"refs/heads/{branch}")
+            if is_it and os.path.realpath(place) != os.path.realpath(self.root):
+                return place
+        return ""
+
+    def find_clash(self, branch: str) -> str:
+        """The local branch with commits of its own that `branch` can't exist beside."""
+        start = "refs/heads/"
+        words = self.git("for-each-ref", start).split()
+        heads = [word.removeprefix(start) for word in words if word.startswith(start)]
+        for name in find_clashes(heads, branch):
+            if self.git(
+                "rev-list",
+                "--max-count=1",
+                start + name,
+                "--not",
+                "--remotes",
+                "--",
+            ):
+                return name
+        return ""
+
+    def was_on_remote(self, branch: str, local: str, former: str) -> bool:
+        """Whether the remote's branch once had all of the local one: then somebody rewrote it
+        there. What it had is in the log of the ref, where git keeps one."""
+        tracking = f"refs/remotes/{self.rule.remote}/{branch}"
+        # git's own way to tell commits that the remote once had from commits that were made here:
+        # it looks through what the ref was in former times.
+        fork = self.git(
+            "merge-base",
+            "--fork-point",
+            tracking,
+            local,
+        ).strip()
+        if fork == local:
+            return True
+        if not former:
+            return False
+        return not self.git(
+            "rev-list",
+            "--max-count=1",
+            local,
+            "--not",
+            former,
+            "--",
+        ).strip()
+
+    # What a commit only names
+
+    def look_at_submodules(self, known: Prospect) -> Prospect:
+        """The submodules, and which of them can't become what the commit names."""
+        if not self.coming.submodules:
+            return known
+        folders = sorted(self.coming.submodules.values())
+        listed = self.git(
+            "ls-tree",
+            "--full-tree",
+            "-z",
+            self.commit,
+            "--",
+            *folders,
+        )
+        links = {path: one.id for path, one in parse_tree(listed).items() if one.mode == "160000"}
+        stuck, moved = [], []
+        for name, folder in self.coming.submodules.items():
+            there = folder in links and (self.root / folder / ".git").exists()
+            if not there or not self.rule.submodules:
+                continue
+            problem = self.check_submodule(folder, links[folder])
+            # A clone goes on asking where it was cloned from, whatever .gitmodules says since: the
+            # commit may be at the new place alone.
+            url = self.coming.settings.get(f"submodule.{name}.url", "")
+            ours = self.git("config", "--get", f"submodule.{name}.url").strip()
+            if problem and not problem.hint and url != ours:
+                moved.append(folder)
+            elif problem:
+                stuck.append(problem)
+        return known._replace(
+            submodules=tuple(sorted(links)), stuck=tuple(stuck), moved=tuple(moved)
+        )
+
+    def check_submodule(self, folder: str, wanted: str) -> Refusal | None:
+        """Whether a submodule can be checked out at a commit; without a hint where its remote has
+        not got it."""
+        ask = functools.partial(self.git, "-C", str(self.root / folder))
+        here = ask(
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            "HEAD",
+        ).strip()
+        if here == wanted or not here:
+            return None
+        if not ask("cat-file", "-t", wanted):
+            ask(
+                "fetch",
+                *QUIET_FETCH,
+                "origin",
+                wanted,
+            )
+        if not ask("cat-file", "-t", wanted):
+            return Refusal(f"submodule {folder}: its remote has no commit {wanted[:7]}")
+        in_the_way = self.find_in_the_way(folder, here, wanted)
+        if not in_the_way:
+            return None
+        what = f"local changes in submodule {folder} are in the way: {paths_text(in_the_way)}"
+        return Refusal(what, f"git -C {self.root / folder} stash, or commit and push them")
+
+    def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
+        """The files of a submodule that git would refuse to overwrite on its way from one commit
+        to another."""
+        place = self.root / folder
+        ask = functools.partial(self.git, "-C", str(place))
+        diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
+        changed = ask(*diff, here, wanted).split("\0")
+        added = ask(
+            *diff,
+            "--diff-filter=A",
+            here,
+            wanted,
+        ).split("\0")
+        status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
+        said = ask(*status).encode("utf-8", "surrogateescape")
+        found = []
+        for path in parse_status(said).paths:
+            if path in changed:
+                found.append(path)
+        there = []
+        for path in added:
+            if path and os.path.lexists(place / path):
+                there.append(path)
+        if there:
+            listing = ("ls-files", "-z", "--others", "--exclude-standard", "--")
+            untracked = ask(*listing, *there[:PLAN_ROWS])
+            found += filter(None, untracked.split("\0"))
+        return found
+
+    def find_pointers(self) -> list[str]:
+        """The files that would be LFS' pointers, unless git-lfs brings what they stand for."""
+        asked = ("grep", "-F", "filter=lfs", self.commit, "--", "*.gitattributes")
+        rules = lfs_rules(self.coming.at_root(*asked))
+        if not rules:
+            return []
+        begin = f"{self.commit}:"
+        listed = self.coming.at_root(
+            "grep",
+            "-l",
+            "-z",
+            "-F",
+            _LFS_POINTER.decode(),
+            self.commit,
+        )
+        changed = self.coming.at_root(
+            "diff-tree", "-r", "-z", "--no-renames", "--name-only", self.coming.head, self.commit
+        )
+        arriving = set(changed.split("\0"))
+        found = []
+        for word in filter(None, listed.split("\0")):
+            path = word.removeprefix(begin)
+            data = read_log(self.root / path, 0, len(_LFS_POINTER))
+            stays = path not in arriving and data != _LFS_POINTER
+            if is_large(path, rules) and not stays:
+                found.append(path)
+        return found
 
 
 class Clearance:
@@ -10781,22 +11608,44 @@ class Clearance:
 
     # The commit
 
-    def judge_doors(self, commit: str) -> None:
+    def foresee(self, commit: str, branch: str, own: str, unmerged: Sequence[str]) -> Prospect:
+        """What is known of a commit that is about to be checked out. Where that can't but fail,
+        nothing has changed yet. Raises UpdaterError."""
+        runner = self.runner
+        runner.begin("config", StepKind.CONFIG)  # a wrong one is no reason to move the tree
+        config = self.judge_doors(commit) or load_config(runner.config_path)
+        rule = host_rule(config, runner.job.address, socket.gethostname())
+        runner.begin("check", StepKind.CHECK)
+        coming = Coming(runner.repo, rule, commit, self.ask)
+        known = Foresight(coming).look(branch, own, unmerged)
+        for one in judge_prospect(known).refused:
+            self.refuse(one)
+        return known
+
+    def refuse(self, one: Refusal) -> None:
+        """End the job before anything has changed; where its command would not start, as if it had
+        not. Raises StepFailed, UpdaterError."""
+        if one.exit_code is None:
+            raise UpdaterError(one.what, one.hint)
+        self.log.line(f"estelle-updater: error: {one.what}")
+        self.log.line(f"hint: {one.hint}")
+        self.runner.begin(one.command, StepKind.CHECK)
+        raise StepFailed(State.FAILED, one.command, one.exit_code, one.what)
+
+    def ask(self, *args: str) -> str | None:
+        """git's answer as text, None where it says no."""
+        return self.git(*args).decode("utf-8", "surrogateescape") or None
+
+    def judge_doors(self, commit: str) -> Config | None:
         """What a commit's configuration changes at the doors is a warning, and where it opens them
-        wide on the master's host, an end. Raises GuardError, before the tree moves."""
+        wide on the master's host, an end. The configuration, None where it is no other. Raises
+        GuardError, ConfigError."""
         runner = self.runner
         options, path = runner.job.options, runner.config_path
         old, _ = load_config_or_last(path, runner.state)
-
-        def ask(*args: str) -> str | None:
-            return self.git(*args).decode(errors="replace") or None
-
-        try:
-            new = incoming_config(commit, path, runner.repo, ask)
-        except ConfigError:  # it takes no effect, and the step `config` will say so
-            return
+        new = incoming_config(commit, path, runner.repo, self.ask)
         if new is None:
-            return
+            return None
         changes = compare_doors(old, new)
         opened = [change.text for change in changes if change.opens]
         is_master = options.get("master") == runner.host
@@ -10807,6 +11656,7 @@ class Clearance:
         for change in changes:
             if is_master or change.text.startswith(own):
                 runner.warn(f"new configuration: {change.text}")
+        return new
 
     def warn_of_doors(self, config: Config) -> None:
         """A new whitelist may shut out this host, or who asked: better said before it takes
@@ -10877,6 +11727,102 @@ def claim_clone(runner: Runner) -> CloneLock | None:
     return lock
 
 
+class Transit:
+    """The mark on disk while git writes the tree: from where, to where, and what was somebody's
+    before. Whoever finds it makes whole what git left half written."""
+
+    def __init__(self, runner: Runner, tree: WorkTree) -> None:
+        self.runner, self.tree, self.file = runner, tree, runner.state.transit_file
+
+    def begin(self, names: Iterable[str], dirty: Sequence[str]) -> dict[str, Any]:
+        """Leave the mark: a tree that is on its way to one of the commits. Raises UpdaterError,
+        OSError."""
+        mark = self.tree.begin_transit(names, dirty)
+        mark["submodules"] = {}
+        if self.tree.submodules:
+            for path, part, commits in self.tree.iter_parts(mark["commits"]):
+                # one that has no commit yet holds nothing of anybody's
+                if part.commit_of("HEAD"):
+                    within = part.begin_transit(commits, part.changes().paths)
+                    mark["submodules"][path] = within["kept"]
+        write_atomic(self.file, json.dumps(mark).encode(), durable=True)
+        return mark
+
+    def end(self) -> None:
+        """The tree is a commit."""
+        self.file.unlink(missing_ok=True)
+
+    def recover(self) -> None:
+        """What an earlier job left half written: whole again before anything else. Raises
+        UpdaterError."""
+        reading, mark = look_into_json(self.file)
+        if reading is Reading.MISSING:
+            return
+        if reading is not Reading.VALUE:
+            what = f"an earlier job ended while git wrote the tree, and {self.file} is {reading}"
+            raise UpdaterError(
+                what, f"git -C {self.tree.root} status; once that is well: rm {self.file}"
+            )
+        if os.path.realpath(mark.get("repo", "")) != os.path.realpath(self.tree.root):
+            return
+        self.runner.log.line(
+            "An earlier job ended while git wrote the tree: restoring what git wrote."
+        )
+        theirs = self.restore(mark)
+        if theirs:
+            raise UpdaterError(self.half_written(theirs), self.way_out(theirs))
+        self.end()
+
+    def undo(self, mark: Mapping[str, Any]) -> None:
+        """After a step that failed within git's writing; where that can't be, the next job tries
+        again."""
+        try:
+            theirs = self.restore(mark)
+        except (UpdaterError, OSError) as problem:
+            self.runner.warn(f"the tree is half written: {problem}")
+            return
+        if theirs:
+            self.runner.warn(self.half_written(theirs))
+            self.runner.log.line(f"hint: {self.way_out(theirs)}")
+            return
+        self.tree.go_back(mark["branch"])
+        self.end()
+
+    def restore(self, mark: Mapping[str, Any]) -> list[str]:
+        """Each tree as its HEAD has it, that of the submodules too; what is somebody's is left, and
+        returned. Raises UpdaterError, OSError."""
+        theirs = self.tree.restore(mark["commits"], mark["kept"])
+        if not self.tree.submodules:
+            return theirs
+        known = mark.get("submodules", {})
+        for path, part, commits in self.tree.iter_parts(mark["commits"]):
+            is_new = path not in known
+            if is_new and part.discard_half_clone():
+                self.runner.log.line(f"Submodule {path} was cloned halfway: that is removed.")
+                continue
+            left = part.restore(commits, known.get(path, ()), is_new=is_new)
+            theirs += [f"{path}/{name}" for name in left]
+        return theirs
+
+    def half_written(self, theirs: Sequence[str]) -> str:
+        """What stands in the way of restoring."""
+        return f"the tree is half written, and these are neither old nor new: {paths_text(theirs)}"
+
+    def way_out(self, theirs: Sequence[str]) -> str:
+        """The lines to type."""
+        first, *more = theirs
+        others = ""
+        if more:
+            others = f"; so the {count_text(len(more), 'other')}"
+        root = self.tree.root
+        for path, part, _ in self.tree.iter_parts(()):
+            if first.startswith(f"{path}/"):
+                root = part.root
+        name = os.path.relpath(self.tree.root / first, root)
+        restore = f"git -C {root} checkout HEAD -- {name}"
+        return f"keep what you need, then: {restore}, or rm it{others}"
+
+
 class Deployment:
     """The document's steps on one clone, in its order, done by a runner."""
 
@@ -10884,6 +11830,7 @@ class Deployment:
         self.runner, self.log, self.git = runner, runner.log, runner.git
         self.clearance = Clearance(runner)
         self.tree: WorkTree
+        self.transit: Transit
 
     def perform(self) -> None:
         """Check, fetch, check out, pull, and run the host's command."""
@@ -10896,7 +11843,8 @@ class Deployment:
         self.clearance.check_ground()
         remove_git_locks(runner)
         self.tree = runner.work_tree()
-        self.end_transit()
+        self.transit = Transit(runner, self.tree)
+        self.transit.recover()
         self.move_tree()
         runner.begin("config", StepKind.CONFIG)
         self.clearance.warn_of_doors(runner.load_rule(strict=True))
@@ -10942,39 +11890,46 @@ class Deployment:
         runner.step(plan_fetch(rule.remote), rule.timeout_s)
         refs = self.find_refs()
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
+        if get and self.has_commit(branch):
+            get = None
+            commit = branch
+        else:
+            commit = self.fetch_commit(get, refs)
         planned = runner.job.options.get("planned", {}).get(runner.host, "")
-        if planned and not get:
-            self.clearance.confirm_plan(planned, self.commit_to_come(branch, refs))
-        if not get:
-            self.clearance.judge_doors(self.commit_to_come(branch, refs))
-        elif self.has_commit(branch):
-            self.clearance.judge_doors(branch)
+        if planned:
+            self.clearance.confirm_plan(planned, commit)
         if planned and pull:
             pull = pin_pull(pull, planned)
         changes = self.find_changes()
         if changes.paths:
             runner.warn(f"local changes stay: {paths_text(changes.paths)}")
-        if f"refs/heads/{branch}" not in refs:
+        own = dict(zip(refs[2::3], refs[0::3], strict=False)).get(f"refs/heads/{branch}", "")
+        known = self.clearance.foresee(
+            commit,
+            branch if pull else "",
+            own,
+            changes.unmerged,
+        )
+        if pull and not own:
             self.make_way()
         branches = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
         names = [name for name in branches if name in refs]
         if is_commit_id(branch):
             names.append(branch)
-        transit = self.tree.begin_transit(names or [f"refs/tags/{branch}"], changes.paths)
-        write_atomic(runner.state.transit_file, json.dumps(transit).encode(), durable=True)
+        mark = self.transit.begin(names or [f"refs/tags/{branch}"], changes.paths)
         try:
-            self.go(get, checkout, pull, planned)
+            self.go(checkout, pull, known, announce=get is None)
             if is_commit_id(branch):
                 wanted = branch
             else:
                 wanted = f"refs/tags/{branch}"
             if pull:
                 wanted = planned or "FETCH_HEAD"
-            self.verify(wanted, transit["kept"])
+            self.verify(wanted, mark["kept"])
         except (StepFailed, UpdaterError):
-            self.restore(transit)
+            self.transit.undo(mark)
             raise
-        runner.state.transit_file.unlink()
+        self.transit.end()
 
     def find_refs(self) -> list[str]:
         """The full names of the branches, local and fetched, that are called as what was asked for;
@@ -10983,36 +11938,40 @@ class Deployment:
         names = (f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}")
         # a format of our own would need a %, which cmd.exe interprets
         refs = self.git("for-each-ref", *names).decode(errors="replace").split()
-        if not (set(names) & set(refs)) and not is_commit_id(branch):
-            with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
-                if self.git("ls-remote", remote, names[0]):
-                    runner.step(plan_fetch_branch(remote, branch), runner.rule.timeout_s)
-                    # a local branch by hand: git tracks no branch that it was told not to fetch
-                    self.tree.ask("branch", "--no-track", branch, names[1])
-                    refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        known = set(names) & set(refs)
+        if is_commit_id(branch) and not known:
+            return refs
+        told = self.git("config", "--get-all", f"remote.{remote}.fetch").decode(errors="replace")
+        if covers(told.split(), branch):
+            return refs
+        with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
+            if self.git("ls-remote", remote, names[0]):
+                runner.step(plan_fetch_branch(remote, branch), runner.rule.timeout_s)
+                if names[0] not in refs:
+                    # by hand: git tracks no branch that it was told not to fetch
+                    self.tree.ask(
+                        "branch",
+                        "--no-track",
+                        branch,
+                        names[1],
+                    )
+                refs = self.git("for-each-ref", *names).decode(errors="replace").split()
         return refs
 
-    def go(
-        self,
-        get: Step | None,
-        checkout: Step,
-        pull: Step | None,
-        planned: str,
-    ) -> None:
+    def fetch_commit(self, get: Step | None, refs: Sequence[str]) -> str:
+        """The commit that is to be checked out, by now here. Raises StepFailed."""
+        runner, branch = self.runner, self.runner.job.branch
+        if get is None:
+            return self.commit_to_come(branch, refs)
+        runner.step(get, runner.rule.timeout_s)
+        if is_commit_id(branch):
+            return branch
+        return self.tree.commit_of(f"refs/tags/{branch}")
+
+    def go(self, checkout: Step, pull: Step | None, known: Prospect, *, announce: bool) -> None:
         """Check out and pull, then what the commit only names: submodules and large files."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
-        if get and not self.has_commit(branch):
-            runner.step(get, rule.timeout_s)
-            target = branch
-            if not is_commit_id(branch):
-                tag = self.git("rev-list", "--max-count=1", f"refs/tags/{branch}", "--")
-                target = tag.decode(errors="replace").strip()
-                if planned:
-                    self.clearance.confirm_plan(planned, target)
-            self.clearance.judge_doors(target)
-            runner.step(checkout, rule.timeout_s, announce=False)
-        else:
-            runner.step(checkout, rule.timeout_s)
+        runner.step(checkout, rule.timeout_s, announce=announce)
         if pull:
             runner.step(pull, rule.timeout_s)
         else:
@@ -11020,6 +11979,14 @@ class Deployment:
             self.log.line("Nothing to pull: not a branch.")
         if (self.tree.root / ".gitmodules").exists():
             if rule.submodules:
+                for folder in known.moved:
+                    self.tree.ask(
+                        "submodule",
+                        "sync",
+                        "--",
+                        folder,
+                    )
+                    self.log.line(f"Submodule {folder}: from where .gitmodules says by now.")
                 runner.step(plan_submodules(), rule.timeout_s)
             else:
                 runner.warn("submodules stay as they are: deploy.submodules is false")
@@ -11031,15 +11998,13 @@ class Deployment:
         pointers = self.tree.find_pointers()
         if not pointers:
             return
-        what = f"files are only LFS pointers: {paths_text(pointers, 5)}"
+        what = pointers_text(pointers)
         if not rule.lfs:
             runner.warn(f"{what}; deploy.lfs is false")
             return
         if not self.git("lfs", "version"):
             runner.begin("git lfs pull", StepKind.LFS)
-            raise UpdaterError(
-                what, f"install git-lfs here, then: git -C {self.tree.root} lfs install"
-            )
+            raise UpdaterError(what, lfs_hint(str(self.tree.root)))
         if not self.git("config", "filter.lfs.clean"):
             self.git("lfs", "install", "--local")
         runner.step(plan_lfs(rule.remote), rule.timeout_s)
@@ -11048,25 +12013,20 @@ class Deployment:
             raise UpdaterError(f"still LFS pointers after git lfs pull: {paths_text(left)}")
 
     def make_way(self) -> None:
-        """A local branch that holds nothing of its own makes way for one that can't exist beside
-        it. Raises UpdaterError where it does."""
+        """A local branch makes way for one that can't exist beside it: it holds nothing of its own,
+        or the job would not have come here."""
         branch, start = self.runner.job.branch, "refs/heads/"
-        if is_commit_id(branch):
-            return
         words = self.git("for-each-ref", start).decode(errors="replace").split()
         heads = [word.removeprefix(start) for word in words if word.startswith(start)]
-        if branch in heads:
-            return
         for name in find_clashes(heads, branch):
-            own = self.git("rev-list", "--max-count=1", start + name, "--not", "--remotes", "--")
-            if own:
-                self.runner.begin(f"git checkout {branch}", StepKind.CHECKOUT)
-                what = f"the local branch {name} is in the way of {branch}"
-                hint = f"git -C {self.runner.repo} branch -m {name} kept-{name}"
-                raise UpdaterError(f"{what}, and no remote has its commits", hint)
             if self.tree.branch() == name:
                 self.tree.ask("checkout", "--quiet", "--detach")
-            self.tree.ask("branch", "--quiet", "-D", name)
+            self.tree.ask(
+                "branch",
+                "--quiet",
+                "-D",
+                name,
+            )
             self.log.line(f"The local branch {name} makes way: a remote branch has its commits.")
 
     def verify(self, asked: str, kept: Sequence[str]) -> None:
@@ -11076,7 +12036,14 @@ class Deployment:
         branch = runner.job.branch
         if len(tree.commits_of(["HEAD", asked], all_known=True)) != 1:  # they are not one commit
             head, wanted = tree.commit_of("HEAD"), tree.commit_of(asked)
-            own = self.git("rev-list", "--count", "HEAD", "--not", wanted or "HEAD", "--").decode()
+            own = self.git(
+                "rev-list",
+                "--count",
+                "HEAD",
+                "--not",
+                wanted or "HEAD",
+                "--",
+            ).decode()
             what = f"HEAD is {head[:12]}, and {branch} on the remote is {wanted[:12]}"
             if own.strip() not in ("", "0"):
                 commits = count_text(int(own), "commit")
@@ -11102,64 +12069,13 @@ class Deployment:
             if stale:
                 raise UpdaterError(f"submodules are not what the commit says: {paths_text(stale)}")
 
-    # When an earlier job, or this one, failed halfway
-
-    def end_transit(self) -> None:
-        """What an earlier job left half written: whole again before anything else. Raises
-        UpdaterError."""
-        transit = read_json(self.runner.state.transit_file)
-        if transit is None:
-            return
-        if os.path.realpath(transit.get("repo", "")) != os.path.realpath(self.tree.root):
-            return
-        self.log.line("An earlier job ended while git wrote the tree: restoring what git wrote.")
-        theirs = self.tree.restore(transit)
-        if theirs:
-            raise UpdaterError(self.half_written(theirs), self.way_out(theirs))
-        self.runner.state.transit_file.unlink()
-
-    def restore(self, transit: Mapping[str, Any]) -> None:
-        """After a step that failed within git's writing; where that can't be, the next job tries
-        again."""
-        try:
-            theirs = self.tree.restore(transit)
-        except (UpdaterError, OSError) as problem:
-            self.runner.warn(f"the tree is half written: {problem}")
-            return
-        if theirs:
-            self.runner.warn(self.half_written(theirs))
-            self.log.line(f"hint: {self.way_out(theirs)}")
-            return
-        self.tree.go_back(transit["branch"])
-        self.runner.state.transit_file.unlink(missing_ok=True)
-
-    def half_written(self, theirs: Sequence[str]) -> str:
-        """What stands in the way of restoring."""
-        return f"the tree is half written, and these are neither old nor new: {paths_text(theirs)}"
-
-    def way_out(self, theirs: Sequence[str]) -> str:
-        """The lines to type."""
-        first, *more = theirs
-        others = ""
-        if more:
-            others = f"; so the {count_text(len(more), 'other')}"
-        restore = f"git -C {self.tree.root} checkout HEAD -- {first}"
-        return f"keep what you need, then: {restore}, or rm it{others}"
-
     # What git knows
 
     def commit_to_come(self, branch: str, refs: Sequence[str]) -> str:
-        """What a pull would bring this branch to, as it was just fetched: the remote's commit, or
-        our own where that is ahead of it."""
+        """What a pull would bring this branch to, as it was just fetched."""
         commits = dict(zip(refs[2::3], refs[0::3], strict=False))
-        own = commits.get(f"refs/heads/{branch}", "")
         theirs = commits.get(f"refs/remotes/{self.runner.rule.remote}/{branch}", "")
-        if own == theirs or not own or not theirs:
-            return theirs or own
-        common = self.git("merge-base", own, theirs).decode(errors="replace").strip()
-        if common == theirs:
-            return own
-        return theirs
+        return theirs or commits.get(f"refs/heads/{branch}", "")
 
     def has_commit(self, name: str) -> bool:
         """Whether `name` is the id of a commit that is here already."""
@@ -13476,7 +14392,7 @@ _TEXTS, _SERVER = (
 )
 _LISTS = (
     *("subjects", "changed", "dirty", "in_the_way", "restart"),
-    *("refused", "warnings", "doors", "opens"),
+    *("refused", "warnings", "doors", "opens", "steps"),
 )
 _COUNTS = (
     "commits",
@@ -14286,6 +15202,9 @@ class Outlook:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.repo, self.remote, self.stop = repo, rule.remote, stop
+        self.local = ""  # where the clone's own branch stands
+        self.unmerged: tuple[str, ...] = ()
+        self.is_branch = False  # and no tag or commit
         extra: dict[str, str] = {}
         with suppress(ConfigError):  # the job will say so
             extra = read_environment(rule, repo)
@@ -14304,7 +15223,7 @@ class Outlook:
         )
         if code:
             return None
-        return out.decode("utf-8", "replace")
+        return out.decode("utf-8", "surrogateescape")
 
     def paths(self, *args: str) -> list[str]:
         """The paths in an answer to `-z`."""
@@ -14321,13 +15240,28 @@ class Outlook:
         TargetError."""
         names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
         # a star and not the third name: the ^ would get lost in a git.cmd
-        if (listed := self.git("ls-remote", self.remote, names[0], f"{names[1]}*")) is None:
+        if (
+            listed := self.git(
+                "ls-remote",
+                self.remote,
+                names[0],
+                f"{names[1]}*",
+            )
+        ) is None:
             raise UpdaterError(self.why())
         refs = {
             name: commit
             for commit, _, name in (line.partition("\t") for line in listed.splitlines())
         }
-        local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
+        local = (
+            self.git(
+                "rev-parse",
+                "--verify",
+                "--quiet",
+                names[0],
+            )
+            or ""
+        ).strip() or None
         if local or names[0] in refs or not is_commit_id(branch):
             if local or names[0] in refs:
                 found = names[:1]
@@ -14340,6 +15274,7 @@ class Outlook:
                 raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
         else:
             name = target = branch
+        self.is_branch = name == names[0]
         self.bring(target, name.removesuffix("^{}"))
         return target, local
 
@@ -14348,14 +15283,15 @@ class Outlook:
         TargetError."""
         if self.git("cat-file", "-e", commit) is not None:
             return
-        quiet = (
-            "--quiet",
-            "--no-write-fetch-head",
-            "--no-tags",
-            "--no-auto-maintenance",
-            "--refmap=",
-        )
-        if self.git("fetch", *quiet, self.remote, name) is None:
+        if (
+            self.git(
+                "fetch",
+                *QUIET_FETCH,
+                self.remote,
+                name,
+            )
+            is None
+        ):
             raise TargetError(self.why())
 
     def list_heads(self, branches: Sequence[str]) -> dict[str, str]:
@@ -14382,25 +15318,31 @@ class Outlook:
             raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
         found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
         found["branch"] = (self.git("branch", "--show-current") or "").strip() or None
-        dirty = self.paths("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
-        found["dirty"] = [line[3:] for line in dirty]
+        status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
+        changes = parse_status((self.git(*status) or "").encode("utf-8", "surrogateescape"))
+        found["dirty"], self.unmerged = list(changes.paths), changes.unmerged
         try:
             target, local = self.find_target(branch)
         except UpdaterError as problem:
             return found | {"refused": [problem.what], "exit": problem.exit_code}
-        if local and (ahead := int(self.git("rev-list", "--count", f"{target}..{local}") or 0)):
-            found["diverged"] = self.git("merge-base", "--is-ancestor", target, local) is None
-            commits = count_text(ahead, "commit")
-            if found["diverged"]:
-                found["refused"].append(f"the local branch has {commits} that the remote has not")
-            else:
-                target = local
-                found["warnings"].append(f"{commits} of this host not on the remote; they stay")
+        self.local = local or ""
+        found["diverged"] = False
+        if local and local != target:
+            ahead = int(self.git("rev-list", "--count", f"{target}..{local}") or 0)
+            behind = int(self.git("rev-list", "--count", f"{local}..{target}") or 0)
+            found["diverged"] = bool(ahead and behind)
         range_ = f"{head}..{target}"
         found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
         found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
         subjects = (
-            self.git("log", "--oneline", "--no-decorate", f"--max-count={PLAN_ROWS}", range_, "--")
+            self.git(
+                "log",
+                "--oneline",
+                "--no-decorate",
+                f"--max-count={PLAN_ROWS}",
+                range_,
+                "--",
+            )
             or ""
         )
         self.compare(found, [commit for commit in (head, local, target) if commit])
@@ -14414,19 +15356,55 @@ class Outlook:
         touched, added = set(found["changed"]), set[str]()
         for one, two in itertools.pairwise(stops):
             touched.update(self.paths(*diff, one, two))
-            added.update(self.paths(*diff, "--diff-filter=A", one, two))
+            added.update(
+                self.paths(
+                    *diff,
+                    "--diff-filter=A",
+                    one,
+                    two,
+                )
+            )
         there = sorted(path for path in added if os.path.lexists(self.repo / path))[:PLAN_ROWS]
         if there:
-            untracked = self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there)
+            untracked = self.paths(
+                "ls-files",
+                "-z",
+                "--others",
+                "--exclude-standard",
+                "--",
+                *there,
+            )
         else:
             untracked = []
-        found["in_the_way"] = sorted(touched.intersection(found["dirty"])) + untracked
+        in_the_way = []
+        for path in sorted(touched.intersection(found["dirty"])):
+            # a pull leaves what is in a submodule: that is looked at by itself
+            if not (self.repo / path / ".git").exists():
+                in_the_way.append(path)
+        found["in_the_way"] = in_the_way + untracked
         found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
         if found["in_the_way"]:
             names = ", ".join(found["in_the_way"][:PLAN_ROWS])
             found["refused"].append(
                 f"local changes are in the way of the incoming commits: {names}"
             )
+
+    def foresee(self, found: dict[str, Any], branch: str, rule: Effective) -> None:
+        """What a job with these settings would refuse before it moves the tree, and which steps
+        it would have besides the usual."""
+        target = found["target"]
+        coming = Coming(
+            self.repo,
+            rule,
+            target,
+            self.git,
+        )
+        if not self.is_branch:
+            branch = ""
+        forecast = judge_prospect(Foresight(coming).look(branch, self.local, self.unmerged))
+        found["refused"] += [one.text for one in forecast.refused]
+        found["warnings"] += forecast.warnings
+        found["steps"] = forecast.steps
 
 
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
@@ -14460,17 +15438,13 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         found["busy"] = agent.state.current()[0] or None
     with suppress(OSError):
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
-    program = split_commands(rule.command)[0][0]
-    if found.get("target") and not os.path.dirname(program):  # else the commit may bring it
-        try:
-            resolve_program(program, outlook.env.get("PATH", ""))
-        except UpdaterError as missing:
-            found["refused"].append(missing.what)
+    if found.get("target"):
+        outlook.foresee(found, branch, rule)
     with suppress(OSError):
         found["version"] = parse_version_file(read_committed(repo / rule.version, repo))
     if found.get("target"):
         file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
-        found["target_version"] = parse_version_file(file.encode())
+        found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
     return found | {"command": commands_text(rule.command), "restart": list(rule.restart)}
 
 
@@ -17215,6 +18189,7 @@ class Planner:
             "command": None,
             "restart": [],
             "doors": [],
+            "steps": [],
             "refused": [],
             "warnings": [],
         }
@@ -23435,6 +24410,8 @@ def plan_notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(f"run {run} is queued")
     for text in row.get("doors", ()):  # an older master says nothing of them
         notes.append(f"new configuration: {text}")
+    for text in row.get("steps", ()):
+        notes.append(f"also runs {text}")
     for text in row["warnings"]:
         notes.append(f"! {text}")
     for text in row["refused"]:  # last, next to the question that follows
