@@ -661,6 +661,8 @@ NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
 # a message is remembered, so that a result that is reported again is not told again
 NEWS_TOLD_S = 7 * NEWS_S
 NEWS_KEPT = 200  # messages that may wait for one receiver
+SLOW_STEP_S = 1.0  # from here on a command is worth a word at a run's end
+TIMED_STEPS, TIMED_CHARS = 100, 200  # of a job's commands and their names: a record stays small
 NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
 NEWS_HOSTS = 10  # of a run that are named in its message: more would push the log out of it
 NEWS_BYTES = {
@@ -3125,6 +3127,9 @@ class JobRecord:
     switched: bool = False  # traffic goes another way than before
     warnings: list[str] = field(default_factory=list)  # what who sees a ✓ has to know as well
     lived: float = 0.0  # when its host took it, by how long that host's state was in use
+    # each command that ended, and how long it took: two lists, as a message's values are checked
+    timed_steps: list[str] = field(default_factory=list)
+    timed_s: list[float] = field(default_factory=list)
 
 
 @record(frozen=True)
@@ -3850,6 +3855,27 @@ def seconds_of(job: JobRecord) -> float | None:
     if job.started is None or job.ended is None:
         return None
     return max(0.0, round(job.ended - job.started, 3))  # a clock may be set back
+
+
+def step_times(job: JobRecord) -> list[tuple[str, float]]:
+    """The commands of a job that ended, each with its seconds."""
+    return list(zip(job.timed_steps, job.timed_s, strict=False))
+
+
+def slow_steps_text(jobs: Iterable[JobRecord]) -> str:
+    """Which commands took a second or more, each on the host where it took longest; "" for none."""
+    slowest: dict[str, tuple[float, str]] = {}
+    hosts = set()
+    for job in jobs:
+        hosts.add(job.host)
+        for label, seconds in step_times(job):
+            if seconds >= max(SLOW_STEP_S, slowest.get(label, (0.0, ""))[0]):
+                slowest[label] = (seconds, job.host)
+    parts = []
+    for label, (seconds, host) in slowest.items():
+        where = f" on {host}" if len(hosts) > 1 else ""
+        parts.append(f"{label} {seconds:.1f} s{where}")
+    return " · ".join(parts)
 
 
 def job_summary(job: JobRecord) -> dict[str, Any]:
@@ -10644,8 +10670,9 @@ class Runner:
         why = [f"cancelled by {by}" if by else "", left]
         return StepFailed(State.CANCELLED, step, error="; ".join(filter(None, why)))
 
-    def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> None:
-        """Run one command to its end. Raises StepFailed unless it ends with 0."""
+    def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> float:
+        """Run one command to its end; the seconds that took. Raises StepFailed unless it ends with
+        0."""
         number = self.job.steps + 1
         mark = f"{self.run}/{file_label(self.host)}/{number}"
         self.job = replace(self.job, steps=number, open_step=mark)
@@ -10654,6 +10681,7 @@ class Runner:
         else:
             begin = self.begin
         begin(step.label, step.kind)
+        started = time.monotonic()
         child = self.spawn(step, mark)
         began = self.job.began_command or step.kind == StepKind.COMMAND
         self.save(pipe=child.pipe, began_command=began)
@@ -10664,11 +10692,22 @@ class Runner:
         if left:
             self.warn(left)
         self.version = running.version or self.version
+        seconds = time.monotonic() - started
+        if announce:
+            self.note_time(step.label, seconds)
         self.save(open_step=None, pipe=None)  # what it left running was left on purpose
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
             raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
+        return seconds
+
+    def note_time(self, label: str, seconds: float) -> None:
+        """How long a command took, for the record."""
+        job = self.job
+        if len(job.timed_steps) < TIMED_STEPS:
+            job.timed_steps.append(mask_words(label, self.hidden)[:TIMED_CHARS])
+            job.timed_s.append(round(seconds, 3))
 
     def spawn(self, step: Step, mark: str) -> Spawned:
         """Start a step's command. Raises StepFailed."""
@@ -11849,8 +11888,13 @@ class Deployment:
         runner.begin("config", StepKind.CONFIG)
         self.clearance.warn_of_doors(runner.load_rule(strict=True))
         self.clearance.confirm_traffic()
-        for command in split_commands(runner.rule.command):
-            runner.step(plan_command(command), runner.rule.timeout_s)
+        commands = split_commands(runner.rule.command)
+        for command in commands:
+            step = plan_command(command)
+            seconds = runner.step(step, runner.rule.timeout_s)
+            # One command alone is all but the whole time, which the result tells.
+            if len(commands) > 1:
+                self.log.line(f"{step.label}: {seconds:.1f} s")
         self.restart()
 
     def restart(self) -> None:
@@ -23490,6 +23534,9 @@ class TextView(LineView):
         lines = []
         if len(jobs) > 1:
             lines += ["", *lay_table(ENDING_HEAD, ending_rows(jobs), columns), ""]
+        slow = slow_steps_text(jobs)
+        if slow:
+            lines.append(fold_line(terminal_text(slow), columns, 0))
         lines.append(f"{good} of {len(jobs)} ok in {took}  {run.run}")
         self.output.write_lines(lines)
 
@@ -24034,7 +24081,8 @@ class JsonView(LineView):
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
             self.line(job.host, rest)
-        self.emit(event="result", run=job.run, **job_summary(job))
+        steps = [{"step": label, "seconds": seconds} for label, seconds in step_times(job)]
+        self.emit(event="result", run=job.run, **job_summary(job), steps=steps)
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         super().done(run, jobs)
