@@ -3862,6 +3862,13 @@ def step_times(job: JobRecord) -> list[tuple[str, float]]:
     return list(zip(job.timed_steps, job.timed_s, strict=False))
 
 
+def note_time(job: JobRecord, label: str, seconds: float) -> None:
+    """Write into a job's record how long a command took."""
+    if len(job.timed_steps) < TIMED_STEPS:
+        job.timed_steps.append(label[:TIMED_CHARS])
+        job.timed_s.append(round(seconds, 3))
+
+
 def slow_steps_text(jobs: Iterable[JobRecord]) -> str:
     """Which commands took a second or more, each on the host where it took longest; "" for none."""
     slowest: dict[str, tuple[float, str]] = {}
@@ -10694,20 +10701,13 @@ class Runner:
         self.version = running.version or self.version
         seconds = time.monotonic() - started
         if announce:
-            self.note_time(step.label, seconds)
+            note_time(self.job, mask_words(step.label, self.hidden), seconds)
         self.save(open_step=None, pipe=None)  # what it left running was left on purpose
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
             raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
         return seconds
-
-    def note_time(self, label: str, seconds: float) -> None:
-        """How long a command took, for the record."""
-        job = self.job
-        if len(job.timed_steps) < TIMED_STEPS:
-            job.timed_steps.append(mask_words(label, self.hidden)[:TIMED_CHARS])
-            job.timed_s.append(round(seconds, 3))
 
     def spawn(self, step: Step, mark: str) -> Spawned:
         """Start a step's command. Raises StepFailed."""
@@ -24081,8 +24081,11 @@ class JsonView(LineView):
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
             self.line(job.host, rest)
-        steps = [{"step": label, "seconds": seconds} for label, seconds in step_times(job)]
-        self.emit(event="result", run=job.run, **job_summary(job), steps=steps)
+        more = {}
+        if job.timed_steps:
+            times = step_times(job)
+            more["steps"] = [{"step": label, "seconds": seconds} for label, seconds in times]
+        self.emit(event="result", run=job.run, **job_summary(job), **more)
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         super().done(run, jobs)
