@@ -5757,18 +5757,16 @@ class Processes(NamedTuple):
 
 
 def haproxy_arguments(argv: Sequence[str]) -> list[str]:
-    """The files that a command line of HAProxy's names, in their order."""
+    """The files that a command line of HAProxy's names, in their order; as it names them, from the
+    folder that it works in, which `-C` has changed already."""
     files: list[str] = []
-    folder = ""
     words = iter(argv[1:])
     for word in words:
         if word == "-f":
             files.append(next(words, ""))
-        elif word == "-C":
-            folder = next(words, "") + "/"
         elif word == "--":
             files += words
-    return [file if file.startswith("/") else folder + file for file in files]
+    return files
 
 
 def _stat_rows(text: str) -> Iterator[dict[str, str]]:
@@ -13057,8 +13055,8 @@ class Haproxy:
             if any(file in found for file in ours):
                 return found
             read = read or found
-        if any(told):  # it runs where its process can't be seen
-            read = _files_of(told, ours[0].parent)
+        if any(told):
+            read = _told_files(told, ours)
         if read and not any(file in read for file in ours):
             raise GuardError(
                 f"HAProxy does not read {ours[0]}, but {', '.join(map(str, read))}",
@@ -13227,6 +13225,16 @@ def _config_files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(path.resolve().glob("*.cfg"))
     return [path.resolve()]
+
+
+def _told_files(told: Sequence[str], ours: Sequence[Path]) -> list[Path]:
+    """The files that HAProxy says it reads, where its process can't be seen (another user's,
+    another namespace): in which folder it is, only the file that both name tells."""
+    for folder in ours[0].parents:
+        found = _files_of(told, folder)
+        if any(file in found for file in ours):
+            return found
+    return _files_of(told, ours[0].parent)
 
 
 def _files_of(names: Iterable[str], folder: Path) -> list[Path]:

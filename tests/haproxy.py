@@ -198,7 +198,7 @@ class Proxy:
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 ["haproxy", "-W", "-S", self.master_socket, "-p", self.pid_file, *arguments],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=self.folder,
             )  # fmt: skip
         wait_for(lambda: self.statuses() == {"blue": "UP", "green": "UP"}, lambda: f"HAProxy is up\n{self.said}")
         return self

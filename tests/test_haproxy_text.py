@@ -266,6 +266,11 @@ def rows(**servers: str) -> list[dict[str, str]]:
     ]
 
 
+def test_files_of_a_command_line():
+    argv = "haproxy -W -S /m,mode,600 -C conf -f a.cfg -p /pid -f conf.d -x /s -sf 4 5 -- b.cfg c.cfg"
+    assert est.haproxy_arguments(argv.split()) == ["a.cfg", "conf.d", "b.cfg", "c.cfg"]
+
+
 def test_who_gets_the_requests():
     assert est.decide_traffic(rows(blue="UP", green="UP/backup")) == ["blue"]
     assert est.decide_traffic(rows(blue="DOWN", green="UP/backup")) == ["green"]

@@ -171,6 +171,72 @@ def test_a_deployment_outlives_a_restart_and_a_stop(
     assert f"[{target}] went on\n[{target}] systemctl restart app...\n" in site.est("logs", name).out
 
 
+UNITS = {
+    "steady": "ExecStart=sleep 86400\n",
+    "dies": "ExecStart=sh -c 'sleep 0.4; exit 3'\n",
+    "loops": "ExecStart=sh -c 'sleep 0.4; exit 3'\nRestart=always\nRestartSec=0.1\n[Unit]\nStartLimitIntervalSec=0\n",
+}
+
+
+@pytest.fixture
+def units(site: Site) -> Iterator[Callable[..., Result]]:
+    """Units of the system's and of the user's own, restarted one alone by each host's agent."""
+    lab, before = site.lab, {"deploy": {"restart": ["app"]}}
+    for name, text in UNITS.items():
+        lab.write(f"/etc/systemd/system/{name}.service", f"[Service]\n{text}")
+        lab.write(f"{HOMES}/other/.config/systemd/user/{name}.service", f"[Service]\n{text}")
+    lab.ok("chown", "-R", "other:", f"{HOMES}/other/.config")
+    own = [f"{name}.service" for name in UNITS]
+    lab.write("/etc/polkit-1/rules.d/61-deployer.rules", est.render_polkit("deployer", own))
+    lab.systemctl("daemon-reload")
+    lab.systemctl("daemon-reload", user="other")
+    checks = [{"name": name, "systemd": f"user:{name}", "hosts": ["127.0.0.2"]} for name in UNITS]
+    rule = {"restart": ["app", *own, *(f"user:{name}" for name in UNITS)], "settle": 2}
+    site.change({"deploy": rule, "health": checks})
+
+    def restart(target: str, name: str) -> Result:
+        return site.est("trigger", target, "master", "--only", name)
+
+    wait_for(lambda: restart("127.0.0.1", "steady.service").code == 0, lambda: lab.journal("-n", "50"))
+    yield restart
+    site.change({**before, "health": []})
+
+
+def judge_restarts(site: Site, units: Callable[..., Result], target: str, names: tuple[str, str, str]) -> None:
+    """One that stays up, one that dies after a moment, one that loops; and the first, restarted by somebody else."""
+    lab, (steady, dies, loops) = site.lab, names
+    user = "other" if "user:" in steady else ""
+    code, out, err = units(target, steady)
+    assert code == 0 and f"{steady} is active, for 2 s in one life" in out, out + err
+    assert "restart app" not in out and "restart dies" not in out, "this one alone"
+    code, out, err = units(target, dies)
+    assert code == 1 and "failed (exit-code)" in out + err and f"✗ 실패 restart {dies}" in out, out + err
+    code, out, err = units(target, loops)
+    assert code == 1 and f"✗ 실패 restart {loops}" in out, out + err
+    assert re.search(r"was started again within 2 s|activating|failed", out + err), out + err
+    lab.systemctl("stop", "loops", user=user)
+
+    born = lab.show("steady", "InvocationID", user)
+    run_of = site.est("trigger", target, "master", "--only", steady, "--detach").out.strip()
+    wait_for(lambda: lab.show("steady", "InvocationID", user) not in ("", born), "it is restarted")
+    lab.systemctl("restart", "steady", user=user)
+    code, out, err = site.est("logs", run_of, "-f")
+    assert code == 1 and "was started again within 2 s" in out + err, out + err
+
+
+def test_a_unit_is_active_when_it_stays_so(site: Site, units: Callable[..., Result]) -> None:
+    """The system's units by polkit's leave, and the user's own."""
+    judge_restarts(site, units, "127.0.0.1", ("steady.service", "dies.service", "loops.service"))
+    judge_restarts(site, units, "127.0.0.2", ("user:steady", "user:dies", "user:loops"))
+    lab = site.lab
+    lab.systemctl("restart", "steady", "loops", user="other")
+    code, out, err = site.est("health", "127.0.0.2")
+    assert code == 1, out + err
+    for name, mark in (("steady", "✓"), ("dies", "✗"), ("loops", "✗")):
+        assert re.search(rf"{mark} +127\.0\.0\.2 +{name}\b", out), out
+    lab.systemctl("stop", "loops", user="other")
+
+
 def test_status_text_and_priorities(site: Site) -> None:
     lab = site.lab
     assert lab.show("estelle-updater", "StatusText") == "master: listening on all addresses port 9900"

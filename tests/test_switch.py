@@ -624,6 +624,34 @@ def test_several_files_and_haproxys_own_environment(
     assert not any("redispatch" in line for line in warnings), "it is in the first file"
 
 
+def test_files_that_haproxy_names_from_its_own_folder(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+    """Relative names, a folder, files after `--`: by its process, by its word alone where that is hidden, by ours."""
+    head, backend = proxy.file.read_text().split("\nbackend yquant_backend")
+    first, proxy.file = proxy.folder / "first.cfg", proxy.folder / "conf.d" / "10.cfg"
+    last = proxy.file.with_name("20.cfg")
+    proxy.file.parent.mkdir()
+    first.write_text(f"{head}\n")
+    proxy.file.write_text(f"backend yquant_backend{backend}")
+    last.write_text("backend other\n")
+    proxy.file.with_name("old.conf").write_text("no such thing\n")
+    proxy.start("first.cfg", "conf.d")
+    read = [first, proxy.file, last]
+
+    def files(**changes: Any) -> list[Path]:
+        return est.Haproxy(est.HaproxyRule(**(rule | changes))).files()
+
+    rule = {"host": "x", "backend": "yquant_backend", "config": str(proxy.file), "socket": str(proxy.socket)}
+    assert files() == files(socket=None) == files(config=(str(first), str(proxy.file))) == read
+    with pytest.raises(est.GuardError, match="does not read"):
+        files(config=str(proxy.folder / "stray.cfg"))
+    # another user's process is hidden with `hidepid`, and one in a container is not in our /proc
+    monkeypatch.setattr(est.program, "running_haproxy", lambda: iter(()))
+    assert files() == read, "by its own word"
+    assert files(config=(str(first), str(proxy.file.parent)), socket=None) == read, "by ours"
+    with pytest.raises(est.GuardError, match="does not read"):
+        files(config=str(proxy.folder / "stray.cfg"))
+
+
 def test_connections_of_before_follow_every_switch(
     tmp_path_factory: pytest.TempPathFactory, fleet: Callable[..., Fleet]
 ):
