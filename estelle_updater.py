@@ -13007,14 +13007,18 @@ def _flags_of(program: str, changed_ns: int) -> frozenset[bytes] | None:
     return frozenset(flags - {b"usesrc", b"set-proxy-v2-tlv-fmt"}) or None
 
 
-def running_haproxy() -> Iterator[tuple[list[str], Path]]:
-    """The command line of each HAProxy on this host, and the folder that it was started in."""
+def running_haproxy() -> Iterator[tuple[list[str], Path | None]]:
+    """The command line of each HAProxy on this host, and the folder that it works in; None where
+    that is another user's to see."""
     for folder in sorted(Path("/proc").glob("[0-9]*")):
         with suppress(OSError):  # it ended, or is not ours to see
             line = os.fsdecode((folder / "cmdline").read_bytes())
             argv = line.split("\0")[:-1]
             if argv and os.path.basename(argv[0]) == "haproxy":
-                yield argv, Path(os.readlink(folder / "cwd"))
+                where: Path | None = None
+                with suppress(PermissionError):
+                    where = Path(os.readlink(folder / "cwd"))
+                yield argv, where
 
 
 class Haproxy:
@@ -13051,10 +13055,14 @@ class Haproxy:
             names = told
             if not any(told):
                 names = haproxy_arguments(argv)
-            found = _files_of(names, folder)
+            if folder:
+                found = _files_of(names, folder)
+            else:
+                found = _told_files(names, ours)
             if any(file in found for file in ours):
                 return found
-            read = read or found
+            if folder:  # what can be seen by halves only is no proof that ours is wrong
+                read = read or found
         if any(told):
             read = _told_files(told, ours)
         if read and not any(file in read for file in ours):
@@ -13228,8 +13236,8 @@ def _config_files(path: Path) -> list[Path]:
 
 
 def _told_files(told: Sequence[str], ours: Sequence[Path]) -> list[Path]:
-    """The files that HAProxy says it reads, where its process can't be seen (another user's,
-    another namespace): in which folder it is, only the file that both name tells."""
+    """The files that HAProxy reads by its own names, where nobody sees its folder (another user's,
+    another namespace): which it is, only the file that both name tells."""
     for folder in ours[0].parents:
         found = _files_of(told, folder)
         if any(file in found for file in ours):

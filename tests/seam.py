@@ -296,6 +296,7 @@ from estelle_updater import (
     run_of_job as run_of_job,
     run_ok as run_ok,
     run_stats as run_stats,
+    running_haproxy as running_haproxy,
     scrub_environment as scrub_environment,
     seconds_of as seconds_of,
     secret_values as secret_values,

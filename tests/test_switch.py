@@ -644,6 +644,10 @@ def test_files_that_haproxy_names_from_its_own_folder(proxy: Proxy, monkeypatch:
     assert files() == files(socket=None) == files(config=(str(first), str(proxy.file))) == read
     with pytest.raises(est.GuardError, match="does not read"):
         files(config=str(proxy.folder / "stray.cfg"))
+    # another user sees the command line and not where it works
+    [argv] = [argv for argv, where in est.running_haproxy() if where == proxy.folder and "-sf" not in argv][:1]
+    monkeypatch.setattr(est.program, "running_haproxy", lambda: iter([(argv, None)]))
+    assert files() == files(socket=None) == read
     # another user's process is hidden with `hidepid`, and one in a container is not in our /proc
     monkeypatch.setattr(est.program, "running_haproxy", lambda: iter(()))
     assert files() == read, "by its own word"
