@@ -25629,6 +25629,7 @@ class ProgressView(TextView):
         self.told = time.monotonic()
         self.until: float | None = None  # when the client wants its answer, whatever goes on
         self.run: dict[str, Any] = {}  # what was ordered, for an answer in a hurry
+        self.again: dict[str, Any] = {}  # with what to call again, to go on with several runs
 
     def tell(self, text: str) -> None:
         self.tick()
@@ -25973,7 +25974,9 @@ class McpTools:
             view.until = time.monotonic() + wait_s
         with suppress(WaitedEnough):
             self.follow(run, view)
-        return self.run_answer(run)
+        answer = self.run_answer(run)
+        view.run["done"] = answer["done"]
+        return answer
 
     def follow(self, run: str, view: ProgressView) -> None:
         view.notice(f"this is run {run}")
@@ -26099,6 +26102,7 @@ class McpTools:
             "idempotency_key": key,
             "next": f"call release again with idempotency_key {key}, to go on with the round",
         }
+        view.again = again
         deployed = self.deploy(given, view, asked, doing, {"alone": True})
         if not deployed["done"]:
             return deployed | again
@@ -26314,7 +26318,7 @@ class McpServer:
         """The answer where the input ends in the middle: which run goes on."""
         if not view.run:
             return None
-        return {**view.run, "done": False, "hosts": []}
+        return {**view.run, **view.again, "done": False, "hosts": []}
 
     @staticmethod
     def error_text(problem: UpdaterError, view: ProgressView) -> str:
@@ -26324,8 +26328,10 @@ class McpServer:
         lines = [f"error: {one_line(problem.what)}"]
         if hint:
             lines.append(f"hint: {one_line(hint)}")
-        if view.run and not isinstance(problem, UsageError):
+        if view.run and not (view.run["done"] or isinstance(problem, UsageError)):
             lines.append(f"run {view.run['run']} goes on: call wait or logs with it")
+        elif view.run.get("done") and view.again:
+            lines.append(f"run {view.run['run']} is over; {view.again['next']}")
         lines.append(f"exit: {problem.exit_code}")
         return str(mask_words("\n".join(lines)))
 

@@ -441,6 +441,44 @@ def test_a_model_does_the_blue_green_round(
         assert "is not healthy" in sick and "exit: 5" in sick and proxy.answers() == "blue"
 
 
+def test_a_release_that_was_interrupted_is_gone_on_with(
+    fleet: MakeFleet, model: Callable[..., Model], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By the key that its answer names, and never with what it did not deploy and check."""
+    with closing(Proxy(tmp_path_factory.mktemp("haproxy")).start()) as proxy:
+        one = Round(proxy, fleet)
+        write_script(GATED, one.blue, one.green)
+        one.commit("1")
+        gone = model(one.fleet)
+        number = gone.begin("release", "t", branch="master")
+        wait_for(lambda: any("begun" in text for text in gone.progress("t")), "it deploys")
+        assert gone.end() == ""
+        ended = gone.answer(number)["result"]["structuredContent"]
+        again = {"branch": "master", "idempotency_key": ended["idempotency_key"]}
+        assert (ended["done"], "ok" in ended, again["idempotency_key"] in ended["next"]) == (False, False, True)
+        client = model(one.fleet)
+        early = client.call("release", **again, wait_s=0)["structuredContent"]
+        assert (early["run"], early["done"], proxy.answers()) == (ended["run"], False, "blue")
+        open_gate(one.blue, one.green)
+        released = client.call("release", **again)["structuredContent"]
+        assert released["ok"] and (released["kind"], released["deployed"]) == ("switch", ended["run"])
+        assert proxy.answers() == "green" and len(one.fleet.runs()) == 2, "each run once"
+
+        # the standby falls ill behind the deployment, and gets another commit while nobody looks
+        write_script("echo fine\n", one.blue)
+        (one.blue.folder / "sick").touch()
+        one.commit("2")
+        half = client.call("release", branch="master", wait_s=2)["structuredContent"]
+        assert half["done"] is False and "ok" not in half and "call release again" in half["next"], half
+        one.commit("3")
+        assert one.cli("trigger", "standby", "master").code == 0
+        (one.blue.folder / "sick").unlink()
+        refused = client.error("release", branch="master", idempotency_key=half["idempotency_key"])
+        assert proxy.answers() == "green" and "exit: 5" in refused, refused
+        assert "goes on" not in refused, "nothing does"
+        assert client.end() == ""
+
+
 def test_a_broken_master_and_garbage_are_answers(fleet: MakeFleet, model: Callable[..., Model]) -> None:
     one = fleet(hosts=1, start=False, command=SCRIPT)
     write_script(GATED, one.master)

@@ -170,6 +170,7 @@ class Feed:
             for host in hosts:
                 text = f"L{self.state}.\\n" + ("가나다 결제 ✓\\n" if self.state % 5 == 0 else "")
                 text += "10%\\r20%\\r99%\\n" if self.state % 7 == 0 else ""
+                text += os.environ.get("MORE", "")
                 yield est.Piece(host, text.encode())
             if self.state == 3: yield est.Notice("a notice of the master")
             self.state += 1
@@ -297,6 +298,19 @@ def test_what_a_person_switches_off_is_off(
     assert (re.search(rb"\x1b\[\d+m", terminal.raw) is not None) == (words == ["--plain"]), "colours"
     if "TERM" in env:
         assert b"\x1b" not in terminal.raw
+
+
+@pytest.mark.parametrize("words", [["--plain"], []], ids=["plain", "live"])
+def test_a_line_that_the_terminal_would_break_looks_like_nobody_else_s(
+    at_terminal: Callable[..., Terminal], words: list[str]
+) -> None:
+    fake = "[10.0.0.1] ✓ 완료 v9"
+    terminal = at_terminal("2", "3", *words, columns=60, env={"MORE": f"{' ' * 49}{fake}\nx\t\t\t\t\t\t\t{fake}\n"})
+    assert terminal.wait() == 0
+    lines = terminal.all_lines()
+    assert [line for line in lines if line.startswith(fake)] == []
+    indented = [line for line in lines if re.fullmatch(r" {11,}\S.*v9", line)]
+    assert len(indented) == 12, lines
 
 
 def test_notices_stand_above_the_block_or_where_stderr_goes(

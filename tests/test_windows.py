@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -273,6 +274,36 @@ def test_consoles_without_our_letters_and_the_place_of_the_state(windows_python:
     (tmp_path / "script.py").write_text(CONSOLES, "utf-8")
     done = windows_python.run(tmp_path / "script.py", env={"PYTHONPATH": Windows.path(ROOT)})
     assert done.out.strip() == "all good", done.out + done.err
+
+
+def test_the_line_for_a_new_host_under_windows(windows_python: Windows, tmp_path: Path) -> None:
+    """README's check before `setup`, by the Windows Python: it goes on for the very file alone. What stands before and
+    behind it is PowerShell's: each part runs only where the one before it succeeded, or could be found at all."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (line,) = re.findall(r"(?m)^curl\.exe -fO http://.*$", readme)
+    parts = re.fullmatch(r"curl\.exe -fO \S+; if \(\$\?\) \{ (.+) \}; if \(\$\?\) \{ (.+) \}", line)
+    assert parts
+    check, setup = parts.groups()
+    assert setup == "python estelle_updater.pyz setup"
+    (code,) = re.findall('^python -c "(.+)"$', check)
+    program, sha256 = tmp_path / NAME, hashlib.sha256(b"the program").hexdigest()
+    (tmp_path / "config").mkdir()
+    config = tmp_path / "config" / "updater.toml"
+    good = f'[updater]\r\nsha256 = "{sha256.upper()}"\r\n'
+
+    def judged(text: str, data: bytes = b"the program") -> int:
+        config.write_bytes(text.encode())
+        program.write_bytes(data)
+        return windows_python.run("-c", code, cwd=tmp_path).code
+
+    assert judged(good) == 0
+    assert judged(good, b"the program!") == 1, "the file is another"
+    for text in (f"# [updater]\n# sha256 = '{sha256}'\n", f'[updater]\nsha256 = ""  # {sha256}\n', "", "\ufeff" + good):
+        assert judged(text) == 1, text
+    program.unlink()
+    assert windows_python.run("-c", code, cwd=tmp_path).code == 1, "nothing was downloaded"
+    config.rename(config.with_name("other.toml"))
+    assert windows_python.run("-c", code, cwd=tmp_path).code == 1, "no configuration"
 
 
 COLOURS = r"""
