@@ -600,7 +600,7 @@ def test_what_an_agent_can_make_the_master_hold_is_bounded(open_fleet: Fleet) ->
         for channel in range(est.CHANNELS):
             false.say(est.Log(channel, run_id, "127.0.1.3", 1))
         assert "64 KiB" in false.refused(record(run_id, "127.0.1.3", revision=2, error="x" * (64 << 10)))
-        assert "more than a chunk" in false.refused(b"\x01" + b"\0" * 12 + b"x" * (65 << 10))
+        assert "more than a chunk" in false.refused(b"\x01" + b"\0" * 12 + b"x" * (est.LARGE_CHUNK_BYTES + 1))
         assert "logs at once" in false.refused(est.Log(est.CHANNELS, run_id, "127.0.1.3", 1))
         false.say(record(run_id, "127.0.1.3", revision=2, state=est.State.FAILED))
         false.until(lambda message: isinstance(message, est.Acked))

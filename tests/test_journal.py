@@ -6,7 +6,6 @@ import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -124,18 +123,19 @@ def test_a_chunk_is_written_only_exactly_at_the_end(size: int, offset: int, leng
 
 def test_a_cursor_waits_for_the_reader_and_keeps_to_chunk_window_and_end() -> None:
     cursor = SendCursor(1, RUN, "h", 200_000)
-    assert cursor.next_span(est.WINDOW_BYTES) is None and cursor.unacked == 0
+    assert cursor.next_span(est.WINDOW_BYTES, est.CHUNK_BYTES) is None and cursor.unacked == 0
     cursor.on_have(1000, rewind=True)
-    assert cursor.next_span(est.WINDOW_BYTES) == (1000, est.CHUNK_BYTES)
-    assert cursor.next_span(10) == (1000, 10) and cursor.next_span(0) is None and cursor.next_span(-5) is None
+    assert cursor.next_span(est.WINDOW_BYTES, est.CHUNK_BYTES) == (1000, est.CHUNK_BYTES)
+    assert cursor.next_span(10, 100) == (1000, 10) and cursor.next_span(100, 10) == (1000, 10)
+    assert cursor.next_span(0, 10) is None and cursor.next_span(-5, 10) is None
     cursor.sent = 199_990
-    assert cursor.next_span(est.WINDOW_BYTES) == (199_990, 10) and cursor.unacked == 198_990
+    assert cursor.next_span(est.WINDOW_BYTES, est.CHUNK_BYTES) == (199_990, 10) and cursor.unacked == 198_990
     cursor.on_have(150_000, rewind=False)
     assert cursor.sent == 199_990 and cursor.unacked == 49_990
     cursor.on_have(120_000, rewind=True)
     assert cursor.sent == 120_000 and cursor.unacked == 0
     cursor.on_have(300_000, rewind=True)  # the reader's copy is the longer one: it stays
-    assert cursor.next_span(est.WINDOW_BYTES) is None and cursor.unacked == 0
+    assert cursor.next_span(est.WINDOW_BYTES, est.CHUNK_BYTES) is None and cursor.unacked == 0
 
 
 def test_an_inbox_asks_once_for_what_is_missing_and_acknowledges_what_it_has() -> None:
@@ -160,8 +160,6 @@ class Relay(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.source, self.sink = 0, b""  # how much of STREAM is written; what has arrived
-        self.patch = patch.object(est.program, "CHUNK_BYTES", CHUNK)
-        self.patch.start()
 
     @initialize()
     def connect(self) -> None:
@@ -185,7 +183,7 @@ class Relay(RuleBasedStateMachine):
 
     @rule(short=st.integers(0, 3))
     def send(self, short: int) -> None:
-        if span := self.cursor.next_span(WINDOW - self.cursor.unacked):
+        if span := self.cursor.next_span(WINDOW - self.cursor.unacked, CHUNK):
             assert 0 < span[1] <= CHUNK
             data = STREAM[span[0] : span[0] + max(1, span[1] - short)]  # a read may give less
             self.cursor.sent = span[0] + len(data)
@@ -245,10 +243,7 @@ class Relay(RuleBasedStateMachine):
         assert 0 <= self.cursor.unacked <= WINDOW
 
     def teardown(self) -> None:
-        try:
-            self.all_is_quiet()
-        finally:
-            self.patch.stop()
+        self.all_is_quiet()
 
 
 TestRelay = Relay.TestCase

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import statistics
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -102,6 +105,121 @@ def test_a_log_that_both_ends_keep_in_one_file_is_not_sent(tmp_path: Path) -> No
 
     asyncio.run(talk())
     assert path.stat().st_size == 3 * est.CHUNK_BYTES
+
+
+def test_frames_are_as_large_as_the_other_end_takes(tmp_path: Path) -> None:
+    """An older version ends the connection for a frame of more than 64 KiB."""
+    path = tmp_path / "log"
+    path.write_bytes(os.urandom(2 * est.LARGE_CHUNK_BYTES))
+
+    async def frames(features: list[str]) -> list[bytes]:
+        here, there = (est.Link(wire, squeeze=True) for wire in est.QueueWire.pair())
+        here.agree(features)
+        here.open_log("20260101-000000-0000", "h", path)
+        found = list[bytes]()
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            writer = group.create_task(here.write_forever())
+            here.on_have(est.Have(est.decode_message(str(await there.wire.recv())).channel, 0, rewind=True))
+            while sum(map(len, found)) < 2 * est.LARGE_CHUNK_BYTES:
+                frame = await there.wire.recv()
+                assert isinstance(frame, bytes)
+                found.append(frame)
+            writer.cancel()
+        return found
+
+    for features, most in (([], est.CHUNK_BYTES), (list(est.FEATURES), est.LARGE_CHUNK_BYTES)):
+        found = asyncio.run(frames(features))
+        chunks = [est.decode_chunk(frame)[2] for frame in found]
+        assert max(map(len, chunks)) == most and b"".join(chunks) == path.read_bytes()
+
+
+def test_followers_at_a_logs_end_read_it_once(tmp_path: Path) -> None:
+    """What just arrived is handed on as it is; who is behind reads the file, and disturbs nobody."""
+    path, recent = tmp_path / "log", est.Recent()
+    path.write_bytes(b"0123456789")
+    recent.keep(path, 4, b"456789")
+    path.unlink()  # whoever looks into the file now finds nothing
+    assert recent.read(path, 4, 100) == b"456789" and recent.read(path, 6, 3) == b"678"
+    assert recent.read(path, 0, 4) == b"" and recent.read(path, 10, 4) == b""
+    path.write_bytes(b"0123456789abc")
+    assert recent.read(path, 0, 4) == b"0123" and recent.read(path, 8, 9) == b"89", "who was behind took its place"
+    assert recent.read(path, 10, 9) == b"abc"
+    path.write_bytes(b"")
+    assert recent.read(path, 10, 9) == b"abc", "the second reader read the file again"
+    recent.drop(path)
+    assert recent.read(path, 10, 9) == b""
+
+
+def test_many_messages_of_one_moment_are_few_frames(tmp_path: Path) -> None:
+    """For who takes lists; whoever does not, an older version, gets each alone. In order, all the same."""
+    sent = [est.Notice(f"{number} " + "x" * 100) for number in range(5000)]
+
+    async def frames(features: list[str]) -> list[str]:
+        here, there = (est.Link(wire) for wire in est.QueueWire.pair())
+        here.agree(features)
+        found, messages = list[str](), list[est.Notice]()
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            writer = group.create_task(here.write_forever())
+            for message in sent:
+                here.post(message)
+            while len(messages) < len(sent):
+                found.append(str(await there.wire.recv()))
+                messages += est.decode_list(found[-1])
+            writer.cancel()
+        assert messages == sent
+        return found
+
+    assert len(asyncio.run(frames([]))) == len(sent)
+    few = asyncio.run(frames([est.LIST_FEATURE]))
+    assert len(few) < 10 and max(map(len, few)) <= est.LIST_BYTES + 2
+
+
+def test_hosts_that_say_little_each_do_not_stop_the_window(tmp_path: Path) -> None:
+    """None of them reaches what is acknowledged at once, and together they fill the window."""
+    run_id, hosts, piece = "20260101-000000-0000", 200, b"x" * 400
+
+    class Master:
+        """It has always something more to say, as long as the window has room."""
+
+        def __init__(self) -> None:
+            self.wire = self
+            logs = [est.Log(host, run_id, f"h{host}", 0) for host in range(hosts)]
+            self.says: deque[Any] = deque(logs)
+            self.sent, self.acked = [0] * hosts, [0] * hosts
+
+        def attend(self) -> None: ...
+
+        def send(self, message: Any) -> None:
+            if isinstance(message, est.Have):
+                self.acked[message.channel] = message.size
+
+        def receive(self, wait_s: float) -> Any:
+            if self.says:
+                return self.says.popleft()
+            if sum(self.sent) - sum(self.acked) + len(piece) > est.WINDOW_BYTES:
+                return None
+            host = self.sent.index(min(self.sent))
+            self.sent[host] += len(piece)
+            return est.encode_chunk(host, self.sent[host] - len(piece), piece)
+
+    master = Master()
+    source = est.LinkSource(cast(est.Caller, None), cast(Any, master), run_id)
+    arrived = 0
+    while arrived < 4 * est.WINDOW_BYTES:
+        events = list(source.receive(1.0))
+        assert events, "the master had to wait for a silence"
+        arrived += sum(len(event.data) for event in events if isinstance(event, est.Piece))
+
+
+def test_what_is_held_of_logs_is_bounded(tmp_path: Path) -> None:
+    recent, half = est.Recent(), est.RECENT_BYTES // 2
+    for number in range(4):
+        recent.keep(tmp_path / str(number), 0, b"x" * half)
+    held = [number for number in range(4) if recent.read(tmp_path / str(number), 0, 1)]
+    assert held == [2, 3]
+    recent.clear()
+    recent.keep(tmp_path / "0", 0, b"x" * half)
+    assert recent.read(tmp_path / "0", 0, 1) == b"x"
 
 
 def test_a_connection_whose_greeting_fails_is_closed(tmp_path: Path) -> None:

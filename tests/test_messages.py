@@ -252,7 +252,7 @@ def test_a_squeezed_chunk_is_the_same_chunk(channel: int, offset: int, data: byt
 
 def test_a_frame_that_inflates_without_end_is_refused() -> None:
     head = est.CHUNK_HEADER.pack(2, 1, 0)
-    for body in (zlib.compress(b"x" * (est.CHUNK_BYTES + 1)), zlib.compress(b"x" * 50_000_000), b"rubbish", b""):
+    for body in (zlib.compress(b"x" * (est.LARGE_CHUNK_BYTES + 1)), zlib.compress(b"x" * 50_000_000), b"rubbish", b""):
         with pytest.raises(est.ProtocolError):
             est.decode_chunk(head + body)
     whole = zlib.compress(b"line\n" * 5000)
