@@ -88,6 +88,7 @@ if (_version := sys.version.split()[0]) and sys.version_info < (3, 11):  # PYTHO
 import argparse
 import codecs
 import errno
+import fnmatch
 import functools
 import importlib
 import itertools
@@ -439,9 +440,15 @@ def record(
             "__repr__": _render_record,
         }
         if eq:
-            methods |= {"__eq__": _same_record, "__hash__": _hash_of_record if frozen else None}
+            methods |= {
+                "__eq__": _same_record,
+                "__hash__": _hash_of_record if frozen else None,
+            }
         if frozen:
-            methods |= {"__setattr__": _refuse_change, "__delattr__": _refuse_change}
+            methods |= {
+                "__setattr__": _refuse_change,
+                "__delattr__": _refuse_change,
+            }
         for name, method in methods.items():
             setattr(cls, name, method)
         return cls
@@ -654,12 +661,15 @@ ID_SLACK_S = (
     60.0  # an id that a commander proposed longer ago is by another clock than the master's
 )
 HISTORY_ROWS = 1000
+NOT_FOUND = 127  # a shell's exit code for a program that is not there
 PLAN_ROWS = 20  # of commits, files and changes each: enough to decide, and an answer stays short
 INDEX_AFTER_S = 2.0  # a file system may tell times apart only by this much
 NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
 # a message is remembered, so that a result that is reported again is not told again
 NEWS_TOLD_S = 7 * NEWS_S
 NEWS_KEPT = 200  # messages that may wait for one receiver
+SLOW_STEP_S = 1.0  # from here on a command is worth a word at a run's end
+TIMED_STEPS, TIMED_CHARS = 100, 200  # of a job's commands and their names: a record stays small
 NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
 NEWS_HOSTS = 10  # of a run that are named in its message: more would push the log out of it
 NEWS_BYTES = {
@@ -2462,8 +2472,12 @@ class Effective(HostRule, DeployRule):
     version: str
 
 
+# Where a host is: as one address, or as all by which its section may be found, the best first
+Places: TypeAlias = str | Sequence[str] | None
+
+
 def host_rule(
-    config: Config, address: str | None, hostname: str, role: Role | None = None
+    config: Config, address: Places, hostname: str, role: Role | None = None
 ) -> Effective:
     """The settings of the host at `address` that calls itself `hostname`; `role`, where it is
     known, brings what [deploy] says for that role.
@@ -2471,13 +2485,14 @@ def host_rule(
     Of the sections ADDRESS/HOSTNAME, HOSTNAME and ADDRESS the first that exists counts, alone;
     `name` finds no section.
     """
-    if address:
-        at = canonical_address(address)
-    else:
-        at = None
+    if isinstance(address, str):
+        address = (address,)
+    places = [canonical_address(at) for at in address or () if at]
     called = hostname.casefold()
     sections = {(rule.address, rule.hostname): rule for rule in config.hosts}
-    wanted = ((at, called), (None, called), (at, None))
+    wanted: list[tuple[str | None, str | None]] = [(at, called) for at in places]
+    wanted.append((None, called))
+    wanted += [(at, None) for at in places]
     own = next((sections[key] for key in wanted if key in sections), HostRule())
     by_role = RoleRule()
     if role is Role.MASTER:
@@ -2567,7 +2582,7 @@ def _receiver_text(rule: NotifyRule) -> str:
 
 
 def compare_commands(
-    old: Config, new: Config, address: str | None, hostname: str, role: Role | None = None
+    old: Config, new: Config, address: Places, hostname: str, role: Role | None = None
 ) -> Iterator[Change]:
     """What a new configuration changes in what runs on the host at `address` that calls itself
     `hostname`."""
@@ -3119,6 +3134,9 @@ class JobRecord:
     switched: bool = False  # traffic goes another way than before
     warnings: list[str] = field(default_factory=list)  # what who sees a ✓ has to know as well
     lived: float = 0.0  # when its host took it, by how long that host's state was in use
+    # each command that ended, and how long it took: two lists, as a message's values are checked
+    timed_steps: list[str] = field(default_factory=list)
+    timed_s: list[float] = field(default_factory=list)
 
 
 @record(frozen=True)
@@ -3868,6 +3886,34 @@ def seconds_of(job: JobRecord) -> float | None:
     return max(0.0, round(job.ended - job.started, 3))  # a clock may be set back
 
 
+def step_times(job: JobRecord) -> list[tuple[str, float]]:
+    """The commands of a job that ended, each with its seconds."""
+    return list(zip(job.timed_steps, job.timed_s, strict=False))
+
+
+def note_time(job: JobRecord, label: str, seconds: float) -> None:
+    """Write into a job's record how long a command took."""
+    if len(job.timed_steps) < TIMED_STEPS:
+        job.timed_steps.append(label[:TIMED_CHARS])
+        job.timed_s.append(round(seconds, 3))
+
+
+def slow_steps_text(jobs: Iterable[JobRecord]) -> str:
+    """Which commands took a second or more, each on the host where it took longest; "" for none."""
+    slowest: dict[str, tuple[float, str]] = {}
+    hosts = set()
+    for job in jobs:
+        hosts.add(job.host)
+        for label, seconds in step_times(job):
+            if seconds >= max(SLOW_STEP_S, slowest.get(label, (0.0, ""))[0]):
+                slowest[label] = (seconds, job.host)
+    parts = []
+    for label, (seconds, host) in slowest.items():
+        where = f" on {host}" if len(hosts) > 1 else ""
+        parts.append(f"{label} {seconds:.1f} s{where}")
+    return " · ".join(parts)
+
+
 def job_summary(job: JobRecord) -> dict[str, Any]:
     """A job's outcome, in the contract's words."""
     return {
@@ -4061,6 +4107,7 @@ _GIT_SETTINGS = (
     "fetch.recurseSubmodules=false",
     "fetch.pruneTags=false",
     "diff.ignoreSubmodules=none",
+    "core.logAllRefUpdates=true",  # what the remote had before it was rewritten
     "core.quotePath=false",
     "color.ui=false",
     "log.showSignature=false",
@@ -4191,6 +4238,258 @@ def paths_text(paths: Sequence[str], most: int = 10) -> str:
     if len(paths) > most:
         more = f" and {len(paths) - most} more"
     return ", ".join(paths[:most]) + more
+
+
+# What is known before the tree moves
+
+
+class Refusal(NamedTuple):
+    """Why a deployment can't but fail, and the line to type."""
+
+    what: str
+    hint: str = ""
+    command: str = ""  # the one that would end with `exit_code`
+    exit_code: int | None = None
+
+    @property
+    def text(self) -> str:
+        """Both, in one line."""
+        if not self.hint:
+            return self.what
+        return f"{self.what}; {self.hint}"
+
+
+class Prospect(NamedTuple):
+    """What git and the disk say of a commit before the tree is moved to it."""
+
+    repo: str
+    remote: str
+    commit: str = ""
+    branch: str = ""  # empty: a tag or a commit
+    is_current: bool = True  # the branch is checked out here
+    elsewhere: str = ""  # the other work tree that has it checked out
+    elsewhere_is_gone: bool = False  # its folder was removed
+    clash: str = ""  # the local branch with commits of its own that it can't exist beside
+    own: int = 0  # commits of the local branch that the remote has not
+    was_there: bool = False  # it had all of them
+    is_shallow: bool = False
+    begun: str = ""  # a merge, or the like, that nobody ended
+    missing: tuple[Refusal, ...] = ()  # of what the commands need
+    unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
+    submodules: tuple[str, ...] = ()
+    stuck: tuple[Refusal, ...] = ()  # submodules that can't be what the commit names
+    moved: tuple[str, ...] = ()  # submodules whose commit is only where .gitmodules says by now
+    update_submodules: bool = True
+    pointers: tuple[str, ...] = ()  # files that would be LFS' pointers
+    get_pointers: bool = True
+    has_lfs: bool = True
+
+
+class Forecast(NamedTuple):
+    """What a deployment would be refused for, what to know of it, and which steps it would have
+    besides the usual."""
+
+    refused: list[Refusal]
+    warnings: list[str]
+    steps: list[str]
+
+
+def judge_prospect(known: Prospect) -> Forecast:
+    """The one judgement of a commit that is to be checked out: the plan tells it, and a job goes by
+    it before it moves the tree."""
+    refused = [*_judge_branch(known), *known.missing, *known.stuck]
+    warnings, steps = list(known.unsure), []
+    if known.submodules:
+        named = paths_text(known.submodules, 5)
+        if known.update_submodules:
+            steps.append(f"{plan_submodules().label} ({named})")
+        else:
+            warnings.append(f"submodules stay as they are: deploy.submodules is false ({named})")
+    if known.pointers:
+        what = pointers_text(known.pointers)
+        if not known.get_pointers:
+            warnings.append(f"{what}; deploy.lfs is false")
+        elif known.has_lfs:
+            steps.append(f"git lfs pull ({paths_text(known.pointers, 5)})")
+        else:
+            refused.append(Refusal(what, lfs_hint(known.repo)))
+    return Forecast(refused, warnings, steps)
+
+
+def _judge_branch(known: Prospect) -> Iterator[Refusal]:
+    """What git would refuse, by the state of the clone and its branches."""
+    git, branch = f"git -C {known.repo}", known.branch
+    theirs = f"{known.remote}/{branch}"
+    if known.begun:
+        what = f"a {known.begun} that somebody began in {known.repo} is not ended"
+        yield Refusal(what, f"{git} status, then: {git} {known.begun} --abort")
+    if known.elsewhere:
+        free = f"git -C {known.elsewhere} checkout --detach"
+        if known.elsewhere_is_gone:
+            free = f"{git} worktree prune"
+        yield Refusal(f"{branch} is checked out in another work tree: {known.elsewhere}", free)
+    if known.clash:
+        what = f"the local branch {known.clash} is in the way of {branch}"
+        keep = f"{git} branch -m {known.clash} kept-{known.clash}"
+        yield Refusal(f"{what}, and no remote has its commits", keep)
+    if not known.own:
+        return
+    take = f"{git} branch -f {branch} {theirs}"
+    if known.is_current:
+        take = f"{git} reset --keep {theirs}"
+    commits = count_text(known.own, "commit")
+    what = f"the local branch has {commits} that the remote has not"
+    if known.was_there:
+        yield Refusal(f"{branch} was force-pushed: {what} any more", take)
+    elif known.is_shallow:
+        whole = f"{git} fetch --unshallow {known.remote}"
+        yield Refusal(f"{what}, as far as this shallow clone knows", f"{whole}; else: {take}")
+    else:
+        yield Refusal(what, f"{take}, or push them")
+
+
+def pointers_text(paths: Sequence[str]) -> str:
+    """Files whose content is not there."""
+    return f"files are only LFS pointers: {paths_text(paths, 5)}"
+
+
+def lfs_hint(repo: str) -> str:
+    """What to type where git-lfs is missing."""
+    return f"install git-lfs here, then: git -C {repo} lfs install"
+
+
+def covers(refspecs: Iterable[str], branch: str) -> bool:
+    """Whether a remote's fetch settings bring this branch."""
+    name = f"refs/heads/{branch}"
+    found = False
+    for refspec in refspecs:
+        source = refspec.removeprefix("^").removeprefix("+").partition(":")[0]
+        start, star, end = source.partition("*")
+        matches = source == name
+        if star:
+            matches = name.startswith(start) and name.endswith(end)
+        if matches and refspec.startswith("^"):
+            return False
+        found = found or matches
+    return found
+
+
+# Their first argument may be a file to run; none of them looks for one with a suffix elsewhere.
+_INTERPRETERS = frozenset(("sh", "bash", "dash", "zsh", "python", "python3", "node"))
+_QUIET_WORDS = frozenset(("-s", "--silent", "--color", "--no-color"))
+
+
+def called_as(command: Sequence[str]) -> str:
+    """The bare name of a command's program: `pnpm` of `C:\\bin\\pnpm.CMD`."""
+    name = re.split(r"[/\\\\]", command[0])[-1].lower()
+    return re.sub(r"\.(?:cmd|exe|bat|com)$", "", name)
+
+
+def file_to_run(command: Sequence[str]) -> str:
+    """The script file that a command gives to an interpreter; "" where that is not certain."""
+    if called_as(command) in _INTERPRETERS and len(command) > 1:
+        name = command[1]
+        is_file = re.fullmatch(r"[^-].*\.[A-Za-z]+", name)
+        if is_file:
+            return name
+    return ""
+
+
+def script_to_run(command: Sequence[str]) -> tuple[str, bool]:
+    """The script of package.json that a command of a package manager runs, and whether it can be
+    nothing else; "" where there is none."""
+    manager = called_as(command)
+    words = [word for word in command[1:] if word not in _QUIET_WORDS]
+    if manager not in ("pnpm", "npm", "yarn") or not words:
+        return "", False
+    explicit = words[0] in ("run", "run-script")
+    if explicit:
+        del words[0]
+    # npm's other words are its own; an option may say that the script is another package's
+    if not words or words[0][0] in "-/" or not (explicit or manager != "npm"):
+        return "", False
+    # yarn runs installed programs too, and no word of a package manager has a colon
+    certain = ":" in words[0] or (explicit and manager != "yarn")
+    if "--if-present" in words:
+        return "", False
+    return words[0], certain
+
+
+def judge_script(
+    command: Sequence[str], package: str | None, former: str | None, commit: str
+) -> Refusal | None:
+    """Whether the script that a command runs is in the package.json that comes; `former` is
+    today's. What is no JSON is left to the package manager."""
+    name, certain = script_to_run(command)
+    if not name or package is None:
+        return None
+    coming, today = package_scripts(package), package_scripts(former or "")
+    if coming is None or name in coming:
+        return None
+    if not certain and name not in (today or ()):
+        return None
+    there = ", ".join(sorted(coming)[:10]) or "none"
+    return Refusal(
+        f"package.json of {commit[:7]} has no script {name}", f"its scripts are: {there}"
+    )
+
+
+def package_scripts(text: str) -> dict[str, Any] | None:
+    """The scripts of a package.json, None where it is none."""
+    try:
+        package = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(package, dict):
+        return None
+    scripts = package.get("scripts", {})
+    if isinstance(scripts, dict):
+        return scripts
+    return None
+
+
+def lfs_rules(said: str) -> list[tuple[str, str]]:
+    """The patterns that a commit's .gitattributes give to LFS, each with the folder that it counts
+    in: the answer of `git grep -F filter=lfs COMMIT`."""
+    found = []
+    for line in said.splitlines():
+        file, colon, rule = line.partition(".gitattributes:")
+        words = rule.split()
+        if colon and "filter=lfs" in words[1:]:
+            found.append((file.partition(":")[2], words[0].strip('"')))
+    return found
+
+
+def is_large(path: str, rules: Sequence[tuple[str, str]]) -> bool:
+    """Whether LFS keeps a path's content: `*` of a pattern may stand for a slash here, which makes
+    no difference to a file that is a pointer."""
+    for folder, pattern in rules:
+        if path.startswith(folder):
+            within = path.removeprefix(folder)
+            name = within
+            if "/" not in pattern:
+                name = posixpath.basename(within)
+            if fnmatch.fnmatchcase(name, pattern.removeprefix("/")):
+                return True
+    return False
+
+
+class TreeEntry(NamedTuple):
+    """What a commit has at one path."""
+
+    mode: str
+    id: str
+
+
+def parse_tree(text: str) -> dict[str, TreeEntry]:
+    """The answer of `git ls-tree -z`."""
+    found = {}
+    for line in text.split("\0"):
+        facts, _, path = line.partition("\t")
+        if path:
+            mode, _, name = facts.split()
+            found[path] = TreeEntry(mode, name)
+    return found
 
 
 LOCK_FILE = regex(r"(?:.*/)?(?:[^/]*[-.]lock(?:\.yaml|\.json|b)?|npm-shrinkwrap\.json|go\.sum)")
@@ -5668,7 +5967,10 @@ def rows_by_color(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, _Row]:
 
 def live_roles(rows: Iterable[_Row], rule: HaproxyRule) -> dict[str, str]:
     """Each colour as the running HAProxy read it, whatever the file says by now."""
-    roles = {"0": "active", "1": "backup"}
+    roles = {
+        "0": "active",
+        "1": "backup",
+    }
     return {color: roles[row["bck"]] for color, row in rows_by_color(rows, rule).items()}
 
 
@@ -5891,7 +6193,10 @@ def _a_flag(description: str, default: bool) -> _Schema:
 
 
 def _a_number(description: str, low: int, high: int, **more: int) -> _Schema:
-    limits = {"minimum": low, "maximum": high}
+    limits = {
+        "minimum": low,
+        "maximum": high,
+    }
     return {"type": "integer", "description": description, **limits, **more}
 
 
@@ -5900,7 +6205,10 @@ def _a_number(description: str, low: int, high: int, **more: int) -> _Schema:
 
 
 def _has(kind: str, description: str) -> _Schema:
-    return {"type": kind, "description": description}
+    return {
+        "type": kind,
+        "description": description,
+    }
 
 
 def _some(description: str, item: _Schema) -> _Schema:
@@ -6041,6 +6349,7 @@ PLAN_SCHEMA = _fields(
         "doors": _some(
             "what the new configuration changes in who gets in and what runs", {"type": "string"}
         ),
+        "steps": _some("what it would do besides the usual, as for submodules", {"type": "string"}),
         "refused": _some("why it would not go; empty where it would", {"type": "string"}),
         "warnings": _WARNINGS,
         "exit": _has("integer", "the kind of the refusal, as the contract's exit codes have it"),
@@ -6975,9 +7284,19 @@ def _no_number(word: str) -> NoReturn:
 def _confirmation(question: str) -> dict[str, Any]:
     """A request to a person: yes or no."""
     form = {"confirm": {"type": "boolean", "title": "Do it", "description": "yes, do it"}}
-    schema = {"type": "object", "properties": form, "required": ["confirm"]}
-    params = {"message": question, "requestedSchema": schema}
-    return {"method": "elicitation/create", "params": params}
+    schema = {
+        "type": "object",
+        "properties": form,
+        "required": ["confirm"],
+    }
+    params = {
+        "message": question,
+        "requestedSchema": schema,
+    }
+    return {
+        "method": "elicitation/create",
+        "params": params,
+    }
 
 
 def is_confirmed(reply: Any) -> bool:
@@ -8556,6 +8875,82 @@ def incoming_config(
     return new
 
 
+def probe_is_local(address: str) -> bool:
+    """Whether an address is this host's own; of the loopback net only 127.0.0.1 and ::1 count as
+    such.
+
+    A bind alone proves nothing: with `ip_nonlocal_bind` it succeeds for any address. Connecting a
+    UDP socket sends nothing and makes the kernel choose a source. It is the address itself where
+    that is ours, except for a second address in the same IPv4 subnet: there it is the first one,
+    but Linux routes nothing from a source that isn't ours.
+    """
+    with suppress(OSError, UsageError):
+        ip = _parse_ip(address)
+        if ip.version == 4:
+            family = socket.AF_INET
+        else:
+            family = socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(ip), 9))
+            if probe.getsockname()[0] == str(ip):
+                return True
+        if ip.version == 6 or ip.is_loopback or ip.is_unspecified or ip.is_multicast:
+            return False
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(ip), 0))
+            probe.connect((str(ip), 9))
+            return True
+    return False
+
+
+def own_address() -> str:
+    """The address that this host would use towards the internet; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+def own_addresses(
+    config: Config, seen: str | None, bind: str | None = None, role: Role | None = None
+) -> tuple[str, ...]:
+    """The addresses by which this very host's section is found: the one that the master has `seen`,
+    and those of its own that sections name.
+
+    Its own count for the master, which may be behind a NAT, and where no master has seen any: two
+    hosts of two sites may well have the same private address. `--bind` names the only one.
+    """
+    found = []
+    if seen or bind:
+        found.append(str(seen or bind))
+    if not bind and (not seen or role is Role.MASTER):
+        for section in config.hosts:
+            # all hosts have those of the loopback net
+            is_told = section.address and not ipaddress.ip_address(section.address).is_loopback
+            if is_told and probe_is_local(str(section.address)):
+                found.append(str(section.address))
+    return tuple(dict.fromkeys(found))
+
+
+def idle_sections(
+    config: Config, seen: str | None, bind: str | None, role: Role | None
+) -> Iterator[str]:
+    """Which sections name an address of this very host and have no effect here, and what to write.
+    `seen`: the address at which the master sees this host, where it has."""
+    hostname = socket.gethostname()
+    chosen = host_rule(config, own_addresses(config, seen, bind, role), hostname).key
+    own = own_addresses(config, None, bind)
+    for section in config.hosts:
+        is_ours = section.address in own and section.hostname in (None, hostname.casefold())
+        if not is_ours or section.key == chosen:
+            continue
+        text = f'[hosts."{section.key}"] has no effect on this host: '
+        if chosen:
+            yield text + f'[hosts."{chosen}"] is found first, and holds alone'
+        else:
+            yield text + f'the master sees it at {seen}; write [hosts."{seen}/{hostname}"]'
+
+
 def load_token(config: Config, tree: Path) -> bytes | None:
     """The shared secret, if there is one: ESTELLE_TOKEN, else what is in tokenFile. Raises
     ConfigError, without it."""
@@ -8597,7 +8992,10 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
         raise ConfigError(
             f"can't read [tls] ca {ca}: {problem.strerror}", "it is a file of PEM certificates"
         ) from None
-    return {"ssl": context, "server_hostname": config.master_url.host}
+    return {
+        "ssl": context,
+        "server_hostname": config.master_url.host,
+    }
 
 
 _PEM = "CERTIFICATE-----"
@@ -8759,7 +9157,10 @@ def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
         dropped += f"|{_PM2_KEYS}"
     kept = {key: value for key, value in env.items() if not re.fullmatch(dropped, key, _ANY_CASE)}
     if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
-        kept |= {"GIT_SSH_COMMAND": _SSH_COMMAND, "GIT_SSH_VARIANT": "ssh"}
+        kept |= {
+            "GIT_SSH_COMMAND": _SSH_COMMAND,
+            "GIT_SSH_VARIANT": "ssh",
+        }
     return kept | _NO_PROMPTS
 
 
@@ -10038,6 +10439,14 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     )
 
 
+def environment_in(text: str, rule: Effective, file: str) -> dict[str, str]:
+    """The variables that the text of an environmentFile gives. Raises ConfigError."""
+    if rule.environment_variable or is_nested(text):
+        name = rule.environment_variable or NESTED_VARIABLE
+        return {name: nested_environment(text, file, str(Path.home()))}
+    return parse_environment_file(text, file)
+
+
 def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
     """The host's environmentFile, if it has one: its variables, or the whole of it as one. Raises
     ConfigError."""
@@ -10049,11 +10458,7 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
         within = repo  # it was committed; an operator's own link may lead anywhere
     try:
         text = read_supplied(path, ENVIRONMENT_BYTES, within=within).decode("utf-8-sig")
-        if rule.environment_variable or is_nested(text):
-            name = rule.environment_variable or NESTED_VARIABLE
-            home = str(Path.home())
-            return {name: nested_environment(text, str(path), home)}
-        return parse_environment_file(text, str(path))
+        return environment_in(text, rule, str(path))
     except (OSError, UnicodeError) as problem:
         why = getattr(problem, "strerror", None) or problem
         raise ConfigError(f"can't read environmentFile {path}: {why}") from problem
@@ -10319,8 +10724,9 @@ class Runner:
         why = [f"cancelled by {by}" if by else "", left]
         return StepFailed(State.CANCELLED, step, error="; ".join(filter(None, why)))
 
-    def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> None:
-        """Run one command to its end. Raises StepFailed unless it ends with 0."""
+    def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> float:
+        """Run one command to its end; the seconds that took. Raises StepFailed unless it ends with
+        0."""
         number = self.job.steps + 1
         mark = f"{self.run}/{file_label(self.host)}/{number}"
         self.job = replace(self.job, steps=number, open_step=mark)
@@ -10329,6 +10735,7 @@ class Runner:
         else:
             begin = self.begin
         begin(step.label, step.kind)
+        started = time.monotonic()
         child = self.spawn(step, mark)
         began = self.job.began_command or step.kind == StepKind.COMMAND
         self.save(pipe=child.pipe, began_command=began)
@@ -10339,11 +10746,15 @@ class Runner:
         if left:
             self.warn(left)
         self.version = running.version or self.version
+        seconds = time.monotonic() - started
+        if announce:
+            note_time(self.job, mask_words(step.label, self.hidden), seconds)
         self.save(open_step=None, pipe=None)  # what it left running was left on purpose
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
             raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
+        return seconds
 
     def spawn(self, step: Step, mark: str) -> Spawned:
         """Start a step's command. Raises StepFailed."""
@@ -10356,7 +10767,7 @@ class Runner:
             return spawn_step([*program, *words], self.repo, env, mark=mark)
         except UpdaterError as problem:
             self.log.line(f"estelle-updater: error: {problem}")
-            raise StepFailed(State.FAILED, step.label, 127, str(problem)) from problem
+            raise StepFailed(State.FAILED, step.label, NOT_FOUND, str(problem)) from problem
 
     def stopped(self, label: str, child: Spawned, state: State, left: str) -> StepFailed:
         """How a step ends that a cancel or its deadline ended."""
@@ -10377,8 +10788,10 @@ class Runner:
             config = load_config(self.config_path)
         else:
             config, problem = load_config_or_last(self.config_path, self.state)
-        hostname = socket.gethostname()
-        self.rule = host_rule(config, self.job.address, hostname, job_role(self.job))
+        role = job_role(self.job)
+        bind = (read_json(self.state.daemon_file) or {}).get("bind")
+        place = own_addresses(config, self.job.address, bind, role)
+        self.rule = host_rule(config, place, socket.gethostname(), role)
         self.log.most_bytes = config.keep.job_megabytes << 20
         tree = work_tree(self.config_path)
         if self.rule.repo:
@@ -10537,6 +10950,11 @@ class WorkTree:
                         found.add(path)
         return found
 
+    def has_index(self) -> bool:
+        """Whether git has written down what is checked out here."""
+        name = os.fsdecode(self.ask("rev-parse", "--git-path", "index").strip())
+        return (self.root / name).exists()
+
     def find_stale_submodules(self) -> list[str]:
         """Those that are at another commit than the one that is named; one that is switched off in
         the clone's own settings is not meant."""
@@ -10592,15 +11010,63 @@ class WorkTree:
                 found[path] = Versions(before.ids | versions.ids, versions.in_head)
         return found
 
-    def restore(self, transit: Mapping[str, Any]) -> list[str]:
-        """HEAD's content again where git was writing; what is somebody's there is left, and
-        returned. Raises UpdaterError, OSError."""
-        commits = self.commits_of(["HEAD", *transit["commits"], "FETCH_HEAD"])
+    # The submodules
+
+    def iter_parts(
+        self, commits: Iterable[str], above: str = ""
+    ) -> Iterator[tuple[str, WorkTree, list[str]]]:
+        """The submodules that are there, also those within others: the path of each from here, its
+        tree, and the commits that HEAD or `commits` name for it."""
+        said = self.ask("config", "--file", ".gitmodules", "--null", "--list")
+        for item in os.fsdecode(said).split("\0"):
+            key, _, folder = item.partition("\n")
+            is_path = key.startswith("submodule.") and key.endswith(".path")
+            link = self.root / folder / ".git"
+            # without the second git would take the folder above it for the clone
+            if not is_path or not (link.is_file() or (link / "HEAD").exists()):
+                continue
+            part = WorkTree(self.root / folder, self.env, submodules=True, mark=self.mark)
+            wanted: set[str] = set()
+            for commit in ("HEAD", *commits):
+                listed = os.fsdecode(self.ask("ls-tree", "-z", commit, "--", folder))
+                wanted.update(one.id for one in parse_tree(listed).values())
+            path = f"{above}{folder}"
+            yield path, part, sorted(wanted)
+            yield from part.iter_parts(wanted, f"{path}/")
+
+    def discard_half_clone(self) -> bool:
+        """Remove a submodule whose clone was cut off: without a single ref it holds nothing, and
+        git would neither use it nor clone it again. Whether it was so."""
+        if self.ask("for-each-ref", "--count=1"):
+            return False
+        link = self.root / ".git"
+        if not link.is_file():
+            return False
+        place = self.root / link.read_text("utf-8", "replace").removeprefix("gitdir:").strip()
+        if "modules" not in place.resolve().parts:
+            return False
+        link.unlink()
+        shutil.rmtree(place, ignore_errors=True)
+        return True
+
+    def restore(
+        self, commits: Iterable[str], kept: Container[str], *, is_new: bool = False
+    ) -> list[str]:
+        """HEAD's content again where git was writing on its way to one of the commits; what is
+        somebody's there is left, and returned. `is_new`: nobody had anything here before. Raises
+        UpdaterError, OSError."""
+        commits = self.commits_of(["HEAD", *commits, "FETCH_HEAD"])
         versions = self.find_versions(commits[1:])
+        if is_new and not self.has_index():
+            self.write("reset", "-q")
         touched = set(self.changes().paths)
+        if is_new:
+            for path in touched.difference(versions):
+                blob = os.fsdecode(self.ask("rev-parse", f"HEAD:{path}").strip())
+                versions[path] = Versions({blob} - {""}, bool(blob))
         for path, one in [*versions.items()]:
             here = path in touched or (not one.in_head and os.path.lexists(self.root / path))
-            if not here or path in transit["kept"]:
+            if not here or path in kept:
                 del versions[path]
         theirs = [path for path in versions if not self.is_gits(path, versions[path].ids)]
         for path in theirs:
@@ -10660,6 +11126,520 @@ def _parts(paths: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+# what brings objects, and changes nothing else
+QUIET_FETCH = (
+    "--quiet",
+    "--no-write-fetch-head",
+    "--no-tags",
+    "--no-auto-maintenance",
+    "--refmap=",
+)
+
+
+class Coming:
+    """The files of a clone as a move to a commit would leave them: what it does not change is as it
+    is on the disk. `ask` asks git: the answer, or nothing where git says no. Objects may come;
+    nothing else changes."""
+
+    def __init__(
+        self, repo: Path, rule: Effective, commit: str, ask: Callable[..., str | None]
+    ) -> None:
+        self.repo, self.rule, self.commit, self.ask = repo, rule, commit, ask
+        self.root = repo
+        if not (repo / ".git").exists():  # a folder within the clone
+            up = self.git("rev-parse", "--show-cdup").strip()
+            self.root = Path(os.path.realpath(repo / up))
+        self.head = self.git(
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            "HEAD",
+        ).strip()
+        self.now: dict[str, TreeEntry] = {}
+        self.then: dict[str, TreeEntry] = {}
+
+    def git(self, *args: str) -> str:
+        """git's answer; "" where it says no. Raises UpdaterError."""
+        return self.ask(*args) or ""
+
+    def at_root(self, *args: str) -> str:
+        """The same, asked in the root of the clone."""
+        if self.root == self.repo:
+            return self.git(*args)
+        return self.git("-C", str(self.root), *args)
+
+    # The files
+
+    def inside(self, name: str) -> str:
+        """A path as git has it, seen from the repository's folder; "" where it leads out of the
+        clone."""
+        place = os.path.join(self.repo, name)
+        try:
+            within = os.path.relpath(place, self.root)
+            seen = os.path.relpath(place, self.repo)
+        except ValueError:  # another drive of Windows
+            return ""
+        if within.startswith(".."):
+            return ""
+        return seen.replace(os.sep, "/")
+
+    def manifests(self) -> list[str]:
+        """Where a package manager looks for package.json, from here to the clone's root."""
+        depth = len(self.repo.parts) - len(self.root.parts)
+        name = "package.json"
+        found = [name]
+        for _ in range(depth):
+            name = f"../{name}"
+            found.append(name)
+        return found
+
+    def find_fates(self) -> None:
+        """What HEAD and the commit have at the paths that the commands need.
+
+        Only what differs between them is moved: a file that was edited here, or that git does not
+        know, stays as it is, and the commands will find that one.
+        """
+        if self.head == self.commit:
+            return
+        names = [*self.manifests(), self.rule.environment_file or ""]
+        for command in split_commands(self.rule.command):
+            names.append(file_to_run(command))
+            if os.path.dirname(command[0]):
+                names += [command[0] + suffix for suffix in ("", *_WINDOWS_PROGRAMS)]
+        paths = {self.inside(name) for name in names if name} - {""}
+        for commit, found in ((self.head, self.now), (self.commit, self.then)):
+            said = self.git(
+                "ls-tree",
+                "-z",
+                commit,
+                "--",
+                *sorted(paths),
+            )
+            found.update(parse_tree(said))
+
+    def fate(self, name: str) -> tuple[bool, TreeEntry | None]:
+        """Whether the move changes what is at a path, and to what."""
+        path = self.inside(name)
+        now, then = self.now.get(path), self.then.get(path)
+        return now != then, then
+
+    def text(self, name: str) -> str | None:
+        """What a file will hold after the move; None where there will be none, or nobody knows."""
+        moved, entry = self.fate(name)
+        if moved:
+            if entry is None or not entry.mode.startswith("100"):
+                return None
+            return self.git("cat-file", "blob", entry.id)
+        with suppress(OSError):
+            return read_supplied(self.repo / name).decode("utf-8-sig", "replace")
+        return None
+
+    def will_be(self, name: str) -> bool:
+        """Whether something will be at a path; in a submodule nobody knows."""
+        moved, entry = self.fate(name)
+        if moved:
+            return entry is not None
+        return os.path.lexists(self.repo / name) or self.is_in_submodule(name)
+
+    def will_run(self, name: str) -> bool:
+        """Whether what will be at a path can be started as a program."""
+        for suffix in ("", *_WINDOWS_PROGRAMS):
+            entry = self.then.get(self.inside(name + suffix))
+            moved, _ = self.fate(name + suffix)
+            if moved and entry and (os.name == "nt" or entry.mode != "100644"):
+                return True
+        if self.fate(name)[0]:
+            return False
+        try:
+            return bool(resolve_program(name, "", self.repo))
+        except UpdaterError:
+            return self.is_in_submodule(name)
+
+    def is_in_submodule(self, name: str) -> bool:
+        """Whether a path lies in a submodule of the commit."""
+        path = os.path.relpath(os.path.join(self.repo, name), self.root).replace(os.sep, "/")
+        return any(path.startswith(f"{folder}/") for folder in self.submodules.values())
+
+    # The submodules
+
+    @functools.cached_property
+    def settings(self) -> dict[str, str]:
+        """The commit's .gitmodules."""
+        said = self.git(
+            "config",
+            "--blob",
+            f"{self.commit}:.gitmodules",
+            "--null",
+            "--list",
+        )
+        found = {}
+        for item in said.split("\0"):
+            key, _, value = item.partition("\n")
+            found[key] = value
+        return found
+
+    @functools.cached_property
+    def submodules(self) -> dict[str, str]:
+        """The folders of the commit's submodules, by their names."""
+        found = {}
+        for key, value in self.settings.items():
+            if key.startswith("submodule.") and key.endswith(".path"):
+                found[key.removeprefix("submodule.").removesuffix(".path")] = value
+        return found
+
+
+class Needs:
+    """What the commands of a deployment need of the host and of the commit that comes."""
+
+    def __init__(self, coming: Coming) -> None:
+        self.coming, self.rule, self.repo = coming, coming.rule, coming.repo
+
+    def environment(self) -> dict[str, str]:
+        """What the commands will be given. Raises ConfigError."""
+        file, extra = self.rule.environment_file, {}
+        if file and self.coming.fate(file)[0]:
+            text = self.coming.text(file)
+            if text is None:
+                raise ConfigError(f"there is no environmentFile {file} in {self.coming.commit[:7]}")
+            extra = environment_in(text.removeprefix("\ufeff"), self.rule, file)
+        elif file:
+            extra = read_environment(self.rule, self.repo)
+        return {**scrub_environment(os.environ), **extra, **self.rule.env}
+
+    def check_commands(self) -> tuple[list[Refusal], list[str]]:
+        """What the commands need and won't find; and what only an earlier one could bring."""
+        try:
+            path = self.environment().get("PATH", "")
+        except ConfigError as problem:
+            return [Refusal(problem.what, problem.hint)], []
+        wrong, unsure = [], []
+        for number, command in enumerate(split_commands(self.rule.command)):
+            missing = self.check_program(command, path)
+            # Of a list the first may install what the others need; a script is in package.json, and
+            # that comes with the commit.
+            if missing and number:
+                unsure.append(f"{missing.what}, unless an earlier command brings it")
+            elif missing:
+                wrong.append(missing)
+            script = self.check_script(command)
+            if script:
+                wrong.append(script)
+        return wrong, unsure
+
+    def check_program(self, command: Sequence[str], path: str) -> Refusal | None:
+        """What is wrong with a command's program, or the file that it is to interpret."""
+        name = command[0]
+        file = file_to_run(command)
+        label = plan_command(tuple(command)).label
+        if os.path.dirname(name):
+            if not self.coming.will_run(name):
+                what = f"{name}: not found, or not executable, in {self.coming.commit[:7]}"
+                fix = "commit it with git add --chmod=+x, or correct deploy.command"
+                return Refusal(
+                    what,
+                    fix,
+                    label,
+                    NOT_FOUND,
+                )
+        else:
+            try:
+                resolve_program(name, path)
+            except UpdaterError as problem:
+                return Refusal(
+                    problem.what,
+                    problem.hint,
+                    label,
+                    NOT_FOUND,
+                )
+        if file and not self.coming.will_be(file):
+            what = f"{file}: not found in {self.coming.commit[:7]}"
+            return Refusal(what, "commit it, or correct deploy.command")
+        return None
+
+    def check_script(self, command: Sequence[str]) -> Refusal | None:
+        """Whether package.json will have the script that a command runs."""
+        name, certain = script_to_run(command)
+        if not name:
+            return None
+        for manifest in self.coming.manifests():
+            if self.coming.will_be(manifest):
+                today = read_log(self.repo / manifest, 0, SUPPLIED_BYTES).decode(errors="replace")
+                return judge_script(
+                    command,
+                    self.coming.text(manifest),
+                    today,
+                    self.coming.commit,
+                )
+        if not certain or self.has_other_manifest():
+            return None
+        what = f"there is no package.json in {self.coming.commit[:7]}, and {name} is a script of it"
+        return Refusal(what, "commit it, or correct deploy.command")
+
+    def has_other_manifest(self) -> bool:
+        """Whether the script may be in another kind of package.json, or in one above the clone."""
+        for other in ("package.yaml", "package.json5"):
+            if (self.repo / other).exists():
+                return True
+        above = [folder / "package.json" for folder in self.coming.root.parents]
+        return any(map(Path.exists, above))
+
+
+class Foresight:
+    """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
+    job asks before its first change."""
+
+    def __init__(self, coming: Coming) -> None:
+        self.coming, self.rule, self.git = coming, coming.rule, coming.git
+        self.root, self.commit = coming.root, coming.commit
+
+    def look(
+        self, branch: str, local: str, unmerged: Sequence[str] = (), former: str = ""
+    ) -> Prospect:
+        """All that is known of the commit. `branch` is empty for a tag or a commit; `local` is
+        where the clone's own branch stands, `former` where the remote's was seen before the
+        fetch. Raises UpdaterError."""
+        self.coming.find_fates()
+        wrong, unsure = Needs(self.coming).check_commands()
+        known = Prospect(str(self.root), self.rule.remote, self.commit)
+        known = known._replace(
+            begun=self.find_begun(unmerged),
+            missing=tuple(wrong),
+            unsure=tuple(unsure),
+            update_submodules=self.rule.submodules,
+            get_pointers=self.rule.lfs,
+        )
+        if branch:
+            known = self.look_at_branch(
+                known,
+                branch,
+                local,
+                former,
+            )
+        known = self.look_at_submodules(known)
+        pointers = self.find_pointers()
+        if pointers:
+            has_lfs = bool(self.git("lfs", "version"))
+            known = known._replace(pointers=tuple(pointers), has_lfs=has_lfs)
+        return known
+
+    # The clone and its branches
+
+    def git_file(self, name: str) -> Path:
+        """A file of git's own in this work tree."""
+        folder = self.root / ".git"
+        if folder.is_dir():
+            return folder / name
+        return self.coming.repo / self.git("rev-parse", "--git-path", name).strip()
+
+    def find_begun(self, unmerged: Sequence[str]) -> str:
+        """What somebody began there and did not end: git would refuse to move on."""
+        for name in ("merge", "cherry-pick"):
+            file = f"{name.replace('-', '_').upper()}_HEAD"
+            if self.git_file(file).exists():
+                return name
+        if unmerged:
+            return "merge"
+        return ""
+
+    def look_at_branch(self, known: Prospect, branch: str, local: str, former: str) -> Prospect:
+        """What of the clone's own branch, or another one, stands in the way."""
+        known = known._replace(branch=branch)
+        if self.git("branch", "--show-current").strip() != branch:
+            elsewhere = self.find_other_tree(branch)
+            gone = bool(elsewhere) and not os.path.exists(elsewhere)
+            known = known._replace(is_current=False, elsewhere=elsewhere, elsewhere_is_gone=gone)
+        if not local:
+            return known._replace(clash=self.find_clash(branch))
+        if local == self.commit:
+            return known
+        said = self.git(
+            "rev-list",
+            "--count",
+            local,
+            "--not",
+            self.commit,
+            "--",
+        )
+        own = int(said or 0)
+        if not own:
+            return known
+        return known._replace(
+            own=own,
+            was_there=self.was_on_remote(branch, local, former),
+            is_shallow=self.git_file("shallow").exists(),
+        )
+
+    def find_other_tree(self, branch: str) -> str:
+        """The other work tree of this clone in which a branch is checked out, if any."""
+        place = ""
+        for line in self.git("worktree", "list", "--porcelain").splitlines():
+            word, _, value = line.partition(" ")
+            if word == "worktree":
+                place = value
+            is_it = (word, value) == ("branch", f"refs/heads/{branch}")
+            if is_it and os.path.realpath(place) != os.path.realpath(self.root):
+                return place
+        return ""
+
+    def find_clash(self, branch: str) -> str:
+        """The local branch with commits of its own that `branch` can't exist beside."""
+        start = "refs/heads/"
+        words = self.git("for-each-ref", start).split()
+        heads = [word.removeprefix(start) for word in words if word.startswith(start)]
+        for name in find_clashes(heads, branch):
+            if self.git(
+                "rev-list",
+                "--max-count=1",
+                start + name,
+                "--not",
+                "--remotes",
+                "--",
+            ):
+                return name
+        return ""
+
+    def was_on_remote(self, branch: str, local: str, former: str) -> bool:
+        """Whether the remote's branch once had all of the local one: then somebody rewrote it
+        there. What it had is in the log of the ref, where git keeps one."""
+        tracking = f"refs/remotes/{self.rule.remote}/{branch}"
+        # git's own way to tell commits that the remote once had from commits that were made here:
+        # it looks through what the ref was in former times.
+        fork = self.git(
+            "merge-base",
+            "--fork-point",
+            tracking,
+            local,
+        ).strip()
+        if fork == local:
+            return True
+        if not former:
+            return False
+        return not self.git(
+            "rev-list",
+            "--max-count=1",
+            local,
+            "--not",
+            former,
+            "--",
+        ).strip()
+
+    # What a commit only names
+
+    def look_at_submodules(self, known: Prospect) -> Prospect:
+        """The submodules, and which of them can't become what the commit names."""
+        if not self.coming.submodules:
+            return known
+        folders = sorted(self.coming.submodules.values())
+        listed = self.git(
+            "ls-tree",
+            "--full-tree",
+            "-z",
+            self.commit,
+            "--",
+            *folders,
+        )
+        links = {path: one.id for path, one in parse_tree(listed).items() if one.mode == "160000"}
+        stuck, moved = [], []
+        for name, folder in self.coming.submodules.items():
+            there = folder in links and (self.root / folder / ".git").exists()
+            if not there or not self.rule.submodules:
+                continue
+            problem = self.check_submodule(folder, links[folder])
+            # A clone goes on asking where it was cloned from, whatever .gitmodules says since: the
+            # commit may be at the new place alone.
+            url = self.coming.settings.get(f"submodule.{name}.url", "")
+            ours = self.git("config", "--get", f"submodule.{name}.url").strip()
+            if problem and not problem.hint and url != ours:
+                moved.append(folder)
+            elif problem:
+                stuck.append(problem)
+        return known._replace(
+            submodules=tuple(sorted(links)), stuck=tuple(stuck), moved=tuple(moved)
+        )
+
+    def check_submodule(self, folder: str, wanted: str) -> Refusal | None:
+        """Whether a submodule can be checked out at a commit; without a hint where its remote has
+        not got it."""
+        ask = functools.partial(self.git, "-C", str(self.root / folder))
+        here = ask(
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            "HEAD",
+        ).strip()
+        if here == wanted or not here:
+            return None
+        if not ask("cat-file", "-t", wanted):
+            ask(
+                "fetch",
+                *QUIET_FETCH,
+                "origin",
+                wanted,
+            )
+        if not ask("cat-file", "-t", wanted):
+            return Refusal(f"submodule {folder}: its remote has no commit {wanted[:7]}")
+        in_the_way = self.find_in_the_way(folder, here, wanted)
+        if not in_the_way:
+            return None
+        what = f"local changes in submodule {folder} are in the way: {paths_text(in_the_way)}"
+        return Refusal(what, f"git -C {self.root / folder} stash, or commit and push them")
+
+    def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
+        """The files of a submodule that git would refuse to overwrite on its way from one commit
+        to another."""
+        place = self.root / folder
+        ask = functools.partial(self.git, "-C", str(place))
+        diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
+        changed = ask(*diff, here, wanted).split("\0")
+        added = ask(
+            *diff,
+            "--diff-filter=A",
+            here,
+            wanted,
+        ).split("\0")
+        status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
+        said = ask(*status).encode("utf-8", "surrogateescape")
+        found = []
+        for path in parse_status(said).paths:
+            if path in changed:
+                found.append(path)
+        there = []
+        for path in added:
+            if path and os.path.lexists(place / path):
+                there.append(path)
+        if there:
+            listing = ("ls-files", "-z", "--others", "--exclude-standard", "--")
+            untracked = ask(*listing, *there[:PLAN_ROWS])
+            found += filter(None, untracked.split("\0"))
+        return found
+
+    def find_pointers(self) -> list[str]:
+        """The files that would be LFS' pointers, unless git-lfs brings what they stand for."""
+        asked = ("grep", "-F", "filter=lfs", self.commit, "--", "*.gitattributes")
+        rules = lfs_rules(self.coming.at_root(*asked))
+        if not rules:
+            return []
+        begin = f"{self.commit}:"
+        listed = self.coming.at_root(
+            "grep",
+            "-l",
+            "-z",
+            "-F",
+            _LFS_POINTER.decode(),
+            self.commit,
+        )
+        changed = self.coming.at_root(
+            "diff-tree", "-r", "-z", "--no-renames", "--name-only", self.coming.head, self.commit
+        )
+        arriving = set(changed.split("\0"))
+        found = []
+        for word in filter(None, listed.split("\0")):
+            path = word.removeprefix(begin)
+            data = read_log(self.root / path, 0, len(_LFS_POINTER))
+            stays = path not in arriving and data != _LFS_POINTER
+            if is_large(path, rules) and not stays:
+                found.append(path)
+        return found
 
 
 class Clearance:
@@ -10714,22 +11694,44 @@ class Clearance:
 
     # The commit
 
-    def judge_doors(self, commit: str) -> None:
+    def foresee(self, commit: str, branch: str, own: str, unmerged: Sequence[str]) -> Prospect:
+        """What is known of a commit that is about to be checked out. Where that can't but fail,
+        nothing has changed yet. Raises UpdaterError."""
+        runner = self.runner
+        runner.begin("config", StepKind.CONFIG)  # a wrong one is no reason to move the tree
+        config = self.judge_doors(commit) or load_config(runner.config_path)
+        rule = host_rule(config, runner.job.address, socket.gethostname())
+        runner.begin("check", StepKind.CHECK)
+        coming = Coming(runner.repo, rule, commit, self.ask)
+        known = Foresight(coming).look(branch, own, unmerged)
+        for one in judge_prospect(known).refused:
+            self.refuse(one)
+        return known
+
+    def refuse(self, one: Refusal) -> None:
+        """End the job before anything has changed; where its command would not start, as if it had
+        not. Raises StepFailed, UpdaterError."""
+        if one.exit_code is None:
+            raise UpdaterError(one.what, one.hint)
+        self.log.line(f"estelle-updater: error: {one.what}")
+        self.log.line(f"hint: {one.hint}")
+        self.runner.begin(one.command, StepKind.CHECK)
+        raise StepFailed(State.FAILED, one.command, one.exit_code, one.what)
+
+    def ask(self, *args: str) -> str | None:
+        """git's answer as text, None where it says no."""
+        return self.git(*args).decode("utf-8", "surrogateescape") or None
+
+    def judge_doors(self, commit: str) -> Config | None:
         """What a commit's configuration changes at the doors is a warning, and where it opens them
-        wide on the master's host, an end. Raises GuardError, before the tree moves."""
+        wide on the master's host, an end. The configuration, None where it is no other. Raises
+        GuardError, ConfigError."""
         runner = self.runner
         options, path = runner.job.options, runner.config_path
         old, _ = load_config_or_last(path, runner.state)
-
-        def ask(*args: str) -> str | None:
-            return self.git(*args).decode(errors="replace") or None
-
-        try:
-            new = incoming_config(commit, path, runner.repo, ask)
-        except ConfigError:  # it takes no effect, and the step `config` will say so
-            return
+        new = incoming_config(commit, path, runner.repo, self.ask)
         if new is None:
-            return
+            return None
         changes = compare_doors(old, new)
         opened = [change.text for change in changes if change.opens]
         is_master = options.get("master") == runner.host
@@ -10740,6 +11742,7 @@ class Clearance:
         for change in changes:
             if is_master or change.text.startswith(own):
                 runner.warn(f"new configuration: {change.text}")
+        return new
 
     def warn_of_doors(self, config: Config) -> None:
         """A new whitelist may shut out this host, or who asked: better said before it takes
@@ -10810,6 +11813,102 @@ def claim_clone(runner: Runner) -> CloneLock | None:
     return lock
 
 
+class Transit:
+    """The mark on disk while git writes the tree: from where, to where, and what was somebody's
+    before. Whoever finds it makes whole what git left half written."""
+
+    def __init__(self, runner: Runner, tree: WorkTree) -> None:
+        self.runner, self.tree, self.file = runner, tree, runner.state.transit_file
+
+    def begin(self, names: Iterable[str], dirty: Sequence[str]) -> dict[str, Any]:
+        """Leave the mark: a tree that is on its way to one of the commits. Raises UpdaterError,
+        OSError."""
+        mark = self.tree.begin_transit(names, dirty)
+        mark["submodules"] = {}
+        if self.tree.submodules:
+            for path, part, commits in self.tree.iter_parts(mark["commits"]):
+                # one that has no commit yet holds nothing of anybody's
+                if part.commit_of("HEAD"):
+                    within = part.begin_transit(commits, part.changes().paths)
+                    mark["submodules"][path] = within["kept"]
+        write_atomic(self.file, json.dumps(mark).encode(), durable=True)
+        return mark
+
+    def end(self) -> None:
+        """The tree is a commit."""
+        self.file.unlink(missing_ok=True)
+
+    def recover(self) -> None:
+        """What an earlier job left half written: whole again before anything else. Raises
+        UpdaterError."""
+        reading, mark = look_into_json(self.file)
+        if reading is Reading.MISSING:
+            return
+        if reading is not Reading.VALUE:
+            what = f"an earlier job ended while git wrote the tree, and {self.file} is {reading}"
+            raise UpdaterError(
+                what, f"git -C {self.tree.root} status; once that is well: rm {self.file}"
+            )
+        if os.path.realpath(mark.get("repo", "")) != os.path.realpath(self.tree.root):
+            return
+        self.runner.log.line(
+            "An earlier job ended while git wrote the tree: restoring what git wrote."
+        )
+        theirs = self.restore(mark)
+        if theirs:
+            raise UpdaterError(self.half_written(theirs), self.way_out(theirs))
+        self.end()
+
+    def undo(self, mark: Mapping[str, Any]) -> None:
+        """After a step that failed within git's writing; where that can't be, the next job tries
+        again."""
+        try:
+            theirs = self.restore(mark)
+        except (UpdaterError, OSError) as problem:
+            self.runner.warn(f"the tree is half written: {problem}")
+            return
+        if theirs:
+            self.runner.warn(self.half_written(theirs))
+            self.runner.log.line(f"hint: {self.way_out(theirs)}")
+            return
+        self.tree.go_back(mark["branch"])
+        self.end()
+
+    def restore(self, mark: Mapping[str, Any]) -> list[str]:
+        """Each tree as its HEAD has it, that of the submodules too; what is somebody's is left, and
+        returned. Raises UpdaterError, OSError."""
+        theirs = self.tree.restore(mark["commits"], mark["kept"])
+        if not self.tree.submodules:
+            return theirs
+        known = mark.get("submodules", {})
+        for path, part, commits in self.tree.iter_parts(mark["commits"]):
+            is_new = path not in known
+            if is_new and part.discard_half_clone():
+                self.runner.log.line(f"Submodule {path} was cloned halfway: that is removed.")
+                continue
+            left = part.restore(commits, known.get(path, ()), is_new=is_new)
+            theirs += [f"{path}/{name}" for name in left]
+        return theirs
+
+    def half_written(self, theirs: Sequence[str]) -> str:
+        """What stands in the way of restoring."""
+        return f"the tree is half written, and these are neither old nor new: {paths_text(theirs)}"
+
+    def way_out(self, theirs: Sequence[str]) -> str:
+        """The lines to type."""
+        first, *more = theirs
+        others = ""
+        if more:
+            others = f"; so the {count_text(len(more), 'other')}"
+        root = self.tree.root
+        for path, part, _ in self.tree.iter_parts(()):
+            if first.startswith(f"{path}/"):
+                root = part.root
+        name = os.path.relpath(self.tree.root / first, root)
+        restore = f"git -C {root} checkout HEAD -- {name}"
+        return f"keep what you need, then: {restore}, or rm it{others}"
+
+
 class Deployment:
     """The document's steps on one clone, in its order, done by a runner."""
 
@@ -10817,6 +11916,7 @@ class Deployment:
         self.runner, self.log, self.git = runner, runner.log, runner.git
         self.clearance = Clearance(runner)
         self.tree: WorkTree
+        self.transit: Transit
 
     def perform(self) -> None:
         """Check, fetch, check out, pull, and run the host's command."""
@@ -10829,13 +11929,19 @@ class Deployment:
         self.clearance.check_ground()
         remove_git_locks(runner)
         self.tree = runner.work_tree()
-        self.end_transit()
+        self.transit = Transit(runner, self.tree)
+        self.transit.recover()
         self.move_tree()
         runner.begin("config", StepKind.CONFIG)
         self.clearance.warn_of_doors(runner.load_rule(strict=True))
         self.clearance.confirm_traffic()
-        for command in split_commands(runner.rule.command):
-            runner.step(plan_command(command), runner.rule.timeout_s)
+        commands = split_commands(runner.rule.command)
+        for command in commands:
+            step = plan_command(command)
+            seconds = runner.step(step, runner.rule.timeout_s)
+            # One command alone is all but the whole time, which the result tells.
+            if len(commands) > 1:
+                self.log.line(f"{step.label}: {seconds:.1f} s")
         self.restart()
 
     def restart(self) -> None:
@@ -10875,39 +11981,46 @@ class Deployment:
         runner.step(plan_fetch(rule.remote), rule.timeout_s)
         refs = self.find_refs()
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
+        if get and self.has_commit(branch):
+            get = None
+            commit = branch
+        else:
+            commit = self.fetch_commit(get, refs)
         planned = runner.job.options.get("planned", {}).get(runner.host, "")
-        if planned and not get:
-            self.clearance.confirm_plan(planned, self.commit_to_come(branch, refs))
-        if not get:
-            self.clearance.judge_doors(self.commit_to_come(branch, refs))
-        elif self.has_commit(branch):
-            self.clearance.judge_doors(branch)
+        if planned:
+            self.clearance.confirm_plan(planned, commit)
         if planned and pull:
             pull = pin_pull(pull, planned)
         changes = self.find_changes()
         if changes.paths:
             runner.warn(f"local changes stay: {paths_text(changes.paths)}")
-        if f"refs/heads/{branch}" not in refs:
+        own = dict(zip(refs[2::3], refs[0::3], strict=False)).get(f"refs/heads/{branch}", "")
+        known = self.clearance.foresee(
+            commit,
+            branch if pull else "",
+            own,
+            changes.unmerged,
+        )
+        if pull and not own:
             self.make_way()
         branches = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
         names = [name for name in branches if name in refs]
         if is_commit_id(branch):
             names.append(branch)
-        transit = self.tree.begin_transit(names or [f"refs/tags/{branch}"], changes.paths)
-        write_atomic(runner.state.transit_file, json.dumps(transit).encode(), durable=True)
+        mark = self.transit.begin(names or [f"refs/tags/{branch}"], changes.paths)
         try:
-            self.go(get, checkout, pull, planned)
+            self.go(checkout, pull, known, announce=get is None)
             if is_commit_id(branch):
                 wanted = branch
             else:
                 wanted = f"refs/tags/{branch}"
             if pull:
                 wanted = planned or "FETCH_HEAD"
-            self.verify(wanted, transit["kept"])
+            self.verify(wanted, mark["kept"])
         except (StepFailed, UpdaterError):
-            self.restore(transit)
+            self.transit.undo(mark)
             raise
-        runner.state.transit_file.unlink()
+        self.transit.end()
 
     def find_refs(self) -> list[str]:
         """The full names of the branches, local and fetched, that are called as what was asked for;
@@ -10916,36 +12029,40 @@ class Deployment:
         names = (f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}")
         # a format of our own would need a %, which cmd.exe interprets
         refs = self.git("for-each-ref", *names).decode(errors="replace").split()
-        if not (set(names) & set(refs)) and not is_commit_id(branch):
-            with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
-                if self.git("ls-remote", remote, names[0]):
-                    runner.step(plan_fetch_branch(remote, branch), runner.rule.timeout_s)
-                    # a local branch by hand: git tracks no branch that it was told not to fetch
-                    self.tree.ask("branch", "--no-track", branch, names[1])
-                    refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        known = set(names) & set(refs)
+        if is_commit_id(branch) and not known:
+            return refs
+        told = self.git("config", "--get-all", f"remote.{remote}.fetch").decode(errors="replace")
+        if covers(told.split(), branch):
+            return refs
+        with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
+            if self.git("ls-remote", remote, names[0]):
+                runner.step(plan_fetch_branch(remote, branch), runner.rule.timeout_s)
+                if names[0] not in refs:
+                    # by hand: git tracks no branch that it was told not to fetch
+                    self.tree.ask(
+                        "branch",
+                        "--no-track",
+                        branch,
+                        names[1],
+                    )
+                refs = self.git("for-each-ref", *names).decode(errors="replace").split()
         return refs
 
-    def go(
-        self,
-        get: Step | None,
-        checkout: Step,
-        pull: Step | None,
-        planned: str,
-    ) -> None:
+    def fetch_commit(self, get: Step | None, refs: Sequence[str]) -> str:
+        """The commit that is to be checked out, by now here. Raises StepFailed."""
+        runner, branch = self.runner, self.runner.job.branch
+        if get is None:
+            return self.commit_to_come(branch, refs)
+        runner.step(get, runner.rule.timeout_s)
+        if is_commit_id(branch):
+            return branch
+        return self.tree.commit_of(f"refs/tags/{branch}")
+
+    def go(self, checkout: Step, pull: Step | None, known: Prospect, *, announce: bool) -> None:
         """Check out and pull, then what the commit only names: submodules and large files."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
-        if get and not self.has_commit(branch):
-            runner.step(get, rule.timeout_s)
-            target = branch
-            if not is_commit_id(branch):
-                tag = self.git("rev-list", "--max-count=1", f"refs/tags/{branch}", "--")
-                target = tag.decode(errors="replace").strip()
-                if planned:
-                    self.clearance.confirm_plan(planned, target)
-            self.clearance.judge_doors(target)
-            runner.step(checkout, rule.timeout_s, announce=False)
-        else:
-            runner.step(checkout, rule.timeout_s)
+        runner.step(checkout, rule.timeout_s, announce=announce)
         if pull:
             runner.step(pull, rule.timeout_s)
         else:
@@ -10953,6 +12070,14 @@ class Deployment:
             self.log.line("Nothing to pull: not a branch.")
         if (self.tree.root / ".gitmodules").exists():
             if rule.submodules:
+                for folder in known.moved:
+                    self.tree.ask(
+                        "submodule",
+                        "sync",
+                        "--",
+                        folder,
+                    )
+                    self.log.line(f"Submodule {folder}: from where .gitmodules says by now.")
                 runner.step(plan_submodules(), rule.timeout_s)
             else:
                 runner.warn("submodules stay as they are: deploy.submodules is false")
@@ -10964,15 +12089,13 @@ class Deployment:
         pointers = self.tree.find_pointers()
         if not pointers:
             return
-        what = f"files are only LFS pointers: {paths_text(pointers, 5)}"
+        what = pointers_text(pointers)
         if not rule.lfs:
             runner.warn(f"{what}; deploy.lfs is false")
             return
         if not self.git("lfs", "version"):
             runner.begin("git lfs pull", StepKind.LFS)
-            raise UpdaterError(
-                what, f"install git-lfs here, then: git -C {self.tree.root} lfs install"
-            )
+            raise UpdaterError(what, lfs_hint(str(self.tree.root)))
         if not self.git("config", "filter.lfs.clean"):
             self.git("lfs", "install", "--local")
         runner.step(plan_lfs(rule.remote), rule.timeout_s)
@@ -10981,25 +12104,20 @@ class Deployment:
             raise UpdaterError(f"still LFS pointers after git lfs pull: {paths_text(left)}")
 
     def make_way(self) -> None:
-        """A local branch that holds nothing of its own makes way for one that can't exist beside
-        it. Raises UpdaterError where it does."""
+        """A local branch makes way for one that can't exist beside it: it holds nothing of its own,
+        or the job would not have come here."""
         branch, start = self.runner.job.branch, "refs/heads/"
-        if is_commit_id(branch):
-            return
         words = self.git("for-each-ref", start).decode(errors="replace").split()
         heads = [word.removeprefix(start) for word in words if word.startswith(start)]
-        if branch in heads:
-            return
         for name in find_clashes(heads, branch):
-            own = self.git("rev-list", "--max-count=1", start + name, "--not", "--remotes", "--")
-            if own:
-                self.runner.begin(f"git checkout {branch}", StepKind.CHECKOUT)
-                what = f"the local branch {name} is in the way of {branch}"
-                hint = f"git -C {self.runner.repo} branch -m {name} kept-{name}"
-                raise UpdaterError(f"{what}, and no remote has its commits", hint)
             if self.tree.branch() == name:
                 self.tree.ask("checkout", "--quiet", "--detach")
-            self.tree.ask("branch", "--quiet", "-D", name)
+            self.tree.ask(
+                "branch",
+                "--quiet",
+                "-D",
+                name,
+            )
             self.log.line(f"The local branch {name} makes way: a remote branch has its commits.")
 
     def verify(self, asked: str, kept: Sequence[str]) -> None:
@@ -11009,7 +12127,14 @@ class Deployment:
         branch = runner.job.branch
         if len(tree.commits_of(["HEAD", asked], all_known=True)) != 1:  # they are not one commit
             head, wanted = tree.commit_of("HEAD"), tree.commit_of(asked)
-            own = self.git("rev-list", "--count", "HEAD", "--not", wanted or "HEAD", "--").decode()
+            own = self.git(
+                "rev-list",
+                "--count",
+                "HEAD",
+                "--not",
+                wanted or "HEAD",
+                "--",
+            ).decode()
             what = f"HEAD is {head[:12]}, and {branch} on the remote is {wanted[:12]}"
             if own.strip() not in ("", "0"):
                 commits = count_text(int(own), "commit")
@@ -11035,64 +12160,13 @@ class Deployment:
             if stale:
                 raise UpdaterError(f"submodules are not what the commit says: {paths_text(stale)}")
 
-    # When an earlier job, or this one, failed halfway
-
-    def end_transit(self) -> None:
-        """What an earlier job left half written: whole again before anything else. Raises
-        UpdaterError."""
-        transit = read_json(self.runner.state.transit_file)
-        if transit is None:
-            return
-        if os.path.realpath(transit.get("repo", "")) != os.path.realpath(self.tree.root):
-            return
-        self.log.line("An earlier job ended while git wrote the tree: restoring what git wrote.")
-        theirs = self.tree.restore(transit)
-        if theirs:
-            raise UpdaterError(self.half_written(theirs), self.way_out(theirs))
-        self.runner.state.transit_file.unlink()
-
-    def restore(self, transit: Mapping[str, Any]) -> None:
-        """After a step that failed within git's writing; where that can't be, the next job tries
-        again."""
-        try:
-            theirs = self.tree.restore(transit)
-        except (UpdaterError, OSError) as problem:
-            self.runner.warn(f"the tree is half written: {problem}")
-            return
-        if theirs:
-            self.runner.warn(self.half_written(theirs))
-            self.log.line(f"hint: {self.way_out(theirs)}")
-            return
-        self.tree.go_back(transit["branch"])
-        self.runner.state.transit_file.unlink(missing_ok=True)
-
-    def half_written(self, theirs: Sequence[str]) -> str:
-        """What stands in the way of restoring."""
-        return f"the tree is half written, and these are neither old nor new: {paths_text(theirs)}"
-
-    def way_out(self, theirs: Sequence[str]) -> str:
-        """The lines to type."""
-        first, *more = theirs
-        others = ""
-        if more:
-            others = f"; so the {count_text(len(more), 'other')}"
-        restore = f"git -C {self.tree.root} checkout HEAD -- {first}"
-        return f"keep what you need, then: {restore}, or rm it{others}"
-
     # What git knows
 
     def commit_to_come(self, branch: str, refs: Sequence[str]) -> str:
-        """What a pull would bring this branch to, as it was just fetched: the remote's commit, or
-        our own where that is ahead of it."""
+        """What a pull would bring this branch to, as it was just fetched."""
         commits = dict(zip(refs[2::3], refs[0::3], strict=False))
-        own = commits.get(f"refs/heads/{branch}", "")
         theirs = commits.get(f"refs/remotes/{self.runner.rule.remote}/{branch}", "")
-        if own == theirs or not own or not theirs:
-            return theirs or own
-        common = self.git("merge-base", own, theirs).decode(errors="replace").strip()
-        if common == theirs:
-            return own
-        return theirs
+        return theirs or commits.get(f"refs/heads/{branch}", "")
 
     def has_commit(self, name: str) -> bool:
         """Whether `name` is the id of a commit that is here already."""
@@ -11467,34 +12541,6 @@ def probe_master_addresses(host: str, port: int, timeout_s: float = 3.0) -> tupl
     for found in _answers([lookup], timeout_s):
         return tuple(dict.fromkeys(canonical_address(entry[4][0]) for entry in found))
     return ()
-
-
-def probe_is_local(address: str) -> bool:
-    """Whether an address is this host's own; of the loopback net only 127.0.0.1 and ::1 count as
-    such.
-
-    A bind alone proves nothing: with `ip_nonlocal_bind` it succeeds for any address. Connecting a
-    UDP socket sends nothing and makes the kernel choose a source. It is the address itself where
-    that is ours, except for a second address in the same IPv4 subnet: there it is the first one,
-    but Linux routes nothing from a source that isn't ours.
-    """
-    with suppress(OSError, UsageError):
-        ip = _parse_ip(address)
-        if ip.version == 4:
-            family = socket.AF_INET
-        else:
-            family = socket.AF_INET6
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((str(ip), 9))
-            if probe.getsockname()[0] == str(ip):
-                return True
-        if ip.version == 6 or ip.is_loopback or ip.is_unspecified or ip.is_multicast:
-            return False
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(ip), 0))
-            probe.connect((str(ip), 9))
-            return True
-    return False
 
 
 def _fetch_address(
@@ -11901,7 +12947,10 @@ def probe_health(check: Check) -> dict[str, Any]:
         words = getattr(problem, "strerror", None) or str(problem)
         if not words:
             words = type(problem).__name__
-        return {"ok": False, "detail": words}
+        return {
+            "ok": False,
+            "detail": words,
+        }
     seconds = time.monotonic() - began
     return {"ok": seconds <= check.takes_s, "detail": f"{detail} ({seconds:.2f} s)"}
 
@@ -13528,7 +14577,7 @@ _TEXTS, _SERVER = (
 )
 _LISTS = (
     *("subjects", "changed", "dirty", "in_the_way", "restart"),
-    *("refused", "warnings", "doors", "opens"),
+    *("refused", "warnings", "doors", "opens", "steps"),
 )
 _COUNTS = (
     "commits",
@@ -14058,6 +15107,7 @@ class Agent:
         self.state, self.config, self.machine, self.nonce = state, config, machine, nonce
         self.own = OwnJobs(state, config, machine, nursery)
         self.role: Role | None = None  # until the daemon has found it
+        self.bind: str | None = None  # the one address that counts as this host's, if so told
         # `status` must not wait for `health`, nor a plan for anybody
         self.places = {what: Threads(ANSWERS_AT_ONCE) for what in QUESTIONS}
 
@@ -14076,11 +15126,17 @@ class Agent:
             self.config.config.project or "",
         )
 
+    def place(self, config: Config, address: Any) -> tuple[str, ...]:
+        """The addresses by which a configuration's section for this host is found, where the master
+        sees it at `address`."""
+        return own_addresses(config, address, self.bind, self.role)
+
     def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
         """What the configuration says of this host, seen from `address`, and where its repository
         is."""
         tree = work_tree(self.config.path)
-        rule = host_rule(self.config.config, address, socket.gethostname(), self.role)
+        place = self.place(self.config.config, address)
+        rule = host_rule(self.config.config, place, socket.gethostname(), self.role)
         return rule, tree / rule.repo if rule.repo else tree
 
     # One connection to the master
@@ -14177,7 +15233,10 @@ def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
                 # who asks may have another clock than this host, which wrote down when it began
                 running_s = max(0, round(time.time() - (job.record.started or wrote)))
                 result |= {"running": job.record.run}
-                result |= {"silent_s": silent_s, "running_s": running_s}
+                result |= {
+                    "silent_s": silent_s,
+                    "running_s": running_s,
+                }
     return result
 
 
@@ -14186,9 +15245,8 @@ def tell_health(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     have changed it."""
     config, _ = load_config_or_last(agent.config.path, agent.state)
     rule, repo = agent.rule_and_repo(args.get("address"))
-    names = {
-        host_key(name) for name in (args.get("address"), rule.name, socket.gethostname()) if name
-    }
+    place = agent.place(config, args.get("address"))
+    names = {host_key(name) for name in (*place, rule.name, socket.gethostname()) if name}
     checks = []
     for check in config.health:
         if not check.hosts or names.intersection(map(host_key, check.hosts)):
@@ -14201,7 +15259,10 @@ def note_traffic(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     it."""
     run, host = args.get("run"), args.get("host")
     if (run, host) in agent.own.jobs:
-        word = {"at": args.get("at"), "is": str(args.get("is"))}
+        word = {
+            "at": args.get("at"),
+            "is": str(args.get("is")),
+        }
         write_atomic(agent.state.traffic_file(str(run), str(host)), json.dumps(word).encode())
     return {}
 
@@ -14345,6 +15406,9 @@ class Outlook:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.repo, self.remote, self.stop = repo, rule.remote, stop
+        self.local = ""  # where the clone's own branch stands
+        self.unmerged: tuple[str, ...] = ()
+        self.is_branch = False  # and no tag or commit
         extra: dict[str, str] = {}
         with suppress(ConfigError):  # the job will say so
             extra = read_environment(rule, repo)
@@ -14363,7 +15427,7 @@ class Outlook:
         )
         if code:
             return None
-        return out.decode("utf-8", "replace")
+        return out.decode("utf-8", "surrogateescape")
 
     def paths(self, *args: str) -> list[str]:
         """The paths in an answer to `-z`."""
@@ -14380,13 +15444,28 @@ class Outlook:
         TargetError."""
         names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
         # a star and not the third name: the ^ would get lost in a git.cmd
-        if (listed := self.git("ls-remote", self.remote, names[0], f"{names[1]}*")) is None:
+        if (
+            listed := self.git(
+                "ls-remote",
+                self.remote,
+                names[0],
+                f"{names[1]}*",
+            )
+        ) is None:
             raise UpdaterError(self.why())
         refs = {
             name: commit
             for commit, _, name in (line.partition("\t") for line in listed.splitlines())
         }
-        local = (self.git("rev-parse", "--verify", "--quiet", names[0]) or "").strip() or None
+        local = (
+            self.git(
+                "rev-parse",
+                "--verify",
+                "--quiet",
+                names[0],
+            )
+            or ""
+        ).strip() or None
         if local or names[0] in refs or not is_commit_id(branch):
             if local or names[0] in refs:
                 found = names[:1]
@@ -14399,6 +15478,7 @@ class Outlook:
                 raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
         else:
             name = target = branch
+        self.is_branch = name == names[0]
         self.bring(target, name.removesuffix("^{}"))
         return target, local
 
@@ -14407,14 +15487,15 @@ class Outlook:
         TargetError."""
         if self.git("cat-file", "-e", commit) is not None:
             return
-        quiet = (
-            "--quiet",
-            "--no-write-fetch-head",
-            "--no-tags",
-            "--no-auto-maintenance",
-            "--refmap=",
-        )
-        if self.git("fetch", *quiet, self.remote, name) is None:
+        if (
+            self.git(
+                "fetch",
+                *QUIET_FETCH,
+                self.remote,
+                name,
+            )
+            is None
+        ):
             raise TargetError(self.why())
 
     def list_heads(self, branches: Sequence[str]) -> dict[str, str]:
@@ -14441,25 +15522,31 @@ class Outlook:
             raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
         found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
         found["branch"] = (self.git("branch", "--show-current") or "").strip() or None
-        dirty = self.paths("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
-        found["dirty"] = [line[3:] for line in dirty]
+        status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
+        changes = parse_status((self.git(*status) or "").encode("utf-8", "surrogateescape"))
+        found["dirty"], self.unmerged = list(changes.paths), changes.unmerged
         try:
             target, local = self.find_target(branch)
         except UpdaterError as problem:
             return found | {"refused": [problem.what], "exit": problem.exit_code}
-        if local and (ahead := int(self.git("rev-list", "--count", f"{target}..{local}") or 0)):
-            found["diverged"] = self.git("merge-base", "--is-ancestor", target, local) is None
-            commits = count_text(ahead, "commit")
-            if found["diverged"]:
-                found["refused"].append(f"the local branch has {commits} that the remote has not")
-            else:
-                target = local
-                found["warnings"].append(f"{commits} of this host not on the remote; they stay")
+        self.local = local or ""
+        found["diverged"] = False
+        if local and local != target:
+            ahead = int(self.git("rev-list", "--count", f"{target}..{local}") or 0)
+            behind = int(self.git("rev-list", "--count", f"{local}..{target}") or 0)
+            found["diverged"] = bool(ahead and behind)
         range_ = f"{head}..{target}"
         found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
         found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
         subjects = (
-            self.git("log", "--oneline", "--no-decorate", f"--max-count={PLAN_ROWS}", range_, "--")
+            self.git(
+                "log",
+                "--oneline",
+                "--no-decorate",
+                f"--max-count={PLAN_ROWS}",
+                range_,
+                "--",
+            )
             or ""
         )
         self.compare(found, [commit for commit in (head, local, target) if commit])
@@ -14473,19 +15560,55 @@ class Outlook:
         touched, added = set(found["changed"]), set[str]()
         for one, two in itertools.pairwise(stops):
             touched.update(self.paths(*diff, one, two))
-            added.update(self.paths(*diff, "--diff-filter=A", one, two))
+            added.update(
+                self.paths(
+                    *diff,
+                    "--diff-filter=A",
+                    one,
+                    two,
+                )
+            )
         there = sorted(path for path in added if os.path.lexists(self.repo / path))[:PLAN_ROWS]
         if there:
-            untracked = self.paths("ls-files", "-z", "--others", "--exclude-standard", "--", *there)
+            untracked = self.paths(
+                "ls-files",
+                "-z",
+                "--others",
+                "--exclude-standard",
+                "--",
+                *there,
+            )
         else:
             untracked = []
-        found["in_the_way"] = sorted(touched.intersection(found["dirty"])) + untracked
+        in_the_way = []
+        for path in sorted(touched.intersection(found["dirty"])):
+            # a pull leaves what is in a submodule: that is looked at by itself
+            if not (self.repo / path / ".git").exists():
+                in_the_way.append(path)
+        found["in_the_way"] = in_the_way + untracked
         found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
         if found["in_the_way"]:
             names = ", ".join(found["in_the_way"][:PLAN_ROWS])
             found["refused"].append(
                 f"local changes are in the way of the incoming commits: {names}"
             )
+
+    def foresee(self, found: dict[str, Any], branch: str, rule: Effective) -> None:
+        """What a job with these settings would refuse before it moves the tree, and which steps
+        it would have besides the usual."""
+        target = found["target"]
+        coming = Coming(
+            self.repo,
+            rule,
+            target,
+            self.git,
+        )
+        if not self.is_branch:
+            branch = ""
+        forecast = judge_prospect(Foresight(coming).look(branch, self.local, self.unmerged))
+        found["refused"] += [one.text for one in forecast.refused]
+        found["warnings"] += forecast.warnings
+        found["steps"] = forecast.steps
 
 
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
@@ -14502,9 +15625,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         if found.get("target"):
             new = incoming_config(found["target"], config.path, repo, outlook.git)
         if new is not None and new != old:  # what runs comes from the configuration that arrives
-            rule = host_rule(new, address, hostname, agent.role)
+            place = agent.place(new, address)
+            rule = host_rule(new, place, hostname, agent.role)
             doors = compare_doors(old, new)
-            runs = compare_commands(old, new, address, hostname, agent.role)
+            runs = compare_commands(old, new, place, hostname, agent.role)
             found["doors"] = [change.text for change in (*doors, *runs)]
             found["opens"] = [change.text for change in doors if change.opens]
         elif new is None and config.problem:
@@ -14518,17 +15642,13 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         found["busy"] = agent.state.current()[0] or None
     with suppress(OSError):
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
-    program = split_commands(rule.command)[0][0]
-    if found.get("target") and not os.path.dirname(program):  # else the commit may bring it
-        try:
-            resolve_program(program, outlook.env.get("PATH", ""))
-        except UpdaterError as missing:
-            found["refused"].append(missing.what)
+    if found.get("target"):
+        outlook.foresee(found, branch, rule)
     with suppress(OSError):
         found["version"] = parse_version_file(read_committed(repo / rule.version, repo))
     if found.get("target"):
         file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
-        found["target_version"] = parse_version_file(file.encode())
+        found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
     return found | {"command": commands_text(rule.command), "restart": list(rule.restart)}
 
 
@@ -14591,7 +15711,10 @@ def tell_remote(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         for branch in branches:
             name = f"refs/remotes/{outlook.remote}/{branch}"
             known[branch] = (outlook.git("rev-parse", "--verify", "--quiet", name) or "").strip()
-        return {"heads": outlook.list_heads(branches), "known": known}
+        return {
+            "heads": outlook.list_heads(branches),
+            "known": known,
+        }
 
     return ask_aside(agent, args, ask)
 
@@ -15239,20 +16362,22 @@ async def makes_way(agents: dict[str, AgentLink], link: Link, hello: Hello, addr
     return True
 
 
-def host_names(config: Config, machine: str, address: str, claimed: str) -> tuple[str, str]:
-    """The configuration's name for the host, else the one it claims, unless that belongs to
-    another address; and the host name by which its section is found, "" for none."""
+def host_names(
+    config: Config, machine: str, places: Sequence[str], claimed: str
+) -> tuple[str, str]:
+    """The configuration's name for the host at `places`, else the one it claims, unless that
+    belongs to another address; and the host name by which its section is found, "" for none."""
     if not valid_host_name(claimed):
         claimed = ""
-    name = host_rule(config, address, claimed).name or claimed
+    name = host_rule(config, places, claimed).name or claimed
     nameless = f"unnamed-{machine[:4]}"
     for owned in dict.fromkeys((name, claimed)):
         owners = owners_of_name(config, owned)
-        if not owners or address in owners:
+        if not owners or not owners.isdisjoint(places):
             continue
         log.warning(
             "%s claims the name %s, which the configuration gives to %s",
-            address,
+            places[0],
             owned,
             ", ".join(sorted(owners)),
         )
@@ -15276,6 +16401,7 @@ class Roster:
         self.sorted: list[Machine] | None = None  # as people read them, while that holds
         self.rules: dict[str, HostRef] = {}  # machine -> what the configuration says of it
         self.rules_of: Config | None = None  # that configuration
+        self.bind: str | None = None  # the one address that counts as the master's own, if so told
 
     # Who is listed
 
@@ -15333,7 +16459,7 @@ class Roster:
         self.rules_of = config
         for known in list(self.machines.values()):
             claimed = known.hostname or known.name
-            name, hostname = host_names(config, known.machine, known.address, claimed)
+            name, hostname = host_names(config, known.machine, self.places_of(known), claimed)
             if (name, hostname) != (known.name, known.hostname or claimed):
                 self.place(replace(known, name=name, hostname=hostname))
 
@@ -15343,7 +16469,7 @@ class Roster:
         label = self.labels.label[host.machine]
         ref = self.rules.get(host.machine)
         if ref is None or (ref.label, ref.address, ref.name) != (label, host.address, host.name):
-            rule = host_rule(self.config.config, host.address, host.hostname or host.name)
+            rule = host_rule(self.config.config, self.places_of(host), host.hostname or host.name)
             section = ""
             if rule.hostname:
                 section = rule.key
@@ -15359,6 +16485,16 @@ class Roster:
         if online or (everyone and not ref.deploys):
             return replace(ref, online=online, deploys=ref.deploys or everyone)
         return ref
+
+    def places_of(self, host: Machine) -> tuple[str, ...]:
+        return self.places(host.machine, host.address)
+
+    def places(self, machine: str, address: str) -> tuple[str, ...]:
+        """The addresses by which a machine's section is found: what another host says of its own is
+        no proof, so only this very host's are all of them."""
+        if machine != self.own_machine:
+            return (address,)
+        return own_addresses(self.config.config, address, self.bind, Role.MASTER)
 
     def label_of(self, machine: str) -> str:
         """How people call a machine; "a host" where it has been none."""
@@ -15468,7 +16604,8 @@ class Registry(Roster):
         version, platform = (
             re.sub(r"[^ -~]", "?", text)[:40] for text in (hello.version, hello.platform)
         )
-        name, hostname = host_names(self.config.config, hello.machine, address, hello.name)
+        places = self.places(hello.machine, address)
+        name, hostname = host_names(self.config.config, hello.machine, places, hello.name)
         known = Machine(
             hello.machine,
             address,
@@ -17260,6 +18397,7 @@ class Planner:
             "command": None,
             "restart": [],
             "doors": [],
+            "steps": [],
             "refused": [],
             "warnings": [],
         }
@@ -17373,12 +18511,18 @@ async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"host": host.label, "color": active, "problem": "it is offline"}
         agent = desk.master.agents.get(host.machine)
         if agent:
-            asked = {"address": host.address, "branch": branch}
+            asked = {
+                "address": host.address,
+                "branch": branch,
+            }
             answer = await agent.ask("compare", asked, PLAN_S) or {"error": "it does not answer"}
             row |= answer
             row["problem"] = answer.get("error")
         rows.append(row)
-    return {"branch": branch, "rows": rows}
+    return {
+        "branch": branch,
+        "rows": rows,
+    }
 
 
 DESK: dict[str, Callable[[Desk, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
@@ -17684,7 +18828,10 @@ class Watcher:
                 self.past.setdefault(rule.key, {"done": "", "moves": 0})
             elif rule.key not in self.past:
                 old = known.get(rule.branch) or heads[rule.branch]
-                self.past[rule.key] = {"done": old, "moves": 0}
+                self.past[rule.key] = {
+                    "done": old,
+                    "moves": 0,
+                }
                 log.info("watch: %s on %s from %s on", rule.branch, rule.target, old[:7])
                 self.save()
             elif heads[rule.branch] == self.past[rule.key]["done"]:
@@ -17987,7 +19134,10 @@ def render_news(
     if form == "ntfy":
         words = (news.get("project"), news["event"], news["host"])
         title = " ".join(filter(None, words)).encode("ascii", "replace").decode()
-        headers |= {"Content-Type": "text/plain; charset=utf-8", "Title": title}
+        headers |= {
+            "Content-Type": "text/plain; charset=utf-8",
+            "Title": title,
+        }
         good = news["event"] in (State.SUCCEEDED, "switched", "test")
         return headers | ({} if good else {"Priority": "high", "Tags": "warning"}), text.encode()
     bodies = {
@@ -18401,7 +19551,11 @@ class Notifier:
         for impostor in keys.impostors.values():
             what = keys.impostor_text(impostor)
             title = f"[{self.own_address}] {what}; it was refused"
-            news = {"event": "impostor", "title": title, "host": impostor.address}
+            news = {
+                "event": "impostor",
+                "title": title,
+                "host": impostor.address,
+            }
             # Somebody who knocks every second would otherwise be a message every second.
             day = int(impostor.last // DAY_S)
             self.spool.tell(f"impostor-{impostor.machine}-{impostor.address}-{day}", news)
@@ -18463,7 +19617,12 @@ class Notifier:
         before = (read_json(self.traffic_file) or {}).get("active")
         if before and active != before and not self.switched:
             title = f"[{rule.host}] the traffic went from {before} to {active} without a switch"
-            news = {"event": "failover", "title": title, "host": rule.host, "active": active}
+            news = {
+                "event": "failover",
+                "title": title,
+                "host": rule.host,
+                "active": active,
+            }
             self.spool.tell(f"failover-{time.time():.3f}", news)
         if active != before:
             write_atomic(self.traffic_file, json.dumps({"active": active}).encode())
@@ -18576,6 +19735,26 @@ def refused(reply: Refuse) -> UpdaterError:
     return problem
 
 
+def near_address(config: Config, own: str) -> str:
+    """The address at which commands on the master's own host reach it, and are let in: masterUrl's
+    where that is this host's, and behind a NAT another one that the whitelist has."""
+    whitelist = Whitelist(config.whitelist)
+    listed = [entry.partition("/")[0] for entry in config.whitelist]
+    for address in (own, own_address(), *listed, "127.0.0.1"):
+        if probe_is_local(address) and whitelist.verdict(address).allowed:
+            return address
+    if probe_is_local(own):
+        return own
+    return "127.0.0.1"
+
+
+def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
+    """How a commander on the master's own host reaches the listener; a proxy may be what makes
+    masterUrl wss://."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
+
+
 class Caller:
     """Finds the master: on its own host by the local listener first, then by masterUrl."""
 
@@ -18586,6 +19765,14 @@ class Caller:
         local = (read_json(state.daemon_file) or {}).get("listen")
         if isinstance(local, str) and FileLock.held_elsewhere(state.daemon_lock):
             self.urls = list(dict.fromkeys([local, *self.urls]))
+            self.named = len(self.urls) - 1
+        elif host_rule(config, own_addresses(config, None, bind), socket.gethostname()).role is (
+            Role.MASTER
+        ):
+            # its daemon has another state folder, and masterUrl may not be reachable from inside
+            url = config.master_url
+            near = local_url(url, near_address(config, url.host), url.port, bool(config.tls.cert))
+            self.urls = list(dict.fromkeys([near, *self.urls]))
             self.named = len(self.urls) - 1
         # masterUrl may be wrong by now: the commit that mends it must get through
         last = state.last_master_url(config.master_url)
@@ -19210,9 +20397,10 @@ def gather_role(config: Config, options: ServeOptions, outside: bool) -> FoundRo
     Asks `outside` only where nothing nearer tells, and masterUrl's address is one that the internet
     knows.
     """
-    rule = host_rule(config, options.bind, socket.gethostname())
+    place = own_addresses(config, None, options.bind)
+    rule = host_rule(config, place, socket.gethostname())
     override = rule.role
-    source = f"[hosts] {rule.key}"
+    source = f'[hosts."{rule.key}"]'
     if options.role:
         override = options.role
         source = "--role"
@@ -19227,9 +20415,28 @@ def gather_role(config: Config, options: ServeOptions, outside: bool) -> FoundRo
     if outside and not told and any(map(is_public, addresses)):
         public = probe_public_address(PUBLIC_S)
         if public:
+            section = host_rule(config, (*place, public[0]), socket.gethostname())
+            if section.role:  # it need not prove what the configuration says
+                facts = replace(facts, override=section.role)
+                facts = replace(facts, override_source=f'[hosts."{section.key}"]')
             facts = replace(facts, public_address=public[0], public_source=public[1])
             return FoundRole(decide_role(facts), public[1])
     return FoundRole(decision)
+
+
+def role_advice(config: Config) -> str:
+    """What to write on the host that is the master and does not find out."""
+    return (
+        f"if this host is the master, {config.master_url.host} is behind a NAT: write"
+        f' [hosts."{own_address()}"] role = "master" in the configuration, or use --role master'
+    )
+
+
+def advise_role(config: Config, state: StateFolder) -> None:
+    """Say so, once, where nothing says what this host is and no master was ever here."""
+    section = host_rule(config, own_addresses(config, None), socket.gethostname())
+    if not section.role and not state.last_master_url(config.master_url):
+        log.once(advise_role, role_advice(config))
 
 
 class RoleKeeper:
@@ -19287,6 +20494,8 @@ class RoleKeeper:
         found = await self.find(outside)
         if found.decision.role is Role.MASTER:
             self.change(found)
+        elif not self.options.role and not self.options.bind:
+            await asyncio.to_thread(advise_role, self.config.config, self.options.state)
 
     async def prove(self, url: MasterUrl) -> None:
         """Only a public address says that this is the master: dial masterUrl and meet oneself, else
@@ -19385,9 +20594,12 @@ class Service:
         }
         with suppress(OSError):  # a full disk is no reason not to serve
             write_atomic(self.state.serve_file, json.dumps(how).encode())
+            # what this process records by it must not lie ahead of the next one's time
+            self.state.lived.save()
         on_stop_signals(asyncio.get_running_loop(), self.stop)
         self.nursery.open()
         agent = Agent(self.state, self.config, self.machine, self.nonce, self.nursery)
+        agent.bind = self.options.bind
         agent.own.recover()
         self.warn_of_oddities(agent)
         self.role.found = await self.role.find(outside=True)
@@ -19517,8 +20729,14 @@ class Service:
         self.announce(f"calling {self.config.config.master_url}")
 
         def welcomed(label: str) -> None:
-            url = self.config.config.master_url
+            config = self.config.config
+            url = config.master_url
             self.announce(f"welcomed as {label} by {url}", label=label, trouble="")
+            seen = None
+            if dialer.welcome:
+                seen = dialer.welcome.address
+            for text in idle_sections(config, seen, self.options.bind, Role.AGENT):
+                log.once(self, text)
 
         async def failed(outside: bool) -> None:
             # beside the label, which a deployment by hand still goes by
@@ -19545,14 +20763,15 @@ class Service:
         master = Master(
             self.state, self.config, self.machine, self.nonce, own, notifier.tell_of_job
         )
+        master.registry.bind = self.options.bind
         master.recover()
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         async with await self.listen(master, host, port), asyncio.TaskGroup() as group:
-            near = "127.0.0.1"
-            if await asyncio.to_thread(probe_is_local, own):
-                near = own
-            place = local_url(url, host or near, port, bool(master.door.certificate))
+            near = host or ""
+            if not near:
+                near = await asyncio.to_thread(near_address, self.config.config, own)
+            place = local_url(url, near, port, bool(master.door.certificate))
             where = host or "all addresses"
             self.announce(f"listening on {where} port {port}", listen=place, label=own)
             self.state.save_master_url(url)
@@ -19628,13 +20847,6 @@ def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:
     if not colon or not number.isascii() or not number.isdigit() or not 0 <= int(number) < 65536:
         raise UsageError(f"--listen {text!r} is not HOST:PORT", "for example --listen 0.0.0.0:9900")
     return host.strip("[]") or None, int(number)
-
-
-def local_url(url: MasterUrl, host: str, port: int, secure: bool) -> str:
-    """How a commander on the master's own host reaches the listener; a proxy may be what makes
-    masterUrl wss://."""
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{'wss' if secure else 'ws'}://{f'[{name}]' if ':' in name else name}:{port}{url.path}"
 
 
 # ==============================================================================
@@ -20498,7 +21710,7 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
         return list(problem.problems) or [problem.what], []
     warnings = config_warnings(config)
     tree = work_tree(path)
-    rule = host_rule(config, None, socket.gethostname())
+    rule = host_rule(config, own_addresses(config, None), socket.gethostname())
     for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
         if name and not (tree / name).exists():
             warnings.append(f"{key}: there is no {tree / name} on this host")
@@ -20520,7 +21732,8 @@ def effective_settings(
     config: Config, address: str | None, role: Role | None = None
 ) -> list[tuple[str, str, str]]:
     """(key, value, where it comes from) of everything that holds on this host."""
-    rule = host_rule(config, address, socket.gethostname(), role)
+    place = own_addresses(config, None, address)
+    rule = host_rule(config, place, socket.gethostname(), role)
     own = next((host for host in config.hosts if host.key == rule.key), None)
     rows = [
         ("masterUrl", str(config.master_url), "file"),
@@ -20702,14 +21915,6 @@ def is_address(text: str) -> bool:
         canonical_address(text)
         return True
     return False
-
-
-def own_address() -> str:
-    """The address that this host would use towards the internet; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect(("192.0.2.1", 9))
-        return str(probe.getsockname()[0])
-    return "127.0.0.1"
 
 
 # What git sets for its hooks and would act on instead of the folder (`git rev-parse
@@ -21472,7 +22677,8 @@ class Setup(HostChanges):
     def writable(self) -> list[str]:
         """Where the service may write; the program's folder is for `upgrade`, where its owner lets
         it."""
-        other = host_rule(self.config, self.bind, socket.gethostname()).repo
+        place = own_addresses(self.config, None, self.bind)
+        other = host_rule(self.config, place, socket.gethostname()).repo
         places = [self.repo, other and self.repo / other, Path(self.argv[1]).parent]
         if "--state" in self.argv:
             places.append(self.state.root)
@@ -21483,8 +22689,9 @@ class Setup(HostChanges):
         units = []
         # Of both roles: a host that becomes the master must not need another `setup` first.
         listed: list[str] = []
+        place = own_addresses(self.config, None, self.bind)
         for role in Role:
-            listed += host_rule(self.config, self.bind, socket.gethostname(), role).restart
+            listed += host_rule(self.config, place, socket.gethostname(), role).restart
         for service in map(parse_service, dict.fromkeys(listed)):
             if service.keeper == "systemd":
                 name = service.name
@@ -21719,7 +22926,9 @@ class Doctor:
         if not (address and is_address(address)):
             address = None
         role = own_role(config, path, self.state, self.args.bind)
-        rule = host_rule(config, address, socket.gethostname(), role)
+        place = own_addresses(config, address, self.args.bind, role)
+        rule = host_rule(config, place, socket.gethostname(), role)
+        yield from self.sections(config, address, role, rule)
         tree = work_tree(path)
         extra = dict(rule.env)
         with suppress(ConfigError):
@@ -21831,6 +23040,16 @@ class Doctor:
 
     # The fleet
 
+    def sections(
+        self, config: Config, address: str | None, role: Role, rule: Effective
+    ) -> Iterator[Finding]:
+        """Which section of the configuration holds on this host, and which is not found."""
+        for text in idle_sections(config, address, self.args.bind, role):
+            what, _, fix = text.partition("; ")
+            yield Finding("section", False, what, fix or "put into that one what holds here")
+        if rule.key:
+            yield Finding("section", True, f'[hosts."{rule.key}"]')
+
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
         """Git, the clone, its remote, and what the deploy command needs."""
         code, said = try_command(["git", "--version"], self.env)
@@ -21906,7 +23125,10 @@ class Doctor:
             if "may not command" in problem.what:  # an agent is all that it is to be
                 yield Finding("commanders", None, f"{problem.what}; {who_commands(config)}")
                 return
-            yield Finding("master", False, problem.what, problem.hint)
+            hint = problem.hint
+            if decision.role is Role.AGENT and not isinstance(problem, RefusedError):
+                hint = "; ".join(filter(None, (hint, role_advice(config))))
+            yield Finding("master", False, problem.what, hint)
         except ImportError:
             yield Finding("master", None, "not asked: a package is missing")
         else:
@@ -22511,6 +23733,9 @@ class TextView(LineView):
         lines = []
         if len(jobs) > 1:
             lines += ["", *lay_table(ENDING_HEAD, ending_rows(jobs), columns), ""]
+        slow = slow_steps_text(jobs)
+        if slow:
+            lines.append(fold_line(terminal_text(slow), columns, 0))
         lines.append(f"{good} of {len(jobs)} ok in {took}  {run.run}")
         self.output.write_lines(lines)
 
@@ -23055,7 +24280,11 @@ class JsonView(LineView):
     def result(self, job: JobRecord) -> None:
         if rest := self.partial.pop(job.host, b""):
             self.line(job.host, rest)
-        self.emit(event="result", run=job.run, **job_summary(job))
+        more = {}
+        if job.timed_steps:
+            times = step_times(job)
+            more["steps"] = [{"step": label, "seconds": seconds} for label, seconds in times]
+        self.emit(event="result", run=job.run, **job_summary(job), **more)
 
     def done(self, run: RunRecord, jobs: Sequence[JobRecord]) -> None:
         super().done(run, jobs)
@@ -23231,7 +24460,10 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
         raise GuardError(f"run {run} goes on", "wait for its end")
     if not failed:
         raise UsageError(f"run {run} succeeded everywhere", "there is nothing to do again")
-    return {"target": ",".join(failed), "branch": found["branch"]}
+    return {
+        "target": ",".join(failed),
+        "branch": found["branch"],
+    }
 
 
 def find_run(args: Args, word: str, *, open_first: bool = False) -> str:
@@ -23356,7 +24588,10 @@ def ask_ways_back(args: Args, jobs: Sequence[JobRecord]) -> dict[str, str]:
     hosts = [job.host for job in jobs if may_roll_back(job)]
     if not hosts:
         return {}
-    asked = {"action": "rollback", "target": ",".join(hosts)}
+    asked = {
+        "action": "rollback",
+        "target": ",".join(hosts),
+    }
     try:
         plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     except UpdaterError:  # nobody answers by now: what is not known is not advised
@@ -23425,6 +24660,8 @@ def plan_notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(f"run {run} is queued")
     for text in row.get("doors", ()):  # an older master says nothing of them
         notes.append(f"new configuration: {text}")
+    for text in row.get("steps", ()):
+        notes.append(f"also runs {text}")
     for text in row["warnings"]:
         notes.append(f"! {text}")
     for text in row["refused"]:  # last, next to the question that follows
@@ -23530,7 +24767,11 @@ def confirm(args: Args, question: str, no: str = "nothing was done") -> None:
 def cmd_rollback(args: Args) -> int:
     """Plan, ask, go back. A commit whose configuration opens doors is only taken with a person's
     yes or --force. Raises GuardError for a no."""
-    asked = {"action": "rollback", "target": args.target, "to": args.to}
+    asked = {
+        "action": "rollback",
+        "target": args.target,
+        "to": args.to,
+    }
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     order = plan_rollback(plan)
     if args.force:
@@ -23580,8 +24821,11 @@ def cmd_switch(args: Args) -> int:
         return run_order(args, order, "switch to ")[0]
     except UnreachableError as problem:
         config = load_config(args.config_path())
-        rule, own = config.haproxy, host_rule(config, args.bind, socket.gethostname())
-        here = (own.name, own.hostname, own.address, args.bind, socket.gethostname())
+        rule, place = config.haproxy, own_addresses(config, None, args.bind)
+        own = host_rule(config, place, socket.gethostname())
+        here = {own.name, own.hostname, own.address, args.bind, socket.gethostname()}
+        if rule and is_address(rule.host) and not args.bind and probe_is_local(rule.host):
+            here.add(rule.host)
         if (
             # The order may have arrived before the line broke: a second switch beside it would undo
             # it.
@@ -23947,7 +25191,11 @@ def half_way_text(host: Mapping[str, Any]) -> str:
 def cmd_freeze(args: Args) -> int:
     """Nobody deploys for a while (seconds), or until `thaw`: said to the master, which refuses
     orders meanwhile."""
-    asked = {"name": args.name, "seconds": args.duration, "by": user_name()}
+    asked = {
+        "name": args.name,
+        "seconds": args.duration,
+        "by": user_name(),
+    }
     result = ask_master(args, "freeze", asked)
     show(args, result, result["text"])
     return 0

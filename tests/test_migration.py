@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 from tests.fleet import Fleet
@@ -50,6 +51,15 @@ def test_the_older_configuration_becomes_a_green_deployment(fleet: Callable[...,
     one.origin.commit({"build.sh": "exit 7\n"})
     failed = one.cli("trigger", "all", "master")
     assert failed.code == 1 and "✗ 실패 sh build.sh (exit 7)" in failed.out and "released" not in failed.out
+    # each is timed by itself, in the log and in JSON; and has the whole of deploy.timeout, not what others left of it
+    assert [re.fullmatch(r"sh build\.sh: \d+\.\d s", line) is not None for line in lines[said + 1 :]].count(True) == 1
+    one.origin.commit({"build.sh": "sleep 1.2\n"})
+    events = [json.loads(line) for line in one.cli("trigger", "all", "master", "--json").out.splitlines()]
+    (result,) = (event for event in events if event["event"] == "result")
+    times = {step["step"]: step["seconds"] for step in result["steps"]}
+    assert list(times)[-3:] == ["sh -c echo installed", "sh build.sh", "sh -c echo released"]
+    assert times["sh build.sh"] >= 1.2 > times["sh -c echo installed"] > 0
+    assert list(times)[:2] == ["git fetch origin", "git checkout master"]
 
 
 def test_master_and_agents_run_what_their_role_says(fleet: Callable[..., Fleet]) -> None:
@@ -79,3 +89,14 @@ def test_master_and_agents_run_what_their_role_says(fleet: Callable[..., Fleet])
     one.stop(one.master)
     alone = one.cli("deploy", "master")
     assert alone.code == 0 and "on the master" in alone.out, "no daemon has to say the role"
+
+
+def test_each_of_several_commands_has_the_whole_time_limit(fleet: Callable[..., Fleet]) -> None:
+    """Together they may take longer; one that takes longer is named."""
+    steps = [["sh", "-c", "sleep 2"], ["sh", "slow.sh"], ["sh", "-c", "echo never"]]
+    one = fleet(hosts=1, config={"deploy": {"command": steps, "timeout": 3}})
+    one.origin.commit({"slow.sh": "sleep 2\n"})
+    assert one.cli("trigger", "all", "master").code == 0
+    one.origin.commit({"slow.sh": "sleep 20\n"})
+    late = one.cli("trigger", "all", "master")
+    assert late.code == 1 and "✗ 시간 초과 sh slow.sh" in late.out and "echo never..." not in late.out

@@ -123,6 +123,115 @@ def test_what_git_would_refuse_is_what_the_plan_says(fleet: MakeFleet) -> None:
     assert verdicts == [0, 0, 1, 1, 1, 1, 1]
 
 
+def test_what_a_job_can_know_the_plan_says_and_nothing_moves(fleet: MakeFleet, tmp_path: Path) -> None:
+    """Each trap before the first change: the plan refuses, the job refuses with the same words, and git wrote nothing.
+    What may yet be true is refused by neither."""
+    one = fleet(hosts=1, command=COMMAND)
+    host, git, repo = one.master, one.origin.git, one.master.repo
+    write_script("echo ok\n", host)
+    settings = json.loads(host.config.read_text())
+    git("config", "--global", "protocol.file.allow", "always")
+    git("config", "--global", "user.name", "x")
+    git("config", "--global", "user.email", "x@y")
+
+    def command(
+        *words: Any, branch: str, files: dict[str, Any] | None = None, mode: str = "-x", hosts: Any = ()
+    ) -> None:
+        """A commit with another command."""
+        text = json.dumps(settings | {"deploy": {"command": list(words)}, "hosts": dict(hosts)})
+        one.origin.commit({"config/updater.json": text, **(files or {})}, branch)
+        if files and mode == "+x":
+            for name in files:
+                (one.origin.seed / name).chmod(0o755)
+            git("commit", "--quiet", "--amend", "--all", "--no-edit")
+            git("push", "--quiet", "--force", "origin", branch)
+        git("switch", "--quiet", "master")
+
+    package = json.dumps({"scripts": {"build": "true"}})
+    new_path = {host.address: {"environmentFile": "new.env"}}
+    for name in ("p/here-it-is", "p/pnpm"):
+        (tmp_path / "p").mkdir(exist_ok=True)
+        (tmp_path / name).write_text('#!/bin/sh\necho $0 "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    command("no-such-program", "x", branch="program")
+    command("pnpm", "deploy:release", branch="script", files={"package.json": package, "new.env": "PATH=/bin"})
+    command("./bin/go", branch="mode", files={"bin/go": "#!/bin/sh\n"})
+    command("bin/none", branch="file")
+    command("sh", "none.sh", branch="text")
+    command(*COMMAND, branch="environment", hosts=new_path)
+    git("checkout", "-q", "-b", "invalid", "master")
+    one.origin.commit({"config/updater.json": "{"}, "invalid")
+    git("switch", "--quiet", "master")
+    for branch in ("tree", "clash/1", "rewritten"):
+        one.origin.commit({"side": branch}, branch)
+        git("switch", "--quiet", "master")
+
+    def own_clash() -> None:
+        git("checkout", "-q", "-b", "clash", cwd=repo)
+        git("commit", "-q", "--allow-empty", "-m", "mine", cwd=repo)
+        git("checkout", "-q", "master", cwd=repo)
+
+    def rewrite() -> None:
+        git("branch", "-q", "rewritten", "origin/rewritten", cwd=repo)
+        git("checkout", "-q", "rewritten")
+        git("commit", "-q", "--amend", "-m", "other")
+        git("push", "-q", "--force", "origin", "rewritten")
+
+    def begin_merge() -> None:
+        git("checkout", "-q", "rewritten", cwd=repo)
+        git("reset", "--quiet", "--hard", "origin/rewritten", cwd=repo)
+        git("merge", "-q", "--no-ff", "--no-commit", "origin/tree", "-X", "ours", cwd=repo)
+
+    git("fetch", "-q", cwd=repo)
+    two = host.folder / "two"
+    traps: list[tuple[str, Callable[[], object], str]] = [
+        ("program", lambda: None, "no-such-program: not found in PATH"),
+        ("script", lambda: None, "has no script deploy:release; its scripts are: build"),
+        ("mode", lambda: None, "./bin/go: not found, or not executable, in"),
+        ("file", lambda: None, "bin/none: not found, or not executable, in"),
+        ("text", lambda: None, "none.sh: not found in"),
+        ("environment", lambda: None, "can't read environmentFile"),
+        ("invalid", lambda: None, "config/updater.json"),
+        ("tree", lambda: git("worktree", "add", "-q", "-b", "tree", "../two", "origin/tree", cwd=repo),
+         f"tree is checked out in another work tree: {two}; git -C {two} checkout --detach"),
+        ("clash/1", own_clash, f"no remote has its commits; git -C {repo} branch -m clash kept-clash"),
+        ("rewritten", rewrite, f"rewritten was force-pushed: the local branch has 1 commit that the remote has not any"
+         f" more; git -C {repo} branch -f rewritten origin/rewritten"),
+        ("master", begin_merge, f"a merge that somebody began in {repo} is not ended; git -C {repo} status, then"),
+    ]  # fmt: skip
+    for branch, prepare, words in traps:
+        prepare()
+        before, head_before = photograph(repo), head(one, host)
+        before.pop(str(repo / ".git/FETCH_HEAD"), None)
+        refused = plan(one, "all", branch, code=1)[host.address]["refused"]
+        assert words in "; ".join(refused), branch
+        run = one.cli("trigger", "all", branch)
+        assert run.code == 1 and words.partition(";")[0] in run.out, (branch, run.out, run.err)
+        assert head(one, host) == head_before and f"nothing changed on {host.address}" in run.err, branch
+        assert f"git checkout {branch}..." not in run.out, branch
+    git("merge", "--abort", cwd=repo)
+
+    # the lines to type do what they say
+    git("checkout", "-q", "master", cwd=repo)
+    for typed in (["branch", "-f", "rewritten", "origin/rewritten"], ["branch", "-m", "clash", "kept-clash"]):
+        git(*typed, cwd=repo)
+    git("checkout", "-q", "--detach", cwd=host.folder / "two")
+    # in what the commit brings, in the PATH that its environment gives, by a later command
+    command("./bin/go", branch="mode", files={"bin/go": "#!/bin/sh\n"}, mode="+x")
+    later = ["sh", "-c", "mkdir -p own; echo '#!/bin/sh' > own/late; chmod +x own/late"]
+    command(later, ["own/late"], branch="later")
+    command("here-it-is", "x", branch="path", files={"new.env": f"PATH={tmp_path / 'p'}:{os.environ['PATH']}\n"},
+            hosts=new_path)  # fmt: skip
+    command("pnpm", "deploy:release", branch="script", files={
+        "package.json": json.dumps({"scripts": {"deploy:release": "x"}}),
+        "new.env": f"PATH={tmp_path / 'p'}:{os.environ['PATH']}\n"}, hosts=new_path)  # fmt: skip
+    for branch in ("rewritten", "clash/1", "tree", "mode", "later", "path", "script", "master"):
+        row = plan(one, "all", branch)[host.address]
+        assert ("own/late: not found" in str(row["warnings"])) == (branch == "later")
+        run = one.cli("trigger", "all", branch)
+        assert run.code == 0, (branch, row, run.out)
+
+
 def test_plan_sees_the_incoming_configuration_and_a_running_job(fleet: MakeFleet) -> None:
     one = fleet(hosts=2, command=COMMAND)
     agent = one.agents[0]
@@ -132,7 +241,7 @@ def test_plan_sees_the_incoming_configuration_and_a_running_job(fleet: MakeFleet
     waiting = detach(one, agent.address, "other")
     good = json.loads(agent.config.read_text())
     config = good | {"deploy": {"command": ["sh", "x.sh"], "restart": ["b.service"]}}
-    one.origin.commit({"config/updater.json": json.dumps(config)})
+    one.origin.commit({"config/updater.json": json.dumps(config), "x.sh": ""})
     row = plan(one, agent.address, "master")[agent.address]
     assert (row["busy"], row["queued"]) == (run, [waiting])
     assert (row["command"], row["restart"]) == ("sh x.sh", ["b.service"])
@@ -143,7 +252,7 @@ def test_plan_sees_the_incoming_configuration_and_a_running_job(fleet: MakeFleet
     absent = {**good, "deploy": {"command": ["no-such-program", "x"]}}
     one.origin.commit({"config/updater.json": json.dumps(absent)})
     missing = plan(one, agent.address, "master", code=1)[agent.address]["refused"]
-    assert missing == ["no-such-program: not found in PATH"]
+    assert [text.partition(";")[0] for text in missing] == ["no-such-program: not found in PATH"]
     one.origin.commit({"config/updater.json": json.dumps(good)})
     assert plan(one, agent.address, "master")[agent.address]["expected_s"] is not None
     one.origin.bare.rename(one.origin.bare.with_suffix(".away"))

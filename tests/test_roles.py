@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import COMMAND, write_script
 from tests.fleet import Fleet, Host, wait_for
 from tests.machines import Network
 
@@ -111,3 +112,63 @@ def test_a_refused_agent_says_which_address_the_master_saw(fleet: MakeFleet) -> 
     wait_for(lambda: "the master refused us" in one.agents[0].stderr, lambda: one.agents[0].stderr)
     assert "127.0.0.2" in one.agents[0].stderr and "whitelist" in one.agents[0].stderr
     assert one.master.stderr.count("refused 127.0.0.2") == 1
+
+
+def test_a_master_behind_a_nat_is_what_its_own_address_s_section_says(fleet: MakeFleet, netns: MakeNetwork) -> None:
+    """masterUrl's address is the router's: nobody behind it has that address, and none of them reaches it."""
+    network = netns(2)
+    one = fleet(hosts=2, network=network, start=False, command=COMMAND)
+    master, agent = one.hosts
+    public, private = "203.0.113.9", "10.9.9.9"
+    way = ["-d", public, "-j", "DNAT", "--to-destination", master.address]
+    for argv in (
+        ["ip", "route", "add", "default", "dev", "veth0"],
+        ["ip", "addr", "add", f"{private}/32", "dev", "lo"],
+        ["iptables", "-t", "nat", "-A", "OUTPUT", *way],
+    ):
+        assert network.run(2, argv).code == 0
+
+    def configure(**hosts: object) -> None:
+        one.url = f"ws://{public}:{one.port}"
+        config = json.loads(master.config.read_text()) | {"masterUrl": one.url, "hosts": hosts}
+        config["whitelist"] = [public, *(host.address for host in one.hosts)]
+        one.origin.commit({"config/updater.json": json.dumps(config)})
+        for host in one.hosts:
+            one.origin.git("pull", "--quiet", cwd=host.repo)
+
+    configure()
+    write_script("echo for $WHOM\n", *one.hosts)
+    one.spawn(master)
+    advice = f'if this host is the master, {public} is behind a NAT: write [hosts."{master.address}"] role = "master"'
+    wait_for(lambda: advice in master.stderr, lambda: master.stderr)
+    assert " agent: " in master.stderr.splitlines()[0]
+    assert advice in one.cli("doctor").out
+    one.stop(master)
+
+    sections = {
+        master.address: {"role": "master", "name": "centre", "env": {"WHOM": "the master"}},
+        private: {"env": {"WHOM": "nobody"}},
+        agent.address: {"env": {"WHOM": "the agent"}},
+    }
+    configure(**sections)
+    one.start()
+    assert f'master: [hosts."{master.address}"] says so' in master.stderr.splitlines()[0]
+    idle = f'[hosts."{private}"] has no effect on this host: [hosts."{agent.address}"] is found first'
+    assert idle in agent.stderr
+    assert f'[hosts."{master.address}"]' in one.cli("doctor").out
+    found = one.cli("config", "show").out
+    assert "the master" in found or "WHOM" in found
+    for host in (master, agent):  # from inside too, where masterUrl does not lead
+        done = one.cli("trigger", "all", "master", host=host)
+        assert done.code == 0, done.out + done.err
+        assert f"[{public}] for the master" in done.out and f"[{agent.address}] for the agent" in done.out
+    elsewhere = one.cli("status", "--json", env={"ESTELLE_STATE": str(one.tmp_path / "another")})
+    assert elsewhere.code == 0, elsewhere.err
+    rows = {row["host"]: row["name"] for row in json.loads(elsewhere.out)["hosts"]}
+    assert rows[public] == "centre"
+
+    del sections[agent.address]
+    configure(**sections)
+    one.restart(agent)
+    known = f'the master sees it at {agent.address}; write [hosts."{agent.address}/'
+    wait_for(lambda: known in agent.stderr, lambda: agent.stderr)

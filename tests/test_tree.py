@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,15 +126,8 @@ def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
     command = clone.start("master")
     wait_for(lambda: (clone.host / "c/d").exists(), "git is in the middle")
     wait_for(lambda: clone.job()["open_step"], "the step is recorded")
-    runner = next(
-        int(pid)
-        for pid in os.listdir("/proc")
-        if pid.isdigit() and pid != str(command.pid) and runs_job(int(pid), str(clone.state))
-    )
-    os.kill(runner, signal.SIGKILL)
-    out, _ = command.communicate(timeout=60)
+    kill_runner(clone, command)
     hold.unlink()
-    assert command.returncode == 1 and "runner died" in out
     assert (clone.head(), (clone.state / "transit.json").exists()) == (first, True)
     assert clone.dirty() != "?? own"
     (clone.host / "b").write_text("theirs\n")
@@ -143,6 +137,15 @@ def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
     (clone.host / "b").write_text("ne")  # the beginning of what git was writing
     assert clone.deploy().code == 0
     assert (clone.head(), clone.dirty(), (clone.state / "transit.json").exists()) == (new, "?? own", False)
+
+
+def kill_runner(clone: Clone, command: subprocess.Popen[str]) -> None:
+    """The runner alone, as the kernel does when memory is short: whoever waits for it buries it, with its git."""
+    own = str(command.pid)
+    pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and pid != own]
+    os.kill(next(pid for pid in pids if runs_job(pid, str(clone.state))), signal.SIGKILL)
+    out, _ = command.communicate(timeout=60)
+    assert command.returncode == 1 and "runner died" in out
 
 
 def runs_job(pid: int, state: str) -> bool:
@@ -230,6 +233,63 @@ def test_submodules_are_what_the_commit_names(clone: Clone):
     clone.commit({})
     code, out, _ = clone.deploy()
     assert code == 0 and "⚠ submodules stay as they are: deploy.submodules is false" in out
+
+
+@pytest.mark.parametrize("end", ["kill", "cancel", "timeout"])
+def test_a_submodule_that_git_left_half_written_is_made_whole(clone: Clone, end: str):
+    """Cut off while it is cloned, in its first checkout, and in a later one; in a submodule of a submodule too."""
+    seed, hold, hook = clone.folder / "seed", clone.folder / "hold", clone.folder / "hook"
+    inner, outer = clone.folder / "inner", clone.folder / "outer"
+    config = json.loads((clone.host / "config/updater.json").read_text())
+    config["deploy"]["timeout"] = 2 if end == "timeout" else 60
+    config = json.dumps(config)
+
+    def bump(place: Path, text: str) -> None:
+        for name in ("a", "b", "z"):
+            (place / name).write_text(text)
+        (place / ".gitattributes").write_text("z filter=slow\n")
+        clone.git(place, "add", "-A")
+        clone.git(place, "commit", "-qm", text)
+
+    def cut_off(is_in_the_middle: Callable[[], bool], what: str) -> None:
+        """A job that ends while git stands in the middle of a submodule."""
+        hold.touch()
+        command = clone.start("master")
+        wait_for(is_in_the_middle, what)
+        if end == "kill":
+            wait_for(lambda: clone.job()["open_step"], "the step is recorded")
+            kill_runner(clone, command)
+        else:
+            if end == "cancel":
+                (clone.state / "runs" / str(clone.job()["run"]) / f"{HOST}.cancel").touch()
+            out, _ = command.communicate(timeout=60)
+            assert command.returncode == 1 and "✓" not in out, out
+        hold.unlink()
+
+    def deploy_whole(text: str) -> None:
+        code, out, err = clone.deploy()
+        assert (code, clone.dirty()) == (0, ""), out + err
+        for part in ("sub", "sub/in"):
+            assert [(clone.host / part / name).read_text() for name in ("a", "b", "z")] == [text] * 3
+
+    for place in (inner, outer):
+        clone.git(clone.folder, "init", "-q", "-b", "master", str(place))
+    bump(inner, "1")
+    clone.git(outer, "submodule", "add", "-q", f"file://{inner}", "in")
+    bump(outer, "1")
+    clone.git(seed, "submodule", "add", "-q", f"file://{outer}", "sub")
+    clone.git(seed, "submodule", "update", "-q", "--init", "--recursive")
+    clone.commit({"config/updater.json": config})
+    clone.git(clone.host, "pull", "-q")  # this one brings the deadline
+    hook.write_text(f'#!/bin/sh\ntouch {hold}.seen; while [ -e {hold} ]; do sleep 0.05; done; exec "$@"\n')
+    hook.chmod(0o755)
+    clone.git(clone.folder, "config", "--global", "uploadpack.packObjectsHook", str(hook))
+    cut_off(Path(f"{hold}.seen").exists, "git clones")
+    clone.git(clone.folder, "config", "--global", "--unset", "uploadpack.packObjectsHook")
+    for key, value in (("smudge", SLOW.replace("../hold", str(hold))), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.folder, "config", "--global", f"filter.slow.{key}", value)
+    cut_off((clone.host / "sub/b").exists, "git writes the first time")
+    deploy_whole("1")
 
 
 def test_lfs_pointers_are_not_deployed(clone: Clone, tmp_path: Path):
