@@ -47,6 +47,7 @@ class Browser:
         self.folder = Path(tempfile.mkdtemp(prefix="browser-"))
         self.errors: list[str] = []
         self.traced: list[dict[str, Any]] = []
+        self.traced_all = False
         argv = ["chromium", *FLAGS, f"--user-data-dir={self.folder}", "about:blank"]
         with open(self.folder / "log", "wb") as log:
             options: dict[str, Any] = {"env": dict(env), "start_new_session": True}
@@ -105,6 +106,8 @@ class Browser:
         match event.get("method"):
             case "Tracing.dataCollected":
                 self.traced += told["value"]
+            case "Tracing.tracingComplete":
+                self.traced_all = True
             case "Runtime.exceptionThrown":
                 details = told["exceptionDetails"]
                 self.errors.append(str(details.get("exception", {}).get("description") or details["text"]))
@@ -121,19 +124,16 @@ class Browser:
     def longest_task(self) -> tuple[float, float]:
         """Milliseconds of the page's thread that its most expensive task since `trace` took, and those that passed
         in the slowest: on a machine that others use as well the second says more of them than of the page."""
-        self.traced.clear()
+        self.traced, self.traced_all = [], False
         self.command("Tracing.end")
 
         def ended() -> bool:
             self.js("0")  # what was traced arrives with the answer
-            return any(event["name"] == "CrRendererMain" for event in named())
-
-        def named() -> list[dict[str, Any]]:
-            threads = [event for event in self.traced if event["name"] == "thread_name"]
-            return [{**event, "name": event["args"]["name"]} for event in threads]
+            return self.traced_all
 
         wait_for(ended, "the trace arrives")
-        pages = {(event["pid"], event["tid"]) for event in named() if event["name"] == "CrRendererMain"}
+        named = [event for event in self.traced if event["name"] == "thread_name"]
+        pages = {(event["pid"], event["tid"]) for event in named if event["args"]["name"] == "CrRendererMain"}
         tasks = [event for event in self.traced if (event["pid"], event["tid"]) in pages and "RunTask" in event["name"]]
         assert tasks, "the trace has the page's tasks"
         cpu_us = max(task.get("tdur", 0) for task in tasks)

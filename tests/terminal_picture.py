@@ -20,6 +20,7 @@ SIZE = (80, 17)
 CELL = 8
 COLOURS = {"red": "#ff7b72", "green": "#3fb950", "brown": "#d29922", "blue": "#79c0ff", "magenta": "#d2a8ff"}
 COLOURS |= {"cyan": "#56d4dd", "default": "#e6edf3"}
+HEAD = "<meta charset=utf-8><meta name=viewport content='width=device-width'>"
 STYLE = "margin:0;padding:12px 14px;background:#0d1117;font:15px/19px NanumGothicCoding,monospace"
 BUILD = """echo "$ next build"; for i in 1 2 3; do echo "compiled /page$i in $((i * 17 % 90)) ms"; done
 case $PWD in *host3*) echo "src/app/checkout/page.tsx:14:7 - error TS2322: string is no number."
@@ -39,7 +40,7 @@ def as_html(terminal: Terminal) -> str:
                 look = f"display:inline-block;width:{CELL * count_cells(cell.data)}px;color:{COLOURS[cell.fg]}"
                 row += f"<span style='{look}'>{html.escape(cell.data)}</span>"
         rows.append(row)
-    return f"<meta charset=utf-8><body style=\"{STYLE}\"><pre style='margin:0;font:inherit'>" + "\n".join(rows)
+    return f"{HEAD}<body style=\"{STYLE}\"><pre style='margin:0;font:inherit'>" + "\n".join(rows)
 
 
 def take(tab: Browser, terminal: Terminal, folder: Path, picture: Path) -> None:

@@ -142,6 +142,17 @@ TABLE_ROWS = [
 ]
 
 
+@pytest.mark.parametrize("used", [0, 11, 79, 80, 95])
+def test_a_plain_line_is_folded_as_one_with_a_colour_is(used: int) -> None:
+    """Plain ones are cut in rows at once, others letter by letter; both fill each row to its last column."""
+    colour = "\x1b[0m"
+    for count in (0, 1, 68, 69, 70, 137, 138, 139, 1000):
+        line = ("the quick brown fox" * 60)[:count]
+        folded = est.fold_line(line, 80, 11, used)
+        assert colour + folded == est.fold_line(colour + line, 80, 11, used)
+        assert folded.replace("\n" + " " * 11, "") == line
+
+
 @pytest.mark.parametrize("columns", [80, 100, 200])
 def test_tables_fit_and_names_that_are_typed_are_whole(columns: int) -> None:
     lines = est.lay_table(("HOST", "NAME", "COMMIT", "VERSION", "TRAFFIC", "LAST"), TABLE_ROWS, columns)
