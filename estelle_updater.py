@@ -582,6 +582,7 @@ PRUNE_FIRST_S, PRUNE_S = (
 SILENT_S = 60.0  # a step that says nothing for so long is mentioned
 STOPPED_S = 5.0  # so long between two looks: nothing could be heard
 LAUNCHES = 3  # a runner that did not start so often will not
+GLANCE_S = 1.0  # whether there is a master at all, for `config init`
 DIAL_S = PATIENCE_S = 3.0  # the contract: the master can't be reached after 3 s
 ANSWER_S = 10.0
 RESTART_S = 30.0  # a master that has got an order and dies is started again by then
@@ -834,6 +835,13 @@ def canonical_address(text: str) -> str:
     """The one spelling of an address: `::ffff:1.2.3.4` is 1.2.3.4, `[FE80::1%eth0]` is fe80::1;
     else UsageError."""
     return str(_parse_ip(text))
+
+
+def url_host(address: str) -> str:
+    """An address as it stands in front of a port."""
+    if ":" in address:
+        return f"[{address}]"
+    return address
 
 
 def is_public(address: str) -> bool:
@@ -8937,6 +8945,11 @@ def own_addresses(
             is_told = section.address and not ipaddress.ip_address(section.address).is_loopback
             if is_told and probe_is_local(str(section.address)):
                 found.append(str(section.address))
+    if not found:  # behind a NAT: the only section of this host's name
+        called = socket.gethostname().casefold()
+        named = [rule.address for rule in config.hosts if rule.address and rule.hostname == called]
+        if len(named) == 1:
+            found += map(str, named)
     return tuple(dict.fromkeys(found))
 
 
@@ -21784,31 +21797,32 @@ def _setting_text(key: str, value: Any) -> str:
 _BLUE_GREEN = """\
 restart = ["estelle-valkey.service", "estelle-web.service", "estelle-webhook.service"]  # on the workers; see systemd/
 
-[hosts.yq-data]
+[hosts."{data}/yq-data"]  # by address and name: no other machine that calls itself so is meant
 deploy = false  # HAProxy and MariaDB live here; no deployment touches it
 
-[hosts.yq-blue]
+[hosts."{blue}/yq-blue"]
 color = "blue"
 
-[hosts.yq-green]
+[hosts."{green}/yq-green"]
 color = "green"
 
 [haproxy]
-host = "yq-data"
+host = "{data}"
 config = "/etc/haproxy/haproxy.cfg"
 backend = "yquant_backend"
-servers = { blue = "blue", green = "green" }  # the names of its two `server` lines
+servers = {{ blue = "blue", green = "green" }}  # the names of its two `server` lines
 socket = "/run/haproxy/admin.sock"
 # masterSocket = "/run/haproxy-master.sock"  # once it is not root's alone: see systemd/estelle-updater-haproxy.service
 reload = ["systemctl", "reload", "haproxy"]
 """  # noqa: E501
 _WORKERS, _DATA = ("yq-blue", "yq-green"), ("yq-data",)
+BLUE_GREEN_HOSTS = (*_DATA, *_WORKERS)
 # name, what, where; certificate by the port, as the file with its key is root's alone
 _BLUE_GREEN_CHECKS = (
     ("web", 'http = "http://127.0.0.1:2000/"', _WORKERS),
     ("webhook", 'http = "http://127.0.0.1:6000/health"', _WORKERS),
     ("valkey", 'valkey = "127.0.0.1:6379"', _WORKERS),
-    ("database", 'mariadb = "yq-data:3306"', _WORKERS),
+    ("database", 'mariadb = "{data_host}:3306"', _WORKERS),
     ("web unit", 'systemd = "estelle-web.service"', _WORKERS),
     ("webhook unit", 'systemd = "estelle-webhook.service"', _WORKERS),
     ("valkey unit", 'systemd = "estelle-valkey.service"', _WORKERS),
@@ -21821,10 +21835,14 @@ _BLUE_GREEN_CHECKS = (
 
 
 def init_text(
-    master: str, allow: Sequence[str], command: Sequence[str], form: str, blue_green: bool = False
+    master: str,
+    allow: Sequence[str],
+    command: Sequence[str],
+    form: str,
+    blue_green: Mapping[str, str] | None = None,
 ) -> str:
     """A first configuration; as TOML with what each key means. `blue_green`: for two workers behind
-    HAProxy."""
+    HAProxy, the addresses of BLUE_GREEN_HOSTS."""
     text = (
         "# Commit this file: every host reads it from its own clone.\n"
         f"masterUrl = {json.dumps(master)}  # the host that has this address is the master\n"
@@ -21835,10 +21853,13 @@ def init_text(
         f"in the repository\n"
         "timeout = 1800  # seconds for one step\n"
     )
+    words: dict[str, str] = {}
     if blue_green:
-        text += _BLUE_GREEN
+        words = {name.removeprefix("yq-"): address for name, address in blue_green.items()}
+        words["data_host"] = url_host(words["data"])
+        text += _BLUE_GREEN.format(**words)
     for name, what, hosts in _BLUE_GREEN_CHECKS if blue_green else ():
-        text += f"\n[[health]]\nname = {json.dumps(name)}\n{what}\n"
+        text += f"\n[[health]]\nname = {json.dumps(name)}\n{what.format(**words)}\n"
         if hosts:
             text += f"hosts = {json.dumps(hosts)}\n"
     if form == "toml":
@@ -21847,7 +21868,7 @@ def init_text(
 
 
 def plan_ports(
-    config: Config, address: str | None, hostname: str, master: bool, subnet: str
+    config: Config, address: Places, hostname: str, master: bool, subnet: str
 ) -> list[tuple[str, ...]]:
     """The strategy's table of ports for one host: (who may come, a network or a word; port; what
     listens there)."""
@@ -21856,9 +21877,10 @@ def plan_ports(
         ("anybody", "41641/udp", "Tailscale"),
         ("tailscale", "22/tcp", "SSH"),
     ]
-    if config.haproxy and host_key(config.haproxy.host) in map(
-        host_key, filter(None, (address, hostname, rule.name))
-    ):
+    if isinstance(address, str):
+        address = (address,)
+    names = {host_key(name) for name in (*(address or ()), hostname, rule.name) if name}
+    if config.haproxy and host_key(config.haproxy.host) in names:
         ports += [("anybody", "80/tcp", "HAProxy: certbot, and the way to 443")]
         ports += [
             ("anybody", "443/tcp", "HAProxy: webhooks"),
@@ -21881,7 +21903,7 @@ def plan_ports(
 
 
 def render_firewall(
-    config: Config, address: str | None, hostname: str, master: bool, subnet: str
+    config: Config, address: Places, hostname: str, master: bool, subnet: str
 ) -> str:
     """One host's ports as firewalld commands to look at and run, and the cloud's rules (VCN) that
     go with them."""
@@ -25605,12 +25627,103 @@ def bare_names(config: Config) -> list[str]:
                 f' "ADDRESS/{host.hostname}"'
             )
     data_node = config.haproxy.host if config.haproxy else None
-    if data_node and "/" not in data_node and not is_address(data_node):
+    is_name = data_node and "/" not in data_node and not is_address(data_node)
+    if is_name and not owners_of_name(config, str(data_node)):
         texts.append(
             f'haproxy.host is any host that calls itself "{data_node}"; for one alone write its'
             " address"
         )
     return texts
+
+
+class WorkerFinder:
+    """The addresses of the hosts that `config init --blue-green` writes sections for: a section by
+    a host's name alone would be for whatever machine calls itself so."""
+
+    def __init__(self, args: Args, url: MasterUrl, root: Path) -> None:
+        self.args, self.url, self.root = args, url, root
+
+    def find(self) -> dict[str, str]:
+        """Each host's address: as --host says, as a master that runs already sees its agents, as
+        the system's names say, or as a person says. Raises UsageError, TargetError."""
+        found = self.told()
+        fleet: dict[str, set[str]] = {}
+        if len(found) < len(BLUE_GREEN_HOSTS):
+            fleet = self.ask_fleet()
+        for name in BLUE_GREEN_HOSTS:
+            if name not in found:
+                address = self.choose(name, fleet.get(name) or self.look_up(name))
+                if address:
+                    found[name] = address
+        missing = [name for name in BLUE_GREEN_HOSTS if name not in found]
+        if missing:
+            found |= self.ask_person(missing)
+        for name, address in found.items():
+            if list(found.values()).count(address) > 1:
+                raise UsageError(f"{address} is {name}'s and another's", self.line(missing))
+        return {name: found[name] for name in BLUE_GREEN_HOSTS}
+
+    def told(self) -> dict[str, str]:
+        """What --host says. Raises UsageError."""
+        found = {}
+        for text in self.args.host:
+            name, equals, address = text.partition("=")
+            if not equals or name not in BLUE_GREEN_HOSTS:
+                known = ", ".join(BLUE_GREEN_HOSTS)
+                raise UsageError(f"--host {text!r} is not NAME=ADDRESS", f"NAME is one of {known}")
+            found[name] = canonical_address(address)
+        return found
+
+    def ask_fleet(self) -> dict[str, set[str]]:
+        """By name, where the connected hosts of a master are, if one runs."""
+        text = json.dumps({"masterUrl": str(self.url), "whitelist": []})
+        found: dict[str, set[str]] = {}
+        with suppress(UpdaterError, ImportError, OSError):
+            config = parse_config(text, "masterUrl", "json")
+            caller = Caller(self.args.plain_state_folder(), config, self.args.bind, self.root)
+            connection = caller.dial(GLANCE_S)
+            answer = connection.request(Ask(1, "status", {}), ANSWER_S)
+            connection.close()
+            for row in answer.result["hosts"]:
+                if row["online"]:
+                    address = row["host"].partition("/")[0]
+                    found.setdefault(host_key(row["name"]), set()).add(address)
+        return found
+
+    def look_up(self, name: str) -> set[str]:
+        """The addresses of a name, IPv4 where there is any; the loopback net is everybody's."""
+        found = set()
+        if host_key(socket.gethostname()) == name:
+            found.add(own_address())
+        else:
+            found.update(probe_master_addresses(name, 0))
+        found = {each for each in found if not ipaddress.ip_address(each).is_loopback}
+        return {each for each in found if ":" not in each} or found
+
+    def choose(self, name: str, addresses: set[str]) -> str:
+        """The only one, "" where there is none. Raises TargetError."""
+        if len(addresses) > 1:
+            several = sorted(addresses)
+            what = f"the name {name} fits {len(several)} machines: {' and '.join(several)}"
+            raise TargetError(what, f"say which one is meant: --host {name}={several[0]}")
+        return "".join(addresses)
+
+    def ask_person(self, names: Sequence[str]) -> dict[str, str]:
+        """What a person at the terminal says. Raises UsageError where there is none."""
+        is_there = sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()
+        if not is_there or self.args.json:
+            what = f"nobody knows the address of {' and '.join(names)}"
+            raise UsageError(what, self.line(names))
+        found = {}
+        for name in names:
+            print(f"address of {name}: ", end="", file=sys.stderr, flush=True)
+            found[name] = canonical_address(sys.stdin.readline().strip())
+        return found
+
+    def line(self, names: Sequence[str]) -> str:
+        """The command that says it."""
+        words = [f"--host {name}=ADDRESS" for name in names or BLUE_GREEN_HOSTS]
+        return f"{program_name()} config init --blue-green {' '.join(words)}"
 
 
 def init_config(args: Args) -> int:
@@ -25633,10 +25746,7 @@ def init_config(args: Args) -> int:
     address = own_address()
     if args.bind:
         address = canonical_address(args.bind)
-    host = address
-    if ":" in address:
-        host = f"[{address}]"
-    url = parse_master_url(args.master or f"ws://{host}:{DEFAULT_PORT}")
+    url = parse_master_url(args.master or f"ws://{url_host(address)}:{DEFAULT_PORT}")
     wanted = list(args.allow)
     if is_address(url.host):
         wanted.append(url.host)
@@ -25651,7 +25761,13 @@ def init_config(args: Args) -> int:
     if not has_script and (folder.parent / "deploy.sh").exists():
         command = ["sh", "deploy.sh"]
     path = folder / f"updater.{args.format}"
-    text = init_text(str(url).removesuffix("/"), allow, command, args.format, args.blue_green)
+    workers = None
+    if args.blue_green:
+        workers = WorkerFinder(args, url, root).find()
+        allow = list(dict.fromkeys([*allow, *workers.values()]))
+    elif args.host:
+        raise UsageError("--host says who a worker is", "use it with --blue-green")
+    text = init_text(str(url).removesuffix("/"), allow, command, args.format, workers)
     # Read back before it is written: an address from --allow that is none must not become a file
     # that no command can load.
     parse_config(text, str(path), args.format)
@@ -26576,8 +26692,9 @@ def cmd_setup(args: Args) -> int:
         master = gather_role(
             config, ServeOptions(args.config_path(), args.state_folder(), args.bind), False
         )[0].role
+        place = own_addresses(config, None, args.bind)
         text = render_firewall(
-            config, args.bind, socket.gethostname(), master is Role.MASTER, str(args.subnet)
+            config, place, socket.gethostname(), master is Role.MASTER, str(args.subnet)
         )
         show(args, {"firewall": text.splitlines()}, text)
         return 0
@@ -27091,6 +27208,13 @@ COMMANDS = (
             "--blue-green",
             action="store_true",
             help="init: with two workers behind HAProxy, and their checks",
+        ),
+        Option(
+            "--host",
+            metavar="NAME=ADDRESS",
+            action="append",
+            default=[],
+            help="init --blue-green: where yq-data, yq-blue or yq-green is",
         ),
         Option("--dry-run", action="store_true", help="init, convert: print the result only"),
         Option("--commit", action="store_true", help="init: commit and push the file"),

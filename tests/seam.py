@@ -250,6 +250,7 @@ from estelle_updater import (
     news_text as news_text,
     one_line as one_line,
     own_address as own_address,
+    own_addresses as own_addresses,
     owners_of_name as owners_of_name,
     parse_config as parse_config,
     parse_data as parse_data,

@@ -210,15 +210,19 @@ def is_flock_of(folder: Path, parent: int) -> bool:
         return False
 
 
+WORKERS = {"yq-data": "10.0.0.10", "yq-blue": "10.0.0.11", "yq-green": "10.0.0.12"}
+
+
 def blue_green() -> Config:
-    text = init_text("ws://5.223.72.58:9900", ["5.223.72.58", "100.64.0.0/10", "127.0.0.1"], ["true"], "toml", True)
+    allowed = ["5.223.72.58", "100.64.0.0/10", "127.0.0.1"]
+    text = init_text("ws://5.223.72.58:9900", allowed, ["true"], "toml", WORKERS)
     return parse_config(text, "updater.toml", "toml")
 
 
 def test_blue_green_configuration_and_files_speak_of_the_same_things():
     config = blue_green()
     assert config_warnings(config) == []
-    assert parse_config(init_text("ws://1.2.3.4", [], ["true"], "json", True), "x", "json").health == config.health
+    assert parse_config(init_text("ws://1.2.3.4", [], ["true"], "json", WORKERS), "x", "json").health == config.health
     cfg = (ROOT / "config/haproxy.cfg").read_text()
     assert config.haproxy and re.search(rf"^backend {config.haproxy.backend}$", cfg, re.MULTILINE)
     assert set(re.findall(r"(?m)^    server (\w+) 10", cfg)) == set(config.haproxy.servers.values())
@@ -235,10 +239,33 @@ def test_config_init_writes_it(tmp_path: Path):
     (tmp_path / ".git").mkdir()
     env = clean_env(tmp_path / "home") | {"ESTELLE_REPO": str(tmp_path)}
     argv = [*PROGRAM, "config", "init", "--blue-green", "--master", "ws://5.223.72.58:9900"]
-    code, _, err = run(argv, env, tmp_path)
+    where = [f"--host={name}={address}" for name, address in WORKERS.items()]
+    wrong: list[tuple[list[str], str]] = [
+        (where[:1], "nobody knows the address of yq-blue and yq-green"),
+        ([*where, "--host", "other=10.0.0.9"], "is not NAME=ADDRESS"),
+        ([*where[:2], "--host", "yq-green=10.0.0.11"], "10.0.0.11 is yq-blue's and another's"),
+        ([*where[:2], "--host", "yq-green=10.0.0"], "10.0.0"),
+    ]
+    for words, said in wrong:
+        code, _, err = run([*argv, *words], env, tmp_path)
+        assert code == 2 and said in err, (words, err)
+        assert not (tmp_path / "config").exists()
+    assert (
+        "config init --blue-green --host yq-blue=ADDRESS --host yq-green=ADDRESS"
+        in run([*argv, *where[:1]], env, tmp_path).err
+    )
+    code, _, err = run([*argv, *where], env, tmp_path)
     assert code == 0, err
     written = tomllib.loads((tmp_path / "config/updater.toml").read_text())
-    assert written["hosts"]["yq-green"] == {"color": "green"} and len(written["health"]) == 12
+    assert written["hosts"] == {
+        "10.0.0.10/yq-data": {"deploy": False},
+        "10.0.0.11/yq-blue": {"color": "blue"},
+        "10.0.0.12/yq-green": {"color": "green"},
+    }
+    assert written["haproxy"]["host"] == "10.0.0.10" and len(written["health"]) == 12
+    assert {*WORKERS.values(), "5.223.72.58"} <= {*written["whitelist"]}
+    notes = json.loads(run([*PROGRAM, "config", "check", "--json"], env, tmp_path).out)["notes"]
+    assert not [note for note in notes if "calls itself" in note], "nothing goes by a bare name"
     code, out, _ = run(
         [*PROGRAM, "setup", "--firewall", "--subnet", "10.9.0.0/24", "--bind", "5.223.72.58"], env, tmp_path
     )
@@ -293,11 +320,11 @@ def opened(text: str) -> set[str]:
 def test_firewall_of_each_host_is_the_table_of_ports():
     config = blue_green()
     everybody = {"default any 41641/udp", "tailscale any 22/tcp"}
-    data = render_firewall(config, None, "yq-data", False, SUBNET)
+    data = render_firewall(config, WORKERS["yq-data"], "yq-data", False, SUBNET)
     assert opened(data) == everybody | {
         "default any 80/tcp", "default any 443/tcp", f"default {SUBNET} 3306/tcp", "tailscale any 8404/tcp"
     }  # fmt: skip
-    green = render_firewall(config, None, "yq-green", False, SUBNET)
+    green = render_firewall(config, WORKERS["yq-green"], "yq-green", False, SUBNET)
     assert opened(green) == everybody | {f"default {SUBNET} 6000/tcp", "tailscale any 2000/tcp"}
     assert "6379/tcp stays closed" in green
     master = render_firewall(config, "5.223.72.58", "master", True, SUBNET)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -335,3 +338,46 @@ def test_a_name_that_fits_two_machines_is_nobodys(fleet: Callable[..., Fleet], t
     finally:
         proxy.close()
         hooks.close()
+
+
+def test_a_first_configuration_finds_the_hosts_by_the_master_that_runs(
+    fleet: Callable[..., Fleet], tmp_path: Path
+) -> None:
+    """And refuses to choose between two that call themselves alike."""
+    one = fleet(hosts=1, config={"whitelist": [A, B, C, D]})
+    (tmp_path / "new" / ".git").mkdir(parents=True)
+    env = {"ESTELLE_REPO": str(tmp_path / "new")}
+    argv = ("config", "init", "--blue-green", "--master", one.url, "--host", "yq-data=10.0.0.10")
+
+    def peer(number: int, address: str, name: str) -> Peer:
+        return Peer(one, address, "agent", f"{number:032x}", keys={}, name=name)
+
+    with peer(1, B, "yq-blue"), peer(2, C, "yq-green"):
+        with peer(3, D, "YQ-Green"):
+            wait_for(lambda: "(YQ-Green) is online" in one.master.stderr, lambda: one.master.stderr)
+            code, _, err = one.cli(*argv, env=env)
+            assert code == 4 and f"the name yq-green fits 2 machines: {C} and {D}" in err
+            assert f"--host yq-green={C}" in err and not (tmp_path / "new" / "config").exists()
+        wait_for(lambda: one.master.stderr.count("is offline"), "the copy has gone")
+        code, out, err = one.cli(*argv, "--dry-run", env=env)
+        assert code == 0, err
+    hosts = tomllib.loads(out)["hosts"]
+    assert list(hosts) == ["10.0.0.10/yq-data", f"{B}/yq-blue", f"{C}/yq-green"]
+
+
+def test_a_section_by_address_and_name_is_found_by_who_knows_only_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(name: str, *sections: str, seen: str | None = None) -> str:
+        monkeypatch.setattr(socket, "gethostname", lambda: name)
+        data = {"masterUrl": "ws://203.0.113.1:1", "whitelist": [], "hosts": {section: {} for section in sections}}
+        config = est.parse_config(json.dumps(data), "x", "json")
+        return est.host_rule(config, est.own_addresses(config, seen), name).key
+
+    blue = "203.0.113.7/yq-blue"
+    assert key("YQ-Blue", blue, "203.0.113.8/yq-green") == blue, "behind a NAT, the only one of its name"
+    assert key("yq-blue", blue, "203.0.113.9/yq-blue") == "", "two of them: it may be either"
+    assert key("yq-red", blue) == ""
+    assert key("yq-blue", blue, seen="203.0.113.7") == blue
+    assert key("yq-blue", blue, seen="203.0.113.66") == "", "elsewhere, as the master sees, it is another machine"
+    own = est.own_address()
+    if not own.startswith("127."):
+        assert key("yq-blue", f"{own}/yq-blue", blue) == f"{own}/yq-blue", "its own address decides"

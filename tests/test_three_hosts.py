@@ -31,10 +31,10 @@ print(urllib.request.urlopen(sys.argv[1], timeout=5, context=context).read().dec
 
 def settings() -> dict[str, Any]:
     """What `config init --blue-green` writes, with these hosts' addresses; no systemd runs in a namespace."""
-    text = init_text("ws://192.0.2.11:9900", [], ["true"], "toml", True)
-    data = tomllib.loads(text.replace("yq-data:3306", f"{DATA}:3306"))
-    hosts = {DATA: "yq-data", BLUE: "yq-blue", GREEN: "yq-green"}
-    data["hosts"] = {address: data["hosts"][name] | {"name": name} for address, name in hosts.items()}
+    hosts = {"yq-data": DATA, "yq-blue": BLUE, "yq-green": GREEN}
+    data = tomllib.loads(init_text("ws://192.0.2.11:9900", [], ["true"], "toml", hosts))
+    # all namespaces have one host name
+    data["hosts"] = {address: data["hosts"][f"{address}/{name}"] | {"name": name} for name, address in hosts.items()}
     data["health"] = [check for check in data["health"] if "systemd" not in check]
     return {key: data[key] for key in ("hosts", "haproxy", "health")}
 
