@@ -8221,6 +8221,16 @@ class StateFolder:
                 return found
         return Owner(folder=self._served_folder())
 
+    def owner_is_damaged(self) -> bool:
+        """Whether somebody claimed the folder, and the file no longer says who."""
+        reading, data = look_into_json(self.owner_file)
+        if reading in (Reading.MISSING, Reading.UNREADABLE):
+            return False
+        with suppress(ProtocolError):
+            owner: Owner = decode_fields(Owner, data)
+            return not owner.folder
+        return True
+
     def _served_folder(self) -> str:
         """Where a daemon of an earlier version worked, which claimed nothing."""
         how = read_json(self.serve_file) or {}
@@ -12488,7 +12498,8 @@ def require_own_state(state: StateFolder, config_path: Path, *, claim: bool = Fa
         settled = known.folder == str(folder) and known.project == project_of(config_path)
         if settled or not claim:
             return
-    if not (claim or known.folder):
+    damaged = state.owner_is_damaged()
+    if not (claim or known.folder or damaged):
         return
     own = probe_owner(config_path)
     # a file that lies in no clone, and is named by hand, speaks for no other repository
@@ -12498,6 +12509,12 @@ def require_own_state(state: StateFolder, config_path: Path, *, claim: bool = Fa
     if known.folder and not known.clones:  # of an earlier version, which wrote down only where
         with suppress(ConfigError):
             known = probe_owner(find_config(Path(known.folder))) or known
+    if damaged and not known.clones and not is_same_folder(known.folder, folder):
+        raise UsageError(
+            f"{state.owner_file} is damaged, and does not say whose {state.root} is",
+            f"if what {state.root} has recorded is of this repository: delete that file, and do it"
+            f" again; else {name_hint(config_path)}",
+        )
     # One mistaken for another repository would be locked out of its own history; one taken for this
     # one could roll it back. Where git can't tell, nothing is refused.
     if known.clones and not is_same_repository(known, own):

@@ -295,6 +295,7 @@ from estelle_updater import (
     render_polkit as render_polkit,
     render_unit as render_unit,
     replace as replace,
+    require_own_state as require_own_state,
     require_packages as require_packages,
     require_project as require_project,
     require_settled as require_settled,

@@ -191,6 +191,15 @@ def test_two_projects_of_one_host_under_systemd(tmp_path: Path, pyz: Path) -> No
             assert (code, f"I am {user}" in out) == (0, True), out + err
             assert len(list(lab.path(f"/var/lib/estelle-updater/{user}/runs").iterdir())) == 1
         assert lab.show("estelle-updater", "LoadState") == "not-found"
+        older = lab.ok("git", "-C", "app", "rev-parse", "HEAD", user="bert")
+        lab.ok("sh", "-c", "cd app && echo 'echo two' >deploy.sh && git commit -qam two && git push -q", user="bert")
+        code, out, err = est_of("bert", "trigger", "all", "master", by="bert")
+        assert (code, "two" in out) == (0, True), out + err
+        before = lab.ok("git", "-C", "app", "rev-parse", "HEAD", user="anna")
+        code, out, err = est_of("bert", "rollback", "--yes", by="bert")
+        assert code == 0, out + err
+        assert lab.ok("git", "-C", "app", "rev-parse", "HEAD", user="bert") == older
+        assert lab.ok("git", "-C", "app", "rev-parse", "HEAD", user="anna") == before, "the other one's is untouched"
         assert (
             "; ".join(f"estelle-updater-{u} (systemd) in {HOMES}/{u}/app" for u in ("anna", "bert"))
             in est_of("bert", "doctor", by="bert").out
@@ -209,6 +218,38 @@ def test_two_projects_of_one_host_under_systemd(tmp_path: Path, pyz: Path) -> No
         assert lab.show("estelle-updater-bert", "ActiveState") == "active"
         code, out, err = est_of("bert", "setup", "--remove")
         assert (code, lab.show("estelle-updater", "ActiveState", "bert")) == (0, "active"), out + err
+
+
+@pytest.mark.parametrize("torn", ["", "{", "[]", '{"folder": 7}', '{"folder": ""}'])
+def test_a_folder_that_no_longer_says_whose_it_is_is_given_to_nobody(tmp_path: Path, torn: str) -> None:
+    """Whoever came first after a power loss would own the other's history, and could roll it back."""
+    clones = {}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        clones[name] = Origin(tmp_path / name).clone(tmp_path / name / "app")
+    state, paths = est.StateFolder(tmp_path / "state"), {name: clones[name] / "config/updater.json" for name in clones}
+    state.create()
+    est.require_own_state(state, paths["first"], claim=True)
+    whole = state.owner_file.read_text()
+    state.owner_file.write_text(torn)
+    for name in ("first", "second"):
+        for claim in (True, False):
+            with pytest.raises(est.UsageError, match="is damaged, and does not say whose") as refused:
+                est.require_own_state(state, paths[name], claim=claim)
+            assert "delete that file" in refused.value.hint and "beside masterUrl" in refused.value.hint
+            assert state.owner_file.read_text() == torn
+    # the daemon's own note of where it works tells it as well
+    state.serve_file.write_text(json.dumps({"argv": ["serve"], "cwd": str(clones["first"])}))
+    with pytest.raises(est.UsageError, match="is that of another repository"):
+        est.require_own_state(state, paths["second"], claim=True)
+    est.require_own_state(state, paths["first"], claim=True)
+    assert json.loads(state.owner_file.read_text())["roots"] == json.loads(whole)["roots"]
+    state.owner_file.write_text(torn)
+    state.serve_file.unlink()
+    state.owner_file.unlink()
+    est.require_own_state(state, paths["first"], claim=True)
+    with pytest.raises(est.UsageError, match="is that of another repository"):
+        est.require_own_state(state, paths["second"])
 
 
 def test_a_master_refuses_who_names_another_project(two: Two) -> None:
