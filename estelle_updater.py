@@ -22107,8 +22107,11 @@ def write_config(path: Path, text: bytes) -> None:
     write_atomic(path, text, mode=mode)
 
 
-def change_config(path: Path, text: str, message: str, commit: bool) -> str:
-    """Write the configuration file, and, for `commit`, publish it first. What to tell of it.
+def change_config(
+    path: Path, text: str, message: str, commit: bool, *, is_first: bool = False
+) -> str:
+    """Write the configuration file, and, for `commit`, publish it first. What to tell of it; of the
+    first one no daemon has to be told.
 
     Raises UpdaterError where git says no: then nothing was changed.
     """
@@ -22117,11 +22120,12 @@ def change_config(path: Path, text: str, message: str, commit: bool) -> str:
         write_config(path, text.encode())
         return publication.line()
     publication.publish(text.encode())
+    published = f"committed and pushed: {publication.name}{publication.note}"
+    if is_first:
+        return published
     master = parse_config(text.encode(), str(path), config_form(path)).master_url.host
-    return (
-        f"committed and pushed: {publication.name}{publication.note}\n"
-        f"it takes effect with: {program_name()} trigger {master} {publication.branch}"
-    )
+    line = f"{program_name()} trigger {master} {publication.branch}"
+    return f"{published}\nit takes effect with: {line}"
 
 
 SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
@@ -24513,26 +24517,37 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
     }
 
 
-def find_run(args: Args, word: str, *, open_first: bool = False) -> str:
-    """The run that a person means by its id, by how it begins, or by `last`; `open_first`: the
-    newest that is not over, if there is one. Raises UpdaterError."""
-    if valid_run_id(word):
-        return word
+def known_runs(args: Args) -> list[dict[str, Any]]:
+    """The newest runs, of the master or, where nobody answers, of this host. Raises
+    UpdaterError."""
     try:
-        runs = ask_master(args, "history", {"count": HISTORY_ROWS})["runs"]
+        runs: list[dict[str, Any]] = ask_master(args, "history", {"count": HISTORY_ROWS})["runs"]
     # Without the master, this host's own folder still knows what was deployed here: it is just then
     # that one wants to read a log.
     except (UnreachableError, RefusedError, ConfigError):
         runs = args.state_folder().history.newest(HISTORY_ROWS)
         if not runs:
             raise
+    return runs
+
+
+def newest_open(runs: Iterable[Mapping[str, Any]]) -> str:
+    """The newest run that is not over, "" for none."""
+    for run in runs:
+        if any(host["state"] not in FINAL for host in run["hosts"]):
+            return str(run["run"])
+    return ""
+
+
+def find_run(args: Args, word: str) -> str:
+    """The run that a person means by its id, by how it begins, or by `last`. Raises
+    UpdaterError."""
+    if valid_run_id(word):
+        return word
+    runs = known_runs(args)
     if word == LAST_RUN:
         if not runs:
             raise TargetError("there is no run so far", "`trigger` starts one")
-        if open_first:
-            for run in runs:
-                if any(host["state"] not in FINAL for host in run["hosts"]):
-                    return str(run["run"])
         return str(runs[0]["run"])
     names = []
     for run in runs:
@@ -24591,6 +24606,9 @@ def watch_order(args: Args, run: str, follower: Follower) -> tuple[int, list[Job
         problem.hint = f"{problem.hint}; {text}".removeprefix("; ")
         raise
     except (KeyboardInterrupt, Output.Closed):
+        # `logs last | head` has read what it wanted, of a run that may be over for days
+        if not follower.live:
+            return 130, []
         notice = f"\nestelle-updater: {text}"
         if args.json:
             notice = json.dumps({"event": "notice", "text": text})
@@ -24796,7 +24814,8 @@ def require_answer(args: Args) -> None:
     """Raise GuardError where a question will come up that nobody can answer."""
     if not (args.yes or (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())):
         raise GuardError(
-            "nothing was done: there is no terminal to ask on", "look at the plan, then say --yes"
+            "nothing was done: there is no terminal to ask on",
+            "answer with --yes, once you know what it will do",
         )
 
 
@@ -25415,9 +25434,16 @@ def cancel_run(args: Args, run: str) -> RunRecord:
 def cmd_cancel(args: Args) -> int:
     """Stop a run. `last` is asked about first: between a look and the word, somebody else may have
     started a newer one."""
-    run = find_run(args, args.run, open_first=True)
     if args.run == LAST_RUN:
+        run = newest_open(known_runs(args))
+        if not run:
+            none: list[str] = []
+            nothing = {"run": None, "cancelled": False, "hosts": none, "offline": none}
+            show(args, nothing, "nothing runs or waits: there is nothing to cancel")
+            return 0
         confirm(args, f"cancel {run}?")
+    else:
+        run = find_run(args, args.run)
     record = cancel_run(args, run)
     text = f"cancelling {record.run} on {', '.join(record.hosts)}"
     if record.offline:
@@ -25791,9 +25817,10 @@ def init_config(args: Args) -> int:
     if args.dry_run:
         show(args, {"file": str(path), "text": text}, text.rstrip())
         return 0
-    told = change_config(path, text, "Configure estelle-updater", args.commit)
+    told = change_config(path, text, "Configure estelle-updater", args.commit, is_first=True)
     facts = {"file": str(path), "git": told}
-    show(args, facts, f"wrote {path}\nnext: {told}\n{next_steps(root)}")
+    first = told if args.commit else f"next: {told}"
+    show(args, facts, f"wrote {path}\n{first}\n{next_steps(root)}")
     return 0
 
 

@@ -241,6 +241,11 @@ def test_a_cancel_reaches_a_host_that_is_away(one: Fleet):
     assert f"{B}: cancelled by " in watched.err, "also where the master that was told is gone"
     assert not children(b, "sleep 86404")
     assert one.cli("cancel", watched.run).out == f"{watched.run} is over: there is nothing to cancel\n"
+    assert one.cli("cancel") == (0, "nothing runs or waits: there is nothing to cancel\n", ""), "and nobody is asked"
+    reader = one.popen("logs", "last")
+    assert reader.stdout and reader.stderr
+    reader.stdout.close()
+    assert (reader.stderr.read(), reader.wait(20)) == (b"", 130), "who reads a log to a point needs no word of it"
 
 
 def test_copies_that_differ_are_not_mixed(one: Fleet):

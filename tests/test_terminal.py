@@ -419,6 +419,8 @@ def test_a_deployment_at_a_terminal(fleet: Callable[..., Fleet]) -> None:
     assert "the deployment goes on; follow it:" in text and not re.search("^▸", text, re.MULTILINE)
     watched.close()
 
+    asked = one.cli("cancel")
+    assert asked.code == 5 and "--yes" in asked.err, "the newest run is cancelled by a question only"
     # without an id the newest run is meant, and the beginning of one is enough
     follows = at("logs", "-f", columns=200)
     follows.until(lambda: any(line.startswith("▸ ") for line in follows.shown()), "the block")
@@ -443,9 +445,7 @@ def test_a_deployment_at_a_terminal(fleet: Callable[..., Fleet]) -> None:
         assert one.cli(*words).out.count("[127.0.0.2] module 7\n") == 1
     nobody = one.cli("logs", "19990101")
     assert nobody.code == 4 and "no run begins with 19990101" in nobody.err
-    asked = one.cli("cancel")
-    assert asked.code == 5 and "--yes" in asked.err, "the newest run is cancelled by a question only"
-    assert "is over" in one.cli("cancel", "--yes").out
+    assert one.cli("cancel", "--yes").out == "nothing runs or waits: there is nothing to cancel\n"
 
     for words, said in (
         (["status"], "✗ 실패 sh deploy.sh (exit 3)"),
