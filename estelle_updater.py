@@ -27160,7 +27160,7 @@ COMMANDS = (
         Option(
             "--force",
             action="store_true",
-            help="whatever the standby's health and commit; it is recorded",
+            help="whatever the standby's health and commit, and in a freeze; it is recorded",
         ),
         PLAIN,
     ),
@@ -27181,7 +27181,8 @@ COMMANDS = (
         Option(
             "--force",
             action="store_true",
-            help="also if commits that have the traffic now are left behind",
+            help="also in a freeze, past an ill standby, or if commits that have the traffic now "
+            "are left behind; it is recorded",
         ),
         Option(
             "--wait",

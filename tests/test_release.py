@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -165,6 +166,41 @@ def test_a_hotfix_on_the_active_is_not_dropped_in_silence(one: Round):
     assert one.proxy.answers() == "blue"
     options = [json.loads((folder / "run.json").read_text())["options"] for folder in one.fleet.runs()]
     assert [found.get("force") for found in options if found.get("alone")][-1] is True
+
+
+def test_a_freeze_holds_the_whole_round_and_force_is_on_record(one: Round, pyz: Path):
+    """By hand, for every kind of order; forced, each is done all the same, with who and past what."""
+    for text in "12":
+        one.commit(text)
+        deploy_by_hand(one, one.green)
+    path = one.data.config
+    digest = hashlib.sha256(pyz.read_bytes()).hexdigest()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"updater": {"sha256": digest}}))
+    wait_for(lambda: "new settings" in one.data.stderr, "the settings are in force")
+    before = one.fleet.runs()
+    assert one.cli("freeze", "market", "--for", "1h").code == 0
+    orders = [
+        ("release", "master", "--yes"),
+        ("switch", "green"),
+        ("rollback", "standby", "--yes"),
+        ("upgrade", BLUE),
+    ]
+    for order in orders:
+        code, out, err = one.cli(*order)
+        assert code == 5 and "market holds every " in err and "frozen by market until" in err, (order, out, err)
+        assert one.fleet.runs() == before and one.proxy.answers() == "blue", order
+    one.commit("3")
+    code, out, err = one.cli("release", "master", "--yes", "--force")
+    assert code == 0 and one.proxy.answers() == "green", out + err
+    assert one.cli("switch", "blue", "--force").code == 0
+    code, out, err = one.cli("rollback", "standby", "--yes", "--force")
+    assert code == 0, out + err
+    kinds = []
+    for folder in one.fleet.runs()[len(before) :]:
+        record = json.loads((folder / "run.json").read_text())
+        kinds.append(record["kind"])
+        assert "frozen by market until" in record["options"]["past_freeze"][0] and record["by"], record
+    assert kinds == ["deploy", "switch", "switch", "rollback"], kinds
 
 
 def test_targets_by_role(one: Round):
