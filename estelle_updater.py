@@ -8890,11 +8890,18 @@ def config_at(commit: str, path: Path, repo: Path, ask: Callable[..., str | None
 
 
 def incoming_config(
-    commit: str, path: Path, repo: Path, ask: Callable[..., str | None]
+    commit: str,
+    path: Path,
+    repo: Path,
+    ask: Callable[..., str | None],
+    head: str | None = None,
 ) -> Config | None:
     """The configuration that a commit brings, None where it brings no other one than HEAD has: a
-    file that was edited here stays then. Raises ConfigError."""
+    file that was edited here stays then. `head` is HEAD's commit, where that is known. Raises
+    ConfigError."""
     new = config_at(commit, path, repo, ask)
+    if commit == head:
+        return None
     with suppress(ConfigError):
         if new == config_at("HEAD", path, repo, ask):
             return None
@@ -10780,7 +10787,9 @@ class Runner:
         seconds = time.monotonic() - started
         if announce:
             note_time(self.job, mask_words(step.label, self.hidden), seconds)
-        self.save(open_step=None, pipe=None)  # what it left running was left on purpose
+        self.job = replace(self.job, open_step=None, pipe=None)
+        if step.argv[0] != "git":  # a command may leave something running on purpose
+            self.save()
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
@@ -10919,6 +10928,27 @@ class Runner:
         return True
 
 
+def read_branch(root: Path) -> str | None:
+    """The branch that is checked out in a clone, as its HEAD says it; "" where none is, None where
+    git has to be asked: a linked work tree, or another way to keep refs."""
+    head = root / ".git" / "HEAD"
+    try:
+        if head.is_symlink():
+            return None
+        text = head.read_bytes()
+    except OSError:
+        return None
+    start, end = b"ref: refs/heads/", b"\n"
+    if text.startswith(start) and text.endswith(end):
+        name = os.fsdecode(text[len(start) : -len(end)])
+        if name != ".invalid":
+            return name
+        return None
+    if is_commit_id(text.decode(errors="replace").strip()):
+        return ""
+    return None
+
+
 class WorkTree:
     """A clone's files between two commits: what git itself wrote is known by its content, anything
     else is somebody's. Asks whatever a cancel says: a tree is not left half written."""
@@ -10955,6 +10985,9 @@ class WorkTree:
 
     def branch(self) -> str:
         """The branch that is checked out; "" where none is."""
+        known = read_branch(self.root)
+        if known is not None:
+            return known
         return os.fsdecode(self.ask("branch", "--show-current").strip())
 
     def changes(self, stop: Callable[[], bool] = lambda: False) -> TreeChanges:
@@ -11015,9 +11048,11 @@ class WorkTree:
     # While git writes
 
     def begin_transit(self, names: Iterable[str], dirty: Sequence[str]) -> dict[str, Any]:
-        """What is to be known if it is cut off: between HEAD and which commits, and what is
-        somebody's already."""
-        commits = self.commits_of(["HEAD", *names])
+        """What is to be known if it is cut off: between HEAD, the first of the names, and which
+        commits, and what is somebody's already."""
+        commits = list(dict.fromkeys(names))
+        if not all(is_commit_id(name) for name in commits):
+            commits = self.commits_of(commits)
         kept = set(dirty)
         for path, versions in self.find_versions(commits[1:]).items():
             if not versions.in_head and os.path.lexists(self.root / path):
@@ -11048,6 +11083,8 @@ class WorkTree:
     ) -> Iterator[tuple[str, WorkTree, list[str]]]:
         """The submodules that are there, also those within others: the path of each from here, its
         tree, and the commits that HEAD or `commits` name for it."""
+        if not (self.root / ".gitmodules").exists():
+            return
         said = self.ask("config", "--file", ".gitmodules", "--null", "--list")
         for item in os.fsdecode(said).split("\0"):
             key, _, folder = item.partition("\n")
@@ -11173,19 +11210,27 @@ class Coming:
     nothing else changes."""
 
     def __init__(
-        self, repo: Path, rule: Effective, commit: str, ask: Callable[..., str | None]
+        self,
+        repo: Path,
+        rule: Effective,
+        commit: str,
+        ask: Callable[..., str | None],
+        head: str | None = None,
     ) -> None:
         self.repo, self.rule, self.commit, self.ask = repo, rule, commit, ask
         self.root = repo
         if not (repo / ".git").exists():  # a folder within the clone
             up = self.git("rev-parse", "--show-cdup").strip()
             self.root = Path(os.path.realpath(repo / up))
-        self.head = self.git(
-            "rev-parse",
-            "--verify",
-            "--quiet",
-            "HEAD",
-        ).strip()
+        self.head = (
+            head
+            or self.git(
+                "rev-parse",
+                "--verify",
+                "--quiet",
+                "HEAD",
+            ).strip()
+        )
         self.now: dict[str, TreeEntry] = {}
         self.then: dict[str, TreeEntry] = {}
 
@@ -11296,6 +11341,9 @@ class Coming:
     @functools.cached_property
     def settings(self) -> dict[str, str]:
         """The commit's .gitmodules."""
+        stays = self.head == self.commit
+        if stays and not os.path.lexists(self.root / ".gitmodules"):
+            return {}
         said = self.git(
             "config",
             "--blob",
@@ -11475,7 +11523,10 @@ class Foresight:
     def look_at_branch(self, known: Prospect, branch: str, local: str, former: str) -> Prospect:
         """What of the clone's own branch, or another one, stands in the way."""
         known = known._replace(branch=branch)
-        if self.git("branch", "--show-current").strip() != branch:
+        current = read_branch(self.root)
+        if current is None:
+            current = self.git("branch", "--show-current").strip()
+        if current != branch:
             elsewhere = self.find_other_tree(branch)
             gone = bool(elsewhere) and not os.path.exists(elsewhere)
             known = known._replace(is_current=False, elsewhere=elsewhere, elsewhere_is_gone=gone)
@@ -11733,7 +11784,13 @@ class Clearance:
         config = self.judge_doors(commit) or load_config(runner.config_path)
         rule = host_rule(config, runner.job.address, socket.gethostname())
         runner.begin("check", StepKind.CHECK)
-        coming = Coming(runner.repo, rule, commit, self.ask)
+        coming = Coming(
+            runner.repo,
+            rule,
+            commit,
+            self.ask,
+            runner.job.before,
+        )
         known = Foresight(coming).look(branch, own, unmerged)
         for one in judge_prospect(known).refused:
             self.refuse(one)
@@ -11760,7 +11817,7 @@ class Clearance:
         runner = self.runner
         options, path = runner.job.options, runner.config_path
         old, _ = load_config_or_last(path, runner.state)
-        new = incoming_config(commit, path, runner.repo, self.ask)
+        new = incoming_config(commit, path, runner.repo, self.ask, runner.job.before)
         if new is None:
             return None
         changes = compare_doors(old, new)
@@ -11819,7 +11876,9 @@ def claim_clone(runner: Runner) -> CloneLock | None:
     """The lock of this clone, whoever else deploys in it; None where it can't be locked. Waits
     as long as a step may take. Raises StepFailed."""
     # as git says it, relative to the place: Cygwin's git has names of its own for places
-    found = os.fsdecode(runner.git("rev-parse", "--git-dir")).rstrip("\n")
+    found = ".git"
+    if not (runner.repo / found / "HEAD").is_file():  # a folder within the clone, a linked tree
+        found = os.fsdecode(runner.git("rev-parse", "--git-dir")).rstrip("\n")
     if not found:
         return None  # no clone, and `check_ground` will say so
     lock = CloneLock(runner.repo / found)
@@ -11860,7 +11919,7 @@ class Transit:
             for path, part, commits in self.tree.iter_parts(mark["commits"]):
                 # one that has no commit yet holds nothing of anybody's
                 if part.commit_of("HEAD"):
-                    within = part.begin_transit(commits, part.changes().paths)
+                    within = part.begin_transit(["HEAD", *commits], part.changes().paths)
                     mark["submodules"][path] = within["kept"]
         write_atomic(self.file, json.dumps(mark).encode(), durable=True)
         return mark
@@ -12025,7 +12084,8 @@ class Deployment:
         changes = self.find_changes()
         if changes.paths:
             runner.warn(f"local changes stay: {paths_text(changes.paths)}")
-        own = dict(zip(refs[2::3], refs[0::3], strict=False)).get(f"refs/heads/{branch}", "")
+        commits = dict(zip(refs[2::3], refs[0::3], strict=False))
+        own = commits.get(f"refs/heads/{branch}", "")
         known = self.clearance.foresee(
             commit,
             branch if pull else "",
@@ -12035,10 +12095,12 @@ class Deployment:
         if pull and not own:
             self.make_way()
         branches = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
-        names = [name for name in branches if name in refs]
+        ends = [commits[name] for name in branches if name in commits]
         if is_commit_id(branch):
-            names.append(branch)
-        mark = self.transit.begin(names or [f"refs/tags/{branch}"], changes.paths)
+            ends.append(branch)
+        if not ends:
+            ends.append(f"refs/tags/{branch}")
+        mark = self.transit.begin([runner.job.before or "HEAD", *ends], changes.paths)
         try:
             self.go(checkout, pull, known, announce=get is None)
             if is_commit_id(branch):
@@ -12367,6 +12429,11 @@ def warm_up(config_path: Path) -> None:
             value.compile()
     with suppress(UpdaterError, OSError):  # it need not be valid: each job reads it again
         load_config(config_path)
+    # `re` keeps what these compile
+    scrub_environment(os.environ)
+    require_branch("master")
+    is_commit_id("master")
+    file_label("master")
 
 
 def set_title(argv: Sequence[str]) -> None:

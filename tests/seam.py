@@ -280,6 +280,7 @@ from estelle_updater import (
     probe_public_address as probe_public_address,
     prove_key as prove_key,
     read_backend as read_backend,
+    read_branch as read_branch,
     read_json as read_json,
     read_supplied as read_supplied,
     receiver_id as receiver_id,

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -400,3 +401,33 @@ def test_a_clone_that_others_own_can_be_locked(clone: Clone):
         done = subprocess.run(argv, cwd=MODULE.parent, capture_output=True, text=True, timeout=60, check=False)
         assert done.stdout.split() == [expected, "False"], done.stderr
         lock.release()
+
+
+def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_path: Path):
+    """git's start is what takes long: each question more is a longer wait on every host."""
+    asked, real = tmp_path / "asked", shutil.which("git")
+    (tmp_path / "bin").mkdir()
+    git = tmp_path / "bin/git"
+    git.write_text(f'#!/bin/sh\necho "$*" >> {asked}\nexec {real} "$@"\n')
+    git.chmod(0o755)
+    clone.env |= {"PATH": f"{tmp_path / 'bin'}:{clone.env['PATH']}"}
+    assert clone.deploy().code == 0
+    asked.unlink()
+    assert clone.deploy().code == 0
+    words = [re.sub(r"(-c \S+ )*", "", line, count=1) for line in asked.read_text().splitlines()]
+    steps = [line for line in words if line.startswith(("fetch", "checkout", "pull"))]
+    assert len(steps) == 3
+    # three of them are about whose state folder it is, which no daemon has settled here
+    assert len(words) - len(steps) <= 12 + 3, words
+
+
+def test_the_branch_is_read_without_a_question(clone: Clone, tmp_path: Path):
+    host, linked = clone.host, tmp_path / "linked"
+    assert est.read_branch(host) == "master"
+    clone.git(host, "checkout", "-q", "-b", "a/b")
+    assert est.read_branch(host) == "a/b" == clone.git(host, "branch", "--show-current")
+    clone.git(host, "checkout", "-q", "--detach")
+    assert est.read_branch(host) == "" == clone.git(host, "branch", "--show-current")
+    clone.git(host, "worktree", "add", "-q", str(linked), "master")
+    assert est.read_branch(linked) is None  # git has to be asked
+    assert est.read_branch(host / "config") is None
