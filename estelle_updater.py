@@ -4985,18 +4985,20 @@ def fold_line(line: str, columns: int, indent: int, used: int = 0) -> str:
     # The way of nearly every line: plain, and short enough.
     if used + len(line) <= columns and line.isascii() and "\t" not in line:
         return line
-    # Nearly all of the rest: a terminal of 80 columns breaks many a line of a build, and to weigh
-    # each of its letters costs ten times as much as to print it.
-    if line.isascii() and line.isprintable():
-        room = columns - indent
-        rows = [line[: columns - used]]
-        for at in range(columns - used, len(line), room):
-            rows.append(line[at : at + room])
-        return f"\n{' ' * indent}".join(rows)
     parts = []
     for part in _COLOURS.split(line):
         if part.startswith("\x1b"):
             parts.append(part)
+            continue
+        # Nearly all of the rest: a terminal of 80 columns breaks many a line of a build, and to
+        # weigh each of its letters costs ten times as much as to print it.
+        if part.isascii() and part.isprintable():
+            first, room = columns - used, columns - indent
+            parts.append(part[:first])
+            used += len(part)
+            for at in range(first, len(part), room):
+                parts.append("\n" + " " * indent + part[at : at + room])
+                used = indent + len(part) - at
             continue
         for letter in part:
             cells = count_cells(letter, 2)

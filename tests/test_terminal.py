@@ -143,14 +143,17 @@ TABLE_ROWS = [
 
 
 @pytest.mark.parametrize("used", [0, 11, 79, 80, 95])
-def test_a_plain_line_is_folded_as_one_with_a_colour_is(used: int) -> None:
-    """Plain ones are cut in rows at once, others letter by letter; both fill each row to its last column."""
+def test_plain_words_are_folded_as_their_letters_are(used: int) -> None:
+    """What needs no weighing is cut in rows at once, as if letter by letter: each row is filled to its last column."""
     colour = "\x1b[0m"
     for count in (0, 1, 68, 69, 70, 137, 138, 139, 1000):
         line = ("the quick brown fox" * 60)[:count]
         folded = est.fold_line(line, 80, 11, used)
-        assert colour + folded == est.fold_line(colour + line, 80, 11, used)
-        assert folded.replace("\n" + " " * 11, "") == line
+        for weighed in (colour.join(line), f"{line[:50]}{colour}{line[50:]}"):
+            assert est.fold_line(weighed, 80, 11, used).replace(colour, "") == folded
+        rows = folded.split("\n")
+        assert "".join([rows[0], *(row[11:] for row in rows[1:])]) == line
+        assert all(len(row) == 80 for row in rows[1:-1]), rows
 
 
 @pytest.mark.parametrize("columns", [80, 100, 200])
