@@ -2116,7 +2116,8 @@ def _check_health(raw: dict[str, Any], place: _Place) -> None:
         "contains": "an http",
         "least": "a disk or certificate",
     }
-    owners |= dict.fromkeys(("user", "passwordFile", "passwordEnv", "tls"), "a valkey")
+    owners |= dict.fromkeys(("user", "passwordFile", "passwordEnv"), "a valkey or mariadb")
+    owners["tls"] = "a valkey"
     for key, owner in owners.items():
         has_owner = any(kind in raw for kind in owner.split())
         if key in raw and not has_owner:
@@ -12897,6 +12898,34 @@ def _mariadb_error(packet: bytes) -> tuple[int, str]:
     return int.from_bytes(packet[1:3], "little"), words
 
 
+def _send_packet(connection: socket.socket, number: int, packet: bytes) -> None:
+    head = len(packet).to_bytes(3, "little") + bytes([number])
+    connection.sendall(head + packet)
+
+
+def _greeting(file: IO[bytes]) -> bytes:
+    """The packet that a server begins with. Raises CheckFailed for an error, or no MariaDB."""
+    greeting = _read_packet(file)
+    _, words = _mariadb_error(greeting)
+    if words:
+        raise CheckFailed(words)
+    if greeting[:1] != b"\x0a":
+        raise CheckFailed("what answers there is no MariaDB")
+    return greeting
+
+
+def _mariadb_version(greeting: bytes) -> str:
+    version = greeting[1 : greeting.index(b"\0")].decode(errors="replace")
+    return version.removeprefix("5.5.5-")  # for old replicas
+
+
+def _require_free(packet: bytes) -> None:
+    """Raise CheckFailed for an error that is the server's, and not the login's."""
+    code, words = _mariadb_error(packet)
+    if code in _MARIADB_TROUBLE:
+        raise CheckFailed(f"{_MARIADB_TROUBLE[code]}: {words}")
+
+
 def greet_mariadb(connection: socket.socket) -> str:
     """The version in MariaDB's or MySQL's greeting. Raises CheckFailed.
 
@@ -12904,24 +12933,80 @@ def greet_mariadb(connection: socket.socket) -> str:
     broken, and blocks their address after max_connect_errors of them.
     """
     with connection.makefile("rb") as file:
-        greeting = _read_packet(file)
-        _, words = _mariadb_error(greeting)
-        if words:
-            raise CheckFailed(words)
-        if greeting[:1] != b"\x0a":
-            raise CheckFailed("what answers there is no MariaDB")
+        greeting = _greeting(file)
         login = struct.pack("<IIB23x", 0x8200, 1 << 20, 45) + b"estelle-updater-health\0\0"
-        connection.sendall(len(login).to_bytes(3, "little") + b"\x01" + login)
-        code, words = _mariadb_error(_read_packet(file))
-    if code in _MARIADB_TROUBLE:
-        raise CheckFailed(f"{_MARIADB_TROUBLE[code]}: {words}")
-    version = greeting[1 : greeting.index(b"\0")].decode(errors="replace")
-    return version.removeprefix("5.5.5-")  # for old replicas
+        _send_packet(connection, 1, login)
+        _require_free(_read_packet(file))
+    return _mariadb_version(greeting)
+
+
+_NATIVE = b"mysql_native_password"
+
+
+def _native_proof(password: str, salt: bytes) -> bytes:
+    """What mysql_native_password wants: it proves the password without telling it."""
+    if not password:
+        return b""
+    once = hashlib.sha1(password.encode()).digest()
+    twice = hashlib.sha1(once).digest()
+    mask = hashlib.sha1(salt + twice).digest()
+    return bytes(one ^ other for one, other in zip(once, mask, strict=True))
+
+
+def _log_in(connection: socket.socket, file: IO[bytes], user: str, password: str) -> str:
+    """Log in by mysql_native_password; the server's version. Raises CheckFailed."""
+    greeting = _greeting(file)
+    # The salt's halves stand behind the version and the connection's number, with the server's
+    # abilities between them.
+    place = greeting.index(b"\0") + 5
+    salt = greeting[place : place + 8] + greeting[place + 27 : place + 39]
+    proof = _native_proof(password, salt)
+    login = struct.pack("<IIB23x", 0x88200, 1 << 20, 45) + user.encode() + b"\0"
+    login += bytes([len(proof)]) + proof + _NATIVE + b"\0"
+    _send_packet(connection, 1, login)
+    answer = _read_packet(file)
+    if answer[:1] == b"\xfe":  # this user's way is another one, or has another salt
+        way, _, salt = answer[1:].partition(b"\0")
+        if way != _NATIVE:
+            shown = way.decode(errors="replace")
+            raise CheckFailed(f"its user logs in by {shown}: make one for mysql_native_password")
+        _send_packet(connection, 3, _native_proof(password, salt[:20]))
+        answer = _read_packet(file)
+    _require_free(answer)
+    _, words = _mariadb_error(answer)
+    if words:
+        raise CheckFailed(words)
+    return _mariadb_version(greeting)
+
+
+def _asked_mariadb(connection: socket.socket, file: IO[bytes], question: str) -> str:
+    """The one value that a query gives. Raises CheckFailed."""
+    _send_packet(connection, 0, b"\x03" + question.encode())
+    first = _read_packet(file)
+    _, words = _mariadb_error(first)
+    if words:
+        raise CheckFailed(words)
+    _read_packet(file)  # the column's definition, and the end of these
+    _read_packet(file)
+    value = _read_packet(file)[1:]  # after its length
+    _read_packet(file)
+    _send_packet(connection, 0, b"\x01")  # else it counts as a client that hung up
+    return value.decode(errors="replace")
 
 
 def _check_mariadb(check: Check) -> str:
+    """That it greets; by a login also that it takes writes, which nobody else is told."""
+    password = _store_password(check)
     with _dial(check.subject, check.timeout_s) as connection:
-        return greet_mariadb(connection)
+        if password is None or not check.rule.user:
+            version = greet_mariadb(connection)
+            return f"{version}; whether it takes writes, only a `user` sees"
+        with connection.makefile("rb") as file:
+            version = _log_in(connection, file, check.rule.user, password)
+            state = _asked_mariadb(connection, file, "SELECT @@global.read_only")
+    if state not in ("0", "OFF"):
+        raise CheckFailed(f"it takes no writes: read_only is {state}")
+    return f"{version}, it takes writes"
 
 
 # The host

@@ -464,7 +464,7 @@ def test_all_problems_at_once_with_file_key_and_value():
         ),
         (
             {"health": [{"name": "x", "tcp": "a:1", "passwordEnv": "X"}]},
-            'health[0].passwordEnv: "X" belongs to a valkey check',
+            'health[0].passwordEnv: "X" belongs to a valkey or mariadb check',
         ),
         (
             {"haproxy": {"host": "h", "backend": "b", "config": []}},

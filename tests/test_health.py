@@ -228,7 +228,7 @@ def database() -> Iterator[str]:
 
 def test_mariadb(tmp_path: Path, database: str):
     ok, detail = see(tmp_path, mariadb=database)
-    assert ok and "MariaDB" in detail, detail
+    assert ok and "MariaDB" in detail and "only a `user` sees" in detail, detail
     ok, detail = see(tmp_path, tcp=database)
     assert ok and "MariaDB" in detail and "sees more by `mariadb`" in detail, detail
     assert not see(tmp_path, mariadb=closed())[0]
@@ -236,6 +236,26 @@ def test_mariadb(tmp_path: Path, database: str):
         assert see(tmp_path, mariadb=address) == (False, "Too many conns")
     with says(b"-ERR no\r\n") as address:
         assert not see(tmp_path, mariadb=address, timeout=0.5)[0]
+
+
+def test_mariadb_that_takes_no_writes(tmp_path: Path, database: str):
+    """By a login alone: without one nobody is told."""
+    (tmp_path / "password").write_text("secret\n")
+    login: dict[str, Any] = {"mariadb": database, "user": "app", "passwordFile": str(tmp_path / "password")}
+    ok, detail = see(tmp_path, **login)
+    assert ok and "MariaDB" in detail and "it takes writes" in detail, detail
+    (tmp_path / "wrong").write_text("guess")
+    ok, detail = see(tmp_path, **(login | {"passwordFile": "wrong"}))
+    assert not ok and "Access denied for user 'app'" in detail, detail
+    ok, detail = see(tmp_path, **(login | {"user": "nobody"}))
+    assert not ok and "Access denied" in detail, detail
+    root = ["mariadb", "--no-defaults", "-uroot", "-h127.0.0.1", f"-P{database.rpartition(':')[2]}"]
+    try:
+        subprocess.run([*root, "-e", "SET GLOBAL read_only = 1"], check=True, capture_output=True)
+        assert see(tmp_path, **login) == (False, "it takes no writes: read_only is 1")
+        assert see(tmp_path, mariadb=database)[0], "unseen without a login"
+    finally:
+        subprocess.run([*root, "-e", "SET GLOBAL read_only = 0"], check=True, capture_output=True)
 
 
 def test_what_a_store_says_of_itself(tmp_path: Path):
