@@ -170,6 +170,11 @@ def test_ten_seconds_tell_who_has_it_and_why_one_has_not(shared: Fleet, browser:
     assert f"{C} failed at sh ../deploy.sh (exit 3)" in browser.text(".past")
     browser.open(page_url(shared, "#traffic"))
     browser.wait("document.querySelector('#view .empty').innerText.includes('no [haproxy]')")
+    # what holds deployments back is said without a question to any host: a freeze, as a watch that is paused
+    assert shared.cli("freeze", "market", "--for", "1h").code == 0
+    browser.open(page_url(shared))
+    browser.wait("document.querySelector('p.warn').innerText.includes('market')")
+    assert shared.cli("thaw").code == 0
     for hostile in ("#log/../../etc/x", "#run/<img src=x onerror=alert(1)>", "#log/%E0%A4%A", "#nothing"):
         browser.open(page_url(shared, hostile))
         browser.wait("document.querySelector('.headline')")
