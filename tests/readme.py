@@ -6,6 +6,7 @@ python3 tests/readme.py --write    write them anew
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -229,9 +230,60 @@ def configuration() -> str:
     return "\n".join(rows)
 
 
+# Where one meets a message, by the section of the module that says it; the rest is met anywhere
+PLACES: dict[str, tuple[int, ...]] = {
+    "In a deployment's log or result": (6, 7, 11, 12),
+    "While a host or a command connects": (5, 15, 16, 18),
+    "From the master, about a run or a host": (17, 19, 21),
+    "From switches, releases and health checks": (8, 14),
+    "From the configuration and from files": (3, 4, 10),
+    "From notifications": (20,),
+    "From setup, upgrade and doctor, and at a daemon's start": (13, 22, 23),
+    "From a command": (),
+}
+LOG, WIRE, _, TRAFFIC = list(PLACES)[:4]
+# Said by a section that is not where it is met: an agent's words stand in the result, a verdict's in the plan
+MET_ELSEWHERE = {
+    "queued behind run": LOG, "left running": LOG, "silent for": LOG, "the order expired while this host was away": LOG,
+    "the host forgot this job": LOG, "the runner does not start": LOG, "log incomplete": LOG, "certificate": WIRE,
+    "did not answer in time": WIRE, "traffic moved": TRAFFIC, "is not healthy": TRAFFIC,
+    "nobody knows which host is": TRAFFIC, "no branch name": "From a command",
+}  # fmt: skip
+
+
+def messages(readme: str) -> str:
+    """The table of messages, grouped by where one meets them; the rows are README's own."""
+    source = (ROOT / "estelle_updater.py").read_text("utf-8")
+    plain = re.sub(r'["\'] *\n\s*f?["\']', "", source)
+    heads = [(match.start(), int(match[1])) for match in re.finditer(r"(?m)^# (\d+)\. .*\n# ={10}", plain)]
+    old = readme.split("<!-- messages -->")[1].split("<!-- /messages -->")[0]
+    groups: dict[str, list[str]] = {title: [] for title in PLACES}
+    for row in old.splitlines():
+        found = re.match(r"\| `([^`]+)`", row)
+        if found is None:
+            continue
+        at = plain.find(found[1])
+        section = max((number for start, number in heads if start < at), default=0)
+        said_in = [title for title, sections in PLACES.items() if section in sections]
+        title = MET_ELSEWHERE.get(found[1]) or next(iter(said_in), "From a command")
+        groups[title].append(row)
+    parts = []
+    for title, rows in groups.items():
+        if rows:
+            parts.append("\n".join([f"### {title}", "", "| message | what to do |", "| --- | --- |", *rows]))
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
 def rewrite(text: str) -> str:
     """README's text with its generated parts as the program has them now."""
-    parts = {"commands": commands, "options": options, "configuration": configuration, "help": help_blocks}
+    grouped = functools.partial(messages, text)
+    parts = {
+        "commands": commands,
+        "options": options,
+        "configuration": configuration,
+        "help": help_blocks,
+        "messages": grouped,
+    }
     for name, make in parts.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         made, count = re.subn(

@@ -25,7 +25,9 @@ SOURCE = (ROOT / "estelle_updater.py").read_text("utf-8")
 def table(heading: str) -> list[list[str]]:
     """The cells of the first table after a heading."""
     part = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    rows = [line for line in part.splitlines() if line.startswith("|")][2:]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    heads = {index for index, line in enumerate(lines) if line.startswith("| ---")}
+    rows = [line for index, line in enumerate(lines) if not {index, index + 1} & heads]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))] for row in rows]
 
 
