@@ -6918,37 +6918,70 @@ class LineFilter:
 LINE_COST = 4  # characters that a line takes besides its own, in JSON and where it is quoted
 
 
+# What a line begins with, or has behind a place in a source, that says why something failed
+_TELLS_WHY = regex(
+    r"(?i)\W{0,40}(?:[\w.]{0,60}(?:error|exception)|fatal|failed|failure|panic|caused by)\b"
+    r"|\W{0,40}(?:npm )?err!|.{0,300}?: (?:fatal )?error\b"
+)
+
+
+def _telling_lines(lines: Sequence[str], room: int) -> set[int]:
+    """Where the first and the last line stand that say why, each with its neighbours, as far as
+    they have room: behind them a stack trace may be longer than any excerpt's tail."""
+    telling = [at for at, line in enumerate(lines) if _TELLS_WHY.match(line)]
+    chosen: set[int] = set()
+    for middle in dict.fromkeys(telling[:1] + telling[-1:]):
+        for at in (middle, middle - 1, middle + 1, middle + 2):
+            if not 0 <= at < len(lines) or at in chosen:
+                continue
+            room -= len(lines[at]) + LINE_COST
+            if room < 0:
+                return chosen
+            chosen.add(at)
+    return chosen
+
+
 def excerpt(lines: Sequence[str], room: int) -> tuple[str, bool]:
-    """Lines as text of at most about `room` characters, and whether some are left out: the error is
-    at the head or at the tail, seldom in the middle."""
+    """Lines as text of at most about `room` characters, and whether some are left out: the head and
+    the tail, and between them the lines that say why."""
     lines = [line if len(line) <= 500 else line[:497] + "..." for line in lines]
     if sum(len(line) + LINE_COST for line in lines) <= room:
         return "\n".join(lines), False
-    head: list[str] = []
-    tail: deque[str] = deque()
-    left = deque(lines)
-    used = 0
-    while left:
-        take_head = len(head) <= len(tail)
+    kept = _telling_lines(lines, room // 3)
+    used = sum(len(lines[at]) + LINE_COST for at in kept)
+    low, high = 0, len(lines)
+    while low < high:
+        take_head = low <= len(lines) - high
+        at = high - 1
         if take_head:
-            line = left[0]
-        else:
-            line = left[-1]
-        used += len(line) + LINE_COST
+            at = low
+        if at not in kept:
+            used += len(lines[at]) + LINE_COST
         if used > room:
             break
+        kept.add(at)
         if take_head:
-            head.append(left.popleft())
+            low += 1
         else:
-            tail.appendleft(left.pop())
+            high -= 1
+    return "\n".join(_with_gaps(lines, kept)), True
+
+
+def _with_gaps(lines: Sequence[str], kept: Container[int]) -> Iterator[str]:
+    """The lines that are kept, and in the place of others how many those are."""
     dropped = 0
-    for line in left:
+    for at, line in enumerate([*lines, ""]):
+        is_end = at == len(lines)
+        if dropped and (is_end or at in kept):
+            yield f"[... {dropped} lines]"
+            dropped = 0
+        if is_end:
+            return
+        if at in kept:
+            yield line
+            continue
         gap = _GAP.fullmatch(line)  # of an excerpt of an excerpt
-        if gap:
-            dropped += int(gap[1])
-        else:
-            dropped += 1
-    return "\n".join([*head, f"[... {dropped} lines]", *tail]), True
+        dropped += int(gap[1]) if gap else 1
 
 
 _GAP = regex(r"\[\.\.\. ([0-9]{1,9}) lines\]")
@@ -18740,6 +18773,8 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     registry, options = desk.registry, order.options
     rule, color = desk.master.config.config.haproxy, options.get("color")
     if color not in (*COLORS, "standby"):
+        if color is None:
+            raise UsageError("color is missing", "blue, green or standby")
         raise UsageError(f"{str(color)[:40]!r} is no colour", "blue, green or standby")
     if rule is None:
         what = "there is no [haproxy] in the configuration"

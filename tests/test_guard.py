@@ -422,6 +422,25 @@ def test_grep_means_what_a_pattern_of_stars_means(parts: list[str], line: str) -
     assert est.LineFilter(pattern).matches(line) == wanted
 
 
+@pytest.mark.parametrize(
+    "why", ["Error: boom", "TypeError: x", "[ERROR] no", "src/a.ts(3,5): error TS2304", "ERR! x", "FAILED a.py"]
+)
+def test_what_says_why_is_not_lost_behind_a_stack_trace(why: str) -> None:
+    head = [f"compile {at} of some module" for at in range(500)]
+    trace = [f"    at frame {at} (/srv/app/node_modules/some/lib/file.js:{at})" for at in range(60)]
+    text, cut = est.excerpt([*head, why, *trace], 2000)
+    assert cut and f"\n{why}\n" in text and len(text) < 2100, text
+    kept = text.split("\n")
+    assert kept[0] == head[0] and kept[-1] == trace[-1]
+
+    def count(lines: list[str]) -> int:
+        return sum(int(line.split()[1]) if line.startswith("[... ") else 1 for line in lines)
+
+    assert count(kept) == 561, "every line is there or counted"
+    again, _ = est.excerpt(kept, 700)
+    assert f"\n{why}\n" in again and count(again.split("\n")) == 561
+
+
 @given(st.lists(st.text(alphabet="ab ", max_size=9), max_size=40), st.integers(10, 90))
 def test_an_excerpt_keeps_head_and_tail(lines: list[str], room: int) -> None:
     text, cut = est.excerpt(lines, room)
