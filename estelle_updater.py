@@ -19360,7 +19360,7 @@ def render_news(
     headers = {"Content-Type": "application/json", "User-Agent": f"estelle-updater/{__version__}"}
     if form == "ntfy":
         words = (news.get("project"), news["event"], news["host"])
-        title = " ".join(filter(None, words)).encode("ascii", "replace").decode()
+        title = one_line(" ".join(filter(None, words))).encode("ascii", "replace").decode()
         headers |= {
             "Content-Type": "text/plain; charset=utf-8",
             "Title": title,

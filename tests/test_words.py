@@ -204,18 +204,22 @@ def test_an_answer_in_whatever_shows_it(tool: est.Tool, text: str) -> None:
 @given(hostile, st.sampled_from(["failed", "succeeded", "lost", "timeout"]))
 @pytest.mark.parametrize("form", est.NEWS_BYTES)
 def test_a_notification(form: str, text: str, state: str) -> None:
-    run = arrived(est.RunRecord, text)
+    run = arrived(est.RunRecord, text, target="10.0.0.1")
     job = arrived(est.JobRecord, text, state=est.State(state), host="10.0.0.1")
-    news = est.news_of_job(run, job, f"{text}\n{OTHER}\n".encode(), "abc")
-    headers, body = est.render_news(form, news, "42")
-    told = body.decode() if form == "ntfy" else next(
-        value for key, value in json.loads(body).items() if key in ("text", "content")
-    )  # fmt: skip
-    first, *rest = told.split("\n")
-    assert first.startswith("[10.0.0.1] ")
-    assert all(value.isascii() and value.isprintable() for value in headers.values())
-    assert_own(told, False)
-    assert not [line for line in rest if re.match(r"[\[#>]", line)], "nor a second title"
+    log = f"{text}\n{OTHER}\n".encode()
+    other = replace(job, host=est.one_line(f"h{text}"))
+    for news in (est.news_of_job(run, job, log, "abc"), est.news_of_run(run, [job, other], log, ["10.0.0.1"])):
+        headers, body = est.render_news(form, news, "42")
+        told = body.decode() if form == "ntfy" else next(
+            value for key, value in json.loads(body).items() if key in ("text", "content")
+        )  # fmt: skip
+        first, *rest = told.split("\n")
+        assert first.startswith("[10.0.0.1] ")
+        assert all(value.isascii() and value.isprintable() for value in headers.values())
+        assert_own(told, False)
+        speakers = {line[: line.index("]")] for line in rest if line.startswith("[")}
+        assert all(speaker.startswith(("[10.0.0.1", "[hv1")) for speaker in speakers), speakers
+        assert not [line for line in rest if re.match(r"[#>]", line)], "nor a second title"
 
 
 @quick
