@@ -5330,6 +5330,9 @@ def _plain_word(raw: bytes) -> bytes | None:
     return raw
 
 
+_BLANK = regex(rb"[ \t\n\r\x0b\x0c]*")
+
+
 def _haproxy_words(line: bytes) -> list[tuple[int, int]] | None:
     """Where each word of a line stands, up to a comment; None where a quote or an escape does not
     end."""
@@ -5340,7 +5343,8 @@ def _haproxy_words(line: bytes) -> list[tuple[int, int]] | None:
         if match is None:
             return None
         spans.append(match.span())
-        place = len(line) - len(line[match.end() :].lstrip())
+        blank = _BLANK.match(line, match.end())  # no copy of the rest for each of a million words
+        place = blank.end() if blank else match.end()
     return spans
 
 
@@ -5480,10 +5484,9 @@ def _server_options(
             is_flag = _SERVER_FLAG.fullmatch(word) is not None
         else:
             is_flag = word in flags
-        if is_flag:
-            argument = None
-        else:
-            argument = next(iter(line.words[index + 1 :]), None)
+        argument = None
+        if not is_flag and index + 1 < len(line.words):
+            argument = line.words[index + 1]
         options.append(_ServerOption(index, word, argument))
         if is_flag:
             index += 1
