@@ -6284,6 +6284,13 @@ JOB_FIELDS: _Schema = {
     "warnings": _WARNINGS,
     "changed": _has("boolean", "whether something changed on the host"),
     "began_command": _has("boolean", "whether the host's own command began"),
+    "steps": _some(
+        "where there are several commands: how long each took",
+        _fields(
+            ("step", "seconds"),
+            {"step": _has("string", "the command"), "seconds": _has("number", "how long it took")},
+        ),
+    ),
 }
 JOB_SCHEMA = _fields(("host", "state"), JOB_FIELDS, "how one host's part stands or ended")
 STATUS_SCHEMA = _fields(
