@@ -1550,10 +1550,13 @@ _SECRET_NAME = regex(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|[^D]PWD$|PASS$|KEYS?(?![A-Z])|CREDENTIAL|DSN|PRIVATE|WEBHOOK|COOKIE"
     r"|(?<![A-Z])(PW|AUTH|JWT|PAT|OTP|PIN|SESSION)$|MNEMONIC|(?<![A-Z])SEED|CONNECTION_?STRING)"
 )
-_URL_PASSWORD = regex(r"(?i)[a-z][a-z0-9+.-]*://[^\s/?#:@]*:([^\s/?#]+)@")
+# These read what any host says of itself: the literal first, and an end to each part, or one long
+# word would cost the square of its length.
+_URL_PASSWORD = regex(r"(?<=[A-Za-z0-9+.-])://[^\s/?#:@]*:([^\s/?#]+)@")
 # A token alone before the host, and what a query says under a name that looks secret
-_URL_TOKEN = regex(r"(?i)[a-z][a-z0-9+.-]*://([^\s/?#:@]{16,})@")
-_URL_QUERY = regex(r"(?<=[?&#;])([A-Za-z0-9_.\[\]%-]{1,60})=(?=([^&#\s\"'<>]+))")
+_URL_TOKEN = regex(r"(?<=[A-Za-z0-9+.-])://([^\s/?#:@]{16,})@")
+_URL_QUERY = regex(r"(?<=[?&#;])([A-Za-z0-9_.\[\]%-]{1,60})=")
+_URL_VALUE = regex(r"[^&#\s\"'<>]+")
 # What only a query calls so: in an environment, PWD is the working directory
 _SECRET_QUERY = regex(r"(?i)(.*[-_.])?(sig|signature|pwd|assertion)")
 _SECRET_URL = regex(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)")
@@ -2962,9 +2965,15 @@ def url_secrets(text: str) -> list[str]:
     """What no log may show of the URLs in a text: passwords, lone tokens before the host, and what
     a query says under names that look secret."""
     found = [*_URL_PASSWORD.findall(text), *_URL_TOKEN.findall(text)]
-    for name, value in _URL_QUERY.findall(text):
-        if is_secret_query(name):
-            found.append(value)
+    name = _URL_QUERY.search(text)
+    while name:
+        at = name.end()
+        if is_secret_query(name[1]):
+            value = _URL_VALUE.match(text, at)
+            if value:  # whatever stands in it is masked with it
+                found.append(value[0])
+                at = value.end()
+        name = _URL_QUERY.search(text, at)
     return found
 
 

@@ -322,6 +322,7 @@ from estelle_updater import (
     tell_remote as tell_remote,
     terminal_text as terminal_text,
     traffic_warnings as traffic_warnings,
+    url_secrets as url_secrets,
     valid_branch_problem as valid_branch_problem,
     valid_host_name as valid_host_name,
     valid_run_id as valid_run_id,

@@ -628,6 +628,30 @@ def test_what_an_agent_can_make_the_master_hold_is_bounded(open_fleet: Fleet) ->
 
 
 @one_fleet
+def test_no_message_of_an_agent_holds_the_master_up(open_fleet: Fleet) -> None:
+    """Long words, deep nesting, numbers beyond all bounds: the next question is answered as if nothing had been."""
+    one, words = open_fleet, ("v" * 30_000, "?token=" * 4_000, "a://x:" * 5_000)
+    tries = [f'"{field}": "{word}"' for word in words for field in ("version", "error", "step")]
+    deep = ("[" * 30_000 + "]" * 30_000, '{"a":' * 8_000 + "1" + "}" * 8_000)
+    tries += [f'"options": {value}' for value in deep]
+    for name in ("ended", "lived", "place", "size"):
+        tries += [f'"{name}": {value}' for value in ("NaN", "1e999", "-1e300")]
+    with Peer(one, "127.0.1.8", "agent", "56" * 16) as false, Peer(one, "127.0.1.9", "commander") as asks:
+        for number, text in enumerate(tries):
+            said = vars(record(new_run(number), "127.0.1.8", state=est.State.FAILED, created=time.time()))
+            kept = {key: value for key, value in said.items() if key not in text[:12]}
+            false.say(json.dumps(kept | {"verb": "job"})[:-1] + f", {text}}}")
+            asks.say(est.Ask(number, "history", {"count": 1}))
+            began = time.monotonic()
+            asks.until(lambda answer: isinstance(answer, est.Answer | est.Refuse))
+            assert time.monotonic() - began < 15, text[:40]
+    for command in ("status", "history"):
+        code, out, err = one.cli(command, "--json")
+        assert code == 0, err
+        json.loads(out, parse_constant=lambda word: pytest.fail(word))
+
+
+@one_fleet
 def test_an_agent_s_words_hurt_no_terminal_and_no_status(open_fleet: Fleet) -> None:
     one, run_id = open_fleet, new_run()
     evil = "\x1b]0;owned\x07\x1b[2J\r✓ 완료"

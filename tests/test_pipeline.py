@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,29 @@ def test_a_url_that_never_ends_is_not_held_back() -> None:
     masker = Masker([])
     assert masker.feed(b"http://" + b"x" * 300) == b"http"
     assert len(masker.feed(b"x" * 300)) > 590 and masker.flush() == b""
+
+
+LONG_WORDS = ("v", "a://", "://", "a://b:", "a://x@", "?a=", "?token=", "&key=a", "@", "token: ", "1.", "`", "\\", " ")
+
+
+@pytest.mark.parametrize("word", LONG_WORDS)
+def test_no_word_takes_long_to_look_through(word: str) -> None:
+    """What a host says of itself is read by the master's only thread: 30,000 letters took it 43 s."""
+    text = word * (60_000 // len(word))
+    began = time.process_time()
+    est.url_secrets(text)
+    est.mask_words(text, ())
+    assert time.process_time() - began < 2.0
+
+
+def test_the_queries_of_a_text_show_no_secret() -> None:
+    text = "https://h/?a=b?token=first&key=second#sig=third ?x=1;password=fourth?token=fifth"
+    assert est.url_secrets(text) == ["first", "second", "third", "fourth?token=fifth"]
+    assert est.url_secrets("git+ssh://u:pass%20word@h ssh://0123456789abcdef@h 1.2://x:y@h") == [
+        "pass%20word",
+        "y",
+        "0123456789abcdef",
+    ]
 
 
 def test_the_daemons_own_log_shows_no_password(capfd: pytest.CaptureFixture[str]) -> None:
