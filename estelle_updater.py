@@ -525,6 +525,7 @@ ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
+END_HEAD_BYTES = 20  # before the file of such an end: how much went through it, in digits
 KEPT_END_BYTES = 64 << 10  # of what a step writes beyond the most that a log may have
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
@@ -10345,12 +10346,96 @@ class Poke:
                 )  # asyncio drops an empty one on Windows
 
 
+class HeldEnd:
+    """The end of what a log has no room for, in a small file beside it: a runner that is killed
+    takes along what it only has in memory. A ring of twice that size, behind the number of bytes
+    that went through it; the number is written last, so that it is true at each moment."""
+
+    def __init__(self, log: Path) -> None:
+        self.path = log.with_name(f"{log.name}.end")
+        self._file: IO[bytes] | None = None
+        self._total = 0
+
+    def hold(self, data: bytes) -> None:
+        """Add to it. A full disk takes the file away, and the end is in memory alone."""
+        try:
+            if self._file is None:
+                if self._total:
+                    return
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+                self._file = os.fdopen(os.open(self.path, flags, 0o600), "r+b", buffering=0)
+            skipped = max(0, len(data) - KEPT_END_BYTES)
+            self._total += skipped
+            for byte in range(skipped, len(data), KEPT_END_BYTES):
+                self._turn(self._file, data[byte : byte + KEPT_END_BYTES])
+            self._file.seek(0)
+            self._file.write(b"%020d" % self._total)
+        except OSError:
+            self._total = self._total or 1
+            self.drop(for_good=True)
+
+    def _turn(self, file: IO[bytes], data: bytes) -> None:
+        """Write a piece where the ring stands."""
+        place = self._total % (2 * KEPT_END_BYTES)
+        first = data[: 2 * KEPT_END_BYTES - place]
+        file.seek(END_HEAD_BYTES + place)
+        file.write(first)
+        if len(first) < len(data):
+            file.seek(END_HEAD_BYTES)
+            file.write(data[len(first) :])
+        self._total += len(data)
+
+    def drop(self, *, for_good: bool = False) -> None:
+        """It is in the log by now, or can't be kept."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        if not for_good:
+            self._total = 0
+
+    def read(self) -> tuple[int, bytes]:
+        """How many bytes are lost, and what comes behind them; nothing where there is no file."""
+        data = read_log(self.path, 0, END_HEAD_BYTES + 2 * KEPT_END_BYTES)
+        head, ring = data[:END_HEAD_BYTES], data[END_HEAD_BYTES:]
+        if not head.isdigit():
+            return 0, b""
+        total = int(head)
+        place = total % (2 * KEPT_END_BYTES)
+        kept = min(total, KEPT_END_BYTES)
+        if kept <= place:
+            end = ring[place - kept : place]
+        else:
+            end = ring[place - kept :] + ring[:place]
+        return total - len(end), end
+
+    def move_to(self, log: Path) -> None:
+        """For whoever finds that its runner is dead: what was held goes to the end of the log."""
+        lost, end = self.read()
+        if end:
+            with suppress(OSError):
+                note = end_note(lost)
+                append_log(log, log_size(log), note + end)
+        self.drop()
+
+
+def end_note(lost: int) -> bytes:
+    """What stands in a log for bytes that are not."""
+    if not lost:
+        return b""
+    return b"\n[... %d bytes not recorded]\n" % lost
+
+
 class LogWriter:
     """The one writer of a job's log. A full disk loses bytes, and says how many, but never stops
     the job. Beyond `most_bytes` only the end of what a step writes is recorded, behind a note of
     how much is not: one talkative command would fill two disks."""
 
     def __init__(self, path: Path, poke: Callable[[], None]) -> None:
+        self._held = HeldEnd(path)
+        self._held.move_to(path)  # of a runner that was killed, and whose job this one ends
         self._fd = os.open(path, LOG_FLAGS, 0o600)
         self._poke = poke
         self._lock = threading.Lock()
@@ -10382,6 +10467,7 @@ class LogWriter:
 
     def _hold(self, data: bytes) -> None:
         """Keep the end of what is not recorded."""
+        self._held.hold(data)
         self._end += data
         if len(self._end) > 2 * KEPT_END_BYTES:
             excess = len(self._end) - KEPT_END_BYTES
@@ -10396,14 +10482,14 @@ class LogWriter:
             end = bytes(self._end[excess:])
             self._end.clear()
             self._left_out = 0
-            if left_out:
-                self._record(b"\n[... %d bytes not recorded]\n" % left_out)
+            self._record(end_note(left_out))
             self._record(end)
+            self._held.drop()
 
     def _record(self, data: bytes) -> bool:
         """Append, whatever the size; what a full disk does not take is counted."""
         if self._dropped:
-            note = b"\n[... %d bytes not recorded]\n" % self._dropped
+            note = end_note(self._dropped)
             if self._append(note) < len(note):
                 self._dropped += len(data)
                 return False
@@ -10519,6 +10605,7 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
     job is lost."""
     log_file, error = state.log_file(job.run, job.host), "the runner died"
     kill_leftovers(f"{job.run}/{file_label(job.host)}/questions")
+    HeldEnd(log_file).move_to(log_file)
     left = ""
     if job.open_step:
         left = refused_text(kill_leftovers(job.open_step, job.pipe)[1])

@@ -96,6 +96,7 @@ from estelle_updater import (
     HaproxyRule as HaproxyRule,
     Have as Have,
     HealthRule as HealthRule,
+    HeldEnd as HeldEnd,
     Hello as Hello,
     HostRef as HostRef,
     HostRule as HostRule,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from tests import seam as est
 from tests.fleet import MODULE, Result, unavailable, wait_for
@@ -431,3 +432,36 @@ def test_the_branch_is_read_without_a_question(clone: Clone, tmp_path: Path):
     clone.git(host, "worktree", "add", "-q", str(linked), "master")
     assert est.read_branch(linked) is None  # git has to be asked
     assert est.read_branch(host / "config") is None
+
+
+def test_the_end_of_a_talkative_command_outlives_its_runner(clone: Clone):
+    """Killed while most of the output is not recorded: whoever buries it appends the end, behind how much is lost."""
+    keep = {"keep": {"jobMegabytes": 1}, "masterUrl": "ws://127.0.0.1:9900", "whitelist": [HOST], **COMMAND}
+    script = "seq 1000000 1400000; echo 'the last line'; touch ../said; exec sleep 100\n"
+    clone.commit({"config/updater.json": json.dumps(keep), "deploy.sh": script})
+    command = clone.start("master")
+    wait_for((clone.folder / "said").exists, "all is said")
+    (held,) = (clone.state / "runs").glob("*/*.end")
+    wait_for(lambda: b"the last line" in held.read_bytes(), "the last line is held")
+    kill_runner(clone, command)
+    job, log = clone.job(), held.with_suffix("").read_bytes()
+    note = re.search(rb"\n\[\.\.\. (\d+) bytes not recorded\]\n", log)
+    assert note and (job["state"], job["size"], held.exists()) == ("lost", len(log), False)
+    assert note.start() == 1 << 20, "the beginning"
+    whole = "".join(f"{n}\n" for n in range(1000000, 1400001)).encode() + b"the last line\n"
+    begin, length, _ = job["marks"][-1]  # type: ignore[index]
+    head = log[begin + length : note.start()]
+    assert whole.startswith(head) and log[note.end() :] == whole[-(64 << 10) :]
+    assert len(head) + int(note[1]) + (64 << 10) == len(whole)
+
+
+@given(st.lists(st.binary(max_size=300_000), max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_a_held_end_is_the_end(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]):
+    held = est.HeldEnd(tmp_path_factory.mktemp("held") / "x.log")
+    for piece in pieces:
+        held.hold(piece)
+    whole = b"".join(pieces)
+    assert est.HeldEnd(held.path.with_suffix("")).read() == (max(0, len(whole) - (64 << 10)), whole[-(64 << 10) :])
+    held.drop()
+    assert not held.path.exists()
