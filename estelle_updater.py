@@ -4267,7 +4267,7 @@ class Refusal(NamedTuple):
 
     what: str
     hint: str = ""
-    command: str = ""  # the one that would end with `exit_code`
+    step: str = ""  # the one that would fail, with `exit_code` where that is certain
     exit_code: int | None = None
 
     @property
@@ -4339,6 +4339,7 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
     """What git would refuse, by the state of the clone and its branches."""
     git, branch = f"git -C {known.repo}", known.branch
     theirs = f"{known.remote}/{branch}"
+    checkout, pull = f"git checkout {branch}", f"git pull {known.remote} {branch}"
     if known.begun:
         what = f"a {known.begun} that somebody began in {known.repo} is not ended"
         yield Refusal(what, f"{git} status, then: {git} {known.begun} --abort")
@@ -4346,11 +4347,12 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
         free = f"git -C {known.elsewhere} checkout --detach"
         if known.elsewhere_is_gone:
             free = f"{git} worktree prune"
-        yield Refusal(f"{branch} is checked out in another work tree: {known.elsewhere}", free)
+        what = f"{branch} is checked out in another work tree: {known.elsewhere}"
+        yield Refusal(what, free, checkout)
     if known.clash:
         what = f"the local branch {known.clash} is in the way of {branch}"
         keep = f"{git} branch -m {known.clash} kept-{known.clash}"
-        yield Refusal(f"{what}, and no remote has its commits", keep)
+        yield Refusal(f"{what}, and no remote has its commits", keep, checkout)
     if not known.own:
         return
     take = f"{git} branch -f {branch} {theirs}"
@@ -4359,12 +4361,13 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
     commits = count_text(known.own, "commit")
     what = f"the local branch has {commits} that the remote has not"
     if known.was_there:
-        yield Refusal(f"{branch} was force-pushed: {what} any more", take)
+        yield Refusal(f"{branch} was force-pushed: {what} any more", take, pull)
     elif known.is_shallow:
         whole = f"{git} fetch --unshallow {known.remote}"
-        yield Refusal(f"{what}, as far as this shallow clone knows", f"{whole}; else: {take}")
+        what = f"{what}, as far as this shallow clone knows"
+        yield Refusal(what, f"{whole}; else: {take}", pull)
     else:
-        yield Refusal(what, f"{take}, or push them")
+        yield Refusal(what, f"{take}, or push them", pull)
 
 
 def pointers_text(paths: Sequence[str]) -> str:
@@ -11939,14 +11942,13 @@ class Clearance:
         return known
 
     def refuse(self, one: Refusal) -> None:
-        """End the job before anything has changed; where its command would not start, as if it had
-        not. Raises StepFailed, UpdaterError."""
-        if one.exit_code is None:
+        """End the job before anything has changed, in the step that would fail. Raises StepFailed, UpdaterError."""
+        if not one.step:
             raise UpdaterError(one.what, one.hint)
         self.log.line(f"estelle-updater: error: {one.what}")
         self.log.line(f"hint: {one.hint}")
-        self.runner.begin(one.command, StepKind.CHECK)
-        raise StepFailed(State.FAILED, one.command, one.exit_code, one.what)
+        self.runner.begin(one.step, StepKind.CHECK)
+        raise StepFailed(State.FAILED, one.step, one.exit_code, one.what)
 
     def ask(self, *args: str) -> str | None:
         """git's answer as text, None where it says no."""

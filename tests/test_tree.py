@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import re
@@ -257,16 +258,22 @@ def test_a_submodule_that_git_left_half_written_is_made_whole(clone: Clone, end:
         """A job that ends while git stands in the middle of a submodule."""
         hold.touch()
         command = clone.start("master")
-        wait_for(is_in_the_middle, what)
+        wait_for(lambda: is_in_the_middle() or command.poll() is not None, what)
+        assert command.poll() is None, command.communicate()
+        wait_for(lambda: clone.job()["open_step"], "the step is recorded")
         if end == "kill":
-            wait_for(lambda: clone.job()["open_step"], "the step is recorded")
             kill_runner(clone, command)
-        else:
-            if end == "cancel":
-                (clone.state / "runs" / str(clone.job()["run"]) / f"{HOST}.cancel").touch()
-            out, _ = command.communicate(timeout=60)
-            assert command.returncode == 1 and "✓" not in out, out
+            hold.unlink()
+            return
+        if end == "cancel":
+            (clone.state / "runs" / str(clone.job()["run"]) / f"{HOST}.cancel").touch()
+        wait_for(lambda: not clone.job()["open_step"], "the step has ended")
         hold.unlink()
+        out, _ = command.communicate(timeout=60)
+        assert command.returncode == 1 and "✓" not in out, out
+
+    def holds(file: Path, text: str) -> bool:
+        return file.read_text() == text
 
     def deploy_whole(text: str) -> None:
         code, out, err = clone.deploy()
@@ -292,6 +299,24 @@ def test_a_submodule_that_git_left_half_written_is_made_whole(clone: Clone, end:
         clone.git(clone.folder, "config", "--global", f"filter.slow.{key}", value)
     cut_off((clone.host / "sub/b").exists, "git writes the first time")
     deploy_whole("1")
+    for text in ("2", "3") if end == "kill" else ("2",):
+        bump(inner, text)
+        clone.git(outer / "in", "pull", "-q", "origin", "master")
+        bump(outer, text)
+        clone.git(seed / "sub", "pull", "-q", "origin", "master")
+        clone.git(seed / "sub", "submodule", "update", "-q")
+        clone.commit({})
+        part = clone.host / ("sub" if text == "2" else "sub/in")
+        if text == "3":
+            clone.git(clone.host / "sub", "config", "filter.slow.smudge", "cat")  # the next one stops in the inner one
+        cut_off(functools.partial(holds, part / "b", text), f"git writes {part}")
+        if text == "2" and end == "kill":
+            (part / "a").write_text("mine")
+            code, out, err = clone.deploy()
+            assert code == 1 and "neither old nor new: sub/a" in err, err
+            assert f"git -C {part} checkout HEAD -- a, or rm it" in out
+            clone.git(part, "checkout", "HEAD", "--", "a")
+        deploy_whole(text)
 
 
 def test_lfs_pointers_are_not_deployed(clone: Clone, tmp_path: Path):
