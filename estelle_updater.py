@@ -11942,7 +11942,8 @@ class Clearance:
         return known
 
     def refuse(self, one: Refusal) -> None:
-        """End the job before anything has changed, in the step that would fail. Raises StepFailed, UpdaterError."""
+        """End the job before anything has changed, in the step that would fail. Raises StepFailed,
+        UpdaterError."""
         if not one.step:
             raise UpdaterError(one.what, one.hint)
         self.log.line(f"estelle-updater: error: {one.what}")
