@@ -4361,7 +4361,8 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
     commits = count_text(known.own, "commit")
     what = f"the local branch has {commits} that the remote has not"
     if known.was_there:
-        yield Refusal(f"{branch} was force-pushed: {what} any more", take, pull)
+        forced = f"{branch} was force-pushed, and no fast-forward leads there"
+        yield Refusal(f"{forced}: {what} any more", take, pull)
     elif known.is_shallow:
         whole = f"{git} fetch --unshallow {known.remote}"
         what = f"{what}, as far as this shallow clone knows"
