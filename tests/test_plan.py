@@ -195,8 +195,8 @@ def test_what_a_job_can_know_the_plan_says_and_nothing_moves(fleet: MakeFleet, t
         ("tree", lambda: git("worktree", "add", "-q", "-b", "tree", "../two", "origin/tree", cwd=repo),
          f"tree is checked out in another work tree: {two}; git -C {two} checkout --detach"),
         ("clash/1", own_clash, f"no remote has its commits; git -C {repo} branch -m clash kept-clash"),
-        ("rewritten", rewrite, f"rewritten was force-pushed, and no fast-forward leads there: the local branch has 1 commit that the remote has"
-         f" not any more; git -C {repo} branch -f rewritten origin/rewritten"),
+        ("rewritten", rewrite, "rewritten was force-pushed, and no fast-forward leads there: the local branch has 1"
+         f" commit that the remote has not any more; git -C {repo} branch -f rewritten origin/rewritten"),
         ("master", begin_merge, f"a merge that somebody began in {repo} is not ended; git -C {repo} status, then"),
     ]  # fmt: skip
     for branch, prepare, words in traps:
