@@ -26171,6 +26171,10 @@ def convert_config(args: Args, path: Path) -> int:
     text = f"wrote {new}"
     if new != path:
         text += f", removed {path}"
+        missing.append(
+            f"a daemon that runs looks for {path.name}: once this is committed, `git pull` on each"
+            " host, and restart its service"
+        )
     for line in missing:
         text += f"\n! {line}"
     result = {
