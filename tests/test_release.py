@@ -438,7 +438,8 @@ def test_the_traffic_is_switched_in_the_page(one: Round):
         tab.wait("!document.querySelector('dialog .danger').disabled")
         tab.key("Enter")
         tab.wait("state.run?.record?.kind === 'switch' && document.querySelector('.headline .ok')")
-        assert one.proxy.answers() == "green"
+        # the sign of the traffic's own headline is there before the run has ended
+        wait_for(lambda: one.proxy.answers() == "green", "the traffic goes to green")
         tab.js("location.hash = '#traffic'")
         tab.wait("document.querySelector('.card.active h3').innerText === 'green'")
         assert "The traffic goes to green" in tab.text(".headline") and tab.errors == []
