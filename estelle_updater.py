@@ -4997,8 +4997,11 @@ def fold_line(line: str, columns: int, indent: int, used: int = 0) -> str:
         return line
     indent = min(indent, columns // 2)
     used %= columns
-    # The way of nearly every line: plain, and short enough.
-    if used + len(line) <= columns and line.isascii() and "\t" not in line:
+    # The way of nearly every line: short enough, if each of its letters were a wide one.
+    most = len(line)
+    if not line.isascii():
+        most *= 2
+    if used + most <= columns and "\t" not in line:
         return line
     parts = []
     for part in _COLOURS.split(line):
