@@ -85,6 +85,7 @@ class Fleet:
         deadline = time.monotonic() + 60
         while "127.0.0.2" not in self.online():
             if time.monotonic() > deadline:
+                self.close()  # nobody else knows of them yet
                 raise SystemExit("the fleet does not come up: " + (folder / "127.0.0.2.err").read_text())
             time.sleep(0.1)
 
