@@ -7756,31 +7756,20 @@ class CloneLock:
     and each knows only the lock of its own state folder.
 
     It is held on git's own folder for the work tree, which all who can deploy there can read: a
-    file made by one user could keep out another. Windows locks no folders: there it is a file. A
-    second file says who holds it, for people alone.
+    file made by one user could keep out another, and nothing of ours belongs into a repository.
+    Windows locks no folders: there alone it is a file, beside git's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.note = folder / "estelle-updater.json"
         # no name of its own may end in .lock: those are git's, and are removed
         self._file = FileLock(folder / "estelle-updater.job")
         self._fd = -1
 
-    def acquire(self, state: str) -> bool:
-        """Take it, if nobody has it; `state` is the folder to be named to others. Raises OSError
-        where nothing can be locked."""
+    def acquire(self) -> bool:
+        """Take it, if nobody has it. Raises OSError where nothing can be locked."""
         if sys.platform == "win32":
-            taken = self._file.acquire()
-        else:
-            taken = self._lock_folder()
-        if taken:
-            holder = {"pid": os.getpid(), "state": state}
-            with suppress(OSError):  # nobody may write there: then others are told less
-                write_atomic(self.note, json.dumps(holder).encode(), mode=0o644)
-        return taken
-
-    def _lock_folder(self) -> bool:
+            return self._file.acquire()
         import fcntl
 
         # never inherited by a step, as all descriptors of os.open
@@ -7796,13 +7785,28 @@ class CloneLock:
         return True
 
     def holder(self) -> str:
-        """Who has it, for people."""
+        """Who has it, for people, as far as the kernel tells (proc_locks(5))."""
         try:
-            found = json.loads(read_supplied(self.note))
-            pid, state = found["pid"], found["state"]
-        except (OSError, ValueError, KeyError, TypeError):
+            pid = self._holder_pid()
+            words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
+        except OSError:
+            words = []
+        if "--state" not in words[:-1]:
             return "another process"
+        state = words[words.index("--state") + 1]
         return one_line(f"pid {pid} with the state folder {state}")
+
+    def _holder_pid(self) -> int:
+        """Raises OSError where it can't be known."""
+        held = Path("/proc/locks").read_text("ascii")
+        place = os.stat(self.folder)
+        device = f"{os.major(place.st_dev):02x}:{os.minor(place.st_dev):02x}"
+        for line in held.splitlines():
+            # as in `10: FLOCK  ADVISORY  WRITE 32313 fe:00:5308441 0 EOF`
+            words = line.split()
+            if words[1] == "FLOCK" and words[5] == f"{device}:{place.st_ino}":
+                return int(words[4])
+        raise FileNotFoundError(errno.ENOENT, "nobody holds it")
 
     def release(self) -> None:
         """Give it back; nothing happens if it is not held."""
@@ -12034,7 +12038,7 @@ def claim_clone(runner: Runner) -> CloneLock | None:
     ends = time.monotonic() + runner.rule.timeout_s
     told = ""
     try:
-        while not lock.acquire(str(runner.state.root)):
+        while not lock.acquire():
             holder = f"{lock.holder()} deploys in this clone, {runner.repo}"
             if holder != told:
                 runner.log.line(f"Waiting: {holder}.")
