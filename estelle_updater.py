@@ -11637,8 +11637,6 @@ class Foresight:
             begun=self.find_begun(unmerged),
             missing=tuple(wrong),
             unsure=tuple(unsure),
-            update_submodules=self.rule.submodules,
-            get_pointers=self.rule.lfs,
         )
         if branch:
             known = self.look_at_branch(
@@ -11647,6 +11645,12 @@ class Foresight:
                 local,
                 former,
             )
+        return self.look_at_names(known)
+
+    def look_at_names(self, known: Prospect) -> Prospect:
+        """What the commit only names: its submodules, and the files that LFS keeps."""
+        rule = self.rule
+        known = known._replace(update_submodules=rule.submodules, get_pointers=rule.lfs)
         known = self.look_at_submodules(known)
         pointers = self.find_pointers()
         if pointers:
@@ -23429,14 +23433,17 @@ class Doctor:
         yield from ground
         if not all(found.ok or not found.certain for found in ground):
             return
-        changes = git_output(
-            repo, self.env, "status", "--porcelain", "--untracked-files=no"
-        ).decode(errors="replace")
-        names = ", ".join(line[3:] for line in changes.splitlines()[:5])
+        try:
+            changed = WorkTree(repo, self.env, submodules=rule.submodules).changes().paths
+        except UpdaterError as problem:  # an index that was damaged, say
+            yield Finding("clean", False, problem.what, problem.hint or f"git -C {repo} status")
+            return
+        text = "no local changes"
+        if changed:
+            text = f"local changes: {paths_text(changed, 5)}"
         fix = f"git -C {repo} stash, or commit and push them"
-        yield Finding(
-            "clean", not changes, f"local changes: {names}" if changes else "no local changes", fix
-        )
+        yield Finding("clean", not changed, text, fix)
+        yield from self.only_named(repo, rule)
         ask = ["git", "ls-remote", rule.remote, "HEAD"]
         code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
@@ -23459,6 +23466,21 @@ class Doctor:
                 yield Finding(
                     tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix
                 )
+
+    def only_named(self, repo: Path, rule: Effective) -> Iterator[Finding]:
+        """What the commit only names: submodules, and files that LFS keeps."""
+
+        def ask(*args: str) -> str:
+            return os.fsdecode(git_output(repo, self.env, *args))
+
+        ahead = Foresight(Coming(repo, rule, "HEAD", ask))
+        forecast = judge_prospect(ahead.look_at_names(Prospect(str(repo), rule.remote)))
+        for step in forecast.steps:
+            yield Finding("steps", True, f"each deployment also runs {step}")
+        for text in forecast.warnings:
+            yield Finding("steps", None, text)
+        for one in forecast.refused:
+            yield Finding("steps", False, one.what, one.hint)
 
     def master(self, config: Config) -> Iterator[Finding]:
         """Whether the master lets this host in, as it sees it, and what its clock says."""

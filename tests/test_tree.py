@@ -488,3 +488,19 @@ def test_a_held_end_is_the_end(tmp_path_factory: pytest.TempPathFactory, pieces:
     assert est.HeldEnd(held.path.with_suffix("")).read() == (max(0, len(whole) - (64 << 10)), whole[-(64 << 10) :])
     held.drop()
     assert not held.path.exists()
+
+
+def test_doctor_says_what_a_commit_only_names_and_names_can_be_read(clone: Clone):
+    """Submodules and LFS files, before a deployment meets them; a Korean name is no row of numbers."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+    clone.git(clone.folder, "init", "-q", "-b", "master", "part")
+    clone.git(clone.folder / "part", "commit", "-q", "--allow-empty", "-m", "x")
+    clone.git(clone.folder / "seed", "submodule", "add", "-q", str(clone.folder / "part"), "부분")
+    clone.commit({".gitattributes": "*.bin filter=lfs\n", "x.bin": pointer, "결제 함/새.txt": "1"})
+    clone.git(clone.host, "pull", "-q")
+    (clone.host / "결제 함/새.txt").write_text("mine")
+    words = [sys.executable, str(MODULE), "--state", str(clone.state), "--bind", HOST, "doctor"]
+    said = subprocess.run(words, cwd=clone.host, env=clone.env, stdout=-1, timeout=60, text=True).stdout
+    assert "local changes: 결제 함/새.txt\n" in said
+    assert "each deployment also runs git submodule update --init --recursive (부분)\n" in said
+    assert "files are only LFS pointers: x.bin" in said and "install git-lfs here" in said
