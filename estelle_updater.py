@@ -23235,6 +23235,35 @@ def judge_files() -> Iterator[Finding]:
         yield Finding("files", most >= 1024, text, fix)
 
 
+def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
+    """Whether the clone has local changes, by names that people can read."""
+    try:
+        changed = WorkTree(repo, env, submodules=rule.submodules).changes().paths
+    except UpdaterError as problem:  # an index that was damaged, say
+        return Finding("clean", False, problem.what, problem.hint or f"git -C {repo} status")
+    text = "no local changes"
+    if changed:
+        text = f"local changes: {paths_text(changed, 5)}"
+    fix = f"git -C {repo} stash, or commit and push them"
+    return Finding("clean", not changed, text, fix)
+
+
+def look_at_names(repo: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
+    """What the commit only names: submodules, and files that LFS keeps."""
+
+    def ask(*args: str) -> str:
+        return os.fsdecode(git_output(repo, env, *args))
+
+    ahead = Foresight(Coming(repo, rule, "HEAD", ask))
+    forecast = judge_prospect(ahead.look_at_names(Prospect(str(repo), rule.remote)))
+    for step in forecast.steps:
+        yield Finding("steps", True, f"each deployment also runs {step}")
+    for text in forecast.warnings:
+        yield Finding("steps", None, text)
+    for one in forecast.refused:
+        yield Finding("steps", False, one.what, one.hint)
+
+
 class Doctor:
     """This host against the traps that deployments have met, each with its fix."""
 
@@ -23433,17 +23462,8 @@ class Doctor:
         yield from ground
         if not all(found.ok or not found.certain for found in ground):
             return
-        try:
-            changed = WorkTree(repo, self.env, submodules=rule.submodules).changes().paths
-        except UpdaterError as problem:  # an index that was damaged, say
-            yield Finding("clean", False, problem.what, problem.hint or f"git -C {repo} status")
-            return
-        text = "no local changes"
-        if changed:
-            text = f"local changes: {paths_text(changed, 5)}"
-        fix = f"git -C {repo} stash, or commit and push them"
-        yield Finding("clean", not changed, text, fix)
-        yield from self.only_named(repo, rule)
+        yield judge_clean(repo, rule, self.env)
+        yield from look_at_names(repo, rule, self.env)
         ask = ["git", "ls-remote", rule.remote, "HEAD"]
         code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
@@ -23466,21 +23486,6 @@ class Doctor:
                 yield Finding(
                     tool, code == 0, said.splitlines()[-1] if said else f"exit {code}", fix
                 )
-
-    def only_named(self, repo: Path, rule: Effective) -> Iterator[Finding]:
-        """What the commit only names: submodules, and files that LFS keeps."""
-
-        def ask(*args: str) -> str:
-            return os.fsdecode(git_output(repo, self.env, *args))
-
-        ahead = Foresight(Coming(repo, rule, "HEAD", ask))
-        forecast = judge_prospect(ahead.look_at_names(Prospect(str(repo), rule.remote)))
-        for step in forecast.steps:
-            yield Finding("steps", True, f"each deployment also runs {step}")
-        for text in forecast.warnings:
-            yield Finding("steps", None, text)
-        for one in forecast.refused:
-            yield Finding("steps", False, one.what, one.hint)
 
     def master(self, config: Config) -> Iterator[Finding]:
         """Whether the master lets this host in, as it sees it, and what its clock says."""
