@@ -1,8 +1,9 @@
-"""Light agents on the real wire: python3 -m tests.bench.herd PORT COUNT
+"""Light agents on the real wire: python3 -m tests.bench.herd PORT COUNT [LINES SECONDS]
 
 Each is one connection from an address of its own (127.16.0.1 ...) that greets, takes orders and answers them with the
 states and the log of a deployment that takes no time. What is simulated: no git, no runner, no files, no program: only
-what a master sees of a host. It prints `welcomed COUNT` and `done COUNT` with the seconds since its start.
+what a master sees of a host. It prints `welcomed COUNT` and `done COUNT` with the seconds since its start. With LINES,
+each deployment writes so many lines of 80 bytes a second for SECONDS.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from tests import seam as est
 
 AT_ONCE = 64  # greetings
 OUTPUT = b"\xe2\x96\xb6 true\nnothing to do\n"
+LINE = b"x" * 79 + b"\n"
+BURST_S = 0.1  # between two writes of a talkative deployment
 
 
 def frame(opcode: int, data: bytes) -> bytes:
@@ -41,6 +44,7 @@ class LightAgent(asyncio.Protocol):
         self.welcomed = asyncio.get_running_loop().create_future()
         self.machine = f"{number:08x}" + os.urandom(12).hex()
         self.job: dict[str, Any] = {}
+        self.size = 0  # bytes of its log so far
         hello = est.Hello(
             "agent", [1, 1], "bench", self.machine, f"light{number}", os.urandom(8).hex(), "linux",
             list(est.FEATURES),
@@ -104,14 +108,27 @@ class LightAgent(asyncio.Protocol):
                 self.raw({"verb": "log", **channel, "size": 0})
                 self.tell(revision=2, state="running", step="true", started=time.time())
             case "have" if self.job and message.get("rewind"):
-                self.transport.write(frame(2, est.encode_chunk(1, message["size"], OUTPUT[message["size"] :])))
-                self.tell(revision=3, state="succeeded", size=len(OUTPUT), ended=time.time(), version="v1")
+                self.size = message["size"]
+                self.write_log(OUTPUT[self.size :])
+                self.talk_on(self.herd.bursts)
             case "acked":
                 self.job = {}
                 self.herd.note_end()
             case "ask":
                 facts = {"branch": "master", "commit": "7f" * 20, "version": "v1", "dirty": False, "problem": None}
                 self.raw({"verb": "answer", "id": message["id"], "result": facts})
+
+    def talk_on(self, bursts: int) -> None:
+        """Write for a while, and end."""
+        if not bursts:
+            self.tell(revision=3, state="succeeded", size=self.size, ended=time.time(), version="v1")
+            return
+        self.write_log(LINE * self.herd.lines_a_burst)
+        asyncio.get_running_loop().call_later(BURST_S, self.talk_on, bursts - 1)
+
+    def write_log(self, data: bytes) -> None:
+        self.transport.write(frame(2, est.encode_chunk(1, self.size, data)))
+        self.size += len(data)
 
     def tell(self, **facts: Any) -> None:
         self.job |= facts
@@ -122,8 +139,9 @@ class LightAgent(asyncio.Protocol):
 
 
 class Herd:
-    def __init__(self, port: int, count: int) -> None:
+    def __init__(self, port: int, count: int, lines: int = 0, seconds: float = 0.0) -> None:
         self.port, self.count, self.ended, self.lost = port, count, 0, 0
+        self.lines_a_burst, self.bursts = round(lines * BURST_S), round(seconds / BURST_S)
         self.began = time.perf_counter()
 
     def note(self, what: str, count: int) -> None:
@@ -152,7 +170,8 @@ class Herd:
 def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    asyncio.run(Herd(int(sys.argv[1]), int(sys.argv[2])).run())
+    port, count, *flood = map(int, sys.argv[1:])
+    asyncio.run(Herd(port, count, *flood).run())
 
 
 if __name__ == "__main__":

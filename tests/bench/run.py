@@ -282,6 +282,52 @@ def bench_scale(folder: Path, program: list[str], counts: list[int]) -> list[tup
     return found
 
 
+def bench_stalls(folder: Path, program: list[str], hosts: int, lines: int, seconds: int) -> None:
+    """How long the master's event loop does not turn while many hosts write and a commander watches them all.
+
+    A ping is answered when the loop turns next. The time for which its thread, or this one, could have run and got no
+    processor is not the loop's: it says how busy this machine is.
+    """
+    from websockets.sync.client import connect
+
+    folder.mkdir()
+    fleet = Fleet(folder, program)
+    argv = [sys.executable, "-m", "tests.bench.herd", str(fleet.port), str(hosts), str(lines), str(seconds)]
+    herd = subprocess.Popen(argv, cwd=SOURCE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert herd.stdout
+        herd.stdout.readline()
+        threads = [f"/proc/{fleet.daemons[0].pid}/task/{fleet.daemons[0].pid}/schedstat", "/proc/thread-self/schedstat"]
+
+        def kept_waiting() -> float:
+            """Seconds without a processor."""
+            return sum(int(Path(thread).read_text().split()[1]) for thread in threads) / 1e9
+
+        stalls, clock = [0.0], [0.0]
+        with (folder / "out").open("wb") as out:
+            watching = fleet.trigger("all", "noop", out.fileno())
+            while watching.poll() is None:
+                # a stranger's connection: it lives until its hello is due, and pings are answered all the same
+                with connect(f"ws://127.0.0.1:{fleet.port}", ping_interval=None) as socket:
+                    until = time.monotonic() + 5
+                    while time.monotonic() < until and watching.poll() is None:
+                        before, began = kept_waiting(), time.perf_counter()
+                        assert socket.ping().wait(60), "no answer to a ping"
+                        clock.append(time.perf_counter() - began)
+                        stalls.append(clock[-1] - (kept_waiting() - before))
+                        time.sleep(0.01)
+        shown = sum(line.endswith(LINE + "\n") for line in (folder / "out").open())
+        expected = hosts * round(lines * 0.1) * seconds * 10
+        told = f"{max(stalls) * 1000:.0f} ms of {max(clock) * 1000:.0f} by the clock"
+        what = f"longest stall, {hosts} hosts of {lines:,} lines/s"
+        ROWS.append((what, "", told, f"{shown:,} of {expected:,} lines"))
+        print(*ROWS[-1], sep=" | ", flush=True)
+    finally:
+        herd.kill()
+        herd.communicate()
+        fleet.close()
+
+
 def draw(points: list[tuple[int, float, float]]) -> str:
     """An SVG: the master's processor time per agent by the number of agents, which a linear cost keeps level."""
     top = max((max(point[1:]) for point in points), default=1.0)
@@ -347,6 +393,9 @@ def main() -> None:
     parser.add_argument("--scale", default="", help="numbers of light agents, as in 200,1000")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--only-scale", action="store_true", help="and nothing else")
+    parser.add_argument(
+        "--stalls", default="", help="HOSTS,LINES,SECONDS: so many hosts that each write so many a second"
+    )
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -370,6 +419,8 @@ def main() -> None:
                 bench_resume(fleet)
             finally:
                 fleet.close()
+        if args.stalls:
+            bench_stalls(folder / "stalls", program, *map(int, args.stalls.split(",")))
         points = bench_scale(folder, program, [int(count) for count in args.scale.split(",") if count])
         if args.svg and points:
             args.svg.write_text(draw(points))
