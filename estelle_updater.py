@@ -7798,6 +7798,8 @@ class CloneLock:
 
     def _holder_pid(self) -> int:
         """Raises OSError where it can't be known."""
+        if sys.platform == "win32":  # which has no numbers of devices either
+            raise FileNotFoundError(errno.ENOENT, "only Linux tells")
         held = Path("/proc/locks").read_text("ascii")
         place = os.stat(self.folder)
         device = f"{os.major(place.st_dev):02x}:{os.minor(place.st_dev):02x}"
