@@ -5120,7 +5120,12 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"Permission denied|cannot open [^\n]*FETCH_HEAD[^\n]*Permission denied",
         "files of the clone belong to another user (git was run as root there?): chown -R them",
     ),
-    (rb"No space left on device", "the disk is full"),
+    (
+        # of a file in the tree git says no more than that, of its index in words of its own
+        rb"No space left on device|Disk quota exceeded|Out of diskspace"
+        rb"|(?m:unable to write file [^:\r\n]+\r?$)",
+        "the disk is full",
+    ),
     (
         rb"index file smaller than expected|index file corrupt|bad signature 0x00000000"
         rb"|bad ref for|cannot lock ref [^\n]*unable to resolve"

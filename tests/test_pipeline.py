@@ -512,6 +512,8 @@ def test_the_daemons_own_log_shows_no_password(capfd: pytest.CaptureFixture[str]
         ("a: needs merge\nerror: you need to resolve your current index first", "a merge that somebody began"),
         ("error: insufficient permission for adding an object to repository database .git/objects", "another user"),
         ("fatal: write error: No space left on device", "the disk is full"),
+        ("fatal: sha1 file '/srv/.git/index.lock' write error. Out of diskspace", "the disk is full"),
+        ("error: unable to write file c/4\nUpdating 1..2", "the disk is full"),
         ("fatal: .git/index: index file smaller than expected", "empty or damaged"),
         ("error: object file .git/objects/ab/cd is empty", "empty or damaged"),
         (" ! [rejected]  v1 -> v1  (would clobber existing tag)", "a tag was moved"),

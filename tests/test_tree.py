@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tests import seam as est
-from tests.fleet import MODULE, Result, unavailable, wait_for
+from tests.fleet import PROGRAM, ROOT, Result, need, processes_of, run, unavailable, wait_for
 
 HOST = "127.0.0.1"
 COMMAND = {"deploy": {"command": ["sh", "deploy.sh"], "timeout": 60}}
@@ -58,7 +58,7 @@ class Clone:
 
     def start(self, branch: str) -> subprocess.Popen[str]:
         words = ["--state", str(self.state), "--bind", HOST, "deploy", branch]
-        argv = [sys.executable, str(MODULE), *words]
+        argv = [*PROGRAM, *words]
         return subprocess.Popen(argv, cwd=self.host, env=self.env, stdout=-1, stderr=-1, text=True)
 
     def deploy(self, branch: str = "master") -> Result:
@@ -82,6 +82,10 @@ class Clone:
         files = sorted((self.state / "runs").glob(f"*/{HOST}.json"), key=lambda file: file.stat().st_mtime_ns)
         found: dict[str, object] = json.loads(files[-1].read_text())
         return found
+
+    def cancel(self) -> None:
+        """The newest job, as its daemon tells the runner."""
+        (self.state / "runs" / str(self.job()["run"]) / f"{HOST}.cancel").touch()
 
     def head(self) -> str:
         return self.git(self.host, "rev-parse", "HEAD")
@@ -157,6 +161,76 @@ def runs_job(pid: int, state: str) -> bool:
     except OSError:
         return False
     return b"run-job" in words and os.fsencode(state) in words
+
+
+def holding(clone: Clone) -> set[int]:
+    """The filters and hooks that hold git up. Restoring the tree runs a filter again: that one is not of the step."""
+    found = processes_of(clone.folder)
+    return {pid for pid, words in found.items() if "/hold" in words or "/hook" in words}
+
+
+def test_a_cancel_while_git_writes_leaves_no_mixed_tree(clone: Clone):
+    """What somebody wrote there in between is named and stays, and nothing is ✓ before that is settled."""
+    for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.host, "config", f"filter.slow.{key}", value)
+    first, hold, mark = clone.head(), clone.folder / "hold", clone.state / "transit.json"
+    new = clone.commit({"a": "two\n", "b": "new\n", "c/d": "new\n", ".gitattributes": "z filter=slow\n", "z": "z\n"})
+    hold.touch()
+    command = clone.start("master")
+    wait_for((clone.host / "c/d").exists, "git is in the middle")
+    held = wait_for(lambda: holding(clone), "the filter holds it up")
+    assert (clone.host / "a").read_text() == "two\n", "the tree is mixed by now"
+    (clone.host / "b").write_text("theirs\n")
+    clone.cancel()
+    wait_for(lambda: not held & holding(clone), "git is killed")
+    hold.unlink()
+    out, _ = command.communicate(timeout=60)
+    assert command.returncode == 1 and f"[{HOST}] ✗ 취소" in out, out
+    assert "neither old nor new: b" in out and "checkout HEAD -- b, or rm it" in out
+    left = (clone.head(), clone.dirty(), (clone.host / "b").read_text(), mark.exists())
+    assert left == (first, "?? b", "theirs\n", True)
+    code, out, err = clone.deploy()
+    assert code == 1 and "neither old nor new: b" in err and "✓" not in out
+    assert (clone.host / "b").read_text() == "theirs\n"
+    (clone.host / "b").unlink()
+    assert clone.deploy().code == 0
+    assert (clone.head(), clone.dirty(), mark.exists()) == (new, "", False)
+
+
+def test_a_disk_that_fills_while_git_writes_leaves_no_mixed_tree(tmp_path: Path):
+    """Restoring needs room too: until there is some no job is ✓, and then the next one makes the tree whole."""
+    need("mount")
+    (tmp_path / "host").mkdir()
+    code, _, why = run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path / "host"], os.environ)
+    if code:
+        unavailable(f"no small disk can be mounted here: {why}")
+    try:
+        clone = Clone(tmp_path)
+        fill_up_under(clone)
+    finally:
+        run(["umount", "--lazy", tmp_path / "host"], os.environ)
+
+
+def fill_up_under(clone: Clone) -> None:
+    filler, mark = clone.host / ".git/filler", clone.state / "transit.json"
+    first = clone.commit({"b": "old\n", "z": "old\n", ".gitattributes": "z filter=fills\n"})
+    assert clone.deploy().code == 0
+    fills = 'sh -c "cat /dev/zero >.git/filler 2>/dev/null; cat"'  # somebody else, just then
+    for key, value in (("smudge", fills), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.host, "config", f"filter.fills.{key}", value)
+    new = clone.commit({"a": "two\n", "b": "new\n", "z": "new\n"})
+    for step in ("git pull origin master", "check"):  # the second one finds what the first one could not restore
+        code, out, err = clone.deploy()
+        assert code == 1 and f"[{HOST}] ✗ 실패 {step}" in out and "✓" not in out, out
+        assert "the disk is full" in err, err
+        assert (clone.head(), clone.job()["changed"], mark.exists()) == (first, True, True)
+    assert "nothing changed" not in err
+    filler.unlink()
+    clone.git(clone.host, "config", "filter.fills.smudge", "cat")
+    code, out, err = clone.deploy()
+    assert code == 0 and "restoring what git wrote" in out, out + err
+    assert (clone.head(), clone.dirty(), mark.exists()) == (new, "", False)
+    assert [(clone.host / name).read_text() for name in ("a", "b", "z")] == ["two\n", "new\n", "new\n"]
 
 
 def test_a_step_that_fails_while_git_writes_leaves_no_mixed_tree(clone: Clone):
@@ -265,9 +339,10 @@ def test_a_submodule_that_git_left_half_written_is_made_whole(clone: Clone, end:
             kill_runner(clone, command)
             hold.unlink()
             return
+        held = holding(clone)
         if end == "cancel":
-            (clone.state / "runs" / str(clone.job()["run"]) / f"{HOST}.cancel").touch()
-        wait_for(lambda: not clone.job()["open_step"], "the step has ended")
+            clone.cancel()
+        wait_for(lambda: not held & holding(clone), "the step has ended")
         hold.unlink()
         out, _ = command.communicate(timeout=60)
         assert command.returncode == 1 and "✓" not in out, out
@@ -421,7 +496,7 @@ def test_a_clone_that_others_own_can_be_locked(clone: Clone):
     code += "lock = est.CloneLock(Path()); os.setuid(65534); print(lock.acquire())"
     for expected in ("False", "True"):
         argv = [sys.executable, "-c", code, str(git)]
-        done = subprocess.run(argv, cwd=MODULE.parent, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert done.stdout.split() == [expected], done.stderr
         lock.release()
     assert sorted(each.name for each in git.iterdir()) == names, "nothing of ours is in there"
@@ -499,7 +574,7 @@ def test_doctor_says_what_a_commit_only_names_and_names_can_be_read(clone: Clone
     clone.commit({".gitattributes": "*.bin filter=lfs\n", "x.bin": pointer, "결제 함/새.txt": "1"})
     clone.git(clone.host, "pull", "-q")
     (clone.host / "결제 함/새.txt").write_text("mine")
-    words = [sys.executable, str(MODULE), "--state", str(clone.state), "--bind", HOST, "doctor"]
+    words = [*PROGRAM, "--state", str(clone.state), "--bind", HOST, "doctor"]
     said = subprocess.run(words, cwd=clone.host, env=clone.env, stdout=-1, timeout=60, text=True).stdout
     assert "local changes: 결제 함/새.txt\n" in said
     assert "each deployment also runs git submodule update --init --recursive (부분)\n" in said
