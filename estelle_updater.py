@@ -2673,7 +2673,7 @@ def find_doubles(config: Config, hosts: Sequence[HostRef]) -> dict[str, list[Hos
         words += check.hosts
     for freeze in config.freeze:
         words += freeze.hosts
-    for word in words:
+    for word in dict.fromkeys(words):
         if means_one(word):
             meant[f"the name {word}"] = find_hosts(word, hosts)
     if config.haproxy:
@@ -4397,8 +4397,9 @@ def covers(refspecs: Iterable[str], branch: str) -> bool:
     return found
 
 
-# Their first argument may be a file to run; none of them looks for one with a suffix elsewhere.
+# Their first argument may be a file to run. bash and zsh look for a bare name in PATH as well.
 _INTERPRETERS = frozenset(("sh", "bash", "dash", "zsh", "python", "python3", "node"))
+_SEEKERS = frozenset(("bash", "zsh"))
 _QUIET_WORDS = frozenset(("-s", "--silent", "--color", "--no-color"))
 
 
@@ -4413,7 +4414,8 @@ def file_to_run(command: Sequence[str]) -> str:
     if called_as(command) in _INTERPRETERS and len(command) > 1:
         name = command[1]
         is_file = re.fullmatch(r"[^-].*\.[A-Za-z]+", name)
-        if is_file:
+        is_sought = called_as(command) in _SEEKERS and "/" not in name
+        if is_file and not is_sought:
             return name
     return ""
 
@@ -4429,12 +4431,18 @@ def script_to_run(command: Sequence[str]) -> tuple[str, bool]:
     if explicit:
         del words[0]
     # npm's other words are its own; an option may say that the script is another package's
-    if not words or words[0][0] in "-/" or not (explicit or manager != "npm"):
+    if not words or not words[0] or words[0][0] in "-/" or not (explicit or manager != "npm"):
         return "", False
-    # yarn runs installed programs too, and no word of a package manager has a colon
-    certain = ":" in words[0] or (explicit and manager != "yarn")
-    if "--if-present" in words:
+    own = words
+    if "--" in words:
+        own = words[: words.index("--")]
+    # npm takes options behind the name too: the script may be another package's
+    if any(word.startswith("-") for word in own[1:]):
         return "", False
+    # yarn runs installed programs and other packages' scripts too; no word of a package manager has
+    # a colon; and these three do something without a script
+    is_built_in = words[0] in ("start", "restart", "env")
+    certain = manager != "yarn" and (explicit or ":" in words[0]) and not is_built_in
     return words[0], certain
 
 
@@ -5690,7 +5698,8 @@ def _fronts(sections: list[_HaproxySection], own: _HaproxySection) -> list[_Hapr
     """The sections that clients connect to and that name this backend, itself if it is one."""
     fronts = []
     for section in sections:
-        leads = any(own.name in line.words for line in (section.title, *section.lines))
+        lines = (section.title, *_inherited(sections, section), *section.lines)
+        leads = any(own.name in line.words for line in lines)
         if section.kind in (b"frontend", b"listen") and leads:
             fronts.append(section)
     return fronts
@@ -6168,9 +6177,11 @@ class TrafficProof:
             return "HAProxy does not answer any more"
         if self.strayed:
             return f"requests still reach another server: {self.seen()}"
-        # A few that always go another way say nothing; where they are all that comes, the traffic
-        # stays with the old colour, whatever the `backup` words say.
-        if self.detoured and not self.new:
+        # A few that always go another way say nothing; where they are all that comes in, the
+        # traffic stays with the old colour, whatever the `backup` words say. A monitor that asks a
+        # colour by a port of its own is no traffic.
+        came_in = self.look.arrived > self.first.arrived
+        if self.detoured and came_in and not self.new:
             return f"requests go another way: {self.seen()}"
         if self.takes_all:
             return None
@@ -8973,13 +8984,29 @@ def incoming_config(
     """The configuration that a commit brings, None where it brings no other one than HEAD has: a
     file that was edited here stays then. `head` is HEAD's commit, where that is known. Raises
     ConfigError."""
-    new = config_at(commit, path, repo, ask)
+    try:
+        new = config_at(commit, path, repo, ask)
+    except ConfigError:
+        # A file that git does not know, or that somebody repaired here, stays as it is.
+        if is_touched(path, head or "HEAD", commit, repo, ask):
+            raise
+        return None
     if commit == head:
         return None
     with suppress(ConfigError):
         if new == config_at("HEAD", path, repo, ask):
             return None
     return new
+
+
+def is_touched(path: Path, old: str, new: str, repo: Path, ask: Callable[..., str | None]) -> bool:
+    """Whether a configuration file, in either form, differs between two commits."""
+    if old == new:
+        return False
+    folder = os.path.relpath(lasting_place(path).parent, repo.resolve()).replace(os.sep, "/")
+    files = [f"{folder}/{path.stem}.{form}" for form in ("json", "toml")]
+    differing = ask("diff", "--name-only", old, new, "--", folder, *files)
+    return bool(differing)
 
 
 def probe_is_local(address: str) -> bool:
@@ -10988,10 +11015,7 @@ class Runner:
             config = load_config(self.config_path)
         else:
             config, problem = load_config_or_last(self.config_path, self.state)
-        role = job_role(self.job)
-        bind = (read_json(self.state.daemon_file) or {}).get("bind")
-        place = own_addresses(config, self.job.address, bind, role)
-        self.rule = host_rule(config, place, socket.gethostname(), role)
+        self.rule = self.rule_in(config)
         self.log.most_bytes = config.keep.job_megabytes << 20
         tree = work_tree(self.config_path)
         if self.rule.repo:
@@ -11012,6 +11036,13 @@ class Runner:
         self.hidden = self.log.hidden = host_secrets(config, tree, self.rule, extra)
         self.masker = Masker(self.hidden)
         return config
+
+    def rule_in(self, config: Config) -> Effective:
+        """What a configuration says for this very host."""
+        role = job_role(self.job)
+        bind = (read_json(self.state.daemon_file) or {}).get("bind")
+        place = own_addresses(config, self.job.address, bind, role)
+        return host_rule(config, place, socket.gethostname(), role)
 
     @property
     def question_mark(self) -> str:
@@ -11382,6 +11413,7 @@ class Coming:
         if not (repo / ".git").exists():  # a folder within the clone
             up = self.git("rev-parse", "--show-cdup").strip()
             self.root = Path(os.path.realpath(repo / up))
+            self.repo = Path(os.path.realpath(repo))  # one is seen from the other
         self.head = (
             head
             or self.git(
@@ -11465,7 +11497,8 @@ class Coming:
         if moved:
             if entry is None or not entry.mode.startswith("100"):
                 return None
-            return self.git("cat-file", "blob", entry.id)
+            # as it will be on the disk: what is stored may be encrypted, or have other line ends
+            return self.git("cat-file", "--filters", f"{self.commit}:./{self.inside(name)}")
         with suppress(OSError):
             return read_supplied(self.repo / name).decode("utf-8-sig", "replace")
         return None
@@ -11538,9 +11571,10 @@ class Needs:
         file, extra = self.rule.environment_file, {}
         if file and self.coming.fate(file)[0]:
             text = self.coming.text(file)
-            if text is None:
+            if text is not None:
+                extra = environment_in(text.removeprefix("\ufeff"), self.rule, file)
+            elif self.coming.fate(file)[1] is None:
                 raise ConfigError(f"there is no environmentFile {file} in {self.coming.commit[:7]}")
-            extra = environment_in(text.removeprefix("\ufeff"), self.rule, file)
         elif file:
             extra = read_environment(self.rule, self.repo)
         return {**scrub_environment(os.environ), **extra, **self.rule.env}
@@ -11584,6 +11618,10 @@ class Needs:
             try:
                 resolve_program(name, path)
             except UpdaterError as problem:
+                # a folder of the clone may get it by this very commit
+                folders = filter(None, path.split(os.pathsep))
+                if any(self.coming.inside(folder) for folder in folders):
+                    return None
                 return Refusal(
                     problem.what,
                     problem.hint,
@@ -11678,7 +11716,9 @@ class Foresight:
         """What somebody began there and did not end: git would refuse to move on."""
         for name in ("merge", "cherry-pick"):
             file = f"{name.replace('-', '_').upper()}_HEAD"
-            if self.git_file(file).exists():
+            # git ends a cherry-pick by itself where nothing is unmerged, and would drop a merge
+            is_in_the_way = name == "merge" or unmerged
+            if is_in_the_way and self.git_file(file).exists():
                 return name
         if unmerged:
             return "merge"
@@ -11946,7 +11986,7 @@ class Clearance:
         runner = self.runner
         runner.begin("config", StepKind.CONFIG)  # a wrong one is no reason to move the tree
         config = self.judge_doors(commit) or load_config(runner.config_path)
-        rule = host_rule(config, runner.job.address, socket.gethostname())
+        rule = runner.rule_in(config)
         runner.begin("check", StepKind.CHECK)
         coming = Coming(
             runner.repo,
@@ -15995,13 +16035,15 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         found["busy"] = agent.state.current()[0] or None
     with suppress(OSError):
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
-    if found.get("target"):
-        outlook.foresee(found, branch, rule)
     with suppress(OSError):
         found["version"] = parse_version_file(read_committed(repo / rule.version, repo))
     if found.get("target"):
         file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
         found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
+        try:
+            outlook.foresee(found, branch, rule)
+        except UpdaterError as problem:  # that a remote is slow is no reason to refuse
+            found["warnings"].append(f"not looked at to the end: {problem.what}")
     return found | {"command": commands_text(rule.command), "restart": list(rule.restart)}
 
 
@@ -18231,6 +18273,10 @@ class FleetView:
         running = next((job for job in jobs if job.state is State.RUNNING), None)
         machine = self.registry.machines[host.machine]
         away_s = self.registry.away_s(host.machine, time.monotonic())
+        running_s = facts.get("running_s")
+        # a host that is silent or older says nothing: then by the clocks of both, for what it is
+        if running_s is None and running and running.started:
+            running_s = max(0, round(time.time() - running.started))
         return {
             "host": host.label,
             "name": host.name,
@@ -18248,7 +18294,7 @@ class FleetView:
             "step": running.step if running else None,
             "since": running.started if running else None,
             "silent_s": facts.get("silent_s"),
-            "running_s": facts.get("running_s"),
+            "running_s": running_s,
             "link_down_since": None if away_s is None else time.time() - away_s,
             "queued": [job.run for job in jobs if job.state is State.QUEUED],
             "behind": {
@@ -19814,7 +19860,11 @@ class Notifier:
         wanted = [rule for rule in alone if rule.wants(event_of(job))]
         if wanted:
             name = f"{job.run}-{job.host}-{job.state}"
-            news = news_of_job(run.record, job, self.log_end(job), self.way_back(job))
+            past = {}
+            if may_roll_back(job):
+                past = self.state.history.attempts()
+            back_to = self.way_back(job, past)
+            news = news_of_job(run.record, job, self.log_end(job), back_to)
             self.spool.tell(name, news, *wanted)
         if run.open - {job.host}:
             return
@@ -19824,7 +19874,10 @@ class Notifier:
             if any(rule.wants(event_of(each)) for each in jobs):
                 wanted.append(rule)
         if wanted:
-            back = [each.host for each in jobs if self.way_back(each)]
+            past = {}
+            if any(map(may_roll_back, jobs)):  # asked once: it reads every recorded run
+                past = self.state.history.attempts()
+            back = [each.host for each in jobs if self.way_back(each, past)]
             news = news_of_run(run.record, jobs, self.log_end(jobs[0]), back)
             self.spool.tell(f"{job.run}-run", news, *wanted)
 
@@ -19833,12 +19886,13 @@ class Notifier:
         path = self.state.log_file(job.run, job.host)
         return read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
 
-    def way_back(self, job: JobRecord) -> str:
+    def way_back(self, job: JobRecord, past: Mapping[str, list[dict[str, Any]]]) -> str:
         """The commit that a rollback would bring, where the command of a new one began and did not
-        succeed; "" where there is nothing to undo, or nothing to go back to."""
+        succeed; "" where there is nothing to undo, or nothing to go back to. `past`: each
+        machine's attempts."""
         if not may_roll_back(job):
             return ""
-        attempts = self.state.history.attempts().get(job.machine, [])
+        attempts = past.get(job.machine, [])
         commits = [each["commit"] for each in succeeded(attempts, Kind.DEPLOY)]
         index = decide_rollback(commits, job.commit or "")
         if index is None:
@@ -20781,9 +20835,11 @@ def gather_role(config: Config, options: ServeOptions, outside: bool) -> FoundRo
 
 def role_advice(config: Config) -> str:
     """What to write on the host that is the master and does not find out."""
+    # with its name: another host may have the same private address at another site
+    section = f"{own_address()}/{socket.gethostname()}"
     return (
         f"if this host is the master, {config.master_url.host} is behind a NAT: write"
-        f' [hosts."{own_address()}"] role = "master" in the configuration, or use --role master'
+        f' [hosts."{section}"] role = "master" in the configuration, or use --role master'
     )
 
 
@@ -21482,7 +21538,7 @@ def daemon_facts(state: StateFolder) -> dict[str, Any]:
 def own_role(config: Config, path: Path, state: StateFolder, bind: str | None) -> Role:
     """What this host is: as its daemon says; without one, as that would find now, without asking
     the internet."""
-    with suppress(ValueError):
+    with suppress(ValueError, OSError):  # the state folder may be another user's
         return Role(str(daemon_facts(state).get("role")))
     return gather_role(config, ServeOptions(path, state, bind), outside=False).decision.role
 
@@ -23470,7 +23526,10 @@ class Doctor:
         if not all(found.ok or not found.certain for found in ground):
             return
         yield judge_clean(repo, rule, self.env)
-        yield from look_at_names(repo, rule, self.env)
+        try:
+            yield from look_at_names(repo, rule, self.env)
+        except UpdaterError as problem:  # as of a submodule whose remote is slow
+            yield Finding("steps", None, problem.what)
         ask = ["git", "ls-remote", rule.remote, "HEAD"]
         code, said = try_command(ask, self.env, repo, ACCESS_S)
         with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
@@ -26484,7 +26543,12 @@ def fit_answer(call: ToolCall, found: dict[str, Any]) -> tuple[dict[str, Any], s
         if "cursor" in short:
             # Their text is still to come: a cursor behind it would hide it for ever.
             offsets = json.loads(short["cursor"])
-            short["cursor"] = json.dumps({key: offsets[key] for key in offsets if key not in left})
+            before = json.loads(given.get("cursor") or "{}")
+            for key in left:
+                offsets.pop(key, None)
+                if key in before:
+                    offsets[key] = before[key]
+            short["cursor"] = json.dumps(offsets)
         text = "\n".join([render(short), *left_out_text(short, left)])
     return short, text
 

@@ -248,6 +248,8 @@ def test_what_counters_prove():
     assert not silent.is_proved and silent.problem() is None and silent.seen() == "no request came so far"
     round_it = proof_of((0, 0, 0, 0, 0), (5, 5, 0, 0, 0))
     assert round_it.problem() == ("requests go another way: other/x got 5 requests, at blue's address, and green none")
+    monitored = proof_of((0, 0, 0, 0, 0), (0, 5, 0, 0, 0))
+    assert not monitored.is_proved and monitored.problem() is None, "by a port of its own: no traffic"
     both = proof_of((0, 0, 0, 0, 0), (9, 4, 0, 5, 5))
     assert both.is_proved and both.problem() is None
     assert both.detoured == ["other/x got 4 requests, at blue's address"]

@@ -524,3 +524,32 @@ def test_the_daemons_own_log_shows_no_password(capfd: pytest.CaptureFixture[str]
 )
 def test_what_git_and_pnpm_say_is_explained(said: str, explained: str) -> None:
     assert explained in (est.explain_failure(said.encode()) or "")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("pnpm deploy:release", ("deploy:release", True)),
+        ("npm run build", ("build", True)),
+        ("npm run build -- --fast", ("build", True)),
+        ("npm run build --workspace=web", ("", False)),  # of another package.json
+        ("npm run build -w web", ("", False)),
+        ("npm run start", ("start", False)),  # without a script it runs server.js
+        ("npm run build --if-present", ("", False)),
+        ("yarn build:prod", ("build:prod", False)),  # perhaps another workspace's
+        ("pnpm --filter web build:prod", ("", False)),
+        ("pnpm install", ("install", False)),
+        ("npm ci", ("", False)),
+        ("sh deploy.sh", ("", False)),
+    ],
+)
+def test_a_script_is_missed_only_where_it_is_certain(words: str, found: tuple[str, bool]) -> None:
+    assert est.script_to_run(words.split()) == found
+    assert est.script_to_run([*words.split()[:1], ""]) == ("", False)
+
+
+def test_a_file_to_interpret_is_missed_only_where_it_is_certain() -> None:
+    assert est.file_to_run(["sh", "deploy.sh"]) == "deploy.sh"
+    assert est.file_to_run(["bash", "./deploy.sh"]) == "./deploy.sh"
+    assert est.file_to_run(["bash", "deploy.sh"]) == "", "bash looks in PATH as well"
+    assert est.file_to_run(["sh", "-c", "x.sh"]) == est.file_to_run(["make"]) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,7 +140,8 @@ def test_a_master_behind_a_nat_is_what_its_own_address_s_section_says(fleet: Mak
     configure()
     write_script("echo for $WHOM\n", *one.hosts)
     one.spawn(master)
-    advice = f'if this host is the master, {public} is behind a NAT: write [hosts."{master.address}"] role = "master"'
+    section = f'[hosts."{master.address}/{socket.gethostname()}"]'
+    advice = f'if this host is the master, {public} is behind a NAT: write {section} role = "master"'
     wait_for(lambda: advice in master.stderr, lambda: master.stderr)
     assert " agent: " in master.stderr.splitlines()[0]
     assert advice in one.cli("doctor").out
