@@ -10815,6 +10815,14 @@ class StepRun:
         return f"left running: {names}; its output is not recorded any more"
 
 
+def rule_for(config: Config, job: JobRecord, state: StateFolder) -> Effective:
+    """What a configuration says for the very host that a job is on."""
+    role = job_role(job)
+    bind = (read_json(state.daemon_file) or {}).get("bind")
+    place = own_addresses(config, job.address, bind, role)
+    return host_rule(config, place, socket.gethostname(), role)
+
+
 class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job
     restarts. What is to be done is WORK's."""
@@ -11015,7 +11023,7 @@ class Runner:
             config = load_config(self.config_path)
         else:
             config, problem = load_config_or_last(self.config_path, self.state)
-        self.rule = self.rule_in(config)
+        self.rule = rule_for(config, self.job, self.state)
         self.log.most_bytes = config.keep.job_megabytes << 20
         tree = work_tree(self.config_path)
         if self.rule.repo:
@@ -11036,13 +11044,6 @@ class Runner:
         self.hidden = self.log.hidden = host_secrets(config, tree, self.rule, extra)
         self.masker = Masker(self.hidden)
         return config
-
-    def rule_in(self, config: Config) -> Effective:
-        """What a configuration says for this very host."""
-        role = job_role(self.job)
-        bind = (read_json(self.state.daemon_file) or {}).get("bind")
-        place = own_addresses(config, self.job.address, bind, role)
-        return host_rule(config, place, socket.gethostname(), role)
 
     @property
     def question_mark(self) -> str:
@@ -11986,7 +11987,7 @@ class Clearance:
         runner = self.runner
         runner.begin("config", StepKind.CONFIG)  # a wrong one is no reason to move the tree
         config = self.judge_doors(commit) or load_config(runner.config_path)
-        rule = runner.rule_in(config)
+        rule = rule_for(config, runner.job, runner.state)
         runner.begin("check", StepKind.CHECK)
         coming = Coming(
             runner.repo,
