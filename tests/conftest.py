@@ -14,16 +14,21 @@ import pytest
 from tests.fleet import MODULE, Fleet, Origin, clean_env, kill_processes_of, need, run
 from tests.machines import Network, Windows
 
+LONG = ("test_watch", "test_projects", "test_json_lines", "test_upgrade", "test_plan", "test_tree", "test_self_update")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker runs all tests that use Windows: its prefix is made once, and the machine is not flooded with Wine.
 
-    What one worker has to run in a row begins first, the longest row before all: nobody waits for it at the end.
+    What one worker has to run in a row begins first, the longest row before all, and then the files whose tests take
+    longest each: nobody waits for one of them at the end.
     """
 
     def order(item: pytest.Item) -> int:
         mark = item.get_closest_marker("xdist_group")
-        return 2 if mark is None else int(mark.args != ("windows",))
+        if mark is not None:
+            return int(mark.args != ("windows",))
+        return 2 if item.path.stem in LONG else 3
 
     for item in items:
         if "windows_python" in getattr(item, "fixturenames", ()):
