@@ -15361,8 +15361,10 @@ class OwnJobs:
 
     def is_old(self, record: JobRecord) -> bool:
         """Whether a job was accepted so long ago that nobody expects it to run any more."""
-        if record.lived:  # by no clock that jumps; an older program's record has only its file
-            return self.state.lived.now() - record.lived > ORDER_EXPIRES_S
+        now = self.state.lived.now()
+        if 0 < record.lived <= now:  # by no clock that jumps
+            return now - record.lived > ORDER_EXPIRES_S
+        # An older program's record, or what was lived until then is lost: only its file tells.
         with suppress(OSError):
             return (
                 time.time() - self.state.job_file(record.run, record.host).stat().st_mtime

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable
@@ -63,13 +64,27 @@ def test_an_accepted_order_expires_by_no_clock(tmp_path: Path, jump: Jump) -> No
     state = est.StateFolder(tmp_path)
     state.create()
     own: Any = SimpleNamespace(state=state)
+    (tmp_path / "lived.json").write_text(json.dumps({"lived": est.DAY_S}))
     state.lived.save()
-    fresh = replace(JOB, lived=state.lived.now() + 0.001)
-    old = replace(JOB, lived=state.lived.now() + 0.001 - 2 * est.ORDER_EXPIRES_S)
+    fresh = replace(JOB, lived=state.lived.now())
+    old = replace(JOB, lived=state.lived.now() - 2 * est.ORDER_EXPIRES_S)
     state.save_job(fresh)
     for by_s in JUMPS:
         jump(by_s)
         assert not est.OwnJobs.is_old(own, fresh) and est.OwnJobs.is_old(own, old)
+
+
+def test_an_accepted_order_expires_where_its_hosts_clock_is_lost(tmp_path: Path) -> None:
+    """A torn lived.json: what the record says lies ahead of what is lived by now, and would for days."""
+    state = est.StateFolder(tmp_path)
+    state.create()
+    own: Any = SimpleNamespace(state=state)
+    (tmp_path / "lived.json").write_text("{")
+    job = replace(JOB, lived=9 * est.DAY_S)
+    state.save_job(job)
+    assert not est.OwnJobs.is_old(own, job)
+    os.utime(state.job_file(job.run, job.host), (time.time() - 3 * est.DAY_S,) * 2)
+    assert est.OwnJobs.is_old(own, job)
 
 
 def test_messages_wait_for_their_receiver_whatever_the_clock_does(tmp_path: Path, jump: Jump) -> None:

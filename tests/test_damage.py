@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,24 @@ def test_an_order_that_is_not_understood_blocks_nobody_for_ever(one: Fleet, canc
     assert one.cli("trigger", B, "master").code == 0
 
 
-def test_an_order_accepted_days_ago_does_not_run(one: Fleet):
+def has_lived(path: Path) -> None:
+    """The host was in use for three days more, since its daemon died."""
+    clock = path.parents[2] / "lived.json"
+    saved = json.loads(clock.read_text())
+    assert saved["boot"], "else its end is told by the wall clock, and by a day at most"
+    clock.write_text(json.dumps(saved | {"up": saved["up"] - 86400 * 3}))
+
+
+def is_an_older_programs(path: Path) -> None:
+    """Its record does not say when it was taken; its file does."""
+    record = json.loads(path.read_text())
+    assert record.pop("lived") > 0
+    path.write_text(json.dumps(record))
+    os.utime(path, (time.time() - 86400 * 3,) * 2)
+
+
+@pytest.mark.parametrize("age", [has_lived, is_an_older_programs])
+def test_an_order_accepted_days_ago_does_not_run(one: Fleet, age: Callable[[Path], None]):
     _, b, _ = one.hosts
     again(one, b, FAULT="def start(*_): os._exit(9)\nOwnJobs.start_runner = start")
     write_script(BEGIN, b)
@@ -100,7 +117,7 @@ def test_an_order_accepted_days_ago_does_not_run(one: Fleet):
     b.process.wait(30)
     path = file_of(b, watched.run)
     assert json.loads(path.read_text())["state"] == "queued"
-    os.utime(path, (time.time() - 86400 * 3,) * 2)
+    age(path)
     one.start(b)
     assert watched.end() == 1
     assert lines_of(watched.out, B)[-1] == "✗ 연결 끊김 (the order expired while this host was away)"
