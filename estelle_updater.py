@@ -5079,7 +5079,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         "the repository belongs to another user: git config --global --add safe.directory DIR",
     ),
     (
-        rb"would be overwritten by (?:merge|checkout)",
+        rb"would be (?:overwritten|removed) by (?:merge|checkout)|would lose untracked files",
         "local changes are in the way of the incoming commits (listed above)",
     ),
     (
@@ -11328,7 +11328,9 @@ class WorkTree:
             here = path in touched or (not one.in_head and os.path.lexists(self.root / path))
             if not here or path in kept:
                 del versions[path]
-        theirs = [path for path in versions if not self.is_gits(path, versions[path].ids)]
+        written = self.hash_files(versions)
+        unknown = [path for path, one in versions.items() if written.get(path) not in one.ids]
+        theirs = [path for path in unknown if not self.is_gits(path, versions[path].ids)]
         for path in theirs:
             del versions[path]
         added = [path for path, one in versions.items() if not one.in_head]
@@ -11360,6 +11362,23 @@ class WorkTree:
             except OSError:  # not empty
                 break
 
+    def hash_files(self, paths: Iterable[str]) -> dict[str, str]:
+        """The ids of the contents that are there, many by one question: a tree may have 50,000
+        files. Where one of a part can't be read, the part is left out."""
+        found: dict[str, str] = {}
+        places = {path: self.root / path for path in paths}
+        files = [
+            path for path, place in places.items() if place.is_file() and not place.is_symlink()
+        ]
+        # git stops at the first file that it can't read, and says nothing of those behind it; so
+        # an answer that is too short tells of nobody, and whoever needs one of these files asks
+        # for that file alone.
+        for part in _parts(files):
+            ids = self.ask("hash-object", "--", *part).decode().split()
+            if len(ids) == len(part):
+                found.update(zip(part, ids, strict=True))
+        return found
+
     def is_gits(self, path: str, ids: set[str]) -> bool:
         """Whether what is at `path` is one of the contents, or the beginning of one."""
         place = self.root / path
@@ -11380,9 +11399,23 @@ class WorkTree:
             self.ask("checkout", "--quiet", branch, "--")
 
 
-def _parts(paths: Sequence[str]) -> Iterator[Sequence[str]]:
+PART_CHARS = 5000  # of paths on one command line: cmd.exe takes 8,191 in all
+
+
+def _parts(paths: Iterable[str]) -> Iterator[Sequence[str]]:
     """As many paths at a time as a command line takes, on Windows too."""
-    return (paths[at : at + 50] for at in range(0, len(paths), 50))
+    part: list[str] = []
+    size = 0
+    for path in paths:
+        needed = len(path) + 3  # quotes and a space
+        if part and size + needed > PART_CHARS:
+            yield part
+            part = []
+            size = 0
+        part.append(path)
+        size += needed
+    if part:
+        yield part
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"

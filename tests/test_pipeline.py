@@ -509,6 +509,11 @@ def test_the_daemons_own_log_shows_no_password(capfd: pytest.CaptureFixture[str]
     [
         ("ERROR: Repository not found.\nfatal: Could not read from remote repository.", "the forge knows"),
         ("fatal: 'master' is already checked out at '/srv/other'", "in another work tree"),
+        (
+            "error: Updating the following directories would lose untracked files in them:\n\tq",
+            "changes are in the way",
+        ),
+        ("error: The following untracked working tree files would be removed by checkout:", "changes are in the way"),
         ("a: needs merge\nerror: you need to resolve your current index first", "a merge that somebody began"),
         ("error: insufficient permission for adding an object to repository database .git/objects", "another user"),
         ("fatal: write error: No space left on device", "the disk is full"),
