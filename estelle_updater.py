@@ -4381,6 +4381,21 @@ def lfs_hint(repo: str) -> str:
     return f"install git-lfs here, then: git -C {repo} lfs install"
 
 
+def join_url(base: str, url: str) -> str:
+    """What git makes of a submodule's `./` or `../` URL, seen from its clone's remote."""
+    base, sign = base.rstrip("/"), "/"
+    while url.startswith(("./", "../")):
+        step, _, url = url.partition("/")
+        if step == "..":
+            # host:path ends in a colon where no folder is left
+            at = base.rfind("/")
+            sign = "/"
+            if at < 0:
+                at, sign = base.rfind(":"), ":"
+            base = base[: max(at, 0)]
+    return f"{base}{sign}{url}".rstrip("/")
+
+
 def covers(refspecs: Iterable[str], branch: str) -> bool:
     """Whether a remote's fetch settings bring this branch."""
     name = f"refs/heads/{branch}"
@@ -11285,6 +11300,10 @@ class WorkTree:
             # without the second git would take the folder above it for the clone
             if not is_path or not (link.is_file() or (link / "HEAD").exists()):
                 continue
+            # anybody can commit such a path: it would be this tree again, without end
+            inside = posixpath.normpath(folder)
+            if not folder or inside == "." or inside.startswith(("/", "..")):
+                continue
             part = WorkTree(self.root / folder, self.env, submodules=True, mark=self.mark)
             wanted: set[str] = set()
             for commit in ("HEAD", *commits):
@@ -11297,7 +11316,11 @@ class WorkTree:
     def discard_half_clone(self) -> bool:
         """Remove a submodule whose clone was cut off: without a single ref it holds nothing, and
         git would neither use it nor clone it again. Whether it was so."""
-        if self.ask("for-each-ref", "--count=1"):
+        code, refs, _ = ask_git(self.root, self.env, "for-each-ref", "--count=1", mark=self.mark)
+        # no answer is none: refs that can't be read are somebody's commits all the same
+        if code or refs:
+            return False
+        if self.commit_of("HEAD"):  # detached
             return False
         link = self.root / ".git"
         if not link.is_file():
@@ -11674,11 +11697,13 @@ class Needs:
             return None
         for manifest in self.coming.manifests():
             if self.coming.will_be(manifest):
-                today = read_log(self.repo / manifest, 0, SUPPLIED_BYTES).decode(errors="replace")
+                today = b""
+                with suppress(OSError):
+                    today = read_supplied(self.repo / manifest, cut=True)
                 return judge_script(
                     command,
                     self.coming.text(manifest),
-                    today,
+                    today.decode(errors="replace"),
                     self.coming.commit,
                 )
         if not certain or self.has_other_manifest():
@@ -11864,18 +11889,53 @@ class Foresight:
             there = folder in links and (self.root / folder / ".git").exists()
             if not there or not self.rule.submodules:
                 continue
+            if self.is_off(name):
+                continue
             problem = self.check_submodule(folder, links[folder])
-            # A clone goes on asking where it was cloned from, whatever .gitmodules says since: the
-            # commit may be at the new place alone.
-            url = self.coming.settings.get(f"submodule.{name}.url", "")
-            ours = self.git("config", "--get", f"submodule.{name}.url").strip()
-            if problem and not problem.hint and url != ours:
+            lacks = problem is not None and not problem.hint
+            if lacks and self.has_moved(name, folder, links[folder]):
                 moved.append(folder)
             elif problem:
                 stuck.append(problem)
         return known._replace(
             submodules=tuple(sorted(links)), stuck=tuple(stuck), moved=tuple(moved)
         )
+
+    def is_off(self, name: str) -> bool:
+        """Whether the step passes over a submodule: `--init` switches one on again that was
+        switched off, unless the clone says by itself which ones are."""
+        active = self.git("config", "--type=bool", "--get", f"submodule.{name}.active")
+        return active.strip() == "false" and bool(
+            self.git("config", "--get-all", "submodule.active")
+        )
+
+    def has_moved(self, name: str, folder: str, wanted: str) -> bool:
+        """Whether a commit that a submodule's remote has not got is where .gitmodules says.
+
+        A clone goes on asking where it was cloned from, whatever .gitmodules says since. An address
+        that the operator set, a mirror or one with a token, is left unless the other one helps.
+        """
+        url = self.coming.settings.get(f"submodule.{name}.url", "")
+        if url.startswith(("./", "../")):
+            base = self.git("config", "--get", f"remote.{self.rule.remote}.url").strip()
+            url = join_url(base, url)
+        ours = self.git("config", "--get", f"submodule.{name}.url").strip()
+        if not url or url == ours or url.startswith("-"):
+            return False
+        ask = functools.partial(self.git, "-C", str(self.root / folder))
+        try:
+            listed = ask("ls-remote", url).split()
+            if wanted in listed:
+                return True
+            heads = [word for word in listed if word.startswith("refs/heads/")]
+            # by its id alone, else by the branches that may have it: that moves no ref here
+            for names in ([wanted], *_parts(heads)):
+                ask("fetch", *QUIET_FETCH, url, *names)
+                if ask("cat-file", "-t", wanted):
+                    return True
+        except UpdaterError:  # a place that does not answer is none to go to
+            return False
+        return False
 
     def check_submodule(self, folder: str, wanted: str) -> Refusal | None:
         """Whether a submodule can be checked out at a commit; without a hint where its remote has
@@ -11889,13 +11949,17 @@ class Foresight:
         ).strip()
         if here == wanted or not here:
             return None
-        if not ask("cat-file", "-t", wanted):
-            ask(
-                "fetch",
-                *QUIET_FETCH,
-                "origin",
-                wanted,
-            )
+        try:
+            if not ask("cat-file", "-t", wanted):
+                remote, *others = ask("remote").split() or ["origin"]
+                if others:
+                    remote = "origin"
+                ask("fetch", *QUIET_FETCH, remote, wanted)
+            if not ask("cat-file", "-t", wanted):
+                # as `submodule update` does: many servers give nothing by its id alone
+                ask("fetch", "--quiet", "--no-write-fetch-head", "--no-auto-maintenance")
+        except UpdaterError:  # slow: the step itself has more time
+            return None
         if not ask("cat-file", "-t", wanted):
             return Refusal(f"submodule {folder}: its remote has no commit {wanted[:7]}")
         in_the_way = self.find_in_the_way(folder, here, wanted)
@@ -11919,9 +11983,13 @@ class Foresight:
         ).split("\0")
         status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
         said = ask(*status).encode("utf-8", "surrogateescape")
+        index = ("diff-index", "--cached", "-z", "--no-renames", "--name-only", wanted)
+        differs = ask(*index).split("\0")
         found = []
         for path in parse_status(said).paths:
-            if path in changed:
+            # git passes over what is gone, what is staged as the commit has it, other submodules
+            is_there = os.path.lexists(place / path) and not os.path.isdir(place / path)
+            if path in changed and path in differs and is_there:
                 found.append(path)
         there = []
         for path in added:
@@ -11955,7 +12023,9 @@ class Foresight:
         found = []
         for word in filter(None, listed.split("\0")):
             path = word.removeprefix(begin)
-            data = read_log(self.root / path, 0, len(_LFS_POINTER))
+            data = b""
+            with suppress(OSError):
+                data = read_supplied(self.root / path, len(_LFS_POINTER), cut=True)
             stays = path not in arriving and data != _LFS_POINTER
             if is_large(path, rules) and not stays:
                 found.append(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -579,3 +583,130 @@ def test_doctor_says_what_a_commit_only_names_and_names_can_be_read(clone: Clone
     assert "local changes: 결제 함/새.txt\n" in said
     assert "each deployment also runs git submodule update --init --recursive (부분)\n" in said
     assert "files are only LFS pointers: x.bin" in said and "install git-lfs here" in said
+
+
+def test_what_git_can_do_with_submodules_is_not_refused(clone: Clone):
+    """By servers that give nothing by its id alone; over what it passes over; from the place that the operator set."""
+    seed, host, part, inner = (clone.folder / name for name in ("seed", "host", "part", "inner"))
+    clone.git(clone.folder, "config", "--global", "protocol.version", "0")
+
+    def bump(place: Path, text: str) -> str:
+        for name in ("a", "gone", "staged"):
+            (place / name).write_text(text)
+        clone.git(place, "add", "-A")
+        clone.git(place, "commit", "-qm", text)
+        return clone.git(place, "rev-parse", "HEAD")
+
+    for place in (inner, part):
+        clone.git(clone.folder, "init", "-q", "-b", "master", str(place))
+        bump(place, "1")
+    clone.git(part, "submodule", "add", "-q", str(inner), "in")
+    bump(part, "2")
+    clone.git(seed, "submodule", "add", "-q", "../part", "sub")
+    clone.commit({})
+    assert clone.deploy().code == 0 and (host / "sub/in/a").read_text() == "1"
+    clone.git(clone.folder, "clone", "-q", "--bare", "part", "mirror")
+
+    # not at the tip of a branch, and what is changed here is nothing that git would overwrite
+    bump(inner, "3")
+    clone.git(part / "in", "pull", "-q", "origin", "master")
+    wanted = bump(part, "3")
+    bump(part, "4")
+    clone.git(seed / "sub", "fetch", "-q", "origin")
+    clone.git(seed / "sub", "checkout", "-q", wanted)
+    clone.commit({})
+    (host / "sub/in/own").write_text("mine")
+    clone.git(host / "sub/in", "add", "own")
+    (host / "sub/gone").unlink()
+    (host / "sub/staged").write_text("3")
+    clone.git(host / "sub", "add", "staged")
+    code, out, err = clone.deploy()
+    assert code == 0 and (host / "sub/in/a").read_text() == "3", out + err
+    assert "from where .gitmodules says" not in clone.log(at=1)
+
+    # neither the operator's mirror nor the committed place has it, then the committed one alone
+    mirror = str(clone.folder / "mirror")
+    clone.git(host, "config", "submodule.sub.url", mirror)
+    clone.git(host / "sub", "remote", "set-url", "origin", mirror)
+    clone.git(seed / "sub", "submodule", "update", "-q", "--init")
+    wanted = bump(seed / "sub", "5")
+    clone.commit({})
+    for name in ("gone", "staged"):
+        clone.git(host / "sub", "checkout", "-q", "HEAD", "--", name)
+    code, out, err = clone.deploy()
+    assert code == 1 and f"submodule sub: its remote has no commit {wanted[:7]}" in err, out + err
+    assert clone.git(host, "config", "submodule.sub.url") == mirror
+    bump(seed / "sub", "6")
+    clone.git(seed / "sub", "push", "-q", "origin", "HEAD:refs/heads/late")
+    code, out, err = clone.deploy()
+    assert code == 0 and (host / "sub/a").read_text() == "5", out + err
+    assert "Submodule sub: from where .gitmodules says by now." in clone.log(at=3)
+
+
+def test_a_submodule_that_answers_slowly_is_not_refused(clone: Clone):
+    """Its step has more time than a question has."""
+
+    def ask(*args: str) -> str:
+        if "fetch" in args:
+            raise est.UpdaterError("git fetch did not answer in 30 s")
+        return {"rev-parse": "1" * 40, "remote": "origin"}.get(args[2], "")
+
+    rule: Any = SimpleNamespace(submodules=True, remote="origin")
+    ahead = est.Foresight(est.Coming(clone.host, rule, clone.head(), ask, clone.head()))
+    assert ahead.check_submodule("sub", "2" * 40) is None
+
+
+def test_no_path_of_a_commit_holds_up_or_discards_a_tree(clone: Clone):
+    """A submodule that is its own clone, refs that git can't read, and a FIFO where a file was."""
+    tree = est.WorkTree(clone.host, clone.env, submodules=True)
+    for folder in (".", "", "..", "config/..", str(clone.host)):
+        (clone.host / ".gitmodules").write_text(f'[submodule "x"]\npath = {folder}\n')
+        assert list(itertools.islice(tree.iter_parts(()), 3)) == [], folder
+
+    clone.git(clone.folder, "clone", "-q", "--separate-git-dir", str(clone.folder / "modules"), "origin", "half")
+    part = est.WorkTree(clone.folder / "half", clone.env, submodules=True)
+    packed = clone.folder / "modules/packed-refs"
+    clone.git(part.root, "pack-refs", "--all")
+    whole = packed.read_text()
+    packed.write_text(whole[:-20])
+    assert not part.discard_half_clone() and packed.exists(), "git can't tell"
+    packed.write_text("")
+    clone.git(part.root, "update-ref", "--no-deref", "HEAD", clone.head())
+    assert not part.discard_half_clone() and packed.exists(), "a commit is checked out"
+    (clone.folder / "modules/HEAD").write_text("ref: refs/heads/master\n")
+    assert part.discard_half_clone() and not packed.exists()
+
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+    package = '{"scripts": {}}'
+    new = clone.commit({".gitattributes": "*.bin filter=lfs\n", "x.bin": pointer, "package.json": package})
+    for name in ("x.bin", "package.json"):
+        os.mkfifo(clone.host / name)
+    clone.git(clone.host, "fetch", "-q")
+
+    def ask(*args: str) -> str:
+        return os.fsdecode(est.git_output(clone.host, clone.env, *args))
+
+    rule: Any = SimpleNamespace(command=["pnpm", "run", "x"], environment_file=None)
+    coming = est.Coming(clone.host, rule, new, ask)
+    coming.find_fates()
+    with ThreadPoolExecutor() as pool:
+        try:
+            assert pool.submit(est.Foresight(coming).find_pointers).result(10) == ["x.bin"]
+            missing = pool.submit(est.Needs(coming).check_script, rule.command).result(10)
+        finally:  # or what hangs there would hold this process
+            for name in ("x.bin", "package.json"):
+                os.close(os.open(clone.host / name, os.O_RDWR | os.O_NONBLOCK))
+    assert missing and missing.what == f"package.json of {new[:7]} has no script x"
+
+
+@pytest.mark.parametrize(
+    ("base", "url", "joined"),
+    [
+        ("https://x.kr/a/b.git", "../c.git", "https://x.kr/a/c.git"),
+        ("https://x.kr/a/b.git/", "./../../c", "https://x.kr/c"),
+        ("git@x.kr:a/b", "../c", "git@x.kr:a/c"),
+        ("git@x.kr:b", "../c", "git@x.kr:c"),
+    ],
+)
+def test_a_relative_submodule_is_where_git_looks_for_it(base: str, url: str, joined: str):
+    assert est.join_url(base, url) == joined
