@@ -620,9 +620,13 @@ def test_what_git_can_do_with_submodules_is_not_refused(clone: Clone):
     (host / "sub/gone").unlink()
     (host / "sub/staged").write_text("3")
     clone.git(host / "sub", "add", "staged")
+    (host / "sub/a").write_text("mine")
+    code, out, err = clone.deploy()
+    assert code == 1 and "local changes in submodule sub are in the way: a;" in err + out.replace("\n", ";"), err
+    clone.git(host / "sub", "checkout", "-q", "a")
     code, out, err = clone.deploy()
     assert code == 0 and (host / "sub/in/a").read_text() == "3", out + err
-    assert "from where .gitmodules says" not in clone.log(at=1)
+    assert "from where .gitmodules says" not in clone.log(at=2)
 
     # neither the operator's mirror nor the committed place has it, then the committed one alone
     mirror = str(clone.folder / "mirror")
@@ -640,7 +644,7 @@ def test_what_git_can_do_with_submodules_is_not_refused(clone: Clone):
     clone.git(seed / "sub", "push", "-q", "origin", "HEAD:refs/heads/late")
     code, out, err = clone.deploy()
     assert code == 0 and (host / "sub/a").read_text() == "5", out + err
-    assert "Submodule sub: from where .gitmodules says by now." in clone.log(at=3)
+    assert "Submodule sub: from where .gitmodules says by now." in clone.log(at=4)
 
 
 def test_a_submodule_that_answers_slowly_is_not_refused(clone: Clone):
