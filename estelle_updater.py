@@ -11697,15 +11697,11 @@ class Needs:
             return None
         for manifest in self.coming.manifests():
             if self.coming.will_be(manifest):
-                today = b""
+                today, coming = b"", self.coming
                 with suppress(OSError):
                     today = read_supplied(self.repo / manifest, cut=True)
-                return judge_script(
-                    command,
-                    self.coming.text(manifest),
-                    today.decode(errors="replace"),
-                    self.coming.commit,
-                )
+                former = today.decode(errors="replace")
+                return judge_script(command, coming.text(manifest), former, coming.commit)
         if not certain or self.has_other_manifest():
             return None
         what = f"there is no package.json in {self.coming.commit[:7]}, and {name} is a script of it"
@@ -11941,12 +11937,7 @@ class Foresight:
         """Whether a submodule can be checked out at a commit; without a hint where its remote has
         not got it."""
         ask = functools.partial(self.git, "-C", str(self.root / folder))
-        here = ask(
-            "rev-parse",
-            "--verify",
-            "--quiet",
-            "HEAD",
-        ).strip()
+        here = ask("rev-parse", "--verify", "--quiet", "HEAD").strip()
         if here == wanted or not here:
             return None
         try:
@@ -11975,12 +11966,7 @@ class Foresight:
         ask = functools.partial(self.git, "-C", str(place))
         diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
         changed = ask(*diff, here, wanted).split("\0")
-        added = ask(
-            *diff,
-            "--diff-filter=A",
-            here,
-            wanted,
-        ).split("\0")
+        added = ask(*diff, "--diff-filter=A", here, wanted).split("\0")
         status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
         said = ask(*status).encode("utf-8", "surrogateescape")
         index = ("diff-index", "--cached", "-z", "--no-renames", "--name-only", wanted)
