@@ -4381,6 +4381,15 @@ def lfs_hint(repo: str) -> str:
     return f"install git-lfs here, then: git -C {repo} lfs install"
 
 
+def is_far(url: str) -> bool:
+    """Whether a repository's address leads to another machine, and not to a folder of this one."""
+    if "://" in url:
+        return not url.lower().startswith("file:")
+    host, colon, _ = url.partition(":")
+    # a single letter is a drive of Windows
+    return bool(colon) and "/" not in host and len(host) > 1
+
+
 def join_url(base: str, url: str) -> str:
     """What git makes of a submodule's `./` or `../` URL, seen from its clone's remote."""
     base, sign = base.rstrip("/"), "/"
@@ -11442,6 +11451,7 @@ def _parts(paths: Iterable[str]) -> Iterator[Sequence[str]]:
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+HEADS_ASKED = 1000  # of a submodule's new place; a remote may list a million
 # what brings objects, and changes nothing else
 QUIET_FETCH = (
     "--quiet",
@@ -11716,6 +11726,16 @@ class Needs:
         return any(map(Path.exists, above))
 
 
+def may_ask(url: str, git: Callable[..., str]) -> bool:
+    """Whether git's own step would go to an address that a commit names: a plan looks at branches
+    that nobody has read, and a helper (`ext::`) is a command of their choice."""
+    if url.startswith("-") or "::" in url:
+        return False
+    if is_far(url):
+        return True
+    return git("config", "--get", "protocol.file.allow").strip() == "always"
+
+
 class Foresight:
     """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
     job asks before its first change."""
@@ -11916,7 +11936,7 @@ class Foresight:
             base = self.git("config", "--get", f"remote.{self.rule.remote}.url").strip()
             url = join_url(base, url)
         ours = self.git("config", "--get", f"submodule.{name}.url").strip()
-        if not url or url == ours or url.startswith("-"):
+        if not url or url == ours or not may_ask(url, self.git):
             return False
         ask = functools.partial(self.git, "-C", str(self.root / folder))
         try:
@@ -11925,7 +11945,7 @@ class Foresight:
                 return True
             heads = [word for word in listed if word.startswith("refs/heads/")]
             # by its id alone, else by the branches that may have it: that moves no ref here
-            for names in ([wanted], *_parts(heads)):
+            for names in ([wanted], *_parts(heads[:HEADS_ASKED])):
                 ask("fetch", *QUIET_FETCH, url, *names)
                 if ask("cat-file", "-t", wanted):
                     return True

@@ -714,3 +714,32 @@ def test_no_path_of_a_commit_holds_up_or_discards_a_tree(clone: Clone):
 )
 def test_a_relative_submodule_is_where_git_looks_for_it(base: str, url: str, joined: str):
     assert est.join_url(base, url) == joined
+
+
+@pytest.mark.parametrize(
+    ("url", "allow", "asked"),
+    [
+        ("https://x.kr/lib", "", True),
+        ("git@x.kr:lib", "", True),
+        ("/srv/other", "", False),
+        ("file:///srv/other", "", False),
+        ("C:/lib", "", False),
+        ("/srv/other", "always", True),
+        ("ext::sh -c id", "always", False),
+        ("--upload-pack=id", "always", False),
+    ],
+)
+def test_no_commit_that_nobody_read_chooses_what_runs_or_is_read_here(url: str, allow: str, asked: bool, clone: Clone):
+    """A plan asks where a submodule comes from only what git's own step would ask."""
+    questions: list[tuple[str, ...]] = []
+
+    def ask(*args: str) -> str:
+        questions.append(args)
+        known = {"protocol.file.allow": allow, "submodule.x.url": "https://x.kr/ours"}
+        return known.get(args[-1], "")
+
+    rule: Any = SimpleNamespace(submodules=True, remote="origin")
+    coming = est.Coming(clone.host, rule, clone.head(), ask, clone.head())
+    coming.settings = {"submodule.x.url": url}
+    assert not est.Foresight(coming).has_moved("x", "x", "2" * 40)
+    assert any(url in words for words in questions) == asked
