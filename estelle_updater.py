@@ -13115,7 +13115,8 @@ def _check_tcp(check: Check) -> str:
         head = b""
         with suppress(OSError):
             head = connection.recv(5, socket.MSG_PEEK)
-        if head[3:] != b"\0\x0a":
+        # its greeting; or an error in place of one, where it blocks this host or is full
+        if head[3:] not in (b"\0\x0a", b"\0\xff"):
             return "it accepts connections"
         connection.settimeout(check.timeout_s)
         version = greet_mariadb(connection)

@@ -272,6 +272,13 @@ def test_what_a_store_says_of_itself(tmp_path: Path):
             assert see(tmp_path, mariadb=address) == (False, said)
         with says(packets, 2) as address:
             assert see(tmp_path, tcp=address) == (False, said)
+        at_once = len(error).to_bytes(3, "little") + b"\0" + error  # in place of the greeting
+        with says(at_once) as address:
+            ok, detail = see(tmp_path, mariadb=address)
+            assert not ok and words in detail, detail
+        with says(at_once) as address:
+            ok, detail = see(tmp_path, tcp=address)
+            assert not ok and words in detail, detail
     with says(b"-MISCONF Redis is configured to save RDB snapshots\r\n") as address:
         assert see(tmp_path, valkey=address)[1].startswith("MISCONF")
 
