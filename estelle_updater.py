@@ -18456,6 +18456,8 @@ class Desk:
             try:
                 if isinstance(message, Submit):
                     return await self.submit(message, by(message))
+                if isinstance(message, Cancel):
+                    return await self.cancel(message.run, by(message))
                 return await self.answer(message)
             except (UpdaterError, OSError) as problem:
                 return self.refuse(problem, getattr(message, "id", 0))
@@ -18465,10 +18467,10 @@ class Desk:
             try:
                 if not may_command:  # it is welcomed all the same: so a daemon learns who this is
                     raise no_commander(address)
-                if isinstance(message, Submit | Ask):
+                if isinstance(message, Submit | Cancel | Ask):
                     commander.on_question(message)
                 else:
-                    self.obey(link, message, by(message))
+                    self.obey(link, message)
             except ProtocolError:
                 raise
             except (UpdaterError, OSError) as problem:
@@ -18482,14 +18484,20 @@ class Desk:
                 run.followers.pop(link, None)
                 self.ledger.drop_idle(run)
 
-    def obey(self, link: Link, message: Any, by: str) -> None:
+    async def cancel(self, run: str, by: str) -> RunRecord:
+        """Stop a run at once; it is on disk when this returns, or a master that died right after
+        its answer would come back without it, and the host that was away would go on. A disk that
+        refuses it is no reason not to stop. Raises TargetError."""
+        record = self.master.queue.cancel(run, by)
+        await self.state.store.kept(self.state.run_file(run))
+        return record
+
+    def obey(self, link: Link, message: Any) -> None:
         """What needs no waiting."""
         if isinstance(message, Follow):
             self.follow(link, message)
         elif isinstance(message, Have):
             link.on_have(message)
-        elif isinstance(message, Cancel):
-            link.post(self.master.queue.cancel(message.run, by))
         else:
             raise ProtocolError("not a commander's message")
 

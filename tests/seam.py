@@ -83,6 +83,7 @@ from estelle_updater import (
     ConfigFile as ConfigFile,
     DaemonLog as DaemonLog,
     DeployRule as DeployRule,
+    Desk as Desk,
     Dialer as Dialer,
     Door as Door,
     Ending as Ending,

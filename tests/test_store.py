@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -93,3 +95,25 @@ def test_a_list_is_kept_for_all_who_wait_by_a_few_writes(tmp_path: Path) -> None
     assert isinstance(asyncio.run(store.keep(file, render)), OSError)
     file.rmdir()
     assert store.flush(10 * est.DISK_RETRY_S)
+
+
+def test_a_cancel_is_answered_once_it_is_on_disk(tmp_path: Path) -> None:
+    """A master that dies right after the answer comes back with it: the host may be away until then."""
+    store, file = est.Store(), tmp_path / "run.json"
+
+    def cancel(run: str, by: str) -> str:
+        store.put(file, b'{"cancelled": true}')
+        return run
+
+    state = SimpleNamespace(store=store, run_file=lambda run: file)
+    queue = SimpleNamespace(cancel=cancel)
+    master: Any = SimpleNamespace(state=state, queue=queue, registry=None, ledger=None)
+    for _ in range(20):
+        answer: Any = asyncio.run(est.Desk(master).cancel("20261122-210501-7f3a", "x"))
+        assert answer == "20261122-210501-7f3a"
+        assert est.read_json(file) == {"cancelled": True}
+        file.unlink()
+    tmp_path.joinpath("folder").write_bytes(b"")
+    file = tmp_path / "folder" / "run.json"
+    assert asyncio.run(est.Desk(master).cancel("20261122-210501-7f3a", "x")), "no disk is no reason not to stop"
+    store.drop(file)

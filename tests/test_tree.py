@@ -343,7 +343,7 @@ def test_a_submodule_that_git_left_half_written_is_made_whole(clone: Clone, end:
             kill_runner(clone, command)
             hold.unlink()
             return
-        held = holding(clone)
+        held = wait_for(lambda: holding(clone), "something holds git up")
         if end == "cancel":
             clone.cancel()
         wait_for(lambda: not held & holding(clone), "the step has ended")
