@@ -523,6 +523,8 @@ CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
+# the same, of its other words: a row of a table may not be a screen
+JOB_WORD_CHARS = {"version": 200, "step": 500, "error": 2000}
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 END_HEAD_BYTES = 20  # before the file of such an end: how much went through it, in digits
@@ -4060,10 +4062,16 @@ def run_of_job(job: JobRecord) -> RunRecord:
 
 
 def as_ordered(run: RunRecord, job: JobRecord) -> JobRecord:
-    """A host's word about its job: what was ordered is the run's to say, and not the host's."""
+    """A host's word about its job: what was ordered is the run's to say, and not the host's; and
+    what it says is a row of everybody's `status` and `history`, so it has an end."""
     ordered = job_of_run(run, job.host)
     names = ("kind", "branch", "target", "address", "by", "created", "options")
-    return replace(job, **{name: getattr(ordered, name) for name in names})
+    said: dict[str, Any] = {name: getattr(ordered, name) for name in names}
+    for name, most in JOB_WORD_CHARS.items():
+        word = getattr(job, name)
+        if word:
+            said[name] = word[:most]
+    return replace(job, **said)
 
 
 def without_ids(message: Any) -> Any:

@@ -636,7 +636,7 @@ def test_no_message_of_an_agent_holds_the_master_up(open_fleet: Fleet) -> None:
     tries += [f'"options": {value}' for value in deep]
     for name in ("ended", "lived", "place", "size"):
         tries += [f'"{name}": {value}' for value in ("NaN", "1e999", "-1e300")]
-    with Peer(one, "127.0.1.8", "agent", "56" * 16) as false, Peer(one, "127.0.1.9", "commander") as asks:
+    with Peer(one, "127.0.1.8", "agent", "57" * 16) as false, Peer(one, "127.0.1.9", "commander") as asks:
         for number, text in enumerate(tries):
             said = vars(record(new_run(number), "127.0.1.8", state=est.State.FAILED, created=time.time()))
             kept = {key: value for key, value in said.items() if key not in text[:12]}
@@ -649,6 +649,8 @@ def test_no_message_of_an_agent_holds_the_master_up(open_fleet: Fleet) -> None:
         code, out, err = one.cli(command, "--json")
         assert code == 0, err
         json.loads(out, parse_constant=lambda word: pytest.fail(word))
+        assert "vvv" in out or command == "status"
+        assert "v" * 2001 not in out, "a row has an end"
 
 
 @one_fleet
