@@ -9275,6 +9275,8 @@ READY = b"r"  # the first and only word of a nursery
 DETACHED = "ESTELLE_DETACHED"  # Windows: this is the runner's second start
 # Linux' limit for an unprivileged pipe: a burst goes on while the disk is slow
 PIPE_BYTES = 1 << 20
+# what PM2, systemd and supervisord tell each process that they start, and no step tells its own
+KEEPER_KEYS = ("pm_id", "INVOCATION_ID", "SUPERVISOR_ENABLED")
 StrPath: TypeAlias = str | os.PathLike[str]
 HIDDEN: dict[str, Any] = (
     {"creationflags": 0x08000000} if os.name == "nt" else {}
@@ -9293,6 +9295,7 @@ _PM2_KEYS = (  # what PM2 7.0.4 adds besides pm_* and PM2_*, seen in its child's
 _DAEMON_KEYS = (
     r"ESTELLE_.*|pm_.*|PM2_(?!HOME$).*|NODE_APP_INSTANCE|NODE_CHANNEL_.*|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*"
     r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MAINPID|(STATE|CREDENTIALS)_DIRECTORY|GIT_(?!SSH).*|PYTHON.+"
+    r"|SUPERVISOR_.*"
 )
 _NO_PROMPTS = {
     "CI": "true",  # pnpm and others then fail instead of asking
@@ -9398,6 +9401,7 @@ class _Process(NamedTuple):
     mark: str | None
     name: str  # the kernel keeps 15 characters of it
     session: int
+    is_kept: bool  # a keeper started it, or who started it
 
 
 _boot_id = functools.cache(Path("/proc/sys/kernel/random/boot_id").read_text)
@@ -9429,7 +9433,9 @@ def _read_process(pid: int) -> _Process | None:
     mark = None
     if found:
         mark = os.fsdecode(found[1])
-    return _Process(int(parent), start, alive, mark, name, int(session))
+    names = {entry.partition(b"=")[0] for entry in environ.split(b"\0")}
+    is_kept = not names.isdisjoint(map(os.fsencode, KEEPER_KEYS))
+    return _Process(int(parent), start, alive, mark, name, int(session), is_kept)
 
 
 def is_alive(pid: int) -> bool:
@@ -9462,16 +9468,23 @@ def _line_of(table: Mapping[int, _Process], pid: int) -> set[int]:
     return line
 
 
-def _is_left(
-    table: Mapping[int, _Process], process: _Process, mark: str, spared: Container[int]
-) -> bool:
-    """Whether a process with a step's mark or output is an orphan of the step, or has its parent
-    in there: not the child of somebody else, who was asked to start it."""
+def _is_left(table: Mapping[int, _Process], pid: int, mark: str, spared: Container[int]) -> bool:
+    """Whether a process with a step's mark or output is an orphan of the step, or an orphan's
+    offspring: not somebody else's, who was asked to start it and passed on the mark of who asked.
+    """
+    seen = set[int]()
+    process = table[pid]
+    while process.parent in table and process.parent not in seen:
+        if table[process.parent].mark != mark:
+            break
+        seen.add(process.parent)
+        process = table[process.parent]
     parent = table.get(process.parent)
     if parent is None or process.parent in spared or process.parent == 1:
-        return True
+        # a server that leaves the process which PM2 or systemd started is no orphan of the step
+        return not process.is_kept
     # a user's systemd takes orphans as init does
-    return parent.mark == mark or parent.name == "systemd"
+    return parent.name == "systemd" and not process.is_kept
 
 
 # daemons that a step hands its services to: `pm2 update` starts one, with all that it manages
@@ -9498,6 +9511,7 @@ def _find_family(
     since: int = 0,
     pipe: str | None = None,
     leader: int = -1,
+    known: Container[int] = (),
 ) -> set[int]:
     """The living processes of the step `mark`: those that carry it or write to its `pipe`, and all
     their children.
@@ -9505,10 +9519,13 @@ def _find_family(
     With a `root` also its descendants, started at tick `since` or later: a service of an earlier
     step is not ours. What carries another mark belongs to another step. Never this process or its
     ancestors, nor what was handed to a supervisor, or forked by a process that is older than the
-    step: an older PM2 gives its apps the environment of whoever asks it to start them.
+    step: an older PM2 gives its apps the environment of whoever asks it to start them. What is
+    `known` was found before, whatever became of its parents.
     """
     table = _read_table()
     spared = _line_of(table, os.getpid())
+    # then all that a step orphans is this root's child, and an orphan elsewhere is somebody else's
+    adopts = root == os.getpid() and adopts_orphans()
     children: dict[int, list[int]] = {}
     seeds = []
     for pid, process in table.items():
@@ -9516,7 +9533,12 @@ def _find_family(
         # `env -i` sheds the mark, not the output
         writes = pipe and pipe in (_pipe_name(pid, 1), _pipe_name(pid, 2))
         ours = writes or process.mark == mark
-        if process.parent == root or (ours and _is_left(table, process, mark, spared)):
+        if pid in known or pid == leader:
+            seeds.append(pid)
+        elif process.parent == root:
+            if not (adopts and process.is_kept):
+                seeds.append(pid)
+        elif ours and not adopts and _is_left(table, pid, mark, spared):
             seeds.append(pid)
     family = set[int]()
     while seeds:
@@ -9619,6 +9641,16 @@ def adopt_orphans() -> bool:
         with suppress(OSError, AttributeError):
             return bool(ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0)  # PR_SET_CHILD_SUBREAPER
     return False
+
+
+def adopts_orphans() -> bool:
+    """Whether this process does; never elsewhere than on Linux."""
+    answer = ctypes.c_int(0)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            # PR_GET_CHILD_SUBREAPER
+            ctypes.CDLL(None).prctl(37, ctypes.byref(answer), 0, 0, 0)
+    return answer.value == 1
 
 
 def bury_orphans(own: int) -> None:
@@ -9836,6 +9868,8 @@ class Spawned:
                 self._start = process.start
             else:
                 self._start = 0
+            # Found once, while their parents lived: a PM2 that ends leaves its apps behind.
+            self._known = set[int]()
             self._reading = threading.Lock()
             self._poll = select.poll()
             self._readable = {pipe.fileno() for pipe in (self._out, self._err) if pipe}
@@ -9873,7 +9907,11 @@ class Spawned:
         def family(self) -> set[int]:
             """The living processes of the command, wherever they moved; as `kill_tree` finds
             them."""
-            return _find_family(self.mark, os.getpid(), self._start, leader=self.pid)
+            family = _find_family(
+                self.mark, os.getpid(), self._start, leader=self.pid, known=self._known
+            )
+            self._known |= family
+            return family
 
         def interrupt(self) -> bool:
             """Send SIGTERM to the command's process group (pnpm passes it on) and what left it;
@@ -9900,6 +9938,7 @@ class Spawned:
                 "root": os.getpid(),
                 "since": self._start,
                 "leader": self.pid,
+                "known": self._known,
             }
             _, self.refused, gone = _kill_family(self.mark, deadline_s, **where)
             return gone and self._exited.wait(1.0)
@@ -9985,6 +10024,8 @@ def spawn_step(
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
 
     given = {**env, MARK: mark}
+    for key in KEEPER_KEYS:  # the daemon's own keeper's: what the step starts is not that one's
+        given.pop(key, None)
     if cwd is not None:
         given["PWD"] = os.path.abspath(cwd)  # the daemon's own folder is in there else
 

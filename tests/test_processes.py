@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -270,6 +271,7 @@ def test_an_interrupt_reaches_the_group(step: Callable[..., Spawned]) -> None:
 RUNNER = """
 import json, os, subprocess, sys, time
 from pathlib import Path
+from typing import Any
 from estelle_updater import adopt_orphans, spawn_step
 folder, then = Path(sys.argv[1]), sys.argv[2]
 assert adopt_orphans()
@@ -407,6 +409,63 @@ def test_what_was_handed_to_a_supervisor_is_not_the_step_s(
     older.communicate(timeout=30)
 
 
+# Of a daemon that was there before: a service with a child, and one that leaves whoever started it, with no word in its
+# environment that tells of a keeper, and with one.
+ASKED = """
+import os, subprocess, sys
+place = sys.argv[1]
+env = dict(os.environ, ESTELLE_RUN=place)
+sleep = "exec sleep 100 >/dev/null 2>&1 </dev/null"
+child = f"sh -c 'echo $$ >{place}/child; {sleep}'; true"
+subprocess.Popen(["sh", "-c", child], env=env, start_new_session=True)
+for name, more in ("left", {}), ("kept", {"INVOCATION_ID": "1"}):
+    subprocess.run(["sh", "-c", f"setsid sh -c 'echo $$ >{place}/{name}; {sleep}' &"], env=env | more)
+sys.stdin.read()
+"""
+# A runner, whose step starts the same under a PM2 of its own, that is, with its words, and something without.
+ASKING = """
+import os, sys
+from estelle_updater import adopt_orphans, spawn_step
+place, kill = sys.argv[1:]
+sleep = "exec sleep 100 >/dev/null 2>&1 </dev/null"
+def orphan(name, words=""):
+    return f"({words} setsid sh -c 'echo $$ >{name}; {sleep}' &)\\n"
+assert adopt_orphans()
+script = orphan("app", "pm_id=1") + orphan("own") + sleep
+step = spawn_step(["sh", "-c", script], place, dict(os.environ, INVOCATION_ID="2"), mark=place)
+sys.stdin.readline()
+if kill:
+    step.interrupt()
+    assert step.kill_tree(20)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("runner", ["alive", "dead"])
+def test_what_somebody_else_was_asked_to_start_is_not_the_step_s(
+    tmp_path: Path, killed_at_end: list[int], runner: str
+) -> None:
+    """However far that one's processes moved away from it, and whatever they started in turn."""
+    how: dict[str, Any] = {"env": ENV, "stdin": subprocess.PIPE, "text": True}
+    older = subprocess.Popen(python(ASKED, tmp_path), start_new_session=True, **how)
+    names = ["child", "left", "kept", "app", "own"]
+    kill = runner == "alive"
+    one = subprocess.Popen(python(ASKING, tmp_path, "kill" if kill else ""), stdout=subprocess.PIPE, **how)
+    try:
+        pids = {name: pid_in(tmp_path / name) for name in names}
+        killed_at_end += pids.values()
+        assert one.communicate("go\n", timeout=60)[0] == "done\n"
+        if not kill:
+            names.remove("left")  # nothing tells it from an orphan of the step
+            updater.kill_leftovers(str(tmp_path))
+        assert not alive(pids["own"])
+        assert [name for name in names if not alive(pids[name])] == ["own"]
+    finally:
+        one.kill()
+        one.communicate()
+        older.communicate(timeout=30)
+
+
 def test_what_a_step_left_running_has_a_reader(
     step: Callable[..., Spawned], tmp_path: Path, killed_at_end: list[int]
 ) -> None:
@@ -445,6 +504,7 @@ def test_killing_leftovers_spares_this_process_and_its_ancestors(tmp_path: Path)
 STEPPING = """
 import json, os, sys
 from pathlib import Path
+from typing import Any
 import estelle_updater as updater
 from estelle_updater import JobRecord, Kind, LogWriter, Runner, StateFolder, Step, StepFailed, spawn_step
 
@@ -815,6 +875,7 @@ def test_a_cmd_program_gets_no_argument_that_cmd_interprets(word: str) -> None:
 WINDOWS_COMMON = r"""
 import ctypes, json, os, signal, subprocess, sys, time
 from pathlib import Path
+from typing import Any
 import estelle_updater as updater
 folder = Path(sys.argv[1])
 kernel32 = ctypes.WinDLL("kernel32")
