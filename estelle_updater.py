@@ -626,6 +626,7 @@ LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
 CONNECT_S = 3.0
+REACH_S = 0.5  # the same for `status`, which waits for nobody
 CHECK_S = RELOAD_COMMAND_S = 60.0
 RELOADS, RELOAD_S = (
     2,
@@ -4686,7 +4687,8 @@ def judge_disk(
     text = f"{free_bytes / 1e9:.1f} GB free at {place}"
     if free_inodes is not None and free_inodes < LOW_INODES:
         text = f"room for {count_text(free_inodes, 'more file')} at {place}: no inodes are left"
-        return Finding("disk", False, text, f"remove files from the disk of {place}")
+        fix = f"remove files from the disk of {place}"
+        return Finding("disk", False, text, fix, certain=free_inodes == 0)
     return Finding("disk", free_bytes >= LOW_DISK_BYTES, text, f"make room on the disk of {place}")
 
 
@@ -10698,7 +10700,12 @@ def probe_ground(
         yield Finding("command", True, program)
     except UpdaterError as problem:  # the pull may bring it, or another command
         yield Finding("command", False, problem.what, problem.hint)
-    for place in (repo, state):
+    yield from probe_disks(repo, state)
+
+
+def probe_disks(*places: Path) -> Iterator[Finding]:
+    """Whether there is room for bytes and files, and whether they may be written at all."""
+    for place in places:
         with suppress(OSError):
             disk = read_disk(place)
             yield judge_disk(str(place), disk.free_bytes, disk.free_inodes, disk.read_only)
@@ -13267,6 +13274,7 @@ def _send_packet(connection: socket.socket, number: int, packet: bytes) -> None:
 def _greeting(file: IO[bytes]) -> bytes:
     """The packet that a server begins with. Raises CheckFailed for an error, or no MariaDB."""
     greeting = _read_packet(file)
+    _require_free(greeting)  # one that is full to the last place says so instead
     _, words = _mariadb_error(greeting)
     if words:
         raise CheckFailed(words)
@@ -13355,13 +13363,18 @@ def _asked_mariadb(connection: socket.socket, file: IO[bytes], question: str) ->
     return value.decode(errors="replace")
 
 
+# With every ordinary connection taken it still greets: it keeps one place for an administrator, and
+# counts only whoever has proved a password.
+SEEN_BY_A_LOGIN = "only a `user` sees whether it takes writes and has a free connection"
+
+
 def _check_mariadb(check: Check) -> str:
-    """That it greets; by a login also that it takes writes, which nobody else is told."""
+    """That it greets; by a login also that it takes that and writes, which nobody else is told."""
     password = _store_password(check)
     with _dial(check.subject, check.timeout_s) as connection:
         if password is None or not check.rule.user:
             version = greet_mariadb(connection)
-            return f"{version}; whether it takes writes, only a `user` sees"
+            return f"{version}; {SEEN_BY_A_LOGIN}"
         with connection.makefile("rb") as file:
             version = _log_in(connection, file, check.rule.user, password)
             state = _asked_mariadb(connection, file, "SELECT @@global.read_only")
@@ -13851,6 +13864,26 @@ def _files_of(names: Iterable[str], folder: Path) -> list[Path]:
     return [file for name in names if name for file in _config_files(folder / name)]
 
 
+def _without_socket(rule: HaproxyRule, active: str | None) -> str:
+    """What to add so that HAProxy can be asked, and what is known until then."""
+    who = "nobody can see where the traffic goes but in"
+    if active:
+        who = f"{active} is active by"
+    what = f"{who} {', '.join(rule.files)} alone: HAProxy has no `socket` to be asked at"
+    return f"{NO_SOCKET}; {what}"
+
+
+def text_warnings(found: BackendText) -> list[str]:
+    """What hinders a colour as far as its line tells, where HAProxy has no socket."""
+    warnings, addresses = [], {}
+    for color, server in found.servers.items():
+        if server.idle:
+            warnings.append(f"{color} is {server.idle}: it would not take over")
+        else:
+            addresses[color] = server.address
+    return warnings + silent_workers(addresses)
+
+
 def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
     """Where HAProxy sends the traffic, by its own word, and what should worry; never raises.
 
@@ -13876,15 +13909,12 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
     except (UpdaterError, OSError) as problem:
         warnings.append(str(problem))
     if not proxy.live:
-        who = "nobody can see where the traffic goes but in"
-        if active:
-            who = f"{active} is active by"
-        what = f"{who} {', '.join(rule.files)} alone: HAProxy has no `socket` to be asked at"
+        warnings.insert(0, _without_socket(rule, active))
+        roles = {}
+        if found:
+            warnings += text_warnings(found)
         if active:
             roles = {color: servers[color]["file"] for color in COLORS}
-        else:
-            roles = {}
-        warnings.insert(0, f"{NO_SOCKET}; {what}")
         return answer | {"active": active, "by_file": roles}
     try:
         look = proxy.look()
@@ -13908,6 +13938,10 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
     else:
         roles = {}
     warnings += traffic_warnings(rule, rows, roles, all_backups)
+    usable = [row for row in rows if is_usable(row)]
+    warnings += silent_workers(
+        {color: servers[color]["address"] for color in rows_by_color(usable, rule)}
+    )
     warnings += proxy.old_connections(found.hard_stop_s if found else None)
     return answer | {"active": taking[0] if len(taking) == 1 else None}
 
@@ -13957,15 +13991,28 @@ def lock_text(real: Path) -> int:
     return fd
 
 
-def connect_problem(address: str) -> str | None:
-    """Why a worker's port can't be reached from here, if so."""
+def connect_problem(color: str, address: str, patience_s: float = CONNECT_S) -> str | None:
+    """Why a colour's worker can't be reached from here, if so."""
     try:
         port = split_port(address)[1]
         if port:  # else a UNIX socket, or the port that the client used
-            _dial(address, CONNECT_S).close()
+            _dial(address, patience_s).close()
     except (OSError, UsageError) as problem:
-        return str(problem)
+        return f"{color} does not answer at {address}: {problem}"
     return None
+
+
+def silent_workers(addresses: Mapping[str, str]) -> list[str]:
+    """What to say of each colour that is not there, whatever HAProxy believes: its checks may
+    notice later, or not at all. All at once, and not for long."""
+    looks: list[Callable[[], tuple[str, str | None]]] = []
+    said: dict[str, str | None] = {}
+    for color, address in addresses.items():
+        look = functools.partial(connect_problem, color, address, REACH_S)
+        looks.append(lambda color=color, look=look: (color, look()))  # type: ignore[misc]
+        said[color] = None  # a name that takes long to resolve proves nothing
+    said |= dict(_answers(looks, 2 * REACH_S))
+    return list(filter(None, said.values()))
 
 
 @record()
@@ -14112,10 +14159,9 @@ class SwitchGate:
                 "write `server-state-file` into global and `load-server-state-from-file global`, "
                 "or take `init-state` out",
             )
-        problem = connect_problem(self.entry.address)
+        problem = connect_problem(color, self.entry.address)
         if problem:
-            what = f"{color} does not answer at {self.entry.address}: {problem}"
-            raise GuardError(what, f"is it running on {color}?")
+            raise GuardError(problem, f"is it running on {color}?")
         return f"{color} at {self.entry.address} is {status} and accepts connections"
 
 
@@ -14297,7 +14343,7 @@ class Switch:
             for way in proof.detoured:
                 self.runner.warn(f"not all the traffic moves: {way}")
             return "; ".join([*seen, *self.old_connections()])
-        wrong = proof.problem() or connect_problem(self.entry.address)
+        wrong = proof.problem() or connect_problem(self.entry.color, self.entry.address)
         if wrong:
             raise UpdaterError(
                 f"the traffic does not reach {self.entry.color}: {wrong}",
@@ -16166,6 +16212,22 @@ class Outlook:
         found["steps"] = forecast.steps
 
 
+def judge_room(found: dict[str, Any], disks: Iterable[Finding]) -> None:
+    """What the disks make of an outlook: the words that a job would begin with."""
+    certain = []
+    for disk in disks:
+        if disk.ok:
+            continue
+        if disk.certain:
+            certain.append(disk.text)
+        else:
+            found["warnings"].append(f"{disk.text}; {disk.fix}")
+    if certain and "target" not in found:
+        found["refused"] = []  # git's own words for the same
+        found.pop("exit", None)
+    found["refused"] = certain + found["refused"]
+
+
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     """What deploying `branch` would do here: what arrives, what is in the way, what would run."""
     address, branch = args.get("address"), str(args.get("branch"))
@@ -16173,6 +16235,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(address)
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
+    judge_room(found, probe_disks(repo, agent.state.root))
     config, old = agent.config, agent.config.config
     hostname = socket.gethostname()
     try:
@@ -26216,7 +26279,7 @@ def cmd_config(args: Args) -> int:
         notes = []
     else:
         config = load_config(path)
-        notes = [who_commands(config), *bare_names(config)]
+        notes = [who_commands(config), *bare_names(config), *half_blind_checks(config)]
     lines = []
     for kind, texts in (("error", problems), ("warning", warnings)):
         for text in texts:
@@ -26226,6 +26289,15 @@ def cmd_config(args: Args) -> int:
     if problems:
         return 2
     return 0
+
+
+def half_blind_checks(config: Config) -> list[str]:
+    """Checks that would see more by a login, which not everybody wants to give them."""
+    notes = []
+    for check in config.health:
+        if check.mariadb and not check.user:
+            notes.append(f"health {check.name}: {SEEN_BY_A_LOGIN}, with passwordFile")
+    return notes
 
 
 def bare_names(config: Config) -> list[str]:

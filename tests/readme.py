@@ -83,7 +83,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "passwordFile": "valkey, mariadb: the file with the password for it, outside the repository",
         "passwordEnv": "valkey, mariadb: the variable with it",
         "tls": "valkey: `true` for a port that wants TLS",
-        "mariadb": "HOST:PORT that must greet as MariaDB or MySQL does, and to a `user` take writes",
+        "mariadb": "HOST:PORT that must greet as MariaDB or MySQL does; to a `user` have a free place, and take writes",
         "systemd": "a unit, or `user:NAME` of `systemctl --user`, that must be active for `deploy.settle`, in one life",
         "pm2": "a process of PM2 that must be online for `deploy.settle`, in one life",
         "disk": "a folder whose disk must have room for bytes and files, and be writable",

@@ -6,6 +6,7 @@ import json
 import shlex
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -144,10 +145,12 @@ def test_check_tells_all_problems_and_warnings(repo: Path) -> None:
     warned = ok(repo, "config", "check")
     assert "warning: whitelist: 0.0.0.0/0 is everybody" in warned.out
     hosts = {"yq-blue": {"color": "blue"}, "10.0.0.3/yq-green": {"color": "green"}, "10.0.0.4": {}}
-    named = {"masterUrl": "ws://1.2.3.4", "whitelist": ["10.0.0.0/24"], "hosts": hosts}
+    named: dict[str, Any] = {"masterUrl": "ws://1.2.3.4", "whitelist": ["10.0.0.0/24"], "hosts": hosts}
     named["haproxy"] = {"host": "yq-data", "backend": "app"}
+    named["health"] = [{"name": "db", "mariadb": "10.0.0.1:3306"}]
     (repo / "config/updater.json").write_text(json.dumps(named))
     notes = json.loads(ok(repo, "config", "check", "--json").out)["notes"]
+    assert any(note.startswith("health db: only a `user` sees whether it takes writes") for note in notes), notes
     loose = [note for note in notes if "calls itself" in note]
     assert len(loose) == 2, notes
     assert 'hosts."yq-blue"' in loose[0] and '"ADDRESS/yq-blue"' in loose[0] and '"yq-data"' in loose[1]

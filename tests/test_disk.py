@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -277,3 +279,53 @@ def test_a_result_whose_log_was_shortened_is_not_waited_for(one: Fleet):
     one.start(a, b)
     assert watched.end() == 0
     assert lines_of(watched.out, B)[-3:-1] == ["en", "[estelle-updater: log incomplete: 4 bytes are lost]"]
+
+
+def test_a_clone_that_takes_no_files_is_told_before_anything_changes(tmp_path: Path):
+    """Without free inodes, or mounted read-only: by `plan` and by the job, in the words that `doctor` has."""
+    need("git", "mount")
+    if os.geteuid() != 0:
+        unavailable("only root can mount a small disk")
+    one = Fleet(tmp_path, hosts=1)
+    (host,) = one.hosts
+    kept = tmp_path / "kept"
+    host.repo.rename(kept)
+    host.repo.mkdir()
+    code, _, err = run(["mount", "-t", "tmpfs", "-o", "nr_inodes=3000", "none", host.repo], os.environ)
+    if code:
+        unavailable(f"no small disk can be mounted here: {err}")
+    fillers = host.repo / ".git" / "fillers"
+    try:
+        assert run(["cp", "-a", f"{kept}/.", host.repo], os.environ).code == 0
+        one.start()
+        one.origin.commit({"app.txt": "1"})
+        before = one.origin.git("rev-parse", "HEAD", cwd=host.repo)
+
+        def told() -> tuple[dict[str, Any], str]:
+            """What `plan` says of the host, and what a deployment does."""
+            (row,) = json.loads(one.cli("plan", A, "master", "--json").out)["hosts"]
+            return row, one.cli("trigger", A, "master").out
+
+        fillers.mkdir()
+        for number in itertools.count():
+            try:
+                (fillers / str(number)).touch()
+            except OSError:
+                break
+        none_left = f"room for 0 more files at {host.repo}: no inodes are left"
+        row, said = told()
+        assert row["refused"] == [none_left], row
+        assert f"error: {none_left}" in said and "✗ 실패 check" in said and "git fetch" not in said
+        for number in range(100):
+            (fillers / str(number)).unlink()
+        (row,) = json.loads(one.cli("plan", A, "master", "--json").out)["hosts"]
+        assert not row["refused"] and "more files at" in str(row["warnings"]), "few are only few"
+        assert one.origin.git("rev-parse", "HEAD", cwd=host.repo) == before
+        assert run(["mount", "-o", "remount,ro", str(host.repo)], os.environ).code == 0
+        row, said = told()
+        assert row["refused"] == [f"{host.repo} is mounted read-only"], row
+        assert "is mounted read-only" in said and "✗ 실패 check" in said and "git fetch" not in said
+    finally:
+        one.stop_all()
+        kill_processes_of(tmp_path)
+        run(["umount", "--lazy", host.repo], os.environ)

@@ -220,7 +220,7 @@ def database() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="est-mariadb-"))
     folder.chmod(0o755)  # pytest's own folders are closed to the server's user
     try:
-        with mariadb(folder / "db", "--max-connect-errors=3") as address:
+        with mariadb(folder / "db", "--max-connect-errors=3", "--max-connections=10") as address:
             yield address
     finally:
         shutil.rmtree(folder)
@@ -233,7 +233,7 @@ def test_mariadb(tmp_path: Path, database: str):
     assert ok and "MariaDB" in detail and "sees more by `mariadb`" in detail, detail
     assert not see(tmp_path, mariadb=closed())[0]
     with says(b"\x11\x00\x00\x00\xff\x10\x04Too many conns") as address:
-        assert see(tmp_path, mariadb=address) == (False, "Too many conns")
+        assert see(tmp_path, mariadb=address) == (False, "no free connections: Too many conns")
     with says(b"-ERR no\r\n") as address:
         assert not see(tmp_path, mariadb=address, timeout=0.5)[0]
 
@@ -258,6 +258,39 @@ def test_mariadb_that_takes_no_writes(tmp_path: Path, database: str):
         subprocess.run([*root, "-e", "SET GLOBAL read_only = 0"], check=True, capture_output=True)
 
 
+def test_mariadb_without_a_free_connection(tmp_path: Path, database: str):
+    """One place is kept for an administrator, so it greets still; with that taken too, everybody is told."""
+    (tmp_path / "password").write_text("secret\n")
+    full = (False, "no free connections: Too many connections")
+    port = database.rpartition(":")[2]
+
+    def login() -> tuple[bool, str]:
+        return see(tmp_path, mariadb=database, user="app", passwordFile="password")
+
+    def take(user: str) -> subprocess.Popen[bytes]:
+        argv = ["mariadb", "--no-defaults", *user.split(), "-h127.0.0.1", f"-P{port}", "-e", "select sleep(60)"]
+        return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    holding: list[subprocess.Popen[bytes]] = []
+    try:
+
+        def is_full() -> bool:
+            holding.append(take("-uapp -psecret"))
+            return login() == full
+
+        wait_for(is_full, "all ordinary connections are taken")
+        ok, detail = see(tmp_path, mariadb=database)
+        assert ok and "only a `user` sees whether it takes writes and has a free connection" in detail, detail
+        holding.append(take("-uroot"))
+        wait_for(lambda: see(tmp_path, mariadb=database) == full, "the last one is taken too")
+        assert see(tmp_path, tcp=database) == full
+    finally:
+        for process in holding:
+            process.kill()
+            process.wait()
+    wait_for(lambda: login()[0], "the places are free again")
+
+
 def test_what_a_store_says_of_itself(tmp_path: Path):
     """After the login that it refuses it may say that nobody at all gets in."""
     greeting = b"\x0a5.5.5-10.11.19-MariaDB\0"
@@ -275,10 +308,10 @@ def test_what_a_store_says_of_itself(tmp_path: Path):
         at_once = len(error).to_bytes(3, "little") + b"\0" + error  # in place of the greeting
         with says(at_once) as address:
             ok, detail = see(tmp_path, mariadb=address)
-            assert not ok and words in detail, detail
+            assert not ok and detail == said, detail
         with says(at_once) as address:
             ok, detail = see(tmp_path, tcp=address)
-            assert not ok and words in detail, detail
+            assert not ok and detail == said, detail
     with says(b"-MISCONF Redis is configured to save RDB snapshots\r\n") as address:
         assert see(tmp_path, valkey=address)[1].startswith("MISCONF")
 

@@ -166,8 +166,21 @@ def test_no_haproxy_is_a_wrong_configuration(site: Site):
 
 
 def test_standby_that_is_down_or_gone_is_refused(site: Site):
-    site.proxy.stop_worker("green")
-    site.refused("green", "✗ 실패 gate (exit 5)")  # whether HAProxy has noticed yet or not
+    proxy = site.proxy
+    slow = site.text.decode().replace("default-server inter 500", "default-server inter 60s")
+    proxy.file.write_text(slow)
+    proxy.reload()
+    wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, "both are up")
+    proxy.stop_worker("green")
+    gone = f"green does not answer at 127.0.0.1:{proxy.ports['green']}: "
+    for rule in ({}, {"socket": None, "masterSocket": None}):
+        site.configure(**rule)
+        assert any(line.startswith(gone) for line in site.traffic()["warnings"]), "no check has noticed yet"
+    site.configure()
+    assert proxy.statuses()["green"] == "UP", "nor by now"
+    site.refused("green", "✗ 실패 gate (exit 5)", gone)
+    proxy.file.write_bytes(site.text)
+    proxy.reload()
     wait_for(lambda: site.proxy.statuses()["green"] == "DOWN", "HAProxy notices")
     site.refused("standby", "green is DOWN for HAProxy")
     site.proxy.start_worker("green", "sick")
@@ -296,6 +309,7 @@ def test_a_standby_that_takes_no_traffic_is_refused(site: Site):
         site.configure(socket=None, masterSocket=None)
         code, out, err = site.switch("green")
         assert code == 5 and f"green is `{words}` for HAProxy" in out, (out, err)
+        assert f"green is `{words}`: it would not take over" in site.traffic()["warnings"]
         site.configure()
     for said, words in ((b"drain\n", "DRAIN (agent)"), (b"0%\n", "weight 0"), (b"maint\n", "MAINT")):
         with says(said) as agent:
