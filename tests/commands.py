@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 
-from tests.fleet import ROOT, Fleet, Host, need, wait_for
+from tests.fleet import PROGRAM, ROOT, Fleet, Host, need, wait_for
 
+PLACE = PROGRAM[1] if PROGRAM[1].endswith(".pyz") else str(ROOT)
 COMMAND = ("sh", "../script")  # what a host deploys with: a file beside its clone, so that each test writes its own
 STEP = " ".join(COMMAND)
 STEPS = ("git fetch origin...", "git checkout master...", "git pull origin master...", f"{STEP}...")
 GATE = "until [ -e ../go ]; do sleep 0.05; done\n"
 GATED = f"echo begun\n{GATE}echo ended\n"
 FOREVER = "echo begun\nsleep 86400\n"
-# The program with other limits (JSON in LIMITS), or a fault at a chosen place (code in FAULT).
+# The program with other limits (JSON in LIMITS), or a fault at a chosen place (code in FAULT). Out of the zipapp: its
+# runners are started as that, and the bare module would be compiled for each of them.
 HURRIED = f"""
 import json, os, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {PLACE!r})
 import estelle_updater
 vars(estelle_updater).update(json.loads(os.environ.get("LIMITS", "{{}}")))
 exec(os.environ.get("FAULT", ""), vars(estelle_updater))

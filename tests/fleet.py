@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -90,12 +91,34 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def is_listening(pid: int, port: int) -> bool:
-    """Whether somebody listens on a port in a process's network, by the kernel's table: no connection is made."""
+    """Whether somebody listens on a port in a process's network, by the kernel's tables: no connection is made."""
+    with suppress(OSError):  # the process has just ended, or the kernel has no such questions
+        if os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino:
+            return any(_listeners(family, port) for family in (socket.AF_INET, socket.AF_INET6))
     rows: list[str] = []
     for table in ("tcp", "tcp6"):
-        with suppress(OSError):  # the process has just ended, or there is no IPv6 here
+        with suppress(OSError):  # or there is no IPv6 here
             rows += Path(f"/proc/{pid}/net/{table}").read_text().splitlines()
     return any(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == "0A" for row in rows)
+
+
+def _listeners(family: int, port: int) -> bool:
+    """Ask for the listening sockets alone: after some floods /proc/net/tcp has ten thousand rows that are none."""
+    dump, all_of_them, by_family, listening, last = 0x01, 0x300, 20, 1 << 10, 3
+    wanted = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, listening)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as kernel:  # 4: NETLINK_SOCK_DIAG
+        kernel.send(struct.pack("=IHHII", 16 + len(wanted), by_family, dump | all_of_them, 1, 0) + wanted)
+        while True:
+            answer = kernel.recv(1 << 16)
+            while answer:
+                size, kind = struct.unpack_from("=IH", answer)
+                if kind == last:
+                    return False
+                if kind != by_family:
+                    raise OSError("the kernel does not tell")
+                if struct.unpack_from("!H", answer, 20)[0] == port:
+                    return True
+                answer = answer[(size + 3) & ~3 :]
 
 
 def clean_env(home: Path) -> dict[str, str]:
@@ -155,6 +178,8 @@ def processes_of(folder: Path) -> dict[int, str]:
 def kill_processes_of(folder: Path) -> dict[int, str]:
     """Kill what `processes_of` finds until there is nothing more; returns what was found at first."""
     first = processes_of(folder)
+    if not first:
+        return first
 
     def gone() -> bool:
         for pid in (left := processes_of(folder)):

@@ -1,12 +1,15 @@
 """The Pythons of this machine, for the tests that run each of them.
 
-python3 tests/pythons.py    say which
+python3 tests/pythons.py          say which
+python3 tests/pythons.py --json   the same for ESTELLE_TEST_PYTHONS: who has that need not look for them
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +31,15 @@ def candidates() -> Iterator[Path]:
 
 
 def find_pythons() -> dict[tuple[int, int], str]:
-    """The newest of each minor version, by that."""
+    """The newest of each minor version, by that: those that ESTELLE_TEST_PYTHONS holds, or those that there are."""
+    known = os.environ.get("ESTELLE_TEST_PYTHONS")
+    if known:
+        return {(major, minor): path for major, minor, path in json.loads(known)}
+    return look_for_pythons()
+
+
+def look_for_pythons() -> dict[tuple[int, int], str]:
+    """Ask each of them; that takes a second or two of a core."""
     found: dict[tuple[int, int], tuple[int, str]] = {}
     for path in candidates():
         if not path.name.removeprefix("python3").lstrip(".").isdigit() and path.name != "python3":
@@ -48,7 +59,15 @@ def find_pythons() -> dict[tuple[int, int], str]:
     return {version: path for version, (_, path) in sorted(found.items())}
 
 
-if __name__ == "__main__":
-    for (major, minor), program in find_pythons().items():
+def main() -> None:
+    found = find_pythons()
+    if sys.argv[1:] == ["--json"]:
+        print(json.dumps([[*version, path] for version, path in found.items()]))
+        return
+    for (major, minor), program in found.items():
         use = "runs a deployment" if (major, minor) >= OLDEST else "is told which one is needed"
         print(f"   {major}.{minor} {use}: {program}")
+
+
+if __name__ == "__main__":
+    main()
