@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
@@ -36,7 +38,15 @@ STUCK = {"                await self.over.wait()\n": "                await asyn
 def variant(pyz: Path, output: Path, version: str, edits: dict[str, str] | None = None) -> str:
     """Another version of the program: the zipapp with its source edited; returns its checksum."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(pyz) as old, open(output, "wb") as file:
+    data = edited(pyz, version, tuple((edits or {}).items()))
+    output.write_bytes(data)
+    output.chmod(0o755)
+    return hashlib.sha256(data).hexdigest()
+
+
+@functools.cache
+def edited(pyz: Path, version: str, edits: Sequence[tuple[str, str]]) -> bytes:
+    with zipfile.ZipFile(pyz) as old, io.BytesIO() as file:
         file.write(b"#!/usr/bin/env python3\n")
         with zipfile.ZipFile(file, "w") as new:
             for name in old.namelist():
@@ -45,14 +55,13 @@ def variant(pyz: Path, output: Path, version: str, edits: dict[str, str] | None 
                     continue  # made of the edited sources below
                 if name in ("__main__.py", "estelle_updater.py"):
                     text = data.decode().replace("0.1.0", version)
-                    for before, after in (edits or {}).items() if name == "estelle_updater.py" else ():
+                    for before, after in edits if name == "estelle_updater.py" else ():
                         assert text.count(before) == 1, before
                         text = text.replace(before, after)
                     data = text.encode()
                     new.writestr(zipfile.ZipInfo(f"{name}c"), seam._compile(data, name))
                 new.writestr(zipfile.ZipInfo(name), data)
-    output.chmod(0o755)
-    return hashlib.sha256(output.read_bytes()).hexdigest()
+        return file.getvalue()
 
 
 def make(
