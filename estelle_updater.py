@@ -7962,7 +7962,9 @@ class Store:
     def __init__(self) -> None:
         self._waiting: dict[Path, Write] = {}
         self._soon: dict[Path, Callable[[], bytes]] = {}  # what is put within a moment
-        self._turns: dict[Path, asyncio.Lock] = {}  # of those who wait until a list is kept
+        # The list that is written next, for all who wait for it, and whose turn it is to be written
+        self._next: dict[Path, asyncio.Future[OSError | None]] = {}
+        self._turns: dict[Path, asyncio.Lock] = {}
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -8029,8 +8031,17 @@ class Store:
         is being written shares the next one: a fleet that comes at once needs a few of them, and
         not one for each of its hosts."""
         self._soon[path] = render
+        shared = self._next.get(path)
+        if shared is None:
+            shared = asyncio.ensure_future(self._keep_next(path))
+            self._next[path] = shared
+        # others wait for it too: it goes on where one of them is cut off
+        return await asyncio.shield(shared)
+
+    async def _keep_next(self, path: Path) -> OSError | None:
+        """One list, made when the one before is on disk; all who came until then are in it."""
         async with self._turns.setdefault(path, asyncio.Lock()):
-            # perhaps it is there by now: who had the turn before made a list with ours in it
+            del self._next[path]  # `kept` makes the list at once: who comes now is in the next
             return await self.kept(path)
 
     def drop(self, path: Path) -> None:
@@ -8457,7 +8468,13 @@ class StateFolder:
 
 
 def _dump(record: Any) -> bytes:
-    return json.dumps(vars(record), ensure_ascii=False, indent=1).encode("utf-8", "replace") + b"\n"
+    return render_lines(vars(record)).encode("utf-8", "replace") + b"\n"
+
+
+def render_lines(data: Any) -> str:
+    """JSON that people can read too: a line for each item. `indent` would take three times as
+    long, as json's fast encoder takes separators and no indent."""
+    return json.dumps(data, ensure_ascii=False, separators=(",\n", ": "))
 
 
 def run_id_time(now: float) -> str:
@@ -17102,8 +17119,11 @@ class Roster:
             )
             self.rules[host.machine] = ref
         online = host.machine in self.agents
-        if online or (everyone and not ref.deploys):
-            return replace(ref, online=online, deploys=ref.deploys or everyone)
+        if ref.online is not online:
+            ref = replace(ref, online=online)
+            self.rules[host.machine] = ref
+        if everyone and not ref.deploys:
+            return replace(ref, deploys=True)
         return ref
 
     def places_of(self, host: Machine) -> tuple[str, ...]:
@@ -17193,8 +17213,9 @@ class Registry(Roster):
         self.state.store.put_soon(self.file, self.render)
 
     def render(self) -> bytes:
+        # no line for each field: this is all of the fleet, made in one turn of the loop
         data = {machine: vars(known) for machine, known in self.machines.items()}
-        return json.dumps(data, indent=1).encode()
+        return json.dumps(data).encode()
 
     # Who is welcomed
 
