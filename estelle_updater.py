@@ -522,6 +522,7 @@ SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
+LEFT_ROWS = 4  # hosts of the active whose commits an order's record names
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 # the same, of its other words: a row of a table may not be a screen
 JOB_WORD_CHARS = {"version": 200, "step": 500, "error": 2000}
@@ -3936,6 +3937,13 @@ def slow_steps_text(jobs: Iterable[JobRecord]) -> str:
     return " · ".join(parts)
 
 
+def order_words(kind: Kind, branch: str) -> str:
+    """What was asked for: `deploy master`, `switch green`; an upgrade has no branch."""
+    if kind is Kind.UPGRADE:
+        return str(kind)
+    return f"{kind} {branch}"
+
+
 def job_summary(job: JobRecord) -> dict[str, Any]:
     """A job's outcome, in the contract's words."""
     return {
@@ -4605,10 +4613,9 @@ def plan_command(command: tuple[str, ...]) -> Step:
     return Step(one_line(" ".join(command)), command, StepKind.COMMAND)
 
 
-def left_behind_text(found: Mapping[str, Any]) -> str:
-    """What a release would leave behind of the commits that have the traffic, by subject; empty
-    where nothing."""
-    parts = []
+def left_behind_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Per host with the traffic: how many of its commits would be left behind, and their
+    subjects."""
     for row in found["rows"]:
         count = row.get("left_behind_count", 0)
         if not count:
@@ -4618,9 +4625,27 @@ def left_behind_text(found: Mapping[str, Any]) -> str:
             subjects.append(f"{count - len(subjects)} more")
         commits = count_text(count, "commit")
         who = f"{row['color']}, {row['host']}"
-        listed = "; ".join(subjects)
-        parts.append(f"{commits} of the active ({who}) would be left behind: {listed}")
-    return "; ".join(parts)
+        yield f"{commits} of the active ({who})", "; ".join(subjects)
+
+
+def left_behind_text(found: Mapping[str, Any]) -> str:
+    """What a release would leave behind of the commits that have the traffic, by subject; empty
+    where nothing."""
+    rows = left_behind_rows(found)
+    return "; ".join(f"{who} would be left behind: {listed}" for who, listed in rows)
+
+
+def left_behind_facts(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The same for an order's options, which must not grow too large: whoever carries it out warns
+    of it, so that it is in the result, and on record for good."""
+    told = [f"left behind: {who}: {listed}" for who, listed in left_behind_rows(found)]
+    for row in found["rows"]:
+        if row.get("problem"):
+            who = f"the active ({row['color']}, {row['host']})"
+            told.append(f"nobody can say what of {who} is left behind: {row['problem']}")
+    if told:
+        return {"left_behind": [text[:WARNING_CHARS] for text in told[:LEFT_ROWS]]}
+    return {}
 
 
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:
@@ -7924,7 +7949,7 @@ class DaemonLog:
 
     def job(self, before: JobRecord | None, now: JobRecord) -> None:
         """What became of a job; its steps only in detail."""
-        name = f"run {now.run} ({now.kind} {now.branch}) on {now.host}"
+        name = f"run {now.run} ({order_words(now.kind, now.branch)}) on {now.host}"
         if before is None or before.state is not now.state:
             where = ""
             if now.state in FINAL and now.step:
@@ -12688,10 +12713,17 @@ def remove_git_locks(runner: Runner) -> None:
             runner.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
 
 
+def warn_of_left(runner: Runner) -> None:
+    """What the master found that the order leaves behind becomes a part of its result."""
+    for text in runner.job.options.get("left_behind", ()):
+        runner.warn(text)
+
+
 def deploy(runner: Runner) -> str | None:
     """What a runner does for `trigger`, `deploy` and `rollback`, while no other runner deploys in
     this clone. Returns no version: the project has its own."""
     runner.begin("check", StepKind.CHECK)
+    warn_of_left(runner)
     runner.load_rule(strict=False)
     lock = claim_clone(runner)
     try:
@@ -14459,6 +14491,7 @@ def switch_traffic(runner: Runner) -> str | None:
     """The whole job of a switch; what an earlier one left half done is ended first. Returns the
     colour that takes the traffic now. Raises UpdaterError."""
     runner.begin("gate")
+    warn_of_left(runner)
     journal = runner.state.switch_file
     entry: SwitchEntry | None = runner.state._load(journal, SwitchEntry, exact=True)
     if entry:
@@ -16302,7 +16335,10 @@ def compare_commits(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     head = (outlook.git("rev-parse", "--verify", "HEAD") or "").strip()
     if not head:
         raise UsageError(f"{repo} is no git checkout: {outlook.why()}")
-    target, _ = outlook.find_target(branch)
+    target = str(args.get("commit") or "")
+    # Going back must wait for no remote: what ran here before is here.
+    if not (is_commit_id(target) and outlook.git("cat-file", "-e", target) is not None):
+        target, _ = outlook.find_target(branch)
     found: dict[str, Any] = {"current": head, "target": target}
     for name, side in (("arrives", "--right-only"), ("left_behind", "--left-only")):
         flags = ("--no-merges", "--cherry-pick", "--no-decorate", side)
@@ -17725,11 +17761,14 @@ class Freezes:
         record."""
         held = self.holding(kind, options, hosts)
         texts = [one.text(time.time()) for one in held]
+        asked = str(kind)
+        if options.get("alone"):
+            asked = "release"
         if held and not options.get("force"):
-            what = f"{held[0].name} holds every {kind} back: {texts[0]}"
+            what = f"{held[0].name} holds every {asked} back: {texts[0]}"
             raise GuardError(what, "wait for its end; --force does it all the same, on record")
         if held:
-            log.warning("%s forces a %s: %s", by, kind, "; ".join(texts))
+            log.warning("%s forces this %s: %s", by, asked, "; ".join(texts))
         if held:
             return {"past_freeze": texts}
         return {}
@@ -17839,10 +17878,9 @@ class Queue:
         """What a run's first moment brings about."""
         record = run.record
         log.info(
-            "%s asks for %s %s on %s: run %s",
+            "%s asks for %s on %s: run %s",
             by,
-            record.kind,
-            record.branch,
+            order_words(record.kind, record.branch),
             record.target,
             record.run,
         )
@@ -18940,16 +18978,18 @@ class Planner:
     async def look_at_traffic(self) -> list[dict[str, Any]]:
         """The colours as they stand, and what a switch would be refused for."""
         color, refused = self.request.get("color"), []
+        left: list[str] = []
         try:
-            await gate_switch(
-                self.desk, Submit("", "", Kind.SWITCH, "", "", options={"color": color})
-            )
+            asked = Submit("", "", Kind.SWITCH, "", "", options={"color": color})
+            gated = await gate_switch(self.desk, asked)
+            left = gated.options.get("left_behind", [])
         except (GuardError, TargetError) as problem:
             refused = [problem.what]
         keys = ("host", "online", "color", "traffic", "version")
         rows = [row for row in (await self.desk.view.status())["hosts"] if row["color"]]
         return [
-            {key: row[key] for key in keys} | {"current": row["commit"], "refused": refused}
+            {key: row[key] for key in keys}
+            | {"current": row["commit"], "refused": refused, "warnings": left}
             for row in rows
         ]
 
@@ -19167,6 +19207,7 @@ async def compare_release(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
             asked = {
                 "address": host.address,
                 "branch": branch,
+                "commit": args.get("commit"),
             }
             answer = await agent.ask("compare", asked, PLAN_S) or {"error": "it does not answer"}
             row |= answer
@@ -19225,7 +19266,27 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
         await refuse_unfit(desk, standbys, options.get("commit"))
     if not dry:
         desk.master.queue.require_free([data, *(host for host in hosts if host.color)])
-    return replace(order, target=data.label, branch=str(color), commits={}, batch=0)
+    if traffic["active"] != color:
+        options = {**options, **await left_by_switch(desk, str(color))}
+    return replace(
+        order, target=data.label, branch=str(color), commits={}, batch=0, options=options
+    )
+
+
+async def left_by_switch(desk: Desk, color: str) -> dict[str, list[str]]:
+    """What the active has and the colour that is to take over has not. It is said and recorded,
+    and holds nothing back: a switch is the way out of a bad release."""
+    commits = set()
+    for host in desk.registry.hosts():
+        if host.color == color:
+            facts = await desk.view.facts_of(host)
+            commits.add(facts.get("commit"))
+    rows = []
+    for commit in sorted(filter(None, commits)):
+        with suppress(UpdaterError):  # nobody has the traffic: then nothing of it is left
+            compared = await compare_release(desk, {"branch": commit, "commit": commit})
+            rows += compared["rows"]
+    return left_behind_facts({"rows": rows})
 
 
 async def refuse_unfit(desk: Desk, standbys: Sequence[HostRef], commit: Any) -> None:
@@ -19261,9 +19322,16 @@ async def gate_deploy(desk: Desk, order: Submit) -> Submit:
     """A release must not drop what the active already has, unless somebody saw it and wants that:
     a hotfix on the active alone would silently be gone. Raises GuardError."""
     options = order.options
-    if not options.get("alone") or options.get("leave") or options.get("force"):
+    if not options.get("alone") or options.get("leave"):
         return order
-    found = await compare_release(desk, {"branch": order.branch})
+    try:
+        found = await compare_release(desk, {"branch": order.branch})
+    except UpdaterError:
+        if options.get("force"):
+            return order
+        raise
+    if options.get("force"):
+        return replace(order, options={**options, **left_behind_facts(found)})
     text = left_behind_text(found)
     if text:
         hint = f"bring them into {order.branch} first; `release --force` leaves them"
@@ -19641,7 +19709,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
     switched = has_switched(job)
     seconds = seconds_of(job)
     facts = (
-        f"{job.kind} {job.branch} on {run.target}",
+        f"{order_words(job.kind, job.branch)} on {run.target}",
         f"by {run.by}" if run.by else "",
         f"{seconds:.1f} s" if seconds is not None else "",
         f"commit {job.commit[:12]}" if job.commit else "",
@@ -19726,7 +19794,7 @@ def news_of_run(
 def run_facts(run: RunRecord, jobs: Sequence[JobRecord]) -> str:
     """What was asked for, by whom, and how long the slowest host took."""
     took = [seconds for seconds in map(seconds_of, jobs) if seconds is not None]
-    facts = [f"{run.kind} {run.branch} on {run.target}"]
+    facts = [f"{order_words(run.kind, run.branch)} on {run.target}"]
     if run.by:
         facts.append(f"by {run.by}")
     if took:
@@ -19745,6 +19813,7 @@ def news_text(form: str, news: Mapping[str, Any]) -> str:
     """The message as a person reads it: as much of the log's end as the service takes."""
     title = " ".join(filter(None, (news.get("project"), news["title"])))
     told = ["detail", "pushed", "error", "unchanged", "rollback", "log_of"]
+    warnings = [f"⚠ {warning}" for warning in news.get("warnings", ())]
     went_well = news["event"] in (State.SUCCEEDED, "switched")
     # Good news is read in passing, and often: a way back and the log's end under each of them would
     # have people overlook the message that needs both. They stay in the JSON form's own fields.
@@ -19755,7 +19824,7 @@ def news_text(form: str, news: Mapping[str, Any]) -> str:
     bad = news.get("bad", ())
     if bad:
         told.remove("error")  # each host's line has its own
-    parts = (title, *bad, *map(words.get, told))
+    parts = (title, *bad, *warnings, *map(words.get, told))
     head = "\n".join(inert(part) for part in parts if part)
     lines = []
     if not went_well:

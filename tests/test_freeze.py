@@ -72,6 +72,9 @@ def test_a_zone_that_nobody_knows_holds_rather_than_lets_through(tmp_path: Path)
     one, other = (est.HostRef(ip, ip, "h", "m", True, None, True) for ip in ("121.0.0.7", "121.0.0.8"))
     with pytest.raises(est.GuardError, match="knows no time zone Nowhere/Atall: install tzdata"):
         freezes.check(est.Kind.DEPLOY, {}, [one, other], "me")
+    for kind, options, verb in ((est.Kind.DEPLOY, {"alone": True}, "release"), (est.Kind.SWITCH, {}, "switch")):
+        with pytest.raises(est.GuardError, match=f"market holds every {verb} back"):
+            freezes.check(kind, options, [one], "me")
     assert freezes.check(est.Kind.DEPLOY, {}, [other], "me") == {}
     assert "Nowhere" in str(freezes.check(est.Kind.DEPLOY, {"force": True}, [one], "me"))
 
@@ -91,6 +94,7 @@ def test_nobody_deploys_in_a_freeze(fleet: Callable[..., Fleet]) -> None:
     assert planned.code != 0 and "frozen by market" in planned.out + planned.err
     forced = one.cli("trigger", here, "master", "--force")
     assert forced.code == 0, forced.err
+    assert " forces this deploy: frozen by market" in one.master.stderr
     (path,) = one.master.state.glob("runs/*/run.json")
     record = json.loads(path.read_text())
     assert "market" in record["options"]["past_freeze"][0] and record["by"]

@@ -279,6 +279,8 @@ def test_what_is_said_of_each_end() -> None:
     good = est.news_of_job(RUN, replace(JOB, state=est.State.SUCCEEDED, version="v1"), b"a log", "abc")
     assert len(est.news_text("slack", good).splitlines()) == 2, "short, without a way back and the log"
     assert "a log" in est.news_text("slack", {**good, "event": "failed"})
+    left = est.news_of_job(RUN, replace(JOB, state=est.State.SUCCEEDED, warnings=["left behind: 1 commit"]), b"")
+    assert est.news_text("slack", left).splitlines()[1] == "⚠ left behind: 1 commit"
     rule = est.NotifyRule(url="http://x", on=("failed",))
     assert rule.wants("timeout") and rule.wants("failed") and not rule.wants("lost")
 

@@ -164,8 +164,33 @@ def test_a_hotfix_on_the_active_is_not_dropped_in_silence(one: Round):
     code, out, err = one.cli("release", "hotfix", "--yes", "--force")
     assert code == 0 and "would be left behind" in err, out + err
     assert one.proxy.answers() == "blue"
+    deployed, switched = json.loads(one.cli("history", "-n", "2", "--json").out)["runs"][::-1]
+    for row in (deployed, switched):
+        (told,) = [line for line in row["hosts"][0]["warnings"] if "left behind" in line]
+        assert told.startswith(f"left behind: 2 commits of the active (green, {GREEN}): "), told
+    assert one.proxy.answers() == "blue"
     options = [json.loads((folder / "run.json").read_text())["options"] for folder in one.fleet.runs()]
     assert [found.get("force") for found in options if found.get("alone")][-1] is True
+
+
+def test_a_switch_says_what_it_leaves_behind(one: Round):
+    """It asks nothing and is never refused for it: going back by it is the way out of a bad release. By the clones
+    alone where they have both commits, whatever the remote does."""
+    one.commit("1")
+    assert one.cli("trigger", "all", "master").code == 0
+    one.fleet.origin.commit({"fix.txt": "1"}, message="stop the double order")
+    assert one.cli("trigger", "active", "master").code == 0
+    away = one.fleet.origin.bare.with_name("away")
+    one.fleet.origin.bare.rename(away)
+    code, out, err = one.cli("switch", "green")
+    assert code == 0 and one.proxy.answers() == "green", out + err
+    (told,) = [line for line in out.splitlines() if line.startswith("[127.0.0.1] ⚠ left behind")]
+    assert f"left behind: 1 commit of the active (blue, {BLUE}): " in told and "stop the double order" in told
+    code, out, err = one.cli("switch", "blue", "--dry-run")
+    assert code == 0 and "⚠ nobody can say what of the active" in out, "green's clone has not that commit: " + out + err
+    away.rename(one.fleet.origin.bare)
+    code, out, err = one.cli("switch", "blue")
+    assert code == 0 and "left behind" not in out, out + err
 
 
 def test_a_freeze_holds_the_whole_round_and_force_is_on_record(one: Round, pyz: Path):
@@ -187,7 +212,11 @@ def test_a_freeze_holds_the_whole_round_and_force_is_on_record(one: Round, pyz: 
     ]
     for order in orders:
         code, out, err = one.cli(*order)
-        assert code == 5 and "market holds every " in err and "frozen by market until" in err, (order, out, err)
+        assert code == 5 and f"market holds every {order[0]} back: " in err and "frozen by market until" in err, (
+            order,
+            out,
+            err,
+        )
         assert one.fleet.runs() == before and one.proxy.answers() == "blue", order
     one.commit("3")
     code, out, err = one.cli("release", "master", "--yes", "--force")

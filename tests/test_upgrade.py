@@ -218,6 +218,8 @@ def test_a_guard_keeps_it_from_a_host_with_a_job(fleet: MakeFleet, pyz: Path, tm
     refused = one.cli("upgrade")
     assert refused.code == 5 and run in refused.err
     assert one.cli("upgrade", one.master.address).code == 0  # the other host is free
+    assert f" asks for upgrade on {one.master.address}: run" in one.master.stderr
+    assert "(upgrade) on" in one.master.stderr
     open_gate(agent)
     wait_state(one, run, agent, "succeeded")
     assert one.cli("upgrade").code == 0
