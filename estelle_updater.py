@@ -456,6 +456,10 @@ def record(
     return decorate
 
 
+# how people type a command here
+ON_WINDOWS = sys.platform == "win32"
+
+
 # ==============================================================================
 # 1. Vocabulary: enums, named state sets, every limit and timeout with its reason
 # ==============================================================================
@@ -791,6 +795,19 @@ class Declined(GuardError):
 
     Its exit code is still that of a guard: a script that asked for a change did not get it.
     """
+
+
+def typed(*words: object) -> str:
+    """Words of a command as a shell takes them: an advice is typed as it is printed, and a folder's
+    name may hold a space, a branch's a semicolon."""
+    if not ON_WINDOWS:
+        return shlex.join(map(str, words))
+    shown = []
+    for word in map(str, words):
+        if not re.fullmatch(r"[\w./:\\@+=,-]+", word):
+            word = f'"{word}"'
+        shown.append(word)
+    return " ".join(shown)
 
 
 def iter_leaves(group: BaseException) -> Iterator[BaseException]:
@@ -4145,7 +4162,17 @@ _GIT_SETTINGS = (
     "diff.ignoreSubmodules=none",
     "core.logAllRefUpdates=true",  # what the remote had before it was rewritten
     "core.quotePath=false",
+    "core.useReplaceRefs=false",  # what stands in for a commit here is not what was pushed
+    # who says what is changed here is git, by looking
+    "core.fsmonitor=false",
+    "core.ignoreStat=false",
     "color.ui=false",
+    "color.grep=false",  # each of these has the last word over color.ui
+    "color.diff=false",
+    "color.status=false",
+    "color.branch=false",
+    "grep.lineNumber=false",
+    "grep.column=false",
     "log.showSignature=false",
     "i18n.commitEncoding=utf-8",
     "i18n.logOutputEncoding=utf-8",
@@ -4180,7 +4207,9 @@ def plan_checkout(
         # `--track` with the full name: with two remotes that have the branch, git would refuse to
         # guess.
         argv = (branch,) if heads in refs else ("-b", branch, "--track", tracking)
-        pull = ("git", "pull", "--ff-only", "--no-rebase", remote, heads)
+        # such options are the clone's own, and a `--squash` among them would leave HEAD where it is
+        own = f"branch.{branch}.mergeOptions="
+        pull = ("git", "-c", own, "pull", "--ff-only", "--no-rebase", remote, heads)
         checkout = Step(label, ("git", "checkout", *argv, "--"), StepKind.CHECKOUT)
         return None, checkout, Step(f"git pull {remote} {branch}", pull, StepKind.PULL)
     name = ref = branch
@@ -4309,7 +4338,8 @@ class Prospect(NamedTuple):
     own: int = 0  # commits of the local branch that the remote has not
     was_there: bool = False  # it had all of them
     is_shallow: bool = False
-    begun: str = ""  # a merge, or the like, that nobody ended
+    begun: str = ""  # a merge, or the like, that nobody ended; "unmerged" where git knows of none
+    unmerged: tuple[str, ...] = ()
     missing: tuple[Refusal, ...] = ()  # of what the commands need
     unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
     submodules: tuple[str, ...] = ()
@@ -4354,21 +4384,26 @@ def judge_prospect(known: Prospect) -> Forecast:
 
 def _judge_branch(known: Prospect) -> Iterator[Refusal]:
     """What git would refuse, by the state of the clone and its branches."""
-    git, branch = f"git -C {known.repo}", known.branch
-    theirs = f"{known.remote}/{branch}"
-    checkout, pull = f"git checkout {branch}", f"git pull {known.remote} {branch}"
-    if known.begun:
+    git = typed("git", "-C", known.repo)
+    branch, theirs = typed(known.branch), typed(f"{known.remote}/{known.branch}")
+    checkout = f"git checkout {known.branch}"
+    pull = f"git pull {known.remote} {known.branch}"
+    if known.begun == "unmerged":  # by a stash that did not fit, say: there is nothing to abort
+        what = f"files in {known.repo} are not merged: {paths_text(known.unmerged, 5)}"
+        files = typed(*known.unmerged[:5])
+        yield Refusal(what, f"{git} status, then, as HEAD has them: {git} checkout HEAD -- {files}")
+    elif known.begun:
         what = f"a {known.begun} that somebody began in {known.repo} is not ended"
         yield Refusal(what, f"{git} status, then: {git} {known.begun} --abort")
     if known.elsewhere:
-        free = f"git -C {known.elsewhere} checkout --detach"
+        free = typed("git", "-C", known.elsewhere, "checkout", "--detach")
         if known.elsewhere_is_gone:
             free = f"{git} worktree prune"
-        what = f"{branch} is checked out in another work tree: {known.elsewhere}"
+        what = f"{known.branch} is checked out in another work tree: {known.elsewhere}"
         yield Refusal(what, free, checkout)
     if known.clash:
-        what = f"the local branch {known.clash} is in the way of {branch}"
-        keep = f"{git} branch -m {known.clash} kept-{known.clash}"
+        what = f"the local branch {known.clash} is in the way of {known.branch}"
+        keep = f"{git} branch -m {typed(known.clash, f'kept-{known.clash}')}"
         yield Refusal(f"{what}, and no remote has its commits", keep, checkout)
     if not known.own:
         return
@@ -4378,7 +4413,7 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
     commits = count_text(known.own, "commit")
     what = f"the local branch has {commits} that the remote has not"
     if known.was_there:
-        forced = f"{branch} was force-pushed, and no fast-forward leads there"
+        forced = f"{known.branch} was force-pushed, and no fast-forward leads there"
         yield Refusal(f"{forced}: {what} any more", take, pull)
     elif known.is_shallow:
         whole = f"{git} fetch --unshallow {known.remote}"
@@ -4395,7 +4430,7 @@ def pointers_text(paths: Sequence[str]) -> str:
 
 def lfs_hint(repo: str) -> str:
     """What to type where git-lfs is missing."""
-    return f"install git-lfs here, then: git -C {repo} lfs install"
+    return f"install git-lfs here, then: {typed('git', '-C', repo)} lfs install"
 
 
 def is_far(url: str) -> bool:
@@ -8228,7 +8263,7 @@ def program_name() -> str:
     """What a person types to run this program."""
     if os.environ.get("ESTELLE_COMMAND") == COMMAND_NAME:
         return COMMAND_NAME
-    return f"{'python' if os.name == 'nt' else 'python3'} {sys.argv[0]}"
+    return f"{'python' if os.name == 'nt' else 'python3'} {typed(sys.argv[0])}"
 
 
 @record(frozen=True)
@@ -10217,7 +10252,7 @@ def ask_git(
         raise UpdaterError(f"git {word} did not answer in {timeout_s:.0f} s") from None
     if b"dubious ownership" in ended.err:
         what = f"git refuses {repo}: it belongs to another user"
-        raise UsageError(what, f"git config --global --add safe.directory {repo}")
+        raise UsageError(what, f"git config --global --add safe.directory {typed(repo)}")
     if len(ended.out) >= ANSWER_BYTES:  # its beginning may be missing
         raise UpdaterError(f"git {args[0]} says more than {ANSWER_BYTES} bytes")
     return ended
@@ -10733,7 +10768,7 @@ def probe_ground(
         return
     yield Finding("checkout", True, str(repo))
     shown = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
-    add = f"git -C {repo} remote add {rule.remote} URL"
+    add = f"{typed('git', '-C', repo, 'remote', 'add', rule.remote)} URL"
     text = shown or f"there is no remote {rule.remote}"
     yield Finding("remote", bool(shown), text, add, certain=True)
     try:
@@ -10764,7 +10799,25 @@ def require_checkout(repo: Path, remote: str, env: Mapping[str, str]) -> str:
     if not inside:
         hint = "clone the repository there, or set repo in [hosts]"
         raise UsageError(f"{repo} is no git checkout", hint)
+    require_files_here(repo, env)
     return url.decode(errors="replace").strip()
+
+
+def require_files_here(repo: Path, env: Mapping[str, str]) -> None:
+    """A clone that was copied or moved may still keep its files where it came from: git would
+    deploy there, and the commands would run here. Raises UsageError."""
+    place = repo / ".git"
+    if place.is_dir():
+        settings = ""
+        with suppress(OSError):
+            settings = read_supplied(place / "config").decode(errors="replace")
+        if "worktree" not in settings.lower():
+            return
+    elsewhere = git_output(repo, env, "config", "--get", "core.worktree").decode(errors="replace")
+    inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip()
+    if elsewhere and inside == b"false":
+        what = f"git keeps the files of {repo} elsewhere: core.worktree is {elsewhere.strip()}"
+        raise UsageError(what, typed("git", "-C", repo, "config", "--unset", "core.worktree"))
 
 
 def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
@@ -11834,6 +11887,30 @@ def may_ask(url: str, git: Callable[..., str]) -> bool:
     return git("config", "--get", "protocol.file.allow").strip() == "always"
 
 
+# what else leaves files unmerged, and the file or folder of git's that stands for it; the first of
+# the two folders of `git am` is a folder of `git rebase` as well
+BEGUN = {
+    "cherry-pick": "CHERRY_PICK_HEAD",
+    "revert": "REVERT_HEAD",
+    "am": "rebase-apply/applying",
+    "rebase": "rebase-merge",
+}
+
+
+def find_begun(git_file: Callable[[str], Path], unmerged: Sequence[str]) -> str:
+    """What somebody began in a clone and did not end: git would refuse to move on."""
+    # git ends the others by itself where nothing is unmerged, and would drop a merge
+    names = ["merge"]
+    if unmerged:
+        names += BEGUN
+    for name in names:
+        if git_file(BEGUN.get(name, "MERGE_HEAD")).exists():
+            return name
+    if unmerged:
+        return "unmerged"
+    return ""
+
+
 class Foresight:
     """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
     job asks before its first change."""
@@ -11852,7 +11929,8 @@ class Foresight:
         wrong, unsure = Needs(self.coming).check_commands()
         known = Prospect(str(self.root), self.rule.remote, self.commit)
         known = known._replace(
-            begun=self.find_begun(unmerged),
+            begun=find_begun(self.git_file, unmerged),
+            unmerged=tuple(unmerged),
             missing=tuple(wrong),
             unsure=tuple(unsure),
         )
@@ -11884,18 +11962,6 @@ class Foresight:
         if folder.is_dir():
             return folder / name
         return self.coming.repo / self.git("rev-parse", "--git-path", name).strip()
-
-    def find_begun(self, unmerged: Sequence[str]) -> str:
-        """What somebody began there and did not end: git would refuse to move on."""
-        for name in ("merge", "cherry-pick"):
-            file = f"{name.replace('-', '_').upper()}_HEAD"
-            # git ends a cherry-pick by itself where nothing is unmerged, and would drop a merge
-            is_in_the_way = name == "merge" or unmerged
-            if is_in_the_way and self.git_file(file).exists():
-                return name
-        if unmerged:
-            return "merge"
-        return ""
 
     def look_at_branch(self, known: Prospect, branch: str, local: str, former: str) -> Prospect:
         """What of the clone's own branch, or another one, stands in the way."""
@@ -12075,7 +12141,9 @@ class Foresight:
         if not in_the_way:
             return None
         what = f"local changes in submodule {folder} are in the way: {paths_text(in_the_way)}"
-        return Refusal(what, f"git -C {self.root / folder} stash, or commit and push them")
+        return Refusal(
+            what, f"{typed('git', '-C', self.root / folder)} stash, or commit and push them"
+        )
 
     def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
         """The files of a submodule that git would refuse to overwrite on its way from one commit
@@ -12348,9 +12416,8 @@ class Transit:
             return
         if reading is not Reading.VALUE:
             what = f"an earlier job ended while git wrote the tree, and {self.file} is {reading}"
-            raise UpdaterError(
-                what, f"git -C {self.tree.root} status; once that is well: rm {self.file}"
-            )
+            look = typed("git", "-C", self.tree.root, "status")
+            raise UpdaterError(what, f"{look}; once that is well: rm {typed(self.file)}")
         if os.path.realpath(mark.get("repo", "")) != os.path.realpath(self.tree.root):
             return
         self.runner.log.line(
@@ -12407,7 +12474,7 @@ class Transit:
             if first.startswith(f"{path}/"):
                 root = part.root
         name = os.path.relpath(self.tree.root / first, root)
-        restore = f"git -C {root} checkout HEAD -- {name}"
+        restore = typed("git", "-C", root, "checkout", "HEAD", "--", name)
         return f"keep what you need, then: {restore}, or rm it{others}"
 
 
@@ -12521,7 +12588,7 @@ class Deployment:
                 wanted = f"refs/tags/{branch}"
             if pull:
                 wanted = planned or "FETCH_HEAD"
-            self.verify(wanted, mark["kept"])
+            self.verify(wanted, commit, mark["kept"])
         except (StepFailed, UpdaterError):
             self.transit.undo(mark)
             raise
@@ -12625,12 +12692,23 @@ class Deployment:
             )
             self.log.line(f"The local branch {name} makes way: a remote branch has its commits.")
 
-    def verify(self, asked: str, kept: Sequence[str]) -> None:
+    def has_arrived(self, asked: str, fetched: str) -> bool:
+        """Whether HEAD is what was asked for."""
+        tree, runner = self.tree, self.runner
+        if len(tree.commits_of(["HEAD", asked], all_known=True)) == 1:  # they are one commit
+            return True
+        if asked != "FETCH_HEAD":
+            return False
+        # a hook of the pull may have fetched something else into FETCH_HEAD
+        tracking = f"refs/remotes/{runner.rule.remote}/{runner.job.branch}"
+        return tree.commit_of("HEAD") in tree.commits_of([tracking, fetched])
+
+    def verify(self, asked: str, fetched: str, kept: Sequence[str]) -> None:
         """That the tree is the commit that was asked for, but for what was another before. Raises
         UpdaterError."""
         tree, runner = self.tree, self.runner
         branch = runner.job.branch
-        if len(tree.commits_of(["HEAD", asked], all_known=True)) != 1:  # they are not one commit
+        if not self.has_arrived(asked, fetched):
             head, wanted = tree.commit_of("HEAD"), tree.commit_of(asked)
             own = self.git(
                 "rev-list",
@@ -12645,21 +12723,19 @@ class Deployment:
                 commits = count_text(int(own), "commit")
                 what = f"the local branch has {commits} that the remote has not"
             remote = runner.rule.remote
-            hint = f"git -C {runner.repo} reset --keep {remote}/{branch}, or push them"
+            take = typed("git", "-C", runner.repo, "reset", "--keep", f"{remote}/{branch}")
+            hint = f"{take}, or push them"
             raise UpdaterError(what, hint)
+        look = typed("git", "-C", runner.repo, "status")
         changes = tree.changes()
         if changes.unmerged:
-            raise UpdaterError(
-                f"not merged: {paths_text(changes.unmerged)}", f"git -C {runner.repo} status"
-            )
+            raise UpdaterError(f"not merged: {paths_text(changes.unmerged)}", look)
         more = [path for path in changes.paths if path not in set(kept)]
         phantoms = tree.find_phantoms(more)
         more = [path for path in more if path not in phantoms]
         if more:
             what = f"not what the commit says: {paths_text(more)}"
-            raise UpdaterError(
-                what, f"git -C {runner.repo} status; a hook or a filter changed them"
-            )
+            raise UpdaterError(what, f"{look}; a hook or a filter changed them")
         if runner.rule.submodules:
             stale = tree.find_stale_submodules()
             if stale:
@@ -23623,14 +23699,15 @@ def judge_files() -> Iterator[Finding]:
 
 def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
     """Whether the clone has local changes, by names that people can read."""
+    git = typed("git", "-C", repo)
     try:
         changed = WorkTree(repo, env, submodules=rule.submodules).changes().paths
     except UpdaterError as problem:  # an index that was damaged, say
-        return Finding("clean", False, problem.what, problem.hint or f"git -C {repo} status")
+        return Finding("clean", False, problem.what, problem.hint or f"{git} status")
     text = "no local changes"
     if changed:
         text = f"local changes: {paths_text(changed, 5)}"
-    fix = f"git -C {repo} stash, or commit and push them"
+    fix = f"{git} stash, or commit and push them"
     return Finding("clean", not changed, text, fix)
 
 

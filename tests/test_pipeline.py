@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -20,13 +21,15 @@ from tests.seam import Masker, Step, StepKind, parse_version_file, plan_checkout
 
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
+PULL = ("pull", "--ff-only", "--no-rebase")
+
 # Plans as values
 
 
 def test_the_plan_of_a_branch() -> None:
     pull = Step(
         "git pull origin master",
-        ("git", "pull", "--ff-only", "--no-rebase", "origin", "refs/heads/master"),
+        ("git", "-c", "branch.master.mergeOptions=", *PULL, "origin", "refs/heads/master"),
         StepKind.PULL,
     )
     label, tracking = "git checkout master", "refs/remotes/origin/master"
@@ -43,7 +46,9 @@ def test_the_plan_of_a_branch() -> None:
             ("git", "checkout", "-b", "a/b", "--track", "refs/remotes/up/a/b", "--"),
             StepKind.CHECKOUT,
         ),
-        Step("git pull up a/b", ("git", "pull", "--ff-only", "--no-rebase", "up", "refs/heads/a/b"), StepKind.PULL),
+        Step(
+            "git pull up a/b", ("git", "-c", "branch.a/b.mergeOptions=", *PULL, "up", "refs/heads/a/b"), StepKind.PULL
+        ),
     )
 
 
@@ -64,6 +69,30 @@ def test_the_plan_of_a_tag_and_of_a_commit() -> None:
         assert plan_checkout(full, "origin", {f"refs/heads/{full}"})[1].argv == ("git", "checkout", full, "--")
     for short in (commit[:39], commit[:41], commit[:40].upper(), commit[:39] + "g", commit[:40] + "\n", ""):
         assert not est.is_commit_id(short)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="another shell")
+def test_an_advice_is_typed_as_it_is_printed() -> None:
+    """A space in a folder's name, or a branch that somebody called so, is no word and no command of its own."""
+    repo, branch = "/srv/my app", "a;reboot&'b"
+    known = est.Prospect(repo, "origin", "c" * 40, branch)
+    seen = 0
+    for state in ({"own": 1}, {"own": 1, "is_current": False, "was_there": True}, {"elsewhere": "/srv/o w"}):
+        for refusal in est.judge_prospect(known._replace(**state)).refused:
+            words = shlex.split(refusal.hint)
+            assert repo in words or "/srv/o w" in words, refusal.hint
+            assert not any("reboot" in word for word in words if branch not in word), refusal.hint
+            seen += 1
+    for state in (
+        {"clash": "a b"},
+        {"begun": "unmerged", "unmerged": ("x y", "z")},
+        {"pointers": ("p",), "has_lfs": False},
+    ):
+        for refusal in est.judge_prospect(known._replace(**state)).refused:
+            words = shlex.split(refusal.hint)
+            assert repo in words and not {"my", "app", "x", "y"} & set(words), refusal.hint
+            seen += 1
+    assert seen == 6
 
 
 def test_the_commands_of_the_configuration() -> None:

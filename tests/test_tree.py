@@ -125,6 +125,90 @@ def test_personal_settings_decide_nothing_and_nothing_changes_on_a_failure(clone
     assert code == 0 and f"[{HOST}] ⚠ local changes stay: 결제/새.txt\n" in out
 
 
+def test_git_says_what_is_there_whatever_a_person_set(clone: Clone):
+    hook = clone.folder / "watch"
+    hook.write_text("#!/bin/sh\nprintf 'nothing\\0'\n")
+    hook.chmod(0o755)
+    settings = ("color.grep=always", "grep.lineNumber=true", "grep.column=true", f"core.fsmonitor={hook}")
+    for setting in settings:
+        clone.git(clone.folder, "config", "--global", *setting.split("="))
+    # options of one branch, and another content in place of what was pushed
+    clone.git(clone.host, "config", "branch.master.mergeOptions", "--squash")
+    clone.git(clone.host, "status")
+    new = clone.commit({"a": "two\n"})
+    clone.git(clone.host, "fetch", "-q")
+    clone.git(clone.host, "replace", new, clone.head())
+    assert clone.deploy().code == 0 and (clone.head(), (clone.host / "a").read_text()) == (new, "two\n")
+    (clone.host / "a").write_text("mine\n")  # which the watcher does not tell
+    assert f"[{HOST}] ⚠ local changes stay: a\n" in clone.deploy().out
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    clone.commit({".gitattributes": "*.bin filter=lfs\n", "x.bin": pointer})
+    code, _, err = clone.deploy()
+    assert code == 1 and "files are only LFS pointers: x.bin" in err and f"nothing changed on {HOST}" in err
+
+
+def test_a_hook_that_fetches_takes_nothing_from_the_result(clone: Clone):
+    clone.commit({"side": "1"}, "side")
+    hook = clone.host / ".git" / "hooks" / "post-merge"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\ngit fetch -q origin side\n")
+    hook.chmod(0o755)
+    clone.git(clone.folder / "seed", "reset", "-q", "--hard", "HEAD~1")
+    new = clone.commit({"a": "two\n"})
+    code, _, err = clone.deploy()
+    assert (code, clone.head()) == (0, new), err
+
+
+def test_a_clone_whose_files_are_elsewhere_is_none(clone: Clone):
+    """As after `cp -a` of a clone that had its files in another folder than its .git."""
+    clone.commit({"a": "two\n"})
+    (clone.folder / "elsewhere").mkdir()
+    clone.git(clone.host, "config", "core.worktree", str(clone.folder / "elsewhere"))
+    code, _, err = clone.deploy()
+    assert code == 1 and f"git keeps the files of {clone.host} elsewhere" in err
+    assert not any((clone.folder / "elsewhere").iterdir())
+    assert typed_hint(clone) and clone.deploy().code == 0
+    assert (clone.host / "a").read_text() == "two\n"
+
+
+def typed_hint(clone: Clone) -> bool:
+    """Type the newest job's advice, as it is printed."""
+    log = max((clone.state / "runs").glob(f"*/{HOST}.log"), key=lambda file: file.stat().st_mtime_ns)
+    hint = log.read_text().split("hint: ")[-1].splitlines()[0]
+    line = re.sub(r".*(?:then: |as HEAD has them: )", "", hint)
+    subprocess.run(line, shell=True, check=True, cwd="/", env=clone.env, stdout=-3, stderr=-3, timeout=60)
+    return True
+
+
+@pytest.mark.parametrize("begun", ["merge", "revert", "cherry-pick", "rebase", "am", "stash"])
+def test_what_somebody_began_is_ended_by_the_line_to_type(clone: Clone, begun: str):
+    old, host = clone.head(), clone.host
+    clone.commit({"a": "two\n"})
+    new = clone.commit({"a": "three\n"})
+    clone.git(host, "pull", "-q")
+    (host / "a").write_text("mine\n")
+    patch = clone.folder / "patch"
+    patch.write_text(clone.git(host, "format-patch", "-1", "--stdout", "HEAD~1") + "\n")
+    lines = {
+        "merge": f"git checkout -qfb own {old}; echo own > a; git commit -qam own; git merge -q {new}",
+        "revert": "git checkout -q a; git revert HEAD~1",
+        "cherry-pick": "git checkout -q a; git cherry-pick HEAD~1",
+        "rebase": f"git checkout -qfb own {old}; echo own > a; git commit -qam own; git rebase -q {new}",
+        "am": f"git checkout -q a; git am -3 {patch}",
+        "stash": f"git stash -q; git checkout -q {old}; git stash pop -q",
+    }
+    subprocess.run(lines[begun], shell=True, cwd=host, env=clone.env, stdout=-3, stderr=-3, timeout=60)
+    if "UU a" not in clone.dirty() and "AA a" not in clone.dirty():
+        pytest.fail(f"nothing is unmerged: {clone.dirty()}")
+    code, _, err = clone.deploy()
+    assert code == 1 and "a" in err
+    assert typed_hint(clone)
+    code, out, err = clone.deploy()
+    assert (code, clone.head(), (host / "a").read_text()) == (0, new, "three\n"), out + err
+    if begun == "stash":
+        assert "mine" in clone.git(host, "stash", "show", "-p"), "nothing of somebody's is lost"
+
+
 def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
     """The runner and its git are killed while a file of several is being written."""
     for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
