@@ -151,6 +151,7 @@ class _Lazy:
 _LAZY_NAMES = (
     "asyncio",
     "base64",
+    "binascii",
     "calendar",
     "csv",
     "ctypes",
@@ -182,6 +183,7 @@ _LAZY_NAMES = (
 if TYPE_CHECKING:
     import asyncio
     import base64
+    import binascii
     import calendar
     import csv
     import ctypes
@@ -14625,6 +14627,14 @@ CLIENT_OPTIONS: dict[str, Any] = {
     "proxy": None,
 }
 
+# RFC 6455: a frame's kinds, the bits beside a kind and a size, and why a connection ends
+_CONTINUED, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
+_LAST, _RESERVED, _MASKED = 0x80, 0x70, 0x80
+_NORMAL_END, _AGAINST_PROTOCOL, _TOO_LARGE = 1000, 1002, 1009
+_WEBSOCKET_ID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_USUAL_PORTS = {"ws": 80, "wss": 443}
+_HEAD_BYTES = 64 << 10  # of an HTTP answer: more is none
+
 
 class Wire(Protocol):
     """What a link stands on: a WebSocket, or a pair of queues inside the master's own process."""
@@ -14732,20 +14742,234 @@ class Threads:
         return await done
 
 
+def sha1(data: bytes) -> bytes:
+    """The hash by which a WebSocket's server shows that it is one: no secret depends on it.
+
+    `hashlib` loads all of OpenSSL for it, which takes longer than the greeting.
+    """
+    try:
+        own: Any = importlib.import_module("_sha1")
+    except ImportError:  # it is CPython's own
+        own = hashlib
+    digest: bytes = own.sha1(data).digest()
+    return digest
+
+
+class NoUpgrade(Exception):
+    """An HTTP answer in place of a WebSocket; `who`: the process that gave it, where it says so."""
+
+    def __init__(self, status: int, who: str | None, body: bytes) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status, self.who, self.body = status, who, body
+
+
+class BadFrame(Exception):
+    """What RFC 6455 forbids; `code` is how it says to close the connection then."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"close code {code}")
+        self.code = code
+
+
+class Frame(NamedTuple):
+    """One frame of a WebSocket."""
+
+    opcode: int
+    ends: bool  # its message
+    body: bytes
+
+
+class ClientSocket:
+    """A WebSocket's client without any IO (RFC 6455): bytes come in, messages and bytes go out.
+
+    `websockets` has the same, and daemons use it. What it imports for that takes as long as all
+    else that a short command does between its start and its question to the master.
+    """
+
+    def __init__(self, url: MasterUrl) -> None:
+        self.is_open, self.is_over = False, False
+        self.messages: deque[str | bytes] = deque()
+        self._key = binascii.b2a_base64(os.urandom(16)).strip()
+        self._input = bytearray()
+        self._parts: list[bytes] = []  # of the message that is not whole yet
+        self._kind = _CONTINUED  # of that message
+        self._output = [self._request(url)]
+
+    def _request(self, url: MasterUrl) -> bytes:
+        name = url.host
+        if ":" in name:
+            name = f"[{name}]"
+        if url.port != _USUAL_PORTS[url.scheme]:
+            name = f"{name}:{url.port}"
+        lines = (
+            f"GET {url.path} HTTP/1.1",
+            f"Host: {name}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            f"Sec-WebSocket-Key: {self._key.decode()}",
+            "Sec-WebSocket-Version: 13",
+        )
+        return "\r\n".join([*lines, "", ""]).encode()
+
+    # For its user
+
+    def take_output(self) -> bytes:
+        """What is to be sent now."""
+        data = b"".join(self._output)
+        self._output.clear()
+        return data
+
+    def send_text(self, text: str) -> None:
+        self._send(_TEXT, text.encode())
+
+    def send_ping(self) -> None:
+        self._send(_PING, b"")
+
+    def close(self, code: int = _NORMAL_END) -> None:
+        """Say goodbye, once: nothing is sent any more, and nothing that comes is a message."""
+        if self.is_open:
+            self._send(_CLOSE, code.to_bytes(2, "big"))
+        self.is_open, self.is_over = False, True
+
+    def receive(self, data: bytes) -> None:
+        """Take the next bytes, none where the connection has ended. Raises NoUpgrade, EOFError
+        where there never was a WebSocket."""
+        self._input += data
+        if not self.is_open and not self.is_over:
+            self._read_answer(ended=not data)
+        elif not data:
+            self.is_open, self.is_over = False, True
+        while self.is_open:
+            try:
+                frame = self._next_frame()
+                if frame is None:
+                    return
+                self._on_frame(frame)
+            except BadFrame as problem:
+                self.close(problem.code)
+
+    def give_up(self) -> None:
+        """Nothing more comes in time: an answer that only does not say where it ends is one.
+        Raises NoUpgrade."""
+        if not self.is_open and b"\r\n\r\n" in self._input:
+            self._read_answer(ended=True)
+
+    # The handshake
+
+    def _read_answer(self, *, ended: bool) -> None:
+        """The server's answer, once it is here. Raises NoUpgrade, EOFError."""
+        if not self._input.startswith(b"HTTP/1.1 "[: len(self._input)]):
+            raise EOFError("did not receive a valid HTTP response")
+        head, end, rest = bytes(self._input).partition(b"\r\n\r\n")
+        if not end:
+            if ended or len(head) > _HEAD_BYTES:
+                raise EOFError("did not receive a valid HTTP response")
+            return
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            headers[name.strip().lower()] = value.strip()
+        status = first.split(" ")[1]
+        if status != "101":
+            length = headers.get("content-length", "")
+            whole = length.isdecimal() and len(rest) >= int(length)
+            if not (whole or ended or len(rest) > _HEAD_BYTES):
+                return
+            code = int(status) if status.isdecimal() else 0
+            raise NoUpgrade(code, headers.get(WHO_HEADER.lower()), rest)
+        self._judge_upgrade(headers)
+        self._input = bytearray(rest)
+        self.is_open = True
+
+    def _judge_upgrade(self, headers: Mapping[str, str]) -> None:
+        """That it answers our very question: a cache, or a server of something else, does not.
+        Raises EOFError."""
+        proof = sha1(self._key + _WEBSOCKET_ID)
+        expected = binascii.b2a_base64(proof).strip().decode()
+        options = [word.strip() for word in headers.get("connection", "").lower().split(",")]
+        agreed = "upgrade" in options and headers.get("upgrade", "").lower() == "websocket"
+        added = headers.keys() & {"sec-websocket-extensions", "sec-websocket-protocol"}
+        if not agreed or added or headers.get("sec-websocket-accept") != expected:
+            raise EOFError("did not agree to a WebSocket")
+
+    # Frames
+
+    def _send(self, opcode: int, body: bytes) -> None:
+        """A client's frames are masked, which keeps a proxy from taking them for its own words."""
+        size = len(body)
+        if size < 126:
+            head = bytes([_LAST | opcode, _MASKED | size])
+        elif size < 1 << 16:
+            head = bytes([_LAST | opcode, _MASKED | 126]) + size.to_bytes(2, "big")
+        else:
+            head = bytes([_LAST | opcode, _MASKED | 127]) + size.to_bytes(8, "big")
+        mask = os.urandom(4)
+        repeated = (mask * (size // 4 + 1))[:size]
+        mixed = int.from_bytes(body, "big") ^ int.from_bytes(repeated, "big")
+        self._output.append(head + mask + mixed.to_bytes(size, "big"))
+
+    def _next_frame(self) -> Frame | None:
+        """A whole frame off the input. Raises BadFrame."""
+        data = self._input
+        if len(data) < 2:
+            return None
+        first, size, start = data[0], data[1] & 127, 2
+        if first & _RESERVED or data[1] & _MASKED:
+            raise BadFrame(_AGAINST_PROTOCOL)
+        if size >= 126:
+            start = {126: 4, 127: 10}[size]
+            if len(data) < start:
+                return None
+            size = int.from_bytes(data[2:start], "big")
+        opcode, ends = first & 15, bool(first & _LAST)
+        if opcode >= _CLOSE and (size > 125 or not ends):
+            raise BadFrame(_AGAINST_PROTOCOL)
+        if size + sum(map(len, self._parts)) > MESSAGE_BYTES:
+            raise BadFrame(_TOO_LARGE)
+        if len(data) < start + size:
+            return None
+        body = bytes(data[start : start + size])
+        del data[: start + size]
+        return Frame(opcode, ends, body)
+
+    def _on_frame(self, frame: Frame) -> None:
+        """Pings may come between the frames of a message. Raises BadFrame."""
+        if frame.opcode == _PING:
+            self._send(_PONG, frame.body)
+        elif frame.opcode == _CLOSE:
+            self.close(int.from_bytes(frame.body[:2], "big") or _NORMAL_END)
+        elif frame.opcode in (_TEXT, _BINARY, _CONTINUED):
+            self._assemble(frame)
+        elif frame.opcode != _PONG:
+            raise BadFrame(_AGAINST_PROTOCOL)
+
+    def _assemble(self, frame: Frame) -> None:
+        """A message may come in several frames. Raises BadFrame."""
+        begins = frame.opcode != _CONTINUED
+        if begins == bool(self._kind):  # nothing to go on with, or another one is not over
+            raise BadFrame(_AGAINST_PROTOCOL)
+        if begins:
+            self._kind = frame.opcode
+        self._parts.append(frame.body)
+        if not frame.ends:
+            return
+        whole = b"".join(self._parts)
+        if self._kind == _TEXT:
+            self.messages.append(whole.decode(errors="replace"))
+        else:
+            self.messages.append(whole)
+        self._kind, self._parts = _CONTINUED, []
+
+
 class BlockingWire:
     """A WebSocket for a program that does one thing at a time: it has no event loop, so a command
     starts sooner. Pings are answered while it reads, and once it was told to `attend`, also while
     the program waits for its own output to be read. The end of the connection is EOFError."""
 
     def __init__(self, way: Way, timeout_s: float) -> None:
-        from websockets.client import ClientProtocol
-        from websockets.uri import parse_uri
-
-        uri = parse_uri(way.url)
-        self._protocol = ClientProtocol(uri, max_size=MESSAGE_BYTES)
-        self._frames: deque[str | bytes] = deque()
-        self._parts: list[bytes] = []
-        self._is_text = False
+        url = parse_master_url(way.url)
+        self._protocol = ClientSocket(url)
         self._quiet_s = 0.0  # waited for a sign of life
         self._in_use = threading.Lock()  # whoever reads or writes: the program, or who attends
         self._attended = False
@@ -14754,32 +14978,32 @@ class BlockingWire:
             source = (way.bind, 0)
         else:
             source = None
-        self._socket = socket.create_connection((uri.host, uri.port), timeout_s, source)
+        # As bytes: for text the library looks up how names in other scripts are spelled.
+        place: Any = (url.host.encode(), url.port)
+        self._socket = socket.create_connection(place, timeout_s, source)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if way.tls:
                 self._socket = way.tls["ssl"].wrap_socket(
                     self._socket, server_hostname=way.tls["server_hostname"]
                 )
-            self._protocol.send_request(self._protocol.connect())
-            while not self._is_open():
+            while not self._protocol.is_open:
                 self._read(deadline - time.monotonic())
+        except TimeoutError:
+            self._socket.close()
+            self._protocol.give_up()
+            raise
         except BaseException:
             self._socket.close()
             raise
-
-    def _is_open(self) -> bool:
-        if self._protocol.handshake_exc:
-            raise self._protocol.handshake_exc
-        return self._protocol.state.name == "OPEN"
 
     # For its user
 
     def send(self, frame: str) -> None:
         with self._in_use:
-            if not self._is_open():
+            if not self._protocol.is_open:
                 raise EOFError
-            self._protocol.send_text(frame.encode())
+            self._protocol.send_text(frame)
             self._flush()
 
     # Alive while its user is busy
@@ -14798,7 +15022,7 @@ class BlockingWire:
             if not self._in_use.acquire(blocking=False):
                 continue  # the program reads by itself
             try:
-                while self._is_open():
+                while self._protocol.is_open:
                     self._read(0.0)
             except (TimeoutError, EOFError, OSError):
                 pass  # nothing more for now; an end is seen by the program's own reading
@@ -14808,27 +15032,27 @@ class BlockingWire:
     def receive(self, timeout_s: float) -> str | bytes | None:
         """The next message, or None where none comes in time."""
         deadline = time.monotonic() + timeout_s
-        while not self._frames:
+        messages = self._protocol.messages
+        while not messages:
             left_s = deadline - time.monotonic()
-            if left_s <= 0 and self._is_open():
+            if left_s <= 0 and self._protocol.is_open:
                 return None
             with suppress(TimeoutError), self._in_use:
-                if self._frames:
+                if messages:
                     break
-                if not self._is_open():
+                if not self._protocol.is_open:
                     raise EOFError
                 self._read(min(left_s, PING_INTERVAL_S))
-        return self._frames.popleft()
+        return messages.popleft()
 
     def close(self) -> None:
         self._attended = False
         with suppress(EOFError), self._in_use:
-            if self._is_open():
-                self._protocol.send_close()
-                self._flush()
+            self._protocol.close()
+            self._flush()
         self._socket.close()
 
-    # Frames of the protocol
+    # Bytes of the protocol
 
     def _read(self, timeout_s: float) -> None:
         """Take what comes next. Raises TimeoutError where nothing does."""
@@ -14842,49 +15066,30 @@ class BlockingWire:
         except OSError:
             data = b""
         self._quiet_s = 0.0
-        if data:
-            self._protocol.receive_data(data)
-        else:
-            self._protocol.receive_eof()
+        self._protocol.receive(data)
         self._flush()
-        for event in self._protocol.events_received():
-            if hasattr(event, "opcode"):  # else it is the handshake's answer
-                self._assemble(event)
-
-    def _assemble(self, frame: Any) -> None:
-        """A message may come in several frames, with pings between them."""
-        kind = frame.opcode.name
-        if kind in ("TEXT", "BINARY"):
-            self._is_text, self._parts = kind == "TEXT", []
-        if kind not in ("TEXT", "BINARY", "CONT"):
-            return
-        self._parts.append(bytes(frame.data))
-        if frame.fin:
-            whole = b"".join(self._parts)
-            self._frames.append(whole.decode(errors="replace") if self._is_text else whole)
 
     def _ask_for_life(self, waited_s: float) -> None:
         """After a while without a word, ping; time in which nobody listened does not count."""
         before, self._quiet_s = self._quiet_s, self._quiet_s + waited_s
         if self._quiet_s > PING_INTERVAL_S + PING_TIMEOUT_S:
             raise EOFError
-        if before <= PING_INTERVAL_S < self._quiet_s and self._is_open():
-            self._protocol.send_ping(b"")
+        if before <= PING_INTERVAL_S < self._quiet_s and self._protocol.is_open:
+            self._protocol.send_ping()
             self._flush()
 
     def _flush(self) -> None:
         """Send what the protocol has to say. Raises EOFError where it can't be sent in time."""
-        for data in self._protocol.data_to_send():
-            patience_s = self._socket.gettimeout()
-            try:
-                self._socket.settimeout(SEND_S)
-                if data:
-                    self._socket.sendall(data)
-                else:
-                    self._socket.shutdown(socket.SHUT_WR)
-                self._socket.settimeout(patience_s)
-            except OSError as problem:
-                raise EOFError from problem
+        data = self._protocol.take_output()
+        if not data:
+            return
+        patience_s = self._socket.gettimeout()
+        try:
+            self._socket.settimeout(SEND_S)
+            self._socket.sendall(data)
+            self._socket.settimeout(patience_s)
+        except OSError as problem:
+            raise EOFError from problem
 
 
 @record(frozen=True)
@@ -14906,6 +15111,7 @@ def way_to(config: Config, tree: Path, url: str, bind: str | None) -> Way:
 async def connect_master(way: Way, hello: Hello) -> tuple[SocketWire, Welcome]:
     """A connection of which the greeting is over. Raises RefusedError, UnreachableError."""
     from websockets.asyncio.client import connect
+    from websockets.exceptions import InvalidHandshake, InvalidStatus
 
     if way.bind:
         source = (way.bind, 0)
@@ -14913,7 +15119,14 @@ async def connect_master(way: Way, hello: Hello) -> tuple[SocketWire, Welcome]:
         source = None
     with dialing(way.url):
         options = CLIENT_OPTIONS | dict(way.tls)
-        wire = SocketWire(await connect(way.url, local_addr=source, **options))
+        try:
+            wire = SocketWire(await connect(way.url, local_addr=source, **options))
+        except InvalidStatus as problem:
+            answer = problem.response
+            body = bytes(answer.body or b"")
+            raise NoUpgrade(answer.status_code, answer.headers.get(WHO_HEADER), body) from problem
+        except InvalidHandshake as problem:
+            raise EOFError(str(problem)) from problem
         talk = greeting(hello, way.token, os.urandom(16).hex(), way.keys)
         try:
             async with asyncio.timeout(WELCOME_S):
@@ -14953,23 +15166,21 @@ def call_master(way: Way, hello: Hello, timeout_s: float) -> tuple[BlockingWire,
 def dialing(url: str) -> Iterator[None]:
     """Whatever ends a connection before its welcome, in words for people. Raises RefusedError,
     UnreachableError."""
-    from websockets.exceptions import InvalidHandshake, InvalidStatus
-
     try:
         yield
-    except InvalidStatus as problem:
-        response = problem.response
-        answer = refusal(response.status_code, bytes(response.body or b""))
+    except NoUpgrade as problem:
+        answer = refusal(problem.status, problem.body)
         if isinstance(answer, RefusedError):
-            answer.who = response.headers.get(WHO_HEADER)
+            answer.who = problem.who
         raise answer from problem
     except ProtocolError as problem:
         what = f"{url} is no estelle-updater master: {problem.what}"
         raise UnreachableError(what, "is masterUrl right?") from problem
-    except (OSError, EOFError, InvalidHandshake) as problem:
+    except (OSError, EOFError) as problem:
         what = getattr(problem, "strerror", None) or str(problem) or "no answer"
         hint = "is `serve` running there?"
-        if isinstance(problem, ssl.SSLError):
+        # asked in this order, because `ssl` is not imported for a connection without it
+        if url.startswith("wss:") and isinstance(problem, ssl.SSLError):
             hint = (
                 "is masterUrl right, the certificate in force, and its authority "
                 "trusted here or in [tls] ca?"
