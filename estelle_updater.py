@@ -531,7 +531,13 @@ ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 LEFT_ROWS = 4  # hosts of the active whose commits an order's record names
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 # the same, of its other words: a row of a table may not be a screen
-JOB_WORD_CHARS = {"version": 200, "step": 500, "error": 2000}
+JOB_WORD_CHARS = {"version": 200, "step": 500, "error": 2000, "commit": 64}
+# the same of a run that nobody ordered here: its host alone says what was asked for, and by whom
+ORDER_WORD_CHARS = {"branch": 250, "target": 1000, "by": 200}
+JOB_WARNINGS, JOB_WARNING_CHARS = 50, 2000
+# of any text and any list in an answer of a host, which is a row among those of all others
+ANSWER_CHARS, ANSWER_ROWS, CHECK_NAME_CHARS = 4000, 500, 200
+LAST_MOMENT = 32_503_680_000.0  # the year 3000: no clock and no calendar shows what is beyond it
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 END_HEAD_BYTES = 20  # before the file of such an end: how much went through it, in digits
@@ -1451,14 +1457,35 @@ def valid_run_id(text: str) -> bool:
     return re.fullmatch(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}", text) is not None
 
 
+# What Unicode calls printable and nobody sees: fillers of Hangul, what only chooses among the forms
+# of a letter, an empty pattern of Braille. A name with one in it looks like another's.
+UNSEEN = regex(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0"
+    "\U000e0080-\U000e01ef]"
+)
+
+
+def is_seen(text: str) -> bool:
+    """Whether every letter of a text shows, a space included."""
+    return text.isprintable() and (text.isascii() or not UNSEEN.search(text))
+
+
+def valid_label(text: str) -> bool:
+    """Whether a host can be shown by this label, as `[LABEL] ` before its lines and between spaces
+    in a table: with a bracket or a space in it, it could be those of several hosts, and words."""
+    if not is_seen(text) or not 0 < len(text) <= 200:
+        return False
+    return not re.search(r"[\s\[\]\ufffd]", text)
+
+
 def valid_host_name(text: str) -> bool:
     """Whether a host may call itself so: printable, no target word, no address, nothing that
-    TARGET's grammar uses."""
-    if not text.isprintable() or not 0 < len(text) <= 64:
+    TARGET's grammar or a label uses."""
+    if not valid_label(text) or len(text) > 64:
         return False
     # A digit alone would be read as the beginning of an address, and `,`, `/`, `~` would split it
     # in a TARGET.
-    if re.search(r"[\s,/~]", text) or text.isdecimal() or _ADDRESS_LIKE.fullmatch(text):
+    if re.search(r"[,/~]", text) or text.isdecimal() or _ADDRESS_LIKE.fullmatch(text):
         return False
     return text.casefold() not in ("all", "active", "standby")
 
@@ -3376,27 +3403,33 @@ def one_line(text: str) -> str:
     """Text as one printable line: what would begin another line, move the cursor, turn the order of
     letters or not be seen at all is a space or U+FFFD. So no version, error or file name can look
     like another host's result."""
-    if text.isprintable():
+    if is_seen(text):
         return text
     return "".join(_printable(letter) for letter in text)
 
 
 def _printable(letter: str) -> str:
-    if letter.isprintable():
+    if is_seen(letter):
         return letter
     if letter.isspace():
         return " "
     return "\ufffd"
 
 
-def one_line_each(value: Any) -> Any:
-    """A decoded value with every text in it, names of fields included, as one printable line."""
+def one_line_each(value: Any, depth: int = 0) -> Any:
+    """A decoded value with every text in it, names of fields included, as one printable line.
+    Raises ProtocolError for one that is nested so deeply that whoever looks into it would end."""
     if isinstance(value, str):
         return one_line(value)
+    if depth > NESTED_MOST:
+        raise ProtocolError("a message that is nested too deeply")
     if isinstance(value, list):
-        return [one_line_each(item) for item in value]
+        return [one_line_each(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        return {one_line(key): one_line_each(item) for key, item in value.items()}
+        clean = {}
+        for key, item in value.items():
+            clean[one_line(key)] = one_line_each(item, depth + 1)
+        return clean
     return value
 
 
@@ -3404,10 +3437,11 @@ def _clean(cls: type[Any], name: str, value: Any) -> Any:
     """A field as it may be shown. The log alone has lines; and what names a branch is judged as it
     is, to be refused rather than mended."""
     if (cls, name) in ((Submit, "branch"), (Submit, "commits"), (Ask, "args")):
+        one_line_each(value)  # its depth has an end all the same
         return value
     if (cls, name) == (JobRecord, "host"):
         # a host's name is refused for what was replaced in it, and a space would not tell
-        return "".join(letter if letter.isprintable() else "\ufffd" for letter in value)
+        return "".join(letter if is_seen(letter) else "\ufffd" for letter in value)
     clean = one_line_each(value)
     if cls is Answer and isinstance(value, dict):
         rows = value.get("hosts")
@@ -4093,13 +4127,30 @@ def as_ordered(run: RunRecord, job: JobRecord) -> JobRecord:
     """A host's word about its job: what was ordered is the run's to say, and not the host's; and
     what it says is a row of everybody's `status` and `history`, so it has an end."""
     ordered = job_of_run(run, job.host)
-    names = ("kind", "branch", "target", "address", "by", "created", "options")
+    names = ("kind", "branch", "target", "address", "by", "created", "options", "place")
     said: dict[str, Any] = {name: getattr(ordered, name) for name in names}
-    for name, most in JOB_WORD_CHARS.items():
+    # A guess is the master's, as it is the one who can't hear: a host that calls its own word one
+    # could take back a ✓ that somebody has seen.
+    said |= {"ordered": True, "provisional": False, "behind": None}
+    said |= shortened(job, JOB_WORD_CHARS)
+    said["warnings"] = [text[:JOB_WARNING_CHARS] for text in job.warnings[:JOB_WARNINGS]]
+    said["timed_steps"] = [label[:TIMED_CHARS] for label in job.timed_steps[:TIMED_STEPS]]
+    said["timed_s"] = job.timed_s[:TIMED_STEPS]
+    for name in ("started", "ended"):
+        at = getattr(job, name)
+        if at is not None and not 0 <= at <= LAST_MOMENT:
+            said[name] = None
+    return replace(job, **said)
+
+
+def shortened(job: JobRecord, chars: Mapping[str, int]) -> dict[str, str]:
+    """Those of a job's words, none of them longer than it may be."""
+    said = {}
+    for name, most in chars.items():
         word = getattr(job, name)
         if word:
             said[name] = word[:most]
-    return replace(job, **said)
+    return said
 
 
 def without_ids(message: Any) -> Any:
@@ -4957,7 +5008,7 @@ SGR = regex(r"\x1b\[[0-9;:]*m")
 # order of letters, and the invisible twins of ASCII, in which one hides words for a model.
 _CONTROLS = (
     r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
-    r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+    r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e01ef"
 )
 ESCAPES = regex(  # SGR is kept; then whole sequences go before single control characters do
     r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ "
@@ -15408,12 +15459,21 @@ class Link:
     # Logs that we receive
 
     def accept_log(
-        self, message: Log, path: Path, grew: Callable[[Inbound], None], *, closed: bool = False
+        self,
+        message: Log,
+        path: Path,
+        grew: Callable[[Inbound], None],
+        *,
+        closed: bool = False,
+        most_bytes: float = float("inf"),
     ) -> None:
-        """Begin or resume receiving a log; `grew` is told of each change. Raises ProtocolError."""
+        """Begin or resume receiving a log; `grew` is told of each change. It is closed where it
+        would be larger than `most_bytes`. Raises ProtocolError."""
         if len(self._inbound) >= CHANNELS and message.channel not in self._inbound:
             raise ProtocolError(f"more than {CHANNELS} logs at once")
-        inbound = Inbound(message.channel, path=path, grew=grew, closed=closed)
+        inbound = Inbound(
+            message.channel, path=path, grew=grew, closed=closed, most_bytes=most_bytes
+        )
         self._inbound[message.channel] = inbound
         size = log_size(path)
         question = inbound.ask(size, log_check(path, size))
@@ -15425,6 +15485,10 @@ class Link:
         """Log bytes that arrived: to disk, then acknowledged."""
         channel, offset, data = decode_chunk(frame)
         inbound = self._inbound.get(channel)
+        if inbound and offset + len(data) > inbound.most_bytes:
+            # its host keeps the head and the tail of a long log: this one does not
+            reason = f"more than {inbound.most_bytes} bytes, twice what jobMegabytes allows"
+            self.on_broken(Broken(channel, reason))
         if inbound is None or inbound.closed:
             # not wanted any more, but nothing may wait for its room
             self.post(Have(channel, offset + len(data)))
@@ -15498,6 +15562,7 @@ class Inbound(Inbox):
 
     path: Path = field(kw_only=True)
     grew: Callable[[Inbound], None] = field(kw_only=True)
+    most_bytes: float = float("inf")
     ack_due: bool = False
     retry_due: bool = False
     closed: bool = False
@@ -15561,16 +15626,48 @@ ANSWERS: dict[str, dict[str, str]] = {
 }
 
 
+# what nothing can be made of without
+_NEEDED = {
+    "traffic": ("active", "servers", "warnings"),
+    "compare": tuple(ANSWERS["compare"]),
+}
+
+
 def fitting_answer(what: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """Of a host's answer only what belongs in it; an error where that is of the wrong kind."""
-    shape = (
-        {"error": "str", "hint": "str", "exit": "int"} if "error" in answer else ANSWERS.get(what)
-    )
+    """Of a host's answer only what belongs in it; an error where that is of the wrong kind, or
+    lacks what the master has to know."""
+    needed: tuple[str, ...] = ()
+    if "error" in answer:
+        shape: dict[str, str] | None = {"error": "str", "hint": "str", "exit": "int"}
+    else:
+        shape = ANSWERS.get(what)
+        needed = _NEEDED.get(what, ())
     if shape is None:
         return answer
-    if wrong := [key for key in shape if key in answer and not _fits(shape[key], answer[key])]:
+    wrong = [key for key in needed if key not in answer]
+    for key, annotation in shape.items():
+        if key in answer and not _fits(annotation, answer[key]):
+            wrong.append(key)
+    if wrong:
         return {"error": f"the host's answer makes no sense: its {wrong[0]}", "exit": 1}
-    return {key: answer[key] for key in shape if key in answer}
+    fitting = {}
+    for key in shape:
+        if key in answer:
+            fitting[key] = with_an_end(answer[key])
+    return fitting
+
+
+def with_an_end(value: Any) -> Any:
+    """A value of a host's answer, of which no text and no list is endless: it is shown among the
+    words of all others, and whoever looks at the fleet must not have to scroll past it."""
+    if isinstance(value, str):
+        return value[:ANSWER_CHARS]
+    if isinstance(value, list):
+        return [with_an_end(item) for item in value[:ANSWER_ROWS]]
+    if isinstance(value, dict):
+        few = itertools.islice(value.items(), ANSWER_ROWS)
+        return {key[:ANSWER_CHARS]: with_an_end(item) for key, item in few}
+    return value
 
 
 class Peer:
@@ -17475,6 +17572,7 @@ class Registry(Roster):
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
         self.changes = Changes()
         self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
+        self.waiting: dict[str, JobRecord] = {}  # machine -> its job that waits for the traffic
         self.keys = AgentKeys(state, self.label_of)
         self.tasks = Tasks()
 
@@ -17599,8 +17697,11 @@ class Registry(Roster):
         ProtocolError."""
         others = [label for machine, label in self.labels.label.items() if machine != job.machine]
         taken = {file_label(label).casefold() for label in others + list(hosts)}
-        shown = job.host.isprintable() and "\ufffd" not in job.host
-        if not shown or not 0 < len(job.host) <= 200 or file_label(job.host).casefold() in taken:
+        is_taken = file_label(job.host).casefold() in taken
+        address = job.host.partition("/")[0]
+        there = self.at.get(address, set())  # the label of a host begins with its address
+        is_foreign = bool(there) and job.machine not in there
+        if not valid_label(job.host) or is_taken or is_foreign:
             raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
         now = time.monotonic()
         still = 0
@@ -17659,6 +17760,8 @@ class Registry(Roster):
         if agent:
             answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
         if answer and "servers" in answer:
+            if answer["active"] not in COLORS:
+                answer["active"] = None
             return answer
         why = (answer or {}).get("error") or f"{rule.host} is offline or does not answer"
         return no_traffic(f"{nobody}: {why}")
@@ -17682,13 +17785,16 @@ class Registry(Roster):
             found = [{"name": "-", "detail": answer.get("error")}]
         rows = []
         for row in found:
+            kind = row.get("kind")
+            if not isinstance(kind, str):
+                kind = None
             rows.append(
                 {
                     "host": host.label,
-                    "name": str(row.get("name")),
-                    "kind": row.get("kind"),
+                    "name": str(row.get("name"))[:CHECK_NAME_CHARS],
+                    "kind": kind,
                     "ok": row.get("ok") is True,
-                    "detail": str(row.get("detail")),
+                    "detail": str(row.get("detail"))[:ANSWER_CHARS],
                 }
             )
         return rows
@@ -17704,23 +17810,40 @@ class Registry(Roster):
             raise TargetError(f"nobody knows which host is {target}", why)
         return str(traffic["active"])
 
-    async def tell_traffic(self, agent: AgentLink, job: JobRecord) -> None:
-        """Tell a job that waits for it whether its host is active or standby, once that is
-        known."""
+    def tell_traffic(self, job: JobRecord) -> None:
+        """Tell a job that waits for it whether its host is active or standby, once that is known.
+        However often it says that it waits, HAProxy's host is asked once at a time for it."""
+        asks_already = job.machine in self.waiting
+        self.waiting[job.machine] = job
+        if not asks_already:
+            self.tasks.spawn(self.tell_waiting(job.machine))
+
+    async def tell_waiting(self, machine: str) -> None:
+        """The work of `tell_traffic`, for what the machine waits for at that time."""
         ends = time.monotonic() + TRAFFIC_S
-        while time.monotonic() < ends and self.agents.get(job.machine) is agent:
-            traffic = await self.ask_traffic()
-            colors = {host.machine: host.color for host in self.hosts()}
-            # of two machines of one colour, nobody knows which it is
-            alike = list(colors.values()).count(colors.get(job.machine))
-            if traffic["active"] and alike == 1:
-                active = colors.get(job.machine) == traffic["active"]
-                word = {"run": job.run, "host": job.host, "at": job.revision}
-                word["is"] = "active" if active else "standby"
-                answer = await agent.ask("traffic is", word)
-                if answer is not None and "error" not in answer:
+        try:
+            while time.monotonic() < ends and machine in self.agents:
+                job = self.waiting[machine]
+                told = await self.tell_once(self.agents[machine], job)
+                if told and self.waiting[machine] is job:
                     return
-            await asyncio.sleep(TICK_S)
+                await asyncio.sleep(TICK_S)
+        finally:
+            del self.waiting[machine]
+
+    async def tell_once(self, agent: AgentLink, job: JobRecord) -> bool:
+        """Whether the host has heard where the traffic goes."""
+        traffic = await self.ask_traffic()
+        colors = {host.machine: host.color for host in self.hosts()}
+        # of two machines of one colour, nobody knows which it is
+        alike = list(colors.values()).count(colors.get(job.machine))
+        if not traffic["active"] or alike != 1:
+            return False
+        word = {"run": job.run, "host": job.host, "at": job.revision, "is": "standby"}
+        if colors.get(job.machine) == traffic["active"]:
+            word["is"] = "active"
+        answer = await agent.ask("traffic is", word)
+        return answer is not None and "error" not in answer
 
 
 class Ledger:
@@ -17812,10 +17935,10 @@ class Ledger:
     def adopt(self, run: Run | None, job: JobRecord) -> Run:
         """Take in a job that only its host knew. Raises OSError where what is recorded of its run
         can't be read now: it must not be replaced."""
-        record = run_of_job(job)
+        record = run_of_job(replace(job, **shortened(job, ORDER_WORD_CHARS)))
         if run is None:
             self.state.load_run(job.run)
-            created = min(job.created, time.time())  # its host's clock may be ahead
+            created = max(0.0, min(job.created, time.time()))  # its host's clock may be ahead
             record = replace(record, created=created, **self.take_place())
             run = Run(record, {})
         else:
@@ -18532,7 +18655,7 @@ class Master:
             if accepts_job(run.jobs[job.host], job):
                 self.ledger.record(run, replace(job, behind=None))
             if waits_for_traffic(job):
-                self.registry.tasks.spawn(self.registry.tell_traffic(agent, job))
+                self.registry.tell_traffic(job)
         self.ledger.drop_idle(run)
 
     def adopt(self, run: Run | None, job: JobRecord) -> None:
@@ -18561,7 +18684,9 @@ class Master:
             self.settle(run, message.host)
 
         path = self.state.log_file(message.run, message.host)
-        agent.link.accept_log(message, path, grew, closed=message.host in run.torn)
+        most = 2 * self.config.config.keep.job_megabytes << 20
+        closed = message.host in run.torn
+        agent.link.accept_log(message, path, grew, closed=closed, most_bytes=most)
 
     def settle(self, run: Run, host: str) -> None:
         """Record a held result as soon as its log is complete, and let the host forget it once that
@@ -18919,6 +19044,8 @@ class Desk:
                 return await self.answer(message)
             except (UpdaterError, OSError) as problem:
                 return self.refuse(problem, getattr(message, "id", 0))
+            except Exception as problem:  # one question's trouble must not end the connection
+                return self.give_up(problem, getattr(message, "id", 0))
 
         def obey(frame: str | bytes) -> None:
             message = decode_frame(frame)
@@ -18975,6 +19102,17 @@ class Desk:
             what = f"the master can't write to {self.state.root}: {problem.strerror}"
             return Refuse(what, id=question)
         return Refuse(problem.what, problem.hint, problem.exit_code, question)
+
+    def give_up(self, problem: Exception, question: int) -> Refuse:
+        """A fault of ours, or of what a host made us read, as the answer: who asks again and again
+        would get no other."""
+        import traceback
+
+        place = traceback.extract_tb(problem.__traceback__)[-1]
+        where = f"{place.name}, line {place.lineno}"
+        log.error("a question could not be answered: %s in %s", repr(problem)[:300], where)
+        what = f"the master can't answer that: {type(problem).__name__}"
+        return Refuse(what, "its log says more", id=question)
 
     # Orders
 
@@ -25982,7 +26120,7 @@ def await_standby(
             # than never to release.
             if by_file:
                 role = "active"
-                if by_file[row["color"]] == "backup":
+                if by_file.get(row["color"]) == "backup":
                     role = "standby"
             where[row["host"]] = role
         wrong = []
