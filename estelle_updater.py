@@ -8890,13 +8890,16 @@ class History:
 SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
 
 
+_HOME_STATE = ".local/state/estelle-updater"
+
+
 def user_state(environ: Mapping[str, str]) -> Path:
     """The folder in which this user's daemons keep their state."""
     if os.name == "nt":
         return (
             Path(environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "estelle-updater"
         )
-    return Path.home() / ".local/state/estelle-updater"
+    return Path.home() / _HOME_STATE
 
 
 def default_state_folder(environ: Mapping[str, str], project: str = "") -> Path:
@@ -8925,6 +8928,11 @@ def state_folders(environ: Mapping[str, str]) -> list[StateFolder]:
     bases = [SYSTEM_STATE, user_state(environ)]
     if os.name == "nt":
         del bases[0]
+    return used_states(bases)
+
+
+def used_states(bases: Iterable[Path]) -> list[StateFolder]:
+    """Those in these places, and in a project's folder below one, that were used."""
     found = []
     for base in bases:
         with suppress(OSError):
@@ -23679,6 +23687,20 @@ class Setup(HostChanges):
             if its_own and state.root != wanted and not self.state.is_used():
                 self.former = state
 
+    def find_state_of_user(self) -> None:
+        """Where the service's user has served this clone before, under PM2 say, the daemon goes on
+        with that folder. Raises GuardError while it is in use there."""
+        if "--state" in self.argv or self.former or self.state.is_used():
+            return
+        for state in used_states([self.home / _HOME_STATE]):
+            if not is_same_folder(state.owner().folder, self.folder):
+                continue
+            self.state = state
+            is_held = FileLock.held_elsewhere(state.daemon_lock)
+            if is_held and self.ask_systemctl("is-active"):
+                what = f"a daemon of {self.user} runs in {state.root}"
+                raise GuardError(what, f"stop it; as {self.user}: setup --remove")
+
     @property
     def pm2_file(self) -> Path:
         return self.state.root / "pm2.config.js"
@@ -23721,6 +23743,8 @@ class Setup(HostChanges):
         if keeper == "pm2" and not self.dry_run:
             apps = running_pm2()  # somebody may have started one by hand, and not saved it
         self.require_own(apps)
+        if keeper == "systemd" and self.root:
+            self.find_state_of_user()
         mine = [state for state in (self.state, self.former) if state]
         require_port(self.config, self.config_path, self.bind, mine)
         self.give_up_former()

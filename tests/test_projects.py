@@ -204,6 +204,23 @@ def test_two_projects_of_one_host_under_systemd(tmp_path: Path, pyz: Path) -> No
             "; ".join(f"estelle-updater-{u} (systemd) in {HOMES}/{u}/app" for u in ("anna", "bert"))
             in est_of("bert", "doctor", by="bert").out
         )
+        # carl has served by himself until now; the daemon of the system's unit goes on with what that one knows
+        lab.add_user("carl")
+        text = 'project = "carl"\n' + TOML.replace("PORT", "9905")
+        lab.ok("env", "NAME=carl", f"TOML={text}", "sh", "-c", make, user="carl")
+
+        def own(*words: str) -> Result:
+            argv = ("env", f"ESTELLE_REPO={HOMES}/carl/app", PYTHON, "/opt/estelle/estelle_updater.pyz")
+            return lab.run(*argv, *words, user="carl", timeout_s=100)
+
+        assert own("setup", "--with", "systemd").code == 0, lab.journal()
+        code, out, err = est_of("carl", "setup", "--with", "systemd")
+        assert (code, "a daemon of carl runs in" in err) == (5, True), out + err
+        assert own("setup", "--remove").code == 0
+        code, out, err = est_of("carl", "setup", "--with", "systemd")
+        assert (code, "the master listens as 127.0.0.1" in out) == (0, True), out + err + lab.journal()
+        code, out, err = est_of("carl", "setup", "--with", "systemd")
+        assert (code, "unchanged" in out) == (0, True), out + err
         code, out, err = est_of("anna", "setup", "--remove")
         assert (code, lab.show("estelle-updater-bert", "ActiveState")) == (0, "active"), out + err
         assert lab.show("estelle-updater-anna", "LoadState") == "not-found"
