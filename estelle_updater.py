@@ -23399,6 +23399,14 @@ def running_pm2() -> list[dict[str, Any]]:
     return []
 
 
+def runs_under_pm2(service: str) -> bool:
+    """Whether PM2 keeps that service up."""
+    with suppress(KeyError, TypeError):
+        online = [app["name"] for app in running_pm2() if app["pm2_env"]["status"] == "online"]
+        return service in online
+    return False
+
+
 def services_of_pm2(apps: Iterable[Any]) -> Iterator[Installed]:
     """Those of PM2's applications that are this program."""
     for app in apps:
@@ -23473,6 +23481,18 @@ def require_port(
         whose = port_holder(port, mine) or "another program"
         what = f"port {port} is that of {whose}, and this host is to be the master"
         raise UsageError(what, OWN_PORT)
+
+
+def state_of_user(home: Path, clone: Path, is_ours: bool) -> StateFolder | None:
+    """Where a user has served this clone before, under PM2 say: the daemon of a system's service
+    goes on with that folder. Raises GuardError where another daemon than ours is in there."""
+    for state in used_states([home / _HOME_STATE]):
+        if is_same_folder(state.owner().folder, clone):
+            if not is_ours and FileLock.held_elsewhere(state.daemon_lock):
+                hint = "stop it; its user does so by: setup --remove"
+                raise GuardError(f"a daemon runs already in {state.root}", hint)
+            return state
+    return None
 
 
 def move_state(former: StateFolder, state: StateFolder) -> None:
@@ -23687,20 +23707,6 @@ class Setup(HostChanges):
             if its_own and state.root != wanted and not self.state.is_used():
                 self.former = state
 
-    def find_state_of_user(self) -> None:
-        """Where the service's user has served this clone before, under PM2 say, the daemon goes on
-        with that folder. Raises GuardError while it is in use there."""
-        if "--state" in self.argv or self.former or self.state.is_used():
-            return
-        for state in used_states([self.home / _HOME_STATE]):
-            if not is_same_folder(state.owner().folder, self.folder):
-                continue
-            self.state = state
-            is_held = FileLock.held_elsewhere(state.daemon_lock)
-            if is_held and self.ask_systemctl("is-active"):
-                what = f"a daemon of {self.user} runs in {state.root}"
-                raise GuardError(what, f"stop it; as {self.user}: setup --remove")
-
     @property
     def pm2_file(self) -> Path:
         return self.state.root / "pm2.config.js"
@@ -23743,8 +23749,10 @@ class Setup(HostChanges):
         if keeper == "pm2" and not self.dry_run:
             apps = running_pm2()  # somebody may have started one by hand, and not saved it
         self.require_own(apps)
-        if keeper == "systemd" and self.root:
-            self.find_state_of_user()
+        is_new = not (self.former or "--state" in self.argv or self.state.is_used())
+        if is_new and keeper == "systemd" and self.root:
+            is_up = not self.ask_systemctl("is-active")
+            self.state = state_of_user(self.home, self.folder, is_up) or self.state
         mine = [state for state in (self.state, self.former) if state]
         require_port(self.config, self.config_path, self.bind, mine)
         self.give_up_former()
@@ -23922,7 +23930,7 @@ class Setup(HostChanges):
 
     def install_pm2(self) -> None:
         text = render_pm2(self.argv, str(self.folder), self.service)
-        if self.put(self.pm2_file, text) or not self.runs_under_pm2():
+        if self.put(self.pm2_file, text) or not runs_under_pm2(self.service):
             self.call("pm2", "delete", self.service, may_fail=True)
             self.call("pm2", "start", str(self.pm2_file))
             self.call("pm2", "save")
@@ -23933,12 +23941,6 @@ class Setup(HostChanges):
             self.say(
                 "note: to have PM2 started at boot, run the line that this prints: pm2 startup"
             )
-
-    def runs_under_pm2(self) -> bool:
-        with suppress(KeyError, TypeError):
-            online = [app["name"] for app in running_pm2() if app["pm2_env"]["status"] == "online"]
-            return self.service in online
-        return False
 
     def remove_pm2(self) -> None:
         before = self.pm2_file.with_name("pm2.json")  # as the first versions called it
