@@ -149,6 +149,7 @@ class _Lazy:
 
 
 _LAZY_NAMES = (
+    "ast",
     "asyncio",
     "base64",
     "binascii",
@@ -181,6 +182,7 @@ _LAZY_NAMES = (
     "zipfile",
 )
 if TYPE_CHECKING:
+    import ast
     import asyncio
     import base64
     import binascii
@@ -22226,7 +22228,10 @@ def _read_wheel(wheel: Path) -> dict[str, bytes]:
 
 def _compile(source: bytes, name: str) -> bytes:
     """A .pyc that counts as fresh whatever the file's date (PEP 552: hash-based, unchecked)."""
-    code = compile(source, f"{_BAKED}/{name}", "exec", dont_inherit=True, optimize=0)
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        _lighten(node)
+    code = compile(tree, f"{_BAKED}/{name}", "exec", dont_inherit=True, optimize=0)
     flags = (1).to_bytes(4, "little")
     return (
         importlib_util.MAGIC_NUMBER
@@ -22234,6 +22239,26 @@ def _compile(source: bytes, name: str) -> bytes:
         + importlib_util.source_hash(source)
         + marshal.dumps(code)
     )
+
+
+def _lighten(node: ast.AST) -> None:
+    """Take out of a piece of a program what nothing asks for while it runs, and each start would
+    read: docstrings, and the annotations of functions. Those of classes make the records' fields.
+
+    Lines keep their numbers, and asserts stay.
+    """
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        node.returns = None
+    if isinstance(node, ast.arg):
+        node.annotation = None
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    if ast.get_docstring(node, clean=False) is None:
+        return
+    if len(node.body) > 1:
+        del node.body[0]
+    else:
+        node.body[0] = ast.copy_location(ast.Pass(), node.body[0])
 
 
 def _zip(files: dict[str, bytes]) -> bytes:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import marshal
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -190,6 +192,45 @@ def test_every_python_runs_it_and_the_builders_own_uses_the_bytecode(pyz: Path, 
     own = version == f"{sys.version_info[0]}.{sys.version_info[1]}"
     expected = f"{seam.__version__} {importlib.metadata.version('websockets')} {'c' if own else 'y'}\n"
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+SAMPLE = '''"""About it."""
+from __future__ import annotations
+
+class Row:
+    """A row."""
+    size: int = 3
+
+    def check(self, most: int, *rest: str, **more: str) -> int:
+        """Is it?"""
+        assert self.size < most, "too large"
+        return most
+
+def empty() -> None:
+    """Nothing."""
+
+async def later(at: float) -> None:
+    "Not now."
+    return None
+'''
+
+
+def test_bytecode_holds_nothing_that_only_readers_want() -> None:
+    """Docstrings, and the annotations of functions; lines, asserts and a record's fields are as written."""
+    code = marshal.loads(seam._compile(SAMPLE.encode(), "sample.py")[16:])
+    names: dict[str, Any] = {"__name__": "sample"}
+    exec(code, names)
+    row = names["Row"]
+    assert row.__annotations__ == {"size": "int"} and row.check.__annotations__ == {} == names["later"].__annotations__
+    found = [code.co_consts, *(each.co_consts for each in code.co_consts if hasattr(each, "co_consts"))]
+    assert not [text for consts in found for text in consts if isinstance(text, str) and text.endswith(".")]
+    assert [row.__doc__, row.check.__doc__, names["empty"].__doc__, names["later"].__doc__] == [None] * 4
+    assert row().check(4) == 4 and names["empty"]() is None
+    with pytest.raises(AssertionError) as failed:
+        row().check(3)
+    assert (
+        failed.traceback[-1].lineno + 1 == SAMPLE.splitlines().index('        assert self.size < most, "too large"') + 1
+    )
 
 
 # What a daemon does in its life, none of which may touch the file that it came from.
