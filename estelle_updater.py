@@ -4042,10 +4042,11 @@ def result_text(job: JobRecord) -> str:
 
 
 def may_roll_back(job: JobRecord) -> bool:
-    """Whether the command of a new commit began on the host, and did not succeed."""
+    """Whether the host's command began, and did not succeed. There is something to undo where its
+    commit never succeeded: it need not be new in the clone, that is where somebody committed, or
+    where the attempt before failed as well."""
     ended_badly = job.state in FINAL and job.state is not State.SUCCEEDED
-    is_new = job.before is None or job.before != job.commit
-    return ended_badly and job.kind is Kind.DEPLOY and job.began_command and is_new
+    return ended_badly and job.kind is Kind.DEPLOY and job.began_command
 
 
 def commit_words(version: str | None, commit: str | None) -> str:
@@ -20652,6 +20653,8 @@ class Notifier:
             return ""
         attempts = past.get(job.machine, [])
         commits = [each["commit"] for each in succeeded(attempts, Kind.DEPLOY)]
+        if job.before == job.commit and job.commit in commits:
+            return ""
         index = decide_rollback(commits, job.commit or "")
         if index is None:
             return ""

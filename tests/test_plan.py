@@ -267,12 +267,15 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
     for number in range(3):
         commits.append(one.origin.commit({"app.txt": str(number)}))
         assert one.cli("trigger", "all" if number else agent.address, "master").code == 0
-    broken = one.origin.commit({"app.txt": "broken"})
     write_script("exit 3\n", agent)
+    assert "rollback" not in one.cli("trigger", agent.address, "master").err, "it has what succeeded"
+    broken = one.origin.commit({"app.txt": "broken"})
     failed = one.cli("trigger", "all", "master")
     assert failed.code == 1 and f"rollback {agent.address} " in failed.err, "the line to type"
     assert f"to what worked before (v0301_4 ({commits[3][:7]}))" in failed.err
     assert "✗ 실패 sh ../script (exit 3), half-way" in one.cli("status").out
+    again = one.cli("trigger", "--failed-of", "last")
+    assert again.code == 1 and f"rollback {agent.address} " in again.err, "it is no new commit, and failed again"
     write_script("cat app.txt\n", agent)
 
     asked = one.cli("rollback", agent.address)
