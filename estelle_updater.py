@@ -27061,17 +27061,9 @@ def convert_config(args: Args, path: Path) -> int:
             form = "toml"
     new = path.with_name(f"updater.{form}")
     text = render_config(convert_data(data), form)
-    parse_config(text, str(new), form)
-    if args.dry_run:
-        show(args, {"file": str(new), "text": text}, text.rstrip())
-        return 0
-    # The new file first, and then the old one goes: a crash between leaves two, never none.
-    write_atomic(new, text.encode(), mode=path.stat().st_mode & 0o777)
-    if new != path:
-        path.unlink()
+    converted = parse_config(text, str(new), form)
     # Not an error: each host has its own file, and this one may well lack the others'.
     missing = []
-    converted = parse_config(text, str(new), form)
     for key, name in environment_files(converted):
         if not (work_tree(new) / name).exists():
             missing.append(f"{key}: there is no {name} here; that host needs it")
@@ -27080,20 +27072,28 @@ def convert_config(args: Args, path: Path) -> int:
             "the steps are not in this file, they were in the older updater's code: write them"
             " into deploy.command, and what differs by role into deploy.master and deploy.agent"
         )
-    text = f"wrote {new}"
     if new != path:
-        text += f", removed {path}"
         missing.append(
             f"a daemon that runs looks for {path.name}: once this is committed, `git pull` on each"
             " host, and restart its service"
         )
-    for line in missing:
-        text += f"\n! {line}"
+    remarks = [f"! {line}" for line in missing]
     result = {
         "file": str(new),
         "missing": missing,
     }
-    show(args, result, text)
+    if args.dry_run:
+        show(args, {**result, "text": text}, text.rstrip())
+        if remarks and not args.json:  # standard output is the file alone
+            print("\n".join(remarks), file=sys.stderr)
+        return 0
+    # The new file first, and then the old one goes: a crash between leaves two, never none.
+    write_atomic(new, text.encode(), mode=path.stat().st_mode & 0o777)
+    said = f"wrote {new}"
+    if new != path:
+        path.unlink()
+        said += f", removed {path}"
+    show(args, result, "\n".join([said, *remarks]))
     return 0
 
 

@@ -129,6 +129,8 @@ def test_the_older_form(repo: Path) -> None:
     (repo / "config/updater.json").write_text(json.dumps(old))
     told = est(repo, "config", "check")
     assert told.code == 2 and "config convert" in told.out
+    dry = ok(repo, "config", "convert", "--dry-run")
+    assert "whitelist" in json.loads(dry.out) and "! the steps are not in this file" in dry.err
     ok(repo, "config", "convert")
     new = json.loads((repo / "config/updater.json").read_text())
     assert new["whitelist"] == ["121.0.0.7", "1.2.3.4"] and new["hosts"]["121.0.0.7"] == {
