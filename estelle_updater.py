@@ -4316,21 +4316,71 @@ class TreeChanges(NamedTuple):
 
     paths: tuple[str, ...]
     unmerged: tuple[str, ...]
+    codes: tuple[str, ...] = ()  # of git status, one for each path
 
 
 def parse_status(data: bytes) -> TreeChanges:
     """The answer of `git status --porcelain -z --no-renames --untracked-files=no`."""
-    paths, unmerged = [], []
+    paths, unmerged, codes = [], [], []
     for entry in data.decode("utf-8", "surrogateescape").split("\0"):
         code, path = entry[:2], entry[3:]
         if not path:
             continue
         paths.append(path)
+        codes.append(code)
         # A merge that somebody left half done: git would refuse the checkout with words that do not
         # say so.
         if "U" in code or code in ("AA", "DD"):
             unmerged.append(path)
-    return TreeChanges(tuple(paths), tuple(unmerged))
+    return TreeChanges(tuple(paths), tuple(unmerged), tuple(codes))
+
+
+def parse_flagged(data: bytes) -> list[str]:
+    """The paths in `git ls-files -v -z` that git was told to take for unchanged: by
+    --assume-unchanged, which makes the letter small, or by --skip-worktree."""
+    found = []
+    for entry in data.split(b"\0"):
+        letter, path = entry[:1], entry[2:]
+        if letter == b"S" or letter.islower():
+            found.append(path.decode("utf-8", "surrogateescape"))
+    return found
+
+
+def parse_stage(data: bytes) -> dict[str, str]:
+    """The ids of the contents in the index, by path: `git ls-files -z --stage`."""
+    found = {}
+    for entry in data.decode("utf-8", "surrogateescape").split("\0"):
+        facts, _, path = entry.partition("\t")
+        words = facts.split()
+        if path:
+            found[path] = words[1]
+    return found
+
+
+def add_hidden(changes: TreeChanges, hidden: Sequence[str]) -> TreeChanges:
+    """The changes with those of which git status does not tell."""
+    codes = (*changes.codes, *(" M" for _ in hidden))
+    return changes._replace(paths=(*changes.paths, *hidden), codes=codes)
+
+
+def is_held_back(code: str, is_staged_alike: bool) -> bool:
+    """Whether git refuses to move a file that is changed here, by its code of git status, and
+    whether the index has it as the commit does. One that is only gone is written anew."""
+    if is_staged_alike:
+        return False
+    return code[:1] != " " or code[1:] not in (" ", "D")
+
+
+class Obstacles(NamedTuple):
+    """What stands where a commit's files would go."""
+
+    changed: tuple[str, ...] = ()  # here, and git refuses to overwrite it
+    untracked: tuple[str, ...] = ()  # the same
+    ignored: tuple[str, ...] = ()  # which git overwrites, or removes, without a word
+    nested: tuple[str, ...] = ()  # folders that are clones of their own
+
+
+NO_OBSTACLES = Obstacles()
 
 
 class Versions(NamedTuple):
@@ -4396,6 +4446,8 @@ class Prospect(NamedTuple):
     is_shallow: bool = False
     begun: str = ""  # a merge, or the like, that nobody ended; "unmerged" where git knows of none
     unmerged: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()  # files that git ignores, where the commit has others
+    nested: tuple[str, ...] = ()  # submodules that become files
     missing: tuple[Refusal, ...] = ()  # of what the commands need
     unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
     submodules: tuple[str, ...] = ()
@@ -4419,7 +4471,7 @@ class Forecast(NamedTuple):
 def judge_prospect(known: Prospect) -> Forecast:
     """The one judgement of a commit that is to be checked out: the plan tells it, and a job goes by
     it before it moves the tree."""
-    refused = [*_judge_branch(known), *known.missing, *known.stuck]
+    refused = [*_judge_branch(known), *_judge_files(known), *known.missing, *known.stuck]
     warnings, steps = list(known.unsure), []
     if known.submodules:
         named = paths_text(known.submodules, 5)
@@ -4452,7 +4504,13 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
         what = f"a {known.begun} that somebody began in {known.repo} is not ended"
         yield Refusal(what, f"{git} status, then: {git} {known.begun} --abort")
     if known.elsewhere:
-        free = typed("git", "-C", known.elsewhere, "checkout", "--detach")
+        free = typed(
+            "git",
+            "-C",
+            known.elsewhere,
+            "checkout",
+            "--detach",
+        )
         if known.elsewhere_is_gone:
             free = f"{git} worktree prune"
         what = f"{known.branch} is checked out in another work tree: {known.elsewhere}"
@@ -4477,6 +4535,41 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
         yield Refusal(what, f"{whole}; else: {take}", pull)
     else:
         yield Refusal(what, f"{take}, or push them", pull)
+
+
+def _judge_files(known: Prospect) -> Iterator[Refusal]:
+    """What would be lost or mixed where the commit has files."""
+    if known.ignored:
+        what = f"git ignores what is here, and would overwrite it: {paths_text(known.ignored, 5)}"
+        yield Refusal(what, keep_hint(known.repo, known.ignored))
+    for folder in known.nested:
+        what = f"{folder} is a clone of its own here, and a folder of files in that commit"
+        free = typed(
+            "git",
+            "-C",
+            known.repo,
+            "submodule",
+            "deinit",
+            folder,
+        )
+        yield Refusal(what, free)
+
+
+def keep_hint(repo: str, paths: Sequence[str]) -> str:
+    """The line that keeps a file beside the clone: within it, it might be in the way again."""
+    aside = f"{repo}.kept"
+    first = f"{repo}/{paths[0].rstrip('/')}"
+    make = typed("mkdir", "-p", aside)
+    move = typed(
+        "mv",
+        "-n",
+        first,
+        aside,
+    )
+    line = f"{make} && {move}"
+    if len(paths) > 1:
+        return f"keep each of them by such a line: {line}"
+    return f"keep it: {line}"
 
 
 def pointers_text(paths: Sequence[str]) -> str:
@@ -11432,6 +11525,26 @@ class WorkTree:
             raise UpdaterError(failure_reason(err))
         return parse_status(out)
 
+    def find_hidden(self) -> list[str]:
+        """The files that are changed here although git was told to take them for unchanged. One
+        that is left out of a sparse checkout is none."""
+        flagged = parse_flagged(self.ask("ls-files", "-v", "-z"))
+        if not flagged:
+            return []
+        wanted: dict[str, str] = {}
+        for part in _parts(flagged):
+            words = ("--literal-pathspecs", "ls-files", "-z", "--stage", "--", *part)
+            wanted |= parse_stage(self.ask(*words))
+        written = self.hash_files(flagged)
+        found = []
+        for path in flagged:
+            place = self.root / path
+            is_there = place.is_file() and not place.is_symlink()
+            is_alike = written.get(path) == wanted.get(path)
+            if is_there and not is_alike:
+                found.append(path)
+        return found
+
     def find_phantoms(self, paths: Sequence[str]) -> set[str]:
         """Of the paths that git calls changed, those whose content is the commit's: it disagrees
         with itself about line ends, or took another size for another content."""
@@ -11951,6 +12064,137 @@ def may_ask(url: str, git: Callable[..., str]) -> bool:
     return git("config", "--get", "protocol.file.allow").strip() == "always"
 
 
+STATUS = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
+
+
+class Terrain:
+    """What of a clone stands in the way from commit to commit. `ask` asks git in the clone's root:
+    the answer, or nothing where it says no."""
+
+    def __init__(self, root: Path, ask: Callable[..., str | None]) -> None:
+        self.root, self.ask = root, ask
+        self.barriers: dict[str, str] = {}  # by folder
+
+    # The way
+
+    def paths(self, *args: str) -> list[str]:
+        """The paths in an answer to `-z`."""
+        return [path for path in (self.ask(*args) or "").split("\0") if path]
+
+    def find_obstacles(self, stops: Sequence[str], changes: TreeChanges) -> Obstacles:
+        """What git would refuse to overwrite, or would overwrite although it is somebody's."""
+        codes = dict(zip(changes.paths, changes.codes, strict=True))
+        changed: set[str] = set()
+        places: dict[str, set[str]] = {}  # what stands where a file is to come, and its contents
+        diff = ("diff-tree", "-r", "-z", "--no-renames")
+        for one, two in itertools.pairwise(dict.fromkeys(stops)):
+            touched = codes.keys() & self.paths(*diff, "--name-only", one, two)
+            if touched:
+                changed |= self.find_held_back(touched, codes, two)
+            added = (
+                self.ask(
+                    *diff,
+                    "--raw",
+                    "--no-abbrev",
+                    "--diff-filter=A",
+                    one,
+                    two,
+                )
+                or ""
+            )
+            coming = parse_raw_diff(added.encode("utf-8", "surrogateescape"))
+            gone = [path for path in touched if codes[path].endswith("D")]
+            for path in (*coming, *gone):
+                place = self.find_barrier(path)
+                if place == path and path in coming:
+                    places[path] = coming[path].ids
+                elif place:
+                    places[place] = set()
+        nested = {place for place in places if place.endswith("/")}
+        untracked, ignored = self.find_unknown(sorted(places.keys() - nested))
+        lost = []
+        for path in ignored:
+            if not self.is_alike(path, places.get(path)):
+                lost.append(path)
+        return Obstacles(
+            changed=tuple(sorted(changed)),
+            untracked=tuple(sorted(untracked)),
+            ignored=tuple(sorted(lost)),
+            nested=tuple(sorted(place.rstrip("/") for place in nested)),
+        )
+
+    def find_held_back(
+        self, touched: Iterable[str], codes: Mapping[str, str], commit: str
+    ) -> set[str]:
+        """Of files that were changed here, and that a commit changes, those that git keeps."""
+        words = ("diff-index", "--cached", "-z", "--no-renames", "--name-only")
+        differs = set(self.paths(*words, commit))
+        found = set()
+        for path in touched:
+            # a pull leaves what is in a submodule: that is looked at by itself
+            is_nested = (self.root / path / ".git").exists()
+            if is_held_back(codes[path], path not in differs) and not is_nested:
+                found.add(path)
+        return found
+
+    # The places
+
+    def find_barrier(self, path: str) -> str:
+        """What is on the disk where a file is to come, or on the way there, and is no folder that
+        the file would only be put into; "" where nothing is. A clone of its own ends in a slash."""
+        above = posixpath.dirname(path)
+        found = self.find_folder_barrier(above)
+        if found:
+            return found
+        if os.path.lexists(self.root / path):
+            return path
+        return ""
+
+    def find_folder_barrier(self, folder: str) -> str:
+        """The same for a folder that has to be there."""
+        if not folder:
+            return ""
+        if folder in self.barriers:
+            return self.barriers[folder]
+        above = posixpath.dirname(folder)
+        found = self.find_folder_barrier(above)
+        place = self.root / folder
+        is_file = place.exists() and not place.is_dir()
+        if not found and (is_file or place.is_symlink()):
+            found = folder
+        elif not found and os.path.lexists(place / ".git"):
+            found = f"{folder}/"
+        self.barriers[folder] = found
+        return found
+
+    def find_unknown(self, places: Sequence[str]) -> tuple[set[str], set[str]]:
+        """What git does not know at some places: what it would not overwrite, and what it ignores.
+        A folder that is unknown as a whole ends in a slash."""
+        listing = (
+            "--literal-pathspecs",
+            "ls-files",
+            "-z",
+            "--others",
+            "--directory",
+            "--no-empty-directory",
+        )
+        unknown: set[str] = set()
+        untracked: set[str] = set()
+        for part in _parts(places):
+            here = self.paths(*listing, "--", *part)
+            if here:
+                unknown.update(here)
+                untracked.update(self.paths(*listing, "--exclude-standard", "--", *part))
+        return untracked, unknown - untracked
+
+    def is_alike(self, path: str, ids: set[str] | None) -> bool:
+        """Whether what is here is what comes: git may overwrite that."""
+        place = self.root / path
+        if not ids or place.is_symlink() or not place.is_file():
+            return False
+        return (self.ask("hash-object", "--", path) or "").strip() in ids
+
+
 # what else leaves files unmerged, and the file or folder of git's that stands for it; the first of
 # the two folders of `git am` is a folder of `git rebase` as well
 BEGUN = {
@@ -11984,17 +12228,22 @@ class Foresight:
         self.root, self.commit = coming.root, coming.commit
 
     def look(
-        self, branch: str, local: str, unmerged: Sequence[str] = (), former: str = ""
+        self,
+        branch: str,
+        local: str,
+        unmerged: Sequence[str] = (),
+        obstacles: Obstacles = NO_OBSTACLES,
     ) -> Prospect:
         """All that is known of the commit. `branch` is empty for a tag or a commit; `local` is
-        where the clone's own branch stands, `former` where the remote's was seen before the
-        fetch. Raises UpdaterError."""
+        where the clone's own branch stands. Raises UpdaterError."""
         self.coming.find_fates()
         wrong, unsure = Needs(self.coming).check_commands()
         known = Prospect(str(self.root), self.rule.remote, self.commit)
         known = known._replace(
             begun=find_begun(self.git_file, unmerged),
             unmerged=tuple(unmerged),
+            ignored=obstacles.ignored,
+            nested=obstacles.nested,
             missing=tuple(wrong),
             unsure=tuple(unsure),
         )
@@ -12003,7 +12252,6 @@ class Foresight:
                 known,
                 branch,
                 local,
-                former,
             )
         return self.look_at_names(known)
 
@@ -12027,7 +12275,7 @@ class Foresight:
             return folder / name
         return self.coming.repo / self.git("rev-parse", "--git-path", name).strip()
 
-    def look_at_branch(self, known: Prospect, branch: str, local: str, former: str) -> Prospect:
+    def look_at_branch(self, known: Prospect, branch: str, local: str) -> Prospect:
         """What of the clone's own branch, or another one, stands in the way."""
         known = known._replace(branch=branch)
         current = read_branch(self.root)
@@ -12054,7 +12302,7 @@ class Foresight:
             return known
         return known._replace(
             own=own,
-            was_there=self.was_on_remote(branch, local, former),
+            was_there=self.was_on_remote(branch, local),
             is_shallow=self.git_file("shallow").exists(),
         )
 
@@ -12087,7 +12335,7 @@ class Foresight:
                 return name
         return ""
 
-    def was_on_remote(self, branch: str, local: str, former: str) -> bool:
+    def was_on_remote(self, branch: str, local: str) -> bool:
         """Whether the remote's branch once had all of the local one: then somebody rewrote it
         there. What it had is in the log of the ref, where git keeps one."""
         tracking = f"refs/remotes/{self.rule.remote}/{branch}"
@@ -12099,18 +12347,7 @@ class Foresight:
             tracking,
             local,
         ).strip()
-        if fork == local:
-            return True
-        if not former:
-            return False
-        return not self.git(
-            "rev-list",
-            "--max-count=1",
-            local,
-            "--not",
-            former,
-            "--",
-        ).strip()
+        return fork == local
 
     # What a commit only names
 
@@ -12130,10 +12367,10 @@ class Foresight:
         links = {path: one.id for path, one in parse_tree(listed).items() if one.mode == "160000"}
         stuck, moved = [], []
         for name, folder in self.coming.submodules.items():
-            there = folder in links and (self.root / folder / ".git").exists()
-            if not there or not self.rule.submodules:
+            if folder not in links or not self.rule.submodules or self.is_off(name):
                 continue
-            if self.is_off(name):
+            if not (self.root / folder / ".git").exists():
+                stuck += self.check_room(folder)
                 continue
             problem = self.check_submodule(folder, links[folder])
             lacks = problem is not None and not problem.hint
@@ -12144,6 +12381,20 @@ class Foresight:
         return known._replace(
             submodules=tuple(sorted(links)), stuck=tuple(stuck), moved=tuple(moved)
         )
+
+    def check_room(self, folder: str) -> list[Refusal]:
+        """Whether a submodule can be cloned into its folder: git does so into an empty one only,
+        and takes away what it knows itself."""
+        place = self.root / folder
+        if not place.is_dir() or place.is_symlink() or not any(place.iterdir()):
+            return []
+        terrain = Terrain(self.root, self.coming.at_root)
+        untracked, ignored = terrain.find_unknown([folder])
+        left = sorted(untracked | ignored)
+        if not left:
+            return []
+        what = f"{folder} becomes a submodule, and this is in its folder: {paths_text(left, 5)}"
+        return [Refusal(what, keep_hint(str(self.root), left))]
 
     def is_off(self, name: str) -> bool:
         """Whether the step passes over a submodule: `--init` switches one on again that was
@@ -12210,32 +12461,13 @@ class Foresight:
         )
 
     def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
-        """The files of a submodule that git would refuse to overwrite on its way from one commit
-        to another."""
+        """The files of a submodule that stand in git's way from one commit to another."""
         place = self.root / folder
-        ask = functools.partial(self.git, "-C", str(place))
-        diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
-        changed = ask(*diff, here, wanted).split("\0")
-        added = ask(*diff, "--diff-filter=A", here, wanted).split("\0")
-        status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
-        said = ask(*status).encode("utf-8", "surrogateescape")
-        index = ("diff-index", "--cached", "-z", "--no-renames", "--name-only", wanted)
-        differs = ask(*index).split("\0")
-        found = []
-        for path in parse_status(said).paths:
-            # git passes over what is gone, what is staged as the commit has it, other submodules
-            is_there = os.path.lexists(place / path) and not os.path.isdir(place / path)
-            if path in changed and path in differs and is_there:
-                found.append(path)
-        there = []
-        for path in added:
-            if path and os.path.lexists(place / path):
-                there.append(path)
-        if there:
-            listing = ("ls-files", "-z", "--others", "--exclude-standard", "--")
-            untracked = ask(*listing, *there[:PLAN_ROWS])
-            found += filter(None, untracked.split("\0"))
-        return found
+        terrain = Terrain(place, functools.partial(self.git, "-C", str(place)))
+        said = terrain.ask(*STATUS) or ""
+        changes = parse_status(said.encode("utf-8", "surrogateescape"))
+        found = terrain.find_obstacles([here, wanted], changes)
+        return [*found.changed, *found.untracked, *found.ignored]
 
     def find_pointers(self) -> list[str]:
         """The files that would be LFS' pointers, unless git-lfs brings what they stand for."""
@@ -12320,7 +12552,7 @@ class Clearance:
 
     # The commit
 
-    def foresee(self, commit: str, branch: str, own: str, unmerged: Sequence[str]) -> Prospect:
+    def foresee(self, commit: str, branch: str, own: str, changes: TreeChanges) -> Prospect:
         """What is known of a commit that is about to be checked out. Where that can't but fail,
         nothing has changed yet. Raises UpdaterError."""
         runner = self.runner
@@ -12335,7 +12567,14 @@ class Clearance:
             self.ask,
             runner.job.before,
         )
-        known = Foresight(coming).look(branch, own, unmerged)
+        stops = [one for one in (coming.head, own, commit) if one]
+        obstacles = Terrain(coming.root, coming.at_root).find_obstacles(stops, changes)
+        known = Foresight(coming).look(
+            branch,
+            own,
+            changes.unmerged,
+            obstacles,
+        )
         for one in judge_prospect(known).refused:
             self.refuse(one)
         return known
@@ -12468,6 +12707,8 @@ class Transit:
         write_atomic(self.file, json.dumps(mark).encode(), durable=True)
         return mark
 
+    # The end of the mark
+
     def end(self) -> None:
         """The tree is a commit."""
         self.file.unlink(missing_ok=True)
@@ -12523,6 +12764,8 @@ class Transit:
             theirs += [f"{path}/{name}" for name in left]
         return theirs
 
+    # For people
+
     def half_written(self, theirs: Sequence[str]) -> str:
         """What stands in the way of restoring."""
         return f"the tree is half written, and these are neither old nor new: {paths_text(theirs)}"
@@ -12538,7 +12781,15 @@ class Transit:
             if first.startswith(f"{path}/"):
                 root = part.root
         name = os.path.relpath(self.tree.root / first, root)
-        restore = typed("git", "-C", root, "checkout", "HEAD", "--", name)
+        restore = typed(
+            "git",
+            "-C",
+            root,
+            "checkout",
+            "HEAD",
+            "--",
+            name,
+        )
         return f"keep what you need, then: {restore}, or rm it{others}"
 
 
@@ -12601,7 +12852,8 @@ class Deployment:
         """The local changes. Nothing has been written yet, so a cancel ends the question too."""
         runner = self.runner
         try:
-            return self.tree.changes(stop=runner.is_cancelled)
+            changes = self.tree.changes(stop=runner.is_cancelled)
+            return add_hidden(changes, self.tree.find_hidden())
         except UpdaterError:
             if runner.is_cancelled():
                 raise runner.cancelled(runner.job.step or "") from None
@@ -12633,7 +12885,7 @@ class Deployment:
             commit,
             branch if pull else "",
             own,
-            changes.unmerged,
+            changes,
         )
         if pull and not own:
             self.make_way()
@@ -12787,7 +13039,14 @@ class Deployment:
                 commits = count_text(int(own), "commit")
                 what = f"the local branch has {commits} that the remote has not"
             remote = runner.rule.remote
-            take = typed("git", "-C", runner.repo, "reset", "--keep", f"{remote}/{branch}")
+            take = typed(
+                "git",
+                "-C",
+                runner.repo,
+                "reset",
+                "--keep",
+                f"{remote}/{branch}",
+            )
             hint = f"{take}, or push them"
             raise UpdaterError(what, hint)
         look = typed("git", "-C", runner.repo, "status")
@@ -16454,6 +16713,7 @@ class Outlook:
         self.repo, self.remote, self.stop = repo, rule.remote, stop
         self.local = ""  # where the clone's own branch stands
         self.unmerged: tuple[str, ...] = ()
+        self.obstacles = NO_OBSTACLES
         self.is_branch = False  # and no tag or commit
         extra: dict[str, str] = {}
         with suppress(ConfigError):  # the job will say so
@@ -16568,8 +16828,9 @@ class Outlook:
             raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
         found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
         found["branch"] = (self.git("branch", "--show-current") or "").strip() or None
-        status = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
-        changes = parse_status((self.git(*status) or "").encode("utf-8", "surrogateescape"))
+        tree = WorkTree(self.repo, self.env, submodules=True)
+        changes = parse_status((self.git(*STATUS) or "").encode("utf-8", "surrogateescape"))
+        changes = add_hidden(changes, tree.find_hidden())
         found["dirty"], self.unmerged = list(changes.paths), changes.unmerged
         try:
             target, local = self.find_target(branch)
@@ -16595,46 +16856,24 @@ class Outlook:
             )
             or ""
         )
-        self.compare(found, [commit for commit in (head, local, target) if commit])
+        found["changed"] = self.paths(
+            "diff-tree", "-r", "-z", "--no-renames", "--name-only", head, target
+        )
+        stops = [commit for commit in (head, local, target) if commit]
+        self.find_obstacles(found, tree.root, stops, changes)
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
 
-    def compare(self, found: dict[str, Any], stops: Sequence[str]) -> None:
-        """Which files change on the way from commit to commit, and which of them git would refuse
-        to overwrite."""
-        diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
-        found["changed"] = self.paths(*diff, stops[0], stops[-1])
-        touched, added = set(found["changed"]), set[str]()
-        for one, two in itertools.pairwise(stops):
-            touched.update(self.paths(*diff, one, two))
-            added.update(
-                self.paths(
-                    *diff,
-                    "--diff-filter=A",
-                    one,
-                    two,
-                )
-            )
-        there = sorted(path for path in added if os.path.lexists(self.repo / path))[:PLAN_ROWS]
-        if there:
-            untracked = self.paths(
-                "ls-files",
-                "-z",
-                "--others",
-                "--exclude-standard",
-                "--",
-                *there,
-            )
-        else:
-            untracked = []
-        in_the_way = []
-        for path in sorted(touched.intersection(found["dirty"])):
-            # a pull leaves what is in a submodule: that is looked at by itself
-            if not (self.repo / path / ".git").exists():
-                in_the_way.append(path)
-        found["in_the_way"] = in_the_way + untracked
+    def find_obstacles(
+        self, found: dict[str, Any], root: Path, stops: Sequence[str], changes: TreeChanges
+    ) -> None:
+        """What git would refuse to overwrite on the way from commit to commit."""
+        at_root = functools.partial(self.git, "-C", str(root))
+        self.obstacles = Terrain(root, at_root).find_obstacles(stops, changes)
+        in_the_way = [*self.obstacles.changed, *self.obstacles.untracked]
+        found["in_the_way"] = in_the_way
         found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
-        if found["in_the_way"]:
-            names = ", ".join(found["in_the_way"][:PLAN_ROWS])
+        if in_the_way:
+            names = paths_text(in_the_way, PLAN_ROWS)
             found["refused"].append(
                 f"local changes are in the way of the incoming commits: {names}"
             )
@@ -16651,7 +16890,8 @@ class Outlook:
         )
         if not self.is_branch:
             branch = ""
-        forecast = judge_prospect(Foresight(coming).look(branch, self.local, self.unmerged))
+        known = Foresight(coming).look(branch, self.local, self.unmerged, self.obstacles)
+        forecast = judge_prospect(known)
         found["refused"] += [one.text for one in forecast.refused]
         found["warnings"] += forecast.warnings
         found["steps"] = forecast.steps
@@ -24104,7 +24344,8 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
     """Whether the clone has local changes, by names that people can read."""
     git = typed("git", "-C", repo)
     try:
-        changed = WorkTree(repo, env, submodules=rule.submodules).changes().paths
+        tree = WorkTree(repo, env, submodules=rule.submodules)
+        changed = add_hidden(tree.changes(), tree.find_hidden()).paths
     except UpdaterError as problem:  # an index that was damaged, say
         return Finding("clean", False, problem.what, problem.hint or f"{git} status")
     text = "no local changes"

@@ -94,11 +94,26 @@ def test_what_git_would_refuse_is_what_the_plan_says(fleet: MakeFleet) -> None:
     host = one.master
     write_script("echo ok\n", host)
     one.origin.commit({"side.txt": "1", "a.txt": "side"}, branch="side")
-    one.origin.commit({"a.txt": "1", "ignored.txt": "upstream", ".gitignore": ""})
+    package = '{"private": true, "scripts": {"deploy:release": "sh deploy.sh", "new": "true"}}'
+    coming = {"a.txt": "1", "ignored.txt": "upstream", ".gitignore": "", "conf/x": "1", "package.json": package}
+    one.origin.commit(coming)
 
     def staged() -> None:
         (host.repo / "a.txt").write_text("mine")
         one.origin.git("add", "a.txt", cwd=host.repo)
+
+    def staged_alike() -> None:
+        (host.repo / "package.json").write_text(package)
+        one.origin.git("add", "package.json", cwd=host.repo)
+
+    def hidden() -> None:
+        (host.repo / "package.json").write_text("{}")
+        one.origin.git("update-index", "--assume-unchanged", "package.json", cwd=host.repo)
+
+    def ignored() -> None:
+        (host.repo / ".git/info").mkdir(exist_ok=True)
+        (host.repo / ".git/info/exclude").write_text("ignored.txt\n")
+        (host.repo / "ignored.txt").write_text("somebody's")
 
     stages: list[tuple[str, Callable[[], object]]] = [
         ("side", lambda: (host.repo / "deploy.sh").write_text("mine\n")),
@@ -108,6 +123,12 @@ def test_what_git_would_refuse_is_what_the_plan_says(fleet: MakeFleet) -> None:
         ("master", lambda: (host.repo / ".gitignore").write_text("ignored.txt\n")),
         ("gone", lambda: one.origin.git("branch", "gone", cwd=host.repo)),
         ("master", lambda: one.origin.git("commit", "-q", "--allow-empty", "-m", "own", cwd=host.repo)),
+        ("master", lambda: (host.repo / "package.json").unlink()),
+        ("master", staged_alike),
+        ("master", lambda: (host.repo / "conf").write_text("mine")),
+        ("master", lambda: (host.repo / "conf").symlink_to("config")),
+        ("master", ignored),
+        ("master", hidden),
     ]
     verdicts = []
     for branch, prepare in stages:
@@ -120,7 +141,7 @@ def test_what_git_would_refuse_is_what_the_plan_says(fleet: MakeFleet) -> None:
         verdicts.append(answer.code)
         if one.origin.git("branch", "--show-current", cwd=host.repo) != "master":
             one.origin.git("checkout", "--quiet", "--force", "master", cwd=host.repo)
-    assert verdicts == [0, 0, 1, 1, 1, 1, 1]
+    assert verdicts == [0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]
 
 
 def test_what_a_job_can_know_the_plan_says_and_nothing_moves(fleet: MakeFleet, tmp_path: Path) -> None:

@@ -147,6 +147,64 @@ def test_git_says_what_is_there_whatever_a_person_set(clone: Clone):
     assert code == 1 and "files are only LFS pointers: x.bin" in err and f"nothing changed on {HOST}" in err
 
 
+def test_what_git_ignores_is_somebodys_too(clone: Clone):
+    """git overwrites an ignored file, and removes a folder of them, without a word."""
+    host, seed = clone.host, clone.folder / "seed"
+    clone.commit(
+        {".gitignore": ".env\nuploads/\nkept/*\n!kept/.keep\nsame\nlib/build\n", "kept/.keep": "", "lib/x": "1"}
+    )
+    assert clone.deploy().code == 0
+    old = clone.head()
+    mine = {".env": "SECRET=1\n", "uploads/photo": "photo\n", "kept/photo": "photo\n", "lib/build": "build\n"}
+    for name, text in (mine | {"same": "alike\n"}).items():
+        (host / name).parent.mkdir(exist_ok=True)
+        (host / name).write_text(text)
+    clone.git(seed, "rm", "-rq", "kept")
+    for name in ("uploads", "kept"):
+        (seed / name).symlink_to("/data")
+    (seed / ".gitignore").unlink()
+    new = clone.commit({".env": "SECRET=example\n", "same": "alike\n"})
+    code, out, err = clone.deploy()
+    assert (code, clone.head()) == (1, old) and f"nothing changed on {HOST}" in err, out
+    assert "git ignores what is here, and would overwrite it: .env, kept/photo, uploads/\n" in out
+    for name, text in mine.items():
+        assert (host / name).read_text() == text
+    for _ in range(3):  # the line to type for each of them, until all are kept
+        assert typed_hint(clone)
+        code, out, _ = clone.deploy()
+    assert (code, clone.head()) == (0, new), out
+    kept = clone.folder / "host.kept"
+    assert {path.name for path in kept.iterdir()} == {".env", "photo", "uploads"}
+    # files become a submodule: what was built there is in its way
+    part = clone.folder / "part"
+    clone.git(clone.folder, "clone", "-q", "origin", str(part))
+    clone.git(seed, "rm", "-rqf", "lib")
+    clone.git(seed, "submodule", "add", "-q", str(clone.folder / "origin"), "lib")
+    clone.commit({})
+    code, out, _ = clone.deploy()
+    assert code == 1 and "lib becomes a submodule, and this is in its folder: lib/build\n" in out
+    assert clone.head() == new and typed_hint(clone)
+    assert clone.deploy().code == 0 and (host / "lib/a").exists()
+    # and files again
+    clone.git(seed, "rm", "-qf", "lib")
+    shutil.rmtree(seed / ".git/modules/lib")
+    new = clone.commit({"lib/a": "files\n"})
+    code, out, _ = clone.deploy()
+    assert code == 1 and "lib is a clone of its own here, and a folder of files in that commit\n" in out
+    assert typed_hint(clone)
+    assert clone.deploy().code == 0 and (clone.head(), (host / "lib/a").read_text()) == (new, "files\n")
+
+
+def test_a_file_that_git_takes_for_unchanged_is_named(clone: Clone):
+    for option in ("--assume-unchanged", "--skip-worktree"):
+        clone.git(clone.host, "update-index", option, "a")
+        assert "⚠" not in clone.deploy().out
+        (clone.host / "a").write_text("mine\n")
+        assert f"[{HOST}] ⚠ local changes stay: a\n" in clone.deploy().out
+        clone.git(clone.host, "update-index", option.replace("--", "--no-"), "a")
+        clone.git(clone.host, "checkout", "-q", "a")
+
+
 def test_a_hook_that_fetches_takes_nothing_from_the_result(clone: Clone):
     clone.commit({"side": "1"}, "side")
     hook = clone.host / ".git" / "hooks" / "post-merge"
@@ -175,7 +233,7 @@ def typed_hint(clone: Clone) -> bool:
     """Type the newest job's advice, as it is printed."""
     log = max((clone.state / "runs").glob(f"*/{HOST}.log"), key=lambda file: file.stat().st_mtime_ns)
     hint = log.read_text().split("hint: ")[-1].splitlines()[0]
-    line = re.sub(r".*(?:then: |as HEAD has them: )", "", hint)
+    line = re.sub(r".*(?:then: |as HEAD has them: |keep it: |by such a line: )", "", hint)
     subprocess.run(line, shell=True, check=True, cwd="/", env=clone.env, stdout=-3, stderr=-3, timeout=60)
     return True
 
@@ -605,7 +663,7 @@ def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_pat
     steps = [line for line in words if line.startswith(("fetch", "checkout", "pull"))]
     assert len(steps) == 3
     # three of them are about whose state folder it is, which no daemon has settled here
-    assert len(words) - len(steps) <= 12 + 3, words
+    assert len(words) - len(steps) <= 13 + 3, words
 
 
 def test_the_branch_is_read_without_a_question(clone: Clone, tmp_path: Path):
