@@ -20,7 +20,7 @@ PLACE = PROGRAM[1] if PROGRAM[1].endswith(".pyz") else str(ROOT)
 COMMAND = ("sh", "../script")  # what a host deploys with: a file beside its clone, so that each test writes its own
 STEP = " ".join(COMMAND)
 STEPS = ("git fetch origin...", "git checkout master...", "git pull origin master...", f"{STEP}...")
-GATE = "until [ -e ../go ]; do sleep 0.05; done\n"
+GATE = "until [ -e ../go ]; do sleep 0.1; done\n"
 GATED = f"echo begun\n{GATE}echo ended\n"
 FOREVER = "echo begun\nsleep 86400\n"
 # The program with other limits (JSON in LIMITS), or a fault at a chosen place (code in FAULT). Out of the zipapp: its

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.fleet import MODULE, Fleet, Origin, clean_env, kill_processes_of, need, run
+from tests.fleet import MODULE, PROGRAM, Fleet, Origin, clean_env, kill_processes_of, need, run
 from tests.machines import Network, Windows
 
 LONG = ("test_watch", "test_projects", "test_json_lines", "test_upgrade", "test_plan", "test_tree", "test_self_update")
@@ -86,7 +87,7 @@ def windows_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Windows
 
 @pytest.fixture(scope="session")
 def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The zipapp, built once for all workers from the checkout."""
+    """The zipapp under its own name, built once for all workers from the checkout, if tests/run has not done so."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     built = shared / "estelle_updater.pyz"
@@ -94,8 +95,11 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
             partial = shared / "partial.pyz"
-            argv = [sys.executable, str(MODULE), "build", "-o", str(partial)]
-            code, out, err = run(argv, clean_env(shared / "home"), timeout_s=300)
-            assert code == 0, f"build failed with {code}\n{out}{err}"
+            if PROGRAM[1] != str(MODULE):
+                shutil.copy(PROGRAM[1], partial)
+            else:
+                argv = [sys.executable, str(MODULE), "build", "-o", str(partial)]
+                code, out, err = run(argv, clean_env(shared / "home"), timeout_s=300)
+                assert code == 0, f"build failed with {code}\n{out}{err}"
             partial.replace(built)
     return built

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import os
+import re
 import shutil
 import signal
+import socketserver
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -127,7 +132,10 @@ class Windows:
         self.prefix = installed / f"used-{next(_numbers)}-{os.getpid()}"
         shutil.copytree(installed / "prefix", self.prefix, symlinks=True, copy_function=self._link_or_copy)
         (self.prefix / "wineserver").unlink(missing_ok=True)  # Debian's Wine notes there its folder of sockets in /tmp
+        folder.mkdir(parents=True, exist_ok=True)
+        self._pack_library(installed / "python" / "Lib", folder / "library.zip")
         self.env = clean_env(folder) | {
+            "PYTHONPATH": self.path(folder / "library.zip"),
             "WINEPREFIX": str(self.prefix),
             "WINEDEBUG": "-all",
             "WINEDLLOVERRIDES": "mscoree,mshtml=",
@@ -137,6 +145,15 @@ class Windows:
         for argv in (["wineserver", "--persistent"], ["wine", "wineboot"]):
             null = subprocess.DEVNULL
             subprocess.run(argv, env=self.env, stdin=null, stdout=null, stderr=null, timeout=120, check=False)
+
+    @staticmethod
+    def _pack_library(library: Path, target: Path) -> None:
+        """The library's bytecode in one file, as Windows' embeddable Python has it: Wine looks up a name slowly."""
+        with zipfile.ZipFile(target, "w") as packed:
+            for file in library.rglob("__pycache__/*.pyc"):
+                name = file.name.partition(".")[0] + ".pyc"
+                inside = file.parent.parent.relative_to(library) / name
+                packed.writestr(zipfile.ZipInfo(str(inside)), file.read_bytes())
 
     @staticmethod
     def _link_or_copy(source: str, target: str) -> None:
@@ -193,3 +210,48 @@ class Windows:
                 return
             time.sleep(0.2)
         pytest.fail(f"{self.prefix} can't be removed")
+
+
+# What `git.cmd` runs. Each import but these takes Wine longer than git itself takes.
+_GIT_CLIENT = """
+import _socket, os, sys
+asked = _socket.socket()
+asked.connect(("127.0.0.1", int(sys.argv[1])))
+asked.sendall(repr((os.getcwd(), sys.argv[2:], dict(os.environ))).encode())
+asked.shutdown(1)
+head, _, said = b"".join(iter(lambda: asked.recv(65536), b"")).partition(b"\\n")
+code, length = map(int, head.split())
+sys.stdout.buffer.write(said[:length])
+sys.stderr.buffer.write(said[length:])
+sys.exit(code)
+"""
+
+
+@contextmanager
+def windows_git(windows: Windows, folder: Path) -> Iterator[Path]:
+    """A folder with a `git.cmd`. No package holds a Windows git, and a program that Wine starts outside of itself gives
+    no exit code: this one asks the test, which runs the machine's own git on the same files."""
+    need("git")
+    base = clean_env(folder.parent / "home")
+
+    class Git(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            there, words, env = ast.literal_eval(self.rfile.read().decode())
+            drive, place = there[0], there[2:].replace("\\", "/")
+            cwd = place if drive == "Z" else f"{windows.prefix}/drive_c{place}"
+            words = [word.replace("=(", "=%(") for word in words]  # cmd.exe takes the % of a .cmd's words
+            author = {key: value for key, value in env.items() if re.match("GIT_(AUTHOR|COMMITTER)_", key)}
+            argv = ["git", "-c", "safe.directory=*", *words]
+            done = subprocess.run(argv, cwd=cwd, env=base | author, capture_output=True, check=False)
+            self.wfile.write(b"%d %d\n%b%b" % (done.returncode, len(done.stdout), done.stdout, done.stderr))
+
+    folder.mkdir()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Git) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = folder / "client.py"
+        client.write_text(_GIT_CLIENT)
+        python, script = Windows.path(windows.python), Windows.path(client)
+        (folder / "git.cmd").write_text(f'@"{python}" -S "{script}" {server.server_address[1]} %*\r\n', newline="")
+        yield folder
+        server.shutdown()

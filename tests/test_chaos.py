@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("chaos")
 
 # Each notes that it began, and keeps a copy of what it writes; `tee` is a pipe's last reader, so the copy is complete.
 OUTPUTS = {
-    "slow": 'n=0; until [ -e ../go ]; do n=$((n+1)); echo "line $n"; sleep 0.02; done',
+    "slow": 'n=0; until [ -e ../go ]; do n=$((n+1)); echo "line $n"; sleep 0.1; done',
     "fast": f"until [ -e ../go ]; do seq 1 3000; sleep 0.1; done; {'seq 1 200000'}",
     "bytes": "until [ -e ../go ]; do head -c 30000 /dev/urandom; sleep 0.05; done; head -c 3000000 /dev/urandom; echo",
 }

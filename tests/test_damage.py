@@ -164,7 +164,7 @@ def test_a_deployment_by_hand_that_meets_another_job_ends(one: Fleet):
 
 def test_a_log_that_shrank_on_the_master_is_fetched_again(one: Fleet):
     a, b, _ = one.hosts
-    write_script("echo begun; until [ -e ../go ]; do sleep 0.05; done\n", b)  # it says nothing more
+    write_script("echo begun; until [ -e ../go ]; do sleep 0.1; done\n", b)  # it says nothing more
     watched = Watched(one, "trigger", B, "master")
     watched.until(f"[{B}] begun")
     shutil.rmtree(a.state / "runs" / watched.run)
@@ -376,7 +376,7 @@ def test_a_daemon_that_hangs_is_seen_in_status(one: Fleet):
 
 def test_what_a_stopped_commander_did_not_hear_was_no_silence(one: Fleet):
     b = one.hosts[1]
-    write_script("until [ -e ../go ]; do echo talking; sleep 0.05; done\n", b)
+    write_script("until [ -e ../go ]; do echo talking; sleep 0.1; done\n", b)
     limits = {"SILENT_S": 1, "STOPPED_S": 1.9}
     watched = Watched(one, "trigger", B, "master", env={"LIMITS": json.dumps(limits)})
     watched.until("talking")

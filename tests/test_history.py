@@ -254,7 +254,7 @@ def test_a_host_that_a_job_holds_takes_no_second(fleet: MakeFleet) -> None:
     one = fleet(hosts=2)
     agent = one.agents[0]
     go = one.tmp_path / "go"
-    one.origin.commit({"deploy.sh": f"echo waiting; while [ ! -e {go} ]; do sleep 0.05; done\n"})
+    one.origin.commit({"deploy.sh": f"echo waiting; while [ ! -e {go} ]; do sleep 0.1; done\n"})
     detached = one.cli("trigger", agent.address, "master", "--detach")
     run = detached.out.strip()
     wait_for(lambda: "waiting" in one.cli("logs", run).out, "the job runs")

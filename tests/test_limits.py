@@ -47,7 +47,7 @@ def die(self, path, write, data, refused):
         os._exit(9)
     end(self, path, write, data, refused)
 Store._end = die"""
-TALK = "until [ -e ../go ]; do echo talking; sleep 0.05; done\n"
+TALK = "until [ -e ../go ]; do echo talking; sleep 0.1; done\n"
 BOUND_KB = 64 << 10  # over what a process of this program needs anyway
 pytestmark = pytest.mark.xdist_group("limits")
 
@@ -210,7 +210,8 @@ def test_a_stopped_terminal_slows_nobody_and_is_not_cut_off(one: Fleet):
 def test_a_suspended_commander_goes_on_where_it_was(one: Fleet):
     a, b, _ = one.hosts
     again(one, a, FAULT=IMPATIENT, LIMITS='{"SEND_S": 1}')
-    write_script("n=0; until [ -e ../go ]; do n=$((n+1)); echo line $n; sleep 0.01; done\n", b)
+    lines = 'seq -f "line %g" $n $((n+19)); n=$((n+20))'
+    write_script(f"n=1; until [ -e ../go ]; do {lines}; sleep 0.1; done\n", b)
     watched = Watched(one, "trigger", B, "master")
     watched.until("line 10\n")
     watched.process.send_signal(signal.SIGSTOP)

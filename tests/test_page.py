@@ -34,7 +34,7 @@ BAD = """for i in $(seq 50); do echo "compiled page$i"; done
 printf 'src/page.tsx:14:7 - \\033[31merror\\033[0m TS2322: no number\\n'
 echo "one more line"; exit 3
 """
-WAIT = "while [ ! -e ../go ]; do sleep 0.05; done\n"
+WAIT = "while [ ! -e ../go ]; do sleep 0.1; done\n"
 HOSTILE = b"""<img src=x onerror="document.title='owned'"><script>document.title='owned'</script>
 \x1b]0;title\x07\x1b[2J\x1b[31mred\x1b[0m plain \x1b[999;999Hfar
 safe\xe2\x80\xaeexe.\xe2\x81\xa6txt \xff\xfe bytes

@@ -22,7 +22,7 @@ from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, need, run, w
 SERVICE = "estelle-updater"
 ROUNDS = int(os.environ.get("ESTELLE_SELF_ROUNDS", "1"))
 # Waits for the word to go on, so that the test knows that it runs; then shows that it was not disturbed.
-WAITING = "echo begun; while ! [ -e ../go ]; do sleep 0.05; done; echo went on\n"
+WAITING = "echo begun; while ! [ -e ../go ]; do sleep 0.1; done; echo went on\n"
 
 
 class Pm2:

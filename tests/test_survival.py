@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("survival")  # one fleet, whose daemons are
 
 # Writes all the time, and a copy of it, until the gate opens; a pipe's last reader is `tee`, so the copy is complete.
 TALKING = (
-    'n=0; { echo begun; until [ -e ../go ]; do n=$((n+1)); echo "line $n"; sleep 0.02; done; echo ended; }'
+    'n=0; { echo begun; until [ -e ../go ]; do n=$((n+1)); echo "line $n"; sleep 0.1; done; echo ended; }'
     " | tee ../copy\n"
 )
 

@@ -26,7 +26,7 @@ from tests.fleet import PROGRAM, ROOT, Result, need, processes_of, run, unavaila
 
 HOST = "127.0.0.1"
 COMMAND = {"deploy": {"command": ["sh", "deploy.sh"], "timeout": 60}}
-SLOW = 'sh -c "while [ -e ../hold ]; do sleep 0.05; done; cat"'
+SLOW = 'sh -c "while [ -e ../hold ]; do sleep 0.1; done; cat"'
 
 
 class Clone:
@@ -511,7 +511,7 @@ def test_a_submodule_that_git_left_half_written_is_made_whole(clone: Clone, end:
     clone.git(seed, "submodule", "update", "-q", "--init", "--recursive")
     clone.commit({"config/updater.json": config})
     clone.git(clone.host, "pull", "-q")  # this one brings the deadline
-    hook.write_text(f'#!/bin/sh\ntouch {hold}.seen; while [ -e {hold} ]; do sleep 0.05; done; exec "$@"\n')
+    hook.write_text(f'#!/bin/sh\ntouch {hold}.seen; while [ -e {hold} ]; do sleep 0.1; done; exec "$@"\n')
     hook.chmod(0o755)
     clone.git(clone.folder, "config", "--global", "uploadpack.packObjectsHook", str(hook))
     cut_off(Path(f"{hold}.seen").exists, "git clones")
@@ -600,7 +600,7 @@ def test_two_state_folders_never_deploy_in_one_clone_at_once(clone: Clone):
     other = clone.second()
     steps = clone.folder / "steps"
     gate = clone.folder / "go"
-    script = f"echo begin >> {steps}\nuntil [ -e {gate} ]; do sleep 0.02; done\necho end >> {steps}\n"
+    script = f"echo begin >> {steps}\nuntil [ -e {gate} ]; do sleep 0.1; done\necho end >> {steps}\n"
     clone.commit({"deploy.sh": script})
     with clone.start("master") as first:
         wait_for(steps.exists, "the first one deploys")

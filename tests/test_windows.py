@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socketserver
 import subprocess
 import sys
 import threading
@@ -21,41 +20,18 @@ import pytest
 
 from tests.commands import Watched, job_of, log_of
 from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, is_listening, kill_processes_of, wait_for
-from tests.machines import Windows
+from tests.machines import Windows, windows_git
 from tests.terminal import Terminal
 from tests.test_upgrade import NAME, NEW, variant, versions
 
 WINE_S = 120.0  # Wine starts each process slowly
 AGENT = "127.0.0.2"
-# No package holds a Windows git: `git.cmd` asks this test's own server, which runs the real one on the same files.
-GIT_CLIENT = """
-import json, os, socket, sys
-asked = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-asked.sendall(json.dumps([os.getcwd(), sys.argv[2:]]).encode() + b"\\n")
-code, out, err = json.loads(b"".join(iter(lambda: asked.recv(65536), b"")))
-sys.stdout.buffer.write(out.encode("latin-1"))
-sys.stderr.buffer.write(err.encode("latin-1"))
-sys.exit(code)
-"""
 DEPLOY = "@echo off\r\necho building %1\r\necho done\r\nexit /b 0\r\n"
 BROKEN = "@echo off\r\necho broken\r\nexit /b 5\r\n"
 ENDLESS = "@echo off\r\necho begun\r\n:again\r\necho alive>>..\\beat\r\nping -n 2 127.0.0.1 >nul\r\ngoto again\r\n"
 
 
 MakeHosts = Callable[..., tuple[Fleet, "WindowsHost"]]
-
-
-class GitServer(socketserver.StreamRequestHandler):
-    """Runs git for `git.cmd`."""
-
-    def handle(self) -> None:
-        cwd, words = json.loads(self.rfile.readline())
-        words = [word.replace("--format=(", "--format=%(") for word in words]  # cmd.exe takes the % of a .cmd's words
-        argv = ["git", "-c", "safe.directory=*", *words]
-        done = subprocess.run(argv, cwd=cwd[2:].replace("\\", "/"), capture_output=True, check=False)
-        self.wfile.write(
-            json.dumps([done.returncode, *(b.decode("latin-1") for b in (done.stdout, done.stderr))]).encode()
-        )
 
 
 class WindowsHost:
@@ -98,17 +74,8 @@ class WindowsHost:
 @pytest.fixture
 def git_folder(windows_python: Windows, tmp_path: Path) -> Iterator[Path]:
     """A folder with a `git.cmd`."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), GitServer) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        client = folder / "client.py"
-        client.write_text(GIT_CLIENT)
-        python, script = Windows.path(windows_python.python), Windows.path(client)
-        (folder / "git.cmd").write_bytes(f'@"{python}" "{script}" {server.server_address[1]} %*\r\n'.encode())
+    with windows_git(windows_python, tmp_path / "bin") as folder:
         yield folder
-        server.shutdown()
 
 
 @pytest.fixture
