@@ -343,8 +343,14 @@ def fields(record_or_class: Any) -> tuple[Field, ...]:
 
 def replace(value: _T, **changes: Any) -> _T:
     """A copy with some fields changed. Raises TypeError for a field that there is not."""
-    kept = vars(value)
-    return type(value)(**{**kept, **changes})
+    made = object.__new__(type(value))
+    values = vars(made)
+    values.update(vars(value))
+    known = len(values)
+    values.update(changes)
+    if len(values) != known:
+        raise TypeError(f"{type(value).__name__} has no such field: {', '.join(changes)}")
+    return made
 
 
 def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
@@ -390,8 +396,9 @@ def _initializer(cls: type[Any], known: Mapping[str, Field]) -> Callable[..., No
                 values[name] = make()
         missing = [name for name in required if values[name] is MISSING]
         twice = given.keys() & positional[: len(args)]
-        unknown = values.keys() - template.keys()
-        if missing or twice or unknown or len(args) > len(positional):
+        fits = len(values) == len(template) and len(args) <= len(positional)
+        if missing or twice or not fits:
+            unknown = values.keys() - template.keys()
             wrong = f"missing {missing}, twice {twice}, unknown {unknown}, {len(args)} positional"
             raise TypeError(f"{cls.__name__}: {wrong}")
         vars(self).update(values)
@@ -553,7 +560,9 @@ RUNNER_LOG_BYTES = 1 << 20
 TITLE_BYTES = 1024  # of a runner's command line, as `ps` shows it
 # what the master takes as one message, times CONNECTIONS that are never finished
 INCOMING_BYTES = 1 << 20
-HELLO_BYTES, RECORD_BYTES = 8 << 10, 64 << 10  # what the master keeps of an agent's words
+# what the master keeps of an agent's words
+HELLO_BYTES = 8 << 10
+RECORD_BYTES = 64 << 10
 LIST_BYTES = 256 << 10  # of messages in one frame
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
 
@@ -574,7 +583,9 @@ FILES = 1 << 16
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
 MACHINES = 256  # machine ids of one address
-ADOPTED_OPEN, ADOPTED_PER_HOUR = 8, 30  # runs of one agent that this master has not ordered
+# runs of one agent that this master has not ordered
+ADOPTED_OPEN = 8
+ADOPTED_PER_HOUR = 30
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 LOW_INODES = 5000  # a checkout and an installation of packages make as many files
 # at once, of all addresses and of one: each holds a copy of the program in memory
@@ -669,6 +680,7 @@ ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after da
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
 LIST_SAVE_S = 0.5  # hosts that come within this are written together
+LIST_PAUSE = 20  # and no sooner than after so many times as long as it takes to make their list
 FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
 PUSH_LEAST_S = 15.0  # between two questions to the remote: a forge counts them
 PUSH_FIRST_S = 2.0  # after the start, or a change of what is watched
@@ -3348,6 +3360,7 @@ MESSAGES: tuple[type, ...] = (
 VERBS: dict[str, type] = {cls.__name__.removesuffix("Record").lower(): cls for cls in MESSAGES}
 VERB_OF = {cls: verb for verb, cls in VERBS.items()}
 WORDS: dict[str, type[StrEnum]] = {"State": State, "Kind": Kind}
+_MEMBERS = {name: {str(word): word for word in words} for name, words in WORDS.items()}
 
 
 def encode_message(message: Any) -> str:
@@ -3469,34 +3482,63 @@ def decode_fields(cls: type[Any], data: dict[str, Any], *, exact: bool = False) 
                 raise ProtocolError(f"{cls.__name__}: {name} is missing")
             continue
         value = data[name]
-        if spec.type in WORDS and isinstance(value, str) and value in set(WORDS[spec.type]):
-            value = WORDS[spec.type](value)
+        words = _MEMBERS.get(spec.type, {})
+        if isinstance(value, str) and value in words:
+            value = words[value]
         elif not _fits(spec.type, value) or (name == "run" and not valid_run_id(value)):
             raise ProtocolError(f"{cls.__name__}: {name} can't be {str(value)[:60]!r}")
-        elif not exact:
+        elif not exact and not _is_plain(value):
             value = _clean(cls, name, value)
         values[name] = value
     return cls(**values)
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether there is nothing to clean in a value, as in nearly all: a short way past the rest."""
+    if isinstance(value, str):
+        return value.isprintable() and "\ufffd" not in value
+    return value is None or value == {} or isinstance(value, int | float)
+
+
 def _fits(annotation: str, value: Any) -> bool:
     """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are
     finite and of 64 bits."""
+    return _fitting(annotation)(value)
+
+
+@functools.cache
+def _fitting(annotation: str) -> Callable[[Any], bool]:
+    """What tells whether a value has a type: made once for each, as a fleet's words are judged
+    field by field."""
     if annotation.endswith(" | None"):
-        return value is None or _fits(annotation.removesuffix(" | None"), value)
+        fits = _fitting(annotation.removesuffix(" | None"))
+        return lambda value: value is None or fits(value)
     if annotation.startswith("list["):
-        return isinstance(value, list) and all(_fits(annotation[5:-1], item) for item in value)
+        item_fits = _fitting(annotation[5:-1])
+        return lambda value: isinstance(value, list) and all(map(item_fits, value))
     if annotation.startswith("dict[str, "):
-        return isinstance(value, dict) and all(
-            _fits(annotation[10:-1], item) for item in value.values()
-        )
+        value_fits = _fitting(annotation[10:-1])
+        return lambda value: isinstance(value, dict) and all(map(value_fits, value.values()))
     if annotation == "int":
-        return type(value) is int and abs(value) < 1 << 63
+        return _is_int
     if annotation == "float":
-        return (
-            type(value) in (int, float) and abs(value) < 1 << 53
-        )  # nor NaN, which would break the queue's order
-    return annotation == "Any" or type(value).__name__ == annotation
+        return _is_float
+    if annotation == "Any":
+        return lambda value: True
+    return lambda value: type(value).__name__ == annotation
+
+
+def _is_int(value: Any) -> bool:
+    if type(value) is not int:
+        return False
+    return abs(value) < 1 << 63
+
+
+def _is_float(value: Any) -> bool:
+    if type(value) not in (int, float):
+        return False
+    # nor NaN, which would break the queue's order
+    return bool(abs(value) < 1 << 53)
 
 
 def make_proof(token: bytes, side: str, hello: Hello, challenge: str, nonce: str) -> str:
@@ -8171,6 +8213,7 @@ class Store:
     def __init__(self) -> None:
         self._waiting: dict[Path, Write] = {}
         self._soon: dict[Path, Callable[[], bytes]] = {}  # what is put within a moment
+        self._made_in_s: dict[Path, float] = {}  # how long it took to make those lists last
         # The list that is written next, for all who wait for it, and whose turn it is to be written
         self._next: dict[Path, asyncio.Future[OSError | None]] = {}
         self._turns: dict[Path, asyncio.Lock] = {}
@@ -8199,12 +8242,16 @@ class Store:
         comes back must not have a list of all of itself made for each of its hosts."""
         if path not in self._soon:
             self._soon[path] = render
-            asyncio.get_running_loop().call_later(LIST_SAVE_S, self._put_now, path)
+            # a long list has to wait longer, or it would be all that the loop does
+            within_s = max(LIST_SAVE_S, LIST_PAUSE * self._made_in_s.get(path, 0.0))
+            asyncio.get_running_loop().call_later(within_s, self._put_now, path)
 
     def _put_now(self, path: Path) -> None:
         render = self._soon.pop(path, None)
         if render:
+            began = time.thread_time()
             self.put(path, render())
+            self._made_in_s[path] = time.thread_time() - began
 
     def when_kept(self, path: Path, then: Callable[[], None]) -> None:
         """Call `then` once what was put is on disk, however long that takes; in another thread."""
@@ -8779,11 +8826,19 @@ class History:
     def __init__(self, state: StateFolder) -> None:
         self.state = state
         self.index = state.root / "history.jsonl"
+        self.runs = str(state.runs)
 
     def newest(self, count: int) -> list[Row]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each
         host."""
-        inside = ("stamp", "place", "lived", "nonce", "machines", "over")
+        inside = (
+            "stamp",
+            "place",
+            "lived",
+            "nonce",
+            "machines",
+            "over",
+        )
         return [
             {key: value for key, value in row.items() if key not in inside}
             for row in self.rows(count)
@@ -8857,10 +8912,13 @@ class History:
 
     def _stamp(self, run: str) -> int:
         """When a run's folder changed last; 0 for one that is not on disk, or no longer."""
+        # a text, and no Path: to make 10,000 of those takes longer than to look
+        folder = f"{self.runs}{os.sep}{run}"
         try:
-            return (self.state.runs / run).stat().st_mtime_ns
+            found = os.stat(folder)
         except OSError:
             return 0
+        return found.st_mtime_ns
 
     def _indexed(self) -> dict[str, Line]:
         """The index's lines by run; the last line of a run counts."""

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def record(state: est.StateFolder, number: int) -> None:
     est.write_atomic(state.runs / run / "run.json", json.dumps(vars(order)).encode())
     for host in HOSTS:
         failed = random.random() < 0.1
-        job = replace(
+        job = est.replace(
             est.job_of_run(order, host), revision=9, started=created, ended=created + random.uniform(5, 50),
             state=est.State.FAILED if failed else est.State.SUCCEEDED, version=f"v{number:04}_1", commit="7f" * 20,
             step=random.choice(["git pull origin master", "pnpm deploy:release"]) if failed else None,
