@@ -516,7 +516,8 @@ PROTOCOL_OLDEST, PROTOCOL = 1, 1  # what this program speaks; both sides need on
 KEY_FEATURE = "key"  # an agent that can keep a key of its own
 LARGE_FEATURE = "large chunks"  # who takes log bytes in frames of LARGE_CHUNK_BYTES
 LIST_FEATURE = "lists"  # who takes several messages in one frame
-FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE)
+BARE_FEATURE = "bare deflate"  # who takes deflated log bytes without a checksum of their own
+FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE, BARE_FEATURE)
 COMMANDER_FEATURES: tuple[str, ...] = (LARGE_FEATURE, LIST_FEATURE)
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 WEBSOCKETS_KNOWN = "17.4"  # whose internals Door.connection_class overrides: read them again
@@ -532,7 +533,7 @@ RECENT_BYTES = 4 << 20  # of the logs' ends, held for followers that stand there
 WINDOW_BYTES = 1 << 20
 # What a commit or an operator supplies as a file; an environment may hold certificates
 SUPPLIED_BYTES, ENVIRONMENT_BYTES = 1 << 20, 4 << 20
-ACK_BYTES = 256 << 10
+ACK_BYTES = WINDOW_BYTES // 2
 SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
@@ -595,6 +596,7 @@ LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
 ACK_S = 0.1
+FLOOD_LOOK_S = 0.002  # between two looks at a log that grows by megabytes
 SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it and can't tell
 PING_INTERVAL_S = PING_TIMEOUT_S = (
     20.0  # both ends: a peer that vanished is noticed in 40 s at most
@@ -3269,12 +3271,14 @@ class Log:
 @record(frozen=True)
 class Have:
     """How many bytes of a log are here. `rewind`: send from there; `check`: CRC-32 of the last 4
-    KiB before."""
+    KiB before. `from_file`: say only how far it has grown, as the very file is within reach here;
+    an older version sends the bytes all the same."""
 
     channel: int
     size: int
     rewind: bool = False
     check: int | None = None
+    from_file: bool = False
 
 
 @record(frozen=True)
@@ -3666,31 +3670,48 @@ def common_protocol(theirs: Sequence[int]) -> int:
     return newest
 
 
-CHUNK_HEADER = struct.Struct("!BIQ")  # 1 plain or 2 deflated, channel, offset
+CHUNK_HEADER = struct.Struct("!BIQ")  # form, channel, offset
+PLAIN_FORM, DEFLATED_FORM = 1, 2
+SIZE_FORM = 3  # no bytes follow: what stands before the offset is in the file
+BARE_FORM = 4  # deflated, without the checksum: the connection has one, and it took a third longer
+_WINDOW_BITS = {DEFLATED_FORM: zlib.MAX_WBITS, BARE_FORM: -zlib.MAX_WBITS}
 
 
-def encode_chunk(channel: int, offset: int, data: bytes, *, squeeze: bool = False) -> bytes:
-    """Log bytes as a binary frame. `squeeze` where it pays: what a client sends is masked byte by
-    byte in Python, which costs more than deflating a log that deflates well."""
-    if (
-        squeeze
-        and len(data) >= SQUEEZE_BYTES
-        and len(small := zlib.compress(data, 1)) < len(data) // 2
-    ):
-        return CHUNK_HEADER.pack(2, channel, offset) + small
-    return CHUNK_HEADER.pack(1, channel, offset) + data
+def encode_chunk(channel: int, offset: int, data: bytes, squeeze: int = PLAIN_FORM) -> bytes:
+    """Log bytes as a binary frame. `squeeze` is the deflated form that the other end takes, where
+    it pays: what a client sends is masked byte by byte in Python, which costs more than deflating a
+    log that deflates well."""
+    if squeeze != PLAIN_FORM and len(data) >= SQUEEZE_BYTES:
+        deflater = zlib.compressobj(1, zlib.DEFLATED, _WINDOW_BITS[squeeze])
+        small = deflater.compress(data) + deflater.flush()
+        if len(small) < len(data) // 2:
+            return CHUNK_HEADER.pack(squeeze, channel, offset) + small
+    return CHUNK_HEADER.pack(PLAIN_FORM, channel, offset) + data
+
+
+def encode_growth(channel: int, size: int) -> bytes:
+    """For who reads the log's file by itself: so many bytes are in it."""
+    return CHUNK_HEADER.pack(SIZE_FORM, channel, size)
+
+
+def decode_growth(frame: bytes) -> tuple[int, int] | None:
+    """(channel, size) where a binary frame tells a size alone; None for one with bytes in it."""
+    if len(frame) != CHUNK_HEADER.size or frame[0] != SIZE_FORM:
+        return None
+    _, channel, size = CHUNK_HEADER.unpack(frame)
+    return channel, size
 
 
 def decode_chunk(frame: bytes) -> tuple[int, int, bytes]:
     """(channel, offset, bytes) of a binary frame. Raises ProtocolError."""
-    if len(frame) < CHUNK_HEADER.size or frame[0] not in (1, 2):
+    if len(frame) < CHUNK_HEADER.size or frame[0] not in (PLAIN_FORM, *_WINDOW_BITS):
         raise ProtocolError("a binary frame of an unknown form")
     form, channel, offset = CHUNK_HEADER.unpack_from(frame)
     data = frame[CHUNK_HEADER.size :]
     if len(data) > LARGE_CHUNK_BYTES:
         raise ProtocolError("a binary frame of more than a chunk")
-    if form == 2:
-        inflater = zlib.decompressobj()
+    if form != PLAIN_FORM:
+        inflater = zlib.decompressobj(_WINDOW_BITS[form])
         try:
             data = inflater.decompress(data, LARGE_CHUNK_BYTES)
         except zlib.error as problem:
@@ -3817,16 +3838,20 @@ class SendCursor:
     size: int  # what there is to send
     sent: int | None = None  # None until the reader has said where to begin
     acked: int = 0
+    from_file: bool = False  # the reader takes the bytes out of the file, and is told sizes
 
     def next_span(self, room: int, most: int) -> tuple[int, int] | None:
         """(offset, length) of what to send next, at most `most` bytes, or None; `room` is what may
-        still be unacknowledged."""
+        still be unacknowledged. A size takes no room however far it is: one is told where any is
+        left, so that a reader that stands still is not told of each line meanwhile."""
         if self.sent is None:
             return None
         length = min(self.size - self.sent, most, room)
-        if length > 0:
-            return (self.sent, length)
-        return None
+        if length <= 0:
+            return None
+        if self.from_file:
+            length = self.size - self.sent
+        return (self.sent, length)
 
     def on_have(self, size: int, rewind: bool) -> None:
         """The reader has `size` bytes: go on from there if it asks, or if it is ahead of what we
@@ -3852,12 +3877,12 @@ class Inbox:
     acked: int = 0  # bytes that the sender knows to be here
     asked: bool = False  # the sender is to begin again: what is in flight behind the gap is ignored
 
-    def ask(self, size: int, check: int | None = None) -> Have:
+    def ask(self, size: int, check: int | None = None, *, from_file: bool = False) -> Have:
         """Have the sender go on behind the `size` bytes that are here; by `check` it compares
         them."""
         self.size = self.acked = size
         self.asked = False
-        return Have(self.channel, size, rewind=True, check=check)
+        return Have(self.channel, size, rewind=True, check=check, from_file=from_file)
 
     def on_chunk(self, offset: int, size: int, gap: bool) -> Have | None:
         """What to tell the sender at once after a chunk at `offset`: `size` bytes are here now, and
@@ -5079,7 +5104,8 @@ class Masker:
         # has no URL at all.
         literal = b"://"
         seam = self._before + data[:2]
-        if literal in data or literal in seam:
+        # and the one for a single byte is several times as fast again
+        if (b":" in data and literal in data) or literal in seam:
             for match in URL_SECRET.finditer(self._before + data):
                 start, end = match.span(match.lastindex or 0)
                 urls.append((match.start() - shift, start - shift, end - shift))
@@ -5123,7 +5149,7 @@ class Masker:
         written.append(data[done:hold])
         self._held = data[hold:]
         self._masked = max(0, done - hold)
-        self._before = (self._before + data[:hold])[-2:]
+        self._before = (self._before + data[max(0, hold - 2) : hold])[-2:]
         return b"".join(written)
 
 
@@ -15634,7 +15660,7 @@ class Link:
         self,
         wire: Wire,
         *,
-        squeeze: bool = False,
+        squeeze: int = PLAIN_FORM,
         shared: bool = False,
         recent: Recent | None = None,
     ) -> None:
@@ -15658,6 +15684,8 @@ class Link:
         """What the other end says it can."""
         if LARGE_FEATURE in features:
             self.chunk_bytes = LARGE_CHUNK_BYTES
+        if BARE_FEATURE in features and self.squeeze != PLAIN_FORM:
+            self.squeeze = BARE_FORM
         self.lists = LIST_FEATURE in features
 
     # Messages
@@ -15750,6 +15778,8 @@ class Link:
                 self.post(Broken(cursor.channel, "the host's copy of this log differs"))
                 return
         before = cursor.unacked
+        if message.rewind:
+            cursor.from_file = message.from_file
         cursor.on_have(message.size, message.rewind)
         self._unacked += cursor.unacked - before
         self._note_due(cursor)
@@ -15764,14 +15794,22 @@ class Link:
             path = self._paths.get(cursor.channel)
             if span is None or path is None:
                 continue
-            data = self.recent.read(path, *span)
-            if not data:
-                continue
+            offset, length = span
+            if cursor.from_file:
+                frame = encode_growth(cursor.channel, offset + length)
+            else:
+                data = self.recent.read(path, offset, length)
+                if not data:
+                    continue
+                length = len(data)
+                frame = encode_chunk(cursor.channel, offset, data, self.squeeze)
             before = cursor.unacked
-            cursor.sent = span[0] + len(data)
+            cursor.sent = offset + length
             self._unacked += cursor.unacked - before
             self._note_due(cursor)
-            await self.wire.send(encode_chunk(cursor.channel, span[0], data, squeeze=self.squeeze))
+            await self.wire.send(frame)
+            if cursor.from_file and length >= CHUNK_BYTES:
+                await asyncio.sleep(FLOOD_LOOK_S)  # one word tells of what comes meanwhile
             sent = True
             if self._control:
                 break
@@ -16136,6 +16174,18 @@ def files_of(state: StateFolder, job: OwnJob) -> tuple[Path, Path]:
     return job.files
 
 
+async def next_poke(poked: asyncio.Event, grown_bytes: int) -> None:
+    """When to look at the jobs' files again, whose logs had so many bytes more at the last look: at
+    a runner's poke, or after a second."""
+    if grown_bytes >= CHUNK_BYTES:
+        # nobody reads that line by line: one look takes what several pokes tell of
+        await asyncio.sleep(FLOOD_LOOK_S)
+    again = asyncio.get_running_loop().call_later(LOOK_S, poked.set)
+    await poked.wait()
+    again.cancel()
+    poked.clear()
+
+
 class OwnJobs:
     """This host's jobs: what their files say, and that each has a runner as long as it needs one.
     The link to the master, where there is one, hears of all of it."""
@@ -16148,6 +16198,7 @@ class OwnJobs:
         self.jobs: dict[tuple[str, str], OwnJob] = {}
         self.link: Link | None = None
         self.poked = asyncio.Event()
+        self.grown_bytes = 0  # of all logs, at the last look
         self.tasks = Tasks()
         self.current = ("", "")  # the newest job by hand, once it is known here
         self.current_stamp: tuple[int, ...] = ()  # of the file that names it
@@ -16193,17 +16244,14 @@ class OwnJobs:
         """Look at the jobs' files when a runner pokes, and once a second: a poke may be lost, or
         not know where to."""
         while True:
+            self.grown_bytes = 0
             self.find_local()
             for job in list(self.jobs.values()):
                 try:
                     self.refresh(job)
                 except Exception as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
-            loop = asyncio.get_running_loop()
-            again = loop.call_later(LOOK_S, self.poked.set)
-            await self.poked.wait()
-            again.cancel()
-            self.poked.clear()
+            await next_poke(self.poked, self.grown_bytes)
 
     # What their files say
 
@@ -16240,6 +16288,7 @@ class OwnJobs:
             self.link.shrank(run, host, size)
         elif self.link and size > job.size:
             self.link.grew(run, host, size)
+            self.grown_bytes += size - job.size
         job.size = size
 
     def read_record(self, job: OwnJob, stamp: tuple[int, ...]) -> None:
@@ -16739,7 +16788,7 @@ class Dialer:
         self.on_welcome(self.welcome.label)
         self.url = str(url)
         try:
-            link = Link(wire, squeeze=True)
+            link = Link(wire, squeeze=DEFLATED_FORM)
             link.agree(self.welcome.features)
             await self.agent.serve_link(link)
         except Exception as problem:
@@ -18990,7 +19039,9 @@ class Master:
                 run.torn.add(message.host)
             for follower in run.followers:
                 follower.grew(message.run, message.host, inbound.size)
-            self.settle(run, message.host)
+            held = run.held.get(message.host)
+            if held and (inbound.closed or inbound.size >= held.size):
+                self.settle(run, message.host)
 
         path = self.state.log_file(message.run, message.host)
         most = 2 * self.config.config.keep.job_megabytes << 20
@@ -21153,8 +21204,11 @@ class View:
 class Connection:
     """One connection of a commander to the master. Its end is EOFError."""
 
-    def __init__(self, wire: BlockingWire, welcome: Welcome) -> None:
+    def __init__(
+        self, wire: BlockingWire, welcome: Welcome, folder: StateFolder | None = None
+    ) -> None:
         self.wire, self.welcome = wire, welcome
+        self.folder = folder  # the master's own, where it is within reach
         self._messages: deque[Any] = deque()  # of a frame that held several
 
     def send(self, message: Any) -> None:
@@ -21227,7 +21281,7 @@ class Caller:
     """Finds the master: on its own host by the local listener first, then by masterUrl."""
 
     def __init__(self, state: StateFolder, config: Config, bind: str | None, tree: Path) -> None:
-        self.bind, self.config, self.tree = bind, config, tree
+        self.state, self.bind, self.config, self.tree = state, bind, config, tree
         self.urls = [str(config.master_url)]
         self.named = 0  # which of them masterUrl names: its problem is the one to tell
         local = (read_json(state.daemon_file) or {}).get("listen")
@@ -21246,6 +21300,15 @@ class Caller:
         last = state.last_master_url(config.master_url)
         if last and str(last) not in self.urls:
             self.urls.append(str(last))
+
+    def folder_of(self, welcome: Welcome) -> StateFolder | None:
+        """The state folder of the very process that welcomed us, where that is ours and we may look
+        into it: its logs need not come over the connection then."""
+        facts = read_json(self.state.daemon_file) or {}
+        nonce = facts.get("nonce")
+        if nonce and nonce == welcome.nonce:
+            return self.state
+        return None
 
     def dial(self, patience_s: float) -> Connection:
         """A welcomed connection, within `patience_s`. Raises UnreachableError or RefusedError."""
@@ -21280,7 +21343,7 @@ class Caller:
         if not welcome.may_command:
             wire.close()
             raise no_commander(welcome.address)
-        return Connection(wire, welcome)
+        return Connection(wire, welcome, self.folder_of(welcome))
 
 
 def user_name() -> str:
@@ -21420,10 +21483,12 @@ class LinkSource:
         self.inboxes: dict[int, tuple[str, Inbox]] = {}
         self.unacked: dict[int, int] = {}  # bytes of each channel of which the master has not heard
         self.unacked_bytes = 0
+        self.folder: StateFolder | None = None  # the master's own, where that is within reach
 
     def receive(self, wait_s: float) -> Iterator[Event]:
         try:
             if not self.asked:
+                self.folder = self.connection.folder
                 self.connection.send(Follow(self.run, self.target))
                 self.connection.wire.attend()
                 self.asked = True
@@ -21445,21 +21510,16 @@ class LinkSource:
     def read(self, message: Any) -> Iterator[Event]:
         """What a message says that concerns the run; what a channel needs is answered here."""
         if isinstance(message, bytes):
-            channel, offset, data = decode_chunk(message)
-            host, inbox = self.inboxes[channel]
-            fits = offset == self.sizes[host]
-            if fits:
-                self.sizes[host] += len(data)
-                yield Piece(host, data)
-            answer = inbox.on_chunk(offset, self.sizes[host], gap=not fits)
-            if answer:
-                self.connection.send(answer)
-            self.note_unacked(channel, inbox.unacked)
+            growth = decode_growth(message)
+            if growth:
+                yield from self.read_file(*growth)
+            else:
+                yield from self.take(*decode_chunk(message))
         elif isinstance(message, Log):
             size = self.sizes.setdefault(message.host, 0)
             inbox = Inbox(message.channel)
             self.inboxes[message.channel] = message.host, inbox
-            self.connection.send(inbox.ask(size))
+            self.connection.send(inbox.ask(size, from_file=self.folder is not None))
             yield Offered(message.host, message.size)
         elif isinstance(message, Refuse):
             raise refused(message)
@@ -21470,6 +21530,41 @@ class LinkSource:
             yield message
 
     # What has come
+
+    def take(self, channel: int, offset: int, data: bytes) -> Iterator[Event]:
+        """Bytes of a log, which the master hears of once they were shown."""
+        host, _ = self.inboxes[channel]
+        fits = offset == self.sizes[host]
+        if fits:
+            self.sizes[host] += len(data)
+            yield Piece(host, data)
+        self.answer(channel, offset, gap=not fits)
+
+    def read_file(self, channel: int, size: int) -> Iterator[Event]:
+        """What the master's own file has up to `size`. One that has less, or may not be read, is
+        asked for byte by byte."""
+        host, inbox = self.inboxes[channel]
+        begin = self.sizes[host]
+        while (offset := self.sizes[host]) < size:
+            data = b""
+            if self.folder:
+                path = self.folder.log_file(self.run, host)
+                data = read_log(path, offset, min(size - offset, LARGE_CHUNK_BYTES))
+            if not data:
+                self.folder = None
+                self.connection.send(inbox.ask(offset))
+                return
+            self.sizes[host] += len(data)
+            yield Piece(host, data)
+        self.answer(channel, begin, gap=False)
+
+    def answer(self, channel: int, offset: int, *, gap: bool) -> None:
+        """What the master has to hear after bytes that began at `offset`."""
+        host, inbox = self.inboxes[channel]
+        answer = inbox.on_chunk(offset, self.sizes[host], gap=gap)
+        if answer:
+            self.connection.send(answer)
+        self.note_unacked(channel, inbox.unacked)
 
     def note_unacked(self, channel: int, size: int) -> None:
         """Many hosts that say little fill the window as well as one that says much: it must not
@@ -21633,7 +21728,7 @@ class Followed:
         """The log's next bytes have come."""
         self.size += len(data)
         self.heard, self.silence_told_s = time.monotonic(), 0.0
-        self.tail = (self.tail + data)[-LAST_LINE_BYTES:]
+        self.tail = (self.tail + data[-LAST_LINE_BYTES:])[-LAST_LINE_BYTES:]
 
     def update(self, job: JobRecord) -> bool:
         """The host's state by now; whether anybody but the machinery sees a difference."""
@@ -22175,6 +22270,7 @@ class Service:
             "role": role,
             "sha256": self.sha256,
             "project": self.project,
+            "nonce": self.nonce,
             "poke": transport.get_extra_info("sockname")[1],
             "bind": self.options.bind,
         }
@@ -25120,7 +25216,7 @@ class Tail:
 
     def add(self, data: bytes) -> None:
         self.size += len(data)
-        self.data += data
+        self.data += data[-2 * TAIL_KEPT :]
         if len(self.data) > 2 * TAIL_KEPT:
             # Cut at twice the size, and not at every chunk: each cut moves all that is kept.
             del self.data[:-TAIL_KEPT]
@@ -25177,8 +25273,10 @@ class TextView(LineView):
             self.open_host = host
         if not self.output.terminal:
             mark = prefix.encode()
-            body = data[:-1].replace(b"\n", b"\n" + mark)
-            self.output.write(start.encode() + body + data[-1:])
+            marked = (start.encode() + data).replace(b"\n", b"\n" + mark)
+            # What stands behind the last line's end belongs to a line that has not come.
+            end = len(marked) - len(mark) * ended
+            self.output.write(marked[:end])
             return
         text = data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
         text = self.fold(host, self.clean(text))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import statistics
 from collections import deque
@@ -110,27 +109,113 @@ def test_a_log_that_both_ends_keep_in_one_file_is_not_sent(tmp_path: Path) -> No
 def test_frames_are_as_large_as_the_other_end_takes(tmp_path: Path) -> None:
     """An older version ends the connection for a frame of more than 64 KiB."""
     path = tmp_path / "log"
-    path.write_bytes(os.urandom(2 * est.LARGE_CHUNK_BYTES))
+    path.write_bytes(b"".join(b"%d\n" % number for number in range(10**6))[: 2 * est.LARGE_CHUNK_BYTES])
 
     async def frames(features: list[str]) -> list[bytes]:
-        here, there = (est.Link(wire, squeeze=True) for wire in est.QueueWire.pair())
+        here, there = (est.Link(wire, squeeze=est.DEFLATED_FORM) for wire in est.QueueWire.pair())
         here.agree(features)
         here.open_log("20260101-000000-0000", "h", path)
-        found = list[bytes]()
+        found, size = list[bytes](), 0
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             writer = group.create_task(here.write_forever())
             here.on_have(est.Have(est.decode_message(str(await there.wire.recv())).channel, 0, rewind=True))
-            while sum(map(len, found)) < 2 * est.LARGE_CHUNK_BYTES:
+            while size < 2 * est.LARGE_CHUNK_BYTES:
                 frame = await there.wire.recv()
                 assert isinstance(frame, bytes)
                 found.append(frame)
+                size += len(est.decode_chunk(frame)[2])
             writer.cancel()
         return found
 
-    for features, most in (([], est.CHUNK_BYTES), (list(est.FEATURES), est.LARGE_CHUNK_BYTES)):
+    bare, deflated = list(est.FEATURES), [est.LARGE_FEATURE]
+    for features, form, most in (
+        ([], est.DEFLATED_FORM, est.CHUNK_BYTES),
+        (deflated, est.DEFLATED_FORM, est.LARGE_CHUNK_BYTES),
+        (bare, est.BARE_FORM, est.LARGE_CHUNK_BYTES),
+    ):
         found = asyncio.run(frames(features))
         chunks = [est.decode_chunk(frame)[2] for frame in found]
         assert max(map(len, chunks)) == most and b"".join(chunks) == path.read_bytes()
+        assert {frame[0] for frame in found} == {form}
+
+
+def test_who_reads_the_file_is_told_sizes(tmp_path: Path) -> None:
+    """One word for all that came meanwhile, none past the window while the reader stands still, and bytes as soon
+    as it wants bytes."""
+    path, run_id = tmp_path / "log", "20260101-000000-0000"
+    path.write_bytes(b"x" * 100)
+
+    async def talk() -> None:
+        here, there = (est.Link(wire) for wire in est.QueueWire.pair())
+
+        async def growth() -> int:
+            found = est.decode_growth(cast(bytes, await there.wire.recv()))
+            assert found and found[0] == 1
+            return found[1]
+
+        here.open_log(run_id, "h", path)
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            writer = group.create_task(here.write_forever())
+            await there.wire.recv()
+            here.on_have(est.Have(1, 0, rewind=True, from_file=True))
+            assert await growth() == 100
+            here.grew(run_id, "h", 50 * est.WINDOW_BYTES)
+            assert await growth() == 50 * est.WINDOW_BYTES, "the file is there already: a window holds nothing up"
+            here.grew(run_id, "h", 51 * est.WINDOW_BYTES)
+            here.grew(run_id, "h", 52 * est.WINDOW_BYTES)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(there.wire.recv(), 0.2)
+            here.on_have(est.Have(1, 50 * est.WINDOW_BYTES))
+            assert await growth() == 52 * est.WINDOW_BYTES
+            here.on_have(est.Have(1, 40, rewind=True))  # it can't read it: bytes, from there
+            assert est.decode_chunk(cast(bytes, await there.wire.recv())) == (1, 40, b"x" * 60)
+            writer.cancel()
+
+    asyncio.run(talk())
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the file", "the folder"])
+def test_a_commander_beside_the_master_reads_its_logs(tmp_path: Path, lost: str) -> None:
+    """Where it can't, the master sends what is missing, and no byte comes twice."""
+    run_id, state = "20260101-000000-0000", est.StateFolder(tmp_path)
+    log, whole = state.log_file(run_id, "h"), b"".join(b"line %d\n" % number for number in range(100_000))
+    log.parent.mkdir(parents=True)
+    log.write_bytes(whole)
+
+    class Master:
+        """It tells sizes to who asks for them, and bytes to who does not."""
+
+        def __init__(self) -> None:
+            self.wire, self.folder = self, state if lost != "the folder" else None
+            self.says: deque[Any] = deque([est.Log(7, run_id, "h", 100)])
+            self.asked: list[tuple[int, bool]] = []
+
+        def attend(self) -> None: ...
+
+        def send(self, message: Any) -> None:
+            if not (isinstance(message, est.Have) and message.rewind):
+                return
+            self.asked.append((message.size, message.from_file))
+            if message.from_file:
+                self.says += [est.encode_growth(7, size) for size in (100, 100, 300_000, len(whole))]
+                return
+            for offset in range(message.size, len(whole), est.CHUNK_BYTES):
+                self.says.append(est.encode_chunk(7, offset, whole[offset : offset + est.CHUNK_BYTES]))
+
+        def receive(self, wait_s: float) -> Any:
+            if lost == "the file" and self.says and self.says[0] == est.encode_growth(7, len(whole)):
+                log.unlink(missing_ok=True)
+            return self.says.popleft() if self.says else None
+
+    master, shown = Master(), b""
+    source = est.LinkSource(cast(est.Caller, None), cast(Any, master), run_id)
+    while len(shown) < len(whole):
+        events = list(source.receive(0.01))
+        assert events or master.says, "nothing more comes"
+        shown += b"".join(event.data for event in events if isinstance(event, est.Piece))
+    assert shown == whole
+    asked = {"nothing": [(0, True)], "the file": [(0, True), (300_000, False)], "the folder": [(0, False)]}
+    assert master.asked == asked[lost]
 
 
 def test_followers_at_a_logs_end_read_it_once(tmp_path: Path) -> None:
@@ -182,7 +267,7 @@ def test_hosts_that_say_little_each_do_not_stop_the_window(tmp_path: Path) -> No
         """It has always something more to say, as long as the window has room."""
 
         def __init__(self) -> None:
-            self.wire = self
+            self.wire, self.folder = self, None
             logs = [est.Log(host, run_id, f"h{host}", 0) for host in range(hosts)]
             self.says: deque[Any] = deque(logs)
             self.sent, self.acked = [0] * hosts, [0] * hosts

@@ -246,18 +246,34 @@ def test_ten_thousand_wrong_frames_are_chunks_or_protocol_errors() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**63), st.binary(max_size=300), st.integers(1, 200))
 def test_a_squeezed_chunk_is_the_same_chunk(channel: int, offset: int, data: bytes, times: int) -> None:
     data = data * times
-    frame = est.encode_chunk(channel, offset, data[: est.CHUNK_BYTES], squeeze=True)
-    assert est.decode_chunk(frame) == (channel, offset, data[: est.CHUNK_BYTES])
+    for form in (est.DEFLATED_FORM, est.BARE_FORM):
+        frame = est.encode_chunk(channel, offset, data[: est.CHUNK_BYTES], form)
+        assert est.decode_chunk(frame) == (channel, offset, data[: est.CHUNK_BYTES])
+
+
+@quick
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
+def test_a_size_is_told_apart_from_bytes(channel: int, size: int) -> None:
+    """Only who asked for sizes gets them; to everybody else they are no chunk."""
+    frame = est.encode_growth(channel, size)
+    assert est.decode_growth(frame) == (channel, size)
+    assert est.decode_growth(frame + b"x") is None and est.decode_growth(frame[:-1]) is None
+    for data in (b"", b"x"):
+        assert est.decode_growth(est.encode_chunk(channel, size, data)) is None
+    with pytest.raises(est.ProtocolError):
+        est.decode_chunk(frame)
 
 
 def test_a_frame_that_inflates_without_end_is_refused() -> None:
-    head = est.CHUNK_HEADER.pack(2, 1, 0)
-    for body in (zlib.compress(b"x" * (est.LARGE_CHUNK_BYTES + 1)), zlib.compress(b"x" * 50_000_000), b"rubbish", b""):
-        with pytest.raises(est.ProtocolError):
-            est.decode_chunk(head + body)
-    whole = zlib.compress(b"line\n" * 5000)
-    with pytest.raises(est.ProtocolError):
-        est.decode_chunk(head + whole[:-4])
+    for form, bits in ((est.DEFLATED_FORM, 15), (est.BARE_FORM, -15)):
+        head = est.CHUNK_HEADER.pack(form, 1, 0)
+        for size in (est.LARGE_CHUNK_BYTES + 1, 50_000_000):
+            with pytest.raises(est.ProtocolError):
+                est.decode_chunk(head + zlib.compress(b"x" * size, wbits=bits))
+        whole = zlib.compress(b"line\n" * 5000, wbits=bits)
+        for body in (b"rubbish", b"", whole[:-4]):
+            with pytest.raises(est.ProtocolError):
+                est.decode_chunk(head + body)
 
 
 def texts_in(value: Any) -> list[str]:
