@@ -520,7 +520,8 @@ BARE_FEATURE = "bare deflate"  # who takes deflated log bytes without a checksum
 FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE, BARE_FEATURE)
 COMMANDER_FEATURES: tuple[str, ...] = (LARGE_FEATURE, LIST_FEATURE)
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
-WEBSOCKETS_KNOWN = "17.4"  # whose internals Door.connection_class overrides: read them again
+# whose internals Door.connection_class overrides and SocketWire calls: read them again
+WEBSOCKETS_KNOWN = "17.4"
 PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master hands it out
 
 # Sizes in bytes
@@ -3674,19 +3675,31 @@ CHUNK_HEADER = struct.Struct("!BIQ")  # form, channel, offset
 PLAIN_FORM, DEFLATED_FORM = 1, 2
 SIZE_FORM = 3  # no bytes follow: what stands before the offset is in the file
 BARE_FORM = 4  # deflated, without the checksum: the connection has one, and it took a third longer
-_WINDOW_BITS = {DEFLATED_FORM: zlib.MAX_WBITS, BARE_FORM: -zlib.MAX_WBITS}
+_WINDOW_BITS = {
+    DEFLATED_FORM: zlib.MAX_WBITS,
+    BARE_FORM: -zlib.MAX_WBITS,
+}
 
 
-def encode_chunk(channel: int, offset: int, data: bytes, squeeze: int = PLAIN_FORM) -> bytes:
+def encode_chunk(
+    channel: int,
+    offset: int,
+    data: bytes,
+    squeeze: int = PLAIN_FORM,
+) -> bytes:
     """Log bytes as a binary frame. `squeeze` is the deflated form that the other end takes, where
     it pays: what a client sends is masked byte by byte in Python, which costs more than deflating a
     log that deflates well."""
+    form, body = PLAIN_FORM, data
     if squeeze != PLAIN_FORM and len(data) >= SQUEEZE_BYTES:
-        deflater = zlib.compressobj(1, zlib.DEFLATED, _WINDOW_BITS[squeeze])
-        small = deflater.compress(data) + deflater.flush()
+        bits = _WINDOW_BITS[squeeze]
+        deflater = zlib.compressobj(1, zlib.DEFLATED, bits)
+        small = deflater.compress(data)
+        small += deflater.flush()
         if len(small) < len(data) // 2:
-            return CHUNK_HEADER.pack(squeeze, channel, offset) + small
-    return CHUNK_HEADER.pack(PLAIN_FORM, channel, offset) + data
+            form, body = squeeze, small
+    head = CHUNK_HEADER.pack(form, channel, offset)
+    return head + body
 
 
 def encode_growth(channel: int, size: int) -> bytes:
@@ -3877,12 +3890,24 @@ class Inbox:
     acked: int = 0  # bytes that the sender knows to be here
     asked: bool = False  # the sender is to begin again: what is in flight behind the gap is ignored
 
-    def ask(self, size: int, check: int | None = None, *, from_file: bool = False) -> Have:
+    def ask(
+        self,
+        size: int,
+        check: int | None = None,
+        *,
+        from_file: bool = False,
+    ) -> Have:
         """Have the sender go on behind the `size` bytes that are here; by `check` it compares
         them."""
         self.size = self.acked = size
         self.asked = False
-        return Have(self.channel, size, rewind=True, check=check, from_file=from_file)
+        return Have(
+            self.channel,
+            size,
+            rewind=True,
+            check=check,
+            from_file=from_file,
+        )
 
     def on_chunk(self, offset: int, size: int, gap: bool) -> Have | None:
         """What to tell the sender at once after a chunk at `offset`: `size` bytes are here now, and
@@ -15058,7 +15083,24 @@ class SocketWire:
         self.socket = socket
         self._closed = ConnectionClosed  # an import for each frame would cost more than its timer
 
+    def _send_now(self, frame: str | bytes) -> bool:
+        """Hand a frame to a connection that has nothing to do, as `send` of the library would, at a
+        third of its price; False, and nothing done, where that has to wait for something."""
+        connection = self.socket
+        transport = connection.transport
+        is_busy = transport.is_closing() or transport.get_write_buffer_size()
+        if is_busy or connection.protocol.state.name != "OPEN":
+            return False
+        if isinstance(frame, str):
+            connection.protocol.send_text(frame.encode())
+        else:
+            connection.protocol.send_binary(frame)
+        connection.send_data()
+        return True
+
     async def send(self, frame: str | bytes) -> None:
+        if self._send_now(frame):
+            return
         # An aborted connection ends the send that waits for it: a timer is all that this takes.
         loop = asyncio.get_running_loop()
         deadline = loop.call_later(SEND_S, self.abort)
@@ -15796,13 +15838,19 @@ class Link:
                 continue
             offset, length = span
             if cursor.from_file:
-                frame = encode_growth(cursor.channel, offset + length)
+                size = offset + length
+                frame = encode_growth(cursor.channel, size)
             else:
                 data = self.recent.read(path, offset, length)
                 if not data:
                     continue
                 length = len(data)
-                frame = encode_chunk(cursor.channel, offset, data, self.squeeze)
+                frame = encode_chunk(
+                    cursor.channel,
+                    offset,
+                    data,
+                    self.squeeze,
+                )
             before = cursor.unacked
             cursor.sent = offset + length
             self._unacked += cursor.unacked - before
@@ -16175,8 +16223,8 @@ def files_of(state: StateFolder, job: OwnJob) -> tuple[Path, Path]:
 
 
 async def next_poke(poked: asyncio.Event, grown_bytes: int) -> None:
-    """When to look at the jobs' files again, whose logs had so many bytes more at the last look: at
-    a runner's poke, or after a second."""
+    """When to look at the jobs' files again, whose logs had so many bytes more since the look
+    before: at a runner's poke, or after a second."""
     if grown_bytes >= CHUNK_BYTES:
         # nobody reads that line by line: one look takes what several pokes tell of
         await asyncio.sleep(FLOOD_LOOK_S)
@@ -16198,7 +16246,7 @@ class OwnJobs:
         self.jobs: dict[tuple[str, str], OwnJob] = {}
         self.link: Link | None = None
         self.poked = asyncio.Event()
-        self.grown_bytes = 0  # of all logs, at the last look
+        self.grown_bytes = 0  # of all logs, since the last look
         self.tasks = Tasks()
         self.current = ("", "")  # the newest job by hand, once it is known here
         self.current_stamp: tuple[int, ...] = ()  # of the file that names it
@@ -16244,7 +16292,6 @@ class OwnJobs:
         """Look at the jobs' files when a runner pokes, and once a second: a poke may be lost, or
         not know where to."""
         while True:
-            self.grown_bytes = 0
             self.find_local()
             for job in list(self.jobs.values()):
                 try:
@@ -16252,6 +16299,7 @@ class OwnJobs:
                 except Exception as problem:  # one job's trouble must not end the daemon
                     log.error("run %s: %s", job.record.run, problem)
             await next_poke(self.poked, self.grown_bytes)
+            self.grown_bytes = 0
 
     # What their files say
 
@@ -19040,7 +19088,10 @@ class Master:
             for follower in run.followers:
                 follower.grew(message.run, message.host, inbound.size)
             held = run.held.get(message.host)
-            if held and (inbound.closed or inbound.size >= held.size):
+            if held is None:
+                return
+            is_whole = inbound.closed or inbound.size >= held.size
+            if is_whole:
                 self.settle(run, message.host)
 
         path = self.state.log_file(message.run, message.host)
@@ -21205,9 +21256,13 @@ class Connection:
     """One connection of a commander to the master. Its end is EOFError."""
 
     def __init__(
-        self, wire: BlockingWire, welcome: Welcome, folder: StateFolder | None = None
+        self,
+        wire: BlockingWire,
+        welcome: Welcome,
+        folder: StateFolder | None = None,
     ) -> None:
-        self.wire, self.welcome = wire, welcome
+        self.wire = wire
+        self.welcome = welcome
         self.folder = folder  # the master's own, where it is within reach
         self._messages: deque[Any] = deque()  # of a frame that held several
 
@@ -21481,6 +21536,7 @@ class LinkSource:
         self.unknown_since = 0.0  # a new master has not heard of the run
         self.sizes: dict[str, int] = {}  # bytes of each host's log that are here
         self.inboxes: dict[int, tuple[str, Inbox]] = {}
+        self.files: dict[str, Path] = {}  # of hosts whose logs are read here
         self.unacked: dict[int, int] = {}  # bytes of each channel of which the master has not heard
         self.unacked_bytes = 0
         self.folder: StateFolder | None = None  # the master's own, where that is within reach
@@ -21548,8 +21604,13 @@ class LinkSource:
         while (offset := self.sizes[host]) < size:
             data = b""
             if self.folder:
-                path = self.folder.log_file(self.run, host)
-                data = read_log(path, offset, min(size - offset, LARGE_CHUNK_BYTES))
+                path = self.files.get(host)
+                if path is None:
+                    path = self.folder.log_file(self.run, host)
+                    self.files[host] = path
+                missing = size - offset
+                most = min(missing, LARGE_CHUNK_BYTES)
+                data = read_log(path, offset, most)
             if not data:
                 self.folder = None
                 self.connection.send(inbox.ask(offset))
@@ -21891,14 +21952,21 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
 class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # type: ignore[misc]
     """The daemon's end of the runner's poke; the datagram's content means nothing."""
 
-    def __init__(self, poked: asyncio.Event) -> None:
-        self._poked = poked
+    def __init__(self, own: OwnJobs) -> None:
+        self._own = own
 
     def connection_made(self, transport: Any) -> None: ...
     def connection_lost(self, problem: Exception | None) -> None: ...
     def error_received(self, problem: Exception) -> None: ...
     def datagram_received(self, data: bytes, address: Any) -> None:
-        self._poked.set()
+        # A line goes on its way at once; what else there may be to see waits for its turn. In a
+        # flood the lines wait as well, and go together.
+        is_flooded = self._own.grown_bytes >= CHUNK_BYTES
+        if not is_flooded:
+            for job in self._own.active():
+                self._own.check_size(job)
+        poked = self._own.poked
+        poked.set()
 
 
 class Supervisor:
@@ -22262,7 +22330,7 @@ class Service:
         role = agent.role = self.role.found.decision.role
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(
-            lambda: PokeReceiver(agent.own.poked),
+            lambda: PokeReceiver(agent.own),
             local_addr=("127.0.0.1", 0),
         )
         self.facts = {
@@ -25273,9 +25341,11 @@ class TextView(LineView):
             self.open_host = host
         if not self.output.terminal:
             mark = prefix.encode()
-            marked = (start.encode() + data).replace(b"\n", b"\n" + mark)
-            # What stands behind the last line's end belongs to a line that has not come.
-            end = len(marked) - len(mark) * ended
+            marked = start.encode() + data
+            marked = marked.replace(b"\n", b"\n" + mark)
+            end = len(marked)
+            if ended:  # what stands behind it belongs to a line that has not come
+                end -= len(mark)
             self.output.write(marked[:end])
             return
         text = data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "replace")
