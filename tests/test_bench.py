@@ -34,3 +34,13 @@ def test_the_master_never_stands_still_while_many_hosts_write(tmp_path: Path) ->
     assert found, out
     stall_ms, shown, written = (int(text.replace(",", "")) for text in found.groups())
     assert 0 < stall_ms < 500 and shown == written == 80_000, found[0]
+
+
+def test_what_passes_is_not_kept_in_memory(tmp_path: Path) -> None:
+    """Of 200 MB nothing stays with master, agent or command; the whole measurement is one of 10 GB."""
+    argv = [sys.executable, str(BENCH), *PROGRAM, "--only-scale", "--gigabytes", "0.2"]
+    code, out, err = run(argv, clean_env(tmp_path / "home"), tmp_path, timeout_s=240)
+    assert code == 0, err
+    found = re.findall(r"memory of the (\w+), 0\.2 GB pass \| \d+ MB \| \d+ MB \| \+ (-?[\d.]+) MB", out)
+    assert [name for name, _ in found] == ["command", "master", "agent"], out
+    assert all(float(grown) < 64 for _, grown in found), found

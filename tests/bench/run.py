@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ ROWS: list[tuple[str, str, str, str]] = []  # what, floor, ours, ratio
 NOOP = "git fetch origin && git checkout noop && git pull origin noop && true"
 LINES = 1_000_000
 LINE = "x" * 79
+JOB_MEGABYTES = 1 << 16  # of a log: more than any row here writes
 PRINTER = "import sys,time\nfor _ in range(300):\n    print(time.time_ns(), flush=True)\n    time.sleep(0.02)\n"
 COMMANDS = {
     "noop": ["true"],
@@ -71,6 +73,7 @@ class Fleet:
                 "masterUrl": f"ws://127.0.0.1:{port}",
                 "whitelist": ["127.0.0.0/8"],
                 "deploy": {"command": command},
+                "keep": {"jobMegabytes": JOB_MEGABYTES},
             }
             (work / "config").mkdir(exist_ok=True)
             (work / "config/updater.json").write_text(json.dumps(config))
@@ -202,6 +205,51 @@ def bench_memory(fleet: Fleet) -> None:
         print(
             f"memory of the {name}, 1M lines, a commander stalled: {before[name]:.0f} MB, at most {peak[name]:.0f} MB"
         )
+
+
+def peak_mb(pid: int) -> float:
+    """The most resident memory of a process so far, or since that was reset, in MB; 0 of one that is gone."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) * 1024 / 1e6 if found else 0.0
+
+
+def bench_pass(folder: Path, program: list[str], gigabytes: float) -> None:
+    """What master, agent and command hold in memory while that much of one log passes them, over what they held
+    before: of a command, over one that follows a no-op."""
+    folder.mkdir()
+    size = round(gigabytes * 1e9 / 80) * 80
+    COMMANDS["pass"] = ["sh", "-c", f"yes {LINE} | head -c {size}"]
+    fleet = Fleet(folder, program)
+
+    def watch(branch: str) -> float:
+        command = fleet.trigger("127.0.0.2", branch)
+        peak = 0.0
+        while command.poll() is None:
+            peak = max(peak, peak_mb(command.pid))
+            time.sleep(0.01)
+        assert command.returncode == 0, f"exit {command.returncode}"
+        return peak
+
+    try:
+        pids = {"master": fleet.daemons[0].pid, "agent": fleet.daemons[1].pid}
+        before = {"command": watch("noop")} | {name: rss_mb(pid) for name, pid in pids.items()}
+        for pid in pids.values():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is counted from here
+        began, cpu = time.perf_counter(), sum(map(cpu_s, pids.values()))
+        after = {"command": watch("pass")} | {name: peak_mb(pid) for name, pid in pids.items()}
+        took_s, spent = time.perf_counter() - began, sum(map(cpu_s, pids.values())) - cpu
+        copies = list((folder / "state-127.0.0.1/runs").glob("*/*.log"))
+        assert max(copy.stat().st_size for copy in copies) >= size, "not all of it came"
+        for name, held in before.items():
+            what = f"memory of the {name}, {size / 1e9:g} GB pass"
+            ROWS.append((what, f"{held:.0f} MB", f"{after[name]:.0f} MB", f"+ {after[name] - held:.1f} MB"))
+            print(*ROWS[-1], sep=" | ", flush=True)
+        print(f"{size / took_s / 1e6:.0f} MB/s, {spent / size * 1e9:.2f} s of both daemons for each GB")
+    finally:
+        fleet.close()
 
 
 def cpu_s(pid: int) -> float:
@@ -396,6 +444,7 @@ def main() -> None:
     parser.add_argument(
         "--stalls", default="", help="HOSTS,LINES,SECONDS: so many hosts that each write so many a second"
     )
+    parser.add_argument("--gigabytes", type=float, default=0.0, help="of one log, for the memory that they cost")
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -421,6 +470,8 @@ def main() -> None:
                 fleet.close()
         if args.stalls:
             bench_stalls(folder / "stalls", program, *map(int, args.stalls.split(",")))
+        if args.gigabytes:
+            bench_pass(folder / "pass", program, args.gigabytes)
         points = bench_scale(folder, program, [int(count) for count in args.scale.split(",") if count])
         if args.svg and points:
             args.svg.write_text(draw(points))
