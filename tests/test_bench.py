@@ -41,6 +41,6 @@ def test_what_passes_is_not_kept_in_memory(tmp_path: Path) -> None:
     argv = [sys.executable, str(BENCH), *PROGRAM, "--only-scale", "--gigabytes", "0.2"]
     code, out, err = run(argv, clean_env(tmp_path / "home"), tmp_path, timeout_s=240)
     assert code == 0, err
-    found = re.findall(r"memory of the (\w+), 0\.2 GB pass \| \d+ MB \| \d+ MB \| \+ (-?[\d.]+) MB", out)
+    found = re.findall(r"(?m)^memory of the (\w+), 0\.2 GB pass \| \d+ MB \| \d+ MB \| \+ (-?[\d.]+) MB", out)
     assert [name for name, _ in found] == ["command", "master", "agent"], out
     assert all(float(grown) < 64 for _, grown in found), found
