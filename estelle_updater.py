@@ -5984,7 +5984,7 @@ def read_backend(
             "correct `servers` in [haproxy]",
         )
     settings = _global_settings(sections)
-    state_file = _state_file(settings, lines)
+    state_file = _state_file(settings, lines, rule.backend)
     return BackendText(
         own.title.file,
         files[own.title.file],
@@ -6018,16 +6018,29 @@ def _haproxy_seconds(text: str) -> float | None:
     return None
 
 
-def _state_file(settings: Mapping[bytes, str], lines: Iterable[_HaproxyLine]) -> str | None:
-    """The file that a new process reads the servers' states from; None where the backend has
-    none."""
-    path = settings.get(b"server-state-file", "")
-    loads = any(line.starts(b"load-server-state-from-file", b"global") for line in lines)
-    if not path or not loads:
-        return None
+def _state_file(
+    settings: Mapping[bytes, str], lines: Iterable[_HaproxyLine], backend: str
+) -> str | None:
+    """The file that a new process reads the servers' states from, one for all backends or one for
+    each; None where the backend has none."""
+    source, own_name = b"none", backend
+    for line in lines:
+        # the last one counts: a backend may differ from its `defaults`
+        argument = b"".join(filter(None, line.words[1:2]))
+        if line.starts(b"load-server-state-from-file"):
+            source = argument
+        elif line.starts(b"server-state-file-name"):
+            own_name = backend
+            if argument not in (b"", b"use-backend-name"):
+                own_name = argument.decode(errors="replace")
+    paths = {b"global": settings.get(b"server-state-file", ""), b"local": own_name}
+    path = paths.get(source, "")
+    base = settings.get(b"server-state-base", "")
     if path.startswith("/"):
         return path
-    return f"{settings.get(b'server-state-base', '')}/{path}"
+    if path and base:
+        return f"{base.rstrip('/')}/{path}"
+    return None  # or one below the folder that HAProxy works in, which its text does not tell
 
 
 def _fronts(sections: list[_HaproxySection], own: _HaproxySection) -> list[_HaproxySection]:

@@ -336,12 +336,34 @@ def test_servers_that_begin_down_keep_their_states_or_are_refused(site: Site):
     proxy.reload()
     wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, "both are up")
     site.refused("green", "`init-state fully-down` without the states of before")
-    proxy.file.write_text(down)
-    proxy.reload()
-    wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, "both are up")
-    with Load(proxy.port, slow=0) as load:
-        assert site.switch("green").code == 0
-        assert load.end()[1] == {}
+    for text, color in ((down, "green"), (moved(local_states(down, proxy)), "blue")):
+        proxy.file.write_text(text)
+        proxy.reload()
+        wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, "both are up")
+        with Load(proxy.port, slow=0) as load:
+            assert site.switch(color).code == 0
+            assert load.end()[1] == {}
+
+
+def local_states(text: str, proxy: Proxy) -> str:
+    """The same text with a file of states for each backend, and not one for all."""
+    text = text.replace(f"server-state-file {proxy.folder}/states", f"server-state-base {proxy.folder}")
+    return text.replace("load-server-state-from-file global", "load-server-state-from-file local")
+
+
+def test_states_in_a_file_of_the_backends_own_are_carried(site: Site):
+    """What HAProxy reads with `load-server-state-from-file local`: here the weight that somebody gave by hand."""
+    proxy = site.proxy
+    for more in ("", "    server-state-file-name own.states\n"):
+        text = local_states(site.text.decode(), proxy)
+        proxy.file.write_text(text.replace("    option http-server-close\n", f"    option http-server-close\n{more}"))
+        proxy.reload()
+        wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, "both are up")
+        proxy.command("set server yquant_backend/green weight 77")
+        code, out, err = site.switch("green")
+        assert code == 0 and "the servers' states are kept" in out, (out, err)
+        assert proxy.rows()["green"][18] == "77" and proxy.live() == "green"
+        assert not any("load-server-state-from-file" in line for line in site.traffic()["warnings"])
 
 
 def keywords_of_haproxy() -> list[bytes]:
