@@ -6083,14 +6083,17 @@ def _haproxy_warnings(
 
 def _answers_all(line: _HaproxyLine) -> bool:
     """Whether a rule answers every request itself, so that none reaches a server."""
-    if any(word in (b"if", b"unless") for word in line.words):
+    words = line.words
+    if words[-2:] in ([b"if", b"TRUE"], [b"unless", b"FALSE"]):
+        words = words[:-2]
+    if any(word in (b"if", b"unless") for word in words):
         return False
     if line.starts(b"redirect"):
         return True
     if line.words[0] not in (b"http-request", b"tcp-request"):
         return False
-    final = (b"redirect", b"return", b"deny", b"reject", b"tarpit")
-    return any(word in final for word in line.words[1:3])
+    final = (b"redirect", b"return", b"deny", b"reject", b"tarpit", b"silent-drop")
+    return any(word in final for word in words[1:3])
 
 
 def _same_server(
@@ -6508,6 +6511,18 @@ class TrafficProof:
             if count and way.color != self.color:
                 said.append(f"{way.name} got {count} requests, at {way.color}'s address")
         return said
+
+    @property
+    def failed(self) -> str:
+        """What became of the requests that the new colour got, where none ended well; else ""."""
+        for row in self.rows:
+            if row["svname"] != self.name:
+                continue
+            good = [int(row.get(f"hrsp_{kind}xx") or 0) for kind in (1, 2, 3, 4)]
+            bad = [int(row.get(key) or 0) for key in ("hrsp_5xx", "econ", "eresp")]
+            if any(bad) and not any(good):
+                return f"{bad[0]} answers of 5xx, {bad[1] + bad[2]} without an answer, no other"
+        return ""
 
     @property
     def takes_all(self) -> bool:
@@ -14804,6 +14819,7 @@ class Switch:
             if changed and isinstance(problem, GuardError):
                 raise UpdaterError(problem.what, problem.hint) from problem
             raise
+        self.clear_states()
         self.runner.last_act = self.close
 
     def resume(self) -> bool:
@@ -14887,6 +14903,14 @@ class Switch:
             self.note(f"warning: {why}")
         return f"{done}, the servers' states are kept"
 
+    def clear_states(self) -> None:
+        """No later reload, by whomever, may bring back what was true at this one: beside health, a
+        state has the weight, the maintenance and the `ssl` of then, and overrides the text."""
+        if self.entry.state_file and self.entry.states:
+            version = self.entry.states.partition("\n")[0]
+            with suppress(OSError):  # it was said when it could not be written
+                write_atomic(Path(self.entry.state_file), f"{version}\n".encode())
+
     def reload(self) -> str:
         """HAProxy runs the new text. Raises UpdaterError."""
         return self.proxy.reload_until(self.entry.color)
@@ -14909,10 +14933,18 @@ class Switch:
         if proof.strayed and not proof.is_proved:  # what had begun may take a moment to go over
             poll(lambda: self.watch_requests(proof), 0.05, 2 * PROOF_S)
         seen.append(proof.seen())
+        old = self.old_connections()
+        is_tcp = any(row.get("mode") == "tcp" for row in proof.rows)
+        for line in old:
+            # HAProxy sees no requests in them, so it can't send the next one to the other colour.
+            if is_tcp and f"busy on {self.entry.before}" in line:
+                self.runner.warn(f"in `mode tcp` not all the traffic moves at once: {line}")
         if proof.is_proved:
             for way in proof.detoured:
                 self.runner.warn(f"not all the traffic moves: {way}")
-            return "; ".join([*seen, *self.old_connections()])
+            if proof.failed:
+                self.runner.warn(f"{self.entry.color} gets the requests, and fails: {proof.failed}")
+            return "; ".join([*seen, *old])
         wrong = proof.problem() or connect_problem(self.entry.color, self.entry.address)
         if wrong:
             raise UpdaterError(
@@ -14973,6 +15005,7 @@ class Switch:
             if self.live and not self.proxy.runs(before, RELOAD_S):
                 self.note("warning: HAProxy does not run what its file says: reload it by hand")
             self.make_ready()
+        self.clear_states()
         self.note(f"undone: {before} is active")
         self.runner.last_act = self.close
         return changed

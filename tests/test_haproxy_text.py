@@ -136,14 +136,18 @@ def test_what_goes_round_the_backend_is_told():
     [said] = read(HEAD + (servers + other).encode()).bypasses
     assert said == f"{FILE} line 10: what goes to api reaches blue, whichever colour is active"
     leads = "frontend f\ndefault_backend be\n"
-    for rule in ("redirect prefix http://x", "http-request redirect location /x", "http-request return status 200"):
+    all_of_them = ("redirect prefix http://x", "http-request redirect location /x", "http-request return status 200",
+                   "http-request silent-drop", "tcp-request content reject if TRUE",
+                   "http-request deny unless FALSE")  # fmt: skip
+    for rule in all_of_them:
         assert read(HEAD + f"{rule}\n{servers}{leads}".encode()).bypasses == (
             f"{FILE} line 4: it answers all requests itself",
         )
         front = f"frontend f\n{rule}\ndefault_backend be\n"
         assert read(HEAD + (servers + front).encode()).bypasses == (f"{FILE} line 7: it answers all requests itself",)
         assert read(HEAD + (servers + front.replace("be\n", "o\nbackend o\n") + leads).encode()).bypasses == ()
-        assert read(HEAD + f"{rule} if {{ path /x }}\n{servers}{leads}".encode()).bypasses == ()
+        some = rule.partition(" if ")[0].partition(" unless ")[0]
+        assert read(HEAD + f"{some} if {{ path /x }}\n{servers}{leads}".encode()).bypasses == ()
 
 
 def test_a_backend_that_nothing_leads_to_is_told():

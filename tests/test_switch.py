@@ -21,7 +21,7 @@ import pytest
 from tests import seam as est
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Result, kill_processes_of, processes_of, wait_for
-from tests.haproxy import CONFIG, Load, Proxy
+from tests.haproxy import CONFIG, WORKER, Load, Proxy
 from tests.test_health import says
 
 PHASES = ("gate", "check", "drain", "write", "reload", "proof")
@@ -364,6 +364,57 @@ def test_states_in_a_file_of_the_backends_own_are_carried(site: Site):
         assert code == 0 and "the servers' states are kept" in out, (out, err)
         assert proxy.rows()["green"][18] == "77" and proxy.live() == "green"
         assert not any("load-server-state-from-file" in line for line in site.traffic()["warnings"])
+
+
+def test_states_do_not_outlive_the_switch(site: Site):
+    """Somebody else's reload, days later, would bring back a maintenance that is over, and undo a changed line."""
+    proxy = site.proxy
+    third = f"server blue 127.0.0.1:{proxy.ports['blue']} check backup\n".replace("server blue", "    server third")
+    proxy.file.write_text(site.text.decode() + third)
+    proxy.reload()
+    proxy.command("set server yquant_backend/third state maint")
+    for color in ("green", "blue"):
+        code, out, err = site.switch(color)
+        assert code == 0, (out, err)
+        assert proxy.statuses()["third"] == "MAINT", "the switch itself keeps them"
+    site.configure(reload=["false"])
+    assert site.switch("green").code == 1, "undone"
+    site.configure()
+    proxy.command("set server yquant_backend/third state ready")
+    said = len(proxy.said)
+    proxy.reload()
+    wait_for(lambda: proxy.statuses()["third"] == "UP", lambda: f"{proxy.statuses()}")
+    assert "state" not in proxy.said[said:], "what is left of the file is valid"
+
+
+def test_a_colour_that_fails_every_request_is_told(site: Site):
+    """Its check succeeds, it gets the requests, and none ends well: nothing that a ✓ alone may hide."""
+    proxy = site.proxy
+    proxy.stop_worker("green")
+    broken = WORKER.replace('path == b"/health" and sys.argv[3:]', 'path != b"/health"')
+    assert broken != WORKER
+    argv = [sys.executable, "-c", broken, "green", str(proxy.ports["green"])]
+    proxy.workers["green"] = subprocess.Popen(argv, start_new_session=True)
+    wait_for(lambda: proxy.statuses()["green"] == "UP" and proxy.rows()["green"][36] == "L7OK", "its check succeeds")
+    with Load(proxy.port, slow=0) as load:
+        code, out, err = site.switch("green")
+        load.end()
+    proxy.stop_worker("green")
+    assert code == 0 and re.search(r"⚠ green gets the requests, and fails: \d+ answers of 5xx", out), (out, err)
+
+
+def test_connections_in_tcp_mode_stay_and_are_told(site: Site):
+    proxy = site.proxy
+    text = site.text.decode().replace("mode http", "mode tcp").replace("    option http-server-close\n", "")
+    proxy.file.write_text(text.replace("    option idle-close-on-response\n", ""))
+    proxy.reload()
+    wait_for(lambda: proxy.statuses() == {"blue": "UP", "green": "UP"}, "both are up")
+    with Load(proxy.port, slow=0) as load:
+        wait_for(lambda: int(proxy.rows()["blue"][4]) >= 4, "connections are kept")
+        code, out, err = site.switch("green")
+        load.end()
+    told = r"⚠ in `mode tcp` not all the traffic moves at once: HAProxy's old process \d+ still holds \d+ connections"
+    assert code == 0 and re.search(told, out), (out, err)
 
 
 def keywords_of_haproxy() -> list[bytes]:
