@@ -9789,6 +9789,14 @@ def _pipe_name(pid: int | str, number: int) -> str | None:
         return None
 
 
+def _holds(pid: int, pipe: str | None) -> bool:
+    """Whether a process has that pipe open, as whatever descriptor: `exec 3>&1` is enough."""
+    with suppress(OSError, ValueError):  # it ended, or is another user's
+        numbers = map(int, os.listdir(f"/proc/{pid}/fd"))
+        return any(pipe is not None and _pipe_name(pid, each) == pipe for each in numbers)
+    return False
+
+
 def _read_process(pid: int) -> _Process | None:
     """The process of that number; None where there is none, or no /proc."""
     stat = environ = b""
@@ -10350,16 +10358,10 @@ class Spawned:
                         **HIDDEN,
                     )
                     _DRAINS.append(drain)
-            left = []
-            for pid, process in _read_table().items():
-                out = _pipe_name(pid, 1)
-                err = _pipe_name(pid, 2)
-                if not process.alive:
-                    continue
-                if self.pipe in (out, err):
-                    left.append(pid)
-            left.sort()
-            return left
+            readers = {os.getpid(), *(drain.pid for drain in _DRAINS)}
+            table = _read_table()
+            left = [pid for pid in table if table[pid].alive and _holds(pid, self.pipe)]
+            return sorted(set(left) - readers)
 
         def close_pipe(self) -> None:
             """Stop reading. What the command left running goes on."""

@@ -488,6 +488,10 @@ def test_what_a_step_left_running_has_a_reader(
     two = step("true")
     read_all(two)
     assert two.leave_running() is None, "nobody holds it"
+    three = step("sh", "-c", "exec 3>&1; sleep 100 >/dev/null 2>&1 </dev/null & echo $! >other")
+    killed_at_end.append(pid_in(tmp_path / "other"))
+    read_all(three)
+    assert three.leave_running() == killed_at_end[-1:], "whatever the descriptor's number, and no reader of it"
 
 
 def test_killing_leftovers_spares_this_process_and_its_ancestors(tmp_path: Path) -> None:
