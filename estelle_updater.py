@@ -2628,6 +2628,9 @@ def compare_doors(old: Config, new: Config) -> list[Change]:
         program = (new.updater.sha256 or "none")[:12]
         changes.append(Change(f"updater.sha256: `upgrade` may install {program}"))
     changes += _compare_receivers(old.notify, new.notify)
+    for window in old.freeze:
+        if window not in new.freeze:
+            changes.append(Change(f"freeze {window.name}: no longer holds as it did"))
     for watch in new.watch:
         if watch not in old.watch:
             changes.append(Change(f"watch: {watch.then}s {watch.branch} on {watch.target}"))
@@ -2669,7 +2672,9 @@ def compare_commands(
     was = host_rule(old, address, hostname, role)
     is_now = host_rule(new, address, hostname, role)
     keys = ("command", "restart", "repo", "environment_file", "environment_variable", "remote")
-    for key in keys:
+    # and which files it reads for that, whether it takes part, and as what
+    more = ("version", "submodules", "lfs", "role", "color", "deploy")
+    for key in keys + more:
         before, after = getattr(was, key), getattr(is_now, key)
         if before != after:
             name = re.sub(r"_(\w)", lambda match: match[1].upper(), key)
@@ -2684,15 +2689,31 @@ def compare_commands(
     for rule in new.health:
         if rule.command and rule.command not in known:
             yield Change(f"health {rule.name}: runs {_words_text(rule.command)}")
-    before, after = (config.haproxy and config.haproxy.reload for config in (old, new))
-    if after and before != after:
-        yield Change(f"haproxy.reload: {_words_text(after)}")
+    masked = sorted(set(was.secrets) - set(is_now.secrets))
+    if masked:
+        yield Change(f"secrets: no longer masks {', '.join(masked)}")
+    if old.haproxy and not new.haproxy:
+        yield Change("haproxy: nobody switches the traffic any more")
+    for key in ("reload", "host", "files", "backend", "servers", "socket", "master_socket"):
+        before = getattr(old.haproxy, key, None)
+        after = getattr(new.haproxy, key, None)
+        if new.haproxy and before != after:
+            name = key
+            if key == "files":
+                name = "config"
+            if key == "master_socket":
+                name = "masterSocket"
+            yield Change(f"haproxy.{name}: {_words_text(after)}")
 
 
 def _words_text(value: Any) -> str:
     """A command or another setting for people; a list of commands too."""
     if isinstance(value, tuple | list):
         return " ".join(map(_words_text, value)) or "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return " ".join(f"{key}={part}" for key, part in value.items())
     return str(value or "nothing")
 
 
@@ -4226,14 +4247,19 @@ def as_ordered(run: RunRecord, job: JobRecord) -> JobRecord:
     said: dict[str, Any] = {name: getattr(ordered, name) for name in names}
     # A guess is the master's, as it is the one who can't hear: a host that calls its own word one
     # could take back a ✓ that somebody has seen.
-    said |= {"ordered": True, "provisional": False, "behind": None}
+    said["ordered"] = True
+    said["provisional"] = False
+    said["behind"] = None
     said |= shortened(job, JOB_WORD_CHARS)
     said["warnings"] = [text[:JOB_WARNING_CHARS] for text in job.warnings[:JOB_WARNINGS]]
     said["timed_steps"] = [label[:TIMED_CHARS] for label in job.timed_steps[:TIMED_STEPS]]
     said["timed_s"] = job.timed_s[:TIMED_STEPS]
     for name in ("started", "ended"):
         at = getattr(job, name)
-        if at is not None and not 0 <= at <= LAST_MOMENT:
+        if at is None:
+            continue
+        is_shown = 0 <= at <= LAST_MOMENT
+        if not is_shown:
             said[name] = None
     return replace(job, **said)
 
@@ -4681,6 +4707,17 @@ def is_far(url: str) -> bool:
     host, colon, _ = url.partition(":")
     # a single letter is a drive of Windows
     return bool(colon) and "/" not in host and len(host) > 1
+
+
+def machine_of_url(url: str) -> str:
+    """The machine that a repository's address leads to, with its port; "" for a folder of this
+    one."""
+    if not is_far(url):
+        return ""
+    place = url.partition(":")[0]
+    if "://" in url:
+        place = url.partition("://")[2].partition("/")[0]
+    return place.rpartition("@")[2].casefold()
 
 
 def join_url(base: str, url: str) -> str:
@@ -12358,13 +12395,77 @@ def find_begun(git_file: Callable[[str], Path], unmerged: Sequence[str]) -> str:
     return ""
 
 
+class SubmodulePlaces:
+    """Where a commit says that its submodules are, and whether they are there."""
+
+    def __init__(self, coming: Coming, *, plans: bool = False) -> None:
+        self.coming, self.rule, self.git = coming, coming.rule, coming.git
+        self.plans = plans  # nobody has ordered this commit, and perhaps nobody has read it
+
+    def named_urls(self, name: str) -> tuple[str, str, str]:
+        """Where a submodule comes from as the commit says, as this clone has it so far, and where
+        the clone itself comes from."""
+        base = self.git("config", "--get", f"remote.{self.rule.remote}.url").strip()
+        ours = self.git("config", "--get", f"submodule.{name}.url").strip()
+        url = self.coming.settings.get(f"submodule.{name}.url", "")
+        if url.startswith(("./", "../")):
+            url = join_url(base, url)
+        return url, ours, base
+
+    def new_place(self, name: str) -> str:
+        """The machine where a commit that is only planned says that a submodule is, unless this
+        clone has asked it before: a branch that nobody has read must not choose whom a host of
+        this fleet sends a request to, inside its own network."""
+        if not self.plans:
+            return ""
+        url, ours, base = self.named_urls(name)
+        place = machine_of_url(url)
+        known = {
+            machine_of_url(ours),
+            machine_of_url(base),
+        }
+        if place in known:
+            return ""
+        return place
+
+    def has_moved(self, name: str, folder: str, wanted: str) -> bool:
+        """Whether a commit that a submodule's remote has not got is where .gitmodules says.
+
+        A clone goes on asking where it was cloned from, whatever .gitmodules says since. An address
+        that the operator set, a mirror or one with a token, is left unless the other one helps.
+        """
+        url, ours, _ = self.named_urls(name)
+        if not url or url == ours or not may_ask(url, self.git):
+            return False
+        ask = functools.partial(self.git, "-C", str(self.coming.root / folder))
+        try:
+            listed = ask("ls-remote", url).split()
+            if wanted in listed:
+                return True
+            heads = []
+            for word in listed:
+                # a server may say anything: with a colon in it, it would write another ref here
+                branch = word.removeprefix("refs/heads/")
+                if branch != word and valid_branch_problem(branch) is None:
+                    heads.append(word)
+            # by its id alone, else by the branches that may have it: that moves no ref here
+            for names in ([wanted], *_parts(heads[:HEADS_ASKED])):
+                ask("fetch", *QUIET_FETCH, url, *names)
+                if ask("cat-file", "-t", wanted):
+                    return True
+        except UpdaterError:  # a place that does not answer is none to go to
+            return False
+        return False
+
+
 class Foresight:
     """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
     job asks before its first change."""
 
-    def __init__(self, coming: Coming) -> None:
+    def __init__(self, coming: Coming, *, plans: bool = False) -> None:
         self.coming, self.rule, self.git = coming, coming.rule, coming.git
         self.root, self.commit = coming.root, coming.commit
+        self.places = SubmodulePlaces(coming, plans=plans)
 
     def look(
         self,
@@ -12504,7 +12605,7 @@ class Foresight:
             *folders,
         )
         links = {path: one.id for path, one in parse_tree(listed).items() if one.mode == "160000"}
-        stuck, moved = [], []
+        stuck, moved, unasked = [], [], []
         for name, folder in self.coming.submodules.items():
             if folder not in links or not self.rule.submodules or self.is_off(name):
                 continue
@@ -12513,12 +12614,19 @@ class Foresight:
                 continue
             problem = self.check_submodule(folder, links[folder])
             lacks = problem is not None and not problem.hint
-            if lacks and self.has_moved(name, folder, links[folder]):
+            place = self.places.new_place(name)
+            if lacks and place:
+                told = f"submodule {folder}: its remote has no commit {links[folder][:7]}"
+                unasked.append(f"{told}; this one has it at {place}, which a plan does not ask")
+            elif lacks and self.places.has_moved(name, folder, links[folder]):
                 moved.append(folder)
             elif problem:
                 stuck.append(problem)
         return known._replace(
-            submodules=tuple(sorted(links)), stuck=tuple(stuck), moved=tuple(moved)
+            submodules=tuple(sorted(links)),
+            stuck=tuple(stuck),
+            moved=tuple(moved),
+            unsure=(*known.unsure, *unasked),
         )
 
     def check_room(self, folder: str) -> list[Refusal]:
@@ -12542,34 +12650,6 @@ class Foresight:
         return active.strip() == "false" and bool(
             self.git("config", "--get-all", "submodule.active")
         )
-
-    def has_moved(self, name: str, folder: str, wanted: str) -> bool:
-        """Whether a commit that a submodule's remote has not got is where .gitmodules says.
-
-        A clone goes on asking where it was cloned from, whatever .gitmodules says since. An address
-        that the operator set, a mirror or one with a token, is left unless the other one helps.
-        """
-        url = self.coming.settings.get(f"submodule.{name}.url", "")
-        if url.startswith(("./", "../")):
-            base = self.git("config", "--get", f"remote.{self.rule.remote}.url").strip()
-            url = join_url(base, url)
-        ours = self.git("config", "--get", f"submodule.{name}.url").strip()
-        if not url or url == ours or not may_ask(url, self.git):
-            return False
-        ask = functools.partial(self.git, "-C", str(self.root / folder))
-        try:
-            listed = ask("ls-remote", url).split()
-            if wanted in listed:
-                return True
-            heads = [word for word in listed if word.startswith("refs/heads/")]
-            # by its id alone, else by the branches that may have it: that moves no ref here
-            for names in ([wanted], *_parts(heads[:HEADS_ASKED])):
-                ask("fetch", *QUIET_FETCH, url, *names)
-                if ask("cat-file", "-t", wanted):
-                    return True
-        except UpdaterError:  # a place that does not answer is none to go to
-            return False
-        return False
 
     def check_submodule(self, folder: str, wanted: str) -> Refusal | None:
         """Whether a submodule can be checked out at a commit; without a hint where its remote has
@@ -16127,8 +16207,11 @@ def with_an_end(value: Any) -> Any:
     if isinstance(value, list):
         return [with_an_end(item) for item in value[:ANSWER_ROWS]]
     if isinstance(value, dict):
-        few = itertools.islice(value.items(), ANSWER_ROWS)
-        return {key[:ANSWER_CHARS]: with_an_end(item) for key, item in few}
+        few = {}
+        for key, item in itertools.islice(value.items(), ANSWER_ROWS):
+            name = key[:ANSWER_CHARS]
+            few[name] = with_an_end(item)
+        return few
     return value
 
 
@@ -17093,7 +17176,8 @@ class Outlook:
         )
         if not self.is_branch:
             branch = ""
-        known = Foresight(coming).look(branch, self.local, self.unmerged, self.obstacles)
+        foresight = Foresight(coming, plans=True)
+        known = foresight.look(branch, self.local, self.unmerged, self.obstacles)
         forecast = judge_prospect(known)
         found["refused"] += [one.text for one in forecast.refused]
         found["warnings"] += forecast.warnings
@@ -17121,6 +17205,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     address, branch = args.get("address"), str(args.get("branch"))
     require_branch(branch)
     rule, repo = agent.rule_and_repo(address)
+    own_version = rule.version  # what a commit that nobody has read names is not shown of this host
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
     judge_room(found, probe_disks(repo, agent.state.root))
@@ -17149,7 +17234,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     with suppress(OSError):
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
     with suppress(OSError):
-        found["version"] = parse_version_file(read_committed(repo / rule.version, repo))
+        found["version"] = parse_version_file(read_committed(repo / own_version, repo))
     if found.get("target"):
         file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
         found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
@@ -18290,12 +18375,21 @@ class Registry(Roster):
         traffic = await self.ask_traffic()
         colors = {host.machine: host.color for host in self.hosts()}
         # of two machines of one colour, nobody knows which it is
-        alike = list(colors.values()).count(colors.get(job.machine))
-        if not traffic["active"] or alike != 1:
+        alike = [one for one in colors if colors[one] == colors.get(job.machine)]
+        if not traffic["active"]:
             return False
-        word = {"run": job.run, "host": job.host, "at": job.revision, "is": "standby"}
-        if colors.get(job.machine) == traffic["active"]:
-            word["is"] = "active"
+        if len(alike) != 1:
+            return False
+        color = colors.get(job.machine)
+        role = "standby"
+        if color == traffic["active"]:
+            role = "active"
+        word = {
+            "run": job.run,
+            "host": job.host,
+            "at": job.revision,
+            "is": role,
+        }
         answer = await agent.ask("traffic is", word)
         return answer is not None and "error" not in answer
 

@@ -11,6 +11,7 @@ import pytest
 import tomli_w
 from hypothesis import example, given, settings, strategies as st
 
+from tests import seam as est
 from tests.seam import (
     CHECK_KINDS,
     NOTIFY_EVENTS,
@@ -885,3 +886,41 @@ def test_no_blank_or_short_secret(variables: dict[str, str]):
     for secret in secret_values(variables, {f"{name}_TOKEN": value for name, value in variables.items()}):
         assert secret.strip()
         assert len(secret.encode("utf-8", "surrogatepass")) >= 6
+
+
+DOORS: dict[str, Any] = {
+    "masterUrl": "ws://203.0.113.5:9900",
+    "whitelist": ["203.0.113.5", "203.0.113.7"],
+    "deploy": {"secrets": ["LOGIN"]},
+    "haproxy": {"host": "yq-data", "backend": "b"},
+    "freeze": [{"name": "market", "from": "09:00", "to": "15:30"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"freeze": []}, "freeze market: no longer holds as it did"),
+        ({"freeze": [{"name": "market", "from": "09:00", "to": "09:01"}]}, "freeze market: no longer holds as it did"),
+        ({"haproxy": None}, "haproxy: nobody switches the traffic any more"),
+        ({"haproxy": {"host": "203.0.113.7", "backend": "b"}}, "haproxy.host: 203.0.113.7"),
+        ({"haproxy": {"host": "yq-data", "backend": "b", "config": "/etc/other"}}, "haproxy.config: /etc/other"),
+        (
+            {"haproxy": {"host": "yq-data", "backend": "b", "servers": {"blue": "x", "green": "y"}}},
+            "haproxy.servers: blue=x green=y",
+        ),
+        ({"deploy": {}}, "secrets: no longer masks LOGIN"),
+        ({"deploy": {"secrets": ["LOGIN"], "version": ".env"}}, "version: .env instead of config/version.json"),
+        ({"deploy": {"secrets": ["LOGIN"], "submodules": False}}, "submodules: false instead of true"),
+        ({"hosts": {"203.0.113.7": {"color": "blue"}}}, "color: blue instead of nothing"),
+        ({"hosts": {"203.0.113.7": {"deploy": False}}}, "deploy: false instead of true"),
+        ({"hosts": {"203.0.113.7": {"role": "master"}}}, "role: master instead of nothing"),
+        ({}, ""),
+    ],
+)
+def test_what_a_new_configuration_changes_in_guards_and_traffic(more: dict[str, Any], told: str) -> None:
+    changed = {key: value for key, value in {**DOORS, **more}.items() if value is not None}
+    old, new = (est.parse_config(json.dumps(data), "x", "json") for data in (DOORS, changed))
+    doors = est.compare_doors(old, new)
+    runs = est.compare_commands(old, new, "203.0.113.7", "h", est.Role.AGENT)
+    assert [change.text for change in (*doors, *runs)] == ([told] if told else [])

@@ -883,5 +883,48 @@ def test_no_commit_that_nobody_read_chooses_what_runs_or_is_read_here(url: str, 
     rule: Any = SimpleNamespace(submodules=True, remote="origin")
     coming = est.Coming(clone.host, rule, clone.head(), ask, clone.head())
     coming.settings = {"submodule.x.url": url}
-    assert not est.Foresight(coming).has_moved("x", "x", "2" * 40)
+    assert not est.SubmodulePlaces(coming).has_moved("x", "x", "2" * 40)
     assert any(url in words for words in questions) == asked
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("https://169.254.169.254/latest", "169.254.169.254"),
+        ("http://user:word@inside.example:8080/x", "inside.example:8080"),
+        ("git@elsewhere.example:lib", "elsewhere.example"),
+        ("https://x.kr:8443/lib", "x.kr:8443"),
+        ("https://OURS.kr/lib", ""),
+        ("../lib", ""),
+        ("/srv/lib", ""),
+    ],
+)
+def test_a_plan_asks_no_machine_that_a_commit_brings_up(url: str, place: str, clone: Clone):
+    """The host would send a request into its own network for whoever can push a branch; the job, which somebody has
+    ordered, asks as git's own step does."""
+
+    def ask(*args: str) -> str:
+        return {"submodule.x.url": "https://ours.kr/x", "remote.origin.url": "https://x.kr/app"}.get(args[-1], "")
+
+    rule: Any = SimpleNamespace(submodules=True, remote="origin")
+    coming = est.Coming(clone.host, rule, clone.head(), ask, clone.head())
+    coming.settings = {"submodule.x.url": url}
+    assert est.SubmodulePlaces(coming, plans=True).new_place("x") == place
+    assert est.SubmodulePlaces(coming).new_place("x") == ""
+
+
+def test_a_server_s_refs_are_branches_and_no_refspecs(clone: Clone):
+    fetched: list[str] = []
+
+    def ask(*args: str) -> str:
+        if "ls-remote" in args:
+            return "1 refs/heads/a:refs/heads/master\n2 refs/heads/good\n3 refs/heads/-x\n4 refs/heads/b*\n"
+        if "fetch" in args:
+            fetched.extend(args)
+        return ""
+
+    rule: Any = SimpleNamespace(submodules=True, remote="origin")
+    coming = est.Coming(clone.host, rule, clone.head(), ask, clone.head())
+    coming.settings = {"submodule.x.url": "https://x.kr/lib"}
+    assert not est.SubmodulePlaces(coming).has_moved("x", "x", "2" * 40)
+    assert [word for word in fetched if word.startswith("refs/")] == ["refs/heads/good"]
