@@ -4558,6 +4558,7 @@ class Prospect(NamedTuple):
     is_current: bool = True  # the branch is checked out here
     elsewhere: str = ""  # the other work tree that has it checked out
     elsewhere_is_gone: bool = False  # its folder was removed
+    elsewhere_begun: str = ""  # what is not ended there: git keeps the branch for its end
     clash: str = ""  # the local branch with commits of its own that it can't exist beside
     own: int = 0  # commits of the local branch that the remote has not
     was_there: bool = False  # it had all of them
@@ -4631,6 +4632,9 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
         )
         if known.elsewhere_is_gone:
             free = f"{git} worktree prune"
+        if known.elsewhere_begun:
+            there = typed("git", "-C", known.elsewhere, "status")
+            free = f"{there}, and end the {known.elsewhere_begun} that was begun there"
         what = f"{known.branch} is checked out in another work tree: {known.elsewhere}"
         yield Refusal(what, free, checkout)
     if known.clash:
@@ -5500,6 +5504,14 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"insufficient permission for adding an object|unable to (?:create|unlink|append)[^\n]*"
         rb"Permission denied|cannot open [^\n]*FETCH_HEAD[^\n]*Permission denied",
         "files of the clone belong to another user (git was run as root there?): chown -R them",
+    ),
+    (
+        rb"unable to (?:create|unlink)[^\n]*Operation not permitted",
+        "a file or folder of the clone may not be changed by anybody: lsattr says which, chattr -i",
+    ),
+    (
+        rb"configured for Git LFS but",
+        "a hook of git-lfs stops git, as git-lfs is not installed here: install it",
     ),
     (
         # of a file in the tree git says no more than that, of its index in words of its own
@@ -9243,8 +9255,26 @@ def find_config(start: Path) -> Path:
     raise ConfigError(f"no config/updater.json or config/updater.toml in {where}", hint)
 
 
+def both_forms(path: Path) -> tuple[Path, ...]:
+    """A configuration's file, and the name that it has in the other form."""
+    others = [path.with_name(name) for name in CONFIG_NAMES if name != path.name]
+    if path.name not in CONFIG_NAMES:
+        return (path,)
+    return (path, *others)
+
+
+def present_form(path: Path) -> Path:
+    """A configuration's file, or the other form of it where a commit has put that in its place: a
+    daemon goes on by the name that it was started with."""
+    for form in both_forms(path):
+        if os.path.lexists(form):
+            return form
+    return path
+
+
 def load_config(path: Path) -> Config:
     """The configuration in a file. Raises ConfigError with every problem at once."""
+    path = present_form(path)
     try:
         data = read_committed(path, work_tree(path))
     except OSError as problem:
@@ -9264,14 +9294,15 @@ def load_config_or_last(
     `remember` it for then: for daemon and runner, as a commander may stand in any other clone.
     Raises ConfigError.
     """
+    path = present_form(path)
     keep = state.last_config(path)
     try:
         config = load_config(path)
     except ConfigError as problem:
-        try:
-            return load_config(keep), problem.what
-        except ConfigError:
-            raise problem from None
+        for form in both_forms(path):
+            with suppress(ConfigError):
+                return load_config(state.last_config(form)), problem.what
+        raise
     with suppress(OSError):
         data = read_committed(path, work_tree(path))
         if remember and not (keep.exists() and keep.read_bytes() == data):
@@ -9282,6 +9313,7 @@ def load_config_or_last(
 def project_of(config_path: Path) -> str:
     """The project that a configuration file names, also where the rest of it is wrong; "" where it
     names none, or nobody can read it."""
+    config_path = present_form(config_path)
     form = "toml" if config_path.suffix == ".toml" else "json"
     with suppress(OSError, ConfigError):
         data = parse_data(
@@ -9370,7 +9402,7 @@ class ConfigFile:
     def __init__(self, path: Path, state: StateFolder) -> None:
         self.path = path
         self.state = state
-        self._watch = FileWatch(path, settled=True)
+        self._watch = FileWatch(*both_forms(path), settled=True)
         self._watch.accept()
         self.config, self.problem = load_config_or_last(path, state)
 
@@ -12381,6 +12413,47 @@ BEGUN = {
 }
 
 
+def git_folder(tree: Path) -> Path:
+    """git's own folder for a work tree. Raises OSError."""
+    place = tree / ".git"
+    if place.is_file():
+        return tree / place.read_text("utf-8", "replace").removeprefix("gitdir:").strip()
+    return place
+
+
+# by which git keeps a branch for a work tree that it calls detached meanwhile
+_KEEPS_BRANCH = {
+    "rebase-merge/head-name": "rebase",
+    "rebase-apply/head-name": "rebase",
+    "BISECT_START": "bisect",
+}
+
+
+def find_other_tree(root: Path, git: Callable[..., str], branch: str) -> tuple[str, str]:
+    """The other work tree of a clone that has a branch checked out, and what was begun there that
+    git keeps the branch for; empty where there is none."""
+    trees: dict[str, str] = {}
+    place = ""
+    for line in git("worktree", "list", "--porcelain").splitlines():
+        word, _, value = line.partition(" ")
+        if word == "worktree":
+            place = value
+            trees[place] = ""
+        elif word == "branch":
+            trees[place] = value.removeprefix("refs/heads/")
+    for place, other in trees.items():
+        if os.path.realpath(place) == os.path.realpath(root):
+            continue
+        if other == branch:
+            return place, ""
+        for name, begun in _KEEPS_BRANCH.items():
+            with suppress(OSError):
+                kept = (git_folder(Path(place)) / name).read_text("utf-8", "replace")
+                if kept.strip().removeprefix("refs/heads/") == branch:
+                    return place, begun
+    return "", ""
+
+
 def find_begun(git_file: Callable[[str], Path], unmerged: Sequence[str]) -> str:
     """What somebody began in a clone and did not end: git would refuse to move on."""
     # git ends the others by itself where nothing is unmerged, and would drop a merge
@@ -12522,9 +12595,14 @@ class Foresight:
         if current is None:
             current = self.git("branch", "--show-current").strip()
         if current != branch:
-            elsewhere = self.find_other_tree(branch)
+            elsewhere, begun = find_other_tree(self.root, self.git, branch)
             gone = bool(elsewhere) and not os.path.exists(elsewhere)
-            known = known._replace(is_current=False, elsewhere=elsewhere, elsewhere_is_gone=gone)
+            known = known._replace(
+                is_current=False,
+                elsewhere=elsewhere,
+                elsewhere_is_gone=gone,
+                elsewhere_begun=begun,
+            )
         if not local:
             return known._replace(clash=self.find_clash(branch))
         if local == self.commit:
@@ -12545,18 +12623,6 @@ class Foresight:
             was_there=self.was_on_remote(branch, local),
             is_shallow=self.git_file("shallow").exists(),
         )
-
-    def find_other_tree(self, branch: str) -> str:
-        """The other work tree of this clone in which a branch is checked out, if any."""
-        place = ""
-        for line in self.git("worktree", "list", "--porcelain").splitlines():
-            word, _, value = line.partition(" ")
-            if word == "worktree":
-                place = value
-            is_it = (word, value) == ("branch", f"refs/heads/{branch}")
-            if is_it and os.path.realpath(place) != os.path.realpath(self.root):
-                return place
-        return ""
 
     def find_clash(self, branch: str) -> str:
         """The local branch with commits of its own that `branch` can't exist beside."""

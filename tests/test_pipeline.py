@@ -549,6 +549,11 @@ def test_the_daemons_own_log_shows_no_password(capfd: pytest.CaptureFixture[str]
         ("error: object file .git/objects/ab/cd is empty", "empty or damaged"),
         (" ! [rejected]  v1 -> v1  (would clobber existing tag)", "a tag was moved"),
         (" ERR_PNPM_NO_SCRIPT  Missing script: deploy:release", "no such script"),
+        ("error: unable to unlink old 'dir/b': Operation not permitted", "chattr -i"),
+        (
+            "This repository is configured for Git LFS but 'git-lfs' was not found on your path.",
+            "git-lfs is not installed",
+        ),
         ("scripts/release.sh: line 3: pnpm: command not found", "no such package manager"),
         ("'pnpm' is not recognized as an internal or external command,", "no such package manager"),
     ],

@@ -205,6 +205,44 @@ def test_a_file_that_git_takes_for_unchanged_is_named(clone: Clone):
         clone.git(clone.host, "checkout", "-q", "a")
 
 
+def test_a_configuration_may_get_its_other_form(clone: Clone):
+    """`config convert`, committed: who was started with the old name goes on with the new one."""
+    seed, text = clone.folder / "seed", 'masterUrl = "ws://127.0.0.1:9900"\nwhitelist = ["127.0.0.1"]\n'
+    daemon = est.ConfigFile(clone.host / "config/updater.json", est.StateFolder(clone.state))
+    (seed / "config/updater.json").unlink()
+    new = clone.commit({"config/updater.toml": text + '[deploy]\ncommand = ["sh", "-c", "echo other form"]\n'})
+    code, out, err = clone.deploy()
+    assert (code, clone.head()) == (0, new) and "other form\n" in out, err
+    wait_for(daemon.reload, "the daemon sees it")
+    assert daemon.problem is None and daemon.config.deploy.command[-1] == "echo other form"
+    (clone.host / "config/updater.toml").write_text("whitelist = 1")
+    wait_for(lambda: daemon.reload() or daemon.problem, "and that it is wrong")
+    assert daemon.config.deploy.command[-1] == "echo other form", "the last valid one stays"
+
+
+@pytest.mark.parametrize("begun", ["rebase", "bisect"])
+def test_a_branch_that_is_kept_in_another_tree_is_known_before(clone: Clone, begun: str):
+    """git keeps the branch until it is ended there, and calls the tree detached meanwhile."""
+    other, first = clone.folder / "o t", clone.head()
+    clone.git(clone.host, "checkout", "-q", "--detach")
+    clone.git(clone.host, "worktree", "add", "-q", str(other), "master")
+    new = clone.commit({"b": "1"})
+    if begun == "bisect":
+        clone.git(other, "bisect", "start")
+        clone.git(other, "checkout", "-q", "--detach")
+    else:
+        argv = ["git", "-c", "sequence.editor=echo break >", "rebase", "-q", "-i", "HEAD"]
+        subprocess.run(argv, cwd=other, env=clone.env, check=True, timeout=60)
+    code, out, err = clone.deploy()
+    assert (code, clone.head()) == (1, first) and f"nothing changed on {HOST}" in err
+    assert f"hint: git -C '{other}' status, and end the {begun} that was begun there\n" in out
+    assert "git checkout master...\n" not in out, "known before git was asked to do it"
+    clone.git(other, begun, *(["reset"] if begun == "bisect" else ["--abort"]))
+    clone.git(other, "checkout", "-q", "--detach")
+    code, out, err = clone.deploy()
+    assert (code, clone.head()) == (0, new), out + err
+
+
 def test_a_hook_that_fetches_takes_nothing_from_the_result(clone: Clone):
     clone.commit({"side": "1"}, "side")
     hook = clone.host / ".git" / "hooks" / "post-merge"
