@@ -15,14 +15,17 @@ PROGRAM = [os.environ["ESTELLE_TEST_PROGRAM"]] if "ESTELLE_TEST_PROGRAM" in os.e
 
 
 def test_light_agents_are_welcomed_and_deploy(tmp_path: Path) -> None:
-    """Each by the real wire; a table and a picture come of it."""
+    """Each by the real wire, beside a bare server; a table and a picture come of it, and of recorded runs."""
     picture = tmp_path / "scale.svg"
-    argv = [sys.executable, str(BENCH), *PROGRAM, "--only-scale", "--scale", "5,20", "--svg", str(picture)]
+    sizes = ["--scale", "5,20", "--runs", "3,9", "--svg", str(picture)]
+    argv = [sys.executable, str(BENCH), *PROGRAM, "--only-scale", *sizes]
     code, out, err = run(argv, clean_env(tmp_path / "home"), tmp_path, timeout_s=240)
     assert code == 0, err
-    assert "| 20 agents welcomed |" in out and "| `trigger all` on 20, exit 0 |" in out, out
+    assert "| 20 agents welcomed | bare websockets" in out, out
+    assert "| `trigger all` on 20, exit 0 | bare websockets" in out and "| start, 9 recorded runs" in out, out
     names = [element.tag.rpartition("}")[2] for element in ET.parse(picture).getroot().iter()]
-    assert names.count("circle") == 4 and names.count("polyline") == 2
+    assert names.count("polyline") == 7, "two lines of the master, two of the floor, three of recorded runs"
+    assert names.count("circle") == 14
 
 
 def test_the_master_never_stands_still_while_many_hosts_write(tmp_path: Path) -> None:

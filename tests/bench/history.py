@@ -41,6 +41,19 @@ def record(state: est.StateFolder, number: int) -> None:
         state.save_job(job)
 
 
+def fill(folder: Path, runs: int) -> None:
+    """A state folder in which so many runs are recorded and indexed."""
+    if not runs:
+        return
+    state = est.StateFolder(folder)
+    state.create()
+    est.write_atomic(folder / "machines.json", b"{}")  # or the runs' hosts would be taken for this fleet's
+    for number in range(runs):
+        record(state, number)
+    time.sleep(est.INDEX_AFTER_S)
+    state.history.rows()
+
+
 def say(what: str, action: Callable[[], Any]) -> None:
     began = time.perf_counter()
     action()

@@ -3,15 +3,15 @@
 
 A master on 127.0.0.1 and an agent on 127.0.0.2 deploy from a git origin on this disk; with `--scale`, beside them so
 many light agents (herd.py says what of them is simulated); with `--peers`, ssh by a server of its own on this machine,
-and Fabric in a virtualenv of its own do the same no-op and the same lines. It ends with a table in Markdown, and
-writes `--svg FILE`: cost by hosts. Nothing here asserts a figure.
+and Fabric in a virtualenv of its own do the same no-op and the same lines; with `--runs`, masters that have recorded so
+many runs answer. It ends with a table in Markdown, and writes `--svg FILE`: cost by hosts, lines and recorded runs.
+Nothing here asserts a figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -25,8 +25,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.bench.history import fill
+from tests.bench.picture import Line, Panel, draw
+
 SOURCE = Path(__file__).resolve().parents[2] / "estelle_updater.py"
 ROWS: list[tuple[str, str, str, str]] = []  # what, floor, ours, ratio
+PANELS: list[Panel] = []
 NOOP = "git fetch origin && git checkout noop && git pull origin noop && true"
 LINES = 1_000_000
 LINE = "x" * 79
@@ -34,6 +40,8 @@ JOB_MEGABYTES = 1 << 16  # of a log: more than any row here writes
 PRINTER = "import sys,time\nfor _ in range(300):\n    print(time.time_ns(), flush=True)\n    time.sleep(0.02)\n"
 COMMANDS = {
     "noop": ["true"],
+    "some": ["sh", "-c", f"yes {LINE} | head -n {LINES // 100}"],
+    "many": ["sh", "-c", f"yes {LINE} | head -n {LINES // 10}"],
     "lines": ["sh", "-c", f"yes {LINE} | head -n {LINES}"],
     "live": [sys.executable, "printer.py"],
 }
@@ -55,9 +63,11 @@ def median_s(repeat: int, action: Callable[[], object]) -> float:
 
 
 class Fleet:
-    """An origin with one branch per command, a master and an agent as real processes."""
+    """An origin with one branch per command, a master that has recorded so many runs, and an agent, as real
+    processes."""
 
-    def __init__(self, folder: Path, program: list[str]) -> None:
+    def __init__(self, folder: Path, program: list[str], runs: int = 0) -> None:
+        fill(folder / "state-127.0.0.1", runs)
         self.folder, self.program = folder, program
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -129,22 +139,55 @@ def bench_start(program: list[str]) -> None:
     floor = median_s(20, lambda: run(sys.executable, "-c", "pass"))
     say("--version", median_s(20, lambda: run(*program, "--version")), "python -c pass", floor)
     say("--help", median_s(10, lambda: run(*program, "--help")), "python -c pass", floor)
+    say("the module's own start", own_start_s(program[-1]), "python -c pass", floor)
+
+
+def own_start_s(pyz: str) -> float:
+    """What the module itself takes to be imported, without what it imports; the least of some, as a wall clock also
+    counts what others do on this machine."""
+    code = f"import sys; sys.path.insert(0, {pyz!r}); import estelle_updater"
+    found = []
+    for _ in range(9):
+        done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+        told = re.search(r"import time: +(\d+) \|[ 0-9]+\| estelle_updater$", done.stderr, re.MULTILINE)
+        assert told, done.stderr
+        found.append(int(told[1]) / 1e6)
+    return min(found)
 
 
 def bench_noop(fleet: Fleet) -> None:
     repo = fleet.folder / "127.0.0.2"
     floor = median_s(7, lambda: run("sh", "-c", NOOP, cwd=repo))
     say("no-op deployment, one host", median_s(7, lambda: fleet.trigger("127.0.0.2", "noop").wait()), "shell", floor)
-    times = os.times()
-    before = times.children_user + times.children_system + sum(cpu_s(daemon.pid) for daemon in fleet.daemons)
-    for _ in range(5):
-        fleet.trigger("127.0.0.2", "noop").wait()
-    times = os.times()
-    after = times.children_user + times.children_system + sum(cpu_s(daemon.pid) for daemon in fleet.daemons)
-    spent = (after - before) / 5 * 1000
-    ROWS.append(("its processor time: command and daemons", "", f"{spent:.0f} ms", ""))
+    spent = spent_s(fleet, lambda: fleet.trigger("127.0.0.2", "noop").wait())
+    say("its processor time: command and daemons", spent, "shell", spent_s(fleet, lambda: run(
+        "sh", "-c", NOOP, cwd=repo)))  # fmt: skip
     status = median_s(7, lambda: run(*fleet.arguments("127.0.0.1"), "status"))
     say("status", status, "python -c pass", median_s(7, lambda: run(sys.executable, "-c", "pass")))
+
+
+def spent_s(fleet: Fleet, action: Callable[[], object], times: int = 5) -> float:
+    """The processor time of a command and the daemons, for one of `times`; a runner is no child of theirs."""
+
+    def so_far() -> float:
+        used = os.times()
+        return used.children_user + used.children_system + sum(cpu_s(daemon.pid) for daemon in fleet.daemons)
+
+    before = so_far()
+    for _ in range(times):
+        action()
+    return (so_far() - before) / times
+
+
+def bench_growth(fleet: Fleet) -> None:
+    """Few lines and many, for the picture."""
+    ours, floor = Line("here", []), Line("lines to a file", [], is_floor=True)
+    for branch, lines in (("some", LINES // 100), ("many", LINES // 10), ("lines", LINES)):
+        pipe = f"yes {LINE} | head -n {lines} | cat > {fleet.folder / 'floor'}"
+        floor.points.append((lines, median_s(3, lambda pipe=pipe: run("sh", "-c", pipe))))  # type: ignore[misc]
+        one = lambda branch=branch: fleet.trigger("127.0.0.2", branch).wait()  # noqa: E731
+        ours.points.append((lines, median_s(3, one)))
+    PANELS.append(Panel("Lines of output", "seconds, from the order to the last line", "lines", [ours, floor]))
 
 
 def bench_lines(fleet: Fleet) -> None:
@@ -252,6 +295,13 @@ def bench_pass(folder: Path, program: list[str], gigabytes: float) -> None:
         fleet.close()
 
 
+def pss_mb(pid: int) -> float:
+    """Memory of a process in MB, of what it shares with others only its part."""
+    told = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert told
+    return int(told[1]) * 1024 / 1e6
+
+
 def cpu_s(pid: int) -> float:
     """Processor time of a process so far, all threads, in seconds."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
@@ -265,8 +315,9 @@ def bench_idle(fleet: Fleet, seconds: float = 30.0) -> None:
     time.sleep(seconds)
     for name, daemon, cpu in zip(("master", "agent"), fleet.daemons, before, strict=False):
         share = (cpu_s(daemon.pid) - cpu) / seconds
-        ROWS.append((f"idle {name}", "", f"{rss_mb(daemon.pid):.0f} MB, {share:.2%} of a core", ""))
-        print(f"idle {name}: {rss_mb(daemon.pid):.1f} MB resident, {share:.3%} of a core")
+        memory = f"{rss_mb(daemon.pid):.1f} MB resident, {pss_mb(daemon.pid):.1f} its own part"
+        ROWS.append((f"idle {name}", "", f"{memory}; {share:.2%} of a core", ""))
+        print(f"idle {name}: {memory}; {share:.3%} of a core")
 
 
 def bench_resume(fleet: Fleet) -> None:
@@ -290,44 +341,126 @@ def bench_resume(fleet: Fleet) -> None:
     watcher.communicate()
 
 
-def bench_scale(folder: Path, program: list[str], counts: list[int]) -> list[tuple[int, float, float]]:
-    """What a fleet costs its master, per agent: (agents, ms to welcome one, ms to deploy on one), processor time."""
-    found = []
+def start_herd(port: int, *words: int) -> subprocess.Popen[str]:
+    """Light agents, all of them welcomed."""
+    argv = [sys.executable, "-m", "tests.bench.herd", str(port), *map(str, words)]
+    herd = subprocess.Popen(argv, cwd=SOURCE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert herd.stdout
+    herd.stdout.readline()
+    return herd
+
+
+class Cost:
+    """What something costs a process, for each of `count`."""
+
+    def __init__(self, pid: int, count: int) -> None:
+        self.pid, self.count = pid, count
+        self.began, self.cpu, self.memory = time.perf_counter(), cpu_s(pid), rss_mb(pid)
+
+    def end(self) -> Cost:
+        self.wall_s = time.perf_counter() - self.began
+        self.each_ms = (cpu_s(self.pid) - self.cpu) / self.count * 1000
+        self.each_kib = (rss_mb(self.pid) - self.memory) * 1e6 / 1024 / self.count
+        return self
+
+
+def bare_cost(count: int) -> tuple[Cost, Cost]:
+    """The floor: a bare websockets server that says the same words to the same light agents."""
+    argv = [sys.executable, "-m", "tests.bench.bare"]
+    bare = subprocess.Popen(argv, cwd=SOURCE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    herd = None
+    try:
+        assert bare.stdin and bare.stdout
+        port = int(bare.stdout.readline())
+        cost = Cost(bare.pid, count)
+        herd = start_herd(port, count)
+        welcome, cost = cost.end(), Cost(bare.pid, count)
+        print("order", file=bare.stdin, flush=True)
+        assert bare.stdout.readline() == "done\n"
+        return welcome, cost.end()
+    finally:
+        for process in filter(None, (herd, bare)):
+            process.kill()
+            process.communicate()
+
+
+def bench_scale(folder: Path, program: list[str], counts: list[int]) -> None:
+    """What a fleet costs its master, per agent: processor time, as the clock shows how busy this machine is."""
+    lines = [Line("order", []), Line("welcome", []), Line("bare order", [], True), Line("bare welcome", [], True)]
     for count in counts:
+        floors = bare_cost(count)
         (folder / f"scale-{count}").mkdir()
         fleet = Fleet(folder / f"scale-{count}", program)
         herd = None
         try:
-            pid, began = fleet.daemons[0].pid, time.perf_counter()
-            memory, cpu = rss_mb(pid), cpu_s(pid)
-            argv = [sys.executable, "-m", "tests.bench.herd", str(fleet.port), str(count)]
-            herd = subprocess.Popen(argv, cwd=SOURCE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            assert herd.stdout
-            herd.stdout.readline()
-            welcome_s, welcomed = time.perf_counter() - began, cpu_s(pid) - cpu
-            each_kib = (rss_mb(pid) - memory) * 1e6 / 1024 / count
-            began, cpu = time.perf_counter(), cpu_s(pid)
-            code = fleet.trigger("all", "noop").wait(300)
-            order_s, ordered = time.perf_counter() - began, cpu_s(pid) - cpu
-            found.append((count, welcomed / count * 1000, ordered / count * 1000))
-            ROWS.append(
-                (
-                    f"{count:,} agents welcomed",
-                    "",
-                    f"{welcome_s:.1f} s",
-                    f"{found[-1][1]:.2f} ms each, {each_kib:.0f} KiB",
-                )
-            )
-            ROWS.append(
-                (f"`trigger all` on {count:,}, exit {code}", "", f"{order_s:.1f} s", f"{found[-1][2]:.2f} ms each")
-            )
-            print(*ROWS[-2:], sep="\n", flush=True)
+            cost = Cost(fleet.daemons[0].pid, count)
+            herd = start_herd(fleet.port, count)
+            welcome, cost = cost.end(), Cost(fleet.daemons[0].pid, count)
+            code = fleet.trigger("all", "noop").wait(600)
+            order = cost.end()
         finally:
             if herd:
                 herd.kill()
                 herd.communicate()
             fleet.close()
-    return found
+        kib = f", {floors[0].each_kib:.1f} KiB", f", {welcome.each_kib:.1f} KiB"
+        note_scale(f"{count:,} agents welcomed", welcome, floors[0], kib)
+        note_scale(f"`trigger all` on {count:,}, exit {code}", order, floors[1], ("", ""))
+        for line, found in zip(lines, (order, welcome, *reversed(floors)), strict=True):
+            line.points.append((count, found.each_ms))
+    if counts:
+        PANELS.append(Panel("Hosts", "ms of the master's processor for each host", "connected hosts", lines))
+
+
+def note_scale(what: str, ours: Cost, floor: Cost, memory: tuple[str, str]) -> None:
+    """A row of what one host of many costs."""
+    told = f"{ours.wall_s:.1f} s; {ours.each_ms:.2f} ms each{memory[1]}"
+    ROWS.append(
+        (
+            what,
+            f"bare websockets {floor.wall_s:.1f} s; {floor.each_ms:.2f} ms each{memory[0]}",
+            told,
+            f"{ours.each_ms / max(floor.each_ms, 1e-3):.2f}",
+        )
+    )
+    print(ROWS[-1], flush=True)
+
+
+def bench_runs(folder: Path, program: list[str], counts: list[int]) -> None:
+    """What many recorded runs cost: processor time of command and daemons, and of a master's start; the floor is the
+    same with the fewest."""
+    lines = {what: Line(what, []) for what in ("status", "history", "start")}
+    for count in counts:
+        (folder / f"runs-{count}").mkdir()
+        fleet = Fleet(folder / f"runs-{count}", program, count)
+        try:
+            for what in ("status", "history"):
+                argv = [*fleet.arguments("127.0.0.1"), what]
+                run(*argv)
+                spent = spent_s(fleet, lambda argv=argv: run(*argv), 9)  # type: ignore[misc]
+                lines[what].points.append((count, spent))
+            lines["start"].points.append((count, statistics.median(start_s(fleet) for _ in range(5))))
+        finally:
+            fleet.close()
+    for what, line in lines.items():
+        floor, last = line.points[0], line.points[-1]
+        say(f"{what}, {last[0]:,} recorded runs: processor", last[1], f"{floor[0]} runs", floor[1])
+    shown = [Line(line.name, [(count, spent * 1000) for count, spent in line.points]) for line in lines.values()]
+    PANELS.append(Panel("Recorded runs", "ms of processor time", "recorded runs", shown))
+
+
+def start_s(fleet: Fleet) -> float:
+    """The processor time of a master's start, until its port is open."""
+    fleet.daemons[0].kill()
+    fleet.daemons[0].wait()
+    fleet.serve("127.0.0.1", 0)
+    deadline = time.monotonic() + 60
+    while True:
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", fleet.port)):
+                return cpu_s(fleet.daemons[0].pid)
+        assert time.monotonic() < deadline, "no master"
+        time.sleep(0.005)
 
 
 def bench_stalls(folder: Path, program: list[str], hosts: int, lines: int, seconds: int) -> None:
@@ -376,28 +509,6 @@ def bench_stalls(folder: Path, program: list[str], hosts: int, lines: int, secon
         fleet.close()
 
 
-def draw(points: list[tuple[int, float, float]]) -> str:
-    """An SVG: the master's processor time per agent by the number of agents, which a linear cost keeps level."""
-    top = max((max(point[1:]) for point in points), default=1.0)
-    lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 260" font-family="sans-serif" font-size="12">']
-    lines.append('<rect width="480" height="260" fill="white"/><path d="M50 20V220H460" fill="none" stroke="black"/>')
-    lines.append(
-        f'<text x="10" y="15">ms per agent</text><text x="10" y="34">{top:.1f}</text><text x="36" y="222">0</text>'
-    )
-    for index, (name, colour) in enumerate((("welcome", "#06c"), ("deployment", "#c50")), 1):
-        places = []
-        for count, *_ in points:
-            places.append(70 + 370 * math.log(count / points[0][0]) / max(0.1, math.log(points[-1][0] / points[0][0])))
-        dots = [(x, 220 - 190 * point[index] / top) for x, point in zip(places, points, strict=True)]
-        lines.append(
-            f'<polyline points="{" ".join(f"{x:.0f},{y:.0f}" for x, y in dots)}" fill="none" stroke="{colour}"/>'
-        )
-        lines += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="{colour}"/>' for x, y in dots]
-        lines.append(f'<text x="{200 + 100 * index}" y="15" fill="{colour}">{name}</text>')
-        lines += [f'<text x="{x - 15:.0f}" y="238">{point[0]}</text>' for x, point in zip(places, points, strict=True)]
-    return "\n".join([*lines, '<text x="200" y="255">agents of one master</text>', "</svg>"]) + "\n"
-
-
 def bench_peers(fleet: Fleet) -> None:
     """The same no-op and the same lines by ssh, plain and multiplexed, and by Fabric."""
     home, repo = fleet.folder, fleet.folder / "127.0.0.2"
@@ -440,7 +551,8 @@ def main() -> None:
     parser.add_argument("pyz", nargs="?")
     parser.add_argument("--scale", default="", help="numbers of light agents, as in 200,1000")
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--only-scale", action="store_true", help="and nothing else")
+    parser.add_argument("--runs", default="", help="numbers of recorded runs, as in 10,1000,10000")
+    parser.add_argument("--only-scale", action="store_true", help="and --stalls, --runs, and nothing else")
     parser.add_argument(
         "--stalls", default="", help="HOSTS,LINES,SECONDS: so many hosts that each write so many a second"
     )
@@ -462,6 +574,8 @@ def main() -> None:
                 bench_noop(fleet)
                 bench_live(fleet)
                 bench_lines(fleet)
+                if args.svg:
+                    bench_growth(fleet)
                 if args.peers:
                     bench_peers(fleet)
                 bench_memory(fleet)
@@ -472,9 +586,14 @@ def main() -> None:
             bench_stalls(folder / "stalls", program, *map(int, args.stalls.split(",")))
         if args.gigabytes:
             bench_pass(folder / "pass", program, args.gigabytes)
-        points = bench_scale(folder, program, [int(count) for count in args.scale.split(",") if count])
-        if args.svg and points:
-            args.svg.write_text(draw(points))
+        bench_scale(folder, program, [int(count) for count in args.scale.split(",") if count])
+        if args.runs:
+            bench_runs(folder, program, [int(count) for count in args.runs.split(",")])
+        if args.svg and PANELS:
+            names = ["Hosts", "Lines of output", "Recorded runs"]
+            machine = f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
+            caption = f"{machine}. Lower is better; a level line is a cost that does not grow; dashed: the floor."
+            args.svg.write_text(draw(sorted(PANELS, key=lambda panel: names.index(panel.title)), caption))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python {sys.version.split()[0]}\n")
