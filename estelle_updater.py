@@ -9866,6 +9866,17 @@ def _holds(pid: int, pipe: str | None) -> bool:
     return False
 
 
+def has_keeper(environ: bytes, cgroup: bytes) -> bool:
+    """Whether these are a process's that PM2, systemd or supervisord keeps, or of what one of
+    theirs started; as /proc has them."""
+    names = {entry.partition(b"=")[0] for entry in environ.split(b"\0")}
+    told = names.intersection(map(os.fsencode, KEEPER_KEYS))
+    # What runs in a scope was started by who asked for it: `systemd-run --scope pnpm build`
+    if told == {b"INVOCATION_ID"}:
+        return not cgroup.rstrip().endswith(b".scope")
+    return bool(told)
+
+
 def _read_process(pid: int) -> _Process | None:
     """The process of that number; None where there is none, or no /proc."""
     stat = environ = b""
@@ -9883,8 +9894,11 @@ def _read_process(pid: int) -> _Process | None:
     mark = None
     if found:
         mark = os.fsdecode(found[1])
-    names = {entry.partition(b"=")[0] for entry in environ.split(b"\0")}
-    is_kept = not names.isdisjoint(map(os.fsencode, KEEPER_KEYS))
+    cgroup = b""
+    if mark is not None:  # nobody asks it of the others
+        with suppress(OSError):
+            cgroup = Path(f"/proc/{pid}/cgroup").read_bytes()
+    is_kept = mark is not None and has_keeper(environ, cgroup)
     return _Process(int(parent), start, alive, mark, name, int(session), is_kept)
 
 
@@ -26575,7 +26589,7 @@ def plan_facts(row: Mapping[str, Any]) -> list[str]:
         facts.append(f"{(row['current'] or '')[:7]} → {target[:7]}")
     elif row["current"]:
         facts.append(row["current"][:7])
-    if versions:
+    if versions and versions not in facts:  # without a version file git's short name stands there
         facts.append(versions)
     if target:
         facts.append(count_text(row["commits"], "commit"))

@@ -247,6 +247,7 @@ from estelle_updater import (
     greeting as greeting,
     group_failures as group_failures,
     haproxy_arguments as haproxy_arguments,
+    has_keeper as has_keeper,
     health_screen as health_screen,
     history_screen as history_screen,
     host_rule as host_rule,

@@ -466,6 +466,23 @@ def test_what_somebody_else_was_asked_to_start_is_not_the_step_s(
         older.communicate(timeout=30)
 
 
+@pytest.mark.parametrize(
+    ("environ", "unit", "kept"),
+    [
+        (b"A=1\0pm_id=0\0", b"x.service", True),
+        (b"pm_id=0\0INVOCATION_ID=1\0", b"run-1.scope", True),
+        (b"SUPERVISOR_ENABLED=1\0", b"session-2.scope", True),
+        (b"A=1\0INVOCATION_ID=1\0", b"web.service", True),
+        (b"A=1\0INVOCATION_ID=1\0", b"run-1.scope", False),
+        (b"A=pm_id=0\0INVOCATION_IDS=1\0", b"x.service", False),
+        (b"", b"", False),
+    ],
+)
+def test_who_is_kept_by_somebody_else(environ: bytes, unit: bytes, kept: bool) -> None:
+    """A scope is the step's own: it only runs elsewhere."""
+    assert updater.has_keeper(environ, b"1:name=systemd:/\n0::/user.slice/" + unit + b"\n") is kept
+
+
 def test_what_a_step_left_running_has_a_reader(
     step: Callable[..., Spawned], tmp_path: Path, killed_at_end: list[int]
 ) -> None:
@@ -609,7 +626,6 @@ def test_a_step_is_told_its_own_folder(step: Callable[..., Spawned], tmp_path: P
 
 
 HANGING = """#!/bin/sh
-[ "$1" = 2 ] || exit 1
 trap "" TERM
 setsid sh -c 'echo $$ >hook.new; mv hook.new hook; exec sleep 100' &
 sleep 100
@@ -618,11 +634,15 @@ sleep 100
 
 @pytest.mark.parametrize("how", ["time-out", "stopped"])
 def test_a_question_that_hangs_leaves_nothing(tmp_path: Path, how: str) -> None:
-    """A hook of the file system monitor, asked by `git status`, hangs; what it started holds git's output."""
-    (tmp_path / "monitor").write_text(HANGING)
-    (tmp_path / "monitor").chmod(0o755)
-    for words in (["init", "-q"], ["config", "core.fsmonitor", str(tmp_path / "monitor")]):
+    """A filter that `git status` asks of a file hangs; what it started holds git's output."""
+    (tmp_path / "filter").write_text(HANGING)
+    (tmp_path / "filter").chmod(0o755)
+    (tmp_path / ".gitattributes").write_text("file filter=slow\n")
+    (tmp_path / "file").write_text("1")
+    for words in (["init", "-q"], ["add", "file"], ["config", "filter.slow.clean", str(tmp_path / "filter")]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True, timeout=20)
+    (tmp_path / "file").write_text("2")
+    os.utime(tmp_path / "file", (1, 1))  # as large as before: only its content tells
     hook, stopped = tmp_path / "hook", how == "stopped"
 
     def begun() -> bool:
