@@ -12515,6 +12515,27 @@ class SubmodulePlaces:
             return ""
         return place
 
+    def check_reach(self, name: str, folder: str) -> list[Refusal]:
+        """Whether a submodule that is not here yet can be had: most often a host's key may not
+        read it, and git would say so when the tree has moved already."""
+        url, ours, _ = self.named_urls(name)
+        url = ours or url
+        may_be_asked = not self.new_place(name) and may_ask(url, self.git)
+        is_chosen = not self.git("config", "--get-all", "submodule.active")
+        is_here = False
+        with suppress(OSError):
+            is_here = (git_folder(self.coming.root) / "modules" / name).exists()
+        if not url or is_here or not may_be_asked or not is_chosen:
+            return []
+        try:
+            found = self.git("ls-remote", url)
+        except UpdaterError:  # slow: the step itself has more time
+            return []
+        if found:
+            return []
+        said = typed("git", "ls-remote", url)
+        return [Refusal(f"submodule {folder}: its remote can't be read", f"{said} says why")]
+
     def has_moved(self, name: str, folder: str, wanted: str) -> bool:
         """Whether a commit that a submodule's remote has not got is where .gitmodules says.
 
@@ -12690,7 +12711,7 @@ class Foresight:
             if folder not in links or not self.rule.submodules or self.is_off(name):
                 continue
             if not (self.root / folder / ".git").exists():
-                stuck += self.check_room(folder)
+                stuck += self.check_room(folder) or self.places.check_reach(name, folder)
                 continue
             problem = self.check_submodule(folder, links[folder])
             lacks = problem is not None and not problem.hint
@@ -13092,6 +13113,9 @@ class Transit:
         return f"keep what you need, then: {restore}, or rm it{others}"
 
 
+_CHANGES_STAY = "local changes stay: "
+
+
 class Deployment:
     """The document's steps on one clone, in its order, done by a runner."""
 
@@ -13177,7 +13201,7 @@ class Deployment:
             pull = pin_pull(pull, planned)
         changes = self.find_changes()
         if changes.paths:
-            runner.warn(f"local changes stay: {paths_text(changes.paths)}")
+            runner.warn(f"{_CHANGES_STAY}{paths_text(changes.paths)}")
         commits = dict(zip(refs[2::3], refs[0::3], strict=False))
         own = commits.get(f"refs/heads/{branch}", "")
         known = self.clearance.foresee(
@@ -13208,6 +13232,23 @@ class Deployment:
             self.transit.undo(mark)
             raise
         self.transit.end()
+        self.correct_warning(changes)
+
+    def correct_warning(self, before: TreeChanges) -> None:
+        """What was changed here and is the commit's now does not stay: a file that was gone is
+        written anew, and one may have been staged as it came."""
+        if not before.paths:
+            return
+        runner, now = self.runner, self.find_changes().paths
+        stays = [path for path in before.paths if path in now]
+        if len(stays) == len(before.paths):
+            return
+        kept = [text for text in runner.job.warnings if not text.startswith(_CHANGES_STAY)]
+        runner.job.warnings[:] = kept
+        became = [path for path in before.paths if path not in now]
+        self.log.line(f"As the commit has it by now: {paths_text(became)}")
+        if stays:
+            runner.warn(f"{_CHANGES_STAY}{paths_text(stays)}")
 
     def find_refs(self) -> list[str]:
         """The full names of the branches, local and fetched, that are called as what was asked for;

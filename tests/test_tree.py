@@ -243,6 +243,33 @@ def test_a_branch_that_is_kept_in_another_tree_is_known_before(clone: Clone, beg
     assert (code, clone.head()) == (0, new), out + err
 
 
+def test_only_what_stays_is_said_to_stay(clone: Clone):
+    clone.commit({"b": "one\n", "c": "one\n"})
+    assert clone.deploy().code == 0
+    (clone.host / "a").unlink()
+    (clone.host / "b").write_text("mine\n")
+    (clone.host / "c").write_text("two\n")
+    clone.git(clone.host, "add", "c")
+    new = clone.commit({"a": "two\n", "c": "two\n"})
+    code, out, _ = clone.deploy()
+    assert (code, clone.head(), (clone.host / "a").read_text()) == (0, new, "two\n")
+    assert f"[{HOST}] ⚠ local changes stay: b\n" in out and "As the commit has it by now: a, c\n" in out
+    assert clone.job()["warnings"] == ["local changes stay: b"]
+
+
+def test_a_new_submodule_that_can_not_be_read_is_known_before(clone: Clone):
+    old, seed = clone.head(), clone.folder / "seed"
+    clone.git(clone.folder, "clone", "-q", "--bare", "origin", "part")
+    clone.git(seed, "submodule", "add", "-q", str(clone.folder / "part"), "lib")
+    new = clone.commit({})
+    (clone.folder / "part").rename(clone.folder / "away")
+    code, out, err = clone.deploy()
+    assert (code, clone.head()) == (1, old) and "submodule lib: its remote can't be read" in err, out
+    assert f"nothing changed on {HOST}" in err
+    (clone.folder / "away").rename(clone.folder / "part")
+    assert clone.deploy().code == 0 and (clone.head(), (clone.host / "lib/a").exists()) == (new, True)
+
+
 def test_a_hook_that_fetches_takes_nothing_from_the_result(clone: Clone):
     clone.commit({"side": "1"}, "side")
     hook = clone.host / ".git" / "hooks" / "post-merge"
