@@ -15,7 +15,11 @@ import pytest
 from tests.fleet import MODULE, PROGRAM, Fleet, Origin, clean_env, kill_processes_of, need, run
 from tests.machines import Network, Windows
 
-LONG = ("test_watch", "test_projects", "test_json_lines", "test_upgrade", "test_plan", "test_tree", "test_self_update")
+LONG = (
+    "test_watch", "test_projects", "test_json_lines", "test_upgrade", "test_plan", "test_tree", "test_self_update",
+    "test_bench", "test_identity", "test_links", "test_moves", "test_pm2", "test_pythons", "test_release", "test_setup",
+    "test_three_hosts",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

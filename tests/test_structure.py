@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -62,6 +63,18 @@ class Section(NamedTuple):
 
 
 # ---------------------------------------------------------------------------- the module's parts
+
+
+@functools.lru_cache(2)
+def tree_of(source: str) -> ast.Module:
+    """The syntax tree for all rules that only look at it: making it takes most of their time."""
+    return ast.parse(source)
+
+
+@functools.lru_cache(2)
+def nodes_of(source: str) -> list[ast.AST]:
+    """All of its nodes."""
+    return list(ast.walk(tree_of(source)))
 
 
 def sections_of(source: str) -> list[Section]:
@@ -158,7 +171,7 @@ def breaks_banners(source: str) -> list[str]:
 
 def breaks_table(source: str) -> list[str]:
     """The docstring's table and the banners say the same, word for word."""
-    rows = re.findall(r"^\| (\d+) +\| (.*?) +\| (.*?) +\|$", ast.get_docstring(ast.parse(source)) or "", re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) +\| (.*?) +\| (.*?) +\|$", ast.get_docstring(tree_of(source)) or "", re.MULTILINE)
     table = [(int(number), name, holds) for number, name, holds in rows if number != "0"]
     banners = [section[:3] for section in sections_of(source)[1:]]
     problems = [f"only in the docstring: {row}" for row in table if row not in banners]
@@ -168,7 +181,7 @@ def breaks_table(source: str) -> list[str]:
 
 def breaks_map(source: str) -> list[str]:
     """The ways and words in the docstring name what is there, in the section that they say."""
-    text = ast.get_docstring(ast.parse(source)) or ""
+    text = ast.get_docstring(tree_of(source)) or ""
     home: dict[str, int] = {}
     for section, statements in statements_of(source):
         for node in statements:
@@ -220,7 +233,7 @@ def breaks_sizes(source: str) -> list[str]:
     """The module, its classes and its functions are short enough to be read."""
     lengths: list[int] = []
     problems = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             length, limit = (node.end_lineno or 0) - node.lineno + 1, CLASS_LINES
             if not isinstance(node, ast.ClassDef):
@@ -240,7 +253,7 @@ def prose_lines(source: str) -> set[int]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#"):
             prose.add(token.start[0])
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             prose.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
@@ -251,7 +264,7 @@ def breaks_density(source: str) -> list[str]:
     """A line holds one idea: few nodes, few assignments in conditions, comprehensions and conditional expressions."""
     lines, prose = source.splitlines(), prose_lines(source)
     code = sum(bool(line.strip()) and number not in prose for number, line in enumerate(lines, 1))
-    nodes = [node for node in ast.walk(ast.parse(source)) if not isinstance(node, NO_NODES)]
+    nodes = [node for node in nodes_of(source) if not isinstance(node, NO_NODES)]
     density = len(nodes) / code
     problems = [f"{density:.2f} nodes a line, more than {NODES_PER_LINE}"] if density > NODES_PER_LINE else []
     for name, (most, kinds) in PER_100_LINES.items():
@@ -266,7 +279,7 @@ def breaks_density(source: str) -> list[str]:
 def breaks_dividers(source: str) -> list[str]:
     """A long class has parts with names: lines `# Word ...` at the level of its methods, each after a blank line."""
     lines, problems = ["", *source.splitlines()], []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.ClassDef) and (node.end_lineno or 0) - node.lineno >= DIVIDED_LINES:
             body = range(node.lineno + 1, node.end_lineno or 0)
             indent = " " * (node.col_offset + 4)
@@ -278,7 +291,7 @@ def breaks_dividers(source: str) -> list[str]:
 
 def breaks_imports(source: str) -> list[str]:
     """Beside the standard library, only the packages that the header lists."""
-    roots = {name.partition(".")[0] for name in imports_of(ast.parse(source).body)}
+    roots = {name.partition(".")[0] for name in imports_of(tree_of(source).body)}
     return sorted(roots - sys.stdlib_module_names - RUN_TIME_PACKAGES)
 
 
@@ -286,7 +299,7 @@ def breaks_names(source: str) -> list[str]:
     """Names say what is done, not that something is done."""
     vague = re.compile(r"_*(handle|process)_|manager|utils", re.IGNORECASE)
     defined = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (node.name for node in ast.walk(ast.parse(source)) if isinstance(node, defined))
+    found = (node.name for node in nodes_of(source) if isinstance(node, defined))
     return [name for name in found if vague.match(name) or re.search(r"(?i)manager|utils", name)]
 
 
@@ -344,6 +357,7 @@ MODULE_RULES = [
 ]  # fmt: skip
 
 
+@pytest.mark.xdist_group("structure")  # one worker makes the tree of the module
 @pytest.mark.parametrize("rule", MODULE_RULES, ids=lambda rule: rule.__name__)
 def test_module_keeps_the_rule(rule: Callable[[str], list[str]]):
     assert rule(MODULE.read_text("utf-8")) == []
@@ -359,7 +373,7 @@ def test_every_file_keeps_the_rule(rule: Callable[[str], list[str]]):
 
 def breaks_seam(source: str) -> list[str]:
     """What a test reaches of the module stands in tests/seam.py; a text that another process runs may import."""
-    nodes = ast.walk(ast.parse(source))
+    nodes = nodes_of(source)
     modules = [
         (node.lineno, name)
         for node in nodes
@@ -405,7 +419,7 @@ def test_the_websockets_whose_internals_are_overridden_is_the_one_that_was_read(
 
 
 def test_lazy_modules_are_those_that_the_type_checker_imports():
-    body = ast.parse(MODULE.read_text("utf-8")).body
+    body = tree_of(MODULE.read_text("utf-8")).body
     typing = next(node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     known = [alias.name for node in typing.body if isinstance(node, ast.Import) for alias in node.names]
     lazy = next(node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY_NAMES")
