@@ -360,15 +360,14 @@ def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
     """
     for name, annotation in vars(cls).get("__annotations__", {}).items():
         given = vars(cls).get(name, MISSING)
-        if isinstance(given, Field):
-            said = given
-        else:
-            said = field(default=given)
-        if isinstance(given, Field):
-            delattr(cls, name)
-        if said.default is not MISSING:
-            setattr(cls, name, said.default)
-        yield said._replace(name=name, type=annotation, kw_only=kw_only or said.kw_only)
+        if not isinstance(given, Field):
+            yield Field(name, annotation, given, MISSING, kw_only)
+            continue
+        delattr(cls, name)
+        if given.default is not MISSING:
+            setattr(cls, name, given.default)
+        kind = kw_only or given.kw_only
+        yield Field(name, annotation, given.default, given.default_factory, kind)
 
 
 def _initializer(cls: type[Any], known: Mapping[str, Field]) -> Callable[..., None]:
@@ -4383,7 +4382,10 @@ def plan_checkout(
         argv = (branch,) if heads in refs else ("-b", branch, "--track", tracking)
         # such options are the clone's own, and a `--squash` among them would leave HEAD where it is
         own = f"branch.{branch}.mergeOptions="
-        pull = ("git", "-c", own, "pull", "--ff-only", "--no-rebase", remote, heads)
+        # the fetch just before has tidied up: once for a deployment is enough
+        once = "maintenance.auto=false"
+        settings = ("-c", own, "-c", once)
+        pull = ("git", *settings, "pull", "--ff-only", "--no-rebase", remote, heads)
         checkout = Step(label, ("git", "checkout", *argv, "--"), StepKind.CHECKOUT)
         return None, checkout, Step(f"git pull {remote} {branch}", pull, StepKind.PULL)
     name = ref = branch
@@ -10997,6 +10999,11 @@ class HeldEnd:
         self.drop()
 
 
+# In a clone's configuration: whatever stands in such a URL may be a secret.
+_REMOTE_URL = regex(r"(?im)^\s*(?:push)?url\s*=\s*(.+)$")
+_PASSWORD_IN_URL = regex(r"(//[^/@:]*):[^/@]*@")
+
+
 def end_note(lost: int) -> bytes:
     """What stands in a log for bytes that are not."""
     if not lost:
@@ -11146,7 +11153,7 @@ def probe_ground(
         yield Finding("checkout", False, problem.what, problem.hint, certain=True)
         return
     yield Finding("checkout", True, str(repo))
-    shown = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", url)
+    shown = _PASSWORD_IN_URL.sub(r"\1:***@", url)
     add = f"{typed('git', '-C', repo, 'remote', 'add', rule.remote)} URL"
     text = shown or f"there is no remote {rule.remote}"
     yield Finding("remote", bool(shown), text, add, certain=True)
@@ -11257,7 +11264,7 @@ def host_secrets(
     remotes = {}
     with suppress(OSError):
         text = read_supplied(repo / ".git" / "config").decode(errors="replace")
-        remotes["remotes"] = "\n".join(re.findall(r"(?im)^\s*(?:push)?url\s*=\s*(.+)$", text))
+        remotes["remotes"] = "\n".join(_REMOTE_URL.findall(text))
     # A file that is handed on as one variable has names of its own for what is secret in it.
     nested: dict[str, str] = {}
     for value in extra.values():
@@ -13592,6 +13599,8 @@ def warm_up(config_path: Path) -> None:
     require_branch("master")
     is_commit_id("master")
     file_label("master")
+    valid_run_id("master")
+    called_as(["master"])
 
 
 def set_title(argv: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from tests.seam import Masker, Step, StepKind, parse_version_file, plan_checkout
 
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
+ONCE = ("-c", "maintenance.auto=false")
 PULL = ("pull", "--ff-only", "--no-rebase")
 
 # Plans as values
@@ -29,7 +30,7 @@ PULL = ("pull", "--ff-only", "--no-rebase")
 def test_the_plan_of_a_branch() -> None:
     pull = Step(
         "git pull origin master",
-        ("git", "-c", "branch.master.mergeOptions=", *PULL, "origin", "refs/heads/master"),
+        ("git", "-c", "branch.master.mergeOptions=", *ONCE, *PULL, "origin", "refs/heads/master"),
         StepKind.PULL,
     )
     label, tracking = "git checkout master", "refs/remotes/origin/master"
@@ -47,7 +48,9 @@ def test_the_plan_of_a_branch() -> None:
             StepKind.CHECKOUT,
         ),
         Step(
-            "git pull up a/b", ("git", "-c", "branch.a/b.mergeOptions=", *PULL, "up", "refs/heads/a/b"), StepKind.PULL
+            "git pull up a/b",
+            ("git", "-c", "branch.a/b.mergeOptions=", *ONCE, *PULL, "up", "refs/heads/a/b"),
+            StepKind.PULL,
         ),
     )
 
