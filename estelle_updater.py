@@ -16362,10 +16362,18 @@ class Peer:
     async def serve(self, obey: Callable[[str | bytes], None]) -> None:
         """Everything after the greeting: what is posted goes out, and each frame that comes in to
         `obey`, until the connection ends."""
-        async with asyncio.TaskGroup() as self._group:
-            self._group.create_task(self.link.write_forever())
-            while True:
-                obey(await self.link.wire.recv())
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                self._group.create_task(self.link.write_forever())
+                while True:
+                    obey(await self.link.wire.recv())
+        except BaseExceptionGroup:
+            # A group that ends by itself forgets a stop that comes meanwhile: the daemon would dial
+            # again, and never end.
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise asyncio.CancelledError from None
+            raise
 
     # Questions from here
 

@@ -140,6 +140,7 @@ from estelle_updater import (
     Output as Output,
     Owner as Owner,
     OwnJobs as OwnJobs,
+    Peer as Peer,
     Piece as Piece,
     Processes as Processes,
     Proof as Proof,

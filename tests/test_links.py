@@ -296,6 +296,38 @@ def test_hosts_that_say_little_each_do_not_stop_the_window(tmp_path: Path) -> No
         arrived += sum(len(event.data) for event in events if isinstance(event, est.Piece))
 
 
+def test_a_stop_in_the_moment_in_which_the_connection_ends_is_heard() -> None:
+    """Else the daemon dials again, whatever told it to end."""
+
+    class Wire:
+        def __init__(self) -> None:
+            self.ended = asyncio.Event()
+
+        async def send(self, frame: str | bytes) -> None: ...
+
+        async def recv(self) -> str | bytes:
+            await self.ended.wait()
+            raise EOFError
+
+        def abort(self) -> None: ...
+
+    async def stop_after(turns: int) -> tuple[bool, BaseException | None]:
+        wire = Wire()
+        serving = asyncio.ensure_future(est.Peer(est.Link(wire)).serve(lambda frame: None))
+        await asyncio.sleep(0.01)
+        wire.ended.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_running = serving.cancel()
+        [end] = await asyncio.gather(serving, return_exceptions=True)
+        return was_running, end
+
+    ends = [asyncio.run(stop_after(turns)) for turns in range(8)]
+    assert [was_running for was_running, _ in ends][::7] == [True, False]
+    for was_running, end in ends:
+        assert isinstance(end, asyncio.CancelledError if was_running else ExceptionGroup), ends
+
+
 def test_what_is_held_of_logs_is_bounded(tmp_path: Path) -> None:
     recent, half = est.Recent(), est.RECENT_BYTES // 2
     for number in range(4):
