@@ -4238,10 +4238,9 @@ def run_of_job(job: JobRecord) -> RunRecord:
     )
 
 
-def as_ordered(run: RunRecord, job: JobRecord) -> JobRecord:
-    """A host's word about its job: what was ordered is the run's to say, and not the host's; and
+def as_ordered(ordered: JobRecord, job: JobRecord) -> JobRecord:
+    """A host's word about its job: what was ordered is the order's to say, and not the host's; and
     what it says is a row of everybody's `status` and `history`, so it has an end."""
-    ordered = job_of_run(run, job.host)
     names = ("kind", "branch", "target", "address", "by", "created", "options", "place")
     said: dict[str, Any] = {name: getattr(ordered, name) for name in names}
     # A guess is the master's, as it is the one who can't hear: a host that calls its own word one
@@ -4261,6 +4260,18 @@ def as_ordered(run: RunRecord, job: JobRecord) -> JobRecord:
         if not is_shown:
             said[name] = None
     return replace(job, **said)
+
+
+def disagreement(run: RunRecord, job: JobRecord) -> list[str]:
+    """What to know of a job of a run that nobody ordered here: who reported it first said what it
+    was, and hosts may be wrong about each other."""
+    is_same = (job.kind, job.target) == (run.kind, run.target)
+    # each host has its own commit to go back to
+    is_same = is_same and (job.branch == run.branch or job.kind is Kind.ROLLBACK)
+    if run.nonce or is_same:
+        return []
+    said = f"{job.kind} {job.branch} on {job.target}"
+    return [f"nobody ordered this run here, and {job.host} says that it was: {said}"]
 
 
 def shortened(job: JobRecord, chars: Mapping[str, int]) -> dict[str, str]:
@@ -9065,8 +9076,10 @@ class History:
         lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
         if lines:
             text = "\n".join(["", *lines, ""])  # a line end first: what is there may be torn
-            with suppress(OSError), open(self.index, "ab") as file:
-                file.write(text.encode("utf-8", "replace"))
+            with suppress(OSError):
+                fd = os.open(self.index, LOG_FLAGS, 0o600)
+                with open(fd, "ab") as file:
+                    file.write(text.encode("utf-8", "replace"))
 
     @staticmethod
     def _row_of_line(known: Line | None, stamp: int) -> Row | None:
@@ -11002,6 +11015,7 @@ class HeldEnd:
 # In a clone's configuration: whatever stands in such a URL may be a secret.
 _REMOTE_URL = regex(r"(?im)^\s*(?:push)?url\s*=\s*(.+)$")
 _PASSWORD_IN_URL = regex(r"(//[^/@:]*):[^/@]*@")
+_LONE_IN_URL = regex(r"(?i)(https?://)[^/?#@:]*@")
 
 
 def end_note(lost: int) -> bytes:
@@ -11154,6 +11168,8 @@ def probe_ground(
         return
     yield Finding("checkout", True, str(repo))
     shown = _PASSWORD_IN_URL.sub(r"\1:***@", url)
+    # alone before the host it is a token, however short, where a password is asked for
+    shown = _LONE_IN_URL.sub(r"\1***@", shown)
     add = f"{typed('git', '-C', repo, 'remote', 'add', rule.remote)} URL"
     text = shown or f"there is no remote {rule.remote}"
     yield Finding("remote", bool(shown), text, add, certain=True)
@@ -18622,6 +18638,7 @@ class Ledger:
         """Take in a job that only its host knew. Raises OSError where what is recorded of its run
         can't be read now: it must not be replaced."""
         record = run_of_job(replace(job, **shortened(job, ORDER_WORD_CHARS)))
+        told = job_of_run(record, job.host)
         if run is None:
             self.state.load_run(job.run)
             created = max(0.0, min(job.created, time.time()))  # its host's clock may be ahead
@@ -18637,7 +18654,7 @@ class Ledger:
             )
         self.state.put_run(record)
         run.record = record
-        run.put(replace(job_of_run(record, job.host), ordered=True))
+        run.put(replace(told, ordered=True, place=record.place))
         run.hosts_of.setdefault(job.machine, []).append(job.host)
         self.runs[job.run] = run
         return run
@@ -19331,7 +19348,12 @@ class Master:
         if found is None or (not found.record.nonce and job.host not in found.record.machines):
             self.adopt(found, job)
         run = self.ledger.own_job(agent, job.run, job.host)
-        job = as_ordered(run.record, job)
+        # what nobody ordered here each host says for itself: not who happened to come first
+        ordered = run.jobs[job.host]
+        if run.record.nonce:
+            ordered = job_of_run(run.record, job.host)
+        job = as_ordered(ordered, job)
+        job.warnings.extend(disagreement(run.record, job))
         if job.state in FINAL:
             run.held[job.host] = job
             self.settle(run, job.host)

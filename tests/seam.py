@@ -227,6 +227,7 @@ from estelle_updater import (
     decode_message as decode_message,
     default_state_folder as default_state_folder,
     dialing as dialing,
+    disagreement as disagreement,
     edit_whitelist as edit_whitelist,
     encode_chunk as encode_chunk,
     encode_growth as encode_growth,

@@ -269,6 +269,8 @@ def test_nothing_that_leaves_the_host_has_a_secret(two: Fleet) -> None:
         *two.cli("status", "--json"),
         *two.cli("trigger", agent.address, "master"),
     ]
+    two.origin.git("remote", "set-url", "origin", "https://short7@127.0.0.1:1/x.git", cwd=agent.repo)
+    said += [*two.cli("doctor", host=agent)]
     # what a step prints, what its announcement names, and what a version file says
     spent = "https://127.0.0.1:1/dl?access_token=q1w2e3r4&x=1"
     for host in two.hosts:
@@ -290,7 +292,7 @@ def test_nothing_that_leaves_the_host_has_a_secret(two: Fleet) -> None:
     said += kept
     text = "".join(map(str, said))
     assert "https://***@127.0.0.1:1/x.git?token=***" in text
-    for secret in (token, session, "q1w2e3r4"):
+    for secret in (token, session, "q1w2e3r4", "short7"):
         assert secret not in text, [part for part in map(str, said) if secret in part]
 
 

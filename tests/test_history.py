@@ -145,6 +145,7 @@ def test_runs_that_are_over_are_read_from_the_index(state: est.StateFolder) -> N
     spoil(state, open_run)
     assert state.history.newest(10) == first[1:], "the open run was read from its folder, the others were not"
     assert [json.loads(line)["run"] for line in state.history.index.read_text().splitlines() if line] == runs
+    assert state.history.index.stat().st_mode & 0o777 == 0o600, "as everything beside it"
 
 
 @pytest.mark.parametrize(

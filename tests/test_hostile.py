@@ -56,12 +56,13 @@ def test_a_job_is_its_hosts_word_and_nothing_else() -> None:
         run.run, "h", state=est.State.SUCCEEDED, provisional=True, behind="x", place=99, started=9e15, ended=-1.0,
         commit="c" * 999, warnings=["w" * 9999] * 999, timed_steps=["s" * 999] * 999, timed_s=[1.0] * 999,
     )  # fmt: skip
-    kept = est.as_ordered(run, said)
+    ordered = est.job_of_run(run, "h")
+    kept = est.as_ordered(ordered, said)
     assert (kept.provisional, kept.ordered, kept.behind, kept.place) == (False, True, None, 7)
     assert (kept.started, kept.ended, len(kept.commit or "")) == (None, None, 64)
     assert len(est.encode_message(kept)) < 150_000 and len(kept.warnings) == 50
     honest = est.replace(said, started=5.0, ended=6.0, commit="c" * 40, warnings=["a", "b"], timed_steps=["x"])
-    kept = est.as_ordered(run, honest)
+    kept = est.as_ordered(ordered, honest)
     assert (kept.started, kept.ended, kept.commit, kept.warnings) == (5.0, 6.0, "c" * 40, ["a", "b"])
 
 
@@ -151,6 +152,28 @@ def test_no_word_of_a_host_is_anothers_line_or_takes_a_result_back(one: Fleet) -
         for words in (("history",), ("status",), ("logs", run), ("history", "--stats")):
             code, out, err = one.cli(*words)
             assert code == 0 and len(out) < 8000, (words, err, len(out))
+
+
+def test_a_run_that_nobody_ordered_is_each_hosts_own_word(one: Fleet) -> None:
+    """A new master hears of older runs: who reports one first does not say what the others did."""
+    run, other = new_run(150), "127.0.0.10"
+    second = {"target": "all", "by": "alice@127.0.0.1", "state": est.State.SUCCEEDED, "version": "v7"}
+    lie = {"branch": "evil", "target": "all", "by": "root@127.0.0.1", "state": est.State.SUCCEEDED}
+    with Peer(one, H, "agent") as false, Peer(one, other, "agent", "cd" * 16) as honest:
+        for peer, said in ((false, record(run, H, **lie)), (honest, record(run, other, **second))):
+            peer.say(said)
+            peer.until(lambda message: isinstance(message, est.Acked) and message.run == run)
+    kept = job_of(one, run, other)
+    assert {name: kept[name] for name in ("branch", "target", "by", "version")} == {
+        "branch": "master", "target": "all", "by": "alice@127.0.0.1", "version": "v7",
+    }  # fmt: skip
+    (warning,) = kept["warnings"]
+    assert warning == f"nobody ordered this run here, and {other} says that it was: deploy master on all"
+    assert job_of(one, run, H)["warnings"] == [] and warning in one.cli("history", "--json").out
+    back = est.replace(record(run, other), kind=est.Kind.ROLLBACK, branch="1" * 40, target="all")
+    first = est.run_of_job(est.replace(back, branch="2" * 40))
+    assert est.disagreement(first, back) == [], "each goes back to a commit of its own"
+    assert est.disagreement(est.replace(first, nonce="n", kind=est.Kind.DEPLOY), back) == []
 
 
 def test_a_job_that_says_again_and_again_that_it_waits_is_answered_once(one: Fleet) -> None:
