@@ -660,6 +660,7 @@ RELOADS, RELOAD_S = (
     2,
     4.0,
 )  # a reload signal can be swallowed; one that a taken port spoils takes 3 s to fail
+START_S = 15.0  # in which it may be silent: a new process that can't have a port tries for seconds
 PROOF_S = 2.0  # for a request to reach the new colour
 STILL_S = 0.2  # in which no request reaches the old one any more
 SERVICE_S = 15.0  # one answer of systemctl or pm2, which is slow
@@ -14449,6 +14450,21 @@ def running_haproxy() -> Iterator[tuple[list[str], Path | None]]:
                 yield argv, where
 
 
+def sibling_processes(pid: str) -> set[str]:
+    """The processes of the same HAProxy master as `pid`, itself too; empty where that can't be
+    seen, or where it has none: anybody's orphans are children of init."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended
+            # after the name, which may hold anything: its state, and its parent
+            parents[file.parent.name] = file.read_text().rpartition(") ")[2].split()[1]
+    master = parents.get(pid)
+    with suppress(OSError):
+        if master and Path(f"/proc/{master}/comm").read_text().strip() == "haproxy":
+            return {other for other, parent in parents.items() if parent == master}
+    return set()
+
+
 class Haproxy:
     """The HAProxy of this host: the text that it was given, what it says, and what is done to
     it."""
@@ -14456,6 +14472,7 @@ class Haproxy:
     def __init__(self, rule: HaproxyRule) -> None:
         self.rule = rule
         self.live = bool(rule.socket or rule.master_socket)
+        self.workers: set[str] = set()  # of before a reload
         self.env = scrub_environment(os.environ)
         self.env["PATH"] = f"{self.env.get('PATH', '')}:{_SBIN}"
 
@@ -14604,9 +14621,56 @@ class Haproxy:
                 return False
             return True
 
-        if poll(is_done, 0.1, RELOAD_S):
+        if poll(is_done, 0.1, START_S):
             return None
         return f"{self.rule.servers[color]} may still be drained: {problems[-1]}"
+
+    def worker(self) -> str:
+        """The number of the process that answers. Raises UpdaterError."""
+        said = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
+        if said:
+            return said[1]
+        return ""
+
+    def follow_reload(self, color: str, before: str) -> bool | None:
+        """Whether a process came that has `color` as the active one; None where nothing tells.
+
+        `before` is the worker of until then. It stops to listen while a new one tries to start: if
+        it listens again afterwards, that one has failed; and so it has where one came and went.
+        """
+        began = time.monotonic()
+        stopped = False
+        alone = self.workers
+        came: set[str] = set()
+
+        def is_over() -> list[bool | None]:
+            nonlocal stopped
+            waits_s = RELOAD_S
+            here = sibling_processes(before) - alone
+            came.update(here)
+            if came:
+                waits_s = START_S
+            try:
+                worker = self.worker()
+                told = ask_haproxy(self.rule, "show stat")
+                rows = parse_show_stat(told, self.rule.backend)
+                if live_roles(rows, self.rule).get(color) == "active":
+                    return [True]
+                is_paused = ",FRONTEND," in told and ",PAUSED," in told
+                if worker == before and not is_paused and (stopped or came) and not here:
+                    return [False]
+                stopped = stopped or is_paused
+            except UpdaterError as problem:
+                # Only a refusal tells: an answer that is late may be a busy machine's.
+                stopped = stopped or isinstance(problem.__cause__, ConnectionRefusedError)
+            if stopped:
+                waits_s = START_S
+            if time.monotonic() - began > waits_s:
+                return [None]
+            return []
+
+        [taken] = poll(is_over, 0.05, START_S + RELOAD_S)
+        return taken
 
     def signal_reload(self) -> None:
         """Run the reload command. Raises UpdaterError where it fails."""
@@ -14620,11 +14684,16 @@ class Haproxy:
         if self.live and self.runs(color, 0):
             return "HAProxy runs it already"
         failed = self.processes().failed
+        worker = ""
+        if self.live:
+            worker = self.worker()
+            self.workers = sibling_processes(worker)
         for attempt in range(1, RELOADS + 1):
             self.signal_reload()
             if not self.live:
                 return "done; without a socket nobody can tell whether HAProxy took it"
-            if self.runs(color, RELOAD_S):
+            taken = self.follow_reload(color, worker)
+            if taken:
                 now = self.processes()
                 who = "HAProxy"
                 if now.worker:
@@ -14636,7 +14705,7 @@ class Haproxy:
                 if now.old:
                     ending = f"; {len(now.old)} older still end what was begun"
                 return f"{who} runs the new text{again}{ending}"
-            if self.processes().failed > failed:
+            if taken is False or self.processes().failed > failed:
                 break  # while it fails, new connections are refused for seconds
         else:
             raise UpdaterError(

@@ -268,8 +268,12 @@ def test_reload_that_does_nothing_is_noticed_and_undone(site: Site, command: lis
         site.expect_peace()
 
 
-def test_reload_that_fails_though_the_text_is_valid_is_undone(site: Site):
-    """A port that somebody else has: `haproxy -c` passes, the new process can't start, the old one goes on."""
+@pytest.mark.parametrize("without", ["", "masterSocket"])
+def test_reload_that_fails_though_the_text_is_valid_is_undone(site: Site, without: str):
+    """A port that somebody else has: `haproxy -c` passes, the new process can't start, the old one goes on. Noticed
+    at the first attempt: each costs the clients seconds."""
+    if without:
+        site.configure(**{without: None})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         text = site.text.decode().replace(
             "    default_backend", f"    bind 127.0.0.1:{taken.getsockname()[1]}\n    default_backend"
@@ -278,6 +282,7 @@ def test_reload_that_fails_though_the_text_is_valid_is_undone(site: Site):
         with Load(site.proxy.port) as load:
             code, out, err = site.switch("green")
             assert code == 1, (out, err)
+            assert "HAProxy could not start with the new text" in out and "may still be drained" not in out, out
             assert "undone: blue is active" in out
             assert site.proxy.file.read_text() == text
             _, failed = load.end()
@@ -438,7 +443,7 @@ def test_requests_that_go_round_the_backend(site: Site, front: str, code: int, w
     proxy.file.write_text(f"{text}backend other\n    server x localhost:{proxy.ports['blue']} backup\n")
     proxy.reload()
     way = "what goes to other reaches blue, whichever colour is active"
-    assert way in site.traffic()["warnings"]
+    wait_for(lambda: way in site.traffic()["warnings"], "the new process answers")
     with Load(proxy.port, slow=0) as load:
         wait_for(lambda: "\nother,x" in proxy.command("show stat"), "HAProxy answers")
         found, out, err = site.switch("green")
