@@ -9971,6 +9971,18 @@ def _is_left(table: Mapping[int, _Process], pid: int, mark: str, spared: Contain
 _SUPERVISOR = regex(r"PM2 v[\d.]+: G.*|supervisord|dockerd|containerd.*|conmon|systemd")
 
 
+def _is_supervisor(pid: int, name: str) -> bool:
+    """Whether a process is one of these daemons, by its name, or by what its interpreter runs:
+    `python -m supervisor.supervisord`."""
+    if _SUPERVISOR.fullmatch(name):
+        return True
+    words: list[bytes] = []
+    if name.startswith("python"):
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:3]
+    return any(word.endswith(b"supervisord") for word in words)
+
+
 def _handed_over(table: Mapping[int, _Process], pid: int, spared: Container[int]) -> bool:
     """Whether a process is a supervisor's daemon, or what one manages. One that runs in the
     session of whoever started it was meant to end with that."""
@@ -9978,7 +9990,7 @@ def _handed_over(table: Mapping[int, _Process], pid: int, spared: Container[int]
     while pid in table and pid not in spared and pid not in seen:
         process = table[pid]
         is_apart = process.session == pid
-        if is_apart and _SUPERVISOR.fullmatch(process.name):
+        if is_apart and _is_supervisor(pid, process.name):
             return True
         seen.add(pid)
         pid = process.parent

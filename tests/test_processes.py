@@ -394,17 +394,21 @@ def test_what_was_handed_to_a_supervisor_is_not_the_step_s(
     supervisor = tmp_path / "supervisord"
     shutil.copy(shutil.which("sh") or "", supervisor)
     daemon = f"'sleep 100 & echo $! >{tmp_path}/managed; echo $$ >{tmp_path}/daemon; wait'"
+    module = "import os, time; open('module', 'w').write(str(os.getpid())); time.sleep(100)"
+    (tmp_path / "as").mkdir()
+    (tmp_path / "as/supervisord").write_text(module)
     # one that stays in the step's session ends with it
-    script = f"setsid {supervisor} -c {daemon} & {supervisor} -c 'sleep 100 & echo $! >own; wait' & exec sleep 100"
+    script = f"setsid {sys.executable} as/supervisord & "
+    script += f"setsid {supervisor} -c {daemon} & {supervisor} -c 'sleep 100 & echo $! >own; wait' & exec sleep 100"
     one = step("sh", "-c", script, mark=str(tmp_path))
-    pids = {name: pid_in(tmp_path / name) for name in ("app", "managed", "daemon", "own")}
+    pids = {name: pid_in(tmp_path / name) for name in ("app", "managed", "daemon", "own", "module")}
     killed_at_end += pids.values()
     wait_for(lambda: f"ESTELLE_RUN={tmp_path}" in Path(f"/proc/{pids['app']}/environ").read_text(), "its environment")
     assert pids["app"] not in one.family() and pids["own"] in one.family()
     one.interrupt()
     assert one.kill_tree(20)
     updater.kill_leftovers(str(tmp_path), one.pipe)
-    assert {name for name, pid in pids.items() if alive(pid)} == {"app", "managed", "daemon"}
+    assert {name for name, pid in pids.items() if alive(pid)} == {"app", "managed", "daemon", "module"}
     assert alive(older.pid)
     older.communicate(timeout=30)
 
