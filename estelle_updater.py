@@ -16578,6 +16578,18 @@ class OwnJob:
     files: tuple[Path, Path] | None = None  # its log and its record
 
 
+def concerns_master(before: JobRecord, after: JobRecord) -> bool:
+    """Whether a job's next record says more than which process runs: that helps this host to clean
+    up after a dead runner, and would cost the master a file and each watcher a message."""
+    known = replace(
+        before,
+        revision=after.revision,
+        open_step=after.open_step,
+        pipe=after.pipe,
+    )
+    return known != after
+
+
 def files_of(state: StateFolder, job: OwnJob) -> tuple[Path, Path]:
     """A job's log and record, named once: each line of a busy log has them looked at."""
     if job.files is None:
@@ -16713,8 +16725,8 @@ class OwnJobs:
         job.stamp = stamp
         if record.revision > job.record.revision:
             log.job(job.record, record)
-            job.record = self.mend_log(record)
-            if self.link:
+            before, job.record = job.record, self.mend_log(record)
+            if self.link and concerns_master(before, job.record):
                 self.link.post(job.record)
 
     def mend_log(self, record: JobRecord) -> JobRecord:

@@ -211,6 +211,7 @@ from estelle_updater import (
     client_tls as client_tls,
     compare_commands as compare_commands,
     compare_doors as compare_doors,
+    concerns_master as concerns_master,
     config_keys as config_keys,
     config_warnings as config_warnings,
     convert_data as convert_data,

@@ -407,3 +407,17 @@ def test_a_host_that_cannot_now_keeps_its_place(online: str, busy: str) -> None:
     assert (order, end) == ([old[1]["B"]], [])
     assert behind == [(new[1]["A"], old[0].run), (other[1]["B"], old[0].run)]
     assert decide_orders([old, new, other], "abcd", "")[0] == [old[1]["A"], old[1]["B"]]
+
+
+def test_the_master_is_told_what_concerns_it() -> None:
+    """Which process runs is the host's own affair; all else is worth a message."""
+    record = est.JobRecord("20260101-000000-0000", "a", "n" * 32, est.Kind.DEPLOY, "master")
+    opened = est.replace(record, revision=2, open_step="run/a/1", pipe="1:22")
+    assert not est.concerns_master(record, opened)
+    assert not est.concerns_master(opened, est.replace(opened, revision=3, open_step=None, pipe=None))
+    own = {"revision", "open_step", "pipe"}
+    for setting in est.fields(record):
+        if setting.name not in own:
+            assert est.concerns_master(opened, est.replace(opened, revision=3, **{setting.name: object()})), (
+                setting.name
+            )
