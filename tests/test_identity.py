@@ -281,7 +281,7 @@ def test_a_name_that_fits_two_machines_is_nobodys(fleet: Callable[..., Fleet], t
             (error, hint) = err.splitlines()[-2:]
             assert what in error + hint and "forget" in hint, (words, err)
             assert proxy.file.read_bytes() == text
-            assert not json.loads(one.cli("history", "--json").out)["runs"], words
+            assert not one.runs(), words
 
         Peer(one, D, "agent", name="yq-green").close()  # a copy of the machine, say; that it is gone again is no help
         clash = f"fits 2 machines: {C} and {D}"
