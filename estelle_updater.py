@@ -13042,6 +13042,30 @@ def claim_clone(runner: Runner) -> CloneLock | None:
     return lock
 
 
+TIPS_LOOKED_AT = 20  # of branches, the newest: one of them is what git was to check out
+
+
+def find_cut_off(tree: WorkTree) -> list[str]:
+    """The commits that a git which was killed may have been writing: those of which a file is
+    there, whole, that HEAD has otherwise or not at all. Raises UpdaterError."""
+    words = ("for-each-ref", "--sort=-committerdate", f"--count={TIPS_LOOKED_AT}")
+    listed = tree.ask(*words, "refs/heads/", "refs/remotes/").decode(errors="replace")
+    tips = [line.split()[0] for line in listed.splitlines()]
+    commits = tree.commits_of(["FETCH_HEAD", "ORIG_HEAD", *tips])
+    touched = set(tree.changes().paths)
+    found = []
+    for commit in commits:
+        versions = tree.find_versions([commit])
+        there = []
+        for path, one in versions.items():
+            if path in touched or (not one.in_head and os.path.lexists(tree.root / path)):
+                there.append(path)
+        written = tree.hash_files(there)
+        if any(written.get(path) in versions[path].ids for path in there):
+            found.append(commit)
+    return found
+
+
 class Transit:
     """The mark on disk while git writes the tree: from where, to where, and what was somebody's
     before. Whoever finds it makes whole what git left half written."""
@@ -13049,10 +13073,18 @@ class Transit:
     def __init__(self, runner: Runner, tree: WorkTree) -> None:
         self.runner, self.tree, self.file = runner, tree, runner.state.transit_file
 
-    def begin(self, names: Iterable[str], dirty: Sequence[str]) -> dict[str, Any]:
+    def begin(
+        self,
+        names: Iterable[str],
+        dirty: Sequence[str],
+        *,
+        is_late: bool = False,
+    ) -> dict[str, Any]:
         """Leave the mark: a tree that is on its way to one of the commits. Raises UpdaterError,
         OSError."""
         mark = self.tree.begin_transit(names, dirty)
+        if is_late:  # what lies there is what git wrote, or nobody knows whose it is
+            mark["kept"] = []
         mark["submodules"] = {}
         if self.tree.submodules:
             for path, part, commits in self.tree.iter_parts(mark["commits"]):
@@ -13063,15 +13095,32 @@ class Transit:
         write_atomic(self.file, json.dumps(mark).encode(), durable=True)
         return mark
 
+    def is_marked(self) -> bool:
+        """Whether a job of this state folder left its mark on this tree, or one nobody can read."""
+        reading, mark = look_into_json(self.file)
+        if reading is not Reading.VALUE:
+            return reading is not Reading.MISSING
+        place: str = mark.get("repo", "")
+        return os.path.realpath(place) == os.path.realpath(self.tree.root)
+
+    def mark_late(self) -> None:
+        """The mark in the place of a git that was killed and is not ours: somebody's by hand, or
+        another daemon's, whose mark lies in a state folder that is not known here."""
+        commits = find_cut_off(self.tree)
+        if commits:
+            self.begin(["HEAD", *commits], (), is_late=True)
+
     # The end of the mark
 
     def end(self) -> None:
         """The tree is a commit."""
         self.file.unlink(missing_ok=True)
 
-    def recover(self) -> None:
-        """What an earlier job left half written: whole again before anything else. Raises
-        UpdaterError."""
+    def recover(self, was_cut_off: bool) -> None:
+        """What an earlier job, or somebody's git that was killed, left half written: whole again
+        before anything else. Raises UpdaterError."""
+        if was_cut_off and not self.is_marked():
+            self.mark_late()
         reading, mark = look_into_json(self.file)
         if reading is Reading.MISSING:
             return
@@ -13170,10 +13219,10 @@ class Deployment:
         self.clearance.confirm_traffic()
         require_branch(runner.job.branch)
         self.clearance.check_ground()
-        remove_git_locks(runner)
+        was_cut_off = remove_git_locks(runner)
         self.tree = runner.work_tree()
         self.transit = Transit(runner, self.tree)
-        self.transit.recover()
+        self.transit.recover(was_cut_off)
         self.move_tree()
         runner.begin("config", StepKind.CONFIG)
         self.clearance.warn_of_doors(runner.load_rule(strict=True))
@@ -13463,10 +13512,11 @@ _GIT_LOCKS = (
 )
 
 
-def remove_git_locks(runner: Runner) -> None:
+def remove_git_locks(runner: Runner) -> bool:
     """A git that was killed leaves locks behind that would fail every later one. We hold the
     job's lock; what is left to exclude is a git that somebody runs by hand, anywhere in the
-    clone or its other work trees."""
+    clone or its other work trees. Whether one was an index's: git holds that while it writes a
+    tree."""
     repo = runner.repo
     folder = repo / ".git"
     if not folder.is_dir():  # a folder within the clone, or a linked work tree
@@ -13475,17 +13525,20 @@ def remove_git_locks(runner: Runner) -> None:
     for place in _GIT_LOCKS:
         locks += folder.glob(f"{place}.lock")
     if not locks:
-        return
+        return False
     trees = []
     for line in os.fsdecode(runner.git("worktree", "list", "--porcelain")).splitlines():
         if line.startswith("worktree "):
             trees.append(Path(line.removeprefix("worktree ")))
     if runs_below("git", (repo, folder, *trees)):
-        return
+        return False
+    was_writing = False
     for lock in locks:
         with suppress(OSError):  # Windows: it is open, so its owner lives
             lock.unlink()
+            was_writing = was_writing or lock.name == "index.lock"
             runner.log.line(f"warning: removed {lock.name}, left behind by a git that was killed")
+    return was_writing
 
 
 def warn_of_left(runner: Runner) -> None:

@@ -357,6 +357,40 @@ def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
     assert (clone.head(), clone.dirty(), (clone.state / "transit.json").exists()) == (new, "?? own", False)
 
 
+@pytest.mark.parametrize("branch", ["master", "side"])
+def test_a_tree_that_another_daemon_left_half_written_is_made_whole(clone: Clone, branch: str):
+    """The mark is in the other's state folder; what is in this clone is the lock of the git that was killed."""
+    for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.host, "config", f"filter.slow.{key}", value)
+    first = clone.head()
+    side = clone.commit({"side": "1"}, "side")
+    clone.git(clone.folder / "seed", "reset", "-q", "--hard", first)
+    new = clone.commit({"a": "two\n", "b": "new\n", "c/d": "new\n", ".gitattributes": "z filter=slow\n", "z": "z\n"})
+    (clone.host / "own").write_text("mine\n")
+    hold = clone.folder / "hold"
+    hold.touch()
+    command = clone.start("master")
+    wait_for(lambda: (clone.host / "c/d").exists(), "git is in the middle")
+    wait_for(lambda: clone.job()["open_step"], "the step is recorded")
+    # the gits at once, as when the power fails: one that ends by itself takes its lock with it
+    [runner] = (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and runs_job(int(pid), str(clone.state)))
+    os.kill(runner, signal.SIGSTOP)
+    for pid, words in processes_of(clone.folder).items():
+        if re.match(r"\S*git ", words):
+            os.kill(pid, signal.SIGKILL)
+    kill_runner(clone, command)
+    hold.unlink()
+    assert clone.head() == first and clone.dirty() != "?? own" and (clone.host / ".git/index.lock").exists()
+    (clone.host / "b").write_text("theirs\n")
+    other = clone.second()
+    code, out, err = other.deploy(branch)
+    assert code == 1 and "neither old nor new: b" in err and clone.head() == first, out + err
+    (clone.host / "b").write_text("ne")
+    code, out, err = other.deploy(branch)
+    assert code == 0, out + err
+    assert (clone.head(), clone.dirty()) == (new if branch == "master" else side, "?? own")
+
+
 def kill_runner(clone: Clone, command: subprocess.Popen[str]) -> None:
     """The runner alone, as the kernel does when memory is short: whoever waits for it buries it, with its git."""
     own = str(command.pid)
