@@ -63,11 +63,12 @@ def median_s(repeat: int, action: Callable[[], object]) -> float:
 
 
 class Fleet:
-    """An origin with one branch per command, a master that has recorded so many runs, and an agent, as real
-    processes."""
+    """An origin with one branch per command, a master that has recorded so many runs, and agents, `hosts` together,
+    as real processes."""
 
-    def __init__(self, folder: Path, program: list[str], runs: int = 0) -> None:
+    def __init__(self, folder: Path, program: list[str], runs: int = 0, hosts: int = 2) -> None:
         fill(folder / "state-127.0.0.1", runs)
+        self.hosts = [f"127.0.0.{number}" for number in range(1, hosts + 1)]
         self.folder, self.program = folder, program
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -92,14 +93,15 @@ class Fleet:
             run("git", "commit", "-m", name, cwd=work)
             run("git", "push", "origin", name, cwd=work)
         self.daemons: list[subprocess.Popen[bytes]] = []
-        for index, host in enumerate(("127.0.0.1", "127.0.0.2")):
+        for index, host in enumerate(self.hosts):
             run("git", "clone", str(origin), str(folder / host))
             self.serve(host, index)
         deadline = time.monotonic() + 60
-        while "127.0.0.2" not in self.online():
+        while not {*self.hosts} <= {*self.online()}:
             if time.monotonic() > deadline:
                 self.close()  # nobody else knows of them yet
-                raise SystemExit("the fleet does not come up: " + (folder / "127.0.0.2.err").read_text())
+                told = [(folder / f"{host}.err").read_text() for host in self.hosts]
+                raise SystemExit("\n".join(["the fleet does not come up:", *told]))
             time.sleep(0.1)
 
     def serve(self, host: str, index: int) -> None:
@@ -188,6 +190,26 @@ def bench_growth(fleet: Fleet) -> None:
         one = lambda branch=branch: fleet.trigger("127.0.0.2", branch).wait()  # noqa: E731
         ours.points.append((lines, median_s(3, one)))
     PANELS.append(Panel("Lines of output", "seconds, from the order to the last line", "lines", [ours, floor]))
+
+
+def bench_hosts(folder: Path, program: list[str], count: int) -> None:
+    """The same on many hosts, which here share one machine: beside it as many shells at once."""
+    folder.mkdir()
+    fleet = Fleet(folder, program, hosts=count)
+    shells = " & ".join(f"(cd {folder / host} && {NOOP})" for host in fleet.hosts)
+
+    def deploy() -> None:
+        code = fleet.trigger("all", "noop").wait()
+        assert code == 0, f"exit {code}"
+
+    try:
+        floor = median_s(5, lambda: run("sh", "-c", f"{shells} & wait"))
+        say(f"no-op deployment, {count} hosts at once", median_s(5, deploy), f"{count} shells", floor)
+        floor = median_s(9, lambda: run(sys.executable, "-c", "pass"))
+        status = median_s(9, lambda: run(*fleet.arguments("127.0.0.1"), "status"))
+        say(f"status, {count} hosts", status, "python -c pass", floor)
+    finally:
+        fleet.close()
 
 
 def bench_lines(fleet: Fleet) -> None:
@@ -550,9 +572,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("pyz", nargs="?")
     parser.add_argument("--scale", default="", help="numbers of light agents, as in 200,1000")
+    parser.add_argument("--hosts", type=int, default=20, help="so many real hosts at once (default: 20; 0: none)")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--runs", default="", help="numbers of recorded runs, as in 10,1000,10000")
-    parser.add_argument("--only-scale", action="store_true", help="and --stalls, --runs, and nothing else")
+    parser.add_argument("--only-scale", action="store_true", help="and --hosts, --stalls, --runs, and nothing else")
     parser.add_argument(
         "--stalls", default="", help="HOSTS,LINES,SECONDS: so many hosts that each write so many a second"
     )
@@ -582,6 +605,8 @@ def main() -> None:
                 bench_resume(fleet)
             finally:
                 fleet.close()
+        if args.hosts:
+            bench_hosts(folder / "hosts", program, args.hosts)
         if args.stalls:
             bench_stalls(folder / "stalls", program, *map(int, args.stalls.split(",")))
         if args.gigabytes:
