@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -62,6 +64,15 @@ def median_s(repeat: int, action: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def free_port() -> int:
+    """A port that nobody listens on, below those that outgoing connections, of the herd too, get in the meantime."""
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Fleet:
     """An origin with one branch per command, a master that has recorded so many runs, and agents, `hosts` together,
     as real processes."""
@@ -70,9 +81,7 @@ class Fleet:
         fill(folder / "state-127.0.0.1", runs)
         self.hosts = [f"127.0.0.{number}" for number in range(1, hosts + 1)]
         self.folder, self.program = folder, program
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = port = probe.getsockname()[1]
+        self.port = port = free_port()
         origin, work = folder / "origin.git", folder / "work"
         run("git", "init", "--bare", "-b", "noop", str(origin))
         run("git", "clone", str(origin), str(work))
@@ -96,7 +105,7 @@ class Fleet:
         for index, host in enumerate(self.hosts):
             run("git", "clone", str(origin), str(folder / host))
             self.serve(host, index)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not {*self.hosts} <= {*self.online()}:
             if time.monotonic() > deadline:
                 self.close()  # nobody else knows of them yet
