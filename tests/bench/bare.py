@@ -1,4 +1,4 @@
-"""The floor of a fleet's cost: python3 -m tests.bench.bare
+"""The floor of a fleet's cost: python3 -m tests.bench.bare PYZ
 
 A bare websockets server, with this program's own options, that says to each light agent of herd.py the same words
 and keeps nothing of what it hears: no list, no file, no check. It prints its port; a line on its standard input is an
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, sys.argv[1])  # with bytecode: what compiling leaves free would hide what agents take
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed

@@ -395,9 +395,9 @@ class Cost:
         return self
 
 
-def bare_cost(count: int) -> tuple[Cost, Cost]:
+def bare_cost(count: int, pyz: str) -> tuple[Cost, Cost]:
     """The floor: a bare websockets server that says the same words to the same light agents."""
-    argv = [sys.executable, "-m", "tests.bench.bare"]
+    argv = [sys.executable, "-m", "tests.bench.bare", pyz]
     bare = subprocess.Popen(argv, cwd=SOURCE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     herd = None
     try:
@@ -419,7 +419,7 @@ def bench_scale(folder: Path, program: list[str], counts: list[int]) -> None:
     """What a fleet costs its master, per agent: processor time, as the clock shows how busy this machine is."""
     lines = [Line("order", []), Line("welcome", []), Line("bare order", [], True), Line("bare welcome", [], True)]
     for count in counts:
-        floors = bare_cost(count)
+        floors = bare_cost(count, program[-1])
         (folder / f"scale-{count}").mkdir()
         fleet = Fleet(folder / f"scale-{count}", program)
         herd = None
