@@ -3812,6 +3812,7 @@ class RunnerFacts(NamedTuple):
     expired: bool = False  # accepted so long ago that nobody expects it to run any more
     launches: int = 0  # how often a runner was started for it
     silent_s: float = 0.0  # since the last time
+    has_begun: bool = False  # it did not run yet when its lock was found free
 
 
 def decide_runner(job: JobRecord, facts: RunnerFacts) -> Fate:
@@ -3824,6 +3825,9 @@ def decide_runner(job: JobRecord, facts: RunnerFacts) -> Fate:
             return Fate.START
         return Fate.WAIT
     if job.state is State.RUNNING:
+        # running before the lock was found free, and running after: nobody took it in between
+        if facts.has_begun:
+            return Fate.WAIT
         return Fate.BURY
     if job.state is not State.QUEUED:
         return Fate.WAIT
@@ -16837,10 +16841,10 @@ class OwnJobs:
             expired=self.is_old(record),
             launches=job.launches,
             silent_s=time.monotonic() - job.launched,
+            has_begun=before is not None and before.state is not State.RUNNING,
         )
         fate = decide_runner(record, facts)
-        # running before the lock was found free, and running after: nobody took it in between
-        if fate is Fate.BURY and (before is None or before.state is State.RUNNING):
+        if fate is Fate.BURY:
             job.burying = True
             self.tasks.spawn(self.bury(job, record))
         elif fate is Fate.START:
@@ -22220,7 +22224,8 @@ class FolderSource:
             assert self.record
             damaged = "the record of this job is damaged"
             return replace(job_of_run(self.record, host), state=State.LOST, error=damaged)
-        if decide_runner(latest, RunnerFacts()) is Fate.BURY:
+        has_begun = job is not None and job.state is not State.RUNNING
+        if decide_runner(latest, RunnerFacts(has_begun=has_begun)) is Fate.BURY:
             return self.end(bury_runner(self.state, latest))
         return latest
 

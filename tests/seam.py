@@ -97,6 +97,7 @@ from estelle_updater import (
     Field as Field,
     FileLock as FileLock,
     Finding as Finding,
+    FolderSource as FolderSource,
     Follow as Follow,
     Foresight as Foresight,
     FreezeRule as FreezeRule,

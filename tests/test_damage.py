@@ -159,6 +159,29 @@ def test_a_deployment_by_hand_that_meets_another_job_ends(one: Fleet):
     wait_state(one, run, B, "succeeded")
 
 
+def test_a_runner_that_begins_while_it_is_looked_for_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its lock was free when it was looked at, and its word says that it runs: it took it in between."""
+    state = updater.StateFolder(tmp_path)
+    state.create()
+    queued = updater.JobRecord("20260101-000000-abcd", B, "ab" * 16, updater.Kind.DEPLOY, "master", ordered=True)
+    state.save_job(queued)
+
+    def look(path: Path) -> bool:
+        if path == state.job_lock:
+            state.save_job(updater.replace(queued, state=updater.State.RUNNING, revision=2))
+        return False
+
+    monkeypatch.setattr(updater.FileLock, "held_elsewhere", look)
+    source = updater.FolderSource(state, queued.run, live=True)
+    source.sizes = {B: 0}
+    states = [[job.state for job in source.read(B)] for _ in range(2)]
+    assert states == [[updater.State.RUNNING], [updater.State.LOST]], (
+        "one that ran before and after, with its lock free, died"
+    )
+
+
 # Files
 
 
