@@ -4032,14 +4032,20 @@ def has_failed(job: JobRecord) -> bool:
 
 
 def decide_expiry(
-    run: RunRecord, job: JobRecord, silent_s: float | None, away_s: float, age_s: float, up_s: float
+    run: RunRecord,
+    job: JobRecord,
+    silent_s: float | None,
+    away_s: float,
+    age_s: float,
+    up_s: float,
+    cancelled_s: float = 0.0,
 ) -> tuple[State, str] | None:
-    """How a job ends that has waited for its host too long: an old order must not run days later.
-    None while it may.
+    """How a job ends that has waited for its host too long: an old order must not run days later,
+    and no host holds those who watch for ever. None while it may.
 
     In seconds: since the order went to a host that is connected, None for one that is not; since
     when that one is away; since the run was asked for; since the master started, without which
-    nobody could come.
+    nobody could come; since the run was cancelled.
     """
     if job.state in FINAL:
         return None
@@ -4051,6 +4057,8 @@ def decide_expiry(
             return State.CANCELLED, unanswered[1]
         if waits and silent_s > ORDER_EXPIRES_S:
             return unanswered
+        if job.state is State.RUNNING and cancelled_s > LOST_S:
+            return State.LOST, "its host does not end it, though it was cancelled"
         return None
     if job.state is State.RUNNING:
         gone = min(away_s, up_s) > LOST_S
@@ -18201,6 +18209,7 @@ class Run:
         self.torn: set[str] = set()  # hosts whose log was closed because the copies differ
         self.promised = True  # its record is on disk: it may be ordered, and is in `history`
         self.ordered: dict[str, float] = {}  # when this process sent an order last, monotonic
+        self.cancelled: float | None = None  # since when this process knows of it, monotonic
         self.began = time.monotonic() - age_s
         self.open = {host for host, job in self.jobs.items() if job.state not in FINAL}
         self.waits = {host for host, job in self.jobs.items() if waits_for_order(job)}
@@ -19272,8 +19281,12 @@ class Queue:
         if job.machine in self.agents:
             silent_s = now - run.ordered.get(job.host, now)
         away_s = now - self.registry.down_since.get(job.machine, self.began)
+        cancelled_s = 0.0
+        if run.record.cancelled:
+            run.cancelled = run.cancelled or now
+            cancelled_s = now - run.cancelled
         verdict = decide_expiry(
-            run.record, job, silent_s, away_s, now - run.began, now - self.began
+            run.record, job, silent_s, away_s, now - run.began, now - self.began, cancelled_s
         )
         if verdict:
             self.ledger.end(run, job, *verdict, guess=verdict[0] is not State.OFFLINE)

@@ -354,6 +354,13 @@ def test_how_long_a_job_waits_for_its_host(
     assert est.decide_expiry(record, replace(JOB, **changes), silent_s, away_s, age_s, up_s) == verdict
 
 
+@pytest.mark.parametrize(("cancelled_s", "is_lost"), [(0.0, False), (900.0, False), (901.0, True)])
+def test_a_host_that_takes_no_cancel_is_not_waited_for_for_ever(cancelled_s: float, is_lost: bool) -> None:
+    record, running = replace(est.run_of_job(JOB), cancelled=True), replace(JOB, ordered=True, state=State.RUNNING)
+    verdict = est.decide_expiry(record, running, 9999.0, 0.0, 9999.0, 9999.0, cancelled_s)
+    assert (verdict is not None) == is_lost and (verdict is None or verdict[0] is State.LOST)
+
+
 def finish(job: JobRecord, chance: random.Random, surely: bool) -> JobRecord:
     """What a host makes of a live job in one tick."""
     if surely or chance.random() < 0.3:

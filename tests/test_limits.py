@@ -268,6 +268,20 @@ def test_a_host_that_is_cut_off_for_long_releases_its_watchers(one: Fleet):
     assert lines_of(one.cli("logs", watched.run).out, B)[-1] == f"✓ 완료 {VERSION}"
 
 
+def test_a_host_that_takes_no_cancel_releases_its_watchers(one: Fleet):
+    a, b, _ = one.hosts
+    again(one, a, LIMITS='{"LOST_S": 1}')
+    again(one, b, FAULT="OwnJobs.cancel = lambda self, job, by: None")
+    write_script(GATED, b)
+    watched = Watched(one, "trigger", B, "master")
+    watched.until(f"[{B}] begun")
+    assert one.cli("cancel", watched.run).code == 0
+    assert watched.end() == 1
+    assert lines_of(watched.out, B)[-1] == "✗ 연결 끊김 (its host does not end it, though it was cancelled)"
+    open_gate(b)
+    wait_state(one, watched.run, B, "succeeded")  # its late word
+
+
 def test_a_line_without_end_in_bounded_memory(one: Fleet):
     """Over what each process needs anyway: from source, a runner's nursery has compiled the program itself."""
     a, b, _ = one.hosts
