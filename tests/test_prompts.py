@@ -129,12 +129,16 @@ def test_git_over_ssh(one: Fleet, sshd: tuple[int, Path], tmp_path: Path, known:
 
 @pytest.mark.parametrize("then", ["cancelled", "lost"])
 def test_git_that_hangs_in_a_question(one: Fleet, tmp_path: Path, then: str):
-    """Between two steps git is asked for local changes, and the file system monitor's hook does not answer."""
-    hook, begun = tmp_path / "hook", tmp_path / "begun"
+    """Between two steps git is asked for local changes, and a file's filter does not answer."""
+    hook, begun, file = tmp_path / "hook", tmp_path / "begun", one.master.repo / "config" / "version.json"
     asks = "grep -q status /proc/$PPID/cmdline || exit 1"
     hook.write_text(f"#!/bin/sh\n{asks}\ntrap '' TERM\ntouch {begun}\nsleep 86407\n")
     hook.chmod(0o755)
-    set_git(one, core_fsmonitor=str(hook))
+    set_git(one, filter_slow_clean=str(hook))
+    attributes = one.master.repo / ".git" / "info" / "attributes"
+    attributes.parent.mkdir(exist_ok=True)
+    attributes.write_text("config/version.json filter=slow\n")
+    os.utime(file, (1, 1))  # as large as before: only its content tells
     watched = Watched(one, "trigger", A, "master")
     watched.until(begun.exists)
     if then == "lost":

@@ -33,11 +33,16 @@ POKE = """
 import asyncio, json, pathlib, sys
 import estelle_updater as updater
 
+class Jobs:  # of a daemon: none, and nothing of theirs has grown
+    grown_bytes = 0
+    active = list
+
 async def main():
-    poked = asyncio.Event()
+    jobs = Jobs()
+    jobs.poked = poked = asyncio.Event()
     loop = asyncio.get_running_loop()
     address = ("127.0.0.1", 0)
-    transport, _ = await loop.create_datagram_endpoint(lambda: updater.PokeReceiver(poked), local_addr=address)
+    transport, _ = await loop.create_datagram_endpoint(lambda: updater.PokeReceiver(jobs), local_addr=address)
     file = pathlib.Path(sys.argv[1])
     file.write_text(json.dumps({"poke": transport.get_extra_info("sockname")[1]}))
     await asyncio.to_thread(updater.Poke(file))

@@ -29,7 +29,7 @@ class Panel(NamedTuple):
 def nice_top(value: float) -> float:
     """A round number above all points."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= value * 1.02)
+    return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12) if step * power >= value * 1.02)
 
 
 def short(number: float) -> str:
