@@ -72,7 +72,7 @@ context = None
 if tls:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-answers, failed, over = [], {}, False
+answers, spans, failed, over = [], [], {}, False
 async def ask(link, path, close):
     reader, writer = link
     writer.write(b"GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n" % (path, b"Connection: close\r\n" if close else b""))
@@ -92,6 +92,7 @@ async def client(path, close):
             if b" 200 " not in head.partition(b"\r\n")[0]:
                 raise ValueError(head[9:12].decode())
             answers.append((began, body.decode()))
+            spans.append((began, time.time(), body.decode()))
             reused = True
             if close or b"connection: close" in head:
                 link[1].close()
@@ -111,7 +112,7 @@ async def main():
     kinds = [(b"/", False)] * keep + [(b"/", True)] * new + [(b"/slow", False)] * slow
     await asyncio.gather(*(client(*kind) for kind in kinds))
 asyncio.run(main())
-print(json.dumps({"answers": answers, "failed": failed}))
+print(json.dumps({"answers": answers, "spans": spans, "failed": failed}))
 """
 
 
@@ -134,10 +135,12 @@ class Load:
             self.process.kill()
 
     def end(self) -> tuple[list[tuple[float, str]], dict[str, int]]:
-        """(when each request began and which colour answered it, failures by kind)."""
+        """(when each request began and which colour answered it, failures by kind); `spans` then has also when it
+        was answered: a client may stand still in between."""
         self.process.send_signal(signal.SIGTERM)
         out, _ = self.process.communicate(timeout=60)
         found = json.loads(out)
+        self.spans: list[tuple[float, float, str]] = found["spans"]
         return found["answers"], found["failed"]
 
 

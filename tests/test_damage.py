@@ -176,7 +176,9 @@ def test_a_runner_that_begins_while_it_is_looked_for_is_not_taken_for_dead(
     monkeypatch.setattr(updater.FileLock, "held_elsewhere", look)
     source = updater.FolderSource(state, queued.run, live=True)
     source.sizes = {B: 0}
-    states = [[job.state for job in source.read(B)] for _ in range(2)]
+    states = []
+    for _ in range(2):
+        states.append([event.state for event in source.read(B) if isinstance(event, updater.JobRecord)])
     assert states == [[updater.State.RUNNING], [updater.State.LOST]], (
         "one that ran before and after, with its lock free, died"
     )
