@@ -172,7 +172,9 @@ def test_a_pipe_gets_every_byte(one: Fleet):
 @one_fleet
 def test_logs_hold_what_the_commands_wrote(one: Fleet):
     for host in one.hosts:
-        (host.folder / "data").write_bytes(os.urandom(400_000).replace(b"\r\n", b"__"))
+        # without `=`: one in 200 such texts has a `?pw=` in it by chance, and that is masked
+        data = os.urandom(400_000).replace(b"=", b"_").replace(b"\r\n", b"__")
+        (host.folder / "data").write_bytes(data)
     write_script("cat ../data\n", *one.hosts)
     watched = Watched(one, "trigger", "all", "master")
     assert watched.end() == 0
