@@ -11743,6 +11743,15 @@ def read_branch(root: Path) -> str | None:
     return None
 
 
+def has_objects(git_dir: Path) -> bool:
+    """Whether a repository's folder keeps anything that was somebody's; git's own unfinished files
+    are not."""
+    for file in (git_dir / "objects").rglob("*"):
+        if file.is_file() and not file.name.startswith("tmp_"):
+            return True
+    return False
+
+
 class WorkTree:
     """A clone's files between two commits: what git itself wrote is known by its content, anything
     else is somebody's. Asks whatever a cancel says: a tree is not left half written."""
@@ -11921,19 +11930,20 @@ class WorkTree:
             yield from part.iter_parts(wanted, f"{path}/")
 
     def discard_half_clone(self) -> bool:
-        """Remove a submodule whose clone was cut off: without a single ref it holds nothing, and
-        git would neither use it nor clone it again. Whether it was so."""
-        code, refs, _ = ask_git(self.root, self.env, "for-each-ref", "--count=1", mark=self.mark)
-        # no answer is none: refs that can't be read are somebody's commits all the same
-        if code or refs:
-            return False
-        if self.commit_of("HEAD"):  # detached
-            return False
+        """Remove a submodule whose clone was cut off, or what git left when it was killed while it
+        cleared that away: without a single ref it holds nothing, and git would neither use it nor
+        clone it again. Whether it was so."""
         link = self.root / ".git"
         if not link.is_file():
             return False
         place = self.root / link.read_text("utf-8", "replace").removeprefix("gitdir:").strip()
         if "modules" not in place.resolve().parts:
+            return False
+        code, refs, _ = ask_git(self.root, self.env, "for-each-ref", "--count=1", mark=self.mark)
+        # no answer is none: refs that can't be read are somebody's commits all the same
+        if refs or (code and has_objects(place)):
+            return False
+        if not code and self.commit_of("HEAD"):  # detached
             return False
         link.unlink()
         shutil.rmtree(place, ignore_errors=True)
@@ -13168,18 +13178,24 @@ class Transit:
     def restore(self, mark: Mapping[str, Any]) -> list[str]:
         """Each tree as its HEAD has it, that of the submodules too; what is somebody's is left, and
         returned. Raises UpdaterError, OSError."""
+        known = mark.get("submodules", {})
+        if self.tree.submodules:
+            self.discard_half_clones(known)  # git does not even look at a tree with one in it
         theirs = self.tree.restore(mark["commits"], mark["kept"])
         if not self.tree.submodules:
             return theirs
-        known = mark.get("submodules", {})
+        self.discard_half_clones(known)  # .gitmodules may be another one now
         for path, part, commits in self.tree.iter_parts(mark["commits"]):
-            is_new = path not in known
-            if is_new and part.discard_half_clone():
-                self.runner.log.line(f"Submodule {path} was cloned halfway: that is removed.")
-                continue
-            left = part.restore(commits, known.get(path, ()), is_new=is_new)
+            left = part.restore(commits, known.get(path, ()), is_new=path not in known)
             theirs += [f"{path}/{name}" for name in left]
         return theirs
+
+    def discard_half_clones(self, known: Container[str]) -> None:
+        """Those that had no commit when the mark was left, and have none now. Raises
+        UpdaterError, OSError."""
+        for path, part, _ in self.tree.iter_parts(()):
+            if path not in known and part.discard_half_clone():
+                self.runner.log.line(f"Submodule {path} was cloned halfway: that is removed.")
 
     # For people
 

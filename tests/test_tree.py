@@ -614,6 +614,8 @@ def test_a_submodule_that_git_left_half_written_is_made_whole(clone: Clone, end:
     hook.chmod(0o755)
     clone.git(clone.folder, "config", "--global", "uploadpack.packObjectsHook", str(hook))
     cut_off(Path(f"{hold}.seen").exists, "git clones")
+    if end == "kill":  # in the end also while git clears away what it had cloned
+        shutil.rmtree(clone.host / ".git/modules/sub/objects", ignore_errors=True)
     clone.git(clone.folder, "config", "--global", "--unset", "uploadpack.packObjectsHook")
     for key, value in (("smudge", SLOW.replace("../hold", str(hold))), ("clean", "cat"), ("required", "true")):
         clone.git(clone.folder, "config", "--global", f"filter.slow.{key}", value)
