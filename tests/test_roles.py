@@ -156,7 +156,7 @@ def test_a_master_behind_a_nat_is_what_its_own_address_s_section_says(fleet: Mak
     one.start()
     assert f'master: [hosts."{master.address}"] says so' in master.stderr.splitlines()[0]
     idle = f'[hosts."{private}"] has no effect on this host: [hosts."{agent.address}"] is found first'
-    assert idle in agent.stderr
+    wait_for(lambda: idle in agent.stderr, idle)
     assert f'[hosts."{master.address}"]' in one.cli("doctor").out
     found = one.cli("config", "show").out
     assert "the master" in found or "WHOM" in found
