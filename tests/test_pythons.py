@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import new_host_line
 from tests.fleet import MODULE, VERSION, Fleet, clean_env, run
 from tests.pythons import OLDEST, find_pythons
 
@@ -50,3 +51,6 @@ def test_an_older_one_is_told_what_is_needed(tmp_path: Path, pyz: Path, python: 
     for program in (pyz, MODULE):
         code, out, err = run([python, str(program), "status"], clean_env(tmp_path), tmp_path)
         assert code and not out and "python 3.11" in err.casefold(), err
+    line = new_host_line("http://127.0.0.1:9").replace("python3", python, 1)
+    done = run(["/bin/sh", "-c", line], clean_env(tmp_path), tmp_path)
+    assert done.code and not done.out and not list(tmp_path.glob("*.pyz"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.client
+import http.server
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -21,8 +23,8 @@ from pathlib import Path
 import pytest
 
 from tests import seam
-from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
-from tests.fleet import MODULE, ROOT, Fleet, Host, Result, need, processes_of, run, wait_for
+from tests.commands import COMMAND, GATED, Watched, detach, new_host_line, open_gate, wait_state, write_script
+from tests.fleet import MODULE, Fleet, Host, Result, need, processes_of, run, wait_for
 from tests.test_pm2 import SERVICE, Pm2
 
 MakeFleet = Callable[..., Fleet]
@@ -128,42 +130,107 @@ def test_a_new_host_gets_the_program(fleet: MakeFleet, pyz: Path) -> None:
     assert one.cli("status").code == 0
 
 
+def without_program(clone: Path) -> bool:
+    return not (clone / NAME).exists()
+
+
 def test_the_line_for_a_new_host(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
-    """README's goes on only where the configuration's own key names the very file, and every tool is there."""
-    need("curl")
+    """README's goes on, and writes, only where the configuration's own key names the very file."""
     sha256 = hashlib.sha256(pyz.read_bytes()).hexdigest()
     one = fleet(hosts=1, program=(sys.executable, str(pyz)), config={"updater": {"sha256": sha256}})
-    readme = (ROOT / "README.md").read_text("utf-8")
-    (line,) = re.findall(r"(?m)^curl -fO http://.*$", readme)
-    (powershell,) = re.findall(r"(?m)^curl\.exe -fO http://.*$", readme)
-    assert re.findall('"(.+?)"', powershell) == re.findall('"(.+?)"', line), "the check is the same"
-    line = line.replace("5.223.72.58:9900", f"127.0.0.1:{one.port}").replace(" setup", " --version")
-    tools = {"python3": sys.executable, "curl": shutil.which("curl") or ""}
+    line = new_host_line(f"http://127.0.0.1:{one.port}")
+    tools = tmp_path / "bin"
+    tools.mkdir()
 
-    def type_in(folder: Path, names: Sequence[str] = ("python3", "curl"), command: str = line) -> Result:
-        shutil.rmtree(tmp_path / "bin", ignore_errors=True)
-        (tmp_path / "bin").mkdir()
-        for name in names:
-            (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {tools[name]} "$@"\n')
-            (tmp_path / "bin" / name).chmod(0o755)
-        return run(["/bin/sh", "-c", command], one.env | {"PATH": str(tmp_path / "bin")}, folder)
+    def type_in(clone: Path, python: str = sys.executable, command: str = line) -> Result:
+        (tools / "python3").unlink(missing_ok=True)
+        if python:
+            (tools / "python3").symlink_to(python)
+        return run(["/bin/sh", "-c", command], one.env | {"PATH": str(tools)}, clone)
 
     done = type_in(one.master.repo)
     assert done.code == 0 and done.out.startswith("estelle-updater "), done.err
-    altered = line.replace("&& python3 -c", "&& echo >> estelle_updater.pyz && python3 -c")
-    refused = type_in(one.master.repo, command=altered)
-    assert refused.out == "" and "is not the checksum in config/updater.json" in refused.err
-    for names in (["python3"], ["curl"], []):
-        assert (type_in(one.master.repo, names).code, type_in(one.master.repo, names).out) == (127, "")
+    assert (one.master.repo / NAME).read_bytes() == pyz.read_bytes()
     clone = one.origin.seed
-    (clone / "config/updater.json").unlink()
-    assert type_in(clone).code == 1, "no configuration"
+    assert type_in(clone, python="").code == 127 and without_program(clone)
+    missing = type_in(clone, command=line.replace(f"/{NAME}'", "/other.pyz'"))
+    assert missing.code == 1 and "404" in missing.err and without_program(clone)
+
+    config = clone / "config/updater.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"updater": {"sha256": "0" * 64}}))
+    refused = type_in(clone)
+    assert refused.code == 1 and f"{sha256} is not the checksum in config/updater.json" in refused.err
+    assert refused.out == "" and without_program(clone)
+    config.unlink()
+    assert type_in(clone).code == 1 and without_program(clone), "no configuration"
+    config = clone / "config/updater.toml"
     text = f'masterUrl = "{one.url}"\nwhitelist = []  # sha256 = "{sha256}"\n# [updater]\n# sha256 = "{sha256}"\n'
     for more in ("", "[updater]\n", '[updater]\nsha256 = ""\n', f'[updater]\nsha256 = "{"0" * 64}"  # {sha256}\n'):
-        (clone / "config/updater.toml").write_text(text + more)
-        assert (type_in(clone).code, type_in(clone).out) == (1, ""), more
-    (clone / "config/updater.toml").write_text(f'{text}[updater]\nsha256 = "{sha256.upper()}"\n')
-    assert type_in(clone).code == 0
+        config.write_text(text + more)
+        done = type_in(clone)
+        assert (done.code, done.out) == (1, "") and without_program(clone), more
+    config.write_text(f'{text}[updater]\nsha256 = "{sha256}"\n')
+    second = config.with_suffix(".json")
+    second.write_text(json.dumps(settings))
+    assert type_in(clone).code == 1 and without_program(clone), "which of two configurations counts?"
+    second.unlink()
+    config.write_text(f'{text}[updater]\nsha256 = "{sha256.upper()}"\n')
+    (clone / "json.py").write_text("raise SystemExit('taken from the clone')\n")
+    assert type_in(clone).code == 0, "upper case is the same value, and modules come from Python alone"
+
+
+class CutOff(http.server.BaseHTTPRequestHandler):
+    """Says how long the program is, sends half of it and hangs up."""
+
+    program = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.program)))
+        self.end_headers()
+        self.wfile.write(self.program[: len(self.program) // 2])
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_the_line_for_a_new_host_where_the_download_is_cut_off(pyz: Path, tmp_path: Path) -> None:
+    CutOff.program = pyz.read_bytes()
+    (tmp_path / "config").mkdir()
+    config = {"updater": {"sha256": hashlib.sha256(CutOff.program).hexdigest()}}
+    (tmp_path / "config/updater.json").write_text(json.dumps(config))
+    with http.server.HTTPServer(("127.0.0.1", 0), CutOff) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        line = new_host_line(f"http://127.0.0.1:{server.server_port}").replace("python3", sys.executable, 1)
+        done = run(["/bin/sh", "-c", line], {}, tmp_path)
+        server.shutdown()
+    assert done.code == 1 and done.out == "" and without_program(tmp_path)
+
+
+# The same words in all of them; what is no POSIX shell included
+SHELLS = ["sh", "bash", "dash", "zsh", "fish", "tcsh", "bsd-csh", "mksh", "ksh93", "yash", "posh", "elvish"]
+
+
+def test_every_shell_hands_the_line_over_as_it_stands(tmp_path: Path) -> None:
+    """So it is one command in each, and what it does is Python's alone: no shell decides what runs after what."""
+    need("bash", "zsh", "fish", "tcsh", "mksh")
+    line = new_host_line("http://127.0.0.1:9")
+    words = re.fullmatch(r'python3 (-I) (-c) "([^"]*)"', line)
+    assert words and line.isascii()
+    # What PowerShell or cmd would read between double quotes, as no PowerShell can be installed from here
+    assert not set("$`%!^\\") & set(words[3])
+    python = tmp_path / "python3"
+    python.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(7)\n")
+    python.chmod(0o755)
+    for shell in SHELLS:
+        if not shutil.which(shell):
+            print(f"not here: {shell}")
+            continue
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        done = run([shell, "-c", line], env, tmp_path)
+        assert json.loads(done.out) == list(words.groups()), shell
+        assert done.code, f"{shell} hides that it failed"
 
 
 def test_a_checkout_has_nothing_to_hand_out(fleet: MakeFleet) -> None:

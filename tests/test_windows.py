@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import http.server
 import json
 import os
 import re
@@ -18,8 +20,8 @@ from typing import IO, Any
 
 import pytest
 
-from tests.commands import Watched, job_of, log_of
-from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, is_listening, kill_processes_of, wait_for
+from tests.commands import Watched, job_of, log_of, new_host_line
+from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, is_listening, kill_processes_of, run, wait_for
 from tests.machines import Windows, windows_git
 from tests.terminal import Terminal
 from tests.test_upgrade import NAME, NEW, variant, versions
@@ -244,33 +246,31 @@ def test_consoles_without_our_letters_and_the_place_of_the_state(windows_python:
 
 
 def test_the_line_for_a_new_host_under_windows(windows_python: Windows, tmp_path: Path) -> None:
-    """README's check before `setup`, by the Windows Python: it goes on for the very file alone. What stands before and
-    behind it is PowerShell's: each part runs only where the one before it succeeded, or could be found at all."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    (line,) = re.findall(r"(?m)^curl\.exe -fO http://.*$", readme)
-    parts = re.fullmatch(r"curl\.exe -fO \S+; if \(\$\?\) \{ (.+) \}; if \(\$\?\) \{ (.+) \}", line)
-    assert parts
-    check, setup = parts.groups()
-    assert setup == "python estelle_updater.pyz setup"
-    (code,) = re.findall('^python -c "(.+)"$', check)
-    program, sha256 = tmp_path / NAME, hashlib.sha256(b"the program").hexdigest()
+    """README's line whole, as cmd.exe takes it: it starts the very file, and writes no other."""
+    said = b"import sys\nprint('set up by', sys.argv[1:])\nsys.exit(3)\n"
     (tmp_path / "config").mkdir()
-    config = tmp_path / "config" / "updater.toml"
-    good = f'[updater]\r\nsha256 = "{sha256.upper()}"\r\n'
+    (tmp_path / "handed").mkdir()
+    config, handed = tmp_path / "config" / "updater.toml", tmp_path / "handed" / NAME
+    good = f'[updater]\r\nsha256 = "{hashlib.sha256(said).hexdigest().upper()}"\r\n'
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(handed.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        line = new_host_line(f"http://127.0.0.1:{server.server_port}")
+        command = line.replace("python3", Windows.path(windows_python.python), 1)
+        (tmp_path / "line.cmd").write_bytes(f"@{command}\r\n@exit /b %errorlevel%\r\n".encode())
 
-    def judged(text: str, data: bytes = b"the program") -> int:
-        config.write_bytes(text.encode())
-        program.write_bytes(data)
-        return windows_python.run("-c", code, cwd=tmp_path).code
+        def typed(text: str, data: bytes = said) -> Result:
+            config.write_bytes(text.encode())
+            handed.write_bytes(data)
+            return run(["wine", "cmd", "/c", "line.cmd"], windows_python.env, tmp_path, WINE_S)
 
-    assert judged(good) == 0
-    assert judged(good, b"the program!") == 1, "the file is another"
-    for text in (f"# [updater]\n# sha256 = '{sha256}'\n", f'[updater]\nsha256 = ""  # {sha256}\n', "", "\ufeff" + good):
-        assert judged(text) == 1, text
-    program.unlink()
-    assert windows_python.run("-c", code, cwd=tmp_path).code == 1, "nothing was downloaded"
-    config.rename(config.with_name("other.toml"))
-    assert windows_python.run("-c", code, cwd=tmp_path).code == 1, "no configuration"
+        written = (tmp_path / NAME).exists
+        assert typed(good, said + b"#").code == 1 and not written(), "the file is another"
+        for text in (good.replace("[", "# ["), good.replace('= "', '= "" # "'), "", "\ufeff" + good):
+            assert typed(text).code == 1 and not written(), text
+        done = typed(good)
+        assert (done.code, done.out.strip()) == (3, "set up by ['--version']"), done.err
+        server.shutdown()
 
 
 COLOURS = r"""
