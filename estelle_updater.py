@@ -536,6 +536,7 @@ SUPPLIED_BYTES, ENVIRONMENT_BYTES = 1 << 20, 4 << 20
 ACK_BYTES = WINDOW_BYTES // 2
 SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
+LAST_LINE_CHARS = 120  # of a log, to say where it ends
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 LEFT_ROWS = 4  # hosts of the active whose commits an order's record names
@@ -8651,7 +8652,8 @@ class StateFolder:
         self.owner_file = root / "owner.json"  # whose this folder is
         self._machine = ""
         self.history = History(self)
-        self.lived = LivedClock(root / "lived.json")
+        self.remains = Remains(self)
+        self.lived = LivedClock(root / "lived.json", self.history.last_lived)
 
     def exposure(self) -> str:
         """What lets somebody else write here, whose word would then be this host's; or nothing."""
@@ -8727,6 +8729,11 @@ class StateFolder:
 
     def save_key(self, master: str, key: str) -> None:
         """Keep a master's key, and those of a few masters before: one of them may come back."""
+        reading, _ = look_into_json(self.keys_file)
+        if reading is Reading.UNREADABLE:  # it may hold other masters' keys, to be lost by this
+            raise OSError(errno.EIO, "what is there can't be read now", str(self.keys_file))
+        if reading is Reading.TORN:
+            self.remains.keep_aside(self.keys_file)
         keys = {name: old for name, old in self.keys().items() if name != master} | {master: key}
         kept = dict(list(keys.items())[-MASTERS_KEPT:])
         write_atomic(self.keys_file, json.dumps(kept).encode(), durable=True)
@@ -8808,13 +8815,17 @@ class StateFolder:
         return self.runs / run / "run.json"
 
     def load_run(self, run: str) -> RunRecord | None:
-        """None where there is none, or it is torn. Raises OSError where it can't be read now."""
+        """A run's record; where that is torn or gone, what is known of it otherwise. None where
+        there is nothing of it. Raises OSError where it can't be read now."""
         record: RunRecord | None = self._load(self.run_file(run), RunRecord)
-        return record
+        return record or self.remains.of_run(run)
 
     def load_job(self, run: str, host: str) -> JobRecord | None:
-        """None where there is none, or it is torn. Raises OSError where it can't be read now."""
+        """A job's record; where that is torn or gone, how it ended by the history's index. None
+        where neither says anything. Raises OSError where it can't be read now."""
         record: JobRecord | None = self._load(self.job_file(run, host), JobRecord)
+        if record is None and self.is_damaged(run, host):
+            return self.remains.of_job(run, host)
         return record
 
     def load_jobs(self, run: str) -> list[JobRecord]:
@@ -8862,19 +8873,33 @@ class StateFolder:
     def is_damaged(self, run: str, host: str) -> bool:
         """Whether there was a record of this job, which can't be read any more."""
         path = self.job_file(run, host)
-        known = path.exists() or log_size(self.log_file(run, host)) > 0
-        return known and self.store.read(path)[0] is not Reading.VALUE
+        reading, _ = self._look(path, JobRecord)
+        if reading is Reading.MISSING:
+            return log_size(self.log_file(run, host)) > 0
+        return reading is not Reading.VALUE
+
+    def has_run(self, run: str) -> bool:
+        """Whether a run's own record is there and whole. Raises OSError where it can't be read
+        now."""
+        return self._load(self.run_file(run), RunRecord) is not None
 
     def _load(self, path: Path, cls: type[Any], *, exact: bool = False) -> Any:
-        reading, data = self.store.read(path)
+        reading, found = self._look(path, cls, exact)
         if reading is Reading.UNREADABLE:
             raise OSError(errno.EIO, "can't be read now", str(path))
+        if reading is Reading.TORN:
+            self.remains.keep_aside(path)
+        return found
+
+    def _look(self, path: Path, cls: type[Any], exact: bool = False) -> tuple[Reading, Any]:
+        """What a record's file holds. One that is JSON and no such record is torn as well."""
+        reading, data = self.store.read(path)
+        if reading is not Reading.VALUE:
+            return reading, None
         try:
-            if reading is Reading.VALUE:
-                return decode_fields(cls, data, exact=exact)
-            return None
+            return reading, decode_fields(cls, data, exact=exact)
         except ProtocolError:
-            return None
+            return Reading.TORN, None
 
 
 def _dump(record: Any) -> bytes:
@@ -8890,6 +8915,15 @@ def render_lines(data: Any) -> str:
 def run_id_time(now: float) -> str:
     """The time (UTC) with which a run's id begins."""
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+
+
+def time_of_run_id(run: str) -> float:
+    """The time with which a run's id begins, in seconds since 1970: its commander's."""
+    import calendar
+
+    with suppress(ValueError, OverflowError):
+        return float(calendar.timegm(time.strptime(run[:15], "%Y%m%d-%H%M%S")))
+    return 0.0
 
 
 def make_run_id() -> str:
@@ -8912,8 +8946,9 @@ class LivedClock:
     waits are measured by across a restart. It never jumps: the time without a daemon is told by the
     machine's boot, and where that was another one, by the wall clock and a day at most."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, newest: Callable[[], float] = float) -> None:
         self._file = file
+        self._newest = newest  # when the newest run was recorded, by this clock
         self._base: float | None = None
         self._began = 0.0
 
@@ -8931,8 +8966,8 @@ class LivedClock:
                 gap_s = min(time.time() - at, DAY_S)
             if isinstance(base, int | float):
                 base = float(base)
-            else:
-                base = 0.0
+            else:  # torn or gone: it must not begin again before what was recorded by it
+                base = self._newest()
             self._base = base + max(gap_s, 0.0)
             self._began = time.monotonic()
         return self._base + time.monotonic() - self._began
@@ -9044,6 +9079,24 @@ class History:
             return self._place_of(ids[-1], self._indexed()).place + 1
         return 1
 
+    def last_lived(self) -> float:
+        """When the newest run was recorded, by the folder's `LivedClock`; 0 without any. Only the
+        index and whole records tell: the clock itself may be what is asked for."""
+        lived = [line.lived for line in self._indexed().values()]
+        for run in self.state.run_ids():
+            _, data = look_into_json(self.state.run_file(run))
+            found = data.get("lived")
+            if isinstance(found, int | float):
+                lived.append(float(found))
+        return max(lived, default=0.0)
+
+    def known_row(self, run: str) -> Row | None:
+        """What the index says of a run, whatever its folder has become since."""
+        known = self._indexed().get(run)
+        if known is None:
+            return None
+        return self._row_of_line(known, known.stamp)
+
     def _in_order(self, indexed: Mapping[str, Line]) -> list[str]:
         def order(run: str) -> tuple[int, str, float]:
             line = self._place_of(run, indexed)
@@ -9113,9 +9166,14 @@ class History:
             if record is None:
                 return None
             jobs = [job for job in self.state.load_jobs(run) if job.host in record.hosts]
-        except OSError:  # not now
-            return None
-        jobs.sort(key=lambda job: record.hosts.index(job.host))
+        except OSError:  # not now, but it was known before
+            row = self.known_row(run)
+            if row:
+                row["over"] = False
+            return row
+        remains = self.state.remains.of_jobs(record, jobs)
+        jobs += [job for job in remains if job.revision]
+        damaged = [job for job in remains if not job.revision]
         own = self.state.machine_id()
         untold = [job for job in jobs if job.machine == own and job.revision and not job.acked]
         still = time.time_ns() - stamp > INDEX_AFTER_S * 1e9
@@ -9133,7 +9191,7 @@ class History:
             "target": record.target,
             "branch": record.branch,
             "machines": record.machines,
-            "hosts": [job_summary(job) for job in jobs],
+            "hosts": [job_summary(job) for job in in_order_of(record, [*jobs, *damaged])],
         }
 
     # Retention
@@ -9195,6 +9253,142 @@ class History:
         lines = [line.text for run, line in sorted(self._indexed().items()) if run not in gone]
         with suppress(OSError):  # a line of a run that is gone does no harm
             write_atomic(self.index, b"".join(line + b"\n" for line in lines))
+
+
+def in_order_of(run: RunRecord, jobs: Iterable[JobRecord]) -> list[JobRecord]:
+    """A run's jobs in the order in which it names their hosts."""
+    return sorted(jobs, key=lambda job: run.hosts.index(job.host))
+
+
+class Remains:
+    """What can be said of a run whose records are torn or gone: what the history's index had of it,
+    else what lies beside them. A disk that lost a record must not hide the run as well."""
+
+    def __init__(self, state: StateFolder) -> None:
+        self.state = state
+
+    def keep_aside(self, path: Path) -> None:
+        """Say that a record is torn, and keep its bytes: what knows better may replace it."""
+        aside = path.with_name(f"{path.name}.torn")
+        log.once(path, f"{path} is damaged; what is left of it is kept in {aside.name}")
+        if not aside.exists():
+            with suppress(OSError):
+                write_atomic(aside, path.read_bytes())
+
+    # The run
+
+    def of_run(self, run: str) -> RunRecord | None:
+        """A run without its own record; None where nothing names a host of it. May raise
+        OSError."""
+        names = self.state.store.names(self.state.runs / run)
+        if not names:
+            return None
+        row = self.state.history.known_row(run)
+        if row:
+            with suppress(KeyError, TypeError, ValueError, AttributeError):
+                return self._run_of_row(row)
+        return self._run_of_files(run, names)
+
+    @staticmethod
+    def _run_of_row(row: Row) -> RunRecord:
+        machines = row["machines"]
+        return RunRecord(
+            row["run"],
+            row["nonce"],
+            Kind(row["kind"]),
+            row["target"],
+            row["branch"],
+            [*machines],
+            machines,
+            {},
+            row["created"],
+            row["by"],
+            place=row["place"],
+            lived=row["lived"],
+        )
+
+    def _run_of_files(self, run: str, names: Iterable[str]) -> RunRecord | None:
+        """By its jobs' records; of a host that has no more than a log, by that one's name."""
+        jobs = self.state.load_jobs(run)
+        found = RunRecord(run, "", Kind.DEPLOY, "", "", [], {}, {}, time_of_run_id(run))
+        if jobs:
+            found = run_of_job(jobs[0])
+        machines = {job.host: job.machine for job in jobs}
+        addresses = {job.host: job.address for job in jobs}
+        files = {file_label(job.host) for job in jobs}
+        for name in sorted(names):
+            label, _, kind = name.rpartition(".")
+            is_job = kind == "log" or (kind == "json" and label != "run")
+            if is_job and label not in files:
+                machines.setdefault(label, "")
+        if not machines:
+            return None
+        lived = self.state.lived.now()  # too young rather than too old: nothing is deleted for that
+        hosts = [*machines]
+        return replace(found, hosts=hosts, machines=machines, addresses=addresses, lived=lived)
+
+    # Its jobs
+
+    def of_job(self, run: str, host: str) -> JobRecord | None:
+        """How a job ended, as the index has it."""
+        row = self.state.history.known_row(run)
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            for facts in (row or {})["hosts"]:
+                if row and facts["host"] == host and State(facts["state"]) in FINAL:
+                    return self._job_of_row(row, facts)
+        return None
+
+    def _job_of_row(self, row: Row, facts: Mapping[str, Any]) -> JobRecord:
+        job = job_of_run(self._run_of_row(row), facts["host"])
+        ended = None
+        if facts["seconds"] is not None:
+            job = replace(job, started=job.created)
+            ended = job.created + facts["seconds"]
+        return replace(
+            job,
+            revision=1,  # any word of its host is a later one
+            ordered=True,
+            acked=True,
+            state=State(facts["state"]),
+            step=facts["step"],
+            exit=facts["exit"],
+            version=facts["version"],
+            commit=facts["commit"],
+            error=facts["error"],
+            size=facts["bytes"],
+            ended=ended,
+            warnings=list(facts["warnings"]),
+            changed=facts["changed"],
+        )
+
+    def of_jobs(self, run: RunRecord, readable: Iterable[JobRecord]) -> list[JobRecord]:
+        """The jobs of a run that began, and whose records are torn or gone; without a revision
+        those of which nothing tells any more how they ended."""
+        known = {job.host for job in readable}
+        found = []
+        for host in run.hosts:
+            if host not in known and self.state.is_damaged(run.run, host):
+                found.append(self.of_job(run.run, host) or self.lost_job(run, host))
+        return found
+
+    def why_lost(self, job: JobRecord) -> str:
+        """Why this host can't say how a job ended that it has begun."""
+        lost = self.lost_job(run_of_job(job), job.host)
+        if lost.error and self.state.job_file(job.run, job.host).exists():
+            return lost.error
+        return "the host forgot this job"
+
+    def lost_job(self, run: RunRecord, host: str) -> JobRecord:
+        """A job whose record says nothing any more: lost, with what its log shows."""
+        path = self.state.log_file(run.run, host)
+        size = log_size(path)
+        tail = read_log(path, max(0, size - CHECK_BYTES), CHECK_BYTES).decode("utf-8", "replace")
+        lines = [line.strip() for line in tail.splitlines() if line.strip()]
+        error = "the record of this job is damaged"
+        if lines:
+            error += f"; its log ends with: {lines[-1][:LAST_LINE_CHARS]}"
+        job = job_of_run(run, host)
+        return replace(job, state=State.LOST, size=size, error=error, provisional=True)
 
 
 SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
@@ -16954,13 +17148,13 @@ class OwnJobs:
             why = f"no branch name: {problem}"
             self.write(record, state=State.FAILED, step="check", error=why)
             return
-        if self.state.load_run(record.run) is None:
+        if not self.state.has_run(record.run):
             with suppress(OSError):  # an agent keeps `run.json` of its own jobs too
                 self.state.save_run(replace(run_of_job(record), lived=self.state.lived.now()))
         if record.state is State.RUNNING or log_size(self.state.log_file(record.run, record.host)):
             # it ran, as the master knows or its log shows, and its state is gone: running it again
             # would be worse
-            self.write(record, state=State.LOST, error="the host forgot this job")
+            self.write(record, state=State.LOST, error=self.state.remains.why_lost(record))
             return
         ordered = replace(record, machine=self.machine, state=State.QUEUED, ordered=True)
         record = self.write(replace(ordered, revision=1, lived=self.state.lived.now()))
@@ -18459,8 +18653,14 @@ class Registry(Roster):
         """After a start: the known hosts, none of them connected yet. Raises UsageError where the
         agents' keys can't be read."""
         self.keys.recover()
-        found = read_json(self.file)
-        for machine, data in (self.recorded_machines() if found is None else found).items():
+        reading, found = look_into_json(self.file)
+        if reading is Reading.UNREADABLE:  # the next host to come would replace the whole list
+            raise UsageError(f"can't read {self.file}", "is it the user's who serves?")
+        if reading is Reading.TORN:
+            self.state.remains.keep_aside(self.file)
+        if reading is not Reading.VALUE:
+            found = self.recorded_machines()
+        for machine, data in found.items():
             with suppress(ProtocolError, TypeError):
                 known: Machine = decode_fields(Machine, data)
                 self.place(known)
@@ -22251,8 +22451,7 @@ class FolderSource:
         latest = self.state.load_job(self.run, host)
         if latest is None:
             assert self.record
-            damaged = "the record of this job is damaged"
-            return replace(job_of_run(self.record, host), state=State.LOST, error=damaged)
+            return self.state.remains.lost_job(self.record, host)
         has_begun = job is not None and job.state is not State.RUNNING
         if decide_runner(latest, RunnerFacts(has_begun=has_begun)) is Fate.BURY:
             return self.end(bury_runner(self.state, latest))

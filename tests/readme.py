@@ -245,7 +245,8 @@ LOG, WIRE, _, TRAFFIC = list(PLACES)[:4]
 # Said by a section that is not where it is met: an agent's words stand in the result, a verdict's in the plan
 MET_ELSEWHERE = {
     "queued behind run": LOG, "left running": LOG, "silent for": LOG, "the order expired while this host was away": LOG,
-    "the host forgot this job": LOG, "the runner does not start": LOG, "log incomplete": LOG, "certificate": WIRE,
+    "the host forgot this job": LOG, "the record of this job is damaged": LOG,
+    "the runner does not start": LOG, "log incomplete": LOG, "certificate": WIRE,
     "did not answer in time": WIRE, "traffic moved": TRAFFIC, "is not healthy": TRAFFIC,
     "nobody knows which host is": TRAFFIC, "no branch name": "From a command",
 }  # fmt: skip

@@ -153,6 +153,7 @@ from estelle_updater import (
     Recent as Recent,
     Refuse as Refuse,
     RefusedError as RefusedError,
+    Registry as Registry,
     Role as Role,
     RoleDecision as RoleDecision,
     RoleFacts as RoleFacts,

@@ -246,7 +246,7 @@ def test_a_read_only_state_folder(one: Fleet):
 def test_a_power_loss_shortens_a_log_and_tears_a_state(one: Fleet):
     """The longer copy stays, and a job whose state is gone does not run again."""
     b = one.hosts[1]
-    for tear, reason in ((False, "the runner died"), (True, "the host forgot this job")):
+    for tear, reason in ((False, "the runner died"), (True, "the record of this job is damaged; its log ends")):
         write_script("seq 1 100\necho begun >> ../begun\nsleep 86412\n", b)
         (b.folder / "begun").unlink(missing_ok=True)
         watched = Watched(one, "trigger", B, "master")
@@ -260,7 +260,8 @@ def test_a_power_loss_shortens_a_log_and_tears_a_state(one: Fleet):
             os.truncate(folder / f"{B}.json", 60)
         one.start(b)
         assert watched.end() == 1
-        assert lines_of(watched.out, B)[-1] == f"✗ 연결 끊김 ({reason})"
+        assert lines_of(watched.out, B)[-1].startswith(f"✗ 연결 끊김 ({reason}")
+        assert (folder / f"{B}.json.torn").exists() is tear
         assert b"\n100\n" in log_of(one, watched.run, b)
         assert (b.folder / "begun").read_text() == "begun\n"
 

@@ -143,7 +143,9 @@ def test_runs_that_are_over_are_read_from_the_index(state: est.StateFolder) -> N
     assert [host["state"] for host in first[1]["hosts"]] == ["succeeded", "failed"]
     spoil(state, runs[0])
     spoil(state, open_run)
-    assert state.history.newest(10) == first[1:], "the open run was read from its folder, the others were not"
+    rows = state.history.newest(10)
+    assert rows[:-1] == first[1:], "the open run was read from its folder, the others were not"
+    assert (rows[-1]["run"], rows[-1]["by"]) == (open_run, ""), "of which no more than its files' names tell now"
     assert [json.loads(line)["run"] for line in state.history.index.read_text().splitlines() if line] == runs
     assert state.history.index.stat().st_mode & 0o777 == 0o600, "as everything beside it"
 
@@ -163,6 +165,114 @@ def test_the_index_may_be_lost_or_torn(state: est.StateFolder, torn: bytes) -> N
     whole = state.history.index.read_bytes()
     state.history.index.write_bytes(whole[:-40])
     assert state.history.newest(10)[1:] == rows
+
+
+TORN = [b"", b'{"run": "20231115-0', b"\xff\xfe", b"{}", b"[]"]
+
+
+@pytest.mark.parametrize("torn", [*TORN, None])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_run_whose_record_is_torn_or_gone_is_still_listed(
+    state: est.StateFolder, torn: bytes | None, indexed: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = record(state, 0, OK, FAILED), record(state, 1, OK, OK)
+    rows = state.history.newest(10)
+    if not indexed:
+        state.history.index.unlink()
+    path = state.run_file(first)
+    path.unlink()
+    if torn is not None:
+        path.write_bytes(torn)
+    found = state.history.newest(10)
+    assert [row["run"] for row in found] == [second, first], "and in its place"
+    assert found[1]["hosts"] == rows[1]["hosts"] and found[1]["target"] == "all"
+    run = state.load_run(first)
+    assert run and run.machines == HOSTS and run.hosts == list(HOSTS)
+    asides = [file.read_bytes() for file in path.parent.glob("*.torn")]
+    said = capfd.readouterr().err
+    assert asides == ([] if torn is None else [torn])
+    assert said.count(f"{path} is damaged; what is left of it is kept in run.json.torn") == len(asides)
+    assert not state.has_run(first) and state.has_run(second)
+    assert state.history.prune(est.KeepRule(runs=9, days=1), tuple, 86400.0) == [], "nothing is older for it"
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_job_whose_record_is_torn_ends_as_the_index_says_or_shows_its_log(
+    state: est.StateFolder, torn: bytes
+) -> None:
+    run = record(state, 0, OK, FAILED)
+    rows = state.history.newest(10)
+    path = state.job_file(run, "127.0.0.2")
+    path.write_bytes(torn)
+    state.log_file(run, "127.0.0.2").write_bytes(b"sh deploy.sh...\nstep one\n\n")
+    assert state.history.newest(10) == rows
+    job = state.load_job(run, "127.0.0.2")
+    assert job and (job.state, job.step, job.machine) == (FAILED, "sh deploy.sh", HOSTS["127.0.0.2"])
+    state.history.index.unlink()
+    row = state.history.newest(10)[0]
+    assert [(host["host"], host["state"]) for host in row["hosts"]] == [
+        ("127.0.0.1", "succeeded"),
+        ("127.0.0.2", "lost"),
+    ]
+    assert row["hosts"][1]["error"] == "the record of this job is damaged; its log ends with: step one"
+    assert state.load_job(run, "127.0.0.2") is None, "so that its host is asked"
+    assert path.with_name("127.0.0.2.json.torn").read_bytes() == torn
+    state.save_job(replace(job, revision=4))
+    assert state.history.newest(10)[0]["hosts"] == rows[0]["hosts"]
+
+
+def test_a_run_that_can_not_be_read_now_stays_listed(state: est.StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record(state, 0, OK, FAILED)
+    rows = state.history.newest(10)
+    os.utime(state.runs / run)  # its line in the index is an older one
+
+    def fails(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    assert state.history.newest(10) == rows
+    with pytest.raises(OSError, match="can't be read now"):
+        state.load_run(run)
+    assert not list((state.runs / run).glob("*.torn"))
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", None])
+def test_what_was_lived_is_never_less_than_what_was_recorded_by_it(state: est.StateFolder, torn: bytes | None) -> None:
+    record(state, 3, OK, OK)
+    file = state.root / "lived.json"
+    state.lived.save()
+    file.unlink()
+    if torn is not None:
+        file.write_bytes(torn)
+    assert 0 <= est.StateFolder(state.root).lived.now() - 3 * 86400 < 60
+
+
+def test_lists_that_can_not_be_read_now_are_not_replaced(
+    state: est.StateFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    state.save_key("one", "first")
+    config = tmp_path / "config" / "updater.json"
+    config.parent.mkdir()
+    config.write_text('{"masterUrl": "ws://127.0.0.1:1", "whitelist": []}')
+    registry = est.Registry(state, est.ConfigFile(config, state), "c" * 32)
+    registry.file.write_text("{}")
+    read = Path.read_bytes
+
+    def fails(path: Path) -> bytes:
+        if path in (state.keys_file, registry.file):
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fails)
+        with pytest.raises(OSError, match="can't be read now"):
+            state.save_key("two", "second")
+        with pytest.raises(est.UsageError, match=r"can't read .*machines.json"):
+            registry.recover()
+    state.keys_file.write_bytes(b'{"one": "fir')
+    state.save_key("two", "second")
+    assert state.keys() == {"two": "second"}
+    assert state.keys_file.with_name("keys.json.torn").read_bytes() == b'{"one": "fir'
 
 
 def test_a_late_word_replaces_what_the_index_says(state: est.StateFolder) -> None:
