@@ -4357,7 +4357,9 @@ _GIT_SETTINGS = (
     "submodule.recurse=false",
     "fetch.recurseSubmodules=false",
     "fetch.pruneTags=false",
+    "pull.twohead=recursive",  # `ours` makes a merge of what was to be a fast-forward
     "diff.ignoreSubmodules=none",
+    "diff.orderFile=/dev/null",  # one that is not there would end a pull, once it has written
     "core.logAllRefUpdates=true",  # what the remote had before it was rewritten
     "core.quotePath=false",
     "core.useReplaceRefs=false",  # what stands in for a commit here is not what was pushed
@@ -4378,15 +4380,44 @@ _GIT_SETTINGS = (
 GIT_SETTINGS = tuple(word for setting in _GIT_SETTINGS for word in ("-c", setting))
 
 
-def plan_fetch(remote: str) -> Step:
-    """The document's first step. `--prune` lets branch `a` make way for `a/b`."""
-    argv = ("git", "fetch", "--prune", remote)
+def plan_fetch(remote: str, own: Sequence[str] = ()) -> Step:
+    """The document's first step, with refspecs of our `own` where the clone's can't be used.
+    `--prune` lets branch `a` make way for `a/b`."""
+    # forced: a tag that was moved on the remote would fail it, where somebody wants all tags
+    options = ["--prune", "--no-prune-tags", "--force"]
+    if own:
+        options.append("--refmap=")  # else the clone's own ones would count beside them
+    argv = ("git", "fetch", *options, remote, *own)
     return Step(f"git fetch {remote}", argv, StepKind.FETCH)
+
+
+def refspecs_to_use(refspecs: Sequence[str], remote: str) -> tuple[str, ...]:
+    """What to fetch where a clone's own settings write elsewhere than where remotes' branches are
+    kept, into branches or tags of somebody's; nothing where they can be used as they are."""
+    kept = "refs/remotes/"
+    good, is_odd = [], False
+    for refspec in refspecs:
+        _, colon, target = refspec.partition(":")
+        if colon and not target.startswith(kept):
+            is_odd = True
+        else:
+            good.append(refspec)
+    if not is_odd:
+        return ()
+    if not any(":" in refspec for refspec in good):
+        good.append(f"+refs/heads/*:{kept}{remote}/*")
+    return tuple(good)
 
 
 def is_commit_id(text: str) -> bool:
     """A full commit id, SHA-1 or SHA-256."""
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+
+
+def no_commit(name: str) -> TargetError:
+    """For what a tag or an id can name besides: git would fetch it, and check nothing out."""
+    what = f"{name} names a file or a folder, and no commit"
+    return TargetError(what, "name a branch, a commit, or the tag of one; git log shows both")
 
 
 def plan_checkout(
@@ -4417,7 +4448,8 @@ def plan_checkout(
     if not is_commit_id(branch):
         name = f"refs/tags/{branch}"
         ref = f"+{name}:{name}"
-    get = Step(label, ("git", "fetch", "--no-tags", remote, ref), StepKind.FETCH)
+    fetch = ("git", "fetch", "--no-tags", "--refmap=", remote, ref)
+    get = Step(label, fetch, StepKind.FETCH)
     checkout = Step(label, ("git", "checkout", "--detach", name, "--"), StepKind.CHECKOUT)
     return get, checkout, None
 
@@ -4431,7 +4463,8 @@ def pin_pull(pull: Step, commit: str) -> Step:
 def plan_fetch_branch(remote: str, branch: str) -> Step:
     """For a clone that was told to fetch other branches only (`--depth 1`, `--single-branch`)."""
     ref = f"+refs/heads/{branch}:refs/remotes/{remote}/{branch}"
-    return Step(f"git fetch {remote} {branch}", ("git", "fetch", remote, ref), StepKind.FETCH)
+    argv = ("git", "fetch", "--refmap=", remote, ref)
+    return Step(f"git fetch {remote} {branch}", argv, StepKind.FETCH)
 
 
 def plan_submodules() -> Step:
@@ -4766,19 +4799,22 @@ def join_url(base: str, url: str) -> str:
     return f"{base}{sign}{url}".rstrip("/")
 
 
-def covers(refspecs: Iterable[str], branch: str) -> bool:
-    """Whether a remote's fetch settings bring this branch."""
+def covers(refspecs: Iterable[str], remote: str, branch: str) -> bool:
+    """Whether a remote's fetch settings bring this branch, and to where it is looked for."""
     name = f"refs/heads/{branch}"
     found = False
     for refspec in refspecs:
-        source = refspec.removeprefix("^").removeprefix("+").partition(":")[0]
+        source, _, target = refspec.removeprefix("^").removeprefix("+").partition(":")
         start, star, end = source.partition("*")
         matches = source == name
         if star:
             matches = name.startswith(start) and name.endswith(end)
+            middle = name[len(start) : len(name) - len(end)]
+            target = target.replace("*", middle)
         if matches and refspec.startswith("^"):
             return False
-        found = found or matches
+        arrives = target == f"refs/remotes/{remote}/{branch}"
+        found = found or (matches and arrives)
     return found
 
 
@@ -11432,8 +11468,13 @@ def require_files_here(repo: Path, env: Mapping[str, str]) -> None:
         settings = ""
         with suppress(OSError):
             settings = read_supplied(place / "config").decode(errors="replace")
-        if "worktree" not in settings.lower():
+        lower = settings.lower()
+        if "worktree" not in lower and "bare" not in lower.replace("bare = false", ""):
             return
+        bare = git_output(repo, env, "config", "--type=bool", "--get", "core.bare").strip()
+        if bare == b"true":
+            what = f"git takes {repo} for a repository without files: core.bare is true"
+            raise UsageError(what, typed("git", "-C", repo, "config", "core.bare", "false"))
     elsewhere = git_output(repo, env, "config", "--get", "core.worktree").decode(errors="replace")
     inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip()
     if elsewhere and inside == b"false":
@@ -13420,6 +13461,79 @@ class Transit:
         return f"keep what you need, then: {restore}, or rm it{others}"
 
 
+class Fetched:
+    """What the remote has of the name that was asked for, and how that is called here."""
+
+    def __init__(self, runner: Runner, tree: WorkTree) -> None:
+        self.runner, self.tree, self.git = runner, tree, runner.git
+
+    def fetch(self) -> tuple[list[str], bool]:
+        """What the remote has, and how it is called here, as `find_refs` says; whether the clone's
+        own settings for that could not be used. Raises StepFailed."""
+        runner, remote = self.runner, self.runner.rule.remote
+        told = self.git("config", "--get-all", f"remote.{remote}.fetch")
+        refspecs = told.decode(errors="replace").split("\n")[:-1]
+        own = refspecs_to_use(refspecs, remote)
+        runner.step(plan_fetch(remote, own), runner.rule.timeout_s)
+        return self.find_refs(refspecs), bool(own)
+
+    def find_refs(self, refspecs: Sequence[str]) -> list[str]:
+        """The full names of the branches, local and fetched, that are called as what was asked for;
+        the words of the answer, "COMMIT TYPE<tab>NAME" each. `refspecs` are the clone's own."""
+        runner, remote, branch = self.runner, self.runner.rule.remote, self.runner.job.branch
+        names = (f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}")
+        # a format of our own would need a %, which cmd.exe interprets
+        refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        known = set(names) & set(refs)
+        if is_commit_id(branch) and not known:
+            return refs
+        if covers(refspecs, remote, branch):
+            return refs
+        with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
+            if self.git("ls-remote", remote, names[0]):
+                runner.step(plan_fetch_branch(remote, branch), runner.rule.timeout_s)
+                if names[0] not in refs:
+                    # by hand: git tracks no branch that it was told not to fetch
+                    self.tree.ask(
+                        "branch",
+                        "--no-track",
+                        branch,
+                        names[1],
+                    )
+                refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        return refs
+
+    def fetch_commit(self, get: Step | None, refs: Sequence[str]) -> str:
+        """The commit that is to be checked out, by now here. Raises StepFailed."""
+        runner, branch = self.runner, self.runner.job.branch
+        if get is None:
+            return self.commit_to_come(branch, refs)
+        runner.step(get, runner.rule.timeout_s)
+        name = branch
+        if not is_commit_id(branch):
+            name = f"refs/tags/{branch}"
+        commit = self.tree.commit_of(name)
+        if not commit:
+            raise no_commit(branch)
+        return commit
+
+    def commit_to_come(self, branch: str, refs: Sequence[str]) -> str:
+        """What a pull would bring this branch to, as it was just fetched."""
+        commits = dict(zip(refs[2::3], refs[0::3], strict=False))
+        theirs = commits.get(f"refs/remotes/{self.runner.rule.remote}/{branch}", "")
+        return theirs or commits.get(f"refs/heads/{branch}", "")
+
+    def has_commit(self, name: str) -> bool:
+        """Whether `name` is the id of a commit that is here already. Raises TargetError where it is
+        that of something else."""
+        if not is_commit_id(name):
+            return False
+        kind = self.git("cat-file", "-t", name).strip()
+        if kind in (b"tree", b"blob"):
+            raise no_commit(name)
+        return kind == b"commit"
+
+
 _CHANGES_STAY = "local changes stay: "
 
 
@@ -13493,19 +13607,21 @@ class Deployment:
         """From what is checked out to what was asked for. Raises StepFailed, UpdaterError: then git
         has left nothing half written, or the mark stays."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
-        runner.step(plan_fetch(rule.remote), rule.timeout_s)
-        refs = self.find_refs()
+        fetched = Fetched(runner, self.tree)
+        refs, is_odd = fetched.fetch()
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
-        if get and self.has_commit(branch):
+        if get and fetched.has_commit(branch):
             get = None
             commit = branch
         else:
-            commit = self.fetch_commit(get, refs)
-        planned = runner.job.options.get("planned", {}).get(runner.host, "")
-        if planned:
-            self.clearance.confirm_plan(planned, commit)
-        if planned and pull:
-            pull = pin_pull(pull, planned)
+            commit = fetched.fetch_commit(get, refs)
+        pinned = runner.job.options.get("planned", {}).get(runner.host, "")
+        if pinned:
+            self.clearance.confirm_plan(pinned, commit)
+        elif is_odd and f"refs/remotes/{rule.remote}/{branch}" in refs:
+            pinned = commit  # a pull would fetch once more, and as the clone's settings say
+        if pinned and pull:
+            pull = pin_pull(pull, pinned)
         changes = self.find_changes()
         if changes.paths:
             runner.warn(f"{_CHANGES_STAY}{paths_text(changes.paths)}")
@@ -13533,7 +13649,7 @@ class Deployment:
             else:
                 wanted = f"refs/tags/{branch}"
             if pull:
-                wanted = planned or "FETCH_HEAD"
+                wanted = pinned or "FETCH_HEAD"
             self.verify(wanted, commit, mark["kept"])
         except (StepFailed, UpdaterError):
             self.transit.undo(mark)
@@ -13556,43 +13672,6 @@ class Deployment:
         self.log.line(f"As the commit has it by now: {paths_text(became)}")
         if stays:
             runner.warn(f"{_CHANGES_STAY}{paths_text(stays)}")
-
-    def find_refs(self) -> list[str]:
-        """The full names of the branches, local and fetched, that are called as what was asked for;
-        the words of the answer, "COMMIT TYPE<tab>NAME" each."""
-        runner, remote, branch = self.runner, self.runner.rule.remote, self.runner.job.branch
-        names = (f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}")
-        # a format of our own would need a %, which cmd.exe interprets
-        refs = self.git("for-each-ref", *names).decode(errors="replace").split()
-        known = set(names) & set(refs)
-        if is_commit_id(branch) and not known:
-            return refs
-        told = self.git("config", "--get-all", f"remote.{remote}.fetch").decode(errors="replace")
-        if covers(told.split(), branch):
-            return refs
-        with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
-            if self.git("ls-remote", remote, names[0]):
-                runner.step(plan_fetch_branch(remote, branch), runner.rule.timeout_s)
-                if names[0] not in refs:
-                    # by hand: git tracks no branch that it was told not to fetch
-                    self.tree.ask(
-                        "branch",
-                        "--no-track",
-                        branch,
-                        names[1],
-                    )
-                refs = self.git("for-each-ref", *names).decode(errors="replace").split()
-        return refs
-
-    def fetch_commit(self, get: Step | None, refs: Sequence[str]) -> str:
-        """The commit that is to be checked out, by now here. Raises StepFailed."""
-        runner, branch = self.runner, self.runner.job.branch
-        if get is None:
-            return self.commit_to_come(branch, refs)
-        runner.step(get, runner.rule.timeout_s)
-        if is_commit_id(branch):
-            return branch
-        return self.tree.commit_of(f"refs/tags/{branch}")
 
     def go(self, checkout: Step, pull: Step | None, known: Prospect, *, announce: bool) -> None:
         """Check out and pull, then what the commit only names: submodules and large files."""
@@ -13655,6 +13734,8 @@ class Deployment:
             )
             self.log.line(f"The local branch {name} makes way: a remote branch has its commits.")
 
+    # Where it has moved to
+
     def has_arrived(self, asked: str, fetched: str) -> bool:
         """Whether HEAD is what was asked for."""
         tree, runner = self.tree, self.runner
@@ -13710,18 +13791,6 @@ class Deployment:
             stale = tree.find_stale_submodules()
             if stale:
                 raise UpdaterError(f"submodules are not what the commit says: {paths_text(stale)}")
-
-    # What git knows
-
-    def commit_to_come(self, branch: str, refs: Sequence[str]) -> str:
-        """What a pull would bring this branch to, as it was just fetched."""
-        commits = dict(zip(refs[2::3], refs[0::3], strict=False))
-        theirs = commits.get(f"refs/remotes/{self.runner.rule.remote}/{branch}", "")
-        return theirs or commits.get(f"refs/heads/{branch}", "")
-
-    def has_commit(self, name: str) -> bool:
-        """Whether `name` is the id of a commit that is here already."""
-        return is_commit_id(name) and self.git("cat-file", "-t", name).strip() == b"commit"
 
 
 # below the folder that a clone and its other work trees have in common
@@ -17594,7 +17663,12 @@ class Outlook:
             name = target = branch
         self.is_branch = name == names[0]
         self.bring(target, name.removesuffix("^{}"))
-        return target, local
+        if self.is_branch:  # which git lets be nothing else
+            return target, local
+        commit = self.git("rev-list", "--max-count=1", target, "--") or ""
+        if not commit:
+            raise no_commit(branch)
+        return commit.strip(), local
 
     def bring(self, commit: str, name: str) -> None:
         """Have the objects of a commit here, by the name that the remote has for it. Raises
@@ -17637,13 +17711,18 @@ class Outlook:
         found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
         found["branch"] = (self.git("branch", "--show-current") or "").strip() or None
         tree = WorkTree(self.repo, self.env, submodules=True)
-        changes = parse_status((self.git(*STATUS) or "").encode("utf-8", "surrogateescape"))
+        status = self.git(*STATUS)
+        if status is None:
+            found["refused"].append(self.why())
+        found["refused"] += self.find_bad_settings()
+        changes = parse_status((status or "").encode("utf-8", "surrogateescape"))
         changes = add_hidden(changes, tree.find_hidden())
         found["dirty"], self.unmerged = list(changes.paths), changes.unmerged
         try:
             target, local = self.find_target(branch)
         except UpdaterError as problem:
-            return found | {"refused": [problem.what], "exit": problem.exit_code}
+            why = Refusal(problem.what, problem.hint).text
+            return found | {"refused": [*found["refused"], why], "exit": problem.exit_code}
         self.local = local or ""
         found["diverged"] = False
         if local and local != target:
@@ -17670,6 +17749,13 @@ class Outlook:
         stops = [commit for commit in (head, local, target) if commit]
         self.find_obstacles(found, tree.root, stops, changes)
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
+
+    def find_bad_settings(self) -> list[str]:
+        """What a checkout would end with for a setting that this git does not know, such as the
+        newer conflict styles: it reads them before it gives its help, and changes nothing."""
+        if self.git("checkout", "-h") is None and b"fatal: " in self.said:
+            return [self.why()]
+        return []
 
     def find_obstacles(
         self, found: dict[str, Any], root: Path, stops: Sequence[str], changes: TreeChanges
@@ -17706,16 +17792,16 @@ class Outlook:
         found["steps"] = forecast.steps
 
 
-def judge_room(found: dict[str, Any], disks: Iterable[Finding]) -> None:
-    """What the disks make of an outlook: the words that a job would begin with."""
+def judge_ground(found: dict[str, Any], ground: Iterable[Finding]) -> None:
+    """What a deployment stands on, in the words that a job would begin with."""
     certain = []
-    for disk in disks:
-        if disk.ok:
+    for one in ground:
+        if one.ok:
             continue
-        if disk.certain:
-            certain.append(disk.text)
-        else:
-            found["warnings"].append(f"{disk.text}; {disk.fix}")
+        if one.certain:
+            certain.append(Refusal(one.text, one.fix).text)
+        elif one.name != "command":  # what comes with the commit is looked at by itself
+            found["warnings"].append(f"{one.text}; {one.fix}")
     if certain and "target" not in found:
         found["refused"] = []  # git's own words for the same
         found.pop("exit", None)
@@ -17730,7 +17816,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     own_version = rule.version  # what a commit that nobody has read names is not shown of this host
     outlook = Outlook(repo, rule)
     found = outlook.look(branch)
-    judge_room(found, probe_disks(repo, agent.state.root))
+    judge_ground(found, probe_ground(repo, agent.state.root, rule, outlook.env))
     config, old = agent.config, agent.config.config
     hostname = socket.gethostname()
     try:

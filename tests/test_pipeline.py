@@ -23,6 +23,7 @@ quick = settings(deadline=None, max_examples=150, suppress_health_check=list(Hea
 
 ONCE = ("-c", "maintenance.auto=false")
 PULL = ("pull", "--ff-only", "--no-rebase")
+TAG = ("fetch", "--no-tags", "--refmap=")
 
 # Plans as values
 
@@ -36,7 +37,8 @@ def test_the_plan_of_a_branch() -> None:
     label, tracking = "git checkout master", "refs/remotes/origin/master"
     new = Step(label, ("git", "checkout", "-b", "master", "--track", tracking, "--"), StepKind.CHECKOUT)
     old = Step(label, ("git", "checkout", "master", "--"), StepKind.CHECKOUT)
-    assert est.plan_fetch("origin") == Step("git fetch origin", ("git", "fetch", "--prune", "origin"), StepKind.FETCH)
+    fetch = ("git", "fetch", "--prune", "--no-prune-tags", "--force", "origin")
+    assert est.plan_fetch("origin") == Step("git fetch origin", fetch, StepKind.FETCH)
     assert plan_checkout("master", "origin", {tracking}) == (None, new, pull)
     assert plan_checkout("master", "origin", {"refs/heads/master", tracking}) == (None, old, pull)
     assert plan_checkout("master", "origin", {"refs/heads/master"}) == (None, old, pull)
@@ -58,14 +60,14 @@ def test_the_plan_of_a_branch() -> None:
 def test_the_plan_of_a_tag_and_of_a_commit() -> None:
     label, commit = "git checkout v1", "0123456789abcdef" * 4
     assert plan_checkout("v1", "origin", {"refs/heads/v1/x", "refs/remotes/other/v1", "refs/remotes/origin/v1x"}) == (
-        Step(label, ("git", "fetch", "--no-tags", "origin", "+refs/tags/v1:refs/tags/v1"), StepKind.FETCH),
+        Step(label, ("git", *TAG, "origin", "+refs/tags/v1:refs/tags/v1"), StepKind.FETCH),
         Step(label, ("git", "checkout", "--detach", "refs/tags/v1", "--"), StepKind.CHECKOUT),
         None,
     )
     for full in (commit, commit[:40]):
         label = f"git checkout {full}"
         assert plan_checkout(full, "origin", ()) == (
-            Step(label, ("git", "fetch", "--no-tags", "origin", full), StepKind.FETCH),
+            Step(label, ("git", *TAG, "origin", full), StepKind.FETCH),
             Step(label, ("git", "checkout", "--detach", full, "--"), StepKind.CHECKOUT),
             None,
         )

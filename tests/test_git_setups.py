@@ -1,0 +1,158 @@
+"""The clone of somebody who set git up another way: plan, job and result say the same, and it is so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import seam as est
+from tests.fleet import Fleet
+
+MakeFleet = Callable[..., Fleet]
+
+
+class Setup:
+    """One host's clone and its origin, made anew for each case: the daemon goes on."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.git = fleet, fleet.origin.git
+        self.repo, self.seed, self.folder = fleet.master.repo, fleet.origin.seed, fleet.tmp_path
+        self.git("config", "--global", "protocol.file.allow", "always")
+        self.places = (self.repo, self.seed, fleet.origin.bare)
+        for place in self.places:
+            shutil.copytree(place, f"{place}.first", symlinks=True)
+
+    def reset(self) -> None:
+        for place in self.places:
+            shutil.rmtree(place)
+            shutil.copytree(f"{place}.first", place, symlinks=True)
+
+    def here(self, *words: str) -> str:
+        """git in the host's clone."""
+        return self.git(*words, cwd=self.repo)
+
+    def push(self) -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "-m", "x")
+        self.git("push", "--quiet", "--force", "origin", "HEAD:master")
+
+    def module(self, name: str) -> Path:
+        """A repository with one commit on master, for a submodule."""
+        place = self.folder / name
+        shutil.rmtree(place, ignore_errors=True)
+        self.git("init", "--quiet", "-b", "master", str(place))
+        (place / "s.txt").write_text("one\n")
+        self.git("add", ".", cwd=place)
+        self.git("commit", "--quiet", "-m", "x", cwd=place)
+        return place
+
+    def plan(self, branch: str) -> tuple[int, dict[str, Any]]:
+        answer = self.fleet.cli("plan", "all", branch, "--json")
+        return answer.code, json.loads(answer.out)["hosts"][0]
+
+    def both(self, branch: str) -> tuple[list[str], list[str], dict[str, Any]]:
+        """What the plan refuses and warns of, and the result of the job, which has to end as the plan says; what is
+        refused moves nothing, and says so in the plan's words."""
+        code, row = self.plan(branch)
+        before = self.here("rev-parse", "HEAD")
+        run = self.fleet.cli("trigger", "all", branch, "--json")
+        said = [event["line"] for event in run.events if event["event"] == "log"]
+        result = next(event for event in run.events if event["event"] == "result")
+        assert bool(code) == bool(run.code), (row, said)
+        if code:
+            assert self.here("rev-parse", "HEAD") == before and not result["changed"], said
+            first = row["refused"][0].partition(";")[0]
+            assert any(first in line for line in said), (first, said)
+        return row["refused"], row["warnings"], result
+
+
+@pytest.fixture
+def setup(fleet: MakeFleet) -> Iterator[Setup]:
+    yield Setup(fleet(hosts=1))
+
+
+def test_what_is_no_commit_is_refused(setup: Setup) -> None:
+    """By its id, by a tag, by a tag of the tag's kind; in `rollback --to` too. The id of a tag's own object is one."""
+    tree, blob = setup.git("rev-parse", "HEAD^{tree}"), setup.git("rev-parse", "HEAD:deploy.sh")
+    for name, object_ in (("on-tree", tree), ("on-blob", blob)):
+        setup.git("tag", name, object_)
+        setup.git("tag", "-a", "-m", "x", f"{name}-too", object_)
+    setup.git("tag", "-a", "-m", "x", "good")
+    setup.git("push", "--quiet", "--tags", "origin")
+    for name in (tree, blob, "on-tree", "on-blob", "on-tree-too", "on-blob-too"):
+        refused, _, _ = setup.both(name)
+        assert len(refused) == 1
+        assert refused[0].startswith(f"{name} names a file or a folder, and no commit; name a branch"), refused
+    back = setup.fleet.cli("rollback", "all", "--to", tree, "--yes")
+    assert back.code == 4 and f"{tree} names a file or a folder" in back.err, back
+    for name in ("good", setup.git("rev-parse", "good")):
+        assert setup.both(name)[0] == []
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved tag"])
+def test_how_a_clone_fetches_decides_nothing(setup: Setup, *, moved: bool) -> None:
+    """Tags that were moved, refspecs of one's own, one's own branches and tags: a ✓ is the commit, and nothing of
+    somebody's goes."""
+    cases: list[tuple[str, str]] = [
+        ("remote.origin.tagOpt", "--tags"),
+        ("remote.origin.pruneTags", "true"),
+        ("remote.origin.fetch", "+refs/heads/*:refs/heads/*"),
+        ("remote.origin.fetch", "refs/heads/*:refs/remotes/elsewhere/*"),
+        ("remote.origin.fetch", "+refs/*:refs/*"),
+        ("pull.twohead", "ours"),
+        ("diff.orderFile", "/nowhere"),
+    ]
+    if moved:
+        cases = cases[:1]
+    for key, value in cases:
+        setup.reset()
+        setup.git("tag", "v1")
+        setup.git("push", "--quiet", "origin", "v1")
+        setup.here("fetch", "--quiet", "--tags")
+        setup.here("branch", "mine")
+        setup.here("tag", "mine")
+        setup.here("config", "--replace-all", key, value)
+        setup.fleet.origin.commit({"side.txt": "1"}, "side")
+        setup.git("switch", "--quiet", "master")
+        newest = setup.fleet.origin.commit({"new.txt": "1"})
+        if moved:
+            setup.git("tag", "--force", "v1")
+            setup.git("push", "--quiet", "--force", "origin", "v1")
+        for branch, commit in (("master", newest), ("side", setup.git("rev-parse", "side")), ("v1", "")):
+            refused, warnings, result = setup.both(branch)
+            assert (refused, warnings) == ([], []), (key, value)
+            assert not commit or result["commit"] == commit, (key, value)
+        assert setup.here("rev-parse", "mine") == setup.fleet.origin.first
+        assert setup.here("tag").split() == ["mine", "v1"], (key, value)
+    if moved:
+        assert setup.here("rev-parse", "HEAD") == newest
+
+
+def test_what_no_checkout_can_do_the_plan_says(setup: Setup) -> None:
+    """A clone that takes itself for bare, as some editors leave it; a setting that this git does not know."""
+    for key, value, words in (
+        ("core.bare", "true", "core.bare is true; git -C"),
+        ("merge.conflictStyle", "newest", "unknown style 'newest'"),
+        ("diff.context", "some", "bad numeric config value 'some'"),
+    ):
+        setup.reset()
+        setup.here("config", key, value)
+        refused, _, _ = setup.both("master")
+        assert words in refused[0], refused
+
+
+def test_where_a_clone_s_own_refspecs_can_be_used() -> None:
+    usual, heads = "+refs/heads/*:refs/remotes/origin/*", "refs/heads/*:refs/heads/*"
+    tags = "+refs/tags/*:refs/tags/*"
+    assert est.refspecs_to_use([], "origin") == ()
+    assert est.refspecs_to_use([usual, "^refs/heads/x", "refs/heads/y"], "origin") == ()
+    assert est.refspecs_to_use([usual, tags, "^refs/heads/x"], "origin") == (usual, "^refs/heads/x")
+    assert est.refspecs_to_use([heads], "up") == ("+refs/heads/*:refs/remotes/up/*",)
+    assert est.covers([usual], "origin", "a/b") and not est.covers([usual, "^refs/heads/a/*"], "origin", "a/b")
+    assert not est.covers([usual], "up", "a/b") and not est.covers([heads], "origin", "a")
+    assert est.covers(["refs/heads/r-*:refs/remotes/origin/r-*"], "origin", "r-1")
