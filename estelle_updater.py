@@ -72,16 +72,16 @@ The one idea: a job's log is a file whose byte offset is the sequence number, an
 (streaming, resuming, following, history) is a cursor into it.
 """
 
-from __future__ import annotations
-
 import sys
 
-# Python 3.8 to 3.10 can read this module to its end, and say what is needed; an older one can't
-# read the `:=`, which is the first that it does not know, and shows that line.
-if (_version := sys.version.split()[0]) and sys.version_info < (3, 11):  # PYTHON 3.11 IS NEEDED
+# Python 3.6 to 3.10 can read this module to its end, and so get here and say what is needed. For
+# their sake it has no `:=` and no `from __future__ import annotations`. So annotations are values,
+# and what is defined further down, or imported at its first use, is quoted in them.
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.stderr.write(
         f"estelle-updater: error: Python 3.11 or newer is needed, and {sys.executable} is Python"
-        f" {_version}\nhint: name a newer one, as in: python3.11 {' '.join(sys.argv)}\n"
+        f" {sys.version.split()[0]}\n"
+        f"hint: name a newer one, as in: python3.11 {' '.join(sys.argv)}\n"
     )
     sys.exit(2)
 
@@ -254,7 +254,7 @@ if not TYPE_CHECKING:
             for place, name in enumerate(names):
                 setattr(cls, name, property(operator.itemgetter(place)))
 
-        def __new__(cls, *values: Any, **named: Any) -> NamedTuple:
+        def __new__(cls, *values: Any, **named: Any) -> "NamedTuple":
             names = cls._fields
             if not named and len(values) == len(names):
                 return tuple.__new__(cls, values)
@@ -275,7 +275,7 @@ if not TYPE_CHECKING:
         def _asdict(self) -> dict[str, Any]:
             return dict(zip(self._fields, self, strict=True))
 
-        def _replace(self, **changes: Any) -> NamedTuple:
+        def _replace(self, **changes: Any) -> "NamedTuple":
             values = self._asdict() | changes
             return type(self)(**values)
 
@@ -353,21 +353,32 @@ def replace(value: _T, **changes: Any) -> _T:
     return made
 
 
-def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
-    """What a class's own annotations and defaults say; its attributes become the bare defaults.
+def annotation_text(annotation: Any) -> str:
+    """An annotation as it is written, such as `list[str] | None`: what is decoded is judged by it.
 
-    Annotations stay text: to evaluate them all would cost each start more than it saves.
+    The packed module has it as text, as to evaluate them all would cost each start; from source it
+    is a value, which knows the module of each name, and what an alias stands for.
     """
-    for name, annotation in vars(cls).get("__annotations__", {}).items():
+    if isinstance(annotation, str):
+        return annotation.strip("'\"")
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return re.sub(r"\b[a-z_.]+\.(?=\w)", "", str(annotation))
+
+
+def _own_fields(cls: type[Any], kw_only: bool) -> Iterator[Field]:
+    """What a class's own annotations and defaults say; its attributes become the bare defaults."""
+    for name, annotation in cls.__annotations__.items():
+        text = annotation_text(annotation)
         given = vars(cls).get(name, MISSING)
         if not isinstance(given, Field):
-            yield Field(name, annotation, given, MISSING, kw_only)
+            yield Field(name, text, given, MISSING, kw_only)
             continue
         delattr(cls, name)
         if given.default is not MISSING:
             setattr(cls, name, given.default)
         kind = kw_only or given.kw_only
-        yield Field(name, annotation, given.default, given.default_factory, kind)
+        yield Field(name, text, given.default, given.default_factory, kind)
 
 
 def _initializer(cls: type[Any], known: Mapping[str, Field]) -> Callable[..., None]:
@@ -866,7 +877,7 @@ _HOST_NAME = regex(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1
 _DEVICE = regex(r"(?i)(RUN|CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
 
 
-def _parse_ip(text: str) -> IPv4Address | IPv6Address:
+def _parse_ip(text: str) -> "IPv4Address | IPv6Address":
     """The address that `text` means, IPv4 wherever it is one; UsageError with the contract's
     hint."""
     bare = text.strip()
@@ -897,7 +908,7 @@ def is_public(address: str) -> bool:
     return _parse_ip(address).is_global
 
 
-def parse_network(text: str) -> IPv4Network | IPv6Network:
+def parse_network(text: str) -> "IPv4Network | IPv6Network":
     """An address or CIDR as a network, a lone address alone in it; UsageError where bits behind the
     prefix are set."""
     head, slash, tail = text.strip().partition("/")
@@ -1644,10 +1655,10 @@ class _Place:
         self.path = path
         self.problems: list[tuple[str, str]] = [] if problems is None else problems
 
-    def key(self, key: str) -> _Place:
+    def key(self, key: str) -> "_Place":
         return _Place(self.path + _step(key), self.problems)
 
-    def item(self, index: int) -> _Place:
+    def item(self, index: int) -> "_Place":
         return _Place(f"{self.path}[{index}]", self.problems)
 
     def is_wrong(self, what: str) -> None:
@@ -3590,7 +3601,7 @@ def check_proof(
 
 def greeting(
     hello: Hello, token: bytes | None, nonce: str, keys: Mapping[str, str] | None = None
-) -> Generator[Any, Any, Welcome]:
+) -> "Generator[Any, Any, Welcome]":
     """What a client says until it is welcomed: yields each message, is sent its answer, and returns
     the welcome. `keys` are those that masters gave to this agent, by the masters' names.
 
@@ -7918,7 +7929,7 @@ class Disk(NamedTuple):
     read_only: bool = False
 
 
-def read_disk(place: StrPath) -> Disk:
+def read_disk(place: "StrPath") -> Disk:
     """The file system of a place. Raises OSError."""
     if not hasattr(os, "statvfs"):
         usage = shutil.disk_usage(place)
@@ -8191,7 +8202,7 @@ class FileLock:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> FileLock:
+    def __enter__(self) -> "FileLock":
         if not self.acquire():
             raise UpdaterError(f"{self._path}: locked by another process")
         return self
@@ -9449,9 +9460,11 @@ def default_state_folder(environ: Mapping[str, str], project: str = "") -> Path:
     The system service's folder where that is this user's: a `deploy` by hand shares the job's lock
     with the daemon.
     """
-    if named := environ.get("ESTELLE_STATE"):
+    named = environ.get("ESTELLE_STATE")
+    if named:
         return Path(named).absolute()
-    if given := environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]:
+    given = environ.get("STATE_DIRECTORY", "").partition(os.pathsep)[0]
+    if given:
         base = Path(given).absolute()
         if base.name == project:  # the unit that `setup` writes names it already
             return base
@@ -10291,7 +10304,10 @@ def _kill_family(mark: str, deadline_s: float, **where: Any) -> tuple[int, set[i
     live on as they are another user's, and whether none is left."""
     killed, refused = set[int](), set[int]()
     deadline, pause_s = time.monotonic() + deadline_s, 0.002
-    while (victims := _find_family(mark, **where) - refused) and time.monotonic() < deadline:
+    while True:
+        victims = _find_family(mark, **where) - refused
+        if not victims or time.monotonic() >= deadline:
+            break
         for pid in victims:
             try:
                 os.kill(pid, 9)
@@ -10393,8 +10409,9 @@ def bury_orphans(own: int) -> None:
     if sys.platform != "linux":
         return
     with suppress(ChildProcessError):  # there are none
-        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if ended.si_pid == own:
+        while True:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if not ended or ended.si_pid == own:
                 break
             os.waitpid(ended.si_pid, 0)
 
@@ -10405,7 +10422,7 @@ if sys.platform == "win32":
         """A Windows Job Object: whatever its processes start is in it too, and all end when its
         handle is closed."""
 
-        def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        def __init__(self, process: "subprocess.Popen[bytes]") -> None:
             """Take a process that was started suspended, and let it run."""
             self._api = ctypes.WinDLL("kernel32", use_last_error=True)
             self._api.CreateJobObjectW.restype = ctypes.c_void_p
@@ -10445,7 +10462,7 @@ if sys.platform == "win32":
             self._job = ctypes.c_void_p(None)
 
 
-_DRAINS: list[subprocess.Popen[bytes]] = []  # nobody waits for them: they outlive this process
+_DRAINS: "list[subprocess.Popen[bytes]]" = []  # nobody waits for them: they outlive this process
 
 
 class Spawned:
@@ -10455,7 +10472,7 @@ class Spawned:
     Every other method may come from any thread.
     """
 
-    def __init__(self, popen: subprocess.Popen[bytes], mark: str) -> None:
+    def __init__(self, popen: "subprocess.Popen[bytes]", mark: str) -> None:
         assert popen.stdout is not None
         self.pid = popen.pid  # on POSIX its process group too
         self._popen, self._out, self._err = popen, popen.stdout, popen.stderr
@@ -10551,7 +10568,10 @@ class Spawned:
                     self._chunks.put(data)
 
         def _pump_errors(self) -> None:
-            while self._err and (data := os.read(self._err.fileno(), CHUNK_BYTES)):
+            while self._err:
+                data = os.read(self._err.fileno(), CHUNK_BYTES)
+                if not data:
+                    break
                 self._set_aside(data)
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
@@ -10757,7 +10777,7 @@ def spawn_step(
     if cwd is not None:
         given["PWD"] = os.path.abspath(cwd)  # the daemon's own folder is in there else
 
-    def start(words: str | Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(words: str | Sequence[str]) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             words,
             cwd=cwd,
@@ -10835,7 +10855,10 @@ def run_bounded(
     child = spawn_step([*program, *argv[1:]], cwd, env, mark=mark, apart=apart)
     out = bytearray()
     try:
-        while (data := child.read(timeout_s=CANCEL_LOOK_S)) != b"":
+        while True:
+            data = child.read(timeout_s=CANCEL_LOOK_S)
+            if data == b"":
+                break
             out += data or b""
             del out[:-keep_bytes]
             if stop() or time.monotonic() > ends:
@@ -10934,7 +10957,7 @@ def spawn_runner(
     env: Mapping[str, str],
     log_path: Path,
     pass_fds: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
+) -> "subprocess.Popen[bytes]":
     """Start a runner that will `detach_self`; what is returned ends at once, with 0 if that worked.
 
     It holds no descriptor or handle of the daemon but `pass_fds`; its standard error is appended to
@@ -11001,7 +11024,7 @@ def is_supervised() -> bool:
     )
 
 
-def on_stop_signals(loop: asyncio.AbstractEventLoop, callback: Callable[[str], None]) -> None:
+def on_stop_signals(loop: "asyncio.AbstractEventLoop", callback: Callable[[str], None]) -> None:
     """Call `callback` in the loop with the name of each stop signal that arrives: SIGINT, SIGTERM,
     SIGHUP, SIGBREAK."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
@@ -11386,7 +11409,9 @@ def runner_argv(state: StateFolder, config_path: Path, run: str, host: str) -> l
     return [*program_argv(), "run-job", *place, run, host]
 
 
-def start_runner(state: StateFolder, config_path: Path, job: JobRecord) -> subprocess.Popen[bytes]:
+def start_runner(
+    state: StateFolder, config_path: Path, job: JobRecord
+) -> "subprocess.Popen[bytes]":
     """Start the process that does a job: it takes the job's lock itself. What is returned only
     stands at its cradle."""
     argv = runner_argv(state, config_path, job.run, job.host)
@@ -11587,7 +11612,10 @@ class StepRun:
 
     def record_output(self) -> None:
         """Each piece masked, and looked through for a version."""
-        while data := self.child.read(LARGE_CHUNK_BYTES):
+        while True:
+            data = self.child.read(LARGE_CHUNK_BYTES)
+            if not data:
+                break
             self.log.write(self.masker.feed(data))
             self.look_for_version(data)
             if len(data) < TAIL_BYTES:
@@ -11887,7 +11915,7 @@ class Runner:
         """What git is marked with that is asked between the steps; `bury_runner` knows it."""
         return f"{self.run}/{file_label(self.host)}/questions"
 
-    def work_tree(self) -> WorkTree:
+    def work_tree(self) -> "WorkTree":
         """The clone's files, as the rule says by now."""
         submodules = self.rule.submodules
         return WorkTree(self.repo, self.env, submodules=submodules, mark=self.question_mark)
@@ -12138,7 +12166,7 @@ class WorkTree:
 
     def iter_parts(
         self, commits: Iterable[str], above: str = ""
-    ) -> Iterator[tuple[str, WorkTree, list[str]]]:
+    ) -> "Iterator[tuple[str, WorkTree, list[str]]]":
         """The submodules that are there, also those within others: the path of each from here, its
         tree, and the commits that HEAD or `commits` name for it."""
         if not (self.root / ".gitmodules").exists():
@@ -14271,12 +14299,12 @@ _LEAST_FREE_PERCENT, _LEAST_DAYS = 10, 14  # certbot renews when 30 days are lef
 _HTTP_BYTES = 1 << 20  # of a body, to look for `contains`
 
 
-def _dial(endpoint: str, timeout_s: float) -> socket.socket:
+def _dial(endpoint: str, timeout_s: float) -> "socket.socket":
     host, port = split_port(endpoint)
     return socket.create_connection((host.strip("[]"), port or 0), timeout_s)
 
 
-def _tls_context(host: str) -> ssl.SSLContext:
+def _tls_context(host: str) -> "ssl.SSLContext":
     """For a request to `host`: verified, except on a loopback address, which no certificate
     names."""
     context = ssl.create_default_context()
@@ -14371,7 +14399,7 @@ def _check_valkey(check: Check) -> str:
     return "PONG"
 
 
-def _secured(check: Check, plain: socket.socket) -> socket.socket:
+def _secured(check: Check, plain: "socket.socket") -> "socket.socket":
     """The connection with TLS where the check wants that. Closing it is the caller's: wrapping
     takes the socket away from `plain`. Raises OSError."""
     if not check.rule.tls:
@@ -14436,7 +14464,7 @@ def _mariadb_error(packet: bytes) -> tuple[int, str]:
     return int.from_bytes(packet[1:3], "little"), words
 
 
-def _send_packet(connection: socket.socket, number: int, packet: bytes) -> None:
+def _send_packet(connection: "socket.socket", number: int, packet: bytes) -> None:
     head = len(packet).to_bytes(3, "little") + bytes([number])
     connection.sendall(head + packet)
 
@@ -14465,7 +14493,7 @@ def _require_free(packet: bytes) -> None:
         raise CheckFailed(f"{_MARIADB_TROUBLE[code]}: {words}")
 
 
-def greet_mariadb(connection: socket.socket) -> str:
+def greet_mariadb(connection: "socket.socket") -> str:
     """The version in MariaDB's or MySQL's greeting. Raises CheckFailed.
 
     It is answered with a login that is refused: a server counts those that leave without one as
@@ -14492,7 +14520,7 @@ def _native_proof(password: str, salt: bytes) -> bytes:
     return bytes(one ^ other for one, other in zip(once, mask, strict=True))
 
 
-def _log_in(connection: socket.socket, file: IO[bytes], user: str, password: str) -> str:
+def _log_in(connection: "socket.socket", file: IO[bytes], user: str, password: str) -> str:
     """Log in by mysql_native_password; the server's version. Raises CheckFailed."""
     greeting = _greeting(file)
     # The salt's halves stand behind the version and the connection's number, with the server's
@@ -14518,7 +14546,7 @@ def _log_in(connection: socket.socket, file: IO[bytes], user: str, password: str
     return _mariadb_version(greeting)
 
 
-def _asked_mariadb(connection: socket.socket, file: IO[bytes], question: str) -> str:
+def _asked_mariadb(connection: "socket.socket", file: IO[bytes], question: str) -> str:
     """The one value that a query gives. Raises CheckFailed."""
     _send_packet(connection, 0, b"\x03" + question.encode())
     first = _read_packet(file)
@@ -14615,7 +14643,7 @@ def served_chain(endpoint: str, timeout_s: float) -> list[bytes]:
             return _chain_of(connection)
 
 
-def _chain_of(connection: ssl.SSLSocket) -> list[bytes]:
+def _chain_of(connection: "ssl.SSLSocket") -> list[bytes]:
     if hasattr(connection, "get_unverified_chain"):  # Python 3.13
         return [bytes(data) for data in connection.get_unverified_chain()]
     chain = connection._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]
@@ -15825,11 +15853,11 @@ class SocketWire:
 class QueueWire:
     """One end of an in-process pair, for the master's own agent."""
 
-    def __init__(self, inbox: asyncio.Queue[Any], outbox: asyncio.Queue[Any]) -> None:
+    def __init__(self, inbox: "asyncio.Queue[Any]", outbox: "asyncio.Queue[Any]") -> None:
         self._inbox, self._outbox = inbox, outbox
 
     @classmethod
-    def pair(cls) -> tuple[QueueWire, QueueWire]:
+    def pair(cls) -> "tuple[QueueWire, QueueWire]":
         one: asyncio.Queue[Any] = asyncio.Queue(16)
         two: asyncio.Queue[Any] = asyncio.Queue(16)
         return cls(one, two), cls(two, one)
@@ -15878,7 +15906,7 @@ class Threads:
 
         def begin() -> None:
             try:
-                outcome: tuple[Any, Any] = done.set_result, work(*args)
+                outcome: tuple[Any, Any] = (done.set_result, work(*args))
             except BaseException as problem:
                 outcome = done.set_exception, problem
             with suppress(RuntimeError):  # the daemon has stopped meanwhile
@@ -16113,7 +16141,7 @@ class BlockingWire:
     starts sooner. Pings are answered while it reads, and once it was told to `attend`, also while
     the program waits for its own output to be read. The end of the connection is EOFError."""
 
-    def __init__(self, way: Way, timeout_s: float) -> None:
+    def __init__(self, way: "Way", timeout_s: float) -> None:
         url = parse_master_url(way.url)
         self._protocol = ClientSocket(url)
         self._quiet_s = 0.0  # waited for a sign of life
@@ -16575,7 +16603,7 @@ class Link:
         self,
         message: Log,
         path: Path,
-        grew: Callable[[Inbound], None],
+        grew: "Callable[[Inbound], None]",
         *,
         closed: bool = False,
         most_bytes: float = float("inf"),
@@ -16621,7 +16649,7 @@ class Link:
             inbound.ack_due = True
             asyncio.get_running_loop().call_later(ACK_S, self._ack, inbound)
 
-    def _retry(self, inbound: Inbound, problem: OSError) -> None:
+    def _retry(self, inbound: "Inbound", problem: OSError) -> None:
         """The disk takes nothing now: what is in flight is dropped, and asked for again later."""
         inbound.asked = True
         if not inbound.retry_due:
@@ -16629,14 +16657,14 @@ class Link:
             log.error("can't write %s: %s; trying again", inbound.path, problem.strerror)
             asyncio.get_running_loop().call_later(DISK_RETRY_S, self._ask_again, inbound)
 
-    def _ask_again(self, inbound: Inbound) -> None:
+    def _ask_again(self, inbound: "Inbound") -> None:
         if self._inbound.get(inbound.channel) is inbound:
             with suppress(OSError):
                 inbound.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             inbound.retry_due = False
             self.post(inbound.ask(log_size(inbound.path)))
 
-    def _ack(self, inbound: Inbound) -> None:
+    def _ack(self, inbound: "Inbound") -> None:
         inbound.ack_due = False
         answer = inbound.ack()
         if answer and self._inbound.get(inbound.channel) is inbound:
@@ -16674,7 +16702,7 @@ class Inbound(Inbox):
     """A log that a link receives into a file."""
 
     path: Path = field(kw_only=True)
-    grew: Callable[[Inbound], None] = field(kw_only=True)
+    grew: "Callable[[Inbound], None]" = field(kw_only=True)
     most_bytes: float = float("inf")
     ack_due: bool = False
     retry_due: bool = False
@@ -16944,7 +16972,7 @@ def files_of(state: StateFolder, job: OwnJob) -> tuple[Path, Path]:
     return job.files
 
 
-async def next_poke(poked: asyncio.Event, grown_bytes: int) -> None:
+async def next_poke(poked: "asyncio.Event", grown_bytes: int) -> None:
     """When to look at the jobs' files again, whose logs had so many bytes more since the look
     before: at a runner's poke, or after a second."""
     if grown_bytes >= CHUNK_BYTES:
@@ -17188,7 +17216,7 @@ class OwnJobs:
         else:
             self.tasks.spawn(self.await_launch(job, child))
 
-    async def await_launch(self, job: OwnJob, child: subprocess.Popen[bytes]) -> None:
+    async def await_launch(self, job: OwnJob, child: "subprocess.Popen[bytes]") -> None:
         """The cradle is empty at once; one that failed will fail again. What is half done is tried
         for ever."""
         if await self.launches.run(child.wait) and not is_half_done(self.state, job.record):
@@ -17627,14 +17655,8 @@ class Outlook:
         TargetError."""
         names = [f"refs/heads/{branch}", f"refs/tags/{branch}", f"refs/tags/{branch}^{{}}"]
         # a star and not the third name: the ^ would get lost in a git.cmd
-        if (
-            listed := self.git(
-                "ls-remote",
-                self.remote,
-                names[0],
-                f"{names[1]}*",
-            )
-        ) is None:
+        listed = self.git("ls-remote", self.remote, names[0], f"{names[1]}*")
+        if listed is None:
             raise UpdaterError(self.why())
         refs = {
             name: commit
@@ -17973,7 +17995,8 @@ class Handout:
 
     def load(self, sha256: str) -> None:
         """Read the file, unless it is no longer the one that runs here and has this checksum."""
-        if (file := program_file()) and sha256_of(file) == sha256:
+        file = program_file()
+        if file and sha256_of(file) == sha256:
             self.program, self.sha256 = file.read_bytes(), sha256
 
     def respond(self, connection: Any, address: str, *, whole: bool) -> Any:
@@ -18156,7 +18179,7 @@ class AgentKeys:
 
     # Who is who
 
-    def identify(self, hello: Hello, address: str, proven: Proven, known: Machine | None) -> str:
+    def identify(self, hello: Hello, address: str, proven: Proven, known: "Machine | None") -> str:
         """Who an agent is, of whose machine id the master so far knows `known`: the key that it is
         to get, "" where it has one, or can't have one. Raises RefusedError for who shows the
         machine id of another."""
@@ -18561,7 +18584,10 @@ class AgentLink(Peer):
 async def makes_way(agents: dict[str, AgentLink], link: Link, hello: Hello, address: str) -> bool:
     """Whether an agent may come in: an older connection of its machine ends, unless another
     daemon answers there, which then keeps it; the new one is told why it can't."""
-    while (old := agents.get(hello.machine)) and old.hello.nonce != hello.nonce:
+    while True:
+        old = agents.get(hello.machine)
+        if not old or old.hello.nonce == hello.nonce:
+            break
         if await old.answers_ping():
             what = f"this machine id is in use by {old.address}: a cloned state folder"
             log.warning("refused %s: %s", address, what)
@@ -18896,7 +18922,8 @@ class Registry(Roster):
         """Take retired hosts out of `all`; a host that is online would only come back. Raises
         UpdaterError."""
         hosts = select_targets(target, self.hosts(everyone=True))
-        if online := [host.label for host in hosts if host.online]:
+        online = [host.label for host in hosts if host.online]
+        if online:
             what = f"{', '.join(online)} is online and would only come back"
             raise GuardError(what, "stop its service first, or remove it from the whitelist")
         for host in hosts:
@@ -20093,7 +20120,8 @@ class FleetView:
             if colors[host.color] > 1:  # which of them gets the colour's requests, nobody knows
                 row["traffic"] = None
             rows.append(row)
-        near = self.master.freezes.near(now := time.time())
+        now = time.time()
+        near = self.master.freezes.near(now)
         freezes = []
         for one in near:
             freezes.append({**one._asdict(), "text": one.text(now)})
@@ -22380,7 +22408,8 @@ class LinkSource:
         asked for byte by byte."""
         host, inbox = self.inboxes[channel]
         begin = self.sizes[host]
-        while (offset := self.sizes[host]) < size:
+        while self.sizes[host] < size:
+            offset = self.sizes[host]
             data = b""
             if self.folder:
                 path = self.files.get(host)
@@ -22510,7 +22539,10 @@ class FolderSource:
         if self.live and (job is None or job.state not in FINAL):
             job = self.look_after(job, host)
         log_file = self.state.log_file(self.run, host)
-        while data := read_log(log_file, self.sizes[host], CHUNK_BYTES):
+        while True:
+            data = read_log(log_file, self.sizes[host], CHUNK_BYTES)
+            if not data:
+                break
             self.sizes[host] += len(data)
             yield Piece(host, data)
         if job:
@@ -23471,11 +23503,18 @@ def _read_wheel(wheel: Path) -> dict[str, bytes]:
 
 
 def _compile(source: bytes, name: str) -> bytes:
-    """A .pyc that counts as fresh whatever the file's date (PEP 552: hash-based, unchecked)."""
+    """A .pyc that counts as fresh whatever the file's date (PEP 552: hash-based, unchecked).
+
+    The module's own annotations become text, as no start is to pay for evaluating them."""
+    import __future__
+
     tree = ast.parse(source)
     for node in ast.walk(tree):
         _lighten(node)
-    code = compile(tree, f"{_BAKED}/{name}", "exec", dont_inherit=True, optimize=0)
+    features = 0
+    if name == "estelle_updater.py":
+        features = __future__.annotations.compiler_flag
+    code = compile(tree, f"{_BAKED}/{name}", "exec", features, dont_inherit=True, optimize=0)
     flags = (1).to_bytes(4, "little")
     return (
         importlib_util.MAGIC_NUMBER
@@ -23485,7 +23524,7 @@ def _compile(source: bytes, name: str) -> bytes:
     )
 
 
-def _lighten(node: ast.AST) -> None:
+def _lighten(node: "ast.AST") -> None:
     """Take out of a piece of a program what nothing asks for while it runs, and each start would
     read: docstrings, and the annotations of functions. Those of classes make the records' fields.
 
@@ -23654,7 +23693,8 @@ class Upgrade:
         runner.announce(f"download {PROGRAM_NAME} from {url}")
         tls = client_tls(config, work_tree(runner.config_path), str(url))
         data = fetch_program(url, daemon_facts(self.state).get("bind"), tls)
-        if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.sha256:
             raise UpdaterError(
                 f"what came has the checksum {found[:12]}…, not {self.sha256[:12]}…", "try again"
             )
@@ -23721,7 +23761,8 @@ class Upgrade:
     def revive(self, how: Mapping[str, Any]) -> None:
         """Start a daemon that nobody else starts: by hand, and under Windows in any case, it can
         only end."""
-        lives = (process := _read_process(how["pid"])) and process.alive
+        process = _read_process(how["pid"])
+        lives = process and process.alive
         if (
             lives
             or FileLock.held_elsewhere(self.state.daemon_lock)
@@ -23817,7 +23858,7 @@ class Stage:
     def said(self, log_name: str) -> str:
         return (self.folder / log_name).read_text("utf-8", "replace").strip()
 
-    def start(self, argv: Sequence[str], log_name: str = "") -> subprocess.Popen[bytes]:
+    def start(self, argv: Sequence[str], log_name: str = "") -> "subprocess.Popen[bytes]":
         """Start a program in the folder. The terminal's Ctrl-C does not reach it: `clean` ends it,
         in order."""
         options: dict[str, Any] = {"cwd": self.folder, "env": self.env, "stdin": subprocess.DEVNULL}
@@ -23830,7 +23871,7 @@ class Stage:
         self.children.append(child)
         return child
 
-    def wait(self, child: subprocess.Popen[bytes]) -> int:
+    def wait(self, child: "subprocess.Popen[bytes]") -> int:
         """A program's exit code. Raises KeyboardInterrupt at a stop signal."""
         while True:
             with suppress(subprocess.TimeoutExpired):
@@ -23867,7 +23908,7 @@ class Stage:
         return not self.folder.exists()
 
     @staticmethod
-    def end(child: subprocess.Popen[bytes], number: int) -> None:
+    def end(child: "subprocess.Popen[bytes]", number: int) -> None:
         """Signal a program and what it runs, as `build` does pip."""
         if child.poll() is None and os.name != "nt":
             with suppress(ProcessLookupError):
@@ -24078,7 +24119,7 @@ class Demo(Stage):
             return self.wait(self.start([*pnpm, "--version"], "pnpm.log")) == 0
         return False
 
-    def await_daemon(self, address: str, daemon: subprocess.Popen[bytes]) -> None:
+    def await_daemon(self, address: str, daemon: "subprocess.Popen[bytes]") -> None:
         """Until the master listens, or has welcomed the agent; then show what the daemon wrote."""
 
         def answer() -> str:
@@ -25437,14 +25478,17 @@ class Doctor:
             folder = os.path.dirname(program_argv()[1])
             fix = f"sudo chown -R $USER {folder}"
             yield Finding("program", os.access(folder, os.W_OK), f"upgrade writes to {folder}", fix)
-        if config.tls.cert and (cert := work_tree(path) / config.tls.cert).exists():
-            yield self.certificate(cert)
+        if config.tls.cert:
+            cert = work_tree(path) / config.tls.cert
+            if cert.exists():
+                yield self.certificate(cert)
         yield from self.master(config)
-        names = (rule.name, socket.gethostname())
-        if (proxy := config.haproxy) and (
-            host_key(proxy.host) in map(host_key, names) or probe_is_local(proxy.host)
-        ):
-            yield from self.haproxy(proxy)
+        proxy = config.haproxy
+        if proxy:
+            names = (rule.name, socket.gethostname())
+            named_here = host_key(proxy.host) in map(host_key, names)
+            if named_here or probe_is_local(proxy.host):
+                yield from self.haproxy(proxy)
 
     # This host
 
@@ -25488,10 +25532,10 @@ class Doctor:
                 argv, stdin=subprocess.DEVNULL, start_new_session=True, **HIDDEN
             )
             ends = time.monotonic() + LAUNCH_S
-            while (
-                not (begun := FileLock.held_elsewhere(folder / "lock")) and time.monotonic() < ends
-            ):
+            begun = FileLock.held_elsewhere(folder / "lock")
+            while not begun and time.monotonic() < ends:
                 time.sleep(LOCAL_LOOK_S)
+                begun = FileLock.held_elsewhere(folder / "lock")
             if os.name != "nt":
                 _kill_family(f"tree/{daemon.pid}", KILL_S, root=daemon.pid)
             Stage.end(daemon, 9)
@@ -25554,18 +25598,12 @@ class Doctor:
         yield Finding("git", code == 0, said, "install git for this user")
         if code:
             return
-        if (
-            os.name != "nt"
-            and (repo / ".git").exists()
-            and (owner := (repo / ".git").stat().st_uid) != os.getuid()
-        ):
-            text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
-            yield Finding(
-                "owner",
-                False,
-                text,
-                f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}",
-            )
+        if os.name != "nt" and (repo / ".git").exists():
+            owner = (repo / ".git").stat().st_uid
+            if owner != os.getuid():
+                text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
+                fix = f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}"
+                yield Finding("owner", False, text, fix)
         ground = list(probe_ground(repo, self.state.root, rule, self.env))
         yield from ground
         if not all(found.ok or not found.certain for found in ground):
@@ -25672,6 +25710,45 @@ class Doctor:
 # ==============================================================================
 # 24. Command line: the command table, cmd_*, rendering, main(argv) -> int
 # ==============================================================================
+
+
+class Args(SimpleNamespace):
+    """The command line, parsed."""
+
+    # that the last valid settings are used: on standard error, unless each answer says it
+    tells_settings = True
+    state_root: Path | None = None  # once it was looked for
+    owns_state = False  # once that was looked at
+
+    def state_folder(self) -> StateFolder:
+        """This host's state of the project whose configuration is in force. Raises UsageError where
+        it is another repository's."""
+        state = self.plain_state_folder()
+        if not self.owns_state:
+            with suppress(ConfigError):
+                require_own_state(state, self.config_path())
+            self.owns_state = True
+        return state
+
+    def plain_state_folder(self) -> StateFolder:
+        """The same, whoever's it is."""
+        if not self.state_root:
+            path = None
+            with suppress(ConfigError):
+                path = self.config_path()
+            if self.state:
+                self.state_root = Path(self.state).absolute()
+            else:
+                self.state_root = find_state_folder(os.environ, path)
+        return StateFolder(self.state_root)
+
+    def config_path(self) -> Path:
+        """--config, ESTELLE_CONFIG, else found upwards from ESTELLE_REPO or the working
+        directory."""
+        explicit = self.config or os.environ.get("ESTELLE_CONFIG")
+        if explicit:
+            return Path(explicit).absolute()
+        return find_config(Path(os.environ.get("ESTELLE_REPO") or ".").absolute())
 
 
 # What a person sees: words and tables (pure)
@@ -26777,7 +26854,8 @@ class JsonView(LineView):
         )
 
     def result(self, job: JobRecord) -> None:
-        if rest := self.partial.pop(job.host, b""):
+        rest = self.partial.pop(job.host, b"")
+        if rest:
             self.line(job.host, rest)
         more = {}
         if job.timed_steps:
@@ -29038,7 +29116,10 @@ class McpServer:
 
     def serve(self, lines: IO[bytes]) -> None:
         """Until the client closes our standard input. The runs that it asked for go on."""
-        while line := lines.readline(MESSAGE_BYTES):
+        while True:
+            line = lines.readline(MESSAGE_BYTES)
+            if not line:
+                break
             if len(line) == MESSAGE_BYTES and line[-1:] != b"\n":
                 tail = self.skip_line(lines)
                 with self.lock:
@@ -29055,9 +29136,10 @@ class McpServer:
     def skip_line(lines: IO[bytes]) -> bytes:
         """Read to the end of a line that is too long; its last bytes."""
         tail = b""
-        while rest := lines.readline(CHUNK_BYTES):
+        while True:
+            rest = lines.readline(CHUNK_BYTES)
             tail = (tail + rest)[-1000:]
-            if rest[-1:] == b"\n":
+            if not rest or rest[-1:] == b"\n":
                 break
         return tail
 
@@ -29284,7 +29366,8 @@ def parse_duration(text: str) -> float:
 def parse_seconds(text: str) -> float:
     """A number of seconds on the command line. Raises UsageError."""
     with suppress(ValueError):
-        if 0 <= (value := float(text)) < 1e7:
+        value = float(text)
+        if 0 <= value < 1e7:
             return value
     raise UsageError(f"{text!r} is no number of seconds", "for example 60")
 
@@ -29318,44 +29401,6 @@ def parse_target(text: str) -> str:
     raise UsageError(
         f"{text!r} names no target", "write all, an address or a name, with commas between"
     )
-
-
-class Args(SimpleNamespace):
-    """The command line, parsed."""
-
-    # that the last valid settings are used: on standard error, unless each answer says it
-    tells_settings = True
-    state_root: Path | None = None  # once it was looked for
-    owns_state = False  # once that was looked at
-
-    def state_folder(self) -> StateFolder:
-        """This host's state of the project whose configuration is in force. Raises UsageError where
-        it is another repository's."""
-        state = self.plain_state_folder()
-        if not self.owns_state:
-            with suppress(ConfigError):
-                require_own_state(state, self.config_path())
-            self.owns_state = True
-        return state
-
-    def plain_state_folder(self) -> StateFolder:
-        """The same, whoever's it is."""
-        if not self.state_root:
-            path = None
-            with suppress(ConfigError):
-                path = self.config_path()
-            if self.state:
-                self.state_root = Path(self.state).absolute()
-            else:
-                self.state_root = find_state_folder(os.environ, path)
-        return StateFolder(self.state_root)
-
-    def config_path(self) -> Path:
-        """--config, ESTELLE_CONFIG, else found upwards from ESTELLE_REPO or the working
-        directory."""
-        if explicit := self.config or os.environ.get("ESTELLE_CONFIG"):
-            return Path(explicit).absolute()
-        return find_config(Path(os.environ.get("ESTELLE_REPO") or ".").absolute())
 
 
 class Option:
@@ -29835,7 +29880,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with the contract's errors instead of its own."""
 
     def error(self, message: str) -> NoReturn:
-        if unknown := re.match(r"argument COMMAND: invalid choice: ('.*?')", message):
+        unknown = re.match(r"argument COMMAND: invalid choice: ('.*?')", message)
+        if unknown:
             from difflib import get_close_matches
 
             names = ", ".join(command.name for command in COMMANDS if not command.hidden)

@@ -95,7 +95,7 @@ def statements_of(source: str) -> Iterator[tuple[Section, list[ast.stmt]]]:
 
 
 class _WithoutAnnotations(ast.NodeTransformer):
-    """Annotations are never evaluated, so they bind a section to nothing."""
+    """Annotations may name what is further down, in quotes, so they bind a section to nothing."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
@@ -303,9 +303,69 @@ def breaks_names(source: str) -> list[str]:
     return [name for name in found if vague.match(name) or re.search(r"(?i)manager|utils", name)]
 
 
-def breaks_future(source: str) -> list[str]:
-    """Annotations stay unevaluated: the order of sections does not bind them, and starting is faster."""
-    return [] if "from __future__ import annotations\n" in source else ["no `from __future__ import annotations`"]
+def breaks_old_pythons(source: str) -> list[str]:
+    """Python 3.6 and later read the module to its end: else they say `invalid syntax` somewhere, and never get to the
+    sentence at the top."""
+    problems = []
+    try:
+        ast.parse(source, feature_version=(3, 6))
+    except SyntaxError as problem:
+        problems.append(f"line {problem.lineno}: {problem.msg}")
+    lines = source.splitlines()
+    # what today's parser takes for any version
+    newer = {
+        r" *(async )?with \($": "with in parentheses",
+        r"from __future__ import annotations": "annotations as text",
+    }
+    for form, what in newer.items():
+        problems += [f"line {number}: {what}" for number, line in enumerate(lines, 1) if re.match(form, line)]
+    return problems
+
+
+def evaluated_annotations(tree: ast.Module) -> Iterator[ast.expr]:
+    """Those of functions and of what modules and classes hold; a function's own variables' are never looked at."""
+    inside = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for statement in node.body
+        for child in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation:
+            yield node.annotation
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns:
+            yield node.returns
+        elif isinstance(node, ast.AnnAssign) and node not in inside:
+            yield node.annotation
+
+
+def breaks_annotations(source: str) -> list[str]:
+    """They are values where the source runs: what is defined further down, or imported at its first use, is quoted.
+
+    Importing the module shows that as well, but not for another platform's part, nor what it imports too early.
+    """
+    tree = tree_of(source)
+    ready: dict[str, int] = dict.fromkeys(dir(builtins), 0)
+    statements: list[ast.stmt] = list(tree.body)
+    for node in statements:
+        match node:
+            case ast.If(test=ast.Name("TYPE_CHECKING")):
+                statements += node.orelse
+            case ast.If():
+                statements += [*node.body, *node.orelse]
+            case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                ready.setdefault(node.name, node.end_lineno or 0)
+            case ast.Import() | ast.ImportFrom():
+                ready |= {alias.asname or alias.name: node.lineno for alias in node.names}
+            case ast.Assign(targets=[ast.Name(name)]) | ast.AnnAssign(target=ast.Name(name)):
+                ready.setdefault(name, node.end_lineno or 0)
+    problems = []
+    for annotation in evaluated_annotations(tree):
+        for used in (node for node in ast.walk(annotation) if isinstance(node, ast.Name)):
+            if ready.get(used.id, used.lineno) >= used.lineno:
+                problems.append(f"line {used.lineno}: {used.id} is not there yet")
+    return problems
 
 
 # ---------------------------------------------------------------------------- rules on every file
@@ -353,7 +413,8 @@ def repository_files() -> list[str]:
 
 MODULE_RULES = [
     breaks_banners, breaks_table, breaks_upward_order, breaks_purity, breaks_sizes, breaks_density, breaks_dividers,
-    breaks_imports, breaks_names, breaks_future, breaks_map,
+    breaks_imports, breaks_names, breaks_old_pythons,
+    breaks_annotations, breaks_map,
 ]  # fmt: skip
 
 
@@ -429,7 +490,7 @@ def test_lazy_modules_are_those_that_the_type_checker_imports():
 # ---------------------------------------------------------------------------- and each rule can be broken
 
 
-def module(*sections: str, table: str = "", header: str = "from __future__ import annotations\nimport os\n") -> str:
+def module(*sections: str, table: str = "", header: str = "import os\n") -> str:
     """A module with sections 1, 2 .. named One: first, Two: second .."""
     titles = ["1. One: first", "2. Two: second", "10. Ten: tenth"]
     parts = [f"{RULE}\n# {title}\n{RULE}\n\n{body}\n" for title, body in zip(titles, sections, strict=False)]
@@ -443,8 +504,8 @@ GOOD_TABLE = """| #  | section | holds  |
 | 2  | Two     | second |
 """
 GOOD = module(
-    "LIMIT = 3\n" + "# Why.\nMORE = 1\n" * 30 + "class A:\n    size: int = LIMIT\n    later: B | None = None",
-    "class B(A):\n    def twice(self) -> C:\n        os = self.size\n        return [os for open in (1, 2)]",
+    "LIMIT = 3\n" + "# Why.\nMORE = 1\n" * 30 + "class A:\n    size: int = LIMIT\n    later: 'B | None' = None",
+    "class B(A):\n    def twice(self) -> 'C':\n        os = self.size\n        return [os for open in (1, 2)]",
     table=GOOD_TABLE,
 )
 
@@ -500,7 +561,14 @@ BROKEN = [
     (breaks_names, "def handle_order(): ...", "handle_order"),
     (breaks_names, "class A:\n    async def _process_line(self): ...", "_process_line"),
     (breaks_names, "class RunManager: ...", "RunManager"),
-    (breaks_future, "import os\n", "annotations"),
+    (breaks_old_pythons, "a = 1\nif (b := a):\n    pass\n", "line 2: Assignment expressions"),
+    (breaks_old_pythons, "def f(a, /): pass\n", "line 1: Positional-only"),
+    (breaks_old_pythons, "def f():\n    with (\n        a as b,\n    ):\n        pass\n", "line 2: with in"),
+    (breaks_old_pythons, "from __future__ import annotations\n", "line 1: annotations"),
+    (breaks_annotations, "def f() -> Later: pass\nclass Later: pass\n", "line 1: Later"),
+    (breaks_annotations, "class A:\n    def f(self) -> list[A]: pass\n", "line 2: A is"),
+    (breaks_annotations, "if TYPE_CHECKING:\n    import ssl\ndef f(a: ssl.SSLContext): pass\n", "line 3: ssl"),
+    (breaks_annotations, "if 1:\n    class A:\n        b: A | None = None\n", "line 3: A is"),
     (breaks_map, module("class A: pass", table="Way:\n\n    A.twice    1  moved\n\nEnd.\n"), "A.twice is not"),
     (breaks_map, module("def f(): pass", table="Way:\n\n    f    2  elsewhere\n\nEnd.\n"), "f is not in section 2"),
     (breaks_map, module("", table="A Door is the port, and Gone.method its way.\n"), "called Gone.method"),

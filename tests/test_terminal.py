@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
 import json
@@ -516,20 +515,3 @@ def test_completion_knows_the_command_table(tmp_path: Path) -> None:
         if shutil.which(shell):
             (tmp_path / shell).write_text(text)
             subprocess.run([shell, "-n", str(tmp_path / shell)], check=True)
-
-
-@pytest.mark.parametrize("minor", [8, 9, 10])
-def test_an_older_python_can_read_the_module_to_its_end(minor: int) -> None:
-    """Else it would say `invalid syntax` somewhere, and never get to the sentence at the top."""
-    source = (ROOT / "estelle_updater.py").read_text("utf-8")
-    ast.parse(source, feature_version=(3, minor))
-    # of 3.9, which today's parser takes for any version
-    assert not re.findall(r"(?m)^ *(?:async )?with \($", source)
-
-
-def test_what_python_3_7_can_t_read_first_is_the_line_that_says_what_is_needed() -> None:
-    source = (ROOT / "estelle_updater.py").read_text("utf-8")
-    with pytest.raises(SyntaxError) as problem:
-        ast.parse(source, feature_version=(3, 7))
-    line = source.splitlines()[(problem.value.lineno or 0) - 1]
-    assert "PYTHON 3.11 IS NEEDED" in line
