@@ -113,7 +113,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -1480,10 +1480,13 @@ def _file_key(label: str) -> str:
     return file_label(label).casefold()  # on Windows, a and A are one
 
 
+_RUN_ID = regex(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
+
+
 def valid_run_id(text: str) -> bool:
     """Whether `text` is a run id such as 20261122-210501-7f3a, and so also safe as a folder's
     name."""
-    return re.fullmatch(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}", text) is not None
+    return _RUN_ID.fullmatch(text) is not None
 
 
 # What Unicode calls printable and nobody sees: fillers of Hangul, what only chooses among the forms
@@ -9041,13 +9044,20 @@ class Line(NamedTuple):
     place: int = 0
     created: float = 0.0
     lived: float = 0.0
+    nonce: bytes | None = None  # None where JSON writes it in another way than it is
     text: bytes = b""
 
 
 _LINE = regex(
     rb'\{"run":"([0-9a-f-]+)","stamp":(\d+),"place":(\d+),'
-    rb'"created":(-?[0-9.e+-]+),"lived":(-?[0-9.e+-]+),.*\}$'
+    rb'"created":(-?[0-9.e+-]+),"lived":(-?[0-9.e+-]+),"over":true,'
+    rb'"nonce":"(?:([!#-\[\]-~]*)",)?.*\}$'
 )
+
+
+def _index_text(value: Any) -> str:
+    """As the index has it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 class History:
@@ -9085,35 +9095,40 @@ class History:
         label may have been another one then."""
         found: dict[str, list[dict[str, Any]]] = {}
         for row in reversed(self.rows()):
-            if row["kind"] not in (Kind.DEPLOY, Kind.ROLLBACK):
-                continue
-            for job in row["hosts"]:
-                machine = row["machines"].get(job["host"], "")
-                if job["state"] in FINAL and job["seconds"] is not None:
-                    facts = {"run": row["run"], "kind": row["kind"], **job}
-                    found.setdefault(machine, []).append(facts)
+            for machine, facts in attempts_of(row):
+                found.setdefault(machine, []).append(facts)
         return found
 
     # The index
 
     def rows(self, count: int | None = None) -> list[Row]:
         """The newest runs, or all, newest first."""
+        with closing(self.walk()) as found:
+            return list(itertools.islice(found, count))
+
+    def walk(
+        self, is_known: Callable[[str, Line], bool] | None = None
+    ) -> "Generator[Row, None, None]":
+        """The runs, newest first, but for those whose line tells whoever asks enough, so that
+        nobody makes a row of it; a run that turns out to be over is a line from then on."""
         indexed = self._indexed()
-        rows: list[Row] = []
         new: list[Row] = []
-        for run in reversed(self._in_order(indexed)):
-            if count is not None and len(rows) >= count:
-                break
-            stamp = self._stamp(run)
-            row = self._row_of_line(indexed.get(run), stamp)
-            if row is None:
-                row = self._row_of_folder(run, stamp)
-                if row and row["over"]:
-                    new.append(row)
-            if row:
-                rows.append(row)
-        self._add_to_index(reversed(new))
-        return rows
+        try:
+            for run in reversed(self._in_order(indexed)):
+                stamp = self._stamp(run)
+                line = indexed.get(run)
+                holds = line and line.stamp == stamp
+                if is_known and line and holds and is_known(run, line):
+                    continue
+                row = self._row_of_line(line, stamp)
+                if row is None:
+                    row = self._row_of_folder(run, stamp)
+                    if row and row["over"]:
+                        new.append(row)
+                if row:
+                    yield row
+        finally:
+            self._add_to_index(reversed(new))
 
     def ids(self) -> list[str]:
         """All recorded runs, oldest first, as they were taken."""
@@ -9180,13 +9195,13 @@ class History:
         for text in read_log(self.index, 0, log_size(self.index)).splitlines():
             match = _LINE.match(text)
             if match:
-                run, stamp, place, created, lived = match.groups()
-                line = Line(int(stamp), int(place), float(created), float(lived), text)
+                run, stamp, place, created, lived, nonce = match.groups()
+                line = Line(int(stamp), int(place), float(created), float(lived), nonce, text)
                 found[run.decode()] = line
         return found
 
     def _add_to_index(self, rows: Iterable[Row]) -> None:
-        lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
+        lines = [_index_text(row) for row in rows]
         if lines:
             text = "\n".join(["", *lines, ""])  # a line end first: what is there may be torn
             with suppress(OSError):
@@ -9436,6 +9451,60 @@ class Remains:
             error += f"; its log ends with: {lines[-1][:LAST_LINE_CHARS]}"
         job = job_of_run(run, host)
         return replace(job, state=State.LOST, size=size, error=error, provisional=True)
+
+
+def is_attempt(kind: str, job: Mapping[str, Any]) -> bool:
+    """Whether a job, by its summary, is a deployment or rollback that began and is over."""
+    deploys = kind in (Kind.DEPLOY, Kind.ROLLBACK)
+    return deploys and job["state"] in FINAL and job["seconds"] is not None
+
+
+def attempts_of(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those of a run, each with its machine."""
+    for job in row["hosts"]:
+        if is_attempt(row["kind"], job):
+            machine = row["machines"].get(job["host"], "")
+            yield machine, {"run": row["run"], "kind": row["kind"], **job}
+
+
+class Survey:
+    """What a daemon has to know of the recorded runs at its start. Of most of them that is their
+    line's beginning: to make a row of each of 10,000 took most of a start."""
+
+    def __init__(self, history: History) -> None:
+        self.open: list[str] = []  # the runs that are not over, newest first
+        self.next_place = 1
+        self.nonces: dict[str, str] = {}  # -> run
+        self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest attempt ended
+        self._fleets = set[bytes]()  # lists of machines, as lines have them, with a last for each
+        for row in history.walk(self._knows):
+            self._learn(row)
+
+    def _knows(self, run: str, line: Line) -> bool:
+        """Learn what a line's beginning says, and whether the rest of it says nothing new."""
+        if line.nonce is None:
+            return False
+        self._note(run, line.place, line.nonce.decode())
+        # In JSON no text holds a bare quote, so these are the words themselves. A pattern takes as
+        # long for them as all the rest.
+        before, _, rest = line.text.partition(b',"machines":')
+        fleet = rest.partition(b',"hosts":[')[0]
+        is_deployed = b'"kind":"deploy"' in before or b'"kind":"rollback"' in before
+        return fleet in self._fleets or not is_deployed
+
+    def _note(self, run: str, place: int, nonce: str) -> None:
+        self.next_place = max(self.next_place, place + 1)
+        if nonce:
+            self.nonces.setdefault(nonce, run)  # the newest one's, where two have the same
+
+    def _learn(self, row: Row) -> None:
+        self._note(row["run"], row["place"], row["nonce"])
+        if not row["over"]:
+            self.open.append(row["run"])
+        for machine, facts in attempts_of(row):
+            self.last.setdefault(machine, facts)
+        if all(machine in self.last for machine in row["machines"].values()):
+            self._fleets.add(_index_text(row["machines"]).encode("utf-8", "replace"))
 
 
 SYSTEM_STATE = Path("/var/lib/estelle-updater")  # the StateDirectory= of systemd's system service
@@ -17008,13 +17077,13 @@ class OwnJobs:
 
     # Finding them
 
-    def recover(self) -> None:
+    def recover(self, survey: Survey) -> None:
         """After a start: find this host's jobs whose result the master has not acknowledged."""
-        switching = self.state.switch_file.exists()
-        for row in self.state.history.rows():
-            if row["over"] and not switching:
-                continue
-            for record in self.state.load_jobs(row["run"]):
+        runs = survey.open
+        if self.state.switch_file.exists():  # the half-done one may be acknowledged
+            runs = [row["run"] for row in self.state.history.rows()]
+        for run in runs:
+            for record in self.state.load_jobs(run):
                 unknown = not record.acked or is_half_done(self.state, record)
                 if record.machine == self.machine and record.revision and unknown:
                     self.jobs[record.run, record.host] = OwnJob(record)
@@ -18800,15 +18869,13 @@ class Registry(Roster):
             )
         return machines
 
-    def remember(self, machine: str, job: dict[str, Any]) -> None:
+    def remember(self, job: JobRecord) -> None:
         """How a host's newest deployment ended, for `status`; not what never reached the host."""
         self.changes.count()
-        if (
-            job["state"] in FINAL
-            and job["seconds"] is not None
-            and job["kind"] in (Kind.DEPLOY, Kind.ROLLBACK)
-        ):
-            self.last[machine] = job
+        summary = job_summary(job)
+        if is_attempt(job.kind, summary):
+            facts = {"run": job.run, "kind": job.kind, "ended": job.ended}
+            self.last[job.machine] = {**facts, **summary}
 
     def away_s(self, machine: str, now: float) -> float | None:
         """For how many seconds a host has had no connection."""
@@ -19060,20 +19127,17 @@ class Ledger:
 
     # What is on disk
 
-    def recover(self) -> list[Run]:
+    def recover(self, survey: Survey) -> list[Run]:
         """After a start: the runs that are not over, and how the hosts' last deployments ended."""
-        for row in reversed(self.state.history.rows()):
-            self.next_place = max(self.next_place, row["place"] + 1)
-            if row.get("nonce"):
-                self.nonces[row["nonce"]] = row["run"]
-            for job in row["hosts"]:
-                job |= {"run": row["run"], "kind": row["kind"]}
-                self.registry.remember(row["machines"].get(job["host"], ""), job)
-            if row["over"]:
-                continue
-            found = self.load(row["run"])
+        self.next_place = survey.next_place
+        self.nonces.update(survey.nonces)
+        self.registry.last.update(survey.last)
+        for run in reversed(survey.open):
+            found = None
+            with suppress(OSError):  # not now
+                found = self.load(run)
             if found and found.active:
-                self.runs[row["run"]] = found
+                self.runs[run] = found
             elif found:
                 # Over since nobody said anything for too long: without this look nobody would be
                 # told of the others either, whose message waited for the last host.
@@ -19171,9 +19235,7 @@ class Ledger:
         if not own:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.put(job)
-        self.registry.remember(
-            job.machine, {"run": job.run, "kind": job.kind, "ended": job.ended, **job_summary(job)}
-        )
+        self.registry.remember(job)
         for follower in run.followers:
             follower.post(job)
             # the last bytes may be here without having been sent
@@ -19689,10 +19751,10 @@ class Master:
         """For how many seconds this process has been the master."""
         return time.monotonic() - self.began
 
-    def recover(self) -> None:
+    def recover(self, survey: Survey) -> None:
         """After a start: the known hosts, and the runs that are not over."""
         self.registry.recover()
-        for run in self.ledger.recover():
+        for run in self.ledger.recover(survey):
             for job in list(run.jobs.values()):
                 self.ledger.record(run, job)  # a job without a file gets one
                 self.queue.expire(run, job)
@@ -23002,6 +23064,7 @@ class Service:
         self.machine = ""
         self.supervisor = Supervisor(os.environ)
         self.nursery = Nursery(self.state, options.config_path)
+        self.survey: Survey | None = None  # the start's, for the first role
 
     # Its life, in order
 
@@ -23044,7 +23107,8 @@ class Service:
         self.nursery.open()
         agent = Agent(self.state, self.config, self.machine, self.nonce, self.nursery)
         agent.bind = self.options.bind
-        agent.own.recover()
+        self.survey = Survey(self.state.history)
+        agent.own.recover(self.survey)
         self.warn_of_oddities(agent)
         self.role.found = await self.role.find(outside=True)
         return agent
@@ -23171,6 +23235,7 @@ class Service:
 
     async def serve_agent(self, agent: Agent) -> None:
         """Dial the master, for ever."""
+        self.survey = None  # only a master needs all of it, and later another one
         self.announce(f"calling {self.config.config.master_url}")
 
         def welcomed(label: str) -> None:
@@ -23209,7 +23274,8 @@ class Service:
             self.state, self.config, self.machine, self.nonce, own, notifier.tell_of_job
         )
         master.registry.bind = self.options.bind
-        master.recover()
+        master.recover(self.survey or Survey(self.state.history))
+        self.survey = None
         master.door.handout.load(self.sha256)
         host, port = parse_listen(self.options.listen, url.port)
         async with await self.listen(master, host, port), asyncio.TaskGroup() as group:

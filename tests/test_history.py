@@ -293,6 +293,98 @@ def test_what_the_master_has_not_acknowledged_is_not_over(state: est.StateFolder
     assert not state.history.rows()[0]["over"]
 
 
+def recalled(state: est.StateFolder) -> tuple[list[str], int, dict[str, str], dict[str, dict[str, Any]]]:
+    """What a daemon's start has to know, from all that is recorded."""
+    rows = state.history.rows()
+    last: dict[str, dict[str, Any]] = {}
+    nonces: dict[str, str] = {}
+    for row in reversed(rows):
+        last |= est.attempts_of(row)
+        nonces |= {row["nonce"]: row["run"]} if row["nonce"] else {}
+    return [row["run"] for row in rows if not row["over"]], 1 + max(row["place"] for row in rows), nonces, last
+
+
+def surveyed(state: est.StateFolder) -> tuple[list[str], int, dict[str, str], dict[str, dict[str, Any]]]:
+    found = est.Survey(state.history)
+    return found.open, found.next_place, found.nonces, found.last
+
+
+def spoil_line(before: bytes, after: bytes) -> Callable[[est.StateFolder], object]:
+    """Another text for a piece of every line."""
+
+    def spoil_index(state: est.StateFolder) -> None:
+        whole = state.history.index.read_bytes()
+        assert before in whole
+        state.history.index.write_bytes(whole.replace(before, after))
+
+    return spoil_index
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda state: state.history.index.unlink(),
+        lambda state: state.history.index.write_bytes(state.history.index.read_bytes()[:-300]),
+        spoil_line(b'"over":true,', b""),
+        spoil_line(b'"nonce":"n",', b""),
+        spoil_line(b'"hosts":[{"host":', b'"hosts":[{\0\0\0\0\0\0\0'),
+        spoil_line(b'"stamp":17000', b'"stamp":16000'),
+        spoil_line(b'"place":3,', b'"place":x,'),
+    ],
+    ids=["lost", "torn", "older", "much older", "zeros in it", "another time", "no number"],
+)
+def test_a_start_reads_of_the_index_what_the_folders_say(state: est.StateFolder, harm: Any) -> None:
+    """Whatever became of the index: it is read anew from the folders, and never believed."""
+    ends = [(OK, OK), (OK, FAILED), (FAILED, est.State.OFFLINE), (OK, est.State.OFFLINE), (RUNNING, FAILED)]
+    runs = [record(state, number, *states) for number, states in enumerate(ends)]
+    record(state, 5, OK, OK, kind=est.Kind.SWITCH)
+    order = state.load_run(runs[0])
+    assert order
+    state.save_run(replace(order, nonce='a "b" \\ 끝'))
+    os.utime(state.runs / runs[0], (1_700_000_000, 1_700_000_000))
+    expected = recalled(state)
+    assert expected[0] == [runs[4]] and expected[1] == 7 and len(expected[2]) == 2
+    assert [job["run"] for job in expected[3].values()] == [runs[3], runs[4]]
+    assert surveyed(state) == expected
+    harm(state)
+    assert surveyed(state) == expected
+    assert surveyed(state) == expected, "and from the new lines"
+
+
+def test_a_start_sees_what_happened_behind_the_index(state: est.StateFolder) -> None:
+    """A folder that is gone, one that an older backup brought back, one that is new."""
+    runs = [record(state, number, OK, OK) for number in range(4)]
+    assert surveyed(state)[0] == []
+    for name in (state.runs / runs[3]).iterdir():
+        name.unlink()
+    (state.runs / runs[3]).rmdir()
+    job = state.load_job(runs[1], "127.0.0.1")
+    assert job
+    state.save_job(replace(job, state=RUNNING, ended=None))
+    os.utime(state.runs / runs[1], (1, 1))
+    runs.append(record(state, 4, FAILED, RUNNING))
+    found = surveyed(state)
+    assert found == recalled(state) and found[0] == [runs[4], runs[1]] and found[1] == 6
+    assert [last["run"] for last in found[3].values()] == [runs[4], runs[2]]
+
+
+def test_a_start_makes_no_rows_of_what_is_over(state: est.StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the newest deployment of each host says is enough, however many there were before."""
+    for number in range(10):
+        record(state, number, OK, OK)
+    state.history.rows()
+    made: list[Any] = []
+    loads = json.loads
+
+    def count(text: Any) -> Any:
+        made.append(text)
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", count)
+    assert len(surveyed(state)[3]) == 2
+    assert len(made) == 1
+
+
 def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) -> None:
     runs = [
         record(state, 0, OK, OK, kind=est.Kind.SWITCH),

@@ -495,7 +495,7 @@ def test_who_is_told_after_a_restart_that_finds_a_run_over(tmp_path: Path) -> No
         )
         master.state.save_run(record)
         master.state.save_job(replace(JOB, host="a", state=est.State.FAILED, step="make", ended=time.time()))
-        master.recover()
+        master.recover(est.Survey(master.state.history))
         return titles(notifier)
 
     assert asyncio.run(look()) == ["[all] 2 of 2 hosts did not succeed"]
