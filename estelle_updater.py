@@ -8423,6 +8423,7 @@ class Store:
         self._next: dict[Path, asyncio.Future[OSError | None]] = {}
         self._turns: dict[Path, asyncio.Lock] = {}
         self._turn = threading.Condition()
+        self._puts = 0  # so far: whether there is more to write than a round began with
         self._thread: threading.Thread | None = None
 
     # To be written
@@ -8437,10 +8438,21 @@ class Store:
             write.data = data
             write.durable |= durable
             write.after = after or write.after
+            write.refused = None  # of this data nobody knows yet
+            self._puts += 1
             if self._thread is None:
-                self._thread = threading.Thread(target=self._write_forever, daemon=True)
-                self._thread.start()
+                self._begin(write)
             self._turn.notify_all()
+
+    def _begin(self, write: Write) -> None:
+        """Have a thread write from now on; where the system has none left, from the next put on."""
+        thread = threading.Thread(target=self._write_forever, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as problem:
+            write.refused = OSError(errno.EAGAIN, str(problem))
+        else:
+            self._thread = thread
 
     def put_soon(self, path: Path, render: Callable[[], bytes]) -> None:
         """Put what `render` makes then, once for all that changes within a moment: a fleet that
@@ -8506,9 +8518,12 @@ class Store:
             return await self.kept(path)
 
     def drop(self, path: Path) -> None:
-        """Write a file no more that was not kept: nobody was promised anything."""
+        """Write a file no more that was not kept: nobody was promised anything. What somebody waits
+        for as long as it takes is kept all the same: he would never hear of it."""
         with self._turn:
-            self._waiting.pop(path, None)
+            write = self._waiting.get(path)
+            if write and not write.waiters:
+                del self._waiting[path]
 
     def waits_in(self, folder: Path) -> bool:
         """Whether anything of a folder is not on disk yet."""
@@ -8548,11 +8563,17 @@ class Store:
             with self._turn:
                 self._turn.wait_for(lambda: self._waiting)
                 waiting = list(self._waiting.items())
+                puts = self._puts
             if self._write_round(waiting):
                 log.over(self)
             else:
-                with self._turn:  # what is put meanwhile is tried at once
-                    self._turn.wait(DISK_RETRY_S)
+                self._rest(puts)
+
+    def _rest(self, puts: int) -> None:
+        """Until what was refused is tried again; what is put meanwhile, or was put since there were
+        so many `puts`, is tried at once."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._puts != puts, DISK_RETRY_S)
 
     def _write_round(self, waiting: list[tuple[Path, Write]]) -> bool:
         """Write what waits, and have the disk keep each folder once; False if it refused any."""
@@ -8562,9 +8583,9 @@ class Store:
             data = write.data
             try:
                 self._write_file(path, write, data)
-            except OSError as problem:
+            except Exception as problem:  # no file's trouble may end the writing of all others
                 kept = False
-                self._end(path, write, data, problem)
+                self._end(path, write, data, as_refusal(problem))
             else:
                 folders.setdefault(path.parent, []).append((path, write, data))
         for folder, written in folders.items():
@@ -8572,9 +8593,9 @@ class Store:
             try:
                 if any(write.durable for _, write, _ in written):
                     sync_folder(folder)
-            except OSError as problem:
+            except Exception as problem:
                 kept = False
-                refused = problem
+                refused = as_refusal(problem)
             for one in written:
                 self._end(*one, refused)
         return kept
@@ -8604,7 +8625,17 @@ class Store:
                     del self._waiting[path]
                 self._turn.notify_all()
         for tell in told:
-            tell()
+            try:
+                tell()
+            except Exception as problem:  # of one who waits: the others are to hear of it too
+                log.error("told of %s: %r", path, problem)
+
+
+def as_refusal(problem: Exception) -> OSError:
+    """Whatever keeps a file from being written, as the disk's refusal."""
+    if isinstance(problem, OSError):
+        return problem
+    return OSError(errno.EIO, f"{type(problem).__name__}: {problem}")
 
 
 def program_file() -> Path | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
+import time
+from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,3 +128,105 @@ def test_a_cancel_is_answered_once_it_is_on_disk(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "run.json"
     assert asyncio.run(est.Desk(master).cancel("20261122-210501-7f3a", "x")), "no disk is no reason not to stop"
     store.drop(file)
+
+
+def test_what_is_put_while_the_disk_refuses_another_does_not_wait_for_its_turn(tmp_path: Path) -> None:
+    """A result's acknowledgement would come as late as the next try of a file that has nothing to do with it."""
+    store, refusing, other = est.Store(), tmp_path / "refused", tmp_path / "other.json"
+    refusing.mkdir()
+    write_file = store._write_file
+
+    def put_another(path: Path, write: Any, data: bytes) -> None:
+        if path == refusing:
+            store.put(other, b"{}")
+            raise OSError(28, "No space left on device")
+        write_file(path, write, data)
+
+    store._write_file = put_another  # type: ignore[method-assign]
+    store.put(refusing, b"{}")
+    began = time.monotonic()
+    while store.waits_in(tmp_path) and not other.exists():
+        assert time.monotonic() - began < est.DISK_RETRY_S / 2, "it waits for the other's next try"
+        time.sleep(0.01)
+    store.drop(refusing)
+    assert store.flush(10.0)
+
+
+def wait(told: Coroutine[Any, Any, Any]) -> Any:
+    """What it comes to, but not for ever."""
+
+    async def within() -> Any:
+        async with asyncio.timeout(30):
+            return await told
+
+    return asyncio.run(within())
+
+
+def test_no_fault_in_one_file_ends_the_writing_of_all_others(tmp_path: Path) -> None:
+    """The thread that writes is one for all: what it does not get over, nobody's word is kept after."""
+    store, odd, other = est.Store(), tmp_path / "odd", tmp_path / "other.json"
+    write_file = store._write_file
+    heard: list[str] = []
+
+    def fail_for_one(path: Path, write: Any, data: bytes) -> None:
+        if path == odd:
+            raise MemoryError("no room for it")
+        write_file(path, write, data)
+
+    def fall() -> None:
+        raise ValueError("one who waits has a fault of his own")
+
+    store._write_file = fail_for_one  # type: ignore[method-assign]
+    store.put(odd, b"{}")
+    store.put(other, b"{}")
+    for then in (fall, lambda: heard.append("kept")):
+        store.when_kept(other, then)
+    refused = wait(store.kept(odd))
+    assert isinstance(refused, OSError) and "no room for it" in str(refused)
+    assert wait(store.kept(other)) is None
+    store.put(other, b'{"again": true}')
+    assert wait(store.kept(other)) is None and est.read_json(other) == {"again": True}
+    store.drop(odd)
+    assert store.flush(10.0)
+
+
+def test_a_thread_that_can_not_begin_now_begins_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, file, heard = est.Store(), tmp_path / "one.json", []
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        store.put(file, b"{}")
+        store.when_kept(file, lambda: heard.append("kept"))
+        assert isinstance(asyncio.run(store.kept(file)), OSError), "who asks is told that it is not there"
+    store.put(tmp_path / "other.json", b"{}")
+    assert store.flush(10.0) and heard == ["kept"] and est.read_json(file) == {}
+
+
+def test_what_somebody_waits_for_as_long_as_it_takes_is_not_dropped(tmp_path: Path) -> None:
+    """The job was ended while its order was on its way: the end is to be kept, and its host to be told of it."""
+    store, folder = est.Store(), tmp_path / "runs"
+    folder.write_bytes(b"in the way")
+    file, heard = folder / "one.json", []
+    store.put(file, b'{"state": "queued"}')
+    assert isinstance(asyncio.run(store.kept(file)), OSError)
+    store.put(file, b'{"state": "cancelled"}')
+    store.when_kept(file, lambda: heard.append("kept"))
+    store.drop(file)
+    folder.unlink()
+    store.put(tmp_path / "other.json", b"{}")
+    assert store.flush(10 * est.DISK_RETRY_S)
+    assert heard == ["kept"] and est.read_json(file) == {"state": "cancelled"}
+
+
+def test_what_is_put_after_a_refusal_is_tried_before_it_is_called_refused(tmp_path: Path) -> None:
+    store, folder = est.Store(), tmp_path / "runs"
+    folder.write_bytes(b"in the way")
+    file = folder / "one.json"
+    store.put(file, b"{}")
+    assert isinstance(asyncio.run(store.kept(file)), OSError)
+    folder.unlink()
+    store.put(file, b'{"there is": "room"}')
+    assert asyncio.run(store.kept(file)) is None and est.read_json(file) == {"there is": "room"}
