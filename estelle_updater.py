@@ -633,6 +633,8 @@ DAY_S = 86400.0
 RETRY_S = (0.2, 2.0)  # a commander's pause between two tries
 PING_S = 3.0  # is the old connection of the same machine id alive?
 FACTS_S = 2.0  # `status` asks live
+# an agent that comes more often within this time is counted from then on, and not said each time
+FLAPS, FLAP_S = 6, 60.0
 WATCH_S = 25.0  # who waits for news hears at least so often that there is none
 LOOK_AHEAD_S, PLAN_S = (
     3.8,
@@ -4174,6 +4176,11 @@ def outcome_text(job: Mapping[str, Any]) -> str:
     if state == State.TIMEOUT:
         return f"✗ 시간 초과 {step}"
     return f"✗ 연결 끊김 ({job['error']})"
+
+
+# What a line of `outcome_text` goes on with, in its language: whether what runs there after a
+# failure may be another thing than before
+UNCHANGED_WORD, CHANGED_WORD = "변경 없음", "일부 변경"
 
 
 def result_text(job: JobRecord) -> str:
@@ -14811,6 +14818,8 @@ def probe_health(check: Check) -> dict[str, Any]:
         words = getattr(problem, "strerror", None) or str(problem)
         if not words:
             words = type(problem).__name__
+        if isinstance(problem, OSError) and problem.filename:
+            words = f"{problem.filename}: {words}"
         return {
             "ok": False,
             "detail": words,
@@ -16014,6 +16023,29 @@ class Threads:
 
         threading.Thread(target=begin, daemon=True).start()
         return await done
+
+
+class SharedLooks:
+    """Looks that take long, at most `most` at once. Who comes when all places are taken gets what
+    the look finds that began last: to wait for a place could take as long as a look once more."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._threads = Threads(most)
+        self._running: list[tuple[Any, asyncio.Future[Any]]] = []
+
+    async def run(self, key: Any, work: Callable[..., Any], *args: Any) -> Any:
+        """What `work` returns or raises. A look is shared only by those of the same `key`: what
+        they ask about must not have changed since it began."""
+        if len(self._running) >= self._most:
+            last_key, last = self._running[-1]
+            if last_key == key:
+                return await asyncio.shield(last)
+        look = asyncio.ensure_future(self._threads.run(work, *args))
+        entry = (key, look)
+        self._running.append(entry)
+        look.add_done_callback(lambda _: self._running.remove(entry))
+        return await asyncio.shield(look)  # others may share it, whoever stops waiting
 
 
 def sha1(data: bytes) -> bytes:
@@ -17420,6 +17452,7 @@ class Agent:
         self.bind: str | None = None  # the one address that counts as this host's, if so told
         # `status` must not wait for `health`, nor a plan for anybody
         self.places = {what: Threads(ANSWERS_AT_ONCE) for what in QUESTIONS}
+        self.checks = SharedLooks(ANSWERS_AT_ONCE)
 
     # Who it is
 
@@ -17504,7 +17537,12 @@ class Agent:
         try:
             if ask.what not in QUESTIONS:
                 raise UpdaterError(f"unknown question {ask.what[:40]!r}", "upgrade this host")
-            result = await self.places[ask.what].run(QUESTIONS[ask.what], self, ask.args)
+            question = QUESTIONS[ask.what]
+            if ask.what == "health":
+                key = self.check_key(ask.args)
+                result = await self.checks.run(key, question, self, ask.args)
+            else:
+                result = await self.places[ask.what].run(question, self, ask.args)
         except UpdaterError as problem:
             result = {
                 "error": problem.what,
@@ -17514,6 +17552,12 @@ class Agent:
         except (OSError, ValueError) as problem:
             result = {"error": str(problem)}
         return Answer(ask.id, await asyncio.to_thread(self.mask, ask.args.get("address"), result))
+
+    def check_key(self, args: Mapping[str, Any]) -> Any:
+        """What the checks see, as far as it is known: a job that began or ended since makes them
+        another question, whose answer a release waits for."""
+        jobs = tuple(sorted(job.record.run for job in self.own.active()))
+        return (args.get("address"), file_stamp(self.state.current_file), jobs)
 
     def mask(self, address: Any, result: dict[str, Any]) -> dict[str, Any]:
         """An answer as it may leave this host."""
@@ -19750,6 +19794,57 @@ async def send_refusal(link: Link, socket: Any, problem: UpdaterError) -> None:
         await socket.close()
 
 
+class Attendance:
+    """What the log says of agents that come and go. One that does so all the time is counted: its
+    lines would bury everybody else's."""
+
+    def __init__(self, agents: Container[str], within_s: float = FLAP_S) -> None:
+        self._agents = agents  # who is connected, by machine id
+        self._within_s = within_s
+        self._came: dict[str, deque[float]] = {}  # when, of the last few times
+        self._untold: dict[str, int] = {}  # machine id -> connections that were only counted
+
+    def is_counted(self, machine: str) -> bool:
+        return machine in self._untold
+
+    def came(self, machine: str, label: str, name: str) -> None:
+        if self.is_counted(machine):
+            self._untold[machine] += 1
+            return
+        came = self._came.setdefault(machine, deque(maxlen=FLAPS))
+        now = time.monotonic()
+        flaps = len(came) == FLAPS and now - came[0] < self._within_s
+        came.append(now)
+        log.info("agent %s (%s) is online", label, name)
+        if flaps:
+            text = (
+                "agent %s comes and goes, more than %d times within %.0f s; it is only counted now"
+            )
+            log.warning(text, label, FLAPS, self._within_s)
+            self._count(machine, label)
+
+    def went(self, machine: str, label: str) -> None:
+        if not self.is_counted(machine):
+            log.warning("agent %s is offline", label)
+
+    def _count(self, machine: str, label: str) -> None:
+        """Say nothing of an agent for a while, and then how often it came meanwhile."""
+        self._untold[machine] = 0
+        asyncio.get_running_loop().call_later(self._within_s, self._sum_up, machine, label)
+
+    def _sum_up(self, machine: str, label: str) -> None:
+        count = self._untold.pop(machine)
+        text = f"agent {label}"
+        if count:
+            text += f" came {count_text(count, 'time')} within {self._within_s:.0f} s; now it"
+        if machine in self._agents:
+            log.info("%s is online", text)
+        else:
+            log.warning("%s is offline", text)
+        if count > FLAPS:
+            self._count(machine, label)
+
+
 class Master:
     """The WebSocket server: who may come in, which hosts there are, what each has to do, and who is
     told of it."""
@@ -19775,6 +19870,7 @@ class Master:
         self.plans: dict[str, Plan] = {}
         self.watcher = Watcher(self)
         self.recent = Recent()
+        self.attendance = Attendance(self.agents)
         self.began = time.monotonic()
 
     @property
@@ -19882,7 +19978,8 @@ class Master:
             )
         )
         if hello.machine != self.machine:
-            log.info("agent %s (%s) is online", label, self.registry.machines[hello.machine].name)
+            known = self.registry.machines[hello.machine]
+            self.attendance.came(hello.machine, label, known.name)
             for run in self.runs.values() if went > self.began else ():
                 run.tell(hello.machine, "connected again")
         try:
@@ -19909,7 +20006,7 @@ class Master:
         known = self.registry.machines[machine]
         known.seen, known.lived = time.time(), self.state.lived.now()
         self.registry.save()
-        log.warning("agent %s is offline", label)
+        self.attendance.went(machine, label)
         for run in self.runs.values():
             run.tell(machine, "no connection; what runs there goes on")
 
@@ -21508,7 +21605,7 @@ def news_of_run(
         if job.error and job.error not in line:
             line += f": {job.error}"
         if unchanged_text(job):
-            line += "; nothing changed"
+            line += f"; {UNCHANGED_WORD}"
         lines.append(line)
     if len(bad) > NEWS_HOSTS:
         lines.append(f"and {len(bad) - NEWS_HOSTS} more")
@@ -22599,6 +22696,8 @@ class FolderSource:
         self.record: RunRecord | None = None
         self.sizes: dict[str, int] = {}  # what was read of the logs that are not over
 
+    # What is to be shown
+
     def receive(self, wait_s: float) -> Iterator[Event]:
         if self.record is None:
             yield self.open()
@@ -22611,6 +22710,12 @@ class FolderSource:
 
     def open(self) -> RunRecord:
         """The run, with the hosts that are asked for. Raises TargetError."""
+        self.record = self.choose()
+        self.sizes = dict.fromkeys(self.record.hosts, 0)
+        return self.record
+
+    def choose(self) -> RunRecord:
+        """The same, before anything is begun."""
         record = self.state.load_run(self.run)
         if record is None:
             raise TargetError(
@@ -22621,9 +22726,7 @@ class FolderSource:
             for host in record.hosts
         ]
         hosts = [ref.label for ref in select_targets(self.target, refs)]
-        self.sizes = dict.fromkeys(hosts, 0)
-        self.record = replace(record, hosts=hosts)
-        return self.record
+        return replace(record, hosts=hosts)
 
     def read(self, host: str) -> Iterator[Event]:
         """What is new about one host: the log first, as what a final state says counts behind
@@ -22643,6 +22746,8 @@ class FolderSource:
             yield replace(job, size=self.sizes[host]) if missing else job
             if job.state in FINAL:
                 del self.sizes[host]
+
+    # For want of a daemon
 
     def look_after(self, job: JobRecord | None, host: str) -> JobRecord | None:
         """Without a daemon nobody else would notice that the runner died or did not begin, or that
@@ -27744,8 +27849,9 @@ def cmd_logs(args: Args) -> int:
     ) as problem:  # nobody answers, or the master has not heard of what was deployed here by hand
         if state.load_run(args.run) is None or (follower and follower.record):
             raise
-        view.notice(f"{problem.what}; this is what {state.root} has")
         folder = FolderSource(state, args.run, live=args.follow, target=args.target or "all")
+        folder.choose()  # a host that is unknown here too needs no second word
+        view.notice(f"{problem.what}; this is what {state.root} has")
         code, _ = watch_order(args, args.run, Follower(folder, view, live=args.follow))
     if args.follow or code == 130:
         return code
@@ -27871,9 +27977,9 @@ def half_way_text(host: Mapping[str, Any]) -> str:
     if host["state"] == State.SUCCEEDED or host["state"] not in FINAL:
         return ""
     if host.get("changed") is False:
-        return ", nothing changed"
+        return f", {UNCHANGED_WORD}"
     if host.get("changed"):
-        return ", half-way"
+        return f", {CHANGED_WORD}"
     return ""  # an older host does not say
 
 

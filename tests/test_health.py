@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -160,7 +161,7 @@ def test_certificate_files(tmp_path: Path):
     assert certificate_end(der) == certificate_end(file.read_bytes()) == ssl.cert_time_to_seconds(told)
     (tmp_path / "empty.pem").write_text("nothing")
     assert see(tmp_path, certificate="empty.pem") == (False, "no certificate in it")
-    assert see(tmp_path, certificate="none.pem") == (False, "No such file or directory")
+    assert see(tmp_path, certificate="none.pem") == (False, f"{tmp_path / 'none.pem'}: No such file or directory")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +348,7 @@ def test_disk(tmp_path: Path):
     assert see(tmp_path, disk="/", least=1)[0]
     ok, detail = see(tmp_path, disk=".", least=101)
     assert not ok and "less than 101 %" in detail
-    assert see(tmp_path, disk="nowhere") == (False, "No such file or directory")
+    assert see(tmp_path, disk="nowhere") == (False, f"{tmp_path / 'nowhere'}: No such file or directory")
     if os.geteuid() == 0 and shutil.which("unshare"):  # a file system of the test's own
         (tmp_path / "small").mkdir()
         place = tmp_path / "small"
@@ -454,3 +455,44 @@ def test_slow_checks_hold_up_neither_status_nor_plan(fleet: Callable[..., Fleet]
     assert [row["problem"] for row in status.result["hosts"]] == [None, None]
     assert plan.result["ok"] and plan.result["hosts"][0]["target"], plan.result
     assert asked.read_text().count("x") == est.ANSWERS_AT_ONCE, "no more at once than there are places"
+
+
+def test_many_who_ask_for_slow_checks_at_once_all_get_an_answer(fleet: Callable[..., Fleet]) -> None:
+    """More than there are places: nobody may wait for a place for as long as its patience lasts."""
+    slow = {"name": "slow", "command": ["sh", "-c", "echo x >> ../../asked; sleep 3"], "timeout": 4}
+    one = fleet(hosts=2, config={"health": [slow]})
+    everybody = range(3 * est.ANSWERS_AT_ONCE)
+    answers: dict[int, Any] = {}
+    with Peer(one, "127.0.0.1", "commander") as person:
+        for number in everybody:
+            person.say(est.Ask(number, "health", {"target": one.agents[0].address}))
+        while len(answers) < len(everybody):
+            message = person.until(lambda message: isinstance(message, est.Answer))
+            answers[message.id] = message.result
+    rows = [answers[number]["checks"][0] for number in everybody]
+    assert [row["ok"] for row in rows] == [True] * len(rows), rows
+    assert (one.tmp_path / "asked").read_text().count("x") == est.ANSWERS_AT_ONCE
+
+
+def test_only_what_has_not_changed_since_is_shared() -> None:
+    """Who asks after a deployment does not get what a check saw before it."""
+    begun: list[str] = []
+    gate = threading.Event()
+
+    def look(what: str) -> str:
+        begun.append(what)
+        gate.wait(30)
+        return what
+
+    async def ask() -> list[str]:
+        looks = est.SharedLooks(2)
+        asked = [asyncio.ensure_future(looks.run("before", look, name)) for name in ("a", "b", "c", "d")]
+        await asyncio.sleep(0)
+        asked[1].cancel()  # whoever stops waiting takes nobody's answer away
+        asked.append(asyncio.ensure_future(looks.run("after", look, "e")))
+        await asyncio.sleep(0)
+        gate.set()
+        return [str(found) for found in await asyncio.gather(*asked, return_exceptions=True)]
+
+    assert asyncio.run(ask()) == ["a", "", "b", "b", "e"]
+    assert sorted(begun) == ["a", "b", "e"]

@@ -51,6 +51,11 @@ def test_history_and_logs_with_and_without_the_master(fleet: MakeFleet) -> None:
     shown = one.cli("logs", str(first["run"])).out
     assert one.cli("logs", str(first["run"]), agent.address).out.count("✓") == 1
 
+    unknown = one.cli("logs", "last", "127.0.0.9")
+    assert (unknown.code, unknown.out) == (4, "")
+    assert unknown.err.splitlines()[0] == "estelle-updater: error: no such target: 127.0.0.9"
+    assert [line.split(":")[0] for line in unknown.err.splitlines()] == ["estelle-updater", "hint"]
+
     one.restart(one.master)
     one.wait_online()
     rows = json.loads(one.cli("status", "--json").out)["hosts"]

@@ -376,3 +376,34 @@ def test_a_peer_that_vanishes_without_a_word_is_noticed_by_both(
     assert watched.end() == 0
     assert lines_of(watched.out, agent.address)[:-1] == log_of(one, watched.run, agent).decode().splitlines()
     assert "Traceback" not in watched.err and "silent for" not in watched.err, watched.err
+
+
+def test_an_agent_that_comes_and_goes_is_counted(capfd: pytest.CaptureFixture[str]):
+    """A hundred connections of one agent leave a few lines, the last of which says how it is."""
+
+    async def flap() -> None:
+        online: set[str] = set()
+        attendance = est.Attendance(online, within_s=0.3)
+        for _ in range(100):
+            online.add("m")
+            attendance.came("m", "127.0.0.2", "office")
+            online.discard("m")
+            attendance.went("m", "127.0.0.2")
+        attendance.came("n", "127.0.0.3", "other")
+        online.add("m")
+        attendance.came("m", "127.0.0.2", "office")
+        while attendance.is_counted("m"):
+            await asyncio.sleep(0.01)
+        attendance.went("m", "127.0.0.2")
+
+    asyncio.run(asyncio.wait_for(flap(), 30))
+    lines = [line[20:] for line in capfd.readouterr().err.splitlines()]
+    assert "agent 127.0.0.3 (other) is online" in lines
+    about = [line for line in lines if "127.0.0.2" in line]
+    came, went = "agent 127.0.0.2 (office) is online", "warning: agent 127.0.0.2 is offline"
+    said = 2 * est.FLAPS + 1
+    assert about[:said] == [came, went] * est.FLAPS + [came]
+    assert about[said].endswith("it is only counted now")
+    assert about[said + 1 :] == [
+        f"agent 127.0.0.2 came {100 - est.FLAPS} times within 0 s; now it is online", "agent 127.0.0.2 is online", went,
+    ]  # fmt: skip

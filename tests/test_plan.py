@@ -294,7 +294,7 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
     failed = one.cli("trigger", "all", "master")
     assert failed.code == 1 and f"rollback {agent.address} " in failed.err, "the line to type"
     assert f"to what worked before (v0301_4 ({commits[3][:7]}))" in failed.err
-    assert "✗ 실패 sh ../script (exit 3), half-way" in one.cli("status").out
+    assert "✗ 실패 sh ../script (exit 3), 일부 변경" in one.cli("status").out
     again = one.cli("trigger", "--failed-of", "last")
     assert again.code == 1 and f"rollback {agent.address} " in again.err, "it is no new commit, and failed again"
     write_script("cat app.txt\n", agent)
@@ -326,7 +326,7 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
     typo = one.cli("trigger", "all", "mastre")
     assert typo.code == 1 and " rollback " not in typo.err
     assert f"nothing changed on {agent.address}: it has v0301_4 ({commits[3][:7]})\n" in typo.err
-    assert "✗ 실패 git checkout mastre (exit 128), nothing changed" in one.cli("status").out
+    assert "✗ 실패 git checkout mastre (exit 128), 변경 없음" in one.cli("status").out
     kept = one.cli("rollback", "all", "--yes")
     assert kept.code == 4 and [head(one, host) for host in one.hosts] == [commits[3]] * 2
     assert f"changed nothing: v0301_4 ({commits[3][:7]}) is what succeeded last" in kept.err
