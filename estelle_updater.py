@@ -1326,6 +1326,15 @@ def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> li
     return found
 
 
+def _meant_target(part: str, hosts: Sequence[HostRef]) -> str:
+    """Asks for the word that was nearly written; of addresses any two are alike."""
+    words = ["all", "active", "standby", *(host.name for host in hosts)]
+    like = difflib.get_close_matches(part, words, 1)
+    if part[:1].isdigit() or not like:
+        return ""
+    return f"did you mean {like[0]}? "
+
+
 def select_targets(
     target: str, hosts: Sequence[HostRef], active: str | None = None
 ) -> list[HostRef]:
@@ -1347,7 +1356,8 @@ def select_targets(
         if not found:
             known = [h.label if h.label != h.address else f"{h.label} ({h.name})" for h in hosts]
             shown = ", ".join(known[:20]) or "no host so far"
-            raise TargetError(f"no such target: {part}", f"known: {shown}")
+            hint = f"{_meant_target(part, hosts)}known: {shown}"
+            raise TargetError(f"no such target: {part}", hint)
         if not deploying:
             raise TargetError(
                 f"{part} takes no deployments",
@@ -4435,6 +4445,21 @@ def is_commit_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
+def meant_branch(listed: str, remote: str, branch: str) -> str:
+    """`; did you mean NAME?` where git's list of refs ("COMMIT TYPE<tab>NAME" each) has a branch of
+    the remote whose name is nearly that, else nothing."""
+    folder = f"refs/remotes/{remote}/"
+    names = []
+    for line in listed.splitlines():
+        name = line.rpartition("\t")[2].removeprefix(folder)
+        if name != "HEAD":
+            names.append(name)
+    like = difflib.get_close_matches(branch, names, 1)
+    if not like:
+        return ""
+    return f"; did you mean {like[0]}?"
+
+
 def no_commit(name: str) -> TargetError:
     """For what a tag or an id can name besides: git would fetch it, and check nothing out."""
     what = f"{name} names a file or a folder, and no commit"
@@ -5534,6 +5559,7 @@ def take_excerpt(output: str) -> list[str]:
     return [*lines[start:end], "…", *lines[-EXCERPT_END:]]
 
 
+NO_BRANCH = "no such branch, tag or commit on the remote"
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"detected dubious ownership",
@@ -5551,10 +5577,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"Not possible to fast-forward|Diverging branches",
         "the local branch has commits that the remote has not",
     ),
-    (
-        rb"couldn't find remote ref|did not match any file|invalid reference",
-        "no such branch, tag or commit on the remote",
-    ),
+    (rb"couldn't find remote ref|did not match any file|invalid reference", NO_BRANCH),
     (
         rb"could not read (?:Username|Password)|terminal prompts disabled|Authentication failed",
         "git asked for a password",
@@ -13643,7 +13666,12 @@ class Fetched:
         runner, branch = self.runner, self.runner.job.branch
         if get is None:
             return self.commit_to_come(branch, refs)
-        runner.step(get, runner.rule.timeout_s)
+        try:
+            runner.step(get, runner.rule.timeout_s)
+        except StepFailed as failure:
+            if failure.error == NO_BRANCH:
+                failure.error += self.meant()
+            raise
         name = branch
         if not is_commit_id(branch):
             name = f"refs/tags/{branch}"
@@ -13651,6 +13679,12 @@ class Fetched:
         if not commit:
             raise no_commit(branch)
         return commit
+
+    def meant(self) -> str:
+        """Which branch of the remote may have been meant, in words."""
+        remote = self.runner.rule.remote
+        listed = self.git("for-each-ref", f"refs/remotes/{remote}")
+        return meant_branch(listed.decode("utf-8", "replace"), remote, self.runner.job.branch)
 
     def commit_to_come(self, branch: str, refs: Sequence[str]) -> str:
         """What a pull would bring this branch to, as it was just fetched."""
@@ -17824,7 +17858,9 @@ class Outlook:
                 ((name, refs[name]) for name in reversed(found) if name in refs), ("", "")
             )
             if not name:
-                raise TargetError(f"no such branch, tag or commit on the remote: {branch}")
+                listed = self.git("for-each-ref", f"refs/remotes/{self.remote}")
+                meant = meant_branch(listed or "", self.remote, branch)
+                raise TargetError(f"{NO_BRANCH}: {branch}{meant}")
         else:
             name = target = branch
         self.is_branch = name == names[0]
@@ -27202,10 +27238,10 @@ def cmd_trigger(args: Args) -> int:
         found = failed_of(args, find_run(args, args.failed_of))
         args.target, args.branch = found["target"], found["branch"]
     if args.branch is None:
-        missing = "TARGET and BRANCH are"
+        names = ["TARGET", "BRANCH"]
         if args.target:
-            missing = "BRANCH is"
-        raise UsageError(f"{missing} missing", "for example: trigger all master")
+            names = ["BRANCH"]
+        raise missing_words(names, "trigger all master")
     require_branch(args.branch, "nothing was sent")
     options: dict[str, Any] = {} if args.plan is None else {"plan": args.plan}
     if args.only is not None:
@@ -30074,32 +30110,109 @@ GLOBAL_OPTIONS = (
 )
 
 
+# what a person may type next
+EXAMPLES = {
+    "trigger": "trigger all master",
+    "plan": "plan all master",
+    "rollback": "rollback 121.0.0.7",
+    "logs": "logs last 121.0.0.7",
+    "deploy": "deploy master",
+    "switch": "switch standby --dry-run",
+    "release": "release master",
+    "freeze": "freeze market --for 2h",
+    "thaw": "thaw market",
+    "watch": "watch pause",
+    "notify": "notify test",
+    "forget": "forget 121.0.0.7",
+    "config": "config check",
+    "whitelist": "whitelist add 121.0.0.7 --commit",
+    "completion": "completion bash",
+}
+
+
 # It looks for a translation of each of its words, and for the locale's name to do so: Python has no
 # translations, and this program's words are English.
 vars(argparse)["_"] = str
 
 
+class HelpText(argparse.HelpFormatter):
+    """argparse's help, whose first lines show what a command has of its own: the options that all
+    have stand below."""
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        shared = {name for item in GLOBAL_OPTIONS for name in item.names}
+        own = [action for action in actions if shared.isdisjoint(action.option_strings)]
+        super().add_usage(usage, own, groups, prefix)
+
+
+def missing_words(names: Sequence[str], example: str) -> UsageError:
+    """For a command line that lacks words."""
+    verb = "are"
+    if len(names) == 1:
+        verb = "is"
+    return UsageError(f"{' and '.join(names)} {verb} missing", f"for example: {example}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with the contract's errors instead of its own."""
 
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"argument COMMAND: invalid choice: ('.*?')", message)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Also tells what is unknown at once, as only the command's own parser knows what it
+        has."""
+        known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            from difflib import get_close_matches
+            raise self.no_option(unknown[0])
+        return known, unknown
 
-            names = ", ".join(command.name for command in COMMANDS if not command.hidden)
-            like = get_close_matches(unknown[1], names.split(", "), 1)
-            if like:
-                hint = f"did you mean {like[0]}?"
-            else:
-                hint = f"the commands are: {names}"
-            raise UsageError(f"there is no command {unknown[1]}", hint)
-        raise UsageError(message, f"see: {self.prog} --help")
+    def error(self, message: str) -> NoReturn:
+        see = f"see: {self.prog} --help"
+        name = self.prog.rpartition(" ")[2]
+        lacks = re.fullmatch(r"the following arguments are required: (.+)", message)
+        if lacks:
+            example = EXAMPLES.get(name, f"status; all commands: {self.prog} --help")
+            raise missing_words(lacks[1].split(", "), example)
+        choice = re.match(
+            r"argument (\S+): invalid choice: ('.*?').* \(choose from (.*)\)", message
+        )
+        if not choice:
+            raise UsageError(message, see)
+        given, words = choice[2], re.findall(r"[\w-]+", choice[3])
+        what = f"{given} is none of {', '.join(words)}"
+        if choice[1] == "COMMAND":
+            words = [command.name for command in COMMANDS if not command.hidden]
+            what = f"there is no command {given}"
+            see = f"the commands are: {', '.join(words)}"
+        raise UsageError(what, meant_word(given, words, see))
+
+    def no_option(self, word: str) -> UsageError:
+        """For a word that this command does not take."""
+        name, see = self.prog.rpartition(" ")[2], f"see: {self.prog} --help"
+        if not word.startswith("-"):
+            return UsageError(f"{name} takes no further word: {word!r}", see)
+        options: list[str] = []
+        for action in self._actions:
+            options += action.option_strings
+        hint = meant_word(word.partition("=")[0], options, see)
+        return UsageError(f"{name} has no option {word!r}", hint)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         say(
             message.removesuffix("\n")
         )  # help through a pipe that is closed early ends without a complaint
+
+
+def meant_word(word: str, known: Iterable[str], otherwise: str) -> str:
+    """A hint that asks for the known word that was nearly written, else another one."""
+    like = difflib.get_close_matches(word, known, 1)
+    if like:
+        return f"did you mean {like[0]}?"
+    return otherwise
 
 
 def describe_commands() -> dict[str, Any]:
@@ -30134,19 +30247,22 @@ def make_parser(argv: Sequence[str] = ()) -> Parser:
     asks_help = not argv or bool({"-h", "--help"} & {*argv})
     # Only help has to know how wide the terminal is: to find out, argparse imports `shutil` with
     # all its compressors, and it asks for a formatter with each option that is declared.
-    formatter: Any = functools.partial(argparse.HelpFormatter, width=80)
+    formatter: Any = functools.partial(HelpText, width=80)
     if asks_help:
-        formatter = argparse.HelpFormatter
+        formatter = HelpText
     shared = Parser(
         add_help=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=formatter,
     )
+    for_all = shared.add_argument_group("options of every command, before or after it")
     for item in GLOBAL_OPTIONS:
-        shared.add_argument(*item.names, **item.settings)
+        for_all.add_argument(*item.names, **item.settings)
     parser = Parser(
         prog=program_name(),
         description="Deploy a small fleet, live.",
+        epilog="the first day: config init, doctor, setup, status, trigger all master; "
+        "`help COMMAND` says more",
         parents=[shared],
         formatter_class=formatter,
     )
@@ -30162,6 +30278,8 @@ def make_parser(argv: Sequence[str] = ()) -> Parser:
         }
         if not command.hidden:
             settings["help"] = command.help
+        if command.name in EXAMPLES:
+            settings["epilog"] = f"for example: {EXAMPLES[command.name]}"
         sub = commands.add_parser(command.name, parents=[shared], **settings)
         for item in command.options:
             sub.add_argument(*item.names, **item.settings)

@@ -152,7 +152,8 @@ def words(item: est.Option) -> str:
     value = item.settings.get("metavar") or (
         "|".join(item.settings.get("choices", ())) if "choices" in item.settings else ""
     )
-    return f"[{'|'.join(item.names)}{' ' + value if value else ''}]"
+    text = f"{'|'.join(item.names)}{' ' + value if value else ''}"
+    return text if item.settings.get("required") else f"[{text}]"
 
 
 def commands() -> str:
@@ -186,10 +187,15 @@ def help_blocks() -> str:
             continue
         with patch.dict(os.environ, COLUMNS="2000"):  # where Python breaks a line differs between its versions
             text = re.sub(r"(-\w) \S+, (--)", r"\1, \2", choices[command.name].format_help())
+        text = re.sub(r"(?m)^options of every command.*\n", "", text)
         lines = [line for line in text.splitlines() if not line.strip() or line.split()[0].strip(",") not in shared]
         used = f"usage: estelle_updater.pyz {command.name} " + " ".join(map(words, command.options))
         blocks.append("\n".join([used, *lines[1:]]))
-    return "```\n" + "\n\n".join(re.sub(r"\n{2,}|\noptions:\s*$", "\n", block).strip() for block in blocks) + "\n```"
+    return (
+        "```\n"
+        + "\n\n".join(re.sub(r"\n{2,}|\noptions:\s*(?=\Z|for example)", "\n", block).strip() for block in blocks)
+        + "\n```"
+    )
 
 
 def default_text(setting: Field) -> str:

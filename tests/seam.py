@@ -23,6 +23,7 @@ from estelle_updater import (
     DEFLATED_FORM as DEFLATED_FORM,
     DESK as DESK,
     DISK_RETRY_S as DISK_RETRY_S,
+    EXAMPLES as EXAMPLES,
     FEATURES as FEATURES,
     FINAL as FINAL,
     FLAPS as FLAPS,

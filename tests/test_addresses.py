@@ -504,6 +504,7 @@ def test_targets(target: str, chosen: list[HostRef]):
     ("target", "what"),
     [
         ("nobody", "no such target: nobody"),
+        ("al", "no such target: al"),
         ("blue", "no such target: blue"),
         ("9.9.9.9", "no such target: 9.9.9.9"),
         ("9.0.0.0/8", "no such target: 9.0.0.0/8"),

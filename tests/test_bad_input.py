@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import seam
 from tests.fleet import PROGRAM, Fleet, Result, free_port, run
 
 GOOD = {"masterUrl": "ws://127.0.0.1:9", "whitelist": ["127.0.0.1"]}
@@ -108,13 +109,32 @@ def test_hostile_branch_names_reach_nobody(tmp_path: Path, branch: str) -> None:
         (["serve", "--listen", "here"], ["here", "9900"]),
         (["serve", "--role", "king"], ["king"]),
         (["--bind", "1.2.3.x", "status"], ["1.2.3.x"]),
-        (["status", "--nope"], ["--nope"]),
+        (["status", "--nope"], ["status has no option '--nope'", "status --help"]),
+        (["status", "--jsn"], ["did you mean --json?"]),
+        (["--jsn", "status"], ["did you mean --json?"]),
+        (["trigger", "all", "master", "--wiat=3"], ["trigger has no option '--wiat=3'", "did you mean --wait?"]),
+        (["trigger", "all", "master", "now"], ["trigger takes no further word: 'now'"]),
+        (["trigger", "all"], ["BRANCH is missing", "for example: trigger all master"]),
+        (["plan"], ["TARGET and BRANCH are missing", "for example: plan all master"]),
+        (["freeze", "night"], ["--for is missing", "for example: freeze"]),
+        (["switch", "gren"], ["'gren' is none of blue, green, standby", "did you mean green?"]),
+        (["watch", "xyz"], ["'xyz' is none of pause, resume", "watch --help"]),
+        ([], ["COMMAND is missing", "for example: status"]),
     ],
     ids=lambda value: " ".join(value)[:30],
 )
 def test_usage(tmp_path: Path, words: Sequence[str], parts: Sequence[str]) -> None:
     repository(tmp_path)
     assert_refused(est(tmp_path, *words), 2, *parts)
+
+
+def test_each_example_is_a_command_line() -> None:
+    for command in seam.COMMANDS:
+        needs = [item for item in command.options if not item.names[0].startswith("-") and "nargs" not in item.settings]
+        assert command.hidden or not needs or command.name in seam.EXAMPLES
+    for name, example in seam.EXAMPLES.items():
+        args = seam.make_parser().parse_args(example.split())
+        assert args.command == name
 
 
 def test_errors_as_json(tmp_path: Path) -> None:
@@ -151,7 +171,13 @@ def test_hosts_that_can_not_deploy_say_why(fleet: Callable[..., Fleet], tmp_path
     agent = one.agents[0]
     unknown = one.cli("trigger", agent.address, "no-such-branch")
     assert unknown.code == 1 and "✗ 실패 git checkout no-such-branch (exit 1" in unknown.out
-    assert "no such branch, tag or commit" in unknown.err
+    assert "no such branch, tag or commit" in unknown.err and "did you mean" not in unknown.err
+    slip = one.cli("trigger", agent.address, "mastre")
+    assert "no such branch, tag or commit on the remote; did you mean master?" in slip.err
+    slip = one.cli("plan", agent.address, "mastre")
+    assert "no such branch, tag or commit on the remote: mastre; did you mean master?" in slip.out
+    slip = one.cli("trigger", "al", "master")
+    assert slip.code == 4 and "hint: did you mean all? known: 127.0.0." in slip.err
     assert one.cli("trigger", "127.0.0.77", "master").code == 4
     config = json.loads(agent.config.read_text())
     one.origin.commit({"config/updater.json": json.dumps(config | {"deploy": {"command": ["pnpmx", "go"]}})})
