@@ -4677,6 +4677,8 @@ class Prospect(NamedTuple):
     unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
     submodules: tuple[str, ...] = ()
     stuck: tuple[Refusal, ...] = ()  # submodules that can't be what the commit names
+    nameless: tuple[str, ...] = ()  # the same, for want of an entry in .gitmodules
+    left: tuple[str, ...] = ()  # folders of submodules that are none any more
     moved: tuple[str, ...] = ()  # submodules whose commit is only where .gitmodules says by now
     update_submodules: bool = True
     pointers: tuple[str, ...] = ()  # files that would be LFS' pointers
@@ -4697,7 +4699,10 @@ def judge_prospect(known: Prospect) -> Forecast:
     """The one judgement of a commit that is to be checked out: the plan tells it, and a job goes by
     it before it moves the tree."""
     refused = [*_judge_branch(known), *_judge_files(known), *known.missing, *known.stuck]
-    warnings, steps = list(known.unsure), []
+    if known.nameless and known.submodules and known.update_submodules:
+        fix = "commit git rm --cached for it, or what git submodule add makes of it"
+        refused.append(Refusal(nameless_text(known.nameless), fix))
+    warnings, steps = [*known.unsure, *link_warnings(known)], []
     if known.submodules:
         named = paths_text(known.submodules, 5)
         if known.update_submodules:
@@ -4713,6 +4718,32 @@ def judge_prospect(known: Prospect) -> Forecast:
         else:
             refused.append(Refusal(what, lfs_hint(known.repo)))
     return Forecast(refused, warnings, steps)
+
+
+def nameless_text(folders: Sequence[str]) -> str:
+    """Commits of other repositories in a tree, of which nobody says where they come from."""
+    return f"{paths_text(folders, 5)}: a submodule without an entry in .gitmodules"
+
+
+def link_warnings(known: Prospect) -> list[str]:
+    """What to know of folders that are, or were, other repositories': a deployment goes on, and
+    leaves them as they are."""
+    found = []
+    # beside others git refuses to update any, and without them nobody asks it to
+    is_refused = known.submodules and known.update_submodules
+    if known.nameless and not is_refused:
+        found.append(
+            f"{nameless_text(known.nameless)}, so git leaves its folder as it is",
+        )
+    if known.left:
+        folders = paths_text(
+            known.left,
+            5,
+        )
+        found.append(
+            f"no submodule any more, and git leaves its folder: {folders}",
+        )
+    return found
 
 
 def _judge_branch(known: Prospect) -> Iterator[Refusal]:
@@ -12277,6 +12308,7 @@ class WorkTree:
             "repo": str(self.root),
             "commits": sorted(set(commits)),
             "branch": self.branch() or (commits[0] if commits else ""),
+            "from": "".join(commits[:1]),
             "kept": sorted(kept),
         }
 
@@ -12431,6 +12463,18 @@ class WorkTree:
         if branch and branch != (self.branch() or self.commit_of("HEAD")):
             self.ask("checkout", "--quiet", branch, "--")
 
+    def go_home(self, branch: str, commit: str) -> None:
+        """The same, and there the same commit; changed files stay as they are. Raises
+        UpdaterError."""
+        self.go_back(branch)
+        if commit and commit != self.commit_of("HEAD"):
+            self.write(
+                "reset",
+                "--quiet",
+                "--keep",
+                commit,
+            )
+
 
 PART_CHARS = 5000  # of paths on one command line: cmd.exe takes 8,191 in all
 
@@ -12453,6 +12497,8 @@ def _parts(paths: Iterable[str]) -> Iterator[Sequence[str]]:
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 HEADS_ASKED = 1000  # of a submodule's new place; a remote may list a million
+PUSH_IT = "push it there, from where it was committed"
+LINK_MODE = 0o160000.to_bytes(4, "big")  # of a submodule, as the index has it
 # what brings objects, and changes nothing else
 QUIET_FETCH = (
     "--quiet",
@@ -12933,12 +12979,31 @@ def find_begun(git_file: Callable[[str], Path], unmerged: Sequence[str]) -> str:
     return ""
 
 
+def lacks_commit(ask: Callable[..., str], wanted: str) -> bool:
+    """Whether a submodule's clone has not got a commit, and can't fetch it either. `ask` asks its
+    git; objects may come."""
+    try:
+        if not ask("cat-file", "-t", wanted):
+            remote, *others = ask("remote").split() or ["origin"]
+            if others:
+                remote = "origin"
+            ask("fetch", *QUIET_FETCH, remote, wanted)
+        if not ask("cat-file", "-t", wanted):
+            # as `submodule update` does: many servers give nothing by its id alone
+            ask("fetch", "--quiet", "--no-write-fetch-head", "--no-auto-maintenance")
+    except UpdaterError:  # slow: the step itself has more time
+        return False
+    return not ask("cat-file", "-t", wanted)
+
+
 class SubmodulePlaces:
     """Where a commit says that its submodules are, and whether they are there."""
 
     def __init__(self, coming: Coming, *, plans: bool = False) -> None:
         self.coming, self.rule, self.git = coming, coming.rule, coming.git
         self.plans = plans  # nobody has ordered this commit, and perhaps nobody has read it
+
+    # Where they are
 
     def named_urls(self, name: str) -> tuple[str, str, str]:
         """Where a submodule comes from as the commit says, as this clone has it so far, and where
@@ -12966,26 +13031,57 @@ class SubmodulePlaces:
             return ""
         return place
 
-    def check_reach(self, name: str, folder: str) -> list[Refusal]:
+    # Whether they are there
+
+    def check_reach(self, name: str, shown: str, wanted: str) -> list[Refusal]:
         """Whether a submodule that is not here yet can be had: most often a host's key may not
-        read it, and git would say so when the tree has moved already."""
+        read it, or its commit was not pushed, and git would say so when the tree has moved."""
         url, ours, _ = self.named_urls(name)
         url = ours or url
         may_be_asked = not self.new_place(name) and may_ask(url, self.git)
         is_chosen = not self.git("config", "--get-all", "submodule.active")
-        is_here = False
+        if not url or not may_be_asked or not is_chosen:
+            return []
+        lacks = Refusal(f"submodule {shown}: its remote has no commit {wanted[:7]}", PUSH_IT)
+        kept = None  # what is left of a clone whose folder went
+        is_odd = ".." in name.split("/")  # git takes no such name
         with suppress(OSError):
-            is_here = (git_folder(self.coming.root) / "modules" / name).exists()
-        if not url or is_here or not may_be_asked or not is_chosen:
+            kept = git_folder(self.coming.root) / "modules" / name
+        if is_odd:
+            return []
+        if kept and kept.exists():
+            place = ("--git-dir", str(kept), "--work-tree", str(self.coming.root))
+            if lacks_commit(functools.partial(self.git, *place), wanted):
+                return [lacks]
             return []
         try:
             found = self.git("ls-remote", url)
         except UpdaterError:  # slow: the step itself has more time
             return []
-        if found:
+        if not found:
+            said = typed("git", "ls-remote", url)
+            return [Refusal(f"submodule {shown}: its remote can't be read", f"{said} says why")]
+        if wanted in found.split() or self.has_commit_at(url, wanted):
             return []
-        said = typed("git", "ls-remote", url)
-        return [Refusal(f"submodule {folder}: its remote can't be read", f"{said} says why")]
+        return [lacks]
+
+    def has_commit_at(self, url: str, wanted: str) -> bool:
+        """Whether a repository that is not here has a commit, or may have it: the commit alone is
+        asked for, else all commits without their files."""
+        bare = "--filter=tree:0"
+        with tempfile.TemporaryDirectory(prefix="estelle-") as folder:
+            ask = functools.partial(self.git, "-C", folder)
+            try:
+                ask("init", "--quiet", "--bare", folder)
+                ask("fetch", *QUIET_FETCH, "--depth=1", bare, url, wanted)
+                if ask("cat-file", "-t", wanted):
+                    return True
+                # many servers give nothing by its id alone
+                ask("fetch", *QUIET_FETCH, bare, url, "+refs/heads/*:refs/heads/*")
+                has_heads = bool(ask("for-each-ref", "--count=1"))
+                return not has_heads or bool(ask("cat-file", "-t", wanted))
+            except (UpdaterError, OSError):  # slow, or no room: the step itself will say
+                return True
 
     def has_moved(self, name: str, folder: str, wanted: str) -> bool:
         """Whether a commit that a submodule's remote has not got is where .gitmodules says.
@@ -13017,6 +13113,163 @@ class SubmodulePlaces:
         return False
 
 
+class ComingParts:
+    """The submodules of a commit that comes, and those within them: what each would be, and which
+    can't be what the commit names."""
+
+    def __init__(self, coming: Coming, *, plans: bool = False, above: str = "") -> None:
+        self.coming, self.rule, self.git = coming, coming.rule, coming.git
+        self.root, self.commit = coming.root, coming.commit
+        self.plans, self.above = plans, above
+        self.places = SubmodulePlaces(coming, plans=plans)
+
+    def look(self, known: Prospect) -> Prospect:
+        """What is known by now, and what there is to know of the submodules."""
+        links = self.find_links(self.commit)
+        named = set(self.coming.submodules.values())
+        known = known._replace(
+            submodules=self.shown(links.keys() & named),
+            nameless=self.shown(links.keys() - named),
+            left=self.find_left(links),
+        )
+        if not self.rule.submodules:
+            return known
+        for name, folder in self.coming.submodules.items():
+            if folder in links and not self.is_off(name):
+                known = self.look_at(known, name, folder, links[folder])
+        return known
+
+    def shown(self, folders: Iterable[str]) -> tuple[str, ...]:
+        """Folders, seen from the clone that is deployed."""
+        return tuple(f"{self.above}{folder}" for folder in sorted(folders))
+
+    # Which there are
+
+    def find_links(self, commit: str) -> dict[str, str]:
+        """The commits of other repositories in a commit's tree, by their folders."""
+        is_here = commit == self.coming.head
+        if is_here and not self.coming.submodules and not self.may_have_links():
+            return {}
+        # without the files: of folders there are far fewer
+        words = ("ls-tree", "--full-tree", "-r", "-d", "-z", commit)
+        listed = parse_tree(self.coming.at_root(*words))
+        return {path: one.id for path, one in listed.items() if one.mode == "160000"}
+
+    def may_have_links(self) -> bool:
+        """Whether a submodule may be in what is checked out: of nearly every tree its index, which
+        has the mode of each file, says no without a question to git."""
+        try:
+            index = (git_folder(self.root) / "index").read_bytes()
+        except OSError:
+            return True
+        is_split = b"link" in index  # between two files
+        return is_split or LINK_MODE in index
+
+    def find_left(self, links: Container[str]) -> tuple[str, ...]:
+        """The folders that were submodules, and are kept by git where they are."""
+        found: list[str] = []
+        if self.coming.head == self.commit or not self.may_have_links():
+            return ()
+        for path in self.find_links(self.coming.head):
+            is_there = os.path.lexists(self.root / path / ".git")
+            if is_there and path not in links:
+                found.append(path)
+        return self.shown(found)
+
+    # What becomes of them
+
+    def look_at(self, known: Prospect, name: str, folder: str, wanted: str) -> Prospect:
+        """One of them, and those within it."""
+        shown = f"{self.above}{folder}"
+        if not (self.root / folder / ".git").exists():
+            found = self.check_room(folder) or self.places.check_reach(name, shown, wanted)
+            return known._replace(stuck=(*known.stuck, *found))
+        problem: Refusal | None = self.check_submodule(folder, wanted)
+        lacks = problem is not None and not problem.hint
+        place = self.places.new_place(name)
+        if lacks and place:
+            told = f"submodule {shown}: its remote has no commit {wanted[:7]}"
+            told = f"{told}; this one has it at {place}, which a plan does not ask"
+            return known._replace(unsure=(*known.unsure, told))
+        if lacks and self.places.has_moved(name, folder, wanted):
+            if not self.above:
+                return known._replace(moved=(*known.moved, folder))
+            sync = typed("git", "-C", self.root, "submodule", "sync", "--", folder)
+            problem = Refusal(f"submodule {shown}: its commit is at another place", sync)
+        if problem and lacks:
+            problem = problem._replace(hint=PUSH_IT)
+        if problem:
+            return known._replace(stuck=(*known.stuck, problem))
+        return self.look_within(known, folder, wanted)
+
+    def look_within(self, known: Prospect, folder: str, wanted: str) -> Prospect:
+        """The submodules of a submodule: git gets to them when the tree has moved already."""
+        ask = functools.partial(self.git, "-C", str(self.root / folder))
+        # a submodule's clone has been made by git, which calls its remote so
+        rule = replace(self.rule, remote="origin")
+        coming = Coming(self.root / folder, rule, wanted, ask)
+        if not coming.head:
+            return known
+        above = f"{self.above}{folder}/"
+        within = ComingParts(coming, plans=self.plans, above=above)
+        found = within.look(Prospect(known.repo, "origin"))
+        stuck = [*known.stuck, *found.stuck]
+        if found.nameless and found.submodules:
+            fix = f"commit git rm --cached for it in {folder}"
+            stuck.append(Refusal(nameless_text(found.nameless), fix))
+        return known._replace(stuck=tuple(stuck), unsure=(*known.unsure, *found.unsure))
+
+    def check_room(self, folder: str) -> list[Refusal]:
+        """Whether a submodule can be cloned into its folder: git does so into an empty one only,
+        and takes away what it knows itself."""
+        place = self.root / folder
+        if not place.is_dir() or place.is_symlink() or not any(place.iterdir()):
+            return []
+        terrain = Terrain(self.root, self.coming.at_root)
+        untracked, ignored = terrain.find_unknown([folder])
+        left = sorted(untracked | ignored)
+        if not left:
+            return []
+        shown = f"{self.above}{folder}"
+        what = f"{shown} becomes a submodule, and this is in its folder: {paths_text(left, 5)}"
+        return [Refusal(what, keep_hint(str(self.root), left))]
+
+    def is_off(self, name: str) -> bool:
+        """Whether the step passes over a submodule: `--init` switches one on again that was
+        switched off, unless the clone says by itself which ones are."""
+        active = self.git("config", "--type=bool", "--get", f"submodule.{name}.active")
+        return active.strip() == "false" and bool(
+            self.git("config", "--get-all", "submodule.active")
+        )
+
+    def check_submodule(self, folder: str, wanted: str) -> Refusal | None:
+        """Whether a submodule can be checked out at a commit; without a hint where its remote has
+        not got it."""
+        ask = functools.partial(self.git, "-C", str(self.root / folder))
+        here = ask("rev-parse", "--verify", "--quiet", "HEAD").strip()
+        if here == wanted or not here:
+            return None
+        shown = f"{self.above}{folder}"
+        if lacks_commit(ask, wanted):
+            return Refusal(f"submodule {shown}: its remote has no commit {wanted[:7]}")
+        in_the_way = self.find_in_the_way(folder, here, wanted)
+        if not in_the_way:
+            return None
+        what = f"local changes in submodule {shown} are in the way: {paths_text(in_the_way)}"
+        return Refusal(
+            what, f"{typed('git', '-C', self.root / folder)} stash, or commit and push them"
+        )
+
+    def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
+        """The files of a submodule that stand in git's way from one commit to another."""
+        place = self.root / folder
+        terrain = Terrain(place, functools.partial(self.git, "-C", str(place)))
+        said = terrain.ask(*STATUS) or ""
+        changes = parse_status(said.encode("utf-8", "surrogateescape"))
+        found = terrain.find_obstacles([here, wanted], changes)
+        return [*found.changed, *found.untracked, *found.ignored]
+
+
 class Foresight:
     """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
     job asks before its first change."""
@@ -13024,7 +13277,7 @@ class Foresight:
     def __init__(self, coming: Coming, *, plans: bool = False) -> None:
         self.coming, self.rule, self.git = coming, coming.rule, coming.git
         self.root, self.commit = coming.root, coming.commit
-        self.places = SubmodulePlaces(coming, plans=plans)
+        self.parts = ComingParts(coming, plans=plans)
 
     def look(
         self,
@@ -13058,7 +13311,7 @@ class Foresight:
         """What the commit only names: its submodules, and the files that LFS keeps."""
         rule = self.rule
         known = known._replace(update_submodules=rule.submodules, get_pointers=rule.lfs)
-        known = self.look_at_submodules(known)
+        known = self.parts.look(known)
         pointers = self.find_pointers()
         if pointers:
             has_lfs = bool(self.git("lfs", "version"))
@@ -13142,103 +13395,6 @@ class Foresight:
         return fork == local
 
     # What a commit only names
-
-    def look_at_submodules(self, known: Prospect) -> Prospect:
-        """The submodules, and which of them can't become what the commit names."""
-        if not self.coming.submodules:
-            return known
-        folders = sorted(self.coming.submodules.values())
-        listed = self.git(
-            "ls-tree",
-            "--full-tree",
-            "-z",
-            self.commit,
-            "--",
-            *folders,
-        )
-        links = {path: one.id for path, one in parse_tree(listed).items() if one.mode == "160000"}
-        stuck, moved, unasked = [], [], []
-        for name, folder in self.coming.submodules.items():
-            if folder not in links or not self.rule.submodules or self.is_off(name):
-                continue
-            if not (self.root / folder / ".git").exists():
-                stuck += self.check_room(folder) or self.places.check_reach(name, folder)
-                continue
-            problem = self.check_submodule(folder, links[folder])
-            lacks = problem is not None and not problem.hint
-            place = self.places.new_place(name)
-            if lacks and place:
-                told = f"submodule {folder}: its remote has no commit {links[folder][:7]}"
-                unasked.append(f"{told}; this one has it at {place}, which a plan does not ask")
-            elif lacks and self.places.has_moved(name, folder, links[folder]):
-                moved.append(folder)
-            elif problem:
-                stuck.append(problem)
-        return known._replace(
-            submodules=tuple(sorted(links)),
-            stuck=tuple(stuck),
-            moved=tuple(moved),
-            unsure=(*known.unsure, *unasked),
-        )
-
-    def check_room(self, folder: str) -> list[Refusal]:
-        """Whether a submodule can be cloned into its folder: git does so into an empty one only,
-        and takes away what it knows itself."""
-        place = self.root / folder
-        if not place.is_dir() or place.is_symlink() or not any(place.iterdir()):
-            return []
-        terrain = Terrain(self.root, self.coming.at_root)
-        untracked, ignored = terrain.find_unknown([folder])
-        left = sorted(untracked | ignored)
-        if not left:
-            return []
-        what = f"{folder} becomes a submodule, and this is in its folder: {paths_text(left, 5)}"
-        return [Refusal(what, keep_hint(str(self.root), left))]
-
-    def is_off(self, name: str) -> bool:
-        """Whether the step passes over a submodule: `--init` switches one on again that was
-        switched off, unless the clone says by itself which ones are."""
-        active = self.git("config", "--type=bool", "--get", f"submodule.{name}.active")
-        return active.strip() == "false" and bool(
-            self.git("config", "--get-all", "submodule.active")
-        )
-
-    def check_submodule(self, folder: str, wanted: str) -> Refusal | None:
-        """Whether a submodule can be checked out at a commit; without a hint where its remote has
-        not got it."""
-        ask = functools.partial(self.git, "-C", str(self.root / folder))
-        here = ask("rev-parse", "--verify", "--quiet", "HEAD").strip()
-        if here == wanted or not here:
-            return None
-        try:
-            if not ask("cat-file", "-t", wanted):
-                remote, *others = ask("remote").split() or ["origin"]
-                if others:
-                    remote = "origin"
-                ask("fetch", *QUIET_FETCH, remote, wanted)
-            if not ask("cat-file", "-t", wanted):
-                # as `submodule update` does: many servers give nothing by its id alone
-                ask("fetch", "--quiet", "--no-write-fetch-head", "--no-auto-maintenance")
-        except UpdaterError:  # slow: the step itself has more time
-            return None
-        if not ask("cat-file", "-t", wanted):
-            return Refusal(f"submodule {folder}: its remote has no commit {wanted[:7]}")
-        in_the_way = self.find_in_the_way(folder, here, wanted)
-        if not in_the_way:
-            return None
-        what = f"local changes in submodule {folder} are in the way: {paths_text(in_the_way)}"
-        return Refusal(
-            what, f"{typed('git', '-C', self.root / folder)} stash, or commit and push them"
-        )
-
-    def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
-        """The files of a submodule that stand in git's way from one commit to another."""
-        place = self.root / folder
-        terrain = Terrain(place, functools.partial(self.git, "-C", str(place)))
-        said = terrain.ask(*STATUS) or ""
-        changes = parse_status(said.encode("utf-8", "surrogateescape"))
-        found = terrain.find_obstacles([here, wanted], changes)
-        return [*found.changed, *found.untracked, *found.ignored]
 
     def find_pointers(self) -> list[str]:
         """The files that would be LFS' pointers, unless git-lfs brings what they stand for."""
@@ -13500,13 +13656,14 @@ class Transit:
         mark = self.tree.begin_transit(names, dirty)
         if is_late:  # what lies there is what git wrote, or nobody knows whose it is
             mark["kept"] = []
-        mark["submodules"] = {}
+        mark["submodules"], mark["homes"] = {}, {}
         if self.tree.submodules:
             for path, part, commits in self.tree.iter_parts(mark["commits"]):
                 # one that has no commit yet holds nothing of anybody's
                 if part.commit_of("HEAD"):
                     within = part.begin_transit(["HEAD", *commits], part.changes().paths)
                     mark["submodules"][path] = within["kept"]
+                    mark["homes"][path] = [within["branch"], within["from"]]
         write_atomic(self.file, json.dumps(mark).encode(), durable=True)
         return mark
 
@@ -13565,8 +13722,40 @@ class Transit:
             self.runner.warn(self.half_written(theirs))
             self.runner.log.line(f"hint: {self.way_out(theirs)}")
             return
-        self.tree.go_back(mark["branch"])
+        try:
+            self.go_home(mark)
+        except (UpdaterError, OSError) as problem:  # a commit, and not the former one
+            self.runner.warn(f"the tree stays where it is: {problem}")
         self.end()
+
+    def go_home(self, mark: Mapping[str, Any]) -> None:
+        """What was checked out when the mark was left, also where a step failed behind the one that
+        moved the branch; so do the submodules. What is changed here stays. Raises UpdaterError,
+        OSError."""
+        homes = mark["homes"]
+        if self.tree.submodules:
+            # while .gitmodules still names them; those within one go with it
+            fresh = [path for path, _, _ in self.tree.iter_parts(()) if path not in homes]
+            for path in fresh:
+                self.remove_fresh(path)
+        self.tree.go_home(mark["branch"], mark["from"])
+        if not self.tree.submodules:
+            return
+        for path, part, _ in self.tree.iter_parts(()):
+            if path in homes:
+                part.go_home(*homes[path])
+
+    def remove_fresh(self, path: str) -> None:
+        """A submodule's files, where this job cloned them and nothing else is there; its objects
+        stay, for the next one. Raises UpdaterError."""
+        place = self.tree.root / path
+        if not (place / ".git").is_file():  # git keeps the objects elsewhere, or it went already
+            return
+        part = WorkTree(place, self.tree.env, submodules=True, mark=self.tree.mark)
+        words = ("status", "--porcelain", "--ignored", "--ignore-submodules=none")
+        if part.commit_of("HEAD") and not part.ask(*words):
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(exist_ok=True)
 
     def restore(self, mark: Mapping[str, Any]) -> list[str]:
         """Each tree as its HEAD has it, that of the submodules too; what is somebody's is left, and
@@ -13846,6 +14035,8 @@ class Deployment:
         """Check out and pull, then what the commit only names: submodules and large files."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
         runner.step(checkout, rule.timeout_s, announce=announce)
+        for text in link_warnings(known):
+            runner.warn(text)
         if pull:
             runner.step(pull, rule.timeout_s)
         else:

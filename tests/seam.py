@@ -88,6 +88,7 @@ from estelle_updater import (
     ClientSocket as ClientSocket,
     CloneLock as CloneLock,
     Coming as Coming,
+    ComingParts as ComingParts,
     Config as Config,
     ConfigError as ConfigError,
     ConfigFile as ConfigFile,

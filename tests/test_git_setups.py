@@ -156,3 +156,109 @@ def test_where_a_clone_s_own_refspecs_can_be_used() -> None:
     assert est.covers([usual], "origin", "a/b") and not est.covers([usual, "^refs/heads/a/*"], "origin", "a/b")
     assert not est.covers([usual], "up", "a/b") and not est.covers([heads], "origin", "a")
     assert est.covers(["refs/heads/r-*:refs/remotes/origin/r-*"], "origin", "r-1")
+
+
+def test_a_submodule_that_can_not_be_had_is_known_before(setup: Setup) -> None:
+    """Its commit was never pushed: of one that is here, of a new one, of one within another."""
+    inner, part = setup.module("inner"), setup.module("part")
+    setup.git("submodule", "--quiet", "add", str(inner), "inner", cwd=part)
+    setup.git("commit", "--quiet", "-m", "x", cwd=part)
+    setup.git("submodule", "--quiet", "add", str(part), "sub")
+    setup.git("submodule", "--quiet", "update", "--init", "--recursive")
+    setup.push()
+    assert setup.both("master")[0] == []
+
+    def commit_only_here(place: Path) -> str:
+        with (place / "s.txt").open("a") as file:
+            file.write("more\n")
+        setup.git("commit", "--quiet", "--all", "-m", "x", cwd=place)
+        return setup.git("rev-parse", "--short=7", "HEAD", cwd=place)
+
+    name = commit_only_here(setup.seed / "sub" / "inner")
+    commit_only_here(setup.seed / "sub")
+    setup.git("push", "--quiet", str(part), "HEAD:refs/heads/new", cwd=setup.seed / "sub")
+    setup.push()
+    lacks = "its remote has no commit {}; push it there, from where it was committed"
+    assert setup.both("master")[0] == [f"submodule sub/inner: {lacks.format(name)}"]
+    name = commit_only_here(setup.seed / "sub")
+    setup.push()
+    assert setup.both("master")[0] == [f"submodule sub: {lacks.format(name)}"]
+
+    setup.git("reset", "--quiet", "--hard", setup.fleet.origin.first)
+    setup.git("clean", "-ffdxq")
+    setup.git("submodule", "--quiet", "add", str(inner), "new")
+    name = commit_only_here(setup.seed / "new")
+    setup.push()
+    setup.here("reset", "--quiet", "--hard", setup.fleet.origin.first)
+    for _ in range(2):
+        assert setup.both("master")[0] == [f"submodule new: {lacks.format(name)}"]
+    # what is left of a clone whose folder went knows it as little
+    setup.git("clone", "--quiet", "--bare", str(inner), str(setup.repo / ".git/modules/new"))
+    assert setup.both("master")[0] == [f"submodule new: {lacks.format(name)}"]
+    setup.git("push", "--quiet", str(inner), "HEAD:refs/heads/new", cwd=setup.seed / "new")
+    shutil.rmtree(setup.repo / ".git/modules/new")
+    setup.here("clean", "-ffdxq")
+    refused, _, result = setup.both("master")
+    assert not refused and result["ok"] and (setup.repo / "new/s.txt").read_text() == "one\nmore\n"
+
+
+def test_a_folder_that_is_no_submodule_is_named(setup: Setup) -> None:
+    """A commit of another repository that nobody says the place of; one that was a submodule until now."""
+    part = setup.module("part")
+    setup.git("clone", "--quiet", str(part), "vendor")
+    setup.push()
+    nameless = "vendor: a submodule without an entry in .gitmodules"
+    for _ in range(2):  # nothing comes any more, and it is as empty as before
+        refused, warnings, result = setup.both("master")
+        assert not refused and warnings == result["warnings"] == [f"{nameless}, so git leaves its folder as it is"]
+    for name in ("sub", "two"):
+        setup.git("submodule", "--quiet", "add", str(part), name)
+    setup.push()
+    assert setup.both("master")[0][0].startswith(f"{nameless}; commit git rm --cached")
+    setup.git("rm", "--quiet", "--cached", "vendor")
+    shutil.rmtree(setup.seed / "vendor")
+    setup.push()
+    assert setup.both("master")[1] == []
+    setup.git("rm", "--quiet", "--force", "two")
+    setup.git("mv", "sub", "renamed")
+    setup.push()
+    (setup.repo / "two" / "mine").write_text("somebody's")
+    _, warnings, result = setup.both("master")
+    assert warnings == result["warnings"] == ["no submodule any more, and git leaves its folder: sub, two"]
+    assert (setup.repo / "two" / "mine").exists() and (setup.repo / "renamed" / "s.txt").exists()
+
+
+def test_what_fails_behind_the_move_goes_back(setup: Setup) -> None:
+    """A submodule that can't be written, when the branch has moved already: both are what they were, with what was
+    changed in them, and nothing of a new one stays."""
+    part = setup.module("part")
+    setup.git("submodule", "--quiet", "add", str(part), "sub")
+    setup.push()
+    assert setup.both("master")[0] == []
+    before = setup.here("rev-parse", "HEAD")
+    for place in (setup.repo, setup.repo / "sub"):
+        setup.git("config", "filter.sealed.smudge", "false", cwd=place)
+        setup.git("config", "filter.sealed.required", "true", cwd=place)
+    inside = Path(setup.git("rev-parse", "--absolute-git-dir", cwd=setup.repo / "sub"))
+    (inside / "info").mkdir(exist_ok=True)
+    (inside / "info" / "attributes").write_text("new.txt filter=sealed\n")
+    (setup.repo / "package.json").write_text("{}")
+    (part / "new.txt").write_text("two\n")
+    setup.git("add", ".", cwd=part)
+    setup.git("commit", "--quiet", "-m", "x", cwd=part)
+    setup.git("pull", "--quiet", str(part), "master", cwd=setup.seed / "sub")
+    setup.git("submodule", "--quiet", "add", str(setup.module("other")), "another")
+    (setup.seed / "a.txt").write_text("new")
+    setup.push()
+    run = setup.fleet.cli("trigger", "all", "master")
+    assert run.code == 1 and "✗ 실패 git submodule update --init --recursive" in run.out, run.out
+    assert "nothing changed on 127.0.0.1: it has" in run.err
+    assert setup.here("rev-parse", "HEAD") == before and setup.here("branch", "--show-current") == "master"
+    assert setup.here("status", "--porcelain") == "M package.json"
+    assert setup.here("submodule", "status").startswith(setup.git("rev-parse", "HEAD~1", cwd=part))
+    assert (setup.repo / "package.json").read_text() == "{}" and not (setup.repo / "a.txt").exists()
+    assert not (setup.repo / "another").exists()
+    (inside / "info" / "attributes").unlink()
+    setup.here("checkout", "--quiet", "package.json")
+    assert setup.both("master")[2]["ok"] and (setup.repo / "sub" / "new.txt").exists()
+    assert (setup.repo / "another" / "s.txt").exists()

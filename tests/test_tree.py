@@ -899,7 +899,7 @@ def test_a_submodule_that_answers_slowly_is_not_refused(clone: Clone):
         return {"rev-parse": "1" * 40, "remote": "origin"}.get(args[2], "")
 
     rule: Any = SimpleNamespace(submodules=True, remote="origin")
-    ahead = est.Foresight(est.Coming(clone.host, rule, clone.head(), ask, clone.head()))
+    ahead = est.ComingParts(est.Coming(clone.host, rule, clone.head(), ask, clone.head()))
     assert ahead.check_submodule("sub", "2" * 40) is None
 
 
