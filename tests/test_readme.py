@@ -98,22 +98,24 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
     for name in ("estelle_updater.py", *est.PACKED):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    env = one.env | {"ESTELLE_STATE": str(tmp_path / "state")}
-    commands = re.findall(r"^ +python3 (estelle_updater\.py.*)$", README, re.MULTILINE)
+    env, home = one.env | {"ESTELLE_STATE": str(tmp_path / "state")}, one.env["HOME"]
+    commands = re.findall(r"^ +python3 ((?:~/estelle-updater/)?estelle_updater\.py.*)$", README, re.MULTILINE)
     words = ["build", "config", "serve", "doctor", "setup", "status", "trigger"]
     assert [line.split()[1] for line in commands[:7]] == words
 
     def type_in(line: str, folder: Path) -> tuple[int, str]:
         line = line.replace("5.223.72.58:9900", f"127.0.0.1:{port}").replace("121.0.0.7", "127.0.0.1")
         program, *words = shlex.split(line)
-        result = run([sys.executable, str(tmp_path / program), *words], env, folder)
+        result = run([sys.executable, program.replace("~", home), *words], env, folder)
         return result.code, result.out + result.err
 
     assert type_in(commands[0], tmp_path)[0] == 0  # the file appears where one builds
+    (copy,) = re.findall(r"^ +(mkdir .* && cp .*)$", README, re.MULTILINE)
+    assert run(["/bin/sh", "-c", copy], env, tmp_path).code == 0
     code, text = type_in(commands[1], clone)
     assert (code, "committed and pushed" in text) == (0, True), text
     with open(tmp_path / "serve.log", "wb") as log:
-        program = [sys.executable, str(tmp_path / "estelle_updater.pyz"), "serve"]
+        program = [sys.executable, f"{home}/estelle-updater/estelle_updater.pyz", "serve"]
         daemon = subprocess.Popen(program, cwd=clone, env=env, stdin=subprocess.DEVNULL, stderr=log)
     try:
         wait_for(lambda: "listening on" in (tmp_path / "serve.log").read_text(), "the master listens")
@@ -123,7 +125,7 @@ def test_the_first_day(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
         assert type_in(commands[5], clone)[0] == 0
         code, text = type_in(commands[6], clone)
         assert (code, "[127.0.0.1] ✓ 완료 v0301_4" in text) == (0, True), text
-        est_ = "estelle_updater.pyz"
+        est_ = "~/estelle-updater/estelle_updater.pyz"
         ends = {"trigger all nowhere": 1, "trigger all -- -x": 2, "trigger 10.9.9.9 master": 4, "forget 127.0.0.1": 5}
         assert {line: type_in(f"{est_} {line}", clone)[0] for line in ends} == ends
     finally:

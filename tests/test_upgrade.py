@@ -130,17 +130,14 @@ def test_a_new_host_gets_the_program(fleet: MakeFleet, pyz: Path) -> None:
     assert one.cli("status").code == 0
 
 
-def without_program(clone: Path) -> bool:
-    return not (clone / NAME).exists()
-
-
 def test_the_line_for_a_new_host(fleet: MakeFleet, pyz: Path, tmp_path: Path) -> None:
     """README's goes on, and writes, only where the configuration's own key names the very file."""
     sha256 = hashlib.sha256(pyz.read_bytes()).hexdigest()
     one = fleet(hosts=1, program=(sys.executable, str(pyz)), config={"updater": {"sha256": sha256}})
     line = new_host_line(f"http://127.0.0.1:{one.port}")
-    tools = tmp_path / "bin"
+    tools, home = tmp_path / "bin", Path(one.env["HOME"])
     tools.mkdir()
+    written = (home / "estelle-updater" / NAME).exists
 
     def type_in(clone: Path, python: str = sys.executable, command: str = line) -> Result:
         (tools / "python3").unlink(missing_ok=True)
@@ -148,36 +145,39 @@ def test_the_line_for_a_new_host(fleet: MakeFleet, pyz: Path, tmp_path: Path) ->
             (tools / "python3").symlink_to(python)
         return run(["/bin/sh", "-c", command], one.env | {"PATH": str(tools)}, clone)
 
-    done = type_in(one.master.repo)
-    assert done.code == 0 and done.out.startswith("estelle-updater "), done.err
-    assert (one.master.repo / NAME).read_bytes() == pyz.read_bytes()
     clone = one.origin.seed
-    assert type_in(clone, python="").code == 127 and without_program(clone)
+    assert type_in(clone, python="").code == 127 and not written()
     missing = type_in(clone, command=line.replace(f"/{NAME}'", "/other.pyz'"))
-    assert missing.code == 1 and "404" in missing.err and without_program(clone)
+    assert missing.code == 1 and "404" in missing.err and not written()
 
     config = clone / "config/updater.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"updater": {"sha256": "0" * 64}}))
     refused = type_in(clone)
     assert refused.code == 1 and f"{sha256} is not the checksum in config/updater.json" in refused.err
-    assert refused.out == "" and without_program(clone)
+    assert refused.out == "" and not written()
     config.unlink()
-    assert type_in(clone).code == 1 and without_program(clone), "no configuration"
+    assert type_in(clone).code == 1 and not written(), "no configuration"
     config = clone / "config/updater.toml"
     text = f'masterUrl = "{one.url}"\nwhitelist = []  # sha256 = "{sha256}"\n# [updater]\n# sha256 = "{sha256}"\n'
     for more in ("", "[updater]\n", '[updater]\nsha256 = ""\n', f'[updater]\nsha256 = "{"0" * 64}"  # {sha256}\n'):
         config.write_text(text + more)
         done = type_in(clone)
-        assert (done.code, done.out) == (1, "") and without_program(clone), more
+        assert (done.code, done.out) == (1, "") and not written(), more
     config.write_text(f'{text}[updater]\nsha256 = "{sha256}"\n')
     second = config.with_suffix(".json")
     second.write_text(json.dumps(settings))
-    assert type_in(clone).code == 1 and without_program(clone), "which of two configurations counts?"
+    assert type_in(clone).code == 1 and not written(), "which of two configurations counts?"
     second.unlink()
     config.write_text(f'{text}[updater]\nsha256 = "{sha256.upper()}"\n')
     (clone / "json.py").write_text("raise SystemExit('taken from the clone')\n")
     assert type_in(clone).code == 0, "upper case is the same value, and modules come from Python alone"
+    assert written() and not list(home.glob("*.py*"))
+
+    done = type_in(one.master.repo)  # again, over what is there
+    assert done.code == 0 and done.out.startswith("estelle-updater "), done.err
+    assert (home / "estelle-updater" / NAME).read_bytes() == pyz.read_bytes()
+    assert not (one.master.repo / NAME).exists(), "what is deployed stays as it is"
 
 
 class CutOff(http.server.BaseHTTPRequestHandler):
@@ -203,9 +203,9 @@ def test_the_line_for_a_new_host_where_the_download_is_cut_off(pyz: Path, tmp_pa
     with http.server.HTTPServer(("127.0.0.1", 0), CutOff) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         line = new_host_line(f"http://127.0.0.1:{server.server_port}").replace("python3", sys.executable, 1)
-        done = run(["/bin/sh", "-c", line], {}, tmp_path)
+        done = run(["/bin/sh", "-c", line], {"HOME": str(tmp_path)}, tmp_path)
         server.shutdown()
-    assert done.code == 1 and done.out == "" and without_program(tmp_path)
+    assert done.code == 1 and done.out == "" and not list(tmp_path.rglob(NAME))
 
 
 # The same words in all of them; what is no POSIX shell included

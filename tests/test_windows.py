@@ -262,9 +262,10 @@ def test_the_line_for_a_new_host_under_windows(windows_python: Windows, tmp_path
         def typed(text: str, data: bytes = said) -> Result:
             config.write_bytes(text.encode())
             handed.write_bytes(data)
-            return run(["wine", "cmd", "/c", "line.cmd"], windows_python.env, tmp_path, WINE_S)
+            return run(["wine", "cmd", "/c", "line.cmd"], env, tmp_path, WINE_S)
 
-        written = (tmp_path / NAME).exists
+        env = {**windows_python.env, "USERPROFILE": Windows.path(tmp_path)}
+        written = (tmp_path / "estelle-updater" / NAME).exists
         assert typed(good, said + b"#").code == 1 and not written(), "the file is another"
         for text in (good.replace("[", "# ["), good.replace('= "', '= "" # "'), "", "\ufeff" + good):
             assert typed(text).code == 1 and not written(), text
