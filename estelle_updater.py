@@ -295,12 +295,31 @@ _PRELOADED = (
 _BAKED = "estelle_updater.pyz"
 
 
+class _Sources:
+    """The sources in the .pyz as they were at this process's start, for tracebacks. Packed: as
+    lines, which few processes ever show, they would be a tenth of an idle daemon."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, bytes] = {}
+
+    def keep(self, module: str, source: bytes) -> None:
+        """Hold a module's source."""
+        self._packed[module] = zlib.compress(source, 1)
+
+    def get_source(self, module: str) -> str:
+        """What `linecache` asks a module's loader for."""
+        return zlib.decompress(self._packed[module]).decode()
+
+
+_SOURCES = _Sources()
+
+
 def preload(*names: str) -> None:
     """Import what may be needed later, so that the .pyz (or Python's library) may be replaced under
     this process.
 
     Imports `names`, or without any all that a daemon can need; a module that this platform or
-    installation lacks is skipped. Source lines are kept too: a traceback would read them from the
+    installation lacks is skipped. The sources are kept too: a traceback would read them from the
     new file, show the wrong ones, or fail.
     """
     for name in names or (*_LAZY_NAMES, *_PRELOADED):
@@ -311,10 +330,15 @@ def preload(*names: str) -> None:
 
     for module in list(sys.modules.values()):
         loader, path = getattr(module, "__loader__", None), getattr(module, "__file__", None) or ""
-        if isinstance(loader, zipimporter):
-            if path.endswith(".pyc"):
-                path = _BAKED + path[len(loader.archive) : -1].replace(os.sep, "/")
-            linecache.getlines(path, vars(module))
+        if not isinstance(loader, zipimporter):
+            continue
+        source = path.removesuffix("c")
+        shown = source  # as compiled code names it
+        if path.endswith(".pyc"):
+            shown = _BAKED + source[len(loader.archive) :].replace(os.sep, "/")
+        name = module.__name__
+        _SOURCES.keep(name, loader.get_data(source))
+        linecache.lazycache(shown, {"__name__": name, "__loader__": _SOURCES})
 
 
 MISSING: Any = type("_Missing", (), {"__repr__": lambda self: "MISSING"})()
@@ -18361,18 +18385,36 @@ class Handout:
     a checkout."""
 
     def __init__(self) -> None:
-        self.program, self.sha256 = b"", ""
+        self.sha256 = ""
+        self.copy: IO[bytes] = io.BytesIO()
         self.downloads: dict[Any, str] = {}  # connections, each with its address
 
-    def load(self, sha256: str) -> None:
-        """Read the file, unless it is no longer the one that runs here and has this checksum."""
+    def load(self, sha256: str, folder: Path) -> None:
+        """Copy the file, unless it is no longer the one that runs here and has this checksum. The
+        copy is a nameless file in `folder`: in memory it would be a tenth of an idle master."""
         file = program_file()
-        if file and sha256_of(file) == sha256:
-            self.program, self.sha256 = file.read_bytes(), sha256
+        data = b""
+        with suppress(OSError):
+            if file:
+                data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            return
+        self.sha256 = sha256
+        try:
+            self.copy = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self.copy.write(data)
+            self.copy.flush()
+        except OSError:  # a full disk
+            self.copy = io.BytesIO(data)
+
+    def program(self) -> bytes:
+        """The whole program. Raises OSError where the disk does not give it."""
+        self.copy.seek(0)
+        return self.copy.read()
 
     def respond(self, connection: Any, address: str, *, whole: bool) -> Any:
         """The program as an HTTP answer, or only its checksum."""
-        if not self.program:
+        if not self.sha256:
             return connection.respond(
                 404, "this master does not run from a .pyz, and has none to hand out\n"
             )
@@ -18387,20 +18429,21 @@ class Handout:
             return connection.respond(503, "others are downloading; try again in a few seconds\n")
         self.downloads[connection] = address
         connection.allow(DOWNLOAD_S)
+        program = self.program()
         answer = connection.respond(200, "")
         for name, value in {
             "Content-Type": "application/octet-stream",
-            "Content-Length": len(self.program),
+            "Content-Length": len(program),
         }.items():
             del answer.headers[name]
             answer.headers[name] = str(value)
-        answer.body = self.program
+        answer.body = program
         return answer
 
     def offer(self, config: ConfigFile) -> dict[str, Any]:
         """What an upgrade's hosts are to install, if the committed configuration accepts it. Raises
         UpdaterError."""
-        if not self.program:
+        if not self.sha256:
             raise UsageError(
                 "the master does not run from a .pyz, and has none to hand out",
                 "serve from a built one",
@@ -23639,7 +23682,7 @@ class Service:
         master.registry.bind = self.options.bind
         master.recover(self.survey or Survey(self.state.history))
         self.survey = None
-        master.door.handout.load(self.sha256)
+        master.door.handout.load(self.sha256, self.state.root)
         host, port = parse_listen(self.options.listen, url.port)
         async with await self.listen(master, host, port), asyncio.TaskGroup() as group:
             near = host or ""

@@ -322,6 +322,39 @@ def test_a_running_one_may_be_replaced(pyz: Path, tmp_path: Path, how: str, byte
     assert "nothing like the old one" not in done.stderr
 
 
+# What a daemon holds of its own file: tracebacks' lines, and on a master what it hands out.
+HELD = """
+import hashlib, linecache, pathlib, sys, tracemalloc
+import estelle_updater
+estelle_updater.preload()
+pyz, folder = map(pathlib.Path, sys.argv[1:])
+sha256 = hashlib.sha256(pyz.read_bytes()).hexdigest()
+tracemalloc.start()
+handouts = []
+for place in (folder, folder / "missing"):  # in the second, as on a full disk, no file can be made
+    handouts.append(estelle_updater.Handout())
+    handouts[-1].load(sha256, place)
+    print(tracemalloc.get_traced_memory()[0] < pyz.stat().st_size / 10)
+other = estelle_updater.Handout()
+other.load("0" * 64, folder)
+program = pyz.read_bytes()
+pyz.write_bytes(b"another")
+print(all(handout.program() == program for handout in handouts), other.sha256 == "", not any(folder.iterdir()))
+print(all(len(entry) == 1 for entry in linecache.cache.values()), len(linecache.cache) > 20)
+"""
+
+
+def test_a_daemon_does_not_hold_its_own_file_in_memory(pyz: Path, tmp_path: Path) -> None:
+    """Its sources are made lines of by who shows a traceback; what a master hands out is on disk where there is room,
+    and the very program that runs, whatever becomes of the file."""
+    mine = tmp_path / "estelle_updater.pyz"
+    shutil.copy(pyz, mine)
+    (tmp_path / "state").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(mine)}
+    done = run(sys.executable, "-S", "-c", HELD, mine, tmp_path / "state", env=env, cwd=tmp_path)
+    assert done.stdout.split() == ["True", "False", "True", "True", "True", "True", "True"], done.stdout + done.stderr
+
+
 def test_without_preload_it_would_break(pyz: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copy(pyz, tmp_path))
     env = {**os.environ, "PYTHONPATH": str(mine)}
