@@ -720,6 +720,9 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
+# A host says again what the master has not acknowledged, a result ever more rarely
+SAY_AGAIN_S = 60.0
+SAY_AGAIN_MOST_S = 3600.0
 LIST_SAVE_S = 0.5  # hosts that come within this are written together
 LIST_PAUSE = 20  # and no sooner than after so many times as long as it takes to make their list
 FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
@@ -16270,7 +16273,11 @@ class Threads:
             with suppress(RuntimeError):  # the daemon has stopped meanwhile
                 loop.call_soon_threadsafe(finish, *outcome)
 
-        threading.Thread(target=begin, daemon=True).start()
+        try:
+            threading.Thread(target=begin, daemon=True).start()
+        except RuntimeError:  # the system has none left now
+            self._free.release()
+            raise
         return await done
 
 
@@ -16878,8 +16885,12 @@ class Link:
     # Logs that we send
 
     def open_log(self, run: str, host: str, path: Path) -> None:
-        """Offer a log to the other side, which says from where it wants it; once per log."""
-        if (run, host) in self._cursors:
+        """Offer a log to the other side, which says from where it wants it; again, as long as it
+        has not said so."""
+        known = self._cursors.get((run, host))
+        if known:
+            if known.sent is None:
+                self.post(Log(known.channel, run, host, known.size))
             return
         cursor = SendCursor(self._next_channel, run, host, log_size(path))
         self._next_channel += 1
@@ -16892,6 +16903,7 @@ class Link:
         cursor = self._cursors.pop((run, host), None)
         if cursor:
             self._unacked -= cursor.unacked
+            self._wake.set()  # there is room for others that wait for it
             self._due.pop(cursor.channel, None)
             del self._channels[cursor.channel]
             self.recent.drop(self._paths.pop(cursor.channel))
@@ -17329,6 +17341,18 @@ class OwnJob:
     cancelled: str | None = None  # by whom, as long as the runner can't be told
     burying: bool = False  # what its dead runner left is being killed
     files: tuple[Path, Path] | None = None  # its log and its record
+    said: float = 0.0  # when the master was told all of it last
+    told_again: int = 0  # so often, of a result
+
+    def is_unheard(self, now: float) -> bool:
+        """Whether the master is to be told again: it had no descriptor left, say, or took no more
+        of what nobody had ordered, and then nothing new happens here that would tell it."""
+        pause_s = min(SAY_AGAIN_S * 2.0 ** min(self.told_again, 10), SAY_AGAIN_MOST_S)
+        if now - self.said < pause_s:
+            return False
+        if self.record.state in FINAL:
+            self.told_again += 1
+        return True
 
 
 def concerns_master(before: JobRecord, after: JobRecord) -> bool:
@@ -17351,6 +17375,20 @@ def files_of(state: StateFolder, job: OwnJob) -> tuple[Path, Path]:
         job_file = state.job_file(run, host)
         job.files = log_file, job_file
     return job.files
+
+
+def mend_log(state: StateFolder, record: JobRecord) -> JobRecord:
+    """A log shorter than its result says (power loss, somebody's hand) says so, and the result
+    gets its size: else whoever wants all of it waits for ever."""
+    path = state.log_file(record.run, record.host)
+    size = log_size(path)
+    if record.state not in FINAL or size >= record.size:
+        return record
+    lost = record.size - size
+    line = f"\n[estelle-updater: log incomplete: {lost} bytes are lost]\n"
+    with suppress(OSError):
+        size, _ = append_log(path, size, line.encode())
+    return replace(record, revision=record.revision + 1, size=size)
 
 
 async def next_poke(poked: "asyncio.Event", grown_bytes: int) -> None:
@@ -17423,7 +17461,10 @@ class OwnJobs:
         """Look at the jobs' files when a runner pokes, and once a second: a poke may be lost, or
         not know where to."""
         while True:
-            self.find_local()
+            try:
+                self.find_local()
+            except Exception as problem:  # its file is looked at again
+                log.once(self, f"can't look for a deployment by hand: {problem}")
             for job in list(self.jobs.values()):
                 try:
                     self.refresh(job)
@@ -17438,7 +17479,8 @@ class OwnJobs:
         """Tell the master of a job and offer its log."""
         run, host = job.record.run, job.record.host
         self.jobs.setdefault((run, host), job)
-        job.record = self.mend_log(job.record)
+        job.record = mend_log(self.state, job.record)
+        job.said = time.monotonic()
         link.post(job.record)
         link.open_log(run, host, self.state.log_file(run, host))
 
@@ -17457,6 +17499,8 @@ class OwnJobs:
         if stamp and stamp != job.stamp:
             self.read_record(job, stamp)
             self.check_size(job)  # the record may tell of more than was there a moment ago
+        if self.link and job.is_unheard(now):
+            self.offer(job, self.link)
 
     def check_size(self, job: OwnJob) -> None:
         """The log's size now, which is less where somebody shortened the file."""
@@ -17478,22 +17522,9 @@ class OwnJobs:
         job.stamp = stamp
         if record.revision > job.record.revision:
             log.job(job.record, record)
-            before, job.record = job.record, self.mend_log(record)
+            before, job.record = job.record, mend_log(self.state, record)
             if self.link and concerns_master(before, job.record):
                 self.link.post(job.record)
-
-    def mend_log(self, record: JobRecord) -> JobRecord:
-        """A log shorter than its result says (power loss, somebody's hand) says so, and the result
-        gets its size: else whoever wants all of it waits for ever."""
-        path = self.state.log_file(record.run, record.host)
-        size = log_size(path)
-        if record.state not in FINAL or size >= record.size:
-            return record
-        lost = record.size - size
-        line = f"\n[estelle-updater: log incomplete: {lost} bytes are lost]\n"
-        with suppress(OSError):
-            size, _ = append_log(path, size, line.encode())
-        return replace(record, revision=record.revision + 1, size=size)
 
     def write(self, record: JobRecord, **changes: Any) -> JobRecord:
         """Record a state that this daemon decides, for want of a runner."""
@@ -17800,6 +17831,9 @@ class Agent:
             }
         except (OSError, ValueError) as problem:
             result = {"error": str(problem)}
+        except Exception as problem:  # one question's trouble must not end the connection
+            log.error("%s could not be answered: %s", ask.what, repr(problem)[:300])
+            result = {"error": f"this host can't answer that: {type(problem).__name__}"}
         return Answer(ask.id, await asyncio.to_thread(self.mask, ask.args.get("address"), result))
 
     def check_key(self, args: Mapping[str, Any]) -> Any:

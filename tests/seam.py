@@ -182,6 +182,7 @@ from estelle_updater import (
     TableRow as TableRow,
     TargetError as TargetError,
     TextView as TextView,
+    Threads as Threads,
     TlsRule as TlsRule,
     Tool as Tool,
     ToolCall as ToolCall,

@@ -477,3 +477,85 @@ def test_a_configuration_that_becomes_readable_is_read() -> None:
     first, second = done.out.splitlines()
     assert first.startswith("False False can't read"), done
     assert second == "False True None ('127.0.0.3',)", done
+
+
+# What goes wrong once must not be lost for ever, nor end the daemon
+
+
+def test_a_result_that_the_master_could_not_take_is_told_again(one: Fleet):
+    """It had no descriptor left at that moment; nothing new happens on the host that would tell it once more."""
+    a, b, _ = one.hosts
+    scarce = one.tmp_path / "scarce"
+    fault = f"""load = StateFolder.load_run
+def load_run(self, run):
+    if os.path.exists({str(scarce)!r}):
+        raise OSError(24, "Too many open files")
+    return load(self, run)
+StateFolder.load_run = load_run"""
+    again(one, a, FAULT=fault)
+    again(one, b, LIMITS='{"SAY_AGAIN_S": 1}')
+    write_script("echo by hand\n", b)
+    scarce.touch()
+    try:
+        done = one.cli("deploy", "master", host=b)
+        assert done.code == 0, done.err
+        wait_for(lambda: a.stderr.count("Too many open files"), "the master could not take it")
+    finally:
+        scarce.unlink()
+    path = newest_job(b)
+    wait_for(lambda: json.loads(path.read_text())["acked"], "its host may forget it")
+    run = path.parent.name
+    assert job_of(one, run, B)["state"] == "succeeded"
+    assert log_of(one, run, b) == (path.parent / f"{B}.log").read_bytes()
+
+
+def newest_job(host: Host) -> Path:
+    """The record of the newest job, on its host."""
+    return max(host.state.glob(f"runs/*/{B}.json"), key=lambda path: path.parent.name)
+
+
+def test_one_question_s_fault_ends_no_daemon(one: Fleet):
+    """The master's own agent lives in its process: what ended that connection would end the master."""
+    a = one.master
+    ill = one.tmp_path / "ill"
+    fault = f"""tell = QUESTIONS["status"]
+def fall(*args):
+    if os.path.exists({str(ill)!r}):
+        raise RuntimeError("can't start new thread")
+    return tell(*args)
+QUESTIONS["status"] = fall"""
+    again(one, a, FAULT=fault)
+    ill.touch()
+    rows = json.loads(one.cli("status", "--json").out)["hosts"]
+    problems = {row["host"]: row["problem"] for row in rows}
+    assert problems[A] == "this host can't answer that: RuntimeError" and problems[B] is None, problems
+    assert "status could not be answered: RuntimeError" in a.stderr
+    ill.unlink()
+    assert a.process and a.process.poll() is None
+    assert all(row["problem"] is None for row in json.loads(one.cli("status", "--json").out)["hosts"])
+
+
+def test_a_file_that_can_not_be_read_now_ends_no_daemon(one: Fleet):
+    """The record of a deployment by hand, just when the daemon looks for one."""
+    _, b, _ = one.hosts
+    scarce = one.tmp_path / "unreadable"
+    fault = f"""load = StateFolder.load_job
+def load_job(self, run, host):
+    if os.path.exists({str(scarce)!r}):
+        raise OSError(24, "Too many open files")
+    return load(self, run, host)
+StateFolder.load_job = load_job"""
+    again(one, b, FAULT=fault)
+    write_script(GATED, b)
+    scarce.touch()
+    try:
+        hand = Watched(one, "deploy", "master", host=b)
+        wait_for(lambda: "can't look for a deployment by hand" in b.stderr, "the daemon could not read it")
+    finally:
+        scarce.unlink()
+    open_gate(b)
+    assert hand.end() == 0
+    assert b.process and b.process.poll() is None
+    path = newest_job(b)
+    wait_for(lambda: json.loads(path.read_text())["acked"], "the master has heard of it")
+    assert b.stderr.count("can't look for a deployment by hand") == 1

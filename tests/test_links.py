@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import statistics
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -407,3 +408,51 @@ def test_an_agent_that_comes_and_goes_is_counted(capfd: pytest.CaptureFixture[st
     assert about[said + 1 :] == [
         f"agent 127.0.0.2 came {100 - est.FLAPS} times within 0 s; now it is online", "agent 127.0.0.2 is online", went,
     ]  # fmt: skip
+
+
+def test_the_room_of_a_log_that_ends_is_used_by_those_that_wait_for_it(tmp_path: Path) -> None:
+    """All of the window is one log's; nothing else happens that would wake the writer."""
+    run = "20260101-000000-0000"
+
+    async def talk() -> None:
+        wire, other = est.QueueWire.pair()
+        link = est.Link(wire)
+
+        def offer(channel: int, host: str, size: int) -> None:
+            (tmp_path / host).write_bytes(b"x" * size)
+            link.open_log(run, host, tmp_path / host)
+            link.on_have(est.Have(channel, 0, rewind=True))
+
+        async def take(size: int) -> None:
+            while size:
+                frame = await other.recv()
+                if isinstance(frame, bytes):
+                    size -= len(est.decode_chunk(frame)[2])
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            writer = group.create_task(link.write_forever())
+            offer(1, "one", est.WINDOW_BYTES)
+            await take(est.WINDOW_BYTES)
+            offer(2, "two", 5)
+            while await other.recv() != est.encode_message(est.Log(2, run, "two", 5)):
+                pass
+            link.close_log(run, "one")
+            await take(5)
+            writer.cancel()
+
+    asyncio.run(talk())
+
+
+def test_a_thread_that_can_not_begin_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> str:
+        threads = est.Threads(1)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(threading.Thread, "start", fail)
+            await threads.run(str, 1)
+        async with asyncio.timeout(30):
+            return await threads.run(str, 2)
+
+    def fail(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    assert asyncio.run(ask()) == "2"
