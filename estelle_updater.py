@@ -11709,9 +11709,15 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
         with suppress(OSError):
             append_log(log_file, log_size(log_file), f"\n[estelle-updater: {left}]\n".encode())
     size, now = log_size(log_file), time.time()
-    return replace(
-        job, revision=job.revision + 1, state=State.LOST, error=error, size=size, ended=now
-    )
+    # The mark is recorded before the command begins, and that it began only afterwards: one that
+    # kills its runner at once has begun too.
+    cut_off = job.open_step is not None and job.step_kind == StepKind.COMMAND
+    began = job.began_command or cut_off
+    changed = job.changed
+    if began or state.transit_file.exists():
+        changed = True
+    lost = replace(job, state=State.LOST, error=error, began_command=began, changed=changed)
+    return replace(lost, revision=job.revision + 1, size=size, ended=now)
 
 
 def environment_in(text: str, rule: Effective, file: str) -> dict[str, str]:

@@ -344,6 +344,15 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
     assert one.cli("rollback", "all", "--yes").code == 0
     assert [head(one, host) for host in one.hosts] == [commits[3]] * 2, "only what failed half-way goes back"
 
+    write_script("kill -9 $PPID; sleep 86413\n", agent)  # the runner, as the kernel would where memory is short
+    lost = one.cli("trigger", agent.address, "master")
+    assert lost.code == 1 and "✗ 연결 끊김 (the runner died)" in lost.out
+    assert f" rollback {agent.address} " in lost.err and f"(v0301_4 ({commits[3][:7]}))" in lost.err, lost.err
+    assert "(the runner died), 일부 변경" in one.cli("status").out
+    write_script("cat app.txt\n", agent)
+    assert one.cli("rollback", agent.address, "--yes").code == 0
+    assert head(one, agent) == commits[3]
+
     assert one.cli("trigger", master.address, "master").code == 0
     one.stop(agent)
     wait_for(lambda: not status(one)[1]["online"], "the agent is gone")
