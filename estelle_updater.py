@@ -1843,7 +1843,7 @@ def config_keys(cls: Any) -> dict[str, tuple[str, _Convert]]:
     for name, hint in get_type_hints(cls, include_extras=True).items():
         for part in (hint, *get_args(hint)):
             if hasattr(part, "__metadata__"):
-                key = re.sub("_(.)", lambda letter: letter[1].upper(), name.removesuffix("_s"))
+                key = key_text(name)
                 keys[key] = (name, part.__metadata__[0])
     return keys
 
@@ -2727,12 +2727,12 @@ def compare_commands(
     is_now = host_rule(new, address, hostname, role)
     keys = ("command", "restart", "repo", "environment_file", "environment_variable", "remote")
     # and which files it reads for that, whether it takes part, and as what
-    more = ("version", "submodules", "lfs", "role", "color", "deploy")
+    more = ("version", "submodules", "lfs", "role", "color", "deploy", "settle_s", "timeout_s")
     for key in keys + more:
         before, after = getattr(was, key), getattr(is_now, key)
         if before != after:
-            name = re.sub(r"_(\w)", lambda match: match[1].upper(), key)
-            yield Change(f"{name}: {_words_text(after)} instead of {_words_text(before)}")
+            told = f"{_words_text(after)} instead of {_words_text(before)}"
+            yield Change(f"{key_text(key)}: {told}")
     variables = []
     for name, value in is_now.env.items():
         if was.env.get(name) != value:  # one that is gone gives nobody's command a value
@@ -2760,12 +2760,87 @@ def compare_commands(
             yield Change(f"haproxy.{name}: {_words_text(after)}")
 
 
+def compare_rest(old: Config, new: Config) -> Iterator[Change]:
+    """What else a new configuration changes: the service's name, the checks, what is kept."""
+    if old.project != new.project:
+        before, after = old.project or "none", new.project or "none"
+        what = f"project: {after} instead of {before}"
+        yield Change(
+            f"{what}; `setup` installs the service of that name, with a new state folder",
+        )
+    yield from _compare_checks(old.health, new.health)
+    if new.haproxy and old.haproxy and old.haproxy.probe != new.haproxy.probe:
+        yield Change(f"haproxy.probe: {_words_text(new.haproxy.probe)}")
+    kept = _compare_fields(
+        old.keep,
+        new.keep,
+    )
+    if kept:
+        yield Change(f"keep: {kept}")
+    known = [window.name for window in old.freeze]  # what holds otherwise is a door's to tell
+    for window in new.freeze:
+        if window.name not in known:
+            yield Change(f"freeze {window.name}: holds orders")
+    for watch in old.watch:
+        if watch not in new.watch:
+            text = f"no longer {watch.then}s {watch.branch} on {watch.target} as it did"
+            yield Change(f"watch: {text}")
+    names = sorted(set(old.server_names) - set(new.server_names))
+    if names:
+        yield Change(
+            f"serverNames: answers no longer as {', '.join(names)}",
+        )
+
+
+def _compare_checks(old: Sequence[HealthRule], new: Sequence[HealthRule]) -> Iterator[Change]:
+    """The health checks: what each that stays asks for now, then those that come and go."""
+    before = {rule.name: rule for rule in old}
+    after = {rule.name: rule for rule in new}
+    for name, rule in after.items():
+        former = before.get(name)
+        if former and former != rule:
+            yield Change(f"health {name}: {_compare_fields(former, rule)}")
+    comes = [f"{name} ({after[name].kind})" for name in after if name not in before]
+    goes = [name for name in before if name not in after]
+    if comes:
+        yield Change(
+            f"health: checks {', '.join(comes)} too",
+        )
+    if goes:
+        yield Change(
+            f"health: no longer checks {', '.join(goes)}",
+        )
+
+
+def _compare_fields(old: Any, new: Any) -> str:
+    """What differs between two records of a kind, by the names that the file has for it."""
+    told = []
+    for one in fields(new):
+        before, after = getattr(old, one.name), getattr(new, one.name)
+        if before != after:
+            key = key_text(one.name)
+            told.append(f"{key} {_words_text(after)} instead of {_words_text(before)}")
+    return ", ".join(told)
+
+
+def key_text(name: str) -> str:
+    """A field's name as the file has it."""
+    name = name.removesuffix("_s")
+    return re.sub(
+        r"_(\w)",
+        lambda match: match[1].upper(),
+        name,
+    )
+
+
 def _words_text(value: Any) -> str:
     """A command or another setting for people; a list of commands too."""
     if isinstance(value, tuple | list):
         return " ".join(map(_words_text, value)) or "nothing"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, dict):
         return " ".join(f"{key}={part}" for key, part in value.items())
     return str(value or "nothing")
@@ -18285,7 +18360,8 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
             rule = host_rule(new, place, hostname, agent.role)
             doors = compare_doors(old, new)
             runs = compare_commands(old, new, place, hostname, agent.role)
-            found["doors"] = [change.text for change in (*doors, *runs)]
+            told = (*doors, *runs, *compare_rest(old, new))
+            found["doors"] = [change.text for change in told]
             found["opens"] = [change.text for change in doors if change.opens]
         elif new is None and config.problem:
             found["refused"].append(config.problem)
@@ -24744,7 +24820,7 @@ def effective_settings(
         for name, section in reversed(layers):
             if getattr(section, key, None) not in (None, {}):
                 origin = name
-        name = re.sub(r"_(\w)", lambda match: match[1].upper(), key.removesuffix("_s"))
+        name = key_text(key)
         rows.append((name, _setting_text(key, getattr(rule, key)), origin))
     return rows
 

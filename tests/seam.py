@@ -221,6 +221,7 @@ from estelle_updater import (
     client_tls as client_tls,
     compare_commands as compare_commands,
     compare_doors as compare_doors,
+    compare_rest as compare_rest,
     concerns_master as concerns_master,
     config_keys as config_keys,
     config_warnings as config_warnings,

@@ -894,6 +894,7 @@ DOORS: dict[str, Any] = {
     "deploy": {"secrets": ["LOGIN"]},
     "haproxy": {"host": "yq-data", "backend": "b"},
     "freeze": [{"name": "market", "from": "09:00", "to": "15:30"}],
+    "health": [{"name": "web", "http": "http://127.0.0.1/a"}],
 }
 
 
@@ -915,6 +916,25 @@ DOORS: dict[str, Any] = {
         ({"hosts": {"203.0.113.7": {"color": "blue"}}}, "color: blue instead of nothing"),
         ({"hosts": {"203.0.113.7": {"deploy": False}}}, "deploy: false instead of true"),
         ({"hosts": {"203.0.113.7": {"role": "master"}}}, "role: master instead of nothing"),
+        ({"deploy": {"secrets": ["LOGIN"], "settle": 9}}, "settle: 9 instead of 3"),
+        ({"keep": {"runs": 5, "jobMegabytes": 1}}, "keep: runs 5 instead of 500, jobMegabytes 1 instead of 256"),
+        (
+            {"project": "shop"},
+            "project: shop instead of none; `setup` installs the service of that name, with a new state folder",
+        ),
+        (
+            {"haproxy": {"host": "yq-data", "backend": "b", "probe": "http://127.0.0.1/z"}},
+            "haproxy.probe: http://127.0.0.1/z",
+        ),
+        (
+            {"health": [{"name": "web", "http": "http://127.0.0.1/b", "timeout": 2}]},
+            "health web: http http://127.0.0.1/b instead of http://127.0.0.1/a, timeout 2 instead of 5",
+        ),
+        ({"health": []}, "health: no longer checks web"),
+        (
+            {"health": [{"name": "web", "http": "http://127.0.0.1/a"}, {"name": "db", "tcp": "127.0.0.1:1"}]},
+            "health: checks db (tcp) too",
+        ),
         ({}, ""),
     ],
 )
@@ -923,4 +943,5 @@ def test_what_a_new_configuration_changes_in_guards_and_traffic(more: dict[str, 
     old, new = (est.parse_config(json.dumps(data), "x", "json") for data in (DOORS, changed))
     doors = est.compare_doors(old, new)
     runs = est.compare_commands(old, new, "203.0.113.7", "h", est.Role.AGENT)
-    assert [change.text for change in (*doors, *runs)] == ([told] if told else [])
+    rest = est.compare_rest(old, new)
+    assert [change.text for change in (*doors, *runs, *rest)] == ([told] if told else [])
