@@ -691,6 +691,7 @@ ATTEND_S = 1.0  # a commander whose output nobody reads answers pings in time
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
 CANCEL_LOOK_S = 0.2
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
+HAPROXY_ANSWER_S = 2.0  # the whole of it
 CONNECT_S = 3.0
 REACH_S = 0.5  # the same for `status`, which waits for nobody
 CHECK_S = RELOAD_COMMAND_S = 60.0
@@ -755,7 +756,7 @@ NEWS_BYTES = {
     "ntfy": 4000,
     "json": 60_000,
 }  # what each service takes
-POST_S = 10.0  # for each answer of a webhook
+POST_S = 10.0  # for a webhook, from the first look for it to the end of its answer
 POST_RETRY_S, RETRY_AFTER_S = (
     900.0,
     3600.0,
@@ -14501,6 +14502,97 @@ def _answers(calls: Sequence[Callable[[], Any]], deadline_s: float) -> Iterator[
             yield from done.get(timeout=max(0.0, ends - time.monotonic()))
 
 
+class Conversation:
+    """So many seconds for all that is said with a peer. A socket's own time-out begins anew with
+    each byte, and who sends one now and then could hold a thread for ever; at this end the
+    connections are shut down, and what went on raises TimeoutError.
+
+        with Conversation(2.0) as talk:
+            connection = talk.dial((host, port))
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.is_over = False
+        self._open: list[Any] = []  # sockets
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> "Conversation":
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: Any, problem: BaseException | None, _: Any) -> None:
+        self._timer.cancel()
+        with self._lock:
+            for connection in self._open:
+                connection.close()
+            self._open.clear()
+        # a socket's own patience may come to its end a moment before the timer's
+        is_late = self.is_over or isinstance(problem, TimeoutError)
+        is_stopped = problem is not None and not isinstance(problem, Exception)
+        if is_late and not is_stopped:
+            late = f"no answer within {self.seconds:g} s"
+            raise TimeoutError(late) from None
+
+    def _end(self) -> None:
+        with self._lock:
+            self.is_over = True
+            for connection in self._open:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def watch(self, connection: "socket.socket") -> None:
+        """Have a connection end with the others."""
+        # TLS takes the descriptor away from the socket that it wraps: this one stays
+        own = connection.dup()
+        with self._lock:
+            self._open.append(own)
+        if self.is_over:
+            self._end()
+
+    def dial(self, place: Any, timeout: Any = None, source: Any = None) -> "socket.socket":
+        """As socket.create_connection, but for the patience, which is this conversation's."""
+        connection = socket.create_connection(
+            place,
+            self.seconds,
+            source,
+        )
+        self.watch(connection)
+        return connection
+
+    def http(self, kind: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """An HTTP connection of a kind, whose socket is made by `dial`: http.client has that
+        attribute for those who replace it, and a test tells if it ever goes."""
+        connection = kind(*args, **options)
+        connection._create_connection = self.dial
+        return connection
+
+    def opener(self, proxy: Any) -> Any:
+        """What opens a URL over http or https by a proxy, and follows no redirect: a receiver could
+        otherwise have this host fetch an address that only this host can reach."""
+        talk = self
+
+        class Handler(urllib_request.HTTPHandler):
+            https_request = urllib_request.HTTPHandler.http_request
+
+            def open_as(self, kind: Any, request: Any) -> Any:
+                make = functools.partial(talk.http, kind)
+                return self.do_open(make, request)
+
+            def http_open(self, request: Any) -> Any:
+                return self.open_as(http_client.HTTPConnection, request)
+
+            def https_open(self, request: Any) -> Any:
+                return self.open_as(http_client.HTTPSConnection, request)
+
+        director = urllib_request.OpenerDirector()
+        director.add_handler(proxy)
+        director.add_handler(Handler())
+        return director
+
+
 def plain_remote(url: str) -> str:
     """What names a repository in a remote's URL: `ssh` or `https`, user, password and `.git` do
     not."""
@@ -14661,13 +14753,22 @@ def _fetch_address(
 ) -> str:
     """The public address that a URL answers with; `direct` passes by a proxy. Raises OSError,
     UsageError."""
-    opener = urllib_request.build_opener(urllib_request.ProxyHandler({} if direct else None))
+    proxies: dict[str, str] | None = None
+    if direct:
+        proxies = {}
 
     def fetch(url: str, headers: dict[str, str], method: str) -> str:
-        with opener.open(
-            urllib_request.Request(url, headers=headers, method=method), timeout=timeout_s
-        ) as answer:
-            return str(answer.read(65536).decode("utf-8", "replace"))
+        request = urllib_request.Request(
+            url,
+            headers=headers,
+            method=method,
+        )
+        by_proxy = urllib_request.ProxyHandler(proxies)
+        with Conversation(timeout_s) as talk, talk.opener(by_proxy).open(request) as answer:
+            text = answer.read(65536).decode("utf-8", "replace")
+            if answer.status != 200:
+                raise UsageError(f"HTTP {answer.status}")
+            return str(text)
 
     if "" in headers.values():
         token_url = url.partition("/latest/")[0] + "/latest/api/token"
@@ -14739,9 +14840,10 @@ _LEAST_FREE_PERCENT, _LEAST_DAYS = 10, 14  # certbot renews when 30 days are lef
 _HTTP_BYTES = 1 << 20  # of a body, to look for `contains`
 
 
-def _dial(endpoint: str, timeout_s: float) -> "socket.socket":
+def _dial(endpoint: str, talk: Conversation) -> "socket.socket":
     host, port = split_port(endpoint)
-    return socket.create_connection((host.strip("[]"), port or 0), timeout_s)
+    name = host.strip("[]")
+    return talk.dial((name, port or 0))
 
 
 def _tls_context(host: str) -> "ssl.SSLContext":
@@ -14768,23 +14870,23 @@ def probe_http(url: str, timeout_s: float, status: int = 200, contains: str | No
     OSError."""
     parts = urllib_parse.urlsplit(url)
     host = parts.hostname or ""
-    if parts.scheme == "https":
-        connection = http_client.HTTPSConnection(
-            host, parts.port, timeout=timeout_s, context=_tls_context(host)
-        )
-    else:
-        connection = http_client.HTTPConnection(host, parts.port, timeout=timeout_s)  # type: ignore[assignment]
     path = urllib_parse.quote(parts.path or "/", "/%:@!$&'()*+,;=~")
     if parts.query:
         path += f"?{parts.query}"
-    try:
-        connection.request(
-            "GET", path, headers={"User-Agent": "estelle-updater", "Connection": "close"}
+    kind: Callable[..., Any] = http_client.HTTPConnection
+    if parts.scheme == "https":
+        kind = functools.partial(
+            http_client.HTTPSConnection,
+            context=_tls_context(host),
         )
+    headers = {
+        "User-Agent": "estelle-updater",
+        "Connection": "close",
+    }
+    with Conversation(timeout_s) as talk, closing(talk.http(kind, host, parts.port)) as connection:
+        connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
         body = answer.read(_HTTP_BYTES)
-    finally:
-        connection.close()
     if answer.status != status:
         raise CheckFailed(f"HTTP {answer.status}, not {status}")
     if contains is not None and contains.encode() not in body:
@@ -14801,7 +14903,7 @@ def _check_http(check: Check) -> str:
 
 def _check_tcp(check: Check) -> str:
     """That a port accepts connections; a MariaDB behind it is left as it wants to be left."""
-    with _dial(check.subject, check.timeout_s) as connection:
+    with Conversation(check.timeout_s) as talk, _dial(check.subject, talk) as connection:
         patience_s = check.timeout_s / 2  # it looks up our name first
         if split_port(check.subject)[1] != 3306:
             patience_s = min(_GREETING_S, patience_s)
@@ -14824,19 +14926,23 @@ def _check_valkey(check: Check) -> str:
     """Valkey's or Redis' answer to PING, as a user who may ask: before that it hides whether it
     still loads its data, or takes no writes any more."""
     password = _store_password(check)
-    with _dial(check.subject, check.timeout_s) as plain, _secured(check, plain) as connection:
-        file = connection.makefile("rwb")
-        with file:
-            if password is not None:
-                if check.rule.user:
-                    login = [check.rule.user, password]
-                else:
-                    login = [password]
-                _ask_valkey(file, "AUTH", *login)
-            answer = _ask_valkey(file, "PING")
+    login: list[str] = []
+    if password is not None:
+        login = [password]
+        if check.rule.user:
+            login = [check.rule.user, password]
+    with Conversation(check.timeout_s) as talk, _dial(check.subject, talk) as plain:
+        answer = _ping_valkey(check, plain, login)
     if answer != "+PONG":
         raise CheckFailed(f"it answers {answer!r}, which is no Valkey's answer")
     return "PONG"
+
+
+def _ping_valkey(check: Check, plain: "socket.socket", login: Sequence[str]) -> str:
+    with _secured(check, plain) as connection, connection.makefile("rwb") as file:
+        if login:
+            _ask_valkey(file, "AUTH", *login)
+        return _ask_valkey(file, "PING")
 
 
 def _secured(check: Check, plain: "socket.socket") -> "socket.socket":
@@ -15009,7 +15115,7 @@ SEEN_BY_A_LOGIN = "only a `user` sees whether it takes writes and has a free con
 def _check_mariadb(check: Check) -> str:
     """That it greets; by a login also that it takes that and writes, which nobody else is told."""
     password = _store_password(check)
-    with _dial(check.subject, check.timeout_s) as connection:
+    with Conversation(check.timeout_s) as talk, _dial(check.subject, talk) as connection:
         if password is None or not check.rule.user:
             version = greet_mariadb(connection)
             return f"{version}; {SEEN_BY_A_LOGIN}"
@@ -15077,7 +15183,7 @@ def served_chain(endpoint: str, timeout_s: float) -> list[bytes]:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     host = split_port(endpoint)[0].strip("[]")
-    with _dial(endpoint, timeout_s) as plain:
+    with Conversation(timeout_s) as talk, _dial(endpoint, talk) as plain:
         connection = context.wrap_socket(plain, server_hostname=host)
         with connection:
             return _chain_of(connection)
@@ -15100,7 +15206,7 @@ def require_name(endpoint: str, chain: Sequence[bytes], timeout_s: float) -> Non
     context = ssl.create_default_context(cadata=trusted)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # what it shows counts as trusted
     try:
-        with _dial(endpoint, timeout_s) as plain:
+        with Conversation(timeout_s) as talk, _dial(endpoint, talk) as plain:
             context.wrap_socket(plain, server_hostname=host).close()
     except ssl.SSLCertVerificationError as problem:
         raise CheckFailed(problem.verify_message.rstrip(".")) from problem
@@ -15230,12 +15336,26 @@ def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str
             link.connect(path or "")
             link.sendall(words.encode() + b"\n")
             link.shutdown(socket.SHUT_WR)  # else HAProxy's master waits for more
-            answer = b"".join(iter(lambda: link.recv(CHUNK_BYTES), b"")).decode(errors="replace")
+            answer = _whole_answer(link).decode(errors="replace")
     except (OSError, AttributeError) as problem:  # Windows' Python has no such sockets
         raise UpdaterError(f"HAProxy does not answer at {path}: {problem}", hint) from problem
     if answer.startswith("Permission denied"):
         raise UpdaterError(f"HAProxy refuses `{command}` at {path}", hint)
     return answer
+
+
+def _whole_answer(link: "socket.socket") -> bytes:
+    """What comes until its end. Raises OSError where that is more, or takes longer, than HAProxy's
+    own: whatever listens at a path of the configuration is not always HAProxy."""
+    answer = bytearray()
+    with Conversation(HAPROXY_ANSWER_S) as talk:
+        talk.watch(link)
+        for data in iter(lambda: link.recv(CHUNK_BYTES), b""):
+            answer += data
+            if len(answer) > ANSWER_BYTES:
+                most_mib = ANSWER_BYTES >> 20
+                raise OSError(f"its answer has more than {most_mib} MiB")
+    return bytes(answer)
 
 
 def server_flags(path: str) -> frozenset[bytes] | None:
@@ -15704,7 +15824,8 @@ def connect_problem(color: str, address: str, patience_s: float = CONNECT_S) -> 
     try:
         port = split_port(address)[1]
         if port:  # else a UNIX socket, or the port that the client used
-            _dial(address, patience_s).close()
+            with Conversation(patience_s) as talk:
+                _dial(address, talk).close()
     except (OSError, UsageError) as problem:
         return f"{color} does not answer at {address}: {problem}"
     return None
@@ -20255,7 +20376,7 @@ class Master:
         self.queue = Queue(self.ledger, self.registry, self.freezes)
         self.plans: dict[str, Plan] = {}
         self.watcher = Watcher(self)
-        self.recent = Recent()
+        self.recent, self.posts = Recent(), Threads(ANSWERS_AT_ONCE)
         self.attendance = Attendance(self.agents)
         self.began = time.monotonic()
 
@@ -22147,26 +22268,27 @@ def post_news(rule: NotifyRule, tree: Path, news: Mapping[str, Any]) -> tuple[st
     """
     try:
         headers, body = render_news(rule.format, news, rule.chat)
-        request = urllib_request.Request(hook_url(rule, tree), body, headers, method="POST")
-        # Without the handlers for redirects and files: a receiver could otherwise have this host
-        # fetch an address that only this host can reach.
-        opener = urllib_request.OpenerDirector()
-        for part in (
-            urllib_request.ProxyHandler,
-            urllib_request.HTTPHandler,
-            urllib_request.HTTPSHandler,
-        ):
-            opener.add_handler(part())
-        with opener.open(request, timeout=POST_S) as answer:
-            if 200 <= answer.status < 300:
-                return "", 0.0
-            return f"HTTP {answer.status}", retry_after_s(
-                answer.headers.get("Retry-After", ""), time.time()
-            )
+        url = hook_url(rule, tree)
+        request = urllib_request.Request(
+            url,
+            body,
+            headers,
+            method="POST",
+        )
+        by_proxy = urllib_request.ProxyHandler()
+        with Conversation(POST_S) as talk, talk.opener(by_proxy).open(request) as answer:
+            status, said = answer.status, answer.headers
+        if 200 <= status < 300:
+            return "", 0.0
+        wanted = said.get("Retry-After", "")
+        pause_s = retry_after_s(wanted, time.time())
+        return f"HTTP {status}", pause_s
     except UpdaterError as problem:
         return problem.what, 0.0
     except Exception as problem:  # its text may hold the URL
         reason = getattr(problem, "reason", problem)
+        if isinstance(reason, TimeoutError):
+            return f"no answer within {POST_S:g} s", 0.0
         return str(getattr(reason, "strerror", None) or type(reason).__name__), 0.0
 
 
@@ -22598,7 +22720,8 @@ async def answer_notify_test(desk: Desk, args: dict[str, Any]) -> dict[str, Any]
     }
     rules = config.config.notify
     # Not by the spool, which would try for hours: who tests wants to know now.
-    sent = [asyncio.to_thread(post_news, rule, work_tree(config.path), news) for rule in rules]
+    tree = work_tree(config.path)
+    sent = [desk.master.posts.run(post_news, rule, tree, news) for rule in rules]
     rows = []
     for rule, (problem, _) in zip(rules, await asyncio.gather(*sent), strict=True):
         rows.append({"receiver": _receiver_text(rule), "ok": not problem, "problem": problem})
@@ -24153,31 +24276,44 @@ _replace_executable = functools.partial(write_atomic, durable=True, mode=0o755)
 def fetch_program(url: MasterUrl, bind: str | None, tls: Mapping[str, Any]) -> bytes:
     """The program that the master at `url` hands out, unverified; `tls` as `client_tls` says.
     Raises UpdaterError."""
-    kind = (
-        functools.partial(http_client.HTTPSConnection, context=tls["ssl"])
-        if tls
-        else http_client.HTTPConnection
-    )
-    connection = kind(
-        url.host, url.port, timeout=SEND_S, source_address=(bind, 0) if bind else None
-    )
-    deadline = time.monotonic() + SEND_S
+    kind: Callable[..., Any] = http_client.HTTPConnection
+    if tls:
+        kind = functools.partial(
+            http_client.HTTPSConnection,
+            context=tls["ssl"],
+        )
+    source = None
+    if bind:
+        source = (bind, 0)
     try:
-        while True:
-            connection.request("GET", f"{url.path.rstrip('/')}/{PROGRAM_NAME}")
-            answer = connection.getresponse()
-            data = answer.read(PROGRAM_BYTES)
-            if answer.status == 200:
-                return data
-            if answer.status != 503 or time.monotonic() > deadline:  # 503: others are downloading
-                raise refusal(answer.status, data)
-            time.sleep(random.uniform(*RETRY_S))
+        with Conversation(DOWNLOAD_S) as talk:
+            connection = talk.http(
+                kind,
+                url.host,
+                url.port,
+                source_address=source,
+            )
+            with closing(connection):
+                return _ask_for_program(url, connection)
     except (OSError, http_client.HTTPException) as problem:
         raise UnreachableError(
             f"can't fetch the program from {url}: {problem}", "try again"
         ) from problem
-    finally:
-        connection.close()
+
+
+def _ask_for_program(url: MasterUrl, connection: Any) -> bytes:
+    """Again while others are downloading. Raises UpdaterError, OSError, HTTPException."""
+    deadline = time.monotonic() + SEND_S
+    folder = url.path.rstrip("/")
+    while True:
+        connection.request("GET", f"{folder}/{PROGRAM_NAME}")
+        answer = connection.getresponse()
+        data: bytes = answer.read(PROGRAM_BYTES)
+        if answer.status == 200:
+            return data
+        if answer.status != 503 or time.monotonic() > deadline:
+            raise refusal(answer.status, data)
+        time.sleep(random.uniform(*RETRY_S))
 
 
 def daemon_facts(state: StateFolder) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_http(tmp_path: Path):
         assert not ok and "'blue' is not in the answer" in detail
         assert see(tmp_path, http=url, status=204) == (False, "HTTP 200, not 204")
         ok, detail = see(tmp_path, http=f"{url}/slow", timeout=0.3)
-        assert not ok and "timed out" in detail
+        assert not ok and "no answer within 0.3 s" in detail
     ok, detail = see(tmp_path, http=url)
     assert not ok and "refused" in detail
     with says("HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\nv0301_4 정상".encode(), 0.3) as address:
