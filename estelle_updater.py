@@ -1354,6 +1354,13 @@ def _match_target(part: str, hosts: Sequence[HostRef], active: str | None) -> li
     return found
 
 
+def _shown_host(host: HostRef) -> str:
+    """An address with the name that may be written for it, where that is known."""
+    if host.label != host.address or host.name in ("", host.address):
+        return host.label
+    return f"{host.label} ({host.name})"
+
+
 def _meant_target(part: str, hosts: Sequence[HostRef]) -> str:
     """Asks for the word that was nearly written; of addresses any two are alike."""
     words = ["all", "active", "standby", *(host.name for host in hosts)]
@@ -1382,8 +1389,7 @@ def select_targets(
         found = _match_target(part, hosts, active)
         deploying = [host for host in found if host.deploys]
         if not found:
-            known = [h.label if h.label != h.address else f"{h.label} ({h.name})" for h in hosts]
-            shown = ", ".join(known[:20]) or "no host so far"
+            shown = ", ".join(map(_shown_host, hosts[:20])) or "no host so far"
             hint = f"{_meant_target(part, hosts)}known: {shown}"
             raise TargetError(f"no such target: {part}", hint)
         if not deploying:
@@ -25153,9 +25159,13 @@ class Publication:
         self.branch = self.remote = ""
         self.note = ""  # what could not be done after the push
 
-    def line(self) -> str:
-        """What a person types to publish the file as it is."""
-        commit = f"git commit -m {json.dumps(self.message)} -- {self.name}"
+    def line(self, replaced: Path | None = None) -> str:
+        """What a person types to publish the file as it is, and that the one that it replaced is
+        gone."""
+        names = self.name
+        if replaced and self.ask("ls-files", "--", str(replaced)):
+            names += f" {replaced.relative_to(self.tree).as_posix()}"
+        commit = f"git commit -m {json.dumps(self.message)} -- {names}"
         return f"git add {self.name} && {commit} && git push"
 
     # The way to the remote
@@ -27756,7 +27766,8 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
         if row["state"] in FINAL and not row["ok"]:
             failed.append(row["host"])
     if found["kind"] != Kind.DEPLOY:
-        raise UsageError(f"run {run} is a {found['kind']}, and no deployment")
+        what = f"run {run} is a {found['kind']}, and no deployment"
+        raise UsageError(what, "`history` lists the runs, and what each was")
     if not found["done"]:
         raise GuardError(f"run {run} goes on", "wait for its end")
     if not failed:
@@ -27952,8 +27963,10 @@ def plan_facts(row: Mapping[str, Any]) -> list[str]:
         facts.append(versions)
     if target:
         facts.append(count_text(row["commits"], "commit"))
-        if row["leaving"]:
-            facts.append(f"{count_text(row['leaving'], 'commit')} leave")
+        if row["leaving"] == 1:
+            facts.append("1 commit leaves")
+        elif row["leaving"]:
+            facts.append(f"{row['leaving']} commits leave")
         facts.append(count_text(row["changed_count"], "file"))
         if row["lock_file"]:
             facts.append("the lock file changes")
@@ -29139,10 +29152,19 @@ def convert_config(args: Args, path: Path) -> int:
     # The new file first, and then the old one goes: a crash between leaves two, never none.
     write_atomic(new, text.encode(), mode=path.stat().st_mode & 0o777)
     said = f"wrote {new}"
+    replaced = None
     if new != path:
         path.unlink()
         said += f", removed {path}"
-    show(args, result, "\n".join([said, *remarks]))
+        replaced = path
+    publication = Publication(new, "Convert the configuration of estelle-updater")
+    steps = [f"next: {publication.line(replaced)}"]
+    if "machines" in data:
+        steps.append(
+            "then, on each host, the master first: stop the older updater, and in the clone:"
+            f" git pull && {program_name()} setup"
+        )
+    show(args, result, "\n".join([said, *remarks, *steps]))
     return 0
 
 

@@ -117,11 +117,22 @@ def test_init_check_show_convert(repo: Path) -> None:
     assert shown["masterUrl"]["from"] == "file" and shown["timeout"]["value"] == "1800"
     before = tomllib.loads(text)
     assert '"masterUrl"' in ok(repo, "config", "convert", "--dry-run").out and (repo / "config/updater.toml").exists()
-    ok(repo, "config", "convert")
+    first = ok(repo, "config", "convert").out
+    assert 'add config/updater.json && git commit -m "Convert the configuration of estelle-updater" -- ' in first
+    assert " -- config/updater.json && git push" in first, "of the other one git never knew"
     assert not (repo / "config/updater.toml").exists()
     assert json.loads((repo / "config/updater.json").read_text()) == before
-    ok(repo, "config", "convert")
+
+    def typed(line: str) -> str:
+        return run(["/bin/sh", "-ec", line], clean_env(repo), repo).out
+
+    typed("git add config/updater.json; git commit -qm x")
+    line = ok(repo, "config", "convert").out.splitlines()[-1]
     assert tomllib.loads((repo / "config/updater.toml").read_text()) == before
+    assert line.startswith("next: git add ") and line.endswith(" && git push")
+    typed(line.removeprefix("next: ").removesuffix(" && git push"))
+    changes = typed("git show --name-status --format= --no-renames").split()
+    assert changes == ["D", "config/updater.json", "A", "config/updater.toml"]
 
 
 def test_the_older_form(repo: Path) -> None:
@@ -131,7 +142,8 @@ def test_the_older_form(repo: Path) -> None:
     assert told.code == 2 and "config convert" in told.out
     dry = ok(repo, "config", "convert", "--dry-run")
     assert "whitelist" in json.loads(dry.out) and "! the steps are not in this file" in dry.err
-    ok(repo, "config", "convert")
+    steps = ok(repo, "config", "convert").out
+    assert "stop the older updater, and in the clone: git pull && " in steps and steps.endswith(" setup\n")
     new = json.loads((repo / "config/updater.json").read_text())
     assert new["whitelist"] == ["121.0.0.7", "1.2.3.4"] and new["hosts"]["121.0.0.7"] == {
         "environmentFile": "config/a.json"

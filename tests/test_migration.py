@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 
-from tests.fleet import Fleet
+from tests.fleet import Fleet, run
 
 PASSWORD = "hunter2-hunter2"
 
@@ -27,6 +27,10 @@ def test_the_older_configuration_becomes_a_green_deployment(fleet: Callable[...,
     assert converted.code == 0, converted.err
     assert "there is no config/gone.json here; that host needs it" in converted.out
     assert "! the steps are not in this file" in converted.out
+    (line,) = re.findall(r"(?m)^next: (git add .*) && git push$", converted.out)
+    typed = run(["/bin/sh", "-c", line], one.env, one.master.repo)
+    assert typed.code == 0, typed.err
+    one.origin.git("reset", "--quiet", "HEAD~1", cwd=one.master.repo)
     new = json.loads(one.master.config.read_text())
     assert new["hosts"]["127.0.0.1"] == {"environmentFile": "config/environments.office.json"}
     assert one.cli("config", "check").code == 0
