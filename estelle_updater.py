@@ -117,23 +117,59 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import (
-    IO,
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    AnyStr,
-    NoReturn,
-    Protocol,
-    TypeAlias,
-    TypeVar,
-    cast,
-    dataclass_transform,
-    get_args,
-    get_type_hints,
-)
 
 __version__ = "0.1.0"
+
+# Annotations want `typing`, whose import takes a short command as long as its master's answer.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import (
+        IO,
+        Annotated,
+        Any,
+        AnyStr,
+        NoReturn,
+        Protocol,
+        TypeAlias,
+        TypeVar,
+        cast,
+        dataclass_transform,
+    )
+
+    _T = TypeVar("_T")
+else:
+
+    class Any:
+        """As in `typing`: what annotations name, and only type checkers understand."""
+
+        def __class_getitem__(cls, parts: object) -> type:
+            return cls
+
+    _T = Any
+    AnyStr = Any
+    IO = Any
+    NoReturn = Any
+    Protocol = Any
+    TypeAlias = Any
+
+    class Annotated:
+        """As in `typing`, as far as fields of the configuration need it."""
+
+        def __class_getitem__(cls, parts: tuple) -> "Annotated":
+            made = cls()
+            made.__metadata__ = parts[1:]
+            return made
+
+        def __or__(self, other: object) -> "Annotated":
+            return self
+
+    def cast(kind: object, value: object) -> object:
+        """The value: what it is taken for, only type checkers want to know."""
+        return value
+
+    def dataclass_transform(**_: object) -> object:
+        """Nothing: it tells type checkers that a decorator makes records."""
+        return lambda decorator: decorator
 
 
 class _Lazy:
@@ -149,6 +185,7 @@ class _Lazy:
 
 
 _LAZY_NAMES = (
+    "_socket",
     "ast",
     "asyncio",
     "base64",
@@ -182,6 +219,7 @@ _LAZY_NAMES = (
     "zipfile",
 )
 if TYPE_CHECKING:
+    import _socket
     import ast
     import asyncio
     import base64
@@ -342,7 +380,6 @@ def preload(*names: str) -> None:
 
 
 MISSING: Any = type("_Missing", (), {"__repr__": lambda self: "MISSING"})()
-_T = TypeVar("_T")
 
 
 class Field(NamedTuple):
@@ -385,7 +422,7 @@ def annotation_text(annotation: Any) -> str:
     """
     if isinstance(annotation, str):
         return annotation.strip("'\"")
-    if isinstance(annotation, type) and not get_args(annotation):
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
         return annotation.__name__
     return re.sub(r"\b[a-z_.]+\.(?=\w)", "", str(annotation))
 
@@ -1847,12 +1884,33 @@ def config_keys(cls: Any) -> dict[str, tuple[str, _Convert]]:
     """The keys that a table of the file may have: for each its field, and the converter in that
     field's annotation, such as `Text`, `Text | None` or `Annotated[int, converter]`."""
     keys = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        for part in (hint, *get_args(hint)):
-            if hasattr(part, "__metadata__"):
-                key = key_text(name)
-                keys[key] = (name, part.__metadata__[0])
+    for base in reversed(cls.__mro__):
+        for name, annotation in vars(base).get("__annotations__", {}).items():
+            convert = _converter(annotation)
+            if convert:
+                keys[key_text(name)] = (name, convert)
     return keys
+
+
+def _converter(annotation: Any) -> _Convert | None:
+    """The converter that an annotation names, None where it names none."""
+    if isinstance(annotation, str):
+        kind = annotation.removesuffix(" | None")
+        if kind.startswith("Annotated["):
+            return functools.partial(_convert_by, kind)
+        annotation = globals().get(kind)
+    named: Any = getattr(annotation, "__metadata__", None)
+    if named is None:
+        return None
+    found: _Convert = named[0]
+    return found
+
+
+def _convert_by(annotation: str, raw: Any, place: _Place) -> Any:
+    """Convert a value by an annotation that is read only now: most files have few of the keys, and
+    to read them all would take longer than the file."""
+    convert: _Convert = eval(annotation).__metadata__[0]
+    return convert(raw, place)
 
 
 def _table(
@@ -3658,7 +3716,7 @@ def decode_fields(cls: type[Any], data: dict[str, Any], *, exact: bool = False) 
 def _is_plain(value: Any) -> bool:
     """Whether there is nothing to clean in a value, as in nearly all: a short way past the rest."""
     if isinstance(value, str):
-        return value.isprintable() and "\ufffd" not in value
+        return is_seen(value) and "\ufffd" not in value
     return value is None or value == {} or isinstance(value, int | float)
 
 
@@ -16732,6 +16790,28 @@ class ClientSocket:
         self._kind, self._parts = _CONTINUED, []
 
 
+def open_socket(host: str, port: int, bind: str | None, timeout_s: float) -> "_socket.socket":
+    """A connection, as `socket.create_connection` makes it. By what `socket` stands on: that one
+    makes enums of all its numbers first, which takes as long as a master's answer. Raises
+    OSError."""
+    problem = OSError(errno.EADDRNOTAVAIL, "it has no address")
+    # As bytes: for text the library looks up how names in other scripts are spelled.
+    found = _socket.getaddrinfo(host.encode(), port, 0, _socket.SOCK_STREAM)
+    for family, kind, protocol, _, place in found:
+        made = _socket.socket(family, kind, protocol)
+        try:
+            made.settimeout(timeout_s)
+            if bind:
+                made.bind((bind, 0))
+            made.connect(place)
+        except OSError as error:
+            made.close()
+            problem = error
+        else:
+            return made
+    raise problem
+
+
 class BlockingWire:
     """A WebSocket for a program that does one thing at a time: it has no event loop, so a command
     starts sooner. Pings are answered while it reads, and once it was told to `attend`, also while
@@ -16744,18 +16824,14 @@ class BlockingWire:
         self._in_use = threading.Lock()  # whoever reads or writes: the program, or who attends
         self._attended = False
         deadline = time.monotonic() + timeout_s
-        if way.bind:
-            source = (way.bind, 0)
-        else:
-            source = None
-        # As bytes: for text the library looks up how names in other scripts are spelled.
-        place: Any = (url.host.encode(), url.port)
-        self._socket = socket.create_connection(place, timeout_s, source)
+        self._socket = open_socket(url.host, url.port, way.bind, timeout_s)
         try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
             if way.tls:
+                plain = socket.socket(fileno=self._socket.detach())
+                plain.settimeout(timeout_s)
                 self._socket = way.tls["ssl"].wrap_socket(
-                    self._socket, server_hostname=way.tls["server_hostname"]
+                    plain, server_hostname=way.tls["server_hostname"]
                 )
             while not self._protocol.is_open:
                 self._read(deadline - time.monotonic())
@@ -22919,7 +22995,7 @@ def user_name() -> str:
         user = getpass.getuser()
     except (OSError, KeyError, ImportError):  # no such user id, or Windows without USERNAME
         user = "?"
-    return f"{user}@{socket.gethostname()}"
+    return f"{user}@{_socket.gethostname()}"
 
 
 def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connection, RunRecord]:
@@ -24037,13 +24113,55 @@ if sys.argv[1:] == ["--version"]:
     sys.exit(0)
 
 import gc
+import marshal
+import mmap
 
+NAME = "estelle_updater"
+FILE = NAME + ".pyc"
+
+
+def find_bytecode():
+    """The module's bytecode as it lies in this file; None where it is another Python's."""
+    from _frozen_importlib_external import MAGIC_NUMBER
+
+    _, compression, size, _, begin = __loader__._files[FILE][:5]
+    name = begin + 30  # behind a zip entry's head, and the code behind that
+    start = name + len(FILE)
+    with open(__loader__.archive, "rb") as file:
+        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    expected = FILE.encode() + MAGIC_NUMBER
+    if compression or whole[name : name + len(expected)] != expected:
+        return None
+    return whole[start + 16 : start + size]
+
+
+def get_filename(name):
+    """Python's loader reads all of a module to say where it is, and then once more to run it."""
+    if name == NAME:
+        return __loader__._files[FILE][0]
+    return type(__loader__).get_filename(__loader__, name)
+
+
+def get_code(name):
+    """Python's loader reads bytecode into memory, and copies it there."""
+    if name == NAME:
+        return marshal.loads(bytecode)
+    return type(__loader__).get_code(__loader__, name)
+
+
+try:
+    bytecode = find_bytecode()
+    if bytecode:
+        __loader__.get_filename, __loader__.get_code = get_filename, get_code
+except Exception:  # whatever another Python has elsewhere: it loads this as any other .pyz
+    pass
 gc.disable()
-from estelle_updater import main
+from estelle_updater import leave, main
 
+bytecode = None  # a daemon holds on to no file
 gc.freeze()  # what is imported stays: nobody looks for garbage in it, not even at the end
 gc.enable()
-sys.exit(main(sys.argv[1:]))
+leave(main(sys.argv[1:]))
 '''
 
 
@@ -30867,6 +30985,19 @@ def print_error(problem: UpdaterError, args: Args) -> int:
         text = fold_for_stderr(text)
     print(text, file=sys.stderr)
     return problem.exit_code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process. Python gives back each object first, of which a short command's life has
+    a tenth; the system takes them all at once. Where something may still have to be put away at the
+    end, by a daemon or a command that had a folder or threads for a time, Python does so."""
+    tidies_up = {"asyncio", "concurrent.futures", "logging", "tempfile"} & {*sys.modules}
+    with suppress(OSError, ValueError):  # Python says at its own end what can't be written
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not tidies_up:
+            os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -313,6 +313,12 @@ def test_one_line(raw: str, line: str) -> None:
     assert est.one_line(raw) == line
 
 
+def test_what_is_printable_and_not_seen_is_no_short_way() -> None:
+    """A grapheme joiner makes two names that look alike."""
+    arrived = est.decode_message('{"verb":"cancel","run":"' + RUN + '","by":"yq\u034f"}')
+    assert arrived.by == "yq\ufffd"
+
+
 def test_a_log_alone_has_lines() -> None:
     answer = est.Answer(1, {"hosts": [{"host": "a\nb", "text": "one\ntwo\n"}, 3], "text": "x\ny"})
     arrived = est.decode_message(est.encode_message(answer)).result

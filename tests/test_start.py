@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
 import typing
+import zipfile
+from pathlib import Path
 
 import pytest
 
+from tests.fleet import PROGRAM
 from tests.seam import program
+
+# Says of each module that Python's own loader reads out of the .pyz, and how it ended.
+WATCHED = """
+import runpy, sys, zipimport
+load = zipimport._unmarshal_code
+def told(*given):
+    print("read", given[2], file=sys.stderr)
+    return load(*given)
+zipimport._unmarshal_code = told
+import atexit, os
+end = os._exit
+def leave(code):
+    print("left by itself", file=sys.stderr)
+    end(code)
+os._exit = leave
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def declare(base: typing.Any) -> typing.Any:
@@ -50,3 +75,51 @@ def test_every_pattern_compiles():
     for pattern in patterns:
         assert pattern.pattern == pattern.compile().pattern
         assert vars(pattern)["pattern"]  # and the next use does not come by the way of the first
+
+
+def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path):
+    """Python's own loader would read it to say where it is, and again; at the end it gives back each object."""
+    pyz = Path(PROGRAM[-1])
+    code, words = ["-S", "-c", WATCHED], ["--state", str(tmp_path), "history"]
+    done = subprocess.run([sys.executable, *code, pyz, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "config" in done.stderr, done.stderr
+    assert "read estelle" not in done.stderr and done.stderr.endswith("left by itself\n"), done.stderr
+    words = ["-S", "-X", "importtime", str(pyz), "--state", str(tmp_path), "--config", "/dev/null", "status"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert " estelle_updater\n" in done.stderr
+    dear = [name for name in ("typing", "dataclasses", "socket", "asyncio", "inspect") if f" {name}\n" in done.stderr]
+    assert not dear, dear
+
+    # bytecode of another Python is none: the source is read, as everywhere
+    other = tmp_path / "other.pyz"
+    shutil.copy(pyz, other)
+    with zipfile.ZipFile(other) as archive:
+        begin = archive.getinfo("estelle_updater.pyc").header_offset + 30 + len("estelle_updater.pyc")
+    with other.open("r+b") as file:
+        file.seek(begin)
+        file.write(b"\x01\x02\r\n")
+    done = subprocess.run([sys.executable, *code, other, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "config" in done.stderr, done.stderr
+    assert "read estelle_updater.pyc\n" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")
+def test_what_a_short_command_could_not_write_is_its_exit_code():
+    for words, code in (["--help"], 130), (["--version", "--json"], 130), (["no-such"], 2):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*PROGRAM, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == code and done.stderr.count("\n") < 3, done.stderr
+
+
+def test_an_annotation_names_its_converter():
+    """Read when its key is: every field that `typing` sees a converter at has its key."""
+    rules = [value for value in vars(program).values() if getattr(value, "__dataclass_fields__", None)]
+    seen = 0
+    for rule in rules:
+        for key, (name, convert) in program.config_keys(rule).items():
+            assert key[0].islower() and name in rule.__dataclass_fields__
+            place = program._Place()
+            convert(object(), place)
+            assert place.problems, key  # no key takes what no file can hold
+            seen += 1
+    assert seen > 60

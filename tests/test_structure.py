@@ -481,8 +481,9 @@ def test_the_websockets_whose_internals_are_overridden_is_the_one_that_was_read(
 
 def test_lazy_modules_are_those_that_the_type_checker_imports():
     body = tree_of(MODULE.read_text("utf-8")).body
-    typing = next(node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    known = [alias.name for node in typing.body if isinstance(node, ast.Import) for alias in node.names]
+    blocks = [node.body for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for block in blocks for node in block if isinstance(node, ast.Import)]
+    known = [alias.name for node in imports for alias in node.names]
     lazy = next(node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY_NAMES")
     assert list(ast.literal_eval(lazy.value)) == known
 
