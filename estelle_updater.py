@@ -26305,6 +26305,7 @@ class Doctor:
         except (ConfigError, OSError) as problem:
             fix = f"run this in the repository, or: {program_name()} config init"
             yield Finding("configuration", False, str(problem), fix)
+            yield self.git_program()  # which `config init` needs too
             return
         more = ""
         if warnings:
@@ -26355,7 +26356,8 @@ class Doctor:
                 require_own_state(self.state, self.args.config_path())
             except UsageError as problem:
                 return Finding("state", False, problem.what, problem.hint)
-        text = f"{self.state.root}, {len(self.state.run_ids())} recorded runs"
+        runs = count_text(len(self.state.run_ids()), "recorded run")
+        text = f"{self.state.root}, {runs}"
         return judge_attempt("state", text, self.state.create)
 
     @staticmethod
@@ -26444,11 +26446,16 @@ class Doctor:
         if rule.key:
             yield Finding("section", True, f'[hosts."{rule.key}"]')
 
+    def git_program(self) -> Finding:
+        """Whether there is a git to ask."""
+        code, said = try_command(["git", "--version"], self.env)
+        return Finding("git", code == 0, said, "install git for this user")
+
     def repository(self, repo: Path, rule: Effective) -> Iterator[Finding]:
         """Git, the clone, its remote, and what the deploy command needs."""
-        code, said = try_command(["git", "--version"], self.env)
-        yield Finding("git", code == 0, said, "install git for this user")
-        if code:
+        program = self.git_program()
+        yield program
+        if not program.ok:
             return
         if os.name != "nt" and (repo / ".git").exists():
             owner = (repo / ".git").stat().st_uid
@@ -26512,7 +26519,7 @@ class Doctor:
                 return
             hint = problem.hint
             if decision.role is Role.AGENT and not isinstance(problem, RefusedError):
-                hint = "; ".join(filter(None, (hint, role_advice(config))))
+                hint = f"{hint} Or: {role_advice(config)}"
             yield Finding("master", False, problem.what, hint)
         except ImportError:
             yield Finding("master", None, "not asked: a package is missing")
@@ -29211,11 +29218,14 @@ def init_config(args: Args) -> int:
     told = change_config(path, text, "Configure estelle-updater", args.commit, is_first=True)
     facts = {"file": str(path), "git": told}
     first = told if args.commit else f"next: {told}"
-    show(args, facts, f"wrote {path}\n{first}\n{next_steps(root)}")
+    order = "trigger all"
+    if args.blue_green:
+        order = "release"  # the worker that has the traffic is left alone
+    show(args, facts, f"wrote {path}\n{first}\n{next_steps(root, order)}")
     return 0
 
 
-def next_steps(root: Path) -> str:
+def next_steps(root: Path, order: str) -> str:
     """What follows a first configuration, to be typed as it stands: here, and on the others."""
     branch = git_output(root, scrub_environment(os.environ), "branch", "--show-current")
     name = branch.decode("utf-8", "replace").strip() or "BRANCH"
@@ -29224,7 +29234,7 @@ def next_steps(root: Path) -> str:
         [
             f"then here: {est} setup",
             f"on every other host, in its clone: git pull && {est} setup",
-            f"and to deploy: {est} trigger all {name}",
+            f"and to deploy: {est} {order} {name}",
         ]
     )
 

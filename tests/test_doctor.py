@@ -80,7 +80,7 @@ def test_what_is_wrong_with_the_clone_and_the_way_to_it(two: Fleet, tmp_path: Pa
     assert "is no git checkout" in found["checkout"]["text"]
 
 
-def test_what_is_wrong_with_the_configuration_and_the_console(two: Fleet) -> None:
+def test_what_is_wrong_with_the_configuration_and_the_console(two: Fleet, tmp_path: Path) -> None:
     agent = two.agents[0]
     config = json.loads(agent.config.read_text())
     agent.config.write_text(json.dumps(config | {"deploy": {"command": ["pnpm-9", "x"]}}))
@@ -90,7 +90,10 @@ def test_what_is_wrong_with_the_configuration_and_the_console(two: Fleet) -> Non
     agent.config.write_text('{"masterUrl": 7}')
     assert "masterUrl" in doctor(two, agent)["configuration"]["text"]
     agent.config.unlink()
-    assert wrong(doctor(two, agent, env={"ESTELLE_CONFIG": ""})) == {"service", "configuration"}
+    found = doctor(two, agent, env={"ESTELLE_CONFIG": ""})
+    assert wrong(found) == {"service", "configuration"} and found["git"]["ok"]
+    (tmp_path / "python3").symlink_to(sys.executable)
+    assert wrong(doctor(two, agent, env={"ESTELLE_CONFIG": "", "PATH": str(tmp_path)})) >= {"configuration", "git"}
 
 
 def test_a_remote_that_only_the_operator_s_agent_opens() -> None:

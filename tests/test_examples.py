@@ -254,8 +254,9 @@ def test_config_init_writes_it(tmp_path: Path):
         "config init --blue-green --host yq-blue=ADDRESS --host yq-green=ADDRESS"
         in run([*argv, *where[:1]], env, tmp_path).err
     )
-    code, _, err = run([*argv, *where], env, tmp_path)
+    code, out, err = run([*argv, *where], env, tmp_path)
     assert code == 0, err
+    assert " release " in out and "trigger all" not in out, "the active worker is left alone"
     written = tomllib.loads((tmp_path / "config/updater.toml").read_text())
     assert written["hosts"] == {
         "10.0.0.10/yq-data": {"deploy": False},
