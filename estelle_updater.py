@@ -761,6 +761,7 @@ DISK_RETRY_S = 5.0
 # A host says again what the master has not acknowledged, a result ever more rarely
 SAY_AGAIN_S = 60.0
 SAY_AGAIN_MOST_S = 3600.0
+FOLDERS_KNOWN = 1000  # of runs: they are looked at again when there are more
 LIST_SAVE_S = 0.5  # hosts that come within this are written together
 LIST_PAUSE = 20  # and no sooner than after so many times as long as it takes to make their list
 FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
@@ -8653,6 +8654,7 @@ class Store:
         self._turn = threading.Condition()
         self._puts = 0  # so far: whether there is more to write than a round began with
         self._thread: threading.Thread | None = None
+        self._entered: set[Path] = set()  # folders that are sure to be there after a power loss
 
     # To be written
 
@@ -8828,14 +8830,22 @@ class Store:
                 self._end(*one, refused)
         return kept
 
-    @staticmethod
-    def _write_file(path: Path, write: Write, data: bytes) -> None:
-        if not path.parent.exists():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            sync_folder(path.parent.parent)
+    def _write_file(self, path: Path, write: Write, data: bytes) -> None:
+        self._enter(path.parent)
         if write.after is not None:
             sync_file(write.after)
         write_atomic(path, data, durable=write.durable, folder_later=True)
+
+    def _enter(self, folder: Path) -> None:
+        """Have a folder that the disk keeps, whoever made it: a log may have come before."""
+        if folder in self._entered and folder.exists():
+            return
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(PermissionError):  # above the state folder there may be another's
+            sync_folder(folder.parent)
+        if len(self._entered) >= FOLDERS_KNOWN:
+            self._entered.clear()
+        self._entered.add(folder)
 
     def _end(self, path: Path, write: Write, data: bytes, refused: OSError | None) -> None:
         """Tell who waits how it went with `data`, unless there is newer data by now."""
@@ -17293,6 +17303,7 @@ class Link:
             message.channel, path=path, grew=grew, closed=closed, most_bytes=most_bytes
         )
         self._inbound[message.channel] = inbound
+        inbound.make_folder()
         size = log_size(path)
         question = inbound.ask(size, log_check(path, size))
         if not self.shared:
@@ -17336,8 +17347,7 @@ class Link:
 
     def _ask_again(self, inbound: "Inbound") -> None:
         if self._inbound.get(inbound.channel) is inbound:
-            with suppress(OSError):
-                inbound.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            inbound.make_folder()
             inbound.retry_due = False
             self.post(inbound.ask(log_size(inbound.path)))
 
@@ -17384,6 +17394,12 @@ class Inbound(Inbox):
     ack_due: bool = False
     retry_due: bool = False
     closed: bool = False
+
+    def make_folder(self) -> None:
+        """The first bytes may be here before the store has made the run's folder: refused, they
+        would come again only with the next try."""
+        with suppress(OSError):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 # What an answer may hold. A host that is not itself any more must not spoil the fleet's `status`,

@@ -559,3 +559,21 @@ StateFolder.load_job = load_job"""
     path = newest_job(b)
     wait_for(lambda: json.loads(path.read_text())["acked"], "the master has heard of it")
     assert b.stderr.count("can't look for a deployment by hand") == 1
+
+
+def test_a_log_of_a_run_that_is_new_to_the_master_does_not_wait_for_its_disk(one: Fleet):
+    """Its bytes are here before the slow disk has made the run's folder: they are not refused, and asked for again."""
+    a, b, _ = one.hosts
+    fault = """write_file = Store._write_file
+def slow(self, path, *rest):
+    time.sleep(1 if path.name == "run.json" else 0)
+    write_file(self, path, *rest)
+Store._write_file = slow"""
+    again(one, a, FAULT=fault)
+    write_script("echo by hand\n", b)
+    done = one.cli("deploy", "master", host=b)
+    assert done.code == 0, done.err
+    path = newest_job(b)
+    wait_for(lambda: json.loads(path.read_text())["acked"], "the master has all of it")
+    assert log_of(one, path.parent.name, b) == (path.parent / f"{B}.log").read_bytes()
+    assert "can't write" not in a.stderr, a.stderr
