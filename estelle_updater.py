@@ -639,6 +639,7 @@ HELLO_BYTES = 8 << 10
 RECORD_BYTES = 64 << 10
 LIST_BYTES = 256 << 10  # of messages in one frame
 WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
+PONG_BYTES = 64 << 10  # the same of answers to its pings
 
 # What one address, agent or commander can make the master hold
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
@@ -18816,7 +18817,8 @@ class Page:
         if not self.text:
             only = "this master runs from a copy of estelle_updater.py alone, which has no page"
             return connection.respond(404, f"{only}; serve from a .pyz or a checkout\n")
-        zipped = "gzip" in request.headers.get("Accept-Encoding", "")
+        takes = ",".join(request.headers.get_all("Accept-Encoding"))
+        zipped = "gzip" in takes
         answer = connection.respond(200, "")
         if zipped:
             answer.body = self.squeezed
@@ -18991,6 +18993,26 @@ def forget_handshake(connection: Any) -> None:
         said.headers.clear()
 
 
+class PongBound:
+    """Of a server's connection: each ping is answered as it comes, whether the peer reads that or
+    not, and one that never reads would fill the memory."""
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio calls it: what is written meanwhile are answers to pings, and an end."""
+        connection: Any = self
+        transport = connection.transport
+        before = transport.get_write_buffer_size()
+        super().data_received(data)  # type: ignore[misc]
+        after = transport.get_write_buffer_size()
+        if not before:
+            connection.unread_bytes = 0
+        connection.unread_bytes += max(0, after - before)
+        if connection.unread_bytes > PONG_BYTES:
+            transport.abort()
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
@@ -19025,9 +19047,12 @@ class Door:
 
         door = self
 
-        class Guarded(ServerConnection):
+        class Guarded(PongBound, ServerConnection):
             # not in the connection's dictionary, which would double its size by a few more
-            __slots__ = ("among", "estelle_address", "one_too_many", "patience", "peer")
+            __slots__ = (
+                *("among", "estelle_address", "one_too_many", "patience", "peer"),
+                "unread_bytes",
+            )
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
@@ -19086,7 +19111,8 @@ class Door:
             return self.refuse(
                 connection, address, verdict.reason, f"add {address} to the whitelist in git"
             )
-        hosts, origin = request.headers.get_all("Host"), request.headers.get("Origin")
+        hosts = request.headers.get_all("Host")
+        origins = request.headers.get_all("Origin")
         own = (
             config.master_url.host,
             self.own_address,
@@ -19097,12 +19123,11 @@ class Door:
             return self.refuse(
                 connection, address, "the Host header names another server", "use serverNames"
             )
-        if origin is not None and not (
-            allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]
-        ):
-            return self.refuse(
-                connection, address, f"a page of {origin[:80]!r} can't talk to this port", ""
-            )
+        for origin in origins:
+            is_ours = allowed_origin(origin, own) and origin.partition("//")[2] == hosts[0]
+            if not is_ours:
+                reason = f"a page of {origin[:80]!r} can't talk to this port"
+                return self.refuse(connection, address, reason, "")
         if self.connected[address] >= CONNECTIONS:
             return self.refuse(
                 connection, address, f"more than {CONNECTIONS} connections", "close some"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -29,6 +30,8 @@ RUBBISH = {
     "two hosts": UPGRADE + b"Host: 127.0.0.1\r\n\r\n",
     "no version": b"GET / \r\n\r\n",
     "half": UPGRADE,
+    "two pages": UPGRADE + b"Origin: http://127.0.0.1\r\nOrigin: http://a.example\r\n\r\n",
+    "two lists": b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"Accept-Encoding: gzip\r\n" * 2 + b"\r\n",
 }
 
 
@@ -173,3 +176,21 @@ async def commander(stack: AsyncExitStack, port: int, source: str) -> str:
 def rss_mb(pid: int) -> float:
     """Resident memory of a process in MB."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+async def pings(port: int, source: str, most: int) -> int:
+    """Pings of somebody who reads no answer: how many bytes of them were taken."""
+    async with open_at(port, source) as (reader, writer):
+        writer.write(UPGRADE + b"\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(frame(1, encode_message(Hello("commander", [1, 1], "9", "", "crowd", "")).encode()))
+        writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader_transport: asyncio.ReadTransport = writer.transport  # type: ignore[assignment]
+        reader_transport.pause_reading()
+        some, sent = frame(9, b"x" * 125) * 100, 0
+        with suppress(OSError):
+            while sent < most:
+                writer.write(some)
+                await writer.drain()
+                sent += len(some)
+        return sent

@@ -95,6 +95,13 @@ def test_frames_that_are_none(one: Fleet) -> None:
 
 
 @one_fleet
+def test_pings_whose_answers_nobody_reads(one: Fleet) -> None:
+    most = 64 << 20
+    taken = asyncio.run(floods.pings(one.port, ALLOWED, most))
+    assert taken < most, "they were all answered, into memory"
+
+
+@one_fleet
 def test_one_address_has_only_so_many_connections(one: Fleet) -> None:
     async def attack() -> tuple[int, str]:
         async with AsyncExitStack() as stack:
