@@ -4554,6 +4554,7 @@ _GIT_SETTINGS = (
     "rebase.autoStash=false",
     "merge.verifySignatures=false",
     "pull.rebase=false",
+    "pull.twohead=recursive",  # `ours` merges where it was told to go forward
     "submodule.recurse=false",
     "fetch.recurseSubmodules=false",
     "fetch.pruneTags=false",
@@ -5177,6 +5178,14 @@ class TreeEntry(NamedTuple):
 
     mode: str
     id: str
+
+
+# git's name for a tree without files, by the length of its names: what is checked out where HEAD
+# is a branch that has no commit yet
+EMPTY_TREES = {
+    40: "4b825dc642cb6eb9a060e54bf8d69288fbee4904",
+    64: "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321",
+}
 
 
 def parse_tree(text: str) -> dict[str, TreeEntry]:
@@ -5828,6 +5837,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     ),
     (
         rb"index file smaller than expected|index file corrupt|bad signature 0x00000000"
+        rb"|index file open failed"
         rb"|bad ref for|cannot lock ref [^\n]*unable to resolve"
         rb"|loose object [^\n]* is (?:empty|corrupt)|object file [^\n]* is empty",
         "a file of git is empty or damaged, as after a power loss: clone anew beside, and swap",
@@ -11786,12 +11796,15 @@ def probe_ground(
         yield Finding("checkout", False, problem.what, problem.hint, certain=True)
         return
     yield Finding("checkout", True, str(repo))
+    yield from probe_objects(repo, rule.remote, env)
     shown = _PASSWORD_IN_URL.sub(r"\1:***@", url)
     # alone before the host it is a token, however short, where a password is asked for
     shown = _LONE_IN_URL.sub(r"\1***@", shown)
-    add = f"{typed('git', '-C', repo, 'remote', 'add', rule.remote)} URL"
-    text = shown or f"there is no remote {rule.remote}"
-    yield Finding("remote", bool(shown), text, add, certain=True)
+    if shown:
+        yield Finding("remote", True, shown)
+    else:
+        what = f"there is no remote {rule.remote}"
+        yield Finding("remote", False, what, remote_hint(repo, rule.remote, env), certain=True)
     try:
         first = split_commands(rule.command)[0]
         program = resolve_program(first[0], env.get("PATH", ""), repo)[0]
@@ -11799,6 +11812,43 @@ def probe_ground(
     except UpdaterError as problem:  # the pull may bring it, or another command
         yield Finding("command", False, problem.what, problem.hint)
     yield from probe_disks(repo, state)
+
+
+def remote_hint(repo: Path, remote: str, env: Mapping[str, str]) -> str:
+    """What to type where a clone has no remote of that name."""
+    others = os.fsdecode(git_output(repo, env, "remote")).split()
+    git = ("git", "-C", repo, "remote")
+    if not others:
+        return f"{typed(*git, 'add', remote)} URL"
+    rename = typed(*git, "rename", others[0], remote)
+    return f"{rename}, or set deploy.remote to {others[0]}"
+
+
+def probe_objects(repo: Path, remote: str, env: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether another clone is still there that this one takes objects from (`--shared`,
+    `--reference`)."""
+    file = repo / ".git" / "objects" / "info" / "alternates"
+    if (repo / ".git").is_file():
+        asked = git_output(repo, env, "rev-parse", "--git-path", "objects/info/alternates")
+        file = repo / os.fsdecode(asked.strip())
+    try:
+        lines = file.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:  # nearly every clone keeps all objects by itself
+        return
+    places = [line for line in lines if line and not line.startswith("#")]
+    # a relative one counts from the folder `objects`
+    gone = [place for place in places if not (file.parents[1] / place).is_dir()]
+    if not gone:
+        return
+    what = f"git takes objects of {repo} from {gone[0]}, and that is not there"
+    away = typed("mv", file, f"{file}.gone")
+    anew = typed("git", "-C", repo, "fetch", "--refetch", remote)
+    fix = f"put it back; or have all objects here: {away} && {anew}"
+    try:
+        code, _, _ = ask_git(repo, env, "rev-list", "--objects", "--quiet", "--all")
+    except UpdaterError:  # a long history: then nobody knows whether one is missing
+        code = 0
+    yield Finding("objects", False, what, fix, certain=code != 0)
 
 
 def probe_disks(*places: Path) -> Iterator[Finding]:
@@ -11812,16 +11862,43 @@ def probe_disks(*places: Path) -> Iterator[Finding]:
 def require_checkout(repo: Path, remote: str, env: Mapping[str, str]) -> str:
     """The URL of a clone's remote, "" where it has none. Raises UpdaterError where there is no
     clone."""
-    url = git_output(repo, env, "config", "--get", f"remote.{remote}.url")
+    urls = git_output(repo, env, "config", "--get-all", f"remote.{remote}.url")
+    url = urls.partition(b"\n")[0]  # git fetches from the first
     # without a .git beside it the answer may be the user's own configuration's
     inside = bool(url) and (repo / ".git").exists()
     if not inside:
         inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
     if not inside:
+        require_link(repo)
         hint = "clone the repository there, or set repo in [hosts]"
+        if os.path.lexists(repo / ".git"):  # nothing can be cloned into that folder
+            hint = (
+                f"{typed('git', '-C', repo, 'status')} says why; else clone anew beside, and swap"
+            )
         raise UsageError(f"{repo} is no git checkout", hint)
     require_files_here(repo, env)
     return url.decode(errors="replace").strip()
+
+
+def require_link(repo: Path) -> None:
+    """A work tree whose .git only names the place of git's own folder may have lost that: the main
+    clone was moved, or forgot the work tree. Raises UsageError."""
+    if not (repo / ".git").is_file():
+        return
+    place = git_folder(repo)
+    if place.exists():
+        return
+    what = f"{repo} is no git checkout: its .git names {place}, and that is not there"
+    main = place.parent.parent
+    if place.parent.name != "worktrees":
+        raise UsageError(what, "put it back, or clone anew beside, and swap")
+    if not main.exists():
+        repair = typed("git", "worktree", "repair", repo)
+        raise UsageError(what, f"its main clone was moved? Put it back, or type there: {repair}")
+    aside = f"{repo}.kept"
+    away = typed("mv", repo, aside)
+    anew = typed("git", "-C", main, "worktree", "add", "--detach", repo)
+    raise UsageError(what, f"{away} && {anew}; what git does not know stays in {aside}")
 
 
 def require_files_here(repo: Path, env: Mapping[str, str]) -> None:
@@ -12485,7 +12562,9 @@ class WorkTree:
         if not all(is_commit_id(name) for name in commits):
             commits = self.commits_of(commits)
         kept = set(dirty)
+        moves_attributes = False
         for path, versions in self.find_versions(commits[1:]).items():
+            moves_attributes = moves_attributes or posixpath.basename(path) == ".gitattributes"
             if not versions.in_head and os.path.lexists(self.root / path):
                 kept.add(path)  # not tracked, and in the way
         return {
@@ -12494,6 +12573,7 @@ class WorkTree:
             "branch": self.branch() or (commits[0] if commits else ""),
             "from": "".join(commits[:1]),
             "kept": sorted(kept),
+            "attributes": moves_attributes,
         }
 
     def find_versions(self, commits: Iterable[str]) -> dict[str, Versions]:
@@ -12578,8 +12658,11 @@ class WorkTree:
             if not here or path in kept:
                 del versions[path]
         written = self.hash_files(versions)
-        unknown = [path for path, one in versions.items() if written.get(path) not in one.ids]
-        theirs = [path for path in unknown if not self.is_gits(path, versions[path].ids)]
+        theirs = []
+        for path, one in versions.items():
+            is_whole = written.get(path) in one.ids
+            if not is_whole and not self.is_gits(path, one.ids):
+                theirs.append(path)
         for path in theirs:
             del versions[path]
         added = [path for path, one in versions.items() if not one.in_head]
@@ -12660,6 +12743,58 @@ class WorkTree:
             )
 
 
+# what decides how a content is written as a file
+_CONVERSIONS = ("text", "eol", "crlf", "working-tree-encoding", "ident", "filter")
+
+
+class Conversions:
+    """How git wrote each tracked file before a move, where the move brings another .gitattributes.
+
+    git itself writes only what has another content by then, and leaves a script with the wrong line
+    ends, or an encrypted file, as it was for ever.
+    """
+
+    def __init__(self, tree: WorkTree, *, will_change: bool) -> None:
+        self.tree = tree
+        self.head = ""
+        self.before: dict[str, list[str]] = {}
+        if will_change:
+            self.head = tree.commit_of("HEAD")
+            self.before = self.read()
+
+    def read(self) -> dict[str, list[str]]:
+        """The attributes that count, of each tracked file. Raises UpdaterError."""
+        listed = os.fsdecode(self.tree.ask("ls-files", "-z"))
+        found: dict[str, list[str]] = {}
+        for part in _parts(filter(None, listed.split("\0"))):
+            said = self.tree.ask("check-attr", "-z", *_CONVERSIONS, "--", *part)
+            words = os.fsdecode(said).split("\0")
+            for path, value in zip(words[::3], words[2::3], strict=False):
+                found.setdefault(path, []).append(value)
+        return found
+
+    def renew(self, kept: Container[str]) -> list[str]:
+        """Write the files anew that stayed what they were, and are to be written in another way by
+        now; those that are somebody's are left. Returns their paths. Raises UpdaterError,
+        OSError."""
+        if not self.before:
+            return []
+        now = self.read()
+        moved = self.tree.find_versions([self.head])
+        found = []
+        for path, attributes in now.items():
+            differs = self.before.get(path, attributes) != attributes
+            place = self.tree.root / path
+            is_file = place.is_file() and not place.is_symlink()
+            if differs and is_file and path not in moved and path not in kept:
+                found.append(path)
+        for path in found:
+            os.utime(self.tree.root / path)  # else git takes it for what it wrote last
+        for part in _parts(found):
+            self.tree.write("checkout", "-q", "HEAD", "--", *part)
+        return found
+
+
 PART_CHARS = 5000  # of paths on one command line: cmd.exe takes 8,191 in all
 
 
@@ -12720,6 +12855,7 @@ class Coming:
                 "--quiet",
                 "HEAD",
             ).strip()
+            or EMPTY_TREES.get(len(commit), "")
         )
         self.now: dict[str, TreeEntry] = {}
         self.then: dict[str, TreeEntry] = {}
@@ -12805,7 +12941,7 @@ class Coming:
         """Whether something will be at a path; in a submodule nobody knows."""
         moved, entry = self.fate(name)
         if moved:
-            return entry is not None
+            return entry is not None and not self.is_left_out(name)
         return os.path.lexists(self.repo / name) or self.is_in_submodule(name)
 
     def will_run(self, name: str) -> bool:
@@ -12821,6 +12957,32 @@ class Coming:
             return bool(resolve_program(name, "", self.repo))
         except UpdaterError:
             return self.is_in_submodule(name)
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a sparse checkout leaves a file out of the tree."""
+        if not (self.root / ".git" / "info" / "sparse-checkout").exists():
+            return False
+        return self.git("ls-files", "-v", "--", self.inside(name)).startswith("S ")
+
+    def find_lost(self, name: str) -> Refusal | None:
+        """Why a file that the commit has won't be in the tree, or can't be started there."""
+        path, place = self.inside(name), self.repo / name
+        if not path:
+            return None
+        entry = parse_tree(self.git("ls-tree", "-z", self.commit, "--", path)).get(path)
+        if entry is None:
+            return None
+        git = ("git", "-C", self.repo)
+        if self.is_left_out(name):
+            what = f"a sparse checkout leaves {name} out of {self.root}"
+            return Refusal(what, typed(*git, "sparse-checkout", "disable"))
+        if not os.path.lexists(place):
+            what = f"{name} is gone from {self.repo}; {self.commit[:7]} has it"
+            return Refusal(what, typed(*git, "checkout", "HEAD", "--", path))
+        if entry.mode == "100755" and os.name != "nt" and not os.access(place, os.X_OK):
+            what = f"{place} is not executable; in {self.commit[:7]} it is"
+            return Refusal(what, typed("chmod", "+x", place))
+        return None
 
     def is_in_submodule(self, name: str) -> bool:
         """Whether a path lies in a submodule of the commit."""
@@ -12906,12 +13068,8 @@ class Needs:
             if not self.coming.will_run(name):
                 what = f"{name}: not found, or not executable, in {self.coming.commit[:7]}"
                 fix = "commit it with git add --chmod=+x, or correct deploy.command"
-                return Refusal(
-                    what,
-                    fix,
-                    label,
-                    NOT_FOUND,
-                )
+                refusal = self.coming.find_lost(name) or Refusal(what, fix)
+                return refusal._replace(step=label, exit_code=NOT_FOUND)
         else:
             try:
                 resolve_program(name, path)
@@ -12927,6 +13085,9 @@ class Needs:
                     NOT_FOUND,
                 )
         if file and not self.coming.will_be(file):
+            lost = self.coming.find_lost(file)
+            if lost:
+                return lost
             what = f"{file}: not found in {self.coming.commit[:7]}"
             return Refusal(what, "commit it, or correct deploy.command")
         return None
@@ -13454,6 +13615,13 @@ class ComingParts:
         return [*found.changed, *found.untracked, *found.ignored]
 
 
+def refuse_damage(root: Path, branch: str) -> Refusal:
+    """For a clone that can't follow a branch's history: git would fail in the midst."""
+    what = f"git can't read the whole history of {branch} in {root}"
+    check = typed("git", "-C", root, "fsck", "--connectivity-only")
+    return Refusal(what, f"{check} says what is missing; else clone anew beside, and swap")
+
+
 class Foresight:
     """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
     job asks before its first change."""
@@ -13538,7 +13706,9 @@ class Foresight:
             self.commit,
             "--",
         )
-        own = int(said or 0)
+        if not said:
+            return known._replace(missing=(*known.missing, refuse_damage(self.root, branch)))
+        own = int(said)
         if not own:
             return known
         return known._replace(
@@ -14018,6 +14188,8 @@ class Fetched:
         known = set(names) & set(refs)
         if is_commit_id(branch) and not known:
             return refs
+        if known == {names[0]} and not self.git("ls-remote", remote, names[0]):
+            return []  # left of a branch that the remote has no more; it may have such a tag
         if covers(refspecs, remote, branch):
             return refs
         with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
@@ -14074,6 +14246,27 @@ class Fetched:
         if kind in (b"tree", b"blob"):
             raise no_commit(name)
         return kind == b"commit"
+
+
+def get_large_files(runner: Runner, tree: WorkTree) -> None:
+    """Where LFS' pointers stand for files, those. Raises UpdaterError where they can't come."""
+    rule = runner.rule
+    pointers = tree.find_pointers()
+    if not pointers:
+        return
+    what = pointers_text(pointers)
+    if not rule.lfs:
+        runner.warn(f"{what}; deploy.lfs is false")
+        return
+    if not runner.git("lfs", "version"):
+        runner.begin("git lfs pull", StepKind.LFS)
+        raise UpdaterError(what, lfs_hint(str(tree.root)))
+    if not runner.git("config", "filter.lfs.clean"):
+        runner.git("lfs", "install", "--local")
+    runner.step(plan_lfs(rule.remote), rule.timeout_s)
+    left = tree.find_pointers()
+    if left:
+        raise UpdaterError(f"still LFS pointers after git lfs pull: {paths_text(left)}")
 
 
 _CHANGES_STAY = "local changes stay: "
@@ -14184,8 +14377,13 @@ class Deployment:
         if not ends:
             ends.append(f"refs/tags/{branch}")
         mark = self.transit.begin([runner.job.before or "HEAD", *ends], changes.paths)
+        conversions = Conversions(self.tree, will_change=mark["attributes"])
         try:
-            self.go(checkout, pull, known, announce=get is None)
+            self.switch(checkout, pull, announce=get is None)
+            renewed = conversions.renew(mark["kept"])
+            if renewed:
+                self.log.line(f"Written as .gitattributes says by now: {paths_text(renewed)}")
+            self.complete(known)
             if is_commit_id(branch):
                 wanted = branch
             else:
@@ -14215,17 +14413,22 @@ class Deployment:
         if stays:
             runner.warn(f"{_CHANGES_STAY}{paths_text(stays)}")
 
-    def go(self, checkout: Step, pull: Step | None, known: Prospect, *, announce: bool) -> None:
-        """Check out and pull, then what the commit only names: submodules and large files."""
+    def switch(self, checkout: Step, pull: Step | None, *, announce: bool) -> None:
+        """Check out and pull. Raises StepFailed."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
         runner.step(checkout, rule.timeout_s, announce=announce)
-        for text in link_warnings(known):
-            runner.warn(text)
         if pull:
             runner.step(pull, rule.timeout_s)
         else:
             runner.announce(f"git pull {rule.remote} {branch}", StepKind.PULL)
             self.log.line("Nothing to pull: not a branch.")
+
+    def complete(self, known: Prospect) -> None:
+        """What the commit only names: submodules and large files. Raises StepFailed,
+        UpdaterError."""
+        runner, rule = self.runner, self.runner.rule
+        for text in link_warnings(known):
+            runner.warn(text)
         if (self.tree.root / ".gitmodules").exists():
             if rule.submodules:
                 for folder in known.moved:
@@ -14239,27 +14442,7 @@ class Deployment:
                 runner.step(plan_submodules(), rule.timeout_s)
             else:
                 runner.warn("submodules stay as they are: deploy.submodules is false")
-        self.get_large_files()
-
-    def get_large_files(self) -> None:
-        """Where LFS' pointers stand for files, those. Raises UpdaterError where they can't come."""
-        runner, rule = self.runner, self.runner.rule
-        pointers = self.tree.find_pointers()
-        if not pointers:
-            return
-        what = pointers_text(pointers)
-        if not rule.lfs:
-            runner.warn(f"{what}; deploy.lfs is false")
-            return
-        if not self.git("lfs", "version"):
-            runner.begin("git lfs pull", StepKind.LFS)
-            raise UpdaterError(what, lfs_hint(str(self.tree.root)))
-        if not self.git("config", "filter.lfs.clean"):
-            self.git("lfs", "install", "--local")
-        runner.step(plan_lfs(rule.remote), rule.timeout_s)
-        left = self.tree.find_pointers()
-        if left:
-            raise UpdaterError(f"still LFS pointers after git lfs pull: {paths_text(left)}")
+        get_large_files(runner, self.tree)
 
     def make_way(self) -> None:
         """A local branch makes way for one that can't exist beside it: it holds nothing of its own,
@@ -17620,7 +17803,9 @@ def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     facts["dirty"] = False
     for line in out.decode(errors="replace").splitlines():
         if line.startswith("# branch.oid "):
-            facts["commit"] = line.split()[2]
+            oid = line.split()[2]  # "(initial)" where HEAD has no commit yet
+            if is_commit_id(oid):
+                facts["commit"] = oid
         elif line.startswith("# branch.head "):
             facts["branch"] = line.split(" ", 2)[2]
         elif not line.startswith("#"):
@@ -18376,6 +18561,14 @@ class Outlook:
         """What git said last."""
         return failure_reason(self.said)
 
+    def must(self, *args: str) -> str:
+        """git's answer where there has to be one: no answer is neither "nothing" nor 0. Raises
+        UpdaterError."""
+        said = self.git(*args)
+        if said is None:
+            raise UpdaterError(self.why())
+        return said
+
     # What would be checked out
 
     def find_target(self, branch: str) -> tuple[str, str | None]:
@@ -18399,8 +18592,8 @@ class Outlook:
             )
             or ""
         ).strip() or None
-        if local or names[0] in refs or not is_commit_id(branch):
-            if local or names[0] in refs:
+        if names[0] in refs or not is_commit_id(branch):
+            if names[0] in refs:  # a local one may be left of what the remote has no more
                 found = names[:1]
             else:
                 found = names[1:]
@@ -18457,10 +18650,8 @@ class Outlook:
     def look(self, branch: str) -> dict[str, Any]:
         """From what is checked out now to what `branch` means on the remote, and what stands in the
         way."""
-        head = (self.git("rev-parse", "--verify", "HEAD") or "").strip()
-        if not head:
-            raise UsageError(f"{self.repo} is no git checkout: {self.why()}")
-        found: dict[str, Any] = {"current": head, "refused": [], "warnings": []}
+        head = (self.git("rev-parse", "--verify", "--quiet", "HEAD") or "").strip()
+        found: dict[str, Any] = {"current": head or None, "refused": [], "warnings": []}
         found["branch"] = (self.git("branch", "--show-current") or "").strip() or None
         tree = WorkTree(self.repo, self.env, submodules=True)
         status = self.git(*STATUS)
@@ -18478,26 +18669,20 @@ class Outlook:
         self.local = local or ""
         found["diverged"] = False
         if local and local != target:
-            ahead = int(self.git("rev-list", "--count", f"{target}..{local}") or 0)
-            behind = int(self.git("rev-list", "--count", f"{local}..{target}") or 0)
+            ahead = int(self.must("rev-list", "--count", f"{target}..{local}"))
+            behind = int(self.must("rev-list", "--count", f"{local}..{target}"))
             found["diverged"] = bool(ahead and behind)
-        range_ = f"{head}..{target}"
-        found |= {"target": target, "commits": int(self.git("rev-list", "--count", range_) or 0)}
-        found["leaving"] = int(self.git("rev-list", "--count", f"{target}..{head}") or 0)
-        subjects = (
-            self.git(
-                "log",
-                "--oneline",
-                "--no-decorate",
-                f"--max-count={PLAN_ROWS}",
-                range_,
-                "--",
-            )
-            or ""
-        )
-        found["changed"] = self.paths(
-            "diff-tree", "-r", "-z", "--no-renames", "--name-only", head, target
-        )
+        arriving, leaving = [f"{head}..{target}"], [f"{target}..{head}"]
+        if not head:  # a branch without a commit
+            head = EMPTY_TREES[len(target)]
+            arriving, leaving = [target], ["--max-count=0", target]
+        commits = int(self.must("rev-list", "--count", *arriving, "--"))
+        found |= {"target": target, "commits": commits}
+        found["leaving"] = int(self.must("rev-list", "--count", *leaving, "--"))
+        most = f"--max-count={PLAN_ROWS}"
+        subjects = self.must("log", "--oneline", "--no-decorate", most, *arriving, "--")
+        diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
+        found["changed"] = [path for path in self.must(*diff, head, target).split("\0") if path]
         stops = [commit for commit in (head, local, target) if commit]
         self.find_obstacles(found, tree.root, stops, changes)
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
@@ -18567,8 +18752,12 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(address)
     own_version = rule.version  # what a commit that nobody has read names is not shown of this host
     outlook = Outlook(repo, rule)
+    ground = list(probe_ground(repo, agent.state.root, rule, outlook.env))
+    for one in ground:
+        if one.name == "checkout" and not one.ok:
+            raise UsageError(Refusal(one.text, one.fix).text)
     found = outlook.look(branch)
-    judge_ground(found, probe_ground(repo, agent.state.root, rule, outlook.env))
+    judge_ground(found, ground)
     config, old = agent.config, agent.config.config
     hostname = socket.gethostname()
     try:
@@ -28122,7 +28311,7 @@ def plan_facts(row: Mapping[str, Any]) -> list[str]:
     if target and row["current"] == target:
         facts.append(f"{target[:7]}, no change")
     elif target:
-        facts.append(f"{(row['current'] or '')[:7]} → {target[:7]}")
+        facts.append(f"{(row['current'] or 'nothing')[:7]} → {target[:7]}")
     elif row["current"]:
         facts.append(row["current"][:7])
     if versions and versions not in facts:  # without a version file git's short name stands there

@@ -132,6 +132,9 @@ def test_git_says_what_is_there_whatever_a_person_set(clone: Clone):
     settings = ("color.grep=always", "grep.lineNumber=true", "grep.column=true", f"core.fsmonitor={hook}")
     for setting in settings:
         clone.git(clone.folder, "config", "--global", *setting.split("="))
+    # a strategy that merges where no merge is allowed, and a list that is gone
+    for setting in ("pull.twohead=ours", "diff.orderFile=/nowhere"):
+        clone.git(clone.host, "config", *setting.split("="))
     # options of one branch, and another content in place of what was pushed
     clone.git(clone.host, "config", "branch.master.mergeOptions", "--squash")
     clone.git(clone.host, "status")
