@@ -12976,6 +12976,8 @@ class Coming:
         if self.is_left_out(name):
             what = f"a sparse checkout leaves {name} out of {self.root}"
             return Refusal(what, typed(*git, "sparse-checkout", "disable"))
+        if self.fate(name)[0]:  # then it comes as the commit has it
+            return None
         if not os.path.lexists(place):
             what = f"{name} is gone from {self.repo}; {self.commit[:7]} has it"
             return Refusal(what, typed(*git, "checkout", "HEAD", "--", path))
