@@ -4622,7 +4622,7 @@ def meant_branch(listed: str, remote: str, branch: str) -> str:
     names = []
     for line in listed.splitlines():
         name = line.rpartition("\t")[2].removeprefix(folder)
-        if name != "HEAD":
+        if name not in ("HEAD", branch):  # the one that was asked for may be gone from there
             names.append(name)
     like = difflib.get_close_matches(branch, names, 1)
     if not like:
@@ -12562,9 +12562,8 @@ class WorkTree:
         if not all(is_commit_id(name) for name in commits):
             commits = self.commits_of(commits)
         kept = set(dirty)
-        moves_attributes = False
-        for path, versions in self.find_versions(commits[1:]).items():
-            moves_attributes = moves_attributes or posixpath.basename(path) == ".gitattributes"
+        versions_of = self.find_versions(commits[1:])
+        for path, versions in versions_of.items():
             if not versions.in_head and os.path.lexists(self.root / path):
                 kept.add(path)  # not tracked, and in the way
         return {
@@ -12573,7 +12572,7 @@ class WorkTree:
             "branch": self.branch() or (commits[0] if commits else ""),
             "from": "".join(commits[:1]),
             "kept": sorted(kept),
-            "attributes": moves_attributes,
+            "attributes": any(map(_ATTRIBUTES.fullmatch, versions_of)),
         }
 
     def find_versions(self, commits: Iterable[str]) -> dict[str, Versions]:
@@ -12617,26 +12616,6 @@ class WorkTree:
             path = f"{above}{folder}"
             yield path, part, sorted(wanted)
             yield from part.iter_parts(wanted, f"{path}/")
-
-    def discard_half_clone(self) -> bool:
-        """Remove a submodule whose clone was cut off, or what git left when it was killed while it
-        cleared that away: without a single ref it holds nothing, and git would neither use it nor
-        clone it again. Whether it was so."""
-        link = self.root / ".git"
-        if not link.is_file():
-            return False
-        place = self.root / link.read_text("utf-8", "replace").removeprefix("gitdir:").strip()
-        if "modules" not in place.resolve().parts:
-            return False
-        code, refs, _ = ask_git(self.root, self.env, "for-each-ref", "--count=1", mark=self.mark)
-        # no answer is none: refs that can't be read are somebody's commits all the same
-        if refs or (code and has_objects(place)):
-            return False
-        if not code and self.commit_of("HEAD"):  # detached
-            return False
-        link.unlink()
-        shutil.rmtree(place, ignore_errors=True)
-        return True
 
     def restore(
         self, commits: Iterable[str], kept: Container[str], *, is_new: bool = False
@@ -12743,6 +12722,7 @@ class WorkTree:
             )
 
 
+_ATTRIBUTES = regex(r"(?:.*/)?\.gitattributes")
 # what decides how a content is written as a file
 _CONVERSIONS = ("text", "eol", "crlf", "working-tree-encoding", "ident", "filter")
 
@@ -12793,6 +12773,27 @@ class Conversions:
         for part in _parts(found):
             self.tree.write("checkout", "-q", "HEAD", "--", *part)
         return found
+
+
+def discard_half_clone(part: WorkTree) -> bool:
+    """Remove a submodule whose clone was cut off, or what git left when it was killed while it
+    cleared that away: without a single ref it holds nothing, and git would neither use it nor
+    clone it again. Whether it was so."""
+    link = part.root / ".git"
+    if not link.is_file():
+        return False
+    place = part.root / link.read_text("utf-8", "replace").removeprefix("gitdir:").strip()
+    if "modules" not in place.resolve().parts:
+        return False
+    code, refs, _ = ask_git(part.root, part.env, "for-each-ref", "--count=1", mark=part.mark)
+    # no answer is none: refs that can't be read are somebody's commits all the same
+    if refs or (code and has_objects(place)):
+        return False
+    if not code and part.commit_of("HEAD"):  # detached
+        return False
+    link.unlink()
+    shutil.rmtree(place, ignore_errors=True)
+    return True
 
 
 PART_CHARS = 5000  # of paths on one command line: cmd.exe takes 8,191 in all
@@ -14132,7 +14133,7 @@ class Transit:
         """Those that had no commit when the mark was left, and have none now. Raises
         UpdaterError, OSError."""
         for path, part, _ in self.tree.iter_parts(()):
-            if path not in known and part.discard_half_clone():
+            if path not in known and discard_half_clone(part):
                 self.runner.log.line(f"Submodule {path} was cloned halfway: that is removed.")
 
     # For people

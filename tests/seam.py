@@ -242,6 +242,7 @@ from estelle_updater import (
     default_state_folder as default_state_folder,
     dialing as dialing,
     disagreement as disagreement,
+    discard_half_clone as discard_half_clone,
     edit_whitelist as edit_whitelist,
     encode_chunk as encode_chunk,
     encode_growth as encode_growth,

@@ -919,12 +919,12 @@ def test_no_path_of_a_commit_holds_up_or_discards_a_tree(clone: Clone):
     clone.git(part.root, "pack-refs", "--all")
     whole = packed.read_text()
     packed.write_text(whole[:-20])
-    assert not part.discard_half_clone() and packed.exists(), "git can't tell"
+    assert not est.discard_half_clone(part) and packed.exists(), "git can't tell"
     packed.write_text("")
     clone.git(part.root, "update-ref", "--no-deref", "HEAD", clone.head())
-    assert not part.discard_half_clone() and packed.exists(), "a commit is checked out"
+    assert not est.discard_half_clone(part) and packed.exists(), "a commit is checked out"
     (clone.folder / "modules/HEAD").write_text("ref: refs/heads/master\n")
-    assert part.discard_half_clone() and not packed.exists()
+    assert est.discard_half_clone(part) and not packed.exists()
 
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
     package = '{"scripts": {}}'
