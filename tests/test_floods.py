@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings, strategies as st
 
 from tests import floods, seam as est
-from tests.commands import COMMAND, GATED, Watched, open_gate, write_script
-from tests.fleet import Fleet, need
+from tests.commands import GATED, Watched, module_fleet, open_gate, write_script
+from tests.fleet import Fleet
 from tests.peers import Peer
 from tests.test_messages import JSON, messages
 
@@ -23,13 +23,7 @@ LONG = bool(os.environ.get("ESTELLE_TEST_LONG"))
 one_fleet = pytest.mark.xdist_group("floods")  # one worker makes the fleet that all of these tests share
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    need("git")
-    fleet = Fleet(tmp_path_factory.mktemp("floods"), 2, COMMAND, {"whitelist": [A, B, ALLOWED, "127.0.2.0/24"]})
-    fleet.start()
-    yield fleet
-    fleet.stop_all()
+made = module_fleet("floods", hosts=2, config={"whitelist": [A, B, ALLOWED, "127.0.2.0/24"]})
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.commands import (
-    COMMAND,
     GATED,
     STEP,
     Watched,
@@ -21,11 +20,12 @@ from tests.commands import (
     job_of,
     lines_of,
     log_of,
+    module_fleet,
     open_gate,
     wait_state,
     write_script,
 )
-from tests.fleet import VERSION, Fleet, Host, need, processes_of, wait_for
+from tests.fleet import VERSION, Fleet, Host, processes_of, wait_for
 
 A, B, C = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 pytestmark = pytest.mark.xdist_group("survival")  # one fleet, whose daemons are killed and started again
@@ -37,13 +37,7 @@ TALKING = (
 )
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    need("git", "tee")
-    fleet = Fleet(tmp_path_factory.mktemp("survival"), command=COMMAND)
-    fleet.start()
-    yield fleet
-    fleet.stop_all()
+made = module_fleet("survival")
 
 
 @pytest.fixture

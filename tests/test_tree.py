@@ -335,11 +335,10 @@ def test_what_somebody_began_is_ended_by_the_line_to_type(clone: Clone, begun: s
         assert "mine" in clone.git(host, "stash", "show", "-p"), "nothing of somebody's is lost"
 
 
-def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
-    """The runner and its git are killed while a file of several is being written."""
+def begin_to_write(clone: Clone) -> tuple[str, subprocess.Popen[str]]:
+    """A commit, and the command that deploys it: its git is in the middle of several files, until `hold` is gone."""
     for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
         clone.git(clone.host, "config", f"filter.slow.{key}", value)
-    first = clone.head()
     new = clone.commit({"a": "two\n", "b": "new\n", "c/d": "new\n", ".gitattributes": "z filter=slow\n", "z": "z\n"})
     (clone.host / "own").write_text("mine\n")
     hold = clone.folder / "hold"
@@ -347,8 +346,15 @@ def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
     command = clone.start("master")
     wait_for(lambda: (clone.host / "c/d").exists(), "git is in the middle")
     wait_for(lambda: clone.job()["open_step"], "the step is recorded")
+    return new, command
+
+
+def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
+    """The runner and its git are killed while a file of several is being written."""
+    first = clone.head()
+    new, command = begin_to_write(clone)
     kill_runner(clone, command)
-    hold.unlink()
+    (clone.folder / "hold").unlink()
     assert (clone.head(), (clone.state / "transit.json").exists()) == (first, True)
     assert clone.dirty() != "?? own"
     (clone.host / "b").write_text("theirs\n")
@@ -363,18 +369,10 @@ def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
 @pytest.mark.parametrize("branch", ["master", "side"])
 def test_a_tree_that_another_daemon_left_half_written_is_made_whole(clone: Clone, branch: str):
     """The mark is in the other's state folder; what is in this clone is the lock of the git that was killed."""
-    for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
-        clone.git(clone.host, "config", f"filter.slow.{key}", value)
     first = clone.head()
     side = clone.commit({"side": "1"}, "side")
     clone.git(clone.folder / "seed", "reset", "-q", "--hard", first)
-    new = clone.commit({"a": "two\n", "b": "new\n", "c/d": "new\n", ".gitattributes": "z filter=slow\n", "z": "z\n"})
-    (clone.host / "own").write_text("mine\n")
-    hold = clone.folder / "hold"
-    hold.touch()
-    command = clone.start("master")
-    wait_for(lambda: (clone.host / "c/d").exists(), "git is in the middle")
-    wait_for(lambda: clone.job()["open_step"], "the step is recorded")
+    new, command = begin_to_write(clone)
     # the gits at once, as when the power fails: one that ends by itself takes its lock with it
     [runner] = (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and runs_job(int(pid), str(clone.state)))
     os.kill(runner, signal.SIGSTOP)
@@ -382,7 +380,7 @@ def test_a_tree_that_another_daemon_left_half_written_is_made_whole(clone: Clone
         if re.match(r"\S*git ", words):
             os.kill(pid, signal.SIGKILL)
     kill_runner(clone, command)
-    hold.unlink()
+    (clone.folder / "hold").unlink()
     assert clone.head() == first and clone.dirty() != "?? own" and (clone.host / ".git/index.lock").exists()
     (clone.host / "b").write_text("theirs\n")
     other = clone.second()

@@ -27,6 +27,7 @@ from tests.commands import (
     job_of,
     lines_of,
     log_of,
+    module_fleet,
     open_gate,
     running,
     wait_state,
@@ -39,14 +40,7 @@ RUN_ID = r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}"
 one_fleet = pytest.mark.xdist_group("trigger")  # one worker makes the fleet that most of these tests share
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    need("git")
-    hosts = {C: {"name": "office"}}
-    fleet = Fleet(tmp_path_factory.mktemp("trigger"), command=COMMAND, config={"hosts": hosts})
-    fleet.start()
-    yield fleet
-    fleet.stop_all()
+made = module_fleet("trigger", config={"hosts": {C: {"name": "office"}}})
 
 
 @pytest.fixture
