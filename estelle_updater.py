@@ -749,6 +749,7 @@ RESUME_S, RESUME_MOST_S = (
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+UNDO_S = 3.0  # what a cancel leaves for making the tree whole; else that is the next job's
 ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its version
 CLOCK_S = 30.0  # more than the clocks of two hosts may differ
 SETUP_S = 60.0  # one step of an installation, and until the master's welcome
@@ -4824,6 +4825,17 @@ class Refusal(NamedTuple):
         return f"{self.what}; {self.hint}"
 
 
+class Halfway(NamedTuple):
+    """What a git wrote that was ended on its way to a commit: of HEAD's files, and besides."""
+
+    commit: str
+    tracked: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+HINT_PATHS = 50  # on one line to type
+
+
 class Prospect(NamedTuple):
     """What git and the disk say of a commit before the tree is moved to it."""
 
@@ -4841,6 +4853,7 @@ class Prospect(NamedTuple):
     is_shallow: bool = False
     begun: str = ""  # a merge, or the like, that nobody ended; "unmerged" where git knows of none
     unmerged: tuple[str, ...] = ()
+    halfway: Halfway | None = None
     ignored: tuple[str, ...] = ()  # files that git ignores, where the commit has others
     nested: tuple[str, ...] = ()  # submodules that become files
     missing: tuple[Refusal, ...] = ()  # of what the commands need
@@ -4968,6 +4981,11 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
 
 def _judge_files(known: Prospect) -> Iterator[Refusal]:
     """What would be lost or mixed where the commit has files."""
+    left = known.halfway
+    if left:
+        named = paths_text([*left.tracked, *left.added], 5)
+        what = f"a git that was ended left files as they are in {left.commit[:7]}: {named}"
+        yield Refusal(what, whole_hint(known.repo, left))
     if known.ignored:
         what = f"git ignores what is here, and would overwrite it: {paths_text(known.ignored, 5)}"
         yield Refusal(what, keep_hint(known.repo, known.ignored))
@@ -4982,6 +5000,20 @@ def _judge_files(known: Prospect) -> Iterator[Refusal]:
             folder,
         )
         yield Refusal(what, free)
+
+
+def whole_hint(repo: str, left: Halfway) -> str:
+    """The line that brings back what HEAD has of what git wrote, and removes what it has not."""
+    git = typed("git", "-C", repo)
+    lines = []
+    if left.tracked:
+        lines.append(f"{git} checkout HEAD -- {typed(*left.tracked[:HINT_PATHS])}")
+    if left.added:
+        lines.append(f"{git} clean -f -- {typed(*left.added[:HINT_PATHS])}")
+    more = max(len(left.tracked), len(left.added)) > HINT_PATHS
+    if more:
+        lines.append("the same for the others")
+    return " && ".join(lines)
 
 
 def keep_hint(repo: str, paths: Sequence[str]) -> str:
@@ -11270,6 +11302,8 @@ def ask_git(
         ended = run_bounded(argv, repo, env, timeout_s, mark=mark, stop=stop, apart=True)
     except OverdueError:
         word = next(word for word in args if not word.startswith("-"))
+        if stop():
+            raise UpdaterError(f"git {word} was not waited for any longer") from None
         raise UpdaterError(f"git {word} did not answer in {timeout_s:.0f} s") from None
     if b"dubious ownership" in ended.err:
         what = f"git refuses {repo}: it belongs to another user"
@@ -12339,8 +12373,13 @@ class Runner:
 
     def work_tree(self) -> "WorkTree":
         """The clone's files, as the rule says by now."""
-        submodules = self.rule.submodules
-        return WorkTree(self.repo, self.env, submodules=submodules, mark=self.question_mark)
+        return WorkTree(
+            self.repo,
+            self.env,
+            submodules=self.rule.submodules,
+            mark=self.question_mark,
+            stop=some_time_after(self.is_cancelled, UNDO_S),
+        )
 
     def git(self, *args: str) -> bytes:
         """A question to git, not announced: its output, or nothing where it fails."""
@@ -12407,6 +12446,18 @@ class Runner:
         return True
 
 
+def some_time_after(has_come: Callable[[], bool], seconds: float) -> Callable[[], bool]:
+    """Whether it is `seconds` ago that something was first seen to have come."""
+    seen: list[float] = []
+
+    def is_over() -> bool:
+        if not seen and has_come():
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() > seen[0] + seconds
+
+    return is_over
+
+
 def read_branch(root: Path) -> str | None:
     """The branch that is checked out in a clone, as its HEAD says it; "" where none is, None where
     git has to be asked: a linked work tree, or another way to keep refs."""
@@ -12437,15 +12488,21 @@ def has_objects(git_dir: Path) -> bool:
     return False
 
 
-class WorkTree:
-    """A clone's files between two commits: what git itself wrote is known by its content, anything
-    else is somebody's. Asks whatever a cancel says: a tree is not left half written."""
+class CheckedOut:
+    """What a clone has checked out, by questions to git: they are asked whatever a cancel says."""
 
     def __init__(
-        self, repo: Path, env: Mapping[str, str], *, submodules: bool, mark: str = ""
+        self,
+        repo: Path,
+        env: Mapping[str, str],
+        *,
+        submodules: bool,
+        mark: str = "",
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.env, self.submodules = env, submodules
         self.mark = mark  # of every git, so that none outlives a runner that was killed
+        self.stop = stop  # when to wait for none any longer: a filter may hang
         self.root = repo
         if not (repo / ".git").exists():  # a folder within the clone
             # the way up, not the place: Cygwin's git has names of its own for places
@@ -12454,7 +12511,13 @@ class WorkTree:
 
     def ask(self, *args: str) -> bytes:
         """git's answer in the tree's root; nothing where it says no. Raises UpdaterError."""
-        return git_output(self.root, self.env, *args, mark=self.mark)
+        return git_output(
+            self.root,
+            self.env,
+            *args,
+            mark=self.mark,
+            stop=self.stop,
+        )
 
     # What there is
 
@@ -12478,9 +12541,10 @@ class WorkTree:
             return known
         return os.fsdecode(self.ask("branch", "--show-current").strip())
 
-    def changes(self, stop: Callable[[], bool] = lambda: False) -> TreeChanges:
+    def changes(self, stop: Callable[[], bool] | None = None) -> TreeChanges:
         """What is not as HEAD has it. Raises UpdaterError where git does not say, or `stop`
         does."""
+        stop = stop or self.stop
         words = ["status", "--porcelain", "-z", "--no-renames", "--untracked-files=no"]
         if not self.submodules:
             words.append("--ignore-submodules=all")
@@ -12488,6 +12552,8 @@ class WorkTree:
         if code:
             raise UpdaterError(failure_reason(err))
         return parse_status(out)
+
+    # What is otherwise
 
     def find_hidden(self) -> list[str]:
         """The files that are changed here although git was told to take them for unchanged. One
@@ -12553,6 +12619,39 @@ class WorkTree:
                     pointers.append(path)
         return pointers
 
+    def hash_files(self, paths: Iterable[str]) -> dict[str, str]:
+        """The ids of the contents that are there, many by one question: a tree may have 50,000
+        files. Where one of a part can't be read, the part is left out."""
+        found: dict[str, str] = {}
+        places = {path: self.root / path for path in paths}
+        files = [
+            path for path, place in places.items() if place.is_file() and not place.is_symlink()
+        ]
+        # git stops at the first file that it can't read, and says nothing of those behind it; so
+        # an answer that is too short tells of nobody, and whoever needs one of these files asks
+        # for that file alone.
+        for part in _parts(files):
+            ids = self.ask("hash-object", "--", *part).decode().split()
+            if len(ids) == len(part):
+                found.update(zip(part, ids, strict=True))
+        return found
+
+
+class WorkTree(CheckedOut):
+    """A clone's files between two commits: what git itself wrote is known by its content, anything
+    else is somebody's. A tree is not left half written."""
+
+    def within(self, folder: str) -> "WorkTree":
+        """The tree of a submodule."""
+        place = self.root / folder
+        return WorkTree(
+            place,
+            self.env,
+            submodules=True,
+            mark=self.mark,
+            stop=self.stop,
+        )
+
     # While git writes
 
     def begin_transit(self, names: Iterable[str], dirty: Sequence[str]) -> dict[str, Any]:
@@ -12608,7 +12707,7 @@ class WorkTree:
             inside = posixpath.normpath(folder)
             if not folder or inside == "." or inside.startswith(("/", "..")):
                 continue
-            part = WorkTree(self.root / folder, self.env, submodules=True, mark=self.mark)
+            part = self.within(folder)
             wanted: set[str] = set()
             for commit in ("HEAD", *commits):
                 listed = os.fsdecode(self.ask("ls-tree", "-z", commit, "--", folder))
@@ -12656,7 +12755,13 @@ class WorkTree:
     def write(self, *args: str) -> None:
         """A command of git that has to work. Raises UpdaterError."""
         words = ["--literal-pathspecs", *args]
-        code, _, err = ask_git(self.root, self.env, *words, mark=self.mark)
+        code, _, err = ask_git(
+            self.root,
+            self.env,
+            *words,
+            mark=self.mark,
+            stop=self.stop,
+        )
         if code:
             raise UpdaterError(failure_reason(err))
 
@@ -12672,23 +12777,6 @@ class WorkTree:
                 folder.rmdir()
             except OSError:  # not empty
                 break
-
-    def hash_files(self, paths: Iterable[str]) -> dict[str, str]:
-        """The ids of the contents that are there, many by one question: a tree may have 50,000
-        files. Where one of a part can't be read, the part is left out."""
-        found: dict[str, str] = {}
-        places = {path: self.root / path for path in paths}
-        files = [
-            path for path, place in places.items() if place.is_file() and not place.is_symlink()
-        ]
-        # git stops at the first file that it can't read, and says nothing of those behind it; so
-        # an answer that is too short tells of nobody, and whoever needs one of these files asks
-        # for that file alone.
-        for part in _parts(files):
-            ids = self.ask("hash-object", "--", *part).decode().split()
-            if len(ids) == len(part):
-                found.update(zip(part, ids, strict=True))
-        return found
 
     def is_gits(self, path: str, ids: set[str]) -> bool:
         """Whether what is at `path` is one of the contents, or the beginning of one."""
@@ -13859,6 +13947,7 @@ class Clearance:
             changes.unmerged,
             obstacles,
         )
+        known = known._replace(halfway=find_halfway(runner.work_tree(), changes))
         for one in judge_prospect(known).refused:
             self.refuse(one)
         return known
@@ -13970,16 +14059,50 @@ def claim_clone(runner: Runner) -> CloneLock | None:
     return lock
 
 
+def find_halfway(tree: WorkTree, changes: TreeChanges) -> Halfway | None:
+    """What a git that was ended has written of a commit: the first files in its order, and at least
+    two, for of a single one somebody may have made the same change. Raises UpdaterError."""
+    codes = dict(zip(changes.paths, changes.codes, strict=True))
+    touched = {path for path, code in codes.items() if code[:1] == " "}  # git was to stage last
+    if not touched:
+        return None
+    for commit in list_tips(tree):
+        versions = tree.find_versions([commit])
+        if not touched & versions.keys():
+            continue
+        order, gone = [], []
+        for path in sorted(versions, key=os.fsencode):
+            one = versions[path]
+            if codes.get(path) == " D" and len(one.ids) == 1:  # it removes these first
+                gone.append(path)
+            elif not one.in_head or len(one.ids) > 1:
+                order.append(path)
+        places = [path for path in order if path in touched or not versions[path].in_head]
+        written = tree.hash_files(places)
+        whole = [path for path in order if written.get(path) in versions[path].ids]
+        is_enough = len(gone) + len(whole) > 1
+        if is_enough and whole == order[: len(whole)]:
+            added = tuple(path for path in whole if not versions[path].in_head)
+            tracked = touched & {*gone, *whole}
+            return Halfway(commit, tuple(sorted(tracked)), added)
+    return None
+
+
+def list_tips(tree: WorkTree) -> list[str]:
+    """The commits that a git was to check out, by all likelihood. Raises UpdaterError."""
+    words = ("for-each-ref", "--sort=-committerdate", f"--count={TIPS_LOOKED_AT}")
+    listed = tree.ask(*words, "refs/heads/", "refs/remotes/").decode(errors="replace")
+    tips = [line.split()[0] for line in listed.splitlines()]
+    return tree.commits_of(["FETCH_HEAD", "ORIG_HEAD", *tips])
+
+
 TIPS_LOOKED_AT = 20  # of branches, the newest: one of them is what git was to check out
 
 
 def find_cut_off(tree: WorkTree) -> list[str]:
     """The commits that a git which was killed may have been writing: those of which a file is
     there, whole, that HEAD has otherwise or not at all. Raises UpdaterError."""
-    words = ("for-each-ref", "--sort=-committerdate", f"--count={TIPS_LOOKED_AT}")
-    listed = tree.ask(*words, "refs/heads/", "refs/remotes/").decode(errors="replace")
-    tips = [line.split()[0] for line in listed.splitlines()]
-    commits = tree.commits_of(["FETCH_HEAD", "ORIG_HEAD", *tips])
+    commits = list_tips(tree)
     touched = set(tree.changes().paths)
     found = []
     for commit in commits:
@@ -14108,7 +14231,7 @@ class Transit:
         place = self.tree.root / path
         if not (place / ".git").is_file():  # git keeps the objects elsewhere, or it went already
             return
-        part = WorkTree(place, self.tree.env, submodules=True, mark=self.tree.mark)
+        part = self.tree.within(path)
         words = ("status", "--porcelain", "--ignored", "--ignore-submodules=none")
         if part.commit_of("HEAD") and not part.ask(*words):
             shutil.rmtree(place, ignore_errors=True)
@@ -14296,8 +14419,14 @@ class Deployment:
         was_cut_off = remove_git_locks(runner)
         self.tree = runner.work_tree()
         self.transit = Transit(runner, self.tree)
-        self.transit.recover(was_cut_off)
-        self.move_tree()
+        try:
+            self.transit.recover(was_cut_off)
+            self.move_tree()
+        except UpdaterError as problem:
+            if runner.is_cancelled():  # so nobody waited for git any longer
+                at = runner.job.step or ""
+                raise runner.cancelled(at, problem.what) from None
+            raise
         runner.begin("config", StepKind.CONFIG)
         self.clearance.warn_of_doors(runner.load_rule(strict=True))
         self.clearance.confirm_traffic()
@@ -18534,6 +18663,7 @@ class Outlook:
         self.repo, self.remote, self.stop = repo, rule.remote, stop
         self.local = ""  # where the clone's own branch stands
         self.unmerged: tuple[str, ...] = ()
+        self.halfway: Halfway | None = None
         self.obstacles = NO_OBSTACLES
         self.is_branch = False  # and no tag or commit
         extra: dict[str, str] = {}
@@ -18664,6 +18794,7 @@ class Outlook:
         changes = parse_status((status or "").encode("utf-8", "surrogateescape"))
         changes = add_hidden(changes, tree.find_hidden())
         found["dirty"], self.unmerged = list(changes.paths), changes.unmerged
+        self.halfway = find_halfway(tree, changes)
         try:
             target, local = self.find_target(branch)
         except UpdaterError as problem:
@@ -18726,6 +18857,7 @@ class Outlook:
             branch = ""
         foresight = Foresight(coming, plans=True)
         known = foresight.look(branch, self.local, self.unmerged, self.obstacles)
+        known = known._replace(halfway=self.halfway)
         forecast = judge_prospect(known)
         found["refused"] += [one.text for one in forecast.refused]
         found["warnings"] += forecast.warnings

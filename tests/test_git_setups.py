@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests import seam as est
-from tests.fleet import Fleet
+from tests.fleet import Fleet, wait_for
+from tests.test_tree import HOST, Clone
 
 MakeFleet = Callable[..., Fleet]
 
@@ -262,3 +266,70 @@ def test_what_fails_behind_the_move_goes_back(setup: Setup) -> None:
     setup.here("checkout", "--quiet", "package.json")
     assert setup.both("master")[2]["ok"] and (setup.repo / "sub" / "new.txt").exists()
     assert (setup.repo / "another" / "s.txt").exists()
+
+
+SLOW = 'sh -c "while [ -e ../hold ]; do sleep 0.1; done; cat"'
+
+
+def test_a_filter_that_hangs_delays_no_cancel(tmp_path: Path) -> None:
+    """To make the tree whole runs the same filter again: then that is the next job's, and nothing is ✓ before."""
+    clone = Clone(tmp_path)
+    for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.host, "config", f"filter.slow.{key}", value)
+    old = clone.commit({".gitattributes": "z filter=slow\n", "b": "old\n", "z": "old\n"})
+    assert clone.deploy().code == 0
+    new = clone.commit({"b": "new\n", "z": "new\n"})
+    hold, mark = tmp_path / "hold", clone.state / "transit.json"
+    hold.touch()
+    command = clone.start("master")
+    wait_for(lambda: (clone.host / "b").read_text() == "new\n", "git is in the middle")
+    clone.cancel()
+    asked = time.monotonic()
+    out, _ = command.communicate(timeout=60)
+    took_s = time.monotonic() - asked
+    assert command.returncode == 1 and f"[{HOST}] ✗ 취소" in out, out
+    assert took_s < 10 and mark.exists() and "the tree is half written" in str(clone.job()["warnings"]), (took_s, out)
+    command = clone.start("master")
+    wait_for(lambda: "restoring what git wrote" in clone.log(2), "the next one makes it whole")
+    clone.cancel()
+    asked = time.monotonic()
+    out, _ = command.communicate(timeout=60)
+    took_s = time.monotonic() - asked
+    assert f"[{HOST}] ✗ 취소" in out and took_s < 10 and clone.head() == old, (took_s, out)
+    hold.unlink()
+    assert clone.deploy().code == 0
+    assert (clone.head(), clone.dirty(), mark.exists()) == (new, "", False)
+
+
+@pytest.mark.parametrize("files", [2, 1])
+def test_a_tree_that_an_ended_git_left_mixed_is_no_success(tmp_path: Path, files: int) -> None:
+    """Ended politely it takes its lock with it: only what lies there tells. One file alone may be somebody's."""
+    clone = Clone(tmp_path)
+    for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.host, "config", f"filter.slow.{key}", value)
+    first = clone.head()
+    (clone.host / "deploy.sh").write_text("echo mine\n")
+    changed = {"a": "two\n", "b": "new\n", "c": "new\n"} if files > 1 else {"a": "two\n"}
+    clone.commit({**changed, ".gitattributes": "z filter=slow\n", "z": "z\n"}, "side")
+    clone.git(clone.host, "fetch", "-q")
+    (clone.host / ".git/info/attributes").write_text("z filter=slow\n")
+    (tmp_path / "hold").touch()
+    with subprocess.Popen(["git", "checkout", "-q", "side"], cwd=clone.host, env=clone.env, stderr=-3) as git:
+        wait_for(lambda: (clone.host / list(changed)[-1]).exists(), "git is in the middle")
+        wait_for(lambda: (clone.host / "a").read_text() == "two\n", "git is in the middle")
+        git.terminate()
+    (tmp_path / "hold").unlink()
+    if files == 1:
+        (clone.host / ".gitattributes").unlink()
+    assert not (clone.host / ".git/index.lock").exists() and clone.head() == first
+    code, out, err = clone.deploy()
+    if files == 1:
+        assert code == 0 and f"[{HOST}] ⚠ local changes stay: a, deploy.sh" in out, out
+        return
+    assert code == 1 and "✓" not in out and "as they are in " in out and f"nothing changed on {HOST}" in err, out
+    hint = re.search(r"hint: (git -C \S+ checkout HEAD -- .*)", out)
+    assert hint, out
+    subprocess.run(hint[1], shell=True, cwd=tmp_path, env=clone.env, check=True)
+    code, out, err = clone.deploy()
+    assert code == 0 and f"[{HOST}] ⚠ local changes stay: deploy.sh\n" in out, out
+    assert clone.dirty() == "M deploy.sh" and clone.deploy("side").code == 0
