@@ -32,6 +32,29 @@ One order's way, and back:
     Master.on_job           19  accepts_job (6) judges it, Master.settle waits for the log
     OwnJobs.release         16  the master has it: the agent may forget
 
+Where a question is answered:
+
+    decide_role              3  is this host the master?
+    Whitelist                3  who may connect?
+    decide_orders            6  whose turn is it in the queue?
+    plan_checkout            7  with which words is git called?
+    decide_rollback          7  to which commit does a rollback go?
+    explain_failure          7  what does git's message mean?
+    BackendText              8  which worker has the traffic, by haproxy.cfg?
+    TrafficProof             8  and by what HAProxy has counted?
+    spawn_step              11  how is a command started, and killed with all that it started?
+    Clearance               12  what stops a deployment before it changes anything?
+    Foresight               12  what would git refuse, or overwrite?
+    Transit                 12  what becomes of a tree that git left half written?
+    SwitchGate              14  what stops a switch?
+    Planner                 19  what does `plan` say of the fleet?
+    Freezes                 19  when does nobody deploy?
+    Watcher                 19  what is deployed on push?
+    Notifier                20  who is told what?
+    RoleKeeper              22  when does a host become the master, or cease to be?
+    Setup                   23  what does `setup` write on a host?
+    make_parser             24  which commands are there? (COMMANDS, just before it)
+
 Words: a Door is the master's port, and judges whoever comes; a Desk is one commander's conversation
 with the master; an Outlook is what an order would find on one host; a Handout is the program that
 the master gives to new hosts; a Nursery is the process that runners are forked from.
@@ -45,19 +68,19 @@ the master gives to new hosts; a Nursery is the process that runners are forked 
 | 4  | Configuration      | frozen dataclasses, parse with all problems at once, render            |
 | 5  | Messages           | the wire's verbs as dataclasses, encode and decode, size limits        |
 | 6  | Journal            | offsets, what to send, what to accept, run and job states              |
-| 7  | Pipeline           | plan a deployment as argument tuples, read versions out of output      |
+| 7  | Pipeline           | steps as argument tuples, a rollback's commit, git's words, secrets    |
 | 8  | HAProxy text       | read and rewrite the backend's servers, read what HAProxy says         |
 | 9  | MCP                | the tools' schemas, and JSON-RPC sessions of both eras (sans-IO)       |
 | 10 | Files              | atomic writes, append-only logs, locks, state folder, configuration    |
 | 11 | Processes          | spawn, stream, interrupt, kill trees, detach; POSIX and Windows        |
-| 12 | Runner             | one job: lock, steps, log, result                                      |
+| 12 | Runner             | one job: lock, steps, log, result; what git does to the files          |
 | 13 | Probes             | own address and role, whose a state folder is, health checks           |
 | 14 | Switch             | the HAProxy transaction                                                |
 | 15 | Links              | connections: log cursors, questions both ways, greeting, connecting    |
 | 16 | Agent              | resume, take orders, answer questions                                  |
-| 17 | Plan               | what an order would do: on a host, and for the fleet                   |
-| 18 | Door               | handshake, whitelist and token at the port, the download               |
-| 19 | Master             | registry, runs, queue, followers, questions of commanders              |
+| 17 | Plan               | what an order would find on one host, asked of git alone               |
+| 18 | Door               | handshake, whitelist and token at the port; the page, the download     |
+| 19 | Master             | registry, runs, queue, followers; plans, freezes, deploy on push       |
 | 20 | Notify             | webhooks, sent from a spool on disk                                    |
 | 21 | Commander          | what the command line uses to talk to the master                       |
 | 22 | Service            | start-up and shutdown order, signals, readiness                        |
@@ -4536,7 +4559,7 @@ def job_role(job: JobRecord) -> Role:
 
 
 # ==============================================================================
-# 7. Pipeline: plan a deployment as argument tuples, read versions out of output
+# 7. Pipeline: steps as argument tuples, a rollback's commit, git's words, secrets
 # ==============================================================================
 
 
@@ -11559,7 +11582,7 @@ def require_settled(
 
 
 # ==============================================================================
-# 12. Runner: one job: lock, steps, log, result
+# 12. Runner: one job: lock, steps, log, result; what git does to the files
 # ==============================================================================
 
 
@@ -18644,7 +18667,7 @@ class Dialer:
 
 
 # ==============================================================================
-# 17. Plan: what an order would do: on a host, and for the fleet
+# 17. Plan: what an order would find on one host, asked of git alone
 # ==============================================================================
 
 
@@ -19031,7 +19054,7 @@ QUESTIONS["compare"] = compare_commits
 
 
 # ==============================================================================
-# 18. Door: handshake, whitelist and token at the port, the download
+# 18. Door: handshake, whitelist and token at the port; the page, the download
 # ==============================================================================
 
 
@@ -19567,7 +19590,7 @@ class Door:
 
 
 # ==============================================================================
-# 19. Master: registry, runs, queue, followers, questions of commanders
+# 19. Master: registry, runs, queue, followers; plans, freezes, deploy on push
 # ==============================================================================
 
 
