@@ -17875,6 +17875,14 @@ class Peer:
             if task and task.cancelling():
                 raise asyncio.CancelledError from None
             raise
+        finally:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Whoever waits for an answer over this connection waits no longer: none can come."""
+        for future in self._asked.values():
+            if not future.done():
+                future.set_result({"error": "its connection ended before it answered"})
 
     # Questions from here
 

@@ -456,3 +456,19 @@ def test_a_thread_that_can_not_begin_gives_its_place_back(monkeypatch: pytest.Mo
         raise RuntimeError("can't start new thread")
 
     assert asyncio.run(ask()) == "2"
+
+
+def test_who_waits_for_an_answer_hears_that_the_connection_ended() -> None:
+    """A plan has a minute: a host that is restarted meanwhile answers over another connection, or never."""
+
+    async def ask() -> object:
+        wire, _ = est.QueueWire.pair()
+        peer = est.Peer(est.Link(wire))
+        serving = asyncio.ensure_future(peer.serve(lambda _: None))
+        asking = asyncio.ensure_future(peer.ask("plan", {}, 60))
+        await asyncio.sleep(0)
+        serving.cancel()
+        async with asyncio.timeout(10):
+            return await asking
+
+    assert asyncio.run(ask()) == {"error": "its connection ended before it answered"}
