@@ -737,6 +737,7 @@ RUNS_ASKED = 100  # the newest ones, for who is in the fleet
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 TRAFFIC_S = 60.0
+TRAFFIC_PAUSE_S = 0.2  # between two questions to HAProxy's host, for all jobs that wait for that
 MCP_WAIT_S = 45.0  # for a run without progress: clients give up after 60 s, and then deploy again
 MCP_TEXT_BYTES = 2500  # of a log, unless more is asked for: it stands twice in an answer
 SEARCH_BYTES = 32 << 20  # of a log, the last ones, that are looked through for a line
@@ -19873,6 +19874,30 @@ class Roster:
         return self.labels.label.get(machine, "a host")
 
 
+class SharedAnswer:
+    """One answer for all who wait for it: however many they are, and however often they come, the
+    question is asked once within `pause_s`. Who comes gets an answer to a question that was asked
+    after that."""
+
+    def __init__(self, ask: Callable[[], Awaitable[dict[str, Any]]], pause_s: float) -> None:
+        self._ask = ask
+        self._pause_s = pause_s
+        self._turn = asyncio.Lock()
+        self._asked = float("-inf")
+        self._answer: dict[str, Any] = {}
+
+    async def newest(self) -> dict[str, Any]:
+        """Whatever `ask` returns."""
+        came = time.monotonic()
+        async with self._turn:
+            if self._asked < came:
+                early_s = self._asked + self._pause_s - came
+                await asyncio.sleep(max(0.0, early_s))
+                self._asked = time.monotonic()
+                self._answer = await self._ask()
+        return self._answer
+
+
 class Registry(Roster):
     """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them
     is connected."""
@@ -19887,6 +19912,8 @@ class Registry(Roster):
         self.waiting: dict[str, JobRecord] = {}  # machine -> its job that waits for the traffic
         self.keys = AgentKeys(state, self.label_of)
         self.tasks = Tasks()
+        # one address may be hundreds of machines, each with a job that waits
+        self.traffic = SharedAnswer(self.ask_traffic, TRAFFIC_PAUSE_S)
 
     # On disk
 
@@ -20129,7 +20156,8 @@ class Registry(Roster):
 
     def tell_traffic(self, job: JobRecord) -> None:
         """Tell a job that waits for it whether its host is active or standby, once that is known.
-        However often it says that it waits, HAProxy's host is asked once at a time for it."""
+        However often it says that it waits, and however many do, HAProxy's host is asked once
+        at a time for all of them."""
         asks_already = job.machine in self.waiting
         self.waiting[job.machine] = job
         if not asks_already:
@@ -20150,7 +20178,7 @@ class Registry(Roster):
 
     async def tell_once(self, agent: AgentLink, job: JobRecord) -> bool:
         """Whether the host has heard where the traffic goes."""
-        traffic = await self.ask_traffic()
+        traffic = await self.traffic.newest()
         colors = {host.machine: host.color for host in self.hosts()}
         # of two machines of one colour, nobody knows which it is
         alike = [one for one in colors if colors[one] == colors.get(job.machine)]

@@ -18,6 +18,7 @@ from tests.fleet import Fleet, wait_for
 from tests.peers import MACHINE, Peer
 
 A, B, C, H = (f"127.0.0.{n}" for n in (1, 2, 3, 9))
+CROWD = "127.0.0.8"
 
 
 def record(run_id: str, host: str, **more: Any) -> est.JobRecord:
@@ -238,3 +239,27 @@ def test_a_log_can_not_fill_the_masters_disk(one: Fleet) -> None:
     assert 2_000_000 < path.stat().st_size < (2 << 20) + 1000
     assert b"log incomplete: more than 2097152 bytes" in path.read_bytes()[-200:]
     assert job_of(one, run, H)["state"] == "failed"
+
+
+def test_many_machines_whose_jobs_wait_ask_haproxys_host_together(one: Fleet) -> None:
+    asked: Counter[str] = Counter()
+
+    def answer(ask: est.Ask) -> dict[str, Any]:
+        asked[ask.what] += 1
+        return {"servers": {}, "active": None, "warnings": []}
+
+    false, crowd = Peer(one, H, "agent"), []
+    with answering(false, answer):
+        for number in range(40):
+            machine = f"{number + 1:032x}"
+            crowd.append(Peer(one, CROWD, "agent", machine, keys={}, name=f"n{number}"))
+            host = crowd[-1].welcome.label
+            run = new_run(600 + number)
+            crowd[-1].say(record(run, host, state=est.State.RUNNING, step="check traffic"))
+        wait_for(lambda: asked["traffic"] > 1, "it is asked")
+        before, began = asked["traffic"], time.monotonic()
+        wait_for(lambda: time.monotonic() > began + 3, "it is asked for a while")
+        most = (time.monotonic() - began) / est.TRAFFIC_PAUSE_S + 1
+        assert 0 < asked["traffic"] - before <= most, "once for all of them"
+        for peer in crowd:
+            peer.close()
