@@ -4797,6 +4797,7 @@ class Obstacles(NamedTuple):
     untracked: tuple[str, ...] = ()  # the same
     ignored: tuple[str, ...] = ()  # which git overwrites, or removes, without a word
     nested: tuple[str, ...] = ()  # folders that are clones of their own
+    closed: tuple[str, ...] = ()  # folders in which this user may not write
 
 
 NO_OBSTACLES = Obstacles()
@@ -4880,6 +4881,7 @@ class Prospect(NamedTuple):
     halfway: Halfway | None = None
     ignored: tuple[str, ...] = ()  # files that git ignores, where the commit has others
     nested: tuple[str, ...] = ()  # submodules that become files
+    closed: tuple[str, ...] = ()  # folders in which this user may not write
     missing: tuple[Refusal, ...] = ()  # of what the commands need
     unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
     submodules: tuple[str, ...] = ()
@@ -5024,6 +5026,12 @@ def _judge_files(known: Prospect) -> Iterator[Refusal]:
             folder,
         )
         yield Refusal(what, free)
+    if known.closed:
+        places = [f"{known.repo}/{folder}".rstrip("/.") for folder in known.closed]
+        what = f"this user may write no files in {paths_text(places, 5)}"
+        yield Refusal(
+            what, f"sudo chown -R $USER {typed(*places[:5])}, as the user that it runs as"
+        )
 
 
 def whole_hint(repo: str, left: Halfway) -> str:
@@ -11928,12 +11936,15 @@ def require_checkout(repo: Path, remote: str, env: Mapping[str, str]) -> str:
         inside = git_output(repo, env, "rev-parse", "--is-inside-work-tree").strip() == b"true"
     if not inside:
         require_link(repo)
-        hint = "clone the repository there, or set repo in [hosts]"
+        what, hint = (
+            f"{repo} is no git checkout",
+            "clone the repository there, or set repo in [hosts]",
+        )
         if os.path.lexists(repo / ".git"):  # nothing can be cloned into that folder
-            hint = (
-                f"{typed('git', '-C', repo, 'status')} says why; else clone anew beside, and swap"
-            )
-        raise UsageError(f"{repo} is no git checkout", hint)
+            _, _, said = ask_git(repo, env, "rev-parse", "--is-inside-work-tree")
+            what = f"{what}: {failure_reason(said)}"
+            hint = "mend that, or clone anew beside, and swap"
+        raise UsageError(what, hint)
     require_files_here(repo, env)
     return url.decode(errors="replace").strip()
 
@@ -12941,6 +12952,13 @@ QUIET_FETCH = (
 )
 
 
+def whole_commit(name: str) -> tuple[str, ...]:
+    """The question whether a commit is here with all that it needs; the answer is a number. A fetch
+    that a full disk cut off leaves a commit without its files."""
+    traversal = ("--objects", "--count", "--exclude-promisor-objects")
+    return ("rev-list", *traversal, name, "--not", "--all", "--")
+
+
 class Coming:
     """The files of a clone as a move to a commit would leave them: what it does not change is as it
     is on the disk. `ask` asks git: the answer, or nothing where git says no. Objects may come;
@@ -13264,10 +13282,13 @@ class Terrain:
         """What git would refuse to overwrite, or would overwrite although it is somebody's."""
         codes = dict(zip(changes.paths, changes.codes, strict=True))
         changed: set[str] = set()
+        closed: set[str] = set()
         places: dict[str, set[str]] = {}  # what stands where a file is to come, and its contents
         diff = ("diff-tree", "-r", "-z", "--no-renames")
         for one, two in itertools.pairwise(dict.fromkeys(stops)):
-            touched = codes.keys() & self.paths(*diff, "--name-only", one, two)
+            moved = self.paths(*diff, "--name-only", one, two)
+            closed |= self.find_closed(moved)
+            touched = codes.keys() & moved
             if touched:
                 changed |= self.find_held_back(touched, codes, two)
             added = (
@@ -13300,7 +13321,20 @@ class Terrain:
             untracked=tuple(sorted(untracked)),
             ignored=tuple(sorted(lost)),
             nested=tuple(sorted(place.rstrip("/") for place in nested)),
+            closed=tuple(sorted(closed)),
         )
+
+    def find_closed(self, paths: Iterable[str]) -> set[str]:
+        """The folders of some paths in which this user may not write: root's, mostly, who once ran
+        git here. git would find that out in the midst of its writing."""
+        closed = set()
+        for folder in {posixpath.dirname(path) for path in paths}:
+            place = self.root / folder
+            while not os.path.lexists(place):
+                place = place.parent
+            if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+                closed.add(os.path.relpath(place, self.root))
+        return closed
 
     def find_held_back(
         self, touched: Iterable[str], codes: Mapping[str, str], commit: str
@@ -13763,6 +13797,7 @@ class Foresight:
             unmerged=tuple(unmerged),
             ignored=obstacles.ignored,
             nested=obstacles.nested,
+            closed=obstacles.closed,
             missing=tuple(wrong),
             unsure=tuple(unsure),
         )
@@ -14395,7 +14430,7 @@ class Fetched:
         kind = self.git("cat-file", "-t", name).strip()
         if kind in (b"tree", b"blob"):
             raise no_commit(name)
-        return kind == b"commit"
+        return kind == b"commit" and bool(self.git(*whole_commit(name)))
 
 
 def get_large_files(runner: Runner, tree: WorkTree) -> None:
@@ -18783,7 +18818,7 @@ class Outlook:
     def bring(self, commit: str, name: str) -> None:
         """Have the objects of a commit here, by the name that the remote has for it. Raises
         TargetError."""
-        if self.git("cat-file", "-e", commit) is not None:
+        if self.git(*whole_commit(commit)) is not None:
             return
         if (
             self.git(

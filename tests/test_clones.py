@@ -4,13 +4,14 @@ works as it is printed."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.fleet import Fleet, run
+from tests.fleet import Fleet, need, run
 
 MakeFleet = Callable[..., Fleet]
 A = "127.0.0.1"
@@ -84,6 +85,15 @@ def test_a_clone_that_was_spoilt_is_told_before_anything_moves_and_the_advice_me
     advice = refused_alike(one, "core.bare is true")
     assert "core.bare is true" in one.cli("doctor").out
     type_in(one, advice)
+    deploy(one)
+    # what git can't even read
+    settings = repo / ".git" / "config"
+    kept = settings.read_text()
+    (one.tmp_path / "more").write_text("[broken\n")
+    settings.write_text(f"{kept}[include]\n\tpath = {one.tmp_path}/more\n")
+    advice = refused_alike(one, f"{repo} is no git checkout: bad config line 1 in file {one.tmp_path}/more")
+    assert advice == "mend that, or clone anew beside, and swap"
+    settings.write_text(kept)
     deploy(one)
     # a file of the command, which the commit has
     (repo / "deploy.sh").unlink()
@@ -180,3 +190,43 @@ def test_files_are_as_gitattributes_has_them_by_now(fleet: MakeFleet) -> None:
     assert one.cli("rollback", A, "--yes").code == 0
     assert (repo / "a.txt").read_bytes() == b"a\nb\n"
     assert not one.origin.git("status", "--porcelain", cwd=repo)
+
+
+def test_a_commit_without_its_files_is_fetched(fleet: MakeFleet) -> None:
+    """What a fetch leaves that a full disk cut off."""
+    one = fleet(hosts=1)
+    repo, git = one.master.repo, one.origin.git
+    later = []
+    for number in "12":
+        later.append(one.origin.commit({f"new{number}/app.txt": number}))
+        raw = git("cat-file", "commit", later[-1])
+        (one.tmp_path / "raw").write_text(f"{raw}\n")
+        made = git("hash-object", "-t", "commit", "-w", "--literally", str(one.tmp_path / "raw"), cwd=repo)
+        assert made == later[-1], "the commit alone is there"
+    row = look(one)
+    assert (row["refused"], row["changed"], row["commits"]) == ([], ["new1/app.txt", "new2/app.txt"], 2)
+    shutil.rmtree(repo / ".git" / "objects" / later[0][:2])
+    (one.tmp_path / "raw").write_text(f"{git('cat-file', 'commit', later[0])}\n")
+    git("hash-object", "-t", "commit", "-w", "--literally", str(one.tmp_path / "raw"), cwd=repo)
+    deploy(one, later[0])
+    assert (repo / "new1/app.txt").read_text() == "1"
+
+
+def test_a_folder_that_takes_no_files_is_told_before_git_writes_beside_it(fleet: MakeFleet) -> None:
+    need("setpriv")
+    one = fleet(hosts=1, start=False)
+    if os.geteuid() == 0:  # who may write everywhere
+        one.master.prefix = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override")
+    one.start()
+    one.origin.commit({"a.txt": "1", "config/new/x": "1"})
+    config = one.master.repo / "config"
+    config.chmod(0o555)
+    try:
+        before = one.origin.git("rev-parse", "HEAD", cwd=one.master.repo)
+        advice = refused_alike(one, f"this user may write no files in {config}")
+        assert advice.startswith(f"sudo chown -R $USER {config}")
+        assert one.origin.git("rev-parse", "HEAD", cwd=one.master.repo) == before
+        assert not (one.master.repo / "a.txt").exists()
+    finally:
+        config.chmod(0o755)
+    deploy(one)
