@@ -790,6 +790,7 @@ SAY_AGAIN_MOST_S = 3600.0
 FOLDERS_KNOWN = 1000  # of runs: they are looked at again when there are more
 LIST_SAVE_S = 0.5  # hosts that come within this are written together
 LIST_PAUSE = 20  # and no sooner than after so many times as long as it takes to make their list
+ELDERS_OVER = 200  # connections, of 20 KiB each: that much garbage is left lying
 FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
 PUSH_LEAST_S = 15.0  # between two questions to the remote: a forge counts them
 PUSH_FIRST_S = 2.0  # after the start, or a change of what is watched
@@ -17526,6 +17527,13 @@ class Link:
             self.wire.abort()
         self._wake.set()
 
+    def end(self) -> None:
+        """The connection is over. What it holds of logs and runs goes now: the connection itself is
+        a ring of objects, which goes when the collector finds it."""
+        self.wire.abort()
+        for held in (self._cursors, self._channels, self._due, self._paths, self._inbound):
+            held.clear()
+
     async def write_forever(self) -> None:
         """The one writer of this connection."""
         while True:
@@ -19404,6 +19412,56 @@ class PongBound:
             transport.abort()
 
 
+class Elders:
+    """What has lived through a full round of Python's garbage collector: it is not looked at again.
+    Otherwise each round looks at the whole fleet: at 4,000 agents that stops the loop for half a
+    second, and while they come, there is one after the other.
+
+    What nobody holds any more goes without the collector, but for rings of objects, and each
+    connection that is over is one. Of all else a daemon does, nothing was found to leave any. So
+    once enough connections are over, all is looked at again.
+    """
+
+    def __init__(self, living: Callable[[], int]) -> None:
+        self.rounds = 0
+        self._living = living  # how many connections there are
+        self._over = 0  # those that were elders
+
+    async def __aenter__(self) -> None:
+        import gc
+
+        gc.callbacks.append(self._after_round)
+
+    async def __aexit__(self, *_: object) -> None:
+        import gc
+
+        gc.callbacks.remove(self._after_round)
+        gc.unfreeze()
+
+    def _after_round(self, phase: str, facts: Mapping[str, Any]) -> None:
+        import gc
+
+        if phase == "stop" and facts["generation"] == 2:
+            gc.freeze()
+            self.rounds += 1
+
+    def note_end(self, began: int) -> None:
+        """A connection is over that came after so many `rounds`."""
+        import gc
+
+        self._over += began < self.rounds
+        if self._over > max(ELDERS_OVER, self._living() // 4):
+            self._over = 0
+            gc.unfreeze()
+
+
+# What is noted of a connection: not in its dictionary, which would double its size by a few more.
+GUARDED_FACTS = (
+    *("among", "began", "estelle_address", "one_too_many"),
+    *("patience", "peer", "unread_bytes"),
+)
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
@@ -19417,6 +19475,7 @@ class Door:
             Any, tuple[str, str]
         ] = {}  # those that command, and where they came to
         self.handout = Handout()
+        self.elders = Elders(lambda: len(self.sockets))
         self.page = Page()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
         self.handshakes: Counter[str] = Counter()  # begun and not judged
@@ -19439,35 +19498,34 @@ class Door:
         door = self
 
         class Guarded(PongBound, ServerConnection):
-            # not in the connection's dictionary, which would double its size by a few more
-            __slots__ = (
-                *("among", "estelle_address", "one_too_many", "patience", "peer"),
-                "unread_bytes",
-            )
+            __slots__ = GUARDED_FACTS
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
+                self.began = door.elders.rounds
                 self.peer = host_key((self.remote_address or ("",))[0])
                 config = door.config.config
                 known = (
                     _whitelist(listed).verdict(self.peer)
                     for listed in (config.whitelist, config.trusted_proxies)
                 )
+                self.among = ""
                 if any(verdict.allowed for verdict in known):
                     self.among = self.peer
-                else:
-                    self.among = ""
                 door.handshakes[self.among] += 1
+                most = STRANGERS
                 if self.among:
                     most = HANDSHAKES
-                else:
-                    most = STRANGERS
                 self.one_too_many = door.handshakes[self.among] > most
                 if self.one_too_many:
                     door.log_refusal(
                         self.among or "strangers", f"more than {most} handshakes at once"
                     )
                     transport.abort()
+
+            def connection_lost(self, problem: Exception | None) -> None:
+                super().connection_lost(problem)
+                door.elders.note_end(self.began)
 
             async def handshake(self, *args: Any, **options: Any) -> None:
                 try:
@@ -20976,7 +21034,7 @@ class Master:
                 self.door.log_refusal(address, wrong[0].what)
                 await send_refusal(link, socket, wrong[0])
         finally:
-            link.wire.abort()
+            link.end()
             self.door.commanders.pop(socket, None)
             del self.door.sockets[socket]
             self.door.connected[address] -= 1
@@ -24464,7 +24522,8 @@ class Service:
         self.survey = None
         master.door.handout.load(self.sha256, self.state.root)
         host, port = parse_listen(self.options.listen, url.port)
-        async with await self.listen(master, host, port), asyncio.TaskGroup() as group:
+        server = await self.listen(master, host, port)
+        async with server, master.door.elders, asyncio.TaskGroup() as group:
             near = host or ""
             if not near:
                 near = await asyncio.to_thread(near_address, self.config.config, own)

@@ -99,6 +99,7 @@ from estelle_updater import (
     Desk as Desk,
     Dialer as Dialer,
     Door as Door,
+    Elders as Elders,
     Ending as Ending,
     Field as Field,
     FileLock as FileLock,
