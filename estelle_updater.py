@@ -16667,8 +16667,11 @@ class Switch:
         return proof.is_proved
 
     def not_proved(self, seen: Sequence[str]) -> str:
-        text = "; ".join(seen)
-        self.runner.warn(f"not proved: nobody saw a request reach {self.entry.color} ({text})")
+        text, more = "; ".join(seen), ""
+        if self.live and not self.rule.probe:
+            more = "; `probe` in [haproxy], a GET that does no harm, could prove it"
+        unseen = f"nobody saw a request reach {self.entry.color}"
+        self.runner.warn(f"not proved: {unseen} ({text}){more}")
         return "; ".join(["not proved", text, *self.old_connections()])
 
     def old_connections(self) -> list[str]:
