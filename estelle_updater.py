@@ -630,6 +630,7 @@ WINDOW_BYTES = 1 << 20
 SUPPLIED_BYTES, ENVIRONMENT_BYTES = 1 << 20, 4 << 20
 ACK_BYTES = WINDOW_BYTES // 2
 SQUEEZE_BYTES = 4 << 10  # smaller frames are sent as they are
+RECORD_BYTES = 8 << 10  # a job's record, and more
 CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LAST_LINE_CHARS = 120  # of a log, to say where it ends
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
@@ -9097,6 +9098,19 @@ class StateFolder:
                 f"can't write to the state folder {self.root}: {problem.strerror}", hint
             ) from problem
 
+    def require_room(self) -> None:
+        """Raise UsageError where the disk has no room for a record: an empty file, with which
+        `create` looks, needs none."""
+        probe = self.root / f".probe.{os.getpid()}.{threading.get_ident()}"
+        try:
+            write_atomic(probe, b" " * RECORD_BYTES)
+            probe.unlink(missing_ok=True)
+        except OSError as problem:
+            raise UsageError(
+                f"can't write to the state folder {self.root}: {problem.strerror}",
+                "make room there",
+            ) from problem
+
     # Who this host is
 
     def machine_id(self) -> str:
@@ -10773,7 +10787,7 @@ def running_text(family: set[int]) -> str:
     if len(names) > 5:
         names = [*names[:5], "..."]
     if names:
-        return f"still running: {', '.join(names)}"
+        return f"it was waiting for: {', '.join(names)}"
     return ""
 
 
@@ -18556,6 +18570,7 @@ def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     result["problem"] = agent.config.problem
     try:
         agent.state.create()
+        agent.state.require_room()
     except UpdaterError as problem:  # what ends here now waits for room
         result["problem"] = problem.what
     for job in agent.own.active():

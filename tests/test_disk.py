@@ -117,6 +117,10 @@ def test_a_full_agent_says_how_much_is_missing(one: Fleet):
     open_gate(b)
     wait_for((b.folder / "ended").exists, "the deployment is over")
     assert job_of(one, watched.run, B)["state"] == "running", "its result waits for room"
+    rows = json.loads(one.cli("status", "--json").out)["hosts"]
+    assert {row["host"]: row["problem"] for row in rows if row["problem"]} == {
+        B: f"can't write to the state folder {b.state}: No space left on device"
+    }, "and why is said"
     mount(b, "-o", f"remount,size={2 * SIZE_KB}k")
     assert watched.end() == 0
     log = log_of(one, watched.run, b)

@@ -584,7 +584,7 @@ print(text())
     killed_at_end += pids
     stepped, buried, *log = done.stdout.splitlines()
     left = [f"still running, belongs to another user: {pid} sleep" for pid in pids]
-    assert json.loads(stepped) == ["timeout", f"still running: sleep; {left[0]}"]
+    assert json.loads(stepped) == ["timeout", f"it was waiting for: sleep; {left[0]}"]
     assert json.loads(buried) == [f"the runner died; {left[1]}"]
     assert log == ["it...", f"warning: {left[0]}", "", f"[estelle-updater: {left[1]}]", ""]
     assert all(map(alive, pids))
@@ -599,7 +599,7 @@ def test_what_a_step_waited_for_at_its_deadline_is_named(tmp_path: Path) -> None
     script = f'do("sh", "-c", "(./{helper.name} $0; true); true", "asked")'
     argv = python(STEPPING + script)
     done = subprocess.run(argv, env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, timeout=60, text=True, check=False)
-    assert json.loads(done.stdout) == ["timeout", f"still running: {helper.name}"]
+    assert json.loads(done.stdout) == ["timeout", f"it was waiting for: {helper.name}"]
 
 
 def test_a_step_whose_output_cannot_be_read_has_a_deadline_all_the_same(tmp_path: Path) -> None:
@@ -621,7 +621,7 @@ print(text())
         place.mkdir()
         argv = python(STEPPING + code, how)
         done = subprocess.run(argv, env=ENV, cwd=place, stdout=subprocess.PIPE, timeout=60, text=True, check=False)
-        assert done.stdout == f'["timeout", "still running: sleep"]\nit...\n{said}\n'
+        assert done.stdout == f'["timeout", "it was waiting for: sleep"]\nit...\n{said}\n'
 
 
 def test_a_step_is_told_its_own_folder(step: Callable[..., Spawned], tmp_path: Path) -> None:
