@@ -4895,6 +4895,7 @@ class Prospect(NamedTuple):
     pointers: tuple[str, ...] = ()  # files that would be LFS' pointers
     get_pointers: bool = True
     has_lfs: bool = True
+    names_lfs: bool = True  # one of its .gitattributes does
 
 
 class Forecast(NamedTuple):
@@ -10157,14 +10158,14 @@ def incoming_config(
     """The configuration that a commit brings, None where it brings no other one than HEAD has: a
     file that was edited here stays then. `head` is HEAD's commit, where that is known. Raises
     ConfigError."""
+    if commit == head:
+        return None
     try:
         new = config_at(commit, path, repo, ask)
     except ConfigError:
         # A file that git does not know, or that somebody repaired here, stays as it is.
         if is_touched(path, head or "HEAD", commit, repo, ask):
             raise
-        return None
-    if commit == head:
         return None
     with suppress(ConfigError):
         if new == config_at("HEAD", path, repo, ask):
@@ -12464,7 +12465,7 @@ class Runner:
         # the result names the commit, also of a job that was cancelled
         self.is_cancelled = lambda: False
         with suppress(Exception):  # nothing may take the result away
-            fields["commit"] = self.git("rev-parse", "HEAD").decode().strip() or None
+            fields["commit"] = head_commit(self) or None
             if self.job.before:
                 fields["changed"] = self.has_changed(fields["commit"])
             still = fields.get("changed") is False  # then it is what it was, and has that version
@@ -12527,6 +12528,43 @@ def read_branch(root: Path) -> str | None:
     if is_commit_id(text.decode(errors="replace").strip()):
         return ""
     return None
+
+
+def read_head(root: Path) -> str:
+    """HEAD's commit, as a clone's own files say it; "" where git has to be asked: another way to
+    keep refs, none yet, or a clone that is another user's, which git may refuse."""
+    folder = root / ".git"
+    name = read_branch(root)
+    if name is None or not hasattr(os, "geteuid"):
+        return ""
+    place = folder / "HEAD"
+    if name:
+        place = folder / "refs/heads" / name
+    try:
+        owners = {one.lstat().st_uid for one in (root, folder)}
+        if owners != {os.geteuid()} or place.is_symlink():
+            return ""
+        commit = place.read_text("ascii").removesuffix("\n")
+    except (OSError, ValueError):  # packed away, say
+        return ""
+    if is_commit_id(commit):
+        return commit
+    return ""
+
+
+def read_fetched(root: Path) -> str:
+    """What FETCH_HEAD means, in a clone of which `read_head` knows; "" where that is not plain."""
+    try:
+        with (root / ".git/FETCH_HEAD").open(encoding="utf-8") as file:
+            line = file.readline(LINE_BYTES)
+    except (OSError, ValueError):
+        return ""
+    return line.partition("\t")[0]
+
+
+def head_commit(runner: "Runner") -> str:
+    """HEAD's commit, "" where there is none: git's start takes longer than to look."""
+    return read_head(runner.repo) or runner.git("rev-parse", "HEAD").decode().strip()
 
 
 def has_objects(git_dir: Path) -> bool:
@@ -13829,7 +13867,11 @@ class Foresight:
         rule = self.rule
         known = known._replace(update_submodules=rule.submodules, get_pointers=rule.lfs)
         known = self.parts.look(known)
-        pointers = self.find_pointers()
+        asked = ("grep", "-F", "filter=lfs", self.commit, "--", "*.gitattributes")
+        said = self.coming.at_root(*asked)
+        if not said:
+            return known._replace(names_lfs=False)
+        pointers = self.find_pointers(lfs_rules(said))
         if pointers:
             has_lfs = bool(self.git("lfs", "version"))
             known = known._replace(pointers=tuple(pointers), has_lfs=has_lfs)
@@ -13915,10 +13957,8 @@ class Foresight:
 
     # What a commit only names
 
-    def find_pointers(self) -> list[str]:
+    def find_pointers(self, rules: Sequence[tuple[str, str]]) -> list[str]:
         """The files that would be LFS' pointers, unless git-lfs brings what they stand for."""
-        asked = ("grep", "-F", "filter=lfs", self.commit, "--", "*.gitattributes")
-        rules = lfs_rules(self.coming.at_root(*asked))
         if not rules:
             return []
         begin = f"{self.commit}:"
@@ -14485,8 +14525,7 @@ class Deployment:
         """Check, fetch, check out, pull, and run the host's command."""
         runner = self.runner
         with suppress(UpdaterError):  # `check_ground` will say what is wrong
-            before = self.git("rev-parse", "HEAD").decode().strip()
-            runner.job = replace(runner.job, before=before or None)
+            runner.job = replace(runner.job, before=head_commit(runner) or None)
         self.clearance.confirm_traffic()
         require_branch(runner.job.branch)
         self.clearance.check_ground()
@@ -14648,7 +14687,9 @@ class Deployment:
                 runner.step(plan_submodules(), rule.timeout_s)
             else:
                 runner.warn("submodules stay as they are: deploy.submodules is false")
-        get_large_files(runner, self.tree)
+        is_known = not known.names_lfs and read_head(self.tree.root) == known.commit
+        if not is_known:
+            get_large_files(runner, self.tree)
 
     def make_way(self) -> None:
         """A local branch makes way for one that can't exist beside it: it holds nothing of its own,
@@ -14672,6 +14713,11 @@ class Deployment:
     def has_arrived(self, asked: str, fetched: str) -> bool:
         """Whether HEAD is what was asked for."""
         tree, runner = self.tree, self.runner
+        head, wanted = read_head(tree.root), asked
+        if asked == "FETCH_HEAD":
+            wanted = read_fetched(tree.root)
+        if head and head == wanted:
+            return True
         if len(tree.commits_of(["HEAD", asked], all_known=True)) == 1:  # they are one commit
             return True
         if asked != "FETCH_HEAD":

@@ -765,7 +765,7 @@ def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_pat
     steps = [line for line in words if line.startswith(("fetch", "checkout", "pull"))]
     assert len(steps) == 3
     # three of them are about whose state folder it is, which no daemon has settled here
-    assert len(words) - len(steps) <= 13 + 3, words
+    assert len(words) - len(steps) <= 8 + 3, words
 
 
 def test_the_branch_is_read_without_a_question(clone: Clone, tmp_path: Path):
@@ -778,6 +778,58 @@ def test_the_branch_is_read_without_a_question(clone: Clone, tmp_path: Path):
     clone.git(host, "worktree", "add", "-q", str(linked), "master")
     assert est.read_branch(linked) is None  # git has to be asked
     assert est.read_branch(host / "config") is None
+
+
+def test_the_commit_is_read_without_a_question(clone: Clone, tmp_path: Path):
+    """As git itself says it, or not at all."""
+    host, linked = clone.host, tmp_path / "linked"
+
+    def head(root: Path = host) -> str:
+        return clone.git(root, "rev-parse", "HEAD")
+
+    def check(*, known: bool, root: Path = host) -> None:
+        assert est.read_head(root) == (head(root) if known else ""), root
+
+    check(known=True)
+    clone.git(host, "checkout", "-q", "-b", "a/b")
+    clone.git(host, "commit", "-q", "--allow-empty", "-m", "x")
+    check(known=True)
+    clone.git(host, "pack-refs", "--all")
+    check(known=False)
+    clone.git(host, "commit", "-q", "--allow-empty", "-m", "beside what is packed")
+    check(known=True)
+    clone.git(host, "symbolic-ref", "refs/heads/link", "refs/heads/a/b")
+    clone.git(host, "symbolic-ref", "HEAD", "refs/heads/link")
+    check(known=False)
+    clone.git(host, "checkout", "-q", "--detach")
+    check(known=True)
+    clone.git(host, "worktree", "add", "-q", str(linked), "master")
+    check(known=False, root=linked)
+    assert est.read_head(host / "config") == ""
+    clone.git(host, "checkout", "-q", "--orphan", "none-yet")
+    assert est.read_head(host) == ""
+    clone.git(host, "checkout", "-q", "-f", "a/b")
+    if os.geteuid() == 0:  # git may refuse another user's
+        os.chown(host / ".git", 65534, 65534)
+        assert est.read_head(host) == ""
+        os.chown(host / ".git", 0, 0)
+    check(known=True)
+
+    clone.git(host, "fetch", "-q", "origin", "master")
+    assert est.read_fetched(host) == clone.git(host, "rev-parse", "FETCH_HEAD")
+    (host / ".git/FETCH_HEAD").unlink()
+    assert est.read_fetched(host) == ""
+
+
+def test_an_end_elsewhere_is_seen_without_a_question(clone: Clone):
+    """A hook of the checkout that commits: HEAD is no commit of the remote, whatever was read before."""
+    assert clone.deploy().code == 0
+    hook = clone.host / ".git/hooks/post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\ngit commit -q --allow-empty -m mine\n")
+    hook.chmod(0o755)
+    done = clone.deploy()
+    assert done.code == 1 and "1 commit that the remote has not" in done.out + done.err, done
 
 
 def test_the_end_of_a_talkative_command_outlives_its_runner(clone: Clone):
@@ -939,7 +991,8 @@ def test_no_path_of_a_commit_holds_up_or_discards_a_tree(clone: Clone):
     coming.find_fates()
     with ThreadPoolExecutor() as pool:
         try:
-            assert pool.submit(est.Foresight(coming).find_pointers).result(10) == ["x.bin"]
+            rules = est.lfs_rules(ask("grep", "-F", "filter=lfs", new))
+            assert pool.submit(est.Foresight(coming).find_pointers, rules).result(10) == ["x.bin"]
             missing = pool.submit(est.Needs(coming).check_script, rule.command).result(10)
         finally:  # or what hangs there would hold this process
             for name in ("x.bin", "package.json"):
