@@ -1938,8 +1938,13 @@ def _converter(annotation: Any) -> _Convert | None:
 def _convert_by(annotation: str, raw: Any, place: _Place) -> Any:
     """Convert a value by an annotation that is read only now: most files have few of the keys, and
     to read them all would take longer than the file."""
-    convert: _Convert = eval(annotation).__metadata__[0]
-    return convert(raw, place)
+    return _read_annotation(annotation)(raw, place)
+
+
+@functools.cache
+def _read_annotation(annotation: str) -> _Convert:
+    found: _Convert = eval(annotation).__metadata__[0]
+    return found
 
 
 def _table(
@@ -2540,9 +2545,11 @@ def parse_data(text: bytes | str, file: str, form: str) -> dict[str, Any]:
         raise _config_error(file, ("", str(error))) from None
 
 
+@functools.lru_cache(maxsize=4)
 def parse_config(text: bytes | str, file: str, form: str) -> Config:
     """The configuration that a file's text means, `form` json or toml; ConfigError holds every
-    problem, a line each."""
+    problem, a line each. A job looks at the same text four times, and most often its daemon did
+    before."""
     config: Config = _checked(_table(Config), parse_data(text, file, form), file)
     return config
 
