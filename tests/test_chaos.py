@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.commands import COMMAND, STEP, Watched, job_of, lines_of, log_of, open_gate, write_script
+from tests.commands import COMMAND, STEP, Watched, lines_of, log_of, open_gate, wait_state, write_script
 from tests.fleet import VERSION, Fleet, Host, need, processes_of, wait_for
 from tests.machines import Network
 
@@ -152,7 +152,7 @@ def check(chaos: Chaos, run: str, watcher: Watched, lost: Host | None, readable:
         assert announcements.count(b"git fetch origin...") == 1
         assert (host.folder / "begun").read_text() == "x\n", "it ran once"
         if host is lost:
-            assert job_of(chaos.fleet, run, host)["state"] == "lost"
+            wait_state(chaos.fleet, run, host, "lost")
             assert copy.startswith(written) or written.startswith(copy)  # `tee` was killed between its two writes
             assert not children(host)
         else:
