@@ -1914,7 +1914,8 @@ def config_keys(cls: Any) -> dict[str, tuple[str, _Convert]]:
     field's annotation, such as `Text`, `Text | None` or `Annotated[int, converter]`."""
     keys = {}
     for base in reversed(cls.__mro__):
-        for name, annotation in vars(base).get("__annotations__", {}).items():
+        # not by `vars`: Python 3.14 makes them only when they are asked for
+        for name, annotation in getattr(base, "__annotations__", {}).items():
             convert = _converter(annotation)
             if convert:
                 keys[key_text(name)] = (name, convert)

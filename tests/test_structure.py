@@ -361,6 +361,9 @@ def breaks_annotations(source: str) -> list[str]:
             case ast.Assign(targets=[ast.Name(name)]) | ast.AnnAssign(target=ast.Name(name)):
                 ready.setdefault(name, node.end_lineno or 0)
     problems = []
+    for number, line in enumerate(source.splitlines(), 1):
+        if re.search(r"""(get\(|\[)["']__annotations__""", line):
+            problems.append(f"line {number}: from Python 3.14 on they are in no dictionary before they are asked for")
     for annotation in evaluated_annotations(tree):
         for used in (node for node in ast.walk(annotation) if isinstance(node, ast.Name)):
             if ready.get(used.id, used.lineno) >= used.lineno:
@@ -569,6 +572,7 @@ BROKEN = [
     (breaks_annotations, "def f() -> Later: pass\nclass Later: pass\n", "line 1: Later"),
     (breaks_annotations, "class A:\n    def f(self) -> list[A]: pass\n", "line 2: A is"),
     (breaks_annotations, "if TYPE_CHECKING:\n    import ssl\ndef f(a: ssl.SSLContext): pass\n", "line 3: ssl"),
+    (breaks_annotations, "a = vars(b).get('__annotations__', {})\n", "line 1: from Python 3.14 on"),
     (breaks_annotations, "if 1:\n    class A:\n        b: A | None = None\n", "line 3: A is"),
     (breaks_map, module("class A: pass", table="Way:\n\n    A.twice    1  moved\n\nEnd.\n"), "A.twice is not"),
     (breaks_map, module("def f(): pass", table="Way:\n\n    f    2  elsewhere\n\nEnd.\n"), "f is not in section 2"),
