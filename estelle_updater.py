@@ -19574,6 +19574,7 @@ class Door:
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
+                self.unread_bytes = 0
                 self.began = door.elders.rounds
                 self.peer = host_key((self.remote_address or ("",))[0])
                 config = door.config.config
@@ -19623,6 +19624,9 @@ class Door:
         """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP
         answer."""
         config = self.config.config
+        is_gone = None in (connection.remote_address, connection.local_address)
+        if is_gone:
+            return connection.respond(403, "too late\n")
         peer = canonical_address(connection.remote_address[0])
         address = client_address(
             peer, request.headers.get_all("X-Forwarded-For"), _whitelist(config.trusted_proxies)
@@ -24635,6 +24639,8 @@ class Service:
         }
         if master.door.certificate:
             options["ssl"] = master.door.certificate.context
+            # until it ends nobody knows who that is, and each holds 300 KB
+            options["ssl_handshake_timeout"] = WELCOME_S
         try:
             server = await serve(master.serve_socket, host, port, **options)
         except OSError as problem:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests import seam as est
-from tests.commands import COMMAND, GATED, detach, lines_of, log_of, open_gate, wait_state, write_script
+from tests.commands import COMMAND, GATED, HURRIED, detach, lines_of, log_of, open_gate, wait_state, write_script
 from tests.fleet import MODULE, READY_S, ROOT, Fleet, Host, need, run, wait_for
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -197,3 +197,23 @@ def test_the_end_of_certificates(tmp_path: Path) -> None:
     for nothing in (b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
         with pytest.raises(ValueError, match="no certificate"):
             est.certificate_end(nothing)
+
+
+def test_a_greeting_of_tls_that_does_not_end_is_ended(fleet: Callable[..., Fleet], tmp_path: Path) -> None:
+    one = secure(fleet, Authority(tmp_path / "ca"), hosts=1)
+    one.master.program = (sys.executable, "-c", HURRIED)
+    one.start(env={"LIMITS": '{"WELCOME_S": 2}'})
+    halves = [socket.create_connection(("127.0.0.1", one.port), timeout=30) for _ in range(20)]
+    for half in halves:
+        half.sendall(b"\x16\x03\x01\x40\x00\x01")  # a record that is long in coming
+    for half in halves:
+        assert half.recv(1) == b""
+        half.close()
+    # of those who go in the middle of theirs, and of what follows at once, none is a fault
+    context = ssl.create_default_context(cafile=tmp_path / "ca" / "fleet-ca.pem")
+    for _ in range(50):
+        plain = socket.create_connection(("127.0.0.1", one.port), timeout=30)
+        with context.wrap_socket(plain, server_hostname="127.0.0.1") as wrapped:
+            wrapped.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    assert one.cli("status").code == 0
+    assert "Traceback" not in one.master.stderr
