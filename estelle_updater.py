@@ -14310,6 +14310,7 @@ class Transit:
         theirs = self.restore(mark)
         if theirs:
             raise UpdaterError(self.half_written(theirs), self.way_out(theirs))
+        self.fill_pointers()
         self.end()
 
     def undo(self, mark: Mapping[str, Any]) -> None:
@@ -14328,7 +14329,19 @@ class Transit:
             self.go_home(mark)
         except (UpdaterError, OSError) as problem:  # a commit, and not the former one
             self.runner.warn(f"the tree stays where it is: {problem}")
+        self.fill_pointers()
         self.end()
+
+    def fill_pointers(self) -> None:
+        """Where git-lfs was told to fetch nothing by itself, or not to fetch some files, git writes
+        their pointers back; what those stand for was here before, and is still."""
+        with suppress(UpdaterError):
+            if not self.runner.rule.lfs or not self.tree.find_pointers():
+                return
+            self.tree.ask("lfs", "checkout")
+            left = self.tree.find_pointers()
+            if left:
+                self.runner.warn(pointers_text(left))
 
     def go_home(self, mark: Mapping[str, Any]) -> None:
         """What was checked out when the mark was left, also where a step failed behind the one that

@@ -653,7 +653,8 @@ def test_lfs_pointers_are_not_deployed(clone: Clone, tmp_path: Path):
     (tmp_path / "bin").mkdir()
     lfs = tmp_path / "bin/git-lfs"
     lfs.write_text(
-        '#!/bin/sh\ncase $1 in pull) printf big >x.bin;; clean) printf "%s" "$POINTER";; esac\necho git-lfs\n'
+        "#!/bin/sh\ncase $1 in pull) [ ! -e ../down ] || exit 2; printf big >x.bin; git update-index x.bin;; "
+        'checkout) printf big >x.bin; git update-index x.bin;; clean) printf "%s" "$POINTER";; esac\necho git-lfs\n'
     )
     lfs.chmod(0o755)
     clone.env |= {"PATH": f"{tmp_path / 'bin'}:{clone.env['PATH']}"}
@@ -661,13 +662,20 @@ def test_lfs_pointers_are_not_deployed(clone: Clone, tmp_path: Path):
         clone.host,
         "config",
         "filter.lfs.clean",
-        "printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:00\\nsize 3\\n'; cat >/dev/null",
+        'f=$(cat); case $f in version*) echo "$f";; '
+        "*) printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:00\\nsize 3\\n';; esac",
     )
     clone.git(clone.host, "config", "filter.lfs.smudge", "cat")
     code, out, err = clone.deploy()
     assert code == 0, out + err
     assert f"[{HOST}] git lfs pull...\n" in out
     assert (clone.head(), (clone.host / "x.bin").read_text(), first != new) == (new, "big", True)
+    # the server is down: what was there is there again, and no pointer to it
+    (clone.folder / "down").touch()
+    clone.commit({"x.bin": pointer.replace("sha256:00", "sha256:01")})
+    code, out, err = clone.deploy()
+    assert code == 1 and "✗ 실패 git lfs pull" in out and f"nothing changed on {HOST}" in err
+    assert (clone.head(), (clone.host / "x.bin").read_text()) == (new, "big")
 
 
 def test_a_talkative_command_fills_no_disk(clone: Clone):
