@@ -930,11 +930,22 @@ class Declined(GuardError):
     """
 
 
+def _quoted(word: str) -> str:
+    """A word for a POSIX shell; one that would begin a new line is written as bash and zsh read
+    it."""
+    if not re.search(r"[\x00-\x1f\x7f]", word):
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    for letter in set(re.findall(r"[\x00-\x1f\x7f]", word)):
+        escaped = escaped.replace(letter, f"\\x{ord(letter):02x}")
+    return f"$'{escaped}'"
+
+
 def typed(*words: object) -> str:
     """Words of a command as a shell takes them: an advice is typed as it is printed, and a folder's
     name may hold a space, a branch's a semicolon."""
     if not ON_WINDOWS:
-        return shlex.join(map(str, words))
+        return " ".join(map(_quoted, map(str, words)))
     shown = []
     for word in map(str, words):
         if not re.fullmatch(r"[\w./:\\@+=,-]+", word):
@@ -4808,6 +4819,7 @@ class Obstacles(NamedTuple):
     ignored: tuple[str, ...] = ()  # which git overwrites, or removes, without a word
     nested: tuple[str, ...] = ()  # folders that are clones of their own
     closed: tuple[str, ...] = ()  # folders in which this user may not write
+    pinned: tuple[str, ...] = ()  # what nobody can replace
 
 
 NO_OBSTACLES = Obstacles()
@@ -4838,7 +4850,8 @@ def paths_text(paths: Sequence[str], most: int = 10) -> str:
     more = ""
     if len(paths) > most:
         more = f" and {len(paths) - most} more"
-    return ", ".join(paths[:most]) + more
+    shown = map(one_line, paths[:most])  # a name may hold anything but NUL
+    return ", ".join(shown) + more
 
 
 # What is known before the tree moves
@@ -4892,6 +4905,7 @@ class Prospect(NamedTuple):
     ignored: tuple[str, ...] = ()  # files that git ignores, where the commit has others
     nested: tuple[str, ...] = ()  # submodules that become files
     closed: tuple[str, ...] = ()  # folders in which this user may not write
+    pinned: tuple[str, ...] = ()  # files and folders that can't be changed here
     missing: tuple[Refusal, ...] = ()  # of what the commands need
     unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
     submodules: tuple[str, ...] = ()
@@ -5026,6 +5040,11 @@ def _judge_files(known: Prospect) -> Iterator[Refusal]:
     if known.ignored:
         what = f"git ignores what is here, and would overwrite it: {paths_text(known.ignored, 5)}"
         yield Refusal(what, keep_hint(known.repo, known.ignored))
+    if known.pinned:
+        what = f"what the commit changes can't be changed here: {paths_text(known.pinned, 5)}"
+        place = posixpath.normpath(posixpath.join(known.repo, known.pinned[0]))
+        look = f"{typed('ls', '-ld', place)}; {typed('lsattr', '-d', place)}"
+        yield Refusal(what, f"{look}; then chown, chattr -i or umount")
     for folder in known.nested:
         what = f"{folder} is a clone of its own here, and a folder of files in that commit"
         free = typed(
@@ -8260,6 +8279,39 @@ def read_disk(place: "StrPath") -> Disk:
         facts.f_files,
         bool(facts.f_flag & os.ST_RDONLY),
     )
+
+
+_PINNED = 0x10 | 0x20  # immutable, append-only
+_GET_FLAGS = 0x80086601  # FS_IOC_GETFLAGS of a machine of 64 bits
+
+
+def is_pinned(place: Path) -> bool:
+    """Whether a file or folder may be changed by nobody, root included, as `chattr +i` makes it; no
+    where nobody can say."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with suppress(OSError):
+        kind = place.lstat().st_mode
+        if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
+            fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                answer = fcntl.ioctl(fd, _GET_FLAGS, bytes(8))
+            finally:
+                os.close(fd)
+            return bool(int.from_bytes(answer[:4], sys.byteorder) & _PINNED)
+    return False
+
+
+def list_mounts() -> set[str]:
+    """Where something is mounted, also single files, as containers have them; nothing where the
+    system does not say."""
+    found = set()
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines():
+            found.add(line.split(" ")[4])
+    return found
 
 
 def sync_folder(path: Path) -> None:
@@ -11824,9 +11876,9 @@ class LogWriter:
         return done
 
     def line(self, text: str) -> list[int]:
-        """A line of our own, never glued to a program's unfinished one; returns its offset and
-        length."""
-        shown = mask_words(text, self.hidden)
+        """A line of our own, never glued to a program's unfinished one, and only one, whatever a
+        file that it tells of is called; returns its offset and length."""
+        shown = one_line(mask_words(text, self.hidden))
         line = shown.encode(errors="replace") + b"\n"
         self.release()
         with self._lock:
@@ -13332,6 +13384,7 @@ class Terrain:
     def __init__(self, root: Path, ask: Callable[..., str | None]) -> None:
         self.root, self.ask = root, ask
         self.barriers: dict[str, str] = {}  # by folder
+        self.moved: set[str] = set()  # what the way changes
 
     # The way
 
@@ -13348,6 +13401,7 @@ class Terrain:
         diff = ("diff-tree", "-r", "-z", "--no-renames")
         for one, two in itertools.pairwise(dict.fromkeys(stops)):
             moved = self.paths(*diff, "--name-only", one, two)
+            self.moved.update(moved)
             closed |= self.find_closed(moved)
             touched = codes.keys() & moved
             if touched:
@@ -13383,6 +13437,7 @@ class Terrain:
             ignored=tuple(sorted(lost)),
             nested=tuple(sorted(place.rstrip("/") for place in nested)),
             closed=tuple(sorted(closed)),
+            pinned=tuple(self.find_pinned()),
         )
 
     def find_closed(self, paths: Iterable[str]) -> set[str]:
@@ -13393,7 +13448,9 @@ class Terrain:
             place = self.root / folder
             while not os.path.lexists(place):
                 place = place.parent
-            if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            is_open = os.access(place, os.W_OK | os.X_OK)
+            # to an immutable one nobody has access, and no chown helps
+            if place.is_dir() and not is_open and not is_pinned(place):
                 closed.add(os.path.relpath(place, self.root))
         return closed
 
@@ -13410,6 +13467,24 @@ class Terrain:
             if is_held_back(codes[path], path not in differs) and not is_nested:
                 found.add(path)
         return found
+
+    def find_pinned(self) -> list[str]:
+        """What of the way no git can change: it would notice when it has changed the rest."""
+        mounts = list_mounts()
+        found: set[str] = set()
+        looked_at: set[str] = set()
+        for path in self.moved:
+            folder = posixpath.dirname(path)
+            while folder and not os.path.isdir(self.root / folder):
+                folder = posixpath.dirname(folder)
+            is_new = folder not in looked_at
+            looked_at.add(folder)
+            if is_new and is_pinned(self.root / folder):
+                found.add(folder or ".")
+            place = self.root / path
+            if str(place) in mounts or is_pinned(place):
+                found.add(path)
+        return sorted(found)
 
     # The places
 
@@ -13859,6 +13934,7 @@ class Foresight:
             ignored=obstacles.ignored,
             nested=obstacles.nested,
             closed=obstacles.closed,
+            pinned=obstacles.pinned,
             missing=tuple(wrong),
             unsure=tuple(unsure),
         )

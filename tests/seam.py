@@ -376,6 +376,7 @@ from estelle_updater import (
     tell_remote as tell_remote,
     terminal_text as terminal_text,
     traffic_warnings as traffic_warnings,
+    typed as typed,
     url_secrets as url_secrets,
     valid_branch_problem as valid_branch_problem,
     valid_host_name as valid_host_name,

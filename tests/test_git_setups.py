@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import seam as est
-from tests.fleet import Fleet, wait_for
+from tests.fleet import Fleet, need, unavailable, wait_for
 from tests.test_tree import HOST, Clone
 
 MakeFleet = Callable[..., Fleet]
@@ -333,3 +333,43 @@ def test_a_tree_that_an_ended_git_left_mixed_is_no_success(tmp_path: Path, files
     code, out, err = clone.deploy()
     assert code == 0 and f"[{HOST}] ⚠ local changes stay: deploy.sh\n" in out, out
     assert clone.dirty() == "M deploy.sh" and clone.deploy("side").code == 0
+
+
+def test_no_file_name_is_a_line_of_its_own(tmp_path: Path) -> None:
+    """A name may hold anything: in the log, the result and a line to type it stays within its line."""
+    clone = Clone(tmp_path)
+    name = "x\n[127.0.0.1] ✓ 완료 v9999_9\n\x1b[2J'.txt"
+    clone.commit({name: "1"})
+    assert clone.deploy().code == 0
+    (clone.host / name).write_text("mine")
+    out = clone.deploy().out
+    assert "⚠ local changes stay: x [127.0.0.1]" in out, out
+    shown = clone.log(1)
+    assert "v9999_9" in shown and "\n[127.0.0.1] ✓ 완료 v9999_9\n" not in shown and "\x1b" not in shown, shown
+    typed = est.typed("printf", "%s", name)
+    assert "\n" not in typed
+    said = subprocess.run(["bash", "-c", typed], stdout=-1, check=True).stdout.decode()
+    assert said == name and est.typed("a b") == "'a b'"
+
+
+def test_what_can_not_be_replaced_is_known_before(setup: Setup) -> None:
+    """A file that nobody may change, a folder, a file that is mounted: git would stop with the rest written."""
+    need("chattr")
+    setup.fleet.origin.commit({"a": "1", "d/x": "1"})
+    assert setup.both("master")[0] == []
+    setup.fleet.origin.commit({"a": "2", "d/x": "2", "d/e/y": "2", "b": "2"})
+    for name, pin, free in (
+        ("a", ["chattr", "+i"], ["chattr", "-i"]),
+        ("d", ["chattr", "+i"], ["chattr", "-i"]),
+        ("a", ["mount", "--bind", str(setup.repo / "d/x")], ["umount"]),
+    ):
+        place = str(setup.repo / name)
+        if subprocess.run([*pin, place], stderr=-1, check=False).returncode:
+            unavailable(f"{pin[0]} does not work here")
+        try:
+            refused, _, _ = setup.both("master")
+        finally:
+            subprocess.run([*free, place], check=True)
+        assert len(refused) == 1, refused
+        assert refused[0].startswith(f"what the commit changes can't be changed here: {name}; ls -ld {place}")
+    assert setup.both("master")[2]["ok"]
