@@ -398,7 +398,11 @@ def preload(*names: str) -> None:
         if path.endswith(".pyc"):
             shown = _BAKED + source[len(loader.archive) :].replace(os.sep, "/")
         name = module.__name__
-        _SOURCES.keep(name, loader.get_data(source))
+        try:
+            data = loader.get_data(source)
+        except OSError:  # Python for Windows can have its library in a zip, without sources
+            continue
+        _SOURCES.keep(name, data)
         linecache.lazycache(shown, {"__name__": name, "__loader__": _SOURCES})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -123,3 +124,20 @@ def test_an_annotation_names_its_converter():
             assert place.problems, key  # no key takes what no file can hold
             seen += 1
     assert seen > 60
+
+
+def test_a_library_in_a_zip_without_sources_is_preloaded(tmp_path: Path):
+    """As Python for Windows can have it: a traceback has no lines of it then, and a daemon starts."""
+    source, library = tmp_path / "packed_library.py", tmp_path / "library.zip"
+    source.write_text("KNOWN = True\n")
+    compiled = tmp_path / "packed_library.pyc"
+    py_compile.compile(str(source), cfile=str(compiled))
+    source.unlink()
+    with zipfile.ZipFile(library, "w") as archive:
+        archive.write(compiled, "packed_library.pyc")
+    code = "import packed_library, estelle_updater; estelle_updater.preload('json'); print(packed_library.KNOWN)"
+    searched = os.pathsep.join([str(library), *PROGRAM[-1:]])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": searched}
+    )
+    assert done.stdout == "True\n", done.stderr
