@@ -13009,7 +13009,11 @@ class Conversions:
             if differs and is_file and path not in moved and path not in kept:
                 found.append(path)
         for path in found:
-            os.utime(self.tree.root / path)  # else git takes it for what it wrote last
+            place = self.tree.root / path
+            was = place.stat()
+            # else git takes it for what it wrote last; it may compare whole seconds only, and the
+            # file be of this very one
+            os.utime(place, (was.st_atime, was.st_mtime - 2))
         for part in _parts(found):
             self.tree.write("checkout", "-q", "HEAD", "--", *part)
         return found
