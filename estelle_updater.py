@@ -9900,6 +9900,7 @@ class Survey:
         self.next_place = 1
         self.nonces: dict[str, str] = {}  # -> run
         self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest attempt ended
+        self.last_places: dict[str, int] = {}  # machine -> the place of that attempt's run
         self._fleets = set[bytes]()  # lists of machines, as lines have them, with a last for each
         for row in history.walk(self._knows):
             self._learn(row)
@@ -9927,6 +9928,7 @@ class Survey:
             self.open.append(row["run"])
         for machine, facts in attempts_of(row):
             self.last.setdefault(machine, facts)
+            self.last_places.setdefault(machine, row["place"])
         if all(machine in self.last for machine in row["machines"].values()):
             self._fleets.add(_index_text(row["machines"]).encode("utf-8", "replace"))
 
@@ -20164,6 +20166,28 @@ class SharedAnswer:
         return self._answer
 
 
+class LastAttempts(dict[str, dict[str, Any]]):
+    """How each machine's newest deployment ended, for `status`."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}  # machine -> the place of that deployment's run
+
+    def recall(self, survey: Survey) -> None:
+        """After a start: what is recorded."""
+        self.update(survey.last)
+        self.places.update(survey.last_places)
+
+    def note(self, job: JobRecord, place: int) -> None:
+        """A job's new state; not of what never reached the host, nor what is said once more of an
+        older run."""
+        summary = job_summary(job)
+        is_older = place < self.places.get(job.machine, 0)
+        if is_attempt(job.kind, summary) and not is_older:
+            facts = {"run": job.run, "kind": job.kind, "ended": job.ended}
+            self[job.machine] = {**facts, **summary}
+            self.places[job.machine] = place
+
+
 class Registry(Roster):
     """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them
     is connected."""
@@ -20172,7 +20196,7 @@ class Registry(Roster):
         super().__init__(config, own_machine)
         self.state, self.file = state, state.root / "machines.json"
         self.down_since: dict[str, float] = {}  # by the monotonic clock: the other one may jump
-        self.last: dict[str, dict[str, Any]] = {}  # machine -> how its newest deployment ended
+        self.last = LastAttempts()
         self.changes = Changes()
         self.adopted: dict[str, deque[float]] = {}  # machine -> when runs came in that only it knew
         self.waiting: dict[str, JobRecord] = {}  # machine -> its job that waits for the traffic
@@ -20222,13 +20246,10 @@ class Registry(Roster):
             )
         return machines
 
-    def remember(self, job: JobRecord) -> None:
-        """How a host's newest deployment ended, for `status`; not what never reached the host."""
+    def remember(self, job: JobRecord, place: int) -> None:
+        """A job's new state, for `status`. `place`: its run's, among all."""
         self.changes.count()
-        summary = job_summary(job)
-        if is_attempt(job.kind, summary):
-            facts = {"run": job.run, "kind": job.kind, "ended": job.ended}
-            self.last[job.machine] = {**facts, **summary}
+        self.last.note(job, place)
 
     def away_s(self, machine: str, now: float) -> float | None:
         """For how many seconds a host has had no connection."""
@@ -20485,7 +20506,7 @@ class Ledger:
         """After a start: the runs that are not over, and how the hosts' last deployments ended."""
         self.next_place = survey.next_place
         self.nonces.update(survey.nonces)
-        self.registry.last.update(survey.last)
+        self.registry.last.recall(survey)
         for run in reversed(survey.open):
             found = None
             with suppress(OSError):  # not now
@@ -20589,7 +20610,7 @@ class Ledger:
         if not own:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.put(job)
-        self.registry.remember(job)
+        self.registry.remember(job, run.record.place)
         for follower in run.followers:
             follower.post(job)
             # the last bytes may be here without having been sent

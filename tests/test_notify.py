@@ -501,6 +501,26 @@ def test_who_is_told_after_a_restart_that_finds_a_run_over(tmp_path: Path) -> No
     assert asyncio.run(look()) == ["[all] 2 of 2 hosts did not succeed"]
 
 
+def test_a_restart_takes_no_older_run_for_the_last_one(tmp_path: Path) -> None:
+    """Of a run that still waits for another host, all that is known is recorded once more."""
+
+    async def look() -> list[str]:
+        master, _ = make_master(tmp_path)
+        waits = replace(
+            RUN, hosts=["a", "b"], machines={"a": "a" * 32, "b": "b" * 32}, created=time.time(), place=1, wait_s=9000.0
+        )
+        newer = replace(waits, run="20260710-101011-aaaa", hosts=["a"], machines={"a": "a" * 32}, place=2)
+        for record, state in (waits, est.State.FAILED), (newer, est.State.SUCCEEDED):
+            master.state.save_run(record)
+            job = replace(JOB, run=record.run, host="a", machine="a" * 32, state=state, ended=time.time())
+            master.state.save_job(job)
+        master.recover(est.Survey(master.state.history))
+        assert [run for run in master.ledger.runs if run == waits.run]
+        return [master.registry.last["a" * 32][key] for key in ("run", "state")]
+
+    assert asyncio.run(look()) == ["20260710-101011-aaaa", "succeeded"]
+
+
 def test_trouble_in_telling_touches_no_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     async def look() -> None:
         _, notifier = make_master(tmp_path, notify=[{"url": "http://127.0.0.1:1", "on": ["failed"]}])
