@@ -4604,11 +4604,10 @@ _GIT_SETTINGS = (
     "rebase.autoStash=false",
     "merge.verifySignatures=false",
     "pull.rebase=false",
-    "pull.twohead=recursive",  # `ours` merges where it was told to go forward
+    "pull.twohead=recursive",  # `ours` makes a merge of what was to be a fast-forward
     "submodule.recurse=false",
     "fetch.recurseSubmodules=false",
     "fetch.pruneTags=false",
-    "pull.twohead=recursive",  # `ours` makes a merge of what was to be a fast-forward
     "diff.ignoreSubmodules=none",
     "diff.orderFile=/dev/null",  # one that is not there would end a pull, once it has written
     "core.logAllRefUpdates=true",  # what the remote had before it was rewritten
@@ -11410,7 +11409,8 @@ def ask_git(
         raise UsageError(what, "clone the repository there, or set repo")
     if not repo.is_dir():
         raise UsageError(f"{repo} is no folder", "set repo in [hosts]")
-    argv = ("git", *GIT_SETTINGS, *args)
+    # A question that takes the index's lock, to note what it saw, fails a deployment beside it.
+    argv = ("git", "--no-optional-locks", *GIT_SETTINGS, *args)
     env = {**env, "LANGUAGE": "en"}  # for `explain_failure`
     try:
         ended = run_bounded(argv, repo, env, timeout_s, mark=mark, stop=stop, apart=True)
@@ -18925,9 +18925,7 @@ class Outlook:
         """git's answer, None where it says no. Raises UpdaterError, also when all the time is used
         up."""
         left_s = max(0.1, self.deadline - time.monotonic())
-        code, out, self.said = ask_git(
-            self.repo, self.env, "--no-optional-locks", *args, timeout_s=left_s, stop=self.stop
-        )
+        code, out, self.said = ask_git(self.repo, self.env, *args, timeout_s=left_s, stop=self.stop)
         if code:
             return None
         return out.decode("utf-8", "surrogateescape")

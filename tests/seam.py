@@ -286,6 +286,7 @@ from estelle_updater import (
     kill_leftovers as kill_leftovers,
     lay_table as lay_table,
     lfs_rules as lfs_rules,
+    live_facts as live_facts,
     load_config as load_config,
     log_size as log_size,
     look_into_json as look_into_json,

@@ -652,11 +652,24 @@ def test_a_question_that_hangs_leaves_nothing(tmp_path: Path, how: str) -> None:
     def begun() -> bool:
         return stopped and hook.exists()
 
-    with pytest.raises(UpdaterError, match="git status did not answer"):
+    said = "git status was not waited for any longer" if stopped else "git status did not answer"
+    with pytest.raises(UpdaterError, match=said):
         updater.ask_git(tmp_path, os.environ, "status", timeout_s=60 if stopped else 10, mark=str(hook), stop=begun)
     assert not alive(pid_in(hook))
     assert not updater._find_family(str(hook))
     assert updater.ask_git(tmp_path, os.environ, "rev-parse", "--git-dir") == (0, b".git\n", b"")
+
+
+def test_a_question_takes_no_lock(tmp_path: Path) -> None:
+    """A deployment beside a `status` would find it, and fail."""
+    (tmp_path / "file").write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "file"], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, timeout=20)
+    os.utime(tmp_path / "file", (1, 1))  # git looks at its content, and would note that it is the same
+    before = (tmp_path / ".git/index").read_bytes()
+    assert updater.live_facts(tmp_path, os.environ)["dirty"] is False
+    assert (tmp_path / ".git/index").read_bytes() == before
 
 
 # ---- leaving the daemon's tree
