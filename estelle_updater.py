@@ -18617,12 +18617,13 @@ class Agent:
         sees it at `address`."""
         return own_addresses(config, address, self.bind, self.role)
 
-    def rule_and_repo(self, address: Any) -> tuple[Effective, Path]:
+    def rule_and_repo(self, address: Any, config: Config | None = None) -> tuple[Effective, Path]:
         """What the configuration says of this host, seen from `address`, and where its repository
-        is."""
+        is. `config`: another one than that in force."""
+        config = config or self.config.config
         tree = work_tree(self.config.path)
-        place = self.place(self.config.config, address)
-        rule = host_rule(self.config.config, place, socket.gethostname(), self.role)
+        place = self.place(config, address)
+        rule = host_rule(config, place, socket.gethostname(), self.role)
         return rule, tree / rule.repo if rule.repo else tree
 
     # One connection to the master
@@ -18745,7 +18746,7 @@ def tell_health(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     """What this host's checks see, by the configuration as it stands now: a deployment may just
     have changed it."""
     config, _ = load_config_or_last(agent.config.path, agent.state)
-    rule, repo = agent.rule_and_repo(args.get("address"))
+    rule, repo = agent.rule_and_repo(args.get("address"), config)
     place = agent.place(config, args.get("address"))
     names = {host_key(name) for name in (*place, rule.name, socket.gethostname()) if name}
     checks = []
@@ -19125,10 +19126,12 @@ def judge_ground(found: dict[str, Any], ground: Iterable[Finding]) -> None:
 
 
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
-    """What deploying `branch` would do here: what arrives, what is in the way, what would run."""
+    """What deploying `branch` would do here: what arrives, what is in the way, what would run. By
+    the configuration as it stands now, as a job's: a deployment may just have changed it."""
     address, branch = args.get("address"), str(args.get("branch"))
     require_branch(branch)
-    rule, repo = agent.rule_and_repo(address)
+    standing, trouble = load_config_or_last(agent.config.path, agent.state)
+    rule, repo = agent.rule_and_repo(address, standing)
     own_version = rule.version  # what a commit that nobody has read names is not shown of this host
     outlook = Outlook(repo, rule)
     ground = list(probe_ground(repo, agent.state.root, rule, outlook.env))
@@ -19151,8 +19154,8 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
             told = (*doors, *runs, *compare_rest(old, new))
             found["doors"] = [change.text for change in told]
             found["opens"] = [change.text for change in doors if change.opens]
-        elif new is None and config.problem:
-            found["refused"].append(config.problem)
+        elif new is None and trouble:
+            found["refused"].append(trouble)
     except ConfigError as wrong:
         found["refused"].append(wrong.what)
     for name in ("changed", "dirty", "in_the_way"):

@@ -269,8 +269,9 @@ def test_mariadb_without_a_free_connection(tmp_path: Path, database: str):
         return see(tmp_path, mariadb=database, user="app", passwordFile="password")
 
     def take(user: str) -> subprocess.Popen[bytes]:
-        argv = ["mariadb", "--no-defaults", *user.split(), "-h127.0.0.1", f"-P{port}", "-e", "select sleep(60)"]
-        return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        where = ["mariadb", "--no-defaults", *user.split(), "-h127.0.0.1", f"-P{port}"]
+        argv = [*where, "--unbuffered", "-e", "select 1; select sleep(60)"]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     holding: list[subprocess.Popen[bytes]] = []
     try:
@@ -287,18 +288,20 @@ def test_mariadb_without_a_free_connection(tmp_path: Path, database: str):
             return ok and hint in detail
 
         wait_for(greets_still, hint)
-        holding.append(take("-uroot"))
 
-        def is_shut() -> bool:
-            if holding[-1].poll() is not None:  # one of our own questions had the last place
-                holding.append(take("-uroot"))
-            return see(tmp_path, mariadb=database) == full and see(tmp_path, tcp=database) == full
+        def has_last() -> bytes:  # unless one of our own questions still has it
+            holding.append(take("-uroot"))
+            answers = holding[-1].stdout
+            assert answers
+            return answers.readline()
 
-        wait_for(is_shut, "the last one is taken too, and both checks say so")
+        wait_for(has_last, "the last one is taken too")
+        assert see(tmp_path, mariadb=database) == full
+        assert see(tmp_path, tcp=database) == full
     finally:
         for process in holding:
             process.kill()
-            process.wait()
+            process.communicate()
     wait_for(lambda: login()[0], "the places are free again")
 
 

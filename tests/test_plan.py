@@ -276,6 +276,9 @@ def test_plan_sees_the_incoming_configuration_and_a_running_job(fleet: MakeFleet
     assert [text.partition(";")[0] for text in missing] == ["no-such-program: not found in PATH"]
     one.origin.commit({"config/updater.json": json.dumps(good)})
     assert plan(one, agent.address, "master")[agent.address]["expected_s"] is not None
+    # a job reads the file, which may have changed this very second
+    agent.config.write_text(json.dumps(good | {"deploy": {"command": ["sh", "here.sh"]}}))
+    assert plan(one, agent.address, "master", code=1)[agent.address]["command"] == "sh here.sh"
     one.origin.bare.rename(one.origin.bare.with_suffix(".away"))
     assert plan(one, agent.address, "master", code=1)[agent.address]["refused"]
 
