@@ -19140,18 +19140,19 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(Refusal(one.text, one.fix).text)
     found = outlook.look(branch)
     judge_ground(found, ground)
-    config, old = agent.config, agent.config.config
     hostname = socket.gethostname()
     try:
         new = None
         if found.get("target"):
-            new = incoming_config(found["target"], config.path, repo, outlook.git)
-        if new is not None and new != old:  # what runs comes from the configuration that arrives
+            new = incoming_config(found["target"], agent.config.path, repo, outlook.git)
+        if (
+            new is not None and new != standing
+        ):  # what runs comes from the configuration that arrives
             place = agent.place(new, address)
             rule = host_rule(new, place, hostname, agent.role)
-            doors = compare_doors(old, new)
-            runs = compare_commands(old, new, place, hostname, agent.role)
-            told = (*doors, *runs, *compare_rest(old, new))
+            doors = compare_doors(standing, new)
+            runs = compare_commands(standing, new, place, hostname, agent.role)
+            told = (*doors, *runs, *compare_rest(standing, new))
             found["doors"] = [change.text for change in told]
             found["opens"] = [change.text for change in doors if change.opens]
         elif new is None and trouble:
