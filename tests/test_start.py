@@ -78,9 +78,8 @@ def test_every_pattern_compiles():
         assert vars(pattern)["pattern"]  # and the next use does not come by the way of the first
 
 
-def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path):
+def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path, pyz: Path):
     """Python's own loader would read it to say where it is, and again; at the end it gives back each object."""
-    pyz = Path(PROGRAM[-1])
     code, words = ["-S", "-c", WATCHED], ["--state", str(tmp_path), "history"]
     done = subprocess.run([sys.executable, *code, pyz, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "config" in done.stderr, done.stderr
@@ -126,7 +125,7 @@ def test_an_annotation_names_its_converter():
     assert seen > 60
 
 
-def test_a_library_in_a_zip_without_sources_is_preloaded(tmp_path: Path):
+def test_a_library_in_a_zip_without_sources_is_preloaded(tmp_path: Path, pyz: Path):
     """As Python for Windows can have it: a traceback has no lines of it then, and a daemon starts."""
     source, library = tmp_path / "packed_library.py", tmp_path / "library.zip"
     source.write_text("KNOWN = True\n")
@@ -136,7 +135,7 @@ def test_a_library_in_a_zip_without_sources_is_preloaded(tmp_path: Path):
     with zipfile.ZipFile(library, "w") as archive:
         archive.write(compiled, "packed_library.pyc")
     code = "import packed_library, estelle_updater; estelle_updater.preload('json'); print(packed_library.KNOWN)"
-    searched = os.pathsep.join([str(library), *PROGRAM[-1:]])
+    searched = os.pathsep.join([str(library), str(pyz)])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": searched}
     )
