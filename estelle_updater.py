@@ -31716,13 +31716,17 @@ def print_error(problem: UpdaterError, args: Args) -> int:
 def leave(code: int) -> NoReturn:
     """End this process. Python gives back each object first, of which a short command's life has
     a tenth; the system takes them all at once. Where something may still have to be put away at the
-    end, by a daemon or a command that had a folder or threads for a time, Python does so."""
+    end, by a daemon or a command that had a folder or threads for a time, Python does so; but it
+    looks at no object for garbage any more, which is most of what a daemon's end takes."""
     tidies_up = {"asyncio", "concurrent.futures", "logging", "tempfile"} & {*sys.modules}
     with suppress(OSError, ValueError):  # Python says at its own end what can't be written
         sys.stdout.flush()
         sys.stderr.flush()
         if not tidies_up:
             os._exit(code)
+    import gc
+
+    gc.freeze()
     sys.exit(code)
 
 

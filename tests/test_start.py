@@ -103,6 +103,24 @@ def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path
     assert "read estelle_updater.pyc\n" in done.stderr
 
 
+def test_the_end_of_a_daemon_looks_for_no_garbage(pyz: Path):
+    """What is to be put away is, and rings of objects go with the process."""
+    code = """
+import asyncio, atexit, estelle_updater
+class Ring:
+    def __init__(self):
+        self.own = self
+    def __del__(self):
+        print("looked at")
+kept = Ring()
+atexit.register(print, "put away")
+estelle_updater.leave(3)
+"""
+    env = {**os.environ, "PYTHONPATH": str(pyz)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "put away\n", "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")
 def test_what_a_short_command_could_not_write_is_its_exit_code():
     for words, code in (["--help"], 130), (["--version", "--json"], 130), (["no-such"], 2):
