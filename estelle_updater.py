@@ -356,23 +356,42 @@ _PRELOADED = (
 _BAKED = "estelle_updater.pyz"
 
 
+def trim_memory() -> None:
+    """Linux: give the system back what this process had need of for a time only."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 class _Sources:
-    """The sources in the .pyz as they were at this process's start, for tracebacks. Packed: as
-    lines, which few processes ever show, they would be a tenth of an idle daemon."""
+    """The sources in the .pyz as they were at this process's start, for tracebacks. As lines, which
+    few processes ever show, they would be a tenth of an idle daemon; and to pack them is a tenth of
+    its start, so who goes on living does it later."""
 
     def __init__(self) -> None:
+        self._whole: dict[str, bytes] = {}
         self._packed: dict[str, bytes] = {}
 
     def keep(self, module: str, source: bytes) -> None:
         """Hold a module's source."""
-        self._packed[module] = zlib.compress(source, 1)
+        self._whole[module] = source
+
+    def pack(self) -> None:
+        """Hold them in a third of the room, from any thread."""
+        for module, source in list(self._whole.items()):
+            self._packed[module] = zlib.compress(source, 1)
+            del self._whole[module]
+        trim_memory()
 
     def get_source(self, module: str) -> str:
         """What `linecache` asks a module's loader for."""
-        return zlib.decompress(self._packed[module]).decode()
+        source = self._whole.get(module)
+        if source is None:
+            source = zlib.decompress(self._packed[module])
+        return source.decode()
 
 
-_SOURCES = _Sources()
+SOURCES = _Sources()
 
 
 def preload(*names: str) -> None:
@@ -383,6 +402,9 @@ def preload(*names: str) -> None:
     installation lacks is skipped. The sources are kept too: a traceback would read them from the
     new file, show the wrong ones, or fail.
     """
+    import gc
+
+    gc.disable()  # nothing of what is imported is garbage
     for name in names or (*_LAZY_NAMES, *_PRELOADED):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
@@ -402,8 +424,10 @@ def preload(*names: str) -> None:
             data = loader.get_data(source)
         except OSError:  # Python for Windows can have its library in a zip, without sources
             continue
-        _SOURCES.keep(name, data)
-        linecache.lazycache(shown, {"__name__": name, "__loader__": _SOURCES})
+        SOURCES.keep(name, data)
+        linecache.lazycache(shown, {"__name__": name, "__loader__": SOURCES})
+    gc.freeze()
+    gc.enable()
 
 
 MISSING: Any = type("_Missing", (), {"__repr__": lambda self: "MISSING"})()
@@ -15020,6 +15044,10 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
     gc.freeze()  # what is never looked at again is never copied
     with socket.socket(fileno=descriptor) as daemon, daemon.makefile("rb") as orders:
         daemon.sendall(READY)
+        asked, _, _ = select.select([daemon], [], [], PRUNE_FIRST_S)
+        if not asked:
+            SOURCES.pack()
+            gc.freeze()
         for line in orders:
             run, host = json.loads(line)
             child = os.fork()
@@ -18559,9 +18587,11 @@ class OwnJobs:
 
 
 async def prune_forever(own: OwnJobs, needed: Callable[[], Iterable[str]]) -> None:
-    """Now and then, delete the runs that [keep] does not keep."""
+    """Now and then, delete the runs that [keep] does not keep; what the start left for a time with
+    less to do goes first."""
     state = own.state
     await asyncio.sleep(PRUNE_FIRST_S)
+    await asyncio.to_thread(SOURCES.pack)
     while True:
         try:
             gone = await asyncio.to_thread(
@@ -28541,14 +28571,7 @@ def cmd_serve(args: Args) -> int:
     """The daemon, until a signal ends it. Raises UsageError for a role that is none."""
     require_packages()
     preload()
-    if (
-        sys.platform == "linux"
-    ):  # a Python that had to compile this module took 30 MB for that, and would keep them
-        import gc
-
-        gc.collect()
-        with suppress(AttributeError):  # musl has no such function
-            ctypes.CDLL(None).malloc_trim(0)
+    trim_memory()  # a Python that had to compile this module took 30 MB for that
     log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import gc
 import os
 import py_compile
 import shutil
+import socket
 import subprocess
 import sys
 import typing
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,6 +123,29 @@ estelle_updater.leave(3)
     env = {**os.environ, "PYTHONPATH": str(pyz)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (3, "put away\n", "")
+
+
+def test_what_a_start_leaves_for_later_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The sources are packed by a daemon, and by a nursery that nobody asks anything of."""
+    monkeypatch.setattr(program, "PRUNE_FIRST_S", 0.05)
+
+    class Packed(Exception):
+        pass
+
+    def pack() -> None:
+        raise Packed
+
+    monkeypatch.setattr(program.SOURCES, "pack", pack)
+    nobodys: typing.Any = SimpleNamespace(state=None)
+    with pytest.raises(Packed):
+        asyncio.run(program.prune_forever(nobodys, tuple))
+    daemon, nursery = socket.socketpair()
+    try:
+        with daemon, pytest.raises(Packed):
+            program.tend_nursery(nobodys, tmp_path / "none", nursery.detach())
+    finally:  # a nursery never looks for garbage
+        gc.unfreeze()
+        gc.enable()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")
