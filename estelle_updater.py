@@ -699,6 +699,8 @@ HANDSHAKES, STRANGERS = (
     128,
     32,
 )  # begun and not judged: of one allowed address, and of all others together
+# the same over TLS, of all together, which hold 300 KB each; and how many wait for their turn
+GREETINGS, GREETINGS_WAITING = 96, 2000
 CONNECTIONS = 512  # of one address
 ACCEPTED, BACKLOG = (
     16,
@@ -10447,6 +10449,8 @@ class Certificate:
     def __init__(self, config: ConfigFile) -> None:
         self.config = config
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        # it costs us more than whoever asks for it, for which an old OpenSSL has no limit
+        self.context.options |= ssl.OP_NO_RENEGOTIATION
         self.problem: str | None = None
         self._data = b""
         self._watch = FileWatch()
@@ -19658,11 +19662,227 @@ class Elders:
             gc.unfreeze()
 
 
+class Turns:
+    """Whose TLS greeting goes on: GREETINGS at once, and who comes when all are taken gets the turn
+    of an address that has more. So silent ones keep nobody out, until as many allowed addresses
+    send them. Of a Greeting, it has a future `turn`, the `begun` handshake and the transport."""
+
+    def __init__(self) -> None:
+        self.active: dict[str, list[Any]] = {}  # by address, the oldest first
+        self.waiting: dict[Any, None] = {}
+
+    def held(self, greeting: Any) -> int:
+        """How many turns its address has."""
+        return len(self.active.get(greeting.begun.among, ()))
+
+    def begin(self, greeting: Any) -> None:
+        """Give it its turn, now or when another one ends."""
+        if sum(map(len, self.active.values())) < GREETINGS:
+            self._start(greeting)
+            return
+        most = max(self.active.values(), key=len)
+        is_known = bool(greeting.begun.among)
+        if not is_known or len(most) <= self.held(greeting) + 1:
+            if len(self.waiting) < GREETINGS_WAITING:
+                self.waiting[greeting] = None
+            else:
+                greeting.turn.cancel()
+            return
+        oldest = most.pop(0)
+        oldest.transport.abort()
+        self._start(greeting)
+
+    def end(self, greeting: Any) -> None:
+        """It is over: the next turn is one's whose address has the fewest, strangers last."""
+        self.waiting.pop(greeting, None)
+        among = greeting.begun.among
+        active = self.active.get(among, [])
+        if greeting not in active:  # another one has got its turn
+            return
+        active.remove(greeting)
+        if not active:
+            del self.active[among]
+        if self.waiting:
+            following = min(self.waiting, key=lambda one: (not one.begun.among, self.held(one)))
+            del self.waiting[following]
+            self._start(following)
+
+    def _start(self, greeting: Any) -> None:
+        self.active.setdefault(greeting.begun.among, []).append(greeting)
+        if not greeting.turn.done():
+            greeting.turn.set_result(None)
+
+
+class Handshakes:
+    """Those that are begun and not judged, counted for each allowed address and for all others."""
+
+    def __init__(
+        self,
+        config: ConfigFile,
+        certificate: Certificate | None,
+        elders: Elders,
+        refuse: Callable[[str, str], None],
+    ) -> None:
+        self.config, self.certificate = config, certificate
+        self.elders, self.refuse = elders, refuse
+        self.open: Counter[str] = Counter()
+        self.turns = Turns()
+
+    def among(self, peer: str) -> str:
+        """With which others this address counts: its own only, or all strangers, that is ""."""
+        config = self.config.config
+        known = (
+            _whitelist(listed).verdict(peer)
+            for listed in (config.whitelist, config.trusted_proxies)
+        )
+        if any(verdict.allowed for verdict in known):
+            return peer
+        return ""
+
+    def begin(self, among: str) -> bool:
+        """Count one more. False where that is one too many, which the log then says."""
+        self.open[among] += 1
+        most = STRANGERS
+        if among:
+            most = HANDSHAKES
+        if self.open[among] <= most:
+            return True
+        self.refuse(among or "strangers", f"more than {most} handshakes at once")
+        return False
+
+    def end(self, among: str) -> None:
+        """One less."""
+        self.open[among] -= 1
+        if not self.open[among]:
+            del self.open[among]
+
+
+class Begun:
+    """A handshake that is begun and not judged: it counts, until `end`.
+
+    It has WELCOME_S in all, so `due` is when it is over, as the loop's clock has it.
+    """
+
+    __slots__ = ("all", "among", "due", "greeting", "one_too_many", "patience", "peer")
+
+    def __init__(self, handshakes: Handshakes, transport: Any) -> None:
+        self.all = handshakes
+        self.due = asyncio.get_running_loop().time() + WELCOME_S
+        self.patience: Any = None  # asyncio's timeout, once it is judged
+        self.greeting: Any = None  # of a connection over TLS
+        peer = transport.get_extra_info("peername")
+        self.peer = host_key((peer or ("",))[0])
+        self.among = handshakes.among(self.peer)
+        self.one_too_many = not handshakes.begin(self.among)
+        if self.one_too_many:
+            transport.abort()
+
+    def end(self, *, was_heard: bool) -> None:
+        """It is over; `was_heard` if we could learn what it wanted."""
+        self.all.end(self.among)
+        self.leave_turn()
+        if not was_heard and not self.one_too_many:
+            self.all.refuse(self.peer, "it began no WebSocket handshake, or did not end it")
+
+    def leave_turn(self) -> None:
+        """Over TLS, the next one's turn has come."""
+        if self.greeting:
+            self.all.turns.end(self.greeting)
+        self.greeting = None  # or the two would be a ring
+
+
+class Greeting(asyncio.Protocol):
+    """A connection until TLS is agreed on.
+
+    asyncio itself would tell of a connection only then, when each that says nothing holds its
+    buffers already. So all are taken plain and counted, and TLS begins when it is their turn.
+    """
+
+    def __init__(
+        self, handshakes: Handshakes, make: Callable[..., Any], *args: Any, **options: Any
+    ) -> None:
+        self.all = handshakes
+        self.make = functools.partial(make, *args, **options)
+        self.tasks = args[1].handler_tasks  # websockets' server waits for them when it stops
+        self.turn = asyncio.get_running_loop().create_future()
+        self.began = handshakes.elders.rounds
+        self.went_on = False
+        self.early = b""  # what came with the last word of the greeting
+        self.begun: Begun
+        self.transport: Any
+
+    def connection_made(self, transport: Any) -> None:
+        """As asyncio calls it: nothing is read before our turn."""
+        transport.pause_reading()
+        self.transport = transport
+        self.begun = Begun(self.all, transport)
+        if self.begun.one_too_many:
+            self.end()
+            return
+        self.begun.greeting = self
+        self.all.turns.begin(self)
+        task = asyncio.ensure_future(self.agree())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio calls it, between TLS and the next step of `agree`."""
+        self.early += data
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """As asyncio calls it: nobody has to wait for the turn of one that has gone."""
+        self.turn.cancel()
+
+    async def agree(self) -> None:
+        """Wait for our turn, agree on TLS, and go on as a WebSocket server's connection."""
+        import traceback
+
+        try:
+            async with asyncio.timeout_at(self.begun.due):
+                await self.turn
+                wrapped = await self.start_tls()
+            self.go_on(wrapped)
+        except (OSError, asyncio.CancelledError) as problem:
+            # or asyncio's frames and it hold one another, and 300 KB, until the collector comes by
+            traceback.clear_frames(problem.__traceback__)
+        finally:
+            if not self.went_on:
+                self.end()
+
+    def end(self) -> None:
+        """No connection comes of it."""
+        self.transport.abort()
+        self.begun.end(was_heard=False)
+        self.all.elders.note_end(self.began)
+
+    def go_on(self, wrapped: Any) -> None:
+        """From here on `wrapped` is a WebSocket server's connection, unless it has ended."""
+        if wrapped is None or wrapped.is_closing():
+            return
+        self.went_on = True
+        connection = self.make()
+        connection.begun = self.begun
+        wrapped.set_protocol(connection)
+        connection.connection_made(wrapped)
+        if self.early:
+            connection.data_received(self.early)
+
+    async def start_tls(self) -> Any:
+        """The transport over TLS. Raises OSError."""
+        certificate = self.all.certificate
+        assert certificate
+        return await asyncio.get_running_loop().start_tls(
+            self.transport,
+            self,
+            certificate.context,
+            server_side=True,
+            ssl_handshake_timeout=WELCOME_S,
+            ssl_shutdown_timeout=SERVER_OPTIONS["close_timeout"],
+        )
+
+
 # What is noted of a connection: not in its dictionary, which would double its size by a few more.
-GUARDED_FACTS = (
-    *("among", "began", "estelle_address", "one_too_many"),
-    *("patience", "peer", "unread_bytes"),
-)
+GUARDED_FACTS = ("began", "begun", "estelle_address", "unread_bytes")
 
 
 class Door:
@@ -19681,16 +19901,16 @@ class Door:
         self.elders = Elders(lambda: len(self.sockets))
         self.page = Page()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
-        self.handshakes: Counter[str] = Counter()  # begun and not judged
         self.token_file = config.config.token_file
         tls = config.config.master_url.secure and config.config.tls.cert
         self.certificate = Certificate(config) if tls else None
+        self.handshakes = Handshakes(config, self.certificate, self.elders, self.log_refusal)
 
     # The port
 
     def connection_class(self) -> Any:
-        """A server connection that can't keep others out by beginning handshakes and not ending
-        them.
+        """What makes a server connection that can't keep others out by beginning handshakes and not
+        ending them.
 
         The only place that overrides what websockets does not promise to keep: `connection_made`
         and `handshake`, as WEBSOCKETS_KNOWN has them. Were they called otherwise, refused strangers
@@ -19699,6 +19919,7 @@ class Door:
         from websockets.asyncio.server import ServerConnection
 
         door = self
+        over_tls = bool(self.certificate)
 
         class Guarded(PongBound, ServerConnection):
             __slots__ = GUARDED_FACTS
@@ -19707,46 +19928,30 @@ class Door:
                 super().connection_made(transport)
                 self.unread_bytes = 0
                 self.began = door.elders.rounds
-                self.peer = host_key((self.remote_address or ("",))[0])
-                config = door.config.config
-                known = (
-                    _whitelist(listed).verdict(self.peer)
-                    for listed in (config.whitelist, config.trusted_proxies)
-                )
-                self.among = ""
-                if any(verdict.allowed for verdict in known):
-                    self.among = self.peer
-                door.handshakes[self.among] += 1
-                most = STRANGERS
-                if self.among:
-                    most = HANDSHAKES
-                self.one_too_many = door.handshakes[self.among] > most
-                if self.one_too_many:
-                    door.log_refusal(
-                        self.among or "strangers", f"more than {most} handshakes at once"
-                    )
-                    transport.abort()
+                if not over_tls:
+                    self.begun = Begun(door.handshakes, transport)
 
             def connection_lost(self, problem: Exception | None) -> None:
                 super().connection_lost(problem)
                 door.elders.note_end(self.began)
 
             async def handshake(self, *args: Any, **options: Any) -> None:
+                begun = self.begun
                 try:
-                    async with asyncio.timeout(WELCOME_S) as self.patience:
+                    async with asyncio.timeout_at(begun.due) as begun.patience:
                         await super().handshake(*args, **options)
                 finally:
-                    door.handshakes[self.among] -= 1
-                    if self.request is None and not self.one_too_many:
-                        door.log_refusal(
-                            self.peer, "it began no WebSocket handshake, or did not end it"
-                        )
+                    begun.end(was_heard=self.request is not None)
+                    del self.begun
 
             def allow(self, seconds: float) -> None:
-                """More time, for a download."""
+                """More time, for a download, which has bounds of its own."""
                 self.close_timeout = seconds
-                self.patience.reschedule(self.loop.time() + seconds)
+                self.begun.leave_turn()
+                self.begun.patience.reschedule(self.loop.time() + seconds)
 
+        if over_tls:
+            return functools.partial(Greeting, door.handshakes, Guarded)
         return Guarded
 
     # Before the handshake
@@ -24787,10 +24992,6 @@ class Service:
             "create_connection": master.door.connection_class(),
             "process_request": master.door.judge_request,
         }
-        if master.door.certificate:
-            options["ssl"] = master.door.certificate.context
-            # until it ends nobody knows who that is, and each holds 300 KB
-            options["ssl_handshake_timeout"] = WELCOME_S
         try:
             server = await serve(master.serve_socket, host, port, **options)
         except OSError as problem:
