@@ -804,6 +804,8 @@ RESUME_S, RESUME_MOST_S = (
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+TRIAL_S = 5.0  # a filter with one file, before a deployment: one that is slower is not judged
+TRIAL_BYTES = 1 << 20  # a larger file is none to try a filter with
 UNDO_S = 3.0  # what a cancel leaves for making the tree whole; else that is the next job's
 ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its version
 CLOCK_S = 30.0  # more than the clocks of two hosts may differ
@@ -4947,6 +4949,8 @@ class Prospect(NamedTuple):
     get_pointers: bool = True
     has_lfs: bool = True
     names_lfs: bool = True  # one of its .gitattributes does
+    hooks: tuple[str, ...] = ()  # of the clone, which git runs on its way
+    unfiltered: tuple[str, ...] = ()  # what is said of filters that fail, and need not work
 
 
 class Forecast(NamedTuple):
@@ -4965,7 +4969,9 @@ def judge_prospect(known: Prospect) -> Forecast:
     if known.nameless and known.submodules and known.update_submodules:
         fix = "commit git rm --cached for it, or what git submodule add makes of it"
         refused.append(Refusal(nameless_text(known.nameless), fix))
-    warnings, steps = [*known.unsure, *link_warnings(known)], []
+    warnings, steps = [*known.unsure, *known.unfiltered, *link_warnings(known)], []
+    if known.hooks:
+        steps.append(hooks_text(known.hooks))
     if known.submodules:
         named = paths_text(known.submodules, 5)
         if known.update_submodules:
@@ -4981,6 +4987,14 @@ def judge_prospect(known: Prospect) -> Forecast:
         else:
             refused.append(Refusal(what, lfs_hint(known.repo)))
     return Forecast(refused, warnings, steps)
+
+
+def hooks_text(hooks: Sequence[str]) -> str:
+    """The clone's own programs that git runs on its way."""
+    word = "hook"
+    if len(hooks) > 1:
+        word = "hooks"
+    return f"the clone's {word} {paths_text(hooks)}"
 
 
 def nameless_text(folders: Sequence[str]) -> str:
@@ -5892,6 +5906,7 @@ def take_excerpt(output: str) -> list[str]:
 
 
 NO_BRANCH = "no such branch, tag or commit on the remote"
+NO_LFS_HOOK = "a hook of git-lfs stops git, as git-lfs is not installed here: install it"
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"detected dubious ownership",
@@ -5948,9 +5963,10 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"unable to (?:create|unlink)[^\n]*Operation not permitted",
         "a file or folder of the clone may not be changed by anybody: lsattr says which, chattr -i",
     ),
+    (rb"configured for Git LFS but", NO_LFS_HOOK),
     (
-        rb"configured for Git LFS but",
-        "a hook of git-lfs stops git, as git-lfs is not installed here: install it",
+        rb"ref updates aborted by hook",
+        "the clone's hook reference-transaction refuses: git rev-parse --git-path hooks says where",
     ),
     (
         # of a file in the tree git says no more than that, of its index in words of its own
@@ -5988,6 +6004,16 @@ def explain_failure(tail: bytes) -> str | None:
         if re.search(pattern, tail):
             return text
     return None
+
+
+def explain_step(argv: Sequence[str], tail: bytes) -> str | None:
+    """Why a step failed, as far as its last output says so; git's own reason, where its words need
+    no others. None for a git that gave none: then it was a hook of the clone."""
+    known = explain_failure(tail)
+    gives_reason = re.search(rb"^(?:fatal|error): ", tail, re.MULTILINE)
+    if known or argv[0] != "git" or not gives_reason:
+        return known
+    return failure_reason(tail)
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
@@ -12454,7 +12480,7 @@ class Runner:
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
-            raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
+            raise StepFailed(State.FAILED, step.label, code, explain_step(step.argv, running.tail))
         return seconds
 
     def spawn(self, step: Step, mark: str) -> Spawned:
@@ -13945,6 +13971,147 @@ def refuse_damage(root: Path, branch: str) -> Refusal:
     return Refusal(what, f"{check} says what is missing; else clone anew beside, and swap")
 
 
+# git goes on without a filter that need not work, and only says so
+_GIT_ERROR = regex(rb"(?m:^error: )")
+# Those that git runs when it fetches, checks out or pulls. What the last one says it ignores.
+HOOKS = ("reference-transaction", "post-checkout", "post-merge")
+
+
+def find_hooks(root: Path, ask: Callable[..., bytes]) -> tuple[list[str], str]:
+    """The hooks of a clone that git would run, and the one among them with which git-lfs would end
+    a checkout if it were gone; "" where there is none."""
+    place = root / os.fsdecode(ask("rev-parse", "--git-path", "hooks").strip())
+    found: list[str] = []
+    of_lfs = ""
+    for name in HOOKS:
+        hook = place / name
+        if not os.access(hook, os.X_OK):
+            continue
+        found.append(str(hook))
+        with suppress(OSError):
+            is_of_lfs = b"git-lfs" in read_supplied(hook, cut=True)
+            if is_of_lfs and name == "post-checkout":
+                of_lfs = str(hook)
+    return found, of_lfs
+
+
+def look_at_hooks(known: Prospect, coming: Coming) -> Prospect:
+    """The hooks of a clone are whoever set it up's, and run as by hand: the plan names them. Those
+    of git-lfs fail where git-lfs is gone."""
+
+    def ask(*args: str) -> bytes:
+        return os.fsencode(coming.at_root(*args))
+
+    found, of_lfs = find_hooks(coming.root, ask)
+    missing = known.missing
+    if of_lfs and not coming.git("lfs", "version"):
+        missing = (*missing, Refusal(NO_LFS_HOOK, f"or remove {typed(of_lfs)}"))
+    return known._replace(hooks=tuple(found), missing=missing)
+
+
+class Filters:
+    """Whether the clone's filters turn the contents that come into files, and back: git finds out
+    when it has written a part of the tree. `ask` asks git: its exit code, output and errors."""
+
+    def __init__(self, coming: Coming, ask: Callable[..., tuple[int, bytes, bytes]]) -> None:
+        self.coming, self.ask = coming, ask
+        self.root, self.commit = coming.root, coming.commit
+
+    def look(self, known: Prospect) -> Prospect:
+        """What is known by now, and what a trial of each filter says: of one file each."""
+        settings = {}
+        if self.coming.head != self.commit:  # else nothing is written
+            settings = self.read_settings()
+        if not settings:
+            return known
+        missing, unfiltered = [*known.missing], [*known.unfiltered]
+        with tempfile.TemporaryDirectory(prefix="estelle-") as name:
+            folder = Path(name)
+            for filter_name, path in self.find_uses(folder, settings).items():
+                reason = self.try_out(folder, filter_name, path)
+                shown = paths_text([path])
+                what = f"the filter {filter_name}, which {shown} needs, fails here: {reason}"
+                is_required = settings[filter_name].get("required", "false")
+                if reason and is_required.lower() in ("true", "yes", "on", "1", ""):
+                    missing.append(Refusal(what, self.hint(filter_name)))
+                elif reason:
+                    unfiltered.append(f"{what}; git writes it as it is stored")
+        return known._replace(missing=tuple(missing), unfiltered=tuple(unfiltered))
+
+    def hint(self, name: str) -> str:
+        """The line that shows a filter's commands."""
+        words = ("config", "--show-origin", "--get-regexp", f"filter[.]{name}[.]")
+        return f"{typed('git', '-C', self.root, *words)} shows its commands, which have to work"
+
+    def read_settings(self) -> dict[str, dict[str, str]]:
+        """The filters that are set up here, but for LFS, which is looked at by itself."""
+        said = self.coming.at_root("config", "--null", "--get-regexp", "filter[.]")
+        found: dict[str, dict[str, str]] = {}
+        for item in said.split("\0"):
+            key, _, value = item.partition("\n")
+            section, _, variable = key.rpartition(".")
+            name = section.removeprefix("filter.")
+            if name not in (section, "lfs"):
+                found.setdefault(name, {})[variable] = value
+        return found
+
+    def find_uses(self, folder: Path, wanted: Container[str]) -> dict[str, str]:
+        """A file for each filter that is used by what comes. The commit's attributes are laid out
+        in a folder of their own: an older git reads none out of a commit."""
+        begin = f"{self.commit}:"
+        words = ("grep", "-l", "-z", "-F", "filter", self.commit, "--", "*.gitattributes")
+        for word in filter(None, self.coming.at_root(*words).split("\0")):
+            name = word.removeprefix(begin)
+            place = folder / "tree" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            text = self.coming.at_root("cat-file", "blob", f"{begin}{name}")
+            place.write_text(text, "utf-8", "surrogateescape")
+        tree = folder / "tree"
+        tree.mkdir(exist_ok=True)
+        git_dir = os.path.abspath(git_folder(self.root))
+        there = ("-C", str(tree), f"--git-dir={git_dir}", f"--work-tree={tree}")
+        found: dict[str, str] = {}
+        for part in _parts(self.list_coming()):
+            said = self.coming.git(*there, "check-attr", "-z", "filter", "--", *part)
+            fields = said.split("\0")
+            for path, value in zip(fields[::3], fields[2::3], strict=False):
+                if value in wanted:
+                    found.setdefault(value, path)
+        return found
+
+    def list_coming(self) -> list[str]:
+        """The paths that git would write; all of them, where they may be written otherwise."""
+        words = ("diff-tree", "-r", "-z", "--no-renames", "--name-only", "--diff-filter=d")
+        said = self.coming.at_root(*words, self.coming.head, self.commit)
+        paths = list(filter(None, said.split("\0")))
+        if any(map(_ATTRIBUTES.fullmatch, paths)):
+            words = ("ls-tree", "-r", "-z", "--full-tree", "--name-only", self.commit)
+            paths = list(filter(None, self.coming.at_root(*words).split("\0")))
+        return paths
+
+    def try_out(self, folder: Path, name: str, path: str) -> str:
+        """Why a filter fails with a file, "" where it does not, or nobody can tell. It runs where
+        git runs it, as its command may be a file of the clone."""
+        attributes, content = folder / "attributes", folder / "content"
+        attributes.write_text(f"* filter={name}\n", "utf-8")
+        how = ("-C", str(self.root), "-c", f"core.attributesFile={attributes}")
+        here = f"{self.commit}:{path}"
+        size = self.coming.git("cat-file", "-s", here).strip()
+        if not size or int(size) > TRIAL_BYTES:
+            return ""
+        try:
+            code, out, err = self.ask(*how, "cat-file", "--filters", here)
+            if not code and not _GIT_ERROR.search(err):
+                content.write_bytes(out)
+                words = ("hash-object", f"--path={path}", str(content))
+                code, out, err = self.ask(*how, *words)
+        except UpdaterError:  # slow: the step itself has more time
+            return ""
+        if code or _GIT_ERROR.search(err):
+            return failure_reason(err)
+        return ""
+
+
 class Foresight:
     """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
     job asks before its first change."""
@@ -14184,6 +14351,7 @@ class Clearance:
             obstacles,
         )
         known = known._replace(halfway=find_halfway(runner.work_tree(), changes))
+        known = Filters(coming, self.try_git).look(known)
         for one in judge_prospect(known).refused:
             self.refuse(one)
         return known
@@ -14201,6 +14369,18 @@ class Clearance:
     def ask(self, *args: str) -> str | None:
         """git's answer as text, None where it says no."""
         return self.git(*args).decode("utf-8", "surrogateescape") or None
+
+    def try_git(self, *args: str) -> tuple[int, bytes, bytes]:
+        """A trial: git's exit code, output and errors. Raises UpdaterError."""
+        runner = self.runner
+        return ask_git(
+            runner.repo,
+            runner.env,
+            *args,
+            timeout_s=TRIAL_S,
+            mark=runner.question_mark,
+            stop=runner.is_cancelled,
+        )
 
     def judge_doors(self, commit: str) -> Config | None:
         """What a commit's configuration changes at the doors is a warning, and where it opens them
@@ -14796,7 +14976,14 @@ class Deployment:
     def switch(self, checkout: Step, pull: Step | None, *, announce: bool) -> None:
         """Check out and pull. Raises StepFailed."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
-        runner.step(checkout, rule.timeout_s, announce=announce)
+        try:
+            runner.step(checkout, rule.timeout_s, announce=announce)
+        except StepFailed as failure:
+            hooks, _ = find_hooks(self.tree.root, self.tree.ask)
+            gave_none = failure.exit_code and not failure.error
+            if gave_none and hooks:  # git ends as its hook does, and says nothing
+                failure.error = f"{hooks_text(hooks)} failed"
+            raise
         if pull:
             runner.step(pull, rule.timeout_s)
         else:
@@ -14807,7 +14994,7 @@ class Deployment:
         """What the commit only names: submodules and large files. Raises StepFailed,
         UpdaterError."""
         runner, rule = self.runner, self.runner.rule
-        for text in link_warnings(known):
+        for text in (*known.unfiltered, *link_warnings(known)):
             runner.warn(text)
         if (self.tree.root / ".gitmodules").exists():
             if rule.submodules:
@@ -18965,6 +19152,17 @@ class Outlook:
             return None
         return out.decode("utf-8", "surrogateescape")
 
+    def try_git(self, *args: str) -> tuple[int, bytes, bytes]:
+        """A trial: git's exit code, output and errors. Raises UpdaterError."""
+        left_s = max(0.1, self.deadline - time.monotonic())
+        return ask_git(
+            self.repo,
+            self.env,
+            *args,
+            timeout_s=min(left_s, TRIAL_S),
+            stop=self.stop,
+        )
+
     def paths(self, *args: str) -> list[str]:
         """The paths in an answer to `-z`."""
         return [path for path in (self.git(*args) or "").split("\0") if path]
@@ -19137,6 +19335,7 @@ class Outlook:
         foresight = Foresight(coming, plans=True)
         known = foresight.look(branch, self.local, self.unmerged, self.obstacles)
         known = known._replace(halfway=self.halfway)
+        known = Filters(coming, self.try_git).look(look_at_hooks(known, coming))
         forecast = judge_prospect(known)
         found["refused"] += [one.text for one in forecast.refused]
         found["warnings"] += forecast.warnings
