@@ -4652,6 +4652,8 @@ _GIT_SETTINGS = (
     "grep.lineNumber=false",
     "grep.column=false",
     "log.showSignature=false",
+    "commit.cleanup=default",  # of these two git dies if it does not know the value
+    "fetch.output=full",
     "i18n.commitEncoding=utf-8",
     "i18n.logOutputEncoding=utf-8",
 )
@@ -4991,10 +4993,7 @@ def judge_prospect(known: Prospect) -> Forecast:
 
 def hooks_text(hooks: Sequence[str]) -> str:
     """The clone's own programs that git runs on its way."""
-    word = "hook"
-    if len(hooks) > 1:
-        word = "hooks"
-    return f"the clone's {word} {paths_text(hooks)}"
+    return f"hooks of the clone ({paths_text(hooks)})"
 
 
 def nameless_text(folders: Sequence[str]) -> str:
@@ -6013,7 +6012,20 @@ def explain_step(argv: Sequence[str], tail: bytes) -> str | None:
     gives_reason = re.search(rb"^(?:fatal|error): ", tail, re.MULTILINE)
     if known or argv[0] != "git" or not gives_reason:
         return known
-    return failure_reason(tail)
+    reason = failure_reason(tail)
+    return Refusal(reason, setting_hint(reason)).text
+
+
+def setting_hint(reason: str) -> str:
+    """The line that shows where a setting comes from whose value git does not take; "" where it
+    said something else."""
+    is_of_setting = re.search(r"config (?:value|variable)|given for|unable to parse", reason)
+    # a setting of somebody's own may have any name in its middle
+    named = re.search(r"'([A-Za-z][\w-]*\.(?:[^'\n]*\.)?[A-Za-z][\w-]*)'", reason)
+    if not is_of_setting or not named:
+        return ""
+    look = typed("git", "config", "--show-origin", "--get-all", named[1])
+    return f"{look} says there where it is set"
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
@@ -11481,12 +11493,21 @@ def ask_git(
     return ended
 
 
+def git_error(said: bytes) -> UpdaterError:
+    """What a git that failed said, as an error, with the line to type where a setting is to
+    blame."""
+    reason = failure_reason(said)
+    return UpdaterError(reason, setting_hint(reason))
+
+
 def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> bytes:
     """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to
     ask."""
-    code, out, _ = ask_git(repo, env, *args, **how)
+    code, out, err = ask_git(repo, env, *args, **how)
     if code == 0:
         return out
+    if code > 1 and "grep" in args[:3]:  # 1 is that it found nothing
+        raise git_error(err)
     return b""
 
 
@@ -12758,7 +12779,7 @@ class CheckedOut:
             words.append("--ignore-submodules=all")
         code, out, err = ask_git(self.root, self.env, *words, mark=self.mark, stop=stop)
         if code:
-            raise UpdaterError(failure_reason(err))
+            raise git_error(err)
         return parse_status(out)
 
     # What is otherwise
@@ -12971,7 +12992,7 @@ class WorkTree(CheckedOut):
             stop=self.stop,
         )
         if code:
-            raise UpdaterError(failure_reason(err))
+            raise git_error(err)
 
     def remove(self, path: str) -> None:
         """A file that git added, and the folders that it made for it."""
@@ -14043,6 +14064,8 @@ class Filters:
         words = ("config", "--show-origin", "--get-regexp", f"filter[.]{name}[.]")
         return f"{typed('git', '-C', self.root, *words)} shows its commands, which have to work"
 
+    # Which are used
+
     def read_settings(self) -> dict[str, dict[str, str]]:
         """The filters that are set up here, but for LFS, which is looked at by itself."""
         said = self.coming.at_root("config", "--null", "--get-regexp", "filter[.]")
@@ -14088,6 +14111,8 @@ class Filters:
             words = ("ls-tree", "-r", "-z", "--full-tree", "--name-only", self.commit)
             paths = list(filter(None, self.coming.at_root(*words).split("\0")))
         return paths
+
+    # The trial
 
     def try_out(self, folder: Path, name: str, path: str) -> str:
         """Why a filter fails with a file, "" where it does not, or nobody can tell. It runs where
@@ -19116,6 +19141,19 @@ class Dialer:
 # ==============================================================================
 
 
+# Those that git reads only where it needs them, and what each has to be.
+LATE_SETTINGS = {
+    "checkout.workers": "int",
+    "checkout.thresholdForParallelism": "int",
+    "core.filesRefLockTimeout": "int",
+    "core.packedRefsTimeout": "int",
+    "index.recordEndOfIndexEntries": "bool",
+    "index.recordOffsetTable": "bool",
+    "index.threads": "bool-or-int",
+    "maintenance.auto": "bool",
+}
+
+
 class Outlook:
     """What a deployment would find in this host's clone, by questions to git alone: it fetches
     objects, and changes neither the working tree nor the index nor any ref. A job may run
@@ -19169,7 +19207,8 @@ class Outlook:
 
     def why(self) -> str:
         """What git said last."""
-        return failure_reason(self.said)
+        reason = failure_reason(self.said)
+        return Refusal(reason, setting_hint(reason)).text
 
     def must(self, *args: str) -> str:
         """git's answer where there has to be one: no answer is neither "nothing" nor 0. Raises
@@ -19291,7 +19330,8 @@ class Outlook:
         found |= {"target": target, "commits": commits}
         found["leaving"] = int(self.must("rev-list", "--count", *leaving, "--"))
         most = f"--max-count={PLAN_ROWS}"
-        subjects = self.must("log", "--oneline", "--no-decorate", most, *arriving, "--")
+        # no setting of `git log` counts for it
+        subjects = self.must("rev-list", "--oneline", most, *arriving, "--")
         diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
         found["changed"] = [path for path in self.must(*diff, head, target).split("\0") if path]
         stops = [commit for commit in (head, local, target) if commit]
@@ -19299,11 +19339,22 @@ class Outlook:
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
 
     def find_bad_settings(self) -> list[str]:
-        """What a checkout would end with for a setting that this git does not know, such as the
-        newer conflict styles: it reads them before it gives its help, and changes nothing."""
-        if self.git("checkout", "-h") is None and b"fatal: " in self.said:
-            return [self.why()]
-        return []
+        """What a deployment would end with for a setting whose value this git does not take, such
+        as the newer conflict styles. It reads most of them before it gives its help, and changes
+        nothing."""
+        found = []
+        for command in ("fetch", "checkout", "pull", "merge", "grep"):
+            code, _, self.said = self.try_git(command, "--no-such-option")
+            if code and b"fatal: " in self.said:
+                found.append(self.why())
+        set_here = (self.git("config", "--null", "--name-only", "--list") or "").split("\0")
+        for key, kind in LATE_SETTINGS.items():
+            is_set = key.lower() in set_here
+            if is_set and self.git("config", f"--type={kind}", "--get", key) is None:
+                # git itself says it without the place, when it comes to that
+                self.said = re.sub(rb" in file [^\n]+?(: |\n)", rb"\1", self.said)
+                found.append(self.why())
+        return found
 
     def find_obstacles(
         self, found: dict[str, Any], root: Path, stops: Sequence[str], changes: TreeChanges
@@ -19355,7 +19406,7 @@ def judge_ground(found: dict[str, Any], ground: Iterable[Finding]) -> None:
     if certain and "target" not in found:
         found["refused"] = []  # git's own words for the same
         found.pop("exit", None)
-    found["refused"] = certain + found["refused"]
+    found["refused"] = list(dict.fromkeys(certain + found["refused"]))
 
 
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
@@ -19430,8 +19481,8 @@ def compare_commits(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         target, _ = outlook.find_target(branch)
     found: dict[str, Any] = {"current": head, "target": target}
     for name, side in (("arrives", "--right-only"), ("left_behind", "--left-only")):
-        flags = ("--no-merges", "--cherry-pick", "--no-decorate", side)
-        listed = outlook.git("log", "--oneline", *flags, f"{head}...{target}", "--")
+        flags = ("--no-merges", "--cherry-pick", side)
+        listed = outlook.git("rev-list", "--oneline", *flags, f"{head}...{target}", "--")
         if listed is None:
             raise UpdaterError(outlook.why())
         lines = listed.splitlines()
@@ -27396,11 +27447,14 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
 
 
 def look_at_names(repo: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
-    """What the commit only names: submodules, and files that LFS keeps."""
+    """What a deployment meets here: settings that git does not take, and what the commit only
+    names, its submodules and the files that LFS keeps."""
 
     def ask(*args: str) -> str:
         return os.fsdecode(git_output(repo, env, *args))
 
+    for text in Outlook(repo, rule).find_bad_settings():
+        yield Finding("settings", False, text)
     ahead = Foresight(Coming(repo, rule, "HEAD", ask))
     forecast = judge_prospect(ahead.look_at_names(Prospect(str(repo), rule.remote)))
     for step in forecast.steps:
