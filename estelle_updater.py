@@ -11,9 +11,9 @@ One log chunk's way, from a command to a commander's terminal (the number is the
     StepRun.pump_output     12  pipe to log, in the runner: a process that outlives the daemon
     Masker.feed              7  secrets become ***
     LogWriter.write         12  appended to HOST.log: its size is the next byte's number
-    Poke                    12  an empty datagram, which may be lost
-    OwnJobs.refresh         16  the daemon looks how far the file has grown
-    Link.grew               15  wakes Link.write_forever; SendCursor.next_span says what to send
+    Poke                    12  a datagram of one byte, which may be lost
+    OwnJobs.check_size      16  the daemon looks how far the file has grown
+    Link.grew               15  sends a line, or wakes Link.write_forever; by SendCursor.next_span
     Link.on_chunk           15  the master: append_log writes it if it belongs at the file's end
     Inbox.on_chunk           6  acknowledges, or asks again from where the file ends
     Run.tell                19  every follower's link grows: the same two steps once more
@@ -639,6 +639,7 @@ KEY_FEATURE = "key"  # an agent that can keep a key of its own
 LARGE_FEATURE = "large chunks"  # who takes log bytes in frames of LARGE_CHUNK_BYTES
 LIST_FEATURE = "lists"  # who takes several messages in one frame
 BARE_FEATURE = "bare deflate"  # who takes deflated log bytes without a checksum of their own
+LOG_POKE = b"l"  # what a runner pokes its daemon with where only a log is to be looked at
 FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE, BARE_FEATURE)
 COMMANDER_FEATURES: tuple[str, ...] = (LARGE_FEATURE, LIST_FEATURE)
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
@@ -699,8 +700,6 @@ HANDSHAKES, STRANGERS = (
     128,
     32,
 )  # begun and not judged: of one allowed address, and of all others together
-# the same over TLS, of all together, which hold 300 KB each; and how many wait for their turn
-GREETINGS, GREETINGS_WAITING = 96, 2000
 CONNECTIONS = 512  # of one address
 ACCEPTED, BACKLOG = (
     16,
@@ -804,8 +803,6 @@ RESUME_S, RESUME_MOST_S = (
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
-TRIAL_S = 5.0  # a filter with one file, before a deployment: one that is slower is not judged
-TRIAL_BYTES = 1 << 20  # a larger file is none to try a filter with
 UNDO_S = 3.0  # what a cancel leaves for making the tree whole; else that is the next job's
 ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its version
 CLOCK_S = 30.0  # more than the clocks of two hosts may differ
@@ -4652,8 +4649,6 @@ _GIT_SETTINGS = (
     "grep.lineNumber=false",
     "grep.column=false",
     "log.showSignature=false",
-    "commit.cleanup=default",  # of these two git dies if it does not know the value
-    "fetch.output=full",
     "i18n.commitEncoding=utf-8",
     "i18n.logOutputEncoding=utf-8",
 )
@@ -4951,8 +4946,6 @@ class Prospect(NamedTuple):
     get_pointers: bool = True
     has_lfs: bool = True
     names_lfs: bool = True  # one of its .gitattributes does
-    hooks: tuple[str, ...] = ()  # of the clone, which git runs on its way
-    unfiltered: tuple[str, ...] = ()  # what is said of filters that fail, and need not work
 
 
 class Forecast(NamedTuple):
@@ -4971,9 +4964,7 @@ def judge_prospect(known: Prospect) -> Forecast:
     if known.nameless and known.submodules and known.update_submodules:
         fix = "commit git rm --cached for it, or what git submodule add makes of it"
         refused.append(Refusal(nameless_text(known.nameless), fix))
-    warnings, steps = [*known.unsure, *known.unfiltered, *link_warnings(known)], []
-    if known.hooks:
-        steps.append(hooks_text(known.hooks))
+    warnings, steps = [*known.unsure, *link_warnings(known)], []
     if known.submodules:
         named = paths_text(known.submodules, 5)
         if known.update_submodules:
@@ -4989,11 +4980,6 @@ def judge_prospect(known: Prospect) -> Forecast:
         else:
             refused.append(Refusal(what, lfs_hint(known.repo)))
     return Forecast(refused, warnings, steps)
-
-
-def hooks_text(hooks: Sequence[str]) -> str:
-    """The clone's own programs that git runs on its way."""
-    return f"hooks of the clone ({paths_text(hooks)})"
 
 
 def nameless_text(folders: Sequence[str]) -> str:
@@ -5571,6 +5557,9 @@ class Masker:
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
+        if self._is_plain(data):
+            self._before = (self._before + data[-2:])[-2:]
+            return data
         data = self._held + data
         hold = len(data)
         for value in self._values:
@@ -5588,6 +5577,18 @@ class Masker:
         return self._write(self._held, len(self._held), query_secrets(self._held))
 
     # Where secrets stand, or may begin
+
+    def _is_plain(self, data: bytes) -> bool:
+        """Whether nothing in it can be a secret, or begin one: so are most lines. What follows for
+        the others takes five times as long."""
+        if self._held or b":" in data or b"=" in data or b":" in self._before:
+            return False
+        if self._open_query(data, ()) < len(data):
+            return False
+        for value in self._values:
+            if value in data or self._find_tail(data, value) < len(data):
+                return False
+        return True
 
     @staticmethod
     def _find_tail(data: bytes, value: bytes) -> int:
@@ -5905,7 +5906,6 @@ def take_excerpt(output: str) -> list[str]:
 
 
 NO_BRANCH = "no such branch, tag or commit on the remote"
-NO_LFS_HOOK = "a hook of git-lfs stops git, as git-lfs is not installed here: install it"
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"detected dubious ownership",
@@ -5962,10 +5962,9 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"unable to (?:create|unlink)[^\n]*Operation not permitted",
         "a file or folder of the clone may not be changed by anybody: lsattr says which, chattr -i",
     ),
-    (rb"configured for Git LFS but", NO_LFS_HOOK),
     (
-        rb"ref updates aborted by hook",
-        "the clone's hook reference-transaction refuses: git rev-parse --git-path hooks says where",
+        rb"configured for Git LFS but",
+        "a hook of git-lfs stops git, as git-lfs is not installed here: install it",
     ),
     (
         # of a file in the tree git says no more than that, of its index in words of its own
@@ -6003,29 +6002,6 @@ def explain_failure(tail: bytes) -> str | None:
         if re.search(pattern, tail):
             return text
     return None
-
-
-def explain_step(argv: Sequence[str], tail: bytes) -> str | None:
-    """Why a step failed, as far as its last output says so; git's own reason, where its words need
-    no others. None for a git that gave none: then it was a hook of the clone."""
-    known = explain_failure(tail)
-    gives_reason = re.search(rb"^(?:fatal|error): ", tail, re.MULTILINE)
-    if known or argv[0] != "git" or not gives_reason:
-        return known
-    reason = failure_reason(tail)
-    return Refusal(reason, setting_hint(reason)).text
-
-
-def setting_hint(reason: str) -> str:
-    """The line that shows where a setting comes from whose value git does not take; "" where it
-    said something else."""
-    is_of_setting = re.search(r"config (?:value|variable)|given for|unable to parse", reason)
-    # a setting of somebody's own may have any name in its middle
-    named = re.search(r"'([A-Za-z][\w-]*\.(?:[^'\n]*\.)?[A-Za-z][\w-]*)'", reason)
-    if not is_of_setting or not named:
-        return ""
-    look = typed("git", "config", "--show-origin", "--get-all", named[1])
-    return f"{look} says there where it is set"
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
@@ -8558,6 +8534,7 @@ def lasting_place(config_path: Path) -> Path:
     return tree.resolve() / config_path.relative_to(tree)
 
 
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
@@ -8587,11 +8564,16 @@ def append_log(path: Path, offset: int, data: bytes) -> tuple[int, bool]:
 def read_log(path: Path, offset: int, length: int) -> bytes:
     """Bytes of a log; fewer where it ends, none where it is missing."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(length) or b""
+        fd = os.open(path, READ_FLAGS)
     except OSError:
         return b""
+    try:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, length)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
 
 
 def sync_file(path: Path) -> None:
@@ -10487,8 +10469,6 @@ class Certificate:
     def __init__(self, config: ConfigFile) -> None:
         self.config = config
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        # it costs us more than whoever asks for it, for which an old OpenSSL has no limit
-        self.context.options |= ssl.OP_NO_RENEGOTIATION
         self.problem: str | None = None
         self._data = b""
         self._watch = FileWatch()
@@ -11185,6 +11165,9 @@ class Spawned:
             # Found once, while their parents lived: a PM2 that ends leaves its apps behind.
             self._known = set[int]()
             self._reading = threading.Lock()
+            # The same for all reads: new room for each would be asked of the system, and given
+            # back, for a line of twenty bytes.
+            self._room = memoryview(bytearray(CHUNK_BYTES))
             self._poll = select.poll()
             self._readable = {pipe.fileno() for pipe in (self._out, self._err) if pipe}
             for number in self._readable:
@@ -11199,7 +11182,9 @@ class Spawned:
                 if not ready:
                     return None
                 number = ready[0][0]
-                data = os.read(number, max_bytes)
+                if len(self._room) < max_bytes:
+                    self._room = memoryview(bytearray(max_bytes))
+                data = bytes(self._room[: os.readv(number, [self._room[:max_bytes]])])
                 if not data:
                     self._poll.unregister(number)
                     self._readable.discard(number)
@@ -11493,21 +11478,12 @@ def ask_git(
     return ended
 
 
-def git_error(said: bytes) -> UpdaterError:
-    """What a git that failed said, as an error, with the line to type where a setting is to
-    blame."""
-    reason = failure_reason(said)
-    return UpdaterError(reason, setting_hint(reason))
-
-
 def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> bytes:
     """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to
     ask."""
-    code, out, err = ask_git(repo, env, *args, **how)
+    code, out, _ = ask_git(repo, env, *args, **how)
     if code == 0:
         return out
-    if code > 1 and "grep" in args[:3]:  # 1 is that it found nothing
-        raise git_error(err)
     return b""
 
 
@@ -11771,7 +11747,7 @@ class Poke:
         self._looked = -1.0
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
-    def __call__(self) -> None:
+    def __call__(self, word: bytes = b"!") -> None:  # asyncio drops an empty one on Windows
         now = time.monotonic()
         if now - self._looked > 1:  # the daemon may have come back on another port
             self._looked = now
@@ -11782,9 +11758,11 @@ class Poke:
                 self._port = 0
         if self._port:
             with suppress(OSError):
-                self._socket.sendto(
-                    b"!", ("127.0.0.1", self._port)
-                )  # asyncio drops an empty one on Windows
+                self._socket.sendto(word, ("127.0.0.1", self._port))
+
+    def of_log(self) -> None:
+        """A log has grown, and nothing else is new."""
+        self(LOG_POKE)
 
 
 class HeldEnd:
@@ -12383,7 +12361,7 @@ class Runner:
     def hold(self, job: JobRecord) -> int:
         """The job, while its lock is held."""
         try:
-            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
+            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke.of_log)
         except OSError as problem:
             why = f"can't write to {problem.filename}: {problem.strerror}"
             return int(not self.save(durable=True, state=State.FAILED, step="start", error=why))
@@ -12501,7 +12479,7 @@ class Runner:
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
-            raise StepFailed(State.FAILED, step.label, code, explain_step(step.argv, running.tail))
+            raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
         return seconds
 
     def spawn(self, step: Step, mark: str) -> Spawned:
@@ -12779,7 +12757,7 @@ class CheckedOut:
             words.append("--ignore-submodules=all")
         code, out, err = ask_git(self.root, self.env, *words, mark=self.mark, stop=stop)
         if code:
-            raise git_error(err)
+            raise UpdaterError(failure_reason(err))
         return parse_status(out)
 
     # What is otherwise
@@ -12992,7 +12970,7 @@ class WorkTree(CheckedOut):
             stop=self.stop,
         )
         if code:
-            raise git_error(err)
+            raise UpdaterError(failure_reason(err))
 
     def remove(self, path: str) -> None:
         """A file that git added, and the folders that it made for it."""
@@ -13992,151 +13970,6 @@ def refuse_damage(root: Path, branch: str) -> Refusal:
     return Refusal(what, f"{check} says what is missing; else clone anew beside, and swap")
 
 
-# git goes on without a filter that need not work, and only says so
-_GIT_ERROR = regex(rb"(?m:^error: )")
-# Those that git runs when it fetches, checks out or pulls. What the last one says it ignores.
-HOOKS = ("reference-transaction", "post-checkout", "post-merge")
-
-
-def find_hooks(root: Path, ask: Callable[..., bytes]) -> tuple[list[str], str]:
-    """The hooks of a clone that git would run, and the one among them with which git-lfs would end
-    a checkout if it were gone; "" where there is none."""
-    place = root / os.fsdecode(ask("rev-parse", "--git-path", "hooks").strip())
-    found: list[str] = []
-    of_lfs = ""
-    for name in HOOKS:
-        hook = place / name
-        if not os.access(hook, os.X_OK):
-            continue
-        found.append(str(hook))
-        with suppress(OSError):
-            is_of_lfs = b"git-lfs" in read_supplied(hook, cut=True)
-            if is_of_lfs and name == "post-checkout":
-                of_lfs = str(hook)
-    return found, of_lfs
-
-
-def look_at_hooks(known: Prospect, coming: Coming) -> Prospect:
-    """The hooks of a clone are whoever set it up's, and run as by hand: the plan names them. Those
-    of git-lfs fail where git-lfs is gone."""
-
-    def ask(*args: str) -> bytes:
-        return os.fsencode(coming.at_root(*args))
-
-    found, of_lfs = find_hooks(coming.root, ask)
-    missing = known.missing
-    if of_lfs and not coming.git("lfs", "version"):
-        missing = (*missing, Refusal(NO_LFS_HOOK, f"or remove {typed(of_lfs)}"))
-    return known._replace(hooks=tuple(found), missing=missing)
-
-
-class Filters:
-    """Whether the clone's filters turn the contents that come into files, and back: git finds out
-    when it has written a part of the tree. `ask` asks git: its exit code, output and errors."""
-
-    def __init__(self, coming: Coming, ask: Callable[..., tuple[int, bytes, bytes]]) -> None:
-        self.coming, self.ask = coming, ask
-        self.root, self.commit = coming.root, coming.commit
-
-    def look(self, known: Prospect) -> Prospect:
-        """What is known by now, and what a trial of each filter says: of one file each."""
-        settings = {}
-        if self.coming.head != self.commit:  # else nothing is written
-            settings = self.read_settings()
-        if not settings:
-            return known
-        missing, unfiltered = [*known.missing], [*known.unfiltered]
-        with tempfile.TemporaryDirectory(prefix="estelle-") as name:
-            folder = Path(name)
-            for filter_name, path in self.find_uses(folder, settings).items():
-                reason = self.try_out(folder, filter_name, path)
-                shown = paths_text([path])
-                what = f"the filter {filter_name}, which {shown} needs, fails here: {reason}"
-                is_required = settings[filter_name].get("required", "false")
-                if reason and is_required.lower() in ("true", "yes", "on", "1", ""):
-                    missing.append(Refusal(what, self.hint(filter_name)))
-                elif reason:
-                    unfiltered.append(f"{what}; git writes it as it is stored")
-        return known._replace(missing=tuple(missing), unfiltered=tuple(unfiltered))
-
-    def hint(self, name: str) -> str:
-        """The line that shows a filter's commands."""
-        words = ("config", "--show-origin", "--get-regexp", f"filter[.]{name}[.]")
-        return f"{typed('git', '-C', self.root, *words)} shows its commands, which have to work"
-
-    # Which are used
-
-    def read_settings(self) -> dict[str, dict[str, str]]:
-        """The filters that are set up here, but for LFS, which is looked at by itself."""
-        said = self.coming.at_root("config", "--null", "--get-regexp", "filter[.]")
-        found: dict[str, dict[str, str]] = {}
-        for item in said.split("\0"):
-            key, _, value = item.partition("\n")
-            section, _, variable = key.rpartition(".")
-            name = section.removeprefix("filter.")
-            if name not in (section, "lfs"):
-                found.setdefault(name, {})[variable] = value
-        return found
-
-    def find_uses(self, folder: Path, wanted: Container[str]) -> dict[str, str]:
-        """A file for each filter that is used by what comes. The commit's attributes are laid out
-        in a folder of their own: an older git reads none out of a commit."""
-        begin = f"{self.commit}:"
-        words = ("grep", "-l", "-z", "-F", "filter", self.commit, "--", "*.gitattributes")
-        for word in filter(None, self.coming.at_root(*words).split("\0")):
-            name = word.removeprefix(begin)
-            place = folder / "tree" / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            text = self.coming.at_root("cat-file", "blob", f"{begin}{name}")
-            place.write_text(text, "utf-8", "surrogateescape")
-        tree = folder / "tree"
-        tree.mkdir(exist_ok=True)
-        git_dir = os.path.abspath(git_folder(self.root))
-        there = ("-C", str(tree), f"--git-dir={git_dir}", f"--work-tree={tree}")
-        found: dict[str, str] = {}
-        for part in _parts(self.list_coming()):
-            said = self.coming.git(*there, "check-attr", "-z", "filter", "--", *part)
-            fields = said.split("\0")
-            for path, value in zip(fields[::3], fields[2::3], strict=False):
-                if value in wanted:
-                    found.setdefault(value, path)
-        return found
-
-    def list_coming(self) -> list[str]:
-        """The paths that git would write; all of them, where they may be written otherwise."""
-        words = ("diff-tree", "-r", "-z", "--no-renames", "--name-only", "--diff-filter=d")
-        said = self.coming.at_root(*words, self.coming.head, self.commit)
-        paths = list(filter(None, said.split("\0")))
-        if any(map(_ATTRIBUTES.fullmatch, paths)):
-            words = ("ls-tree", "-r", "-z", "--full-tree", "--name-only", self.commit)
-            paths = list(filter(None, self.coming.at_root(*words).split("\0")))
-        return paths
-
-    # The trial
-
-    def try_out(self, folder: Path, name: str, path: str) -> str:
-        """Why a filter fails with a file, "" where it does not, or nobody can tell. It runs where
-        git runs it, as its command may be a file of the clone."""
-        attributes, content = folder / "attributes", folder / "content"
-        attributes.write_text(f"* filter={name}\n", "utf-8")
-        how = ("-C", str(self.root), "-c", f"core.attributesFile={attributes}")
-        here = f"{self.commit}:{path}"
-        size = self.coming.git("cat-file", "-s", here).strip()
-        if not size or int(size) > TRIAL_BYTES:
-            return ""
-        try:
-            code, out, err = self.ask(*how, "cat-file", "--filters", here)
-            if not code and not _GIT_ERROR.search(err):
-                content.write_bytes(out)
-                words = ("hash-object", f"--path={path}", str(content))
-                code, out, err = self.ask(*how, *words)
-        except UpdaterError:  # slow: the step itself has more time
-            return ""
-        if code or _GIT_ERROR.search(err):
-            return failure_reason(err)
-        return ""
-
-
 class Foresight:
     """What git and the disk say of a commit before the tree is moved to it: the plan asks, and the
     job asks before its first change."""
@@ -14376,7 +14209,6 @@ class Clearance:
             obstacles,
         )
         known = known._replace(halfway=find_halfway(runner.work_tree(), changes))
-        known = Filters(coming, self.try_git).look(known)
         for one in judge_prospect(known).refused:
             self.refuse(one)
         return known
@@ -14394,18 +14226,6 @@ class Clearance:
     def ask(self, *args: str) -> str | None:
         """git's answer as text, None where it says no."""
         return self.git(*args).decode("utf-8", "surrogateescape") or None
-
-    def try_git(self, *args: str) -> tuple[int, bytes, bytes]:
-        """A trial: git's exit code, output and errors. Raises UpdaterError."""
-        runner = self.runner
-        return ask_git(
-            runner.repo,
-            runner.env,
-            *args,
-            timeout_s=TRIAL_S,
-            mark=runner.question_mark,
-            stop=runner.is_cancelled,
-        )
 
     def judge_doors(self, commit: str) -> Config | None:
         """What a commit's configuration changes at the doors is a warning, and where it opens them
@@ -15001,14 +14821,7 @@ class Deployment:
     def switch(self, checkout: Step, pull: Step | None, *, announce: bool) -> None:
         """Check out and pull. Raises StepFailed."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
-        try:
-            runner.step(checkout, rule.timeout_s, announce=announce)
-        except StepFailed as failure:
-            hooks, _ = find_hooks(self.tree.root, self.tree.ask)
-            gave_none = failure.exit_code and not failure.error
-            if gave_none and hooks:  # git ends as its hook does, and says nothing
-                failure.error = f"{hooks_text(hooks)} failed"
-            raise
+        runner.step(checkout, rule.timeout_s, announce=announce)
         if pull:
             runner.step(pull, rule.timeout_s)
         else:
@@ -15019,7 +14832,7 @@ class Deployment:
         """What the commit only names: submodules and large files. Raises StepFailed,
         UpdaterError."""
         runner, rule = self.runner, self.runner.rule
-        for text in (*known.unfiltered, *link_warnings(known)):
+        for text in link_warnings(known):
             runner.warn(text)
         if (self.tree.root / ".gitmodules").exists():
             if rule.submodules:
@@ -17214,10 +17027,67 @@ CLIENT_OPTIONS: dict[str, Any] = {
 # RFC 6455: a frame's kinds, the bits beside a kind and a size, and why a connection ends
 _CONTINUED, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
 _LAST, _RESERVED, _MASKED = 0x80, 0x70, 0x80
+_OPEN = 1  # of a connection's states in websockets
 _NORMAL_END, _AGAINST_PROTOCOL, _TOO_LARGE = 1000, 1002, 1009
 _WEBSOCKET_ID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _USUAL_PORTS = {"ws": 80, "wss": 443}
 _HEAD_BYTES = 64 << 10  # of an HTTP answer: more is none
+
+
+def encode_whole(opcode: int, body: bytes, mask: bytes = b"") -> bytes:
+    """A message in one frame. A client's is masked by four random bytes, which keeps a proxy from
+    taking them for its own words; a server's is not."""
+    size = len(body)
+    masked = _MASKED if mask else 0
+    if size < 126:
+        head = bytes((_LAST | opcode, masked | size))
+    elif size < 1 << 16:
+        head = bytes((_LAST | opcode, masked | 126)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((_LAST | opcode, masked | 127)) + size.to_bytes(8, "big")
+    if not mask:
+        return head + body
+    return b"".join((head, mask, mix(body, mask)))
+
+
+def decode_whole(data: bytes, is_masked: bool) -> tuple[int, bytes] | None:
+    """(opcode, body) where these bytes are one small message, all of it and nothing else."""
+    if len(data) < 2 or data[0] not in (_LAST | _TEXT, _LAST | _BINARY):
+        return None
+    size, start = data[1], 2
+    if is_masked:
+        size, start = size ^ _MASKED, 6
+    if size == 126:
+        size, start = int.from_bytes(data[2:4], "big"), start + 2
+    # here too where it is masked against the rules, or not masked against them
+    if size == 127 or len(data) != start + size:
+        return None
+    body = data[start:]
+    if is_masked:
+        body = mix(body, data[start - 4 : start])
+    return data[0] & 15, body
+
+
+def mix(body: bytes, mask: bytes) -> bytes:
+    """Put a mask of four bytes on, or take it off."""
+    size = len(body)
+    repeated = (mask * (size // 4 + 1))[:size]
+    mixed = int.from_bytes(body, "big") ^ int.from_bytes(repeated, "big")
+    return mixed.to_bytes(size, "big")
+
+
+def awaits_frame(protocol: Any) -> bool:
+    """Whether a connection's parser has nothing of a frame yet, and nothing of a message: the
+    innermost of its generators tells. Were the library made otherwise, that would only be
+    slower."""
+    if protocol.reader.buffer or protocol.current_size is not None:
+        return False
+    if protocol.state != _OPEN:
+        return False
+    parser = protocol.parser
+    while parser.gi_yieldfrom is not None:
+        parser = parser.gi_yieldfrom
+    return bool(parser.gi_code.co_name == "at_eof")
 
 
 class Wire(Protocol):
@@ -17227,8 +17097,65 @@ class Wire(Protocol):
     async def recv(self) -> str | bytes: ...
     def abort(self) -> None: ...
 
+    # A wire may have quicker ways, which are used in the same turn of the loop.
 
-class SocketWire:
+    def has_room(self) -> bool:
+        """Whether `send_now` may be called: nothing waits in front of it."""
+        return False
+
+    def send_now(self, frame: str | bytes) -> None:
+        """Hand a frame to the connection."""
+        return
+
+    def deliver(self, take: Callable[[str | bytes], None] | None) -> None:
+        """From now on, call `take` with each message as it comes, in place of `recv`, which only
+        has those that something waits in front of. None: `recv` has all again."""
+        return
+
+
+class Delivered:
+    """Of a connection of websockets: a message goes to its taker as it comes. Through the library's
+    queue it would wait for a task and a turn of the loop, which takes as long as all else that
+    happens to it here; and so does the library's parser, which a small one has no need of."""
+
+    __slots__ = ()
+
+    def connection_made(self, transport: Any) -> None:
+        connection: Any = self
+        connection.take = None
+        super().connection_made(transport)  # type: ignore[misc]
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio calls it."""
+        connection: Any = self
+        take = connection.take
+        if take is not None and awaits_frame(connection.protocol):
+            message = decode_whole(data, connection.is_server)
+            if message and take(*message):
+                return
+        super().data_received(data)  # type: ignore[misc]
+
+    def process_event(self, event: Any) -> None:
+        """As the library calls it for the handshake, then for each frame of a message."""
+        connection: Any = self
+        take = connection.take
+        if take is None or not event.fin or not take(event.opcode, event.data):
+            super().process_event(event)  # type: ignore[misc]
+
+
+@functools.cache
+def delivered_client() -> Any:
+    """The class of an agent's connection, made once websockets is imported."""
+    from websockets.asyncio.client import ClientConnection
+
+    class DeliveredClient(Delivered, ClientConnection):
+        __slots__ = ("take",)
+        is_server = False
+
+    return DeliveredClient
+
+
+class SocketWire(Wire):
     """A WebSocket as a wire: its end is EOFError, and no send blocks longer than the deadline."""
 
     def __init__(self, socket: Any) -> None:
@@ -17237,23 +17164,52 @@ class SocketWire:
         self.socket = socket
         self._closed = ConnectionClosed  # an import for each frame would cost more than its timer
 
-    def _send_now(self, frame: str | bytes) -> bool:
-        """Hand a frame to a connection that has nothing to do, as `send` of the library would, at a
-        third of its price; False, and nothing done, where that has to wait for something."""
+    def has_room(self) -> bool:
         connection = self.socket
         transport = connection.transport
         is_busy = transport.is_closing() or transport.get_write_buffer_size()
-        if is_busy or connection.protocol.state.name != "OPEN":
-            return False
+        return not is_busy and bool(connection.protocol.state == _OPEN)
+
+    def send_now(self, frame: str | bytes) -> None:
+        """Hand a frame to a connection that has nothing to do, as `send` of the library would, at a
+        tenth of its price. It notes nothing of a message that is one frame."""
+        mask = b""
+        if not self.socket.is_server:
+            mask = os.urandom(4)
         if isinstance(frame, str):
-            connection.protocol.send_text(frame.encode())
+            data = encode_whole(_TEXT, frame.encode(), mask)
         else:
-            connection.protocol.send_binary(frame)
-        connection.send_data()
-        return True
+            data = encode_whole(_BINARY, frame, mask)
+        self.socket.transport.write(data)
+
+    def deliver(self, take: Callable[[str | bytes], None] | None) -> None:
+        self.socket.take = take and self._taking(take)
+
+    def _taking(self, take: Callable[[str | bytes], None]) -> Callable[[int, bytes], bool]:
+        """What the connection calls with each message that is whole: whether it was taken, and not
+        left to `recv` with those that wait there, or with what is to be said about it."""
+        waiting = self.socket.recv_messages.frames
+
+        def on_message(opcode: int, data: bytes) -> bool:
+            if len(waiting):
+                return False
+            if opcode == _BINARY:
+                take(bytes(data))
+                return True
+            if opcode != _TEXT:
+                return False
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                return False
+            take(text)
+            return True
+
+        return on_message
 
     async def send(self, frame: str | bytes) -> None:
-        if self._send_now(frame):
+        if self.has_room():
+            self.send_now(frame)
             return
         # An aborted connection ends the send that waits for it: a timer is all that this takes.
         loop = asyncio.get_running_loop()
@@ -17277,7 +17233,7 @@ class SocketWire:
         self.socket.transport.abort()
 
 
-class QueueWire:
+class QueueWire(Wire):
     """One end of an in-process pair, for the master's own agent."""
 
     def __init__(self, inbox: "asyncio.Queue[Any]", outbox: "asyncio.Queue[Any]") -> None:
@@ -17459,7 +17415,7 @@ class ClientSocket:
             self._send(_CLOSE, code.to_bytes(2, "big"))
         self.is_open, self.is_over = False, True
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes | memoryview) -> None:
         """Take the next bytes, none where the connection has ended. Raises NoUpgrade, EOFError
         where there never was a WebSocket."""
         self._input += data
@@ -17524,18 +17480,7 @@ class ClientSocket:
     # Frames
 
     def _send(self, opcode: int, body: bytes) -> None:
-        """A client's frames are masked, which keeps a proxy from taking them for its own words."""
-        size = len(body)
-        if size < 126:
-            head = bytes([_LAST | opcode, _MASKED | size])
-        elif size < 1 << 16:
-            head = bytes([_LAST | opcode, _MASKED | 126]) + size.to_bytes(2, "big")
-        else:
-            head = bytes([_LAST | opcode, _MASKED | 127]) + size.to_bytes(8, "big")
-        mask = os.urandom(4)
-        repeated = (mask * (size // 4 + 1))[:size]
-        mixed = int.from_bytes(body, "big") ^ int.from_bytes(repeated, "big")
-        self._output.append(head + mask + mixed.to_bytes(size, "big"))
+        self._output.append(encode_whole(opcode, body, os.urandom(4)))
 
     def _next_frame(self) -> Frame | None:
         """A whole frame off the input. Raises BadFrame."""
@@ -17620,6 +17565,7 @@ class BlockingWire:
     def __init__(self, way: "Way", timeout_s: float) -> None:
         url = parse_master_url(way.url)
         self._protocol = ClientSocket(url)
+        self._room = memoryview(bytearray(LARGE_CHUNK_BYTES))  # for all reads
         self._quiet_s = 0.0  # waited for a sign of life
         self._in_use = threading.Lock()  # whoever reads or writes: the program, or who attends
         self._attended = False
@@ -17705,14 +17651,14 @@ class BlockingWire:
         self._socket.settimeout(max(0.001, timeout_s))
         self._flush()
         try:
-            data = self._socket.recv(LARGE_CHUNK_BYTES)
+            count = self._socket.recv_into(self._room)
         except TimeoutError:
             self._ask_for_life(timeout_s)
             raise
         except OSError:
-            data = b""
+            count = 0
         self._quiet_s = 0.0
-        self._protocol.receive(data)
+        self._protocol.receive(self._room[:count])
         self._flush()
 
     def _ask_for_life(self, waited_s: float) -> None:
@@ -17764,7 +17710,7 @@ async def connect_master(way: Way, hello: Hello) -> tuple[SocketWire, Welcome]:
     else:
         source = None
     with dialing(way.url):
-        options = CLIENT_OPTIONS | dict(way.tls)
+        options = CLIENT_OPTIONS | dict(way.tls) | {"create_connection": delivered_client()}
         try:
             wire = SocketWire(await connect(way.url, local_addr=source, **options))
         except InvalidStatus as problem:
@@ -17889,6 +17835,20 @@ class Recent:
         return found
 
 
+def take_posts(waiting: list[str], most: int) -> list[str]:
+    """The first of what waits to be sent, and what follows as far as all of it is `most` long: the
+    states of a thousand hosts in one turn of the loop are a few frames, and not a thousand."""
+    count, size = 1, len(waiting[0])
+    for text in itertools.islice(waiting, 1, None):
+        size += len(text) + 1
+        if size > most:
+            break
+        count += 1
+    taken = waiting[:count]
+    del waiting[:count]
+    return taken
+
+
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more
     than a window of unacknowledged bytes. Incoming: logs into files, acknowledged by their size.
@@ -17913,6 +17873,7 @@ class Link:
         self._control: list[str] = []  # an empty deque is ten times as large
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
+        self._resting = False  # the writer has nothing to do
         self._cursors: dict[tuple[str, str], SendCursor] = {}
         self._channels: dict[int, SendCursor] = {}
         self._due: dict[int, SendCursor] = {}  # those with something to send, in turn
@@ -17951,26 +17912,18 @@ class Link:
     async def write_forever(self) -> None:
         """The one writer of this connection."""
         while True:
+            self._resting = True
             await self._wake.wait()
+            self._resting = False
             self._wake.clear()
             while self._control or await self._write_chunks():
                 while self._control:
                     await self.wire.send(self._next_frame())
 
     def _next_frame(self) -> str:
-        """What was posted first; for who takes lists, with all that was posted since: the states of
-        a thousand hosts in one turn of the loop are a few frames, and not a thousand."""
-        texts = self._control[:1]
-        size = len(texts[0])
-        if self.lists:
-            for text in itertools.islice(self._control, 1, None):
-                size += len(text) + 1
-                if size > LIST_BYTES:
-                    break
-                texts.append(text)
-        del self._control[: len(texts)]
-        for text in texts:
-            self._waiting_bytes -= len(text)
+        """What was posted first; for who takes lists, with what was posted since."""
+        texts = take_posts(self._control, LIST_BYTES if self.lists else 0)
+        self._waiting_bytes -= sum(map(len, texts))
         return encode_list(texts)
 
     # Logs that we send
@@ -18006,9 +17959,10 @@ class Link:
             return
         cursor.size = size
         self._note_due(cursor)
-        self._wake.set()
         if self.shared:
             self.post(Log(cursor.channel, run, host, size))
+        elif not self._send_line(cursor):
+            self._wake.set()
 
     def shrank(self, run: str, host: str, size: int) -> None:
         """An open log was shortened: what the other side has not got is gone."""
@@ -18038,41 +17992,57 @@ class Link:
         self._note_due(cursor)
         self._wake.set()
 
+    def _send_line(self, cursor: SendCursor) -> bool:
+        """Send at once what is new of a log, where nothing else waits: whether it is on its way. To
+        wake the writer for it would take another turn of the loop. Of a flood the writer sends as
+        much as there is by then."""
+        is_idle = self._resting and not self._wake.is_set() and self.wire.has_room()
+        if not is_idle or cursor.size - (cursor.sent or 0) >= CHUNK_BYTES:
+            return False
+        frame = self._next_piece(cursor)
+        if not frame:
+            return False
+        self.wire.send_now(frame)
+        return True
+
     async def _write_chunks(self) -> bool:
         """One chunk of each log that has something to send and room in the window; False when there
         is none."""
         sent = False
         for cursor in list(self._due.values()):
-            span = cursor.next_span(WINDOW_BYTES - self._unacked, self.chunk_bytes)
-            path = self._paths.get(cursor.channel)
-            if span is None or path is None:
+            begin = cursor.sent or 0
+            frame = self._next_piece(cursor)
+            if not frame:
                 continue
-            offset, length = span
-            if cursor.from_file:
-                size = offset + length
-                frame = encode_growth(cursor.channel, size)
-            else:
-                data = self.recent.read(path, offset, length)
-                if not data:
-                    continue
-                length = len(data)
-                frame = encode_chunk(
-                    cursor.channel,
-                    offset,
-                    data,
-                    self.squeeze,
-                )
-            before = cursor.unacked
-            cursor.sent = offset + length
-            self._unacked += cursor.unacked - before
-            self._note_due(cursor)
             await self.wire.send(frame)
-            if cursor.from_file and length >= CHUNK_BYTES:
+            if cursor.from_file and (cursor.sent or 0) - begin >= CHUNK_BYTES:
                 await asyncio.sleep(FLOOD_LOOK_S)  # one word tells of what comes meanwhile
             sent = True
             if self._control:
                 break
         return sent
+
+    def _next_piece(self, cursor: SendCursor) -> bytes:
+        """The frame with what comes next of a log, which counts as sent; b"" where there is nothing
+        to send, or no room in the window."""
+        span = cursor.next_span(WINDOW_BYTES - self._unacked, self.chunk_bytes)
+        path = self._paths.get(cursor.channel)
+        if span is None or path is None:
+            return b""
+        offset, length = span
+        if cursor.from_file:
+            frame = encode_growth(cursor.channel, offset + length)
+        else:
+            data = self.recent.read(path, offset, length)
+            if not data:
+                return b""
+            length = len(data)
+            frame = encode_chunk(cursor.channel, offset, data, self.squeeze)
+        before = cursor.unacked
+        cursor.sent = offset + length
+        self._unacked += cursor.unacked - before
+        self._note_due(cursor)
+        return frame
 
     def _note_due(self, cursor: SendCursor) -> None:
         """Whether a log has something to send, so that a thousand that have not cost nothing; what
@@ -18321,11 +18291,13 @@ class Peer:
     async def serve(self, obey: Callable[[str | bytes], None]) -> None:
         """Everything after the greeting: what is posted goes out, and each frame that comes in to
         `obey`, until the connection ends."""
+        wire = self.link.wire
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self.link.write_forever())
+                wire.deliver(lambda frame: self._take(obey, frame))
                 while True:
-                    obey(await self.link.wire.recv())
+                    obey(await wire.recv())
         except BaseExceptionGroup:
             # A group that ends by itself forgets a stop that comes meanwhile: the daemon would dial
             # again, and never end.
@@ -18334,7 +18306,19 @@ class Peer:
                 raise asyncio.CancelledError from None
             raise
         finally:
+            wire.deliver(None)
             self._hang_up()
+
+    def _take(self, obey: Callable[[str | bytes], None], frame: str | bytes) -> None:
+        """Obey what came past `serve`, which ends by it as by any other."""
+        try:
+            obey(frame)
+        except Exception as problem:
+            self.link.wire.deliver(None)
+            self._group.create_task(self._fail(problem))
+
+    async def _fail(self, problem: Exception) -> NoReturn:
+        raise problem
 
     def _hang_up(self) -> None:
         """Whoever waits for an answer over this connection waits no longer: none can come."""
@@ -19141,19 +19125,6 @@ class Dialer:
 # ==============================================================================
 
 
-# Those that git reads only where it needs them, and what each has to be.
-LATE_SETTINGS = {
-    "checkout.workers": "int",
-    "checkout.thresholdForParallelism": "int",
-    "core.filesRefLockTimeout": "int",
-    "core.packedRefsTimeout": "int",
-    "index.recordEndOfIndexEntries": "bool",
-    "index.recordOffsetTable": "bool",
-    "index.threads": "bool-or-int",
-    "maintenance.auto": "bool",
-}
-
-
 class Outlook:
     """What a deployment would find in this host's clone, by questions to git alone: it fetches
     objects, and changes neither the working tree nor the index nor any ref. A job may run
@@ -19190,25 +19161,13 @@ class Outlook:
             return None
         return out.decode("utf-8", "surrogateescape")
 
-    def try_git(self, *args: str) -> tuple[int, bytes, bytes]:
-        """A trial: git's exit code, output and errors. Raises UpdaterError."""
-        left_s = max(0.1, self.deadline - time.monotonic())
-        return ask_git(
-            self.repo,
-            self.env,
-            *args,
-            timeout_s=min(left_s, TRIAL_S),
-            stop=self.stop,
-        )
-
     def paths(self, *args: str) -> list[str]:
         """The paths in an answer to `-z`."""
         return [path for path in (self.git(*args) or "").split("\0") if path]
 
     def why(self) -> str:
         """What git said last."""
-        reason = failure_reason(self.said)
-        return Refusal(reason, setting_hint(reason)).text
+        return failure_reason(self.said)
 
     def must(self, *args: str) -> str:
         """git's answer where there has to be one: no answer is neither "nothing" nor 0. Raises
@@ -19330,8 +19289,7 @@ class Outlook:
         found |= {"target": target, "commits": commits}
         found["leaving"] = int(self.must("rev-list", "--count", *leaving, "--"))
         most = f"--max-count={PLAN_ROWS}"
-        # no setting of `git log` counts for it
-        subjects = self.must("rev-list", "--oneline", most, *arriving, "--")
+        subjects = self.must("log", "--oneline", "--no-decorate", most, *arriving, "--")
         diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
         found["changed"] = [path for path in self.must(*diff, head, target).split("\0") if path]
         stops = [commit for commit in (head, local, target) if commit]
@@ -19339,22 +19297,11 @@ class Outlook:
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
 
     def find_bad_settings(self) -> list[str]:
-        """What a deployment would end with for a setting whose value this git does not take, such
-        as the newer conflict styles. It reads most of them before it gives its help, and changes
-        nothing."""
-        found = []
-        for command in ("fetch", "checkout", "pull", "merge", "grep"):
-            code, _, self.said = self.try_git(command, "--no-such-option")
-            if code and b"fatal: " in self.said:
-                found.append(self.why())
-        set_here = (self.git("config", "--null", "--name-only", "--list") or "").split("\0")
-        for key, kind in LATE_SETTINGS.items():
-            is_set = key.lower() in set_here
-            if is_set and self.git("config", f"--type={kind}", "--get", key) is None:
-                # git itself says it without the place, when it comes to that
-                self.said = re.sub(rb" in file [^\n]+?(: |\n)", rb"\1", self.said)
-                found.append(self.why())
-        return found
+        """What a checkout would end with for a setting that this git does not know, such as the
+        newer conflict styles: it reads them before it gives its help, and changes nothing."""
+        if self.git("checkout", "-h") is None and b"fatal: " in self.said:
+            return [self.why()]
+        return []
 
     def find_obstacles(
         self, found: dict[str, Any], root: Path, stops: Sequence[str], changes: TreeChanges
@@ -19386,7 +19333,6 @@ class Outlook:
         foresight = Foresight(coming, plans=True)
         known = foresight.look(branch, self.local, self.unmerged, self.obstacles)
         known = known._replace(halfway=self.halfway)
-        known = Filters(coming, self.try_git).look(look_at_hooks(known, coming))
         forecast = judge_prospect(known)
         found["refused"] += [one.text for one in forecast.refused]
         found["warnings"] += forecast.warnings
@@ -19406,7 +19352,7 @@ def judge_ground(found: dict[str, Any], ground: Iterable[Finding]) -> None:
     if certain and "target" not in found:
         found["refused"] = []  # git's own words for the same
         found.pop("exit", None)
-    found["refused"] = list(dict.fromkeys(certain + found["refused"]))
+    found["refused"] = certain + found["refused"]
 
 
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
@@ -19481,8 +19427,8 @@ def compare_commits(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         target, _ = outlook.find_target(branch)
     found: dict[str, Any] = {"current": head, "target": target}
     for name, side in (("arrives", "--right-only"), ("left_behind", "--left-only")):
-        flags = ("--no-merges", "--cherry-pick", side)
-        listed = outlook.git("rev-list", "--oneline", *flags, f"{head}...{target}", "--")
+        flags = ("--no-merges", "--cherry-pick", "--no-decorate", side)
+        listed = outlook.git("log", "--oneline", *flags, f"{head}...{target}", "--")
         if listed is None:
             raise UpdaterError(outlook.why())
         lines = listed.splitlines()
@@ -19854,6 +19800,7 @@ class PongBound:
     not, and one that never reads would fill the memory."""
 
     __slots__ = ()
+    is_server = True
 
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it: what is written meanwhile are answers to pings, and an end."""
@@ -19912,227 +19859,11 @@ class Elders:
             gc.unfreeze()
 
 
-class Turns:
-    """Whose TLS greeting goes on: GREETINGS at once, and who comes when all are taken gets the turn
-    of an address that has more. So silent ones keep nobody out, until as many allowed addresses
-    send them. Of a Greeting, it has a future `turn`, the `begun` handshake and the transport."""
-
-    def __init__(self) -> None:
-        self.active: dict[str, list[Any]] = {}  # by address, the oldest first
-        self.waiting: dict[Any, None] = {}
-
-    def held(self, greeting: Any) -> int:
-        """How many turns its address has."""
-        return len(self.active.get(greeting.begun.among, ()))
-
-    def begin(self, greeting: Any) -> None:
-        """Give it its turn, now or when another one ends."""
-        if sum(map(len, self.active.values())) < GREETINGS:
-            self._start(greeting)
-            return
-        most = max(self.active.values(), key=len)
-        is_known = bool(greeting.begun.among)
-        if not is_known or len(most) <= self.held(greeting) + 1:
-            if len(self.waiting) < GREETINGS_WAITING:
-                self.waiting[greeting] = None
-            else:
-                greeting.turn.cancel()
-            return
-        oldest = most.pop(0)
-        oldest.transport.abort()
-        self._start(greeting)
-
-    def end(self, greeting: Any) -> None:
-        """It is over: the next turn is one's whose address has the fewest, strangers last."""
-        self.waiting.pop(greeting, None)
-        among = greeting.begun.among
-        active = self.active.get(among, [])
-        if greeting not in active:  # another one has got its turn
-            return
-        active.remove(greeting)
-        if not active:
-            del self.active[among]
-        if self.waiting:
-            following = min(self.waiting, key=lambda one: (not one.begun.among, self.held(one)))
-            del self.waiting[following]
-            self._start(following)
-
-    def _start(self, greeting: Any) -> None:
-        self.active.setdefault(greeting.begun.among, []).append(greeting)
-        if not greeting.turn.done():
-            greeting.turn.set_result(None)
-
-
-class Handshakes:
-    """Those that are begun and not judged, counted for each allowed address and for all others."""
-
-    def __init__(
-        self,
-        config: ConfigFile,
-        certificate: Certificate | None,
-        elders: Elders,
-        refuse: Callable[[str, str], None],
-    ) -> None:
-        self.config, self.certificate = config, certificate
-        self.elders, self.refuse = elders, refuse
-        self.open: Counter[str] = Counter()
-        self.turns = Turns()
-
-    def among(self, peer: str) -> str:
-        """With which others this address counts: its own only, or all strangers, that is ""."""
-        config = self.config.config
-        known = (
-            _whitelist(listed).verdict(peer)
-            for listed in (config.whitelist, config.trusted_proxies)
-        )
-        if any(verdict.allowed for verdict in known):
-            return peer
-        return ""
-
-    def begin(self, among: str) -> bool:
-        """Count one more. False where that is one too many, which the log then says."""
-        self.open[among] += 1
-        most = STRANGERS
-        if among:
-            most = HANDSHAKES
-        if self.open[among] <= most:
-            return True
-        self.refuse(among or "strangers", f"more than {most} handshakes at once")
-        return False
-
-    def end(self, among: str) -> None:
-        """One less."""
-        self.open[among] -= 1
-        if not self.open[among]:
-            del self.open[among]
-
-
-class Begun:
-    """A handshake that is begun and not judged: it counts, until `end`.
-
-    It has WELCOME_S in all, so `due` is when it is over, as the loop's clock has it.
-    """
-
-    __slots__ = ("all", "among", "due", "greeting", "one_too_many", "patience", "peer")
-
-    def __init__(self, handshakes: Handshakes, transport: Any) -> None:
-        self.all = handshakes
-        self.due = asyncio.get_running_loop().time() + WELCOME_S
-        self.patience: Any = None  # asyncio's timeout, once it is judged
-        self.greeting: Any = None  # of a connection over TLS
-        peer = transport.get_extra_info("peername")
-        self.peer = host_key((peer or ("",))[0])
-        self.among = handshakes.among(self.peer)
-        self.one_too_many = not handshakes.begin(self.among)
-        if self.one_too_many:
-            transport.abort()
-
-    def end(self, *, was_heard: bool) -> None:
-        """It is over; `was_heard` if we could learn what it wanted."""
-        self.all.end(self.among)
-        self.leave_turn()
-        if not was_heard and not self.one_too_many:
-            self.all.refuse(self.peer, "it began no WebSocket handshake, or did not end it")
-
-    def leave_turn(self) -> None:
-        """Over TLS, the next one's turn has come."""
-        if self.greeting:
-            self.all.turns.end(self.greeting)
-        self.greeting = None  # or the two would be a ring
-
-
-class Greeting(asyncio.Protocol):
-    """A connection until TLS is agreed on.
-
-    asyncio itself would tell of a connection only then, when each that says nothing holds its
-    buffers already. So all are taken plain and counted, and TLS begins when it is their turn.
-    """
-
-    def __init__(
-        self, handshakes: Handshakes, make: Callable[..., Any], *args: Any, **options: Any
-    ) -> None:
-        self.all = handshakes
-        self.make = functools.partial(make, *args, **options)
-        self.tasks = args[1].handler_tasks  # websockets' server waits for them when it stops
-        self.turn = asyncio.get_running_loop().create_future()
-        self.began = handshakes.elders.rounds
-        self.went_on = False
-        self.early = b""  # what came with the last word of the greeting
-        self.begun: Begun
-        self.transport: Any
-
-    def connection_made(self, transport: Any) -> None:
-        """As asyncio calls it: nothing is read before our turn."""
-        transport.pause_reading()
-        self.transport = transport
-        self.begun = Begun(self.all, transport)
-        if self.begun.one_too_many:
-            self.end()
-            return
-        self.begun.greeting = self
-        self.all.turns.begin(self)
-        task = asyncio.ensure_future(self.agree())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    def data_received(self, data: bytes) -> None:
-        """As asyncio calls it, between TLS and the next step of `agree`."""
-        self.early += data
-
-    def connection_lost(self, _: Exception | None) -> None:
-        """As asyncio calls it: nobody has to wait for the turn of one that has gone."""
-        self.turn.cancel()
-
-    async def agree(self) -> None:
-        """Wait for our turn, agree on TLS, and go on as a WebSocket server's connection."""
-        import traceback
-
-        try:
-            async with asyncio.timeout_at(self.begun.due):
-                await self.turn
-                wrapped = await self.start_tls()
-            self.go_on(wrapped)
-        except (OSError, asyncio.CancelledError) as problem:
-            # or asyncio's frames and it hold one another, and 300 KB, until the collector comes by
-            traceback.clear_frames(problem.__traceback__)
-        finally:
-            if not self.went_on:
-                self.end()
-
-    def end(self) -> None:
-        """No connection comes of it."""
-        self.transport.abort()
-        self.begun.end(was_heard=False)
-        self.all.elders.note_end(self.began)
-
-    def go_on(self, wrapped: Any) -> None:
-        """From here on `wrapped` is a WebSocket server's connection, unless it has ended."""
-        if wrapped is None or wrapped.is_closing():
-            return
-        self.went_on = True
-        connection = self.make()
-        connection.begun = self.begun
-        wrapped.set_protocol(connection)
-        connection.connection_made(wrapped)
-        if self.early:
-            connection.data_received(self.early)
-
-    async def start_tls(self) -> Any:
-        """The transport over TLS. Raises OSError."""
-        certificate = self.all.certificate
-        assert certificate
-        return await asyncio.get_running_loop().start_tls(
-            self.transport,
-            self,
-            certificate.context,
-            server_side=True,
-            ssl_handshake_timeout=WELCOME_S,
-            ssl_shutdown_timeout=SERVER_OPTIONS["close_timeout"],
-        )
-
-
 # What is noted of a connection: not in its dictionary, which would double its size by a few more.
-GUARDED_FACTS = ("began", "begun", "estelle_address", "unread_bytes")
+GUARDED_FACTS = (
+    *("among", "began", "estelle_address", "one_too_many"),
+    *("patience", "peer", "take", "unread_bytes"),
+)
 
 
 class Door:
@@ -20151,16 +19882,16 @@ class Door:
         self.elders = Elders(lambda: len(self.sockets))
         self.page = Page()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
+        self.handshakes: Counter[str] = Counter()  # begun and not judged
         self.token_file = config.config.token_file
         tls = config.config.master_url.secure and config.config.tls.cert
         self.certificate = Certificate(config) if tls else None
-        self.handshakes = Handshakes(config, self.certificate, self.elders, self.log_refusal)
 
     # The port
 
     def connection_class(self) -> Any:
-        """What makes a server connection that can't keep others out by beginning handshakes and not
-        ending them.
+        """A server connection that can't keep others out by beginning handshakes and not ending
+        them.
 
         The only place that overrides what websockets does not promise to keep: `connection_made`
         and `handshake`, as WEBSOCKETS_KNOWN has them. Were they called otherwise, refused strangers
@@ -20169,39 +19900,54 @@ class Door:
         from websockets.asyncio.server import ServerConnection
 
         door = self
-        over_tls = bool(self.certificate)
 
-        class Guarded(PongBound, ServerConnection):
+        class Guarded(Delivered, PongBound, ServerConnection):
             __slots__ = GUARDED_FACTS
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
                 self.unread_bytes = 0
                 self.began = door.elders.rounds
-                if not over_tls:
-                    self.begun = Begun(door.handshakes, transport)
+                self.peer = host_key((self.remote_address or ("",))[0])
+                config = door.config.config
+                known = (
+                    _whitelist(listed).verdict(self.peer)
+                    for listed in (config.whitelist, config.trusted_proxies)
+                )
+                self.among = ""
+                if any(verdict.allowed for verdict in known):
+                    self.among = self.peer
+                door.handshakes[self.among] += 1
+                most = STRANGERS
+                if self.among:
+                    most = HANDSHAKES
+                self.one_too_many = door.handshakes[self.among] > most
+                if self.one_too_many:
+                    door.log_refusal(
+                        self.among or "strangers", f"more than {most} handshakes at once"
+                    )
+                    transport.abort()
 
             def connection_lost(self, problem: Exception | None) -> None:
                 super().connection_lost(problem)
                 door.elders.note_end(self.began)
 
             async def handshake(self, *args: Any, **options: Any) -> None:
-                begun = self.begun
                 try:
-                    async with asyncio.timeout_at(begun.due) as begun.patience:
+                    async with asyncio.timeout(WELCOME_S) as self.patience:
                         await super().handshake(*args, **options)
                 finally:
-                    begun.end(was_heard=self.request is not None)
-                    del self.begun
+                    door.handshakes[self.among] -= 1
+                    if self.request is None and not self.one_too_many:
+                        door.log_refusal(
+                            self.peer, "it began no WebSocket handshake, or did not end it"
+                        )
 
             def allow(self, seconds: float) -> None:
-                """More time, for a download, which has bounds of its own."""
+                """More time, for a download."""
                 self.close_timeout = seconds
-                self.begun.leave_turn()
-                self.begun.patience.reschedule(self.loop.time() + seconds)
+                self.patience.reschedule(self.loop.time() + seconds)
 
-        if over_tls:
-            return functools.partial(Greeting, door.handshakes, Guarded)
         return Guarded
 
     # Before the handshake
@@ -24748,23 +24494,28 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
 
 
 class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # type: ignore[misc]
-    """The daemon's end of the runner's poke; the datagram's content means nothing."""
+    """The daemon's end of the runner's poke."""
 
     def __init__(self, own: OwnJobs) -> None:
         self._own = own
+        self._poked_at = 0.0  # monotonic
 
     def connection_made(self, transport: Any) -> None: ...
     def connection_lost(self, problem: Exception | None) -> None: ...
     def error_received(self, problem: Exception) -> None: ...
     def datagram_received(self, data: bytes, address: Any) -> None:
-        # A line goes on its way at once; what else there may be to see waits for its turn. In a
-        # flood the lines wait as well, and go together.
-        is_flooded = self._own.grown_bytes >= CHUNK_BYTES
+        """A line goes on its way at once; what else there may be to see waits for its turn. In a
+        flood the lines wait as well, and go together."""
+        own, now = self._own, time.monotonic()
+        if now - self._poked_at > FLOOD_LOOK_S:
+            own.grown_bytes = 0
+        self._poked_at = now
+        is_flooded = own.grown_bytes >= CHUNK_BYTES
         if not is_flooded:
-            for job in self._own.active():
-                self._own.check_size(job)
-        poked = self._own.poked
-        poked.set()
+            for job in own.active():
+                own.check_size(job)
+        if is_flooded or data != LOG_POKE:
+            own.poked.set()
 
 
 class Supervisor:
@@ -25242,6 +24993,10 @@ class Service:
             "create_connection": master.door.connection_class(),
             "process_request": master.door.judge_request,
         }
+        if master.door.certificate:
+            options["ssl"] = master.door.certificate.context
+            # until it ends nobody knows who that is, and each holds 300 KB
+            options["ssl_handshake_timeout"] = WELCOME_S
         try:
             server = await serve(master.serve_socket, host, port, **options)
         except OSError as problem:
@@ -27447,14 +27202,11 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
 
 
 def look_at_names(repo: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
-    """What a deployment meets here: settings that git does not take, and what the commit only
-    names, its submodules and the files that LFS keeps."""
+    """What the commit only names: submodules, and files that LFS keeps."""
 
     def ask(*args: str) -> str:
         return os.fsdecode(git_output(repo, env, *args))
 
-    for text in Outlook(repo, rule).find_bad_settings():
-        yield Finding("settings", False, text)
     ahead = Foresight(Coming(repo, rule, "HEAD", ask))
     forecast = judge_prospect(ahead.look_at_names(Prospect(str(repo), rule.remote)))
     for step in forecast.steps:
