@@ -101,10 +101,12 @@ import sys
 # their sake it has no `:=` and no `from __future__ import annotations`. So annotations are values,
 # and what is defined further down, or imported at its first use, is quoted in them.
 if sys.version_info < (3, 11):  # noqa: UP036
+    from shlex import quote
+
     sys.stderr.write(
         f"estelle-updater: error: Python 3.11 or newer is needed, and {sys.executable} is Python"
         f" {sys.version.split()[0]}\n"
-        f"hint: name a newer one, as in: python3.11 {' '.join(sys.argv)}\n"
+        f"hint: name a newer one, as in: python3.11 {' '.join(map(quote, sys.argv))}\n"
     )
     sys.exit(2)
 
@@ -1347,6 +1349,7 @@ class HostRef:
     color: str | None = None
     deploys: bool = True
     section: str = ""  # of the configuration, where a host name leads to it
+    alias: str = ""  # the master's own: the name in masterUrl
 
 
 def find_hosts(word: str, hosts: Sequence[HostRef]) -> list[HostRef]:
@@ -1363,6 +1366,8 @@ def find_hosts(word: str, hosts: Sequence[HostRef]) -> list[HostRef]:
         # what looks like an address is never the name of a host that calls itself 10.0.0.1
         if not is_place and host_key(host.name) == wanted:
             named.append(host)
+    if not named and not is_place:
+        named = [host for host in hosts if host.alias and host_key(host.alias) == wanted]
     if labelled or not is_place:
         return labelled or named
     address = canonical_address(head)
@@ -1393,7 +1398,7 @@ def ambiguous(what: str, hosts: Sequence[HostRef]) -> TargetError:
     whoever took one of two would let the other speak for it."""
     labels = [host.label for host in hosts]
     # of two, the one that is offline is more likely the retired one
-    gone = labels[-1]
+    gone = ""
     for host in hosts:
         if not host.online:
             gone = host.label
@@ -1401,9 +1406,11 @@ def ambiguous(what: str, hosts: Sequence[HostRef]) -> TargetError:
     advice = f"write the address of the one that is meant, and its section as {section}"
     if len({host.address for host in hosts}) == 1:
         advice = f"write {labels[0]} for that one, and give each a host name of its own"
+    if gone:
+        advice = f"{advice}; `forget {gone}` if that one is gone"
     return TargetError(
         f"{what} fits {len(hosts)} machines: {' and '.join(labels)}",
-        f"{advice}; `forget {gone}` if that one is gone",
+        advice,
     )
 
 
@@ -4933,6 +4940,7 @@ class Prospect(NamedTuple):
     ignored: tuple[str, ...] = ()  # files that git ignores, where the commit has others
     nested: tuple[str, ...] = ()  # submodules that become files
     closed: tuple[str, ...] = ()  # folders in which this user may not write
+    user: str = "$USER"  # this one's name
     pinned: tuple[str, ...] = ()  # files and folders that can't be changed here
     missing: tuple[Refusal, ...] = ()  # of what the commands need
     unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
@@ -5016,7 +5024,7 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
     pull = f"git pull {known.remote} {known.branch}"
     if known.begun == "unmerged":  # by a stash that did not fit, say: there is nothing to abort
         what = f"files in {known.repo} are not merged: {paths_text(known.unmerged, 5)}"
-        files = typed(*known.unmerged[:5])
+        files = pathspecs(*known.unmerged[:HINT_PATHS])
         yield Refusal(what, f"{git} status, then, as HEAD has them: {git} checkout HEAD -- {files}")
     elif known.begun:
         what = f"a {known.begun} that somebody began in {known.repo} is not ended"
@@ -5087,9 +5095,33 @@ def _judge_files(known: Prospect) -> Iterator[Refusal]:
     if known.closed:
         places = [f"{known.repo}/{folder}".rstrip("/.") for folder in known.closed]
         what = f"this user may write no files in {paths_text(places, 5)}"
-        yield Refusal(
-            what, f"sudo chown -R $USER {typed(*places[:5])}, as the user that it runs as"
+        # they may be this user's, and closed to everybody
+        shut = places[:HINT_PATHS]
+        own = chown_line(known.user, *shut)
+        open_up = typed(
+            "sudo",
+            "chmod",
+            "u+wx",
+            *shut,
         )
+        yield Refusal(what, f"{own} && {open_up}")
+
+
+def pathspecs(*paths: str) -> str:
+    """Paths as git takes them on a line to type: one with a `*` in its name would name others too,
+    and lose what is changed in them."""
+    words = []
+    for path in paths:
+        if re.search(r"[*?\[\\]|^:", path):
+            words.append(f":(literal){path}")
+        else:
+            words.append(path)
+    return typed(*words)
+
+
+def chown_line(user: str, *places: object) -> str:
+    """What gives files to the user that serves."""
+    return f"sudo chown -R {typed(user, *places)}"
 
 
 def whole_hint(repo: str, left: Halfway) -> str:
@@ -5097,30 +5129,55 @@ def whole_hint(repo: str, left: Halfway) -> str:
     git = typed("git", "-C", repo)
     lines = []
     if left.tracked:
-        lines.append(f"{git} checkout HEAD -- {typed(*left.tracked[:HINT_PATHS])}")
+        lines.append(f"{git} checkout HEAD -- {pathspecs(*left.tracked[:HINT_PATHS])}")
     if left.added:
-        lines.append(f"{git} clean -f -- {typed(*left.added[:HINT_PATHS])}")
+        lines.append(f"{git} clean -f -- {pathspecs(*left.added[:HINT_PATHS])}")
     more = max(len(left.tracked), len(left.added)) > HINT_PATHS
     if more:
         lines.append("the same for the others")
     return " && ".join(lines)
 
 
-def keep_hint(repo: str, paths: Sequence[str]) -> str:
-    """The line that keeps a file beside the clone: within it, it might be in the way again."""
-    aside = f"{repo}.kept"
-    first = f"{repo}/{paths[0].rstrip('/')}"
-    make = typed("mkdir", "-p", aside)
-    move = typed(
-        "mv",
-        "-n",
-        first,
-        aside,
-    )
-    line = f"{make} && {move}"
-    if len(paths) > 1:
-        return f"keep each of them by such a line: {line}"
-    return f"keep it: {line}"
+def keep_hint(repo: str, paths: Sequence[str], aside: str = "") -> str:
+    """The line that keeps files beside the clone: within it, they might be in the way again. Each
+    in a folder of its own name there, and asked about where one of that name is kept already."""
+    aside = aside or f"{repo}.kept"
+    places: dict[str, list[str]] = {}
+    lines = []
+    for path in paths[:HINT_PATHS]:
+        name = path.rstrip("/")
+        if ON_WINDOWS:  # one line for cmd and PowerShell, which make folders in other words
+            flat = name.replace("/", "-")
+            line = typed(
+                "move",
+                f"{repo}/{name}",
+                f"{aside}-{flat}",
+            )
+            lines.append(line.replace("/", "\\"))
+            continue
+        place = posixpath.join(aside, posixpath.dirname(name)).rstrip("/")
+        places.setdefault(place, []).append(f"{repo}/{name}")
+    if places:
+        lines.append(typed("mkdir", "-p", *places))
+    for place, files in places.items():
+        lines.append(typed("mv", "-i", *files, place))
+    if len(paths) > HINT_PATHS:
+        lines.append("the same for the others")
+    return " && ".join(lines)
+
+
+def free_hint(
+    repo: str, changed: Sequence[str], unknown: Sequence[str] = (), aside: str = ""
+) -> str:
+    """The line that puts aside what stands in the way of a commit: git keeps what it knows, and
+    gives it back by `stash pop`."""
+    lines = []
+    if changed:
+        stash = typed("git", "-C", repo, "stash", "push")
+        lines.append(f"{stash} -- {pathspecs(*changed[:HINT_PATHS])}")
+    if unknown:
+        lines.append(keep_hint(repo, unknown, aside))
+    return " && ".join(lines)
 
 
 def pointers_text(paths: Sequence[str]) -> str:
@@ -6002,6 +6059,28 @@ def explain_failure(tail: bytes) -> str | None:
         if re.search(pattern, tail):
             return text
     return None
+
+
+_LISTED = rb"(?m)^error: %s[^\n]*\n((?:\t[^\n]*\n)+)"
+_LOCAL_CHANGES = rb"Your local changes to the following files would be overwritten"
+_UNKNOWN_FILES = rb"(?:The following untracked|Updating the following directories)"
+
+
+def obstacles_hint(repo: str, said: bytes) -> str:
+    """What to type where git has listed the files that are in its way, "" where it has not."""
+    changed = _listed_below(_LOCAL_CHANGES, said)
+    unknown = _listed_below(_UNKNOWN_FILES, said)
+    return free_hint(repo, changed, unknown)
+
+
+def _listed_below(head: bytes, said: bytes) -> list[str]:
+    """The names that git has listed below such a line, each behind a tab."""
+    names = []
+    for block in re.findall(_LISTED % head, said):
+        text = block.decode("utf-8", "surrogateescape")
+        for line in text.splitlines():
+            names.append(line.removeprefix("\t"))
+    return names
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
@@ -9116,11 +9195,73 @@ def program_argv() -> list[str]:
 COMMAND_NAME = "estelle-updater"  # that `setup` puts into a folder of PATH
 
 
+def own_name() -> str:
+    """This process's user, as `chown` takes it: a login's $USER may be somebody else."""
+    if os.name == "nt":
+        return "%USERNAME%"
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's, which has no name
+        return str(os.geteuid())
+
+
 def program_name() -> str:
     """What a person types to run this program."""
-    if os.environ.get("ESTELLE_COMMAND") == COMMAND_NAME:
+    if os.environ.get("ESTELLE_COMMAND") == COMMAND_NAME and first_in_path(COMMAND_NAME):
         return COMMAND_NAME
-    return f"{'python' if os.name == 'nt' else 'python3'} {typed(sys.argv[0])}"
+    return f"{python_name()} {typed(sys.argv[0])}"
+
+
+def python_name() -> str:
+    """What a person types for the Python that runs this: `python3` may be an older one, or none."""
+    if os.name == "nt":
+        found = "python"
+        if first_in_path("py.exe"):
+            found = "py"
+        return found
+    for name in ("python3", os.path.basename(sys.executable)):
+        place = first_in_path(name)
+        if place and is_same_folder(place, sys.executable):
+            return name
+    return typed(sys.executable)
+
+
+def first_in_path(name: str) -> str:
+    """Where a shell finds a program, "" where it does not; without `shutil`, which takes
+    milliseconds of each command's start."""
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        place = os.path.join(folder, name)
+        if folder and os.access(place, os.X_OK) and os.path.isfile(place):
+            return place
+    return ""
+
+
+def given_options(argv: Sequence[str]) -> list[str]:
+    """Which fleet, state folder and address a command line names, as it names them; argparse takes
+    the beginning of an option's name as well."""
+    words = list(itertools.takewhile(lambda word: word != "--", argv))
+    found = []
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if len(name) < 3 or not name.startswith("--"):
+            continue
+        for option in PLACE_OPTIONS:
+            if option.startswith(name):
+                if not equals:
+                    value = "".join(words[at + 1 : at + 2])
+                found += [option, value]
+    return found
+
+
+PLACE_OPTIONS = ("--config", "--state", "--bind")
+
+
+def advised(*words: object) -> str:
+    """A line for the shell at which this command was typed, that does something with this program:
+    for the same fleet, whatever the folder, and so it can't be another project's."""
+    return f"{program_name()} {typed(*words, *given_options(sys.argv[1:]))}"
 
 
 @record(frozen=True)
@@ -12314,6 +12455,17 @@ def rule_for(config: Config, job: JobRecord, state: StateFolder) -> Effective:
     return host_rule(config, place, socket.gethostname(), role)
 
 
+def failed_step(runner: "Runner", step: Step, code: int, tail: bytes) -> StepFailed:
+    """How a step ends that failed by itself; what git has said is in its way is told with the line
+    that frees it."""
+    hint = obstacles_hint(str(runner.repo), tail)
+    # of a submodule git names no more than the files
+    is_here = step.argv[0] == "git" and "submodule" not in step.argv
+    if hint and is_here:
+        runner.log.line(f"hint: {hint}")
+    return StepFailed(State.FAILED, step.label, code, explain_failure(tail))
+
+
 class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job
     restarts. What is to be done is WORK's."""
@@ -12479,7 +12631,7 @@ class Runner:
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
-            raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
+            raise failed_step(self, step, code, running.tail)
         return seconds
 
     def spawn(self, step: Step, mark: str) -> Spawned:
@@ -12727,6 +12879,16 @@ class CheckedOut:
         )
 
     # What there is
+
+    def has(self, path: str) -> bool:
+        """Whether HEAD has a file of that name."""
+        found = self.ask(
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            f"HEAD:{path}",
+        )
+        return bool(found)
 
     def commit_of(self, name: str) -> str:
         """The commit that a name means, "" where there is none. `^{commit}` would not survive
@@ -13287,7 +13449,12 @@ class Coming:
             return None
         if not os.path.lexists(place):
             what = f"{name} is gone from {self.repo}; {self.commit[:7]} has it"
-            return Refusal(what, typed(*git, "checkout", "HEAD", "--", path))
+            back = typed(
+                *git,
+                "checkout",
+                "HEAD",
+            )
+            return Refusal(what, f"{back} -- {pathspecs(path)}")
         if entry.mode == "100755" and os.name != "nt" and not os.access(place, os.X_OK):
             what = f"{place} is not executable; in {self.commit[:7]} it is"
             return Refusal(what, typed("chmod", "+x", place))
@@ -13945,22 +14112,23 @@ class ComingParts:
         shown = f"{self.above}{folder}"
         if lacks_commit(ask, wanted):
             return Refusal(f"submodule {shown}: its remote has no commit {wanted[:7]}")
-        in_the_way = self.find_in_the_way(folder, here, wanted)
+        found = self.find_in_the_way(folder, here, wanted)
+        unknown = [*found.untracked, *found.ignored]
+        in_the_way = [*found.changed, *unknown]
         if not in_the_way:
             return None
         what = f"local changes in submodule {shown} are in the way: {paths_text(in_the_way)}"
-        return Refusal(
-            what, f"{typed('git', '-C', self.root / folder)} stash, or commit and push them"
-        )
+        aside = f"{self.coming.root}.kept"  # within the clone it might be in the way again
+        hint = free_hint(str(self.root / folder), found.changed, unknown, aside)
+        return Refusal(what, hint)
 
-    def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
-        """The files of a submodule that stand in git's way from one commit to another."""
+    def find_in_the_way(self, folder: str, here: str, wanted: str) -> Obstacles:
+        """What of a submodule stands in git's way from one commit to another."""
         place = self.root / folder
         terrain = Terrain(place, functools.partial(self.git, "-C", str(place)))
         said = terrain.ask(*STATUS) or ""
         changes = parse_status(said.encode("utf-8", "surrogateescape"))
-        found = terrain.find_obstacles([here, wanted], changes)
-        return [*found.changed, *found.untracked, *found.ignored]
+        return terrain.find_obstacles([here, wanted], changes)
 
 
 def refuse_damage(root: Path, branch: str) -> Refusal:
@@ -13997,6 +14165,7 @@ class Foresight:
             ignored=obstacles.ignored,
             nested=obstacles.nested,
             closed=obstacles.closed,
+            user=own_name(),
             pinned=obstacles.pinned,
             missing=tuple(wrong),
             unsure=tuple(unsure),
@@ -14545,21 +14714,22 @@ class Transit:
         others = ""
         if more:
             others = f"; so the {count_text(len(more), 'other')}"
-        root = self.tree.root
+        tree = self.tree
         for path, part, _ in self.tree.iter_parts(()):
             if first.startswith(f"{path}/"):
-                root = part.root
-        name = os.path.relpath(self.tree.root / first, root)
-        restore = typed(
+                tree = part
+        name = Path(os.path.relpath(self.tree.root / first, tree.root)).as_posix()
+        back = typed(
             "git",
             "-C",
-            root,
+            tree.root,
             "checkout",
             "HEAD",
-            "--",
-            name,
         )
-        return f"keep what you need, then: {restore}, or rm it{others}"
+        restore = f"{back} -- {pathspecs(name)}"
+        if not tree.has(name):  # a file of the commit that did not come
+            restore = keep_hint(str(tree.root), [name], f"{self.tree.root}.kept")
+        return f"keep what you need, then: {restore}{others}"
 
 
 class Fetched:
@@ -16467,7 +16637,7 @@ def stage_text(real: Path, text: bytes) -> Path:
         with suppress(OSError):
             temp.unlink(missing_ok=True)
         hint = (
-            f"this service's user must own the file and its folder: chown USER {real.parent} {real}"
+            f"this service's user must own both: sudo chown {own_name()} {typed(real.parent, real)}"
         )
         raise GuardError(f"can't replace {real}: {problem.strerror}", hint) from problem
     return temp
@@ -19314,9 +19484,9 @@ class Outlook:
         found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
         if in_the_way:
             names = paths_text(in_the_way, PLAN_ROWS)
-            found["refused"].append(
-                f"local changes are in the way of the incoming commits: {names}"
-            )
+            what = f"local changes are in the way of the incoming commits: {names}"
+            hint = free_hint(str(root), self.obstacles.changed, self.obstacles.untracked)
+            found["refused"].append(Refusal(what, hint).text)
 
     def foresee(self, found: dict[str, Any], branch: str, rule: Effective) -> None:
         """What a job with these settings would refuse before it moves the tree, and which steps
@@ -19966,7 +20136,10 @@ class Door:
         verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
             return self.refuse(
-                connection, address, verdict.reason, f"add {address} to the whitelist in git"
+                connection,
+                address,
+                verdict.reason,
+                f"`whitelist add {address} --commit` in a clone",
             )
         hosts = request.headers.get_all("Host")
         origins = request.headers.get_all("Origin")
@@ -20344,12 +20517,16 @@ class Roster:
             section = ""
             if rule.hostname:
                 section = rule.key
+            alias = ""
+            if host.machine == self.own_machine:
+                alias = self.config.config.master_url.host
             ref = HostRef(
                 *(label, host.address, host.name, host.machine),
                 online=False,
                 color=rule.color,
                 deploys=rule.deploy,
                 section=section,
+                alias=alias,
             )
             self.rules[host.machine] = ref
         online = host.machine in self.agents
@@ -21046,7 +21223,10 @@ class Freezes:
             asked = "release"
         if held and not options.get("force"):
             what = f"{held[0].name} holds every {asked} back: {texts[0]}"
-            raise GuardError(what, "wait for its end; --force does it all the same, on record")
+            hint = "wait for its end; --force does it all the same, on record"
+            if held[0].name in self.by_hand:
+                hint = f"{hint}; `thaw {held[0].name}` ends it"
+            raise GuardError(what, hint)
         if held:
             log.warning("%s forces this %s: %s", by, asked, "; ".join(texts))
         if held:
@@ -22180,6 +22360,7 @@ class Desk:
             "kind": record.kind,
             "target": record.target,
             "branch": record.branch,
+            "only": record.options.get("only"),
             "done": done,
             "ok": ok if done else None,
             "hosts": rows,
@@ -23022,7 +23203,7 @@ class Watcher:
             news |= {
                 "title": f"[{rule.target}] {rule.branch} is planned",
                 "error": refused[:500],
-                "rollback": f"estelle_updater.pyz trigger {words}",
+                "rollback": f"estelle-updater trigger {words}",
             }
             found = {
                 "plan": plan["plan"],
@@ -23084,7 +23265,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
     )
     rollback = None
     if back:
-        rollback = f"estelle_updater.pyz rollback {job.host} --to {back}"
+        rollback = f"estelle-updater rollback {job.host} --to {back}"
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": event_of(job),
@@ -23151,7 +23332,7 @@ def news_of_run(
         "hosts": [job_summary(job) for job in jobs],
         "bad": lines,
         "unchanged": None,
-        "rollback": f"estelle_updater.pyz rollback {hosts}" if hosts else None,
+        "rollback": f"estelle-updater rollback {hosts}" if hosts else None,
         "log_of": f"the end of {worst.host}'s log:" if news["log"] else None,
     }
     return {**news, **whole}
@@ -23961,7 +24142,7 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
             if not asked:
                 raise
             if time.monotonic() > deadline:
-                command = f"{program_name()} logs {order.run} -f"
+                command = advised("logs", order.run, "-f")
                 problem.asked = True
                 problem.hint = f"it may have started all the same: {command}"
                 raise
@@ -23981,7 +24162,12 @@ def further_back(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         if row.get("back"):
             hosts.setdefault(row["back"], []).append(row["host"])
     return [
-        f"{program_name()} rollback {','.join(labels)} --to {commit}"
+        advised(
+            "rollback",
+            ",".join(labels),
+            "--to",
+            commit,
+        )
         for commit, labels in hosts.items()
     ]
 
@@ -24463,7 +24649,7 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
     if FileLock.held_elsewhere(state.job_lock):
         current = state.current()[0]
         raise GuardError(
-            f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f"
+            f"run {current} holds this host", f"follow it with: {advised('logs', current, '-f')}"
         )
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
@@ -25054,10 +25240,14 @@ _MAIN = '''\
 import sys
 
 if sys.version_info < {python}:
+    try:
+        from shlex import quote
+    except ImportError:
+        from pipes import quote
     sys.stderr.write(
         "estelle-updater: error: Python {python_text} or newer is needed, and %s is Python %s\\n"
         "hint: name a newer one, as in: python{python_text} %s\\n"
-        % (sys.executable, sys.version.split()[0], " ".join(sys.argv))
+        % (sys.executable, sys.version.split()[0], " ".join(map(quote, sys.argv)))
     )
     sys.exit(2)
 if sys.argv[1:] == ["--version"]:
@@ -26232,22 +26422,60 @@ class Publication:
     def line(self, replaced: Path | None = None) -> str:
         """What a person types to publish the file as it is, and that the one that it replaced is
         gone."""
-        names = self.name
+        names = [self.name]
         if replaced and self.ask("ls-files", "--", str(replaced)):
-            names += f" {replaced.relative_to(self.tree).as_posix()}"
-        commit = f"git commit -m {json.dumps(self.message)} -- {names}"
-        return f"git add {self.name} && {commit} && git push"
+            names.append(replaced.relative_to(self.tree).as_posix())
+        git = self.typed_git()
+        lines = [
+            f"{git} add {typed(self.name)}",
+            f'{git} commit -m "{self.message}" -- {typed(*names)}',
+            f"{git} {self.push_words()}",
+        ]
+        if not self.branch_here():  # a rollback leaves it so, and no push goes from there
+            lines.insert(0, f"{git} checkout {typed(self.likely_branch())}")
+        return " && ".join(lines)
+
+    def typed_git(self) -> str:
+        """git as it is typed where this command was: names count from the work tree's root."""
+        if is_same_folder(Path.cwd(), self.tree):
+            return "git"
+        return typed("git", "-C", self.tree)
+
+    def branch_here(self) -> str:
+        """The branch that is checked out, "" where HEAD is detached."""
+        return self.ask("symbolic-ref", "--quiet", "--short", "HEAD").strip()
+
+    def likely_branch(self) -> str:
+        """What somebody whose HEAD is detached most likely means to commit to."""
+        locals_ = self.ask("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
+        default = self.ask(
+            "symbolic-ref",
+            "--quiet",
+            "--short",
+            "refs/remotes/origin/HEAD",
+        )
+        name = default.strip().partition("/")[2]
+        if not name and len(locals_) == 1:
+            (name,) = locals_
+        return name or "BRANCH"
+
+    def push_words(self) -> str:
+        """How git is told to push, where it does not know to where."""
+        branch = self.branch_here()
+        if not branch or self.ask("config", f"branch.{branch}.merge").strip():
+            return "push"
+        remotes = self.ask("remote").split() or ["REMOTE"]
+        return f"push -u {typed(remotes[0], branch)}"
 
     # The way to the remote
 
     def publish(self, text: bytes) -> None:
         """Push, then write the file and bring the clone along. Raises UpdaterError where git says
         no, and nothing is changed then."""
-        self.branch = self.ask("symbolic-ref", "--quiet", "--short", "HEAD").strip()
+        self.branch = self.branch_here()
         if not self.branch:
-            raise self.failed(
-                "HEAD is detached, so there is no branch to push", "git checkout BRANCH"
-            )
+            home = f"{self.typed_git()} checkout {typed(self.likely_branch())}"
+            raise self.failed("HEAD is detached, so there is no branch to push", home)
         self.remote = self.ask("config", f"branch.{self.branch}.remote").strip() or "origin"
         tip = self.find_tip()
         commit = self.make_commit(tip, text)
@@ -26268,10 +26496,11 @@ class Publication:
         if self.ask("rev-list", "--max-count=1", f"{tip}..{head}"):
             raise self.failed(
                 f"this clone has commits that {self.remote} lacks",
-                "git push them first, or git pull",
+                f"{self.typed_git()} push",
             )
         if self.blob_at(tip) != self.blob_at(head):
-            raise self.failed(f"{self.name} has changed at {self.remote}", "git pull, then again")
+            what = f"{self.name} has changed at {self.remote}"
+            raise self.failed(what, f"{self.typed_git()} pull, then again")
         return tip
 
     def make_commit(self, tip: str, text: bytes) -> str:
@@ -26331,14 +26560,25 @@ class Publication:
         """git's answer. A hook that hangs is ended. Raises UpdaterError with git's reason."""
         code, out, err = ask_git(self.tree, self.env, *words, timeout_s=SETUP_S)
         if code:
-            raise self.failed(f"git {words[0]}: {failure_reason(err or out)}", "")
+            raise self.failed(f"git {words[0]}: {failure_reason(err or out)}", self.remedy(words))
         return out.decode(errors="replace").strip()
 
+    def remedy(self, words: Sequence[str]) -> str:
+        """What helps where git said no. Never the same by hand: what git refuses here it refuses
+        there, and a commit that can't be pushed would stop this clone's next deployment."""
+        git = self.typed_git()
+        if words[0] == "push":
+            return "let this user's git push there, or do this in a clone that may, as your own"
+        if words[0] == "commit-tree":
+            name = f"{git} config user.name NAME"
+            return f"{name} && {git} config user.email ADDRESS, then again"
+        if words[0] in ("ls-remote", "fetch"):
+            return f"{git} ls-remote {typed(words[-2])} says why; once that is well, again"
+        return f"{git} status, then again"
+
     def failed(self, what: str, hint: str) -> UpdaterError:
-        """The error for what git refused, and how to publish by hand."""
-        return UpdaterError(
-            f"{what}; nothing was changed", hint or f"without --commit, then: {self.line()}"
-        )
+        """The error for what git refused, or would."""
+        return UpdaterError(f"{what}; nothing was changed", hint)
 
 
 def write_config(path: Path, text: bytes) -> None:
@@ -26350,11 +26590,8 @@ def write_config(path: Path, text: bytes) -> None:
     write_atomic(path, text, mode=mode)
 
 
-def change_config(
-    path: Path, text: str, message: str, commit: bool, *, is_first: bool = False
-) -> str:
-    """Write the configuration file, and, for `commit`, publish it first. What to tell of it; of the
-    first one no daemon has to be told.
+def change_config(path: Path, text: str, message: str, commit: bool) -> str:
+    """Write the configuration file, and, for `commit`, publish it first. What to tell of it.
 
     Raises UpdaterError where git says no: then nothing was changed.
     """
@@ -26363,12 +26600,16 @@ def change_config(
         write_config(path, text.encode())
         return publication.line()
     publication.publish(text.encode())
-    published = f"committed and pushed: {publication.name}{publication.note}"
-    if is_first:
-        return published
+    return f"committed and pushed: {publication.name}{publication.note}"
+
+
+def effect_line(path: Path, text: str) -> str:
+    """What brings a published configuration to the master, whose copy of it counts."""
+    publication = Publication(path, "")
+    branch = publication.branch_here() or publication.likely_branch()
     master = parse_config(text.encode(), str(path), config_form(path)).master_url.host
-    line = f"{program_name()} trigger {master} {publication.branch}"
-    return f"{published}\nit takes effect with: {line}"
+    line = advised("trigger", master, branch)
+    return f"it takes effect with, on a host that is let in already: {line}"
 
 
 SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
@@ -26654,7 +26895,8 @@ def await_welcome(state: StateFolder, say: Callable[[str], None]) -> None:
         silent = "no answer yet"
     why = facts.get("trouble") or silent
     raise UpdaterError(
-        f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
+        f"the service is installed, but the master has not welcomed it: {why}",
+        f"see: {advised('doctor')}",
     )
 
 
@@ -26711,7 +26953,9 @@ class HostChanges:
         self.say(f"running: {line}")
         code, out = try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = f"see: journalctl -u {self.service}, or pm2 logs {self.service}"
+            hint = f"see: journalctl -u {self.service}"
+            if argv[0] == "pm2":
+                hint = f"see: pm2 logs --nostream {self.service}"
             if "--user" in argv:
                 hint = f"as this user, log in directly (not by su), or: {LINGER}"
             if out:
@@ -26731,7 +26975,7 @@ def command_places() -> tuple[Path, Path]:
 def install_command(changes: HostChanges, everybody: bool) -> None:
     """Have this program found from any folder, or say how it is called where that can't be."""
     if os.name == "nt":
-        changes.say(f"note: from any folder: {' '.join(program_argv())}")
+        changes.say(f"note: from any folder: {typed(*program_argv())}")
         return
     own, for_all = command_places()
     command = own
@@ -26747,7 +26991,7 @@ def install_command(changes: HostChanges, everybody: bool) -> None:
         return
     changes.put(command, render_command(program_argv()), 0o755)
     if str(command.parent) not in os.environ.get("PATH", "").split(os.pathsep):
-        changes.say(f"note: have it in PATH: export PATH={command.parent}:$PATH")
+        changes.say(f'note: have it in PATH: export PATH="{command.parent}:$PATH"')
 
 
 def remove_command(changes: HostChanges) -> None:
@@ -27070,11 +27314,14 @@ def judge_encoding(encoding: str) -> Finding:
     try:
         "✓ 완료".encode(encoding)
     except (UnicodeError, LookupError):
+        fix = "export PYTHONUTF8=1"
+        if ON_WINDOWS:
+            fix = "setx PYTHONUTF8 1, and a new window"
         return Finding(
             "encoding",
             False,
             f"{encoding} has no ✓ and no Korean: they are shown as ?",
-            "set PYTHONUTF8=1",
+            fix,
         )
     return Finding("encoding", True, encoding)
 
@@ -27106,9 +27353,12 @@ def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding
 def judge_unit(facts: Mapping[str, str], scope: str = "", service: str = SERVICE) -> Finding:
     """Whether systemd starts the daemon after a boot, keeps it running, and spares its
     deployments."""
-    start = f"systemctl{scope} enable --now {service}"
+    systemctl = "sudo systemctl"
+    if scope:
+        systemctl = f"systemctl{scope}"
+    start = f"{systemctl} enable --now {service}"
     if facts.get("KillMode") != "process":
-        fix = f"systemctl{scope} edit {service}: [Service] KillMode=process"
+        fix = f"write [Service] and KillMode=process by: {systemctl} edit {service}"
         return Finding(
             "service", False, "a restart of the unit would kill a running deployment", fix
         )
@@ -27123,11 +27373,15 @@ def judge_unit(facts: Mapping[str, str], scope: str = "", service: str = SERVICE
     return Finding("service", True, f"systemd: active and enabled, restarted {restarts}")
 
 
-def judge_service(one: Installed, serves: bool) -> Finding:
-    """Whether what is installed runs, and goes on running."""
+def judge_service(one: Installed, serves: bool, pm2_file: Path) -> Finding:
+    """Whether what is installed runs, and goes on running; `pm2_file`: what `setup` wrote for
+    PM2."""
     if one.keeper == "pm2":
         idle = "" if serves else ", not running"
-        return Finding("service", serves, f"PM2: saved{idle}", f"pm2 restart {one.service}")
+        start = f"pm2 restart {one.service}"
+        if pm2_file.exists():  # after a boot PM2 knows none of that name, and can restart none
+            start = typed("pm2", "start", pm2_file)
+        return Finding("service", serves, f"PM2: saved{idle}", start)
     scope = ""
     if Path(one.unit).parent != _UNIT_FOLDER:
         scope = " --user"
@@ -27197,7 +27451,7 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
     text = "no local changes"
     if changed:
         text = f"local changes: {paths_text(changed, 5)}"
-    fix = f"{git} stash, or commit and push them"
+    fix = f"{git} stash push --include-untracked, or commit and push them"
     return Finding("clean", not changed, text, fix)
 
 
@@ -27215,6 +27469,39 @@ def look_at_names(repo: Path, rule: Effective, env: Mapping[str, str]) -> Iterat
         yield Finding("steps", None, text)
     for one in forecast.refused:
         yield Finding("steps", False, one.what, one.hint)
+
+
+def judge_program() -> Finding:
+    """Whether `upgrade` may replace the program. A folder that others have files in is not to
+    become this user's."""
+    file = program_argv()[1]
+    folder = os.path.dirname(file)
+    fix = chown_line(own_name(), folder)
+    own = (os.path.basename(file), "pm2.config.js")
+    names: list[str] = []
+    with suppress(OSError):
+        names = os.listdir(folder)
+    for name in names:
+        if name not in own and not name.startswith("estelle"):
+            again = advised("setup")
+            fix = f"move it into a folder of its own, and call it from there: {again}"
+    text = f"upgrade writes to {folder}"
+    return Finding("program", os.access(folder, os.W_OK), text, fix)
+
+
+def owner_fix(repo: Path, owner: int) -> str:
+    """What makes a clone and its service one user's. Root is told to look as the other one: the
+    clone as root's would end the service that has served it."""
+    import pwd
+
+    name = str(owner)
+    with suppress(KeyError):
+        name = pwd.getpwuid(owner).pw_name
+    if os.geteuid() == 0:
+        look = advised("doctor")
+        return f"sudo -u {typed(name)} -i, and there, in the clone: {look}"
+    take = chown_line(own_name(), repo)
+    return f"run doctor and serve as {name}, or: {take}"
 
 
 class Doctor:
@@ -27255,7 +27542,7 @@ class Doctor:
             problems, warnings = check_config(path)
             config, _ = load_config_or_last(path, self.state)
         except (ConfigError, OSError) as problem:
-            fix = f"run this in the repository, or: {program_name()} config init"
+            fix = f"run this in the repository, or: {advised('config', 'init')}"
             yield Finding("configuration", False, str(problem), fix)
             yield self.git_program()  # which `config init` needs too
             return
@@ -27280,9 +27567,7 @@ class Doctor:
         self.hidden = host_secrets(config, tree, rule, extra)
         yield from self.repository(tree / (rule.repo or ""), rule)
         if config.updater.sha256:
-            folder = os.path.dirname(program_argv()[1])
-            fix = f"sudo chown -R $USER {folder}"
-            yield Finding("program", os.access(folder, os.W_OK), f"upgrade writes to {folder}", fix)
+            yield judge_program()
         if config.tls.cert:
             cert = work_tree(path) / config.tls.cert
             if cert.exists():
@@ -27301,7 +27586,11 @@ class Doctor:
         """Whether the folder whose files runners obey is this user's alone, and can be made."""
         exposed = self.state.exposure()
         if exposed:
-            fix = f"sudo chown -R $USER {self.state.root} && chmod 700 {self.state.root}"
+            owner = self.state.root.stat().st_uid
+            own = chown_line(own_name(), self.state.root)
+            fix = f"{own} && {typed('chmod', '700', self.state.root)}"
+            if owner != os.geteuid() == 0:
+                fix = owner_fix(self.state.root, owner)
             return Finding("state", False, f"{self.state.root} {exposed}", fix)
         with suppress(ConfigError):
             try:
@@ -27372,9 +27661,9 @@ class Doctor:
         for one in installed_services():
             its_own = folder is None or is_same_folder(one.folder, folder)
             if one.service == f"{SERVICE}-haproxy" or (one.service == name and its_own):
-                return judge_service(one, self.serves)
+                return judge_service(one, self.serves, self.state.root / "pm2.config.js")
             if its_own:
-                fix = f"{program_name()} setup"
+                fix = advised("setup")
                 text = f"it is still called {one.service}, and its project is {name}"
                 return Finding("service", False, text, fix)
             if one.service == name:
@@ -27384,7 +27673,7 @@ class Doctor:
             text = f"{name} is that of {others[0]}"
         elif self.serves:
             text = "it runs, but nothing starts it after a reboot"
-        return Finding("service", False, text, f"{program_name()} setup")
+        return Finding("service", False, text, advised("setup"))
 
     # The fleet
 
@@ -27413,8 +27702,7 @@ class Doctor:
             owner = (repo / ".git").stat().st_uid
             if owner != os.getuid():
                 text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
-                fix = f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}"
-                yield Finding("owner", False, text, fix)
+                yield Finding("owner", False, text, owner_fix(repo, owner))
         ground = list(probe_ground(repo, self.state.root, rule, self.env))
         yield from ground
         if not all(found.ok or not found.certain for found in ground):
@@ -27497,13 +27785,11 @@ class Doctor:
         arguments = [word for file in files for word in ("-f", str(file))]
         code, said = try_command(["haproxy", "-c", *arguments], env)
         lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
-        fix = f"mend the file until this is silent: haproxy -c {' '.join(arguments)}"
+        fix = f"mend the file until this is silent: haproxy -c {typed(*arguments)}"
         yield Finding("haproxy", code == 0, lines[0], fix)
         real = os.path.realpath(rule.files[0])
-        fix = (
-            f"this service's user must own the file and its folder: chown USER "
-            f"{os.path.dirname(real)} {real}"
-        )
+        places = typed(os.path.dirname(real), real)
+        fix = f"the service's user must own both: sudo chown {typed(own_name())} {places}"
         yield Finding(
             "haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix
         )
@@ -27762,21 +28048,27 @@ def ending_rows(jobs: Iterable[JobRecord]) -> list[TableRow]:
 
 
 def next_commands(
-    run: str, jobs: Sequence[JobRecord], back: Mapping[str, str], columns: int
+    run: str,
+    jobs: Sequence[JobRecord],
+    back: Mapping[str, str],
+    columns: int,
+    again: str = "",
 ) -> list[str]:
     """What to type after a run that did not succeed everywhere. `back`: what `rollback` would bring
-    of hosts where the command of a new commit began."""
-    est = program_name()
+    of hosts where the command of a new commit began; `again`: what does the same once more, where
+    that is no order to the master."""
     bad = [job for job in jobs if job.state is not State.SUCCEEDED]
     lines = []
     for job in bad[:EXCERPTS]:
         if job.size:
-            lines.append((f"{est} logs {run} {job.host}", "its whole log"))
+            lines.append((advised("logs", run, job.host), "its whole log"))
     if back:
         brings = ", ".join(dict.fromkeys(back.values()))
-        lines.append((f"{est} rollback {','.join(back)}", f"to what worked before ({brings})"))
+        undo = advised("rollback", ",".join(back))
+        lines.append((undo, f"to what worked before ({brings})"))
     if bad and bad[0].kind is Kind.DEPLOY:
-        lines.append((f"{est} trigger --failed-of {run}", "again, once it is mended"))
+        again = again or advised("trigger", "--failed-of", run)
+        lines.append((again, "again, once it is mended"))
     commands = [command for command, _ in lines]
     widest = max(map(len, commands), default=0)
     told = [f"  {command:<{widest}}  {why}" for command, why in lines]
@@ -28803,6 +29095,8 @@ def cmd_trigger(args: Args) -> int:
             raise UsageError("--failed-of says target and branch itself", "leave them out")
         found = failed_of(args, find_run(args, args.failed_of))
         args.target, args.branch = found["target"], found["branch"]
+        # who asked for one service does not mean all of them
+        args.only = args.only or found["only"]
     if args.branch is None:
         names = ["TARGET", "BRANCH"]
         if args.target:
@@ -28845,6 +29139,7 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
     return {
         "target": ",".join(failed),
         "branch": found["branch"],
+        "only": found.get("only"),  # an older master does not say it
     }
 
 
@@ -28927,8 +29222,8 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
 def watch_order(args: Args, run: str, follower: Follower) -> tuple[int, list[JobRecord]]:
     """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs.
     Ctrl-C or a closed output stops watching, and says how to go on."""
-    est = program_name()
-    text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
+    follow, stop = advised("logs", run, "-f"), advised("cancel", run)
+    text = f"the deployment goes on; follow it: {follow}   stop it: {stop}"
     try:
         jobs = follower.follow()
     except (UnreachableError, RefusedError) as problem:
@@ -28969,7 +29264,17 @@ def advise(args: Args, run: str, jobs: Sequence[JobRecord], view: View) -> None:
     columns = 0
     if output.terminal:
         columns = output.size()[0]
-    commands = next_commands(run, jobs, ask_ways_back(args, jobs), columns)
+    again = ""
+    if args.command == "deploy":  # without the master, who may be gone
+        again = advised("deploy", args.branch)
+    back = ask_ways_back(args, jobs)
+    commands = next_commands(
+        run,
+        jobs,
+        back,
+        columns,
+        again,
+    )
     if commands and args.json:
         # A reader of JSON lines would choke on two aligned columns.
         for line in commands:
@@ -29133,9 +29438,9 @@ def cmd_plan(args: Args) -> int:
     screen = functools.partial(plan_screen, title, result)
     do_it = ""
     if result["ok"]:
-        words = shlex.join([args.target, args.branch, "--plan", result["plan"]])
+        line = advised("trigger", args.target, args.branch, "--plan", result["plan"])
         within = f"{PLAN_FRESH_S / 60:.0f} min"
-        do_it = f"exactly this, within {within}: {program_name()} trigger {words}"
+        do_it = f"exactly this, within {within}: {line}"
         lines.append(do_it)
     show(args, result, "\n".join(lines), lambda columns: [*screen(columns), do_it])
     if result["ok"]:
@@ -30109,7 +30414,8 @@ class WorkerFinder:
     def line(self, names: Sequence[str]) -> str:
         """The command that says it."""
         words = [f"--host {name}=ADDRESS" for name in names or BLUE_GREEN_HOSTS]
-        return f"{program_name()} config init --blue-green {' '.join(words)}"
+        said = typed(*sys.argv[1:])  # with what it was told already
+        return f"{program_name()} {said} {' '.join(words)}"
 
 
 def init_config(args: Args) -> int:
@@ -30160,7 +30466,7 @@ def init_config(args: Args) -> int:
     if args.dry_run:
         show(args, {"file": str(path), "text": text}, text.rstrip())
         return 0
-    told = change_config(path, text, "Configure estelle-updater", args.commit, is_first=True)
+    told = change_config(path, text, "Configure estelle-updater", args.commit)
     facts = {"file": str(path), "git": told}
     first = told if args.commit else f"next: {told}"
     order = "trigger all"
@@ -30177,9 +30483,9 @@ def next_steps(root: Path, order: str) -> str:
     est = program_name()
     return "\n".join(
         [
-            f"then here: {est} setup",
+            f"then here: {advised('setup')}",
             f"on every other host, in its clone: git pull && {est} setup",
-            f"and to deploy: {est} {order} {name}",
+            f"and to deploy: {advised(*order.split(), name)}",
         ]
     )
 
@@ -30293,6 +30599,7 @@ def cmd_whitelist(args: Args) -> int:
         raise UsageError(f"{path} is written in a way that can't be edited safely", line)
     words = ", ".join(add or remove)
     told = change_config(path, text, f"Whitelist: {action} {words}", args.commit)
+    told = f"{told}\n{effect_line(path, text)}"
     facts = {"file": str(path), "added": add, "removed": remove, "git": told}
     show(args, facts, f"{path}: {'added' if add else 'removed'} {words}\n{told}")
     return 0
