@@ -11,9 +11,9 @@ One log chunk's way, from a command to a commander's terminal (the number is the
     StepRun.pump_output     12  pipe to log, in the runner: a process that outlives the daemon
     Masker.feed              7  secrets become ***
     LogWriter.write         12  appended to HOST.log: its size is the next byte's number
-    Poke                    12  a datagram of one byte, which may be lost
-    OwnJobs.check_size      16  the daemon looks how far the file has grown
-    Link.grew               15  sends a line, or wakes Link.write_forever; by SendCursor.next_span
+    Poke                    12  an empty datagram, which may be lost
+    OwnJobs.refresh         16  the daemon looks how far the file has grown
+    Link.grew               15  wakes Link.write_forever; SendCursor.next_span says what to send
     Link.on_chunk           15  the master: append_log writes it if it belongs at the file's end
     Inbox.on_chunk           6  acknowledges, or asks again from where the file ends
     Run.tell                19  every follower's link grows: the same two steps once more
@@ -101,19 +101,16 @@ import sys
 # their sake it has no `:=` and no `from __future__ import annotations`. So annotations are values,
 # and what is defined further down, or imported at its first use, is quoted in them.
 if sys.version_info < (3, 11):  # noqa: UP036
-    from shlex import quote
-
     sys.stderr.write(
         f"estelle-updater: error: Python 3.11 or newer is needed, and {sys.executable} is Python"
         f" {sys.version.split()[0]}\n"
-        f"hint: name a newer one, as in: python3.11 {' '.join(map(quote, sys.argv))}\n"
+        f"hint: name a newer one, as in: python3.11 {' '.join(sys.argv)}\n"
     )
     sys.exit(2)
 
 import argparse
 import codecs
 import errno
-import fnmatch
 import functools
 import importlib
 import itertools
@@ -126,7 +123,6 @@ import stat
 import struct
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import (
     Awaitable,
@@ -216,10 +212,11 @@ _LAZY_NAMES = (
     "base64",
     "binascii",
     "calendar",
+    "copy",
     "csv",
     "ctypes",
     "difflib",
-    "getpass",
+    "fnmatch",
     "hashlib",
     "hmac",
     "http.client",
@@ -237,11 +234,13 @@ _LAZY_NAMES = (
     "socket",
     "ssl",
     "subprocess",
+    "symtable",
     "tempfile",
     "tomllib",
     "urllib.parse",
     "urllib.request",
     "zipfile",
+    "zlib",
 )
 if TYPE_CHECKING:
     import _socket
@@ -250,10 +249,11 @@ if TYPE_CHECKING:
     import base64
     import binascii
     import calendar
+    import copy
     import csv
     import ctypes
     import difflib
-    import getpass
+    import fnmatch
     import hashlib
     import hmac
     import http.client as http_client
@@ -271,16 +271,57 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import subprocess
+    import symtable
     import tempfile
     import tomllib
     import urllib.parse as urllib_parse
     import urllib.request as urllib_request
     import zipfile
+    import zlib
     from collections.abc import Generator
     from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
     from typing import NamedTuple
 else:
     globals().update({name.replace(".", "_"): _Lazy(name) for name in _LAZY_NAMES})
+
+
+# What `build` set apart of the packed module, as bytecode: two thirds of it, which only a daemon
+# and the commands of `_SELDOM` use. To read and define it took an eighth of each other command.
+_APART = b""
+
+
+def _define_apart() -> None:
+    """Make this module whole: before, it lacks what `build` set apart."""
+    global _APART
+    packed, _APART = _APART, b""
+    if packed:
+        import gc
+
+        gc.disable()
+        exec(marshal.loads(packed), globals())
+        gc.freeze()  # what is defined stays
+        gc.enable()
+
+
+class _Apart:
+    """Stands in the packed module for a function that was set apart."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *given: Any) -> Any:
+        _define_apart()
+        return globals()[self._name](*given)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """What was set apart, for who imports the packed module."""
+        if name.startswith("__") or not _APART:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        _define_apart()
+        return getattr(sys.modules[__name__], name)
 
 
 class _LazyPattern:
@@ -358,42 +399,23 @@ _PRELOADED = (
 _BAKED = "estelle_updater.pyz"
 
 
-def trim_memory() -> None:
-    """Linux: give the system back what this process had need of for a time only."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # musl has no such function
-            ctypes.CDLL(None).malloc_trim(0)
-
-
 class _Sources:
-    """The sources in the .pyz as they were at this process's start, for tracebacks. As lines, which
-    few processes ever show, they would be a tenth of an idle daemon; and to pack them is a tenth of
-    its start, so who goes on living does it later."""
+    """The sources in the .pyz as they were at this process's start, for tracebacks. Packed: as
+    lines, which few processes ever show, they would be a tenth of an idle daemon."""
 
     def __init__(self) -> None:
-        self._whole: dict[str, bytes] = {}
         self._packed: dict[str, bytes] = {}
 
     def keep(self, module: str, source: bytes) -> None:
         """Hold a module's source."""
-        self._whole[module] = source
-
-    def pack(self) -> None:
-        """Hold them in a third of the room, from any thread."""
-        for module, source in list(self._whole.items()):
-            self._packed[module] = zlib.compress(source, 1)
-            del self._whole[module]
-        trim_memory()
+        self._packed[module] = zlib.compress(source, 1)
 
     def get_source(self, module: str) -> str:
         """What `linecache` asks a module's loader for."""
-        source = self._whole.get(module)
-        if source is None:
-            source = zlib.decompress(self._packed[module])
-        return source.decode()
+        return zlib.decompress(self._packed[module]).decode()
 
 
-SOURCES = _Sources()
+_SOURCES = _Sources()
 
 
 def preload(*names: str) -> None:
@@ -404,9 +426,6 @@ def preload(*names: str) -> None:
     installation lacks is skipped. The sources are kept too: a traceback would read them from the
     new file, show the wrong ones, or fail.
     """
-    import gc
-
-    gc.disable()  # nothing of what is imported is garbage
     for name in names or (*_LAZY_NAMES, *_PRELOADED):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
@@ -426,10 +445,8 @@ def preload(*names: str) -> None:
             data = loader.get_data(source)
         except OSError:  # Python for Windows can have its library in a zip, without sources
             continue
-        SOURCES.keep(name, data)
-        linecache.lazycache(shown, {"__name__": name, "__loader__": SOURCES})
-    gc.freeze()
-    gc.enable()
+        _SOURCES.keep(name, data)
+        linecache.lazycache(shown, {"__name__": name, "__loader__": _SOURCES})
 
 
 MISSING: Any = type("_Missing", (), {"__repr__": lambda self: "MISSING"})()
@@ -513,15 +530,17 @@ def _initializer(cls: type[Any], known: Mapping[str, Field]) -> Callable[..., No
 
     def __init__(self: Any, *args: Any, **given: Any) -> None:
         values = template.copy()
-        values.update(zip(positional, args, strict=False))
+        if args:
+            values.update(zip(positional, args, strict=False))
         values.update(given)
         for name, make in factories.items():
             if values[name] is MISSING:
                 values[name] = make()
         missing = [name for name in required if values[name] is MISSING]
-        twice = given.keys() & positional[: len(args)]
+        named_too = bool(args) and not given.keys().isdisjoint(positional[: len(args)])
         fits = len(values) == len(template) and len(args) <= len(positional)
-        if missing or twice or not fits:
+        if missing or named_too or not fits:
+            twice = given.keys() & positional[: len(args)]
             unknown = values.keys() - template.keys()
             wrong = f"missing {missing}, twice {twice}, unknown {unknown}, {len(args)} positional"
             raise TypeError(f"{cls.__name__}: {wrong}")
@@ -641,7 +660,6 @@ KEY_FEATURE = "key"  # an agent that can keep a key of its own
 LARGE_FEATURE = "large chunks"  # who takes log bytes in frames of LARGE_CHUNK_BYTES
 LIST_FEATURE = "lists"  # who takes several messages in one frame
 BARE_FEATURE = "bare deflate"  # who takes deflated log bytes without a checksum of their own
-LOG_POKE = b"l"  # what a runner pokes its daemon with where only a log is to be looked at
 FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE, BARE_FEATURE)
 COMMANDER_FEATURES: tuple[str, ...] = (LARGE_FEATURE, LIST_FEATURE)
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
@@ -961,13 +979,21 @@ class Declined(GuardError):
     """
 
 
+# Many a check that is a regular expression's to do is asked first whether it is needed: to compile
+# one at its first use takes as long as a hundred such questions.
+_PLAIN = frozenset("%+,-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz")
+
+
 def _quoted(word: str) -> str:
     """A word for a POSIX shell; one that would begin a new line is written as bash and zsh read
     it."""
-    if not re.search(r"[\x00-\x1f\x7f]", word):
+    if word and _PLAIN.issuperset(word):
+        return word
+    controls = {letter for letter in word if letter < " " or letter == "\x7f"}
+    if not controls:
         return shlex.quote(word)
     escaped = word.replace("\\", "\\\\").replace("'", "\\'")
-    for letter in set(re.findall(r"[\x00-\x1f\x7f]", word)):
+    for letter in controls:
         escaped = escaped.replace(letter, f"\\x{ord(letter):02x}")
     return f"$'{escaped}'"
 
@@ -1011,8 +1037,10 @@ _ADDRESS_HINT = "write 121.0.0.7, or a network such as 121.0.0.0/24"
 _ADDRESS_LIKE = regex(
     r"(?i)(?=.*[0-9])[0-9x*]+(\.[0-9x*]+)+|.*:.*"
 )  # meant as an address, `121.x.x.x` too
-_HOST_NAME = regex(r"(?i)(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
-_DEVICE = regex(r"(?i)(RUN|CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?=\.|$)")
+_HOST_NAME = regex(r"(?!.*\.[0-9]+$)[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63}){0,30}")
+_FILE_LETTERS = _PLAIN.difference("%+,/:=@")
+_PORTS = [f"{kind}{number}" for kind in ("COM", "LPT") for number in range(10)]
+_DEVICES = {"RUN", "CON", "PRN", "AUX", "NUL", *_PORTS}  # Windows takes them for what they name
 
 
 def _parse_ip(text: str) -> "IPv4Address | IPv6Address":
@@ -1206,11 +1234,13 @@ def client_address(peer: str, forwarded_for: Sequence[str], trusted: Whitelist) 
 def parse_host(text: str) -> str:
     """An address or a host name in the form in which it is compared; UsageError for anything
     else."""
+    with suppress(UsageError):
+        return canonical_address(text)
     name = host_key(text)
     is_name = _HOST_NAME.fullmatch(name) and not _ADDRESS_LIKE.fullmatch(name)
     if is_name:
         return name
-    return canonical_address(text)
+    return canonical_address(text)  # which says what is wrong with it
 
 
 def allowed_host_header(host_header: str | None, own_names: Iterable[str]) -> bool:
@@ -1349,7 +1379,6 @@ class HostRef:
     color: str | None = None
     deploys: bool = True
     section: str = ""  # of the configuration, where a host name leads to it
-    alias: str = ""  # the master's own: the name in masterUrl
 
 
 def find_hosts(word: str, hosts: Sequence[HostRef]) -> list[HostRef]:
@@ -1366,8 +1395,6 @@ def find_hosts(word: str, hosts: Sequence[HostRef]) -> list[HostRef]:
         # what looks like an address is never the name of a host that calls itself 10.0.0.1
         if not is_place and host_key(host.name) == wanted:
             named.append(host)
-    if not named and not is_place:
-        named = [host for host in hosts if host.alias and host_key(host.alias) == wanted]
     if labelled or not is_place:
         return labelled or named
     address = canonical_address(head)
@@ -1398,7 +1425,7 @@ def ambiguous(what: str, hosts: Sequence[HostRef]) -> TargetError:
     whoever took one of two would let the other speak for it."""
     labels = [host.label for host in hosts]
     # of two, the one that is offline is more likely the retired one
-    gone = ""
+    gone = labels[-1]
     for host in hosts:
         if not host.online:
             gone = host.label
@@ -1406,11 +1433,9 @@ def ambiguous(what: str, hosts: Sequence[HostRef]) -> TargetError:
     advice = f"write the address of the one that is meant, and its section as {section}"
     if len({host.address for host in hosts}) == 1:
         advice = f"write {labels[0]} for that one, and give each a host name of its own"
-    if gone:
-        advice = f"{advice}; `forget {gone}` if that one is gone"
     return TargetError(
         f"{what} fits {len(hosts)} machines: {' and '.join(labels)}",
-        advice,
+        f"{advice}; `forget {gone}` if that one is gone",
     )
 
 
@@ -1536,11 +1561,14 @@ def expected_roles(
 def file_label(label: str) -> str:
     """A label as part of a file name on any system: what is not `A-Za-z0-9._-` becomes `_`; never
     `.`, `..`, CON."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
+    plain = label
+    if not _FILE_LETTERS.issuperset(label):
+        plain = re.sub(r"[^A-Za-z0-9._-]", "_", label)
     if not plain.strip("."):
         return plain + "_"
-    if _DEVICE.match(plain):
-        return _DEVICE.sub(r"\1_", plain, count=1)
+    begin = plain.partition(".")[0]
+    if begin.upper() in _DEVICES:
+        return f"{begin}_{plain.removeprefix(begin)}"
     return plain
 
 
@@ -1687,24 +1715,26 @@ def valid_branch_problem(name: str) -> str | None:
     git check-ref-format's rules, and stricter: it also keeps options and characters that nobody
     sees out of argv.
     """
-    rules: tuple[tuple[str, str], ...] = (
-        (r"|HEAD|@", "it is no branch's name"),
-        (r"-.*", "it begins with -, like an option"),
-        (r"/.*|.*/|.*//.*", "a part between slashes is empty"),
-        (r"(.*/)?\..*", "a part begins with a dot"),
-        (r".*\.|.*\.lock(/.*)?", "a part ends with .lock, or the name with a dot"),
-        (r".*(\.\.|@\{|[ ~^:?*\[\\]).*", "it holds '..', '@{', a space or one of ~^:?*[\\"),
-    )
     # control, bidirectional and zero-width characters, line ends, lone surrogates; and U+FFFD,
     # which decoding puts in their place: the name that was meant is another
     if not name.isprintable() or "\ufffd" in name:
         return "it holds a character that can't be seen"
     if len(name.encode()) > 255:
         return "it is longer than 255 bytes"
-    for pattern, problem in rules:
-        if re.fullmatch(pattern, name):
-            return problem
-    return None
+    parts = name.split("/")
+    rules = {
+        "it is no branch's name": name in ("", "HEAD", "@"),
+        "it begins with -, like an option": name.startswith("-"),
+        "a part between slashes is empty": "" in parts,
+        "a part begins with a dot": any(part.startswith(".") for part in parts),
+        "a part ends with .lock, or the name with a dot": (
+            name.endswith(".") or any(part.endswith(".lock") for part in parts)
+        ),
+        "it holds '..', '@{', a space or one of ~^:?*[\\": (
+            ".." in name or "@{" in name or not set(" ~^:?*[\\").isdisjoint(name)
+        ),
+    }
+    return next((problem for problem, broken in rules.items() if broken), None)
 
 
 def require_branch(name: str, hint: str = "") -> None:
@@ -1845,7 +1875,9 @@ def _step(key: str) -> str:
 def _is_argument(raw: Any) -> bool:
     """Whether a value is text that a process can be given: JSON can spell NUL and lone surrogates,
     which it can't."""
-    return isinstance(raw, str) and not re.search("[\0\ud800-\udfff]", raw)
+    if not isinstance(raw, str) or "\0" in raw:
+        return False
+    return raw.isascii() or not re.search("[\ud800-\udfff]", raw)
 
 
 def is_http_url(text: str) -> bool:
@@ -2974,12 +3006,8 @@ def _compare_fields(old: Any, new: Any) -> str:
 
 def key_text(name: str) -> str:
     """A field's name as the file has it."""
-    name = name.removesuffix("_s")
-    return re.sub(
-        r"_(\w)",
-        lambda match: match[1].upper(),
-        name,
-    )
+    first, *others = name.removesuffix("_s").split("_")
+    return first + "".join(map(str.capitalize, others))
 
 
 def _words_text(value: Any) -> str:
@@ -3331,7 +3359,11 @@ def leaves_of(data: Any, name: str = "") -> dict[str, str]:
 def url_secrets(text: str) -> list[str]:
     """What no log may show of the URLs in a text: passwords, lone tokens before the host, and what
     a query says under names that look secret."""
-    found = [*_URL_PASSWORD.findall(text), *_URL_TOKEN.findall(text)]
+    found: list[str] = []
+    if "://" in text:
+        found = [*_URL_PASSWORD.findall(text), *_URL_TOKEN.findall(text)]
+    if "=" not in text:
+        return found
     name = _URL_QUERY.search(text)
     while name:
         at = name.end()
@@ -3780,40 +3812,54 @@ def decode_fields(cls: type[Any], data: dict[str, Any], *, exact: bool = False) 
     `exact` leaves the texts as they are: a switch's journal holds whole files, and what is written
     back from it must be what was there."""
     values: dict[str, Any] = {}
-    for name, spec in cls.__dataclass_fields__.items():
-        if name not in data:
-            if spec.default is MISSING and spec.default_factory is MISSING:
+    for name, fits, words, must_be_there in _rules_of(cls):  # type: ignore[arg-type]
+        value = data.get(name, MISSING)
+        if value is MISSING:
+            if must_be_there:
                 raise ProtocolError(f"{cls.__name__}: {name} is missing")
             continue
-        value = data[name]
-        words = _MEMBERS.get(spec.type, {})
-        if isinstance(value, str) and value in words:
+        if words and isinstance(value, str) and value in words:
             value = words[value]
-        elif not _fits(spec.type, value) or (name == "run" and not valid_run_id(value)):
+        elif not fits(value) or (name == "run" and not valid_run_id(value)):
             raise ProtocolError(f"{cls.__name__}: {name} can't be {str(value)[:60]!r}")
-        elif not exact and not _is_plain(value):
+        # in nearly all there is nothing to clean, and in half of them nothing at all
+        elif value and not exact and not _is_plain(value):
             value = _clean(cls, name, value)
         values[name] = value
     return cls(**values)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether there is nothing to clean in a value, as in nearly all: a short way past the rest."""
+    """Whether there is nothing to clean in a value: a short way past the rest."""
     if isinstance(value, str):
         return is_seen(value) and "\ufffd" not in value
-    return value is None or value == {} or isinstance(value, int | float)
+    return type(value) in (int, float, bool)
+
+
+@functools.cache
+def _rules_of(cls: Any) -> "list[tuple[str, Callable[[Any], bool], Mapping[str, Any], bool]]":
+    """Of each field of a record: its name, what tells whether a value has its type, the words that
+    are values of it, and whether it has to be there."""
+    return [
+        (
+            spec.name,
+            _fitting(spec.type),
+            _MEMBERS.get(spec.type, {}),
+            spec.default is MISSING and spec.default_factory is MISSING,
+        )
+        for spec in fields(cls)
+    ]
 
 
 def _fits(annotation: str, value: Any) -> bool:
-    """Does a decoded JSON value have the annotated type? Booleans are no numbers; numbers are
-    finite and of 64 bits."""
+    """Does a decoded JSON value have the annotated type?"""
     return _fitting(annotation)(value)
 
 
 @functools.cache
 def _fitting(annotation: str) -> Callable[[Any], bool]:
-    """What tells whether a value has a type: made once for each, as a fleet's words are judged
-    field by field."""
+    """What tells whether a decoded JSON value has a type: booleans are no numbers; numbers are
+    finite and of 64 bits. Made once for each, as a fleet's words are judged field by field."""
     if annotation.endswith(" | None"):
         fits = _fitting(annotation.removesuffix(" | None"))
         return lambda value: value is None or fits(value)
@@ -3829,6 +3875,8 @@ def _fitting(annotation: str) -> Callable[[Any], bool]:
         return _is_float
     if annotation == "Any":
         return lambda value: True
+    if annotation == "str":
+        return lambda value: type(value) is str
     return lambda value: type(value).__name__ == annotation
 
 
@@ -4940,7 +4988,6 @@ class Prospect(NamedTuple):
     ignored: tuple[str, ...] = ()  # files that git ignores, where the commit has others
     nested: tuple[str, ...] = ()  # submodules that become files
     closed: tuple[str, ...] = ()  # folders in which this user may not write
-    user: str = "$USER"  # this one's name
     pinned: tuple[str, ...] = ()  # files and folders that can't be changed here
     missing: tuple[Refusal, ...] = ()  # of what the commands need
     unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
@@ -5024,7 +5071,7 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
     pull = f"git pull {known.remote} {known.branch}"
     if known.begun == "unmerged":  # by a stash that did not fit, say: there is nothing to abort
         what = f"files in {known.repo} are not merged: {paths_text(known.unmerged, 5)}"
-        files = pathspecs(*known.unmerged[:HINT_PATHS])
+        files = typed(*known.unmerged[:5])
         yield Refusal(what, f"{git} status, then, as HEAD has them: {git} checkout HEAD -- {files}")
     elif known.begun:
         what = f"a {known.begun} that somebody began in {known.repo} is not ended"
@@ -5095,33 +5142,9 @@ def _judge_files(known: Prospect) -> Iterator[Refusal]:
     if known.closed:
         places = [f"{known.repo}/{folder}".rstrip("/.") for folder in known.closed]
         what = f"this user may write no files in {paths_text(places, 5)}"
-        # they may be this user's, and closed to everybody
-        shut = places[:HINT_PATHS]
-        own = chown_line(known.user, *shut)
-        open_up = typed(
-            "sudo",
-            "chmod",
-            "u+wx",
-            *shut,
+        yield Refusal(
+            what, f"sudo chown -R $USER {typed(*places[:5])}, as the user that it runs as"
         )
-        yield Refusal(what, f"{own} && {open_up}")
-
-
-def pathspecs(*paths: str) -> str:
-    """Paths as git takes them on a line to type: one with a `*` in its name would name others too,
-    and lose what is changed in them."""
-    words = []
-    for path in paths:
-        if re.search(r"[*?\[\\]|^:", path):
-            words.append(f":(literal){path}")
-        else:
-            words.append(path)
-    return typed(*words)
-
-
-def chown_line(user: str, *places: object) -> str:
-    """What gives files to the user that serves."""
-    return f"sudo chown -R {typed(user, *places)}"
 
 
 def whole_hint(repo: str, left: Halfway) -> str:
@@ -5129,55 +5152,30 @@ def whole_hint(repo: str, left: Halfway) -> str:
     git = typed("git", "-C", repo)
     lines = []
     if left.tracked:
-        lines.append(f"{git} checkout HEAD -- {pathspecs(*left.tracked[:HINT_PATHS])}")
+        lines.append(f"{git} checkout HEAD -- {typed(*left.tracked[:HINT_PATHS])}")
     if left.added:
-        lines.append(f"{git} clean -f -- {pathspecs(*left.added[:HINT_PATHS])}")
+        lines.append(f"{git} clean -f -- {typed(*left.added[:HINT_PATHS])}")
     more = max(len(left.tracked), len(left.added)) > HINT_PATHS
     if more:
         lines.append("the same for the others")
     return " && ".join(lines)
 
 
-def keep_hint(repo: str, paths: Sequence[str], aside: str = "") -> str:
-    """The line that keeps files beside the clone: within it, they might be in the way again. Each
-    in a folder of its own name there, and asked about where one of that name is kept already."""
-    aside = aside or f"{repo}.kept"
-    places: dict[str, list[str]] = {}
-    lines = []
-    for path in paths[:HINT_PATHS]:
-        name = path.rstrip("/")
-        if ON_WINDOWS:  # one line for cmd and PowerShell, which make folders in other words
-            flat = name.replace("/", "-")
-            line = typed(
-                "move",
-                f"{repo}/{name}",
-                f"{aside}-{flat}",
-            )
-            lines.append(line.replace("/", "\\"))
-            continue
-        place = posixpath.join(aside, posixpath.dirname(name)).rstrip("/")
-        places.setdefault(place, []).append(f"{repo}/{name}")
-    if places:
-        lines.append(typed("mkdir", "-p", *places))
-    for place, files in places.items():
-        lines.append(typed("mv", "-i", *files, place))
-    if len(paths) > HINT_PATHS:
-        lines.append("the same for the others")
-    return " && ".join(lines)
-
-
-def free_hint(
-    repo: str, changed: Sequence[str], unknown: Sequence[str] = (), aside: str = ""
-) -> str:
-    """The line that puts aside what stands in the way of a commit: git keeps what it knows, and
-    gives it back by `stash pop`."""
-    lines = []
-    if changed:
-        stash = typed("git", "-C", repo, "stash", "push")
-        lines.append(f"{stash} -- {pathspecs(*changed[:HINT_PATHS])}")
-    if unknown:
-        lines.append(keep_hint(repo, unknown, aside))
-    return " && ".join(lines)
+def keep_hint(repo: str, paths: Sequence[str]) -> str:
+    """The line that keeps a file beside the clone: within it, it might be in the way again."""
+    aside = f"{repo}.kept"
+    first = f"{repo}/{paths[0].rstrip('/')}"
+    make = typed("mkdir", "-p", aside)
+    move = typed(
+        "mv",
+        "-n",
+        first,
+        aside,
+    )
+    line = f"{make} && {move}"
+    if len(paths) > 1:
+        return f"keep each of them by such a line: {line}"
+    return f"keep it: {line}"
 
 
 def pointers_text(paths: Sequence[str]) -> str:
@@ -5614,9 +5612,6 @@ class Masker:
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
-        if self._is_plain(data):
-            self._before = (self._before + data[-2:])[-2:]
-            return data
         data = self._held + data
         hold = len(data)
         for value in self._values:
@@ -5634,18 +5629,6 @@ class Masker:
         return self._write(self._held, len(self._held), query_secrets(self._held))
 
     # Where secrets stand, or may begin
-
-    def _is_plain(self, data: bytes) -> bool:
-        """Whether nothing in it can be a secret, or begin one: so are most lines. What follows for
-        the others takes five times as long."""
-        if self._held or b":" in data or b"=" in data or b":" in self._before:
-            return False
-        if self._open_query(data, ()) < len(data):
-            return False
-        for value in self._values:
-            if value in data or self._find_tail(data, value) < len(data):
-                return False
-        return True
 
     @staticmethod
     def _find_tail(data: bytes, value: bytes) -> int:
@@ -5735,7 +5718,10 @@ def mask_words(value: Any, secrets: Iterable[str] = ()) -> Any:
     """What a host says other than a log (an answer, an error, a finding), without `secrets` and
     those of URLs; `value` may be text or, however deep, lists and mappings of it."""
     if isinstance(value, str):
-        masker = Masker((*secrets, *url_secrets(value)))
+        known = (*secrets, *url_secrets(value))
+        if not known and "://" not in value and "=" not in value:
+            return value
+        masker = Masker(known)
         data = value.encode("utf-8", "surrogatepass")
         return (masker.feed(data) + masker.flush()).decode("utf-8", "surrogatepass")
     if isinstance(value, Mapping):
@@ -5752,6 +5738,7 @@ _CONTROLS = (
     r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
     r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e01ef"
 )
+_TAGS = "\U000e0000"  # from here on, letters may be printable and among these all the same
 ESCAPES = regex(  # SGR is kept; then whole sequences go before single control characters do
     r"(\x1b\[[0-9;:]*m)|(?:\x1b\[|\x9b)[0-?]*[ "
     r"-/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x9c|\x1b\\|$)"
@@ -5793,6 +5780,8 @@ def _is_harmless(text: str) -> bool:
     """Whether the text holds nothing that a terminal would act on."""
     if text.isascii():
         return not text.encode().translate(None, _PLAIN_ASCII)
+    if text.isprintable() and max(text) < _TAGS:
+        return True
     return not _CONTROL.search(text)
 
 
@@ -6059,28 +6048,6 @@ def explain_failure(tail: bytes) -> str | None:
         if re.search(pattern, tail):
             return text
     return None
-
-
-_LISTED = rb"(?m)^error: %s[^\n]*\n((?:\t[^\n]*\n)+)"
-_LOCAL_CHANGES = rb"Your local changes to the following files would be overwritten"
-_UNKNOWN_FILES = rb"(?:The following untracked|Updating the following directories)"
-
-
-def obstacles_hint(repo: str, said: bytes) -> str:
-    """What to type where git has listed the files that are in its way, "" where it has not."""
-    changed = _listed_below(_LOCAL_CHANGES, said)
-    unknown = _listed_below(_UNKNOWN_FILES, said)
-    return free_hint(repo, changed, unknown)
-
-
-def _listed_below(head: bytes, said: bytes) -> list[str]:
-    """The names that git has listed below such a line, each behind a tab."""
-    names = []
-    for block in re.findall(_LISTED % head, said):
-        text = block.decode("utf-8", "surrogateescape")
-        for line in text.splitlines():
-            names.append(line.removeprefix("\t"))
-    return names
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
@@ -8613,7 +8580,6 @@ def lasting_place(config_path: Path) -> Path:
     return tree.resolve() / config_path.relative_to(tree)
 
 
-READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
@@ -8643,16 +8609,11 @@ def append_log(path: Path, offset: int, data: bytes) -> tuple[int, bool]:
 def read_log(path: Path, offset: int, length: int) -> bytes:
     """Bytes of a log; fewer where it ends, none where it is missing."""
     try:
-        fd = os.open(path, READ_FLAGS)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(length) or b""
     except OSError:
         return b""
-    try:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.read(fd, length)
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)
 
 
 def sync_file(path: Path) -> None:
@@ -9195,73 +9156,11 @@ def program_argv() -> list[str]:
 COMMAND_NAME = "estelle-updater"  # that `setup` puts into a folder of PATH
 
 
-def own_name() -> str:
-    """This process's user, as `chown` takes it: a login's $USER may be somebody else."""
-    if os.name == "nt":
-        return "%USERNAME%"
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's, which has no name
-        return str(os.geteuid())
-
-
 def program_name() -> str:
     """What a person types to run this program."""
-    if os.environ.get("ESTELLE_COMMAND") == COMMAND_NAME and first_in_path(COMMAND_NAME):
+    if os.environ.get("ESTELLE_COMMAND") == COMMAND_NAME:
         return COMMAND_NAME
-    return f"{python_name()} {typed(sys.argv[0])}"
-
-
-def python_name() -> str:
-    """What a person types for the Python that runs this: `python3` may be an older one, or none."""
-    if os.name == "nt":
-        found = "python"
-        if first_in_path("py.exe"):
-            found = "py"
-        return found
-    for name in ("python3", os.path.basename(sys.executable)):
-        place = first_in_path(name)
-        if place and is_same_folder(place, sys.executable):
-            return name
-    return typed(sys.executable)
-
-
-def first_in_path(name: str) -> str:
-    """Where a shell finds a program, "" where it does not; without `shutil`, which takes
-    milliseconds of each command's start."""
-    for folder in os.environ.get("PATH", "").split(os.pathsep):
-        place = os.path.join(folder, name)
-        if folder and os.access(place, os.X_OK) and os.path.isfile(place):
-            return place
-    return ""
-
-
-def given_options(argv: Sequence[str]) -> list[str]:
-    """Which fleet, state folder and address a command line names, as it names them; argparse takes
-    the beginning of an option's name as well."""
-    words = list(itertools.takewhile(lambda word: word != "--", argv))
-    found = []
-    for at, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if len(name) < 3 or not name.startswith("--"):
-            continue
-        for option in PLACE_OPTIONS:
-            if option.startswith(name):
-                if not equals:
-                    value = "".join(words[at + 1 : at + 2])
-                found += [option, value]
-    return found
-
-
-PLACE_OPTIONS = ("--config", "--state", "--bind")
-
-
-def advised(*words: object) -> str:
-    """A line for the shell at which this command was typed, that does something with this program:
-    for the same fleet, whatever the folder, and so it can't be another project's."""
-    return f"{program_name()} {typed(*words, *given_options(sys.argv[1:]))}"
+    return f"{'python' if os.name == 'nt' else 'python3'} {typed(sys.argv[0])}"
 
 
 @record(frozen=True)
@@ -11306,9 +11205,6 @@ class Spawned:
             # Found once, while their parents lived: a PM2 that ends leaves its apps behind.
             self._known = set[int]()
             self._reading = threading.Lock()
-            # The same for all reads: new room for each would be asked of the system, and given
-            # back, for a line of twenty bytes.
-            self._room = memoryview(bytearray(CHUNK_BYTES))
             self._poll = select.poll()
             self._readable = {pipe.fileno() for pipe in (self._out, self._err) if pipe}
             for number in self._readable:
@@ -11323,9 +11219,7 @@ class Spawned:
                 if not ready:
                     return None
                 number = ready[0][0]
-                if len(self._room) < max_bytes:
-                    self._room = memoryview(bytearray(max_bytes))
-                data = bytes(self._room[: os.readv(number, [self._room[:max_bytes]])])
+                data = os.read(number, max_bytes)
                 if not data:
                     self._poll.unregister(number)
                     self._readable.discard(number)
@@ -11888,7 +11782,7 @@ class Poke:
         self._looked = -1.0
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
-    def __call__(self, word: bytes = b"!") -> None:  # asyncio drops an empty one on Windows
+    def __call__(self) -> None:
         now = time.monotonic()
         if now - self._looked > 1:  # the daemon may have come back on another port
             self._looked = now
@@ -11899,11 +11793,9 @@ class Poke:
                 self._port = 0
         if self._port:
             with suppress(OSError):
-                self._socket.sendto(word, ("127.0.0.1", self._port))
-
-    def of_log(self) -> None:
-        """A log has grown, and nothing else is new."""
-        self(LOG_POKE)
+                self._socket.sendto(
+                    b"!", ("127.0.0.1", self._port)
+                )  # asyncio drops an empty one on Windows
 
 
 class HeldEnd:
@@ -12455,17 +12347,6 @@ def rule_for(config: Config, job: JobRecord, state: StateFolder) -> Effective:
     return host_rule(config, place, socket.gethostname(), role)
 
 
-def failed_step(runner: "Runner", step: Step, code: int, tail: bytes) -> StepFailed:
-    """How a step ends that failed by itself; what git has said is in its way is told with the line
-    that frees it."""
-    hint = obstacles_hint(str(runner.repo), tail)
-    # of a submodule git names no more than the files
-    is_here = step.argv[0] == "git" and "submodule" not in step.argv
-    if hint and is_here:
-        runner.log.line(f"hint: {hint}")
-    return StepFailed(State.FAILED, step.label, code, explain_failure(tail))
-
-
 class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job
     restarts. What is to be done is WORK's."""
@@ -12513,7 +12394,7 @@ class Runner:
     def hold(self, job: JobRecord) -> int:
         """The job, while its lock is held."""
         try:
-            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke.of_log)
+            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
         except OSError as problem:
             why = f"can't write to {problem.filename}: {problem.strerror}"
             return int(not self.save(durable=True, state=State.FAILED, step="start", error=why))
@@ -12631,7 +12512,7 @@ class Runner:
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
-            raise failed_step(self, step, code, running.tail)
+            raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
         return seconds
 
     def spawn(self, step: Step, mark: str) -> Spawned:
@@ -12879,16 +12760,6 @@ class CheckedOut:
         )
 
     # What there is
-
-    def has(self, path: str) -> bool:
-        """Whether HEAD has a file of that name."""
-        found = self.ask(
-            "rev-parse",
-            "--verify",
-            "--quiet",
-            f"HEAD:{path}",
-        )
-        return bool(found)
 
     def commit_of(self, name: str) -> str:
         """The commit that a name means, "" where there is none. `^{commit}` would not survive
@@ -13449,12 +13320,7 @@ class Coming:
             return None
         if not os.path.lexists(place):
             what = f"{name} is gone from {self.repo}; {self.commit[:7]} has it"
-            back = typed(
-                *git,
-                "checkout",
-                "HEAD",
-            )
-            return Refusal(what, f"{back} -- {pathspecs(path)}")
+            return Refusal(what, typed(*git, "checkout", "HEAD", "--", path))
         if entry.mode == "100755" and os.name != "nt" and not os.access(place, os.X_OK):
             what = f"{place} is not executable; in {self.commit[:7]} it is"
             return Refusal(what, typed("chmod", "+x", place))
@@ -14112,23 +13978,22 @@ class ComingParts:
         shown = f"{self.above}{folder}"
         if lacks_commit(ask, wanted):
             return Refusal(f"submodule {shown}: its remote has no commit {wanted[:7]}")
-        found = self.find_in_the_way(folder, here, wanted)
-        unknown = [*found.untracked, *found.ignored]
-        in_the_way = [*found.changed, *unknown]
+        in_the_way = self.find_in_the_way(folder, here, wanted)
         if not in_the_way:
             return None
         what = f"local changes in submodule {shown} are in the way: {paths_text(in_the_way)}"
-        aside = f"{self.coming.root}.kept"  # within the clone it might be in the way again
-        hint = free_hint(str(self.root / folder), found.changed, unknown, aside)
-        return Refusal(what, hint)
+        return Refusal(
+            what, f"{typed('git', '-C', self.root / folder)} stash, or commit and push them"
+        )
 
-    def find_in_the_way(self, folder: str, here: str, wanted: str) -> Obstacles:
-        """What of a submodule stands in git's way from one commit to another."""
+    def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
+        """The files of a submodule that stand in git's way from one commit to another."""
         place = self.root / folder
         terrain = Terrain(place, functools.partial(self.git, "-C", str(place)))
         said = terrain.ask(*STATUS) or ""
         changes = parse_status(said.encode("utf-8", "surrogateescape"))
-        return terrain.find_obstacles([here, wanted], changes)
+        found = terrain.find_obstacles([here, wanted], changes)
+        return [*found.changed, *found.untracked, *found.ignored]
 
 
 def refuse_damage(root: Path, branch: str) -> Refusal:
@@ -14165,7 +14030,6 @@ class Foresight:
             ignored=obstacles.ignored,
             nested=obstacles.nested,
             closed=obstacles.closed,
-            user=own_name(),
             pinned=obstacles.pinned,
             missing=tuple(wrong),
             unsure=tuple(unsure),
@@ -14714,22 +14578,21 @@ class Transit:
         others = ""
         if more:
             others = f"; so the {count_text(len(more), 'other')}"
-        tree = self.tree
+        root = self.tree.root
         for path, part, _ in self.tree.iter_parts(()):
             if first.startswith(f"{path}/"):
-                tree = part
-        name = Path(os.path.relpath(self.tree.root / first, tree.root)).as_posix()
-        back = typed(
+                root = part.root
+        name = os.path.relpath(self.tree.root / first, root)
+        restore = typed(
             "git",
             "-C",
-            tree.root,
+            root,
             "checkout",
             "HEAD",
+            "--",
+            name,
         )
-        restore = f"{back} -- {pathspecs(name)}"
-        if not tree.has(name):  # a file of the commit that did not come
-            restore = keep_hint(str(tree.root), [name], f"{self.tree.root}.kept")
-        return f"keep what you need, then: {restore}{others}"
+        return f"keep what you need, then: {restore}, or rm it{others}"
 
 
 class Fetched:
@@ -15243,10 +15106,6 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
     gc.freeze()  # what is never looked at again is never copied
     with socket.socket(fileno=descriptor) as daemon, daemon.makefile("rb") as orders:
         daemon.sendall(READY)
-        asked, _, _ = select.select([daemon], [], [], PRUNE_FIRST_S)
-        if not asked:
-            SOURCES.pack()
-            gc.freeze()
         for line in orders:
             run, host = json.loads(line)
             child = os.fork()
@@ -16637,7 +16496,7 @@ def stage_text(real: Path, text: bytes) -> Path:
         with suppress(OSError):
             temp.unlink(missing_ok=True)
         hint = (
-            f"this service's user must own both: sudo chown {own_name()} {typed(real.parent, real)}"
+            f"this service's user must own the file and its folder: chown USER {real.parent} {real}"
         )
         raise GuardError(f"can't replace {real}: {problem.strerror}", hint) from problem
     return temp
@@ -17197,67 +17056,10 @@ CLIENT_OPTIONS: dict[str, Any] = {
 # RFC 6455: a frame's kinds, the bits beside a kind and a size, and why a connection ends
 _CONTINUED, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
 _LAST, _RESERVED, _MASKED = 0x80, 0x70, 0x80
-_OPEN = 1  # of a connection's states in websockets
 _NORMAL_END, _AGAINST_PROTOCOL, _TOO_LARGE = 1000, 1002, 1009
 _WEBSOCKET_ID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _USUAL_PORTS = {"ws": 80, "wss": 443}
 _HEAD_BYTES = 64 << 10  # of an HTTP answer: more is none
-
-
-def encode_whole(opcode: int, body: bytes, mask: bytes = b"") -> bytes:
-    """A message in one frame. A client's is masked by four random bytes, which keeps a proxy from
-    taking them for its own words; a server's is not."""
-    size = len(body)
-    masked = _MASKED if mask else 0
-    if size < 126:
-        head = bytes((_LAST | opcode, masked | size))
-    elif size < 1 << 16:
-        head = bytes((_LAST | opcode, masked | 126)) + size.to_bytes(2, "big")
-    else:
-        head = bytes((_LAST | opcode, masked | 127)) + size.to_bytes(8, "big")
-    if not mask:
-        return head + body
-    return b"".join((head, mask, mix(body, mask)))
-
-
-def decode_whole(data: bytes, is_masked: bool) -> tuple[int, bytes] | None:
-    """(opcode, body) where these bytes are one small message, all of it and nothing else."""
-    if len(data) < 2 or data[0] not in (_LAST | _TEXT, _LAST | _BINARY):
-        return None
-    size, start = data[1], 2
-    if is_masked:
-        size, start = size ^ _MASKED, 6
-    if size == 126:
-        size, start = int.from_bytes(data[2:4], "big"), start + 2
-    # here too where it is masked against the rules, or not masked against them
-    if size == 127 or len(data) != start + size:
-        return None
-    body = data[start:]
-    if is_masked:
-        body = mix(body, data[start - 4 : start])
-    return data[0] & 15, body
-
-
-def mix(body: bytes, mask: bytes) -> bytes:
-    """Put a mask of four bytes on, or take it off."""
-    size = len(body)
-    repeated = (mask * (size // 4 + 1))[:size]
-    mixed = int.from_bytes(body, "big") ^ int.from_bytes(repeated, "big")
-    return mixed.to_bytes(size, "big")
-
-
-def awaits_frame(protocol: Any) -> bool:
-    """Whether a connection's parser has nothing of a frame yet, and nothing of a message: the
-    innermost of its generators tells. Were the library made otherwise, that would only be
-    slower."""
-    if protocol.reader.buffer or protocol.current_size is not None:
-        return False
-    if protocol.state != _OPEN:
-        return False
-    parser = protocol.parser
-    while parser.gi_yieldfrom is not None:
-        parser = parser.gi_yieldfrom
-    return bool(parser.gi_code.co_name == "at_eof")
 
 
 class Wire(Protocol):
@@ -17267,65 +17069,8 @@ class Wire(Protocol):
     async def recv(self) -> str | bytes: ...
     def abort(self) -> None: ...
 
-    # A wire may have quicker ways, which are used in the same turn of the loop.
 
-    def has_room(self) -> bool:
-        """Whether `send_now` may be called: nothing waits in front of it."""
-        return False
-
-    def send_now(self, frame: str | bytes) -> None:
-        """Hand a frame to the connection."""
-        return
-
-    def deliver(self, take: Callable[[str | bytes], None] | None) -> None:
-        """From now on, call `take` with each message as it comes, in place of `recv`, which only
-        has those that something waits in front of. None: `recv` has all again."""
-        return
-
-
-class Delivered:
-    """Of a connection of websockets: a message goes to its taker as it comes. Through the library's
-    queue it would wait for a task and a turn of the loop, which takes as long as all else that
-    happens to it here; and so does the library's parser, which a small one has no need of."""
-
-    __slots__ = ()
-
-    def connection_made(self, transport: Any) -> None:
-        connection: Any = self
-        connection.take = None
-        super().connection_made(transport)  # type: ignore[misc]
-
-    def data_received(self, data: bytes) -> None:
-        """As asyncio calls it."""
-        connection: Any = self
-        take = connection.take
-        if take is not None and awaits_frame(connection.protocol):
-            message = decode_whole(data, connection.is_server)
-            if message and take(*message):
-                return
-        super().data_received(data)  # type: ignore[misc]
-
-    def process_event(self, event: Any) -> None:
-        """As the library calls it for the handshake, then for each frame of a message."""
-        connection: Any = self
-        take = connection.take
-        if take is None or not event.fin or not take(event.opcode, event.data):
-            super().process_event(event)  # type: ignore[misc]
-
-
-@functools.cache
-def delivered_client() -> Any:
-    """The class of an agent's connection, made once websockets is imported."""
-    from websockets.asyncio.client import ClientConnection
-
-    class DeliveredClient(Delivered, ClientConnection):
-        __slots__ = ("take",)
-        is_server = False
-
-    return DeliveredClient
-
-
-class SocketWire(Wire):
+class SocketWire:
     """A WebSocket as a wire: its end is EOFError, and no send blocks longer than the deadline."""
 
     def __init__(self, socket: Any) -> None:
@@ -17334,52 +17079,23 @@ class SocketWire(Wire):
         self.socket = socket
         self._closed = ConnectionClosed  # an import for each frame would cost more than its timer
 
-    def has_room(self) -> bool:
+    def _send_now(self, frame: str | bytes) -> bool:
+        """Hand a frame to a connection that has nothing to do, as `send` of the library would, at a
+        third of its price; False, and nothing done, where that has to wait for something."""
         connection = self.socket
         transport = connection.transport
         is_busy = transport.is_closing() or transport.get_write_buffer_size()
-        return not is_busy and bool(connection.protocol.state == _OPEN)
-
-    def send_now(self, frame: str | bytes) -> None:
-        """Hand a frame to a connection that has nothing to do, as `send` of the library would, at a
-        tenth of its price. It notes nothing of a message that is one frame."""
-        mask = b""
-        if not self.socket.is_server:
-            mask = os.urandom(4)
+        if is_busy or connection.protocol.state.name != "OPEN":
+            return False
         if isinstance(frame, str):
-            data = encode_whole(_TEXT, frame.encode(), mask)
+            connection.protocol.send_text(frame.encode())
         else:
-            data = encode_whole(_BINARY, frame, mask)
-        self.socket.transport.write(data)
-
-    def deliver(self, take: Callable[[str | bytes], None] | None) -> None:
-        self.socket.take = take and self._taking(take)
-
-    def _taking(self, take: Callable[[str | bytes], None]) -> Callable[[int, bytes], bool]:
-        """What the connection calls with each message that is whole: whether it was taken, and not
-        left to `recv` with those that wait there, or with what is to be said about it."""
-        waiting = self.socket.recv_messages.frames
-
-        def on_message(opcode: int, data: bytes) -> bool:
-            if len(waiting):
-                return False
-            if opcode == _BINARY:
-                take(bytes(data))
-                return True
-            if opcode != _TEXT:
-                return False
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                return False
-            take(text)
-            return True
-
-        return on_message
+            connection.protocol.send_binary(frame)
+        connection.send_data()
+        return True
 
     async def send(self, frame: str | bytes) -> None:
-        if self.has_room():
-            self.send_now(frame)
+        if self._send_now(frame):
             return
         # An aborted connection ends the send that waits for it: a timer is all that this takes.
         loop = asyncio.get_running_loop()
@@ -17403,7 +17119,7 @@ class SocketWire(Wire):
         self.socket.transport.abort()
 
 
-class QueueWire(Wire):
+class QueueWire:
     """One end of an in-process pair, for the master's own agent."""
 
     def __init__(self, inbox: "asyncio.Queue[Any]", outbox: "asyncio.Queue[Any]") -> None:
@@ -17585,7 +17301,7 @@ class ClientSocket:
             self._send(_CLOSE, code.to_bytes(2, "big"))
         self.is_open, self.is_over = False, True
 
-    def receive(self, data: bytes | memoryview) -> None:
+    def receive(self, data: bytes) -> None:
         """Take the next bytes, none where the connection has ended. Raises NoUpgrade, EOFError
         where there never was a WebSocket."""
         self._input += data
@@ -17650,7 +17366,18 @@ class ClientSocket:
     # Frames
 
     def _send(self, opcode: int, body: bytes) -> None:
-        self._output.append(encode_whole(opcode, body, os.urandom(4)))
+        """A client's frames are masked, which keeps a proxy from taking them for its own words."""
+        size = len(body)
+        if size < 126:
+            head = bytes([_LAST | opcode, _MASKED | size])
+        elif size < 1 << 16:
+            head = bytes([_LAST | opcode, _MASKED | 126]) + size.to_bytes(2, "big")
+        else:
+            head = bytes([_LAST | opcode, _MASKED | 127]) + size.to_bytes(8, "big")
+        mask = os.urandom(4)
+        repeated = (mask * (size // 4 + 1))[:size]
+        mixed = int.from_bytes(body, "big") ^ int.from_bytes(repeated, "big")
+        self._output.append(head + mask + mixed.to_bytes(size, "big"))
 
     def _next_frame(self) -> Frame | None:
         """A whole frame off the input. Raises BadFrame."""
@@ -17735,7 +17462,6 @@ class BlockingWire:
     def __init__(self, way: "Way", timeout_s: float) -> None:
         url = parse_master_url(way.url)
         self._protocol = ClientSocket(url)
-        self._room = memoryview(bytearray(LARGE_CHUNK_BYTES))  # for all reads
         self._quiet_s = 0.0  # waited for a sign of life
         self._in_use = threading.Lock()  # whoever reads or writes: the program, or who attends
         self._attended = False
@@ -17821,14 +17547,14 @@ class BlockingWire:
         self._socket.settimeout(max(0.001, timeout_s))
         self._flush()
         try:
-            count = self._socket.recv_into(self._room)
+            data = self._socket.recv(LARGE_CHUNK_BYTES)
         except TimeoutError:
             self._ask_for_life(timeout_s)
             raise
         except OSError:
-            count = 0
+            data = b""
         self._quiet_s = 0.0
-        self._protocol.receive(self._room[:count])
+        self._protocol.receive(data)
         self._flush()
 
     def _ask_for_life(self, waited_s: float) -> None:
@@ -17880,7 +17606,7 @@ async def connect_master(way: Way, hello: Hello) -> tuple[SocketWire, Welcome]:
     else:
         source = None
     with dialing(way.url):
-        options = CLIENT_OPTIONS | dict(way.tls) | {"create_connection": delivered_client()}
+        options = CLIENT_OPTIONS | dict(way.tls)
         try:
             wire = SocketWire(await connect(way.url, local_addr=source, **options))
         except InvalidStatus as problem:
@@ -18005,20 +17731,6 @@ class Recent:
         return found
 
 
-def take_posts(waiting: list[str], most: int) -> list[str]:
-    """The first of what waits to be sent, and what follows as far as all of it is `most` long: the
-    states of a thousand hosts in one turn of the loop are a few frames, and not a thousand."""
-    count, size = 1, len(waiting[0])
-    for text in itertools.islice(waiting, 1, None):
-        size += len(text) + 1
-        if size > most:
-            break
-        count += 1
-    taken = waiting[:count]
-    del waiting[:count]
-    return taken
-
-
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more
     than a window of unacknowledged bytes. Incoming: logs into files, acknowledged by their size.
@@ -18043,7 +17755,6 @@ class Link:
         self._control: list[str] = []  # an empty deque is ten times as large
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
-        self._resting = False  # the writer has nothing to do
         self._cursors: dict[tuple[str, str], SendCursor] = {}
         self._channels: dict[int, SendCursor] = {}
         self._due: dict[int, SendCursor] = {}  # those with something to send, in turn
@@ -18082,18 +17793,26 @@ class Link:
     async def write_forever(self) -> None:
         """The one writer of this connection."""
         while True:
-            self._resting = True
             await self._wake.wait()
-            self._resting = False
             self._wake.clear()
             while self._control or await self._write_chunks():
                 while self._control:
                     await self.wire.send(self._next_frame())
 
     def _next_frame(self) -> str:
-        """What was posted first; for who takes lists, with what was posted since."""
-        texts = take_posts(self._control, LIST_BYTES if self.lists else 0)
-        self._waiting_bytes -= sum(map(len, texts))
+        """What was posted first; for who takes lists, with all that was posted since: the states of
+        a thousand hosts in one turn of the loop are a few frames, and not a thousand."""
+        texts = self._control[:1]
+        size = len(texts[0])
+        if self.lists:
+            for text in itertools.islice(self._control, 1, None):
+                size += len(text) + 1
+                if size > LIST_BYTES:
+                    break
+                texts.append(text)
+        del self._control[: len(texts)]
+        for text in texts:
+            self._waiting_bytes -= len(text)
         return encode_list(texts)
 
     # Logs that we send
@@ -18129,10 +17848,9 @@ class Link:
             return
         cursor.size = size
         self._note_due(cursor)
+        self._wake.set()
         if self.shared:
             self.post(Log(cursor.channel, run, host, size))
-        elif not self._send_line(cursor):
-            self._wake.set()
 
     def shrank(self, run: str, host: str, size: int) -> None:
         """An open log was shortened: what the other side has not got is gone."""
@@ -18162,57 +17880,41 @@ class Link:
         self._note_due(cursor)
         self._wake.set()
 
-    def _send_line(self, cursor: SendCursor) -> bool:
-        """Send at once what is new of a log, where nothing else waits: whether it is on its way. To
-        wake the writer for it would take another turn of the loop. Of a flood the writer sends as
-        much as there is by then."""
-        is_idle = self._resting and not self._wake.is_set() and self.wire.has_room()
-        if not is_idle or cursor.size - (cursor.sent or 0) >= CHUNK_BYTES:
-            return False
-        frame = self._next_piece(cursor)
-        if not frame:
-            return False
-        self.wire.send_now(frame)
-        return True
-
     async def _write_chunks(self) -> bool:
         """One chunk of each log that has something to send and room in the window; False when there
         is none."""
         sent = False
         for cursor in list(self._due.values()):
-            begin = cursor.sent or 0
-            frame = self._next_piece(cursor)
-            if not frame:
+            span = cursor.next_span(WINDOW_BYTES - self._unacked, self.chunk_bytes)
+            path = self._paths.get(cursor.channel)
+            if span is None or path is None:
                 continue
+            offset, length = span
+            if cursor.from_file:
+                size = offset + length
+                frame = encode_growth(cursor.channel, size)
+            else:
+                data = self.recent.read(path, offset, length)
+                if not data:
+                    continue
+                length = len(data)
+                frame = encode_chunk(
+                    cursor.channel,
+                    offset,
+                    data,
+                    self.squeeze,
+                )
+            before = cursor.unacked
+            cursor.sent = offset + length
+            self._unacked += cursor.unacked - before
+            self._note_due(cursor)
             await self.wire.send(frame)
-            if cursor.from_file and (cursor.sent or 0) - begin >= CHUNK_BYTES:
+            if cursor.from_file and length >= CHUNK_BYTES:
                 await asyncio.sleep(FLOOD_LOOK_S)  # one word tells of what comes meanwhile
             sent = True
             if self._control:
                 break
         return sent
-
-    def _next_piece(self, cursor: SendCursor) -> bytes:
-        """The frame with what comes next of a log, which counts as sent; b"" where there is nothing
-        to send, or no room in the window."""
-        span = cursor.next_span(WINDOW_BYTES - self._unacked, self.chunk_bytes)
-        path = self._paths.get(cursor.channel)
-        if span is None or path is None:
-            return b""
-        offset, length = span
-        if cursor.from_file:
-            frame = encode_growth(cursor.channel, offset + length)
-        else:
-            data = self.recent.read(path, offset, length)
-            if not data:
-                return b""
-            length = len(data)
-            frame = encode_chunk(cursor.channel, offset, data, self.squeeze)
-        before = cursor.unacked
-        cursor.sent = offset + length
-        self._unacked += cursor.unacked - before
-        self._note_due(cursor)
-        return frame
 
     def _note_due(self, cursor: SendCursor) -> None:
         """Whether a log has something to send, so that a thousand that have not cost nothing; what
@@ -18461,13 +18163,11 @@ class Peer:
     async def serve(self, obey: Callable[[str | bytes], None]) -> None:
         """Everything after the greeting: what is posted goes out, and each frame that comes in to
         `obey`, until the connection ends."""
-        wire = self.link.wire
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self.link.write_forever())
-                wire.deliver(lambda frame: self._take(obey, frame))
                 while True:
-                    obey(await wire.recv())
+                    obey(await self.link.wire.recv())
         except BaseExceptionGroup:
             # A group that ends by itself forgets a stop that comes meanwhile: the daemon would dial
             # again, and never end.
@@ -18476,19 +18176,7 @@ class Peer:
                 raise asyncio.CancelledError from None
             raise
         finally:
-            wire.deliver(None)
             self._hang_up()
-
-    def _take(self, obey: Callable[[str | bytes], None], frame: str | bytes) -> None:
-        """Obey what came past `serve`, which ends by it as by any other."""
-        try:
-            obey(frame)
-        except Exception as problem:
-            self.link.wire.deliver(None)
-            self._group.create_task(self._fail(problem))
-
-    async def _fail(self, problem: Exception) -> NoReturn:
-        raise problem
 
     def _hang_up(self) -> None:
         """Whoever waits for an answer over this connection waits no longer: none can come."""
@@ -18957,11 +18645,9 @@ class OwnJobs:
 
 
 async def prune_forever(own: OwnJobs, needed: Callable[[], Iterable[str]]) -> None:
-    """Now and then, delete the runs that [keep] does not keep; what the start left for a time with
-    less to do goes first."""
+    """Now and then, delete the runs that [keep] does not keep."""
     state = own.state
     await asyncio.sleep(PRUNE_FIRST_S)
-    await asyncio.to_thread(SOURCES.pack)
     while True:
         try:
             gone = await asyncio.to_thread(
@@ -19484,9 +19170,9 @@ class Outlook:
         found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
         if in_the_way:
             names = paths_text(in_the_way, PLAN_ROWS)
-            what = f"local changes are in the way of the incoming commits: {names}"
-            hint = free_hint(str(root), self.obstacles.changed, self.obstacles.untracked)
-            found["refused"].append(Refusal(what, hint).text)
+            found["refused"].append(
+                f"local changes are in the way of the incoming commits: {names}"
+            )
 
     def foresee(self, found: dict[str, Any], branch: str, rule: Effective) -> None:
         """What a job with these settings would refuse before it moves the tree, and which steps
@@ -19970,7 +19656,6 @@ class PongBound:
     not, and one that never reads would fill the memory."""
 
     __slots__ = ()
-    is_server = True
 
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it: what is written meanwhile are answers to pings, and an end."""
@@ -20032,7 +19717,7 @@ class Elders:
 # What is noted of a connection: not in its dictionary, which would double its size by a few more.
 GUARDED_FACTS = (
     *("among", "began", "estelle_address", "one_too_many"),
-    *("patience", "peer", "take", "unread_bytes"),
+    *("patience", "peer", "unread_bytes"),
 )
 
 
@@ -20071,7 +19756,7 @@ class Door:
 
         door = self
 
-        class Guarded(Delivered, PongBound, ServerConnection):
+        class Guarded(PongBound, ServerConnection):
             __slots__ = GUARDED_FACTS
 
             def connection_made(self, transport: Any) -> None:
@@ -20136,10 +19821,7 @@ class Door:
         verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
             return self.refuse(
-                connection,
-                address,
-                verdict.reason,
-                f"`whitelist add {address} --commit` in a clone",
+                connection, address, verdict.reason, f"add {address} to the whitelist in git"
             )
         hosts = request.headers.get_all("Host")
         origins = request.headers.get_all("Origin")
@@ -20517,16 +20199,12 @@ class Roster:
             section = ""
             if rule.hostname:
                 section = rule.key
-            alias = ""
-            if host.machine == self.own_machine:
-                alias = self.config.config.master_url.host
             ref = HostRef(
                 *(label, host.address, host.name, host.machine),
                 online=False,
                 color=rule.color,
                 deploys=rule.deploy,
                 section=section,
-                alias=alias,
             )
             self.rules[host.machine] = ref
         online = host.machine in self.agents
@@ -21223,10 +20901,7 @@ class Freezes:
             asked = "release"
         if held and not options.get("force"):
             what = f"{held[0].name} holds every {asked} back: {texts[0]}"
-            hint = "wait for its end; --force does it all the same, on record"
-            if held[0].name in self.by_hand:
-                hint = f"{hint}; `thaw {held[0].name}` ends it"
-            raise GuardError(what, hint)
+            raise GuardError(what, "wait for its end; --force does it all the same, on record")
         if held:
             log.warning("%s forces this %s: %s", by, asked, "; ".join(texts))
         if held:
@@ -22360,7 +22035,6 @@ class Desk:
             "kind": record.kind,
             "target": record.target,
             "branch": record.branch,
-            "only": record.options.get("only"),
             "done": done,
             "ok": ok if done else None,
             "hosts": rows,
@@ -23203,7 +22877,7 @@ class Watcher:
             news |= {
                 "title": f"[{rule.target}] {rule.branch} is planned",
                 "error": refused[:500],
-                "rollback": f"estelle-updater trigger {words}",
+                "rollback": f"estelle_updater.pyz trigger {words}",
             }
             found = {
                 "plan": plan["plan"],
@@ -23265,7 +22939,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
     )
     rollback = None
     if back:
-        rollback = f"estelle-updater rollback {job.host} --to {back}"
+        rollback = f"estelle_updater.pyz rollback {job.host} --to {back}"
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": event_of(job),
@@ -23332,7 +23006,7 @@ def news_of_run(
         "hosts": [job_summary(job) for job in jobs],
         "bad": lines,
         "unchanged": None,
-        "rollback": f"estelle-updater rollback {hosts}" if hosts else None,
+        "rollback": f"estelle_updater.pyz rollback {hosts}" if hosts else None,
         "log_of": f"the end of {worst.host}'s log:" if news["log"] else None,
     }
     return {**news, **whole}
@@ -24114,10 +23788,22 @@ class Caller:
         return Connection(wire, welcome, self.folder_of(welcome))
 
 
+def login_name() -> str:
+    """Who is logged in, as `getpass` finds it, which imports what asks a terminal for a password.
+    Raises KeyError, ImportError."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        name = os.environ.get(variable)
+        if name:
+            return name
+    import pwd
+
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
 def user_name() -> str:
     """Who asks, for the record: user and host name; no proof of anything."""
     try:
-        user = getpass.getuser()
+        user = login_name()
     except (OSError, KeyError, ImportError):  # no such user id, or Windows without USERNAME
         user = "?"
     return f"{user}@{_socket.gethostname()}"
@@ -24142,7 +23828,7 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
             if not asked:
                 raise
             if time.monotonic() > deadline:
-                command = advised("logs", order.run, "-f")
+                command = f"{program_name()} logs {order.run} -f"
                 problem.asked = True
                 problem.hint = f"it may have started all the same: {command}"
                 raise
@@ -24162,12 +23848,7 @@ def further_back(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         if row.get("back"):
             hosts.setdefault(row["back"], []).append(row["host"])
     return [
-        advised(
-            "rollback",
-            ",".join(labels),
-            "--to",
-            commit,
-        )
+        f"{program_name()} rollback {','.join(labels)} --to {commit}"
         for commit, labels in hosts.items()
     ]
 
@@ -24649,7 +24330,7 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
     if FileLock.held_elsewhere(state.job_lock):
         current = state.current()[0]
         raise GuardError(
-            f"run {current} holds this host", f"follow it with: {advised('logs', current, '-f')}"
+            f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f"
         )
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
@@ -24680,28 +24361,23 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
 
 
 class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # type: ignore[misc]
-    """The daemon's end of the runner's poke."""
+    """The daemon's end of the runner's poke; the datagram's content means nothing."""
 
     def __init__(self, own: OwnJobs) -> None:
         self._own = own
-        self._poked_at = 0.0  # monotonic
 
     def connection_made(self, transport: Any) -> None: ...
     def connection_lost(self, problem: Exception | None) -> None: ...
     def error_received(self, problem: Exception) -> None: ...
     def datagram_received(self, data: bytes, address: Any) -> None:
-        """A line goes on its way at once; what else there may be to see waits for its turn. In a
-        flood the lines wait as well, and go together."""
-        own, now = self._own, time.monotonic()
-        if now - self._poked_at > FLOOD_LOOK_S:
-            own.grown_bytes = 0
-        self._poked_at = now
-        is_flooded = own.grown_bytes >= CHUNK_BYTES
+        # A line goes on its way at once; what else there may be to see waits for its turn. In a
+        # flood the lines wait as well, and go together.
+        is_flooded = self._own.grown_bytes >= CHUNK_BYTES
         if not is_flooded:
-            for job in own.active():
-                own.check_size(job)
-        if is_flooded or data != LOG_POKE:
-            own.poked.set()
+            for job in self._own.active():
+                self._own.check_size(job)
+        poked = self._own.poked
+        poked.set()
 
 
 class Supervisor:
@@ -25240,14 +24916,10 @@ _MAIN = '''\
 import sys
 
 if sys.version_info < {python}:
-    try:
-        from shlex import quote
-    except ImportError:
-        from pipes import quote
     sys.stderr.write(
         "estelle-updater: error: Python {python_text} or newer is needed, and %s is Python %s\\n"
         "hint: name a newer one, as in: python{python_text} %s\\n"
-        % (sys.executable, sys.version.split()[0], " ".join(map(quote, sys.argv)))
+        % (sys.executable, sys.version.split()[0], " ".join(sys.argv))
     )
     sys.exit(2)
 if sys.argv[1:] == ["--version"]:
@@ -25491,14 +25163,18 @@ def _compile(source: bytes, name: str) -> bytes:
     features = 0
     if name == "estelle_updater.py":
         features = __future__.annotations.compiler_flag
-    code = compile(tree, f"{_BAKED}/{name}", "exec", features, dont_inherit=True, optimize=0)
+
+    def bytecode(part: "ast.Module") -> bytes:
+        where = f"{_BAKED}/{name}"
+        return marshal.dumps(compile(part, where, "exec", features, dont_inherit=True, optimize=0))
+
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and _names_of(statement) == {"_APART"}:
+            split = _Split(tree, source.decode())
+            statement.value = ast.Constant(bytecode(split.second))
+            tree = ast.fix_missing_locations(split.first)
     flags = (1).to_bytes(4, "little")
-    return (
-        importlib_util.MAGIC_NUMBER
-        + flags
-        + importlib_util.source_hash(source)
-        + marshal.dumps(code)
-    )
+    return importlib_util.MAGIC_NUMBER + flags + importlib_util.source_hash(source) + bytecode(tree)
 
 
 def _lighten(node: "ast.AST") -> None:
@@ -25519,6 +25195,104 @@ def _lighten(node: "ast.AST") -> None:
         del node.body[0]
     else:
         node.body[0] = ast.copy_location(ast.Pass(), node.body[0])
+
+
+# Commands that are typed seldom, or whose work takes far longer than the start of their process.
+_SELDOM = {
+    "cmd_serve",
+    "cmd_nursery",
+    "cmd_run_job",
+    "cmd_mcp",
+    "cmd_doctor",
+    "cmd_setup",
+    "cmd_config",
+    "cmd_whitelist",
+    "cmd_demo",
+    "cmd_build",
+    "cmd_self_test",
+    "cmd_prove_detached",
+}
+
+
+class _Split:
+    """The packed module in two parts: what every command may come to use, and what only those of
+    `_SELDOM` do, of which each is replaced by an `_Apart` in the first.
+
+    The first part is what `main` reaches, from name to name: nothing in it asks for a name of the
+    second. Statements that do more than define something are in the first as well.
+    """
+
+    def __init__(self, tree: "ast.Module", source: str) -> None:
+        self.scopes: dict[str, set[str]] = {}
+        for scope in symtable.symtable(source, "", "exec").get_children():
+            self.scopes.setdefault(scope.get_name(), set()).update(_globals_of(scope))
+        self.first, self.second = ast.Module([], []), ast.Module([], [])
+        found = self.reach(tree)
+        for statement in tree.body:
+            names = _names_of(statement)
+            for name in names & _SELDOM:
+                self.first.body += ast.parse(f"{name} = _Apart({name!r})").body
+            if not names or names & found:
+                self.first.body.append(statement)
+            else:
+                self.second.body.append(statement)
+
+    def reach(self, tree: "ast.Module") -> set[str]:
+        """The names that the first part may come to ask for and that are not set apart."""
+        asked: dict[str, set[str]] = {}
+        wanted = {"main", "leave", "_Apart"}
+        for statement in tree.body:
+            names = _names_of(statement)
+            if not names:
+                wanted |= self.uses(statement)
+            for name in names - _SELDOM:
+                asked.setdefault(name, set()).update(self.uses(statement))
+        found: set[str] = set()
+        while wanted:
+            name = wanted.pop()
+            found.add(name)
+            wanted |= asked.get(name, set()) - found
+        return found - _SELDOM
+
+    def uses(self, statement: "ast.stmt") -> set[str]:
+        """The module's names that a statement, or what it defines, may come to ask for."""
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            return _mentioned(statement)
+        head = copy.copy(statement)
+        head.body = []  # the scope has what stands in it, annotations of fields too
+        return _mentioned(head) | self.scopes[statement.name]
+
+
+def _names_of(statement: "ast.stmt") -> set[str]:
+    """The names that a statement defines, or a table's that it adds to; none where it may do more
+    than that."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    names = set()
+    for target in targets:
+        for part in getattr(target, "elts", [target]):
+            changed = getattr(part, "value", part)
+            if not isinstance(changed, ast.Name):
+                return set()
+            names.add(changed.id)
+    return names
+
+
+def _mentioned(part: "ast.AST") -> set[str]:
+    return {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
+
+
+def _globals_of(scope: "symtable.SymbolTable") -> set[str]:
+    """The module's names that a function or class uses, or what is inside of it."""
+    found = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
+    for inner in scope.get_children():
+        found |= _globals_of(inner)
+    return found
 
 
 def _zip(files: dict[str, bytes]) -> bytes:
@@ -26422,60 +26196,22 @@ class Publication:
     def line(self, replaced: Path | None = None) -> str:
         """What a person types to publish the file as it is, and that the one that it replaced is
         gone."""
-        names = [self.name]
+        names = self.name
         if replaced and self.ask("ls-files", "--", str(replaced)):
-            names.append(replaced.relative_to(self.tree).as_posix())
-        git = self.typed_git()
-        lines = [
-            f"{git} add {typed(self.name)}",
-            f'{git} commit -m "{self.message}" -- {typed(*names)}',
-            f"{git} {self.push_words()}",
-        ]
-        if not self.branch_here():  # a rollback leaves it so, and no push goes from there
-            lines.insert(0, f"{git} checkout {typed(self.likely_branch())}")
-        return " && ".join(lines)
-
-    def typed_git(self) -> str:
-        """git as it is typed where this command was: names count from the work tree's root."""
-        if is_same_folder(Path.cwd(), self.tree):
-            return "git"
-        return typed("git", "-C", self.tree)
-
-    def branch_here(self) -> str:
-        """The branch that is checked out, "" where HEAD is detached."""
-        return self.ask("symbolic-ref", "--quiet", "--short", "HEAD").strip()
-
-    def likely_branch(self) -> str:
-        """What somebody whose HEAD is detached most likely means to commit to."""
-        locals_ = self.ask("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
-        default = self.ask(
-            "symbolic-ref",
-            "--quiet",
-            "--short",
-            "refs/remotes/origin/HEAD",
-        )
-        name = default.strip().partition("/")[2]
-        if not name and len(locals_) == 1:
-            (name,) = locals_
-        return name or "BRANCH"
-
-    def push_words(self) -> str:
-        """How git is told to push, where it does not know to where."""
-        branch = self.branch_here()
-        if not branch or self.ask("config", f"branch.{branch}.merge").strip():
-            return "push"
-        remotes = self.ask("remote").split() or ["REMOTE"]
-        return f"push -u {typed(remotes[0], branch)}"
+            names += f" {replaced.relative_to(self.tree).as_posix()}"
+        commit = f"git commit -m {json.dumps(self.message)} -- {names}"
+        return f"git add {self.name} && {commit} && git push"
 
     # The way to the remote
 
     def publish(self, text: bytes) -> None:
         """Push, then write the file and bring the clone along. Raises UpdaterError where git says
         no, and nothing is changed then."""
-        self.branch = self.branch_here()
+        self.branch = self.ask("symbolic-ref", "--quiet", "--short", "HEAD").strip()
         if not self.branch:
-            home = f"{self.typed_git()} checkout {typed(self.likely_branch())}"
-            raise self.failed("HEAD is detached, so there is no branch to push", home)
+            raise self.failed(
+                "HEAD is detached, so there is no branch to push", "git checkout BRANCH"
+            )
         self.remote = self.ask("config", f"branch.{self.branch}.remote").strip() or "origin"
         tip = self.find_tip()
         commit = self.make_commit(tip, text)
@@ -26496,11 +26232,10 @@ class Publication:
         if self.ask("rev-list", "--max-count=1", f"{tip}..{head}"):
             raise self.failed(
                 f"this clone has commits that {self.remote} lacks",
-                f"{self.typed_git()} push",
+                "git push them first, or git pull",
             )
         if self.blob_at(tip) != self.blob_at(head):
-            what = f"{self.name} has changed at {self.remote}"
-            raise self.failed(what, f"{self.typed_git()} pull, then again")
+            raise self.failed(f"{self.name} has changed at {self.remote}", "git pull, then again")
         return tip
 
     def make_commit(self, tip: str, text: bytes) -> str:
@@ -26560,25 +26295,14 @@ class Publication:
         """git's answer. A hook that hangs is ended. Raises UpdaterError with git's reason."""
         code, out, err = ask_git(self.tree, self.env, *words, timeout_s=SETUP_S)
         if code:
-            raise self.failed(f"git {words[0]}: {failure_reason(err or out)}", self.remedy(words))
+            raise self.failed(f"git {words[0]}: {failure_reason(err or out)}", "")
         return out.decode(errors="replace").strip()
 
-    def remedy(self, words: Sequence[str]) -> str:
-        """What helps where git said no. Never the same by hand: what git refuses here it refuses
-        there, and a commit that can't be pushed would stop this clone's next deployment."""
-        git = self.typed_git()
-        if words[0] == "push":
-            return "let this user's git push there, or do this in a clone that may, as your own"
-        if words[0] == "commit-tree":
-            name = f"{git} config user.name NAME"
-            return f"{name} && {git} config user.email ADDRESS, then again"
-        if words[0] in ("ls-remote", "fetch"):
-            return f"{git} ls-remote {typed(words[-2])} says why; once that is well, again"
-        return f"{git} status, then again"
-
     def failed(self, what: str, hint: str) -> UpdaterError:
-        """The error for what git refused, or would."""
-        return UpdaterError(f"{what}; nothing was changed", hint)
+        """The error for what git refused, and how to publish by hand."""
+        return UpdaterError(
+            f"{what}; nothing was changed", hint or f"without --commit, then: {self.line()}"
+        )
 
 
 def write_config(path: Path, text: bytes) -> None:
@@ -26590,8 +26314,11 @@ def write_config(path: Path, text: bytes) -> None:
     write_atomic(path, text, mode=mode)
 
 
-def change_config(path: Path, text: str, message: str, commit: bool) -> str:
-    """Write the configuration file, and, for `commit`, publish it first. What to tell of it.
+def change_config(
+    path: Path, text: str, message: str, commit: bool, *, is_first: bool = False
+) -> str:
+    """Write the configuration file, and, for `commit`, publish it first. What to tell of it; of the
+    first one no daemon has to be told.
 
     Raises UpdaterError where git says no: then nothing was changed.
     """
@@ -26600,16 +26327,12 @@ def change_config(path: Path, text: str, message: str, commit: bool) -> str:
         write_config(path, text.encode())
         return publication.line()
     publication.publish(text.encode())
-    return f"committed and pushed: {publication.name}{publication.note}"
-
-
-def effect_line(path: Path, text: str) -> str:
-    """What brings a published configuration to the master, whose copy of it counts."""
-    publication = Publication(path, "")
-    branch = publication.branch_here() or publication.likely_branch()
+    published = f"committed and pushed: {publication.name}{publication.note}"
+    if is_first:
+        return published
     master = parse_config(text.encode(), str(path), config_form(path)).master_url.host
-    line = advised("trigger", master, branch)
-    return f"it takes effect with, on a host that is let in already: {line}"
+    line = f"{program_name()} trigger {master} {publication.branch}"
+    return f"{published}\nit takes effect with: {line}"
 
 
 SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
@@ -26691,7 +26414,7 @@ def render_pm2(argv: Sequence[str], folder: str, service: str = SERVICE) -> str:
 
 def lingers() -> bool:
     """Whether systemd keeps this user's services running without a login."""
-    return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
+    return Path("/var/lib/systemd/linger", login_name()).exists()
 
 
 @record(frozen=True)
@@ -26895,8 +26618,7 @@ def await_welcome(state: StateFolder, say: Callable[[str], None]) -> None:
         silent = "no answer yet"
     why = facts.get("trouble") or silent
     raise UpdaterError(
-        f"the service is installed, but the master has not welcomed it: {why}",
-        f"see: {advised('doctor')}",
+        f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
     )
 
 
@@ -26953,9 +26675,7 @@ class HostChanges:
         self.say(f"running: {line}")
         code, out = try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = f"see: journalctl -u {self.service}"
-            if argv[0] == "pm2":
-                hint = f"see: pm2 logs --nostream {self.service}"
+            hint = f"see: journalctl -u {self.service}, or pm2 logs {self.service}"
             if "--user" in argv:
                 hint = f"as this user, log in directly (not by su), or: {LINGER}"
             if out:
@@ -26975,7 +26695,7 @@ def command_places() -> tuple[Path, Path]:
 def install_command(changes: HostChanges, everybody: bool) -> None:
     """Have this program found from any folder, or say how it is called where that can't be."""
     if os.name == "nt":
-        changes.say(f"note: from any folder: {typed(*program_argv())}")
+        changes.say(f"note: from any folder: {' '.join(program_argv())}")
         return
     own, for_all = command_places()
     command = own
@@ -26991,7 +26711,7 @@ def install_command(changes: HostChanges, everybody: bool) -> None:
         return
     changes.put(command, render_command(program_argv()), 0o755)
     if str(command.parent) not in os.environ.get("PATH", "").split(os.pathsep):
-        changes.say(f'note: have it in PATH: export PATH="{command.parent}:$PATH"')
+        changes.say(f"note: have it in PATH: export PATH={command.parent}:$PATH")
 
 
 def remove_command(changes: HostChanges) -> None:
@@ -27295,7 +27015,7 @@ class Setup(HostChanges):
         if os.name == "nt":
             boot = f'schtasks /Create /SC ONLOGON /TN {self.service} /TR "cmd /c pm2 resurrect"'
             self.say(f"note: to have it started at each logon: {boot}")
-        elif not Path(f"/etc/systemd/system/pm2-{getpass.getuser()}.service").exists():
+        elif not Path(f"/etc/systemd/system/pm2-{login_name()}.service").exists():
             self.say(
                 "note: to have PM2 started at boot, run the line that this prints: pm2 startup"
             )
@@ -27314,14 +27034,11 @@ def judge_encoding(encoding: str) -> Finding:
     try:
         "✓ 완료".encode(encoding)
     except (UnicodeError, LookupError):
-        fix = "export PYTHONUTF8=1"
-        if ON_WINDOWS:
-            fix = "setx PYTHONUTF8 1, and a new window"
         return Finding(
             "encoding",
             False,
             f"{encoding} has no ✓ and no Korean: they are shown as ?",
-            fix,
+            "set PYTHONUTF8=1",
         )
     return Finding("encoding", True, encoding)
 
@@ -27353,12 +27070,9 @@ def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding
 def judge_unit(facts: Mapping[str, str], scope: str = "", service: str = SERVICE) -> Finding:
     """Whether systemd starts the daemon after a boot, keeps it running, and spares its
     deployments."""
-    systemctl = "sudo systemctl"
-    if scope:
-        systemctl = f"systemctl{scope}"
-    start = f"{systemctl} enable --now {service}"
+    start = f"systemctl{scope} enable --now {service}"
     if facts.get("KillMode") != "process":
-        fix = f"write [Service] and KillMode=process by: {systemctl} edit {service}"
+        fix = f"systemctl{scope} edit {service}: [Service] KillMode=process"
         return Finding(
             "service", False, "a restart of the unit would kill a running deployment", fix
         )
@@ -27373,15 +27087,11 @@ def judge_unit(facts: Mapping[str, str], scope: str = "", service: str = SERVICE
     return Finding("service", True, f"systemd: active and enabled, restarted {restarts}")
 
 
-def judge_service(one: Installed, serves: bool, pm2_file: Path) -> Finding:
-    """Whether what is installed runs, and goes on running; `pm2_file`: what `setup` wrote for
-    PM2."""
+def judge_service(one: Installed, serves: bool) -> Finding:
+    """Whether what is installed runs, and goes on running."""
     if one.keeper == "pm2":
         idle = "" if serves else ", not running"
-        start = f"pm2 restart {one.service}"
-        if pm2_file.exists():  # after a boot PM2 knows none of that name, and can restart none
-            start = typed("pm2", "start", pm2_file)
-        return Finding("service", serves, f"PM2: saved{idle}", start)
+        return Finding("service", serves, f"PM2: saved{idle}", f"pm2 restart {one.service}")
     scope = ""
     if Path(one.unit).parent != _UNIT_FOLDER:
         scope = " --user"
@@ -27451,7 +27161,7 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
     text = "no local changes"
     if changed:
         text = f"local changes: {paths_text(changed, 5)}"
-    fix = f"{git} stash push --include-untracked, or commit and push them"
+    fix = f"{git} stash, or commit and push them"
     return Finding("clean", not changed, text, fix)
 
 
@@ -27469,39 +27179,6 @@ def look_at_names(repo: Path, rule: Effective, env: Mapping[str, str]) -> Iterat
         yield Finding("steps", None, text)
     for one in forecast.refused:
         yield Finding("steps", False, one.what, one.hint)
-
-
-def judge_program() -> Finding:
-    """Whether `upgrade` may replace the program. A folder that others have files in is not to
-    become this user's."""
-    file = program_argv()[1]
-    folder = os.path.dirname(file)
-    fix = chown_line(own_name(), folder)
-    own = (os.path.basename(file), "pm2.config.js")
-    names: list[str] = []
-    with suppress(OSError):
-        names = os.listdir(folder)
-    for name in names:
-        if name not in own and not name.startswith("estelle"):
-            again = advised("setup")
-            fix = f"move it into a folder of its own, and call it from there: {again}"
-    text = f"upgrade writes to {folder}"
-    return Finding("program", os.access(folder, os.W_OK), text, fix)
-
-
-def owner_fix(repo: Path, owner: int) -> str:
-    """What makes a clone and its service one user's. Root is told to look as the other one: the
-    clone as root's would end the service that has served it."""
-    import pwd
-
-    name = str(owner)
-    with suppress(KeyError):
-        name = pwd.getpwuid(owner).pw_name
-    if os.geteuid() == 0:
-        look = advised("doctor")
-        return f"sudo -u {typed(name)} -i, and there, in the clone: {look}"
-    take = chown_line(own_name(), repo)
-    return f"run doctor and serve as {name}, or: {take}"
 
 
 class Doctor:
@@ -27542,7 +27219,7 @@ class Doctor:
             problems, warnings = check_config(path)
             config, _ = load_config_or_last(path, self.state)
         except (ConfigError, OSError) as problem:
-            fix = f"run this in the repository, or: {advised('config', 'init')}"
+            fix = f"run this in the repository, or: {program_name()} config init"
             yield Finding("configuration", False, str(problem), fix)
             yield self.git_program()  # which `config init` needs too
             return
@@ -27567,7 +27244,9 @@ class Doctor:
         self.hidden = host_secrets(config, tree, rule, extra)
         yield from self.repository(tree / (rule.repo or ""), rule)
         if config.updater.sha256:
-            yield judge_program()
+            folder = os.path.dirname(program_argv()[1])
+            fix = f"sudo chown -R $USER {folder}"
+            yield Finding("program", os.access(folder, os.W_OK), f"upgrade writes to {folder}", fix)
         if config.tls.cert:
             cert = work_tree(path) / config.tls.cert
             if cert.exists():
@@ -27586,11 +27265,7 @@ class Doctor:
         """Whether the folder whose files runners obey is this user's alone, and can be made."""
         exposed = self.state.exposure()
         if exposed:
-            owner = self.state.root.stat().st_uid
-            own = chown_line(own_name(), self.state.root)
-            fix = f"{own} && {typed('chmod', '700', self.state.root)}"
-            if owner != os.geteuid() == 0:
-                fix = owner_fix(self.state.root, owner)
+            fix = f"sudo chown -R $USER {self.state.root} && chmod 700 {self.state.root}"
             return Finding("state", False, f"{self.state.root} {exposed}", fix)
         with suppress(ConfigError):
             try:
@@ -27661,9 +27336,9 @@ class Doctor:
         for one in installed_services():
             its_own = folder is None or is_same_folder(one.folder, folder)
             if one.service == f"{SERVICE}-haproxy" or (one.service == name and its_own):
-                return judge_service(one, self.serves, self.state.root / "pm2.config.js")
+                return judge_service(one, self.serves)
             if its_own:
-                fix = advised("setup")
+                fix = f"{program_name()} setup"
                 text = f"it is still called {one.service}, and its project is {name}"
                 return Finding("service", False, text, fix)
             if one.service == name:
@@ -27673,7 +27348,7 @@ class Doctor:
             text = f"{name} is that of {others[0]}"
         elif self.serves:
             text = "it runs, but nothing starts it after a reboot"
-        return Finding("service", False, text, advised("setup"))
+        return Finding("service", False, text, f"{program_name()} setup")
 
     # The fleet
 
@@ -27702,7 +27377,8 @@ class Doctor:
             owner = (repo / ".git").stat().st_uid
             if owner != os.getuid():
                 text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
-                yield Finding("owner", False, text, owner_fix(repo, owner))
+                fix = f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}"
+                yield Finding("owner", False, text, fix)
         ground = list(probe_ground(repo, self.state.root, rule, self.env))
         yield from ground
         if not all(found.ok or not found.certain for found in ground):
@@ -27785,11 +27461,13 @@ class Doctor:
         arguments = [word for file in files for word in ("-f", str(file))]
         code, said = try_command(["haproxy", "-c", *arguments], env)
         lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
-        fix = f"mend the file until this is silent: haproxy -c {typed(*arguments)}"
+        fix = f"mend the file until this is silent: haproxy -c {' '.join(arguments)}"
         yield Finding("haproxy", code == 0, lines[0], fix)
         real = os.path.realpath(rule.files[0])
-        places = typed(os.path.dirname(real), real)
-        fix = f"the service's user must own both: sudo chown {typed(own_name())} {places}"
+        fix = (
+            f"this service's user must own the file and its folder: chown USER "
+            f"{os.path.dirname(real)} {real}"
+        )
         yield Finding(
             "haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix
         )
@@ -28048,27 +27726,21 @@ def ending_rows(jobs: Iterable[JobRecord]) -> list[TableRow]:
 
 
 def next_commands(
-    run: str,
-    jobs: Sequence[JobRecord],
-    back: Mapping[str, str],
-    columns: int,
-    again: str = "",
+    run: str, jobs: Sequence[JobRecord], back: Mapping[str, str], columns: int
 ) -> list[str]:
     """What to type after a run that did not succeed everywhere. `back`: what `rollback` would bring
-    of hosts where the command of a new commit began; `again`: what does the same once more, where
-    that is no order to the master."""
+    of hosts where the command of a new commit began."""
+    est = program_name()
     bad = [job for job in jobs if job.state is not State.SUCCEEDED]
     lines = []
     for job in bad[:EXCERPTS]:
         if job.size:
-            lines.append((advised("logs", run, job.host), "its whole log"))
+            lines.append((f"{est} logs {run} {job.host}", "its whole log"))
     if back:
         brings = ", ".join(dict.fromkeys(back.values()))
-        undo = advised("rollback", ",".join(back))
-        lines.append((undo, f"to what worked before ({brings})"))
+        lines.append((f"{est} rollback {','.join(back)}", f"to what worked before ({brings})"))
     if bad and bad[0].kind is Kind.DEPLOY:
-        again = again or advised("trigger", "--failed-of", run)
-        lines.append((again, "again, once it is mended"))
+        lines.append((f"{est} trigger --failed-of {run}", "again, once it is mended"))
     commands = [command for command, _ in lines]
     widest = max(map(len, commands), default=0)
     told = [f"  {command:<{widest}}  {why}" for command, why in lines]
@@ -29069,7 +28741,14 @@ def cmd_serve(args: Args) -> int:
     """The daemon, until a signal ends it. Raises UsageError for a role that is none."""
     require_packages()
     preload()
-    trim_memory()  # a Python that had to compile this module took 30 MB for that
+    if (
+        sys.platform == "linux"
+    ):  # a Python that had to compile this module took 30 MB for that, and would keep them
+        import gc
+
+        gc.collect()
+        with suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
     log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
@@ -29095,8 +28774,6 @@ def cmd_trigger(args: Args) -> int:
             raise UsageError("--failed-of says target and branch itself", "leave them out")
         found = failed_of(args, find_run(args, args.failed_of))
         args.target, args.branch = found["target"], found["branch"]
-        # who asked for one service does not mean all of them
-        args.only = args.only or found["only"]
     if args.branch is None:
         names = ["TARGET", "BRANCH"]
         if args.target:
@@ -29139,7 +28816,6 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
     return {
         "target": ",".join(failed),
         "branch": found["branch"],
-        "only": found.get("only"),  # an older master does not say it
     }
 
 
@@ -29222,8 +28898,8 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
 def watch_order(args: Args, run: str, follower: Follower) -> tuple[int, list[JobRecord]]:
     """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs.
     Ctrl-C or a closed output stops watching, and says how to go on."""
-    follow, stop = advised("logs", run, "-f"), advised("cancel", run)
-    text = f"the deployment goes on; follow it: {follow}   stop it: {stop}"
+    est = program_name()
+    text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
     try:
         jobs = follower.follow()
     except (UnreachableError, RefusedError) as problem:
@@ -29264,17 +28940,7 @@ def advise(args: Args, run: str, jobs: Sequence[JobRecord], view: View) -> None:
     columns = 0
     if output.terminal:
         columns = output.size()[0]
-    again = ""
-    if args.command == "deploy":  # without the master, who may be gone
-        again = advised("deploy", args.branch)
-    back = ask_ways_back(args, jobs)
-    commands = next_commands(
-        run,
-        jobs,
-        back,
-        columns,
-        again,
-    )
+    commands = next_commands(run, jobs, ask_ways_back(args, jobs), columns)
     if commands and args.json:
         # A reader of JSON lines would choke on two aligned columns.
         for line in commands:
@@ -29438,9 +29104,9 @@ def cmd_plan(args: Args) -> int:
     screen = functools.partial(plan_screen, title, result)
     do_it = ""
     if result["ok"]:
-        line = advised("trigger", args.target, args.branch, "--plan", result["plan"])
+        words = shlex.join([args.target, args.branch, "--plan", result["plan"]])
         within = f"{PLAN_FRESH_S / 60:.0f} min"
-        do_it = f"exactly this, within {within}: {line}"
+        do_it = f"exactly this, within {within}: {program_name()} trigger {words}"
         lines.append(do_it)
     show(args, result, "\n".join(lines), lambda columns: [*screen(columns), do_it])
     if result["ok"]:
@@ -30414,8 +30080,7 @@ class WorkerFinder:
     def line(self, names: Sequence[str]) -> str:
         """The command that says it."""
         words = [f"--host {name}=ADDRESS" for name in names or BLUE_GREEN_HOSTS]
-        said = typed(*sys.argv[1:])  # with what it was told already
-        return f"{program_name()} {said} {' '.join(words)}"
+        return f"{program_name()} config init --blue-green {' '.join(words)}"
 
 
 def init_config(args: Args) -> int:
@@ -30466,7 +30131,7 @@ def init_config(args: Args) -> int:
     if args.dry_run:
         show(args, {"file": str(path), "text": text}, text.rstrip())
         return 0
-    told = change_config(path, text, "Configure estelle-updater", args.commit)
+    told = change_config(path, text, "Configure estelle-updater", args.commit, is_first=True)
     facts = {"file": str(path), "git": told}
     first = told if args.commit else f"next: {told}"
     order = "trigger all"
@@ -30483,9 +30148,9 @@ def next_steps(root: Path, order: str) -> str:
     est = program_name()
     return "\n".join(
         [
-            f"then here: {advised('setup')}",
+            f"then here: {est} setup",
             f"on every other host, in its clone: git pull && {est} setup",
-            f"and to deploy: {advised(*order.split(), name)}",
+            f"and to deploy: {est} {order} {name}",
         ]
     )
 
@@ -30599,7 +30264,6 @@ def cmd_whitelist(args: Args) -> int:
         raise UsageError(f"{path} is written in a way that can't be edited safely", line)
     words = ", ".join(add or remove)
     told = change_config(path, text, f"Whitelist: {action} {words}", args.commit)
-    told = f"{told}\n{effect_line(path, text)}"
     facts = {"file": str(path), "added": add, "removed": remove, "git": told}
     show(args, facts, f"{path}: {'added' if add else 'removed'} {words}\n{told}")
     return 0
@@ -32252,17 +31916,13 @@ def print_error(problem: UpdaterError, args: Args) -> int:
 def leave(code: int) -> NoReturn:
     """End this process. Python gives back each object first, of which a short command's life has
     a tenth; the system takes them all at once. Where something may still have to be put away at the
-    end, by a daemon or a command that had a folder or threads for a time, Python does so; but it
-    looks at no object for garbage any more, which is most of what a daemon's end takes."""
+    end, by a daemon or a command that had a folder or threads for a time, Python does so."""
     tidies_up = {"asyncio", "concurrent.futures", "logging", "tempfile"} & {*sys.modules}
     with suppress(OSError, ValueError):  # Python says at its own end what can't be written
         sys.stdout.flush()
         sys.stderr.flush()
         if not tidies_up:
             os._exit(code)
-    import gc
-
-    gc.freeze()
     sys.exit(code)
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
+import builtins
 import copy
-import gc
+import dis
+import marshal
 import os
 import py_compile
 import shutil
-import socket
 import subprocess
 import sys
+import types
 import typing
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -107,45 +107,45 @@ def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path
     assert "read estelle_updater.pyc\n" in done.stderr
 
 
-def test_the_end_of_a_daemon_looks_for_no_garbage(pyz: Path):
-    """What is to be put away is, and rings of objects go with the process."""
-    code = """
-import asyncio, atexit, estelle_updater
-class Ring:
-    def __init__(self):
-        self.own = self
-    def __del__(self):
-        print("looked at")
-kept = Ring()
-atexit.register(print, "put away")
-estelle_updater.leave(3)
-"""
-    env = {**os.environ, "PYTHONPATH": str(pyz)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "put away\n", "")
+def names_asked(code: types.CodeType) -> set[str]:
+    """The global names that a piece of bytecode may ask for, wherever inside."""
+    found = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            found |= names_asked(part)
+    return found
 
 
-def test_what_a_start_leaves_for_later_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The sources are packed by a daemon, and by a nursery that nobody asks anything of."""
-    monkeypatch.setattr(program, "PRUNE_FIRST_S", 0.05)
+def test_what_short_commands_do_asks_for_nothing_that_is_set_apart(pyz: Path):
+    with zipfile.ZipFile(pyz) as archive:
+        code = marshal.loads(archive.read("estelle_updater.pyc")[16:])
+    packed: dict[str, typing.Any] = {"__name__": "estelle_updater", "__builtins__": builtins}
+    exec(code, packed)
+    for name in ("cmd_trigger", "cmd_status", "cmd_logs", "cmd_plan", "cmd_rollback", "cmd_cancel", "cmd_history"):
+        assert isinstance(packed[name], types.FunctionType), name
+    for name in ("Runner", "Switch", "Setup", "Desk"):
+        assert name not in packed
+    whole = vars(program).keys()
+    assert names_asked(code) & whole <= packed.keys() | {"__file__"}
+    # what reads a field's annotation asks for the names in it
+    for rule in [value for value in packed.values() if hasattr(value, "__dataclass_fields__")]:
+        for text in vars(rule).get("__annotations__", {}).values():
+            asked = names_asked(compile(text, "", "eval")) if isinstance(text, str) else set()
+            assert asked & whole <= packed.keys(), (rule, text)
+    packed["_define_apart"]()
+    assert whole - packed.keys() <= {"__cached__", "__doc__", "__file__", "__loader__", "__package__", "__spec__"}
 
-    class Packed(Exception):
-        pass
 
-    def pack() -> None:
-        raise Packed
-
-    monkeypatch.setattr(program.SOURCES, "pack", pack)
-    nobodys: typing.Any = SimpleNamespace(state=None)
-    with pytest.raises(Packed):
-        asyncio.run(program.prune_forever(nobodys, tuple))
-    daemon, nursery = socket.socketpair()
-    try:
-        with daemon, pytest.raises(Packed):
-            program.tend_nursery(nobodys, tmp_path / "none", nursery.detach())
-    finally:  # a nursery never looks for garbage
-        gc.unfreeze()
-        gc.enable()
+def test_a_short_command_leaves_alone_what_is_set_apart(tmp_path: Path, pyz: Path):
+    code = (
+        "import contextlib, sys; sys.path.insert(0, sys.argv.pop(1)); import estelle_updater as e\n"
+        "with contextlib.suppress(SystemExit):\n  e.main(sys.argv[1:])\n"
+        "print('whole' if 'Runner' in vars(e) else 'short', e.Runner.__name__)"
+    )
+    for words, told in (["status"], "short"), (["--help"], "short"), (["config", "check"], "whole"):
+        argv = [sys.executable, "-c", code, str(pyz), "--state", str(tmp_path), "--config", "/dev/null", *words]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.endswith(f"{told} Runner\n"), done
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")
