@@ -11,9 +11,9 @@ One log chunk's way, from a command to a commander's terminal (the number is the
     StepRun.pump_output     12  pipe to log, in the runner: a process that outlives the daemon
     Masker.feed              7  secrets become ***
     LogWriter.write         12  appended to HOST.log: its size is the next byte's number
-    Poke                    12  an empty datagram, which may be lost
-    OwnJobs.refresh         16  the daemon looks how far the file has grown
-    Link.grew               15  wakes Link.write_forever; SendCursor.next_span says what to send
+    Poke                    12  a datagram of one byte, which may be lost
+    OwnJobs.check_size      16  the daemon looks how far the file has grown
+    Link.grew               15  sends a line, or wakes Link.write_forever; by SendCursor.next_span
     Link.on_chunk           15  the master: append_log writes it if it belongs at the file's end
     Inbox.on_chunk           6  acknowledges, or asks again from where the file ends
     Run.tell                19  every follower's link grows: the same two steps once more
@@ -101,10 +101,12 @@ import sys
 # their sake it has no `:=` and no `from __future__ import annotations`. So annotations are values,
 # and what is defined further down, or imported at its first use, is quoted in them.
 if sys.version_info < (3, 11):  # noqa: UP036
+    from shlex import quote
+
     sys.stderr.write(
         f"estelle-updater: error: Python 3.11 or newer is needed, and {sys.executable} is Python"
         f" {sys.version.split()[0]}\n"
-        f"hint: name a newer one, as in: python3.11 {' '.join(sys.argv)}\n"
+        f"hint: name a newer one, as in: python3.11 {' '.join(map(quote, sys.argv))}\n"
     )
     sys.exit(2)
 
@@ -399,23 +401,42 @@ _PRELOADED = (
 _BAKED = "estelle_updater.pyz"
 
 
+def trim_memory() -> None:
+    """Linux: give the system back what this process had need of for a time only."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 class _Sources:
-    """The sources in the .pyz as they were at this process's start, for tracebacks. Packed: as
-    lines, which few processes ever show, they would be a tenth of an idle daemon."""
+    """The sources in the .pyz as they were at this process's start, for tracebacks. As lines, which
+    few processes ever show, they would be a tenth of an idle daemon; and to pack them is a tenth of
+    its start, so who goes on living does it later."""
 
     def __init__(self) -> None:
+        self._whole: dict[str, bytes] = {}
         self._packed: dict[str, bytes] = {}
 
     def keep(self, module: str, source: bytes) -> None:
         """Hold a module's source."""
-        self._packed[module] = zlib.compress(source, 1)
+        self._whole[module] = source
+
+    def pack(self) -> None:
+        """Hold them in a third of the room, from any thread."""
+        for module, source in list(self._whole.items()):
+            self._packed[module] = zlib.compress(source, 1)
+            del self._whole[module]
+        trim_memory()
 
     def get_source(self, module: str) -> str:
         """What `linecache` asks a module's loader for."""
-        return zlib.decompress(self._packed[module]).decode()
+        source = self._whole.get(module)
+        if source is None:
+            source = zlib.decompress(self._packed[module])
+        return source.decode()
 
 
-_SOURCES = _Sources()
+SOURCES = _Sources()
 
 
 def preload(*names: str) -> None:
@@ -426,6 +447,9 @@ def preload(*names: str) -> None:
     installation lacks is skipped. The sources are kept too: a traceback would read them from the
     new file, show the wrong ones, or fail.
     """
+    import gc
+
+    gc.disable()  # nothing of what is imported is garbage
     for name in names or (*_LAZY_NAMES, *_PRELOADED):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
@@ -445,8 +469,10 @@ def preload(*names: str) -> None:
             data = loader.get_data(source)
         except OSError:  # Python for Windows can have its library in a zip, without sources
             continue
-        _SOURCES.keep(name, data)
-        linecache.lazycache(shown, {"__name__": name, "__loader__": _SOURCES})
+        SOURCES.keep(name, data)
+        linecache.lazycache(shown, {"__name__": name, "__loader__": SOURCES})
+    gc.freeze()
+    gc.enable()
 
 
 MISSING: Any = type("_Missing", (), {"__repr__": lambda self: "MISSING"})()
@@ -660,6 +686,7 @@ KEY_FEATURE = "key"  # an agent that can keep a key of its own
 LARGE_FEATURE = "large chunks"  # who takes log bytes in frames of LARGE_CHUNK_BYTES
 LIST_FEATURE = "lists"  # who takes several messages in one frame
 BARE_FEATURE = "bare deflate"  # who takes deflated log bytes without a checksum of their own
+LOG_POKE = b"l"  # what a runner pokes its daemon with where only a log is to be looked at
 FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE, BARE_FEATURE)
 COMMANDER_FEATURES: tuple[str, ...] = (LARGE_FEATURE, LIST_FEATURE)
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
@@ -720,6 +747,8 @@ HANDSHAKES, STRANGERS = (
     128,
     32,
 )  # begun and not judged: of one allowed address, and of all others together
+# the same over TLS, of all together, which hold 300 KB each; and how many wait for their turn
+GREETINGS, GREETINGS_WAITING = 96, 2000
 CONNECTIONS = 512  # of one address
 ACCEPTED, BACKLOG = (
     16,
@@ -823,6 +852,8 @@ RESUME_S, RESUME_MOST_S = (
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+TRIAL_S = 5.0  # a filter with one file, before a deployment: one that is slower is not judged
+TRIAL_BYTES = 1 << 20  # a larger file is none to try a filter with
 UNDO_S = 3.0  # what a cancel leaves for making the tree whole; else that is the next job's
 ACCESS_S = 20.0  # a remote, or a package manager that is only asked for its version
 CLOCK_S = 30.0  # more than the clocks of two hosts may differ
@@ -1379,6 +1410,7 @@ class HostRef:
     color: str | None = None
     deploys: bool = True
     section: str = ""  # of the configuration, where a host name leads to it
+    alias: str = ""  # the master's own: the name in masterUrl
 
 
 def find_hosts(word: str, hosts: Sequence[HostRef]) -> list[HostRef]:
@@ -1395,6 +1427,8 @@ def find_hosts(word: str, hosts: Sequence[HostRef]) -> list[HostRef]:
         # what looks like an address is never the name of a host that calls itself 10.0.0.1
         if not is_place and host_key(host.name) == wanted:
             named.append(host)
+    if not named and not is_place:
+        named = [host for host in hosts if host.alias and host_key(host.alias) == wanted]
     if labelled or not is_place:
         return labelled or named
     address = canonical_address(head)
@@ -1425,7 +1459,7 @@ def ambiguous(what: str, hosts: Sequence[HostRef]) -> TargetError:
     whoever took one of two would let the other speak for it."""
     labels = [host.label for host in hosts]
     # of two, the one that is offline is more likely the retired one
-    gone = labels[-1]
+    gone = ""
     for host in hosts:
         if not host.online:
             gone = host.label
@@ -1433,9 +1467,11 @@ def ambiguous(what: str, hosts: Sequence[HostRef]) -> TargetError:
     advice = f"write the address of the one that is meant, and its section as {section}"
     if len({host.address for host in hosts}) == 1:
         advice = f"write {labels[0]} for that one, and give each a host name of its own"
+    if gone:
+        advice = f"{advice}; `forget {gone}` if that one is gone"
     return TargetError(
         f"{what} fits {len(hosts)} machines: {' and '.join(labels)}",
-        f"{advice}; `forget {gone}` if that one is gone",
+        advice,
     )
 
 
@@ -4704,6 +4740,8 @@ _GIT_SETTINGS = (
     "grep.lineNumber=false",
     "grep.column=false",
     "log.showSignature=false",
+    "commit.cleanup=default",  # of these two git dies if it does not know the value
+    "fetch.output=full",
     "i18n.commitEncoding=utf-8",
     "i18n.logOutputEncoding=utf-8",
 )
@@ -4988,6 +5026,7 @@ class Prospect(NamedTuple):
     ignored: tuple[str, ...] = ()  # files that git ignores, where the commit has others
     nested: tuple[str, ...] = ()  # submodules that become files
     closed: tuple[str, ...] = ()  # folders in which this user may not write
+    user: str = "$USER"  # this one's name
     pinned: tuple[str, ...] = ()  # files and folders that can't be changed here
     missing: tuple[Refusal, ...] = ()  # of what the commands need
     unsure: tuple[str, ...] = ()  # the same, but an earlier command may bring it
@@ -5001,6 +5040,8 @@ class Prospect(NamedTuple):
     get_pointers: bool = True
     has_lfs: bool = True
     names_lfs: bool = True  # one of its .gitattributes does
+    hooks: tuple[str, ...] = ()  # of the clone, which git runs on its way
+    unfiltered: tuple[str, ...] = ()  # what is said of filters that fail, and need not work
 
 
 class Forecast(NamedTuple):
@@ -5019,7 +5060,9 @@ def judge_prospect(known: Prospect) -> Forecast:
     if known.nameless and known.submodules and known.update_submodules:
         fix = "commit git rm --cached for it, or what git submodule add makes of it"
         refused.append(Refusal(nameless_text(known.nameless), fix))
-    warnings, steps = [*known.unsure, *link_warnings(known)], []
+    warnings, steps = [*known.unsure, *known.unfiltered, *link_warnings(known)], []
+    if known.hooks:
+        steps.append(hooks_text(known.hooks))
     if known.submodules:
         named = paths_text(known.submodules, 5)
         if known.update_submodules:
@@ -5035,6 +5078,11 @@ def judge_prospect(known: Prospect) -> Forecast:
         else:
             refused.append(Refusal(what, lfs_hint(known.repo)))
     return Forecast(refused, warnings, steps)
+
+
+def hooks_text(hooks: Sequence[str]) -> str:
+    """The clone's own programs that git runs on its way."""
+    return f"hooks of the clone ({paths_text(hooks)})"
 
 
 def nameless_text(folders: Sequence[str]) -> str:
@@ -5071,7 +5119,7 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
     pull = f"git pull {known.remote} {known.branch}"
     if known.begun == "unmerged":  # by a stash that did not fit, say: there is nothing to abort
         what = f"files in {known.repo} are not merged: {paths_text(known.unmerged, 5)}"
-        files = typed(*known.unmerged[:5])
+        files = pathspecs(*known.unmerged[:HINT_PATHS])
         yield Refusal(what, f"{git} status, then, as HEAD has them: {git} checkout HEAD -- {files}")
     elif known.begun:
         what = f"a {known.begun} that somebody began in {known.repo} is not ended"
@@ -5142,9 +5190,33 @@ def _judge_files(known: Prospect) -> Iterator[Refusal]:
     if known.closed:
         places = [f"{known.repo}/{folder}".rstrip("/.") for folder in known.closed]
         what = f"this user may write no files in {paths_text(places, 5)}"
-        yield Refusal(
-            what, f"sudo chown -R $USER {typed(*places[:5])}, as the user that it runs as"
+        # they may be this user's, and closed to everybody
+        shut = places[:HINT_PATHS]
+        own = chown_line(known.user, *shut)
+        open_up = typed(
+            "sudo",
+            "chmod",
+            "u+wx",
+            *shut,
         )
+        yield Refusal(what, f"{own} && {open_up}")
+
+
+def pathspecs(*paths: str) -> str:
+    """Paths as git takes them on a line to type: one with a `*` in its name would name others too,
+    and lose what is changed in them."""
+    words = []
+    for path in paths:
+        if re.search(r"[*?\[\\]|^:", path):
+            words.append(f":(literal){path}")
+        else:
+            words.append(path)
+    return typed(*words)
+
+
+def chown_line(user: str, *places: object) -> str:
+    """What gives files to the user that serves."""
+    return f"sudo chown -R {typed(user, *places)}"
 
 
 def whole_hint(repo: str, left: Halfway) -> str:
@@ -5152,30 +5224,55 @@ def whole_hint(repo: str, left: Halfway) -> str:
     git = typed("git", "-C", repo)
     lines = []
     if left.tracked:
-        lines.append(f"{git} checkout HEAD -- {typed(*left.tracked[:HINT_PATHS])}")
+        lines.append(f"{git} checkout HEAD -- {pathspecs(*left.tracked[:HINT_PATHS])}")
     if left.added:
-        lines.append(f"{git} clean -f -- {typed(*left.added[:HINT_PATHS])}")
+        lines.append(f"{git} clean -f -- {pathspecs(*left.added[:HINT_PATHS])}")
     more = max(len(left.tracked), len(left.added)) > HINT_PATHS
     if more:
         lines.append("the same for the others")
     return " && ".join(lines)
 
 
-def keep_hint(repo: str, paths: Sequence[str]) -> str:
-    """The line that keeps a file beside the clone: within it, it might be in the way again."""
-    aside = f"{repo}.kept"
-    first = f"{repo}/{paths[0].rstrip('/')}"
-    make = typed("mkdir", "-p", aside)
-    move = typed(
-        "mv",
-        "-n",
-        first,
-        aside,
-    )
-    line = f"{make} && {move}"
-    if len(paths) > 1:
-        return f"keep each of them by such a line: {line}"
-    return f"keep it: {line}"
+def keep_hint(repo: str, paths: Sequence[str], aside: str = "") -> str:
+    """The line that keeps files beside the clone: within it, they might be in the way again. Each
+    in a folder of its own name there, and asked about where one of that name is kept already."""
+    aside = aside or f"{repo}.kept"
+    places: dict[str, list[str]] = {}
+    lines = []
+    for path in paths[:HINT_PATHS]:
+        name = path.rstrip("/")
+        if ON_WINDOWS:  # one line for cmd and PowerShell, which make folders in other words
+            flat = name.replace("/", "-")
+            line = typed(
+                "move",
+                f"{repo}/{name}",
+                f"{aside}-{flat}",
+            )
+            lines.append(line.replace("/", "\\"))
+            continue
+        place = posixpath.join(aside, posixpath.dirname(name)).rstrip("/")
+        places.setdefault(place, []).append(f"{repo}/{name}")
+    if places:
+        lines.append(typed("mkdir", "-p", *places))
+    for place, files in places.items():
+        lines.append(typed("mv", "-i", *files, place))
+    if len(paths) > HINT_PATHS:
+        lines.append("the same for the others")
+    return " && ".join(lines)
+
+
+def free_hint(
+    repo: str, changed: Sequence[str], unknown: Sequence[str] = (), aside: str = ""
+) -> str:
+    """The line that puts aside what stands in the way of a commit: git keeps what it knows, and
+    gives it back by `stash pop`."""
+    lines = []
+    if changed:
+        stash = typed("git", "-C", repo, "stash", "push")
+        lines.append(f"{stash} -- {pathspecs(*changed[:HINT_PATHS])}")
+    if unknown:
+        lines.append(keep_hint(repo, unknown, aside))
+    return " && ".join(lines)
 
 
 def pointers_text(paths: Sequence[str]) -> str:
@@ -5612,6 +5709,9 @@ class Masker:
 
     def feed(self, data: bytes) -> bytes:
         """What may be written now."""
+        if self._is_plain(data):
+            self._before = (self._before + data[-2:])[-2:]
+            return data
         data = self._held + data
         hold = len(data)
         for value in self._values:
@@ -5629,6 +5729,18 @@ class Masker:
         return self._write(self._held, len(self._held), query_secrets(self._held))
 
     # Where secrets stand, or may begin
+
+    def _is_plain(self, data: bytes) -> bool:
+        """Whether nothing in it can be a secret, or begin one: so are most lines. What follows for
+        the others takes five times as long."""
+        if self._held or b":" in data or b"=" in data or b":" in self._before:
+            return False
+        if self._open_query(data, ()) < len(data):
+            return False
+        for value in self._values:
+            if value in data or self._find_tail(data, value) < len(data):
+                return False
+        return True
 
     @staticmethod
     def _find_tail(data: bytes, value: bytes) -> int:
@@ -5952,6 +6064,7 @@ def take_excerpt(output: str) -> list[str]:
 
 
 NO_BRANCH = "no such branch, tag or commit on the remote"
+NO_LFS_HOOK = "a hook of git-lfs stops git, as git-lfs is not installed here: install it"
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"detected dubious ownership",
@@ -6008,9 +6121,10 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"unable to (?:create|unlink)[^\n]*Operation not permitted",
         "a file or folder of the clone may not be changed by anybody: lsattr says which, chattr -i",
     ),
+    (rb"configured for Git LFS but", NO_LFS_HOOK),
     (
-        rb"configured for Git LFS but",
-        "a hook of git-lfs stops git, as git-lfs is not installed here: install it",
+        rb"ref updates aborted by hook",
+        "the clone's hook reference-transaction refuses: git rev-parse --git-path hooks says where",
     ),
     (
         # of a file in the tree git says no more than that, of its index in words of its own
@@ -6048,6 +6162,51 @@ def explain_failure(tail: bytes) -> str | None:
         if re.search(pattern, tail):
             return text
     return None
+
+
+def explain_step(argv: Sequence[str], tail: bytes) -> str | None:
+    """Why a step failed, as far as its last output says so; git's own reason, where its words need
+    no others. None for a git that gave none: then it was a hook of the clone."""
+    known = explain_failure(tail)
+    gives_reason = re.search(rb"^(?:fatal|error): ", tail, re.MULTILINE)
+    if known or argv[0] != "git" or not gives_reason:
+        return known
+    reason = failure_reason(tail)
+    return Refusal(reason, setting_hint(reason)).text
+
+
+def setting_hint(reason: str) -> str:
+    """The line that shows where a setting comes from whose value git does not take; "" where it
+    said something else."""
+    is_of_setting = re.search(r"config (?:value|variable)|given for|unable to parse", reason)
+    # a setting of somebody's own may have any name in its middle
+    named = re.search(r"'([A-Za-z][\w-]*\.(?:[^'\n]*\.)?[A-Za-z][\w-]*)'", reason)
+    if not is_of_setting or not named:
+        return ""
+    look = typed("git", "config", "--show-origin", "--get-all", named[1])
+    return f"{look} says there where it is set"
+
+
+_LISTED = rb"(?m)^error: %s[^\n]*\n((?:\t[^\n]*\n)+)"
+_LOCAL_CHANGES = rb"Your local changes to the following files would be overwritten"
+_UNKNOWN_FILES = rb"(?:The following untracked|Updating the following directories)"
+
+
+def obstacles_hint(repo: str, said: bytes) -> str:
+    """What to type where git has listed the files that are in its way, "" where it has not."""
+    changed = _listed_below(_LOCAL_CHANGES, said)
+    unknown = _listed_below(_UNKNOWN_FILES, said)
+    return free_hint(repo, changed, unknown)
+
+
+def _listed_below(head: bytes, said: bytes) -> list[str]:
+    """The names that git has listed below such a line, each behind a tab."""
+    names = []
+    for block in re.findall(_LISTED % head, said):
+        text = block.decode("utf-8", "surrogateescape")
+        for line in text.splitlines():
+            names.append(line.removeprefix("\t"))
+    return names
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
@@ -8580,6 +8739,7 @@ def lasting_place(config_path: Path) -> Path:
     return tree.resolve() / config_path.relative_to(tree)
 
 
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
@@ -8609,11 +8769,16 @@ def append_log(path: Path, offset: int, data: bytes) -> tuple[int, bool]:
 def read_log(path: Path, offset: int, length: int) -> bytes:
     """Bytes of a log; fewer where it ends, none where it is missing."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(length) or b""
+        fd = os.open(path, READ_FLAGS)
     except OSError:
         return b""
+    try:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, length)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
 
 
 def sync_file(path: Path) -> None:
@@ -9156,11 +9321,73 @@ def program_argv() -> list[str]:
 COMMAND_NAME = "estelle-updater"  # that `setup` puts into a folder of PATH
 
 
+def own_name() -> str:
+    """This process's user, as `chown` takes it: a login's $USER may be somebody else."""
+    if os.name == "nt":
+        return "%USERNAME%"
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's, which has no name
+        return str(os.geteuid())
+
+
 def program_name() -> str:
     """What a person types to run this program."""
-    if os.environ.get("ESTELLE_COMMAND") == COMMAND_NAME:
+    if os.environ.get("ESTELLE_COMMAND") == COMMAND_NAME and first_in_path(COMMAND_NAME):
         return COMMAND_NAME
-    return f"{'python' if os.name == 'nt' else 'python3'} {typed(sys.argv[0])}"
+    return f"{python_name()} {typed(sys.argv[0])}"
+
+
+def python_name() -> str:
+    """What a person types for the Python that runs this: `python3` may be an older one, or none."""
+    if os.name == "nt":
+        found = "python"
+        if first_in_path("py.exe"):
+            found = "py"
+        return found
+    for name in ("python3", os.path.basename(sys.executable)):
+        place = first_in_path(name)
+        if place and is_same_folder(place, sys.executable):
+            return name
+    return typed(sys.executable)
+
+
+def first_in_path(name: str) -> str:
+    """Where a shell finds a program, "" where it does not; without `shutil`, which takes
+    milliseconds of each command's start."""
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        place = os.path.join(folder, name)
+        if folder and os.access(place, os.X_OK) and os.path.isfile(place):
+            return place
+    return ""
+
+
+def given_options(argv: Sequence[str]) -> list[str]:
+    """Which fleet, state folder and address a command line names, as it names them; argparse takes
+    the beginning of an option's name as well."""
+    words = list(itertools.takewhile(lambda word: word != "--", argv))
+    found = []
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if len(name) < 3 or not name.startswith("--"):
+            continue
+        for option in PLACE_OPTIONS:
+            if option.startswith(name):
+                if not equals:
+                    value = "".join(words[at + 1 : at + 2])
+                found += [option, value]
+    return found
+
+
+PLACE_OPTIONS = ("--config", "--state", "--bind")
+
+
+def advised(*words: object) -> str:
+    """A line for the shell at which this command was typed, that does something with this program:
+    for the same fleet, whatever the folder, and so it can't be another project's."""
+    return f"{program_name()} {typed(*words, *given_options(sys.argv[1:]))}"
 
 
 @record(frozen=True)
@@ -10509,6 +10736,8 @@ class Certificate:
     def __init__(self, config: ConfigFile) -> None:
         self.config = config
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        # it costs us more than whoever asks for it, for which an old OpenSSL has no limit
+        self.context.options |= ssl.OP_NO_RENEGOTIATION
         self.problem: str | None = None
         self._data = b""
         self._watch = FileWatch()
@@ -11205,6 +11434,9 @@ class Spawned:
             # Found once, while their parents lived: a PM2 that ends leaves its apps behind.
             self._known = set[int]()
             self._reading = threading.Lock()
+            # The same for all reads: new room for each would be asked of the system, and given
+            # back, for a line of twenty bytes.
+            self._room = memoryview(bytearray(CHUNK_BYTES))
             self._poll = select.poll()
             self._readable = {pipe.fileno() for pipe in (self._out, self._err) if pipe}
             for number in self._readable:
@@ -11219,7 +11451,9 @@ class Spawned:
                 if not ready:
                     return None
                 number = ready[0][0]
-                data = os.read(number, max_bytes)
+                if len(self._room) < max_bytes:
+                    self._room = memoryview(bytearray(max_bytes))
+                data = bytes(self._room[: os.readv(number, [self._room[:max_bytes]])])
                 if not data:
                     self._poll.unregister(number)
                     self._readable.discard(number)
@@ -11513,12 +11747,21 @@ def ask_git(
     return ended
 
 
+def git_error(said: bytes) -> UpdaterError:
+    """What a git that failed said, as an error, with the line to type where a setting is to
+    blame."""
+    reason = failure_reason(said)
+    return UpdaterError(reason, setting_hint(reason))
+
+
 def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> bytes:
     """What git answers, or nothing where it says no. Raises UpdaterError where there is nobody to
     ask."""
-    code, out, _ = ask_git(repo, env, *args, **how)
+    code, out, err = ask_git(repo, env, *args, **how)
     if code == 0:
         return out
+    if code > 1 and "grep" in args[:3]:  # 1 is that it found nothing
+        raise git_error(err)
     return b""
 
 
@@ -11782,7 +12025,7 @@ class Poke:
         self._looked = -1.0
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
-    def __call__(self) -> None:
+    def __call__(self, word: bytes = b"!") -> None:  # asyncio drops an empty one on Windows
         now = time.monotonic()
         if now - self._looked > 1:  # the daemon may have come back on another port
             self._looked = now
@@ -11793,9 +12036,11 @@ class Poke:
                 self._port = 0
         if self._port:
             with suppress(OSError):
-                self._socket.sendto(
-                    b"!", ("127.0.0.1", self._port)
-                )  # asyncio drops an empty one on Windows
+                self._socket.sendto(word, ("127.0.0.1", self._port))
+
+    def of_log(self) -> None:
+        """A log has grown, and nothing else is new."""
+        self(LOG_POKE)
 
 
 class HeldEnd:
@@ -12347,6 +12592,17 @@ def rule_for(config: Config, job: JobRecord, state: StateFolder) -> Effective:
     return host_rule(config, place, socket.gethostname(), role)
 
 
+def failed_step(runner: "Runner", step: Step, code: int, tail: bytes) -> StepFailed:
+    """How a step ends that failed by itself; what git has said is in its way is told with the line
+    that frees it."""
+    hint = obstacles_hint(str(runner.repo), tail)
+    # of a submodule git names no more than the files
+    is_here = step.argv[0] == "git" and "submodule" not in step.argv
+    if hint and is_here:
+        runner.log.line(f"hint: {hint}")
+    return StepFailed(State.FAILED, step.label, code, explain_step(step.argv, tail))
+
+
 class Runner:
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job
     restarts. What is to be done is WORK's."""
@@ -12394,7 +12650,7 @@ class Runner:
     def hold(self, job: JobRecord) -> int:
         """The job, while its lock is held."""
         try:
-            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke)
+            self.log = LogWriter(self.state.log_file(self.run, self.host), self.poke.of_log)
         except OSError as problem:
             why = f"can't write to {problem.filename}: {problem.strerror}"
             return int(not self.save(durable=True, state=State.FAILED, step="start", error=why))
@@ -12512,7 +12768,7 @@ class Runner:
         if stopped:
             raise self.stopped(step.label, child, *stopped)
         if code:
-            raise StepFailed(State.FAILED, step.label, code, explain_failure(running.tail))
+            raise failed_step(self, step, code, running.tail)
         return seconds
 
     def spawn(self, step: Step, mark: str) -> Spawned:
@@ -12761,6 +13017,16 @@ class CheckedOut:
 
     # What there is
 
+    def has(self, path: str) -> bool:
+        """Whether HEAD has a file of that name."""
+        found = self.ask(
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            f"HEAD:{path}",
+        )
+        return bool(found)
+
     def commit_of(self, name: str) -> str:
         """The commit that a name means, "" where there is none. `^{commit}` would not survive
         cmd.exe."""
@@ -12790,7 +13056,7 @@ class CheckedOut:
             words.append("--ignore-submodules=all")
         code, out, err = ask_git(self.root, self.env, *words, mark=self.mark, stop=stop)
         if code:
-            raise UpdaterError(failure_reason(err))
+            raise git_error(err)
         return parse_status(out)
 
     # What is otherwise
@@ -13003,7 +13269,7 @@ class WorkTree(CheckedOut):
             stop=self.stop,
         )
         if code:
-            raise UpdaterError(failure_reason(err))
+            raise git_error(err)
 
     def remove(self, path: str) -> None:
         """A file that git added, and the folders that it made for it."""
@@ -13320,7 +13586,12 @@ class Coming:
             return None
         if not os.path.lexists(place):
             what = f"{name} is gone from {self.repo}; {self.commit[:7]} has it"
-            return Refusal(what, typed(*git, "checkout", "HEAD", "--", path))
+            back = typed(
+                *git,
+                "checkout",
+                "HEAD",
+            )
+            return Refusal(what, f"{back} -- {pathspecs(path)}")
         if entry.mode == "100755" and os.name != "nt" and not os.access(place, os.X_OK):
             what = f"{place} is not executable; in {self.commit[:7]} it is"
             return Refusal(what, typed("chmod", "+x", place))
@@ -13978,22 +14249,23 @@ class ComingParts:
         shown = f"{self.above}{folder}"
         if lacks_commit(ask, wanted):
             return Refusal(f"submodule {shown}: its remote has no commit {wanted[:7]}")
-        in_the_way = self.find_in_the_way(folder, here, wanted)
+        found = self.find_in_the_way(folder, here, wanted)
+        unknown = [*found.untracked, *found.ignored]
+        in_the_way = [*found.changed, *unknown]
         if not in_the_way:
             return None
         what = f"local changes in submodule {shown} are in the way: {paths_text(in_the_way)}"
-        return Refusal(
-            what, f"{typed('git', '-C', self.root / folder)} stash, or commit and push them"
-        )
+        aside = f"{self.coming.root}.kept"  # within the clone it might be in the way again
+        hint = free_hint(str(self.root / folder), found.changed, unknown, aside)
+        return Refusal(what, hint)
 
-    def find_in_the_way(self, folder: str, here: str, wanted: str) -> list[str]:
-        """The files of a submodule that stand in git's way from one commit to another."""
+    def find_in_the_way(self, folder: str, here: str, wanted: str) -> Obstacles:
+        """What of a submodule stands in git's way from one commit to another."""
         place = self.root / folder
         terrain = Terrain(place, functools.partial(self.git, "-C", str(place)))
         said = terrain.ask(*STATUS) or ""
         changes = parse_status(said.encode("utf-8", "surrogateescape"))
-        found = terrain.find_obstacles([here, wanted], changes)
-        return [*found.changed, *found.untracked, *found.ignored]
+        return terrain.find_obstacles([here, wanted], changes)
 
 
 def refuse_damage(root: Path, branch: str) -> Refusal:
@@ -14001,6 +14273,151 @@ def refuse_damage(root: Path, branch: str) -> Refusal:
     what = f"git can't read the whole history of {branch} in {root}"
     check = typed("git", "-C", root, "fsck", "--connectivity-only")
     return Refusal(what, f"{check} says what is missing; else clone anew beside, and swap")
+
+
+# git goes on without a filter that need not work, and only says so
+_GIT_ERROR = regex(rb"(?m:^error: )")
+# Those that git runs when it fetches, checks out or pulls. What the last one says it ignores.
+HOOKS = ("reference-transaction", "post-checkout", "post-merge")
+
+
+def find_hooks(root: Path, ask: Callable[..., bytes]) -> tuple[list[str], str]:
+    """The hooks of a clone that git would run, and the one among them with which git-lfs would end
+    a checkout if it were gone; "" where there is none."""
+    place = root / os.fsdecode(ask("rev-parse", "--git-path", "hooks").strip())
+    found: list[str] = []
+    of_lfs = ""
+    for name in HOOKS:
+        hook = place / name
+        if not os.access(hook, os.X_OK):
+            continue
+        found.append(str(hook))
+        with suppress(OSError):
+            is_of_lfs = b"git-lfs" in read_supplied(hook, cut=True)
+            if is_of_lfs and name == "post-checkout":
+                of_lfs = str(hook)
+    return found, of_lfs
+
+
+def look_at_hooks(known: Prospect, coming: Coming) -> Prospect:
+    """The hooks of a clone are whoever set it up's, and run as by hand: the plan names them. Those
+    of git-lfs fail where git-lfs is gone."""
+
+    def ask(*args: str) -> bytes:
+        return os.fsencode(coming.at_root(*args))
+
+    found, of_lfs = find_hooks(coming.root, ask)
+    missing = known.missing
+    if of_lfs and not coming.git("lfs", "version"):
+        missing = (*missing, Refusal(NO_LFS_HOOK, f"or remove {typed(of_lfs)}"))
+    return known._replace(hooks=tuple(found), missing=missing)
+
+
+class Filters:
+    """Whether the clone's filters turn the contents that come into files, and back: git finds out
+    when it has written a part of the tree. `ask` asks git: its exit code, output and errors."""
+
+    def __init__(self, coming: Coming, ask: Callable[..., tuple[int, bytes, bytes]]) -> None:
+        self.coming, self.ask = coming, ask
+        self.root, self.commit = coming.root, coming.commit
+
+    def look(self, known: Prospect) -> Prospect:
+        """What is known by now, and what a trial of each filter says: of one file each."""
+        settings = {}
+        if self.coming.head != self.commit:  # else nothing is written
+            settings = self.read_settings()
+        if not settings:
+            return known
+        missing, unfiltered = [*known.missing], [*known.unfiltered]
+        with tempfile.TemporaryDirectory(prefix="estelle-") as name:
+            folder = Path(name)
+            for filter_name, path in self.find_uses(folder, settings).items():
+                reason = self.try_out(folder, filter_name, path)
+                shown = paths_text([path])
+                what = f"the filter {filter_name}, which {shown} needs, fails here: {reason}"
+                is_required = settings[filter_name].get("required", "false")
+                if reason and is_required.lower() in ("true", "yes", "on", "1", ""):
+                    missing.append(Refusal(what, self.hint(filter_name)))
+                elif reason:
+                    unfiltered.append(f"{what}; git writes it as it is stored")
+        return known._replace(missing=tuple(missing), unfiltered=tuple(unfiltered))
+
+    def hint(self, name: str) -> str:
+        """The line that shows a filter's commands."""
+        words = ("config", "--show-origin", "--get-regexp", f"filter[.]{name}[.]")
+        return f"{typed('git', '-C', self.root, *words)} shows its commands, which have to work"
+
+    # Which are used
+
+    def read_settings(self) -> dict[str, dict[str, str]]:
+        """The filters that are set up here, but for LFS, which is looked at by itself."""
+        said = self.coming.at_root("config", "--null", "--get-regexp", "filter[.]")
+        found: dict[str, dict[str, str]] = {}
+        for item in said.split("\0"):
+            key, _, value = item.partition("\n")
+            section, _, variable = key.rpartition(".")
+            name = section.removeprefix("filter.")
+            if name not in (section, "lfs"):
+                found.setdefault(name, {})[variable] = value
+        return found
+
+    def find_uses(self, folder: Path, wanted: Container[str]) -> dict[str, str]:
+        """A file for each filter that is used by what comes. The commit's attributes are laid out
+        in a folder of their own: an older git reads none out of a commit."""
+        begin = f"{self.commit}:"
+        words = ("grep", "-l", "-z", "-F", "filter", self.commit, "--", "*.gitattributes")
+        for word in filter(None, self.coming.at_root(*words).split("\0")):
+            name = word.removeprefix(begin)
+            place = folder / "tree" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            text = self.coming.at_root("cat-file", "blob", f"{begin}{name}")
+            place.write_text(text, "utf-8", "surrogateescape")
+        tree = folder / "tree"
+        tree.mkdir(exist_ok=True)
+        git_dir = os.path.abspath(git_folder(self.root))
+        there = ("-C", str(tree), f"--git-dir={git_dir}", f"--work-tree={tree}")
+        found: dict[str, str] = {}
+        for part in _parts(self.list_coming()):
+            said = self.coming.git(*there, "check-attr", "-z", "filter", "--", *part)
+            fields = said.split("\0")
+            for path, value in zip(fields[::3], fields[2::3], strict=False):
+                if value in wanted:
+                    found.setdefault(value, path)
+        return found
+
+    def list_coming(self) -> list[str]:
+        """The paths that git would write; all of them, where they may be written otherwise."""
+        words = ("diff-tree", "-r", "-z", "--no-renames", "--name-only", "--diff-filter=d")
+        said = self.coming.at_root(*words, self.coming.head, self.commit)
+        paths = list(filter(None, said.split("\0")))
+        if any(map(_ATTRIBUTES.fullmatch, paths)):
+            words = ("ls-tree", "-r", "-z", "--full-tree", "--name-only", self.commit)
+            paths = list(filter(None, self.coming.at_root(*words).split("\0")))
+        return paths
+
+    # The trial
+
+    def try_out(self, folder: Path, name: str, path: str) -> str:
+        """Why a filter fails with a file, "" where it does not, or nobody can tell. It runs where
+        git runs it, as its command may be a file of the clone."""
+        attributes, content = folder / "attributes", folder / "content"
+        attributes.write_text(f"* filter={name}\n", "utf-8")
+        how = ("-C", str(self.root), "-c", f"core.attributesFile={attributes}")
+        here = f"{self.commit}:{path}"
+        size = self.coming.git("cat-file", "-s", here).strip()
+        if not size or int(size) > TRIAL_BYTES:
+            return ""
+        try:
+            code, out, err = self.ask(*how, "cat-file", "--filters", here)
+            if not code and not _GIT_ERROR.search(err):
+                content.write_bytes(out)
+                words = ("hash-object", f"--path={path}", str(content))
+                code, out, err = self.ask(*how, *words)
+        except UpdaterError:  # slow: the step itself has more time
+            return ""
+        if code or _GIT_ERROR.search(err):
+            return failure_reason(err)
+        return ""
 
 
 class Foresight:
@@ -14030,6 +14447,7 @@ class Foresight:
             ignored=obstacles.ignored,
             nested=obstacles.nested,
             closed=obstacles.closed,
+            user=own_name(),
             pinned=obstacles.pinned,
             missing=tuple(wrong),
             unsure=tuple(unsure),
@@ -14242,6 +14660,7 @@ class Clearance:
             obstacles,
         )
         known = known._replace(halfway=find_halfway(runner.work_tree(), changes))
+        known = Filters(coming, self.try_git).look(known)
         for one in judge_prospect(known).refused:
             self.refuse(one)
         return known
@@ -14259,6 +14678,18 @@ class Clearance:
     def ask(self, *args: str) -> str | None:
         """git's answer as text, None where it says no."""
         return self.git(*args).decode("utf-8", "surrogateescape") or None
+
+    def try_git(self, *args: str) -> tuple[int, bytes, bytes]:
+        """A trial: git's exit code, output and errors. Raises UpdaterError."""
+        runner = self.runner
+        return ask_git(
+            runner.repo,
+            runner.env,
+            *args,
+            timeout_s=TRIAL_S,
+            mark=runner.question_mark,
+            stop=runner.is_cancelled,
+        )
 
     def judge_doors(self, commit: str) -> Config | None:
         """What a commit's configuration changes at the doors is a warning, and where it opens them
@@ -14578,21 +15009,22 @@ class Transit:
         others = ""
         if more:
             others = f"; so the {count_text(len(more), 'other')}"
-        root = self.tree.root
+        tree = self.tree
         for path, part, _ in self.tree.iter_parts(()):
             if first.startswith(f"{path}/"):
-                root = part.root
-        name = os.path.relpath(self.tree.root / first, root)
-        restore = typed(
+                tree = part
+        name = Path(os.path.relpath(self.tree.root / first, tree.root)).as_posix()
+        back = typed(
             "git",
             "-C",
-            root,
+            tree.root,
             "checkout",
             "HEAD",
-            "--",
-            name,
         )
-        return f"keep what you need, then: {restore}, or rm it{others}"
+        restore = f"{back} -- {pathspecs(name)}"
+        if not tree.has(name):  # a file of the commit that did not come
+            restore = keep_hint(str(tree.root), [name], f"{self.tree.root}.kept")
+        return f"keep what you need, then: {restore}{others}"
 
 
 class Fetched:
@@ -14854,7 +15286,14 @@ class Deployment:
     def switch(self, checkout: Step, pull: Step | None, *, announce: bool) -> None:
         """Check out and pull. Raises StepFailed."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
-        runner.step(checkout, rule.timeout_s, announce=announce)
+        try:
+            runner.step(checkout, rule.timeout_s, announce=announce)
+        except StepFailed as failure:
+            hooks, _ = find_hooks(self.tree.root, self.tree.ask)
+            gave_none = failure.exit_code and not failure.error
+            if gave_none and hooks:  # git ends as its hook does, and says nothing
+                failure.error = f"{hooks_text(hooks)} failed"
+            raise
         if pull:
             runner.step(pull, rule.timeout_s)
         else:
@@ -14865,7 +15304,7 @@ class Deployment:
         """What the commit only names: submodules and large files. Raises StepFailed,
         UpdaterError."""
         runner, rule = self.runner, self.runner.rule
-        for text in link_warnings(known):
+        for text in (*known.unfiltered, *link_warnings(known)):
             runner.warn(text)
         if (self.tree.root / ".gitmodules").exists():
             if rule.submodules:
@@ -15106,6 +15545,10 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
     gc.freeze()  # what is never looked at again is never copied
     with socket.socket(fileno=descriptor) as daemon, daemon.makefile("rb") as orders:
         daemon.sendall(READY)
+        asked, _, _ = select.select([daemon], [], [], PRUNE_FIRST_S)
+        if not asked:
+            SOURCES.pack()
+            gc.freeze()
         for line in orders:
             run, host = json.loads(line)
             child = os.fork()
@@ -16496,7 +16939,7 @@ def stage_text(real: Path, text: bytes) -> Path:
         with suppress(OSError):
             temp.unlink(missing_ok=True)
         hint = (
-            f"this service's user must own the file and its folder: chown USER {real.parent} {real}"
+            f"this service's user must own both: sudo chown {own_name()} {typed(real.parent, real)}"
         )
         raise GuardError(f"can't replace {real}: {problem.strerror}", hint) from problem
     return temp
@@ -17056,10 +17499,67 @@ CLIENT_OPTIONS: dict[str, Any] = {
 # RFC 6455: a frame's kinds, the bits beside a kind and a size, and why a connection ends
 _CONTINUED, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
 _LAST, _RESERVED, _MASKED = 0x80, 0x70, 0x80
+_OPEN = 1  # of a connection's states in websockets
 _NORMAL_END, _AGAINST_PROTOCOL, _TOO_LARGE = 1000, 1002, 1009
 _WEBSOCKET_ID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _USUAL_PORTS = {"ws": 80, "wss": 443}
 _HEAD_BYTES = 64 << 10  # of an HTTP answer: more is none
+
+
+def encode_whole(opcode: int, body: bytes, mask: bytes = b"") -> bytes:
+    """A message in one frame. A client's is masked by four random bytes, which keeps a proxy from
+    taking them for its own words; a server's is not."""
+    size = len(body)
+    masked = _MASKED if mask else 0
+    if size < 126:
+        head = bytes((_LAST | opcode, masked | size))
+    elif size < 1 << 16:
+        head = bytes((_LAST | opcode, masked | 126)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((_LAST | opcode, masked | 127)) + size.to_bytes(8, "big")
+    if not mask:
+        return head + body
+    return b"".join((head, mask, mix(body, mask)))
+
+
+def decode_whole(data: bytes, is_masked: bool) -> tuple[int, bytes] | None:
+    """(opcode, body) where these bytes are one small message, all of it and nothing else."""
+    if len(data) < 2 or data[0] not in (_LAST | _TEXT, _LAST | _BINARY):
+        return None
+    size, start = data[1], 2
+    if is_masked:
+        size, start = size ^ _MASKED, 6
+    if size == 126:
+        size, start = int.from_bytes(data[2:4], "big"), start + 2
+    # here too where it is masked against the rules, or not masked against them
+    if size == 127 or len(data) != start + size:
+        return None
+    body = data[start:]
+    if is_masked:
+        body = mix(body, data[start - 4 : start])
+    return data[0] & 15, body
+
+
+def mix(body: bytes, mask: bytes) -> bytes:
+    """Put a mask of four bytes on, or take it off."""
+    size = len(body)
+    repeated = (mask * (size // 4 + 1))[:size]
+    mixed = int.from_bytes(body, "big") ^ int.from_bytes(repeated, "big")
+    return mixed.to_bytes(size, "big")
+
+
+def awaits_frame(protocol: Any) -> bool:
+    """Whether a connection's parser has nothing of a frame yet, and nothing of a message: the
+    innermost of its generators tells. Were the library made otherwise, that would only be
+    slower."""
+    if protocol.reader.buffer or protocol.current_size is not None:
+        return False
+    if protocol.state != _OPEN:
+        return False
+    parser = protocol.parser
+    while parser.gi_yieldfrom is not None:
+        parser = parser.gi_yieldfrom
+    return bool(parser.gi_code.co_name == "at_eof")
 
 
 class Wire(Protocol):
@@ -17069,8 +17569,65 @@ class Wire(Protocol):
     async def recv(self) -> str | bytes: ...
     def abort(self) -> None: ...
 
+    # A wire may have quicker ways, which are used in the same turn of the loop.
 
-class SocketWire:
+    def has_room(self) -> bool:
+        """Whether `send_now` may be called: nothing waits in front of it."""
+        return False
+
+    def send_now(self, frame: str | bytes) -> None:
+        """Hand a frame to the connection."""
+        return
+
+    def deliver(self, take: Callable[[str | bytes], None] | None) -> None:
+        """From now on, call `take` with each message as it comes, in place of `recv`, which only
+        has those that something waits in front of. None: `recv` has all again."""
+        return
+
+
+class Delivered:
+    """Of a connection of websockets: a message goes to its taker as it comes. Through the library's
+    queue it would wait for a task and a turn of the loop, which takes as long as all else that
+    happens to it here; and so does the library's parser, which a small one has no need of."""
+
+    __slots__ = ()
+
+    def connection_made(self, transport: Any) -> None:
+        connection: Any = self
+        connection.take = None
+        super().connection_made(transport)  # type: ignore[misc]
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio calls it."""
+        connection: Any = self
+        take = connection.take
+        if take is not None and awaits_frame(connection.protocol):
+            message = decode_whole(data, connection.is_server)
+            if message and take(*message):
+                return
+        super().data_received(data)  # type: ignore[misc]
+
+    def process_event(self, event: Any) -> None:
+        """As the library calls it for the handshake, then for each frame of a message."""
+        connection: Any = self
+        take = connection.take
+        if take is None or not event.fin or not take(event.opcode, event.data):
+            super().process_event(event)  # type: ignore[misc]
+
+
+@functools.cache
+def delivered_client() -> Any:
+    """The class of an agent's connection, made once websockets is imported."""
+    from websockets.asyncio.client import ClientConnection
+
+    class DeliveredClient(Delivered, ClientConnection):
+        __slots__ = ("take",)
+        is_server = False
+
+    return DeliveredClient
+
+
+class SocketWire(Wire):
     """A WebSocket as a wire: its end is EOFError, and no send blocks longer than the deadline."""
 
     def __init__(self, socket: Any) -> None:
@@ -17079,23 +17636,52 @@ class SocketWire:
         self.socket = socket
         self._closed = ConnectionClosed  # an import for each frame would cost more than its timer
 
-    def _send_now(self, frame: str | bytes) -> bool:
-        """Hand a frame to a connection that has nothing to do, as `send` of the library would, at a
-        third of its price; False, and nothing done, where that has to wait for something."""
+    def has_room(self) -> bool:
         connection = self.socket
         transport = connection.transport
         is_busy = transport.is_closing() or transport.get_write_buffer_size()
-        if is_busy or connection.protocol.state.name != "OPEN":
-            return False
+        return not is_busy and bool(connection.protocol.state == _OPEN)
+
+    def send_now(self, frame: str | bytes) -> None:
+        """Hand a frame to a connection that has nothing to do, as `send` of the library would, at a
+        tenth of its price. It notes nothing of a message that is one frame."""
+        mask = b""
+        if not self.socket.is_server:
+            mask = os.urandom(4)
         if isinstance(frame, str):
-            connection.protocol.send_text(frame.encode())
+            data = encode_whole(_TEXT, frame.encode(), mask)
         else:
-            connection.protocol.send_binary(frame)
-        connection.send_data()
-        return True
+            data = encode_whole(_BINARY, frame, mask)
+        self.socket.transport.write(data)
+
+    def deliver(self, take: Callable[[str | bytes], None] | None) -> None:
+        self.socket.take = take and self._taking(take)
+
+    def _taking(self, take: Callable[[str | bytes], None]) -> Callable[[int, bytes], bool]:
+        """What the connection calls with each message that is whole: whether it was taken, and not
+        left to `recv` with those that wait there, or with what is to be said about it."""
+        waiting = self.socket.recv_messages.frames
+
+        def on_message(opcode: int, data: bytes) -> bool:
+            if len(waiting):
+                return False
+            if opcode == _BINARY:
+                take(bytes(data))
+                return True
+            if opcode != _TEXT:
+                return False
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                return False
+            take(text)
+            return True
+
+        return on_message
 
     async def send(self, frame: str | bytes) -> None:
-        if self._send_now(frame):
+        if self.has_room():
+            self.send_now(frame)
             return
         # An aborted connection ends the send that waits for it: a timer is all that this takes.
         loop = asyncio.get_running_loop()
@@ -17119,7 +17705,7 @@ class SocketWire:
         self.socket.transport.abort()
 
 
-class QueueWire:
+class QueueWire(Wire):
     """One end of an in-process pair, for the master's own agent."""
 
     def __init__(self, inbox: "asyncio.Queue[Any]", outbox: "asyncio.Queue[Any]") -> None:
@@ -17301,7 +17887,7 @@ class ClientSocket:
             self._send(_CLOSE, code.to_bytes(2, "big"))
         self.is_open, self.is_over = False, True
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes | memoryview) -> None:
         """Take the next bytes, none where the connection has ended. Raises NoUpgrade, EOFError
         where there never was a WebSocket."""
         self._input += data
@@ -17366,18 +17952,7 @@ class ClientSocket:
     # Frames
 
     def _send(self, opcode: int, body: bytes) -> None:
-        """A client's frames are masked, which keeps a proxy from taking them for its own words."""
-        size = len(body)
-        if size < 126:
-            head = bytes([_LAST | opcode, _MASKED | size])
-        elif size < 1 << 16:
-            head = bytes([_LAST | opcode, _MASKED | 126]) + size.to_bytes(2, "big")
-        else:
-            head = bytes([_LAST | opcode, _MASKED | 127]) + size.to_bytes(8, "big")
-        mask = os.urandom(4)
-        repeated = (mask * (size // 4 + 1))[:size]
-        mixed = int.from_bytes(body, "big") ^ int.from_bytes(repeated, "big")
-        self._output.append(head + mask + mixed.to_bytes(size, "big"))
+        self._output.append(encode_whole(opcode, body, os.urandom(4)))
 
     def _next_frame(self) -> Frame | None:
         """A whole frame off the input. Raises BadFrame."""
@@ -17462,6 +18037,7 @@ class BlockingWire:
     def __init__(self, way: "Way", timeout_s: float) -> None:
         url = parse_master_url(way.url)
         self._protocol = ClientSocket(url)
+        self._room = memoryview(bytearray(LARGE_CHUNK_BYTES))  # for all reads
         self._quiet_s = 0.0  # waited for a sign of life
         self._in_use = threading.Lock()  # whoever reads or writes: the program, or who attends
         self._attended = False
@@ -17547,14 +18123,14 @@ class BlockingWire:
         self._socket.settimeout(max(0.001, timeout_s))
         self._flush()
         try:
-            data = self._socket.recv(LARGE_CHUNK_BYTES)
+            count = self._socket.recv_into(self._room)
         except TimeoutError:
             self._ask_for_life(timeout_s)
             raise
         except OSError:
-            data = b""
+            count = 0
         self._quiet_s = 0.0
-        self._protocol.receive(data)
+        self._protocol.receive(self._room[:count])
         self._flush()
 
     def _ask_for_life(self, waited_s: float) -> None:
@@ -17606,7 +18182,7 @@ async def connect_master(way: Way, hello: Hello) -> tuple[SocketWire, Welcome]:
     else:
         source = None
     with dialing(way.url):
-        options = CLIENT_OPTIONS | dict(way.tls)
+        options = CLIENT_OPTIONS | dict(way.tls) | {"create_connection": delivered_client()}
         try:
             wire = SocketWire(await connect(way.url, local_addr=source, **options))
         except InvalidStatus as problem:
@@ -17731,6 +18307,20 @@ class Recent:
         return found
 
 
+def take_posts(waiting: list[str], most: int) -> list[str]:
+    """The first of what waits to be sent, and what follows as far as all of it is `most` long: the
+    states of a thousand hosts in one turn of the loop are a few frames, and not a thousand."""
+    count, size = 1, len(waiting[0])
+    for text in itertools.islice(waiting, 1, None):
+        size += len(text) + 1
+        if size > most:
+            break
+        count += 1
+    taken = waiting[:count]
+    del waiting[:count]
+    return taken
+
+
 class Link:
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more
     than a window of unacknowledged bytes. Incoming: logs into files, acknowledged by their size.
@@ -17755,6 +18345,7 @@ class Link:
         self._control: list[str] = []  # an empty deque is ten times as large
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
+        self._resting = False  # the writer has nothing to do
         self._cursors: dict[tuple[str, str], SendCursor] = {}
         self._channels: dict[int, SendCursor] = {}
         self._due: dict[int, SendCursor] = {}  # those with something to send, in turn
@@ -17793,26 +18384,18 @@ class Link:
     async def write_forever(self) -> None:
         """The one writer of this connection."""
         while True:
+            self._resting = True
             await self._wake.wait()
+            self._resting = False
             self._wake.clear()
             while self._control or await self._write_chunks():
                 while self._control:
                     await self.wire.send(self._next_frame())
 
     def _next_frame(self) -> str:
-        """What was posted first; for who takes lists, with all that was posted since: the states of
-        a thousand hosts in one turn of the loop are a few frames, and not a thousand."""
-        texts = self._control[:1]
-        size = len(texts[0])
-        if self.lists:
-            for text in itertools.islice(self._control, 1, None):
-                size += len(text) + 1
-                if size > LIST_BYTES:
-                    break
-                texts.append(text)
-        del self._control[: len(texts)]
-        for text in texts:
-            self._waiting_bytes -= len(text)
+        """What was posted first; for who takes lists, with what was posted since."""
+        texts = take_posts(self._control, LIST_BYTES if self.lists else 0)
+        self._waiting_bytes -= sum(map(len, texts))
         return encode_list(texts)
 
     # Logs that we send
@@ -17848,9 +18431,10 @@ class Link:
             return
         cursor.size = size
         self._note_due(cursor)
-        self._wake.set()
         if self.shared:
             self.post(Log(cursor.channel, run, host, size))
+        elif not self._send_line(cursor):
+            self._wake.set()
 
     def shrank(self, run: str, host: str, size: int) -> None:
         """An open log was shortened: what the other side has not got is gone."""
@@ -17880,41 +18464,57 @@ class Link:
         self._note_due(cursor)
         self._wake.set()
 
+    def _send_line(self, cursor: SendCursor) -> bool:
+        """Send at once what is new of a log, where nothing else waits: whether it is on its way. To
+        wake the writer for it would take another turn of the loop. Of a flood the writer sends as
+        much as there is by then."""
+        is_idle = self._resting and not self._wake.is_set() and self.wire.has_room()
+        if not is_idle or cursor.size - (cursor.sent or 0) >= CHUNK_BYTES:
+            return False
+        frame = self._next_piece(cursor)
+        if not frame:
+            return False
+        self.wire.send_now(frame)
+        return True
+
     async def _write_chunks(self) -> bool:
         """One chunk of each log that has something to send and room in the window; False when there
         is none."""
         sent = False
         for cursor in list(self._due.values()):
-            span = cursor.next_span(WINDOW_BYTES - self._unacked, self.chunk_bytes)
-            path = self._paths.get(cursor.channel)
-            if span is None or path is None:
+            begin = cursor.sent or 0
+            frame = self._next_piece(cursor)
+            if not frame:
                 continue
-            offset, length = span
-            if cursor.from_file:
-                size = offset + length
-                frame = encode_growth(cursor.channel, size)
-            else:
-                data = self.recent.read(path, offset, length)
-                if not data:
-                    continue
-                length = len(data)
-                frame = encode_chunk(
-                    cursor.channel,
-                    offset,
-                    data,
-                    self.squeeze,
-                )
-            before = cursor.unacked
-            cursor.sent = offset + length
-            self._unacked += cursor.unacked - before
-            self._note_due(cursor)
             await self.wire.send(frame)
-            if cursor.from_file and length >= CHUNK_BYTES:
+            if cursor.from_file and (cursor.sent or 0) - begin >= CHUNK_BYTES:
                 await asyncio.sleep(FLOOD_LOOK_S)  # one word tells of what comes meanwhile
             sent = True
             if self._control:
                 break
         return sent
+
+    def _next_piece(self, cursor: SendCursor) -> bytes:
+        """The frame with what comes next of a log, which counts as sent; b"" where there is nothing
+        to send, or no room in the window."""
+        span = cursor.next_span(WINDOW_BYTES - self._unacked, self.chunk_bytes)
+        path = self._paths.get(cursor.channel)
+        if span is None or path is None:
+            return b""
+        offset, length = span
+        if cursor.from_file:
+            frame = encode_growth(cursor.channel, offset + length)
+        else:
+            data = self.recent.read(path, offset, length)
+            if not data:
+                return b""
+            length = len(data)
+            frame = encode_chunk(cursor.channel, offset, data, self.squeeze)
+        before = cursor.unacked
+        cursor.sent = offset + length
+        self._unacked += cursor.unacked - before
+        self._note_due(cursor)
+        return frame
 
     def _note_due(self, cursor: SendCursor) -> None:
         """Whether a log has something to send, so that a thousand that have not cost nothing; what
@@ -18163,11 +18763,13 @@ class Peer:
     async def serve(self, obey: Callable[[str | bytes], None]) -> None:
         """Everything after the greeting: what is posted goes out, and each frame that comes in to
         `obey`, until the connection ends."""
+        wire = self.link.wire
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self.link.write_forever())
+                wire.deliver(lambda frame: self._take(obey, frame))
                 while True:
-                    obey(await self.link.wire.recv())
+                    obey(await wire.recv())
         except BaseExceptionGroup:
             # A group that ends by itself forgets a stop that comes meanwhile: the daemon would dial
             # again, and never end.
@@ -18176,7 +18778,19 @@ class Peer:
                 raise asyncio.CancelledError from None
             raise
         finally:
+            wire.deliver(None)
             self._hang_up()
+
+    def _take(self, obey: Callable[[str | bytes], None], frame: str | bytes) -> None:
+        """Obey what came past `serve`, which ends by it as by any other."""
+        try:
+            obey(frame)
+        except Exception as problem:
+            self.link.wire.deliver(None)
+            self._group.create_task(self._fail(problem))
+
+    async def _fail(self, problem: Exception) -> NoReturn:
+        raise problem
 
     def _hang_up(self) -> None:
         """Whoever waits for an answer over this connection waits no longer: none can come."""
@@ -18645,9 +19259,11 @@ class OwnJobs:
 
 
 async def prune_forever(own: OwnJobs, needed: Callable[[], Iterable[str]]) -> None:
-    """Now and then, delete the runs that [keep] does not keep."""
+    """Now and then, delete the runs that [keep] does not keep; what the start left for a time with
+    less to do goes first."""
     state = own.state
     await asyncio.sleep(PRUNE_FIRST_S)
+    await asyncio.to_thread(SOURCES.pack)
     while True:
         try:
             gone = await asyncio.to_thread(
@@ -18981,6 +19597,19 @@ class Dialer:
 # ==============================================================================
 
 
+# Those that git reads only where it needs them, and what each has to be.
+LATE_SETTINGS = {
+    "checkout.workers": "int",
+    "checkout.thresholdForParallelism": "int",
+    "core.filesRefLockTimeout": "int",
+    "core.packedRefsTimeout": "int",
+    "index.recordEndOfIndexEntries": "bool",
+    "index.recordOffsetTable": "bool",
+    "index.threads": "bool-or-int",
+    "maintenance.auto": "bool",
+}
+
+
 class Outlook:
     """What a deployment would find in this host's clone, by questions to git alone: it fetches
     objects, and changes neither the working tree nor the index nor any ref. A job may run
@@ -19017,13 +19646,25 @@ class Outlook:
             return None
         return out.decode("utf-8", "surrogateescape")
 
+    def try_git(self, *args: str) -> tuple[int, bytes, bytes]:
+        """A trial: git's exit code, output and errors. Raises UpdaterError."""
+        left_s = max(0.1, self.deadline - time.monotonic())
+        return ask_git(
+            self.repo,
+            self.env,
+            *args,
+            timeout_s=min(left_s, TRIAL_S),
+            stop=self.stop,
+        )
+
     def paths(self, *args: str) -> list[str]:
         """The paths in an answer to `-z`."""
         return [path for path in (self.git(*args) or "").split("\0") if path]
 
     def why(self) -> str:
         """What git said last."""
-        return failure_reason(self.said)
+        reason = failure_reason(self.said)
+        return Refusal(reason, setting_hint(reason)).text
 
     def must(self, *args: str) -> str:
         """git's answer where there has to be one: no answer is neither "nothing" nor 0. Raises
@@ -19145,7 +19786,8 @@ class Outlook:
         found |= {"target": target, "commits": commits}
         found["leaving"] = int(self.must("rev-list", "--count", *leaving, "--"))
         most = f"--max-count={PLAN_ROWS}"
-        subjects = self.must("log", "--oneline", "--no-decorate", most, *arriving, "--")
+        # no setting of `git log` counts for it
+        subjects = self.must("rev-list", "--oneline", most, *arriving, "--")
         diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
         found["changed"] = [path for path in self.must(*diff, head, target).split("\0") if path]
         stops = [commit for commit in (head, local, target) if commit]
@@ -19153,11 +19795,22 @@ class Outlook:
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
 
     def find_bad_settings(self) -> list[str]:
-        """What a checkout would end with for a setting that this git does not know, such as the
-        newer conflict styles: it reads them before it gives its help, and changes nothing."""
-        if self.git("checkout", "-h") is None and b"fatal: " in self.said:
-            return [self.why()]
-        return []
+        """What a deployment would end with for a setting whose value this git does not take, such
+        as the newer conflict styles. It reads most of them before it gives its help, and changes
+        nothing."""
+        found = []
+        for command in ("fetch", "checkout", "pull", "merge", "grep"):
+            code, _, self.said = self.try_git(command, "--no-such-option")
+            if code and b"fatal: " in self.said:
+                found.append(self.why())
+        set_here = (self.git("config", "--null", "--name-only", "--list") or "").split("\0")
+        for key, kind in LATE_SETTINGS.items():
+            is_set = key.lower() in set_here
+            if is_set and self.git("config", f"--type={kind}", "--get", key) is None:
+                # git itself says it without the place, when it comes to that
+                self.said = re.sub(rb" in file [^\n]+?(: |\n)", rb"\1", self.said)
+                found.append(self.why())
+        return found
 
     def find_obstacles(
         self, found: dict[str, Any], root: Path, stops: Sequence[str], changes: TreeChanges
@@ -19170,9 +19823,9 @@ class Outlook:
         found["lock_file"] = any(LOCK_FILE.fullmatch(path) for path in found["changed"])
         if in_the_way:
             names = paths_text(in_the_way, PLAN_ROWS)
-            found["refused"].append(
-                f"local changes are in the way of the incoming commits: {names}"
-            )
+            what = f"local changes are in the way of the incoming commits: {names}"
+            hint = free_hint(str(root), self.obstacles.changed, self.obstacles.untracked)
+            found["refused"].append(Refusal(what, hint).text)
 
     def foresee(self, found: dict[str, Any], branch: str, rule: Effective) -> None:
         """What a job with these settings would refuse before it moves the tree, and which steps
@@ -19189,6 +19842,7 @@ class Outlook:
         foresight = Foresight(coming, plans=True)
         known = foresight.look(branch, self.local, self.unmerged, self.obstacles)
         known = known._replace(halfway=self.halfway)
+        known = Filters(coming, self.try_git).look(look_at_hooks(known, coming))
         forecast = judge_prospect(known)
         found["refused"] += [one.text for one in forecast.refused]
         found["warnings"] += forecast.warnings
@@ -19208,7 +19862,7 @@ def judge_ground(found: dict[str, Any], ground: Iterable[Finding]) -> None:
     if certain and "target" not in found:
         found["refused"] = []  # git's own words for the same
         found.pop("exit", None)
-    found["refused"] = certain + found["refused"]
+    found["refused"] = list(dict.fromkeys(certain + found["refused"]))
 
 
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
@@ -19283,8 +19937,8 @@ def compare_commits(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         target, _ = outlook.find_target(branch)
     found: dict[str, Any] = {"current": head, "target": target}
     for name, side in (("arrives", "--right-only"), ("left_behind", "--left-only")):
-        flags = ("--no-merges", "--cherry-pick", "--no-decorate", side)
-        listed = outlook.git("log", "--oneline", *flags, f"{head}...{target}", "--")
+        flags = ("--no-merges", "--cherry-pick", side)
+        listed = outlook.git("rev-list", "--oneline", *flags, f"{head}...{target}", "--")
         if listed is None:
             raise UpdaterError(outlook.why())
         lines = listed.splitlines()
@@ -19656,6 +20310,7 @@ class PongBound:
     not, and one that never reads would fill the memory."""
 
     __slots__ = ()
+    is_server = True
 
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it: what is written meanwhile are answers to pings, and an end."""
@@ -19714,11 +20369,227 @@ class Elders:
             gc.unfreeze()
 
 
+class Turns:
+    """Whose TLS greeting goes on: GREETINGS at once, and who comes when all are taken gets the turn
+    of an address that has more. So silent ones keep nobody out, until as many allowed addresses
+    send them. Of a Greeting, it has a future `turn`, the `begun` handshake and the transport."""
+
+    def __init__(self) -> None:
+        self.active: dict[str, list[Any]] = {}  # by address, the oldest first
+        self.waiting: dict[Any, None] = {}
+
+    def held(self, greeting: Any) -> int:
+        """How many turns its address has."""
+        return len(self.active.get(greeting.begun.among, ()))
+
+    def begin(self, greeting: Any) -> None:
+        """Give it its turn, now or when another one ends."""
+        if sum(map(len, self.active.values())) < GREETINGS:
+            self._start(greeting)
+            return
+        most = max(self.active.values(), key=len)
+        is_known = bool(greeting.begun.among)
+        if not is_known or len(most) <= self.held(greeting) + 1:
+            if len(self.waiting) < GREETINGS_WAITING:
+                self.waiting[greeting] = None
+            else:
+                greeting.turn.cancel()
+            return
+        oldest = most.pop(0)
+        oldest.transport.abort()
+        self._start(greeting)
+
+    def end(self, greeting: Any) -> None:
+        """It is over: the next turn is one's whose address has the fewest, strangers last."""
+        self.waiting.pop(greeting, None)
+        among = greeting.begun.among
+        active = self.active.get(among, [])
+        if greeting not in active:  # another one has got its turn
+            return
+        active.remove(greeting)
+        if not active:
+            del self.active[among]
+        if self.waiting:
+            following = min(self.waiting, key=lambda one: (not one.begun.among, self.held(one)))
+            del self.waiting[following]
+            self._start(following)
+
+    def _start(self, greeting: Any) -> None:
+        self.active.setdefault(greeting.begun.among, []).append(greeting)
+        if not greeting.turn.done():
+            greeting.turn.set_result(None)
+
+
+class Handshakes:
+    """Those that are begun and not judged, counted for each allowed address and for all others."""
+
+    def __init__(
+        self,
+        config: ConfigFile,
+        certificate: Certificate | None,
+        elders: Elders,
+        refuse: Callable[[str, str], None],
+    ) -> None:
+        self.config, self.certificate = config, certificate
+        self.elders, self.refuse = elders, refuse
+        self.open: Counter[str] = Counter()
+        self.turns = Turns()
+
+    def among(self, peer: str) -> str:
+        """With which others this address counts: its own only, or all strangers, that is ""."""
+        config = self.config.config
+        known = (
+            _whitelist(listed).verdict(peer)
+            for listed in (config.whitelist, config.trusted_proxies)
+        )
+        if any(verdict.allowed for verdict in known):
+            return peer
+        return ""
+
+    def begin(self, among: str) -> bool:
+        """Count one more. False where that is one too many, which the log then says."""
+        self.open[among] += 1
+        most = STRANGERS
+        if among:
+            most = HANDSHAKES
+        if self.open[among] <= most:
+            return True
+        self.refuse(among or "strangers", f"more than {most} handshakes at once")
+        return False
+
+    def end(self, among: str) -> None:
+        """One less."""
+        self.open[among] -= 1
+        if not self.open[among]:
+            del self.open[among]
+
+
+class Begun:
+    """A handshake that is begun and not judged: it counts, until `end`.
+
+    It has WELCOME_S in all, so `due` is when it is over, as the loop's clock has it.
+    """
+
+    __slots__ = ("all", "among", "due", "greeting", "one_too_many", "patience", "peer")
+
+    def __init__(self, handshakes: Handshakes, transport: Any) -> None:
+        self.all = handshakes
+        self.due = asyncio.get_running_loop().time() + WELCOME_S
+        self.patience: Any = None  # asyncio's timeout, once it is judged
+        self.greeting: Any = None  # of a connection over TLS
+        peer = transport.get_extra_info("peername")
+        self.peer = host_key((peer or ("",))[0])
+        self.among = handshakes.among(self.peer)
+        self.one_too_many = not handshakes.begin(self.among)
+        if self.one_too_many:
+            transport.abort()
+
+    def end(self, *, was_heard: bool) -> None:
+        """It is over; `was_heard` if we could learn what it wanted."""
+        self.all.end(self.among)
+        self.leave_turn()
+        if not was_heard and not self.one_too_many:
+            self.all.refuse(self.peer, "it began no WebSocket handshake, or did not end it")
+
+    def leave_turn(self) -> None:
+        """Over TLS, the next one's turn has come."""
+        if self.greeting:
+            self.all.turns.end(self.greeting)
+        self.greeting = None  # or the two would be a ring
+
+
+class Greeting(asyncio.Protocol):
+    """A connection until TLS is agreed on.
+
+    asyncio itself would tell of a connection only then, when each that says nothing holds its
+    buffers already. So all are taken plain and counted, and TLS begins when it is their turn.
+    """
+
+    def __init__(
+        self, handshakes: Handshakes, make: Callable[..., Any], *args: Any, **options: Any
+    ) -> None:
+        self.all = handshakes
+        self.make = functools.partial(make, *args, **options)
+        self.tasks = args[1].handler_tasks  # websockets' server waits for them when it stops
+        self.turn = asyncio.get_running_loop().create_future()
+        self.began = handshakes.elders.rounds
+        self.went_on = False
+        self.early = b""  # what came with the last word of the greeting
+        self.begun: Begun
+        self.transport: Any
+
+    def connection_made(self, transport: Any) -> None:
+        """As asyncio calls it: nothing is read before our turn."""
+        transport.pause_reading()
+        self.transport = transport
+        self.begun = Begun(self.all, transport)
+        if self.begun.one_too_many:
+            self.end()
+            return
+        self.begun.greeting = self
+        self.all.turns.begin(self)
+        task = asyncio.ensure_future(self.agree())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio calls it, between TLS and the next step of `agree`."""
+        self.early += data
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """As asyncio calls it: nobody has to wait for the turn of one that has gone."""
+        self.turn.cancel()
+
+    async def agree(self) -> None:
+        """Wait for our turn, agree on TLS, and go on as a WebSocket server's connection."""
+        import traceback
+
+        try:
+            async with asyncio.timeout_at(self.begun.due):
+                await self.turn
+                wrapped = await self.start_tls()
+            self.go_on(wrapped)
+        except (OSError, asyncio.CancelledError) as problem:
+            # or asyncio's frames and it hold one another, and 300 KB, until the collector comes by
+            traceback.clear_frames(problem.__traceback__)
+        finally:
+            if not self.went_on:
+                self.end()
+
+    def end(self) -> None:
+        """No connection comes of it."""
+        self.transport.abort()
+        self.begun.end(was_heard=False)
+        self.all.elders.note_end(self.began)
+
+    def go_on(self, wrapped: Any) -> None:
+        """From here on `wrapped` is a WebSocket server's connection, unless it has ended."""
+        if wrapped is None or wrapped.is_closing():
+            return
+        self.went_on = True
+        connection = self.make()
+        connection.begun = self.begun
+        wrapped.set_protocol(connection)
+        connection.connection_made(wrapped)
+        if self.early:
+            connection.data_received(self.early)
+
+    async def start_tls(self) -> Any:
+        """The transport over TLS. Raises OSError."""
+        certificate = self.all.certificate
+        assert certificate
+        return await asyncio.get_running_loop().start_tls(
+            self.transport,
+            self,
+            certificate.context,
+            server_side=True,
+            ssl_handshake_timeout=WELCOME_S,
+            ssl_shutdown_timeout=SERVER_OPTIONS["close_timeout"],
+        )
+
+
 # What is noted of a connection: not in its dictionary, which would double its size by a few more.
-GUARDED_FACTS = (
-    *("among", "began", "estelle_address", "one_too_many"),
-    *("patience", "peer", "unread_bytes"),
-)
+GUARDED_FACTS = ("began", "begun", "estelle_address", "take", "unread_bytes")
 
 
 class Door:
@@ -19737,16 +20608,16 @@ class Door:
         self.elders = Elders(lambda: len(self.sockets))
         self.page = Page()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
-        self.handshakes: Counter[str] = Counter()  # begun and not judged
         self.token_file = config.config.token_file
         tls = config.config.master_url.secure and config.config.tls.cert
         self.certificate = Certificate(config) if tls else None
+        self.handshakes = Handshakes(config, self.certificate, self.elders, self.log_refusal)
 
     # The port
 
     def connection_class(self) -> Any:
-        """A server connection that can't keep others out by beginning handshakes and not ending
-        them.
+        """What makes a server connection that can't keep others out by beginning handshakes and not
+        ending them.
 
         The only place that overrides what websockets does not promise to keep: `connection_made`
         and `handshake`, as WEBSOCKETS_KNOWN has them. Were they called otherwise, refused strangers
@@ -19755,54 +20626,39 @@ class Door:
         from websockets.asyncio.server import ServerConnection
 
         door = self
+        over_tls = bool(self.certificate)
 
-        class Guarded(PongBound, ServerConnection):
+        class Guarded(Delivered, PongBound, ServerConnection):
             __slots__ = GUARDED_FACTS
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
                 self.unread_bytes = 0
                 self.began = door.elders.rounds
-                self.peer = host_key((self.remote_address or ("",))[0])
-                config = door.config.config
-                known = (
-                    _whitelist(listed).verdict(self.peer)
-                    for listed in (config.whitelist, config.trusted_proxies)
-                )
-                self.among = ""
-                if any(verdict.allowed for verdict in known):
-                    self.among = self.peer
-                door.handshakes[self.among] += 1
-                most = STRANGERS
-                if self.among:
-                    most = HANDSHAKES
-                self.one_too_many = door.handshakes[self.among] > most
-                if self.one_too_many:
-                    door.log_refusal(
-                        self.among or "strangers", f"more than {most} handshakes at once"
-                    )
-                    transport.abort()
+                if not over_tls:
+                    self.begun = Begun(door.handshakes, transport)
 
             def connection_lost(self, problem: Exception | None) -> None:
                 super().connection_lost(problem)
                 door.elders.note_end(self.began)
 
             async def handshake(self, *args: Any, **options: Any) -> None:
+                begun = self.begun
                 try:
-                    async with asyncio.timeout(WELCOME_S) as self.patience:
+                    async with asyncio.timeout_at(begun.due) as begun.patience:
                         await super().handshake(*args, **options)
                 finally:
-                    door.handshakes[self.among] -= 1
-                    if self.request is None and not self.one_too_many:
-                        door.log_refusal(
-                            self.peer, "it began no WebSocket handshake, or did not end it"
-                        )
+                    begun.end(was_heard=self.request is not None)
+                    del self.begun
 
             def allow(self, seconds: float) -> None:
-                """More time, for a download."""
+                """More time, for a download, which has bounds of its own."""
                 self.close_timeout = seconds
-                self.patience.reschedule(self.loop.time() + seconds)
+                self.begun.leave_turn()
+                self.begun.patience.reschedule(self.loop.time() + seconds)
 
+        if over_tls:
+            return functools.partial(Greeting, door.handshakes, Guarded)
         return Guarded
 
     # Before the handshake
@@ -19821,7 +20677,10 @@ class Door:
         verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
             return self.refuse(
-                connection, address, verdict.reason, f"add {address} to the whitelist in git"
+                connection,
+                address,
+                verdict.reason,
+                f"`whitelist add {address} --commit` in a clone",
             )
         hosts = request.headers.get_all("Host")
         origins = request.headers.get_all("Origin")
@@ -20199,12 +21058,16 @@ class Roster:
             section = ""
             if rule.hostname:
                 section = rule.key
+            alias = ""
+            if host.machine == self.own_machine:
+                alias = self.config.config.master_url.host
             ref = HostRef(
                 *(label, host.address, host.name, host.machine),
                 online=False,
                 color=rule.color,
                 deploys=rule.deploy,
                 section=section,
+                alias=alias,
             )
             self.rules[host.machine] = ref
         online = host.machine in self.agents
@@ -20901,7 +21764,10 @@ class Freezes:
             asked = "release"
         if held and not options.get("force"):
             what = f"{held[0].name} holds every {asked} back: {texts[0]}"
-            raise GuardError(what, "wait for its end; --force does it all the same, on record")
+            hint = "wait for its end; --force does it all the same, on record"
+            if held[0].name in self.by_hand:
+                hint = f"{hint}; `thaw {held[0].name}` ends it"
+            raise GuardError(what, hint)
         if held:
             log.warning("%s forces this %s: %s", by, asked, "; ".join(texts))
         if held:
@@ -22035,6 +22901,7 @@ class Desk:
             "kind": record.kind,
             "target": record.target,
             "branch": record.branch,
+            "only": record.options.get("only"),
             "done": done,
             "ok": ok if done else None,
             "hosts": rows,
@@ -22877,7 +23744,7 @@ class Watcher:
             news |= {
                 "title": f"[{rule.target}] {rule.branch} is planned",
                 "error": refused[:500],
-                "rollback": f"estelle_updater.pyz trigger {words}",
+                "rollback": f"estelle-updater trigger {words}",
             }
             found = {
                 "plan": plan["plan"],
@@ -22939,7 +23806,7 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
     )
     rollback = None
     if back:
-        rollback = f"estelle_updater.pyz rollback {job.host} --to {back}"
+        rollback = f"estelle-updater rollback {job.host} --to {back}"
     lines = SGR.sub("", terminal_text(log_end.decode("utf-8", "replace"))).splitlines()
     return {
         "event": event_of(job),
@@ -23006,7 +23873,7 @@ def news_of_run(
         "hosts": [job_summary(job) for job in jobs],
         "bad": lines,
         "unchanged": None,
-        "rollback": f"estelle_updater.pyz rollback {hosts}" if hosts else None,
+        "rollback": f"estelle-updater rollback {hosts}" if hosts else None,
         "log_of": f"the end of {worst.host}'s log:" if news["log"] else None,
     }
     return {**news, **whole}
@@ -23828,7 +24695,7 @@ def submit_run(caller: Caller, order: Submit, patience_s: float) -> tuple[Connec
             if not asked:
                 raise
             if time.monotonic() > deadline:
-                command = f"{program_name()} logs {order.run} -f"
+                command = advised("logs", order.run, "-f")
                 problem.asked = True
                 problem.hint = f"it may have started all the same: {command}"
                 raise
@@ -23848,7 +24715,12 @@ def further_back(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         if row.get("back"):
             hosts.setdefault(row["back"], []).append(row["host"])
     return [
-        f"{program_name()} rollback {','.join(labels)} --to {commit}"
+        advised(
+            "rollback",
+            ",".join(labels),
+            "--to",
+            commit,
+        )
         for commit, labels in hosts.items()
     ]
 
@@ -24330,7 +25202,7 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
     if FileLock.held_elsewhere(state.job_lock):
         current = state.current()[0]
         raise GuardError(
-            f"run {current} holds this host", f"follow it with: {program_name()} logs {current} -f"
+            f"run {current} holds this host", f"follow it with: {advised('logs', current, '-f')}"
         )
     label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
     machine, now = state.machine_id(), time.time()
@@ -24361,23 +25233,28 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
 
 
 class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # type: ignore[misc]
-    """The daemon's end of the runner's poke; the datagram's content means nothing."""
+    """The daemon's end of the runner's poke."""
 
     def __init__(self, own: OwnJobs) -> None:
         self._own = own
+        self._poked_at = 0.0  # monotonic
 
     def connection_made(self, transport: Any) -> None: ...
     def connection_lost(self, problem: Exception | None) -> None: ...
     def error_received(self, problem: Exception) -> None: ...
     def datagram_received(self, data: bytes, address: Any) -> None:
-        # A line goes on its way at once; what else there may be to see waits for its turn. In a
-        # flood the lines wait as well, and go together.
-        is_flooded = self._own.grown_bytes >= CHUNK_BYTES
+        """A line goes on its way at once; what else there may be to see waits for its turn. In a
+        flood the lines wait as well, and go together."""
+        own, now = self._own, time.monotonic()
+        if now - self._poked_at > FLOOD_LOOK_S:
+            own.grown_bytes = 0
+        self._poked_at = now
+        is_flooded = own.grown_bytes >= CHUNK_BYTES
         if not is_flooded:
-            for job in self._own.active():
-                self._own.check_size(job)
-        poked = self._own.poked
-        poked.set()
+            for job in own.active():
+                own.check_size(job)
+        if is_flooded or data != LOG_POKE:
+            own.poked.set()
 
 
 class Supervisor:
@@ -24855,10 +25732,6 @@ class Service:
             "create_connection": master.door.connection_class(),
             "process_request": master.door.judge_request,
         }
-        if master.door.certificate:
-            options["ssl"] = master.door.certificate.context
-            # until it ends nobody knows who that is, and each holds 300 KB
-            options["ssl_handshake_timeout"] = WELCOME_S
         try:
             server = await serve(master.serve_socket, host, port, **options)
         except OSError as problem:
@@ -24916,10 +25789,14 @@ _MAIN = '''\
 import sys
 
 if sys.version_info < {python}:
+    try:
+        from shlex import quote
+    except ImportError:
+        from pipes import quote
     sys.stderr.write(
         "estelle-updater: error: Python {python_text} or newer is needed, and %s is Python %s\\n"
         "hint: name a newer one, as in: python{python_text} %s\\n"
-        % (sys.executable, sys.version.split()[0], " ".join(sys.argv))
+        % (sys.executable, sys.version.split()[0], " ".join(map(quote, sys.argv)))
     )
     sys.exit(2)
 if sys.argv[1:] == ["--version"]:
@@ -26196,22 +27073,60 @@ class Publication:
     def line(self, replaced: Path | None = None) -> str:
         """What a person types to publish the file as it is, and that the one that it replaced is
         gone."""
-        names = self.name
+        names = [self.name]
         if replaced and self.ask("ls-files", "--", str(replaced)):
-            names += f" {replaced.relative_to(self.tree).as_posix()}"
-        commit = f"git commit -m {json.dumps(self.message)} -- {names}"
-        return f"git add {self.name} && {commit} && git push"
+            names.append(replaced.relative_to(self.tree).as_posix())
+        git = self.typed_git()
+        lines = [
+            f"{git} add {typed(self.name)}",
+            f'{git} commit -m "{self.message}" -- {typed(*names)}',
+            f"{git} {self.push_words()}",
+        ]
+        if not self.branch_here():  # a rollback leaves it so, and no push goes from there
+            lines.insert(0, f"{git} checkout {typed(self.likely_branch())}")
+        return " && ".join(lines)
+
+    def typed_git(self) -> str:
+        """git as it is typed where this command was: names count from the work tree's root."""
+        if is_same_folder(Path.cwd(), self.tree):
+            return "git"
+        return typed("git", "-C", self.tree)
+
+    def branch_here(self) -> str:
+        """The branch that is checked out, "" where HEAD is detached."""
+        return self.ask("symbolic-ref", "--quiet", "--short", "HEAD").strip()
+
+    def likely_branch(self) -> str:
+        """What somebody whose HEAD is detached most likely means to commit to."""
+        locals_ = self.ask("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
+        default = self.ask(
+            "symbolic-ref",
+            "--quiet",
+            "--short",
+            "refs/remotes/origin/HEAD",
+        )
+        name = default.strip().partition("/")[2]
+        if not name and len(locals_) == 1:
+            (name,) = locals_
+        return name or "BRANCH"
+
+    def push_words(self) -> str:
+        """How git is told to push, where it does not know to where."""
+        branch = self.branch_here()
+        if not branch or self.ask("config", f"branch.{branch}.merge").strip():
+            return "push"
+        remotes = self.ask("remote").split() or ["REMOTE"]
+        return f"push -u {typed(remotes[0], branch)}"
 
     # The way to the remote
 
     def publish(self, text: bytes) -> None:
         """Push, then write the file and bring the clone along. Raises UpdaterError where git says
         no, and nothing is changed then."""
-        self.branch = self.ask("symbolic-ref", "--quiet", "--short", "HEAD").strip()
+        self.branch = self.branch_here()
         if not self.branch:
-            raise self.failed(
-                "HEAD is detached, so there is no branch to push", "git checkout BRANCH"
-            )
+            home = f"{self.typed_git()} checkout {typed(self.likely_branch())}"
+            raise self.failed("HEAD is detached, so there is no branch to push", home)
         self.remote = self.ask("config", f"branch.{self.branch}.remote").strip() or "origin"
         tip = self.find_tip()
         commit = self.make_commit(tip, text)
@@ -26232,10 +27147,11 @@ class Publication:
         if self.ask("rev-list", "--max-count=1", f"{tip}..{head}"):
             raise self.failed(
                 f"this clone has commits that {self.remote} lacks",
-                "git push them first, or git pull",
+                f"{self.typed_git()} push",
             )
         if self.blob_at(tip) != self.blob_at(head):
-            raise self.failed(f"{self.name} has changed at {self.remote}", "git pull, then again")
+            what = f"{self.name} has changed at {self.remote}"
+            raise self.failed(what, f"{self.typed_git()} pull, then again")
         return tip
 
     def make_commit(self, tip: str, text: bytes) -> str:
@@ -26295,14 +27211,25 @@ class Publication:
         """git's answer. A hook that hangs is ended. Raises UpdaterError with git's reason."""
         code, out, err = ask_git(self.tree, self.env, *words, timeout_s=SETUP_S)
         if code:
-            raise self.failed(f"git {words[0]}: {failure_reason(err or out)}", "")
+            raise self.failed(f"git {words[0]}: {failure_reason(err or out)}", self.remedy(words))
         return out.decode(errors="replace").strip()
 
+    def remedy(self, words: Sequence[str]) -> str:
+        """What helps where git said no. Never the same by hand: what git refuses here it refuses
+        there, and a commit that can't be pushed would stop this clone's next deployment."""
+        git = self.typed_git()
+        if words[0] == "push":
+            return "let this user's git push there, or do this in a clone that may, as your own"
+        if words[0] == "commit-tree":
+            name = f"{git} config user.name NAME"
+            return f"{name} && {git} config user.email ADDRESS, then again"
+        if words[0] in ("ls-remote", "fetch"):
+            return f"{git} ls-remote {typed(words[-2])} says why; once that is well, again"
+        return f"{git} status, then again"
+
     def failed(self, what: str, hint: str) -> UpdaterError:
-        """The error for what git refused, and how to publish by hand."""
-        return UpdaterError(
-            f"{what}; nothing was changed", hint or f"without --commit, then: {self.line()}"
-        )
+        """The error for what git refused, or would."""
+        return UpdaterError(f"{what}; nothing was changed", hint)
 
 
 def write_config(path: Path, text: bytes) -> None:
@@ -26314,11 +27241,8 @@ def write_config(path: Path, text: bytes) -> None:
     write_atomic(path, text, mode=mode)
 
 
-def change_config(
-    path: Path, text: str, message: str, commit: bool, *, is_first: bool = False
-) -> str:
-    """Write the configuration file, and, for `commit`, publish it first. What to tell of it; of the
-    first one no daemon has to be told.
+def change_config(path: Path, text: str, message: str, commit: bool) -> str:
+    """Write the configuration file, and, for `commit`, publish it first. What to tell of it.
 
     Raises UpdaterError where git says no: then nothing was changed.
     """
@@ -26327,12 +27251,16 @@ def change_config(
         write_config(path, text.encode())
         return publication.line()
     publication.publish(text.encode())
-    published = f"committed and pushed: {publication.name}{publication.note}"
-    if is_first:
-        return published
+    return f"committed and pushed: {publication.name}{publication.note}"
+
+
+def effect_line(path: Path, text: str) -> str:
+    """What brings a published configuration to the master, whose copy of it counts."""
+    publication = Publication(path, "")
+    branch = publication.branch_here() or publication.likely_branch()
     master = parse_config(text.encode(), str(path), config_form(path)).master_url.host
-    line = f"{program_name()} trigger {master} {publication.branch}"
-    return f"{published}\nit takes effect with: {line}"
+    line = advised("trigger", master, branch)
+    return f"it takes effect with, on a host that is let in already: {line}"
 
 
 SERVICE = "estelle-updater"  # under PM2 and systemd, on every host
@@ -26618,7 +27546,8 @@ def await_welcome(state: StateFolder, say: Callable[[str], None]) -> None:
         silent = "no answer yet"
     why = facts.get("trouble") or silent
     raise UpdaterError(
-        f"the service is installed, but the master has not welcomed it: {why}", "see: doctor"
+        f"the service is installed, but the master has not welcomed it: {why}",
+        f"see: {advised('doctor')}",
     )
 
 
@@ -26675,7 +27604,9 @@ class HostChanges:
         self.say(f"running: {line}")
         code, out = try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = f"see: journalctl -u {self.service}, or pm2 logs {self.service}"
+            hint = f"see: journalctl -u {self.service}"
+            if argv[0] == "pm2":
+                hint = f"see: pm2 logs --nostream {self.service}"
             if "--user" in argv:
                 hint = f"as this user, log in directly (not by su), or: {LINGER}"
             if out:
@@ -26695,7 +27626,7 @@ def command_places() -> tuple[Path, Path]:
 def install_command(changes: HostChanges, everybody: bool) -> None:
     """Have this program found from any folder, or say how it is called where that can't be."""
     if os.name == "nt":
-        changes.say(f"note: from any folder: {' '.join(program_argv())}")
+        changes.say(f"note: from any folder: {typed(*program_argv())}")
         return
     own, for_all = command_places()
     command = own
@@ -26711,7 +27642,7 @@ def install_command(changes: HostChanges, everybody: bool) -> None:
         return
     changes.put(command, render_command(program_argv()), 0o755)
     if str(command.parent) not in os.environ.get("PATH", "").split(os.pathsep):
-        changes.say(f"note: have it in PATH: export PATH={command.parent}:$PATH")
+        changes.say(f'note: have it in PATH: export PATH="{command.parent}:$PATH"')
 
 
 def remove_command(changes: HostChanges) -> None:
@@ -27034,11 +27965,14 @@ def judge_encoding(encoding: str) -> Finding:
     try:
         "✓ 완료".encode(encoding)
     except (UnicodeError, LookupError):
+        fix = "export PYTHONUTF8=1"
+        if ON_WINDOWS:
+            fix = "setx PYTHONUTF8 1, and a new window"
         return Finding(
             "encoding",
             False,
             f"{encoding} has no ✓ and no Korean: they are shown as ?",
-            "set PYTHONUTF8=1",
+            fix,
         )
     return Finding("encoding", True, encoding)
 
@@ -27070,9 +28004,12 @@ def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding
 def judge_unit(facts: Mapping[str, str], scope: str = "", service: str = SERVICE) -> Finding:
     """Whether systemd starts the daemon after a boot, keeps it running, and spares its
     deployments."""
-    start = f"systemctl{scope} enable --now {service}"
+    systemctl = "sudo systemctl"
+    if scope:
+        systemctl = f"systemctl{scope}"
+    start = f"{systemctl} enable --now {service}"
     if facts.get("KillMode") != "process":
-        fix = f"systemctl{scope} edit {service}: [Service] KillMode=process"
+        fix = f"write [Service] and KillMode=process by: {systemctl} edit {service}"
         return Finding(
             "service", False, "a restart of the unit would kill a running deployment", fix
         )
@@ -27087,11 +28024,15 @@ def judge_unit(facts: Mapping[str, str], scope: str = "", service: str = SERVICE
     return Finding("service", True, f"systemd: active and enabled, restarted {restarts}")
 
 
-def judge_service(one: Installed, serves: bool) -> Finding:
-    """Whether what is installed runs, and goes on running."""
+def judge_service(one: Installed, serves: bool, pm2_file: Path) -> Finding:
+    """Whether what is installed runs, and goes on running; `pm2_file`: what `setup` wrote for
+    PM2."""
     if one.keeper == "pm2":
         idle = "" if serves else ", not running"
-        return Finding("service", serves, f"PM2: saved{idle}", f"pm2 restart {one.service}")
+        start = f"pm2 restart {one.service}"
+        if pm2_file.exists():  # after a boot PM2 knows none of that name, and can restart none
+            start = typed("pm2", "start", pm2_file)
+        return Finding("service", serves, f"PM2: saved{idle}", start)
     scope = ""
     if Path(one.unit).parent != _UNIT_FOLDER:
         scope = " --user"
@@ -27161,16 +28102,19 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
     text = "no local changes"
     if changed:
         text = f"local changes: {paths_text(changed, 5)}"
-    fix = f"{git} stash, or commit and push them"
+    fix = f"{git} stash push --include-untracked, or commit and push them"
     return Finding("clean", not changed, text, fix)
 
 
 def look_at_names(repo: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
-    """What the commit only names: submodules, and files that LFS keeps."""
+    """What a deployment meets here: settings that git does not take, and what the commit only
+    names, its submodules and the files that LFS keeps."""
 
     def ask(*args: str) -> str:
         return os.fsdecode(git_output(repo, env, *args))
 
+    for text in Outlook(repo, rule).find_bad_settings():
+        yield Finding("settings", False, text)
     ahead = Foresight(Coming(repo, rule, "HEAD", ask))
     forecast = judge_prospect(ahead.look_at_names(Prospect(str(repo), rule.remote)))
     for step in forecast.steps:
@@ -27179,6 +28123,39 @@ def look_at_names(repo: Path, rule: Effective, env: Mapping[str, str]) -> Iterat
         yield Finding("steps", None, text)
     for one in forecast.refused:
         yield Finding("steps", False, one.what, one.hint)
+
+
+def judge_program() -> Finding:
+    """Whether `upgrade` may replace the program. A folder that others have files in is not to
+    become this user's."""
+    file = program_argv()[1]
+    folder = os.path.dirname(file)
+    fix = chown_line(own_name(), folder)
+    own = (os.path.basename(file), "pm2.config.js")
+    names: list[str] = []
+    with suppress(OSError):
+        names = os.listdir(folder)
+    for name in names:
+        if name not in own and not name.startswith("estelle"):
+            again = advised("setup")
+            fix = f"move it into a folder of its own, and call it from there: {again}"
+    text = f"upgrade writes to {folder}"
+    return Finding("program", os.access(folder, os.W_OK), text, fix)
+
+
+def owner_fix(repo: Path, owner: int) -> str:
+    """What makes a clone and its service one user's. Root is told to look as the other one: the
+    clone as root's would end the service that has served it."""
+    import pwd
+
+    name = str(owner)
+    with suppress(KeyError):
+        name = pwd.getpwuid(owner).pw_name
+    if os.geteuid() == 0:
+        look = advised("doctor")
+        return f"sudo -u {typed(name)} -i, and there, in the clone: {look}"
+    take = chown_line(own_name(), repo)
+    return f"run doctor and serve as {name}, or: {take}"
 
 
 class Doctor:
@@ -27219,7 +28196,7 @@ class Doctor:
             problems, warnings = check_config(path)
             config, _ = load_config_or_last(path, self.state)
         except (ConfigError, OSError) as problem:
-            fix = f"run this in the repository, or: {program_name()} config init"
+            fix = f"run this in the repository, or: {advised('config', 'init')}"
             yield Finding("configuration", False, str(problem), fix)
             yield self.git_program()  # which `config init` needs too
             return
@@ -27244,9 +28221,7 @@ class Doctor:
         self.hidden = host_secrets(config, tree, rule, extra)
         yield from self.repository(tree / (rule.repo or ""), rule)
         if config.updater.sha256:
-            folder = os.path.dirname(program_argv()[1])
-            fix = f"sudo chown -R $USER {folder}"
-            yield Finding("program", os.access(folder, os.W_OK), f"upgrade writes to {folder}", fix)
+            yield judge_program()
         if config.tls.cert:
             cert = work_tree(path) / config.tls.cert
             if cert.exists():
@@ -27265,7 +28240,11 @@ class Doctor:
         """Whether the folder whose files runners obey is this user's alone, and can be made."""
         exposed = self.state.exposure()
         if exposed:
-            fix = f"sudo chown -R $USER {self.state.root} && chmod 700 {self.state.root}"
+            owner = self.state.root.stat().st_uid
+            own = chown_line(own_name(), self.state.root)
+            fix = f"{own} && {typed('chmod', '700', self.state.root)}"
+            if owner != os.geteuid() == 0:
+                fix = owner_fix(self.state.root, owner)
             return Finding("state", False, f"{self.state.root} {exposed}", fix)
         with suppress(ConfigError):
             try:
@@ -27336,9 +28315,9 @@ class Doctor:
         for one in installed_services():
             its_own = folder is None or is_same_folder(one.folder, folder)
             if one.service == f"{SERVICE}-haproxy" or (one.service == name and its_own):
-                return judge_service(one, self.serves)
+                return judge_service(one, self.serves, self.state.root / "pm2.config.js")
             if its_own:
-                fix = f"{program_name()} setup"
+                fix = advised("setup")
                 text = f"it is still called {one.service}, and its project is {name}"
                 return Finding("service", False, text, fix)
             if one.service == name:
@@ -27348,7 +28327,7 @@ class Doctor:
             text = f"{name} is that of {others[0]}"
         elif self.serves:
             text = "it runs, but nothing starts it after a reboot"
-        return Finding("service", False, text, f"{program_name()} setup")
+        return Finding("service", False, text, advised("setup"))
 
     # The fleet
 
@@ -27377,8 +28356,7 @@ class Doctor:
             owner = (repo / ".git").stat().st_uid
             if owner != os.getuid():
                 text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
-                fix = f"run doctor and serve as its owner, or: sudo chown -R $USER {repo}"
-                yield Finding("owner", False, text, fix)
+                yield Finding("owner", False, text, owner_fix(repo, owner))
         ground = list(probe_ground(repo, self.state.root, rule, self.env))
         yield from ground
         if not all(found.ok or not found.certain for found in ground):
@@ -27461,13 +28439,11 @@ class Doctor:
         arguments = [word for file in files for word in ("-f", str(file))]
         code, said = try_command(["haproxy", "-c", *arguments], env)
         lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
-        fix = f"mend the file until this is silent: haproxy -c {' '.join(arguments)}"
+        fix = f"mend the file until this is silent: haproxy -c {typed(*arguments)}"
         yield Finding("haproxy", code == 0, lines[0], fix)
         real = os.path.realpath(rule.files[0])
-        fix = (
-            f"this service's user must own the file and its folder: chown USER "
-            f"{os.path.dirname(real)} {real}"
-        )
+        places = typed(os.path.dirname(real), real)
+        fix = f"the service's user must own both: sudo chown {typed(own_name())} {places}"
         yield Finding(
             "haproxy file", os.access(os.path.dirname(real), os.W_OK), f"writing beside {real}", fix
         )
@@ -27726,21 +28702,27 @@ def ending_rows(jobs: Iterable[JobRecord]) -> list[TableRow]:
 
 
 def next_commands(
-    run: str, jobs: Sequence[JobRecord], back: Mapping[str, str], columns: int
+    run: str,
+    jobs: Sequence[JobRecord],
+    back: Mapping[str, str],
+    columns: int,
+    again: str = "",
 ) -> list[str]:
     """What to type after a run that did not succeed everywhere. `back`: what `rollback` would bring
-    of hosts where the command of a new commit began."""
-    est = program_name()
+    of hosts where the command of a new commit began; `again`: what does the same once more, where
+    that is no order to the master."""
     bad = [job for job in jobs if job.state is not State.SUCCEEDED]
     lines = []
     for job in bad[:EXCERPTS]:
         if job.size:
-            lines.append((f"{est} logs {run} {job.host}", "its whole log"))
+            lines.append((advised("logs", run, job.host), "its whole log"))
     if back:
         brings = ", ".join(dict.fromkeys(back.values()))
-        lines.append((f"{est} rollback {','.join(back)}", f"to what worked before ({brings})"))
+        undo = advised("rollback", ",".join(back))
+        lines.append((undo, f"to what worked before ({brings})"))
     if bad and bad[0].kind is Kind.DEPLOY:
-        lines.append((f"{est} trigger --failed-of {run}", "again, once it is mended"))
+        again = again or advised("trigger", "--failed-of", run)
+        lines.append((again, "again, once it is mended"))
     commands = [command for command, _ in lines]
     widest = max(map(len, commands), default=0)
     told = [f"  {command:<{widest}}  {why}" for command, why in lines]
@@ -28741,14 +29723,7 @@ def cmd_serve(args: Args) -> int:
     """The daemon, until a signal ends it. Raises UsageError for a role that is none."""
     require_packages()
     preload()
-    if (
-        sys.platform == "linux"
-    ):  # a Python that had to compile this module took 30 MB for that, and would keep them
-        import gc
-
-        gc.collect()
-        with suppress(AttributeError):  # musl has no such function
-            ctypes.CDLL(None).malloc_trim(0)
+    trim_memory()  # a Python that had to compile this module took 30 MB for that
     log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
     if role not in ("auto", *Role):
@@ -28774,6 +29749,8 @@ def cmd_trigger(args: Args) -> int:
             raise UsageError("--failed-of says target and branch itself", "leave them out")
         found = failed_of(args, find_run(args, args.failed_of))
         args.target, args.branch = found["target"], found["branch"]
+        # who asked for one service does not mean all of them
+        args.only = args.only or found["only"]
     if args.branch is None:
         names = ["TARGET", "BRANCH"]
         if args.target:
@@ -28816,6 +29793,7 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
     return {
         "target": ",".join(failed),
         "branch": found["branch"],
+        "only": found.get("only"),  # an older master does not say it
     }
 
 
@@ -28898,8 +29876,8 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
 def watch_order(args: Args, run: str, follower: Follower) -> tuple[int, list[JobRecord]]:
     """Show a run to its end: the exit code, which may be that of a guard of a switch, and the jobs.
     Ctrl-C or a closed output stops watching, and says how to go on."""
-    est = program_name()
-    text = f"the deployment goes on; follow it: {est} logs {run} -f   stop it: {est} cancel {run}"
+    follow, stop = advised("logs", run, "-f"), advised("cancel", run)
+    text = f"the deployment goes on; follow it: {follow}   stop it: {stop}"
     try:
         jobs = follower.follow()
     except (UnreachableError, RefusedError) as problem:
@@ -28940,7 +29918,17 @@ def advise(args: Args, run: str, jobs: Sequence[JobRecord], view: View) -> None:
     columns = 0
     if output.terminal:
         columns = output.size()[0]
-    commands = next_commands(run, jobs, ask_ways_back(args, jobs), columns)
+    again = ""
+    if args.command == "deploy":  # without the master, who may be gone
+        again = advised("deploy", args.branch)
+    back = ask_ways_back(args, jobs)
+    commands = next_commands(
+        run,
+        jobs,
+        back,
+        columns,
+        again,
+    )
     if commands and args.json:
         # A reader of JSON lines would choke on two aligned columns.
         for line in commands:
@@ -29104,9 +30092,9 @@ def cmd_plan(args: Args) -> int:
     screen = functools.partial(plan_screen, title, result)
     do_it = ""
     if result["ok"]:
-        words = shlex.join([args.target, args.branch, "--plan", result["plan"]])
+        line = advised("trigger", args.target, args.branch, "--plan", result["plan"])
         within = f"{PLAN_FRESH_S / 60:.0f} min"
-        do_it = f"exactly this, within {within}: {program_name()} trigger {words}"
+        do_it = f"exactly this, within {within}: {line}"
         lines.append(do_it)
     show(args, result, "\n".join(lines), lambda columns: [*screen(columns), do_it])
     if result["ok"]:
@@ -30080,7 +31068,8 @@ class WorkerFinder:
     def line(self, names: Sequence[str]) -> str:
         """The command that says it."""
         words = [f"--host {name}=ADDRESS" for name in names or BLUE_GREEN_HOSTS]
-        return f"{program_name()} config init --blue-green {' '.join(words)}"
+        said = typed(*sys.argv[1:])  # with what it was told already
+        return f"{program_name()} {said} {' '.join(words)}"
 
 
 def init_config(args: Args) -> int:
@@ -30131,7 +31120,7 @@ def init_config(args: Args) -> int:
     if args.dry_run:
         show(args, {"file": str(path), "text": text}, text.rstrip())
         return 0
-    told = change_config(path, text, "Configure estelle-updater", args.commit, is_first=True)
+    told = change_config(path, text, "Configure estelle-updater", args.commit)
     facts = {"file": str(path), "git": told}
     first = told if args.commit else f"next: {told}"
     order = "trigger all"
@@ -30148,9 +31137,9 @@ def next_steps(root: Path, order: str) -> str:
     est = program_name()
     return "\n".join(
         [
-            f"then here: {est} setup",
+            f"then here: {advised('setup')}",
             f"on every other host, in its clone: git pull && {est} setup",
-            f"and to deploy: {est} {order} {name}",
+            f"and to deploy: {advised(*order.split(), name)}",
         ]
     )
 
@@ -30264,6 +31253,7 @@ def cmd_whitelist(args: Args) -> int:
         raise UsageError(f"{path} is written in a way that can't be edited safely", line)
     words = ", ".join(add or remove)
     told = change_config(path, text, f"Whitelist: {action} {words}", args.commit)
+    told = f"{told}\n{effect_line(path, text)}"
     facts = {"file": str(path), "added": add, "removed": remove, "git": told}
     show(args, facts, f"{path}: {'added' if add else 'removed'} {words}\n{told}")
     return 0
@@ -31916,13 +32906,17 @@ def print_error(problem: UpdaterError, args: Args) -> int:
 def leave(code: int) -> NoReturn:
     """End this process. Python gives back each object first, of which a short command's life has
     a tenth; the system takes them all at once. Where something may still have to be put away at the
-    end, by a daemon or a command that had a folder or threads for a time, Python does so."""
+    end, by a daemon or a command that had a folder or threads for a time, Python does so; but it
+    looks at no object for garbage any more, which is most of what a daemon's end takes."""
     tidies_up = {"asyncio", "concurrent.futures", "logging", "tempfile"} & {*sys.modules}
     with suppress(OSError, ValueError):  # Python says at its own end what can't be written
         sys.stdout.flush()
         sys.stderr.flush()
         if not tidies_up:
             os._exit(code)
+    import gc
+
+    gc.freeze()
     sys.exit(code)
 
 

@@ -258,6 +258,8 @@ import asyncio, datetime, hashlib, json, os, socket, subprocess, sys, traceback,
 import estelle_updater
 if "preload" in sys.argv:
     estelle_updater.preload()
+if "pack" in sys.argv:
+    estelle_updater.SOURCES.pack()
 pyz, how = sys.argv[1:3]
 if how == "garbage":
     open(pyz, "r+b").write(os.urandom(300_000))
@@ -317,7 +319,8 @@ def test_a_running_one_may_be_replaced(pyz: Path, tmp_path: Path, how: str, byte
         another.writestr("__main__.py", "# " + "x" * 5000)
         another.writestr("estelle_updater.py", "# nothing like the old one\n" * 2000)
     env = {**os.environ, "PYTHONPATH": str(mine)}
-    done = run(sys.executable, "-S", "-c", LIFE, mine, how, "preload", env=env, cwd=tmp_path)
+    later = ["pack"] if how in ("garbage", "another") else []
+    done = run(sys.executable, "-S", "-c", LIFE, mine, how, "preload", *later, env=env, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "lived\n"), done.stderr
     assert "nothing like the old one" not in done.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import shutil
 from collections.abc import Callable
@@ -224,7 +225,11 @@ def test_a_folder_that_takes_no_files_is_told_before_git_writes_beside_it(fleet:
     try:
         before = one.origin.git("rev-parse", "HEAD", cwd=one.master.repo)
         advice = refused_alike(one, f"this user may write no files in {config}")
-        assert advice.startswith(f"sudo chown -R $USER {config}")
+        own, _, opened = advice.partition(" && ")
+        assert (
+            own == f"sudo chown -R {pwd.getpwuid(os.geteuid()).pw_name} {config}"
+            and opened == f"sudo chmod u+wx {config}"
+        )
         assert one.origin.git("rev-parse", "HEAD", cwd=one.master.repo) == before
         assert not (one.master.repo / "a.txt").exists()
     finally:

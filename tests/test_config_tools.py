@@ -209,7 +209,7 @@ def test_a_publication_goes_onto_the_remote_s_tip(published: tuple[Origin, Path]
     (clone / "deploy.sh").write_text("changed here")
     added = run([*PROGRAM, "whitelist", "add", "127.0.0.2", "--commit"], origin.env, clone)
     assert added.code == 0, added.err
-    assert "committed and pushed: config/updater.json\nit takes effect with: " in added.out
+    assert "committed and pushed: config/updater.json\nit takes effect with, on a host" in added.out
     assert added.out.rstrip().endswith("trigger 127.0.0.1 master")
     origin.git("fetch", cwd=clone)
     assert origin.git("rev-parse", "origin/master^", cwd=clone) == newer

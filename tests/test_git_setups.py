@@ -143,11 +143,90 @@ def test_what_no_checkout_can_do_the_plan_says(setup: Setup) -> None:
         ("core.bare", "true", "core.bare is true; git -C"),
         ("merge.conflictStyle", "newest", "unknown style 'newest'"),
         ("diff.context", "some", "bad numeric config value 'some'"),
+        ("checkout.workers", "some", "--get-all checkout.workers says there where it is set"),
+        ("merge.log", "some", "--get-all merge.log says there where it is set"),
+        ("color.grep.match", "some", "--get-all color.grep.match says there where it is set"),
+        ("rebase.autoStash", "some", "--get-all rebase.autostash says there where it is set"),
+        ("branch.sort", "some", ""),
+        ("fetch.output", "some", ""),
+        ("commit.cleanup", "some", ""),
+        ("log.date", "some", ""),
     ):
         setup.reset()
         setup.here("config", key, value)
+        setup.fleet.origin.commit({"a": "1"})
         refused, _, _ = setup.both("master")
-        assert words in refused[0], refused
+        assert len(refused) == bool(words) and words in "".join(refused), refused
+
+
+def test_a_filter_that_fails_is_known_before(setup: Setup) -> None:
+    """One that has to work ends the job before the tree moves, whichever of its ways fails; another is a warning. Not
+    one that nothing asks for, or that works by a file of the clone."""
+    setup.fleet.origin.commit({"tools/seal": "#!/bin/sh\ncat\n", "x.sec": "1"})
+    (setup.seed / "tools/seal").chmod(0o755)
+    setup.push()
+    assert setup.both("master")[0] == []
+    for place in setup.places:
+        shutil.rmtree(f"{place}.first")
+        shutil.copytree(place, f"{place}.first", symlinks=True)
+    good, bad = "tools/seal", "no-such-program"
+    attributes = {".gitattributes": "[attr]sealed filter=own\n*.sec sealed\n"}
+    for required, keys, files, what in (
+        ("true", {"smudge": bad, "clean": good}, attributes, "smudge filter own failed; cannot run no-such-program"),
+        ("true", {"smudge": good, "clean": "false"}, attributes, "clean filter 'own' failed; external filter 'false'"),
+        ("true", {}, {**attributes, "y.sec": "2"}, "smudge filter own failed"),
+        ("true", {"smudge": good, "clean": good}, attributes, ""),
+        ("true", {"smudge": bad, "clean": bad}, {"x.sec": "2"}, ""),
+        ("no", {"process": bad}, attributes, "cannot run no-such-program"),
+        ("no", {}, attributes, ""),
+    ):
+        setup.reset()
+        setup.here("config", "filter.own.required", required)
+        for key, value in keys.items():
+            setup.here("config", f"filter.own.{key}", value)
+        setup.fleet.origin.commit(files)
+        refused, warnings, result = setup.both("master")
+        assert warnings == result["warnings"]
+        if required == "true" and what:
+            assert len(refused) == 1 and what in refused[0], refused
+            assert refused[0].startswith("the filter own, which "), refused
+            assert refused[0].endswith(" shows its commands, which have to work"), refused
+        else:
+            assert result["ok"] and bool(warnings) == bool(what), warnings
+            assert all(what in text and "; git writes it as it is stored" in text for text in warnings)
+
+
+def test_the_clone_s_hooks_are_named(setup: Setup) -> None:
+    """What one does nobody knows before: the plan names them, and so does a job that one of them ends."""
+    hooks = setup.repo / ".git" / "hooks"
+    hooks.mkdir(exist_ok=True)
+
+    def write(name: str, text: str) -> Path:
+        (hooks / name).write_text(f"#!/bin/sh\n{text}\n")
+        (hooks / name).chmod(0o755)
+        return hooks / name
+
+    post, merged = write("post-checkout", "exit 3"), write("post-merge", "exit 3")
+    setup.fleet.origin.commit({"a": "1"})
+    assert setup.plan("master")[1]["steps"] == [f"hooks of the clone ({post}, {merged})"]
+    run = setup.fleet.cli("trigger", "all", "master", "--json")
+    result = next(event for event in run.events if event["event"] == "result")
+    assert result["error"] == f"hooks of the clone ({post}, {merged}) failed", result
+    assert (run.code, result["step"], result["changed"]) == (1, "git checkout master", False)
+    write("post-checkout", "command -v git-lfs || { echo configured for Git LFS but >&2; exit 2; }")
+    if not shutil.which("git-lfs"):
+        refused = setup.plan("master")[1]["refused"]
+        run = setup.fleet.cli("trigger", "all", "master", "--json")
+        result = next(event for event in run.events if event["event"] == "result")
+        assert refused == [f"{result['error']}; or remove {post}"] and run.code == 1, refused
+    post.unlink()
+    write("reference-transaction", "exit 1")
+    run = setup.fleet.cli("trigger", "all", "master", "--json")
+    result = next(event for event in run.events if event["event"] == "result")
+    assert result["error"].startswith("the clone's hook reference-transaction refuses"), result
+    (hooks / "reference-transaction").unlink()
+    setup.here("config", "core.hooksPath", "nowhere")
+    assert setup.plan("master")[1]["steps"] == [] and setup.both("master")[2]["ok"]
 
 
 def test_where_a_clone_s_own_refspecs_can_be_used() -> None:

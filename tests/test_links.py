@@ -9,6 +9,7 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -300,7 +301,7 @@ def test_hosts_that_say_little_each_do_not_stop_the_window(tmp_path: Path) -> No
 def test_a_stop_in_the_moment_in_which_the_connection_ends_is_heard() -> None:
     """Else the daemon dials again, whatever told it to end."""
 
-    class Wire:
+    class Wire(est.Wire):
         def __init__(self) -> None:
             self.ended = asyncio.Event()
 
@@ -472,3 +473,152 @@ def test_who_waits_for_an_answer_hears_that_the_connection_ended() -> None:
             return await asking
 
     assert asyncio.run(ask()) == {"error": "its connection ended before it answered"}
+
+
+@pytest.mark.parametrize("is_server", [True, False])
+def test_a_message_comes_once_and_in_order_however_its_bytes_are_cut(is_server: bool) -> None:
+    """Whole messages pass the library's queue and parser by; parts, pings and what is queued do not."""
+    from websockets.frames import Frame, Opcode
+
+    chance = random.Random(11)
+    sent = [bytes([number]) * chance.choice((0, 1, 125, 126, 300, 65535, 65536)) for number in range(200)]
+
+    trap = Frame(Opcode.BINARY, b"looks like a frame").serialize(mask=is_server)
+
+    def frames(number: int) -> list[Frame]:
+        """A message: in one frame or in three, and now and then a ping between them."""
+        body, opcode = sent[number], chance.choice((Opcode.TEXT, Opcode.BINARY))
+        if chance.random() < 0.7:
+            return [Frame(opcode, body)]
+        parts = [Frame(opcode, body[:1], fin=False), Frame(Opcode.CONT, body[1:9], fin=False)]
+        return [*parts, Frame(Opcode.PING, b"?"), Frame(Opcode.CONT, body[9:])]
+
+    async def talk() -> list[bytes]:
+        got: list[bytes] = []
+        ended = asyncio.Event()
+
+        def take(message: str | bytes) -> None:
+            got.append(message.encode() if isinstance(message, str) else message)
+
+        async def receive(connection: Any) -> None:
+            wire = est.SocketWire(connection)
+            wire.deliver(take)
+            with suppress(EOFError):
+                while True:
+                    take(await wire.recv())
+            ended.set()
+
+        async def write(writer: Any) -> None:
+            for number in range(128):
+                data = b"".join(frame.serialize(mask=is_server) for frame in frames(number))
+                while data:
+                    size = chance.choice((len(data), len(data), 1, 7, 1000))
+                    writer.write(data[:size])
+                    data = data[size:]
+                    if chance.random() < 0.5:
+                        await asyncio.sleep(0)
+            mask = b"\0" * 4 if is_server else b""  # what is masked by nothing reads as it is
+            writer.write(bytes([0x82, (0x80 if is_server else 0) | len(trap)]) + mask)
+            await writer.drain()
+            await asyncio.sleep(0.05)  # it has arrived by then, and the body comes alone
+            writer.write(trap)
+            await writer.drain()
+            writer.close()
+
+        await meet(is_server, receive, write)
+        await ended.wait()
+        return got
+
+    assert asyncio.run(asyncio.wait_for(talk(), 60)) == [*sent[:128], trap]
+
+
+async def meet(is_server: bool, receive: Callable[..., Any], write: Callable[..., Any]) -> None:
+    """Our end of a connection, either of the two, to `receive`, and raw bytes of the other end to `write`."""
+    from websockets.asyncio.client import connect
+    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.headers import build_host
+    from websockets.utils import accept_key, generate_key
+
+    class Delivered(est.Delivered, ServerConnection):
+        is_server = True
+
+    if is_server:
+        async with serve(receive, "127.0.0.1", 0, create_connection=Delivered, **est.SERVER_OPTIONS) as server:
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(
+                f"GET / HTTP/1.1\r\nHost: {build_host('127.0.0.1', port, False)}\r\nUpgrade: websocket\r\nConnection:"
+                f" Upgrade\r\nSec-WebSocket-Key: {generate_key()}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+            )
+            await reader.readuntil(b"\r\n\r\n")
+            await write(writer)
+            await reader.read()
+        return
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        key = head.partition("Sec-WebSocket-Key: ")[2].partition("\r")[0]
+        writer.write(
+            "HTTP/1.1 101 Go on\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Accept: {accept_key(key)}\r\n\r\n".encode()
+        )
+        await write(writer)
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        options = {"compression": None, "max_size": est.MESSAGE_BYTES, "create_connection": est.delivered_client()}
+        async with connect(f"ws://127.0.0.1:{port}", **options) as connection:
+            await receive(connection)
+
+
+def test_a_line_is_on_its_way_in_the_same_turn_of_the_loop(tmp_path: Path) -> None:
+    """Where nothing waits in front of it; a flood, and what comes behind other words, wakes the writer."""
+    path = tmp_path / "log"
+    path.write_bytes(b"")
+
+    class Wire(est.Wire):
+        def __init__(self) -> None:
+            self.now: list[str | bytes] = []
+            self.later: list[str | bytes] = []
+
+        def has_room(self) -> bool:
+            return True
+
+        def send_now(self, frame: str | bytes) -> None:
+            self.now.append(frame)
+
+        async def send(self, frame: str | bytes) -> None:
+            self.later.append(frame)
+
+        async def recv(self) -> str | bytes:
+            raise EOFError
+
+        def abort(self) -> None: ...
+
+    async def talk() -> None:
+        wire = Wire()
+        link = est.Link(wire)
+        writer = asyncio.ensure_future(link.write_forever())
+        run = "20260101-000000-0000"
+        link.open_log(run, "h", path)
+        link.on_have(est.Have(1, 0, rewind=True))
+        await asyncio.sleep(0.01)
+
+        def grow(data: bytes) -> None:
+            with path.open("ab") as file:
+                file.write(data)
+            link.grew(run, "h", path.stat().st_size)
+
+        grow(b"one\n")
+        assert [est.decode_chunk(cast(bytes, frame))[2] for frame in wire.now] == [b"one\n"]
+        link.post(est.Notice("first"))
+        grow(b"two\n")
+        assert len(wire.now) == 1, "it overtook what was posted before"
+        await asyncio.sleep(0.01)
+        grow(b"x" * est.CHUNK_BYTES)
+        assert len(wire.now) == 1, "a flood goes piece by piece"
+        await asyncio.sleep(0.01)
+        assert len(wire.later) == 4
+        writer.cancel()
+
+    asyncio.run(talk())

@@ -269,7 +269,7 @@ def test_what_is_said_of_each_end() -> None:
     assert news(est.State.TIMEOUT, step="s")["event"] == "timeout"
     assert news(est.State.LOST, error="the runner died")["rollback"] is None
     back = est.news_of_job(RUN, replace(JOB, state=est.State.FAILED, step="s"), b"", "abc")
-    assert back["rollback"] == "estelle_updater.pyz rollback h --to abc"
+    assert back["rollback"] == "estelle-updater rollback h --to abc"
     same = news(est.State.FAILED, step="git fetch origin", changed=False, version="v1", commit="f" * 40)
     assert same["unchanged"] == "nothing changed on h: it has v1 (fffffff)"
     switched = news(est.State.SUCCEEDED, kind=est.Kind.SWITCH, version="green", switched=True)
@@ -472,7 +472,7 @@ def test_a_run_of_several_hosts_is_one_message(tmp_path: Path) -> None:
             "[a] ✗ 실패 make (exit 3): no disk",
             "[c] ✗ 연결 끊김 (no connection for 900 s)",
             f"3 hosts, deploy master on all, by kim@h, 9.0 s, run {RUN.run}",
-            "estelle_updater.pyz rollback a,c",
+            "estelle-updater rollback a,c",
             "the end of a's log:",
             "",
             "| the log of a",

@@ -68,10 +68,12 @@ def test_setup_again_and_remove(site: Pm2Site) -> None:
     assert SERVICE in (site.folder / "pm2" / "dump.pm2").read_text()
 
     command = Path(site.env["HOME"]) / ".local/bin/estelle-updater"
-    assert f"export PATH={command.parent}:$PATH" in out
+    assert f'export PATH="{command.parent}:$PATH"' in out
     code, said, err = run([command, "status", "--state", site.host.state], site.env, site.host.repo)
     assert (code, site.host.address in said) == (0, True), err
-    assert "usage: estelle-updater " in run([command, "--help"], site.env, site.folder).out
+    found = site.env | {"PATH": f"{command.parent}:{site.env['PATH']}"}  # as the note says
+    assert "usage: estelle-updater " in run([command, "--help"], found, site.folder).out
+    assert "usage: python3 " in run([command, "--help"], site.env, site.folder).out, "else nobody finds it"
     code, out, err = site.est("setup")
     assert (code, "unchanged" in out) == (0, True), out + err
     assert site.apps()[0]["pid"] == app["pid"]

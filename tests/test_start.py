@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import copy
 import dis
+import gc
 import marshal
 import os
 import py_compile
 import shutil
+import socket
 import subprocess
 import sys
 import types
 import typing
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,6 +109,47 @@ def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path
     done = subprocess.run([sys.executable, *code, other, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "config" in done.stderr, done.stderr
     assert "read estelle_updater.pyc\n" in done.stderr
+
+
+def test_the_end_of_a_daemon_looks_for_no_garbage(pyz: Path):
+    """What is to be put away is, and rings of objects go with the process."""
+    code = """
+import asyncio, atexit, estelle_updater
+class Ring:
+    def __init__(self):
+        self.own = self
+    def __del__(self):
+        print("looked at")
+kept = Ring()
+atexit.register(print, "put away")
+estelle_updater.leave(3)
+"""
+    env = {**os.environ, "PYTHONPATH": str(pyz)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "put away\n", "")
+
+
+def test_what_a_start_leaves_for_later_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The sources are packed by a daemon, and by a nursery that nobody asks anything of."""
+    monkeypatch.setattr(program, "PRUNE_FIRST_S", 0.05)
+
+    class Packed(Exception):
+        pass
+
+    def pack() -> None:
+        raise Packed
+
+    monkeypatch.setattr(program.SOURCES, "pack", pack)
+    nobodys: typing.Any = SimpleNamespace(state=None)
+    with pytest.raises(Packed):
+        asyncio.run(program.prune_forever(nobodys, tuple))
+    daemon, nursery = socket.socketpair()
+    try:
+        with daemon, pytest.raises(Packed):
+            program.tend_nursery(nobodys, tmp_path / "none", nursery.detach())
+    finally:  # a nursery never looks for garbage
+        gc.unfreeze()
+        gc.enable()
 
 
 def names_asked(code: types.CodeType) -> set[str]:

@@ -299,7 +299,8 @@ def breaks_names(source: str) -> list[str]:
     """Names say what is done, not that something is done."""
     vague = re.compile(r"_*(handle|process)_|manager|utils", re.IGNORECASE)
     defined = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (node.name for node in nodes_of(source) if isinstance(node, defined))
+    given = {"process_event"}  # websockets calls it so
+    found = (node.name for node in nodes_of(source) if isinstance(node, defined) and node.name not in given)
     return [name for name in found if vague.match(name) or re.search(r"(?i)manager|utils", name)]
 
 

@@ -1,0 +1,176 @@
+"""Advice is typed as it is printed: each line goes through a real shell, and does what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import seam as est
+from tests.fleet import PROGRAM, Fleet, Origin, run
+
+NASTY = ["a b", "it's", '"q"', "-x", "a;b&c", "$HOME", "*", "새 폴더", "a\\b", "~x", "#x", "!x", "a\tb"]
+# git takes these in a pattern
+MAGIC = ["a*", "[a]b", ":x", "what?"]
+
+
+def words_of(line: str) -> list[str]:
+    """The words that a real shell makes of a line without operators."""
+    told = run(["bash", "-c", f"printf '%s\\0' {line}"], os.environ)
+    assert told.code == 0, (line, told.err)
+    return told.out.split("\0")[:-1]
+
+
+def type_in(folder: Path, line: str, env: dict[str, str]) -> str:
+    """Type a line in a folder, as it is printed."""
+    told = run(["bash", "-c", line], env, folder)
+    assert told.code == 0, (line, told.out, told.err)
+    return told.out
+
+
+@pytest.mark.parametrize("name", NASTY + MAGIC)
+def test_every_renderer_s_words_survive_the_shell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder, file, host or branch of any name is one word of the line, and the same word."""
+    repo = f"/srv/{name}"
+    monkeypatch.setattr(sys, "argv", [f"/opt/{name}/e.pyz", "status", "--config", f"{repo}/c.toml", f"--state={name}"])
+    renderers = {
+        "typed": est.typed("git", "-C", repo, name),
+        "advised": est.advised("trigger", "all", name),
+        "pathspecs": f"git -- {est.pathspecs(name)}",
+        "keep": est.keep_hint(repo, [name]),
+        "free": est.free_hint(repo, [name], [name]),
+        "whole": est.whole_hint(repo, est.Halfway("a" * 40, (name,), (name,))),
+        "chown": est.chown_line(name, repo),
+        "git's list": est.obstacles_hint(
+            repo, f"error: The following untracked working tree files would\n\t{name}\nPlease\n".encode()
+        ),
+    }
+    for what, line in renderers.items():
+        found = []
+        for command in line.split(" && "):
+            found += words_of(command)
+        whole = [word.removeprefix(":(literal)") for word in found]
+        assert any(word == name or word.endswith(f"/{name}") for word in whole), (what, line)
+        assert all(word == word.strip("'\"") or name in word for word in whole), (what, line)
+
+
+def test_a_line_is_for_the_fleet_that_the_command_was_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another project's clone is another fleet: what is typed there must not go to it."""
+    given = ["--config", "/srv/a b/config/updater.toml", "--state=/var/x", "trigger", "--bind", "10.0.0.1", "all", "x"]
+    assert est.given_options(given) == [
+        *("--config", "/srv/a b/config/updater.toml", "--state", "/var/x", "--bind", "10.0.0.1"),
+    ]
+    assert est.given_options(["trigger", "all", "x", "--batch", "2", "--", "--config"]) == []
+    assert est.given_options(["status", "--conf", "f"]) == ["--config", "f"], "argparse takes the beginning too"
+    monkeypatch.setattr(sys, "argv", ["e.pyz", *given])
+    job = est.JobRecord("20261127-000000-aaaa", "10.0.0.2", "m", est.Kind.DEPLOY, "x", est.State.FAILED, size=9)
+    lines = est.next_commands(job.run, [job], {"10.0.0.2": "v1"}, 10)
+    assert [words_of(line)[2:4] for line in lines] == [
+        ["logs", job.run],
+        ["rollback", "10.0.0.2"],
+        ["trigger", "--failed-of"],
+    ]
+    for line in lines:
+        assert words_of(line)[-6:] == est.given_options(given), line
+    # the Python that runs this, not an older one that is called `python3`
+    fake = tmp_path / "python3"
+    fake.write_text("#!/bin/sh\nexit 9\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    python = words_of(est.advised("status"))[0]
+    assert type_in(tmp_path, est.typed(python, "-c", "print(7)"), dict(os.environ)) == "7\n"
+
+
+def test_what_is_in_git_s_way_is_put_aside_and_nothing_else(tmp_path: Path) -> None:
+    """Also two files of one name, a name that is a pattern, and one that is kept there already."""
+    origin = Origin(tmp_path)
+    origin.commit({"a*": "1", "ab": "1", "d/same": "1"})
+    clone = origin.clone(tmp_path / "my clone's")
+    origin.commit({"a*": "2", "d/same": "2", "same": "new", "n 새/same": "new", "-y": "new"})
+    for name, text in {"a*": "mine", "d/same": "mine", "ab": "stays", "same": "S", "-y": "Y"}.items():
+        (clone / name).write_text(text)
+    (clone / "n 새").mkdir()
+    (clone / "n 새/same").write_text("N")
+    pull = ["git", "-c", "core.quotePath=false", "pull", "--ff-only"]
+    refused = run(pull, origin.env, clone)
+    assert refused.code, refused.out
+    line = est.obstacles_hint(str(clone), refused.err.encode())
+    type_in(tmp_path, line, origin.env)
+    if run(pull, origin.env, clone).code:  # git lists one kind at a time
+        refused = run(pull, origin.env, clone)
+        type_in(tmp_path, est.obstacles_hint(str(clone), refused.err.encode()), origin.env)
+    assert run(pull, origin.env, clone).code == 0
+    kept = Path(f"{clone}.kept")
+    texts = [(kept / name).read_text() for name in ("same", "n 새/same", "-y")]
+    assert texts == ["S", "N", "Y"] and (clone / "same").read_text() == "new"
+    assert (clone / "ab").read_text() == "stays", "its name only fits the pattern"
+    origin.git("stash", "show", "--name-only", cwd=clone)
+    # what is kept under that name is never overwritten without a word
+    (clone / "same").write_text("second")
+    run(["bash", "-c", est.keep_hint(str(clone), ["same"])], origin.env, tmp_path)
+    assert (kept / "same").read_text() == "S"
+
+
+def test_the_line_that_publishes_works_where_the_person_stands(tmp_path: Path) -> None:
+    """In a subfolder, on a detached HEAD as a rollback leaves it, on a branch without an upstream."""
+    settings = {"masterUrl": "ws://127.0.0.1:9900", "whitelist": ["127.0.0.1"]}
+    origin = Origin(tmp_path)
+    origin.commit({"my app/config/updater.json": json.dumps(settings), "my app/src/x": "1"})
+    clone = origin.clone(tmp_path / "clone")
+    count = 1
+
+    def add(folder: Path) -> str:
+        nonlocal count
+        count += 1
+        added = run([*PROGRAM, "whitelist", "add", f"127.0.0.{count}"], origin.env, folder)
+        assert added.code == 0, added.err
+        line = added.out.splitlines()[1]
+        type_in(folder, line, origin.env)
+        assert f"127.0.0.{count}" in origin.git("show", "HEAD:my app/config/updater.json", cwd=clone)
+        assert "it takes effect with" in added.out
+        return line
+
+    def published(branch: str) -> bool:
+        return f"127.0.0.{count}" in origin.git("show", f"{branch}:my app/config/updater.json", cwd=origin.bare)
+
+    add(clone / "my app/src")
+    assert published("master")
+    origin.git("checkout", "--quiet", "--detach", cwd=clone)
+    assert shlex.split(add(clone / "my app"))[:5] == ["git", "-C", str(clone), "checkout", "master"]
+    assert published("master") and origin.git("branch", "--show-current", cwd=clone) == "master"
+    origin.git("checkout", "--quiet", "-b", "own'branch", cwd=clone)
+    assert " push -u origin " in add(clone / "my app")
+    assert published("own'branch")
+    # a remote that lets nobody write: the same by hand would leave the clone a commit ahead
+    hook = origin.bare / "hooks/pre-receive"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    refused = run([*PROGRAM, "whitelist", "add", "127.0.0.99", "--commit"], origin.env, clone / "my app")
+    assert refused.code == 1 and "a clone that may" in refused.err and "git commit" not in refused.err
+
+
+def test_again_is_the_same_again(fleet: Callable[..., Fleet]) -> None:
+    """Who asked for one service does not get all of them restarted; and masterUrl's name is a target."""
+    settings = {"deploy": {"command": ["sh", "deploy.sh"], "restart": ["user:first.service", "user:second.service"]}}
+    one = fleet(hosts=1, config=settings, start=False)
+    named = json.loads((one.origin.seed / "config/updater.json").read_text())
+    named["masterUrl"] = one.url.replace("127.0.0.1", "localhost")
+    one.origin.commit({"config/updater.json": json.dumps(named)})
+    one.origin.git("pull", "--quiet", cwd=one.master.repo)
+    one.start()
+    failed = one.cli("trigger", "localhost", "master", "--only", "user:second.service")
+    assert failed.code == 1 and "second.service" in failed.out and "first.service" not in failed.out
+    (again,) = re.findall(r"trigger (--failed-of \S+)", failed.err)
+    told = one.cli("trigger", *again.split())
+    assert told.code == 1 and "second.service" in told.out and "first.service" not in told.out
+    # without the master, what does it again is no order to the master
+    one.stop(one.master)
+    one.origin.commit({"deploy.sh": "exit 3\n"})
+    alone = one.cli("deploy", "master")
+    assert alone.code == 1 and "--failed-of" not in alone.err and re.search(r"deploy master  +again", alone.err)
