@@ -852,6 +852,7 @@ RESUME_S, RESUME_MOST_S = (
 GRACE_S, KILL_S = 5.0, 4.0  # interrupt, grace, kill: nothing is left after 10 s
 DRAIN_S = 1.0  # a grandchild may hold the pipe after the command's end
 QUESTION_S = 30.0  # one question to git
+OTHER_GIT_S = 4.0  # how long a step waits for another git's lock: editors hold it for moments
 TRIAL_S = 5.0  # a filter with one file, before a deployment: one that is slower is not judged
 TRIAL_BYTES = 1 << 20  # a larger file is none to try a filter with
 UNDO_S = 3.0  # what a cancel leaves for making the tree whole; else that is the next job's
@@ -879,6 +880,7 @@ PUSH_RETRY_S = 15.0  # an order that is held back is tried again, without a ques
 PUSH_BACKOFF_S = 900.0  # at most between two questions to a remote that does not answer
 PUSH_ROWS, PUSH_ROW_CHARS = 10, 200  # of what was pushed: it stands in every message about the run
 FREEZE_SOON_S = 3600.0  # a window that begins within the hour is worth a word
+UNKNOWN_FREEZE_S = 3650 * DAY_S  # one whose end nobody knows: a person ends it
 FREEZE_MOST_S = 90 * 86400.0
 ID_SLACK_S = (
     60.0  # an id that a commander proposed longer ago is by another clock than the master's
@@ -6064,6 +6066,8 @@ def take_excerpt(output: str) -> list[str]:
 
 
 NO_BRANCH = "no such branch, tag or commit on the remote"
+LOCKED = "a git process left its lock file behind (named above): remove it if no git runs there"
+FETCHED_BESIDE = "another git fetched into this clone at the same moment"
 NO_LFS_HOOK = "a hook of git-lfs stops git, as git-lfs is not installed here: install it"
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
@@ -6074,10 +6078,8 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"would be (?:overwritten|removed) by (?:merge|checkout)|would lose untracked files",
         "local changes are in the way of the incoming commits (listed above)",
     ),
-    (
-        rb"\.lock': File exists",
-        "a git process left its lock file behind (named above): remove it if no git runs there",
-    ),
+    (rb"\.lock': File exists", LOCKED),
+    (rb"Cannot fast-forward to multiple branches", FETCHED_BESIDE),
     (
         rb"Not possible to fast-forward|Diverging branches",
         "the local branch has commits that the remote has not",
@@ -6138,6 +6140,11 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"|bad ref for|cannot lock ref [^\n]*unable to resolve"
         rb"|loose object [^\n]* is (?:empty|corrupt)|object file [^\n]* is empty",
         "a file of git is empty or damaged, as after a power loss: clone anew beside, and swap",
+    ),
+    (
+        rb"bad (?:tree )?object|missing object|revision walk setup failed",
+        "an object of git is missing (named above), as where git gc --prune=now ran beside a fetch:"
+        " git fsck --connectivity-only says whether; then clone anew beside, and swap",
     ),
     (
         rb"would clobber existing tag",
@@ -11760,7 +11767,8 @@ def git_output(repo: Path, env: Mapping[str, str], *args: str, **how: Any) -> by
     code, out, err = ask_git(repo, env, *args, **how)
     if code == 0:
         return out
-    if code > 1 and "grep" in args[:3]:  # 1 is that it found nothing
+    # 1 is that it found nothing; refs it lists, or dies of one whose commit is gone
+    if code > 1 and not {"grep", "for-each-ref"}.isdisjoint(args[:3]):
         raise git_error(err)
     return b""
 
@@ -15027,6 +15035,24 @@ class Transit:
         return f"keep what you need, then: {restore}{others}"
 
 
+def run_git_step(runner: Runner, step: Step, *, announce: bool = True) -> None:
+    """One of the steps that are git's. Where another git works in the clone at that moment, an
+    editor's or a prompt's, it is tried again for a while. Raises StepFailed."""
+    ends = time.monotonic() + OTHER_GIT_S
+    while True:
+        try:
+            runner.step(step, runner.rule.timeout_s, announce=announce)
+            return
+        except StepFailed as failure:
+            is_beside = failure.error in (LOCKED, FETCHED_BESIDE)
+            if not is_beside or time.monotonic() > ends:
+                raise
+        if announce:
+            runner.log.line("Another git works in this clone: trying again.")
+        announce = False
+        time.sleep(CLONE_LOOK_S)
+
+
 class Fetched:
     """What the remote has of the name that was asked for, and how that is called here."""
 
@@ -15040,7 +15066,7 @@ class Fetched:
         told = self.git("config", "--get-all", f"remote.{remote}.fetch")
         refspecs = told.decode(errors="replace").split("\n")[:-1]
         own = refspecs_to_use(refspecs, remote)
-        runner.step(plan_fetch(remote, own), runner.rule.timeout_s)
+        run_git_step(runner, plan_fetch(remote, own))
         return self.find_refs(refspecs), bool(own)
 
     def find_refs(self, refspecs: Sequence[str]) -> list[str]:
@@ -15059,7 +15085,7 @@ class Fetched:
             return refs
         with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
             if self.git("ls-remote", remote, names[0]):
-                runner.step(plan_fetch_branch(remote, branch), runner.rule.timeout_s)
+                run_git_step(runner, plan_fetch_branch(remote, branch))
                 if names[0] not in refs:
                     # by hand: git tracks no branch that it was told not to fetch
                     self.tree.ask(
@@ -15077,7 +15103,7 @@ class Fetched:
         if get is None:
             return self.commit_to_come(branch, refs)
         try:
-            runner.step(get, runner.rule.timeout_s)
+            run_git_step(runner, get)
         except StepFailed as failure:
             if failure.error == NO_BRANCH:
                 failure.error += self.meant()
@@ -15287,7 +15313,7 @@ class Deployment:
         """Check out and pull. Raises StepFailed."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
         try:
-            runner.step(checkout, rule.timeout_s, announce=announce)
+            run_git_step(runner, checkout, announce=announce)
         except StepFailed as failure:
             hooks, _ = find_hooks(self.tree.root, self.tree.ask)
             gave_none = failure.exit_code and not failure.error
@@ -15295,7 +15321,7 @@ class Deployment:
                 failure.error = f"{hooks_text(hooks)} failed"
             raise
         if pull:
-            runner.step(pull, rule.timeout_s)
+            run_git_step(runner, pull)
         else:
             runner.announce(f"git pull {rule.remote} {branch}", StepKind.PULL)
             self.log.line("Nothing to pull: not a branch.")
@@ -20498,8 +20524,9 @@ class Begun:
         self.greeting = None  # or the two would be a ring
 
 
-class Greeting(asyncio.Protocol):
-    """A connection until TLS is agreed on.
+class Greeting:
+    """A connection until TLS is agreed on; a protocol of asyncio's, which short commands do not
+    import for its base.
 
     asyncio itself would tell of a connection only then, when each that says nothing holds its
     buffers already. So all are taken plain and counted, and TLS begins when it is their turn.
@@ -20535,6 +20562,14 @@ class Greeting(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it, between TLS and the next step of `agree`."""
         self.early += data
+
+    def eof_received(self) -> None:
+        """As asyncio calls it: what has ended is closed."""
+
+    def pause_writing(self) -> None:
+        """As asyncio calls it: nothing is written before `go_on`."""
+
+    resume_writing = pause_writing
 
     def connection_lost(self, _: Exception | None) -> None:
         """As asyncio calls it: nobody has to wait for the turn of one that has gone."""
@@ -20578,9 +20613,10 @@ class Greeting(asyncio.Protocol):
         """The transport over TLS. Raises OSError."""
         certificate = self.all.certificate
         assert certificate
+        own: Any = self
         return await asyncio.get_running_loop().start_tls(
             self.transport,
-            self,
+            own,
             certificate.context,
             server_side=True,
             ssl_handshake_timeout=WELCOME_S,
@@ -21679,6 +21715,14 @@ def freeze_span(rule: FreezeRule, now: float) -> tuple[float, float] | None:
     return None
 
 
+def is_freeze_by_hand(held: Any) -> bool:
+    """Whether what a file has for a freeze is one."""
+    if not isinstance(held, dict) or not isinstance(held.get("by"), str):
+        return False
+    times = (held.get("begins"), held.get("ends"), held.get("lived", 0.0))
+    return all(isinstance(at, int | float) for at in times)
+
+
 class Freezes:
     """When nobody deploys: the windows of the configuration, and those that somebody set by hand,
     which outlive a restart."""
@@ -21687,9 +21731,23 @@ class Freezes:
         self.store, self.config, self.lived = state.store, config, state.lived
         self.file = state.root / "freezes.json"
         reading, data = self.store.read(self.file)
+        if not all(map(is_freeze_by_hand, data.values())):
+            reading = Reading.TORN
         if reading not in (Reading.VALUE, Reading.MISSING):
-            log.error("%s is %s: what was frozen by hand is not any more", self.file, reading)
+            data = self.hold_all(reading)
         self.by_hand: dict[str, dict[str, Any]] = data
+
+    def hold_all(self, reading: Reading) -> dict[str, dict[str, Any]]:
+        """What stands for a file that can't be read: somebody may have frozen the fleet, and for
+        how long nobody knows. Better nobody deploys, until a person says so."""
+        log.error("%s is %s: every order is held until somebody thaws", self.file, reading)
+        now = time.time()
+        by = f"the master, whose file of freezes is {reading}: thaw, or freeze anew and thaw this"
+        until = self.lived.now() + UNKNOWN_FREEZE_S
+        held = {"begins": now, "ends": now + UNKNOWN_FREEZE_S, "by": by, "lived": until}
+        return {self.file.name: held}
+
+    # By hand
 
     def freeze(self, name: str, seconds: float, by: str) -> Freeze:
         """Hold every order from now on, for so long."""
@@ -21736,6 +21794,8 @@ class Freezes:
                 if span:
                     found.append(Freeze(rule.name, *span, rule.kinds, rule.hosts))
         return [one for one in found if one.begins - FREEZE_SOON_S <= now < one.ends]
+
+    # What an order meets
 
     def holding(
         self, kind: Kind, options: Mapping[str, Any], hosts: Iterable[HostRef]

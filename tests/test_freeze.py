@@ -79,6 +79,28 @@ def test_a_zone_that_nobody_knows_holds_rather_than_lets_through(tmp_path: Path)
     assert "Nowhere" in str(freezes.check(est.Kind.DEPLOY, {"force": True}, [one], "me"))
 
 
+@pytest.mark.parametrize("text", ["", '{"market": {"begi', "[]", '{"market": {"by": "me"}}', '{"market": 1}'])
+def test_a_file_of_freezes_that_can_not_be_read_holds_until_somebody_thaws(tmp_path: Path, text: str) -> None:
+    """Somebody may have frozen the fleet: it outlives restarts of the master, until a person says what holds."""
+    path = tmp_path / "updater.json"
+    path.write_text(json.dumps({"masterUrl": "ws://127.0.0.1:1", "whitelist": []}))
+    state = est.StateFolder(tmp_path / "state")
+    state.create()
+    (state.root / "freezes.json").write_text(text)
+    config, host = est.ConfigFile(path, state), est.HostRef("h", "h", "h", "m", True, None, True)
+    for _ in range(2):
+        freezes = est.Freezes(state, config)
+        with pytest.raises(est.GuardError, match=r"freezes\.json holds every deploy back: .*thaw"):
+            freezes.check(est.Kind.DEPLOY, {}, [host], "me")
+    freezes.freeze("market", 60.0, "me")
+    assert freezes.thaw("freezes.json", "me") == ["freezes.json"]
+    for left in (["market"], []):
+        freezes = est.Freezes(state, config)
+        assert [one.name for one in freezes.near(time.time())] == left
+        if left:
+            freezes.thaw("", "me")
+
+
 def test_nobody_deploys_in_a_freeze(fleet: Callable[..., Fleet]) -> None:
     one = fleet(hosts=1)
     here = one.master.address

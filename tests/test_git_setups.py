@@ -380,6 +380,35 @@ def test_a_filter_that_hangs_delays_no_cancel(tmp_path: Path) -> None:
     assert (clone.head(), clone.dirty(), mark.exists()) == (new, "", False)
 
 
+@pytest.mark.parametrize("name", ["index", "HEAD", "refs/heads/master", "refs/remotes/origin/master"])
+def test_another_git_s_moment_is_waited_for(tmp_path: Path, name: str) -> None:
+    """An editor or a prompt that looks at the clone just then holds a lock, and ends no deployment."""
+    clone = Clone(tmp_path)
+    new = clone.commit({"a": "two\n", "b": "new\n"})
+    lock = clone.host / ".git" / f"{name}.lock"
+    lock.touch()
+    with subprocess.Popen(["git", "hash-object", "--stdin"], cwd=clone.host, stdin=-1, stdout=-3) as other:
+        command = clone.start("master")
+        wait_for(lambda: "Another git works in this clone: trying again." in clone.log(), "it waits")
+        lock.unlink()
+        out, _ = command.communicate(timeout=60)
+        other.communicate()
+    assert command.returncode == 0 and out.count("git fetch origin...") == 1, out
+    assert (clone.head(), clone.dirty()) == (new, ""), out
+
+
+def test_a_ref_without_its_commit_is_no_missing_branch(tmp_path: Path) -> None:
+    """As git gc --prune=now beside a fetch leaves it: a question that died of it found not nothing, but no answer."""
+    clone = Clone(tmp_path)
+    assert est.git_output(clone.host, clone.env, "for-each-ref", "refs/heads/side") == b""
+    (clone.host / ".git/refs/heads/side").write_text("1" * 40 + "\n")
+    with pytest.raises(est.UpdaterError, match="an object of git is missing"):
+        est.git_output(clone.host, clone.env, "for-each-ref", "refs/heads/side")
+    code, out, err = clone.deploy()
+    assert code == 1 and "an object of git is missing" in err and "✗ 실패 git fetch origin" in out, err
+    assert f"nothing changed on {HOST}" in err
+
+
 @pytest.mark.parametrize("files", [2, 1])
 def test_a_tree_that_an_ended_git_left_mixed_is_no_success(tmp_path: Path, files: int) -> None:
     """Ended politely it takes its lock with it: only what lies there tells. One file alone may be somebody's."""
