@@ -866,6 +866,9 @@ BUSY_RETRY_S = 2.0
 ORDER_EXPIRES_S = 600.0  # an unacknowledged order: a host that is back after days must not run it
 LOST_S = 900.0  # without a connection a running job counts as lost, which releases those who watch
 DISK_RETRY_S = 5.0
+# what a host says of its job may be replaced within a moment, as most of it is: then it is written
+# once; and not while so many files wait that to look at each would take longer
+LINGER_S, LINGERING = 0.2, 200
 # A host says again what the master has not acknowledged, a result ever more rarely
 SAY_AGAIN_S = 60.0
 SAY_AGAIN_MOST_S = 3600.0
@@ -9026,7 +9029,8 @@ log = DaemonLog()
 class Write:
     """A file that is to be replaced, and who waits for that."""
 
-    def __init__(self) -> None:
+    def __init__(self, due: float) -> None:
+        self.due = due  # when it is to be written, by the monotonic clock
         self.data = b""
         self.durable = False
         self.after: Path | None = None  # a log that has to be on disk before this is
@@ -9053,17 +9057,28 @@ class Store:
         self._turn = threading.Condition()
         self._puts = 0  # so far: whether there is more to write than a round began with
         self._thread: threading.Thread | None = None
+        self._sleeps = True  # the thread, until it is told of something
         self._entered: set[Path] = set()  # folders that are sure to be there after a power loss
 
     # To be written
 
     def put(
-        self, path: Path, data: bytes, *, durable: bool = True, after: Path | None = None
+        self,
+        path: Path,
+        data: bytes,
+        *,
+        durable: bool = True,
+        after: Path | None = None,
+        lingers: bool = False,
     ) -> None:
         """Replace `path`, once the log `after` is on disk. Of a file that is put again the latest
-        data counts."""
+        data counts; with `lingers` it is written a moment later, as there will be newer data."""
         with self._turn:
-            write = self._waiting.setdefault(path, Write())
+            write = self._waiting.get(path)
+            if write is None:
+                write = self._waiting[path] = Write(time.monotonic() + LINGER_S)
+            if not lingers:
+                write.due = 0.0
             write.data = data
             write.durable |= durable
             write.after = after or write.after
@@ -9071,7 +9086,8 @@ class Store:
             self._puts += 1
             if self._thread is None:
                 self._begin(write)
-            self._turn.notify_all()
+            if self._sleeps or not lingers:
+                self._turn.notify_all()
 
     def _begin(self, write: Write) -> None:
         """Have a thread write from now on; where the system has none left, from the next put on."""
@@ -9105,6 +9121,7 @@ class Store:
             write = self._waiting.get(path)
             if write is not None:
                 write.waiters.append(then)
+                self._hurry(write)
                 return
         then()
 
@@ -9125,6 +9142,7 @@ class Store:
             if write.refused:
                 return write.refused
             write.askers.append(tell)
+            self._hurry(write)
         await told.wait()
         return write.refused
 
@@ -9185,24 +9203,52 @@ class Store:
         for path in list(self._soon):
             self._put_now(path)
         with self._turn:
+            self._hurry(*self._waiting.values())
             return self._turn.wait_for(lambda: not self._waiting, within_s)
+
+    def _hurry(self, *writes: Write) -> None:
+        """Somebody waits for them."""
+        for write in writes:
+            write.due = 0.0
+        self._turn.notify_all()
 
     def _write_forever(self) -> None:
         while True:
             with self._turn:
-                self._turn.wait_for(lambda: self._waiting)
-                waiting = list(self._waiting.items())
+                waiting = self._await_due()
                 puts = self._puts
             if self._write_round(waiting):
                 log.over(self)
             else:
                 self._rest(puts)
 
+    def _await_due(self) -> list[tuple[Path, Write]]:
+        """What is to be written now, once there is something; the lock is held."""
+        while True:
+            now = time.monotonic()
+            latest = now
+            if len(self._waiting) > LINGERING:
+                latest = float("inf")
+            due = [item for item in self._waiting.items() if item[1].due <= latest]
+            for _, write in due:
+                write.due = now + LINGER_S  # of what is put while this is written
+            if due:
+                return due
+            left_s = None
+            if self._waiting:
+                left_s = min(write.due for write in self._waiting.values()) - now
+            self._sleeps = left_s is None
+            self._turn.wait(left_s)
+            self._sleeps = False
+
     def _rest(self, puts: int) -> None:
         """Until what was refused is tried again; what is put meanwhile, or was put since there were
         so many `puts`, is tried at once."""
         with self._turn:
+            self._sleeps = True
             self._turn.wait_for(lambda: self._puts != puts, DISK_RETRY_S)
+            self._sleeps = False
+            self._hurry(*self._waiting.values())
 
     def _write_round(self, waiting: list[tuple[Path, Write]]) -> bool:
         """Write what waits, and have the disk keep each folder once; False if it refused any."""
@@ -9587,16 +9633,16 @@ class StateFolder:
     # The files of a job
 
     def log_file(self, run: str, host: str) -> Path:
-        return self.runs / run / f"{file_label(host)}.log"
+        return self.runs.joinpath(run, f"{file_label(host)}.log")
 
     def job_file(self, run: str, host: str) -> Path:
-        return self.runs / run / f"{file_label(host)}.json"
+        return self.runs.joinpath(run, f"{file_label(host)}.json")
 
     def cancel_file(self, run: str, host: str) -> Path:
-        return self.runs / run / f"{file_label(host)}.cancel"
+        return self.runs.joinpath(run, f"{file_label(host)}.cancel")
 
     def traffic_file(self, run: str, host: str) -> Path:
-        return self.runs / run / f"{file_label(host)}.traffic"
+        return self.runs.joinpath(run, f"{file_label(host)}.traffic")
 
     # Runs and jobs
 
@@ -9646,11 +9692,17 @@ class StateFolder:
         return path
 
     def put_job(
-        self, record: JobRecord, *, durable: bool = True, after: Path | None = None
+        self,
+        record: JobRecord,
+        *,
+        durable: bool = True,
+        after: Path | None = None,
+        lingers: bool = False,
     ) -> Path:
-        """Have the store record a job, once the log `after` is on disk: the file to wait for."""
+        """Have the store record a job, once the log `after` is on disk, or with `lingers` what is
+        newer in a moment: the file to wait for."""
         path = self.job_file(record.run, record.host)
-        self.store.put(path, _dump(record), durable=durable, after=after)
+        self.store.put(path, _dump(record), durable=durable, after=after, lingers=lingers)
         return path
 
     def current(self) -> tuple[str, str]:
@@ -21584,8 +21636,11 @@ class Ledger:
 
     # States
 
-    def record(self, run: Run, job: JobRecord, *, durable: bool = False) -> None:
-        """A job's new state: to disk, and to whoever follows."""
+    def record(
+        self, run: Run, job: JobRecord, *, durable: bool = False, lingers: bool = False
+    ) -> None:
+        """A job's new state: to disk, and to whoever follows. With `lingers` to disk in a moment:
+        its host says it again to a master that has died before."""
         own = job.machine == self.registry.own_machine
         if not (own and self.is_recorded(job)):
             log_file = self.state.log_file(job.run, job.host)
@@ -21593,7 +21648,7 @@ class Ledger:
                 after = log_file
             else:
                 after = None
-            self.state.put_job(job, durable=durable, after=after)
+            self.state.put_job(job, durable=durable, after=after, lingers=lingers)
         if not own:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.put(job)
@@ -21648,8 +21703,9 @@ class Ledger:
 
     def drop_idle(self, run: Run) -> None:
         """Forget a run that is over, once all of it is on disk."""
-        folder = self.state.runs / run.record.run
-        if run.active or run.followers or run.held or self.state.store.waits_in(folder):
+        if run.active or run.followers or run.held:
+            return
+        if self.state.store.waits_in(self.state.runs / run.record.run):
             return
         self.runs.pop(run.record.run, None)
 
@@ -22369,7 +22425,7 @@ class Master:
             if run.record.cancelled:
                 agent.link.post(Cancel(job.run, run.record.cancelled_by))
             if accepts_job(run.jobs[job.host], job):
-                self.ledger.record(run, replace(job, behind=None))
+                self.ledger.record(run, replace(job, behind=None), lingers=True)
             if waits_for_traffic(job):
                 self.registry.tell_traffic(job)
         self.ledger.drop_idle(run)

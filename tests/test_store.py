@@ -16,6 +16,7 @@ import pytest
 
 from tests import seam as est
 from tests.fleet import unavailable
+from tests.seam import program
 
 
 def test_what_is_put_is_read_at_once_and_kept(tmp_path: Path) -> None:
@@ -230,3 +231,44 @@ def test_what_is_put_after_a_refusal_is_tried_before_it_is_called_refused(tmp_pa
     folder.unlink()
     store.put(file, b'{"there is": "room"}')
     assert asyncio.run(store.kept(file)) is None and est.read_json(file) == {"there is": "room"}
+
+
+def test_what_lingers_is_written_once_for_all_that_comes_within_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And at once for who waits, or when it comes to be promised."""
+    linger_s = 2.0
+    monkeypatch.setattr(program, "LINGER_S", linger_s)
+    store, file = est.Store(), tmp_path / "one.json"
+    written: list[bytes] = []
+    write_file = store._write_file
+
+    def count(path: Path, write: Any, data: bytes) -> None:
+        written.append(data)
+        write_file(path, write, data)
+
+    store._write_file = count  # type: ignore[method-assign]
+    for number in range(10):
+        store.put(file, b'{"n": %d}' % number, durable=False, lingers=True)
+        assert store.read(file) == (est.Reading.VALUE, {"n": number})
+    assert written == []
+    deadline = time.monotonic() + 30
+    while store.waits_in(tmp_path):
+        assert time.monotonic() < deadline, "it is never written"
+        time.sleep(0.01)
+    assert written == [b'{"n": 9}'] and est.read_json(file) == {"n": 9}
+    store.put(file, b'{"n": 10}', durable=False, lingers=True)
+    began = time.monotonic()
+    assert asyncio.run(store.kept(file)) is None and est.read_json(file) == {"n": 10}
+    store.put(file, b'{"n": 11}', durable=False, lingers=True)
+    told = threading.Event()
+    store.when_kept(file, told.set)
+    assert told.wait(30) and est.read_json(file) == {"n": 11}
+    store.put(file, b'{"n": 12}', durable=False, lingers=True)
+    assert store.flush(30) and est.read_json(file) == {"n": 12}
+    store.put(file, b'{"n": 13}', durable=False, lingers=True)
+    store.put(file, b'{"n": 14}')
+    while est.read_json(file) != {"n": 14}:
+        assert time.monotonic() < began + 30
+    assert time.monotonic() < began + linger_s, "who waits, waits for nothing but the disk"
+    assert len(written) == 5
