@@ -29,11 +29,30 @@ def test_there_is_one_at_least() -> None:
     assert sys.version_info[:2] in FOUND or sys.prefix != sys.base_prefix, "the look for Pythons finds none"
 
 
+# What `build` would make with this Python, of the files that another has fetched.
+REBUILD = """
+import sys, zipfile
+sys.path.insert(0, sys.argv[1])
+import estelle_updater
+with zipfile.ZipFile(sys.argv[1]) as old, zipfile.ZipFile(sys.argv[2], "w") as new:
+    for name in old.namelist():
+        data = old.read(name)
+        if name.endswith(".pyc"):
+            source = name.removesuffix("c")
+            data = estelle_updater._compile(old.read(source), source)
+        new.writestr(zipfile.ZipInfo(name), data)
+"""
+
+
 @pytest.mark.parametrize("python", NEWER.values(), ids=names(NEWER))
-def test_a_deployment_by_another_python(fleet: Callable[..., Fleet], pyz: Path, python: str) -> None:
-    one = fleet(hosts=2, program=(python, str(pyz)))
-    assert one.cli("--help").out.startswith("usage: ")
-    assert one.cli("config", "check").code == 0
+def test_a_deployment_by_another_python(fleet: Callable[..., Fleet], pyz: Path, python: str, tmp_path: Path) -> None:
+    """The zipapp of the tests' Python is compiled at each start there; the fleet has one of its own."""
+    own = tmp_path / "own.pyz"
+    made = run([python, "-c", REBUILD, pyz, own], clean_env(tmp_path / "home"))
+    assert made.code == 0, made.err
+    one = fleet(hosts=2, program=(python, str(own)))
+    assert run([python, pyz, "--help"], one.env).out.startswith("usage: ")
+    assert run([python, pyz, "config", "check"], one.env, one.master.repo).code == 0
     one.origin.commit({"deploy.sh": "echo by another\n"})
     done = one.cli("trigger", "all", "master")
     assert done.code == 0, done.out + done.err

@@ -135,28 +135,21 @@ def test_doctor(windows_fleet: MakeHosts) -> None:
     assert result.code == 2 and "npm install -g pm2" in result.err
 
 
-@pytest.mark.timeout(240)  # three deployments under Wine: 40 s each on a busy machine
-def test_an_agent_deploys_fails_and_is_cancelled(windows_fleet: MakeHosts) -> None:
+@pytest.mark.timeout(240)  # two deployments under Wine: 40 s each on a busy machine
+def test_an_agent_fails_and_is_cancelled(windows_fleet: MakeHosts) -> None:
     one, windows = windows_fleet()
     row = next(row for row in json.loads(one.cli("status", "--json").out)["hosts"] if row["host"] == AGENT)
     assert row["platform"] == "win32" and row["online"]
-    done = one.cli("trigger", AGENT, "master", timeout_s=WINE_S)
-    assert done.code == 0, done.out + done.err
-    lines = done.out.splitlines()
-    for line in ("git pull origin master...", "deploy.cmd it...", "building it", f"✓ 완료 {VERSION}"):
-        assert f"[{AGENT}] {line}" in lines, done.out
 
     one.origin.commit({"deploy.cmd": BROKEN})
     failed = one.cli("trigger", AGENT, "master", timeout_s=WINE_S)
     assert failed.code == 1 and f"[{AGENT}] ✗ 실패 deploy.cmd it (exit 5)" in failed.out, failed.out + failed.err
 
     one.origin.commit({"deploy.cmd": ENDLESS})
-    watcher = one.popen("trigger", AGENT, "master", stderr=subprocess.DEVNULL)
-    run = wait_for(lambda: one.runs()[-1].name if len(one.runs()) == 3 else "", "the run is recorded", WINE_S)
-    wait_for(lambda: "begun" in one.cli("logs", run).out, "the command runs", WINE_S)
-    assert one.cli("cancel", run).code == 0
-    out, _ = watcher.communicate(timeout=WINE_S)
-    assert watcher.returncode == 1 and f"[{AGENT}] ✗ 취소" in out.decode()
+    watcher = Watched(one, "trigger", AGENT, "master")
+    watcher.until("begun", WINE_S)
+    assert one.cli("cancel", watcher.run).code == 0
+    assert watcher.end(WINE_S) == 1 and f"[{AGENT}] ✗ 취소" in watcher.out, watcher.out + watcher.err
     beat = windows.host.folder / "beat"
 
     def silent() -> bool:
@@ -186,7 +179,7 @@ def test_an_agent_that_is_killed_comes_back_with_every_byte(windows_fleet: MakeH
     assert log_of(one, run, windows.host) == log_of(one, run, windows.host, windows.host)
 
 
-def test_an_agent_is_upgraded(windows_fleet: MakeHosts, pyz: Path, tmp_path: Path) -> None:
+def test_an_agent_is_upgraded_and_deploys(windows_fleet: MakeHosts, pyz: Path, tmp_path: Path) -> None:
     variant(pyz, tmp_path / "old" / NAME, "0.0.9")
     new = tmp_path / "new" / NAME
     config = {"updater": {"sha256": variant(pyz, new, NEW)}}
@@ -195,7 +188,11 @@ def test_an_agent_is_upgraded(windows_fleet: MakeHosts, pyz: Path, tmp_path: Pat
     done = one.cli("upgrade", AGENT, timeout_s=WINE_S)
     assert done.code == 0 and f"[{AGENT}] ✓ 완료 {NEW}" in done.out, done.out + done.err
     assert versions(one)[AGENT] == NEW
-    assert one.cli("trigger", AGENT, "master", timeout_s=WINE_S).code == 0
+    done = one.cli("trigger", AGENT, "master", timeout_s=WINE_S)
+    assert done.code == 0, done.out + done.err
+    lines = done.out.splitlines()
+    for line in ("git pull origin master...", "deploy.cmd it...", "building it", f"✓ 완료 {VERSION}"):
+        assert f"[{AGENT}] {line}" in lines, done.out
 
 
 def test_a_windows_master_and_its_commands(windows_fleet: MakeHosts) -> None:
