@@ -18,7 +18,7 @@ def test_light_agents_are_welcomed_and_deploy(tmp_path: Path) -> None:
     """Each by the real wire, beside a bare server; a table and a picture come of it, and of recorded runs."""
     picture = tmp_path / "scale.svg"
     sizes = ["--scale", "5,20", "--runs", "3,9", "--svg", str(picture)]
-    argv = [sys.executable, str(BENCH), *PROGRAM, "--only-scale", "--hosts", "3", *sizes]
+    argv = [sys.executable, str(BENCH), *PROGRAM, "--once", "--only-scale", "--hosts", "3", *sizes]
     code, out, err = run(argv, clean_env(tmp_path / "home"), tmp_path, timeout_s=240)
     assert code == 0, err
     assert re.search(r"\| no-op deployment, 3 hosts at once \| 3 shells [\d.]+ ms \| [\d.]+ ms \|", out), out

@@ -350,12 +350,17 @@ def test_everybody_can_use_it(shared: Fleet, browser: Browser) -> None:
     }
     browser.command("Page.setBypassCSP", enabled=True)
     try:
-        for size, dark in (((1280, 800), False), ((1280, 800), True), (PHONE, False)):
-            browser.look(size, dark=dark)
-            for place, ready in places.items():
-                browser.open(page_url(shared, place))
-                browser.wait(ready)
-                browser.js(axe.read_text())
+        for place, ready in places.items():
+            browser.open(page_url(shared, place))
+            browser.wait(ready)
+            browser.js(axe.read_text())
+            for size, dark in (((1280, 800), True), (PHONE, False), ((1280, 800), False)):
+                browser.look(size, dark=dark)
+                browser.wait(
+                    f"innerWidth === {size[0]} && matchMedia('(prefers-color-scheme: dark)').matches == {dark:d}"
+                )
+                browser.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+                assert browser.js(f"!!({ready})"), (size, dark, place)
                 found = browser.js(AXE)
                 assert found == [], (size, dark, place, found)
                 assert browser.js("document.documentElement.scrollWidth") <= size[0], (size, place)

@@ -55,13 +55,19 @@ def run(*argv: str, cwd: Path | None = None) -> None:
 
 def median_s(repeat: int, action: Callable[[], object]) -> float:
     """The median time of `action` in seconds; one run before it warms the caches."""
-    action()
+    if at_most(repeat) > 1:
+        action()
     times = []
-    for _ in range(repeat):
+    for _ in range(at_most(repeat)):
         began = time.perf_counter()
         action()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
+
+
+def at_most(repeat: int) -> int:
+    """How often something is measured: with --once, to see that all of it works, once."""
+    return 1 if "--once" in sys.argv else repeat
 
 
 def free_port() -> int:
@@ -185,9 +191,9 @@ def spent_s(fleet: Fleet, action: Callable[[], object], times: int = 5) -> float
         return used.children_user + used.children_system + sum(cpu_s(daemon.pid) for daemon in fleet.daemons)
 
     before = so_far()
-    for _ in range(times):
+    for _ in range(at_most(times)):
         action()
-    return (so_far() - before) / times
+    return (so_far() - before) / at_most(times)
 
 
 def bench_growth(fleet: Fleet) -> None:
@@ -470,7 +476,7 @@ def bench_runs(folder: Path, program: list[str], counts: list[int]) -> None:
                 run(*argv)
                 spent = spent_s(fleet, lambda argv=argv: run(*argv), 9)  # type: ignore[misc]
                 lines[what].points.append((count, spent))
-            lines["start"].points.append((count, statistics.median(start_s(fleet) for _ in range(5))))
+            lines["start"].points.append((count, statistics.median(start_s(fleet) for _ in range(at_most(5)))))
         finally:
             fleet.close()
     for what, line in lines.items():
@@ -589,6 +595,7 @@ def main() -> None:
         "--stalls", default="", help="HOSTS,LINES,SECONDS: so many hosts that each write so many a second"
     )
     parser.add_argument("--gigabytes", type=float, default=0.0, help="of one log, for the memory that they cost")
+    parser.add_argument("--once", action="store_true", help="measure each thing once, to see that all of it works")
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
