@@ -93,12 +93,22 @@ def spliced(compiled: bytes, text: str, version: str, edits: Sequence[tuple[str,
             return None
         source = "\n" * text.count("\n", 0, begin) + replaced(block, wanted)
         fresh |= codes(marshal.loads(seam._compile(source.encode(), MODULE.name)[16:]))
-    code = marshal.loads(compiled[16:])
-    assert fresh.keys() <= codes(code).keys()
-    parts = [fresh.get(getattr(part, "co_name", ""), part) for part in code.co_consts]
-    parts = [version if part == "0.1.0" else part for part in parts]
-    head = compiled[:8] + importlib.util.source_hash(edited)
-    return head + marshal.dumps(code.replace(co_consts=tuple(parts)))
+    missing = set(fresh)
+
+    def put(code: CodeType) -> CodeType:
+        parts = []
+        for part in code.co_consts:
+            if isinstance(part, CodeType) and part.co_name in fresh:
+                missing.discard(part.co_name)
+                part = fresh[part.co_name]
+            elif isinstance(part, bytes) and len(part) > 100_000:  # what `build` sets apart
+                part = marshal.dumps(put(marshal.loads(part)))
+            parts.append(version if part == "0.1.0" else part)
+        return code.replace(co_consts=tuple(parts))
+
+    code = put(marshal.loads(compiled[16:]))
+    assert not missing, missing
+    return compiled[:8] + importlib.util.source_hash(edited) + marshal.dumps(code)
 
 
 def codes(module: CodeType) -> dict[str, CodeType]:
