@@ -18,7 +18,7 @@ from tests.machines import Network, Windows
 LONG = (
     "test_watch", "test_projects", "test_json_lines", "test_upgrade", "test_plan", "test_tree", "test_self_update",
     "test_bench", "test_identity", "test_links", "test_moves", "test_pm2", "test_pythons", "test_release", "test_setup",
-    "test_three_hosts",
+    "test_three_hosts", "test_service", "test_drips", "test_switch", "test_notify",
 )  # fmt: skip
 
 
