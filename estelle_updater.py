@@ -830,7 +830,10 @@ LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 NURSERY_END_S = 2.0
 ATTEND_S = 1.0  # a commander whose output nobody reads answers pings in time
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
+INDEX_BYTES = 1 << 17  # of git's: of a longer one git itself tells as quickly
 CANCEL_LOOK_S = 0.2
+UNTOUCHED_S = 5.0  # a tree looked at within is not looked at again, where git wrote nothing
+UNSAID_S = 0.1  # what a job is at for as long is recorded, and told to who watches
 HAPROXY_S = 1.0  # one answer of HAProxy's sockets, which come in milliseconds; `status` asks live
 HAPROXY_ANSWER_S = 2.0  # the whole of it
 CONNECT_S = 3.0
@@ -4910,6 +4913,82 @@ def parse_flagged(data: bytes) -> list[str]:
         if letter == b"S" or letter.islower():
             found.append(path.decode("utf-8", "surrogateescape"))
     return found
+
+
+def sha1(data: bytes) -> bytes:
+    """The hash by which git knows its own files, and a WebSocket's server shows that it is one: no
+    secret depends on it.
+
+    `hashlib` loads all of OpenSSL for it, which takes longer than a greeting.
+    """
+    try:
+        own: Any = importlib.import_module("_sha1")
+    except ImportError:  # it is CPython's own
+        own = hashlib
+    digest: bytes = own.sha1(data).digest()
+    return digest
+
+
+class Index(NamedTuple):
+    """What an index of git says: the paths, and whether git was told to take any of these files for
+    unchanged."""
+
+    paths: tuple[bytes, ...]
+    has_flags: bool
+
+    def has_attributes(self) -> bool:
+        """Whether it names a file that says how others are written."""
+        return any(path.endswith(b".gitattributes") for path in self.paths)
+
+
+def parse_index(data: bytes) -> Index | None:
+    """An index as git writes it unless it is told otherwise: versions 2 and 3 with SHA-1, in one
+    file (gitformat-index(5)). None for any other, which git itself has to read."""
+    body, checksum = data[:-20], data[-20:]
+    if len(body) < 12 or sha1(body) != checksum:
+        return None
+    signature, version, count = struct.unpack_from(">4sII", body)
+    if signature != b"DIRC" or version not in (2, 3):
+        return None
+    paths = []
+    flagged = 0
+    place = 12
+    for _ in range(count):
+        start = place + 62
+        (flags,) = struct.unpack_from(">H", body, start - 2)
+        flagged |= flags & 0x8000  # --assume-unchanged
+        if flags & 0x4000:  # it has more of them
+            (more,) = struct.unpack_from(">H", body, start)
+            flagged |= more & 0x4000  # --skip-worktree
+            start += 2
+        end = body.index(b"\0", start)
+        paths.append(body[start:end])
+        place += (end - place + 8) // 8 * 8
+    # An extension in small letters changes what the rest means: a split or a sparse index.
+    while place < len(body):
+        name, size = struct.unpack_from(">4sI", body, place)
+        if not name[:1].isupper():
+            return None
+        place += 8 + size
+    return Index(tuple(paths), bool(flagged))
+
+
+def parse_settings(text: str) -> dict[str, list[str]]:
+    """The values of each key in `git config --null --list`, in git's order: of most keys the last
+    one counts."""
+    found: dict[str, list[str]] = {}
+    for item in text.split("\0"):
+        key, _, value = item.partition("\n")
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def parse_packed_refs(data: bytes, name: str) -> str:
+    """The commit of a ref in the file `packed-refs`; "" where it is not in there."""
+    before, found, _ = data.partition(f" {name}\n".encode("utf-8", "surrogateescape"))
+    if not found:
+        return ""
+    return before.rpartition(b"\n")[2].decode(errors="replace")
 
 
 def parse_stage(data: bytes) -> dict[str, str]:
@@ -11016,16 +11095,25 @@ def has_keeper(environ: bytes, cgroup: bytes) -> bool:
     return bool(told)
 
 
-def _read_process(pid: int) -> _Process | None:
-    """The process of that number; None where there is none, or no /proc."""
-    stat = environ = b""
+def _read_stat(pid: int) -> tuple[str, list[bytes]]:
+    """The name of the process of that number, and what /proc/PID/stat says behind it; nothing where
+    there is none, or no /proc."""
+    stat = b""
     with suppress(OSError):  # it ended, it is another user's, there is no /proc
         stat = Path(f"/proc/{pid}/stat").read_bytes()
-        environ = Path(f"/proc/{pid}/environ").read_bytes()
-    if not stat:
+    name, _, rest = stat.partition(b"(")[2].rpartition(b")")
+    return os.fsdecode(name), rest.split()
+
+
+def _read_process(pid: int) -> _Process | None:
+    """The process of that number; None where there is none, or no /proc."""
+    name, facts = _read_stat(pid)
+    if not facts:
         return None
-    name = os.fsdecode(stat[stat.index(b"(") + 1 : stat.rindex(b")")])
-    state, parent, _, session, *more = stat[stat.rindex(b")") + 2 :].split()
+    environ = b""
+    with suppress(OSError):
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    state, parent, _, session, *more = facts
     threads, start = int(more[13]), int(more[15])
     # a zombie with threads: only its first one ended
     alive = state not in (b"Z", b"X") or threads > 1
@@ -11284,6 +11372,18 @@ def bury_orphans(own: int) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
+def may_have_orphans() -> bool:
+    """Whether what a step left running may be a child of this process by now; always where that
+    can't be told."""
+    if not adopts_orphans():
+        return True
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 if sys.platform == "win32":
 
     class _Job:
@@ -11333,6 +11433,56 @@ if sys.platform == "win32":
 _DRAINS: "list[subprocess.Popen[bytes]]" = []  # nobody waits for them: they outlive this process
 
 
+class _Exit:
+    """The end of a child, which several threads may wait for. Linux has a descriptor for that;
+    elsewhere a thread waits: Popen.wait with a timeout would look again and again."""
+
+    def __init__(self, popen: "subprocess.Popen[bytes]") -> None:
+        self._popen = popen
+        self._over = threading.Event()
+        self._closed = False
+        self.descriptor = -1
+        if hasattr(os, "pidfd_open"):
+            with suppress(OSError):  # an old kernel, a sandbox, no descriptor left
+                self.descriptor = os.pidfd_open(popen.pid)
+        if self.descriptor < 0:
+            threading.Thread(target=self._reap, daemon=True).start()
+
+    def _reap(self) -> None:
+        self._popen.wait()
+        self._over.set()
+
+    def is_set(self) -> bool:
+        """Whether the child has ended."""
+        return self.wait(0)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it has, or does within that time."""
+        if self.descriptor < 0 or self._over.is_set():
+            return self._over.wait(timeout_s)
+        look = select.poll()
+        look.register(self.descriptor, select.POLLIN)
+        if not look.poll(None if timeout_s is None else timeout_s * 1000):
+            return False
+        self._reap()
+        return True
+
+    def close(self) -> None:
+        """Give the descriptor back; nothing the second time. A child that would not end is still
+        waited for, and until then somebody may look at the descriptor."""
+        if self._closed or self.descriptor < 0:
+            return
+        self._closed = True
+        if self._over.is_set():
+            os.close(self.descriptor)
+        else:
+            threading.Thread(target=self._reap_and_close, daemon=True).start()
+
+    def _reap_and_close(self) -> None:
+        self._reap()
+        os.close(self.descriptor)
+
+
 class Spawned:
     """A running command. One thread loops over `read` until it answers b"", then asks `wait` for
     the exit code.
@@ -11340,26 +11490,18 @@ class Spawned:
     Every other method may come from any thread.
     """
 
-    def __init__(self, popen: "subprocess.Popen[bytes]", mark: str) -> None:
-        assert popen.stdout is not None
+    def __init__(self, popen: "subprocess.Popen[bytes]", out: IO[bytes], mark: str) -> None:
         self.pid = popen.pid  # on POSIX its process group too
-        self._popen, self._out, self._err = popen, popen.stdout, popen.stderr
+        self._popen, self._out, self._err = popen, out, popen.stderr
         self.mark = mark
         self.pipe = _pipe_name("self", self._out.fileno())
         self.errors = b""  # the end of what came apart from the output
-        self._exited = threading.Event()
+        self._exited = _Exit(popen)
         self._drain_until = float("inf")
         self._drained_bytes = 0
         self._ended = self._over = False
         self.refused = set[int]()  # what `kill_tree` may not kill
         self._open()
-        # Popen.wait with a timeout polls; a thread that only waits costs nothing and answers at
-        # once
-        threading.Thread(target=self._await_exit, daemon=True).start()
-
-    def _await_exit(self) -> None:
-        self._popen.wait()
-        self._exited.set()
 
     # Its output and its end
 
@@ -11485,11 +11627,8 @@ class Spawned:
     else:
 
         def _open(self) -> None:
-            process = _read_process(self.pid)
-            if process:
-                self._start = process.start
-            else:
-                self._start = 0
+            _, facts = _read_stat(self.pid)
+            self._start = int(facts[19]) if facts else 0
             # Found once, while their parents lived: a PM2 that ends leaves its apps behind.
             self._known = set[int]()
             self._reading = threading.Lock()
@@ -11500,16 +11639,25 @@ class Spawned:
             self._readable = {pipe.fileno() for pipe in (self._out, self._err) if pipe}
             for number in self._readable:
                 self._poll.register(number, select.POLLIN)
+            self._ends = self._exited.descriptor  # while the poll waits for that too
+            if self._ends >= 0:
+                self._poll.register(self._ends, select.POLLIN)
 
         def _next_bytes(self, max_bytes: int, patience_s: float) -> bytes | None:
             if self._ended:
                 self._exited.wait(patience_s)
                 return None
             with self._reading:
-                ready = not self._over and self._poll.poll(patience_s * 1000)
+                if self._over:
+                    return None
+                ready = {number for number, _ in self._poll.poll(patience_s * 1000)}
+                if self._ends in ready:  # once is enough: it stays so
+                    self._poll.unregister(self._ends)
+                    ready.remove(self._ends)
+                    self._ends = -1
                 if not ready:
                     return None
-                number = ready[0][0]
+                number = min(ready)
                 if len(self._room) < max_bytes:
                     self._room = memoryview(bytearray(max_bytes))
                 data = bytes(self._room[: os.readv(number, [self._room[:max_bytes]])])
@@ -11615,6 +11763,7 @@ class Spawned:
             with self._reading:
                 for pipe in filter(None, (self._out, self._err)):
                     pipe.close()
+            self._exited.close()
 
 
 def spawn_step(
@@ -11624,13 +11773,15 @@ def spawn_step(
     *,
     mark: str,
     apart: bool = False,
+    tell: Callable[[str | None], object] = lambda pipe: None,
 ) -> Spawned:
     """Start one command that can't ask anything: no input, no terminal, both outputs on one pipe
     (or `apart`), a tree of its own.
 
     `argv[0]` as `resolve_program` gave it. `mark` names the step; each should have its own, or what
-    an earlier step left running on purpose is taken for a leftover of this one. Raises UpdaterError
-    if it can't be started.
+    an earlier step left running on purpose is taken for a leftover of this one. `tell` is called
+    with the name of the output's pipe before anything runs. Raises UpdaterError if it can't be
+    started.
     """
     if os.path.dirname(argv[0]):
         program = resolve_program(argv[0], "", cwd)[0]
@@ -11644,19 +11795,15 @@ def spawn_step(
         if program.lower().endswith((".cmd", ".bat")):
             command = render_cmd_line([program, *argv[1:]], os.environ.get("COMSPEC", "cmd.exe"))
 
-    given = {**env, MARK: mark}
-    for key in KEEPER_KEYS:  # the daemon's own keeper's: what the step starts is not that one's
-        given.pop(key, None)
-    if cwd is not None:
-        given["PWD"] = os.path.abspath(cwd)  # the daemon's own folder is in there else
+    given = _environment_of_step(env, mark, cwd)
 
-    def start(words: str | Sequence[str]) -> "subprocess.Popen[bytes]":
+    def start(words: str | Sequence[str], out: int) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             words,
             cwd=cwd,
             env=given,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=out,
             stderr=subprocess.PIPE if apart else subprocess.STDOUT,
             bufsize=0,
             start_new_session=True,
@@ -11664,32 +11811,54 @@ def spawn_step(
         )
 
     try:
-        try:
-            popen = start(command)
-        except OSError as problem:
-            if problem.errno != errno.ENOEXEC or not _is_script(program):
-                raise
-            popen = start(["/bin/sh", *command])
-        _widen(popen.stdout)
-        return Spawned(popen, mark)
+        with _open_pipe() as (out, its):
+            tell(_pipe_name("self", out.fileno()))
+            try:
+                popen = start(command, its)
+            except OSError as problem:
+                if problem.errno != errno.ENOEXEC or not _is_script(program):
+                    raise
+                popen = start(["/bin/sh", *command], its)
+            return Spawned(popen, out, mark)
     except (OSError, ValueError) as problem:
         culprit = getattr(problem, "filename", None) or argv[0]
         reason = getattr(problem, "strerror", None) or problem
         raise UpdaterError(f"{culprit}: {reason}") from problem
 
 
-def _is_script(program: str) -> bool:
-    """Text without `#!`: pnpm's shim, say; every shell gives it to sh."""
-    return os.name != "nt" and b"\0" not in read_log(Path(program), 0, 80)
+def _environment_of_step(env: Mapping[str, str], mark: str, cwd: StrPath | None) -> dict[str, str]:
+    """What a command is given: `env`, and by what its processes are found."""
+    given = {**env, MARK: mark}
+    for key in KEEPER_KEYS:  # the daemon's own keeper's: what the step starts is not that one's
+        given.pop(key, None)
+    if cwd is not None:
+        given["PWD"] = os.path.abspath(cwd)  # the daemon's own folder is in there else
+    return given
 
 
-def _widen(pipe: IO[bytes] | None) -> None:
-    """Room for a burst while the disk is slow; only Linux' pipes can grow."""
-    if sys.platform == "linux" and pipe:
+@contextmanager
+def _open_pipe() -> Iterator[tuple[IO[bytes], int]]:
+    """A pipe: our end, which stays open unless this ends with an error, and a command's end. There
+    is room for a burst while the disk is slow; only Linux' pipes can grow."""
+    reader, writer = os.pipe()
+    out = os.fdopen(reader, "rb", buffering=0)
+    if sys.platform == "linux":
         import fcntl
 
         with suppress(OSError):  # the user has many pipes open
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    try:
+        yield out, writer
+    except BaseException:
+        out.close()
+        raise
+    finally:
+        os.close(writer)
+
+
+def _is_script(program: str) -> bool:
+    """Text without `#!`: pnpm's shim, say; every shell gives it to sh."""
+    return os.name != "nt" and b"\0" not in read_log(Path(program), 0, 80)
 
 
 class Ended(NamedTuple):
@@ -12210,6 +12379,8 @@ class LogWriter:
         self.most_bytes = sys.maxsize
         self.size = os.fstat(self._fd).st_size
 
+    # What the commands write
+
     def write(self, data: bytes) -> bool:
         """Append; whether everything until now is in the log, or the note that says how much is
         not."""
@@ -12225,7 +12396,8 @@ class LogWriter:
                 whole = self._record(data[:room])
             if beyond:
                 self._hold(beyond)
-        self._poke()
+        if data:
+            self._poke()
         return whole
 
     def _hold(self, data: bytes) -> None:
@@ -12272,9 +12444,12 @@ class LogWriter:
         self.size += done
         return done
 
-    def line(self, text: str) -> list[int]:
+    # Lines of our own
+
+    def line(self, text: str, *, quiet: bool = False) -> list[int]:
         """A line of our own, never glued to a program's unfinished one, and only one, whatever a
-        file that it tells of is called; returns its offset and length."""
+        file that it tells of is called; returns its offset and length. `quiet`: the daemon is told
+        of it by what the caller records next."""
         shown = one_line(mask_words(text, self.hidden))
         line = shown.encode(errors="replace") + b"\n"
         self.release()
@@ -12283,7 +12458,8 @@ class LogWriter:
                 self._record(b"\n")
             self._record(line)
             place = [self.size - len(line), len(line)]
-        self._poke()
+        if not quiet:
+            self._poke()
         return place
 
     def sync(self) -> None:
@@ -12324,13 +12500,30 @@ def is_half_done(state: StateFolder, job: JobRecord) -> bool:
     return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
 
 
-def probe_ground(
-    repo: Path, state: Path, rule: Effective, env: Mapping[str, str]
-) -> Iterator[Finding]:
+class CloneSettings:
+    """git's settings for a clone, its own and those around it, all by one question: git's start is
+    what takes long."""
+
+    def __init__(self, repo: Path, env: Mapping[str, str]) -> None:
+        self.repo, self.env = repo, env
+
+    @functools.cached_property
+    def values(self) -> dict[str, list[str]]:
+        """By key, as they were at the first look. Raises UpdaterError."""
+        told = git_output(self.repo, self.env, "config", "--null", "--list")
+        return parse_settings(told.decode(errors="replace"))
+
+    def all(self, key: str) -> list[str]:
+        """Each value of a key, in git's order. Raises UpdaterError."""
+        return self.values.get(key, [])
+
+
+def probe_ground(settings: CloneSettings, state: Path, rule: Effective) -> Iterator[Finding]:
     """What a deployment stands on, in a fraction of two seconds: looked at before each one, and by
     `doctor`."""
+    repo, env = settings.repo, settings.env
     try:
-        url = require_checkout(repo, rule.remote, env)
+        url = require_checkout(settings, rule.remote)
     except UpdaterError as problem:
         yield Finding("checkout", False, problem.what, problem.hint, certain=True)
         return
@@ -12398,11 +12591,11 @@ def probe_disks(*places: Path) -> Iterator[Finding]:
             yield judge_disk(str(place), disk.free_bytes, disk.free_inodes, disk.read_only)
 
 
-def require_checkout(repo: Path, remote: str, env: Mapping[str, str]) -> str:
+def require_checkout(settings: CloneSettings, remote: str) -> str:
     """The URL of a clone's remote, "" where it has none. Raises UpdaterError where there is no
     clone."""
-    urls = git_output(repo, env, "config", "--get-all", f"remote.{remote}.url")
-    url = urls.partition(b"\n")[0]  # git fetches from the first
+    repo, env = settings.repo, settings.env
+    url = next(iter(settings.all(f"remote.{remote}.url")), "")  # git fetches from the first
     # without a .git beside it the answer may be the user's own configuration's
     inside = bool(url) and (repo / ".git").exists()
     if not inside:
@@ -12419,7 +12612,7 @@ def require_checkout(repo: Path, remote: str, env: Mapping[str, str]) -> str:
             hint = "mend that, or clone anew beside, and swap"
         raise UsageError(what, hint)
     require_files_here(repo, env)
-    return url.decode(errors="replace").strip()
+    return url.strip()
 
 
 def require_link(repo: Path) -> None:
@@ -12479,14 +12672,10 @@ def bury_runner(state: StateFolder, job: JobRecord) -> JobRecord:
         with suppress(OSError):
             append_log(log_file, log_size(log_file), f"\n[estelle-updater: {left}]\n".encode())
     size, now = log_size(log_file), time.time()
-    # The mark is recorded before the command begins, and that it began only afterwards: one that
-    # kills its runner at once has begun too.
-    cut_off = job.open_step is not None and job.step_kind == StepKind.COMMAND
-    began = job.began_command or cut_off
     changed = job.changed
-    if began or state.transit_file.exists():
+    if job.began_command or state.transit_file.exists():
         changed = True
-    lost = replace(job, state=State.LOST, error=error, began_command=began, changed=changed)
+    lost = replace(job, state=State.LOST, error=error, changed=changed)
     return replace(lost, revision=job.revision + 1, size=size, ended=now)
 
 
@@ -12663,7 +12852,87 @@ def failed_step(runner: "Runner", step: Step, code: int, tail: bytes) -> StepFai
     return StepFailed(State.FAILED, step.label, code, explain_step(step.argv, tail))
 
 
-class Runner:
+class Progress:
+    """What a running job says of itself: its record, which the daemon reads and tells the master,
+    and its own lines in the log.
+
+    Each record is a file here, a word on the wire, a file on the master, and a message to each
+    watcher. So what begins, and most often is over at once, is said with what is recorded next.
+    """
+
+    def __init__(self, state: StateFolder, run: str, host: str) -> None:
+        self.state, self.run, self.host = state, run, host
+        self.poke = Poke(state.daemon_file)
+        self.cancel_file = state.cancel_file(run, host)
+        self.is_cancelled: Callable[[], bool] = self.look_up
+        self.job: JobRecord
+        self.log: LogWriter
+        self.hidden: tuple[str, ...] = ()  # what no log may show
+        self.unsaid_since = float("inf")  # monotonic: when what no record says yet began
+
+    def change(self, **fields: Any) -> None:
+        """Change the record in memory alone."""
+        for name in ("step", "error", "version"):  # as everybody is shown them
+            if name in fields:
+                fields[name] = mask_words(fields[name], self.hidden)
+        self.job = replace(self.job, **fields)
+
+    def save(self, *, durable: bool = False, **fields: Any) -> bool:
+        """Replace the job's record by its next revision; False where the disk does not take it."""
+        self.change(revision=self.job.revision + 1, **fields)
+        self.unsaid_since = float("inf")
+        try:
+            self.state.save_job(self.job, durable=durable)
+        except OSError:
+            return False
+        self.poke()
+        return True
+
+    def begin(self, label: str, kind: str = "", *, at_once: bool = False) -> None:
+        """Where a failure from here on belongs, without a line in the log. It is recorded with what
+        is recorded next, or when it takes long; or `at_once`."""
+        if at_once:
+            self.save(step=label, step_kind=kind)
+        else:
+            self.change(step=label, step_kind=kind)
+            self.unsaid_since = min(self.unsaid_since, time.monotonic())
+        if self.is_cancelled():
+            raise self.cancelled(label)
+
+    def announce(self, label: str, kind: str = "") -> None:
+        """The same with a line in the log, whose place is recorded."""
+        self.mark_line(label)
+        self.begin(label, kind, at_once=True)
+
+    def mark_line(self, label: str) -> None:
+        """The line alone; the record that follows tells of it."""
+        place = self.log.line(f"{label}...", quiet=True)
+        self.job.marks.append([*place, int(time.time())])
+
+    def look_up(self) -> bool:
+        """Whether somebody wants the job to end. Whatever waits asks that, so it is also when what
+        takes long is said."""
+        if time.monotonic() - self.unsaid_since > UNSAID_S:
+            self.save()
+        return self.cancel_file.exists()
+
+    def cancelled(self, step: str, left: str = "") -> StepFailed:
+        """The end of a job that was cancelled, with who wanted that, where the file says so."""
+        by = ""
+        with suppress(OSError):
+            by = self.cancel_file.read_text("utf-8", "replace").strip()[:200]
+        why = [f"cancelled by {by}" if by else "", left]
+        return StepFailed(State.CANCELLED, step, error="; ".join(filter(None, why)))
+
+    def warn(self, text: str) -> None:
+        """A warning that is part of the result: in the log, and in the record."""
+        text = mask_words(text, self.hidden)
+        self.log.line(f"warning: {text}")
+        if text not in self.job.warnings and len(self.job.warnings) < WARNINGS_KEPT:
+            self.job.warnings.append(text[:WARNING_CHARS])
+
+
+class Runner(Progress):
     """Does one job on this host: a process of its own that outlives the daemon and whatever the job
     restarts. What is to be done is WORK's."""
 
@@ -12674,17 +12943,11 @@ class Runner:
         host: str,
         config_path: Path,
     ) -> None:
-        self.state, self.run, self.host = state, run, host
+        super().__init__(state, run, host)
         self.config_path = config_path
-        self.poke = Poke(state.daemon_file)
-        self.cancel_file = state.cancel_file(run, host)
-        self.is_cancelled: Callable[[], bool] = self.cancel_file.exists
-        self.job: JobRecord
-        self.log: LogWriter
         self.repo = Path()
         self.rule: Effective
         self.env: dict[str, str] = {}
-        self.hidden: tuple[str, ...] = ()  # what no log may show
         self.masker = Masker(())
         self.version: bytes | None = None  # the last one in the output
         self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
@@ -12771,47 +13034,14 @@ class Runner:
 
     # Steps
 
-    def warn(self, text: str) -> None:
-        """A warning that is part of the result: in the log, and in the record."""
-        text = mask_words(text, self.hidden)
-        self.log.line(f"warning: {text}")
-        if text not in self.job.warnings and len(self.job.warnings) < WARNINGS_KEPT:
-            self.job.warnings.append(text[:WARNING_CHARS])
-
-    def begin(self, label: str, kind: str = "") -> None:
-        """Where a failure from here on belongs, without a line in the log."""
-        self.save(step=label, step_kind=kind)
-        if self.is_cancelled():
-            raise self.cancelled(label)
-
-    def announce(self, label: str, kind: str = "") -> None:
-        """The same with a line in the log, whose place is recorded."""
-        self.job.marks.append([*self.log.line(f"{label}..."), int(time.time())])
-        self.begin(label, kind)
-
-    def cancelled(self, step: str, left: str = "") -> StepFailed:
-        """The end of a job that was cancelled, with who wanted that, where the file says so."""
-        by = ""
-        with suppress(OSError):
-            by = self.cancel_file.read_text("utf-8", "replace").strip()[:200]
-        why = [f"cancelled by {by}" if by else "", left]
-        return StepFailed(State.CANCELLED, step, error="; ".join(filter(None, why)))
-
     def step(self, step: Step, timeout_s: float, *, announce: bool = True) -> float:
         """Run one command to its end; the seconds that took. Raises StepFailed unless it ends with
         0."""
-        number = self.job.steps + 1
-        mark = f"{self.run}/{file_label(self.host)}/{number}"
-        self.job = replace(self.job, steps=number, open_step=mark)
         if announce:
-            begin = self.announce
-        else:
-            begin = self.begin
-        begin(step.label, step.kind)
+            self.mark_line(step.label)
+        self.begin(step.label, step.kind)
         started = time.monotonic()
-        child = self.spawn(step, mark)
-        began = self.job.began_command or step.kind == StepKind.COMMAND
-        self.save(pipe=child.pipe, began_command=began)
+        child = self.spawn(step)
         running = StepRun(child, self.log, self.masker)
         stopped = running.watch(time.monotonic() + timeout_s, self.is_cancelled)
         code = child.wait() if stopped is None else None  # what can't be killed is not waited for
@@ -12822,8 +13052,9 @@ class Runner:
         seconds = time.monotonic() - started
         if announce:
             note_time(self.job, mask_words(step.label, self.hidden), seconds)
-        self.job = replace(self.job, open_step=None, pipe=None)
-        if step.argv[0] != "git":  # a command may leave something running on purpose
+        self.change(open_step=None, pipe=None)
+        # a command may leave something running on purpose, which is not to be killed with it
+        if step.argv[0] != "git" and may_have_orphans():
             self.save()
         if stopped:
             raise self.stopped(step.label, child, *stopped)
@@ -12831,16 +13062,29 @@ class Runner:
             raise failed_step(self, step, code, running.tail)
         return seconds
 
-    def spawn(self, step: Step, mark: str) -> Spawned:
-        """Start a step's command. Raises StepFailed."""
+    def spawn(self, step: Step) -> Spawned:
+        """Start a step's command, recorded before it runs: by its mark and its output whatever it
+        leaves is found, should this process die. Raises StepFailed."""
+        number = self.job.steps + 1
+        mark = f"{self.run}/{file_label(self.host)}/{number}"
+        had_begun = self.job.began_command
+        begins = had_begun or step.kind == StepKind.COMMAND
+        self.change(steps=number, open_step=mark)
         env, words = self.env, step.argv[1:]
         if step.argv[0] == "git":
             env = env | {"LANGUAGE": "en"}  # for `explain_failure`
             words = (*GIT_SETTINGS, *words)
         try:
             program = resolve_program(step.argv[0], env.get("PATH", ""))
-            return spawn_step([*program, *words], self.repo, env, mark=mark)
+            return spawn_step(
+                [*program, *words],
+                self.repo,
+                env,
+                mark=mark,
+                tell=lambda pipe: self.save(pipe=pipe, began_command=begins),
+            )
         except UpdaterError as problem:
+            self.change(began_command=had_begun)
             self.log.line(f"estelle-updater: error: {problem}")
             raise StepFailed(State.FAILED, step.label, NOT_FOUND, str(problem)) from problem
 
@@ -12951,19 +13195,6 @@ class Runner:
         mixed = self.state.transit_file.exists()
         return self.job.began_command or mixed or commit != self.job.before
 
-    def save(self, *, durable: bool = False, **fields: Any) -> bool:
-        """Replace the job's record by its next revision; False where the disk does not take it."""
-        for name in ("step", "error", "version"):  # as everybody is shown them
-            if name in fields:
-                fields[name] = mask_words(fields[name], self.hidden)
-        self.job = replace(self.job, revision=self.job.revision + 1, **fields)
-        try:
-            self.state.save_job(self.job, durable=durable)
-        except OSError:
-            return False
-        self.poke()
-        return True
-
 
 def some_time_after(has_come: Callable[[], bool], seconds: float) -> Callable[[], bool]:
     """Whether it is `seconds` ago that something was first seen to have come."""
@@ -12998,26 +13229,77 @@ def read_branch(root: Path) -> str | None:
     return None
 
 
-def read_head(root: Path) -> str:
-    """HEAD's commit, as a clone's own files say it; "" where git has to be asked: another way to
-    keep refs, none yet, or a clone that is another user's, which git may refuse."""
-    folder = root / ".git"
-    name = read_branch(root)
-    if name is None or not hasattr(os, "geteuid"):
-        return ""
-    place = folder / "HEAD"
-    if name:
-        place = folder / "refs/heads" / name
+def is_plain_clone(root: Path) -> bool:
+    """Whether a clone's own files may be read in git's place: its refs are files, and it is ours,
+    where git might refuse another user's."""
+    if read_branch(root) is None or not hasattr(os, "geteuid"):
+        return False
     try:
-        owners = {one.lstat().st_uid for one in (root, folder)}
-        if owners != {os.geteuid()} or place.is_symlink():
+        owners = {one.lstat().st_uid for one in (root, root / ".git")}
+    except OSError:
+        return False
+    return owners == {os.geteuid()}
+
+
+def read_head(root: Path) -> str:
+    """HEAD's commit, as a clone's own files say it; "" where git has to be asked: not a plain
+    clone, or none yet."""
+    if not is_plain_clone(root):
+        return ""
+    name = read_branch(root)
+    place = root / ".git/HEAD"
+    if name:
+        place = root / ".git/refs/heads" / name
+    try:
+        if place.is_symlink():
             return ""
-        commit = place.read_text("ascii").removesuffix("\n")
+        commit = place.read_bytes().decode("ascii").removesuffix("\n")
     except (OSError, ValueError):  # packed away, say
         return ""
     if is_commit_id(commit):
         return commit
     return ""
+
+
+def read_branches(root: Path, names: Iterable[str]) -> list[str] | None:
+    """What `git for-each-ref` says of some branches, in its words, as a clone's own files say it;
+    None where git has to be asked."""
+    if not is_plain_clone(root):
+        return None
+    words = []
+    for name in sorted(names):
+        place = root / ".git" / name
+        try:
+            if place.is_symlink():
+                return None
+            commit = place.read_bytes().decode("ascii").removesuffix("\n")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            commit = read_packed(root, name)
+        except (OSError, ValueError):
+            return None
+        if commit and not is_commit_id(commit):  # it stands for another one, or nobody knows
+            return None
+        if commit:
+            words += [commit, "commit", name]
+    return words
+
+
+def read_packed(root: Path, name: str) -> str:
+    """The commit of a ref that git has packed; "" where it has not. Raises OSError."""
+    with suppress(FileNotFoundError):
+        return parse_packed_refs(read_supplied(root / ".git/packed-refs"), name)
+    return ""
+
+
+def read_index(root: Path) -> Index | None:
+    """The index of a clone's work tree, if it is small enough for a look at it to be quicker than
+    git's start; None where git has to be asked."""
+    if not is_plain_clone(root):
+        return None
+    try:
+        return parse_index(read_supplied(root / ".git/index", INDEX_BYTES))
+    except (OSError, ValueError, struct.error):
+        return None
 
 
 def read_fetched(root: Path) -> str:
@@ -13124,6 +13406,9 @@ class CheckedOut:
     def find_hidden(self) -> list[str]:
         """The files that are changed here although git was told to take them for unchanged. One
         that is left out of a sparse checkout is none."""
+        index = read_index(self.root)
+        if index and not index.has_flags:
+            return []
         flagged = parse_flagged(self.ask("ls-files", "-v", "-z"))
         if not flagged:
             return []
@@ -13525,6 +13810,7 @@ class Coming:
         )
         self.now: dict[str, TreeEntry] = {}
         self.then: dict[str, TreeEntry] = {}
+        self.is_here = False  # whether it is what is checked out, and nothing is changed
 
     def git(self, *args: str) -> str:
         """git's answer; "" where it says no. Raises UpdaterError."""
@@ -13677,11 +13963,8 @@ class Coming:
             "--null",
             "--list",
         )
-        found = {}
-        for item in said.split("\0"):
-            key, _, value = item.partition("\n")
-            found[key] = value
-        return found
+        values = parse_settings(said)
+        return {key: found[-1] for key, found in values.items()}
 
     @functools.cached_property
     def submodules(self) -> dict[str, str]:
@@ -14525,6 +14808,11 @@ class Foresight:
         rule = self.rule
         known = known._replace(update_submodules=rule.submodules, get_pointers=rule.lfs)
         known = self.parts.look(known)
+        index = None
+        if self.coming.is_here:
+            index = read_index(self.root)
+        if index and not index.has_attributes():
+            return known._replace(names_lfs=False)
         asked = ("grep", "-F", "filter=lfs", self.commit, "--", "*.gitattributes")
         said = self.coming.at_root(*asked)
         if not said:
@@ -14653,10 +14941,10 @@ class Clearance:
 
     # The host
 
-    def check_ground(self) -> None:
+    def check_ground(self, settings: CloneSettings) -> None:
         """What can't but fail is said before anything has changed. Raises UsageError."""
         runner = self.runner
-        for found in probe_ground(runner.repo, runner.state.root, runner.rule, runner.env):
+        for found in probe_ground(settings, runner.state.root, runner.rule):
             if not found.ok and found.certain:
                 raise UsageError(found.text, found.fix)
             if not found.ok:
@@ -14672,7 +14960,7 @@ class Clearance:
         expected = runner.job.options.get("expects", {}).get(runner.host)
         if not expected:
             return
-        runner.begin(TRAFFIC_STEP, StepKind.TRAFFIC)
+        runner.begin(TRAFFIC_STEP, StepKind.TRAFFIC, at_once=True)
         now = self.await_word(expected)
         if now != expected:
             hint = f"it was {expected} when this was asked for, now it is {now}"
@@ -14711,6 +14999,7 @@ class Clearance:
             self.ask,
             runner.job.before,
         )
+        coming.is_here = coming.head == commit and not changes.paths
         stops = [one for one in (coming.head, own, commit) if one]
         obstacles = Terrain(coming.root, coming.at_root).find_obstacles(stops, changes)
         known = Foresight(coming).look(
@@ -14829,7 +15118,8 @@ def claim_clone(runner: Runner) -> CloneLock | None:
         while not lock.acquire():
             holder = f"{lock.holder()} deploys in this clone, {runner.repo}"
             if holder != told:
-                runner.log.line(f"Waiting: {holder}.")
+                runner.log.line(f"Waiting: {holder}.", quiet=True)
+                runner.save()
                 told = holder
             if runner.is_cancelled():
                 raise runner.cancelled("check")
@@ -15108,15 +15398,15 @@ def run_git_step(runner: Runner, step: Step, *, announce: bool = True) -> None:
 class Fetched:
     """What the remote has of the name that was asked for, and how that is called here."""
 
-    def __init__(self, runner: Runner, tree: WorkTree) -> None:
+    def __init__(self, runner: Runner, tree: WorkTree, settings: CloneSettings) -> None:
         self.runner, self.tree, self.git = runner, tree, runner.git
+        self.settings = settings
 
     def fetch(self) -> tuple[list[str], bool]:
         """What the remote has, and how it is called here, as `find_refs` says; whether the clone's
         own settings for that could not be used. Raises StepFailed."""
         runner, remote = self.runner, self.runner.rule.remote
-        told = self.git("config", "--get-all", f"remote.{remote}.fetch")
-        refspecs = told.decode(errors="replace").split("\n")[:-1]
+        refspecs = self.settings.all(f"remote.{remote}.fetch")
         own = refspecs_to_use(refspecs, remote)
         run_git_step(runner, plan_fetch(remote, own))
         return self.find_refs(refspecs), bool(own)
@@ -15126,8 +15416,7 @@ class Fetched:
         the words of the answer, "COMMIT TYPE<tab>NAME" each. `refspecs` are the clone's own."""
         runner, remote, branch = self.runner, self.runner.rule.remote, self.runner.job.branch
         names = (f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}")
-        # a format of our own would need a %, which cmd.exe interprets
-        refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+        refs = self.list_refs(names)
         known = set(names) & set(refs)
         if is_commit_id(branch) and not known:
             return refs
@@ -15146,8 +15435,19 @@ class Fetched:
                         branch,
                         names[1],
                     )
-                refs = self.git("for-each-ref", *names).decode(errors="replace").split()
+                refs = self.list_refs(names)
         return refs
+
+    def list_refs(self, names: Sequence[str]) -> list[str]:
+        """The words "COMMIT TYPE<tab>NAME" of those of these branches that there are."""
+        # where names differ by case alone, git knows which one is meant
+        is_exact = self.settings.all("core.ignorecase")[-1:] != ["true"]
+        if is_exact:
+            found = read_branches(self.tree.root, names)
+            if found is not None:
+                return found
+        # a format of our own would need a %, which cmd.exe interprets
+        return self.git("for-each-ref", *names).decode(errors="replace").split()
 
     def fetch_commit(self, get: Step | None, refs: Sequence[str]) -> str:
         """The commit that is to be checked out, by now here. Raises StepFailed."""
@@ -15220,9 +15520,11 @@ class Deployment:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.log, self.git = runner, runner.log, runner.git
+        self.settings = CloneSettings(runner.repo, runner.env)
         self.clearance = Clearance(runner)
         self.tree: WorkTree
         self.transit: Transit
+        self.seen = float("-inf")  # monotonic: when the local changes were looked at
 
     def perform(self) -> None:
         """Check, fetch, check out, pull, and run the host's command."""
@@ -15231,7 +15533,7 @@ class Deployment:
             runner.job = replace(runner.job, before=head_commit(runner) or None)
         self.clearance.confirm_traffic()
         require_branch(runner.job.branch)
-        self.clearance.check_ground()
+        self.clearance.check_ground(self.settings)
         was_cut_off = remove_git_locks(runner)
         self.tree = runner.work_tree()
         self.transit = Transit(runner, self.tree)
@@ -15290,7 +15592,7 @@ class Deployment:
         """From what is checked out to what was asked for. Raises StepFailed, UpdaterError: then git
         has left nothing half written, or the mark stays."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
-        fetched = Fetched(runner, self.tree)
+        fetched = Fetched(runner, self.tree, self.settings)
         refs, is_odd = fetched.fetch()
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
         if get and fetched.has_commit(branch):
@@ -15305,6 +15607,7 @@ class Deployment:
             pinned = commit  # a pull would fetch once more, and as the clone's settings say
         if pinned and pull:
             pull = pin_pull(pull, pinned)
+        self.seen = time.monotonic()
         changes = self.find_changes()
         if changes.paths:
             runner.warn(f"{_CHANGES_STAY}{paths_text(changes.paths)}")
@@ -15338,7 +15641,8 @@ class Deployment:
                 wanted = f"refs/tags/{branch}"
             if pull:
                 wanted = pinned or "FETCH_HEAD"
-            self.verify(wanted, commit, mark["kept"])
+            if not self.has_stood_still(known, own or commit, mark["kept"]):
+                self.verify(wanted, commit, mark["kept"])
         except (StepFailed, UpdaterError):
             self.transit.undo(mark)
             raise
@@ -15435,6 +15739,21 @@ class Deployment:
         # a hook of the pull may have fetched something else into FETCH_HEAD
         tracking = f"refs/remotes/{runner.rule.remote}/{runner.job.branch}"
         return tree.commit_of("HEAD") in tree.commits_of([tracking, fetched])
+
+    def has_stood_still(self, known: Prospect, own: str, kept: Sequence[str]) -> bool:
+        """Whether the tree was that very commit, unchanged, a moment ago, so that git had nothing
+        to write, and called nobody who might have."""
+        root = self.tree.root
+        ends = {self.runner.job.before, known.commit, own, read_head(root)}
+        if len(ends) > 1 or kept or known.names_lfs or time.monotonic() > self.seen + UNTOUCHED_S:
+            return False
+        if (root / ".gitmodules").exists() or self.settings.all("core.hookspath"):
+            return False
+        try:
+            names = os.listdir(root / ".git/hooks")
+        except OSError:
+            names = []
+        return all(name.endswith(".sample") for name in names)
 
     def verify(self, asked: str, fetched: str, kept: Sequence[str]) -> None:
         """That the tree is the commit that was asked for, but for what was another before. Raises
@@ -15633,14 +15952,14 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
             if child:
                 os.waitpid(child, 0)
                 continue
-            # a runner that kept it would keep the nursery's end open after the nursery's death, and
-            # the daemon would go on giving it orders
-            os.close(descriptor)
             code = 1
             try:
+                detach_self()  # first of all: whatever its fork's parent touches is copied for it
+                # a runner that kept it would keep the nursery's end open after the nursery's death,
+                # and the daemon would go on giving it orders
+                os.close(descriptor)
                 gc.enable()
                 os.dup2(open_runner_log(state.runner_log), 2)
-                detach_self()
                 set_title(runner_argv(state, config_path, run, host))
                 code = Runner(state, run, host, config_path).main()
             # whatever it is, it must not go on as a second nursery
@@ -15667,6 +15986,9 @@ def warm_up(config_path: Path) -> None:
     file_label("master")
     valid_run_id("master")
     called_as(["master"])
+    typed("master")
+    sha1(b"")
+    list(config_path.parent.glob("*.lock"))
 
 
 def set_title(argv: Sequence[str]) -> None:
@@ -17096,7 +17418,7 @@ class SwitchGate:
         self.proxy = proxy
         self.rule = proxy.rule
         self.options = runner.job.options
-        self.note = runner.log.line
+        self.note: Callable[[str], object] = runner.log.line
         self.found: BackendText
         self.files: list[Path] = []
 
@@ -17226,7 +17548,7 @@ class Switch:
     def __init__(self, runner: Runner, entry: SwitchEntry) -> None:
         self.runner = runner
         self.entry = entry
-        self.note = runner.log.line
+        self.note: Callable[[str], object] = runner.log.line
         self.rule = HaproxyRule(**entry.rule)
         self.proxy = Haproxy(self.rule)
         self.live = self.proxy.live
@@ -17874,19 +18196,6 @@ class SharedLooks:
         self._running.append(entry)
         look.add_done_callback(lambda _: self._running.remove(entry))
         return await asyncio.shield(look)  # others may share it, whoever stops waiting
-
-
-def sha1(data: bytes) -> bytes:
-    """The hash by which a WebSocket's server shows that it is one: no secret depends on it.
-
-    `hashlib` loads all of OpenSSL for it, which takes longer than the greeting.
-    """
-    try:
-        own: Any = importlib.import_module("_sha1")
-    except ImportError:  # it is CPython's own
-        own = hashlib
-    digest: bytes = own.sha1(data).digest()
-    return digest
 
 
 class NoUpgrade(Exception):
@@ -19167,8 +19476,9 @@ class OwnJobs:
             if self.link and concerns_master(before, job.record):
                 self.link.post(job.record)
 
-    def write(self, record: JobRecord, **changes: Any) -> JobRecord:
-        """Record a state that this daemon decides, for want of a runner."""
+    def write(self, record: JobRecord, *, tell: bool = True, **changes: Any) -> JobRecord:
+        """Record a state that this daemon decides, for want of a runner; the master is told unless
+        the caller does that."""
         if changes:
             record = replace(record, revision=record.revision + 1, **changes)
         try:
@@ -19186,7 +19496,7 @@ class OwnJobs:
         job = self.jobs.setdefault((record.run, record.host), OwnJob(record))
         log.job(job.record if job.record is not record else None, record)
         job.record = record
-        if self.link:
+        if self.link and tell:
             self.link.post(record)
         self.poked.set()
         return record
@@ -19307,7 +19617,8 @@ class OwnJobs:
             self.write(record, state=State.LOST, error=self.state.remains.why_lost(record))
             return
         ordered = replace(record, machine=self.machine, state=State.QUEUED, ordered=True)
-        record = self.write(replace(ordered, revision=1, lived=self.state.lived.now()))
+        ordered = replace(ordered, revision=1, lived=self.state.lived.now())
+        record = self.write(ordered, tell=False)
         self.offer(self.jobs[record.run, record.host], link)
         if record.state is State.QUEUED:
             self.start_runner(record)
@@ -19952,7 +20263,8 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     rule, repo = agent.rule_and_repo(address, standing)
     own_version = rule.version  # what a commit that nobody has read names is not shown of this host
     outlook = Outlook(repo, rule)
-    ground = list(probe_ground(repo, agent.state.root, rule, outlook.env))
+    settings = CloneSettings(repo, outlook.env)
+    ground = list(probe_ground(settings, agent.state.root, rule))
     for one in ground:
         if one.name == "checkout" and not one.ok:
             raise UsageError(Refusal(one.text, one.fix).text)
@@ -28473,7 +28785,8 @@ class Doctor:
             if owner != os.getuid():
                 text = f"{repo} belongs to user {owner}, and this is {os.getuid()}"
                 yield Finding("owner", False, text, owner_fix(repo, owner))
-        ground = list(probe_ground(repo, self.state.root, rule, self.env))
+        settings = CloneSettings(repo, self.env)
+        ground = list(probe_ground(settings, self.state.root, rule))
         yield from ground
         if not all(found.ok or not found.certain for found in ground):
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
 import os
@@ -172,6 +173,40 @@ def test_what_the_command_wrote_is_read_even_after_the_drain(
     one.wait()
     assert one.read(1000) == bytes(1000)
     assert len(read_all(one)) == 59000
+
+
+def test_a_child_s_end_is_told_where_it_has_no_descriptor(
+    step: Callable[..., Spawned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old kernel, a sandbox: a thread waits."""
+
+    def none_left(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "not here")
+
+    monkeypatch.setattr(os, "pidfd_open", none_left, raising=False)
+    one = step("sh", "-c", "echo one; exit 3")
+    assert (read_all(one), one.wait(), one.is_over(0)) == (b"one\n", 3, True)
+    two = step("sleep", "100")
+    assert not two.is_over(0.05) and two.kill_tree() and two.is_over(10)
+
+
+def test_what_a_job_is_at_is_recorded_once_it_takes_long(tmp_path: Path) -> None:
+    script = """
+def step():
+    return state.load_job(run, "host").step
+
+runner.save()
+runner.begin("check")
+print(step())
+while not step():
+    assert not runner.is_cancelled()
+print(step())
+runner.begin("now", at_once=True)
+print(step())
+"""
+    argv = python(STEPPING + script)
+    done = subprocess.run(argv, env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, timeout=60, text=True, check=False)
+    assert done.stdout.split() == ["None", "check", "now"]
 
 
 def test_another_thread_can_end_a_read(step: Callable[..., Spawned]) -> None:
@@ -543,8 +578,8 @@ runner.job, runner.env = JobRecord(run, "host", "", Kind.DEPLOY, "master"), dict
 runner.log = LogWriter(state.log_file(run, "host"), lambda: None)
 
 def do(*argv, then=lambda: None):
-    def spawn(*args, mark):
-        child = spawn_step(*args, mark=mark)
+    def spawn(*args, **how):
+        child = spawn_step(*args, **how)
         while not Path(argv[-1]).exists():
             pass
         then()

@@ -774,7 +774,9 @@ def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_pat
     steps = [line for line in words if line.startswith(("fetch", "checkout", "pull"))]
     assert len(steps) == 3
     # three of them are about whose state folder it is, which no daemon has settled here
-    assert len(words) - len(steps) <= 8 + 3, words
+    assert len(words) - len(steps) <= 3 + 3, words
+    # by hand nobody accepts an order first; each record more is a word to the master and to each who watches
+    assert clone.job()["revision"] == 7, clone.job()
 
 
 def test_the_branch_is_read_without_a_question(clone: Clone, tmp_path: Path):
@@ -828,6 +830,88 @@ def test_the_commit_is_read_without_a_question(clone: Clone, tmp_path: Path):
     assert est.read_fetched(host) == clone.git(host, "rev-parse", "FETCH_HEAD")
     (host / ".git/FETCH_HEAD").unlink()
     assert est.read_fetched(host) == ""
+
+
+def test_a_hook_is_seen_also_where_nothing_moves(clone: Clone, tmp_path: Path):
+    """The tree is looked at again, wherever the hook lies."""
+    text = "#!/bin/sh\necho mine > a\n"
+    for folder in (clone.host / ".git/hooks", tmp_path / "hooks"):
+        assert clone.deploy().code == 0
+        folder.mkdir(exist_ok=True)
+        hook = folder / "post-checkout"
+        hook.write_text(text)
+        hook.chmod(0o755)
+        code, out, _ = clone.deploy()
+        assert code == 1 and "not what the commit says: a" in out, out
+        hook.unlink()
+        clone.git(clone.host, "checkout", "-q", "a")
+        clone.git(clone.folder, "config", "--global", "core.hooksPath", str(tmp_path / "hooks"))
+
+
+def test_branches_are_read_without_a_question(clone: Clone, tmp_path: Path):
+    """As git itself says them, or not at all."""
+    host, linked = clone.host, tmp_path / "linked"
+    names = ("refs/remotes/origin/master", "refs/heads/master", "refs/heads/a/b", "refs/heads/gone", "refs/heads/a")
+
+    def check(*, known: bool, root: Path = host) -> None:
+        found = est.read_branches(root, names)
+        assert (found is not None) is known
+        if known:
+            lines = clone.git(root, "for-each-ref", *names).splitlines()
+            assert found == " ".join(line for line in lines if line.split()[2] in names).split()
+
+    check(known=True)
+    clone.git(host, "branch", "-q", "a/b")
+    check(known=True)
+    clone.git(host, "pack-refs", "--all")
+    check(known=True)
+    clone.git(host, "commit", "-q", "--allow-empty", "-m", "beside what is packed")
+    clone.git(host, "branch", "-q", "-D", "a/b")
+    check(known=True)
+    clone.git(host, "worktree", "add", "-q", "--detach", str(linked))
+    check(known=False, root=linked)
+    clone.git(host, "symbolic-ref", "refs/heads/a/b", "refs/heads/master")
+    check(known=False)
+
+
+def test_an_index_is_read_without_a_question(clone: Clone):
+    """Its paths, and whether git was told to overlook some, as git says them; or nothing."""
+    host = clone.host
+    (host / "결제").mkdir()
+    for number in range(1, 20):  # each length that is filled up to eight bytes
+        (host / "결제" / ("x" * number)).write_text("")
+    clone.git(host, "add", "-A")
+
+    def check(*, flags: bool = False, known: bool = True) -> None:
+        index = est.read_index(host)
+        assert (index is not None) is known
+        if index:
+            listed = clone.git(host, "-c", "core.quotePath=false", "ls-files").splitlines()
+            assert [path.decode() for path in index.paths] == listed
+            assert (index.has_flags, index.has_attributes()) == (flags, "b/.gitattributes" in listed)
+
+    check()
+    for option in ("--assume-unchanged", "--skip-worktree"):
+        clone.git(host, "update-index", option, "a")
+        check(flags=True)
+        clone.git(host, "update-index", option.replace("--", "--no-"), "a")
+        check()
+    (host / "b").mkdir()
+    (host / "b/.gitattributes").write_text("* text\n")
+    clone.git(host, "add", "-A")
+    check()
+    clone.git(host, "add", "-N", "deploy.sh")
+    check()
+    for how in (("--index-version", "4"), ("--split-index",)):
+        clone.git(host, "update-index", *how)
+        check(known=False)
+        clone.git(host, "update-index", "--index-version", "2", "--no-split-index")
+        check()
+    file = host / ".git/index"
+    whole = file.read_bytes()
+    for torn in (whole[:-1], whole[:40], b"", bytes([*whole[:99], whole[99] ^ 1, *whole[100:]])):
+        file.write_bytes(torn)
+        assert est.read_index(host) is None
 
 
 def test_an_end_elsewhere_is_seen_without_a_question(clone: Clone):
