@@ -812,7 +812,7 @@ OPENS_DOORS = "it opens the doors"  # why the master's host refuses a commit
 COMMITTED_LINKS = 5  # from one to the next, until a file
 MASTERS_KEPT = 8  # whose keys a host keeps
 PLANS_KEPT = 100
-RUNS_ASKED = 100  # the newest ones, for who is in the fleet
+RUNS_ASKED = 100  # the newest ones, for who is in the fleet, and where a host could go back to
 HEALTHY_S = 60.0  # `release` waits so long for what has just been started
 # a cut connection is noticed within 40; a job that can't learn where the traffic goes then gives up
 TRAFFIC_S = 60.0
@@ -4650,6 +4650,9 @@ def as_ordered(ordered: JobRecord, job: JobRecord) -> JobRecord:
     return replace(job, **said)
 
 
+UNAGREED = "hosts-disagree"  # in place of a word of a run: the jobs have each host's own
+
+
 def disagreement(run: RunRecord, job: JobRecord) -> list[str]:
     """What to know of a job of a run that nobody ordered here: who reported it first said what it
     was, and hosts may be wrong about each other."""
@@ -4660,6 +4663,15 @@ def disagreement(run: RunRecord, job: JobRecord) -> list[str]:
         return []
     said = f"{job.kind} {job.branch} on {job.target}"
     return [f"nobody ordered this run here, and {job.host} says that it was: {said}"]
+
+
+def agreed_words(run: RunRecord, job: JobRecord) -> dict[str, str]:
+    """Of the words that the first of its hosts found for a run that nobody ordered here: those that
+    another host's report contradicts stand for neither of them any longer."""
+    names = ["target", "by"]
+    if job.kind is not Kind.ROLLBACK:
+        names.append("branch")
+    return {name: UNAGREED for name in names if getattr(run, name) != getattr(job, name)}
 
 
 def shortened(job: JobRecord, chars: Mapping[str, int]) -> dict[str, str]:
@@ -6151,6 +6163,7 @@ NO_BRANCH = "no such branch, tag or commit on the remote"
 LOCKED = "a git process left its lock file behind (named above): remove it if no git runs there"
 FETCHED_BESIDE = "another git fetched into this clone at the same moment"
 NO_LFS_HOOK = "a hook of git-lfs stops git, as git-lfs is not installed here: install it"
+EMPTY_REMOTE = "it has no branches yet: push one, then try again"
 KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"detected dubious ownership",
@@ -9964,11 +9977,11 @@ class History:
             for row in self.rows(count)
         ]
 
-    def attempts(self) -> dict[str, list[dict[str, Any]]]:
-        """The deployments and rollbacks that began and are over, oldest first, per machine: its
-        label may have been another one then."""
+    def attempts(self, runs: int | None = None) -> dict[str, list[dict[str, Any]]]:
+        """The deployments and rollbacks that began and are over, of the newest `runs` or of all,
+        oldest first, per machine: its label may have been another one then."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for row in reversed(self.rows()):
+        for row in reversed(self.rows(runs)):
             for machine, facts in attempts_of(row):
                 found.setdefault(machine, []).append(facts)
         return found
@@ -15471,6 +15484,10 @@ class Fetched:
     def meant(self) -> str:
         """Which branch of the remote may have been meant, in words."""
         remote = self.runner.rule.remote
+        if not self.git(
+            "ls-remote", remote, "refs/heads/*"
+        ):  # what was fetched before is no advice
+            return f"; {EMPTY_REMOTE}"
         listed = self.git("for-each-ref", f"refs/remotes/{remote}")
         return meant_branch(listed.decode("utf-8", "replace"), remote, self.runner.job.branch)
 
@@ -19133,6 +19150,15 @@ def with_an_end(value: Any) -> Any:
     return value
 
 
+def refused_word(problem: Exception, of: str) -> str:
+    """What to tell whoever said a word that was not taken; of an error that nobody foresaw, the log
+    has more. The next word may be a good one: the connection, and a master with it, goes on."""
+    if isinstance(problem, UpdaterError | OSError):
+        return str(problem)[:1000]
+    log.error("a word of %s failed: %s", of, repr(problem)[:300])
+    return f"that can't be taken here: {type(problem).__name__}"
+
+
 class Peer:
     """Who is at the other end of a link, and the questions that go both ways over it. `answer` says
     what to post for one that came in, if any may come; `at_once` of them may be open."""
@@ -19734,9 +19760,10 @@ class Agent:
     def receive(self, master: Peer, frame: str | bytes) -> None:
         try:
             self.obey(master, decode_frame(frame))
-        except (ProtocolError, OSError) as problem:  # one bad message must not end the connection
-            log.error("a message of the master failed: %s", problem)
-            master.link.post(Refuse(str(problem)[:1000]))
+        except Exception as problem:  # one bad message must not end the connection
+            reason = refused_word(problem, "the master")
+            log.error("a message of the master failed: %s", reason)
+            master.link.post(Refuse(reason))
 
     def obey(self, master: Peer, message: Any) -> None:
         if isinstance(message, Order):
@@ -20095,9 +20122,7 @@ class Outlook:
                 ((name, refs[name]) for name in reversed(found) if name in refs), ("", "")
             )
             if not name:
-                listed = self.git("for-each-ref", f"refs/remotes/{self.remote}")
-                meant = meant_branch(listed or "", self.remote, branch)
-                raise TargetError(f"{NO_BRANCH}: {branch}{meant}")
+                raise self.no_such_branch(branch)
         else:
             name = target = branch
         self.is_branch = name == names[0]
@@ -20108,6 +20133,15 @@ class Outlook:
         if not commit:
             raise no_commit(branch)
         return commit.strip(), local
+
+    def no_such_branch(self, branch: str) -> TargetError:
+        """Why the remote has none: it may be empty, and what was fetched from it before is no
+        advice."""
+        if self.git("ls-remote", self.remote, "refs/heads/*") == "":
+            return TargetError(f"{NO_BRANCH}: {branch}; {EMPTY_REMOTE}")
+        listed = self.git("for-each-ref", f"refs/remotes/{self.remote}")
+        meant = meant_branch(listed or "", self.remote, branch)
+        return TargetError(f"{NO_BRANCH}: {branch}{meant}")
 
     def bring(self, commit: str, name: str) -> None:
         """Have the objects of a commit here, by the name that the remote has for it. Raises
@@ -20425,6 +20459,7 @@ class Handout:
     def __init__(self) -> None:
         self.sha256 = ""
         self.copy: IO[bytes] = io.BytesIO()
+        self.reading = threading.Lock()  # several downloads begin at once, each in a thread
         self.downloads: dict[Any, str] = {}  # connections, each with its address
 
     def load(self, sha256: str, folder: Path) -> None:
@@ -20447,8 +20482,9 @@ class Handout:
 
     def program(self) -> bytes:
         """The whole program. Raises OSError where the disk does not give it."""
-        self.copy.seek(0)
-        return self.copy.read()
+        with self.reading:
+            self.copy.seek(0)
+            return self.copy.read()
 
     def respond(self, connection: Any, address: str, *, whole: bool) -> Any:
         """The program as an HTTP answer, or only its checksum."""
@@ -20467,7 +20503,12 @@ class Handout:
             return connection.respond(503, "others are downloading; try again in a few seconds\n")
         self.downloads[connection] = address
         connection.allow(DOWNLOAD_S)
-        program = self.program()
+        return self.give(connection)
+
+    async def give(self, connection: Any) -> Any:
+        """The answer with the program, which a slow disk may take its time to give. Raises
+        OSError."""
+        program = await asyncio.to_thread(self.program)
         answer = connection.respond(200, "")
         for name, value in {
             "Content-Type": "application/octet-stream",
@@ -21935,6 +21976,7 @@ class Ledger:
             known = run.record
             record = replace(
                 known,
+                **agreed_words(known, told),
                 hosts=[*known.hosts, job.host],
                 machines={**known.machines, **record.machines},
                 addresses={**known.addresses, **record.addresses},
@@ -22670,9 +22712,10 @@ class Master:
             def obey(frame: str | bytes) -> None:
                 try:
                     self.receive_from_agent(agent, frame)
-                except (ProtocolError, OSError) as problem:  # one bad message ends no connection
-                    self.door.log_refusal(f"a message of {label}", str(problem))
-                    link.post(Refuse(str(problem)[:1000]))
+                except Exception as problem:  # one bad message ends no connection
+                    reason = refused_word(problem, label)
+                    self.door.log_refusal(f"a message of {label}", reason)
+                    link.post(Refuse(reason))
 
             await agent.serve(obey)
         finally:
@@ -23150,6 +23193,8 @@ class Desk:
                 raise
             except (UpdaterError, OSError) as problem:
                 link.post(self.refuse(problem, getattr(message, "id", 0)))
+            except Exception as problem:
+                link.post(self.give_up(problem, getattr(message, "id", 0)))
 
         commander = Peer(link, answer, QUESTIONS_OPEN)
         try:
@@ -24224,9 +24269,13 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
     masked. `back` is the commit that a rollback would bring, where that is any help."""
     switched = has_switched(job)
     seconds = seconds_of(job)
+    # what nobody ordered here each host says for itself
+    asked: RunRecord | JobRecord = run
+    if not run.nonce:
+        asked = job
     facts = (
-        f"{order_words(job.kind, job.branch)} on {run.target}",
-        f"by {run.by}" if run.by else "",
+        f"{order_words(job.kind, job.branch)} on {asked.target}",
+        f"by {asked.by}" if asked.by else "",
         f"{seconds:.1f} s" if seconds is not None else "",
         f"commit {job.commit[:12]}" if job.commit else "",
         job.version if job.version and job.state is not State.SUCCEEDED else "",
@@ -24243,12 +24292,12 @@ def news_of_job(run: RunRecord, job: JobRecord, log_end: bytes, back: str = "") 
         **job_summary(job),
         "run": job.run,
         "kind": job.kind,
-        "target": run.target,
+        "target": asked.target,
         "branch": job.branch,
-        "by": run.by,
+        "by": asked.by,
         "unchanged": unchanged_text(job) or None,
         "rollback": rollback,
-        "pushed": pushed_text(run.options.get("pushed") or {}),
+        "pushed": pushed_text(asked.options.get("pushed") or {}),
         "log": [line[:NEWS_LINE_CHARS] for line in lines if line.strip()][-NEWS_LINES:],
     }
 
@@ -24702,7 +24751,7 @@ class Notifier:
             name = f"{job.run}-{job.host}-{job.state}"
             past = {}
             if may_roll_back(job):
-                past = self.state.history.attempts()
+                past = self.state.history.attempts(RUNS_ASKED)
             back_to = self.way_back(job, past)
             news = news_of_job(run.record, job, self.log_end(job), back_to)
             self.spool.tell(name, news, *wanted)
@@ -24715,8 +24764,8 @@ class Notifier:
                 wanted.append(rule)
         if wanted:
             past = {}
-            if any(map(may_roll_back, jobs)):  # asked once: it reads every recorded run
-                past = self.state.history.attempts()
+            if any(map(may_roll_back, jobs)):  # asked once: it reads many recorded runs
+                past = self.state.history.attempts(RUNS_ASKED)
             back = [each.host for each in jobs if self.way_back(each, past)]
             news = news_of_run(run.record, jobs, self.log_end(jobs[0]), back)
             self.spool.tell(f"{job.run}-run", news, *wanted)

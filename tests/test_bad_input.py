@@ -176,6 +176,17 @@ def test_hosts_that_can_not_deploy_say_why(fleet: Callable[..., Fleet], tmp_path
     assert "no such branch, tag or commit on the remote; did you mean master?" in slip.err
     slip = one.cli("plan", agent.address, "mastre")
     assert "no such branch, tag or commit on the remote: mastre; did you mean master?" in slip.out
+    for each in one.hosts:  # that have fetched from another one before
+        one.origin.git("init", "--quiet", "--bare", str(tmp_path / "empty"), cwd=tmp_path)
+        one.origin.git("remote", "set-url", "origin", str(tmp_path / "empty"), cwd=each.repo)
+    for words in (("plan",), ("trigger",)):
+        for branch in ("mastre", "master"):
+            empty = one.cli(*words, agent.address, branch)
+            said = "no such branch, tag or commit on the remote"
+            assert said in empty.out + empty.err and "it has no branches yet: push one" in empty.out + empty.err, empty
+            assert "did you mean" not in empty.out + empty.err
+    for each in one.hosts:
+        one.origin.git("remote", "set-url", "origin", str(one.origin.bare), cwd=each.repo)
     slip = one.cli("trigger", "al", "master")
     assert slip.code == 4 and "hint: did you mean all? known: 127.0.0." in slip.err
     assert one.cli("trigger", "127.0.0.77", "master").code == 4

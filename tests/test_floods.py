@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,3 +163,30 @@ def test_refusals_are_counted(tmp_path: Any, capfd: pytest.CaptureFixture[str]) 
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].endswith("refused 10.0.0.0 2 more times within a minute") and not door.refused
     assert lines[-1].endswith("refused others 1499 more times within a minute")
+
+
+def test_a_slow_disk_holds_up_nobody_while_the_program_is_given(tmp_path: Path) -> None:
+    meanwhile = threading.Event()
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            assert meanwhile.wait(20), "the loop waits for the disk"
+            return super().read(size)
+
+    async def live() -> list[Any]:
+        handout = est.Handout()
+        handout.sha256, handout.copy = "0" * 64, Slow(b"program")
+        asked = [asyncio.ensure_future(handout.respond(Asking(), A, whole=True)) for _ in range(2)]
+        asyncio.get_running_loop().call_later(0.05, meanwhile.set)
+        return await asyncio.gather(*asked)
+
+    class Asking:
+        state = est.State.RUNNING
+
+        def allow(self, _: float) -> None:
+            """It takes what time it takes."""
+
+        def respond(self, _: int, text: str) -> Any:
+            return SimpleNamespace(headers={"Content-Type": "", "Content-Length": ""}, body=text)
+
+    assert [each.body for each in asyncio.run(live())] == [b"program"] * 2

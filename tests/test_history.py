@@ -390,6 +390,26 @@ def test_a_start_makes_no_rows_of_what_is_over(state: est.StateFolder, monkeypat
     assert len(made) == 1
 
 
+def test_attempts_of_the_newest_runs_make_no_rows_of_the_others(
+    state: est.StateFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [record(state, number, OK, OK) for number in range(12)]
+    state.history.rows()  # they are in the index now
+    made: list[Any] = []
+    loads = json.loads
+
+    def count(text: Any) -> Any:
+        made.append(text)
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", count)
+    for newest in state.history.attempts(5).values():
+        assert [each["run"] for each in newest] == runs[-5:]
+    assert len(made) == 5
+    for whole in state.history.attempts().values():
+        assert [each["run"] for each in whole] == runs
+
+
 def test_old_runs_go_but_not_the_last_success_of_a_host(state: est.StateFolder) -> None:
     runs = [
         record(state, 0, OK, OK, kind=est.Kind.SWITCH),

@@ -170,6 +170,11 @@ def test_a_run_that_nobody_ordered_is_each_hosts_own_word(one: Fleet) -> None:
     }  # fmt: skip
     (warning,) = kept["warnings"]
     assert warning == f"nobody ordered this run here, and {other} says that it was: deploy master on all"
+    (row,) = (row for row in json.loads(one.cli("history", "--json").out)["runs"] if row["run"] == run)
+    assert {row["branch"], row["by"], row["target"]} == {"hosts-disagree", "all"}, "and no title for all"
+    whole = est.run_of_job(est.replace(record(run, H), **lie))
+    news = est.news_of_job(whole, est.replace(record(run, other), **second), b"")
+    assert (news["by"], news["branch"]) == ("alice@127.0.0.1", "master") and "root" not in news["detail"]
     assert job_of(one, run, H)["warnings"] == [] and warning in one.cli("history", "--json").out
     back = est.replace(record(run, other), kind=est.Kind.ROLLBACK, branch="1" * 40, target="all")
     first = est.run_of_job(est.replace(back, branch="2" * 40))
