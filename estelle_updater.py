@@ -711,6 +711,8 @@ CHECK_BYTES = 4 << 10  # compared before a log is resumed
 LAST_LINE_CHARS = 120  # of a log, to say where it ends
 LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
+# what git may hold of a remote's list of refs before it says any of it: 3 million have room
+REFS_BYTES = 512 << 20
 LEFT_ROWS = 4  # hosts of the active whose commits an order's record names
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 # the same, of its other words: a row of a table may not be a screen
@@ -11897,17 +11899,21 @@ def run_bounded(
     stop: Callable[[], bool] = lambda: False,
     apart: bool = False,
     keep_bytes: int = ANSWER_BYTES,
+    memory_bytes: int = 0,
 ) -> Ended:
     """Run a short command to its end: nothing of it is left running after its deadline, nor once
     `stop` says so.
 
     For whoever may do other things at the same time; of its output the last `keep_bytes` are kept.
+    Where the system can do that, it gets no more memory than `memory_bytes`, unless those are 0.
     Raises OverdueError at the deadline, UpdaterError where it does not start.
     """
     ends = time.monotonic() + timeout_s
     program = resolve_program(argv[0], env.get("PATH", ""))
     mark = mark or f"question/{os.urandom(4).hex()}"
     child = spawn_step([*program, *argv[1:]], cwd, env, mark=mark, apart=apart)
+    if memory_bytes:
+        limit_memory(child.pid, memory_bytes)
     out = bytearray()
     try:
         while True:
@@ -11924,6 +11930,16 @@ def run_bounded(
         raise
     finally:
         child.close_pipe()
+
+
+def limit_memory(pid: int, most_bytes: int) -> None:
+    """Have a process, and what it starts from now on, get no more memory of its own than this. Only
+    Linux can do that from outside; files that are mapped do not count."""
+    if sys.platform == "linux":
+        import resource
+
+        with suppress(OSError, ValueError):  # it is over already, or may have less anyway
+            resource.prlimit(pid, resource.RLIMIT_DATA, (most_bytes, most_bytes))
 
 
 def run_command(
@@ -11973,8 +11989,11 @@ def ask_git(
     # A question that takes the index's lock, to note what it saw, fails a deployment beside it.
     argv = ("git", "--no-optional-locks", *GIT_SETTINGS, *args)
     env = {**env, "LANGUAGE": "en"}  # for `explain_failure`
+    how: dict[str, Any] = {"mark": mark, "stop": stop, "apart": True}
+    if args[0] == "ls-remote":
+        how["memory_bytes"] = REFS_BYTES
     try:
-        ended = run_bounded(argv, repo, env, timeout_s, mark=mark, stop=stop, apart=True)
+        ended = run_bounded(argv, repo, env, timeout_s, **how)
     except OverdueError:
         word = next(word for word in args if not word.startswith("-"))
         if stop():
@@ -11983,6 +12002,8 @@ def ask_git(
     if b"dubious ownership" in ended.err:
         what = f"git refuses {repo}: it belongs to another user"
         raise UsageError(what, f"git config --global --add safe.directory {typed(repo)}")
+    if "memory_bytes" in how and b"Out of memory" in ended.err:
+        raise UpdaterError(f"the remote's list of refs takes more than {REFS_BYTES >> 20} MiB")
     if len(ended.out) >= ANSWER_BYTES:  # its beginning may be missing
         raise UpdaterError(f"git {args[0]} says more than {ANSWER_BYTES} bytes")
     return ended

@@ -121,7 +121,6 @@ from estelle_updater import (
     HealthRule as HealthRule,
     HeldEnd as HeldEnd,
     Hello as Hello,
-    History as History,
     HostRef as HostRef,
     HostRule as HostRule,
     Inbox as Inbox,

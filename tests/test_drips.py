@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests import seam as est
-from tests.fleet import Fleet, wait_for
+from tests.fleet import Fleet, Origin, wait_for
 
 SHORT_S = 0.6
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -160,6 +161,25 @@ def test_what_listens_in_place_of_haproxy_has_an_end(
     with drip(b"", more, tmp_path / "sock"):
         said = in_time(ask)
     assert ("no answer within 0.6 s" if not more else "more than 1 MiB") in said
+
+
+def pkt(line: bytes) -> bytes:
+    """A line as git's protocol has it."""
+    return b"%04x" % (len(line) + 4) + line
+
+
+def test_a_remote_whose_refs_have_no_end(origin: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """git says the list only once it has all of it: before, nothing of it would be read."""
+    if sys.platform != "linux":
+        pytest.skip("no other system limits a process's memory from outside")
+    monkeypatch.setattr(est.program, "REFS_BYTES", 64 << 20)
+    head = b"".join(map(pkt, (b"version 2\n", b"ls-refs\n", b"fetch\n", b"object-format=sha1\n"))) + b"0000"
+    some = b"".join(pkt(b"%040x refs/heads/%05d%s\n" % (n + 1, n, b"x" * 900)) for n in range(500))
+    with drip(head, some) as remote:
+        url = f"git://127.0.0.1:{remote.port}/x"
+        with pytest.raises(est.UpdaterError, match="the remote's list of refs takes more than 64 MiB"):
+            est.ask_git(origin.seed, origin.env, "ls-remote", url, "refs/heads/master", timeout_s=60)
+    assert est.ask_git(origin.seed, origin.env, "ls-remote", str(origin.bare))[0] == 0
 
 
 def test_receivers_that_never_end_hold_up_no_question_and_no_stop(fleet: Callable[..., Fleet]) -> None:
