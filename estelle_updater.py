@@ -19171,13 +19171,15 @@ def with_an_end(value: Any) -> Any:
     return value
 
 
-def refused_word(problem: Exception, of: str) -> str:
-    """What to tell whoever said a word that was not taken; of an error that nobody foresaw, the log
-    has more. The next word may be a good one: the connection, and a master with it, goes on."""
-    if isinstance(problem, UpdaterError | OSError):
-        return str(problem)[:1000]
-    log.error("a word of %s failed: %s", of, repr(problem)[:300])
-    return f"that can't be taken here: {type(problem).__name__}"
+def refused_word(problem: Exception, of: str, tell: Callable[[str, str], None]) -> Refuse:
+    """What to post to whoever said a word that was not taken; of an error that nobody foresaw, the
+    log has more. The next word may be a good one: the connection, and a master with it, goes on."""
+    reason = str(problem)[:1000]
+    if not isinstance(problem, UpdaterError | OSError):
+        log.error("%s failed: %s", of, repr(problem)[:300])
+        reason = f"that can't be taken here: {type(problem).__name__}"
+    tell(of, reason)
+    return Refuse(reason)
 
 
 class Peer:
@@ -19782,9 +19784,8 @@ class Agent:
         try:
             self.obey(master, decode_frame(frame))
         except Exception as problem:  # one bad message must not end the connection
-            reason = refused_word(problem, "the master")
-            log.error("a message of the master failed: %s", reason)
-            master.link.post(Refuse(reason))
+            tell = functools.partial(log.error, "%s failed: %s")
+            master.link.post(refused_word(problem, "a message of the master", tell))
 
     def obey(self, master: Peer, message: Any) -> None:
         if isinstance(message, Order):
@@ -22734,9 +22735,8 @@ class Master:
                 try:
                     self.receive_from_agent(agent, frame)
                 except Exception as problem:  # one bad message ends no connection
-                    reason = refused_word(problem, label)
-                    self.door.log_refusal(f"a message of {label}", reason)
-                    link.post(Refuse(reason))
+                    of = f"a message of {label}"
+                    link.post(refused_word(problem, of, self.door.log_refusal))
 
             await agent.serve(obey)
         finally:

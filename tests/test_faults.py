@@ -37,5 +37,5 @@ def test_a_word_of_the_masters_own_agent_does_not_end_the_master(fleet: Callable
     run = detach(one)
     wait_for(lambda: "ZeroDivisionError('a fault')" in one.master.stderr, "the fault is met")
     wait_state(one, run, one.master, "succeeded")
-    assert "a word of 127.0.0.1 failed" in one.master.stderr and "Traceback" not in one.master.stderr
+    assert "a message of 127.0.0.1 failed" in one.master.stderr and "Traceback" not in one.master.stderr
     assert one.cli("status").code == 0
