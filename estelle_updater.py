@@ -13,7 +13,7 @@ One log chunk's way, from a command to a commander's terminal (the number is the
     LogWriter.write         12  appended to HOST.log: its size is the next byte's number
     Poke                    12  a datagram of one byte, which may be lost
     OwnJobs.check_size      16  the daemon looks how far the file has grown
-    Link.grew               15  sends a line, or wakes Link.write_forever; by SendCursor.next_span
+    Link.grew               15  sends a line, or wakes Writer._write; by SendCursor.next_span
     Link.on_chunk           15  the master: append_log writes it if it belongs at the file's end
     Inbox.on_chunk           6  acknowledges, or asks again from where the file ends
     Run.tell                19  every follower's link grows: the same two steps once more
@@ -699,6 +699,9 @@ PROGRAM_NAME = "estelle_updater.pyz"  # below masterUrl's path, where the master
 CHUNK_BYTES = 64 << 10
 # the knee: smaller costs per message, larger delays whoever shares the connection
 LARGE_CHUNK_BYTES = 256 << 10
+# A look at a command that writes lines: room for more would be asked of the system each time, and
+# given back.
+LINE_READ_BYTES = 4 << 10
 RECENT_BYTES = 4 << 20  # of the logs' ends, held for followers that stand there
 # unacknowledged on one connection, so that no live line waits behind megabytes
 WINDOW_BYTES = 1 << 20
@@ -11647,9 +11650,7 @@ class Spawned:
             # Found once, while their parents lived: a PM2 that ends leaves its apps behind.
             self._known = set[int]()
             self._reading = threading.Lock()
-            # The same for all reads: new room for each would be asked of the system, and given
-            # back, for a line of twenty bytes.
-            self._room = memoryview(bytearray(CHUNK_BYTES))
+            self._size = LINE_READ_BYTES  # of the next read
             self._poll = select.poll()
             self._readable = {pipe.fileno() for pipe in (self._out, self._err) if pipe}
             for number in self._readable:
@@ -11672,10 +11673,11 @@ class Spawned:
                     self._ends = -1
                 if not ready:
                     return None
-                number = min(ready)
-                if len(self._room) < max_bytes:
-                    self._room = memoryview(bytearray(max_bytes))
-                data = bytes(self._room[: os.readv(number, [self._room[:max_bytes]])])
+                number, size = min(ready), min(self._size, max_bytes)
+                data = os.read(number, size)
+                self._size = LINE_READ_BYTES
+                if len(data) == size:
+                    self._size = max_bytes
                 if not data:
                     self._poll.unregister(number)
                     self._readable.discard(number)
@@ -18033,6 +18035,7 @@ class Delivered:
     def connection_made(self, transport: Any) -> None:
         connection: Any = self
         connection.take = None
+        connection.drain_waiters = []  # an empty deque is ten times as large
         super().connection_made(transport)  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
@@ -18073,6 +18076,7 @@ class SocketWire(Wire):
 
         self.socket = socket
         self._closed = ConnectionClosed  # an import for each frame would cost more than its timer
+        self._take: Callable[[str | bytes], None] | None = None
 
     def has_room(self) -> bool:
         connection = self.socket
@@ -18093,29 +18097,27 @@ class SocketWire(Wire):
         self.socket.transport.write(data)
 
     def deliver(self, take: Callable[[str | bytes], None] | None) -> None:
-        self.socket.take = take and self._taking(take)
+        self._take = take
+        self.socket.take = None
+        if take:
+            self.socket.take = self._on_message
 
-    def _taking(self, take: Callable[[str | bytes], None]) -> Callable[[int, bytes], bool]:
+    def _on_message(self, opcode: int, data: bytes) -> bool:
         """What the connection calls with each message that is whole: whether it was taken, and not
         left to `recv` with those that wait there, or with what is to be said about it."""
-        waiting = self.socket.recv_messages.frames
-
-        def on_message(opcode: int, data: bytes) -> bool:
-            if len(waiting):
-                return False
-            if opcode == _BINARY:
-                take(bytes(data))
-                return True
-            if opcode != _TEXT:
-                return False
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                return False
-            take(text)
+        if not self._take or len(self.socket.recv_messages.frames):
+            return False
+        if opcode == _BINARY:
+            self._take(bytes(data))
             return True
-
-        return on_message
+        if opcode != _TEXT:
+            return False
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            return False
+        self._take(text)
+        return True
 
     async def send(self, frame: str | bytes) -> None:
         if self.has_room():
@@ -18746,7 +18748,64 @@ def take_posts(waiting: list[str], most: int) -> list[str]:
     return taken
 
 
-class Link:
+class Writer:
+    """What goes out over one connection: messages that were posted, and then what `_write_chunks`
+    finds."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.lists = False  # the other end takes several messages in one frame
+        self.hides_ids = False  # the other end is a commander
+        self._control: list[str] = []  # an empty deque is ten times as large
+        self._waiting_bytes = 0
+        self._spawn: Callable[[Coroutine[Any, Any, None]], object] | None = None
+        self._is_woken, self._is_writing = False, False
+
+    def post(self, message: Any) -> None:
+        """Send a message as soon as the connection takes it; who asks and asks and never reads is
+        cut off."""
+        text = encode_message(without_ids(message) if self.hides_ids else message)
+        self._control.append(text)
+        self._waiting_bytes += len(text)
+        if self._waiting_bytes > WAITING_BYTES:
+            self.wire.abort()
+        self._wake()
+
+    def start(self, spawn: Callable[[Coroutine[Any, Any, None]], object]) -> None:
+        """From now on all goes out, by one writer that `spawn` makes a task of. There is none while
+        there is nothing to send: of ten thousand hosts most have nothing to say, and a task that
+        waits holds a tenth of what a connection does."""
+        self._spawn = spawn
+        self._wake()
+
+    def _wake(self) -> None:
+        """There may be something to send."""
+        self._is_woken = True
+        if self._spawn and not self._is_writing:
+            self._is_writing = True
+            self._spawn(self._write())
+
+    async def _write(self) -> None:
+        """All that there is to send, and what comes meanwhile."""
+        while self._is_woken:
+            self._is_woken = False
+            while self._control or await self._write_chunks():
+                while self._control:
+                    await self.wire.send(self._next_frame())
+        self._is_writing = False
+
+    def _next_frame(self) -> str:
+        """What was posted first; for who takes lists, with what was posted since."""
+        texts = take_posts(self._control, LIST_BYTES if self.lists else 0)
+        self._waiting_bytes -= sum(map(len, texts))
+        return encode_list(texts)
+
+    async def _write_chunks(self) -> bool:
+        """Send something else that is due; False when there is nothing."""
+        return False
+
+
+class Link(Writer):
     """One connection. Outgoing: control messages first, then each log's cursor in turn, never more
     than a window of unacknowledged bytes. Incoming: logs into files, acknowledged by their size.
     Agent and master are both this.
@@ -18762,15 +18821,10 @@ class Link:
         shared: bool = False,
         recent: Recent | None = None,
     ) -> None:
-        self.wire, self.squeeze, self.shared = wire, squeeze, shared
+        super().__init__(wire)
+        self.squeeze, self.shared = squeeze, shared
         self.recent = recent or Recent()
         self.chunk_bytes = CHUNK_BYTES
-        self.lists = False  # the other end takes several messages in one frame
-        self.hides_ids = False  # the other end is a commander
-        self._control: list[str] = []  # an empty deque is ten times as large
-        self._waiting_bytes = 0
-        self._wake = asyncio.Event()
-        self._resting = False  # the writer has nothing to do
         self._cursors: dict[tuple[str, str], SendCursor] = {}
         self._channels: dict[int, SendCursor] = {}
         self._due: dict[int, SendCursor] = {}  # those with something to send, in turn
@@ -18787,41 +18841,13 @@ class Link:
             self.squeeze = BARE_FORM
         self.lists = LIST_FEATURE in features
 
-    # Messages
-
-    def post(self, message: Any) -> None:
-        """Send a message as soon as the connection takes it; who asks and asks and never reads is
-        cut off."""
-        text = encode_message(without_ids(message) if self.hides_ids else message)
-        self._control.append(text)
-        self._waiting_bytes += len(text)
-        if self._waiting_bytes > WAITING_BYTES:
-            self.wire.abort()
-        self._wake.set()
-
     def end(self) -> None:
         """The connection is over. What it holds of logs and runs goes now: the connection itself is
         a ring of objects, which goes when the collector finds it."""
         self.wire.abort()
+        self._spawn = None
         for held in (self._cursors, self._channels, self._due, self._paths, self._inbound):
             held.clear()
-
-    async def write_forever(self) -> None:
-        """The one writer of this connection."""
-        while True:
-            self._resting = True
-            await self._wake.wait()
-            self._resting = False
-            self._wake.clear()
-            while self._control or await self._write_chunks():
-                while self._control:
-                    await self.wire.send(self._next_frame())
-
-    def _next_frame(self) -> str:
-        """What was posted first; for who takes lists, with what was posted since."""
-        texts = take_posts(self._control, LIST_BYTES if self.lists else 0)
-        self._waiting_bytes -= sum(map(len, texts))
-        return encode_list(texts)
 
     # Logs that we send
 
@@ -18844,7 +18870,7 @@ class Link:
         cursor = self._cursors.pop((run, host), None)
         if cursor:
             self._unacked -= cursor.unacked
-            self._wake.set()  # there is room for others that wait for it
+            self._wake()  # there is room for others that wait for it
             self._due.pop(cursor.channel, None)
             del self._channels[cursor.channel]
             self.recent.drop(self._paths.pop(cursor.channel))
@@ -18859,7 +18885,7 @@ class Link:
         if self.shared:
             self.post(Log(cursor.channel, run, host, size))
         elif not self._send_line(cursor):
-            self._wake.set()
+            self._wake()
 
     def shrank(self, run: str, host: str, size: int) -> None:
         """An open log was shortened: what the other side has not got is gone."""
@@ -18887,13 +18913,13 @@ class Link:
         cursor.on_have(message.size, message.rewind)
         self._unacked += cursor.unacked - before
         self._note_due(cursor)
-        self._wake.set()
+        self._wake()
 
     def _send_line(self, cursor: SendCursor) -> bool:
         """Send at once what is new of a log, where nothing else waits: whether it is on its way. To
         wake the writer for it would take another turn of the loop. Of a flood the writer sends as
         much as there is by then."""
-        is_idle = self._resting and not self._wake.is_set() and self.wire.has_room()
+        is_idle = self._spawn and not self._is_writing and self.wire.has_room()
         if not is_idle or cursor.size - (cursor.sent or 0) >= CHUNK_BYTES:
             return False
         frame = self._next_piece(cursor)
@@ -19195,38 +19221,68 @@ class Peer:
         self.link, self._answer, self._at_once = link, answer, at_once
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._open = 0  # questions of the other end
+        self._obey: Callable[[Any, str | bytes], None]
+        self._serving: asyncio.Task[Any] | None = None  # as long as there is a connection
+        self._problem: Exception | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
-    async def serve(self, obey: Callable[[str | bytes], None]) -> None:
+    async def serve(self, obey: Callable[[Any, str | bytes], None]) -> None:
         """Everything after the greeting: what is posted goes out, and each frame that comes in to
-        `obey`, until the connection ends."""
+        `obey`, with this peer, until the connection ends."""
+        self._obey, self._serving = obey, asyncio.current_task()
         wire = self.link.wire
         try:
-            async with asyncio.TaskGroup() as self._group:
-                self._group.create_task(self.link.write_forever())
-                wire.deliver(lambda frame: self._take(obey, frame))
-                while True:
-                    obey(await wire.recv())
-        except BaseExceptionGroup:
-            # A group that ends by itself forgets a stop that comes meanwhile: the daemon would dial
-            # again, and never end.
-            task = asyncio.current_task()
-            if task and task.cancelling():
-                raise asyncio.CancelledError from None
+            self.link.start(self._spawn)
+            wire.deliver(self._take)
+            while True:
+                obey(self, await wire.recv())
+        except asyncio.CancelledError:
+            # the end that `_fail` wanted, unless somebody else wants one too
+            if self._problem and self._serving and not self._serving.uncancel():
+                raise self._problem from None
             raise
         finally:
+            self._serving = None
             wire.deliver(None)
             self._hang_up()
+            await self._end_tasks()
 
-    def _take(self, obey: Callable[[str | bytes], None], frame: str | bytes) -> None:
+    def _take(self, frame: str | bytes) -> None:
         """Obey what came past `serve`, which ends by it as by any other."""
         try:
-            obey(frame)
+            self._obey(self, frame)
         except Exception as problem:
-            self.link.wire.deliver(None)
-            self._group.create_task(self._fail(problem))
+            self._fail(problem)
 
-    async def _fail(self, problem: Exception) -> NoReturn:
-        raise problem
+    # A task group would hold as much as all of this peer does.
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done beside, whose failure ends the connection."""
+        if self._serving:
+            task = asyncio.ensure_future(work)
+            self._tasks.append(task)
+            task.add_done_callback(self._note_done)
+        else:
+            work.close()  # it is over
+
+    def _note_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.remove(task)
+        if not task.cancelled() and isinstance(task.exception(), Exception):
+            self._fail(task.exception())
+
+    def _fail(self, problem: Any) -> None:
+        """End `serve` by what happened elsewhere; the first of it counts."""
+        if self._serving and not self._problem:
+            self._problem = problem
+            self.link.wire.deliver(None)
+            self._serving.cancel()
+
+    async def _end_tasks(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _hang_up(self) -> None:
         """Whoever waits for an answer over this connection waits no longer: none can come."""
@@ -19277,7 +19333,7 @@ class Peer:
         if self._open >= self._at_once:
             raise UpdaterError(f"more than {self._at_once} questions at once")
         self._open += 1
-        self._group.create_task(self._reply(self._answer(message)))
+        self._spawn(self._reply(self._answer(message)))
 
     async def _reply(self, answer: Awaitable[Any]) -> None:
         try:
@@ -19775,7 +19831,7 @@ class Agent:
         try:
             for job in self.own.jobs.values():
                 self.own.offer(job, link)
-            await master.serve(lambda frame: self.receive(master, frame))
+            await master.serve(self.receive)
         finally:
             self.own.link = None
             link.wire.abort()
@@ -22547,7 +22603,8 @@ class Attendance:
     def __init__(self, agents: Container[str], within_s: float = FLAP_S) -> None:
         self._agents = agents  # who is connected, by machine id
         self._within_s = within_s
-        self._came: dict[str, deque[float]] = {}  # when, of the last few times
+        # When, of the last few times. A deque holds as much when empty as a tenth of a connection.
+        self._came: dict[str, list[float]] = {}
         self._untold: dict[str, int] = {}  # machine id -> connections that were only counted
 
     def is_counted(self, machine: str) -> bool:
@@ -22557,10 +22614,11 @@ class Attendance:
         if self.is_counted(machine):
             self._untold[machine] += 1
             return
-        came = self._came.setdefault(machine, deque(maxlen=FLAPS))
+        came = self._came.setdefault(machine, [])
         now = time.monotonic()
         flaps = len(came) == FLAPS and now - came[0] < self._within_s
         came.append(now)
+        del came[:-FLAPS]
         log.info("agent %s (%s) is online", label, name)
         if flaps:
             text = (
@@ -22730,15 +22788,7 @@ class Master:
                 run.tell(hello.machine, "connected again")
         try:
             self.queue.resend(agent)
-
-            def obey(frame: str | bytes) -> None:
-                try:
-                    self.receive_from_agent(agent, frame)
-                except Exception as problem:  # one bad message ends no connection
-                    of = f"a message of {label}"
-                    link.post(refused_word(problem, of, self.door.log_refusal))
-
-            await agent.serve(obey)
+            await agent.serve(self.obey_agent)
         finally:
             self.note_departure(agent, label)
 
@@ -22755,6 +22805,13 @@ class Master:
         self.attendance.went(machine, label)
         for run in self.runs.values():
             run.tell(machine, "no connection; what runs there goes on")
+
+    def obey_agent(self, agent: AgentLink, frame: str | bytes) -> None:
+        try:
+            self.receive_from_agent(agent, frame)
+        except Exception as problem:  # one bad message ends no connection
+            of = f"a message of {self.registry.label_of(agent.hello.machine)}"
+            agent.link.post(refused_word(problem, of, self.door.log_refusal))
 
     def receive_from_agent(self, agent: AgentLink, frame: str | bytes) -> None:
         if isinstance(frame, bytes):
@@ -23201,7 +23258,7 @@ class Desk:
             except Exception as problem:  # one question's trouble must not end the connection
                 return self.give_up(problem, getattr(message, "id", 0))
 
-        def obey(frame: str | bytes) -> None:
+        def obey(commander: Peer, frame: str | bytes) -> None:
             message = decode_frame(frame)
             try:
                 if not may_command:  # it is welcomed all the same: so a daemon learns who this is
@@ -29299,12 +29356,13 @@ class Output:
             return known_columns(sys.stdout)
         return 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, *parts: bytes | memoryview) -> None:
         if self.terminal:
-            self.write_text(data.decode("utf-8", "replace"))
+            self.write_text(b"".join(parts).decode("utf-8", "replace"))
             return
         try:
-            sys.stdout.buffer.write(data)
+            for part in parts:
+                sys.stdout.buffer.write(part)
             sys.stdout.buffer.flush()
         except (OSError, ValueError) as problem:
             self.fail(problem)
@@ -29396,7 +29454,10 @@ class Tail:
 
     def add(self, data: bytes) -> None:
         self.size += len(data)
-        self.data += data[-2 * TAIL_KEPT :]
+        if len(data) >= TAIL_KEPT:
+            self.data = bytearray(memoryview(data)[-TAIL_KEPT:])
+            return
+        self.data += data
         if len(self.data) > 2 * TAIL_KEPT:
             # Cut at twice the size, and not at every chunk: each cut moves all that is kept.
             del self.data[:-TAIL_KEPT]
@@ -29435,7 +29496,29 @@ class TextView(LineView):
 
     def data(self, host: str, data: bytes) -> None:
         self.tails[host].add(data)
-        super().data(host, data)
+        if self.output.terminal or len(data) < CHUNK_BYTES:
+            super().data(host, data)
+        else:
+            self.pour(host, data)
+
+    def pour(self, host: str, data: bytes) -> None:
+        """What `data` and `show` do, of a flood into a pipe or a file: a copy of it at each of
+        their steps would take as long as all else that a command does with it."""
+        cut = data.rfind(b"\n") + 1
+        if len(data) - cut >= LINE_BYTES:
+            super().data(host, data)
+            return
+        rest = self.partial.pop(host, b"")
+        mark = self.prefixes[host].encode()
+        if self.open_host != host:
+            self.end_line()
+            rest = mark + rest
+        marked = data.replace(b"\n", b"\n" + mark)
+        end = len(marked) - len(mark) - (len(data) - cut)
+        self.output.write(rest, memoryview(marked)[:end])
+        self.open_host = None
+        if cut < len(data):
+            self.partial[host] = data[cut:]
 
     def show(self, host: str, data: bytes) -> None:
         """Lines of a host under its prefix; one that goes on later is continued only while nobody
@@ -31781,8 +31864,8 @@ class ProgressOutput(Output):
         self.terminal = self.color = False
         self.tell = tell
 
-    def write(self, data: bytes) -> None:
-        text = plain_text(data.decode("utf-8", "replace")).strip("\n")
+    def write(self, *parts: bytes | memoryview) -> None:
+        text = plain_text(b"".join(parts).decode("utf-8", "replace")).strip("\n")
         if text:
             self.tell(text if len(text) <= PROGRESS_CHARS else "... " + text[-PROGRESS_CHARS:])
 

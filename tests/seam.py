@@ -130,6 +130,7 @@ from estelle_updater import (
     Kind as Kind,
     Labels as Labels,
     LineFilter as LineFilter,
+    LineView as LineView,
     Link as Link,
     LinkSource as LinkSource,
     LivedClock as LivedClock,

@@ -6,10 +6,11 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import random
 import re
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pyte
@@ -84,8 +85,8 @@ class Shown(est.Output):
     def width(self) -> int:
         return COLUMNS if self.terminal else 0
 
-    def write(self, data: bytes) -> None:
-        self.kept += data.decode()
+    def write(self, *parts: bytes | memoryview) -> None:
+        self.kept += b"".join(parts).decode()
 
     def write_text(self, *texts: str) -> None:
         self.kept += "".join(texts)
@@ -239,3 +240,26 @@ def test_a_row_that_goes_on_is_indented(parts: list[str], columns: int, used: in
         pyte.Stream(screen).feed(" " * before + row)
         assert not screen.display[1].strip(), "the terminal breaks none of them"
     assert est.fold_line(line, 0, used) == line, "where nobody knows the width"
+
+
+def test_a_flood_reads_as_if_it_had_come_line_by_line() -> None:
+    """In pieces that end anywhere, of two hosts in turn, with lines that are longer than what is kept of one."""
+    chance = random.Random(5)
+    run = est.RunRecord("20260101-000000-0000", "", est.Kind.DEPLOY, "all", "b", ["h1", "h2"], {}, {}, 0.0, "")
+    for _ in range(40):
+        quick, slow = est.TextView(Shown(False)), est.TextView(Shown(False))
+        quick.begin(run)
+        slow.begin(run)
+        for _ in range(6):
+            host, size = chance.choice(run.hosts), chance.choice((40, 70_000, 140_000, 300_000))
+            data = b""
+            while len(data) < size:
+                data += b"x" * chance.choice((0, 1, 79, 80, 500, 70_000)) + b"\n"
+            data = data[: size + chance.randrange(3)]
+            quick.data(host, data)
+            slow.tails[host].add(data)
+            est.LineView.data(slow, host, data)
+        assert cast(Shown, quick.output).kept == cast(Shown, slow.output).kept
+        assert quick.partial == slow.partial
+        slow.tails["h1"].add(b"end\n")
+        assert slow.tails["h1"].since(slow.tails["h1"].size - 4) == ("end\n", "1 line")
