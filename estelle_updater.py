@@ -27975,11 +27975,16 @@ def services_of_pm2(apps: Iterable[Any]) -> Iterator[Installed]:
         facts = {**app, **app.get("pm2_env", {})}
         name = str(facts.get("name"))
         if name == SERVICE or name.startswith(f"{SERVICE}-"):
+            program = str(facts.get("pm_exec_path"))
+            # one whose path has a space is given to its interpreter
+            words = facts.get("args")
+            if isinstance(words, list) and str(words[:1]).endswith((".pyz']", ".py']")):
+                program = words[0]
             yield Installed(
                 name,
                 "pm2",
                 str(facts.get("pm_cwd")),
-                str(facts.get("pm_exec_path")),
+                program,
             )
 
 
@@ -28077,8 +28082,9 @@ def move_state(former: StateFolder, state: StateFolder) -> None:
         former.root.chmod(0o755)
 
 
-def await_welcome(state: StateFolder, say: Callable[[str], None]) -> None:
-    """Until the daemon says that its master has welcomed it, or that it is the master.
+def await_welcome(state: StateFolder, say: Callable[[str], None], log_line: str) -> None:
+    """Until the daemon says that its master has welcomed it, or that it is the master; `log_line`
+    shows what it writes.
 
     Raises UpdaterError where the master refuses it, or nothing comes in time.
     """
@@ -28100,9 +28106,12 @@ def await_welcome(state: StateFolder, say: Callable[[str], None]) -> None:
     if facts:
         silent = "no answer yet"
     why = facts.get("trouble") or silent
+    hint = f"see: {advised('doctor')}"
+    if not facts:  # it has said nothing that we could tell: its keeper has what it wrote
+        hint = f"see: {log_line}"
     raise UpdaterError(
         f"the service is installed, but the master has not welcomed it: {why}",
-        f"see: {advised('doctor')}",
+        hint,
     )
 
 
@@ -28149,19 +28158,23 @@ class HostChanges:
             self.say(f"removing {path}")
             path.unlink()
 
+    def log_line(self, keeper: str, scope: str = "") -> str:
+        """What shows the end of what the service wrote."""
+        if keeper == "pm2":
+            return f"pm2 logs --nostream {self.service}"
+        return f"journalctl{scope} -u {self.service} -n 50 --no-pager"
+
     def call(self, *argv: str, may_fail: bool = False) -> None:
         """Run a command that changes this host. Raises UpdaterError where it fails."""
         self.changed = True
-        line = " ".join(argv)
+        line = typed(*argv)
         if self.dry_run:
             self.say(f"would run: {line}")
             return
         self.say(f"running: {line}")
         code, out = try_command(argv, os.environ, timeout_s=SETUP_S)
         if code and not may_fail:
-            hint = f"see: journalctl -u {self.service}"
-            if argv[0] == "pm2":
-                hint = f"see: pm2 logs --nostream {self.service}"
+            hint = f"see: {self.log_line(argv[0])}"
             if "--user" in argv:
                 hint = f"as this user, log in directly (not by su), or: {LINGER}"
             if out:
@@ -28332,7 +28345,8 @@ class Setup(HostChanges):
             if self.changed:
                 done = "installed and started"
             self.say(done)
-            await_welcome(self.state, self.say)
+            scope = "".join(f" {word}" for word in self.scope())
+            await_welcome(self.state, self.say, self.log_line(keeper, scope))
 
     def remove(self) -> None:
         """Take away what `install` brought; a deployment that runs goes on, and recorded runs
@@ -28587,7 +28601,8 @@ def judge_service(one: Installed, serves: bool, pm2_file: Path) -> Finding:
         start = f"pm2 restart {one.service}"
         if pm2_file.exists():  # after a boot PM2 knows none of that name, and can restart none
             start = typed("pm2", "start", pm2_file)
-        return Finding("service", serves, f"PM2: saved{idle}", start)
+        fix = f"{start}; if it ends again: pm2 logs --nostream {one.service}"
+        return Finding("service", serves, f"PM2: saved{idle}", fix)
     scope = ""
     if Path(one.unit).parent != _UNIT_FOLDER:
         scope = " --user"
@@ -28878,9 +28893,10 @@ class Doctor:
             if one.service == name:
                 others.append(one.folder)
         text = "none is installed"
-        if others:
+        if others:  # `setup` would refuse to take it
             text = f"{name} is that of {others[0]}"
-        elif self.serves:
+            return Finding("service", False, text, name_hint(self.args.config_path(), name))
+        if self.serves:
             text = "it runs, but nothing starts it after a reboot"
         return Finding("service", False, text, advised("setup"))
 

@@ -41,7 +41,7 @@ def site(fleet: Callable[..., Fleet], tmp_path: Path, pyz: Path) -> Iterator[Pm2
     need("pm2", "node")
     one = fleet(hosts=2, start=False)
     one.start(one.master)
-    site = Pm2Site(one, pyz, tmp_path / "copied")
+    site = Pm2Site(one, pyz, tmp_path / "Kim's copy")  # PM2 takes a path with a space for a line of bash
     yield site
     run(["pm2", "kill"], site.env)
 
