@@ -3264,6 +3264,12 @@ def edit_whitelist(text: str, form: str, add: Sequence[str], remove: Sequence[st
     return None
 
 
+def section_words(section: str, key: str, value: str) -> str:
+    """What to write for one host, in both forms of the configuration."""
+    toml = f'[hosts."{section}"] and below it {key} = "{value}"'
+    return f'{toml} (in JSON: "hosts": {{"{section}": {{"{key}": "{value}"}}}})'
+
+
 def accept_hint(sha256: str) -> str:
     """What to commit so that hosts install the program with this checksum."""
     return (
@@ -16913,7 +16919,7 @@ def ask_haproxy(rule: HaproxyRule, command: str, *, master: bool = False) -> str
     else:
         words = f"@1 {command}"
     hint = (
-        f"is HAProxy running? `stats socket {path} user USER mode 600 level admin` lets "
+        f"is HAProxy running? `stats socket {path} user {own_name()} mode 600 level admin` lets "
         f"this service's user in"
     )
     try:
@@ -25902,9 +25908,10 @@ def role_advice(config: Config) -> str:
     """What to write on the host that is the master and does not find out."""
     # with its name: another host may have the same private address at another site
     section = f"{own_address()}/{socket.gethostname()}"
+    words = section_words(section, "role", "master")
     return (
         f"if this host is the master, {config.master_url.host} is behind a NAT: write"
-        f' [hosts."{section}"] role = "master" in the configuration, or use --role master'
+        f" {words}; or use --role master"
     )
 
 
@@ -28718,7 +28725,7 @@ def owner_fix(repo: Path, owner: int) -> str:
     clone as root's would end the service that has served it."""
     import pwd
 
-    name = str(owner)
+    name = f"#{owner}"  # as sudo takes one without a name
     with suppress(KeyError):
         name = pwd.getpwuid(owner).pw_name
     if os.geteuid() == 0:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,3 +175,22 @@ def test_again_is_the_same_again(fleet: Callable[..., Fleet]) -> None:
     one.origin.commit({"deploy.sh": "exit 3\n"})
     alone = one.cli("deploy", "master")
     assert alone.code == 1 and "--failed-of" not in alone.err and re.search(r"deploy master  +again", alone.err)
+
+
+def test_what_to_write_into_the_configuration_is_read_there() -> None:
+    """In both forms; a header and a key on one line are no TOML."""
+    words = est.section_words("10.0.0.7/office pc", "role", "master")
+    told = re.fullmatch(r"(.+) and below it (.+) \(in JSON: (.+)\)", words)
+    assert told
+    wanted = {"hosts": {"10.0.0.7/office pc": {"role": "master"}}}
+    assert tomllib.loads(f"{told[1]}\n{told[2]}\n") == json.loads(f"{{{told[3]}}}") == wanted
+
+
+def test_root_is_not_told_to_take_what_another_user_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A chown to root would end the service of the user who has the clone."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert words_of(est.owner_fix(tmp_path, 0).partition(",")[0]) == ["sudo", "-u", "root", "-i"]
+    nameless = est.owner_fix(tmp_path, 54321)
+    assert words_of(nameless.partition(",")[0]) == ["sudo", "-u", "#54321", "-i"] and "chown" not in nameless
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    assert "chown -R 54321 " in est.owner_fix(tmp_path, 0)

@@ -141,7 +141,7 @@ def test_a_master_behind_a_nat_is_what_its_own_address_s_section_says(fleet: Mak
     write_script("echo for $WHOM\n", *one.hosts)
     one.spawn(master)
     section = f'[hosts."{master.address}/{socket.gethostname()}"]'
-    advice = f'if this host is the master, {public} is behind a NAT: write {section} role = "master"'
+    advice = f'if this host is the master, {public} is behind a NAT: write {section} and below it role = "master"'
     wait_for(lambda: advice in master.stderr, lambda: master.stderr)
     assert " agent: " in master.stderr.splitlines()[0]
     assert advice in one.cli("doctor").out
