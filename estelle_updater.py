@@ -15793,7 +15793,10 @@ class Deployment:
         ends = {self.runner.job.before, known.commit, own, read_head(root)}
         if len(ends) > 1 or kept or known.names_lfs or time.monotonic() > self.seen + UNTOUCHED_S:
             return False
-        if (root / ".gitmodules").exists() or self.settings.all("core.hookspath"):
+        # a newer git has hooks in its settings too
+        hooks = ("core.hookspath", "hook.")
+        has_hooks = any(key.startswith(hooks) for key in self.settings.values)
+        if has_hooks or (root / ".gitmodules").exists():
             return False
         try:
             names = os.listdir(root / ".git/hooks")

@@ -775,6 +775,11 @@ def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_pat
     assert len(steps) == 3
     # three of them are about whose state folder it is, which no daemon has settled here
     assert len(words) - len(steps) <= 3 + 3, words
+    looks = sum("status --porcelain" in line for line in words)
+    clone.git(clone.host, "config", "hook.mine.command", "true")
+    asked.unlink()
+    assert clone.deploy().code == 0
+    assert asked.read_text().count("status --porcelain") == looks + 1, "a hook may have written"
     # by hand nobody accepts an order first; each record more is a word to the master and to each who watches
     assert clone.job()["revision"] == 7, clone.job()
 
