@@ -30,6 +30,7 @@ HURRIED = f"""
 import json, os, sys
 sys.path.insert(0, {PLACE!r})
 import estelle_updater
+estelle_updater.Service  # what `build` sets apart is there from now on, or it would come after these limits
 vars(estelle_updater).update(json.loads(os.environ.get("LIMITS", "{{}}")))
 exec(os.environ.get("FAULT", ""), vars(estelle_updater))
 sys.exit(estelle_updater.main(sys.argv[1:]))
