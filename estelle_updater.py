@@ -5014,21 +5014,34 @@ def parse_packed_refs(data: bytes, name: str) -> str:
     return before.rpartition(b"\n")[2].decode(errors="replace")
 
 
-def parse_stage(data: bytes) -> dict[str, str]:
-    """The ids of the contents in the index, by path: `git ls-files -z --stage`."""
+def parse_stage(data: bytes) -> dict[str, "TreeEntry"]:
+    """What the index has, by path: `git ls-files -z --stage`."""
     found = {}
     for entry in data.decode("utf-8", "surrogateescape").split("\0"):
         facts, _, path = entry.partition("\t")
-        words = facts.split()
         if path:
-            found[path] = words[1]
+            mode, name, _ = facts.split()
+            found[path] = TreeEntry(mode, name)
     return found
 
 
-def add_hidden(changes: TreeChanges, hidden: Sequence[str]) -> TreeChanges:
-    """The changes with those of which git status does not tell."""
-    codes = (*changes.codes, *(" M" for _ in hidden))
-    return changes._replace(paths=(*changes.paths, *hidden), codes=codes)
+def add_hidden(changes: TreeChanges, hidden: Mapping[str, str]) -> TreeChanges:
+    """The changes with those of which git status does not tell, by the codes that it would have
+    for them."""
+    paths, codes = (*changes.paths, *hidden), (*changes.codes, *hidden.values())
+    return changes._replace(paths=paths, codes=codes)
+
+
+def hidden_text(repo: str, hidden: Iterable[str]) -> str:
+    """What hides some changes from whoever looks, and the line that ends it; "" without any."""
+    paths = list(hidden)
+    if not paths:
+        return ""
+    index = typed("git", "-C", repo, "update-index")
+    named = typed(*paths[:HINT_PATHS])
+    # of the two options in one line git would heed the first alone
+    end = f"{index} --no-assume-unchanged -- {named} && {index} --no-skip-worktree -- {named}"
+    return f"git status hides that these are changed: {paths_text(paths, 5)}; {end} ends that"
 
 
 def is_held_back(code: str, is_staged_alike: bool) -> bool:
@@ -13445,28 +13458,43 @@ class CheckedOut:
 
     # What is otherwise
 
-    def find_hidden(self) -> list[str]:
-        """The files that are changed here although git was told to take them for unchanged. One
-        that is left out of a sparse checkout is none."""
+    def find_hidden(self) -> dict[str, str]:
+        """The files that are changed here although git was told to take them for unchanged, with
+        git's codes for that. One that is left out of a sparse checkout is none."""
         index = read_index(self.root)
         if index and not index.has_flags:
-            return []
+            return {}
         flagged = parse_flagged(self.ask("ls-files", "-v", "-z"))
         if not flagged:
-            return []
-        wanted: dict[str, str] = {}
+            return {}
+        wanted: dict[str, TreeEntry] = {}
         for part in _parts(flagged):
             words = ("--literal-pathspecs", "ls-files", "-z", "--stage", "--", *part)
             wanted |= parse_stage(self.ask(*words))
         written = self.hash_files(flagged)
-        found = []
+        sparse = self.ask("config", "--type=bool", "--get", "core.sparseCheckout")
+        is_sparse = sparse.strip() == b"true"
+        found = {}
         for path in flagged:
-            place = self.root / path
-            is_there = place.is_file() and not place.is_symlink()
-            is_alike = written.get(path) == wanted.get(path)
-            if is_there and not is_alike:
-                found.append(path)
+            is_gone = not os.path.lexists(self.root / path)
+            if is_gone and not is_sparse:
+                found[path] = " D"
+            elif not is_gone and not self.is_as_staged(path, wanted.get(path), written.get(path)):
+                found[path] = " M"
         return found
+
+    def is_as_staged(self, path: str, entry: TreeEntry | None, written: str | None) -> bool:
+        """Whether what is there is what the index has; `written` is the id of a file's content."""
+        place = self.root / path
+        if entry is None:
+            return False
+        if entry.mode == "160000":  # a submodule: that is looked at by itself
+            return True
+        if place.is_symlink():
+            target = os.fsencode(os.readlink(place))
+            return entry.mode == "120000" and self.ask("cat-file", "blob", entry.id) == target
+        can_run = entry.mode != "100755" or os.name == "nt" or os.access(place, os.X_OK)
+        return place.is_file() and written == entry.id and can_run
 
     def find_phantoms(self, paths: Sequence[str]) -> set[str]:
         """Of the paths that git calls changed, those whose content is the commit's: it disagrees
@@ -14554,7 +14582,9 @@ class ComingParts:
             return ()
         for path in self.find_links(self.coming.head):
             is_there = os.path.lexists(self.root / path / ".git")
-            if is_there and path not in links:
+            if not is_there or path in links:
+                continue
+            if not self.coming.at_root("ls-tree", "-z", self.commit, "--", path):  # no file either
                 found.append(path)
         return self.shown(found)
 
@@ -15623,12 +15653,22 @@ class Deployment:
 
     # Moving the tree
 
+    def find_hidden(self) -> dict[str, str]:
+        """Those of which git status does not tell, and a warning of them: whoever looks sees
+        none."""
+        runner = self.runner
+        hidden = self.tree.find_hidden()
+        told = hidden_text(str(self.tree.root), hidden)
+        if told and told not in runner.job.warnings:
+            runner.warn(told)
+        return hidden
+
     def find_changes(self) -> TreeChanges:
         """The local changes. Nothing has been written yet, so a cancel ends the question too."""
         runner = self.runner
         try:
             changes = self.tree.changes(stop=runner.is_cancelled)
-            return add_hidden(changes, self.tree.find_hidden())
+            return add_hidden(changes, self.find_hidden())
         except UpdaterError:
             if runner.is_cancelled():
                 raise runner.cancelled(runner.job.step or "") from None
@@ -20274,7 +20314,10 @@ class Outlook:
             found["refused"].append(self.why())
         found["refused"] += self.find_bad_settings()
         changes = parse_status((status or "").encode("utf-8", "surrogateescape"))
-        changes = add_hidden(changes, tree.find_hidden())
+        hidden = tree.find_hidden()
+        if hidden:
+            found["warnings"].append(hidden_text(str(tree.root), hidden))
+        changes = add_hidden(changes, hidden)
         found["dirty"], self.unmerged = list(changes.paths), changes.unmerged
         self.halfway = find_halfway(tree, changes)
         try:

@@ -199,13 +199,42 @@ def test_what_git_ignores_is_somebodys_too(clone: Clone):
 
 
 def test_a_file_that_git_takes_for_unchanged_is_named(clone: Clone):
-    for option in ("--assume-unchanged", "--skip-worktree"):
+    """Another content, another kind, or gone: a tree that is not the commit is told, with what hides it from git."""
+    place = clone.host / "a"
+
+    def replaced(by: Callable[[], object]) -> Callable[[], None]:
+        def change() -> None:
+            place.unlink()
+            by()
+
+        return change
+
+    changes: list[Callable[[], object]] = [
+        lambda: place.write_text("mine\n"),
+        place.unlink,
+        replaced(lambda: place.symlink_to("deploy.sh")),
+        replaced(place.mkdir),
+    ]
+    for number, change in enumerate(changes):
+        option = ("--assume-unchanged", "--skip-worktree")[number % 2]
         clone.git(clone.host, "update-index", option, "a")
-        assert "⚠" not in clone.deploy().out
-        (clone.host / "a").write_text("mine\n")
-        assert f"[{HOST}] ⚠ local changes stay: a\n" in clone.deploy().out
-        clone.git(clone.host, "update-index", option.replace("--", "--no-"), "a")
+        if number < 2:
+            assert "⚠" not in clone.deploy().out
+        change()
+        assert clone.dirty() == ""
+        out = clone.deploy().out
+        assert f"[{HOST}] ⚠ local changes stay: a\n" in out, out
+        told = re.search(r"⚠ git status hides that these are changed: a; (git .*) ends that\n", out)
+        assert told, out
+        subprocess.run(told[1], shell=True, cwd=clone.folder, env=clone.env, check=True)
+        assert clone.dirty()
+        if place.is_dir():
+            place.rmdir()
         clone.git(clone.host, "checkout", "-q", "a")
+    clone.git(clone.host, "update-index", "--skip-worktree", "a")
+    clone.git(clone.host, "config", "core.sparseCheckout", "true")
+    place.unlink()
+    assert "⚠" not in clone.deploy().out, "left out of a sparse checkout"
 
 
 def test_a_configuration_may_get_its_other_form(clone: Clone):
