@@ -28725,7 +28725,9 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
     text = "no local changes"
     if changed:
         text = f"local changes: {paths_text(changed, 5)}"
-    fix = f"{git} stash push --include-untracked, or commit and push them"
+    # first what loses nothing: a whitelist that was edited and not committed is in force
+    aside = f"{git} stash push --include-untracked"
+    fix = f"commit and push them, or put them aside: {aside}"
     return Finding("clean", not changed, text, fix)
 
 
