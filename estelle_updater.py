@@ -15335,6 +15335,11 @@ class Transit:
         theirs = self.restore(mark)
         if theirs:
             raise UpdaterError(self.half_written(theirs), self.way_out(theirs))
+        if mark.get("attributes"):
+            # by its content no file tells whether it was written by the attributes that hold now
+            again = Conversions(self.tree, will_change=True)
+            again.before = {path: [] for path in again.before}
+            again.renew({*mark["kept"], *self.tree.changes().paths})
         self.fill_pointers()
         self.end()
 

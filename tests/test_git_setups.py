@@ -397,6 +397,23 @@ def test_another_git_s_moment_is_waited_for(tmp_path: Path, name: str) -> None:
     assert (clone.head(), clone.dirty()) == (new, ""), out
 
 
+def test_line_ends_that_a_killed_job_left_are_mended(tmp_path: Path) -> None:
+    """Killed behind the pull, before it wrote anew what has other attributes by now: git calls the tree clean."""
+    clone = Clone(tmp_path)
+    old = clone.commit({"run.bat": "one\ntwo\n", "mine.bat": "1\n"})
+    assert clone.deploy().code == 0
+    new = clone.commit({".gitattributes": "*.bat eol=crlf\n"})
+    (clone.host / "mine.bat").write_text("somebody's\n")
+    clone.git(clone.host, "pull", "-q")
+    mark = {"repo": str(clone.host), "commits": sorted((old, new)), "branch": "master", "from": old}
+    more = {"kept": ["mine.bat"], "attributes": True, "submodules": {}, "homes": {}}
+    (clone.state / "transit.json").write_text(json.dumps(mark | more))
+    assert (clone.host / "run.bat").read_bytes() == b"one\ntwo\n" and clone.dirty() == "M mine.bat"
+    assert clone.deploy().code == 0
+    assert (clone.host / "run.bat").read_bytes() == b"one\r\ntwo\r\n"
+    assert (clone.host / "mine.bat").read_text() == "somebody's\n" and clone.dirty() == "M mine.bat"
+
+
 def test_a_ref_without_its_commit_is_no_missing_branch(tmp_path: Path) -> None:
     """As git gc --prune=now beside a fetch leaves it: a question that died of it found not nothing, but no answer."""
     clone = Clone(tmp_path)
