@@ -726,6 +726,7 @@ JOB_WARNINGS, JOB_WARNING_CHARS = 50, 2000
 # of any text and any list in an answer of a host, which is a row among those of all others
 ANSWER_CHARS, ANSWER_ROWS, CHECK_NAME_CHARS = 4000, 500, 200
 LAST_MOMENT = 32_503_680_000.0  # the year 3000: no clock and no calendar shows what is beyond it
+SETTING_CHARS = 100  # of a wrong one, as it is shown
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
 END_HEAD_BYTES = 20  # before the file of such an end: how much went through it, in digits
@@ -747,6 +748,12 @@ WAITING_BYTES = 16 << 20  # of messages for a peer that does not read them
 PONG_BYTES = 64 << 10  # the same of answers to its pings
 
 # What one address, agent or commander can make the master hold
+# An address gets this share of the loop's time for frames that are worth less than their bytes, and
+# so much of it at once
+PURSE_SHARE, PURSE_BURST_S = 0.25, 2.0
+CHEAP_BYTES_PER_S = 20e6  # what long frames bring for the time that they take
+READ_BYTES, BULK_BYTES = 16 << 10, 256 << 10  # of tiny frames, and of long ones
+SELDOM_S = 60.0  # between two lines about the same that somebody brings about by coming again
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
 HANDSHAKES, STRANGERS = (
     128,
@@ -1104,6 +1111,14 @@ def canonical_address(text: str) -> str:
     """The one spelling of an address: `::ffff:1.2.3.4` is 1.2.3.4, `[FE80::1%eth0]` is fe80::1;
     else UsageError."""
     return str(_parse_ip(text))
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
+    with suppress(UsageError):
+        canonical_address(text)
+        return True
+    return False
 
 
 def url_host(address: str) -> str:
@@ -1753,9 +1768,21 @@ def valid_host_name(text: str) -> bool:
         return False
     # A digit alone would be read as the beginning of an address, and `,`, `/`, `~` would split it
     # in a TARGET.
-    if re.search(r"[,/~]", text) or text.isdecimal() or _ADDRESS_LIKE.fullmatch(text):
+    if re.search(r"[,/~]", text) or _looks_like_address(text):
         return False
     return text.casefold() not in ("all", "active", "standby")
+
+
+def _looks_like_address(text: str) -> bool:
+    """Whether people read it as an address, or as nothing but a mark: also in digits of another
+    script, and with a mark at an end, which is easily overlooked beside the others of a table."""
+    from unicodedata import normalize
+
+    bare = normalize("NFKC", text).partition("%")[0]  # a zone's name may follow
+    bare = re.sub(r"[^\w-]+", ".", bare).strip(".-_")
+    if not bare or bare.isdecimal():
+        return True
+    return any(map(_ADDRESS_LIKE.fullmatch, (text, bare)))
 
 
 def valid_branch_problem(name: str) -> str | None:
@@ -3086,6 +3113,19 @@ def owners_of_name(config: Config, name: str) -> set[str]:
     if "" in owners:
         return set()
     return owners
+
+
+def single_hosts(config: Config) -> set[str]:
+    """The hosts that the configuration means one by one, as they are compared: some may have yet to
+    come, and nobody else is called so."""
+    named = [
+        *config.whitelist,
+        config.master_url.host,
+    ]
+    named += [rule.address or "" for rule in config.hosts]
+    if config.haproxy:
+        named.append(config.haproxy.host)
+    return set(map(host_key, named))
 
 
 def find_balancer(rule: HaproxyRule, hosts: Sequence[HostRef]) -> HostRef:
@@ -5205,6 +5245,37 @@ def hooks_text(hooks: Sequence[str]) -> str:
     return f"hooks of the clone ({paths_text(hooks)})"
 
 
+# git dies of any other value in .gitmodules; a command in it, too, since it was used for attacks
+_GIT_BOOL = r"|true|yes|on|false|no|off|[+-]?[0-9]+[kmg]?"
+_SUBMODULE_VALUES = {
+    "update": regex(
+        r"checkout|rebase|merge|none",
+    ),
+    "shallow": regex(
+        _GIT_BOOL,
+        re.IGNORECASE,
+    ),
+    "fetchrecursesubmodules": regex(
+        rf"on-demand|{_GIT_BOOL}",
+        re.IGNORECASE,
+    ),
+}
+
+_NO_SETTING = regex(r'\ufeff?\s*(\[[\w.-]+(\s+"[^"\\]*")?\]\s*)?([#;].*)?')
+
+
+def deadly_setting(settings: Mapping[str, Sequence[str]]) -> str:
+    """One of a .gitmodules that git does not read past, "" where there is none."""
+    for key, values in settings.items():
+        wanted = _SUBMODULE_VALUES.get(key.rpartition(".")[2])
+        if wanted is None or not key.startswith("submodule."):
+            continue
+        for value in values:
+            if not wanted.fullmatch(value):
+                return f"{key} = {value}"[:SETTING_CHARS]
+    return ""
+
+
 def nameless_text(folders: Sequence[str]) -> str:
     """Commits of other repositories in a tree, of which nobody says where they come from."""
     return f"{paths_text(folders, 5)}: a submodule without an entry in .gitmodules"
@@ -6006,6 +6077,20 @@ def terminal_text(text: str) -> str:
     *whole, rest = text.split("\n")
     lines = [_clean_line(line.rstrip("\r")) for line in whole]
     return "\n".join([*lines, _clean_line(rest)])
+
+
+def json_line(value: Any) -> str:
+    """A value as one line of JSON, also for a reader that ends a line at any of Unicode's ends, and
+    on a terminal: what that would act on, and what nobody sees, is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    if _is_harmless(text):
+        return text
+    return _CONTROL.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be").hex()
+    return "".join([f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4)])
 
 
 def _is_harmless(text: str) -> bool:
@@ -9081,6 +9166,7 @@ class DaemonLog:
     def __init__(self) -> None:
         self.verbose = False
         self._said: dict[object, set[str]] = {}
+        self._seldom: dict[object, float] = {}  # when something was said last, monotonic
         with suppress(OSError):  # no standard error at all
             stat = os.fstat(2)
             # A PM2 that systemd started hands its variable on, but not its stream
@@ -9120,6 +9206,18 @@ class DaemonLog:
         if text not in said:
             said.add(text)
             self.warning("%s", text)
+
+    def seldom(self, key: object, text: str, *args: Any) -> None:
+        """A warning about `key`, once a minute at most: who brings it about by coming again and
+        again must not bury everybody else's lines."""
+        now = time.monotonic()
+        if now - self._seldom.get(key, float("-inf")) < SELDOM_S:
+            return
+        if len(self._seldom) >= REFUSED_KEPT:
+            del self._seldom[next(iter(self._seldom))]
+        self._seldom.pop(key, None)  # the newest stands last
+        self._seldom[key] = now
+        self.warning(text, *args)
 
     def over(self, key: object) -> bool:
         """What `once` said about `key` holds no longer; True if it had said anything."""
@@ -10683,7 +10781,9 @@ def config_at(commit: str, path: Path, repo: Path, ask: Callable[..., str | None
         folder = os.path.relpath(place, repo.resolve()).replace(os.sep, "/")
     except ValueError:  # another drive of Windows
         return None
-    if folder.startswith(".."):
+    # of a host that deploys a folder of the clone, the file lies above that, and in the clone
+    is_above = repo.resolve().is_relative_to(work_tree(path).resolve())
+    if folder.startswith("..") and not is_above:
         return None
     for form in (path.suffix.removeprefix("."), *("json", "toml")):
         name = f"./{folder}/{path.stem}.{form}"
@@ -14023,6 +14123,11 @@ class Coming:
     @functools.cached_property
     def settings(self) -> dict[str, str]:
         """The commit's .gitmodules."""
+        return {key: found[-1] for key, found in self.all_settings.items()}
+
+    @functools.cached_property
+    def all_settings(self) -> dict[str, list[str]]:
+        """The same, with those that a later one replaces."""
         stays = self.head == self.commit
         if stays and not os.path.lexists(self.root / ".gitmodules"):
             return {}
@@ -14033,8 +14138,27 @@ class Coming:
             "--null",
             "--list",
         )
-        values = parse_settings(said)
-        return {key: found[-1] for key, found in values.items()}
+        return parse_settings(said)
+
+    def check_settings(self) -> list[Refusal]:
+        """Whether git can read the commit's .gitmodules. One that it can't, by a single value, ends
+        nearly every question about the tree from then on, and the commit that mends it could not
+        come."""
+        if self.head == self.commit:
+            return []
+        wrong = deadly_setting(self.all_settings)
+        if not any(self.all_settings):
+            text = self.git(
+                "cat-file",
+                "blob",
+                f"{self.commit}:.gitmodules",
+            )
+            if not all(map(_NO_SETTING.fullmatch, text.splitlines())):
+                wrong = "a line that is none"
+        if not wrong:
+            return []
+        what = f"git can't read .gitmodules of {self.commit[:7]}: {wrong}"
+        return [Refusal(what, "correct it, and push")]
 
     @functools.cached_property
     def submodules(self) -> dict[str, str]:
@@ -14538,6 +14662,7 @@ class ComingParts:
         links = self.find_links(self.commit)
         named = set(self.coming.submodules.values())
         known = known._replace(
+            stuck=(*known.stuck, *self.coming.check_settings()),
             submodules=self.shown(links.keys() & named),
             nameless=self.shown(links.keys() - named),
             left=self.find_left(links),
@@ -15004,6 +15129,59 @@ class Foresight:
         return found
 
 
+def check_new_place(
+    place: Path, repo: Path, commit: str, rule: Effective, ask: Callable[..., str | None]
+) -> list[Refusal]:
+    """Whether the `place` that a commit's configuration names in place of `repo` can be deployed:
+    no later order would get past one that is no clone, that of the commit that mends it neither."""
+    if os.path.realpath(place) == os.path.realpath(repo):
+        return []
+    with suppress(ValueError):  # another drive of Windows
+        seen = os.path.relpath(place, repo).replace(os.sep, "/")
+        if not seen.startswith("../"):
+            seen = f"./{seen}"
+        if ask(
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            f"{commit}:{seen}",
+        ):
+            return []  # a folder of this clone, which perhaps comes with the commit
+    try:
+        env = scrub_environment(os.environ)
+        settings = CloneSettings(place, env)
+        require_checkout(settings, rule.remote)
+    except UpdaterError as problem:
+        what = f"repo of the commit's configuration: {problem.what}"
+        return [Refusal(what, problem.hint)]
+    return []
+
+
+def coming_to(
+    place: Path,
+    repo: Path,
+    commit: str,
+    rule: Effective,
+    ask: Callable[..., str | None],
+    head: str | None = None,
+) -> Coming:
+    """The files of a commit as its commands will find them: from the folder that its configuration
+    names, where that is another one of the same clone than `repo`, in which `ask` asks."""
+    if os.path.realpath(place) != os.path.realpath(repo) and place.is_dir():
+        top = (
+            "rev-parse",
+            "--show-toplevel",
+        )
+        there = functools.partial(
+            ask,
+            "-C",
+            str(place),
+        )
+        if there(*top) == ask(*top):
+            return Coming(place, rule, commit, there, head)
+    return Coming(repo, rule, commit, ask, head)
+
+
 class Clearance:
     """What has to be true for a deployment to go on: asked before it moves the tree, and some of it
     again on the way."""
@@ -15064,10 +15242,19 @@ class Clearance:
         config = self.judge_doors(commit) or load_config(runner.config_path)
         rule = rule_for(config, runner.job, runner.state)
         runner.begin("check", StepKind.CHECK)
-        coming = Coming(
+        place = work_tree(runner.config_path) / (rule.repo or "")
+        moved = check_new_place(
+            place,
             runner.repo,
-            rule,
             commit,
+            rule,
+            self.ask,
+        )
+        coming = coming_to(
+            place,
+            runner.repo,
+            commit,
+            rule,
             self.ask,
             runner.job.before,
         )
@@ -15082,7 +15269,7 @@ class Clearance:
         )
         known = known._replace(halfway=find_halfway(runner.work_tree(), changes))
         known = Filters(coming, self.try_git).look(known)
-        for one in judge_prospect(known).refused:
+        for one in [*moved, *judge_prospect(known).refused]:
             self.refuse(one)
         return known
 
@@ -19262,6 +19449,27 @@ def refused_word(problem: Exception, of: str, tell: Callable[[str, str], None]) 
     return Refuse(reason)
 
 
+class Purse:
+    """What the frames of one address may cost the loop that serves everybody. Who sends a hundred
+    thousand tiny ones gets a share of its time, and is not read meanwhile: else nobody would reach
+    the master as long as that lasts. Frames that are as long as they can be cost nothing here."""
+
+    def __init__(self) -> None:
+        self.until = 0.0  # when all is paid, monotonic
+
+    def pay(self, spent_s: float, size: int) -> float:
+        """For how many seconds the connection rests now that gave `size` bytes to work on."""
+        beyond_s = spent_s - size / CHEAP_BYTES_PER_S
+        now = time.monotonic()
+        if beyond_s > 0:
+            self.until = max(self.until, now) + beyond_s / PURSE_SHARE
+        return max(0.0, self.until - now - PURSE_BURST_S)
+
+    @property
+    def is_paid(self) -> bool:
+        return self.until <= time.monotonic()
+
+
 class Peer:
     """Who is at the other end of a link, and the questions that go both ways over it. `answer` says
     what to post for one that came in, if any may come; `at_once` of them may be open."""
@@ -20385,14 +20593,23 @@ class Outlook:
             hint = free_hint(str(root), self.obstacles.changed, self.obstacles.untracked)
             found["refused"].append(Refusal(what, hint).text)
 
-    def foresee(self, found: dict[str, Any], branch: str, rule: Effective) -> None:
-        """What a job with these settings would refuse before it moves the tree, and which steps
-        it would have besides the usual."""
+    def foresee(self, found: dict[str, Any], branch: str, rule: Effective, place: Path) -> None:
+        """What a job with these settings, by which `place` is deployed, would refuse before it
+        moves the tree, and which steps it would have besides the usual."""
         target = found["target"]
-        coming = Coming(
+        moved = check_new_place(
+            place,
             self.repo,
-            rule,
             target,
+            rule,
+            self.git,
+        )
+        found["refused"] += [one.text for one in moved]
+        coming = coming_to(
+            place,
+            self.repo,
+            target,
+            rule,
             self.git,
         )
         if not self.is_branch:
@@ -20471,7 +20688,8 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
         found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
         try:
-            outlook.foresee(found, branch, rule)
+            there = work_tree(agent.config.path) / (rule.repo or "")
+            outlook.foresee(found, branch, rule, there)
         except UpdaterError as problem:  # that a remote is slow is no reason to refuse
             found["warnings"].append(f"not looked at to the end: {problem.what}")
     return found | {"command": commands_text(rule.command), "restart": list(rule.restart)}
@@ -20873,23 +21091,47 @@ def forget_handshake(connection: Any) -> None:
 
 class PongBound:
     """Of a server's connection: each ping is answered as it comes, whether the peer reads that or
-    not, and one that never reads would fill the memory."""
+    not, and one that never reads would fill the memory. And however small its frames are, to take
+    them apart keeps nobody else waiting for long."""
 
     __slots__ = ()
     is_server = True
+
+    def bound(self, transport: Any) -> None:
+        """At its beginning."""
+        connection: Any = self
+        connection.purse = Purse()  # until it is known whose it is
+        connection.unread_bytes = 0
+        transport.max_size = READ_BYTES  # of asyncio's sockets: what is taken in one turn
 
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it: what is written meanwhile are answers to pings, and an end."""
         connection: Any = self
         transport = connection.transport
         before = transport.get_write_buffer_size()
+        began = time.thread_time()
         super().data_received(data)  # type: ignore[misc]
+        spent_s = time.thread_time() - began
+        rest_s = connection.purse.pay(spent_s, len(data))
+        transport.max_size = READ_BYTES
+        if spent_s < len(data) / CHEAP_BYTES_PER_S:
+            transport.max_size = BULK_BYTES
+        if rest_s and not transport.is_closing():
+            transport.pause_reading()
+            connection.loop.call_later(rest_s, self._read_on)
         after = transport.get_write_buffer_size()
         if not before:
             connection.unread_bytes = 0
         connection.unread_bytes += max(0, after - before)
         if connection.unread_bytes > PONG_BYTES:
             transport.abort()
+
+    def _read_on(self) -> None:
+        """Go on reading, unless what was read waits for whoever takes it, who then goes on."""
+        connection: Any = self
+        is_over = connection.transport.is_closing()
+        if not is_over and not connection.recv_messages.paused:
+            connection.transport.resume_reading()
 
 
 class Elders:
@@ -21165,7 +21407,7 @@ class Greeting:
 
 
 # What is noted of a connection: not in its dictionary, which would double its size by a few more.
-GUARDED_FACTS = ("began", "begun", "estelle_address", "take", "unread_bytes")
+GUARDED_FACTS = ("began", "begun", "estelle_address", "purse", "take", "unread_bytes")
 
 
 class Door:
@@ -21174,6 +21416,7 @@ class Door:
     def __init__(self, config: ConfigFile, own_address: str, nonce: str) -> None:
         self.config, self.own_address, self.nonce = config, own_address, nonce
         self.connected: Counter[str] = Counter()  # connections by address
+        self.purses: dict[str, Purse] = {}  # of those, and of who has gone without having paid
         self.sockets: dict[
             Any, str
         ] = {}  # connection -> its address, to drop who is no longer allowed
@@ -21208,8 +21451,8 @@ class Door:
             __slots__ = GUARDED_FACTS
 
             def connection_made(self, transport: Any) -> None:
+                self.bound(transport)
                 super().connection_made(transport)
-                self.unread_bytes = 0
                 self.began = door.elders.rounds
                 if not over_tls:
                     self.begun = Begun(door.handshakes, transport)
@@ -21316,10 +21559,31 @@ class Door:
                 del self.refused[address]
                 if count:
                     log.warning("refused %s %d more times within a minute", address, count)
+        for address, purse in list(self.purses.items()):
+            if purse.is_paid and address not in self.connected:
+                del self.purses[address]
         if self.certificate:
             self.certificate.reload()
 
     # Who has come in
+
+    def enter(self, socket: Any, address: str) -> None:
+        """A connection that passed the door."""
+        self.sockets[socket] = address
+        self.connected[address] += 1
+        socket.purse = self.purse_of(address)
+
+    def leave(self, socket: Any, address: str) -> None:
+        """It is over."""
+        self.commanders.pop(socket, None)
+        del self.sockets[socket]
+        self.connected[address] -= 1
+        if not self.connected[address]:
+            del self.connected[address]
+
+    def purse_of(self, address: str) -> Purse:
+        """The one purse of all connections of an address."""
+        return self.purses.setdefault(address, Purse())
 
     async def challenge(self, link: Link, hello: Hello, address: str, keys: str) -> Proven:
         """Have whoever said hello prove that it knows the token, if there is one, and ask for its
@@ -21511,7 +21775,7 @@ async def makes_way(agents: dict[str, AgentLink], link: Link, hello: Hello, addr
             break
         if await old.answers_ping():
             what = f"this machine id is in use by {old.address}: a cloned state folder"
-            log.warning("refused %s: %s", address, what)
+            log.seldom((address, what), "refused %s: %s", address, what)
             hint = "delete machine-id in its state folder and restart it"
             await link.wire.send(encode_message(Refuse(what, hint)))
             return False
@@ -21536,7 +21800,8 @@ def host_names(
         owners = owners_of_name(config, owned)
         if not owners or not owners.isdisjoint(places):
             continue
-        log.warning(
+        log.seldom(
+            (places[0], owned),
             "%s claims the name %s, which the configuration gives to %s",
             places[0],
             owned,
@@ -21663,6 +21928,32 @@ class Roster:
         if machine != self.own_machine:
             return (address,)
         return own_addresses(self.config.config, address, self.bind, Role.MASTER)
+
+    def is_anothers(self, label: str, machine: str) -> bool:
+        """Whether a label that a machine gives itself would be taken for another host: by its
+        address or name, also of one that has yet to come, or for no host at all."""
+        own = self.machines[machine]
+        place = host_key(label.partition("/")[0])
+        if is_address(place):
+            there = self.at.get(place, set())
+            if place in (own.address, own.moved_from):
+                return bool(there) and machine not in there
+            return bool(there) or place in single_hosts(self.config.config)
+        if not valid_host_name(place):
+            return True
+        called = place.casefold()
+        # its own name is no excuse: it says that, too, of itself
+        for known in self.machines.values():
+            names = (
+                known.name.casefold(),
+                known.hostname.casefold(),
+            )
+            if called in names and known.machine != machine:
+                return True
+        owners = owners_of_name(self.config.config, called)
+        if owners and owners.isdisjoint(self.places_of(own)):
+            return True
+        return called in single_hosts(self.config.config) and called != own.name.casefold()
 
     def label_of(self, machine: str) -> str:
         """How people call a machine; "a host" where it has been none."""
@@ -21838,7 +22129,8 @@ class Registry(Roster):
         before = self.machines.get(hello.machine)
         if before and before.address != address:
             known.moved_from, known.moved_at = before.address, self.state.lived.now()
-            log.warning("%s has a new address: it was %s", address, before.address)
+            text = "%s has a new address: it was %s"
+            log.seldom((hello.machine, address), text, address, before.address)
         elif before:
             known.moved_from, known.moved_at = before.moved_from, before.moved_at
         self.place(known)
@@ -21855,10 +22147,8 @@ class Registry(Roster):
         others = [label for machine, label in self.labels.label.items() if machine != job.machine]
         taken = {file_label(label).casefold() for label in others + list(hosts)}
         is_taken = file_label(job.host).casefold() in taken
-        address = job.host.partition("/")[0]
-        there = self.at.get(address, set())  # the label of a host begins with its address
-        is_foreign = bool(there) and job.machine not in there
-        if not valid_label(job.host) or is_taken or is_foreign:
+        is_label = valid_label(job.host) and not self.is_anothers(job.host, job.machine)
+        if is_taken or not is_label:
             raise ProtocolError(f"{job.host[:80]!r} is another host's name, or none")
         now = time.monotonic()
         still = 0
@@ -22752,8 +23042,7 @@ class Master:
         address = socket.estelle_address
         link = Link(SocketWire(socket), recent=self.recent)
         forget_handshake(socket)
-        self.door.sockets[socket] = address
-        self.door.connected[address] += 1
+        self.door.enter(socket, address)
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
@@ -22790,11 +23079,7 @@ class Master:
                 await send_refusal(link, socket, wrong[0])
         finally:
             link.end()
-            self.door.commanders.pop(socket, None)
-            del self.door.sockets[socket]
-            self.door.connected[address] -= 1
-            if not self.door.connected[address]:
-                del self.door.connected[address]
+            self.door.leave(socket, address)
 
     async def serve_agent(
         self, link: Link, hello: Hello, address: str, proven: Proven | None = None
@@ -23269,6 +23554,15 @@ class FleetView:
         }
 
 
+def asked_by(message: Any, name: str) -> str:
+    """Who asks, for the record, as it says itself; only the address beside it is not its own
+    word."""
+    asked = getattr(message, "by", "")
+    if isinstance(message, Ask):
+        asked = one_line(str(message.args.get("by") or ""))
+    return (asked or name)[:80]
+
+
 class Desk:
     """What a commander can ask of the master."""
 
@@ -23297,11 +23591,10 @@ class Desk:
                 may_command=may_command,
             )
         )
-        name = hello.name
+        name = hello.name  # the rest of its words is not held
 
         def by(message: Any) -> str:
-            """Who asks, for the record."""
-            return f"{(getattr(message, 'by', '') or name)[:80]}@{address}"
+            return f"{asked_by(message, name)}@{address}"
 
         async def answer(message: Any) -> Any:
             try:
@@ -23309,7 +23602,7 @@ class Desk:
                     return await self.submit(message, by(message))
                 if isinstance(message, Cancel):
                     return await self.cancel(message.run, by(message))
-                return await self.answer(message)
+                return await self.answer(replace(message, args={**message.args, "by": by(message)}))
             except (UpdaterError, OSError) as problem:
                 return self.refuse(problem, getattr(message, "id", 0))
             except Exception as problem:  # one question's trouble must not end the connection
@@ -23538,14 +23831,14 @@ class Desk:
             raise UsageError("a freeze needs a name of letters, digits, . _ and -")
         if not _fits("float", seconds) or not 0 < float(str(seconds)) <= FREEZE_MOST_S:
             raise UsageError("a freeze lasts for more than nothing and at most 90 days")
-        held = self.master.freezes.freeze(name, float(str(seconds)), by[:100])
+        held = self.master.freezes.freeze(name, float(str(seconds)), by)
         await self.keep(self.master.freezes.file)
         return {"name": name, "ends": held.ends, "text": held.text(time.time())}
 
     async def thaw(self, args: dict[str, Any]) -> dict[str, Any]:
         """End what was frozen by hand."""
         name, by = str(args.get("name") or ""), str(args.get("by") or "")
-        thawed = self.master.freezes.thaw(name, by[:100])
+        thawed = self.master.freezes.thaw(name, by)
         await self.keep(self.master.freezes.file)
         self.master.queue.schedule()
         return {"thawed": thawed}
@@ -23880,7 +24173,7 @@ async def answer_watches(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
     """What the watched branches last saw and did; `paused` true or false stops or resumes them."""
     watcher, paused = desk.master.watcher, args.get("paused")
     if isinstance(paused, bool):
-        watcher.pause(paused, str(args.get("by") or "")[:100])
+        watcher.pause(paused, str(args.get("by") or ""))
         await desk.keep(watcher.file)
     return watcher.tell()
 
@@ -25068,7 +25361,7 @@ async def answer_notify_test(desk: Desk, args: dict[str, Any]) -> dict[str, Any]
     """Send a test message to every receiver, whatever it wants to hear; how each took it."""
     config = desk.master.config
     own = desk.master.own_address
-    by = str(args.get("by") or "")[:100]
+    by = str(args.get("by") or "")
     news = {
         "event": "test",
         "time": round(time.time(), 3),
@@ -27649,14 +27942,6 @@ def render_firewall(
     return "\n".join([*lines, "firewall-cmd --reload", *cloud])
 
 
-def is_address(text: str) -> bool:
-    """Whether a text is an IP address."""
-    with suppress(UsageError):
-        canonical_address(text)
-        return True
-    return False
-
-
 # What git sets for its hooks and would act on instead of the folder (`git rev-parse
 # --local-env-vars`)
 _GIT_LOCAL = regex(
@@ -30225,7 +30510,7 @@ class JsonView(LineView):
     def emit(self, **event: Any) -> None:
         """One event as one line, so that a reader never has to wait for the end of a run to parse
         it."""
-        self.output.write(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self.output.write(json_line(event).encode("utf-8", "replace") + b"\n")
 
     def begin(self, run: RunRecord) -> None:
         self.run = run.run
@@ -30299,7 +30584,7 @@ def show(
     `screen(columns)` are the lines for a terminal, where that sees something else than a pipe."""
     output = Output(not args.no_color)
     if args.json:
-        say(json.dumps(facts, ensure_ascii=False))
+        say(json_line(facts))
     elif screen and output.terminal:
         output.write_lines(screen(output.size()[0]))
     else:
@@ -32733,7 +33018,7 @@ def cmd_setup(args: Args) -> int:
     setup = Setup(args, args.config_path(), lines.append if args.json else say)
     setup.remove() if args.remove else setup.install(args.manager)
     if args.json:
-        say(json.dumps({"changed": setup.changed, "lines": lines}, ensure_ascii=False))
+        say(json_line({"changed": setup.changed, "lines": lines}))
     return 0
 
 
@@ -32755,7 +33040,7 @@ def cmd_doctor(args: Args) -> int:
             {key: getattr(one, key) for key in keys if key != "fix" or one.ok is False}
             for one in findings
         ]
-        say(json.dumps({"ok": healthy, "checks": checks}, ensure_ascii=False))
+        say(json_line({"ok": healthy, "checks": checks}))
     if healthy:
         return 0
     return 1
@@ -33550,7 +33835,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
             "hint": problem.hint,
             "exit": problem.exit_code,
         }
-        text = json.dumps(event, ensure_ascii=False)
+        text = json_line(event)
     else:
         hint = ""
         if problem.hint:

@@ -6,9 +6,10 @@ import asyncio
 import os
 import random
 import socket
+import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from tests.seam import Hello, encode_message
@@ -194,3 +195,31 @@ async def pings(port: int, source: str, most: int) -> int:
                 await writer.drain()
                 sent += len(some)
         return sent
+
+
+@contextmanager
+def without_end(sock: socket.socket, data: bytes) -> Iterator[None]:
+    """Send the same again and again as fast as it is taken, and read what comes, meanwhile."""
+    over = threading.Event()
+
+    def send() -> None:
+        with suppress(OSError):
+            while not over.is_set():
+                sock.sendall(data)
+
+    def read() -> None:
+        with suppress(OSError):
+            while sock.recv(1 << 16):
+                pass
+
+    threads = [threading.Thread(target=send), threading.Thread(target=read)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()

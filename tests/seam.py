@@ -160,6 +160,7 @@ from estelle_updater import (
     Proof as Proof,
     Prospect as Prospect,
     ProtocolError as ProtocolError,
+    Purse as Purse,
     QueueWire as QueueWire,
     Reading as Reading,
     Receiver as Receiver,

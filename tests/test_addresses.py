@@ -625,8 +625,9 @@ def test_host_name(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "a b", "a,b", "a/b", "a~b", "all", "ALL", "1.2.3.4", "121.x.x.x", "::1", "a\n", "a\u202eb", "24", "a" * 65],
-)
+    ["", "a b", "a,b", "a/b", "a~b", "all", "ALL", "1.2.3.4", "121.x.x.x", "::1", "a\n", "a\u202eb", "24", "a" * 65,
+     "1.2.3.4…", "1.2.3.4|", ".1.2.3.4", "1.2.3.4%1", "１.2.3.4", "1。2。3。4", "✓", "..", "-"],
+)  # fmt: skip
 def test_no_host_name(name: str):
     assert not valid_host_name(name)
 

@@ -509,8 +509,9 @@ def replace_host(one: Fleet, address: str) -> Host:
 def test_names_from_the_wire_are_never_paths(open_fleet: Fleet, tmp_path: Path) -> None:
     one = open_fleet
     outside = {str(path) for path in one.tmp_path.rglob("*")}
-    hosts = ["../../../up", "/etc/passwd", "..", ".", "CON", "nul.txt", "COM1", "run", "a:b", "C:\\x", "x" * 180]
+    hosts = ["up/../../../up", "CON", "nul.txt", "COM1", "run", "C\\x", "x/" + "x" * 180]
     refused = ["a\0b", "a\nb", "\x1b]0;x\x07", "", "x" * 5000, A, B, "127.0.0.2\u202e"]
+    refused += ["../../../up", "/etc/passwd", "..", ".", "a:b", "C:\\x", "x" * 180]  # no address, and no name
     with Peer(one, FALSE, "agent") as false:
         for number, host in enumerate(hosts):
             done = record(new_run(number + 256), host, state=est.State.SUCCEEDED, created=time.time())

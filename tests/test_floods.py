@@ -145,6 +145,28 @@ def test_ten_thousand_random_messages(one: Fleet) -> None:
     assert len(known) <= 3
 
 
+@one_fleet
+@pytest.mark.parametrize("kind", ["chunks for no log", "pings"])
+def test_a_host_that_sends_tiny_frames_without_end(one: Fleet, kind: str) -> None:
+    """The others reach the master while it lasts, as by a share of the loop's time each address has its turn."""
+    tiny = {"chunks for no log": floods.frame(2, est.encode_chunk(1, 5, b"x")), "pings": floods.frame(9, b"")}
+    with Peer(one, ALLOWED, "agent") as false, floods.without_end(false.socket.socket, tiny[kind] * 5000):
+        for words in (("status",), ("history",), ("trigger", A, "no-such-branch", "--detach")):
+            code, out, err = one.cli(*words)
+            assert code == 0, (words, out, err)
+
+
+def test_an_address_pays_for_small_frames_alone() -> None:
+    purse, share = est.Purse(), est.program.PURSE_SHARE
+    for _ in range(1000):
+        assert purse.pay(0.002, 60_000) == 0, "long ones are worth it"
+    assert purse.is_paid
+    rests = [purse.pay(0.01, 10) for _ in range(200)]
+    free = est.program.PURSE_BURST_S * share / 0.01
+    assert not any(rests[: int(free) - 1]) and all(rests[int(free) + 2 :])
+    assert rests[-1] - rests[-2] == pytest.approx(0.01 / share, abs=0.02), "one after the other"
+
+
 def test_refusals_are_counted(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "config"
     folder.mkdir()

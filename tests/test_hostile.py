@@ -18,7 +18,7 @@ from tests.fleet import Fleet, wait_for
 from tests.peers import MACHINE, Peer
 
 A, B, C, H = (f"127.0.0.{n}" for n in (1, 2, 3, 9))
-CROWD = "127.0.0.8"
+CROWD, YET = "127.0.0.8", "127.0.0.11"  # many machines of one address; a host that has yet to come
 
 
 def record(run_id: str, host: str, **more: Any) -> est.JobRecord:
@@ -125,8 +125,8 @@ def test_an_answer_has_an_end_and_what_is_needed() -> None:
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     rule = {"host": H, "config": "/x/haproxy.cfg", "backend": "b", "servers": {"blue": "blue", "green": "green"}}
     config = {
-        "whitelist": [A, B, C, "127.0.0.0/24"], "keep": {"jobMegabytes": 1}, "haproxy": rule,
-        "hosts": {B: {"color": "blue"}, C: {"color": "green"}},
+        "whitelist": [A, B, C, "127.0.0.0/24", YET], "keep": {"jobMegabytes": 1}, "haproxy": rule,
+        "hosts": {B: {"color": "blue"}, C: {"color": "green", "name": "yq-green"}, "127.0.0.12/yq-data": {}},
     }  # fmt: skip
     made = Fleet(tmp_path_factory.mktemp("hostile"), command=COMMAND, config=config)
     made.start()
@@ -153,6 +153,35 @@ def test_no_word_of_a_host_is_anothers_line_or_takes_a_result_back(one: Fleet) -
         for words in (("history",), ("status",), ("logs", run), ("history", "--stats")):
             code, out, err = one.cli(*words)
             assert code == 0 and len(out) < 8000, (words, err, len(out))
+
+
+def test_nobody_calls_itself_as_another_host_is_called(one: Fleet) -> None:
+    """A run that nobody ordered is recorded by the label that its host gives itself."""
+    others = (
+        "yq-green", "YQ-Green", "other", "yq-data", YET, f"{YET}/x", "127.0.0.12", f"{B}:", f"{B}|", f"{B}…", f"{B}%1",
+        f"::ffff:{B}", f"{B}:9900", f"{B}~ab", f"{B},{C}", "0127.0.0.2", "１２７.0.0.2", "all", "standby", "✓",
+    )  # fmt: skip
+    mine = (H, f"{H}/stranger", f"{H}/stranger~abab", "stranger-2", "127.0.0.77")
+    with Peer(one, H, "agent") as false, Peer(one, "127.0.0.13", "agent", "ef" * 16, name="other"):
+        for number, host in enumerate(others, 400):
+            said = record(new_run(number), host, state=est.State.SUCCEEDED, version="v9")
+            assert "another host's name, or none" in false.refused(said), host
+        for number, host in enumerate(mine, 450):
+            said = record(new_run(number), host, state=est.State.SUCCEEDED)
+            false.say(said)
+            assert false.until(lambda message: isinstance(message, est.Acked)).host == host
+
+
+def test_a_host_that_comes_again_and_again_fills_no_log(one: Fleet) -> None:
+    before = len(one.master.stderr)
+    keys: dict[str, str] = {}
+    for number in range(30):
+        source = ("127.0.0.14", "127.0.0.15")[number % 2]
+        with Peer(one, source, "agent", "1f" * 16, keys=keys, name="yq-green") as false:
+            keys = keys or {false.welcome.master: false.welcome.key}
+    said = one.master.stderr[before:].splitlines()
+    for text in ("claims the name yq-green", "has a new address"):
+        assert 0 < sum(text in line for line in said) <= 2, text
 
 
 def test_a_run_that_nobody_ordered_is_each_hosts_own_word(one: Fleet) -> None:
@@ -227,6 +256,21 @@ def test_a_question_that_fails_is_answered_so(one: Fleet) -> None:
             for what in ("health", "history", "plan", "forget", "find"):
                 person.say(est.Ask(number, what, args))
                 person.until(lambda message: isinstance(message, est.Answer | est.Refuse))
+
+
+def test_who_freezes_or_pauses_is_known_by_its_address(one: Fleet) -> None:
+    alias = f"alice@{A}\n[{B}] ✓ 완료 v9"
+    with Peer(one, H, "commander", name="stranger") as person:
+        asked: list[tuple[str, dict[str, Any]]] = [("freeze", {"name": "x", "seconds": 600}), ("thaw", {"name": "x"})]
+        for number, (what, args) in enumerate(asked, 1):
+            person.say(est.Ask(number, what, {**args, "by": alias}))
+            person.until(lambda message: isinstance(message, est.Answer))
+            shown = f"alice@{A} [{B}] ✓ 완료 v9@{H} {what}s"
+            assert shown in one.master.stderr, what
+            warnings = json.loads(one.cli("status", "--json").out)["warnings"]
+            assert (what == "freeze") == any(f"v9@{H}" in text for text in warnings), warnings
+        person.say(est.Ask(3, "thaw", {"by": {"a": [1]}, "name": "none"}))
+        assert person.until(lambda message: isinstance(message, est.Refuse)).id == 3
 
 
 def test_a_log_can_not_fill_the_masters_disk(one: Fleet) -> None:

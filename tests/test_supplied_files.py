@@ -112,6 +112,29 @@ def test_a_hostile_commit_stops_nobody(fleet: Callable[..., Fleet]) -> None:
     (agent.repo / "config/version.json").unlink()
     (agent.repo / "config/version.json").symlink_to("/dev/zero")
 
+    # after these no order could bring the commit that mends them
+    elsewhere = json.loads(good) | {"hosts": {host.address: {"repo": "../no-clone"} for host in one.hosts}}
+    deadly = '[submodule "x"]\n\tpath = x\n\turl = ./\n\tupdate = !id\n'
+    inside = json.loads(good) | {"hosts": {agent.address: {"repo": "new"}}}
+    gone = "repo of the commit's configuration: there is no folder"
+    for name, files, why in (
+        ("moved", {"config/updater.json": json.dumps(elsewhere)}, gone),
+        ("deadly", {".gitmodules": deadly}, "can't read .gitmodules of"),
+        ("inside", {"config/updater.json": json.dumps(inside), "new/deploy.sh": "echo deploying\n"}, ""),
+    ):  # fmt: skip
+        one.origin.commit(files, branch=name)
+        one.origin.git("checkout", "-q", "master", cwd=work)
+        plan = one.cli("plan", "all", name)
+        assert (plan.code, plan.out.count(why)) == ((1, 2) if why else (0, plan.out.count(why))), (name, plan)
+        code, out, err = one.cli("trigger", "all", name)
+        assert (code, err.count("nothing changed on")) == ((1, 2) if why else (0, 0)), (name, out, err)
+    door = json.dumps(json.loads(good) | {"whitelist": ["0.0.0.0/0"]})
+    one.origin.commit({"config/updater.json": door}, branch="door")
+    assert "whitelist: lets in 0.0.0.0/0" in one.cli("plan", agent.address, "door").out, "seen from below, too"
+    one.origin.git("checkout", "-q", "master", cwd=work)
+    code, out, err = one.cli("trigger", "all", "master")
+    assert (code, out.count("] ✓ 완료")) == (0, 2), out + err
+
     # a branch that nobody has reviewed yet: its plan is refused, and the daemons live on
     (work / "config/updater.json").unlink()
     one.origin.commit({"config/updater.toml": f"a{'.a' * 50_000} = 1\n"}, branch="hostile")

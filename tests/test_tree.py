@@ -1141,6 +1141,36 @@ def test_a_relative_submodule_is_where_git_looks_for_it(base: str, url: str, joi
 
 
 @pytest.mark.parametrize(
+    "lines",
+    [
+        "update = !id", "update = none", "update = Checkout", "update = !id\n\tupdate = none", "shallow = TRUE",
+        "shallow = maybe", "shallow", "fetchRecurseSubmodules = on-demand", "fetchRecurseSubmodules = now",
+        "ignore = nothing", "branch = -x", "[", 'x = "', "url = --upload-pack=id", "update = none\n# [", "shallow = 2k",
+    ],
+)  # fmt: skip
+def test_a_gitmodules_that_git_dies_of_never_comes(lines: str, clone: Clone):
+    """git itself is the judge: such a tree can't be looked at, and the commit that mends it could not come."""
+    linked = clone.folder / "seed/sub"
+    clone.git(clone.folder, "clone", "-q", "origin", str(linked))
+    before = clone.commit({})
+    new = clone.commit({".gitmodules": f'[submodule "sub"]\n\tpath = sub\n\turl = ./\n\t{lines}\n'})
+    clone.git(clone.host, "fetch", "-q")
+
+    def ask(*args: str) -> str:
+        return os.fsdecode(est.git_output(clone.host, clone.env, *args))
+
+    rule: Any = SimpleNamespace(submodules=False, command=["true"], environment_file=None)
+    refused = est.Coming(clone.host, rule, new, ask).check_settings()
+    assert est.Coming(clone.host, rule, before, ask).check_settings() == []
+    argv = ["git", "-C", str(clone.host), "checkout", "-q", new]
+    subprocess.run(argv, env=clone.env, stderr=-3, timeout=60)
+    argv[3:] = ["status"]
+    dies = subprocess.run(argv, env=clone.env, stdout=-3, stderr=-3, timeout=60).returncode
+    assert bool(refused) == bool(dies), (lines, refused)
+    assert all(f"can't read .gitmodules of {new[:7]}: " in one.what for one in refused)
+
+
+@pytest.mark.parametrize(
     ("url", "allow", "asked"),
     [
         ("https://x.kr/lib", "", True),

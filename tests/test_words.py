@@ -168,6 +168,19 @@ def test_a_run_that_is_followed(terminal: bool, text: str, state: str) -> None:
             assert [json.loads(line) for line in output.kept.splitlines()]
 
 
+@quick
+@given(st.lists(hostile))
+def test_a_log_as_json_is_a_line_for_every_reader(texts: list[str]) -> None:
+    """Also for one that takes U+2028 for an end, and on a terminal that takes U+009B for the begin of a command."""
+    said = "".join(texts).replace("\n", "") + "한\x7f\u009b1J\u2028\u202e\U000e0041"
+    output = Shown(False)
+    view = est.JsonView(output)
+    view.begin(arrived(est.RunRecord, "x", hosts=["10.0.0.1"]))
+    view.data("10.0.0.1", f"{said}\n".encode())
+    *_, last = [json.loads(line) for line in output.kept.splitlines()]
+    assert last["line"] == said and output.kept.replace("\n", "").isprintable()
+
+
 SCREENS: dict[str, Callable[[dict[str, Any], int], list[str]]] = {
     "status": lambda found, columns: est.status_screen(found, 2.0, columns),
     "history": lambda found, columns: est.history_screen(found["runs"], columns),
