@@ -13593,8 +13593,11 @@ class CheckedOut:
         if place.is_symlink():
             target = os.fsencode(os.readlink(place))
             return entry.mode == "120000" and self.ask("cat-file", "blob", entry.id) == target
-        can_run = entry.mode != "100755" or os.name == "nt" or os.access(place, os.X_OK)
-        return place.is_file() and written == entry.id and can_run
+        if written != entry.id or not place.is_file():
+            return False
+        if entry.mode != "100755" or os.name == "nt":
+            return True
+        return os.access(place, os.X_OK)
 
     def find_phantoms(self, paths: Sequence[str]) -> set[str]:
         """Of the paths that git calls changed, those whose content is the commit's: it disagrees
@@ -15457,6 +15460,7 @@ class Transit:
 
     def __init__(self, runner: Runner, tree: WorkTree) -> None:
         self.runner, self.tree, self.file = runner, tree, runner.state.transit_file
+        self.parts: list[tuple[Conversions, list[str]]] = []  # how submodules' files were written
 
     def begin(
         self,
@@ -15471,12 +15475,15 @@ class Transit:
         if is_late:  # what lies there is what git wrote, or nobody knows whose it is
             mark["kept"] = []
         mark["submodules"], mark["homes"] = {}, {}
+        self.parts = []
         if self.tree.submodules:
             for path, part, commits in self.tree.iter_parts(mark["commits"]):
                 # one that has no commit yet holds nothing of anybody's
                 if part.commit_of("HEAD"):
                     within = part.begin_transit(["HEAD", *commits], part.changes().paths)
                     mark["submodules"][path] = within["kept"]
+                    how = Conversions(part, will_change=within["attributes"])
+                    self.parts.append((how, within["kept"]))
                     mark["homes"][path] = [within["branch"], within["from"]]
         write_atomic(self.file, json.dumps(mark).encode(), durable=True)
         return mark
@@ -15526,7 +15533,9 @@ class Transit:
             # by its content no file tells whether it was written by the attributes that hold now
             again = Conversions(self.tree, will_change=True)
             again.before = {path: [] for path in again.before}
-            again.renew({*mark["kept"], *self.tree.changes().paths})
+            kept = set(mark["kept"])
+            kept.update(self.tree.changes().paths)
+            again.renew(kept)
         self.fill_pointers()
         self.end()
 
@@ -15977,6 +15986,8 @@ class Deployment:
                     )
                     self.log.line(f"Submodule {folder}: from where .gitmodules says by now.")
                 runner.step(plan_submodules(), rule.timeout_s)
+                for part, kept in self.transit.parts:
+                    part.renew(kept)
             else:
                 runner.warn("submodules stay as they are: deploy.submodules is false")
         is_known = not known.names_lfs and read_head(self.tree.root) == known.commit

@@ -347,6 +347,27 @@ def test_what_fails_behind_the_move_goes_back(setup: Setup) -> None:
     assert (setup.repo / "another" / "s.txt").exists()
 
 
+def test_new_line_ends_within_a_submodule_are_written(setup: Setup) -> None:
+    """Also of its files that stay what they were; one that is somebody's stays."""
+    part = setup.module("part")
+    for name in ("run.bat", "mine.bat"):
+        (part / name).write_text("one\ntwo\n")
+    setup.git("add", ".", cwd=part)
+    setup.git("commit", "--quiet", "-m", "x", cwd=part)
+    setup.git("submodule", "--quiet", "add", str(part), "sub")
+    setup.push()
+    assert setup.both("master")[0] == []
+    (setup.repo / "sub/mine.bat").write_text("mine\n")
+    (part / ".gitattributes").write_text("*.bat eol=crlf\n")
+    setup.git("add", ".", cwd=part)
+    setup.git("commit", "--quiet", "-m", "x", cwd=part)
+    setup.git("pull", "--quiet", str(part), "master", cwd=setup.seed / "sub")
+    setup.push()
+    assert setup.both("master")[0] == []
+    assert (setup.repo / "sub/run.bat").read_bytes() == b"one\r\ntwo\r\n"
+    assert (setup.repo / "sub/mine.bat").read_text() == "mine\n"
+
+
 SLOW = 'sh -c "while [ -e ../hold ]; do sleep 0.1; done; cat"'
 
 
