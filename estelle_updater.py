@@ -21252,7 +21252,18 @@ class Handshakes:
         self.config, self.certificate = config, certificate
         self.elders, self.refuse = elders, refuse
         self.open: Counter[str] = Counter()
+        self.transports: set[Any] = set()  # of those that may go on
+        self.is_over = False
         self.turns = Turns()
+
+    async def __aenter__(self) -> None:
+        """Nothing: they begin by themselves."""
+
+    async def __aexit__(self, *_: object) -> None:
+        """The server stops, and would wait for each of them until its time is over."""
+        self.is_over = True
+        while self.transports:
+            self.transports.pop().abort()
 
     def among(self, peer: str) -> str:
         """With which others this address counts: its own only, or all strangers, that is ""."""
@@ -21268,6 +21279,8 @@ class Handshakes:
     def begin(self, among: str) -> bool:
         """Count one more. False where that is one too many, which the log then says."""
         self.open[among] += 1
+        if self.is_over:
+            return False
         most = STRANGERS
         if among:
             most = HANDSHAKES
@@ -21289,7 +21302,10 @@ class Begun:
     It has WELCOME_S in all, so `due` is when it is over, as the loop's clock has it.
     """
 
-    __slots__ = ("all", "among", "due", "greeting", "one_too_many", "patience", "peer")
+    __slots__ = (
+        *("all", "among", "due", "greeting"),
+        *("one_too_many", "patience", "peer", "transport"),
+    )
 
     def __init__(self, handshakes: Handshakes, transport: Any) -> None:
         self.all = handshakes
@@ -21300,14 +21316,19 @@ class Begun:
         self.peer = host_key((peer or ("",))[0])
         self.among = handshakes.among(self.peer)
         self.one_too_many = not handshakes.begin(self.among)
+        self.transport = transport
         if self.one_too_many:
             transport.abort()
+        else:
+            handshakes.transports.add(transport)
 
     def end(self, *, was_heard: bool) -> None:
-        """It is over; `was_heard` if we could learn what it wanted."""
+        """It is over; `was_heard` if we could learn what it wanted. Its end may be ours."""
         self.all.end(self.among)
+        was_ours = self.transport not in self.all.transports
+        self.all.transports.discard(self.transport)
         self.leave_turn()
-        if not was_heard and not self.one_too_many:
+        if not was_ours and not was_heard:
             self.all.refuse(self.peer, "it began no WebSocket handshake, or did not end it")
 
     def leave_turn(self) -> None:
@@ -26611,7 +26632,8 @@ class Service:
         master.door.handout.load(self.sha256, self.state.root)
         host, port = parse_listen(self.options.listen, url.port)
         server = await self.listen(master, host, port)
-        async with server, master.door.elders, asyncio.TaskGroup() as group:
+        door = master.door
+        async with server, door.handshakes, door.elders, asyncio.TaskGroup() as group:
             near = host or ""
             if not near:
                 near = await asyncio.to_thread(near_address, self.config.config, own)

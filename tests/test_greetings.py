@@ -178,3 +178,18 @@ def test_a_greeting_a_byte_at_a_time_has_its_deadline(one: Fleet) -> None:
             if not left:
                 break
         assert not left and 8 < time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("how", ["ws", "wss"])
+def test_a_master_that_stops_waits_for_none(how: str, fleet: Callable[..., Fleet], tmp_path: Path) -> None:
+    """It did for each of them, until its time was over, which the log then said."""
+    allowed = ["127.0.0.0/29", ALLOWED]
+    if how == "ws":
+        made = fleet(hosts=1, config={"whitelist": allowed})
+    else:
+        made = secure(fleet, Authority(tmp_path / "ca"), hosts=1, whitelist=allowed)
+        made.start()
+    with silent(made.port, itertools.repeat(ALLOWED), 5) as held:
+        assert len(held) == 5
+        assert made.stop(made.master) == 0
+    assert "began no WebSocket handshake" not in made.master.stderr
