@@ -6346,7 +6346,9 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         "a file of git is empty or damaged, as after a power loss: clone anew beside, and swap",
     ),
     (
-        rb"bad (?:tree )?object|missing object|revision walk setup failed",
+        rb"(?m:^(?:fatal|error): "  # a build may speak of objects, too
+        rb"(?:bad (?:tree )?object|missing object|revision walk setup failed|Could not read"
+        rb"|Failed to traverse parents))",
         "an object of git is missing (named above), as where git gc --prune=now ran beside a fetch:"
         " git fsck --connectivity-only says whether; then clone anew beside, and swap",
     ),
@@ -13427,9 +13429,7 @@ def read_branches(root: Path, names: Iterable[str]) -> list[str] | None:
         try:
             if place.is_symlink():
                 return None
-            commit = place.read_bytes().decode("ascii").removesuffix("\n")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            commit = read_packed(root, name)
+            commit = read_loose(place) or read_packed(root, name)
         except (OSError, ValueError):
             return None
         if commit and not is_commit_id(commit):  # it stands for another one, or nobody knows
@@ -13437,6 +13437,17 @@ def read_branches(root: Path, names: Iterable[str]) -> list[str] | None:
         if commit:
             words += [commit, "commit", name]
     return words
+
+
+def read_loose(place: Path) -> str:
+    """What the file of a ref says; "" where there is none. Raises OSError, ValueError."""
+    try:
+        commit = place.read_bytes().decode("ascii").removesuffix("\n")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return ""
+    if not commit:
+        raise ValueError("an empty ref, as a power loss leaves it")
+    return commit
 
 
 def read_packed(root: Path, name: str) -> str:
@@ -13595,9 +13606,14 @@ class CheckedOut:
             return entry.mode == "120000" and self.ask("cat-file", "blob", entry.id) == target
         if written != entry.id or not place.is_file():
             return False
-        if entry.mode != "100755" or os.name == "nt":
+        if entry.mode != "100755" or not self.knows_modes():
             return True
         return os.access(place, os.X_OK)
+
+    def knows_modes(self) -> bool:
+        """Whether the file system keeps who may run a file, as git has found out."""
+        said = self.ask("config", "--type=bool", "--get", "core.fileMode")
+        return os.name != "nt" and said.strip() != b"false"
 
     def find_phantoms(self, paths: Sequence[str]) -> set[str]:
         """Of the paths that git calls changed, those whose content is the commit's: it disagrees
@@ -13885,7 +13901,10 @@ class Conversions:
             was = place.stat()
             # else git takes it for what it wrote last; it may compare whole seconds only, and the
             # file be of this very one
-            os.utime(place, (was.st_atime, was.st_mtime - 2))
+            try:
+                os.utime(place, (was.st_atime, was.st_mtime - 2))
+            except PermissionError:  # another user's, in a folder of ours: git replaces it as well
+                place.unlink()
         for part in _parts(found):
             self.tree.write("checkout", "-q", "HEAD", "--", *part)
         return found
@@ -14856,6 +14875,12 @@ def look_at_hooks(known: Prospect, coming: Coming) -> Prospect:
     return known._replace(hooks=tuple(found), missing=missing)
 
 
+def command_files(commands: Iterable[str]) -> set[str]:
+    """The words of some commands, as far as they may be paths in the folder where they run."""
+    words = regex(r"[^\s'\"]+").findall(" ".join(commands))
+    return {word.removeprefix("./") for word in words}
+
+
 class Filters:
     """Whether the clone's filters turn the contents that come into files, and back: git finds out
     when it has written a part of the tree. `ask` asks git: its exit code, output and errors."""
@@ -14875,11 +14900,12 @@ class Filters:
         with tempfile.TemporaryDirectory(prefix="estelle-") as name:
             folder = Path(name)
             for filter_name, path in self.find_uses(folder, settings).items():
-                reason = self.try_out(folder, filter_name, path)
+                required = settings[filter_name].get("required", "false")
+                is_required = required.lower() in ("true", "yes", "on", "1", "")
+                reason = self.try_out(folder, filter_name, path, is_required)
                 shown = paths_text([path])
                 what = f"the filter {filter_name}, which {shown} needs, fails here: {reason}"
-                is_required = settings[filter_name].get("required", "false")
-                if reason and is_required.lower() in ("true", "yes", "on", "1", ""):
+                if reason and is_required:
                     missing.append(Refusal(what, self.hint(filter_name)))
                 elif reason:
                     unfiltered.append(f"{what}; git writes it as it is stored")
@@ -14902,7 +14928,19 @@ class Filters:
             name = section.removeprefix("filter.")
             if name not in (section, "lfs"):
                 found.setdefault(name, {})[variable] = value
-        return found
+        arriving = self.list_arriving()
+        return {
+            name: variables
+            for name, variables in found.items()
+            if not arriving & command_files(variables.values())
+        }
+
+    def list_arriving(self) -> set[str]:
+        """The paths that the commit changes. A filter's own program among them can't be tried yet:
+        the one that is here may be the one that it mends."""
+        words = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
+        said = self.coming.at_root(*words, self.coming.head, self.commit)
+        return set(filter(None, said.split("\0")))
 
     def find_uses(self, folder: Path, wanted: Container[str]) -> dict[str, str]:
         """A file for each filter that is used by what comes. The commit's attributes are laid out
@@ -14940,9 +14978,15 @@ class Filters:
 
     # The trial
 
-    def try_out(self, folder: Path, name: str, path: str) -> str:
+    def try_out(self, folder: Path, name: str, path: str, is_required: bool) -> str:
         """Why a filter fails with a file, "" where it does not, or nobody can tell. It runs where
         git runs it, as its command may be a file of the clone."""
+
+        def has_failed(code: int, err: bytes) -> bool:
+            if is_required:  # git fails with it, and what it says itself is no matter
+                return code != 0
+            return code != 0 or _GIT_ERROR.search(err) is not None
+
         attributes, content = folder / "attributes", folder / "content"
         attributes.write_text(f"* filter={name}\n", "utf-8")
         how = ("-C", str(self.root), "-c", f"core.attributesFile={attributes}")
@@ -14952,13 +14996,13 @@ class Filters:
             return ""
         try:
             code, out, err = self.ask(*how, "cat-file", "--filters", here)
-            if not code and not _GIT_ERROR.search(err):
+            if not has_failed(code, err):
                 content.write_bytes(out)
                 words = ("hash-object", f"--path={path}", str(content))
                 code, out, err = self.ask(*how, *words)
         except UpdaterError:  # slow: the step itself has more time
             return ""
-        if code or _GIT_ERROR.search(err):
+        if has_failed(code, err):
             return failure_reason(err)
         return ""
 
@@ -16234,8 +16278,9 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
     gc.freeze()  # what is never looked at again is never copied
     with socket.socket(fileno=descriptor) as daemon, daemon.makefile("rb") as orders:
         daemon.sendall(READY)
-        asked, _, _ = select.select([daemon], [], [], PRUNE_FIRST_S)
-        if not asked:
+        look = select.poll()  # which, unlike `select`, takes every number
+        look.register(daemon, select.POLLIN)
+        if not look.poll(PRUNE_FIRST_S * 1000):
             SOURCES.pack()
             gc.freeze()
         for line in orders:
@@ -22459,7 +22504,8 @@ class Ledger:
                 after = log_file
             else:
                 after = None
-            self.state.put_job(job, durable=durable, after=after, lingers=lingers)
+            may_linger = lingers and not own  # its runner writes the same file
+            self.state.put_job(job, durable=durable, after=after, lingers=may_linger)
         if not own:  # its own agent says so already
             log.job(run.jobs[job.host], job)
         run.put(job)
@@ -25209,10 +25255,7 @@ class Notifier:
         wanted = [rule for rule in alone if rule.wants(event_of(job))]
         if wanted:
             name = f"{job.run}-{job.host}-{job.state}"
-            past = {}
-            if may_roll_back(job):
-                past = self.state.history.attempts(RUNS_ASKED)
-            back_to = self.way_back(job, past)
+            back_to = self.way_back(job, self.read_past([job]))
             news = news_of_job(run.record, job, self.log_end(job), back_to)
             self.spool.tell(name, news, *wanted)
         if run.open - {job.host}:
@@ -25223,9 +25266,7 @@ class Notifier:
             if any(rule.wants(event_of(each)) for each in jobs):
                 wanted.append(rule)
         if wanted:
-            past = {}
-            if any(map(may_roll_back, jobs)):  # asked once: it reads many recorded runs
-                past = self.state.history.attempts(RUNS_ASKED)
+            past = self.read_past(jobs)
             back = [each.host for each in jobs if self.way_back(each, past)]
             news = news_of_run(run.record, jobs, self.log_end(jobs[0]), back)
             self.spool.tell(f"{job.run}-run", news, *wanted)
@@ -25234,6 +25275,17 @@ class Notifier:
         """The end of a job's recorded log."""
         path = self.state.log_file(job.run, job.host)
         return read_log(path, max(0, log_size(path) - CHUNK_BYTES), CHUNK_BYTES)
+
+    def read_past(self, jobs: Iterable[JobRecord]) -> Mapping[str, list[dict[str, Any]]]:
+        """Each machine's attempts, asked once for these jobs: all that is recorded only where the
+        newest runs know no way back, as that takes long."""
+        failed = [job for job in jobs if may_roll_back(job)]
+        if not failed:
+            return {}
+        past = self.state.history.attempts(RUNS_ASKED)
+        if all(self.way_back(job, past) for job in failed):
+            return past
+        return self.state.history.attempts()
 
     def way_back(self, job: JobRecord, past: Mapping[str, list[dict[str, Any]]]) -> str:
         """The commit that a rollback would bring, where the command of a new one began and did not
@@ -28029,7 +28081,10 @@ class Publication:
 
     def likely_branch(self) -> str:
         """What somebody whose HEAD is detached most likely means to commit to."""
-        locals_ = self.ask("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
+        try:
+            locals_ = self.ask("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
+        except UpdaterError:  # a .git of which git knows nothing: the file is written all the same
+            return "BRANCH"
         default = self.ask(
             "symbolic-ref",
             "--quiet",
@@ -30766,6 +30821,9 @@ def failed_of(args: Args, run: str) -> dict[str, str]:
         raise GuardError(f"run {run} goes on", "wait for its end")
     if not failed:
         raise UsageError(f"run {run} succeeded everywhere", "there is nothing to do again")
+    if found["branch"] == UNAGREED:
+        what = f"the hosts of run {run} do not agree on its branch"
+        raise UsageError(what, f"trigger {','.join(failed)} with the branch that is meant")
     return {
         "target": ",".join(failed),
         "branch": found["branch"],

@@ -96,6 +96,7 @@ from estelle_updater import (
     Config as Config,
     ConfigError as ConfigError,
     ConfigFile as ConfigFile,
+    Conversions as Conversions,
     DaemonLog as DaemonLog,
     Delivered as Delivered,
     DeployRule as DeployRule,

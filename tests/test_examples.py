@@ -250,10 +250,9 @@ def test_config_init_writes_it(tmp_path: Path):
         code, _, err = run([*argv, *words], env, tmp_path)
         assert code == 2 and said in err, (words, err)
         assert not (tmp_path / "config").exists()
-    assert (
-        "config init --blue-green --host yq-blue=ADDRESS --host yq-green=ADDRESS"
-        in run([*argv, *where[:1]], env, tmp_path).err
-    )
+    given = "--master ws://5.223.72.58:9900 --host=yq-data=10.0.0.10"
+    line = f"config init --blue-green {given} --host yq-blue=ADDRESS --host yq-green=ADDRESS\n"
+    assert line in run([*argv, *where[:1]], env, tmp_path).err
     code, out, err = run([*argv, *where], env, tmp_path)
     assert code == 0, err
     assert " release " in out and "trigger all" not in out, "the active worker is left alone"

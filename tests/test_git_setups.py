@@ -177,6 +177,8 @@ def test_a_filter_that_fails_is_known_before(setup: Setup) -> None:
         ("true", {}, {**attributes, "y.sec": "2"}, "smudge filter own failed"),
         ("true", {"smudge": good, "clean": good}, attributes, ""),
         ("true", {"smudge": bad, "clean": bad}, {"x.sec": "2"}, ""),
+        ("true", {"smudge": f"echo error: on stderr >&2; {good}", "clean": good}, attributes, ""),
+        ("true", {"smudge": "sh bin/new", "clean": good}, {"bin/new": "cat\n", "y.sec": "2", **attributes}, ""),
         ("no", {"process": bad}, attributes, "cannot run no-such-program"),
         ("no", {}, attributes, ""),
     ):

@@ -231,6 +231,14 @@ def test_a_file_that_git_takes_for_unchanged_is_named(clone: Clone):
         if place.is_dir():
             place.rmdir()
         clone.git(clone.host, "checkout", "-q", "a")
+    tree = est.WorkTree(clone.host, clone.env, submodules=False)
+    clone.git(clone.host, "update-index", "--chmod=+x", "a")
+    clone.git(clone.host, "update-index", "--assume-unchanged", "a")
+    for keeps, found in (("false", {}), ("true", {"a": " M"})):
+        clone.git(clone.host, "config", "core.fileMode", keeps)
+        assert tree.find_hidden() == found, "git may know of no modes here"
+    clone.git(clone.host, "update-index", "--no-assume-unchanged", "a")
+    clone.git(clone.host, "reset", "-q", "--hard")
     clone.git(clone.host, "update-index", "--skip-worktree", "a")
     clone.git(clone.host, "config", "core.sparseCheckout", "true")
     place.unlink()
@@ -902,10 +910,33 @@ def test_branches_are_read_without_a_question(clone: Clone, tmp_path: Path):
     clone.git(host, "commit", "-q", "--allow-empty", "-m", "beside what is packed")
     clone.git(host, "branch", "-q", "-D", "a/b")
     check(known=True)
+    packed = host / ".git/packed-refs"
+    tip, small = clone.git(host, "rev-parse", "HEAD").strip(), packed.read_text()
+    packed.write_text(small + "".join(f"{tip} refs/tags/v{number:0150}\n" for number in range(6000)))
+    check(known=False)  # more than is read here: git knows
+    packed.write_text(small)
     clone.git(host, "worktree", "add", "-q", "--detach", str(linked))
     check(known=False, root=linked)
     clone.git(host, "symbolic-ref", "refs/heads/a/b", "refs/heads/master")
     check(known=False)
+
+
+def test_a_file_of_another_user_is_written_anew_too(clone: Clone, monkeypatch: pytest.MonkeyPatch):
+    """Nobody but its owner may set its time, which says to git that it is to look; git itself replaces such a file."""
+    clone.git(clone.host, "config", "core.autocrlf", "false")
+    clone.commit({"a.txt": "1\n2\n"})
+    assert clone.deploy().code == 0
+    tree = est.WorkTree(clone.host, clone.env, submodules=False)
+    before = est.Conversions(tree, will_change=True)
+    clone.commit({".gitattributes": "*.txt eol=crlf\n"})
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    clone.git(clone.host, "pull", "-q", "origin", "master")
+    assert before.renew(()) == ["a.txt"]
+    assert (clone.host / "a.txt").read_bytes() == b"1\r\n2\r\n"
 
 
 def test_an_index_is_read_without_a_question(clone: Clone):
