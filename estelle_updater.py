@@ -794,6 +794,7 @@ PUBLIC_S = 3.0
 # of the failed tries one asks the outside world again: the network may have come up late
 OUTSIDE_EVERY = 10
 PROVE_TRIES = 5
+PACK_S = 10.0  # of a process that lives: until what it rarely needs gets less room
 PRUNE_FIRST_S, PRUNE_S = (
     60.0,
     3600.0,
@@ -16280,7 +16281,7 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
         daemon.sendall(READY)
         look = select.poll()  # which, unlike `select`, takes every number
         look.register(daemon, select.POLLIN)
-        if not look.poll(PRUNE_FIRST_S * 1000):
+        if not look.poll(PACK_S * 1000):
             SOURCES.pack()
             gc.freeze()
         for line in orders:
@@ -20074,8 +20075,9 @@ async def prune_forever(own: OwnJobs, needed: Callable[[], Iterable[str]]) -> No
     """Now and then, delete the runs that [keep] does not keep; what the start left for a time with
     less to do goes first."""
     state = own.state
-    await asyncio.sleep(PRUNE_FIRST_S)
+    await asyncio.sleep(PACK_S)
     await asyncio.to_thread(SOURCES.pack)
+    await asyncio.sleep(PRUNE_FIRST_S)
     while True:
         try:
             gone = await asyncio.to_thread(

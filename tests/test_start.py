@@ -131,7 +131,7 @@ estelle_updater.leave(3)
 
 def test_what_a_start_leaves_for_later_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The sources are packed by a daemon, and by a nursery that nobody asks anything of."""
-    monkeypatch.setattr(program, "PRUNE_FIRST_S", 0.05)
+    monkeypatch.setattr(program, "PACK_S", 0.05)
 
     class Packed(Exception):
         pass
