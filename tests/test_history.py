@@ -373,11 +373,8 @@ def test_a_start_sees_what_happened_behind_the_index(state: est.StateFolder) -> 
     assert [last["run"] for last in found[3].values()] == [runs[4], runs[2]]
 
 
-def test_a_start_makes_no_rows_of_what_is_over(state: est.StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the newest deployment of each host says is enough, however many there were before."""
-    for number in range(10):
-        record(state, number, OK, OK)
-    state.history.rows()
+def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is read as JSON from now on."""
     made: list[Any] = []
     loads = json.loads
 
@@ -386,6 +383,15 @@ def test_a_start_makes_no_rows_of_what_is_over(state: est.StateFolder, monkeypat
         return loads(text)
 
     monkeypatch.setattr(json, "loads", count)
+    return made
+
+
+def test_a_start_makes_no_rows_of_what_is_over(state: est.StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the newest deployment of each host says is enough, however many there were before."""
+    for number in range(10):
+        record(state, number, OK, OK)
+    state.history.rows()
+    made = count_loads(monkeypatch)
     assert len(surveyed(state)[3]) == 2
     assert len(made) == 1
 
@@ -395,14 +401,7 @@ def test_attempts_of_the_newest_runs_make_no_rows_of_the_others(
 ) -> None:
     runs = [record(state, number, OK, OK) for number in range(12)]
     state.history.rows()  # they are in the index now
-    made: list[Any] = []
-    loads = json.loads
-
-    def count(text: Any) -> Any:
-        made.append(text)
-        return loads(text)
-
-    monkeypatch.setattr(json, "loads", count)
+    made = count_loads(monkeypatch)
     for newest in state.history.attempts(5).values():
         assert [each["run"] for each in newest] == runs[-5:]
     assert len(made) == 5
