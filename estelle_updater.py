@@ -13411,7 +13411,7 @@ def read_head(root: Path) -> str:
     try:
         if place.is_symlink():
             return ""
-        commit = place.read_bytes().decode("ascii").removesuffix("\n")
+        commit = read_supplied(place, LINE_BYTES).decode("ascii").removesuffix("\n")
     except (OSError, ValueError):  # packed away, say
         return ""
     if is_commit_id(commit):
@@ -13443,7 +13443,7 @@ def read_branches(root: Path, names: Iterable[str]) -> list[str] | None:
 def read_loose(place: Path) -> str:
     """What the file of a ref says; "" where there is none. Raises OSError, ValueError."""
     try:
-        commit = place.read_bytes().decode("ascii").removesuffix("\n")
+        commit = read_supplied(place, LINE_BYTES).decode("ascii").removesuffix("\n")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return ""
     if not commit:
@@ -13472,11 +13472,10 @@ def read_index(root: Path) -> Index | None:
 def read_fetched(root: Path) -> str:
     """What FETCH_HEAD means, in a clone of which `read_head` knows; "" where that is not plain."""
     try:
-        with (root / ".git/FETCH_HEAD").open(encoding="utf-8") as file:
-            line = file.readline(LINE_BYTES)
-    except (OSError, ValueError):
+        data = read_supplied(root / ".git/FETCH_HEAD", LINE_BYTES, cut=True)
+    except OSError:
         return ""
-    return line.partition("\t")[0]
+    return data.partition(b"\t")[0].decode("utf-8", "replace")
 
 
 def head_commit(runner: "Runner") -> str:

@@ -919,6 +919,11 @@ def test_branches_are_read_without_a_question(clone: Clone, tmp_path: Path):
     check(known=False, root=linked)
     clone.git(host, "symbolic-ref", "refs/heads/a/b", "refs/heads/master")
     check(known=False)
+    (host / ".git/refs/heads/a/b").unlink()
+    os.mkfifo(host / ".git/refs/heads/a/b")
+    os.mkfifo(host / ".git/FETCH_HEAD")
+    check(known=False)  # and nobody waits for its writer
+    assert est.read_fetched(host) == ""
 
 
 def test_a_file_of_another_user_is_written_anew_too(clone: Clone, monkeypatch: pytest.MonkeyPatch):
