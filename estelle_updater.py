@@ -726,6 +726,7 @@ JOB_WARNINGS, JOB_WARNING_CHARS = 50, 2000
 # of any text and any list in an answer of a host, which is a row among those of all others
 ANSWER_CHARS, ANSWER_ROWS, CHECK_NAME_CHARS = 4000, 500, 200
 LAST_MOMENT = 32_503_680_000.0  # the year 3000: no clock and no calendar shows what is beyond it
+NAME_CHARS = 300  # of one of several names in a sentence
 SETTING_CHARS = 100  # of a wrong one, as it is shown
 LAST_LINE_BYTES = 300  # of what a silent step said last
 PROGRESS_CHARS = 16_000  # of a burst of lines, the last ones
@@ -939,6 +940,20 @@ TRY_S = 60.0  # a new program tries itself on a slow host
 BACK_S = 60.0
 OBEY_S = 15.0  # a daemon that has not restarted by then is killed, to get the old program back
 MOVE_LOOK_S = (2.0, 5.0)  # between two looks whether the master that masterUrl names by now answers
+
+
+def few_text(names: Sequence[str], most: int = 10) -> str:
+    """Some of many names, each of some length: `a, b and 7 more`. Whoever may commit or call can
+    name thousands, and what else there is to read would be far above them."""
+    shown = []
+    for name in names[:most]:
+        if len(name) > NAME_CHARS:
+            name = name[:NAME_CHARS] + "…"
+        shown.append(name)
+    more = ""
+    if len(names) > most:
+        more = f" and {len(names) - most} more"
+    return ", ".join(shown) + more
 
 
 def count_text(count: float, word: str) -> str:
@@ -5129,11 +5144,8 @@ def parse_raw_diff(data: bytes) -> dict[str, Versions]:
 
 def paths_text(paths: Sequence[str], most: int = 10) -> str:
     """Some paths for people."""
-    more = ""
-    if len(paths) > most:
-        more = f" and {len(paths) - most} more"
-    shown = map(one_line, paths[:most])  # a name may hold anything but NUL
-    return ", ".join(shown) + more
+    few = few_text(paths, most)
+    return one_line(few)  # a name may hold anything but NUL
 
 
 # What is known before the tree moves
@@ -8085,11 +8097,15 @@ def argument_problems(schema: _Schema, given: Any) -> list[str]:
     for name in schema["required"]:
         if name not in given:
             problems.append(f"{name} is missing: {known[name]['description']}")
+    strangers = []
     for name, value in given.items():
         if name in known:
             problems += value_problems(known[name], value, name)
         else:
-            problems.append(f"there is no {_shown(name)}; known are {', '.join(known) or 'none'}")
+            strangers.append(_shown(name))
+    if strangers:
+        there_are = ", ".join(known) or "none"
+        problems.append(f"there is no {few_text(strangers)}; known are {there_are}")
     return problems
 
 
@@ -8370,6 +8386,7 @@ class McpSession:
         self.begun: list[ToolCall] = []  # by the last line
         self.ended: list[str | int] = []  # calls that the last line gave up
         self.questions: dict[str, tuple[ToolCall, Callable[[Any], None]]] = {}  # ours, by id
+        self.asked = 0  # how many there were
 
     # Lines in
 
@@ -8464,8 +8481,8 @@ class McpSession:
 
     def receive_reply(self, number: Any, item: dict[str, Any]) -> None:
         """A person's answer, to a question of ours."""
-        _, tell = self.questions.pop(number, (None, None))
-        if tell:
+        call, tell = self.questions.pop(number, (None, None))
+        if tell and call and self.calls.get(call.id) is call:
             tell(item.get("result"))
 
     # Answers
@@ -8640,7 +8657,10 @@ class McpSession:
     def ask(self, call: ToolCall, question: str, tell: Callable[[Any], None]) -> dict[str, Any]:
         """The request by which a client of the older era puts a question to a person; `tell` hears
         what comes back."""
-        number = f"confirm-{call.id}"
+        # Not the id of its call: `1` and `"1"` are two, and one that was given up may leave its
+        # id to the next. A person's late yes would be for what they have never seen.
+        self.asked += 1
+        number = f"confirm-{self.asked}"
         self.questions[number] = (call, tell)
         return {"jsonrpc": "2.0", "id": number, **_confirmation(question)}
 
@@ -32408,14 +32428,40 @@ def logs_answer_text(answer: Mapping[str, Any]) -> str:
 
 
 def plan_answer_text(answer: Mapping[str, Any]) -> str:
-    """A plan for a model, cut to PLAN_TEXT_CHARS: the person who is asked sees this very text."""
+    """A plan for a model, cut to PLAN_TEXT_CHARS: the person who is asked sees this very text.
+
+    Subjects and names of files are left out first: who pushed the branch chose them, and long ones
+    would hide what a new configuration changes. What is left out is said.
+    """
     words = "would be refused, at least in part"
     if answer["ok"]:
         words = "would go"
-    lines = [f"plan {answer['plan']}: {answer['action']} {words}"]
-    for row in answer["hosts"]:
-        lines.append(plan_text(row) if "commits" in row else switch_row_text(row))
-    return "\n".join(lines)[:PLAN_TEXT_CHARS]
+    title = f"plan {answer['plan']}: {answer['action']} {words}"
+    text = "\n".join([title, *map(plan_row_text, answer["hosts"])])
+    if len(text) <= PLAN_TEXT_CHARS:
+        return text
+    title += ", without the commits' subjects and the names of files, which are long"
+    text = "\n".join([title, *map(plan_row_text, map(without_names, answer["hosts"]))])
+    beyond = len(text) - PLAN_TEXT_CHARS
+    if beyond <= 0:
+        return text
+    end = f"[... {beyond} characters more: look at it with `plan` on a command line]"
+    return f"{text[:PLAN_TEXT_CHARS]}\n{end}"
+
+
+def plan_row_text(row: Mapping[str, Any]) -> str:
+    """A host of a plan, for a model."""
+    if "commits" in row:
+        return plan_text(row)
+    return switch_row_text(row)
+
+
+def without_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A host of a plan without the names that commits bring along; of local changes a few stay."""
+    if "commits" not in row:
+        return row
+    few = row["dirty"][:3]
+    return {**row, "subjects": [], "changed": [], "dirty": few}
 
 
 def switch_row_text(row: Mapping[str, Any]) -> str:
@@ -32596,7 +32642,8 @@ class Consent:
         """The plan that a person agreed to, in a call that is repeated with the reply. Raises
         GuardError."""
         plan, _, seal = call.state.partition(".")
-        if not hmac.compare_digest(seal.encode(), self.seal(call, plan).encode()):
+        said = seal.encode("utf-8", "replace")
+        if not hmac.compare_digest(said, self.seal(call, plan).encode()):
             raise GuardError("requestState is not what this server gave for this call")
         if isinstance(call.replies, dict):
             replies = call.replies

@@ -336,6 +336,7 @@ from estelle_updater import (
     pathspecs as pathspecs,
     plain_remote as plain_remote,
     plain_text as plain_text,
+    plan_answer_text as plan_answer_text,
     plan_checkout as plan_checkout,
     plan_command as plan_command,
     plan_fetch as plan_fetch,

@@ -198,6 +198,72 @@ def test_calls_are_answered_once_or_given_up() -> None:
     assert feed(one, **call("no-such", {}))["error"]["data"] == [tool.name for tool in est.TOOLS]
 
 
+def test_a_yes_is_for_the_question_that_was_shown() -> None:
+    """Ids of calls may be alike, as `1` and `"1"`, or be used again: a person's answer goes to no other call."""
+    one = session("2025-06-18")
+    told: list[tuple[str, Any]] = []
+
+    def ask(number: Any, what: str) -> tuple[est.ToolCall, str]:
+        line = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": {"name": "status"}}
+        [begun] = one.feed(json.dumps(line).encode())[1]
+        return begun, one.ask(begun, what, lambda reply: told.append((what, reply)))["id"]
+
+    def reply(number: str) -> None:
+        assert one.feed(json.dumps({"jsonrpc": "2.0", "id": number, "result": {"action": "accept"}}).encode()) == (
+            [],
+            [],
+            [],
+        )
+
+    first, few = ask(1, "one host?")
+    _, all_of_them = ask("1", "all hosts?")
+    assert few != all_of_them
+    reply(few)
+    assert told == [("one host?", {"action": "accept"})]
+    reply(few)
+    assert len(told) == 1, "once"
+    assert one.finish(first, {}, False)
+
+    _, given_up = ask(1, "one host?")
+    cancel = b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":1}}'
+    assert one.feed(cancel)[2] == [1]
+    _, later = ask(1, "all hosts?")
+    reply(given_up)
+    assert len(told) == 1, "the answer to a call that was given up is nobody's"
+    reply(later)
+    assert told[-1][0] == "all hosts?" and len(told) == 2
+
+
+def test_many_unknown_arguments_are_one_short_sentence() -> None:
+    strange = {f"x{number}": 1 for number in range(50_000)} | {"y" * 50_000: 1}
+    answer = feed(session("2025-06-18"), **call("status", strange))
+    text = answer["result"]["content"][0]["text"]
+    assert len(text) < 1000 and "and 49991 more" in text and "known are" in text
+
+
+def plan_of(*rows: dict[str, Any]) -> dict[str, Any]:
+    plain = {
+        "why": "", "current": "a" * 40, "target": "b" * 40, "commits": 20, "leaving": 0, "changed_count": 20,
+        "lock_file": False, "expected_s": None, "disk_free_bytes": None, "subjects": [], "changed": [], "dirty": [],
+        "dirty_count": 0, "restart": [], "busy": None, "queued": [], "warnings": [], "refused": [],
+    }  # fmt: skip
+    hosts = [plain | {"host": f"203.0.113.{number}"} | row for number, row in enumerate(rows)]
+    return {"plan": "p", "action": "update", "ok": True, "hosts": hosts}
+
+
+def test_no_long_name_hides_what_a_new_configuration_changes() -> None:
+    """A person agrees to what they see, and whoever pushes a branch chooses its subjects and file names."""
+    change = "command: curl evil.example instead of pnpm deploy:release"
+    flood = {"subjects": ["s" * 200] * 20, "changed": ["f" * 300] * 20, "dirty": ["d" * 300] * 20, "dirty_count": 20}
+    told = est.plan_answer_text(plan_of(flood | {"doors": [change]}, flood | {"warnings": ["w" * 300]}))
+    assert change in told and "w" * 300 in told and "and 17 more" in told
+    assert "without the commits' subjects" in told and len(told) < 3700
+    told = est.plan_answer_text(plan_of({"subjects": ["one"], "doors": [change]}))
+    assert "one" in told and change in told and "without" not in told
+    told = est.plan_answer_text(plan_of(*[{"doors": [change]}] * 200))
+    assert len(told) < 3700 and "characters more: look at it with `plan`" in told
+
+
 def test_tools_say_what_they_do() -> None:
     tools = {tool.name: tool.render(require_plan=True) for tool in est.TOOLS}
     reads = {name for name, tool in tools.items() if tool["annotations"]["readOnlyHint"]}
