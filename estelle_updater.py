@@ -8368,6 +8368,31 @@ def _failure(number: str | int | None, problem: JsonRpcError) -> dict[str, Any]:
     }
 
 
+class Questions:
+    """What a person is asked in the middle of a session's calls, and to which call an answer is."""
+
+    def __init__(self, calls: Mapping[str | int, ToolCall]) -> None:
+        self.calls = calls  # those that somebody waits for
+        self.open: dict[str, tuple[ToolCall, Callable[[Any], None]]] = {}  # by the question's id
+        self.asked = 0  # how many there were
+
+    def ask(self, call: ToolCall, question: str, tell: Callable[[Any], None]) -> dict[str, Any]:
+        """The request by which a client of the older era puts a question to a person; `tell` hears
+        what comes back."""
+        # Not the id of its call: `1` and `"1"` are two, and one that was given up may leave its
+        # id to the next. A person's late yes would be for what they have never seen.
+        self.asked += 1
+        number = f"confirm-{self.asked}"
+        self.open[number] = (call, tell)
+        return {"jsonrpc": "2.0", "id": number, **_confirmation(question)}
+
+    def receive_reply(self, number: Any, item: dict[str, Any]) -> None:
+        """A person's answer, to a question of ours."""
+        call, tell = self.open.pop(number, (None, None))
+        if tell and call and self.calls.get(call.id) is call:
+            tell(item.get("result"))
+
+
 class McpSession:
     """One client's conversation: lines in; answers out, calls to do and calls that nobody waits for
     any more.
@@ -8385,8 +8410,7 @@ class McpSession:
         self.calls: dict[str | int, ToolCall] = {}
         self.begun: list[ToolCall] = []  # by the last line
         self.ended: list[str | int] = []  # calls that the last line gave up
-        self.questions: dict[str, tuple[ToolCall, Callable[[Any], None]]] = {}  # ours, by id
-        self.asked = 0  # how many there were
+        self.questions = Questions(self.calls)
 
     # Lines in
 
@@ -8447,7 +8471,7 @@ class McpSession:
             if not isinstance(item, dict) or item.get("jsonrpc") != "2.0":
                 raise JsonRpcError(_INVALID_REQUEST, 'a message is an object with "jsonrpc": "2.0"')
             if "method" not in item and ("result" in item or "error" in item):
-                self.receive_reply(number, item)
+                self.questions.receive_reply(number, item)
                 return None
             method, params = item.get("method"), item.get("params")
             if params is None:
@@ -8478,12 +8502,6 @@ class McpSession:
             self.ended.append(gone)
             if call.batch:
                 call.batch.open -= 1
-
-    def receive_reply(self, number: Any, item: dict[str, Any]) -> None:
-        """A person's answer, to a question of ours."""
-        call, tell = self.questions.pop(number, (None, None))
-        if tell and call and self.calls.get(call.id) is call:
-            tell(item.get("result"))
 
     # Answers
 
@@ -8653,16 +8671,6 @@ class McpSession:
         if not call.modern and self.older < _NOTES:
             del params["message"]
         return {"jsonrpc": "2.0", "method": "notifications/progress", "params": params}
-
-    def ask(self, call: ToolCall, question: str, tell: Callable[[Any], None]) -> dict[str, Any]:
-        """The request by which a client of the older era puts a question to a person; `tell` hears
-        what comes back."""
-        # Not the id of its call: `1` and `"1"` are two, and one that was given up may leave its
-        # id to the next. A person's late yes would be for what they have never seen.
-        self.asked += 1
-        number = f"confirm-{self.asked}"
-        self.questions[number] = (call, tell)
-        return {"jsonrpc": "2.0", "id": number, **_confirmation(question)}
 
     def need_reply(self, call: ToolCall, question: str, state: str) -> Any:
         """The answer by which a client of today's era is to ask a person, and then call again."""
@@ -33073,7 +33081,7 @@ class McpServer:
 
     def put_question(self, call: ToolCall, question: str, tell: Callable[[Any], None]) -> None:
         with self.lock:
-            self.send(self.session.ask(call, question, tell))
+            self.send(self.session.questions.ask(call, question, tell))
 
     @staticmethod
     def hurried(view: ProgressView) -> dict[str, Any] | None:

@@ -206,7 +206,7 @@ def test_a_yes_is_for_the_question_that_was_shown() -> None:
     def ask(number: Any, what: str) -> tuple[est.ToolCall, str]:
         line = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": {"name": "status"}}
         [begun] = one.feed(json.dumps(line).encode())[1]
-        return begun, one.ask(begun, what, lambda reply: told.append((what, reply)))["id"]
+        return begun, one.questions.ask(begun, what, lambda reply: told.append((what, reply)))["id"]
 
     def reply(number: str) -> None:
         assert one.feed(json.dumps({"jsonrpc": "2.0", "id": number, "result": {"action": "accept"}}).encode()) == (
