@@ -13583,6 +13583,26 @@ class CheckedOut:
             return known
         return os.fsdecode(self.ask("branch", "--show-current").strip())
 
+    def is_elsewhere(self, path: str) -> bool:
+        """Whether a link leads from a folder above a path to another place: a file there is not of
+        this tree, and perhaps what the link is there for."""
+        folder = posixpath.dirname(path)
+        while folder:
+            if os.path.islink(f"{self.root}/{folder}"):
+                return True
+            folder = posixpath.dirname(folder)
+        return False
+
+    def is_taken(self, path: str) -> bool:
+        """Whether there is anything at a path of this tree."""
+        return os.path.lexists(self.root / path) and not self.is_elsewhere(path)
+
+    def is_file(self, path: str) -> bool:
+        """Whether a regular file of this tree is at a path."""
+        place = self.root / path
+        is_regular = place.is_file() and not place.is_symlink()
+        return is_regular and not self.is_elsewhere(path)
+
     def changes(self, stop: Callable[[], bool] | None = None) -> TreeChanges:
         """What is not as HEAD has it. Raises UpdaterError where git does not say, or `stop`
         does."""
@@ -13648,8 +13668,7 @@ class CheckedOut:
         with itself about line ends, or took another size for another content."""
         found = set()
         for path in paths:
-            place = self.root / path
-            if place.is_file() and not place.is_symlink():
+            if self.is_file(path):
                 wanted = self.ask("rev-parse", f"HEAD:{path}").strip()
                 for how in ("--no-filters", f"--path={path}"):
                     if wanted and self.ask("hash-object", how, "--", path).strip() == wanted:
@@ -13691,10 +13710,7 @@ class CheckedOut:
         """The ids of the contents that are there, many by one question: a tree may have 50,000
         files. Where one of a part can't be read, the part is left out."""
         found: dict[str, str] = {}
-        places = {path: self.root / path for path in paths}
-        files = [
-            path for path, place in places.items() if place.is_file() and not place.is_symlink()
-        ]
+        files = [path for path in paths if self.is_file(path)]
         # git stops at the first file that it can't read, and says nothing of those behind it; so
         # an answer that is too short tells of nobody, and whoever needs one of these files asks
         # for that file alone.
@@ -13731,7 +13747,7 @@ class WorkTree(CheckedOut):
         kept = set(dirty)
         versions_of = self.find_versions(commits[1:])
         for path, versions in versions_of.items():
-            if not versions.in_head and os.path.lexists(self.root / path):
+            if not versions.in_head and self.is_taken(path):
                 kept.add(path)  # not tracked, and in the way
         return {
             "repo": str(self.root),
@@ -13800,7 +13816,7 @@ class WorkTree(CheckedOut):
                 blob = os.fsdecode(self.ask("rev-parse", f"HEAD:{path}").strip())
                 versions[path] = Versions({blob} - {""}, bool(blob))
         for path, one in [*versions.items()]:
-            here = path in touched or (not one.in_head and os.path.lexists(self.root / path))
+            here = path in touched or (not one.in_head and self.has_new(path))
             if not here or path in kept:
                 del versions[path]
         written = self.hash_files(versions)
@@ -13820,6 +13836,12 @@ class WorkTree(CheckedOut):
             self.write("checkout", "-q", "HEAD", "--", *part)
         return theirs
 
+    def has_new(self, path: str) -> bool:
+        """Whether there is what git may have written as a path that HEAD has not. A folder is that
+        of other paths."""
+        is_folder = os.path.isdir(self.root / path) and not os.path.islink(self.root / path)
+        return self.is_taken(path) and not is_folder
+
     def write(self, *args: str) -> None:
         """A command of git that has to work. Raises UpdaterError."""
         words = ["--literal-pathspecs", *args]
@@ -13835,6 +13857,8 @@ class WorkTree(CheckedOut):
 
     def remove(self, path: str) -> None:
         """A file that git added, and the folders that it made for it."""
+        if self.is_elsewhere(path):
+            return
         place = self.root / path
         with suppress(FileNotFoundError, NotADirectoryError):
             place.unlink()
@@ -13849,6 +13873,8 @@ class WorkTree(CheckedOut):
     def is_gits(self, path: str, ids: set[str]) -> bool:
         """Whether what is at `path` is one of the contents, or the beginning of one."""
         place = self.root / path
+        if self.is_elsewhere(path):
+            return True  # gone: git put a link in the place of its folder
         if place.is_symlink():
             data = os.fsencode(os.readlink(place))
         elif place.is_file():
@@ -13920,9 +13946,8 @@ class Conversions:
         found = []
         for path, attributes in now.items():
             differs = self.before.get(path, attributes) != attributes
-            place = self.tree.root / path
-            is_file = place.is_file() and not place.is_symlink()
-            if differs and is_file and path not in moved and path not in kept:
+            is_open = path not in moved and path not in kept
+            if differs and is_open and self.tree.is_file(path):
                 found.append(path)
         for path in found:
             place = self.tree.root / path
@@ -15518,7 +15543,7 @@ def find_cut_off(tree: WorkTree) -> list[str]:
         versions = tree.find_versions([commit])
         there = []
         for path, one in versions.items():
-            if path in touched or (not one.in_head and os.path.lexists(tree.root / path)):
+            if path in touched or (not one.in_head and tree.is_taken(path)):
                 there.append(path)
         written = tree.hash_files(there)
         if any(written.get(path) in versions[path].ids for path in there):

@@ -527,6 +527,54 @@ def test_a_step_that_fails_while_git_writes_leaves_no_mixed_tree(clone: Clone):
     assert (clone.head(), clone.dirty(), (clone.state / "transit.json").exists()) == (first, "", False)
 
 
+@pytest.mark.parametrize("end", ["hook", "kill"])
+@pytest.mark.parametrize("way", ["folder to link", "link to folder"])
+def test_what_is_behind_a_link_is_not_the_tree_s(clone: Clone, way: str, end: str):
+    """A folder's files are elsewhere from a commit on, and a link leads there: what fails behind that, or in the midst
+    of it, leaves the files elsewhere as they are, whether they are the commit's or not, and the tree as it was."""
+    seed, elsewhere, hook = clone.folder / "seed", clone.folder / "elsewhere", clone.host / ".git/hooks/post-merge"
+    texts = {"same": "same\n", "other": "theirs\n", "more": "theirs\n"}
+
+    def be_folder() -> None:
+        (seed / "data").unlink(missing_ok=True)
+        clone.commit({"data/same": "same\n", "data/other": "ours\n", "z": "folder\n"})
+
+    def be_link() -> None:
+        shutil.rmtree(seed / "data", ignore_errors=True)
+        (seed / "data").symlink_to(elsewhere)
+        clone.commit({"z": "link\n"})
+
+    elsewhere.mkdir()
+    for name, text in texts.items():
+        (elsewhere / name).write_text(text)
+    clone.commit({".gitattributes": "z filter=slow\n"})
+    steps = [be_folder, be_link] if way == "folder to link" else [be_link, be_folder]
+    steps[0]()
+    assert clone.deploy().code == 0
+    first, new = clone.head(), (steps[1](), clone.git(seed, "rev-parse", "HEAD"))[1]
+    for key, value in (("smudge", SLOW), ("clean", "cat"), ("required", "true")):
+        clone.git(clone.host, "config", f"filter.slow.{key}", value)
+    if end == "kill":
+        (clone.folder / "hold").touch()
+        command = clone.start("master")
+        wait_for(lambda: (clone.host / "data").is_symlink() is (way == "folder to link"), "git is in the middle")
+        wait_for(lambda: holding(clone), "the filter holds it up")
+        kill_runner(clone, command)
+        (clone.folder / "hold").unlink()
+        assert clone.head() == first and clone.dirty()
+    else:
+        hook.write_text("#!/bin/sh\ngit commit --quiet --allow-empty -m x\n")
+        hook.chmod(0o755)
+        code, out, err = clone.deploy()
+        assert code == 1 and "half written" not in out, out + err
+        assert (clone.head(), clone.dirty(), (clone.state / "transit.json").exists()) == (first, "", False)
+        hook.unlink()
+    code, out, err = clone.deploy()
+    assert code == 0, out + err
+    assert (clone.head(), clone.dirty()) == (new, "")
+    assert {file.name: file.read_text() for file in elsewhere.iterdir()} == texts
+
+
 def test_a_branch_is_found_wherever_it_is(clone: Clone):
     """In a clone that was told to fetch another one only; beside a local branch whose name it extends."""
     origin = clone.folder / "origin"
