@@ -755,6 +755,7 @@ PURSE_SHARE, PURSE_BURST_S = 0.25, 2.0
 CHEAP_BYTES_PER_S = 20e6  # what long frames bring for the time that they take
 READ_BYTES, BULK_BYTES = 16 << 10, 256 << 10  # of tiny frames, and of long ones
 SELDOM_S = 60.0  # between two lines about the same that somebody brings about by coming again
+TURNED_AWAY_S = 180.0  # an agent that is refused comes again within half of that
 REFUSED_KEPT = 1000  # addresses whose refusals are counted, each a line a minute
 HANDSHAKES, STRANGERS = (
     128,
@@ -1076,6 +1077,14 @@ def typed(*words: object) -> str:
             word = f'"{word}"'
         shown.append(word)
     return " ".join(shown)
+
+
+def in_turn(*lines: str) -> str:
+    """Commands of which each wants the one before to have worked, as one types them. Windows
+    PowerShell takes no `&&`, and cmd nothing else: there they are typed one by one."""
+    if ON_WINDOWS:
+        return ", then: ".join(lines)
+    return " && ".join(lines)
 
 
 def iter_leaves(group: BaseException) -> Iterator[BaseException]:
@@ -2945,7 +2954,7 @@ def compare_doors(old: Config, new: Config) -> list[Change]:
         if dropped:
             text = "nobody has to know the token any more"
         else:
-            text = f"reads {new.token_file}"
+            text = f"reads {new.token_file}; a host without that file is not let in any more"
         changes.append(Change(f"tokenFile: {text}", opens=dropped))
     for key in ("cert", "key", "ca"):
         was, is_now = getattr(old.tls, key), getattr(new.tls, key)
@@ -4115,7 +4124,7 @@ def judge_standing(
     return Standing.KEYLESS
 
 
-_TOKEN_HINT = "give ESTELLE_TOKEN or tokenFile the same content on the master and here"
+_TOKEN_HINT = "ESTELLE_TOKEN or tokenFile needs the same content on the master and on every host"
 
 
 def common_protocol(theirs: Sequence[int]) -> int:
@@ -5081,6 +5090,18 @@ def parse_stage(data: bytes) -> dict[str, "TreeEntry"]:
     return found
 
 
+def name_to_keep(name: str, heads: Sequence[str]) -> str:
+    """A name for a branch that makes way: none that is taken, or can't be beside those there
+    are."""
+    for number in itertools.count(1):
+        kept = f"kept-{name}"
+        if number > 1:
+            kept = f"kept{number}-{name}"
+        if kept not in heads and not find_clashes(heads, kept):
+            return kept
+    return ""
+
+
 def add_hidden(changes: TreeChanges, hidden: Mapping[str, str]) -> TreeChanges:
     """The changes with those of which git status does not tell, by the codes that it would have
     for them."""
@@ -5096,7 +5117,10 @@ def hidden_text(repo: str, hidden: Iterable[str]) -> str:
     index = typed("git", "-C", repo, "update-index")
     named = typed(*paths[:HINT_PATHS])
     # of the two options in one line git would heed the first alone
-    end = f"{index} --no-assume-unchanged -- {named} && {index} --no-skip-worktree -- {named}"
+    end = in_turn(
+        f"{index} --no-assume-unchanged -- {named}",
+        f"{index} --no-skip-worktree -- {named}",
+    )
     return f"git status hides that these are changed: {paths_text(paths, 5)}; {end} ends that"
 
 
@@ -5190,6 +5214,7 @@ class Prospect(NamedTuple):
     elsewhere_is_gone: bool = False  # its folder was removed
     elsewhere_begun: str = ""  # what is not ended there: git keeps the branch for its end
     clash: str = ""  # the local branch with commits of its own that it can't exist beside
+    kept: str = ""  # a name for that one that no branch has, nor stands in the way of
     own: int = 0  # commits of the local branch that the remote has not
     was_there: bool = False  # it had all of them
     is_shallow: bool = False
@@ -5345,7 +5370,7 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
         yield Refusal(what, free, checkout)
     if known.clash:
         what = f"the local branch {known.clash} is in the way of {known.branch}"
-        keep = f"{git} branch -m {typed(known.clash, f'kept-{known.clash}')}"
+        keep = f"{git} branch -m {typed(known.clash, known.kept)}"
         yield Refusal(f"{what}, and no remote has its commits", keep, checkout)
     if not known.own:
         return
@@ -5403,7 +5428,7 @@ def _judge_files(known: Prospect) -> Iterator[Refusal]:
             "u+wx",
             *shut,
         )
-        yield Refusal(what, f"{own} && {open_up}")
+        yield Refusal(what, in_turn(own, open_up))
 
 
 def pathspecs(*paths: str) -> str:
@@ -5434,7 +5459,7 @@ def whole_hint(repo: str, left: Halfway) -> str:
     more = max(len(left.tracked), len(left.added)) > HINT_PATHS
     if more:
         lines.append("the same for the others")
-    return " && ".join(lines)
+    return in_turn(*lines)
 
 
 def keep_hint(repo: str, paths: Sequence[str], aside: str = "") -> str:
@@ -5462,7 +5487,7 @@ def keep_hint(repo: str, paths: Sequence[str], aside: str = "") -> str:
         lines.append(typed("mv", "-i", *files, place))
     if len(paths) > HINT_PATHS:
         lines.append("the same for the others")
-    return " && ".join(lines)
+    return in_turn(*lines)
 
 
 def free_hint(
@@ -5476,7 +5501,7 @@ def free_hint(
         lines.append(f"{stash} -- {pathspecs(*changed[:HINT_PATHS])}")
     if unknown:
         lines.append(keep_hint(repo, unknown, aside))
-    return " && ".join(lines)
+    return in_turn(*lines)
 
 
 def pointers_text(paths: Sequence[str]) -> str:
@@ -12761,7 +12786,7 @@ def probe_objects(repo: Path, remote: str, env: Mapping[str, str]) -> Iterator[F
     what = f"git takes objects of {repo} from {gone[0]}, and that is not there"
     away = typed("mv", file, f"{file}.gone")
     anew = typed("git", "-C", repo, "fetch", "--refetch", remote)
-    fix = f"put it back; or have all objects here: {away} && {anew}"
+    fix = f"put it back; or have all objects here: {in_turn(away, anew)}"
     try:
         code, _, _ = ask_git(repo, env, "rev-list", "--objects", "--quiet", "--all")
     except UpdaterError:  # a long history: then nobody knows whether one is missing
@@ -12819,7 +12844,7 @@ def require_link(repo: Path) -> None:
     aside = f"{repo}.kept"
     away = typed("mv", repo, aside)
     anew = typed("git", "-C", main, "worktree", "add", "--detach", repo)
-    raise UsageError(what, f"{away} && {anew}; what git does not know stays in {aside}")
+    raise UsageError(what, f"{in_turn(away, anew)}; what git does not know stays in {aside}")
 
 
 def require_files_here(repo: Path, env: Mapping[str, str]) -> None:
@@ -15145,7 +15170,8 @@ class Foresight:
                 elsewhere_begun=begun,
             )
         if not local:
-            return known._replace(clash=self.find_clash(branch))
+            clash, kept = self.find_clash(branch)
+            return known._replace(clash=clash, kept=kept)
         if local == self.commit:
             return known
         said = self.git(
@@ -15167,8 +15193,9 @@ class Foresight:
             is_shallow=self.git_file("shallow").exists(),
         )
 
-    def find_clash(self, branch: str) -> str:
-        """The local branch with commits of its own that `branch` can't exist beside."""
+    def find_clash(self, branch: str) -> tuple[str, str]:
+        """The local branch with commits of its own that `branch` can't exist beside, and a name to
+        keep it by; both "" for none."""
         start = "refs/heads/"
         words = self.git("for-each-ref", start).split()
         heads = [word.removeprefix(start) for word in words if word.startswith(start)]
@@ -15181,8 +15208,8 @@ class Foresight:
                 "--remotes",
                 "--",
             ):
-                return name
-        return ""
+                return name, name_to_keep(name, heads)
+        return "", ""
 
     def was_on_remote(self, branch: str, local: str) -> bool:
         """Whether the remote's branch once had all of the local one: then somebody rewrote it
@@ -19033,7 +19060,10 @@ def refusal(status: int, body: bytes) -> UpdaterError:
     """An HTTP answer where a WebSocket should be, as an error."""
     text = body.decode(errors="replace").strip()
     if status != 403:
-        what = f"HTTP {status} instead of a WebSocket: {one_line(text[:200])}"
+        said = one_line(text[:200])
+        what = f"HTTP {status} instead of a WebSocket"
+        if said:
+            what = f"{what}: {said}"
         return UnreachableError(what, "is masterUrl right?")
     what, _, hint = text.partition("\n")
     return RefusedError(f"{REFUSED_US}: {one_line(what)}", one_line(hint))
@@ -19829,6 +19859,18 @@ async def next_poke(poked: "asyncio.Event", grown_bytes: int) -> None:
     poked.clear()
 
 
+def is_untold(jobs: Iterable[OwnJob]) -> bool:
+    """Whether a host's master has to stay for its jobs: one runs, or ended a moment ago and is not
+    acknowledged. What a master has not taken after that it never will: it has the label for
+    another host's, say."""
+    for job in jobs:
+        ended = job.record.ended or 0.0
+        is_new = abs(time.time() - ended) < ORDER_EXPIRES_S
+        if job.record.state not in FINAL or is_new:
+            return True
+    return False
+
+
 class OwnJobs:
     """This host's jobs: what their files say, and that each has a runner as long as it needs one.
     The link to the master, where there is one, hears of all of it."""
@@ -19850,6 +19892,10 @@ class OwnJobs:
     def active(self) -> list[OwnJob]:
         """The jobs that are not over."""
         return [job for job in self.jobs.values() if job.record.state not in FINAL]
+
+    @property
+    def holds_master(self) -> bool:
+        return is_untold(self.jobs.values())
 
     # Finding them
 
@@ -20238,8 +20284,13 @@ class Agent:
         record: JobRecord = decode_fields(JobRecord, order.job)
         try:
             self.own.accept(record, link)
-        except OSError as problem:
-            self.own.write(record, state=State.FAILED, step="start", error=str(problem))
+        except Exception as problem:  # a fault of ours is an answer too
+            why = str(problem)
+            if not isinstance(problem, OSError):
+                log.error("run %s can't be taken: %s", record.run, repr(problem)[:300])
+                kind = type(problem).__name__
+                why = f"the order can not be taken here: {kind}; the log of the daemon has more"
+            self.own.write(record, state=State.FAILED, step="start", error=why)
 
     # The master's questions
 
@@ -20982,7 +21033,7 @@ class Handout:
         answer.body = program
         return answer
 
-    def offer(self, config: ConfigFile) -> dict[str, Any]:
+    def offer(self, config: Config, path: Path) -> dict[str, Any]:
         """What an upgrade's hosts are to install, if the committed configuration accepts it. Raises
         UpdaterError."""
         if not self.sha256:
@@ -20990,9 +21041,9 @@ class Handout:
                 "the master does not run from a .pyz, and has none to hand out",
                 "serve from a built one",
             )
-        if (config.config.updater.sha256 or "").lower() != self.sha256:
+        if (config.updater.sha256 or "").lower() != self.sha256:
             raise ConfigError(
-                f"{config.path} does not accept the master's program", accept_hint(self.sha256)
+                f"{path} does not accept the master's program", accept_hint(self.sha256)
             )
         return {"sha256": self.sha256, "version": __version__}
 
@@ -21541,6 +21592,37 @@ class Greeting:
 GUARDED_FACTS = ("began", "begun", "estelle_address", "purse", "take", "unread_bytes")
 
 
+def reason_text(what: str, hint: str) -> str:
+    """A reason with what helps, in a line."""
+    return "; ".join(filter(None, (what, hint)))
+
+
+class TurnedAway:
+    """Why who came from an address was not let in a moment ago, for who asks why that host is
+    offline: to start its service would change nothing."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[float, str]] = {}  # address -> when, and why
+
+    def note(self, address: str, why: str) -> None:
+        """The newest stands last, and is kept longest."""
+        self._last.pop(address, None)
+        if len(self._last) >= REFUSED_KEPT:
+            del self._last[next(iter(self._last))]
+        self._last[address] = time.monotonic(), why
+
+    def forget(self, address: str) -> None:
+        """Somebody there was let in."""
+        self._last.pop(address, None)
+
+    def why(self, address: str) -> str:
+        """In words; "" where nobody from there was turned away lately."""
+        at, why = self._last.get(address, (float("-inf"), ""))
+        if time.monotonic() - at > TURNED_AWAY_S:
+            return ""
+        return why
+
+
 class Door:
     """Who may come in: judged before anything else of a connection is looked at."""
 
@@ -21558,6 +21640,7 @@ class Door:
         self.elders = Elders(lambda: len(self.sockets))
         self.page = Page()
         self.refused: dict[str, tuple[float, int]] = {}  # address -> (minute began, how many since)
+        self.turned_away = TurnedAway()
         self.token_file = config.config.token_file
         tls = config.config.master_url.secure and config.config.tls.cert
         self.certificate = Certificate(config) if tls else None
@@ -21667,6 +21750,7 @@ class Door:
     def refuse(self, connection: Any, address: str, reason: str, hint: str) -> Any:
         """The HTTP answer, and a line in the log."""
         self.log_refusal(address, reason)
+        self.turned_away.note(address, reason_text(reason, hint))
         answer = connection.respond(403, f"{reason} (seen from {address})\n{hint}\n")
         answer.headers[WHO_HEADER] = self.nonce
         return answer
@@ -21737,10 +21821,11 @@ class Door:
             async with asyncio.timeout(WELCOME_S):
                 answer = decode_frame(await link.wire.recv())
         except (EOFError, TimeoutError):
-            of_what = "who it is"
+            of_what, hint = "who it is", "see that host's log"
             if token:
-                of_what = "that it knows the token"
+                of_what, hint = "that it knows the token", _TOKEN_HINT
             self.log_refusal(address, f"it did not prove {of_what}")
+            self.turned_away.note(address, reason_text(f"it did not prove {of_what}", hint))
             raise
         is_proof = isinstance(answer, Proof)
         if token is None and not is_proof:
@@ -21776,11 +21861,11 @@ class Door:
         )
         for socket, address in list(self.sockets.items()):
             if unproven or not whitelist.verdict(address).allowed:
-                log.warning(
-                    "dropped %s: %s",
-                    address,
-                    "tokenFile changed" if unproven else "no longer on the whitelist",
-                )
+                why, hint = "no longer on the whitelist", ""
+                if unproven:
+                    why, hint = "tokenFile changed", _TOKEN_HINT
+                log.warning("dropped %s: %s", address, why)
+                self.turned_away.note(address, reason_text(why, hint))
                 socket.transport.abort()
 
 
@@ -21959,6 +22044,7 @@ class Roster:
         self.rules: dict[str, HostRef] = {}  # machine -> what the configuration says of it
         self.rules_of: Config | None = None  # that configuration
         self.bind: str | None = None  # the one address that counts as the master's own, if so told
+        self.turned_away = TurnedAway()
 
     # Who is listed
 
@@ -21966,6 +22052,7 @@ class Roster:
         """Have a machine in all lists, in its place; at a welcome, only that machine's place."""
         before = self.machines.get(known.machine)
         self.machines[known.machine] = known
+        self.turned_away.forget(known.address)
         if before and before.address != known.address:
             self.at[before.address].discard(known.machine)
         self.at.setdefault(known.address, set()).add(known.machine)
@@ -22085,6 +22172,15 @@ class Roster:
         if owners and owners.isdisjoint(self.places_of(own)):
             return True
         return called in single_hosts(self.config.config) and called != own.name.casefold()
+
+    def offline_hint(self, hosts: Sequence[HostRef], otherwise: str = "start its service") -> str:
+        """What brings the first of these back: more than its service, where the door turned it
+        away a moment ago."""
+        for host in hosts:
+            why = self.turned_away.why(host.address)
+            if why and not host.online:
+                return f"{host.label} is turned away: {why}"
+        return otherwise
 
     def label_of(self, machine: str) -> str:
         """How people call a machine; "a host" where it has been none."""
@@ -22227,7 +22323,8 @@ class Registry(Roster):
             known = self.machines[host.machine]
             if known.moved_from and 0 <= now - known.moved_at < DAY_S:
                 found.append(f"{host.label} has a new address: it was {known.moved_from}")
-        return [*found, *tell_doubles(self.config.config, self.hosts())]
+        away = [self.offline_hint([host], "") for host in self.hosts()]
+        return [*found, *filter(None, away), *tell_doubles(self.config.config, self.hosts())]
 
     def register(self, hello: Hello, address: str) -> None:
         """Remember a host that is welcomed. Raises RefusedError where one address has been too many
@@ -22857,7 +22954,7 @@ class Queue:
         if len(offline) == len(hosts) and not message.wait_s:
             raise TargetError(
                 f"no host of {message.target} is online ({', '.join(offline)})",
-                "start its service, or use --wait SECONDS",
+                self.registry.offline_hint(hosts, "start its service, or use --wait SECONDS"),
             )
         options = message.options | expected_roles(message.target, hosts, active)
         for host in hosts:
@@ -22914,7 +23011,11 @@ class Queue:
         )
         for job in list(run.jobs.values()):
             if job.host in record.offline and not record.wait_s:
-                self.ledger.end(run, job, State.OFFLINE, "the host is offline")
+                why = self.registry.turned_away.why(job.address)
+                reason = "the host is offline"
+                if why:
+                    reason = f"{reason}, turned away: {why}"
+                self.ledger.end(run, job, State.OFFLINE, reason)
             else:
                 self.ledger.record(run, job)
         self.replace_queued(run)
@@ -23145,6 +23246,7 @@ class Master:
         self.machine, self.nonce, self.own_address = machine, nonce, own_address
         self.door = Door(config, own_address, nonce)
         self.registry = Registry(state, config, machine)
+        self.registry.turned_away = self.door.turned_away
         self.agents = self.registry.agents
         self.ledger = Ledger(state, self.registry, tell)
         self.runs = self.ledger.runs
@@ -23208,6 +23310,7 @@ class Master:
             wrong = [leaf for leaf in leaves if isinstance(leaf, UpdaterError)]
             if wrong:
                 self.door.log_refusal(address, wrong[0].what)
+                self.door.turned_away.note(address, reason_text(wrong[0].what, wrong[0].hint))
                 await send_refusal(link, socket, wrong[0])
         finally:
             link.end()
@@ -23883,7 +23986,11 @@ class Desk:
         hosts = self.registry.hosts(everyone=True)
         chosen = select_targets(target, hosts, await self.registry.active_for(target))
         rows = await self.registry.check_health(chosen)
-        return {"ok": all(row["ok"] for row in rows), "checks": rows}
+        return {
+            "ok": all(row["ok"] for row in rows),
+            "online": any(host.online for host in chosen),
+            "checks": rows,
+        }
 
     async def history(self, args: dict[str, Any]) -> dict[str, Any]:
         """The newest runs, or what all of them together say."""
@@ -24151,7 +24258,8 @@ class Planner:
                     if job["commit"] == row[commit] and not row.get(version):
                         row[version] = job["version"]
         if not any(row["online"] for row in rows):
-            raise TargetError(f"no host of {self.target} is online", "start its service")
+            hint = registry.offline_hint(hosts)
+            raise TargetError(f"no host of {self.target} is online", hint)
         return rows
 
     def remember(self, truth: dict[str, tuple[Any, ...]], refused: list[str]) -> str:
@@ -24374,7 +24482,7 @@ async def gate_switch(desk: Desk, order: Submit) -> Submit:
     require_colors(hosts)
     if not data.online:
         what = f"{data.label} is offline, and its HAProxy has the traffic"
-        raise TargetError(what, "start its service")
+        raise TargetError(what, registry.offline_hint([data]))
     traffic = await registry.ask_traffic()
     if not traffic["servers"]:
         raise GuardError("; ".join(traffic["warnings"]), f"look at the daemon on {data.label}")
@@ -24436,7 +24544,11 @@ async def gate_upgrade(desk: Desk, order: Submit) -> Submit:
     master.queue.require_free(
         select_targets(order.target, master.registry.hosts(everyone=True), active)
     )
-    return replace(order, options={**order.options, **master.door.handout.offer(master.config)})
+    # what is committed counts, as on the hosts: a deployment that ended this second may have
+    # brought the checksum, and the daemon takes new settings a second later
+    path = master.config.path
+    config, _ = await asyncio.to_thread(load_config_or_last, path, master.state)
+    return replace(order, options={**order.options, **master.door.handout.offer(config, path)})
 
 
 async def gate_deploy(desk: Desk, order: Submit) -> Submit:
@@ -26238,6 +26350,19 @@ class Follower:
                 followed.heard = time.monotonic()
 
 
+def unseen_label() -> str:
+    """How this host calls itself where no master has yet: by an address of its own, since its bare
+    name may be another host's too, and the master would take neither its log nor its result."""
+    name = socket.gethostname()
+    address = own_address()
+    label = f"{address}/{name}"
+    if ipaddress.ip_address(address).is_loopback:  # without a network
+        return name
+    if not valid_label(label):
+        return address
+    return label
+
+
 def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRecord:
     """Record an order to this host alone, as the master would. Raises GuardError where a job holds
     the host."""
@@ -26247,7 +26372,7 @@ def make_local_job(state: StateFolder, order: Submit, bind: str | None) -> JobRe
         raise GuardError(
             f"run {current} holds this host", f"follow it with: {advised('logs', current, '-f')}"
         )
-    label = (read_json(state.daemon_file) or {}).get("label") or bind or socket.gethostname()
+    label = (read_json(state.daemon_file) or {}).get("label") or bind or unseen_label()
     machine, now = state.machine_id(), time.time()
     record = RunRecord(
         order.run,
@@ -26718,7 +26843,7 @@ class Service:
             group.create_task(prune_forever(agent.own, tuple))
             group.create_task(self.tick_forever(agent, dialer.config_changed.set))
             group.create_task(
-                self.role.follow_master(lambda: dialer.url, lambda: not agent.own.jobs)
+                self.role.follow_master(lambda: dialer.url, lambda: not agent.own.holds_master)
             )
 
     async def serve_master(self, agent: Agent) -> None:
@@ -26763,7 +26888,8 @@ class Service:
             group.create_task(self.tick_forever(agent, master.door.drop_disallowed))
             group.create_task(
                 self.role.follow_master(
-                    lambda: str(url), lambda: not (master.runs or agent.own.jobs)
+                    lambda: str(url),
+                    lambda: not (master.runs or agent.own.holds_master),
                 )
             )
 
@@ -28119,9 +28245,11 @@ class Publication:
             f'{git} commit -m "{self.message}" -- {typed(*names)}',
             f"{git} {self.push_words()}",
         ]
+        if not self.ask("remote").split():  # a push needs a place, and only a person knows it
+            lines.insert(2, f"{git} remote add origin URL")
         if not self.branch_here():  # a rollback leaves it so, and no push goes from there
             lines.insert(0, f"{git} checkout {typed(self.likely_branch())}")
-        return " && ".join(lines)
+        return in_turn(*lines)
 
     def typed_git(self) -> str:
         """git as it is typed where this command was: names count from the work tree's root."""
@@ -28155,7 +28283,7 @@ class Publication:
         branch = self.branch_here()
         if not branch or self.ask("config", f"branch.{branch}.merge").strip():
             return "push"
-        remotes = self.ask("remote").split() or ["REMOTE"]
+        remotes = self.ask("remote").split() or ["origin"]
         return f"push -u {typed(remotes[0], branch)}"
 
     # The way to the remote
@@ -28262,7 +28390,7 @@ class Publication:
             return "let this user's git push there, or do this in a clone that may, as your own"
         if words[0] == "commit-tree":
             name = f"{git} config user.name NAME"
-            return f"{name} && {git} config user.email ADDRESS, then again"
+            return f"{in_turn(name, f'{git} config user.email ADDRESS')}, then again"
         if words[0] in ("ls-remote", "fetch"):
             return f"{git} ls-remote {typed(words[-2])} says why; once that is well, again"
         return f"{git} status, then again"
@@ -29299,7 +29427,7 @@ class Doctor:
         if exposed:
             owner = self.state.root.stat().st_uid
             own = chown_line(own_name(), self.state.root)
-            fix = f"{own} && {typed('chmod', '700', self.state.root)}"
+            fix = in_turn(own, typed("chmod", "700", self.state.root))
             if owner != os.geteuid() == 0:
                 fix = owner_fix(self.state.root, owner)
             return Finding("state", False, f"{self.state.root} {exposed}", fix)
@@ -29760,6 +29888,12 @@ def ending_rows(jobs: Iterable[JobRecord]) -> list[TableRow]:
     return rows
 
 
+def may_do_again(job: JobRecord) -> bool:
+    """Whether the same order may have another end once something is mended: a branch that the
+    remote has not is mostly a typo, and stays one."""
+    return job.kind is Kind.DEPLOY and not (job.error or "").startswith(NO_BRANCH)
+
+
 def next_commands(
     run: str,
     jobs: Sequence[JobRecord],
@@ -29779,7 +29913,7 @@ def next_commands(
         brings = ", ".join(dict.fromkeys(back.values()))
         undo = advised("rollback", ",".join(back))
         lines.append((undo, f"to what worked before ({brings})"))
-    if bad and bad[0].kind is Kind.DEPLOY:
+    if any(map(may_do_again, bad)):
         again = again or advised("trigger", "--failed-of", run)
         lines.append((again, "again, once it is mended"))
     commands = [command for command, _ in lines]
@@ -31740,9 +31874,12 @@ def ask_master(
 
 
 def cmd_health(args: Args) -> int:
-    """What every check sees now. Exit 1 where one fails, for scripts that wait for it."""
+    """What every check sees now. Exit 1 where one fails, for scripts that wait for it, and 4 where
+    no host is there to look, as for every other command."""
     result = ask_health(args, args.target)
     show(args, result, health_text(result), functools.partial(health_screen, result["checks"]))
+    if not result.get("online", True):  # an older master does not say it
+        return TargetError.exit_code
     if result["ok"]:
         return 0
     return 1
@@ -32226,7 +32363,7 @@ def next_steps(root: Path, order: str) -> str:
     return "\n".join(
         [
             f"then here: {advised('setup')}",
-            f"on every other host, in its clone: git pull && {est} setup",
+            f"on every other host, in its clone: {in_turn('git pull', f'{est} setup')}",
             f"and to deploy: {advised(*order.split(), name)}",
         ]
     )
@@ -32283,7 +32420,7 @@ def convert_config(args: Args, path: Path) -> int:
     if "machines" in data:
         steps.append(
             "then, on each host, the master first: stop the older updater, and in the clone:"
-            f" git pull && {program_name()} setup"
+            f" {in_turn('git pull', f'{program_name()} setup')}"
         )
     show(args, result, "\n".join([said, *remarks, *steps]))
     return 0

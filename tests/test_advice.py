@@ -7,14 +7,17 @@ import os
 import re
 import shlex
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests import seam as est
-from tests.fleet import PROGRAM, Fleet, Origin, run
+from tests.fleet import PROGRAM, Fleet, Origin, run, wait_for
 
 NASTY = ["a b", "it's", '"q"', "-x", "a;b&c", "$HOME", "*", "새 폴더", "a\\b", "~x", "#x", "!x", "a\tb"]
 # git takes these in a pattern
@@ -148,6 +151,14 @@ def test_the_line_that_publishes_works_where_the_person_stands(tmp_path: Path) -
     origin.git("checkout", "--quiet", "-b", "own'branch", cwd=clone)
     assert " push -u origin " in add(clone / "my app")
     assert published("own'branch")
+    # no remote: a push has no place to go, and only a person knows one
+    origin.git("remote", "remove", "origin", cwd=clone)
+    count += 1
+    alone = run([*PROGRAM, "whitelist", "add", f"127.0.0.{count}"], origin.env, clone / "my app")
+    line = alone.out.splitlines()[1]
+    assert "REMOTE" not in line and line.count(" URL ") == 1
+    type_in(clone, line.replace(" URL ", f" {shlex.quote(str(origin.bare))} "), origin.env)
+    assert published("own'branch")
     # a remote that lets nobody write: the same by hand would leave the clone a commit ahead
     hook = origin.bare / "hooks/pre-receive"
     hook.write_text("#!/bin/sh\nexit 1\n")
@@ -175,6 +186,108 @@ def test_again_is_the_same_again(fleet: Callable[..., Fleet]) -> None:
     one.origin.commit({"deploy.sh": "exit 3\n"})
     alone = one.cli("deploy", "master")
     assert alone.code == 1 and "--failed-of" not in alone.err and re.search(r"deploy master  +again", alone.err)
+
+
+def failed_job(error: str) -> est.JobRecord:
+    words = ("20261127-000000-aaaa", "10.0.0.2", "m", est.Kind.DEPLOY, "x", est.State.FAILED)
+    return est.JobRecord(*words, size=9, error=error)
+
+
+def test_again_is_offered_only_where_it_may_help() -> None:
+    """A branch that the remote has not: the same order has the same end."""
+    typo, other = failed_job(f"{est.NO_BRANCH}; did you mean master?"), failed_job("disk full")
+
+    def again(*jobs: est.JobRecord) -> bool:
+        return any("--failed-of" in line for line in est.next_commands("r", jobs, {}, 0))
+
+    assert (again(typo), again(other), again(typo, other)) == (False, True, True)
+
+
+def test_on_windows_one_command_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its PowerShell takes no `&&`: no line that is made for such a host has one."""
+    monkeypatch.setattr(est.program, "ON_WINDOWS", True)
+    whole = est.whole_hint("C:/a b", est.Halfway("a" * 40, ("x",), ("y",)))
+    assert whole == 'git -C "C:/a b" checkout HEAD -- x, then: git -C "C:/a b" clean -f -- y'
+    assert "&&" not in est.free_hint("C:/r", ["a"], ["b", "c"]) + est.keep_hint("C:/r", ["a", "d/b"])
+    monkeypatch.undo()
+    assert est.in_turn("a", "b") == "a && b"
+
+
+def test_a_branch_is_kept_by_a_name_that_is_free() -> None:
+    """Nor by one that git can't have beside another."""
+    assert est.name_to_keep("rel", ["rel", "master"]) == "kept-rel"
+    assert est.name_to_keep("rel", ["rel", "kept-rel", "kept2-rel/x"]) == "kept3-rel"
+
+
+def test_a_result_that_no_master_takes_holds_nobody_for_ever() -> None:
+    """masterUrl may have moved meanwhile, and the host has to follow."""
+
+    def job(state: est.State, ended_before_s: float) -> est.OwnJob:
+        record = est.JobRecord("r", "h", "m", est.Kind.DEPLOY, "x", state, ended=time.time() - ended_before_s)
+        return est.OwnJob(record)
+
+    assert est.is_untold([job(est.State.SUCCEEDED, 5)])
+    assert not est.is_untold([job(est.State.SUCCEEDED, 3600), job(est.State.FAILED, 999)])
+    assert est.is_untold([job(est.State.SUCCEEDED, 3600), job(est.State.RUNNING, 3600)])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [(b"", "HTTP 502 instead of a WebSocket"), (b"Bad\nGateway\n", "HTTP 502 instead of a WebSocket: Bad Gateway")],
+)
+def test_an_http_answer_without_words(body: bytes, said: str) -> None:
+    """Nothing stands behind a colon."""
+    assert est.refusal(502, body).what == said
+
+
+def test_a_host_that_no_master_has_seen_is_called_by_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bare name may be another host's, and the master would not take its result."""
+    monkeypatch.setattr(est.program, "own_address", lambda: "10.1.2.3")
+    monkeypatch.setattr("socket.gethostname", lambda: "debian")
+    assert est.unseen_label() == "10.1.2.3/debian"
+    monkeypatch.setattr("socket.gethostname", lambda: "a [b]")
+    assert est.unseen_label() == "10.1.2.3"
+    monkeypatch.setattr(est.program, "own_address", lambda: "127.0.0.1")
+    assert est.unseen_label() == "a [b]"
+
+
+def test_a_fault_of_ours_is_an_answer() -> None:
+    """The host's queue would wait ten minutes for it."""
+    said: dict[str, Any] = {}
+
+    class Own:
+        def accept(self, record: est.JobRecord, link: object) -> None:
+            raise RuntimeError("a fault")
+
+        def write(self, record: est.JobRecord, **changes: Any) -> None:
+            said.update(changes)
+
+    agent = SimpleNamespace(own=Own())
+    order = est.Order(json.loads(json.dumps(vars(failed_job("")))))
+    est.Agent.on_order(cast(est.Agent, agent), order, cast(Any, None))
+    assert said["state"] is est.State.FAILED and "RuntimeError" in said["error"]
+
+
+def test_who_is_turned_away_needs_more_than_its_service(fleet: Callable[..., Fleet]) -> None:
+    """A token that the master alone has got."""
+    one = fleet(hosts=2)
+    token = one.tmp_path / "token"
+    token.write_text("a token that is long enough to be one\n")
+    token.chmod(0o600)
+    settings = json.loads((one.origin.seed / "config/updater.json").read_text())
+    one.origin.commit({"config/updater.json": json.dumps({**settings, "tokenFile": str(token)})})
+    told = one.cli("trigger", "127.0.0.1", "master")
+    assert told.code == 0 and "a host without that file" in told.out
+    wait_for(lambda: "agent 127.0.0.2 is offline" in one.master.stderr, "the agent is cut off")
+    for command in ("trigger", "plan"):
+        gone = one.cli(command, "127.0.0.2", "master")
+        assert gone.code == 4 and "start its service" not in gone.err
+        assert "127.0.0.2 is turned away" in gone.err and "tokenFile" in gone.err
+    assert "127.0.0.2 is turned away" in one.cli("status").out
+    assert "turned away" in one.cli("trigger", "all", "master").err
+    # it comes back by what was said
+    assert one.cli("deploy", "master", host=one.agents[0]).code == 0
+    wait_for(lambda: one.cli("trigger", "127.0.0.2", "master").code == 0, "the agent is welcomed again")
 
 
 def test_what_to_write_into_the_configuration_is_read_there() -> None:
