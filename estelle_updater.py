@@ -9713,6 +9713,25 @@ def advised(*words: object) -> str:
     return f"{program_name()} {typed(*words, *given_options(sys.argv[1:]))}"
 
 
+# Commands as texts name them. Of a key that is called as a command is, the texts say less.
+_NAMED_COMMAND = regex(
+    r"`((?:history|status|health|setup|doctor|thaw|forget|trigger|switch|release|upgrade|serve"
+    r"|watch resume|config (?:check|init|convert)|whitelist (?:add|list))(?: [^`]*)?)`"
+)
+
+
+def spelled(text: str) -> str:
+    """A text with the commands in it as one types them here: whoever wrote it, the master or a
+    host, does not know what that is, and a shell has a `history` of its own."""
+
+    def whole(found: re.Match[str]) -> str:
+        given = typed(*given_options(sys.argv[1:]))
+        words = " ".join(filter(None, (program_name(), found[1], given)))
+        return f"`{words}`"
+
+    return _NAMED_COMMAND.sub(whole, text)
+
+
 @record(frozen=True)
 class Owner:
     """Whose a state folder is: `owner.json`. What is not known is empty."""
@@ -22335,7 +22354,7 @@ class Registry(Roster):
             if retired is None:
                 raise RefusedError(
                     f"{address} has been {MACHINES} machines already",
-                    "`forget` those that are retired",
+                    "`forget HOST` those that are retired",
                 )
             self.remove(retired)
             self.keys.drop(retired)
@@ -24567,7 +24586,8 @@ async def gate_deploy(desk: Desk, order: Submit) -> Submit:
         return replace(order, options={**options, **left_behind_facts(found)})
     text = left_behind_text(found)
     if text:
-        hint = f"bring them into {order.branch} first; `release --force` leaves them"
+        leave = f"`release {typed(order.branch)} --force` leaves them"
+        hint = f"bring them into {order.branch} first; {leave}"
         raise GuardError(text, hint)
     return order
 
@@ -31049,7 +31069,7 @@ def find_run(args: Args, word: str) -> str:
     runs = known_runs(args)
     if word == LAST_RUN:
         if not runs:
-            raise TargetError("there is no run so far", "`trigger` starts one")
+            raise TargetError("there is no run so far", "`trigger all BRANCH` starts one")
         return str(runs[0]["run"])
     names = []
     for run in runs:
@@ -31558,7 +31578,7 @@ def cmd_release(args: Args) -> int:
     stays = f"{color} has the new commit, and the traffic stays where it is"
     left = left_behind_text(compare_with_active(args, commit))  # the branch may have moved
     if left and args.yes and not args.force:
-        raise GuardError(f"{left}; {stays}", "`release --force` leaves them")
+        raise GuardError(f"{left}; {stays}", f"`release {typed(args.branch)} --force` leaves them")
     phases.begin("question", time.monotonic())
     confirm(args, f"{left}\nswitch the traffic to {color}?".strip(), stays)
     phases.begin("switch", time.monotonic(), f"to {color}")
@@ -31844,7 +31864,7 @@ def watch_text(result: Mapping[str, Any]) -> str:
         notes.append(f"! {result['problem']}")
     if result["paused"]:
         by, since = result["paused"]["by"], utc(result["paused"]["since"])
-        notes.append(f"! paused by {by} since {since}: `watch resume`")
+        notes.append(spelled(f"! paused by {by} since {since}: `watch resume`"))
     head = (
         "branch",
         "target",
@@ -32026,7 +32046,8 @@ def status_problems(status: Mapping[str, Any]) -> list[str]:
         last = row.get("last") or {}
         for text in last.get("warnings") or ():
             lines.append(f"⚠ {row['host']}: {text}")
-    return lines + [f"! {warning}" for warning in status.get("warnings", ())]
+    lines += [f"! {warning}" for warning in status.get("warnings", ())]
+    return [spelled(line) for line in lines]
 
 
 def status_jobs(row: Mapping[str, Any]) -> list[str]:
@@ -32312,7 +32333,7 @@ def init_config(args: Args) -> int:
         found = folder / name
         if found.exists():  # in the other form too: hosts would read only one of the two
             raise UsageError(
-                f"{found} exists", "`config check` looks at it, `whitelist add` extends it"
+                f"{found} exists", "`config check` looks at it, `whitelist add ADDRESS` extends it"
             )
     address = own_address()
     if args.bind:
@@ -34148,7 +34169,7 @@ def print_error(problem: UpdaterError, args: Args) -> int:
     else:
         hint = ""
         if problem.hint:
-            hint = f"\nhint: {problem.hint}"
+            hint = f"\nhint: {spelled(problem.hint)}"
         text = terminal_text(f"estelle-updater: error: {one_line(problem.what)}{hint}")
         text = fold_for_stderr(text)
     print(text, file=sys.stderr)

@@ -400,6 +400,7 @@ from estelle_updater import (
     sha1 as sha1,
     since_boot as since_boot,
     spawn_step as spawn_step,
+    spelled as spelled,
     start_runner as start_runner,
     status_screen as status_screen,
     switch_text as switch_text,

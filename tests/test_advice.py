@@ -276,6 +276,10 @@ def test_who_is_turned_away_needs_more_than_its_service(fleet: Callable[..., Fle
     token.chmod(0o600)
     settings = json.loads((one.origin.seed / "config/updater.json").read_text())
     one.origin.commit({"config/updater.json": json.dumps({**settings, "tokenFile": str(token)})})
+    # a line of the master's, typed where it is read
+    lost = one.cli("logs", "20261122-210501-7f3a")
+    (listed,) = re.findall("`(.*history.*)` lists the runs", lost.err)
+    type_in(one.tmp_path, listed, one.env | {"ESTELLE_CONFIG": str(one.master.config)})
     told = one.cli("trigger", "127.0.0.1", "master")
     assert told.code == 0 and "a host without that file" in told.out
     wait_for(lambda: "agent 127.0.0.2 is offline" in one.master.stderr, "the agent is cut off")
@@ -288,6 +292,15 @@ def test_who_is_turned_away_needs_more_than_its_service(fleet: Callable[..., Fle
     # it comes back by what was said
     assert one.cli("deploy", "master", host=one.agents[0]).code == 0
     wait_for(lambda: one.cli("trigger", "127.0.0.2", "master").code == 0, "the agent is welcomed again")
+
+
+def test_a_command_that_the_master_names_is_typed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell has a `history` of its own, and the master does not know where this program is."""
+    monkeypatch.setattr(sys, "argv", ["/opt/a b/e.pyz", "logs", "--config", "/srv/it's/c.toml"])
+    told = est.spelled("x; `forget 10.0.0.1` drops it, `history` lists; correct `config` in [haproxy], `level admin`")
+    first, second = re.findall(r"`(\S+ [^`]*e\.pyz[^`]*)`", told)
+    assert words_of(first)[1:] == ["/opt/a b/e.pyz", "forget", "10.0.0.1", "--config", "/srv/it's/c.toml"]
+    assert words_of(second)[2] == "history" and told.endswith("correct `config` in [haproxy], `level admin`")
 
 
 def test_what_to_write_into_the_configuration_is_read_there() -> None:

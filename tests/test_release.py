@@ -147,7 +147,7 @@ def test_a_hotfix_on_the_active_is_not_dropped_in_silence(one: Round):
     code, _, err = one.cli("release", "master", "--yes")
     assert code == 5 and len(one.fleet.runs()) == runs, err
     assert f"1 commit of the active (blue, {BLUE}) would be left behind: " in err
-    assert "stop the double order" in err and "`release --force` leaves them" in err
+    assert "stop the double order" in err and " release master --force` leaves them" in err
     assert "1 new compared with the active" in err
     process, terminal = ask_person(one, "release", "master")
     said = read_until(terminal, "switch the traffic to green?")
@@ -481,7 +481,9 @@ def test_runbook_application_failure(one: Round):
     deploy_by_hand(one, one.blue)
     one.fail_over()
     code, out, _ = one.cli("status")
-    assert code == 0 and "HAProxy has failed over to green; `switch green` makes that explicit" in out, out
+    assert code == 0 and "HAProxy has failed over to green; `" in out and " switch green` makes that explicit" in out, (
+        out
+    )
     assert one.cli("switch", "green").code == 0
     one.proxy.start_worker("blue")
     wait_for(lambda: one.traffic() == {"blue": "standby", "green": "active"}, "blue stands by")
