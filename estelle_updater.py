@@ -110,7 +110,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
     )
     sys.exit(2)
 
-import argparse
+import _thread
 import codecs
 import errno
 import functools
@@ -123,7 +123,6 @@ import posixpath
 import re
 import stat
 import struct
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import (
@@ -138,8 +137,26 @@ from collections.abc import (
 )
 from contextlib import closing, contextmanager, nullcontext, suppress
 from enum import StrEnum
-from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+
+# `pathlib` of Python 3.11 and 3.12 wants one function of `urllib.parse`, for an URL that nobody
+# here asks a path for; to import that one takes as long as `pathlib` itself.
+_PARSER = "urllib.parse"
+_STAND_IN = ModuleType(_PARSER)
+
+
+def quote_from_bytes(*given: str | bytes) -> str:
+    """As in `urllib.parse`, which is imported for it."""
+    quoted: str = importlib.import_module(_PARSER).quote_from_bytes(*given)
+    return quoted
+
+
+vars(_STAND_IN)["quote_from_bytes"] = quote_from_bytes
+sys.modules.setdefault(_PARSER, _STAND_IN)
+from pathlib import Path  # noqa: E402
+
+if sys.modules[_PARSER] is _STAND_IN:
+    del sys.modules[_PARSER]
 
 __version__ = "0.1.0"
 
@@ -209,6 +226,7 @@ class _Lazy:
 
 _LAZY_NAMES = (
     "_socket",
+    "argparse",
     "ast",
     "asyncio",
     "base64",
@@ -238,6 +256,7 @@ _LAZY_NAMES = (
     "subprocess",
     "symtable",
     "tempfile",
+    "threading",
     "tomllib",
     "urllib.parse",
     "urllib.request",
@@ -246,6 +265,7 @@ _LAZY_NAMES = (
 )
 if TYPE_CHECKING:
     import _socket
+    import argparse
     import ast
     import asyncio
     import base64
@@ -275,6 +295,7 @@ if TYPE_CHECKING:
     import subprocess
     import symtable
     import tempfile
+    import threading
     import tomllib
     import urllib.parse as urllib_parse
     import urllib.request as urllib_request
@@ -287,32 +308,41 @@ else:
     globals().update({name.replace(".", "_"): _Lazy(name) for name in _LAZY_NAMES})
 
 
-# What `build` set apart of the packed module, as bytecode: two thirds of it, which only a daemon
-# and the commands of `_SELDOM` use. To read and define it took an eighth of each other command.
-_APART = b""
+# The bytes of the parts that `build` set apart of the packed module, which lie behind its bytecode:
+# what only commands that show a run use, and then what only a daemon and the commands of `_SELDOM`
+# do. To read and define all of it took a sixth of each other command.
+_APART: list[int] = []
 
 
-def _define_apart() -> None:
-    """Make this module whole: before, it lacks what `build` set apart."""
-    global _APART
-    packed, _APART = _APART, b""
-    if packed:
-        import gc
+def _define_apart(left: int = 0) -> None:
+    """Define the parts that `build` set apart of this module, up to the last `left` of them."""
+    if len(_APART) <= left:
+        return
+    import gc
 
-        gc.disable()
-        exec(marshal.loads(packed), globals())
-        gc.freeze()  # what is defined stays
-        gc.enable()
+    loader = globals()["__loader__"]
+    # as it was when this process began, where `__main__` has it: the file may be another by now
+    bytecode = getattr(loader, "bytecode", None) or loader.get_data(globals()["__file__"])
+    gc.disable()
+    while len(_APART) > left:
+        begin = len(bytecode) - sum(_APART)
+        end = begin + _APART.pop(0)
+        exec(marshal.loads(bytecode[begin:end]), globals())
+    gc.freeze()  # what is defined stays
+    gc.enable()
+    if not _APART:
+        loader.bytecode = None  # a daemon holds on to no file
 
 
 class _Apart:
-    """Stands in the packed module for a function that was set apart."""
+    """Stands in the packed module for a function, or a class, that was set apart; `left` parts need
+    not be defined for it."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, left: int) -> None:
+        self._name, self._left = name, left
 
     def __call__(self, *given: Any) -> Any:
-        _define_apart()
+        _define_apart(self._left)
         return globals()[self._name](*given)
 
 
@@ -324,6 +354,29 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         _define_apart()
         return getattr(sys.modules[__name__], name)
+
+
+class _Once:
+    """An attribute of a class that is made when it is first asked for, and once, whatever threads
+    ask: most commands need few of them."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self._make, self._lock = make, _thread.RLock()
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, of: Any, owner: type) -> Any:
+        held = vars(of)  # which is asked first, from the next time on
+        with self._lock:
+            if self._name not in held:
+                held[self._name] = self._make(of)
+        return held[self._name]
+
+
+def made_once(make: Callable[[Any], Any]) -> Any:
+    """An attribute that `make` makes of an object when it is first asked for."""
+    return _Once(make)
 
 
 class _LazyPattern:
@@ -1132,9 +1185,31 @@ def _parse_ip(text: str) -> "IPv4Address | IPv6Address":
     raise UsageError(f"{text!r} is no address", _ADDRESS_HINT)
 
 
+_OCTETS = frozenset(map(str, range(256)))
+_LENGTHS = frozenset(map(str, range(33)))
+
+
+def is_plain_network(text: str) -> bool:
+    """Whether a text is an IPv4 address or network in its one spelling. Most are: then no command
+    imports `ipaddress` to learn so."""
+    head, slash, length = text.partition("/")
+    octets = head.split(".")
+    if len(octets) != 4 or not _OCTETS.issuperset(octets):
+        return False
+    if not slash:
+        return True
+    if length not in _LENGTHS:
+        return False
+    number = int.from_bytes(map(int, octets), "big")
+    hosts = 1 << (32 - int(length))
+    return number % hosts == 0
+
+
 def canonical_address(text: str) -> str:
     """The one spelling of an address: `::ffff:1.2.3.4` is 1.2.3.4, `[FE80::1%eth0]` is fe80::1;
     else UsageError."""
+    if "/" not in text and is_plain_network(text):
+        return text
     return str(_parse_ip(text))
 
 
@@ -1182,6 +1257,12 @@ def parse_network(text: str) -> "IPv4Network | IPv6Network":
             f"write {network} for the network or {address} for the host",
         )
     return network
+
+
+def require_network(text: str) -> None:
+    """That a text is what `parse_network` takes; else UsageError."""
+    if not is_plain_network(text):
+        parse_network(text)
 
 
 class Verdict(NamedTuple):
@@ -2234,7 +2315,7 @@ _project = _is(
     "project's name: up to 32 of a-z 0-9 - _, and none of our own names", is_project_name
 )
 _host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
-_networks = _list_of(_by(parse_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
+_networks = _list_of(_by(require_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
 _command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
 _services = _list_of(_service, '["estelle.service"]')
 _some_paths = _list_of(_text, '["/etc/haproxy/haproxy.cfg", "/etc/haproxy/conf.d"]', least=1)
@@ -9748,9 +9829,13 @@ class Owner:
 class StateFolder:
     """Where this host keeps what it knows: one folder per run, readable with ordinary tools."""
 
+    store: "Store" = made_once(lambda _: Store())
+    history: "History" = made_once(lambda state: History(state))
+    remains: "Remains" = made_once(lambda state: Remains(state))
+    lived: "LivedClock" = made_once(lambda state: state.clock())
+
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.store = Store()
         self.runs = root / "runs"
         self.daemon_file = root / "daemon.json"
         self.daemon_lock = root / "daemon.lock"
@@ -9766,9 +9851,10 @@ class StateFolder:
         self.agent_keys_file = root / "agent-keys.json"  # that this master gave to agents
         self.owner_file = root / "owner.json"  # whose this folder is
         self._machine = ""
-        self.history = History(self)
-        self.remains = Remains(self)
-        self.lived = LivedClock(root / "lived.json", self.history.last_lived)
+
+    def clock(self) -> "LivedClock":
+        """A clock that no hand sets, as this folder has it."""
+        return LivedClock(self.root / "lived.json", lambda: self.history.last_lived())
 
     def exposure(self) -> str:
         """What lets somebody else write here, whose word would then be this host's; or nothing."""
@@ -10721,7 +10807,6 @@ def load_config_or_last(
     Raises ConfigError.
     """
     path = present_form(path)
-    keep = state.last_config(path)
     try:
         config = load_config(path)
     except ConfigError as problem:
@@ -10729,9 +10814,12 @@ def load_config_or_last(
             with suppress(ConfigError):
                 return load_config(state.last_config(form)), problem.what
         raise
+    if not remember:
+        return config, None
+    keep = state.last_config(path)
     with suppress(OSError):
         data = read_committed(path, work_tree(path))
-        if remember and not (keep.exists() and keep.read_bytes() == data):
+        if not (keep.exists() and keep.read_bytes() == data):
             write_atomic(keep, data)
     return config, None
 
@@ -18862,7 +18950,9 @@ class BlockingWire:
         self._protocol = ClientSocket(url)
         self._room = memoryview(bytearray(LARGE_CHUNK_BYTES))  # for all reads
         self._quiet_s = 0.0  # waited for a sign of life
-        self._in_use = threading.Lock()  # whoever reads or writes: the program, or who attends
+        self._in_use = (
+            _thread.allocate_lock()
+        )  # whoever reads or writes: the program, or who attends
         self._attended = False
         deadline = time.monotonic() + timeout_s
         self._socket = open_socket(url.host, url.port, way.bind, timeout_s)
@@ -27027,7 +27117,7 @@ def get_filename(name):
 def get_code(name):
     """Python's loader reads bytecode into memory, and copies it there."""
     if name == NAME:
-        return marshal.loads(bytecode)
+        return marshal.loads(bytecode)  # its first part: what lies behind it is not looked at
     return type(__loader__).get_code(__loader__, name)
 
 
@@ -27035,6 +27125,8 @@ try:
     bytecode = find_bytecode()
     if bytecode:
         __loader__.get_filename, __loader__.get_code = get_filename, get_code
+        if sys.platform != "win32":  # where nobody could replace the file as long as it is held
+            __loader__.bytecode = bytecode
 except Exception:  # whatever another Python has elsewhere: it loads this as any other .pyz
     pass
 gc.disable()
@@ -27236,13 +27328,17 @@ def _compile(source: bytes, name: str) -> bytes:
         where = f"{_BAKED}/{name}"
         return marshal.dumps(compile(part, where, "exec", features, dont_inherit=True, optimize=0))
 
+    packed: list[bytes] = []
     for statement in tree.body:
-        if isinstance(statement, ast.Assign) and _names_of(statement) == {"_APART"}:
-            split = _Split(tree, source.decode())
-            statement.value = ast.Constant(bytecode(split.second))
-            tree = ast.fix_missing_locations(split.first)
-    flags = (1).to_bytes(4, "little")
-    return importlib_util.MAGIC_NUMBER + flags + importlib_util.source_hash(source) + bytecode(tree)
+        if isinstance(statement, ast.AnnAssign) and _names_of(statement) == {"_APART"}:
+            parts = _Split(tree, source.decode()).parts
+            packed = [bytecode(part) for part in parts[1:]]
+            sizes = [*map(len, packed)]
+            statement.value = ast.parse(repr(sizes), mode="eval").body
+            tree = ast.fix_missing_locations(parts[0])
+    head = importlib_util.MAGIC_NUMBER + (1).to_bytes(4, "little")
+    # Python's own loader reads the first part, and is content
+    return b"".join((head, importlib_util.source_hash(source), bytecode(tree), *packed))
 
 
 def _lighten(node: "ast.AST") -> None:
@@ -27265,7 +27361,21 @@ def _lighten(node: "ast.AST") -> None:
         node.body[0] = ast.copy_location(ast.Pass(), node.body[0])
 
 
-# Commands that are typed seldom, or whose work takes far longer than the start of their process.
+# Commands that show a run, and what a command that only asks the master makes nothing of.
+_SHOWING = {
+    "cmd_trigger",
+    "cmd_logs",
+    "cmd_release",
+    "cmd_rollback",
+    "cmd_switch",
+    "cmd_upgrade",
+    "cmd_deploy",
+    "Store",
+    "History",
+    "Remains",
+}
+# Commands that are typed seldom, or whose work takes far longer than the start of their process;
+# and what is asked of git once for a clone.
 _SELDOM = {
     "cmd_serve",
     "cmd_nursery",
@@ -27279,48 +27389,57 @@ _SELDOM = {
     "cmd_build",
     "cmd_self_test",
     "cmd_prove_detached",
+    "probe_owner",
 }
 
 
 class _Split:
-    """The packed module in two parts: what every command may come to use, and what only those of
-    `_SELDOM` do, of which each is replaced by an `_Apart` in the first.
+    """The packed module in three parts: what every command may come to use, what only those of
+    `_SHOWING` do, and those of `_SELDOM`. Each of these is replaced by an `_Apart` in the first.
 
-    The first part is what `main` reaches, from name to name: nothing in it asks for a name of the
-    second. Statements that do more than define something are in the first as well.
+    The first part is what `main` reaches, from name to name: nothing in it asks for a name of
+    another one, and nothing in the second for one of the third. Statements that do more than define
+    something are in the first as well.
     """
 
     def __init__(self, tree: "ast.Module", source: str) -> None:
         self.scopes: dict[str, set[str]] = {}
         for scope in symtable.symtable(source, "", "exec").get_children():
             self.scopes.setdefault(scope.get_name(), set()).update(_globals_of(scope))
-        self.first, self.second = ast.Module([], []), ast.Module([], [])
-        found = self.reach(tree)
-        for statement in tree.body:
-            names = _names_of(statement)
-            for name in names & _SELDOM:
-                self.first.body += ast.parse(f"{name} = _Apart({name!r})").body
-            if not names or names & found:
-                self.first.body.append(statement)
-            else:
-                self.second.body.append(statement)
-
-    def reach(self, tree: "ast.Module") -> set[str]:
-        """The names that the first part may come to ask for and that are not set apart."""
-        asked: dict[str, set[str]] = {}
         wanted = {"main", "leave", "_Apart"}
         for statement in tree.body:
-            names = _names_of(statement)
-            if not names:
+            if not _names_of(statement):
                 wanted |= self.uses(statement)
-            for name in names - _SELDOM:
+        first = self.reach(tree, wanted, _SHOWING | _SELDOM)
+        second = self.reach(tree, _SHOWING, _SELDOM)
+        self.parts = [ast.Module([], []) for _ in range(3)]
+        for statement in tree.body:
+            names = _names_of(statement)
+            for name in names & (_SHOWING | _SELDOM):
+                left = int(name in _SHOWING)
+                self.parts[0].body += ast.parse(f"{name} = _Apart({name!r}, {left})").body
+            if not names or names & first:
+                number = 0
+            elif names & second:
+                number = 1
+            else:
+                number = 2
+            self.parts[number].body.append(statement)
+
+    def reach(self, tree: "ast.Module", roots: set[str], apart: set[str]) -> set[str]:
+        """The names that `roots` may come to ask for, themselves included; not those that are set
+        `apart`, nor what only these ask for."""
+        asked: dict[str, set[str]] = {}
+        for statement in tree.body:
+            for name in _names_of(statement):
                 asked.setdefault(name, set()).update(self.uses(statement))
+        wanted = roots - apart
         found: set[str] = set()
         while wanted:
             name = wanted.pop()
             found.add(name)
-            wanted |= asked.get(name, set()) - found
-        return found - _SELDOM
+            wanted |= asked.get(name, set()) - found - apart
+        return found
 
     def uses(self, statement: "ast.stmt") -> set[str]:
         """The module's names that a statement, or what it defines, may come to ask for."""
@@ -32540,7 +32659,9 @@ class ProgressView(TextView):
 
     explains = False  # the answer does
 
-    def __init__(self, call: ToolCall, tell: Callable[[str], None], gone: threading.Event) -> None:
+    def __init__(
+        self, call: ToolCall, tell: Callable[[str], None], gone: "threading.Event"
+    ) -> None:
         super().__init__(ProgressOutput(self.tell))
         self.call, self.send, self.gone = call, tell, gone
         self.told = time.monotonic()
@@ -33224,7 +33345,7 @@ class McpServer:
         gone = self.gone[call.id] = threading.Event()
         threading.Thread(target=self.work, args=(call, gone), daemon=True).start()
 
-    def work(self, call: ToolCall, gone: threading.Event) -> None:
+    def work(self, call: ToolCall, gone: "threading.Event") -> None:
         """One call, and every way it can end, as an answer that a model can act on."""
         numbers = itertools.count(1)
 
@@ -33258,7 +33379,7 @@ class McpServer:
             self.send(self.session.finish(call, answer, wrong, text))
             self.forget(call, gone)
 
-    def forget(self, call: ToolCall, gone: threading.Event) -> None:
+    def forget(self, call: ToolCall, gone: "threading.Event") -> None:
         if self.gone.get(call.id) is gone:
             del self.gone[call.id]
 
@@ -33462,6 +33583,36 @@ class Option:
 
     def __init__(self, *names: str, **settings: Any) -> None:
         self.names, self.settings = names, settings
+
+    # As argparse sees it
+
+    @property
+    def place(self) -> str:
+        """The name by which a command knows what was given."""
+        long = [name for name in self.names if name.startswith("--")]
+        name = (long or self.names)[0]
+        place: str = self.settings.get("dest", name.lstrip("-").replace("-", "_"))
+        return place
+
+    @property
+    def default(self) -> Any:
+        """What counts where nothing was given."""
+        otherwise = None
+        if self.settings.get("action") == "store_true":
+            otherwise = False
+        default = self.settings.get("default", otherwise)
+        if isinstance(default, str):
+            return self.convert(default)
+        return default
+
+    def convert(self, text: str) -> Any:
+        """The value that a text means. Raises what its `type` does, and LookupError where it is
+        none of its choices."""
+        value = self.settings.get("type", str)(text)
+        choices = self.settings.get("choices")
+        if choices is not None and value not in choices:
+            raise LookupError(text)
+        return value
 
 
 class Command:
@@ -33945,25 +34096,16 @@ EXAMPLES = {
 }
 
 
-# It looks for a translation of each of its words, and for the locale's name to do so: Python has no
-# translations, and this program's words are English.
-vars(argparse)["_"] = str
-
-
-class HelpText(argparse.HelpFormatter):
+class HelpWords:
     """argparse's help, whose first lines show what a command has of its own: the options that all
     have stand below."""
 
     def add_usage(
-        self,
-        usage: str | None,
-        actions: Iterable[argparse.Action],
-        groups: Iterable[Any],
-        prefix: str | None = None,
+        self, usage: str | None, actions: Iterable[Any], groups: Iterable[Any], prefix: Any = None
     ) -> None:
         shared = {name for item in GLOBAL_OPTIONS for name in item.names}
         own = [action for action in actions if shared.isdisjoint(action.option_strings)]
-        super().add_usage(usage, own, groups, prefix)
+        super().add_usage(usage, own, groups, prefix)  # type: ignore[misc]
 
 
 def missing_words(names: Sequence[str], example: str) -> UsageError:
@@ -33974,23 +34116,24 @@ def missing_words(names: Sequence[str], example: str) -> UsageError:
     return UsageError(f"{' and '.join(names)} {verb} missing", f"for example: {example}")
 
 
-class Parser(argparse.ArgumentParser):
+class ParserWords:
     """argparse, with the contract's errors instead of its own."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Also tells what is unknown at once, as only the command's own parser knows what it
         has."""
-        known, unknown = super().parse_known_args(args, namespace)
+        known, unknown = super().parse_known_args(args, namespace)  # type: ignore[misc]
         if unknown:
             raise self.no_option(unknown[0])
         return known, unknown
 
     def error(self, message: str) -> NoReturn:
-        see = f"see: {self.prog} --help"
-        name = self.prog.rpartition(" ")[2]
+        prog: str = vars(self)["prog"]
+        see = f"see: {prog} --help"
+        name = prog.rpartition(" ")[2]
         lacks = re.fullmatch(r"the following arguments are required: (.+)", message)
         if lacks:
-            example = EXAMPLES.get(name, f"status; all commands: {self.prog} --help")
+            example = EXAMPLES.get(name, f"status; all commands: {prog} --help")
             raise missing_words(lacks[1].split(", "), example)
         choice = re.match(
             r"argument (\S+): invalid choice: ('.*?').* \(choose from (.*)\)", message
@@ -34007,11 +34150,12 @@ class Parser(argparse.ArgumentParser):
 
     def no_option(self, word: str) -> UsageError:
         """For a word that this command does not take."""
-        name, see = self.prog.rpartition(" ")[2], f"see: {self.prog} --help"
+        prog: str = vars(self)["prog"]
+        name, see = prog.rpartition(" ")[2], f"see: {prog} --help"
         if not word.startswith("-"):
             return UsageError(f"{name} takes no further word: {word!r}", see)
         options: list[str] = []
-        for action in self._actions:
+        for action in vars(self)["_actions"]:
             options += action.option_strings
         hint = meant_word(word.partition("=")[0], options, see)
         return UsageError(f"{name} has no option {word!r}", hint)
@@ -34020,6 +34164,18 @@ class Parser(argparse.ArgumentParser):
         say(
             message.removesuffix("\n")
         )  # help through a pipe that is closed early ends without a complaint
+
+
+@functools.cache
+def parser_classes() -> tuple[Any, Any]:
+    """A parser's class and its help's, made once argparse is imported."""
+    # It looks for a translation of each of its words, and for the locale's name to do so: Python
+    # has no translations, and this program's words are English.
+    vars(argparse)["_"] = str
+    return (
+        type("Parser", (ParserWords, argparse.ArgumentParser), {}),
+        type("HelpText", (HelpWords, argparse.HelpFormatter), {}),
+    )
 
 
 def meant_word(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -34055,17 +34211,18 @@ def answer_words(argv: list[str]) -> list[str]:
     return [*rest, f"--{argv[at]}"]
 
 
-def make_parser(argv: Sequence[str] = ()) -> Parser:
+def make_parser(argv: Sequence[str] = ()) -> Any:
     """The command table as a parser; global options go before or after the command. Of the commands
     only those that `argv` names, if it does and asks for no help: all of them would take
     milliseconds of every command's start."""
     asks_help = not argv or bool({"-h", "--help"} & {*argv})
     # Only help has to know how wide the terminal is: to find out, argparse imports `shutil` with
     # all its compressors, and it asks for a formatter with each option that is declared.
-    formatter: Any = functools.partial(HelpText, width=80)
+    parser_class, help_class = parser_classes()
+    formatter: Any = functools.partial(help_class, width=80)
     if asks_help:
-        formatter = HelpText
-    shared = Parser(
+        formatter = help_class
+    shared = parser_class(
         add_help=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=formatter,
@@ -34073,7 +34230,7 @@ def make_parser(argv: Sequence[str] = ()) -> Parser:
     for_all = shared.add_argument_group("options of every command, before or after it")
     for item in GLOBAL_OPTIONS:
         for_all.add_argument(*item.names, **item.settings)
-    parser = Parser(
+    parser = parser_class(
         prog=program_name(),
         description="Deploy a small fleet, live.",
         epilog="the first day: config init, doctor, setup, status, trigger all master; "
@@ -34102,6 +34259,92 @@ def make_parser(argv: Sequence[str] = ()) -> Parser:
     return parser
 
 
+class PlainLine:
+    """A command line that is made of nothing but words of the command table and their values, read
+    as argparse does.
+
+    It leaves all else to that one by LookupError: abbreviations, `--option=value`, help, and what
+    is wrong. To import it, and to tell it the table, is a tenth of a short command.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.given: dict[str, Any] = {}
+        self.known = options_by_name(GLOBAL_OPTIONS)
+        self.command: Command | None = None
+        self.words: list[str] = []  # of the command
+        words = iter(argv)
+        before = ""  # an option stood between words: argparse has rules of its own for that
+        for word in words:
+            if word.startswith("-"):
+                self.take_option(self.known[word], words)
+                if self.words:
+                    before = word
+            elif self.command is None:
+                self.begin(word)
+            elif before:
+                raise LookupError(before)
+            else:
+                self.words.append(word)
+        self.end()
+
+    def begin(self, word: str) -> None:
+        """The command's own options are known from here on."""
+        commands = {command.name: command for command in COMMANDS}
+        self.command = commands[word]
+        self.known |= options_by_name(self.command.options)
+        self.given |= {"command": word, "function": self.command.run}
+
+    def take_option(self, option: Option, words: Iterator[str]) -> None:
+        """One option, and its value from the words behind it."""
+        action = option.settings.get("action", "store")
+        if action == "store_true":
+            self.given[option.place] = True
+            return
+        value = next(words, "-")
+        if action != "store" or "nargs" in option.settings or value.startswith("-"):
+            raise LookupError(action)
+        self.given[option.place] = option.convert(value)
+
+    def end(self) -> None:
+        """What the words are, and what was not said."""
+        if self.command is None:
+            raise LookupError("no command")
+        words = iter(self.words)
+        for option in self.command.options:
+            many = option.settings.get("nargs")
+            if option.names[0].startswith("-"):
+                if option.settings.get("required") and option.place not in self.given:
+                    raise LookupError(option.place)
+            elif many not in (None, "?"):
+                raise LookupError(many)
+            else:
+                self.take_word(option, next(words, None))
+            self.given.setdefault(option.place, option.default)
+        for word in words:
+            raise LookupError(word)
+
+    def take_word(self, option: Option, word: str | None) -> None:
+        """A word in its place, which only some commands leave empty."""
+        if word is not None:
+            self.given[option.place] = option.convert(word)
+        elif "nargs" not in option.settings:
+            raise LookupError(option.place)
+
+
+def options_by_name(options: Iterable[Option]) -> dict[str, Option]:
+    """Each option under all of its names; words have none."""
+    return {name: item for item in options for name in item.names if name.startswith("-")}
+
+
+def read_plainly(argv: Sequence[str]) -> dict[str, Any] | None:
+    """What a command line says, by the names that commands know it by; None where argparse has to
+    read it, or to say what is wrong with it."""
+    try:
+        return PlainLine(argv).given
+    except Exception:  # a value that is none, too: it is met again there
+        return None
+
+
 def main(argv: list[str]) -> int:
     """Run one command; returns the contract's exit code."""
     for name in ("stdout", "stderr"):  # closed by whoever started us
@@ -34125,7 +34368,11 @@ def main(argv: list[str]) -> int:
             return 0
         if args.bind:
             args.bind = canonical_address(args.bind)
-        make_parser(argv).parse_args(argv, args)
+        given = read_plainly(argv)
+        if given is None:
+            make_parser(argv).parse_args(argv, args)
+        else:
+            vars(args).update(given)
         code: int = args.function(args)
         return code
     except UpdaterError as problem:

@@ -30,6 +30,7 @@ from tests.seam import (
     client_address,
     decide_role,
     file_label,
+    is_plain_network,
     parse_host,
     parse_master_url,
     parse_network,
@@ -137,6 +138,13 @@ def test_wrong_network_names_the_right_one(text: str, hint: str):
     with pytest.raises(UsageError) as caught:
         parse_network(text)
     assert caught.value.hint == hint
+
+
+@given(st.from_regex(r"[0-9]{1,3}(\.[0-9]{1,4}){3}(/[0-9]{1,2})?", fullmatch=True) | st.ip_addresses().map(str))
+def test_what_looks_plain_is_what_the_library_says(text: str):
+    if is_plain_network(text):
+        network = ipaddress.ip_network(text)
+        assert str(network).removesuffix("/32") == text.removesuffix("/32")
 
 
 # ---------------------------------------------------------------------------- the whitelist

@@ -10,18 +10,22 @@ import gc
 import marshal
 import os
 import py_compile
+import random
 import shutil
 import socket
 import subprocess
 import sys
+import time
 import types
 import typing
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests import seam as est
 from tests.fleet import PROGRAM
 from tests.seam import program
 
@@ -95,7 +99,7 @@ def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path
     words = ["-S", "-X", "importtime", str(pyz), "--state", str(tmp_path), "--config", "/dev/null", "status"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
     assert " estelle_updater\n" in done.stderr
-    dear = [name for name in ("typing", "dataclasses", "socket", "asyncio", "inspect") if f" {name}\n" in done.stderr]
+    dear = [name for name in WITHOUT if f" {name}\n" in done.stderr]
     assert not dear, dear
 
     # bytecode of another Python is none: the source is read, as everywhere
@@ -109,6 +113,99 @@ def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path
     done = subprocess.run([sys.executable, *code, other, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "config" in done.stderr, done.stderr
     assert "read estelle_updater.pyc\n" in done.stderr
+
+
+WITHOUT = ("typing", "dataclasses", "socket", "asyncio", "inspect", "argparse", "threading", "urllib.parse", "gettext")
+VALUES = [
+    "all",
+    "121.0.0.7",
+    "blue",
+    "20261122-210501-7f3a",
+    "7f3a",
+    "5",
+    "-1",
+    "2h",
+    "",
+    "list",
+    "--json",
+    "/x",
+    "a b",
+]
+
+
+def blank() -> typing.Any:
+    """The arguments before a command line was read, as `main` has them."""
+    return est.Args(config=None, state=None, bind=None, no_color=False, verbose=False, json=False)
+
+
+def read_by_argparse(argv: list[str]) -> dict[str, typing.Any] | None:
+    """What argparse makes of a command line; None where that is wrong, or no command."""
+    args = blank()
+    try:
+        est.make_parser(argv).parse_args(argv, args)
+    except (est.UsageError, SystemExit):
+        return None
+    return {**vars(args)}
+
+
+def some_lines(chance: random.Random) -> typing.Iterator[list[str]]:
+    """Command lines of the table's words and others, right and wrong."""
+    for command in est.COMMANDS:
+        names = [name for item in (*command.options, *est.GLOBAL_OPTIONS) for name in item.names]
+        words = [name for name in names if name.startswith("-")] + ["--no-such", "--", "--config=/x", "--verb", "-vv"]
+        yield [command.name]
+        for length in [1, 2, 2, 3, 3, 3, 4, 4, 5, 5] * 12:
+            line = [chance.choice(words if chance.random() < 0.4 else VALUES) for _ in range(length)]
+            at = chance.choice([0, 0, 0, chance.randrange(length + 1)])
+            yield [*line[:at], command.name, *line[at:]]
+
+
+def test_a_plain_command_line_is_read_as_argparse_reads_it(capsys: pytest.CaptureFixture[str]):
+    """Whatever it does not take is argparse's to read, or to refuse."""
+    usual = (
+        "status", "--json status", "status -v", "history -n 5", "trigger all master", "plan all master", "logs",
+        "logs last 121.0.0.7 -f", "--config /x --bind 127.0.0.1 trigger --detach all master", "rollback", "health",
+        "freeze market --for 2h", "cancel --yes", "switch standby --dry-run", "watch", "watch pause", "forget vm",
+        "config init --format json", "setup --dry-run", "notify test", "completion bash", "run-job a b",
+    )  # fmt: skip
+    for line in usual:
+        assert est.read_plainly(line.split()) is not None, line
+    taken = 0
+    for argv in [*map(str.split, usual), *some_lines(random.Random(7))]:
+        plain = est.read_plainly(argv)
+        if plain is not None:
+            taken += 1
+            args = blank()
+            vars(args).update(plain)
+            assert vars(args) == read_by_argparse(argv), argv
+    assert taken > 200
+    capsys.readouterr()
+
+
+def test_a_part_is_made_once_whatever_threads_ask():
+    made: list[typing.Any] = []
+
+    def make(of: object) -> object:
+        time.sleep(0.02)
+        made.append(of)
+        return object()
+
+    class Whole:
+        part: typing.Any = est.made_once(make)
+
+    one, other = Whole(), Whole()
+    with ThreadPoolExecutor(8) as threads:
+        assert len({*threads.map(lambda _: id(one.part), range(8))}) == 1
+    assert made == [one] and other.part is not one.part and made == [one, other]
+
+
+def test_the_library_is_whole_for_who_wants_more_of_it(pyz: Path):
+    """For a path's import something stands in that is gone afterwards, unless it is there already."""
+    ask = "from pathlib import Path; import urllib.parse; print(Path('/a b').as_uri(), urllib.parse.quote('ü'))"
+    for code in (f"import estelle_updater; {ask}", f"import urllib.parse as u, estelle_updater; u.quote; {ask}"):
+        env = {**os.environ, "PYTHONPATH": str(pyz)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert (done.stdout, done.stderr) == ("file:///a%20b %C3%BC\n", "")
 
 
 def test_the_end_of_a_daemon_looks_for_no_garbage(pyz: Path):
@@ -163,21 +260,32 @@ def names_asked(code: types.CodeType) -> set[str]:
 
 def test_what_short_commands_do_asks_for_nothing_that_is_set_apart(pyz: Path):
     with zipfile.ZipFile(pyz) as archive:
-        code = marshal.loads(archive.read("estelle_updater.pyc")[16:])
-    packed: dict[str, typing.Any] = {"__name__": "estelle_updater", "__builtins__": builtins}
+        bytecode = archive.read("estelle_updater.pyc")
+    code = marshal.loads(bytecode[16:])
+    loader = SimpleNamespace(bytecode=bytecode)
+    packed: dict[str, typing.Any] = {"__name__": "estelle_updater", "__builtins__": builtins, "__loader__": loader}
     exec(code, packed)
-    for name in ("cmd_trigger", "cmd_status", "cmd_logs", "cmd_plan", "cmd_rollback", "cmd_cancel", "cmd_history"):
-        assert isinstance(packed[name], types.FunctionType), name
-    for name in ("Runner", "Switch", "Setup", "Desk"):
-        assert name not in packed
+    showing, rest = packed["_APART"]
     whole = vars(program).keys()
-    assert names_asked(code) & whole <= packed.keys() | {"__file__"}
+    for names, absent, part in (
+        (("cmd_status", "cmd_plan", "cmd_cancel", "cmd_history"), ("TextView", "Follower", "Runner", "Spawned"), code),
+        (("cmd_trigger", "cmd_logs", "cmd_rollback"), ("Runner", "Switch", "Setup", "Desk", "Spawned"),
+         marshal.loads(bytecode[-rest - showing :])),
+    ):  # fmt: skip
+        if part is not code:
+            packed["_define_apart"](1)
+            assert packed["_APART"] == [rest] and loader.bytecode
+        for name in names:
+            assert isinstance(packed[name], types.FunctionType), name
+        assert not packed.keys() & {*absent}
+        assert names_asked(part) & whole <= packed.keys() | {"__file__"}
     # what reads a field's annotation asks for the names in it
     for rule in [value for value in packed.values() if hasattr(value, "__dataclass_fields__")]:
         for text in vars(rule).get("__annotations__", {}).values():
             asked = names_asked(compile(text, "", "eval")) if isinstance(text, str) else set()
             assert asked & whole <= packed.keys(), (rule, text)
     packed["_define_apart"]()
+    assert packed["_APART"] == [] and loader.bytecode is None
     assert whole - packed.keys() <= {"__cached__", "__doc__", "__file__", "__loader__", "__package__", "__spec__"}
 
 
