@@ -4644,13 +4644,6 @@ def slow_steps_text(jobs: Iterable[JobRecord]) -> str:
     return " · ".join(parts)
 
 
-def order_words(kind: Kind, branch: str) -> str:
-    """What was asked for: `deploy master`, `switch green`; an upgrade has no branch."""
-    if kind is Kind.UPGRADE:
-        return str(kind)
-    return f"{kind} {branch}"
-
-
 def job_summary(job: JobRecord) -> dict[str, Any]:
     """A job's outcome, in the contract's words."""
     return {
@@ -4957,6 +4950,24 @@ def refspecs_to_use(refspecs: Sequence[str], remote: str) -> tuple[str, ...]:
 def is_commit_id(text: str) -> bool:
     """A full commit id, SHA-1 or SHA-256."""
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+
+
+def branch_words(branch: str) -> str:
+    """A branch as people read it: of a full commit id what tells it from others."""
+    if is_commit_id(branch):
+        return branch[:7]
+    return branch
+
+
+def order_words(kind: str, branch: str) -> str:
+    """What was asked for: `deploy master`, `switch to green`, `rollback to 61e06ae`; an upgrade has
+    no branch."""
+    words = branch_words(branch)
+    if kind == Kind.UPGRADE:
+        return str(kind)
+    if kind in (Kind.SWITCH, Kind.ROLLBACK):
+        return f"{kind} to {words}"
+    return f"{kind} {words}"
 
 
 def meant_branch(listed: str, remote: str, branch: str) -> str:
@@ -10406,6 +10417,9 @@ class History:
         remains = self.state.remains.of_jobs(record, jobs)
         jobs += [job for job in remains if job.revision]
         damaged = [job for job in remains if not job.revision]
+        rows = []
+        for job in in_order_of(record, [*jobs, *damaged]):
+            rows.append({**job_summary(job), "ended": job.ended})
         own = self.state.machine_id()
         untold = [job for job in jobs if job.machine == own and job.revision and not job.acked]
         still = time.time_ns() - stamp > INDEX_AFTER_S * 1e9
@@ -10423,7 +10437,7 @@ class History:
             "target": record.target,
             "branch": record.branch,
             "machines": record.machines,
-            "hosts": [job_summary(job) for job in in_order_of(record, [*jobs, *damaged])],
+            "hosts": rows,
         }
 
     # Retention
@@ -10763,7 +10777,10 @@ def find_config(start: Path) -> Path:
         where = f"{start}, nor above it in its work tree {root}"
         # A host that was cloned before the commit that brings the file: its owner stands in the
         # right place, and to be sent elsewhere would help nobody.
-        hint = "git pull, where the commit that brings it is not here yet; or " + hint
+        hint = (
+            "git pull, where the commit that brings it is not here yet; "
+            f"`config init`, where nobody wrote it yet; or {hint}"
+        )
     raise ConfigError(f"no config/updater.json or config/updater.toml in {where}", hint)
 
 
@@ -21150,10 +21167,14 @@ class Handout:
                 "the master does not run from a .pyz, and has none to hand out",
                 "serve from a built one",
             )
-        if (config.updater.sha256 or "").lower() != self.sha256:
-            raise ConfigError(
-                f"{path} does not accept the master's program", accept_hint(self.sha256)
-            )
+        accepted = (config.updater.sha256 or "").lower()
+        if accepted != self.sha256:
+            hint = accept_hint(self.sha256)
+            if accepted:
+                # Most likely the new file is yet to be copied here: to name the old one would undo
+                # what was committed for it.
+                hint = f"put the program that it names in its place, and restart; or {hint}"
+            raise ConfigError(f"{path} does not accept the master's program", hint)
         return {"sha256": self.sha256, "version": __version__}
 
 
@@ -30699,16 +30720,10 @@ class Phases:
 
 def run_title(run: RunRecord) -> str:
     """A run in words: `deploy master on all`."""
-    branch = run.branch
-    if re.fullmatch("[0-9a-f]{40}", branch):
-        branch = branch[:7]
-    if run.kind is Kind.SWITCH:
-        return f"switch to {branch}"
-    if run.kind is Kind.UPGRADE:
-        return f"upgrade on {run.target}"
-    if run.kind is Kind.ROLLBACK:
-        return f"rollback to {branch}"
-    return f"{run.kind} {branch} on {run.target or ', '.join(run.hosts)}"
+    words = order_words(run.kind, run.branch)
+    if run.kind in (Kind.SWITCH, Kind.ROLLBACK):
+        return words
+    return f"{words} on {run.target or ', '.join(run.hosts)}"
 
 
 class Screen:
@@ -31217,7 +31232,8 @@ def run_order(
     if detach:
         view.begin(record) if args.json else say(record.run)
         return 0, []
-    view.notice(f"run {record.run}: {doing}{record.branch} on {', '.join(record.hosts)}")
+    what = f"{doing}{branch_words(record.branch)} on {', '.join(record.hosts)}"
+    view.notice(f"run {record.run}: {what}")
 
     follower = Follower(LinkSource(caller, connection, record.run), view)
     return watch_order(args, record.run, follower)
@@ -31229,7 +31245,7 @@ def run_here(args: Args, order: Submit, doing: str = "") -> int:
     require_own_state(state, args.config_path(), claim=True)
     job = make_local_job(state, order, args.bind)
     start_runner(state, args.config_path(), job).wait()
-    view.notice(f"run {job.run}: {doing}{job.branch} on this host")
+    view.notice(f"run {job.run}: {doing}{branch_words(job.branch)} on this host")
     source = FolderSource(state, job.run, live=True, started=True)
     return watch_order(args, job.run, Follower(source, view))[0]
 
@@ -31352,11 +31368,11 @@ def plan_facts(row: Mapping[str, Any]) -> list[str]:
     if versions and versions not in facts:  # without a version file git's short name stands there
         facts.append(versions)
     if target:
-        facts.append(count_text(row["commits"], "commit"))
-        if row["leaving"] == 1:
-            facts.append("1 commit leaves")
-        elif row["leaving"]:
-            facts.append(f"{row['leaving']} commits leave")
+        # Of a way back only what it takes away counts: "0 commits" beside it says the contrary.
+        if row["commits"] or not row["leaving"]:
+            facts.append(count_text(row["commits"], "commit"))
+        if row["leaving"]:
+            facts.append(f"{count_text(row['leaving'], 'commit')} taken back")
         facts.append(count_text(row["changed_count"], "file"))
         if row["lock_file"]:
             facts.append("the lock file changes")
@@ -31868,12 +31884,10 @@ def history_row(run: Mapping[str, Any], wide: bool) -> TableRow:
 
 def order_text(run: Mapping[str, Any]) -> str:
     """What was asked for: `deploy master on all`."""
-    kind, branch = run["kind"], run["branch"][:40]
-    if kind == Kind.UPGRADE:
-        return str(kind)
-    if kind == Kind.SWITCH:
-        return f"switch to {branch}"
-    return f"{kind} {branch} on {run['target']}"
+    words = order_words(run["kind"], run["branch"][:40])
+    if run["kind"] == Kind.SWITCH:
+        return words
+    return f"{words} on {run['target']}"
 
 
 def stats_table(stats: Iterable[Mapping[str, Any]]) -> str:

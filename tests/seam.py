@@ -325,6 +325,7 @@ from estelle_updater import (
     next_commands as next_commands,
     obstacles_hint as obstacles_hint,
     one_line as one_line,
+    order_text as order_text,
     own_address as own_address,
     own_addresses as own_addresses,
     owner_fix as owner_fix,

@@ -80,7 +80,8 @@ class Lab:
         words = ["sh", "-c", _BOOT, "sh", name, str(self.cgroup), str(base), "" if netns else "--net", *pairs]
         with open(self.console, "wb") as out:
             null = subprocess.DEVNULL
-            argv = ["ip", "netns", "exec", netns, *words] if netns else words
+            # Not `ip netns exec`: its own /sys hides the cgroups
+            argv = ["nsenter", f"--net=/run/netns/{netns}", *words] if netns else words
             argv = ["setpriv", "--pdeathsig", "KILL", *argv]  # a test that is killed takes its lab along
             self._boot = subprocess.Popen(argv, stdin=null, stdout=out, stderr=out, start_new_session=True)
         self.pid = 0

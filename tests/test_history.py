@@ -56,9 +56,11 @@ def test_history_and_logs_with_and_without_the_master(fleet: MakeFleet) -> None:
     assert unknown.err.splitlines()[0] == "estelle-updater: error: no such target: 127.0.0.9"
     assert [line.split(":")[0] for line in unknown.err.splitlines()] == ["estelle-updater", "hint"]
 
+    before = json.loads(one.cli("status", "--json").out)["hosts"]
     one.restart(one.master)
     one.wait_online()
     rows = json.loads(one.cli("status", "--json").out)["hosts"]
+    assert [row["last"] for row in rows] == [row["last"] for row in before] and rows[0]["last"]["ended"]
     assert [(row["last"]["run"], row["last"]["ok"]) for row in rows] == [(first["run"], True), (newest["run"], False)]
     assert "✗ 실패 sh deploy.sh (exit 3)" in one.cli("status").out, "a new commit alone is no success"
 

@@ -308,6 +308,8 @@ def test_rollback_goes_back_one_step_after_the_other(fleet: MakeFleet) -> None:
     back = one.cli("rollback", "--yes")
     assert back.code == 0, back.out + back.err
     assert f"{broken[:7]} never did" in back.err and f"before {broken[:7]} first did" in back.err, "it says why"
+    assert "0 commits" not in back.err and back.err.count("1 commit taken back") == 2
+    assert f": rollback to {commits[3][:7]} on " in back.err, "a full commit id is for programs"
     assert [head(one, host) for host in one.hosts] == [commits[3]] * 2
     assert one.cli("rollback", "--yes").code == 0
     assert [head(one, host) for host in one.hosts] == [commits[2]] * 2, "a rollback is no step forward"
@@ -387,6 +389,11 @@ def test_rollback_asks_at_a_terminal(fleet: MakeFleet) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
         os.close(terminal)
     assert head(one, one.master) == one.origin.first
+
+
+def test_a_commit_id_is_short_for_people() -> None:
+    asked = {"kind": "rollback", "branch": "61e06aea7fd2fe83bd217a71c95bc9fa0cca6afd", "target": "all"}
+    assert est.order_text(asked) == "rollback to 61e06ae on all"
 
 
 @given(st.lists(st.sampled_from("abcd"), max_size=8), st.sampled_from("abcde"))

@@ -205,6 +205,11 @@ def test_the_line_for_a_new_host(fleet: MakeFleet, pyz: Path, tmp_path: Path) ->
     config.write_text(json.dumps(settings | {"updater": {"sha256": "0" * 64}}))
     refused = type_in(clone)
     assert refused.code == 1 and f"{sha256} is not the checksum in config/updater.json" in refused.err
+    good = one.master.config.read_text()
+    one.master.config.write_text(config.read_text())
+    old = wait_for(lambda: asked if "not accept" in (asked := one.cli("upgrade")).err else None, "the master reads it")
+    assert old.code == 2 and "hint: put the program that it names in its place" in old.err
+    one.master.config.write_text(good)
     assert refused.out == "" and not written()
     config.unlink()
     assert type_in(clone).code == 1 and not written(), "no configuration"
