@@ -740,6 +740,7 @@ LARGE_FEATURE = "large chunks"  # who takes log bytes in frames of LARGE_CHUNK_B
 LIST_FEATURE = "lists"  # who takes several messages in one frame
 BARE_FEATURE = "bare deflate"  # who takes deflated log bytes without a checksum of their own
 LOG_POKE = b"l"  # what a runner pokes its daemon with where only a log is to be looked at
+STEP_POKE = b"s"  # the same, and where a record is to be looked at within UNSAID_S
 FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE, BARE_FEATURE)
 COMMANDER_FEATURES: tuple[str, ...] = (LARGE_FEATURE, LIST_FEATURE)
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
@@ -13212,15 +13213,19 @@ class Progress:
                 fields[name] = mask_words(fields[name], self.hidden)
         self.job = replace(self.job, **fields)
 
-    def save(self, *, durable: bool = False, **fields: Any) -> bool:
-        """Replace the job's record by its next revision; False where the disk does not take it."""
+    def save(self, *, durable: bool = False, can_wait: bool = False, **fields: Any) -> bool:
+        """Replace the job's record by its next revision; False where the disk does not take it.
+        `can_wait`: whoever watches may hear of it with what comes next, if that comes soon."""
         self.change(revision=self.job.revision + 1, **fields)
         self.unsaid_since = float("inf")
         try:
             self.state.save_job(self.job, durable=durable)
         except OSError:
             return False
-        self.poke()
+        if can_wait:
+            self.poke(STEP_POKE)
+        else:
+            self.poke()
         return True
 
     def begin(self, label: str, kind: str = "", *, at_once: bool = False) -> None:
@@ -13320,7 +13325,8 @@ class Runner(Progress):
         started = job.started
         if started is None:  # else a runner before this one began
             started, self.began = time.time(), time.monotonic()
-        if not self.save(durable=True, state=State.RUNNING, started=started):
+        begun = {"state": State.RUNNING, "started": started}
+        if not self.save(durable=True, can_wait=True, **begun):
             return 1  # the disk is full: a job that is not known to run would be run again
         self.perform()
         self.last_act()
@@ -13416,7 +13422,7 @@ class Runner(Progress):
                 self.repo,
                 env,
                 mark=mark,
-                tell=lambda pipe: self.save(pipe=pipe, began_command=begins),
+                tell=lambda pipe: self.save(can_wait=not begins, pipe=pipe, began_command=begins),
             )
         except UpdaterError as problem:
             self.change(began_command=had_begun)
@@ -20043,6 +20049,8 @@ class OwnJobs:
         if stamp == self.current_stamp:
             return
         current = self.state.current()
+        if current in self.jobs:  # it was ordered, and is known without a look at its record
+            self.current = current
         if current in (self.current, ("", "")):
             self.current_stamp = stamp
             return
@@ -20215,6 +20223,7 @@ class OwnJobs:
     def start_runner(self, record: JobRecord) -> None:
         job = self.jobs[record.run, record.host]
         job.launched, job.launches = time.monotonic(), job.launches + 1
+        job.looked = job.launched  # it has only been started: nobody need ask now whether it lives
         # an upgrade's runner comes from the file that it may have to put back
         quick = job.launches == 1 and record.kind is not Kind.UPGRADE
         if quick and self.nursery.order(record):
@@ -26537,13 +26546,16 @@ class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # ty
     def __init__(self, own: OwnJobs) -> None:
         self._own = own
         self._poked_at = 0.0  # monotonic
+        self._later: asyncio.TimerHandle | None = None  # the look at what could wait
 
     def connection_made(self, transport: Any) -> None: ...
     def connection_lost(self, problem: Exception | None) -> None: ...
     def error_received(self, problem: Exception) -> None: ...
     def datagram_received(self, data: bytes, address: Any) -> None:
-        """A line goes on its way at once; what else there may be to see waits for its turn. In a
-        flood the lines wait as well, and go together."""
+        """A line goes on its way at once; what else there may be to see waits for its turn, and a
+        step's begin for what comes soon: each record that is told is a message to the master, a
+        file there and a message to each watcher. In a flood the lines wait as well, and go
+        together."""
         own, now = self._own, time.monotonic()
         if now - self._poked_at > FLOOD_LOOK_S:
             own.grown_bytes = 0
@@ -26552,8 +26564,22 @@ class PokeReceiver(asyncio.DatagramProtocol if TYPE_CHECKING else object):  # ty
         if not is_flooded:
             for job in own.active():
                 own.check_size(job)
-        if is_flooded or data != LOG_POKE:
-            own.poked.set()
+        if data == STEP_POKE:
+            self._look_later()
+        elif is_flooded or data != LOG_POKE:
+            self._look()
+
+    def _look_later(self) -> None:
+        if self._later is None:
+            loop = asyncio.get_running_loop()
+            self._later = loop.call_later(UNSAID_S, self._look)
+
+    def _look(self) -> None:
+        """Have the records looked at, and so whatever could wait until now."""
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        self._own.poked.set()
 
 
 class Supervisor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import seam as est
 from tests.commands import COMMAND, GATED, detach, job_of, open_gate, running, wait_state, write_script
 from tests.fleet import Fleet, Host, processes_of, wait_for
 
@@ -51,3 +53,43 @@ def test_runners_come_from_the_nursery_and_do_without_it(fleet: Callable[..., Fl
     assert host.process
     host.process.kill()
     wait_for(lambda: not running(second), "a nursery ends with its daemon")
+
+
+class Jobs:
+    """Of a daemon that has none: what a poke has it do is all there is to see."""
+
+    grown_bytes = 0
+    active = list
+
+    def __init__(self) -> None:
+        self.poked = asyncio.Event()
+
+    async def are_looked_at(self) -> bool:
+        """Whether the records are, before long."""
+        try:
+            await asyncio.wait_for(self.poked.wait(), 2 * est.UNSAID_S)
+        except TimeoutError:
+            return False
+        self.poked.clear()
+        return True
+
+
+async def try_pokes() -> None:
+    jobs = Jobs()
+    receiver = est.PokeReceiver(jobs)  # type: ignore[arg-type]
+    receiver.datagram_received(est.LOG_POKE, None)
+    assert not await jobs.are_looked_at(), "a line is all that is new"
+    for _ in range(3):
+        receiver.datagram_received(est.STEP_POKE, None)
+    assert not jobs.poked.is_set(), "a step's begin waits for what comes soon"
+    assert await jobs.are_looked_at()
+    assert not await jobs.are_looked_at(), "all of them by one look"
+    receiver.datagram_received(est.STEP_POKE, None)
+    receiver.datagram_received(b"!", None)
+    assert jobs.poked.is_set(), "a result does not wait"
+    jobs.poked.clear()
+    assert not await jobs.are_looked_at(), "that look has seen the step too"
+
+
+def test_steps_that_begin_in_one_moment_are_told_together():
+    asyncio.run(try_pokes())
