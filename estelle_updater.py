@@ -231,6 +231,7 @@ _LAZY_NAMES = (
     "asyncio",
     "base64",
     "binascii",
+    "bisect",
     "calendar",
     "copy",
     "csv",
@@ -270,6 +271,7 @@ if TYPE_CHECKING:
     import asyncio
     import base64
     import binascii
+    import bisect
     import calendar
     import copy
     import csv
@@ -780,6 +782,8 @@ JOB_WARNINGS, JOB_WARNING_CHARS = 50, 2000
 # of any text and any list in an answer of a host, which is a row among those of all others
 ANSWER_CHARS, ANSWER_ROWS, CHECK_NAME_CHARS = 4000, 500, 200
 LAST_MOMENT = 32_503_680_000.0  # the year 3000: no clock and no calendar shows what is beyond it
+TOLD_EACH = 10  # lines of one kind about a new configuration
+WORDS_CHARS = 1000  # of a command or another setting, as one commit has it
 NAME_CHARS = 300  # of one of several names in a sentence
 SETTING_CHARS = 100  # of a wrong one, as it is shown
 LAST_LINE_BYTES = 300  # of what a silent step said last
@@ -1000,15 +1004,18 @@ MOVE_LOOK_S = (2.0, 5.0)  # between two looks whether the master that masterUrl 
 def few_text(names: Sequence[str], most: int = 10) -> str:
     """Some of many names, each of some length: `a, b and 7 more`. Whoever may commit or call can
     name thousands, and what else there is to read would be far above them."""
-    shown = []
-    for name in names[:most]:
-        if len(name) > NAME_CHARS:
-            name = name[:NAME_CHARS] + "…"
-        shown.append(name)
+    shown = [begin_text(name, NAME_CHARS) for name in names[:most]]
     more = ""
     if len(names) > most:
         more = f" and {len(names) - most} more"
     return ", ".join(shown) + more
+
+
+def begin_text(text: str, most: int) -> str:
+    """The text, or its beginning and how much of it is not shown: nothing is hidden that way."""
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}… and {count_text(len(text) - most, 'character')} more"
 
 
 def count_text(count: float, word: str) -> str:
@@ -1319,28 +1326,43 @@ class Opening(NamedTuple):
     is_wide: bool  # more addresses than a /16 (IPv4) or a /32 (IPv6) has
 
 
-def compare_networks(old: Iterable[str], new: Iterable[str]) -> Opening:
-    """What `new` lets in beyond `old`: counted by addresses, as two halves are a whole."""
-    opened, wide = [], False
+def compare_networks(old: Iterable[str], new: Iterable[str]) -> tuple[Opening, Opening]:
+    """What `new` lets in beyond `old`, and what it shuts out: counted by addresses, as two halves
+    are a whole."""
     # Collapsed, or splitting one entry into its two halves would be reported as opening both.
-    for version, most in ((4, 1 << 16), (6, 1 << 96)):
-        had, has = (
-            list(ipaddress.collapse_addresses(_networks_of(entries, version)))
-            for entries in (old, new)
-        )
+    was, is_now = _collapse(old), _collapse(new)
+    return _beyond(was, is_now), _beyond(is_now, was)
+
+
+_WIDE = {4: 1 << 16, 6: 1 << 96}  # addresses, by version
+
+
+def _collapse(entries: Iterable[str]) -> dict[int, list[Any]]:
+    """The networks of a list by their version, in order and none within another."""
+    by_version: dict[int, list[Any]] = {version: [] for version in _WIDE}
+    for network in map(parse_network, entries):
+        by_version[network.version].append(network)
+    return {key: list(ipaddress.collapse_addresses(some)) for key, some in by_version.items()}
+
+
+def _beyond(was: Mapping[int, list[Any]], is_now: Mapping[int, list[Any]]) -> Opening:
+    """What is let in now and was not. Each network is looked up: lists of some thousand addresses
+    that a commit replaces would take an hour in pairs."""
+    opened, wide = [], False
+    for version, most in _WIDE.items():
+        had = was[version]
+        starts = [int(one.network_address) for one in had]
         count = 0
-        for network in has:
-            if any(network.subnet_of(one) for one in had):
+        for network in is_now[version]:
+            begin, end = int(network.network_address), int(network.broadcast_address)
+            after = bisect.bisect_right(starts, begin)
+            if after and int(had[after - 1].broadcast_address) >= end:
                 continue
             opened.append(str(network))
-            known = sum(one.num_addresses for one in had if one.subnet_of(network))
-            count += network.num_addresses - known
+            within = had[bisect.bisect_left(starts, begin) : bisect.bisect_right(starts, end)]
+            count += network.num_addresses - sum(one.num_addresses for one in within)
         wide |= count > most
     return Opening(tuple(map(_network_text, opened)), wide)
-
-
-def _networks_of(entries: Iterable[str], version: int) -> list[Any]:
-    return [one for one in map(parse_network, entries) if one.version == version]
 
 
 def _network_text(text: str) -> str:
@@ -2954,7 +2976,7 @@ def who_commands(config: Config) -> str:
     """Who may give orders to the fleet, for people."""
     if not config.commanders:
         return "every host of the whitelist may command"
-    return f"only these may command: {', '.join(config.commanders)}, and the master's own host"
+    return f"only these may command: {few_text(config.commanders)}, and the master's own host"
 
 
 @record(frozen=True, kw_only=True)
@@ -3030,7 +3052,7 @@ def compare_doors(old: Config, new: Config) -> list[Change]:
     )
     names = sorted(set(new.server_names) - set(old.server_names))
     if names:
-        changes.append(Change(f"serverNames: answers as {', '.join(names)} too"))
+        changes.append(Change(f"serverNames: answers as {few_text(names)} too"))
     if old.token_file != new.token_file:
         dropped = new.token_file is None
         if dropped:
@@ -3046,33 +3068,49 @@ def compare_doors(old: Config, new: Config) -> list[Change]:
         program = (new.updater.sha256 or "none")[:12]
         changes.append(Change(f"updater.sha256: `upgrade` may install {program}"))
     changes += _compare_receivers(old.notify, new.notify)
-    for window in old.freeze:
-        if window not in new.freeze:
-            changes.append(Change(f"freeze {window.name}: no longer holds as it did"))
-    for watch in new.watch:
-        if watch not in old.watch:
-            changes.append(Change(f"watch: {watch.then}s {watch.branch} on {watch.target}"))
+    ended = [window.name for window in _lacking(old.freeze, new.freeze)]
+    changes += _tell_each("freeze {}: no longer holds as it did", ended)
+    changes += _tell_each("watch: {}", map(_watch_text, _lacking(new.watch, old.watch)))
     return changes
+
+
+def _tell_each(form: str, texts: Iterable[str]) -> Iterator[Change]:
+    """A line for each of some, in place of `{}` in `form`; of thousands, that there are more: what
+    else changes would not be seen among them."""
+    told = list(texts)
+    for text in told[:TOLD_EACH]:
+        yield Change(form.format(begin_text(text, WORDS_CHARS)))
+    more = len(told) - TOLD_EACH
+    if more > 0:
+        yield Change(form.format(f"{more} more"))
+
+
+def _lacking(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Those of some rules that are none of others."""
+    known = set(others)
+    return [one for one in some if one not in known]
+
+
+def _watch_text(watch: WatchRule) -> str:
+    return f"{watch.then}s {watch.branch} on {watch.target}"
 
 
 def _compare_list(
     key: str, opens: str, closes: str, old: Sequence[str], new: Sequence[str]
 ) -> Iterator[Change]:
     """What a list lets in and shuts out now, a line each."""
-    opened, closed = compare_networks(old, new), compare_networks(new, old)
+    opened, closed = compare_networks(old, new)
     if opened.networks:
-        yield Change(f"{key}: {opens} {', '.join(opened.networks)}", opened.is_wide)
+        yield Change(f"{key}: {opens} {few_text(opened.networks)}", opened.is_wide)
     if closed.networks:
-        yield Change(f"{key}: {closes} {', '.join(closed.networks)}")
+        yield Change(f"{key}: {closes} {few_text(closed.networks)}")
 
 
 def _compare_receivers(old: Sequence[NotifyRule], new: Sequence[NotifyRule]) -> Iterator[Change]:
     """Who is told and who is no longer; two webhooks at one service count as two."""
     before, after = Counter(map(_receiver_text, old)), Counter(map(_receiver_text, new))
-    for receiver in after - before:
-        yield Change(f"notify: tells {receiver} too")
-    for receiver in before - after:
-        yield Change(f"notify: tells {receiver} no longer")
+    yield from _tell_each("notify: tells {} too", after - before)
+    yield from _tell_each("notify: tells {} no longer", before - after)
 
 
 def _receiver_text(rule: NotifyRule) -> str:
@@ -3102,14 +3140,16 @@ def compare_commands(
         if was.env.get(name) != value:  # one that is gone gives nobody's command a value
             variables.append(name)
     if variables:
-        yield Change(f"env: other values of {', '.join(sorted(variables))}")
-    known = [rule.command for rule in old.health if rule.command]
+        yield Change(f"env: other values of {few_text(sorted(variables))}")
+    known = {rule.command for rule in old.health}
+    runs = []
     for rule in new.health:
         if rule.command and rule.command not in known:
-            yield Change(f"health {rule.name}: runs {_words_text(rule.command)}")
+            runs.append(f"{rule.name}: runs {_words_text(rule.command)}")
+    yield from _tell_each("health {}", runs)
     masked = sorted(set(was.secrets) - set(is_now.secrets))
     if masked:
-        yield Change(f"secrets: no longer masks {', '.join(masked)}")
+        yield Change(f"secrets: no longer masks {few_text(masked)}")
     if old.haproxy and not new.haproxy:
         yield Change("haproxy: nobody switches the traffic any more")
     for key in ("reload", "host", "files", "backend", "servers", "socket", "master_socket"):
@@ -3141,38 +3181,35 @@ def compare_rest(old: Config, new: Config) -> Iterator[Change]:
     )
     if kept:
         yield Change(f"keep: {kept}")
-    known = [window.name for window in old.freeze]  # what holds otherwise is a door's to tell
-    for window in new.freeze:
-        if window.name not in known:
-            yield Change(f"freeze {window.name}: holds orders")
-    for watch in old.watch:
-        if watch not in new.watch:
-            text = f"no longer {watch.then}s {watch.branch} on {watch.target} as it did"
-            yield Change(f"watch: {text}")
+    known = {window.name for window in old.freeze}  # what holds otherwise is a door's to tell
+    holds = [window.name for window in new.freeze if window.name not in known]
+    yield from _tell_each("freeze {}: holds orders", holds)
+    gone = _lacking(old.watch, new.watch)
+    yield from _tell_each("watch: no longer {} as it did", map(_watch_text, gone))
     names = sorted(set(old.server_names) - set(new.server_names))
     if names:
-        yield Change(
-            f"serverNames: answers no longer as {', '.join(names)}",
-        )
+        yield Change(f"serverNames: answers no longer as {few_text(names)}")
 
 
 def _compare_checks(old: Sequence[HealthRule], new: Sequence[HealthRule]) -> Iterator[Change]:
     """The health checks: what each that stays asks for now, then those that come and go."""
     before = {rule.name: rule for rule in old}
     after = {rule.name: rule for rule in new}
+    others = []
     for name, rule in after.items():
         former = before.get(name)
         if former and former != rule:
-            yield Change(f"health {name}: {_compare_fields(former, rule)}")
+            others.append(f"{name}: {_compare_fields(former, rule)}")
+    yield from _tell_each("health {}", others)
     comes = [f"{name} ({after[name].kind})" for name in after if name not in before]
     goes = [name for name in before if name not in after]
     if comes:
         yield Change(
-            f"health: checks {', '.join(comes)} too",
+            f"health: checks {few_text(comes)} too",
         )
     if goes:
         yield Change(
-            f"health: no longer checks {', '.join(goes)}",
+            f"health: no longer checks {few_text(goes)}",
         )
 
 
@@ -3196,14 +3233,14 @@ def key_text(name: str) -> str:
 def _words_text(value: Any) -> str:
     """A command or another setting for people; a list of commands too."""
     if isinstance(value, tuple | list):
-        return " ".join(map(_words_text, value)) or "nothing"
+        value = " ".join(map(_words_text, value))
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict):
-        return " ".join(f"{key}={part}" for key, part in value.items())
-    return str(value or "nothing")
+        value = " ".join(f"{key}={part}" for key, part in value.items())
+    return begin_text(str(value or "nothing"), WORDS_CHARS)
 
 
 def owners_of_name(config: Config, name: str) -> set[str]:

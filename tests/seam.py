@@ -244,6 +244,7 @@ from estelle_updater import (
     client_tls as client_tls,
     compare_commands as compare_commands,
     compare_doors as compare_doors,
+    compare_networks as compare_networks,
     compare_rest as compare_rest,
     concerns_master as concerns_master,
     config_keys as config_keys,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import tomllib
 from typing import Any
 
@@ -945,3 +946,40 @@ def test_what_a_new_configuration_changes_in_guards_and_traffic(more: dict[str, 
     runs = est.compare_commands(old, new, "203.0.113.7", "h", est.Role.AGENT)
     rest = est.compare_rest(old, new)
     assert [change.text for change in (*doors, *runs, *rest)] == ([told] if told else [])
+
+
+def test_thousands_of_changes_hide_none_of_another_kind() -> None:
+    """A commit names as many receivers, windows and checks as have room in 1 MiB; what runs stands among them."""
+    many = 3000
+    flood = {
+        "whitelist": ["203.0.113.7"] + [f"10.{number >> 8}.{number & 255}.1" for number in range(many)],
+        "serverNames": [f"n{number}.example" for number in range(many)],
+        "notify": [{"url": f"https://n{number}.example/", "format": "json"} for number in range(many)],
+        "freeze": [{"name": f"f{number}", "days": "mon", "from": "01:00", "to": "02:00"} for number in range(many)],
+        "watch": [{"branch": f"b{number}", "target": "all"} for number in range(many)],
+        "health": [{"name": f"h{number}", "command": ["true", str(number)]} for number in range(many)],
+        "hosts": {"203.0.113.7": {"env": {f"V{number}": "x" for number in range(many)} | {"W" * 5000: "x"}}},
+        "deploy": {"command": ["evil", *["word"] * many]},
+    }
+    old, new = (est.parse_config(json.dumps(data), "x", "json") for data in (DOORS, {**DOORS, **flood}))
+    for before, after in ((old, new), (new, old)):
+        doors = est.compare_doors(before, after)
+        runs = est.compare_commands(before, after, "203.0.113.7", "h", est.Role.AGENT)
+        told = [change.text for change in (*doors, *runs, *est.compare_rest(before, after))]
+        assert sum(map(len, told)) < 20_000 and len(told) < 80, [text[:80] for text in told]
+        assert sum(text.endswith(" more") or "more:" in text or " more " in text for text in told) >= 5, told
+        assert [text for text in told if text.startswith("command: ") and "evil" in text]
+    assert any(text.startswith("command: ") and "characters more" in text for text in told)
+
+
+def test_a_list_that_is_replaced_is_compared_at_once() -> None:
+    some, others = ([f"10.{net}.{n >> 8}.{n & 255}" for n in range(0, 12000, 2)] for net in (1, 2))
+    began = time.process_time()
+    opened, closed = est.compare_networks([*some, "10.3.0.0/16"], [*others, "10.3.7.0/24", "10.0.0.0/9"])
+    assert time.process_time() - began < 10, "in pairs it took minutes"
+    assert opened == (("10.0.0.0/9",), True)
+    assert not closed.networks, "all of it is within the new ones"
+    opened, closed = est.compare_networks(some, others)
+    assert len(opened.networks) == len(closed.networks) == 6000 and not opened.is_wide
+    opened, _ = est.compare_networks(["2001:db8::/33", "2001:db8:8000::/33"], ["2001:db8::/32", "::ffff:10.0.0.1"])
+    assert opened.networks == ("10.0.0.1",), "two halves are a whole"
