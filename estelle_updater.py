@@ -1330,8 +1330,11 @@ def compare_networks(old: Iterable[str], new: Iterable[str]) -> tuple[Opening, O
     """What `new` lets in beyond `old`, and what it shuts out: counted by addresses, as two halves
     are a whole."""
     # Collapsed, or splitting one entry into its two halves would be reported as opening both.
-    was, is_now = _collapse(old), _collapse(new)
-    return _beyond(was, is_now), _beyond(is_now, was)
+    was = _collapse(old)
+    is_now = _collapse(new)
+    opened = _beyond(was, is_now)
+    closed = _beyond(is_now, was)
+    return opened, closed
 
 
 _WIDE = {4: 1 << 16, 6: 1 << 96}  # addresses, by version
@@ -1339,30 +1342,42 @@ _WIDE = {4: 1 << 16, 6: 1 << 96}  # addresses, by version
 
 def _collapse(entries: Iterable[str]) -> dict[int, list[Any]]:
     """The networks of a list by their version, in order and none within another."""
-    by_version: dict[int, list[Any]] = {version: [] for version in _WIDE}
-    for network in map(parse_network, entries):
+    by_version: dict[int, list[Any]] = {
+        4: [],
+        6: [],
+    }
+    for entry in entries:
+        network = parse_network(entry)
         by_version[network.version].append(network)
-    return {key: list(ipaddress.collapse_addresses(some)) for key, some in by_version.items()}
+    for version, some in by_version.items():
+        collapsed = ipaddress.collapse_addresses(some)
+        by_version[version] = list(collapsed)
+    return by_version
 
 
 def _beyond(was: Mapping[int, list[Any]], is_now: Mapping[int, list[Any]]) -> Opening:
     """What is let in now and was not. Each network is looked up: lists of some thousand addresses
     that a commit replaces would take an hour in pairs."""
-    opened, wide = [], False
+    opened = []
+    wide = False
     for version, most in _WIDE.items():
         had = was[version]
-        starts = [int(one.network_address) for one in had]
+        starts = [one.network_address for one in had]
         count = 0
         for network in is_now[version]:
-            begin, end = int(network.network_address), int(network.broadcast_address)
+            begin = network.network_address
+            end = network.broadcast_address
             after = bisect.bisect_right(starts, begin)
-            if after and int(had[after - 1].broadcast_address) >= end:
+            if after and had[after - 1].broadcast_address >= end:
                 continue
-            opened.append(str(network))
-            within = had[bisect.bisect_left(starts, begin) : bisect.bisect_right(starts, end)]
-            count += network.num_addresses - sum(one.num_addresses for one in within)
+            opened.append(_network_text(str(network)))
+            count += network.num_addresses
+            first = bisect.bisect_left(starts, begin)
+            last = bisect.bisect_right(starts, end)
+            for known in had[first:last]:
+                count -= known.num_addresses
         wide |= count > most
-    return Opening(tuple(map(_network_text, opened)), wide)
+    return Opening(tuple(opened), wide)
 
 
 def _network_text(text: str) -> str:
@@ -3068,9 +3083,16 @@ def compare_doors(old: Config, new: Config) -> list[Change]:
         program = (new.updater.sha256 or "none")[:12]
         changes.append(Change(f"updater.sha256: `upgrade` may install {program}"))
     changes += _compare_receivers(old.notify, new.notify)
-    ended = [window.name for window in _lacking(old.freeze, new.freeze)]
-    changes += _tell_each("freeze {}: no longer holds as it did", ended)
-    changes += _tell_each("watch: {}", map(_watch_text, _lacking(new.watch, old.watch)))
+    ended = _lacking(old.freeze, new.freeze)
+    changes += _tell_each(
+        "freeze {}: no longer holds as it did",
+        [window.name for window in ended],
+    )
+    begun = _lacking(new.watch, old.watch)
+    changes += _tell_each(
+        "watch: {}",
+        map(_watch_text, begun),
+    )
     return changes
 
 
@@ -3079,10 +3101,12 @@ def _tell_each(form: str, texts: Iterable[str]) -> Iterator[Change]:
     else changes would not be seen among them."""
     told = list(texts)
     for text in told[:TOLD_EACH]:
-        yield Change(form.format(begin_text(text, WORDS_CHARS)))
+        short = begin_text(text, WORDS_CHARS)
+        yield Change(form.format(short))
     more = len(told) - TOLD_EACH
     if more > 0:
-        yield Change(form.format(f"{more} more"))
+        rest = f"{more} more"
+        yield Change(form.format(rest))
 
 
 def _lacking(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
@@ -3109,8 +3133,14 @@ def _compare_list(
 def _compare_receivers(old: Sequence[NotifyRule], new: Sequence[NotifyRule]) -> Iterator[Change]:
     """Who is told and who is no longer; two webhooks at one service count as two."""
     before, after = Counter(map(_receiver_text, old)), Counter(map(_receiver_text, new))
-    yield from _tell_each("notify: tells {} too", after - before)
-    yield from _tell_each("notify: tells {} no longer", before - after)
+    yield from _tell_each(
+        "notify: tells {} too",
+        after - before,
+    )
+    yield from _tell_each(
+        "notify: tells {} no longer",
+        before - after,
+    )
 
 
 def _receiver_text(rule: NotifyRule) -> str:
@@ -3145,8 +3175,12 @@ def compare_commands(
     runs = []
     for rule in new.health:
         if rule.command and rule.command not in known:
-            runs.append(f"{rule.name}: runs {_words_text(rule.command)}")
-    yield from _tell_each("health {}", runs)
+            words = _words_text(rule.command)
+            runs.append(f"{rule.name}: runs {words}")
+    yield from _tell_each(
+        "health {}",
+        runs,
+    )
     masked = sorted(set(was.secrets) - set(is_now.secrets))
     if masked:
         yield Change(f"secrets: no longer masks {few_text(masked)}")
@@ -3185,7 +3219,10 @@ def compare_rest(old: Config, new: Config) -> Iterator[Change]:
     holds = [window.name for window in new.freeze if window.name not in known]
     yield from _tell_each("freeze {}: holds orders", holds)
     gone = _lacking(old.watch, new.watch)
-    yield from _tell_each("watch: no longer {} as it did", map(_watch_text, gone))
+    yield from _tell_each(
+        "watch: no longer {} as it did",
+        map(_watch_text, gone),
+    )
     names = sorted(set(old.server_names) - set(new.server_names))
     if names:
         yield Change(f"serverNames: answers no longer as {few_text(names)}")
@@ -3199,8 +3236,12 @@ def _compare_checks(old: Sequence[HealthRule], new: Sequence[HealthRule]) -> Ite
     for name, rule in after.items():
         former = before.get(name)
         if former and former != rule:
-            others.append(f"{name}: {_compare_fields(former, rule)}")
-    yield from _tell_each("health {}", others)
+            differs = _compare_fields(former, rule)
+            others.append(f"{name}: {differs}")
+    yield from _tell_each(
+        "health {}",
+        others,
+    )
     comes = [f"{name} ({after[name].kind})" for name in after if name not in before]
     goes = [name for name in before if name not in after]
     if comes:
@@ -3233,7 +3274,8 @@ def key_text(name: str) -> str:
 def _words_text(value: Any) -> str:
     """A command or another setting for people; a list of commands too."""
     if isinstance(value, tuple | list):
-        value = " ".join(map(_words_text, value))
+        words = map(_words_text, value)
+        value = " ".join(words)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
