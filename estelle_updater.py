@@ -22992,8 +22992,12 @@ def freeze_span(rule: FreezeRule, now: float) -> tuple[float, float] | None:
             to_s += DAY_S
         begins = midnight + datetime.timedelta(seconds=rule.from_s)  # by the zone's clock
         ends = midnight + datetime.timedelta(seconds=to_s)
-        if now < ends.timestamp():
-            return begins.timestamp(), ends.timestamp()
+        # Where the clocks are set, an edge is none, or comes twice: a window holds rather too long
+        # than that it lets somebody through, or has no time at all.
+        begins_s = min(begins.replace(fold=fold).timestamp() for fold in (0, 1))
+        ends_s = max(ends.replace(fold=fold).timestamp() for fold in (0, 1))
+        if now < ends_s:
+            return begins_s, ends_s
     return None
 
 

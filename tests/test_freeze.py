@@ -39,6 +39,10 @@ def rule(days: str = "mon-sun", begin: str = "09:00", end: str = "15:30", zone: 
         (rule("sun", "01:00", "04:00", "Europe/Berlin"), "2026-03-29 01:30", "2026-03-29 00:00", "2026-03-29 02:00"),
         (rule("sun", "01:00", "04:00", "Europe/Berlin"), "2026-10-25 01:30", "2026-10-24 23:00", "2026-10-25 03:00"),
         (rule("sun", "00:00", "24:00", "Europe/Berlin"), "2026-10-25 22:30", "2026-10-24 22:00", "2026-10-25 23:00"),
+        # edges within the hour that is none, and the one that comes twice: rather too long than open
+        (rule("sun", "02:30", "03:30", "Europe/Berlin"), "2026-03-29 01:15", "2026-03-29 00:30", "2026-03-29 01:30"),
+        (rule("sun", "02:00", "02:30", "Europe/Berlin"), "2026-10-25 01:15", "2026-10-25 00:00", "2026-10-25 01:30"),
+        (rule("sun", "01:30", "02:30", "Europe/Berlin"), "2026-10-25 01:15", "2026-10-24 23:30", "2026-10-25 01:30"),
     ],
 )
 def test_when_a_window_holds(window: est.FreezeRule, now: str, begins: str, ends: str) -> None:
