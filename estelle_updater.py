@@ -33774,33 +33774,68 @@ def completion_words() -> dict[str, list[str]]:
     return words
 
 
+def completion_values() -> dict[str, list[str]]:
+    """What may follow each option that takes a value of a few, or a file: then the list is
+    empty."""
+    options = list(GLOBAL_OPTIONS)
+    for command in COMMANDS:
+        options += command.options
+    values = {}
+    for item in options:
+        is_file = item.settings.get("metavar") in ("FILE", "DIR")
+        choices = list(item.settings.get("choices", ()))
+        for name in item.names:
+            if name.startswith("-") and (choices or is_file):
+                values[name] = choices
+    return values
+
+
+def render_fish_completion() -> str:
+    """The completion script of fish."""
+    lines = []
+    for program in COMPLETED:
+        complete = f"complete -c {program}"
+        for command in COMMANDS:
+            if not command.hidden:
+                told = f"-a {command.name} -d {json.dumps(command.help)}"
+                lines.append(f"{complete} -n __fish_use_subcommand -f {told}")
+        for name, words in completion_words().items():
+            under = f"-n '__fish_seen_subcommand_from {name}'"
+            if name:  # -f: fish would mix in the folder's files, and hardly a word here is one
+                lines.append(f"{complete} {under} -f -a '{' '.join(words)}'")
+        for name, choices in completion_values().items():
+            option = f"-s {name[1:]}"
+            if name.startswith("--"):
+                option = f"-l {name[2:]}"
+            value = "-r -F"
+            if choices:
+                value = f"-x -a '{' '.join(choices)}'"
+            lines.append(f"{complete} {option} {value}")
+    return "\n".join(lines)
+
+
 def render_completion(shell: str) -> str:
     """The completion script of a shell, from the command table."""
-    words = completion_words()
-    names = [name for name in words if name]
     if shell == "fish":
-        lines = []
-        for program in COMPLETED:
-            for command in COMMANDS:
-                if not command.hidden:
-                    told = f"-a {command.name} -d {json.dumps(command.help)}"
-                    lines.append(f"complete -c {program} -n __fish_use_subcommand -f {told}")
-            for name in names:
-                under = f"-n '__fish_seen_subcommand_from {name}'"
-                lines.append(f"complete -c {program} {under} -a '{' '.join(words[name])}'")
-        return "\n".join(lines)
-    cases = [f"    {name}) words='{' '.join(words[name])}' ;;" for name in names]
-    bash = shell == "bash"
+        return render_fish_completion()
+    words = completion_words()
+    cases = []
+    for name, own in words.items():
+        if name:
+            cases.append(f"    {name}) offer='{' '.join(own)}' ;;")
+    after = []
+    for name, choices in completion_values().items():
+        after.append(f"    {name}) offer='{' '.join(choices)}' ;;")
     # a shell's arrays count from 0 or 1; the word under the cursor is not looked at
-    typed = "${words[@]:1:$((CURRENT-2))}"
-    if bash:
-        typed = "${COMP_WORDS[@]:1:COMP_CWORD-1}"
-    offer = 'COMPREPLY=($(compgen -W "$offer" -- "${COMP_WORDS[COMP_CWORD]}"))'
-    if not bash:
-        offer = "compadd -- ${=offer}"
-    cases = [case.replace("words=", "offer=") for case in cases]
+    typed, last = "${words[@]:1:$((CURRENT-2))}", "${words[CURRENT-1]}"
+    offer = "compadd -- ${=offer}"
+    # an empty offer is a file's place, which bash itself completes
+    files = '[ -n "$offer" ] || { _files; return; }'
     head = "compdef _estelle_updater"
-    if bash:
+    if shell == "bash":
+        typed, last = "${COMP_WORDS[@]:1:COMP_CWORD-1}", "${COMP_WORDS[COMP_CWORD-1]}"
+        offer = 'COMPREPLY=($(compgen -W "$offer" -- "${COMP_WORDS[COMP_CWORD]}"))'
+        files = ":"
         head = "complete -o default -F _estelle_updater"
     return "\n".join(
         [
@@ -33809,6 +33844,10 @@ def render_completion(shell: str) -> str:
             f'  for word in "{typed}"; do case $word in',
             *cases,
             "  esac; done",
+            f"  case {last} in",
+            *after,
+            "  esac",
+            f"  {files}",
             f"  {offer}",
             "}",
             f"{head} {' '.join(COMPLETED)}",

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests import seam as est
-from tests.fleet import ROOT, Fleet, clean_env
+from tests.fleet import ROOT, Fleet, clean_env, run
 from tests.terminal import Terminal
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="pty")
@@ -509,9 +509,17 @@ def test_completion_knows_the_command_table(tmp_path: Path) -> None:
     assert complete("est", "trigger", "--fa") == ["--failed-of"]
     assert complete("est", "--json", "switch", "st") == ["standby"]
     assert complete("est", "trigger", "a") == ["all", "active"]
+    assert complete("est", "setup", "--with", "") == ["pm2", "systemd"], "what may follow an option, and nothing else"
+    assert complete("est", "status", "--config", "") == [], "bash itself completes files"
     for shell in ("bash", "zsh", "fish"):
         text = est.render_completion(shell)
         assert all(command.name in text for command in est.COMMANDS if not command.hidden)
         if shutil.which(shell):
             (tmp_path / shell).write_text(text)
             subprocess.run([shell, "-n", str(tmp_path / shell)], check=True)
+    if shutil.which("fish"):
+        # a fish reads and writes below HOME
+        env = os.environ | {"HOME": str(tmp_path)}
+        line = f"source {tmp_path / 'fish'}; complete -C 'est setup --with '; complete -C 'est config c'"
+        words = run(["fish", "-c", line], env, tmp_path).out.split()
+        assert words == ["pm2", "systemd", "check", "convert"], "no files of the folder beside them"
