@@ -7250,6 +7250,12 @@ def _find_bypasses(
     address keeps them there after a switch, and a rule that answers everything lets none through.
     """
     found = []
+    blue, green = (servers[color] for color in COLORS)
+    if blue.address == green.address:
+        found.append(
+            f"{own.title.file} lines {blue.number} and {green.number}: both colours are the worker "
+            f"at {blue.address}, whichever is active"
+        )
     for section in sections:
         leads = any(own.name in line.words for line in section.lines)
         for line in section.lines:
@@ -7303,15 +7309,35 @@ def keep_states(dump: str, found: BackendText, rule: HaproxyRule) -> str:
     for line in dump.splitlines(keepends=True):
         fields = line.split()
         is_ours = len(fields) > 18 and fields[1] == rule.backend
-        # By address and port, where the file gives them as numbers: a name may resolve to another
-        # address by now, which proves nothing.
-        if is_ours:
-            literal = _LITERAL_ADDRESS.fullmatch(wanted.get(fields[3], ""))
-        else:
-            literal = None
-        if literal is None or literal.groups() == (fields[4], fields[18]):
+        if not is_ours or are_alike(wanted.get(fields[3], ""), f"[{fields[4]}]:{fields[18]}"):
             kept.append(line)
     return "".join(kept)
+
+
+def are_alike(one: str, other: str) -> bool:
+    """Whether two addresses may be the same, however they are written. Where one of them is no
+    number that is so: a name may resolve to another address by now, which proves nothing."""
+    found = [_LITERAL_ADDRESS.fullmatch(text) for text in (one, other)]
+    places = set()
+    for match in found:
+        if match is None:
+            return True
+        with suppress(UsageError):
+            places.add((canonical_address(match[1]), int(match[2])))
+    return len(places) < 2
+
+
+def pending_addresses(
+    rows: Iterable[_Row], found: BackendText, rule: HaproxyRule
+) -> dict[str, str]:
+    """What to say of each colour that HAProxy runs at another address than the text has: what it
+    knows of that one says nothing about the one that the next reload brings."""
+    said = {}
+    for color, row in rows_by_color(rows, rule).items():
+        runs, wanted = row.get("addr") or "", found.servers[color].address
+        if not are_alike(runs, wanted):
+            said[color] = f"HAProxy runs {color} at {runs}, and its file has {wanted}"
+    return said
 
 
 # What HAProxy says of itself
@@ -7379,6 +7405,7 @@ class Look(NamedTuple):
     requests: int = 0
     arrived: int = 0
     detours: tuple[Detour, ...] = ()
+    closed: tuple[str, ...] = ()  # of the frontends, those that take no connection now
 
 
 def parse_look(text: str, rule: HaproxyRule, fronts: Container[str] = ()) -> Look:
@@ -7392,19 +7419,22 @@ def parse_look(text: str, rule: HaproxyRule, fronts: Container[str] = ()) -> Loo
             colors[row["addr"]] = color
     requests = arrived = 0
     detours = []
+    closed = []
     for row in _stat_rows(text):
         proxy, name = row["pxname"], row["svname"]
         count = int(row.get("stot") or 0)
         if name == "FRONTEND":
             if proxy in fronts:
                 arrived += int(row.get("req_tot") or count)
+                if row["status"] not in ("OPEN", "FULL"):
+                    closed.append(f"{proxy} is {row['status']}")
         elif proxy != rule.backend:
             color = colors.get(row.get("addr") or "", "")
             if color:
                 detours.append(Detour(f"{proxy}/{name}", color, count))
         elif name == "BACKEND":
             requests += count
-    return Look(rows, requests, arrived, tuple(detours))
+    return Look(rows, requests, arrived, tuple(detours), tuple(closed))
 
 
 _WORKER = regex(r"(?m)^(\d+)\s+worker\s+\S+\s+(\d+)d(\d+)h(\d+)m(\d+)s")
@@ -7463,6 +7493,13 @@ def why_unusable(row: _Row) -> str | None:
     if row.get("weight") == "0":
         return f"{row['status']} with weight 0"
     return None
+
+
+def why_held(row: _Row) -> str:
+    """How a person, or another program, keeps requests from a server; "" where nobody does."""
+    if row["status"] == "DRAIN" or row["status"].startswith("MAINT"):
+        return row["status"]
+    return ""
 
 
 def is_usable(row: _Row) -> bool:
@@ -17554,9 +17591,17 @@ def _flags_of(program: str, changed_ns: int) -> frozenset[bytes] | None:
     return frozenset(flags - {b"usesrc", b"set-proxy-v2-tlv-fmt"}) or None
 
 
-def running_haproxy() -> Iterator[tuple[list[str], Path | None]]:
-    """The command line of each HAProxy on this host, and the folder that it works in; None where
-    that is another user's to see."""
+class RunningHaproxy(NamedTuple):
+    """A process of HAProxy's on this host: its command line, and the folder that it works in; None
+    where that is another user's to see."""
+
+    argv: list[str]
+    folder: Path | None
+    pid: int = 0
+
+
+def running_haproxy() -> Iterator[RunningHaproxy]:
+    """HAProxy's processes on this host."""
     for folder in sorted(Path("/proc").glob("[0-9]*")):
         with suppress(OSError):  # it ended, or is not ours to see
             line = os.fsdecode((folder / "cmdline").read_bytes())
@@ -17565,22 +17610,77 @@ def running_haproxy() -> Iterator[tuple[list[str], Path | None]]:
                 where: Path | None = None
                 with suppress(PermissionError):
                     where = Path(os.readlink(folder / "cwd"))
-                yield argv, where
+                yield RunningHaproxy(argv, where, int(folder.name))
 
 
-def sibling_processes(pid: str) -> set[str]:
-    """The processes of the same HAProxy master as `pid`, itself too; empty where that can't be
-    seen, or where it has none: anybody's orphans are children of init."""
+def parent_processes() -> dict[str, str]:
+    """The parent of each process of this host."""
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it ended
             # after the name, which may hold anything: its state, and its parent
             parents[file.parent.name] = file.read_text().rpartition(") ")[2].split()[1]
+    return parents
+
+
+def first_haproxies(ours: Sequence[Path]) -> list[int]:
+    """Of the processes that serve by one of these files the first ones, masters mostly: neither
+    workers, nor what another one was told to end, nor one that only judges a text."""
+    serving = {}
+    ended = set()
+    for one in running_haproxy():
+        for word in ("-sf", "-st"):
+            if word in one.argv:
+                after = one.argv[one.argv.index(word) + 1 :]
+                ended |= set(itertools.takewhile(str.isdigit, after))
+        names = haproxy_arguments(one.argv)
+        if one.folder:
+            files = _files_of(names, one.folder)
+        else:
+            files = _told_files(names, ours)
+        if "-c" not in one.argv and any(file in files for file in ours):
+            serving[str(one.pid)] = one
+    parents = parent_processes()
+    first = []
+    for pid in serving:
+        if pid not in ended and parents.get(pid) not in serving:
+            first.append(int(pid))
+    return first
+
+
+def sibling_processes(pid: str) -> set[str]:
+    """The processes of the same HAProxy master as `pid`, itself too; empty where that can't be
+    seen, or where it has none: anybody's orphans are children of init."""
+    parents = parent_processes()
     master = parents.get(pid)
     with suppress(OSError):
         if master and Path(f"/proc/{master}/comm").read_text().strip() == "haproxy":
             return {other for other, parent in parents.items() if parent == master}
     return set()
+
+
+def level_problem(rule: HaproxyRule) -> str | None:
+    """Why HAProxy's socket lets nobody drain a server, if so: found out at the drain, the standby's
+    checks would have been for nothing. Raises UpdaterError."""
+    level = ask_haproxy(rule, "show cli level").strip()
+    if level not in ("user", "operator"):  # older than 1.9, it has no such word
+        return None
+    path = rule.socket or rule.master_socket
+    return f"HAProxy's socket {path} has `level {level}`: a switch needs `level admin`"
+
+
+def double_warnings(ours: Sequence[Path]) -> list[str]:
+    """What to say where HAProxy runs twice with one of these files: both have its ports, and the
+    kernel gives each a share of the connections."""
+    first = first_haproxies(ours)
+    if len(first) < 2:
+        return []
+    numbers = " and ".join(map(str, first))
+    return [
+        f"HAProxy runs {len(first)} times with {ours[0]} (processes {numbers}): they share its "
+        f"ports, and only one is reloaded and asked; end the one too many (`kill -USR1`), and "
+        f"restart the other if its socket goes with that"
+    ]
 
 
 class Haproxy:
@@ -17591,6 +17691,7 @@ class Haproxy:
         self.rule = rule
         self.live = bool(rule.socket or rule.master_socket)
         self.workers: set[str] = set()  # of before a reload
+        self.is_late = False  # a reload was asked for, and nobody saw what came of it
         self.env = scrub_environment(os.environ)
         self.env["PATH"] = f"{self.env.get('PATH', '')}:{_SBIN}"
 
@@ -17614,7 +17715,7 @@ class Haproxy:
             with suppress(UpdaterError):  # a socket below `level admin`
                 told = self.environment().get("HAPROXY_CFGFILES", "").split(";")
         read: list[Path] = []
-        for argv, folder in running_haproxy():
+        for argv, folder, _ in running_haproxy():
             names = told
             if not any(told):
                 names = haproxy_arguments(argv)
@@ -17743,6 +17844,39 @@ class Haproxy:
             return None
         return f"{self.rule.servers[color]} may still be drained: {problems[-1]}"
 
+    def hold_back(self, color: str, before: str) -> None:
+        """Drain a colour that is active and should not be, if `before` can take its requests.
+        Raises UpdaterError."""
+        rows = self.rows()
+        is_active = live_roles(rows, self.rule).get(color) == "active"
+        if is_active and is_usable(rows_by_color(rows, self.rule)[before]):
+            self.set_state(color, "drain")
+
+    def reload_back(self, color: str, before: str) -> None:
+        """Reload it with the text in which `before` is active. Raises UpdaterError."""
+        worker = ""
+        if self.live:
+            with suppress(UpdaterError):
+                worker = self.worker()
+                self.hold_back(color, before)
+        self.signal_reload()
+        if worker and self.is_late:  # that one would bring the new text back
+            poll(lambda: self.is_replaced(worker), 0.05, RELOAD_S)
+
+    def release(self, color: str, before: str) -> None:
+        """A colour that was held back may take over again, now that `before` is active: a reload
+        that saves the states itself saved the drain too. Raises UpdaterError."""
+        rows = self.rows()
+        is_drained = rows_by_color(rows, self.rule)[color]["status"] == "DRAIN"
+        if is_drained and live_roles(rows, self.rule).get(before) == "active":
+            self.set_state(color, "ready")
+
+    def is_replaced(self, worker: str) -> bool:
+        """Whether another process than `worker` answers by now."""
+        with suppress(UpdaterError):
+            return self.worker() not in ("", worker)
+        return False
+
     def worker(self) -> str:
         """The number of the process that answers. Raises UpdaterError."""
         said = re.search(r"(?m)^Pid: (\d+)", ask_haproxy(self.rule, "show info"))
@@ -17826,6 +17960,7 @@ class Haproxy:
             if taken is False or self.processes().failed > failed:
                 break  # while it fails, new connections are refused for seconds
         else:
+            self.is_late = True
             raise UpdaterError(
                 f"HAProxy did not take the new text after {RELOADS} reloads", "its own log says why"
             )
@@ -17884,6 +18019,55 @@ def text_warnings(found: BackendText) -> list[str]:
     return warnings + silent_workers(addresses)
 
 
+def site_warnings(rule: HaproxyRule, look: Look) -> list[str]:
+    """What keeps requests from HAProxy, or a switch from being made."""
+    warnings = []
+    for front in look.closed:
+        warnings.append(f"the frontend {front}: no connection comes in by it")
+    with suppress(UpdaterError):  # it has just answered, and will again
+        warnings += filter(None, [level_problem(rule)])
+    return warnings
+
+
+def live_traffic(
+    proxy: Haproxy, found: BackendText | None, answer: dict[str, Any]
+) -> dict[str, Any]:
+    """The answer of `probe_traffic`, with what the running HAProxy says."""
+    rule, servers, warnings = proxy.rule, answer["servers"], answer["warnings"]
+    fronts: tuple[str, ...] = ()
+    roles: dict[str, str] = {}
+    if found:
+        fronts = found.fronts
+        roles = found.roles()
+    try:
+        look = proxy.look(fronts)
+    except UpdaterError as problem:
+        warnings.append(problem.what)
+        return answer
+    rows = look.rows
+    warnings += site_warnings(rule, look)
+    if found:
+        warnings += pending_addresses(rows, found, rule).values()
+    warnings += detour_warnings(look.detours, warnings)
+    all_backups = found is not None and found.all_backups
+    takers = decide_traffic(rows, all_backups)
+    for color, row in rows_by_color(rows, rule).items():
+        address = row.get("addr") or servers[color]["address"]
+        servers[color] |= {
+            "traffic": traffic_of(row, takers),
+            "status": row["status"],
+            "address": address,
+        }
+    taking = [color for color in COLORS if servers[color]["traffic"] == "active"]
+    warnings += traffic_warnings(rule, rows, roles, all_backups)
+    usable = [row for row in rows if is_usable(row)]
+    warnings += silent_workers(
+        {color: servers[color]["address"] for color in rows_by_color(usable, rule)}
+    )
+    warnings += proxy.old_connections(found.hard_stop_s if found else None)
+    return answer | {"active": taking[0] if len(taking) == 1 else None}
+
+
 def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
     """Where HAProxy sends the traffic, by its own word, and what should worry; never raises.
 
@@ -17908,6 +18092,7 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
         active = found.active()
     except (UpdaterError, OSError) as problem:
         warnings.append(str(problem))
+    warnings += double_warnings(proxy.configured_files())
     if not proxy.live:
         warnings.insert(0, _without_socket(rule, active))
         roles = {}
@@ -17916,34 +18101,7 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
         if active:
             roles = {color: servers[color]["file"] for color in COLORS}
         return answer | {"active": active, "by_file": roles}
-    try:
-        look = proxy.look()
-    except UpdaterError as problem:
-        warnings.append(problem.what)
-        return answer
-    rows = look.rows
-    warnings += detour_warnings(look.detours, warnings)
-    all_backups = found is not None and found.all_backups
-    takers = decide_traffic(rows, all_backups)
-    for color, row in rows_by_color(rows, rule).items():
-        address = row.get("addr") or servers[color]["address"]
-        servers[color] |= {
-            "traffic": traffic_of(row, takers),
-            "status": row["status"],
-            "address": address,
-        }
-    taking = [color for color in COLORS if servers[color]["traffic"] == "active"]
-    if found:
-        roles = found.roles()
-    else:
-        roles = {}
-    warnings += traffic_warnings(rule, rows, roles, all_backups)
-    usable = [row for row in rows if is_usable(row)]
-    warnings += silent_workers(
-        {color: servers[color]["address"] for color in rows_by_color(usable, rule)}
-    )
-    warnings += proxy.old_connections(found.hard_stop_s if found else None)
-    return answer | {"active": taking[0] if len(taking) == 1 else None}
+    return live_traffic(proxy, found, answer)
 
 
 def stage_text(real: Path, text: bytes) -> Path:
@@ -18003,6 +18161,14 @@ def connect_problem(color: str, address: str, patience_s: float = CONNECT_S) -> 
     return None
 
 
+def send_probe(url: str) -> str:
+    """The request that the configuration allows. Raises UpdaterError where it fails."""
+    try:
+        return f"{url} answers {probe_http(url, CONNECT_S)}"
+    except (CheckFailed, OSError, http_client.HTTPException) as problem:
+        raise UpdaterError(f"{url}: {problem}") from problem
+
+
 def silent_workers(addresses: Mapping[str, str]) -> list[str]:
     """What to say of each colour that is not there, whatever HAProxy believes: its checks may
     notice later, or not at all. All at once, and not for long."""
@@ -18032,6 +18198,7 @@ class SwitchEntry:
     state_file: str | None = None
     states: str = ""
     file: str = ""  # the one that changes, where it is another than `real`
+    held: str = ""  # how somebody's hand kept requests from `before`; then it is not ours to end
 
 
 class SwitchGate:
@@ -18103,10 +18270,16 @@ class SwitchGate:
         if not self.proxy.live:
             return
         roles = live_roles(rows, self.rule)
+        reload = " ".join(self.rule.reload)
         if roles != self.found.roles():
-            reload = " ".join(self.rule.reload)
             raise GuardError(
                 f"HAProxy does not run what {self.found.file} says: {roles}",
+                f"reload it ({reload}), then look at `status`",
+            )
+        pending = pending_addresses(rows, self.found, self.rule)
+        if self.entry.color in pending and self.entry.color != self.entry.before:
+            raise GuardError(
+                f"{pending[self.entry.color]}: nobody has checked that one",
                 f"reload it ({reload}), then look at `status`",
             )
 
@@ -18136,6 +18309,25 @@ class SwitchGate:
                 "systemd/estelle-updater-haproxy.rules is the polkit rule that allows exactly this"
             )
             raise GuardError(f"no right to {' '.join(self.rule.reload)}: {problem}", hint)
+        level = self.proxy.live and level_problem(self.rule)
+        if level:
+            raise GuardError(level, "write it so on the `stats socket` line of global, and reload")
+        for warning in double_warnings(self.proxy.configured_files()):
+            self.runner.warn(warning)
+        server = self.found.servers[color]
+        # Seen on 3.2: 820 answers of 503 in the two seconds that its checks took. Better no switch.
+        if server.begins_down and not self.found.state_file:
+            raise GuardError(
+                f"{self.found.file} line {server.number}: {server.begins_down} without the states "
+                f"of before: requests fail after every reload, until {color}'s checks have passed",
+                "write `server-state-file` into global and `load-server-state-from-file global`, "
+                "or take `init-state` out",
+            )
+        return self.require_usable(rows)
+
+    def require_usable(self, rows: Sequence[_Row]) -> str:
+        """HAProxy would use the standby now, and it answers now. Raises GuardError."""
+        color = self.entry.color
         server = self.found.servers[color]
         row = rows_by_color(rows, self.rule).get(color)
         self.entry.address = (row or {}).get("addr") or server.address
@@ -18151,14 +18343,6 @@ class SwitchGate:
             raise GuardError(
                 " ".join(filter(None, [f"{color} is {idle} for HAProxy", *last])),
                 f"repair {color} first: HAProxy would send it nothing",
-            )
-        # Seen on 3.2: 820 answers of 503 in the two seconds that its checks took. Better no switch.
-        if server.begins_down and not self.found.state_file:
-            raise GuardError(
-                f"{self.found.file} line {server.number}: {server.begins_down} without the states "
-                f"of before: requests fail after every reload, until {color}'s checks have passed",
-                "write `server-state-file` into global and `load-server-state-from-file global`, "
-                "or take `init-state` out",
             )
         problem = connect_problem(color, self.entry.address)
         if problem:
@@ -18285,16 +18469,27 @@ class Switch:
         """The old colour gets nothing new, not even from the connections that stay with HAProxy's
         old process."""
         before = self.entry.before
+        rows: Sequence[_Row] = []
         if self.live:
             dump = ask_haproxy(self.rule, "show servers state")
             self.entry.states = keep_states(dump, self.gate.found, self.rule)
+            rows = self.proxy.rows()
+            self.entry.held = why_held(rows_by_color(rows, self.rule)[before])
+        # `haproxy -c` may have taken a minute, in which the standby may have died.
+        self.gate.require_usable(rows)
         write_atomic(self.runner.state.switch_file, _dump(self.entry), durable=True)
         if not self.live:
             until = "until these end"
             return f"without a socket, {before} answers what comes on connections of before {until}"
+        if self.entry.held:
+            return f"{before} is {self.entry.held} by somebody's hand, and stays so"
         self.proxy.set_state(before, "drain")
         busy = rows_by_color(self.proxy.rows(), self.rule)[before]["scur"]
-        return f"{before} gets no new requests, {busy} are under way there"
+        done = f"{before} gets no new requests, {busy} are under way there"
+        # As long as nothing is written, all can go back at once, and kept connections with it.
+        if self.rule.probe:
+            return f"{done}; {send_probe(self.rule.probe)}"
+        return done
 
     def write(self) -> str:
         """The new text in place of the old, at one blow."""
@@ -18338,7 +18533,7 @@ class Switch:
         do not; where nothing could be observed, that becomes a warning of the result."""
         seen = []
         if self.rule.probe:
-            seen.append(self.send_probe(self.rule.probe))
+            seen.append(send_probe(self.rule.probe))
         if not self.live:
             seen.append("there is no socket that says which colour answers")
             return self.not_proved(seen)
@@ -18370,19 +18565,12 @@ class Switch:
             )
         return self.not_proved(seen)
 
-    def send_probe(self, url: str) -> str:
-        """The request that the configuration allows. Raises UpdaterError where it fails."""
-        try:
-            return f"{url} answers {probe_http(url, CONNECT_S)}"
-        except (CheckFailed, OSError, http_client.HTTPException) as problem:
-            raise UpdaterError(f"{url}: {problem}") from problem
-
     def watch_requests(self, proof: TrafficProof) -> bool:
         """One more look at the counters; whether they prove it by now."""
         with suppress(UpdaterError):  # its sockets may be silent for a moment
             look = self.proxy.look(self.fronts)
             old = rows_by_color(look.rows, self.rule)[self.entry.before]
-            if old["status"].startswith("DRAIN"):
+            if old["status"].startswith("DRAIN") and not self.entry.held:
                 # a reload that saves the states itself saved the drain too
                 self.proxy.set_state(self.entry.before, "ready")
             proof.add(look, time.monotonic())
@@ -18418,23 +18606,37 @@ class Switch:
         elif now != self.old:
             self.note(f"warning: {self.real} was changed by somebody else meanwhile and stays so")
         self.make_ready()
-        if changed and not (self.live and self.proxy.runs(before, 0)):
-            with suppress(UpdaterError):
-                self.proxy.signal_reload()
-            if self.live and not self.proxy.runs(before, RELOAD_S):
-                self.note("warning: HAProxy does not run what its file says: reload it by hand")
-            self.make_ready()
+        runs_old_text = self.live and self.proxy.runs(before, 0)
+        if changed and (self.proxy.is_late or not runs_old_text):
+            self.reload_back()
         self.clear_states()
-        self.note(f"undone: {before} is active")
+        done = f"undone: {before} is active"
+        if self.entry.held:
+            done = f"{done} by the file, and {self.entry.held} as it was"
+        self.note(done)
         self.runner.last_act = self.close
         return changed
 
-    def make_ready(self) -> None:
-        """Nobody stays drained, as far as HAProxy can be told."""
+    def reload_back(self) -> None:
+        """HAProxy runs the old text again. What comes on connections that stay with the process of
+        meanwhile goes to the old colour too, where that can take it."""
+        entry = self.entry
+        with suppress(UpdaterError):
+            self.proxy.reload_back(entry.color, entry.before)
+        if self.live and not self.proxy.runs(entry.before, RELOAD_S):
+            self.note("warning: HAProxy does not run what its file says: reload it by hand")
+        self.make_ready()
         if self.live:
+            with suppress(UpdaterError):
+                self.proxy.release(entry.color, entry.before)
+        for line in self.old_connections():
+            self.note(f"{line}; what still comes on them may go to {entry.color}")
+
+    def make_ready(self) -> None:
+        """Nobody stays drained by this switch, as far as HAProxy can be told."""
+        problem = None
+        if self.live and not self.entry.held:
             problem = self.proxy.make_ready(self.entry.before)
-        else:
-            problem = None
         if problem:
             self.note(f"warning: {problem}")
 
@@ -23171,6 +23373,10 @@ class Queue:
         if message.kind is Kind.SWITCH:  # the workers, whatever host has the HAProxy
             everyone = self.registry.hosts(everyone=True)
             concerned = hosts + [host for host in everyone if host.color]
+        if message.kind is Kind.SWITCH and not message.options.get("dry_run"):
+            # Again: while its standby was asked, another switch may have come, perhaps to the other
+            # colour, and what was found out would not be true any more behind that one.
+            self.require_free(concerned)
         past = self.freezes.check(message.kind, message.options, concerned, by)
         offline = [host.label for host in hosts if not host.online]
         if len(offline) == len(hosts) and not message.wait_s:

@@ -279,6 +279,7 @@ from estelle_updater import (
     fields as fields,
     file_label as file_label,
     file_to_run as file_to_run,
+    first_haproxies as first_haproxies,
     fit_answer as fit_answer,
     fitting_answer as fitting_answer,
     fold_for_stderr as fold_for_stderr,

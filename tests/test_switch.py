@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import pytest
 from tests import seam as est
 from tests.commands import COMMAND, GATED, Watched, detach, open_gate, wait_state, write_script
 from tests.fleet import Fleet, Result, kill_processes_of, processes_of, wait_for
-from tests.haproxy import CONFIG, WORKER, Load, Proxy
+from tests.haproxy import CONFIG, WORKER, Load, Proxy, ask
 from tests.test_health import says
 
 PHASES = ("gate", "check", "drain", "write", "reload", "proof")
@@ -573,12 +576,155 @@ def test_socket_that_does_not_answer_is_refused(site: Site):
 
 
 def test_probe_that_fails_undoes_the_switch(site: Site):
+    """Before anything is written, so that also the connections that were open all the time come back."""
     site.configure(probe=f"http://127.0.0.1:{site.proxy.port + 1}/")
-    code, out, err = site.switch("green")
-    assert code == 1, (out, err)
-    assert "undone: blue is active" in out
-    assert site.proxy.file.read_bytes() == site.text
+    with Load(site.proxy.port, keep=8, new=1, slow=0, think_s=0.3) as load:
+        time.sleep(0.4)  # each has its connection
+        code, out, err = site.switch("green")
+        ended = time.time()
+        assert code == 1, (out, err)
+        assert "undone: blue is active" in out
+        assert site.proxy.file.read_bytes() == site.text
+        site.expect_peace()
+        time.sleep(0.7)
+        answers, failed = load.end()
+    late = {color for began, color in answers if began > ended}
+    assert (late, failed) == ({"blue"}, {})
+
+
+def ask_on(link: socket.socket) -> str:
+    """Which colour answers on a connection that stays open."""
+    link.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    return link.recv(65536).decode().rpartition("\r\n\r\n")[2]
+
+
+def test_connections_of_meanwhile_leave_the_colour_that_was_refused(site: Site):
+    """The probe fails once the new process serves: what was opened to that one goes to the old colour by it."""
+    links: list[socket.socket] = []
+    met: list[str] = []
+
+    class Probe(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if site.proxy.live() == "green":
+                links.append(socket.create_connection(("127.0.0.1", site.proxy.port), 10))
+                met.append(ask_on(links[0]))
+            self.send_response(500 if links else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Probe) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        site.configure(probe=f"http://127.0.0.1:{server.server_port}/")
+        code, out, err = site.switch("green")
+        server.shutdown()
+    assert code == 1 and "undone: blue is active" in out, (out, err)
+    with links[0]:
+        assert met == ["green"]
+        assert "what still comes on them may go to green" in out
+        assert ask_on(links[0]) == "blue"
     site.expect_peace()
+
+
+@pytest.mark.parametrize("state", ["maint", "drain"])
+def test_what_a_hand_took_out_of_the_traffic_stays_out(site: Site, state: str):
+    """A worker under repair must not get the traffic because a switch away from it was undone."""
+    proxy = site.proxy
+    proxy.command(f"set server yquant_backend/blue state {state}")
+    wait_for(lambda: proxy.answers() == "green", "green has the traffic")
+    site.configure(probe=f"http://127.0.0.1:{proxy.port + 1}/")
+    try:
+        code, out, err = site.switch("green")
+        assert code == 1, (out, err)
+        assert f"undone: blue is active by the file, and {state.upper()} as it was" in out
+        assert proxy.answers() == "green" and proxy.statuses()["blue"] == state.upper()
+        site.configure()
+        code, out, err = site.switch("green")
+        assert code == 0, (out, err)
+        assert proxy.statuses() == {"blue": state.upper(), "green": "UP"}
+    finally:
+        proxy.command("set server yquant_backend/blue state ready")
+
+
+def test_an_address_that_nobody_has_checked_is_refused(site: Site):
+    """By an edit that was never loaded, or by a hand at the socket: the reload would bring another worker."""
+    proxy = site.proxy
+    port = proxy.ports["green"]
+    text = site.text.decode().replace(f"green 127.0.0.1:{port}", f"green 127.0.0.1:{proxy.ports['blue']}")
+    proxy.file.write_text(text)
+    said = f"HAProxy runs green at 127.0.0.1:{port}, and its file has 127.0.0.1:{proxy.ports['blue']}"
+    assert said in site.traffic()["warnings"]
+    site.refused("green", said, "both colours are the worker at")
+    code, out, err = site.switch("blue")
+    assert code == 0 and "active already" in out, (out, err)
+
+
+def test_a_frontend_that_is_closed_is_told(site: Site):
+    def told() -> bool:
+        return any(line.startswith("the frontend outside is ") for line in site.traffic()["warnings"])
+
+    assert not told()
+    site.proxy.command("disable frontend outside")
+    assert told() and not site.proxy.answers()
+    site.proxy.command("enable frontend outside")
+    assert not told()
+
+
+def test_a_socket_that_may_drain_nobody_is_refused_at_once(site: Site):
+    site.proxy.file.write_text(site.text.decode().replace("level admin", "level operator"))
+    site.proxy.reload()
+    site.configure(masterSocket=None)
+    said = f"HAProxy's socket {site.proxy.socket} has `level operator`: a switch needs `level admin`"
+    assert said in site.traffic()["warnings"]
+    site.refused("green", said)
+
+
+def test_haproxy_that_runs_twice_is_told(proxy: Proxy, fleet: Callable[..., Fleet]):
+    """Both have the port: half of the connections go where the other one knows them to."""
+    second = proxy.folder / "second.sock"
+    proxy.start()
+    own = est.first_haproxies([proxy.file])
+    assert own == [proxy.process.pid if proxy.process else 0]
+    one = fleet(hosts=1, config={"haproxy": proxy.rule})
+    with subprocess.Popen(
+        ["haproxy", "-W", "-S", second, "-f", proxy.file], stderr=subprocess.DEVNULL, start_new_session=True
+    ) as other:
+        try:
+            wait_for(lambda: ask(second, "show proc"), "a second one serves")
+            assert set(est.first_haproxies([proxy.file])) == {*own, other.pid}
+            warnings = json.loads(one.cli("status", "--json").out)["warnings"]
+            assert any(line.startswith("HAProxy runs 2 times with") for line in warnings), warnings
+            code, out, err = one.cli("switch", "green", "--dry-run")
+            assert code == 0 and "⚠ HAProxy runs 2 times with" in out, (out, err)
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+    wait_for(lambda: est.first_haproxies([proxy.file]) == own, "it is gone")
+
+
+def test_a_standby_that_dies_during_the_check_gets_no_traffic(
+    proxy: Proxy, fleet: Callable[..., Fleet], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    """`haproxy -c` may take a minute: what was found out before it is old by then."""
+    folder = tmp_path_factory.mktemp("bin")
+    slow = folder / "haproxy"
+    wait = f"*.estelle*) touch {folder}/inside; while [ ! -e {folder}/go ]; do sleep 0.05; done;;"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in {wait} esac\nexec {shutil.which("haproxy")} "$@"\n')
+    slow.chmod(0o755)
+    proxy.start()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    one = fleet(hosts=1, config={"haproxy": proxy.rule})
+    with Load(proxy.port) as load:
+        watched = Watched(one, "switch", "green")
+        wait_for((folder / "inside").exists, "the check runs")
+        proxy.stop_worker("green")
+        wait_for(lambda: proxy.statuses()["green"] == "DOWN", "HAProxy notices")
+        (folder / "go").touch()
+        code = watched.end()
+        _, failed = load.end()
+    assert code == 5 and "green is DOWN for HAProxy" in watched.out, watched.err
+    assert (proxy.statuses()["blue"], failed) == ("UP", {})
 
 
 def runner_of(folder: Path) -> int | None:
@@ -655,7 +801,8 @@ def test_the_fleet_is_asked_first(proxy: Proxy, fleet: Callable[..., Fleet]):
     """Whatever runs or waits on a colour, a standby that is gone or ill: no switch, unless forced past its health."""
     proxy.start()
     hosts = {"127.0.0.1": {"deploy": False}, "127.0.0.2": {"color": "blue"}, "127.0.0.3": {"color": "green"}}
-    check = {"name": "flag", "command": ["test", "-e", "../well"], "hosts": ["127.0.0.3"]}
+    hold = "while test -e ../hold; do sleep 0.05; done; test -e ../well"
+    check = {"name": "flag", "command": ["sh", "-c", hold], "hosts": ["127.0.0.3"]}
     settings = {"haproxy": proxy.rule, "hosts": hosts, "health": [check]}
     one = fleet(hosts=3, command=COMMAND, config=settings)
     text = proxy.file.read_bytes()
@@ -675,6 +822,14 @@ def test_the_fleet_is_asked_first(proxy: Proxy, fleet: Callable[..., Fleet]):
     refused("green", "--force")
     open_gate(blue)
     wait_state(one, run, blue, "succeeded")
+    (green.folder / "hold").touch()
+    both = [Watched(one, "switch", "green") for _ in range(2)]
+    wait_for(lambda: sum(hold in each for each in processes_of(one.tmp_path).values()) == 2, "both are judged")
+    (green.folder / "hold").unlink()
+    codes = sorted(each.end() for each in both)
+    assert codes == [0, 5], [each.err for each in both]
+    assert one.cli("switch", "blue").code == 0
+    text = proxy.file.read_bytes()
     one.stop(green)
     refused("standby")
     code, out, err = one.cli("switch", "green", "--force")
@@ -739,8 +894,8 @@ def test_files_that_haproxy_names_from_its_own_folder(proxy: Proxy, monkeypatch:
     with pytest.raises(est.GuardError, match="does not read"):
         files(config=str(proxy.folder / "stray.cfg"))
     # another user sees the command line and not where it works
-    [argv] = [argv for argv, where in est.running_haproxy() if where == proxy.folder and "-sf" not in argv][:1]
-    monkeypatch.setattr(est.program, "running_haproxy", lambda: iter([(argv, None)]))
+    [argv] = [argv for argv, where, _ in est.running_haproxy() if where == proxy.folder and "-sf" not in argv][:1]
+    monkeypatch.setattr(est.program, "running_haproxy", lambda: iter([(argv, None, 0)]))
     assert files() == files(socket=None) == read
     # another user's process is hidden with `hidepid`, and one in a container is not in our /proc
     monkeypatch.setattr(est.program, "running_haproxy", lambda: iter(()))
