@@ -1999,8 +1999,10 @@ def select_services(services: Iterable[str], only: str) -> tuple[str, ...]:
     wanted = {only, f"{only}.service"}
     found = [text for text in listed if {text, parse_service(text).name} & wanted]
     if not found:
-        known = ", ".join(listed) or "empty"
-        raise UsageError(f"{only} is not in deploy.restart", f"that is {known}")
+        hint = "nothing is restarted, by the configuration: leave --only out"
+        if listed:
+            hint = f"that is {', '.join(listed)}"
+        raise UsageError(f"{only} is not in deploy.restart", hint)
     return tuple(found)
 
 
@@ -2748,7 +2750,10 @@ def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
     what = lines[0]
     if len(lines) > 1:
         what += f" (and {len(lines) - 1} more)"
-    return ConfigError(what, f"correct {file}", tuple(lines))
+    hint = f"correct {file}"
+    if "/" in file and not file.endswith((".json", ".toml")):
+        hint = f"is {file} meant? --config names the configuration"
+    return ConfigError(what, hint, tuple(lines))
 
 
 def _checked(convert: _Convert, raw: Any, file: str) -> Any:
@@ -5059,10 +5064,18 @@ def meant_branch(listed: str, remote: str, branch: str) -> str:
         name = line.rpartition("\t")[2].removeprefix(folder)
         if name not in ("HEAD", branch):  # the one that was asked for may be gone from there
             names.append(name)
-    like = difflib.get_close_matches(branch, names, 1)
+    plain = {name.casefold(): name for name in names}
+    asked = branch.removeprefix("refs/heads/")
+    asked = asked.removeprefix(f"{remote}/")
+    like = difflib.get_close_matches(
+        asked.casefold(),
+        plain,
+        1,
+    )
     if not like:
         return ""
-    return f"; did you mean {like[0]}?"
+    meant = plain[like[0]]
+    return f"; did you mean {meant}?"
 
 
 def no_commit(name: str) -> TargetError:
@@ -8256,6 +8269,7 @@ TOOLS = (
             ("ok", "checks"),
             {
                 "ok": _has("boolean", "whether all is well"),
+                "online": _has("boolean", "whether any of these hosts is connected"),
                 "checks": _some("every check on every host", CHECK_SCHEMA),
                 "left_out": _LEFT_OUT,
             },
@@ -9934,9 +9948,15 @@ def spelled(text: str) -> str:
     host, does not know what that is, and a shell has a `history` of its own."""
 
     def whole(found: re.Match[str]) -> str:
-        given = typed(*given_options(sys.argv[1:]))
-        words = " ".join(filter(None, (program_name(), found[1], given)))
-        return f"`{words}`"
+        words = [
+            program_name(),
+            found[1],
+        ]
+        given = given_options(sys.argv[1:])
+        if given:
+            words.append(typed(*given))
+        line = " ".join(words)
+        return f"`{line}`"
 
     return _NAMED_COMMAND.sub(whole, text)
 
@@ -10925,7 +10945,7 @@ def load_config(path: Path) -> Config:
         data = read_committed(path, work_tree(path))
     except OSError as problem:
         raise ConfigError(
-            f"can't read {path}: {problem.strerror}", "name the file with --config FILE"
+            f"can't read {path}: {problem.strerror}", "is it elsewhere? --config FILE names it"
         ) from problem
     return parse_config(data, str(path), "toml" if path.suffix == ".toml" else "json")
 
@@ -22033,7 +22053,10 @@ class TurnedAway:
 
     def forget(self, address: str) -> None:
         """Somebody there was let in."""
-        self._last.pop(address, None)
+        self._last.pop(
+            address,
+            None,
+        )
 
     def why(self, address: str) -> str:
         """In words; "" where nobody from there was turned away lately."""
@@ -22743,8 +22766,8 @@ class Registry(Roster):
             known = self.machines[host.machine]
             if known.moved_from and 0 <= now - known.moved_at < DAY_S:
                 found.append(f"{host.label} has a new address: it was {known.moved_from}")
-        away = [self.offline_hint([host], "") for host in self.hosts()]
-        return [*found, *filter(None, away), *tell_doubles(self.config.config, self.hosts())]
+        found += filter(None, [self.offline_hint([host], "") for host in self.hosts()])
+        return [*found, *tell_doubles(self.config.config, self.hosts())]
 
     def register(self, hello: Hello, address: str) -> None:
         """Remember a host that is welcomed. Raises RefusedError where one address has been too many
@@ -23251,6 +23274,8 @@ class Freezes:
         names = [known for known in self.by_hand if name in ("", known)]
         if not names:
             hint = "a [[freeze]] window of the configuration is passed by --force"
+            if self.by_hand:
+                hint = f"that is {', '.join(self.by_hand)}"
             raise TargetError("nothing of that name is frozen by hand", hint)
         for known in names:
             del self.by_hand[known]
@@ -24381,7 +24406,8 @@ class Desk:
         if plan.used not in ("", order.nonce):
             raise GuardError(f"plan {name} was used already", hint)
         if plan.refused and not order.options.get("force"):
-            raise GuardError(f"plan {name} says no: {'; '.join(plan.refused)[:500]}", hint)
+            what = f"plan {name} says no: {'; '.join(plan.refused)[:500]}"
+            raise GuardError(what, f"once that is mended, {hint}")
         plan.used = order.nonce  # before anything is awaited: two orders at once have one plan
         return plan
 
@@ -31443,7 +31469,7 @@ def cmd_trigger(args: Args) -> int:
         names = ["TARGET", "BRANCH"]
         if args.target:
             names = ["BRANCH"]
-        raise missing_words(names, "trigger all master")
+        raise missing_words(names, f"trigger {typed(args.target or 'all')} master")
     require_branch(args.branch, "nothing was sent")
     options: dict[str, Any] = {} if args.plan is None else {"plan": args.plan}
     if args.only is not None:
@@ -31820,7 +31846,7 @@ def cmd_rollback(args: Args) -> int:
     asked = {
         "action": "rollback",
         "target": args.target,
-        "to": args.to,
+        "to": args.to or "",
     }
     plan = ask_master(args, "plan", asked, PLAN_ANSWER_S)
     order = plan_rollback(plan)
@@ -32908,6 +32934,8 @@ def cmd_whitelist(args: Args) -> int:
     path = args.config_path()
     whitelist, action = load_config(path).whitelist, args.action
     if action == "list":
+        if args.addresses:
+            raise UsageError("whitelist list takes no ADDRESS", "`whitelist list` shows all")
         show(args, {"whitelist": list(whitelist)}, "\n".join(whitelist) or "(empty)")
         return 0
     if not args.addresses:
@@ -33056,6 +33084,33 @@ def run_answer_text(answer: Mapping[str, Any]) -> str:
     if answer.get("next"):
         lines.append(f"next: {answer['next']}")
     return "\n".join(lines)
+
+
+def next_calls(answer: Mapping[str, Any], *, plans: bool) -> str:
+    """What a model may call after a run that did not succeed everywhere; with `plans`, where each
+    update needs one, and a plan names its hosts."""
+    run = answer["run"]
+    text = f"call logs with run {run} for more"
+    hosts = []
+    is_typo = True
+    for row in answer["hosts"]:
+        if row["ok"]:
+            continue
+        hosts.append(row["host"])
+        error = row.get("error") or ""
+        if not error.startswith(NO_BRANCH):
+            is_typo = False
+    if is_typo:
+        return text
+    if answer["kind"] != Kind.DEPLOY:
+        return text
+    if plans:
+        target = ",".join(hosts)
+        branch = answer["branch"]
+        again = f"plan and update target {target}, branch {branch}"
+    else:
+        again = f"update with failed_of {run} deploys only where it failed"
+    return f"{text}; when it is mended, {again}"
 
 
 def logs_answer_text(answer: Mapping[str, Any]) -> str:
@@ -33399,10 +33454,7 @@ class McpTools:
         if not answer["ok"]:
             failed = self.ask("log", run=run, failed_only=True, bytes=CHUNK_BYTES)["hosts"]
             answer["failures"] = group_failures(failed)
-            answer["next"] = (
-                f"call logs with run {run} for more; when it is mended, update with "
-                f"failed_of {run} deploys only where it failed"
-            )
+            answer["next"] = next_calls(answer, plans=self.args.require_plan)
         return answer
 
     # One method for each tool
@@ -34158,7 +34210,6 @@ COMMANDS = (
         Option(
             "--to",
             metavar="COMMIT",
-            default="",
             help="this commit (a prefix will do if it succeeded here)",
         ),
         YES,
@@ -34476,6 +34527,10 @@ class HelpWords:
         super().add_usage(usage, own, groups, prefix)  # type: ignore[misc]
 
 
+# These would be taken for options that were not given, and another thing be done than was meant
+NEVER_EMPTY = ("to", "only", "config", "state")
+
+
 def missing_words(names: Sequence[str], example: str) -> UsageError:
     """For a command line that lacks words."""
     verb = "are"
@@ -34493,6 +34548,14 @@ class ParserWords:
         known, unknown = super().parse_known_args(args, namespace)  # type: ignore[misc]
         if unknown:
             raise self.no_option(unknown[0])
+        for name in NEVER_EMPTY:  # of a script whose variable is not set, say
+            given = getattr(known, name, None)
+            if given == "":
+                what = f"--{name} is empty"
+                raise UsageError(
+                    what,
+                    "give it a value, or leave it out",
+                )
         return known, unknown
 
     def error(self, message: str) -> NoReturn:
@@ -34525,7 +34588,23 @@ class ParserWords:
         options: list[str] = []
         for action in vars(self)["_actions"]:
             options += action.option_strings
-        hint = meant_word(word.partition("=")[0], options, see)
+        given = word.partition("=")[0]
+        if given in options:
+            what = f"{word} stands behind `--`, which ends the options"
+            return UsageError(
+                what,
+                "put it before",
+            )
+        # without the dashes, which all of them have in common
+        plain = {text.lstrip("-"): text for text in options}
+        like = difflib.get_close_matches(
+            given.lstrip("-"),
+            plain,
+            1,
+        )
+        hint = see
+        if like:
+            hint = f"did you mean {plain[like[0]]}?"
         return UsageError(f"{name} has no option {word!r}", hint)
 
     def _print_message(self, message: str, file: Any = None) -> None:

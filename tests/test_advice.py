@@ -213,6 +213,23 @@ def test_on_windows_one_command_after_the_other(monkeypatch: pytest.MonkeyPatch)
     assert est.in_turn("a", "b") == "a && b"
 
 
+@pytest.mark.parametrize("asked", ["mastre", "MASTER", "refs/heads/master", "origin/master"])
+def test_the_branch_that_was_nearly_written(asked: str) -> None:
+    """As people write it who know git's names, and with the shift key held."""
+    listed = "1 commit\trefs/remotes/origin/Master\n2 commit\trefs/remotes/origin/next\n"
+    assert est.meant_branch(listed, "origin", asked) == "; did you mean Master?"
+
+
+def test_a_model_is_told_only_what_it_may_call() -> None:
+    """No plan names a run; a rollback is never done again by one, nor a typo."""
+    row = {"host": "10.0.0.2", "ok": False, "error": "disk full"}
+    answer = {"run": "R", "kind": est.Kind.DEPLOY, "branch": "master", "hosts": [row, row | {"ok": True}]}
+    assert "update with failed_of R " in est.next_calls(answer, plans=False)
+    assert est.next_calls(answer, plans=True).endswith("plan and update target 10.0.0.2, branch master")
+    for change in ({"kind": est.Kind.ROLLBACK}, {"hosts": [row | {"error": est.NO_BRANCH}]}):
+        assert est.next_calls(answer | change, plans=False) == "call logs with run R for more"
+
+
 def test_a_branch_is_kept_by_a_name_that_is_free() -> None:
     """Nor by one that git can't have beside another."""
     assert est.name_to_keep("rel", ["rel", "master"]) == "kept-rel"
