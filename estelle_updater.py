@@ -792,6 +792,8 @@ END_HEAD_BYTES = 20  # before the file of such an end: how much went through it,
 KEPT_END_BYTES = 64 << 10  # of what a step writes beyond the most that a log may have
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
+BASE64_CHARS = 8  # of a secret among others: fewer would be found in other text
+BASE64_WIDTHS = (64, 76)  # of lines, as openssl and base64 write them
 SECRET_BYTES = 6  # shorter values are too common to mask
 TOKEN_BYTES = 16  # a shorter token could be guessed from a proof that somebody overheard
 MESSAGE_BYTES = 4 << 20
@@ -2053,6 +2055,8 @@ _URL_QUERY = regex(r"(?<=[?&#;])([A-Za-z0-9_.\[\]%-]{1,60})=")
 _URL_VALUE = regex(r"[^&#\s\"'<>]+")
 # What only a query calls so: in an environment, PWD is the working directory
 _SECRET_QUERY = regex(r"(?i)(.*[-_.])?(sig|signature|pwd|assertion)")
+_URL_SAFE = str.maketrans("+/", "-_")  # in the base64 of tokens
+_BASE64_SHARED = (0, 2, 3)  # letters that it shares with so many bytes of the text before
 _SECRET_URL = regex(r"//(hooks\.slack\.com|discord(app)?\.com/api/webhooks|api\.telegram\.org/bot)")
 _ENVIRONMENT_LINE = regex(
     r"""\s*(?:export\s+)?([^\s=#"']+)[ \t]*="""
@@ -3685,11 +3689,59 @@ def secret_values(*environments: Mapping[str, str], named: Container[str] = ()) 
             for password in url_secrets(value):
                 found.update((password, urllib_parse.unquote(password)))
 
+    return longest_first(found)
+
+
+def longest_first(secrets: Iterable[str]) -> tuple[str, ...]:
+    """Those that are long enough that no other text is taken for them."""
+
     def is_maskable(secret: str) -> bool:
         size = len(secret.encode("utf-8", "surrogatepass"))
         return size >= SECRET_BYTES and not secret.isspace()
 
-    return tuple(sorted(filter(is_maskable, found), key=lambda secret: (-len(secret), secret)))
+    return tuple(sorted(filter(is_maskable, secrets), key=lambda secret: (-len(secret), secret)))
+
+
+def hidden_values(
+    *environments: Mapping[str, str],
+    named: Container[str] = (),
+) -> tuple[str, ...]:
+    """`secret_values`, and how programs write them elsewhere: `curl -v` shows a password as base64,
+    and a configuration that is dumped shows it as JSON."""
+    plain = secret_values(*environments, named=named)
+    found = set(plain)
+    several = [secret for secret in plain if "\n" in secret.strip()]
+    for secret in {one.strip() for one in plain}:
+        # the lines of a key are known as they are, and its base64 is that of the whole
+        is_line = any(secret in other and secret != other.strip() for other in several)
+        if not is_line:
+            found |= encoded_forms(secret)
+    return longest_first(found)
+
+
+def encoded_forms(secret: str) -> set[str]:
+    """A secret as it stands in JSON, in URLs and in base64. Of the last, what is the same whatever
+    stands around it, as `user:SECRET` is what an HTTP header has; and the lines of a long one."""
+    data = secret.encode("utf-8", "surrogatepass")
+    forms = {
+        json.dumps(secret)[1:-1],
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        urllib_parse.quote_from_bytes(data),
+        urllib_parse.quote_from_bytes(data, safe=""),
+    }
+    lines = []
+    for before, shared in enumerate(_BASE64_SHARED):
+        padded = bytes(before) + data
+        text = base64.b64encode(padded).decode()
+        end = len(padded) * 8 // 6
+        lines.append(text[shared:end])
+    for width in BASE64_WIDTHS:
+        lines += re.findall(f".{{1,{width}}}", lines[0])
+    for line in lines:
+        if len(line) >= BASE64_CHARS:
+            forms.add(line)
+            forms.add(line.translate(_URL_SAFE))
+    return forms
 
 
 # ==============================================================================
@@ -13196,12 +13248,12 @@ def host_secrets(
     for value in extra.values():
         if is_nested(value):
             nested |= leaves_of(json.loads(value))
-    found = secret_values(extra, nested, inherited, remotes, named=named)
+    environments = [extra, nested, inherited, remotes]
     with suppress(ConfigError):
         token = load_token(config, tree)
         if token:
-            found += (token.decode(),)
-    return found
+            environments.append({"token": token.decode()})
+    return hidden_values(*environments, named=named)
 
 
 def mask_for_host(value: Any, config: Config, tree: Path, rule: Effective) -> Any:
@@ -17368,7 +17420,7 @@ def _check_command(check: Check) -> str:
         )
     except OverdueError:
         raise CheckFailed(f"not over within {check.timeout_s:g} s") from None
-    masker = Masker(secret_values(check.env))
+    masker = Masker(hidden_values(check.env))
     masked = masker.feed(ended.out) + masker.flush()
     text = masked.decode(errors="replace").strip()
     said = text.splitlines()[-1:]

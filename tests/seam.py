@@ -293,6 +293,7 @@ from estelle_updater import (
     haproxy_arguments as haproxy_arguments,
     has_keeper as has_keeper,
     health_screen as health_screen,
+    hidden_values as hidden_values,
     history_screen as history_screen,
     host_rule as host_rule,
     in_turn as in_turn,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import time
 import tomllib
+import urllib.parse
 from typing import Any
 
 import pytest
@@ -887,6 +889,39 @@ def test_no_blank_or_short_secret(variables: dict[str, str]):
     for secret in secret_values(variables, {f"{name}_TOKEN": value for name, value in variables.items()}):
         assert secret.strip()
         assert len(secret.encode("utf-8", "surrogatepass")) >= 6
+
+
+@given(st.text(min_size=6, max_size=150), st.binary(max_size=9), st.binary(max_size=9), st.integers(1, 80))
+@example("a/b+c d" * 9 + "\n" + "ü" * 9, b"user:", b"", 7)
+def test_a_secret_is_hidden_however_programs_write_it(secret: str, before: bytes, after: bytes, cut: int) -> None:
+    """Of what stands beside it in base64, a letter at each side may stay."""
+    secret = f"s{secret}s".replace("\0", "").encode("utf-8", "replace").decode()
+    hidden = est.hidden_values({"API_TOKEN": secret})
+    data = secret.encode()
+    whole = base64.b64encode(before + data + after)
+    wrapped = [
+        base64.encodebytes(data),
+        b"\n".join(whole[n : n + 64] for n in range(0, len(whole), 64))[: 64 * (not before)],
+    ]
+    for written in (
+        json.dumps({"x": secret}).encode(), json.dumps([secret], ensure_ascii=False).encode(), whole,
+        base64.urlsafe_b64encode(before + data + after), urllib.parse.quote(secret, safe="").encode(),
+        f"http://h/?x={urllib.parse.quote(secret)}&y=1".encode(), *wrapped,
+    ):  # fmt: skip
+        masker = est.Masker(hidden)
+        shown = masker.feed(written[:cut]) + masker.feed(written[cut:]) + masker.flush()
+        kept = len(base64.b64encode(before)) + len(base64.b64encode(after)) + 24  # and what is no part of it
+        assert b"***" in shown or not written, written
+        assert len(shown.replace(b"***", b"")) <= kept + written.count(b"\n") * 8, (shown, written)
+        assert data not in shown
+
+
+def test_the_lines_of_a_key_cost_one_form() -> None:
+    key = "-----BEGIN KEY-----\n" + "\n".join(f"{number:064x}" for number in range(25)) + "\n-----END KEY-----\n"
+    hidden = est.hidden_values({"SSH_KEY": key})
+    assert len(hidden) < 120
+    masker = est.Masker(hidden)
+    assert f"{7:064x}".encode() not in masker.feed(key.encode()) + masker.flush()
 
 
 DOORS: dict[str, Any] = {
