@@ -5171,9 +5171,10 @@ def plan_checkout(
 
 
 def pin_pull(pull: Step, commit: str) -> Step:
-    """The same step held to one commit: what is pushed between fetch and pull does not come with
-    it."""
-    return pull._replace(argv=("git", "merge", "--ff-only", commit))
+    """The same step held to one commit, that was judged: what is pushed between fetch and pull does
+    not come with it."""
+    settings = pull.argv[: pull.argv.index("pull")]
+    return pull._replace(argv=(*settings, "merge", "--ff-only", commit))
 
 
 def plan_fetch_branch(remote: str, branch: str) -> Step:
@@ -13707,7 +13708,9 @@ class Runner(Progress):
         self.is_cancelled = lambda: False
         with suppress(Exception):  # nothing may take the result away
             fields["commit"] = head_commit(self) or None
-            if self.job.before:
+            # of a clone that git can't read it is known all the same what the job did
+            is_unread = self.job.kind in (Kind.DEPLOY, Kind.ROLLBACK) and not fields["commit"]
+            if self.job.before or is_unread:
                 fields["changed"] = self.has_changed(fields["commit"])
             still = fields.get("changed") is False  # then it is what it was, and has that version
             if (state is State.SUCCEEDED or still) and not fields.get("version"):
@@ -13744,7 +13747,7 @@ def read_branch(root: Path) -> str | None:
     try:
         if head.is_symlink():
             return None
-        text = head.read_bytes()
+        text = read_supplied(head, LINE_BYTES)
     except OSError:
         return None
     start, end = b"ref: refs/heads/", b"\n"
@@ -14500,7 +14503,12 @@ class Coming:
 
     def is_left_out(self, name: str) -> bool:
         """Whether a sparse checkout leaves a file out of the tree."""
-        if not (self.root / ".git" / "info" / "sparse-checkout").exists():
+        try:
+            patterns = git_folder(self.root) / "info" / "sparse-checkout"
+            is_sparse = patterns.exists()
+        except OSError:
+            is_sparse = True
+        if not is_sparse:
             return False
         return self.git("ls-files", "-v", "--", self.inside(name)).startswith("S ")
 
@@ -16116,15 +16124,17 @@ class Fetched:
     def __init__(self, runner: Runner, tree: WorkTree, settings: CloneSettings) -> None:
         self.runner, self.tree, self.git = runner, tree, runner.git
         self.settings = settings
+        self.is_fresh = False  # the remote's branch was fetched a moment ago to where it is kept
 
-    def fetch(self) -> tuple[list[str], bool]:
-        """What the remote has, and how it is called here, as `find_refs` says; whether the clone's
-        own settings for that could not be used. Raises StepFailed."""
+    def fetch(self) -> list[str]:
+        """What the remote has, and how it is called here, as `find_refs` says. Raises
+        StepFailed."""
         runner, remote = self.runner, self.runner.rule.remote
         refspecs = self.settings.all(f"remote.{remote}.fetch")
         own = refspecs_to_use(refspecs, remote)
         run_git_step(runner, plan_fetch(remote, own))
-        return self.find_refs(refspecs), bool(own)
+        self.is_fresh = covers(own or refspecs, remote, runner.job.branch)
+        return self.find_refs(refspecs)
 
     def find_refs(self, refspecs: Sequence[str]) -> list[str]:
         """The full names of the branches, local and fetched, that are called as what was asked for;
@@ -16142,6 +16152,7 @@ class Fetched:
         with suppress(UpdaterError):  # a remote that does not answer is the next step's to say
             if self.git("ls-remote", remote, names[0]):
                 run_git_step(runner, plan_fetch_branch(remote, branch))
+                self.is_fresh = True
                 if names[0] not in refs:
                     # by hand: git tracks no branch that it was told not to fetch
                     self.tree.ask(
@@ -16267,6 +16278,7 @@ class Deployment:
         runner.begin("config", StepKind.CONFIG)
         self.clearance.warn_of_doors(runner.load_rule(strict=True))
         self.clearance.confirm_traffic()
+        arrived = head_commit(runner)
         commands = split_commands(runner.rule.command)
         for command in commands:
             step = plan_command(command)
@@ -16275,6 +16287,13 @@ class Deployment:
             if len(commands) > 1:
                 self.log.line(f"{step.label}: {seconds:.1f} s")
         self.restart()
+        self.warn_of_departure(arrived)
+
+    def warn_of_departure(self, arrived: str) -> None:
+        """What is deployed may be checked out no more: a command, or somebody, moved HEAD."""
+        now = head_commit(self.runner)
+        if now != arrived:
+            self.runner.warn(f"HEAD was {arrived[:7]} before the command, and is {now[:7]} now")
 
     def restart(self) -> None:
         """Restart the configured services, or the one that was asked for; each must stay up. Raises
@@ -16322,7 +16341,7 @@ class Deployment:
         has left nothing half written, or the mark stays."""
         runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
         fetched = Fetched(runner, self.tree, self.settings)
-        refs, is_odd = fetched.fetch()
+        refs = fetched.fetch()
         get, checkout, pull = plan_checkout(branch, rule.remote, refs)
         if get and fetched.has_commit(branch):
             get = None
@@ -16332,8 +16351,10 @@ class Deployment:
         pinned = runner.job.options.get("planned", {}).get(runner.host, "")
         if pinned:
             self.clearance.confirm_plan(pinned, commit)
-        elif is_odd and f"refs/remotes/{rule.remote}/{branch}" in refs:
-            pinned = commit  # a pull would fetch once more, and as the clone's settings say
+        elif fetched.is_fresh and f"refs/remotes/{rule.remote}/{branch}" in refs:
+            # a pull would fetch once more: what was pushed meanwhile would come, which nothing of
+            # what follows has judged, and as the clone's own settings say
+            pinned = commit
         if pinned and pull:
             pull = pin_pull(pull, pinned)
         self.seen = time.monotonic()
@@ -21214,7 +21235,7 @@ class Outlook:
         as the newer conflict styles. It reads most of them before it gives its help, and changes
         nothing."""
         found = []
-        for command in ("fetch", "checkout", "pull", "merge", "grep"):
+        for command in ("fetch", "checkout", "merge", "grep"):
             code, _, self.said = self.try_git(command, "--no-such-option")
             if code and b"fatal: " in self.said:
                 found.append(self.why())

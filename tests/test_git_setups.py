@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -146,7 +147,7 @@ def test_what_no_checkout_can_do_the_plan_says(setup: Setup) -> None:
         ("checkout.workers", "some", "--get-all checkout.workers says there where it is set"),
         ("merge.log", "some", "--get-all merge.log says there where it is set"),
         ("color.grep.match", "some", "--get-all color.grep.match says there where it is set"),
-        ("rebase.autoStash", "some", "--get-all rebase.autostash says there where it is set"),
+        ("rebase.autoStash", "some", ""),
         ("branch.sort", "some", ""),
         ("fetch.output", "some", ""),
         ("commit.cleanup", "some", ""),
@@ -520,4 +521,57 @@ def test_what_can_not_be_replaced_is_known_before(setup: Setup) -> None:
             subprocess.run([*free, place], check=True)
         assert len(refused) == 1, refused
         assert refused[0].startswith(f"what the commit changes can't be changed here: {name}; ls -ld {place}")
+    assert setup.both("master")[2]["ok"]
+
+
+def test_what_is_pushed_after_the_look_does_not_come(setup: Setup, tmp_path: Path) -> None:
+    """Between fetch and merge somebody pushes: what nobody has judged would open the doors, and overwrite a file that
+    git ignores. Nor do the merge options of the branch decide."""
+    script, count = tmp_path / "upload-pack", tmp_path / "count"
+    setup.here("config", "branch.master.mergeOptions", "--squash")
+    (setup.seed / ".gitignore").write_text("kept.txt\n")
+    setup.push()
+    assert setup.both("master")[2]["ok"]
+    (setup.repo / "kept.txt").write_text("somebody's")
+    settings = json.loads((setup.seed / "config" / "updater.json").read_text())
+    (setup.seed / "side.txt").write_text("1")
+    setup.push()
+    looked_at = setup.git("rev-parse", "HEAD")
+    (setup.seed / "config" / "updater.json").write_text(json.dumps(settings | {"whitelist": ["0.0.0.0/0"]}))
+    (setup.seed / "kept.txt").write_text("the remote's")
+    setup.git("add", "--force", "kept.txt")
+    setup.push()
+    newest, bare = setup.git("rev-parse", "HEAD"), setup.fleet.origin.bare
+    setup.git("update-ref", "refs/heads/master", looked_at, cwd=bare)
+    push = f"git -C {bare} update-ref refs/heads/master {newest}"
+    script.write_text(f'#!/bin/sh\ngit-upload-pack "$@"\ncode=$?\necho x >>{count}\n{push}\nexit $code\n')
+    script.chmod(0o755)
+    setup.here("config", "remote.origin.uploadpack", str(script))
+    run = setup.fleet.cli("trigger", "all", "master")
+    assert run.code == 0 and count.read_text() == "x\n", run
+    assert setup.here("rev-parse", "HEAD") == looked_at, run.out
+    assert (setup.repo / "kept.txt").read_text() == "somebody's"
+    again = setup.fleet.cli("trigger", "all", "master")
+    assert again.code == 5 and setup.here("rev-parse", "HEAD") == looked_at, again
+
+
+def test_a_command_that_moves_head_is_told(setup: Setup) -> None:
+    (setup.seed / "deploy.sh").write_text("git checkout -q --detach HEAD~1\n")
+    setup.push()
+    before, after = setup.git("rev-parse", "--short=7", "HEAD"), setup.git("rev-parse", "--short=7", "HEAD~1")
+    _, _, result = setup.both("master")
+    assert result["warnings"] == [f"HEAD was {before} before the command, and is {after} now"], result
+
+
+def test_a_clone_that_git_can_not_read_is_said_to_be_unchanged(setup: Setup) -> None:
+    """Its HEAD was emptied by a power loss, or is no file: nobody waits for it, and the last line says what it has."""
+    head = setup.repo / ".git" / "HEAD"
+    head.write_text("")
+    run = setup.fleet.cli("trigger", "all", "master")
+    assert run.code == 1 and "nothing changed on 127.0.0.1: it has v0301_4\n" in run.err, run.err
+    head.unlink()
+    os.mkfifo(head)
+    assert est.read_branch(setup.repo) is None
+    head.unlink()
+    head.write_text("ref: refs/heads/master\n")
     assert setup.both("master")[2]["ok"]

@@ -856,7 +856,7 @@ def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_pat
     asked.unlink()
     assert clone.deploy().code == 0
     words = [re.sub(r"(-c \S+ )*", "", line, count=1) for line in asked.read_text().splitlines()]
-    steps = [line for line in words if line.startswith(("fetch", "checkout", "pull"))]
+    steps = [line for line in words if line.startswith(("fetch", "checkout", "merge"))]
     assert len(steps) == 3
     # three of them are about whose state folder it is, which no daemon has settled here
     assert len(words) - len(steps) <= 3 + 3, words
