@@ -15814,6 +15814,21 @@ def await_settled(runner: Runner, text: str, began: float) -> None:
     runner.log.line(f"{text} is {said}, for {settle_s:g} s in one life")
 
 
+def run_commands(runner: Runner) -> None:
+    """What the configuration says is to run. Raises StepFailed."""
+    arrived = head_commit(runner)
+    commands = split_commands(runner.rule.command)
+    for command in commands:
+        step = plan_command(command)
+        seconds = runner.step(step, runner.rule.timeout_s)
+        # One command alone is all but the whole time, which the result tells.
+        if len(commands) > 1:
+            runner.log.line(f"{step.label}: {seconds:.1f} s")
+    now = head_commit(runner)
+    if now != arrived:  # by a command, or by somebody: what was deployed is not checked out now
+        runner.warn(f"HEAD was {arrived[:7]} before the command, and is {now[:7]} now")
+
+
 def claim_clone(runner: Runner) -> CloneLock | None:
     """The lock of this clone, whoever else deploys in it; None where it can't be locked. Waits
     as long as a step may take. Raises StepFailed."""
@@ -16124,7 +16139,9 @@ class Fetched:
     def __init__(self, runner: Runner, tree: WorkTree, settings: CloneSettings) -> None:
         self.runner, self.tree, self.git = runner, tree, runner.git
         self.settings = settings
-        self.is_fresh = False  # the remote's branch was fetched a moment ago to where it is kept
+        self.is_fresh = False  # the remote's branch is here, as it was a moment ago
+
+    # What the remote has
 
     def fetch(self) -> list[str]:
         """What the remote has, and how it is called here, as `find_refs` says. Raises
@@ -16133,8 +16150,12 @@ class Fetched:
         refspecs = self.settings.all(f"remote.{remote}.fetch")
         own = refspecs_to_use(refspecs, remote)
         run_git_step(runner, plan_fetch(remote, own))
-        self.is_fresh = covers(own or refspecs, remote, runner.job.branch)
-        return self.find_refs(refspecs)
+        branch = runner.job.branch
+        self.is_fresh = covers(own or refspecs, remote, branch)
+        refs = self.find_refs(refspecs)
+        has_theirs = f"refs/remotes/{remote}/{branch}" in refs
+        self.is_fresh = self.is_fresh and has_theirs
+        return refs
 
     def find_refs(self, refspecs: Sequence[str]) -> list[str]:
         """The full names of the branches, local and fetched, that are called as what was asked for;
@@ -16174,6 +16195,8 @@ class Fetched:
                 return found
         # a format of our own would need a %, which cmd.exe interprets
         return self.git("for-each-ref", *names).decode(errors="replace").split()
+
+    # The commit that is meant
 
     def fetch_commit(self, get: Step | None, refs: Sequence[str]) -> str:
         """The commit that is to be checked out, by now here. Raises StepFailed."""
@@ -16278,22 +16301,8 @@ class Deployment:
         runner.begin("config", StepKind.CONFIG)
         self.clearance.warn_of_doors(runner.load_rule(strict=True))
         self.clearance.confirm_traffic()
-        arrived = head_commit(runner)
-        commands = split_commands(runner.rule.command)
-        for command in commands:
-            step = plan_command(command)
-            seconds = runner.step(step, runner.rule.timeout_s)
-            # One command alone is all but the whole time, which the result tells.
-            if len(commands) > 1:
-                self.log.line(f"{step.label}: {seconds:.1f} s")
+        run_commands(runner)
         self.restart()
-        self.warn_of_departure(arrived)
-
-    def warn_of_departure(self, arrived: str) -> None:
-        """What is deployed may be checked out no more: a command, or somebody, moved HEAD."""
-        now = head_commit(self.runner)
-        if now != arrived:
-            self.runner.warn(f"HEAD was {arrived[:7]} before the command, and is {now[:7]} now")
 
     def restart(self) -> None:
         """Restart the configured services, or the one that was asked for; each must stay up. Raises
@@ -16351,10 +16360,8 @@ class Deployment:
         pinned = runner.job.options.get("planned", {}).get(runner.host, "")
         if pinned:
             self.clearance.confirm_plan(pinned, commit)
-        elif fetched.is_fresh and f"refs/remotes/{rule.remote}/{branch}" in refs:
-            # a pull would fetch once more: what was pushed meanwhile would come, which nothing of
-            # what follows has judged, and as the clone's own settings say
-            pinned = commit
+        elif fetched.is_fresh:
+            pinned = commit  # a pull would fetch once more what nothing has judged
         if pinned and pull:
             pull = pin_pull(pull, pinned)
         self.seen = time.monotonic()
