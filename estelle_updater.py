@@ -840,12 +840,16 @@ ADOPTED_PER_HOUR = 30
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 LOW_INODES = 5000  # a checkout and an installation of packages make as many files
 # at once, of all addresses and of one: each holds a copy of the program in memory
+PATHS_HELD = 4096  # of jobs: a kilobyte each
 DOWNLOADS, DOWNLOADS_EACH = 64, 4
 LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
 ACK_S = 0.1
+# between two frames to a commander who got so many within a while: nobody sees the difference, and
+# each costs both ends as much as what is in it
+GATHER_S, GATHER_AFTER, GATHER_WITHIN_S = 0.005, 20, 0.1
 FLOOD_LOOK_S = 0.002  # between two looks at a log that grows by megabytes
 SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it and can't tell
 PING_INTERVAL_S = PING_TIMEOUT_S = (
@@ -4150,8 +4154,10 @@ def decode_fields(cls: type[Any], data: dict[str, Any], *, exact: bool = False) 
     `exact` leaves the texts as they are: a switch's journal holds whole files, and what is written
     back from it must be what was there."""
     values: dict[str, Any] = {}
-    for name, fits, words, must_be_there in _rules_of(cls):  # type: ignore[arg-type]
+    for name, fits, words, must_be_there, default in _rules_of(cls):  # type: ignore[arg-type]
         value = data.get(name, MISSING)
+        if value is default:  # None, an empty text and small numbers are only once in memory
+            continue
         if value is MISSING:
             if must_be_there:
                 raise ProtocolError(f"{cls.__name__}: {name} is missing")
@@ -4175,15 +4181,16 @@ def _is_plain(value: Any) -> bool:
 
 
 @functools.cache
-def _rules_of(cls: Any) -> "list[tuple[str, Callable[[Any], bool], Mapping[str, Any], bool]]":
+def _rules_of(cls: Any) -> "list[tuple[str, Callable[[Any], bool], Mapping[str, Any], bool, Any]]":
     """Of each field of a record: its name, what tells whether a value has its type, the words that
-    are values of it, and whether it has to be there."""
+    are values of it, whether it has to be there, and what it is if not."""
     return [
         (
             spec.name,
             _fitting(spec.type),
             _MEMBERS.get(spec.type, {}),
             spec.default is MISSING and spec.default_factory is MISSING,
+            Ellipsis if spec.default is MISSING else spec.default,  # which JSON can't say
         )
         for spec in fields(cls)
     ]
@@ -10027,6 +10034,13 @@ class Owner:
     clones: dict[str, list[int]] = field(default_factory=dict)
 
 
+@functools.lru_cache(PATHS_HELD)
+def path_of_job(runs: Path, run: str, host: str, kind: str) -> Path:
+    """Where a file of a job is. Each word of a host asks for it several times, and a path that was
+    used knows its text and its hash."""
+    return runs.joinpath(run, f"{file_label(host)}{kind}")
+
+
 class StateFolder:
     """Where this host keeps what it knows: one folder per run, readable with ordinary tools."""
 
@@ -10209,16 +10223,16 @@ class StateFolder:
     # The files of a job
 
     def log_file(self, run: str, host: str) -> Path:
-        return self.runs.joinpath(run, f"{file_label(host)}.log")
+        return path_of_job(self.runs, run, host, ".log")
 
     def job_file(self, run: str, host: str) -> Path:
-        return self.runs.joinpath(run, f"{file_label(host)}.json")
+        return path_of_job(self.runs, run, host, ".json")
 
     def cancel_file(self, run: str, host: str) -> Path:
-        return self.runs.joinpath(run, f"{file_label(host)}.cancel")
+        return path_of_job(self.runs, run, host, ".cancel")
 
     def traffic_file(self, run: str, host: str) -> Path:
-        return self.runs.joinpath(run, f"{file_label(host)}.traffic")
+        return path_of_job(self.runs, run, host, ".traffic")
 
     # Runs and jobs
 
@@ -19645,6 +19659,8 @@ class Writer:
     """What goes out over one connection: messages that were posted, and then what `_write_chunks`
     finds."""
 
+    _began, _begun = 0.0, 0  # since when so many frames were sent, to a commander
+
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.lists = False  # the other end takes several messages in one frame
@@ -19658,6 +19674,9 @@ class Writer:
         """Send a message as soon as the connection takes it; who asks and asks and never reads is
         cut off."""
         text = encode_message(without_ids(message) if self.hides_ids else message)
+        if self._goes_at_once():
+            self.wire.send_now(text)
+            return
         self._control.append(text)
         self._waiting_bytes += len(text)
         if self._waiting_bytes > WAITING_BYTES:
@@ -19671,6 +19690,13 @@ class Writer:
         self._spawn = spawn
         self._wake()
 
+    def _goes_at_once(self) -> bool:
+        """Whether a message needs no writer, nor another turn of the loop: nothing waits in front
+        of it. A commander's wait for each other, as the states of a fleet come together."""
+        if self.hides_ids or self._is_writing or not self._spawn:
+            return False
+        return self.wire.has_room()
+
     def _wake(self) -> None:
         """There may be something to send."""
         self._is_woken = True
@@ -19681,11 +19707,24 @@ class Writer:
     async def _write(self) -> None:
         """All that there is to send, and what comes meanwhile."""
         while self._is_woken:
+            if self._is_flooded():
+                await asyncio.sleep(GATHER_S)
             self._is_woken = False
             while self._control or await self._write_chunks():
                 while self._control:
                     await self.wire.send(self._next_frame())
         self._is_writing = False
+
+    def _is_flooded(self) -> bool:
+        """Whether this commander gets so many frames that they had better be fewer and longer: a
+        thousand hosts at once would have one each for each of their words."""
+        if not self.hides_ids:
+            return False
+        now = time.monotonic()
+        if now - self._began > GATHER_WITHIN_S:
+            self._began, self._begun = now, 0
+        self._begun += 1
+        return self._begun > GATHER_AFTER
 
     def _next_frame(self) -> str:
         """What was posted first; for who takes lists, with what was posted since."""
@@ -23549,8 +23588,8 @@ class Queue:
                 if why:
                     reason = f"{reason}, turned away: {why}"
                 self.ledger.end(run, job, State.OFFLINE, reason)
-            else:
-                self.ledger.record(run, job)
+            else:  # nearly all have another state in a moment
+                self.ledger.record(run, job, lingers=True)
         self.replace_queued(run)
         self.schedule()
 

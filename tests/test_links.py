@@ -7,6 +7,7 @@ import json
 import random
 import statistics
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -616,16 +617,61 @@ def test_a_line_is_on_its_way_in_the_same_turn_of_the_loop(tmp_path: Path) -> No
                 file.write(data)
             link.grew(run, "h", path.stat().st_size)
 
+        link.hides_ids = True  # of a commander: words of one turn go together
         grow(b"one\n")
-        assert [est.decode_chunk(cast(bytes, frame))[2] for frame in wire.now] == [b"one\n"]
+        assert [est.decode_chunk(cast(bytes, frame))[2] for frame in wire.now[-1:]] == [b"one\n"]
+        before, after = len(wire.now), len(wire.later)
         link.post(est.Notice("first"))
         grow(b"two\n")
-        assert len(wire.now) == 1, "it overtook what was posted before"
+        assert len(wire.now) == before, "it overtook what was posted before"
         await asyncio.sleep(0.01)
         grow(b"x" * est.CHUNK_BYTES)
-        assert len(wire.now) == 1, "a flood goes piece by piece"
+        assert len(wire.now) == before, "a flood goes piece by piece"
         await asyncio.sleep(0.01)
-        assert len(wire.later) == 4
+        assert len(wire.later) == after + 3
+        link.hides_ids = False  # what is said to a host is on its way at once, too, and in order
+        link.post(est.Notice("second"))
+        grow(b"three\n")
+        assert wire.now[before] == est.encode_message(est.Notice("second"))
+        assert est.decode_chunk(cast(bytes, wire.now[before + 1]))[2] == b"three\n"
         writer.cancel()
+
+    asyncio.run(talk())
+
+
+def test_a_commander_of_many_hosts_gets_few_long_frames() -> None:
+    """One that hears of something now and then hears of it at once."""
+    sent: list[str] = []
+
+    class Wire(est.Wire):
+        async def send(self, frame: str | bytes) -> None:
+            sent.append(str(frame))
+
+        async def recv(self) -> str | bytes:
+            raise EOFError
+
+        def abort(self) -> None: ...
+
+    async def talk() -> None:
+        link = est.Link(Wire())
+        link.hides_ids = link.lists = True
+        link.start(asyncio.ensure_future)
+        for number in range(5):
+            link.post(est.Notice(f"seldom {number}"))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert len(sent) == number + 1
+        await asyncio.sleep(2 * est.GATHER_WITHIN_S)
+        began, turns = time.monotonic(), 0
+        while time.monotonic() - began < 3 * est.GATHER_WITHIN_S:
+            link.post(est.Notice("often"))
+            turns += 1
+            await asyncio.sleep(0)
+        await asyncio.sleep(2 * est.GATHER_S)
+        frames = sent[5:]
+        assert sum(text.count("often") for text in frames) == turns
+        windows = (time.monotonic() - began) / est.GATHER_WITHIN_S + 1
+        most = windows * (est.GATHER_AFTER + est.GATHER_WITHIN_S / est.GATHER_S)
+        assert len(frames) <= most and len(frames) < turns / 3, (len(frames), most, turns)
 
     asyncio.run(talk())
