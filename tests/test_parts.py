@@ -138,3 +138,11 @@ def test_windows_python_is_cut_at_its_deadline(windows_python: Windows):
     with pytest.raises(pytest.fail.Exception, match="did not end within"):
         windows_python.run("-c", "import time; time.sleep(600)", timeout_s=3)
     assert windows_python.run("-c", "print(1)").out.strip() == "1"
+
+
+@pytest.mark.xdist_group("kept")
+def test_one_worker_runs_a_group(request: pytest.FixtureRequest) -> None:
+    """Else nothing fails, but each worker makes every fleet that one should make for all: a third of a run's time."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("only a worker of --dist loadgroup keeps groups")
+    assert request.node.nodeid.endswith("@kept"), "xdist can not mark groups: another pytest than requirements.txt says"
