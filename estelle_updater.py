@@ -962,7 +962,7 @@ FLUSH_S = 2.0  # for what is not on disk yet when the daemon stops
 PUSH_LEAST_S = 15.0  # between two questions to the remote: a forge counts them
 PUSH_FIRST_S = 2.0  # after the start, or a change of what is watched
 PUSH_RETRY_S = 15.0  # an order that is held back is tried again, without a question to the remote
-PUSH_BACKOFF_S = 900.0  # at most between two questions to a remote that does not answer
+PUSH_BACKOFF_S = 300.0  # at most between two questions to a remote that does not answer
 PUSH_ROWS, PUSH_ROW_CHARS = 10, 200  # of what was pushed: it stands in every message about the run
 FREEZE_SOON_S = 3600.0  # a window that begins within the hour is worth a word
 UNKNOWN_FREEZE_S = 3650 * DAY_S  # one whose end nobody knows: a person ends it
@@ -6581,9 +6581,13 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"Permission denied \([a-z]",
         "ssh has no key that the remote accepts, and may not ask for a password",
     ),
-    (rb"Could not resolve host", "the remote's name does not resolve"),
+    (
+        rb"Could not resolve host|fatal: unable to look up ",
+        "the remote's name does not resolve",
+    ),
     (
         rb"unable to access '[^']*': (?:Operation too slow|Failed to connect)|ssh: connect to host"
+        rb"|fatal: unable to connect to "
         rb"|Connection timed out during banner|Connection to [^\n]+ timed out|Timeout, "
         rb"server .+ not responding",
         "the git remote does not answer",
@@ -6706,7 +6710,12 @@ def _listed_below(head: bytes, said: bytes) -> list[str]:
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
-_REASONS = (r"^ *! (\[.+)", r"^(?:fatal|FATAL): (.+)", r"^(?:error|ERROR): (.+)")
+# with the line below one that ends in a colon, where it has the reason
+_REASONS = (
+    r"^ *! (\[.+)",
+    r"^(?:fatal|FATAL): (.+:\n.+|.+)",
+    r"^(?:error|ERROR): (.+)",
+)
 _FORGE_SAYS = r"^remote: (?!Resolving|Counting|Compressing|Enumerating|Total)(.*\w.*)"
 
 
@@ -6718,7 +6727,7 @@ def failure_reason(said: bytes) -> str:
     for pattern in _REASONS:
         match = re.search(pattern, text, re.MULTILINE)
         if match:
-            reasons.append(match[1])
+            reasons.append(" ".join(match[1].split("\n")))
     lines = list(filter(None, map(str.strip, text.splitlines())))
     plain = [line for line in lines if not line.startswith("hint:")]
     why = "; ".join(dict.fromkeys(map(str.strip, reasons[:2])))
@@ -25245,6 +25254,14 @@ class Watcher:
         else:
             log.warning("%s resumes the watched branches", by)
 
+    def problem(self) -> str:
+        """What is wrong with the remote, and when it is asked again: who has just mended it wants
+        to know how long a push takes now. "" where nothing is wrong."""
+        if not self.trouble:
+            return ""
+        left_s = max(0.0, self.due - time.monotonic())
+        return f"{self.trouble}; it is asked again in {left_s:.0f} s, or now by `watch resume`"
+
     def warnings(self) -> list[str]:
         """What keeps pushes from being deployed, for `status`."""
         rules = self.master.config.config.watch
@@ -25255,7 +25272,7 @@ class Watcher:
             return [f"watch is paused by {self.paused['by']} since {since}: `watch resume`"]
         found = []
         if self.trouble:
-            found.append(f"watch: {self.trouble}")
+            found.append(f"watch: {self.problem()}")
         for rule in rules:
             if self.held.get(rule.key):
                 found.append(f"watch {rule.branch} on {rule.target}: {self.held[rule.key]}")
@@ -25288,7 +25305,7 @@ class Watcher:
                 row["hosts"] = [job_summary(job) for job in run.jobs.values()]
         return {
             "paused": self.paused or None,
-            "problem": self.trouble or None,
+            "problem": self.problem() or None,
             "watches": rows,
         }
 

@@ -279,6 +279,10 @@ def test_init_writes_where_it_is_meant_to(tmp_path: Path) -> None:
         ("remote: Repository not found.\nfatal: repository 'https://x/' not found\n", "Repository not found."),
         ("ERROR: No.\nfatal: Could not read from remote repository.\n\nand the repository exists.\n", "Could not read"),
         ("To x\n ! [rejected] a -> b (fetch first)\nerror: failed\nhint: see\nhint: the Note\n", "[rejected] a -> b"),
+        (
+            "fatal: unable to connect to h:\nh[0: 10.0.0.1]: errno=Connection refused\n\n",
+            "h: h[0: 10.0.0.1]: errno=Con",
+        ),
         ("hint: only this\n", "hint: only this"),
         ("", "no reason given"),
     ],

@@ -148,7 +148,9 @@ def test_what_holds_a_push_back(watching: Watching) -> None:
     os.rename(origin.bare, gone)
     assert one.cli("watch", "resume").code == 0
     wait_for(lambda: "remote does not answer" in str(watching.rows()[""]["problem"]), "trouble is said")
-    assert "! the remote does not answer: " in one.cli("watch").out
+    told = one.cli("watch").out
+    assert "! the remote does not answer: " in told and "; it is asked again in " in told
+    assert "watch resume" in told, "who has mended it need not wait"
     os.rename(gone, origin.bare)
     watching.ask_now()
     watching.done(later)
