@@ -25201,6 +25201,26 @@ async def ask_own(master: Master, what: str, args: dict[str, Any]) -> dict[str, 
     return await agent.ask(what, asked, ACCESS_S + 1) or silent
 
 
+async def find_pushed(master: Master, rule: WatchRule, old: str, commit: str) -> dict[str, Any]:
+    """What a push brought, for people; the deployment does not depend on it."""
+    pushed = {
+        "commit": commit,
+        "before": old,
+    }
+    if old:
+        asked = {
+            "branch": rule.branch,
+            "old": old,
+            "new": commit,
+        }
+        answer = await ask_own(master, "pushed", asked)
+        # Without the words about it the deployment goes on all the same: they are for people,
+        # and the remote may just have become slow.
+        if "error" not in answer:
+            pushed |= answer
+    return pushed
+
+
 class Watcher:
     """Deploys on push: asks the remote where the [[watch]] branches stand, and has each new commit
     deployed once.
@@ -25400,7 +25420,7 @@ class Watcher:
                 return
             found: dict[str, Any] = {}
             if not there:
-                pushed = await self.find_pushed(rule, past["done"], commit)
+                pushed = await find_pushed(self.master, rule, past["done"], commit)
                 found = await self.carry_out(rule, pushed, past["moves"])
         except (UpdaterError, OSError) as problem:
             reason = str(getattr(problem, "what", problem))
@@ -25436,25 +25456,6 @@ class Watcher:
                     return None  # it fetches: what it brings may be this very commit
                 return False
         return True
-
-    async def find_pushed(self, rule: WatchRule, old: str, commit: str) -> dict[str, Any]:
-        """What a push brought, for people; the deployment does not depend on it."""
-        pushed = {
-            "commit": commit,
-            "before": old,
-        }
-        if old:
-            asked = {
-                "branch": rule.branch,
-                "old": old,
-                "new": commit,
-            }
-            answer = await ask_own(self.master, "pushed", asked)
-            # Without the words about it the deployment goes on all the same: they are for people,
-            # and the remote may just have become slow.
-            if "error" not in answer:
-                pushed |= answer
-        return pushed
 
     async def carry_out(
         self, rule: WatchRule, pushed: dict[str, Any], moves: int
@@ -28932,7 +28933,16 @@ class Publication:
         if not self.branch:
             home = f"{self.typed_git()} checkout {typed(self.likely_branch())}"
             raise self.failed("HEAD is detached, so there is no branch to push", home)
-        self.remote = self.ask("config", f"branch.{self.branch}.remote").strip() or "origin"
+        self.remote = self.ask("config", f"branch.{self.branch}.remote").strip()
+        remotes = self.ask("remote").split()
+        if not self.remote and not remotes:
+            add = f"{self.typed_git()} remote add origin URL"
+            raise self.failed("this clone has no remote to push to", add)
+        # as git itself: the one that there is, else origin
+        if not self.remote:
+            self.remote = "origin"
+            if len(remotes) == 1:
+                self.remote = remotes[0]
         tip = self.find_tip()
         commit = self.make_commit(tip, text)
         self.run("push", "--quiet", self.remote, f"{commit}:refs/heads/{self.branch}")
@@ -29764,7 +29774,8 @@ class Setup(HostChanges):
             self.call("pm2", "save")
         if os.name == "nt":
             boot = f'schtasks /Create /SC ONLOGON /TN {self.service} /TR "cmd /c pm2 resurrect"'
-            self.say(f"note: to have it started at each logon: {boot}")
+            said = "to have it started at each logon, in a window opened as administrator"
+            self.say(f"note: {said}: {boot}")
         elif not Path(f"/etc/systemd/system/pm2-{login_name()}.service").exists():
             self.say(
                 "note: to have PM2 started at boot, run the line that this prints: pm2 startup"

@@ -254,6 +254,10 @@ def test_a_refused_publication_changes_nothing(published: tuple[Origin, Path]) -
     origin.git("checkout", "-q", "--detach", cwd=clone)
     before = state_of(origin, clone)
     refused("HEAD is detached")
+    origin.git("checkout", "-q", "master", cwd=clone)
+    origin.git("remote", "remove", "origin", cwd=clone)
+    before = state_of(origin, clone)
+    refused("this clone has no remote to push to")
 
 
 def test_init_writes_where_it_is_meant_to(tmp_path: Path) -> None:
