@@ -17974,6 +17974,7 @@ class Haproxy:
         is_active = live_roles(rows, self.rule).get(color) == "active"
         if is_active and is_usable(rows_by_color(rows, self.rule)[before]):
             self.set_state(color, "drain")
+            serve_queue(self, before)
 
     def reload_back(self, color: str, before: str) -> None:
         """Reload it with the text in which `before` is active. Raises UpdaterError."""
@@ -18100,6 +18101,16 @@ class Haproxy:
         if refused:
             return said.splitlines()[-1]
         return None
+
+
+def serve_queue(proxy: Haproxy, color: str) -> None:
+    """What waits for a place on a colour that was just drained goes to this one: HAProxy looks into
+    its queue when a request of this one ends, and after a reload no more of them come. Any limit
+    that is set makes it look. Raises UpdaterError."""
+    limit = rows_by_color(proxy.rows(), proxy.rule)[color].get("slim")
+    if limit:  # without one nobody waits
+        server = f"{proxy.rule.backend}/{proxy.rule.servers[color]}"
+        ask_haproxy(proxy.rule, f"set maxconn server {server} {limit}")
 
 
 def _config_files(path: Path) -> list[Path]:
@@ -18607,6 +18618,7 @@ class Switch:
         if self.entry.held:
             return f"{before} is {self.entry.held} by somebody's hand, and stays so"
         self.proxy.set_state(before, "drain")
+        serve_queue(self.proxy, self.entry.color)
         busy = rows_by_color(self.proxy.rows(), self.rule)[before]["scur"]
         done = f"{before} gets no new requests, {busy} are under way there"
         # As long as nothing is written, all can go back at once, and kept connections with it.

@@ -628,6 +628,19 @@ def test_connections_of_meanwhile_leave_the_colour_that_was_refused(site: Site):
     site.expect_peace()
 
 
+def test_requests_that_wait_for_a_place_are_answered(site: Site):
+    """Behind `maxconn` they are nobody's yet, and the process that they are in gets no new ones after the reload."""
+    text = site.text.decode().replace("default-server inter", "timeout queue 9s\n    default-server maxconn 1 inter")
+    site.proxy.file.write_text(text)
+    site.proxy.reload()
+    with Load(site.proxy.port, keep=0, new=0, slow=3) as load:
+        wait_for(lambda: "\nyquant_backend,BACKEND,2," in site.proxy.command("show stat"), "two wait")
+        code, out, err = site.switch("green")
+        assert code == 0, (out, err)
+        _, failed = load.end()
+    assert failed == {}
+
+
 @pytest.mark.parametrize("state", ["maint", "drain"])
 def test_what_a_hand_took_out_of_the_traffic_stays_out(site: Site, state: str):
     """A worker under repair must not get the traffic because a switch away from it was undone."""
