@@ -7775,6 +7775,16 @@ class TrafficProof:
         return ""
 
     @property
+    def relapses(self) -> str:
+        """What to say of a colour that was down meanwhile, and lost requests to the others by that;
+        else ""."""
+        for row in self.rows:
+            downs = row.get("chkdown") or "0"
+            if row["svname"] == self.name and downs != "0" and self.strayed:
+                return f"it was down {downs} times since HAProxy was reloaded: {self.seen()}"
+        return ""
+
+    @property
     def takes_all(self) -> bool:
         return decide_traffic(self.rows) == [self.name]
 
@@ -18688,6 +18698,8 @@ class Switch:
         if proof.is_proved:
             for way in proof.detoured:
                 self.runner.warn(f"not all the traffic moves: {way}")
+            if proof.relapses:
+                self.runner.warn(f"{self.entry.color} does not stay up: {proof.relapses}")
             if proof.failed:
                 self.runner.warn(f"{self.entry.color} gets the requests, and fails: {proof.failed}")
             return "; ".join([*seen, *old])

@@ -263,6 +263,10 @@ def test_what_counters_prove():
     assert "5 requests came to the backend" in proof_of((0, 0, 0, 0, 0), (5, 0, 0, 0, 5)).seen()
     anew = proof_of((9, 9, 0, 0, 0), (1, 1, 0, 0, 0))
     assert anew.problem() is None, "a new process counts from zero"
+    flapping = proof_of((0, 0, 0, 0, 0), (5, 0, 2, 3, 5), (9, 0, 2, 7, 9))
+    assert flapping.is_proved and flapping.relapses == ""
+    flapping.look = flapping.look._replace(rows=[{**row, "chkdown": "2"} for row in flapping.rows])
+    assert flapping.relapses == "it was down 2 times since HAProxy was reloaded: green has 7 requests, blue 2"
 
 
 def rows(**servers: str) -> list[dict[str, str]]:
