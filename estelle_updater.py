@@ -18459,6 +18459,7 @@ class SwitchGate:
         for warning in double_warnings(self.proxy.configured_files()):
             self.runner.warn(warning)
         server = self.found.servers[color]
+        standing = self.require_usable(rows)
         # Seen on 3.2: 820 answers of 503 in the two seconds that its checks took. Better no switch.
         if server.begins_down and not self.found.state_file:
             raise GuardError(
@@ -18467,7 +18468,7 @@ class SwitchGate:
                 "write `server-state-file` into global and `load-server-state-from-file global`, "
                 "or take `init-state` out",
             )
-        return self.require_usable(rows)
+        return standing
 
     def require_usable(self, rows: Sequence[_Row]) -> str:
         """HAProxy would use the standby now, and it answers now. Raises GuardError."""
