@@ -20938,16 +20938,28 @@ def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     for job in agent.own.active():
         if job.record.state is State.RUNNING:
             with suppress(OSError):
-                wrote = agent.state.log_file(job.record.run, job.record.host).stat().st_mtime
-                silent_s = max(0, round(time.time() - wrote))
-                # who asks may have another clock than this host, which wrote down when it began
-                running_s = max(0, round(time.time() - (job.record.started or wrote)))
+                result |= job_ages(agent.state, job.record)
                 result |= {"running": job.record.run}
-                result |= {
-                    "silent_s": silent_s,
-                    "running_s": running_s,
-                }
     return result
+
+
+def job_ages(state: StateFolder, job: JobRecord) -> dict[str, int]:
+    """For how long a job has run, and its step said nothing, by this host's clock, in which both
+    are written down: who asks may have another one. Raises OSError."""
+    now, wrote = time.time(), state.log_file(job.run, job.host).stat().st_mtime
+    running_s = now - (job.started or wrote)
+    silent_s = now - wrote
+    # A clock that was set meanwhile: not longer than since the order came, by one that never jumps.
+    lived_s = state.lived.now() - job.lived
+    if job.lived and lived_s >= 0:
+        if running_s < 0:
+            running_s = lived_s
+        running_s = min(running_s, lived_s)
+        silent_s = min(silent_s, lived_s)
+    return {
+        "silent_s": max(0, round(silent_s)),
+        "running_s": max(0, round(running_s)),
+    }
 
 
 def tell_health(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:

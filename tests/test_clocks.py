@@ -60,6 +60,19 @@ def test_a_freeze_by_hand_lasts_as_long_as_it_was_meant_to(tmp_path: Path, jump:
             assert abs(held.ends - time.time() - 2 * HOUR_S) < 60, "and says when it ends by the clock as it is"
 
 
+def test_a_running_job_is_no_older_than_its_order(tmp_path: Path, jump: Jump) -> None:
+    state = est.StateFolder(tmp_path)
+    state.create()
+    (tmp_path / "lived.json").write_text(json.dumps({"lived": est.DAY_S}))
+    job = replace(JOB, lived=state.lived.now() - 60, started=time.time() - 50)
+    state.log_file(job.run, job.host).parent.mkdir(parents=True)
+    state.log_file(job.run, job.host).write_text("begun")
+    for by_s, running_s, silent_s in ((0.0, 50, 0), (est.DAY_S, 60, 60), (-est.DAY_S, 60, 0)):
+        jump(by_s)
+        ages = est.job_ages(state, job)
+        assert abs(ages["running_s"] - running_s) < 10 and abs(ages["silent_s"] - silent_s) < 10, (by_s, ages)
+
+
 def test_an_accepted_order_expires_by_no_clock(tmp_path: Path, jump: Jump) -> None:
     state = est.StateFolder(tmp_path)
     state.create()
