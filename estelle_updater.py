@@ -6551,6 +6551,7 @@ def take_excerpt(output: str) -> list[str]:
     return [*lines[start:end], "…", *lines[-EXCERPT_END:]]
 
 
+NO_ANSWER = "the git remote does not answer"
 NO_BRANCH = "no such branch, tag or commit on the remote"
 LOCKED = "a git process left its lock file behind (named above): remove it if no git runs there"
 FETCHED_BESIDE = "another git fetched into this clone at the same moment"
@@ -6590,7 +6591,7 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"|fatal: unable to connect to "
         rb"|Connection timed out during banner|Connection to [^\n]+ timed out|Timeout, "
         rb"server .+ not responding",
-        "the git remote does not answer",
+        NO_ANSWER,
     ),
     (
         rb"(?i)repository not found|repository '[^']*' not found|returned error: 40[34]"
@@ -6710,9 +6711,11 @@ def _listed_below(head: bytes, said: bytes) -> list[str]:
 
 
 # git's lines that say why, the most telling first; its last line is mostly a hint
-# with the line below one that ends in a colon, where it has the reason
+# with the line below one that ends in a colon, where it has the reason; what ssh says comes before
+# git's own "Could not read", which says nothing
 _REASONS = (
     r"^ *! (\[.+)",
+    r"^(ssh: .+?)\r?$",
     r"^(?:fatal|FATAL): (.+:\n.+|.+)",
     r"^(?:error|ERROR): (.+)",
 )
@@ -10018,7 +10021,7 @@ def advised(*words: object) -> str:
 # Commands as texts name them. Of a key that is called as a command is, the texts say less.
 _NAMED_COMMAND = regex(
     r"`((?:history|status|health|setup|doctor|thaw|forget|trigger|switch|release|upgrade|serve"
-    r"|watch resume|config (?:check|init|convert)|whitelist (?:add|list))(?: [^`]*)?)`"
+    r"|cancel|watch resume|config (?:check|init|convert)|whitelist (?:add|list))(?: [^`]*)?)`"
 )
 
 
@@ -11325,9 +11328,11 @@ def load_token(config: Config, tree: Path) -> bytes | None:
     ConfigError, without it."""
     text = os.environ.get("ESTELLE_TOKEN", "")
     source = "ESTELLE_TOKEN"
+    make_token = "this makes one, which every host gets: openssl rand -hex 32"
     if not text and config.token_file:
         path = tree / Path(config.token_file).expanduser()
         source = f"tokenFile {path}"
+        make_token = f"{make_token} > {typed(path)}"
         try:
             text = read_supplied(path).decode("utf-8-sig")
         except (OSError, UnicodeError) as problem:
@@ -11337,9 +11342,7 @@ def load_token(config: Config, tree: Path) -> bytes | None:
         return None
     token = text.strip().encode()
     if len(token) < TOKEN_BYTES:
-        raise ConfigError(
-            f"the token in {source} has fewer than {TOKEN_BYTES} bytes", "openssl rand -hex 32"
-        )
+        raise ConfigError(f"the token in {source} has fewer than {TOKEN_BYTES} bytes", make_token)
     return token
 
 
@@ -23646,7 +23649,7 @@ class Queue:
             for job in run.jobs.values():
                 if job.machine in machines and job.state not in FINAL:
                     what = f"{job.host} has a {job.state} job: {job.run}"
-                    raise GuardError(what, f"wait for it, or cancel {job.run}")
+                    raise GuardError(what, f"wait for it, or `cancel {job.run}` ends it")
 
     def replace_queued(self, new: Run) -> None:
         """A newer request for the same branch takes the place of one that still waits."""
@@ -29853,13 +29856,17 @@ def judge_clock(ahead_s: float) -> Finding:
     return Finding("clock", abs(ahead_s) < CLOCK_S, text, fix)
 
 
-def judge_remote(code: int, said: str, remote: str, agent_only: bool) -> Finding:
+def judge_remote(
+    code: int, said: str, remote: str, agent_only: bool, repo: Path | None = None
+) -> Finding:
     """Whether git reaches the remote as a service would: without a prompt, a terminal, or
     somebody's ssh-agent."""
     text = failure_reason(said.encode())
-    fix = (
-        "give this user a key or a credential that asks for nothing, then: git ls-remote " + remote
-    )
+    look = typed("git", "-C", repo or ".", "ls-remote", remote)
+    fix = f"give this user a key or a credential that asks for nothing, then: {look}"
+    names = (NO_ANSWER, "the remote's name does not resolve")
+    if text.startswith(names):
+        fix = f"mend the network or the URL of {remote} until this answers: {look}"
     if agent_only:
         text, fix = (
             f"{text}; your ssh-agent has the key, and a service has no ssh-agent",
@@ -30026,6 +30033,16 @@ def owner_fix(repo: Path, owner: int) -> str:
         return f"sudo -u {typed(name)} -i, and there, in the clone: {look}"
     take = chown_line(own_name(), repo)
     return f"run doctor and serve as {name}, or: {take}"
+
+
+def reach_hint(problem: UpdaterError, role: Role, config: Config, bind: str | None) -> str:
+    """What helps where the master was not reached: this host may be it, and not know. It does know
+    by a --bind; and each host has a loopback of its own."""
+    is_silent = isinstance(problem, UnreachableError)
+    is_told = bind or _is_loopback(config.master_url.host)
+    if role is Role.AGENT and is_silent and not is_told:
+        return f"{problem.hint} Or: {role_advice(config)}"
+    return problem.hint
 
 
 class Doctor:
@@ -30248,7 +30265,7 @@ class Doctor:
             and with_agent["SSH_AUTH_SOCK"]
             and not try_command(ask, with_agent, repo, ACCESS_S)[0]
         )
-        yield judge_remote(code, said, rule.remote, agent_only)
+        yield judge_remote(code, said, rule.remote, agent_only, repo)
         name = Path(split_commands(rule.command)[0][0]).stem
         if name in ("node", "npm", "npx", "pnpm", "yarn"):
             for tool in dict.fromkeys(("node", name)):
@@ -30283,9 +30300,7 @@ class Doctor:
             if "may not command" in problem.what:  # an agent is all that it is to be
                 yield Finding("commanders", None, f"{problem.what}; {who_commands(config)}")
                 return
-            hint = problem.hint
-            if decision.role is Role.AGENT and not isinstance(problem, RefusedError):
-                hint = f"{hint} Or: {role_advice(config)}"
+            hint = reach_hint(problem, decision.role, config, self.args.bind)
             yield Finding("master", False, problem.what, hint)
         except ImportError:
             yield Finding("master", None, "not asked: a package is missing")

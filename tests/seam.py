@@ -373,6 +373,7 @@ from estelle_updater import (
     probe_master_addresses as probe_master_addresses,
     probe_public_address as probe_public_address,
     prove_key as prove_key,
+    reach_hint as reach_hint,
     read_backend as read_backend,
     read_branch as read_branch,
     read_branches as read_branches,

@@ -230,6 +230,19 @@ def test_a_model_is_told_only_what_it_may_call() -> None:
         assert est.next_calls(answer | change, plans=False) == "call logs with run R for more"
 
 
+def test_only_a_host_that_can_be_the_master_is_told_so() -> None:
+    """Each host has a loopback of its own, who has a --bind knows, and a token is no silence."""
+    silent, wrong = est.UnreachableError("w", "hint"), est.ConfigError("w", "hint")
+    far, near = (
+        est.parse_config(json.dumps({"masterUrl": f"ws://{host}:9900", "whitelist": []}), "f", "json")
+        for host in ("5.223.72.58", "127.0.0.1")
+    )
+    assert "behind a NAT" in est.reach_hint(silent, est.Role.AGENT, far, None)
+    for args in ((wrong, est.Role.AGENT, far, None), (silent, est.Role.AGENT, near, None)):
+        assert est.reach_hint(*args) == "hint"
+    assert est.reach_hint(silent, est.Role.AGENT, far, "10.0.0.1") == "hint"
+
+
 def test_a_branch_is_kept_by_a_name_that_is_free() -> None:
     """Nor by one that git can't have beside another."""
     assert est.name_to_keep("rel", ["rel", "master"]) == "kept-rel"

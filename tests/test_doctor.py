@@ -102,6 +102,13 @@ def test_a_remote_that_only_the_operator_s_agent_opens() -> None:
     found = est.judge_remote(128, said, "origin", agent_only=True)
     assert found.ok is False and "a service has no ssh-agent" in found.text
     assert est.judge_remote(0, "", "origin", agent_only=False).ok
+    # no key helps where nobody answers, and the line is typed from any folder
+    silent = "ssh: connect to host h port 22: Connection refused\nfatal: Could not read from remote repository.\n"
+    found = est.judge_remote(128, silent, "origin", agent_only=False, repo=Path("/srv/a b"))
+    assert "does not answer (ssh: connect to host h port 22" in found.text
+    assert "key" not in found.fix and found.fix.endswith("git -C '/srv/a b' ls-remote origin")
+    refused = est.judge_remote(128, said, "origin", agent_only=False, repo=Path("/srv/a b"))
+    assert "a key" in refused.fix and refused.fix.endswith("git -C '/srv/a b' ls-remote origin")
 
 
 def test_other_owners_and_full_disks(two: Fleet, tmp_path: Path) -> None:
