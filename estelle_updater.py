@@ -5062,14 +5062,22 @@ _GIT_SETTINGS = (
 GIT_SETTINGS = tuple(word for setting in _GIT_SETTINGS for word in ("-c", setting))
 
 
-def plan_fetch(remote: str, own: Sequence[str] = ()) -> Step:
+# git starts a process of its own at each fetch that looks whether to tidy up
+_UNTIDIED = ("-c", "maintenance.auto=false")
+
+
+def plan_fetch(remote: str, own: Sequence[str] = (), *, is_tidy: bool = False) -> Step:
     """The document's first step, with refspecs of our `own` where the clone's can't be used.
-    `--prune` lets branch `a` make way for `a/b`."""
+    `--prune` lets branch `a` make way for `a/b`. `is_tidy`: git need not look whether to tidy
+    up."""
     # forced: a tag that was moved on the remote would fail it, where somebody wants all tags
     options = ["--prune", "--no-prune-tags", "--force"]
     if own:
         options.append("--refmap=")  # else the clone's own ones would count beside them
-    argv = ("git", "fetch", *options, remote, *own)
+    settings: tuple[str, ...] = ()
+    if is_tidy:
+        settings = _UNTIDIED
+    argv = ("git", *settings, "fetch", *options, remote, *own)
     return Step(f"git fetch {remote}", argv, StepKind.FETCH)
 
 
@@ -5162,8 +5170,7 @@ def plan_checkout(
         # such options are the clone's own, and a `--squash` among them would leave HEAD where it is
         own = f"branch.{branch}.mergeOptions="
         # the fetch just before has tidied up: once for a deployment is enough
-        once = "maintenance.auto=false"
-        settings = ("-c", own, "-c", once)
+        settings = ("-c", own, *_UNTIDIED)
         pull = ("git", *settings, "pull", "--ff-only", "--no-rebase", remote, heads)
         checkout = Step(label, ("git", "checkout", *argv, "--"), StepKind.CHECKOUT)
         return None, checkout, Step(f"git pull {remote} {branch}", pull, StepKind.PULL)
@@ -16169,6 +16176,28 @@ def run_git_step(runner: Runner, step: Step, *, announce: bool = True) -> None:
         time.sleep(CLONE_LOOK_S)
 
 
+# gc.auto is 6,700 objects, of which git counts those in one folder of 256, and gc.autoPackLimit 50:
+# below half of that a fetch, which brings one pack or a hundred objects, leaves nothing to do.
+LOOSE_FEW, PACKS_FEW = 13, 25
+
+
+def is_tidy(root: Path, settings: CloneSettings) -> bool:
+    """Whether git would find nothing to tidy up in a clone, by what it counts itself, nor after one
+    fetch more. Not so where somebody's settings say when to."""
+    has_own = any(key.startswith(("gc.", "maintenance.")) for key in settings.values)
+    if has_own:
+        return False
+    objects = root / ".git" / "objects"
+    try:
+        packs = [name for name in os.listdir(objects / "pack") if name.endswith(".pack")]
+        loose = []
+        with suppress(FileNotFoundError):
+            loose = os.listdir(objects / "17")
+    except OSError:  # a linked work tree, say
+        return False
+    return len(packs) < PACKS_FEW and len(loose) < LOOSE_FEW
+
+
 class Fetched:
     """What the remote has of the name that was asked for, and how that is called here."""
 
@@ -16185,7 +16214,8 @@ class Fetched:
         runner, remote = self.runner, self.runner.rule.remote
         refspecs = self.settings.all(f"remote.{remote}.fetch")
         own = refspecs_to_use(refspecs, remote)
-        run_git_step(runner, plan_fetch(remote, own))
+        plan = plan_fetch(remote, own, is_tidy=is_tidy(self.tree.root, self.settings))
+        run_git_step(runner, plan)
         branch = runner.job.branch
         self.is_fresh = covers(own or refspecs, remote, branch)
         refs = self.find_refs(refspecs)

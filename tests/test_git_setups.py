@@ -575,3 +575,34 @@ def test_a_clone_that_git_can_not_read_is_said_to_be_unchanged(setup: Setup) -> 
     head.unlink()
     head.write_text("ref: refs/heads/master\n")
     assert setup.both("master")[2]["ok"]
+
+
+def test_git_looks_whether_to_tidy_up_where_there_may_be_something_to_do(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    trace = clone.folder / "trace"
+    clone.git(clone.folder, "config", "--global", "trace2.normalTarget", str(trace))
+
+    def looks() -> bool:
+        """Whether git does at a deployment."""
+        trace.unlink(missing_ok=True)
+        assert clone.deploy().code == 0, clone.log()
+        text = trace.read_text()
+        assert "fetch --prune" in text and "git-upload-pack" in text, text
+        return "git maintenance run" in text or "git gc" in text
+
+    assert not looks(), "a clone of a few objects"
+    loose = clone.host / ".git/objects/17"
+    loose.mkdir(exist_ok=True)
+    for number in range(13):
+        (loose / f"{number:038x}").touch()
+    assert looks(), "half of what git begins at"
+    shutil.rmtree(loose)
+    assert not looks()
+    for number in range(25):
+        (clone.host / f".git/objects/pack/pack-{number:040x}.pack").touch()
+    assert looks(), "packs"
+    for pack in (clone.host / ".git/objects/pack").glob(f"pack-{0:030x}*"):
+        pack.unlink()
+    assert not looks()
+    clone.git(clone.host, "config", "gc.auto", "1")
+    assert looks(), "somebody's own setting"

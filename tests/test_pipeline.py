@@ -39,6 +39,8 @@ def test_the_plan_of_a_branch() -> None:
     old = Step(label, ("git", "checkout", "master", "--"), StepKind.CHECKOUT)
     fetch = ("git", "fetch", "--prune", "--no-prune-tags", "--force", "origin")
     assert est.plan_fetch("origin") == Step("git fetch origin", fetch, StepKind.FETCH)
+    tidy = ("git", *ONCE, *fetch[1:])
+    assert est.plan_fetch("origin", is_tidy=True) == Step("git fetch origin", tidy, StepKind.FETCH)
     assert plan_checkout("master", "origin", {tracking}) == (None, new, pull)
     assert plan_checkout("master", "origin", {"refs/heads/master", tracking}) == (None, old, pull)
     assert plan_checkout("master", "origin", {"refs/heads/master"}) == (None, old, pull)
