@@ -27884,6 +27884,10 @@ def _compile(source: bytes, name: str) -> bytes:
     The module's own annotations become text, as no start is to pay for evaluating them."""
     import __future__
 
+    # The interpreter has one string for each of these letters. Bytecode tells whether it is
+    # interned, and that follows from what this process happened to import before.
+    for number in range(256):
+        sys.intern(chr(number))
     tree = ast.parse(source)
     for node in ast.walk(tree):
         _lighten(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.fleet import MODULE, PROGRAM, Fleet, Origin, clean_env, kill_processes_of, need, run
+from tests.fleet import MODULE, PROGRAM, Fleet, Origin, clean_env, kill_processes_of, made_once, need, run
 from tests.machines import Network, Windows
 
 LONG = (
@@ -92,18 +91,13 @@ def windows_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Windows
 @pytest.fixture(scope="session")
 def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The zipapp under its own name, built once for all workers from the checkout, if tests/run has not done so."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
-    built = shared / "estelle_updater.pyz"
-    with open(shared / "pyz.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not built.exists():
-            partial = shared / "partial.pyz"
-            if PROGRAM[1] != str(MODULE):
-                shutil.copy(PROGRAM[1], partial)
-            else:
-                argv = [sys.executable, str(MODULE), "build", "-o", str(partial)]
-                code, out, err = run(argv, clean_env(shared / "home"), timeout_s=300)
-                assert code == 0, f"build failed with {code}\n{out}{err}"
-            partial.replace(built)
-    return built
+
+    def build(target: Path) -> None:
+        if PROGRAM[1] != str(MODULE):
+            shutil.copy(PROGRAM[1], target)
+        else:
+            argv = [sys.executable, str(MODULE), "build", "-o", str(target)]
+            code, out, err = run(argv, clean_env(target.parent / "home"), timeout_s=300)
+            assert code == 0, f"build failed with {code}\n{out}{err}"
+
+    return made_once(tmp_path_factory, "estelle_updater.pyz", build)

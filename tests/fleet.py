@@ -10,6 +10,7 @@ The fixture makes a fleet whose daemons are all ready, the master on 127.0.0.1, 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -82,6 +83,20 @@ def wait_for(condition: Callable[[], T], what: str | Callable[[], str], timeout_
         time.sleep(max(0.02, min(now - began, 1)))  # a question that takes long leaves as long to what it waits for
         began = time.monotonic()
     return value
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A file of that name, which the first worker that needs it makes for all of them."""
+    base = factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    made = shared / name
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            partial = shared / f"partial-{name}"
+            make(partial)
+            partial.replace(made)
+    return made
 
 
 def free_port(address: str = "127.0.0.1") -> int:

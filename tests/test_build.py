@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests import seam
+from tests.fleet import made_once
 from tests.seam import UpdaterError, UsageError, build_zipapp, parse_script_block, render_build, require_packages
 
 SOURCE = Path(seam.program.__file__)
@@ -51,9 +52,13 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def pyz(tmp_path_factory: pytest.TempPathFactory, offline: dict[str, str]) -> Path:
-    path = tmp_path_factory.mktemp("built") / "estelle_updater.pyz"
-    subprocess.run([sys.executable, "-c", BUILD, path], check=True, env=offline)
-    return path
+    """Built here, whatever tests/run has built; at a path of each worker's own, beside which tests may write."""
+
+    def build(target: Path) -> None:
+        subprocess.run([sys.executable, "-c", BUILD, target], check=True, env=offline)
+
+    built = made_once(tmp_path_factory, "built.pyz", build)
+    return Path(shutil.copy(built, tmp_path_factory.mktemp("built") / "estelle_updater.pyz"))
 
 
 def run(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
