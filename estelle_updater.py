@@ -18100,6 +18100,8 @@ class Haproxy:
             if not self.live:
                 return "done; without a socket nobody can tell whether HAProxy took it"
             taken = self.follow_reload(color, worker)
+            if taken and attempt > 1:
+                await_another(self)
             if taken:
                 now = self.processes()
                 who = "HAProxy"
@@ -18132,6 +18134,14 @@ class Haproxy:
         if refused:
             return said.splitlines()[-1]
         return None
+
+
+def await_another(proxy: Haproxy) -> None:
+    """A reload that came late was repeated for nothing, and brings a second process: the servers'
+    states must be there until that one has read them. One that was swallowed brings none."""
+    with suppress(UpdaterError):
+        is_replaced = functools.partial(proxy.is_replaced, proxy.worker())
+        poll(is_replaced, 0.1, RELOAD_S)
 
 
 def serve_queue(proxy: Haproxy, color: str) -> None:

@@ -259,6 +259,20 @@ def test_reload_that_was_swallowed_is_repeated(site: Site):
     site.expect_peace()
 
 
+def test_a_reload_that_comes_late_finds_the_states_too(site: Site):
+    """It was taken for swallowed, and repeated: then two processes come, and the last one is what stays."""
+    proxy = site.proxy
+    script = proxy.folder / "late.sh"
+    reloads = proxy.said.count("Reloading HAProxy")
+    script.write_text(f"(sleep 4.6; kill -USR2 $(cat {proxy.pid_file})) </dev/null >/dev/null 2>&1 &\n")
+    site.configure(reload=["sh", str(script)])
+    proxy.command("set server yquant_backend/green weight 77")
+    code, out, err = site.switch("green")
+    assert code == 0 and "at attempt 2" in out, (out, err)
+    assert proxy.said.count("Reloading HAProxy") - reloads == 2, "the second has come"
+    assert proxy.rows()["green"][18] == "77"
+
+
 @pytest.mark.parametrize("command", [["true"], ["false"]])
 def test_reload_that_does_nothing_is_noticed_and_undone(site: Site, command: list[str]):
     site.configure(reload=command)
