@@ -32530,8 +32530,7 @@ def cmd_watch(args: Args) -> int:
     if args.action:
         asked["paused"] = args.action == "pause"
     result = ask_master(args, "watches", asked)
-    text = watch_text(result)
-    show(args, result, text, functools.partial(folded_screen, text))
+    show(args, result, watch_text(result), functools.partial(watch_screen, result))
     return 0
 
 
@@ -32552,43 +32551,63 @@ def cmd_notify(args: Args) -> int:
     return 1
 
 
+NO_WATCH = "nothing is watched: there is no [[watch]] in the configuration"
+
+
+def watch_cells(one: Mapping[str, Any]) -> list[str]:
+    """A watched branch in a row: what, where, and when something was done last."""
+    when = "-"
+    if one["at"]:
+        when = clock_text(one["at"])
+    return [one["branch"], one["target"], one["then"], (one["seen"] or "-")[:7], when]
+
+
+def watch_notes(result: Mapping[str, Any]) -> list[str]:
+    """What holds all watched branches."""
+    notes = []
+    if result["problem"]:
+        notes.append(spelled(f"! {result['problem']}"))
+    if result["paused"]:
+        by, since = result["paused"]["by"], utc(result["paused"]["since"])
+        notes.append(spelled(f"! paused by {by} since {since}: `watch resume`"))
+    return notes
+
+
 def watch_text(result: Mapping[str, Any]) -> str:
-    """The watched branches as a table, and what holds them."""
+    """The watched branches as a table, and what holds them, for a pipe."""
     if not result["watches"]:
-        return "nothing is watched: there is no [[watch]] in the configuration"
+        return NO_WATCH
     rows, notes = [], []
     for one in result["watches"]:
         results = [f"{host['host']} {short_result(host)}" for host in one["hosts"]]
         did = " ".join(filter(None, (one["run"] or one["plan"], "  ".join(results)))) or "-"
-        when = "-"
-        if one["at"]:
-            when = clock_text(one["at"])
-        seen = (one["seen"] or "-")[:7]
-        cells = (
-            one["branch"],
-            one["target"],
-            one["then"],
-            seen,
-            when,
-            did,
-        )
-        rows.append(cells)
+        rows.append([*watch_cells(one), did])
         if one["held"]:
             notes.append(f"! {one['branch']} on {one['target']} waits: {one['held']}")
-    if result["problem"]:
-        notes.append(f"! {result['problem']}")
-    if result["paused"]:
-        by, since = result["paused"]["by"], utc(result["paused"]["since"])
-        notes.append(spelled(f"! paused by {by} since {since}: `watch resume`"))
-    head = (
-        "branch",
-        "target",
-        "then",
-        "remote",
-        "last",
-        "did",
-    )
-    return "\n".join([render_table(head, rows), *notes])
+    head = ("branch", "target", "then", "remote", "last", "did")
+    return "\n".join([render_table(head, rows), *notes, *watch_notes(result)])
+
+
+def watch_screen(result: Mapping[str, Any], columns: int) -> list[str]:
+    """The same for a terminal: what was done stands below its branch, as a row breaks in the middle
+    of an address."""
+    if not result["watches"]:
+        return folded_screen(NO_WATCH, columns)
+    rows = []
+    for one in result["watches"]:
+        notes = list(filter(None, [one["run"] or one["plan"]]))
+        for host in one["hosts"]:
+            notes.append(f"{host['host']} {short_result(host)}")
+        mark = "✓"
+        if any(host["state"] in FINAL and not host["ok"] for host in one["hosts"]):
+            mark = "✗"
+        if one["held"]:
+            notes.append(f"waits: {one['held']}")
+            mark = "!"
+        rows.append(TableRow(mark, watch_cells(one), notes))
+    head = ("BRANCH", "TARGET", "THEN", "REMOTE", "LAST")
+    told = folded_screen("\n".join(watch_notes(result)), columns)
+    return [*lay_table(head, rows, columns), *filter(None, told)]
 
 
 def cmd_forget(args: Args) -> int:

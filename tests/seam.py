@@ -435,6 +435,7 @@ from estelle_updater import (
     valid_host_name as valid_host_name,
     valid_label as valid_label,
     valid_run_id as valid_run_id,
+    watch_screen as watch_screen,
     whole_hint as whole_hint,
     why_unusable as why_unusable,
     without_nulls as without_nulls,

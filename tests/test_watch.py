@@ -179,6 +179,27 @@ def test_no_question_beside_a_job(fleet: Callable[..., Fleet], tmp_path: Path) -
             est.tell_remote(agent, {"branches": [wrong]})
 
 
+def test_a_terminal_s_rows_break_in_no_address() -> None:
+    jobs = [("192.0.2.11", "failed"), ("192.0.2.12/office", "succeeded")]
+    hosts = [
+        {"host": host, "state": state, "ok": state == "succeeded", "version": "v1", "step": "sh deploy.sh",
+         "exit": 3, "error": None, "commit": None}
+        for host, state in jobs
+    ]  # fmt: skip
+    row = {"branch": "결제-금액-반올림", "target": "192.0.2.11,192.0.2.12", "then": "deploy", "seen": "a" * 40,
+           "at": 0.0, "run": "20261127-225148-c919", "plan": None, "held": None, "hosts": hosts}  # fmt: skip
+    told = {"watches": [row, row | {"held": "market holds every deploy back"}], "problem": "gone", "paused": None}
+    lines = est.watch_screen(told, 80)
+    assert all(est.count_cells(line) <= 80 for line in lines), lines
+    assert lines[2:5] == [
+        "    20261127-225148-c919",
+        "    192.0.2.11 ✗ 실패 sh deploy.sh (exit 3)",
+        "    192.0.2.12/office ✓ v1",
+    ]
+    assert lines[1].startswith("✗ 결제-금액-반올림  192.0.2.11,192.0.2.12") and "! gone" in lines
+    assert "    waits: market holds every deploy back" in lines
+
+
 @pytest.mark.parametrize(
     ("watch", "said"),
     [
