@@ -833,6 +833,7 @@ ACCEPTED, BACKLOG = (
 FILES = 1 << 16
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
+DEAR_AT_ONCE = 2  # questions of one address that its hosts or its disk work on
 MACHINES = 256  # machine ids of one address
 # runs of one agent that this master has not ordered
 ADOPTED_OPEN = 8
@@ -22285,6 +22286,7 @@ class Door:
         self.commanders: dict[
             Any, tuple[str, str]
         ] = {}  # those that command, and where they came to
+        self.turns: dict[str, asyncio.Semaphore] = {}  # by address
         self.handout = Handout()
         self.elders = Elders(lambda: len(self.sockets))
         self.page = Page()
@@ -22444,6 +22446,12 @@ class Door:
         self.connected[address] -= 1
         if not self.connected[address]:
             del self.connected[address]
+            self.turns.pop(address, None)
+
+    def turn_of(self, address: str) -> asyncio.Semaphore:
+        """For dear questions of all connections of an address: each host answers a few at once, in
+        the order in which they came, and whoever asks hundreds would keep the others waiting."""
+        return self.turns.setdefault(address, asyncio.Semaphore(DEAR_AT_ONCE))
 
     def purse_of(self, address: str) -> Purse:
         """The one purse of all connections of an address."""
@@ -24496,7 +24504,11 @@ class Desk:
                     return await self.submit(message, by(message))
                 if isinstance(message, Cancel):
                     return await self.cancel(message.run, by(message))
-                return await self.answer(replace(message, args={**message.args, "by": by(message)}))
+                known = replace(message, args={**message.args, "by": by(message)})
+                if message.what not in DEAR:
+                    return await self.answer(known)
+                async with self.master.door.turn_of(address):
+                    return await self.answer(known)
             except (UpdaterError, OSError) as problem:
                 return self.refuse(problem, getattr(message, "id", 0))
             except Exception as problem:  # one question's trouble must not end the connection
@@ -26302,6 +26314,8 @@ async def answer_notify_test(desk: Desk, args: dict[str, Any]) -> dict[str, Any]
 
 
 DESK["notify-test"] = answer_notify_test
+# what makes hosts ask git or run checks, or reads logs and the history
+DEAR = {"plan", "compare", "health", "log", "history"}
 
 
 # ==============================================================================

@@ -311,3 +311,23 @@ def test_many_machines_whose_jobs_wait_ask_haproxys_host_together(one: Fleet) ->
         assert 0 < asked["traffic"] - before <= most, "once for all of them"
         for peer in crowd:
             peer.close()
+
+
+def test_a_commander_that_asks_hundreds_of_times_keeps_nobody_from_a_plan(one: Fleet) -> None:
+    """Each host answers four at once, in the order in which they came; of one address two are asked."""
+    peers = [Peer(one, H, "commander") for _ in range(10)]
+    asked = {"action": "update", "target": "all", "branch": "master"}
+    try:
+        for peer in peers:
+            for number in range(30):
+                peer.say(est.Ask(number + 1, "plan", asked))
+        for peer in peers:  # it has taken all of them
+            peer.say(est.Cancel("20260101-000000-abcd"))
+            peer.until(lambda message: isinstance(message, est.Refuse))
+        for _ in range(2):
+            found = one.cli("plan", B, "master")
+            assert found.code == 0, found
+    finally:
+        for peer in peers:
+            peer.close()
+    assert one.cli("plan", B, "master").code == 0, "and what nobody waits for is not asked"
