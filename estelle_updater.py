@@ -745,6 +745,8 @@ LOG_POKE = b"l"  # what a runner pokes its daemon with where only a log is to be
 STEP_POKE = b"s"  # the same, and where a record is to be looked at within UNSAID_S
 FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE, BARE_FEATURE)
 COMMANDER_FEATURES: tuple[str, ...] = (LARGE_FEATURE, LIST_FEATURE)
+# questions that make hosts ask git or run checks, or that read logs and the history
+DEAR = ("plan", "compare", "health", "log", "history")
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 # whose internals Door.connection_class overrides and SocketWire calls: read them again
 WEBSOCKETS_KNOWN = "17.4"
@@ -26314,8 +26316,6 @@ async def answer_notify_test(desk: Desk, args: dict[str, Any]) -> dict[str, Any]
 
 
 DESK["notify-test"] = answer_notify_test
-# what makes hosts ask git or run checks, or reads logs and the history
-DEAR = {"plan", "compare", "health", "log", "history"}
 
 
 # ==============================================================================
