@@ -6695,6 +6695,12 @@ def setting_hint(reason: str) -> str:
     if not is_of_setting or not named:
         return ""
     look = typed("git", "config", "--show-origin", "--get-all", named[1])
+    if named[1].startswith("submodule."):
+        # No question to git gets past it: an empty file does, and is replaced by the commit's.
+        mend = (
+            "empty .gitmodules there, git fetch, and git reset --hard to the commit that mends it"
+        )
+        return f"if {look} names no file, it stands in .gitmodules: {mend}"
     return f"{look} says there where it is set"
 
 
@@ -22450,10 +22456,22 @@ class Door:
             del self.connected[address]
             self.turns.pop(address, None)
 
-    def turn_of(self, address: str) -> asyncio.Semaphore:
-        """For dear questions of all connections of an address: each host answers a few at once, in
-        the order in which they came, and whoever asks hundreds would keep the others waiting."""
-        return self.turns.setdefault(address, asyncio.Semaphore(DEAR_AT_ONCE))
+    async def in_turn(
+        self,
+        address: str,
+        asked: Ask,
+        by: str,
+        answer: Callable[[Ask], Awaitable[Answer]],
+    ) -> Answer:
+        """The answer to a commander's question, from where and `by` whom it came. Of dear ones a
+        few of all connections of an address are worked on: each host answers in the order in which
+        they came, and whoever asks hundreds would keep the others waiting."""
+        known = replace(asked, args={**asked.args, "by": by})
+        if asked.what not in DEAR:
+            return await answer(known)
+        turn = self.turns.setdefault(address, asyncio.Semaphore(DEAR_AT_ONCE))
+        async with turn:
+            return await answer(known)
 
     def purse_of(self, address: str) -> Purse:
         """The one purse of all connections of an address."""
@@ -24506,11 +24524,7 @@ class Desk:
                     return await self.submit(message, by(message))
                 if isinstance(message, Cancel):
                     return await self.cancel(message.run, by(message))
-                known = replace(message, args={**message.args, "by": by(message)})
-                if message.what not in DEAR:
-                    return await self.answer(known)
-                async with self.master.door.turn_of(address):
-                    return await self.answer(known)
+                return await self.master.door.in_turn(address, message, by(message), self.answer)
             except (UpdaterError, OSError) as problem:
                 return self.refuse(problem, getattr(message, "id", 0))
             except Exception as problem:  # one question's trouble must not end the connection

@@ -277,6 +277,7 @@ from estelle_updater import (
     excerpt as excerpt,
     excerpt_lines as excerpt_lines,
     explain_failure as explain_failure,
+    explain_step as explain_step,
     failure_reason as failure_reason,
     fetch_program as fetch_program,
     fields as fields,

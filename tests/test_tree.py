@@ -1254,6 +1254,25 @@ def test_a_gitmodules_that_git_dies_of_never_comes(lines: str, clone: Clone):
     assert all(f"can't read .gitmodules of {new[:7]}: " in one.what for one in refused)
 
 
+def test_the_way_out_of_a_gitmodules_that_git_dies_of(clone: Clone):
+    """Who brought a clone there by hand: no question gets past it, and what a failed job advises does."""
+    clone.git(clone.folder, "clone", "-q", "origin", str(clone.folder / "seed/sub"))
+    head = '[submodule "sub"]\n\tpath = sub\n\turl = ./\n'
+    clone.commit({".gitmodules": f"{head}\tshallow = maybe\n"})
+    clone.git(clone.host, "fetch", "-q")
+    argv = ["git", "-C", str(clone.host), "reset", "-q", "--hard", "origin/master"]
+    subprocess.run(argv, env=clone.env, stderr=-3, timeout=60)
+    said = subprocess.run([*argv[:3], "fetch"], env=clone.env, capture_output=True, timeout=60).stderr
+    advice = est.explain_step(["git", "fetch"], said) or ""
+    assert "empty .gitmodules there, git fetch, and git reset --hard" in advice
+    mended = clone.commit({".gitmodules": head})
+    (clone.host / ".gitmodules").write_text("")
+    clone.git(clone.host, "fetch", "-q")
+    clone.git(clone.host, *argv[3:])
+    assert clone.git(clone.host, "rev-parse", "HEAD").strip() == mended
+    assert (clone.host / ".gitmodules").read_text() == head
+
+
 @pytest.mark.parametrize(
     ("url", "allow", "asked"),
     [
