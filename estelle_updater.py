@@ -5396,9 +5396,28 @@ class Obstacles(NamedTuple):
     nested: tuple[str, ...] = ()  # folders that are clones of their own
     closed: tuple[str, ...] = ()  # folders in which this user may not write
     pinned: tuple[str, ...] = ()  # what nobody can replace
+    unfit: tuple[str, ...] = ()  # paths that no file of this host can have
 
 
 NO_OBSTACLES = Obstacles()
+
+NAME_BYTES = 255  # of a file's or folder's name, on nearly every file system
+WINDOWS_PATH_CHARS = 259  # of a whole path, unless git is told otherwise
+# git for Windows makes no such file (`is_valid_win32_path` in its compat/mingw.c)
+_WINDOWS_UNFIT = regex(
+    r"""(?is)(con|prn|aux|nul|com[1-9]|lpt[1-9])([ .].*)?|.*[<>:"|?*\\\0-\x1f].*|.*[ .]"""
+)
+
+
+def is_unfit(path: str, room: int, *, on_windows: bool) -> bool:
+    """Whether no file of a host can have this path, as git has it, in a folder below which `room`
+    characters are left: git would find out in the midst of its writing."""
+    names = path.split("/")
+    if any(len(os.fsencode(name)) > NAME_BYTES for name in names):
+        return True
+    if not on_windows:
+        return False
+    return len(path) > room or any(map(_WINDOWS_UNFIT.fullmatch, names))
 
 
 class Versions(NamedTuple):
@@ -5444,6 +5463,13 @@ class Refusal(NamedTuple):
         if not self.hint:
             return self.what
         return f"{self.what}; {self.hint}"
+
+
+def unfit_refusal(paths: Sequence[str]) -> Refusal:
+    """For a commit with such paths."""
+    shown = [path[:SETTING_CHARS] for path in paths]
+    what = f"no file of this host can be called as the commit says: {paths_text(shown, 5)}"
+    return Refusal(what, "give it a shorter or plainer name, and push")
 
 
 class Halfway(NamedTuple):
@@ -14052,13 +14078,14 @@ class CheckedOut:
     def find_phantoms(self, paths: Sequence[str]) -> set[str]:
         """Of the paths that git calls changed, those whose content is the commit's: it disagrees
         with itself about line ends, or took another size for another content."""
+        wanted: dict[str, TreeEntry] = {}
+        for part in _parts(paths):
+            wanted |= parse_tree(os.fsdecode(self.ask("ls-tree", "-z", "HEAD", "--", *part)))
         found = set()
-        for path in paths:
-            if self.is_file(path):
-                wanted = self.ask("rev-parse", f"HEAD:{path}").strip()
-                for how in ("--no-filters", f"--path={path}"):
-                    if wanted and self.ask("hash-object", how, "--", path).strip() == wanted:
-                        found.add(path)
+        for how in ((), ("--no-filters",)):
+            for path, written in self.hash_files(wanted, *how).items():
+                if wanted[path].id == written:
+                    found.add(path)
         return found
 
     def has_index(self) -> bool:
@@ -14092,16 +14119,16 @@ class CheckedOut:
                     pointers.append(path)
         return pointers
 
-    def hash_files(self, paths: Iterable[str]) -> dict[str, str]:
+    def hash_files(self, paths: Iterable[str], *how: str) -> dict[str, str]:
         """The ids of the contents that are there, many by one question: a tree may have 50,000
-        files. Where one of a part can't be read, the part is left out."""
+        files. Where one of a part can't be read, the part is left out. `how` are git's options."""
         found: dict[str, str] = {}
         files = [path for path in paths if self.is_file(path)]
         # git stops at the first file that it can't read, and says nothing of those behind it; so
         # an answer that is too short tells of nobody, and whoever needs one of these files asks
         # for that file alone.
         for part in _parts(files):
-            ids = self.ask("hash-object", "--", *part).decode().split()
+            ids = self.ask("hash-object", *how, "--", *part).decode().split()
             if len(ids) == len(part):
                 found.update(zip(part, ids, strict=True))
         return found
@@ -14439,6 +14466,7 @@ class Coming:
             ).strip()
             or EMPTY_TREES.get(len(commit), "")
         )
+        self.home = ""  # the remote from which git counts relative submodules; else the rule's
         self.now: dict[str, TreeEntry] = {}
         self.then: dict[str, TreeEntry] = {}
         self.is_here = False  # whether it is what is checked out, and nothing is changed
@@ -14755,6 +14783,7 @@ class Terrain:
         self.root, self.ask = root, ask
         self.barriers: dict[str, str] = {}  # by folder
         self.moved: set[str] = set()  # what the way changes
+        self.added: set[str] = set()  # what is not there before
 
     # The way
 
@@ -14789,6 +14818,7 @@ class Terrain:
             )
             coming = parse_raw_diff(added.encode("utf-8", "surrogateescape"))
             gone = [path for path in touched if codes[path].endswith("D")]
+            self.added.update(coming)
             for path in (*coming, *gone):
                 place = self.find_barrier(path)
                 if place == path and path in coming:
@@ -14808,6 +14838,7 @@ class Terrain:
             nested=tuple(sorted(place.rstrip("/") for place in nested)),
             closed=tuple(sorted(closed)),
             pinned=tuple(self.find_pinned()),
+            unfit=tuple(self.find_unfit()),
         )
 
     def find_closed(self, paths: Iterable[str]) -> set[str]:
@@ -14836,6 +14867,19 @@ class Terrain:
             is_nested = (self.root / path / ".git").exists()
             if is_held_back(codes[path], path not in differs) and not is_nested:
                 found.add(path)
+        return found
+
+    def find_unfit(self) -> list[str]:
+        """The new paths that no file of this host can have."""
+        room = sys.maxsize
+        if ON_WINDOWS:
+            is_long = self.ask("config", "--type=bool", "--get", "core.longPaths")
+            if (is_long or "").strip() != "true":
+                room = WINDOWS_PATH_CHARS - len(os.path.abspath(self.root)) - 1
+        found = []
+        for path in sorted(self.added):
+            if is_unfit(path, room, on_windows=ON_WINDOWS):
+                found.append(path)
         return found
 
     def find_pinned(self) -> list[str]:
@@ -15008,7 +15052,8 @@ class SubmodulePlaces:
     def named_urls(self, name: str) -> tuple[str, str, str]:
         """Where a submodule comes from as the commit says, as this clone has it so far, and where
         the clone itself comes from."""
-        base = self.git("config", "--get", f"remote.{self.rule.remote}.url").strip()
+        remote = self.coming.home or self.rule.remote
+        base = self.git("config", "--get", f"remote.{remote}.url").strip()
         ours = self.git("config", "--get", f"submodule.{name}.url").strip()
         url = self.coming.settings.get(f"submodule.{name}.url", "")
         if url.startswith(("./", "../")):
@@ -15470,7 +15515,10 @@ class Foresight:
         """All that is known of the commit. `branch` is empty for a tag or a commit; `local` is
         where the clone's own branch stands. Raises UpdaterError."""
         self.coming.find_fates()
+        self.coming.home = self.find_home(branch, local)
         wrong, unsure = Needs(self.coming).check_commands()
+        if obstacles.unfit:
+            wrong.append(unfit_refusal(obstacles.unfit))
         known = Prospect(str(self.root), self.rule.remote, self.commit)
         known = known._replace(
             begun=find_begun(self.git_file, unmerged),
@@ -15592,6 +15640,16 @@ class Foresight:
         return fork == local
 
     # What a commit only names
+
+    def find_home(self, branch: str, local: str) -> str:
+        """The remote of the branch that will be checked out, as git has it; "" for the rule's."""
+        is_new = bool(branch) and not local  # it will follow the rule's
+        if is_new or not self.coming.submodules:
+            return ""
+        own = ""
+        if branch:
+            own = self.git("config", "--get", f"branch.{branch}.remote").strip()
+        return own or "origin"
 
     def find_pointers(self, rules: Sequence[tuple[str, str]]) -> list[str]:
         """The files that would be LFS' pointers, unless git-lfs brings what they stand for."""

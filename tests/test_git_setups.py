@@ -606,3 +606,30 @@ def test_git_looks_whether_to_tidy_up_where_there_may_be_something_to_do(tmp_pat
     assert not looks()
     clone.git(clone.host, "config", "gc.auto", "1")
     assert looks(), "somebody's own setting"
+
+
+def test_a_name_that_no_file_can_have_is_known_before(setup: Setup) -> None:
+    """git would find out when it has written a part; a commit that takes the name away again can come."""
+    entry = f"100644,{setup.git('rev-parse', 'HEAD:deploy.sh')},d/{'x' * 300}"
+    setup.git("update-index", "--add", "--cacheinfo", entry)
+    setup.git("commit", "--quiet", "-m", "x")
+    setup.git("push", "--quiet", "origin", "HEAD:master")
+    refused, _, _ = setup.both("master")
+    assert len(refused) == 1 and refused[0].startswith("no file of this host can be called as the commit says: d/xxx")
+    setup.push()
+    assert setup.both("master")[2]["ok"]
+
+
+def test_a_relative_submodule_counts_from_the_branch_s_remote(setup: Setup) -> None:
+    """That is git's own way, whatever remote is deployed from: the plan has to look in the same place."""
+    part, elsewhere = setup.module("part"), setup.folder / "elsewhere"
+    setup.git("submodule", "--quiet", "add", str(part), "sub")
+    setup.git("config", "-f", ".gitmodules", "submodule.sub.url", "../part")
+    setup.push()
+    shutil.copytree(setup.fleet.origin.bare, elsewhere / "origin.git")
+    setup.here("remote", "add", "up", str(elsewhere / "origin.git"))
+    setup.here("config", "branch.master.remote", "up")
+    refused, _, _ = setup.both("master")
+    assert len(refused) == 1 and f"git ls-remote {elsewhere}/part says why" in refused[0], refused
+    shutil.copytree(part, elsewhere / "part")
+    assert setup.both("master")[2]["ok"]

@@ -538,6 +538,29 @@ def test_the_daemons_own_log_shows_no_password(capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
+    ("path", "unfit"),
+    [
+        ("a/b.txt", ""),
+        ("a/" + "x" * 256, "both"),
+        ("긴" * 86, "both"),
+        ("console.log", ""),
+        ("a/Con", "windows"),
+        ("aux.txt/a", "windows"),
+        ("com0", ""),
+        ("a:b", "windows"),
+        ("back\\slash", "windows"),
+        ("dot./a", "windows"),
+        ("space ", "windows"),
+        ("new\nline", "windows"),
+        ("a/" * 60 + "b", "windows"),
+    ],
+)
+def test_a_path_that_no_file_can_have(path: str, unfit: str) -> None:
+    found = [est.is_unfit(path, 100, on_windows=windows) for windows in (False, True)]
+    assert found == [unfit == "both", bool(unfit)]
+
+
+@pytest.mark.parametrize(
     ("said", "explained"),
     [
         ("ERROR: Repository not found.\nfatal: Could not read from remote repository.", "the forge knows"),

@@ -869,6 +869,32 @@ def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_pat
     assert clone.job()["revision"] == 7, clone.job()
 
 
+def test_files_that_git_disagrees_about_are_looked_at_together(clone: Clone):
+    """A commit says how lines end, and nobody wrote its files anew: git calls them all changed, which they are not."""
+    clone.git(clone.folder, "config", "--global", "core.safecrlf", "false")
+    clone.commit({f"s/{number}.js": f"{number}\r\n" for number in range(300)})
+    clone.commit({"s/same.txt": "1\n"})
+    assert clone.deploy().code == 0
+    clone.git(clone.host, "config", "core.autocrlf", "false")
+    (clone.host / ".git/info/attributes").write_text("*.js text eol=lf\n")
+    for file in (clone.host / "s").iterdir():
+        os.utime(file, (1, 1))
+    tree = est.WorkTree(clone.host, clone.env, submodules=True)
+    (clone.host / "s/0.js").write_text("mine\n")
+    changed = tree.changes().paths
+    assert len(changed) == 300
+    asked: list[tuple[str, ...]] = []
+    ask = tree.ask
+
+    def count(*words: str) -> bytes:
+        asked.append(words)
+        return ask(*words)
+
+    tree.ask = count  # type: ignore[method-assign]
+    assert set(changed) - tree.find_phantoms(changed) == {"s/0.js"}
+    assert len(asked) < 10, "git's start is what takes long"
+
+
 def test_the_branch_is_read_without_a_question(clone: Clone, tmp_path: Path):
     host, linked = clone.host, tmp_path / "linked"
     assert est.read_branch(host) == "master"
