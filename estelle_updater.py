@@ -9126,6 +9126,7 @@ class Disk(NamedTuple):
     free_inodes: int | None = None
     total_inodes: int = 0
     read_only: bool = False
+    no_programs: bool = False  # it is mounted so that nothing on it can be started
 
 
 def read_disk(place: "StrPath") -> Disk:
@@ -9140,6 +9141,7 @@ def read_disk(place: "StrPath") -> Disk:
         facts.f_favail if facts.f_files else None,
         facts.f_files,
         bool(facts.f_flag & os.ST_RDONLY),
+        bool(facts.f_flag & getattr(os, "ST_NOEXEC", 0)),
     )
 
 
@@ -14709,6 +14711,10 @@ class Needs:
         file = file_to_run(command)
         label = plan_command(tuple(command)).label
         if os.path.dirname(name):
+            if self.is_mounted_noexec(name):
+                what = f"{name} is on a file system that is mounted noexec: it can't be started"
+                fix = "mount that with exec, or have deploy.command name what runs it (sh FILE)"
+                return Refusal(what, fix, label, NOT_FOUND)
             if not self.coming.will_run(name):
                 what = f"{name}: not found, or not executable, in {self.coming.commit[:7]}"
                 fix = "commit it with git add --chmod=+x, or correct deploy.command"
@@ -14735,6 +14741,16 @@ class Needs:
             what = f"{file}: not found in {self.coming.commit[:7]}"
             return Refusal(what, "commit it, or correct deploy.command")
         return None
+
+    def is_mounted_noexec(self, name: str) -> bool:
+        """Whether nothing can be started where a program is, or will be."""
+        place = self.repo / name
+        while not place.exists():
+            place = place.parent
+        try:
+            return read_disk(place).no_programs
+        except OSError:
+            return False
 
     def check_script(self, command: Sequence[str]) -> Refusal | None:
         """Whether package.json will have the script that a command runs."""

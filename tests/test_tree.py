@@ -1369,3 +1369,27 @@ def test_a_server_s_refs_are_branches_and_no_refspecs(clone: Clone):
     coming.settings = {"submodule.x.url": "https://x.kr/lib"}
     assert not est.SubmodulePlaces(coming).has_moved("x", "x", "2" * 40)
     assert [word for word in fetched if word.startswith("refs/")] == ["refs/heads/good"]
+
+
+def test_a_program_where_nothing_can_be_started_is_known_before(tmp_path: Path):
+    """The clone is on a disk that is mounted noexec, and a commit brings a program: by its interpreter it runs."""
+    need("mount")
+    (tmp_path / "host").mkdir()
+    code, _, why = run(["mount", "-t", "tmpfs", "-o", "noexec", "none", tmp_path / "host"], os.environ)
+    if code:
+        unavailable(f"no disk can be mounted here: {why}")
+    try:
+        clone = Clone(tmp_path)
+        first = clone.head()
+        program = clone.folder / "seed" / "go"
+        program.write_text("#!/bin/sh\necho going\n")
+        program.chmod(0o755)
+        for command, expected in ((["./go"], 1), (["sh", "go"], 0)):
+            settings = {"masterUrl": "ws://127.0.0.1:9900", "whitelist": [HOST], "deploy": {"command": command}}
+            clone.commit({"config/updater.json": json.dumps(settings)})
+            code, out, err = clone.deploy()
+            assert code == expected, out + err
+            if expected:
+                assert "./go is on a file system that is mounted noexec" in err and clone.head() == first, err
+    finally:
+        run(["umount", "--lazy", tmp_path / "host"], os.environ)
