@@ -5413,7 +5413,7 @@ def is_unfit(path: str, room: int, *, on_windows: bool) -> bool:
     """Whether no file of a host can have this path, as git has it, in a folder below which `room`
     characters are left: git would find out in the midst of its writing."""
     names = path.split("/")
-    if any(len(os.fsencode(name)) > NAME_BYTES for name in names):
+    if any(len(name.encode("utf-8", "surrogateescape")) > NAME_BYTES for name in names):
         return True
     if not on_windows:
         return False
@@ -14705,6 +14705,8 @@ class Needs:
                 wrong.append(script)
         return wrong, unsure
 
+    # The programs
+
     def check_program(self, command: Sequence[str], path: str) -> Refusal | None:
         """What is wrong with a command's program, or the file that it is to interpret."""
         name = command[0]
@@ -14751,6 +14753,8 @@ class Needs:
             return read_disk(place).no_programs
         except OSError:
             return False
+
+    # The scripts of package.json
 
     def check_script(self, command: Sequence[str]) -> Refusal | None:
         """Whether package.json will have the script that a command runs."""
