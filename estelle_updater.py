@@ -1122,17 +1122,26 @@ class Declined(GuardError):
 _PLAIN = frozenset("%+,-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz")
 
 
+def _bytes_of(letter: str) -> bytes:
+    """What a letter of a file's name is on the disk, where it may be a byte of no text at all."""
+    code = ord(letter)
+    if 0xDC80 <= code <= 0xDCFF:
+        return bytes([code - 0xDC00])
+    return letter.encode("utf-8", "replace")
+
+
 def _quoted(word: str) -> str:
-    """A word for a POSIX shell; one that would begin a new line is written as bash and zsh read
-    it."""
+    """A word for a POSIX shell; one that would begin a new line, or holds what nobody sees, is
+    written as bash and zsh read it: what shows it would put another letter in that place."""
     if word and _PLAIN.issuperset(word):
         return word
-    controls = {letter for letter in word if letter < " " or letter == "\x7f"}
-    if not controls:
+    if word.isprintable():
         return shlex.quote(word)
     escaped = word.replace("\\", "\\\\").replace("'", "\\'")
-    for letter in controls:
-        escaped = escaped.replace(letter, f"\\x{ord(letter):02x}")
+    for letter in set(word):
+        if not letter.isprintable():
+            codes = [f"\\x{byte:02x}" for byte in _bytes_of(letter)]
+            escaped = escaped.replace(letter, "".join(codes))
     return f"$'{escaped}'"
 
 
@@ -13287,8 +13296,11 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
         return {}
     path = repo / rule.environment_file
     within = None
-    if path.is_symlink() and git_output(repo, os.environ, "ls-files", "--", rule.environment_file):
-        within = repo  # it was committed; an operator's own link may lead anywhere
+    if path.is_symlink():
+        # a GIT_DIR of the daemon's would have another repository asked
+        env = scrub_environment(os.environ)
+        if git_output(repo, env, "ls-files", "--", rule.environment_file):
+            within = repo  # it was committed; an operator's own link may lead anywhere
     try:
         text = read_supplied(path, ENVIRONMENT_BYTES, within=within).decode("utf-8-sig")
         return environment_in(text, rule, str(path))

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from tests import seam as est
+from tests.fleet import need
 from tests.seam import Masker, Step, StepKind, parse_version_file, plan_checkout
 
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
@@ -97,6 +98,18 @@ def test_an_advice_is_typed_as_it_is_printed() -> None:
         assert repo in words and any(whole in word for word in words), refusal.hint
         assert not {"my", "app", "x", "y", "b"} & set(words), refusal.hint
         assert not any("reboot" in word for word in words if branch not in word), refusal.hint
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"inv\xff\xfe", "zero\u200bwidth".encode(), b"new\nline", "이름 둘".encode(), b"tab\t'q\\", b"\x7f0", b"plain"],
+)
+def test_an_odd_name_is_typed_as_it_is_on_the_disk(name: bytes) -> None:
+    """What shows a hint replaces what can't be seen: a name with that would be another file's."""
+    need("bash")
+    shown = est.typed(os.fsdecode(name))
+    assert shown.isprintable()
+    assert subprocess.run(["bash", "-c", f"printf %s {shown}"], stdout=-1, check=True).stdout == name
 
 
 def test_the_commands_of_the_configuration() -> None:

@@ -1393,3 +1393,18 @@ def test_a_program_where_nothing_can_be_started_is_known_before(tmp_path: Path):
                 assert "./go is on a file system that is mounted noexec" in err and clone.head() == first, err
     finally:
         run(["umount", "--lazy", tmp_path / "host"], os.environ)
+
+
+def test_no_variable_of_git_s_has_another_repository_asked(clone: Clone):
+    """Whether an environment file that leads out of the clone was committed: then it is not read, whatever GIT_DIR the
+    daemon was started with."""
+    (clone.folder / "outside.env").write_text("SAID=outside\n")
+    (clone.folder / "seed" / "own.env").symlink_to("../outside.env")
+    settings = {"masterUrl": "ws://127.0.0.1:9900", "whitelist": [HOST], "deploy": {"command": ["sh", "deploy.sh"]}}
+    settings["hosts"] = {HOST: {"environmentFile": "own.env"}}
+    clone.commit({"config/updater.json": json.dumps(settings), "deploy.sh": "echo got $SAID\n"})
+    for more in ({}, {"GIT_DIR": "/nowhere", "GIT_INDEX_FILE": "/nowhere"}):
+        clone.env |= more
+        words = ["--state", str(clone.state), "--bind", HOST, "deploy", "master"]
+        code, out, err = run([*PROGRAM, *words], clone.env, cwd=clone.host)
+        assert code == 1 and "link out of the repository" in out + err and "got" not in out, (more, out, err)
