@@ -886,6 +886,8 @@ LOOK_AHEAD_S, PLAN_S = (
     3.8,
     4.3,
 )  # `plan` answers in 5 s: a host's own limit, and the master's patience with it
+# a commit of many files, or a large one, may take longer to fetch, and come all the same
+NO_LONGER = "a plan waits no longer, a deployment does"
 HISTORY_S = 0.3  # and with its own history
 PLAN_FRESH_S = 900.0  # an older plan is none: who reads it should still know what it said
 # threads of a host: for each kind of question, for what dead runners left, for runners that start
@@ -21438,7 +21440,10 @@ class Outlook:
         try:
             target, local = self.find_target(branch)
         except UpdaterError as problem:
-            why = Refusal(problem.what, problem.hint).text
+            hint = problem.hint
+            if not hint and time.monotonic() > self.deadline:
+                hint = NO_LONGER
+            why = Refusal(problem.what, hint).text
             return found | {"refused": [*found["refused"], why], "exit": problem.exit_code}
         self.local = local or ""
         found["diverged"] = False
@@ -25126,7 +25131,7 @@ class Planner:
                 branch, row["why"] = chosen.commit, chosen.why
             answer = await agent.ask("plan", {"address": host.address, "branch": branch}, PLAN_S)
             if answer is None:
-                raise UpdaterError(f"no answer within {PLAN_S:.0f} s")
+                raise UpdaterError(f"no answer within {PLAN_S:.0f} s; {NO_LONGER}")
             if "error" in answer:
                 return row | {"refused": [str(answer["error"])], "exit": answer.get("exit")}
         except UpdaterError as problem:
