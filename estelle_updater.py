@@ -10075,7 +10075,7 @@ def advised(*words: object) -> str:
 
 # Commands as texts name them. Of a key that is called as a command is, the texts say less.
 _NAMED_COMMAND = regex(
-    r"`((?:history|status|health|setup|doctor|thaw|forget|trigger|switch|release|upgrade|serve"
+    r"`((?:history|status|health|setup|doctor|thaw|forget|trigger|switch|release|upgrade"
     r"|cancel|watch resume|config (?:check|init|convert)|whitelist (?:add|list))(?: [^`]*)?)`"
 )
 
@@ -23005,6 +23005,12 @@ class LastAttempts(dict[str, dict[str, Any]]):
             self.places[job.machine] = place
 
 
+def strangers(run: RunRecord, own: str) -> list[tuple[str, str]]:
+    """A run's labels and machines without this one, which knows itself: by its own deployments
+    alone nothing was lost."""
+    return [pair for pair in run.machines.items() if pair[1] != own]
+
+
 class Registry(Roster):
     """The hosts of the fleet: every machine that was ever welcomed as an agent, and which of them
     is connected."""
@@ -23049,7 +23055,7 @@ class Registry(Roster):
         word."""
         machines: dict[str, dict[str, Any]] = {}
         for run in filter(None, map(self.state.load_run, self.state.history.ids()[-RUNS_ASKED:])):
-            for label, machine in run.machines.items():
+            for label, machine in strangers(run, self.own_machine):
                 facts = {
                     "machine": machine,
                     "address": run.addresses.get(label),
@@ -27718,7 +27724,7 @@ class Service:
         except OSError as problem:
             raise UsageError(
                 f"can't listen on {host or '*'}:{port}: {problem.strerror}",
-                "is another master running? try --listen",
+                listen_hint(problem.errno, port),
             ) from problem
         if os.name != "nt":  # there, asyncio takes one after the other
             for listener in server.sockets:
@@ -27743,6 +27749,15 @@ def most_files(hard: int) -> int:
     if hard < 0:
         return FILES
     return min(FILES, hard)
+
+
+def listen_hint(number: int | None, port: int) -> str:
+    """What helps where the master may not listen, by the system's number for why."""
+    if number == errno.EADDRNOTAVAIL:
+        return f"that is no address of this host; --listen 0.0.0.0:{port} takes all it has"
+    if number == errno.EACCES:
+        return "this user may not have that port: one above 1023 in masterUrl needs no right"
+    return "is another master running? try --listen"
 
 
 def parse_listen(text: str | None, port: int) -> tuple[str | None, int]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 from tests import seam as est
-from tests.fleet import PROGRAM, Fleet, Origin, run, wait_for
+from tests.fleet import PROGRAM, Fleet, Origin, free_port, run, wait_for
 
 NASTY = ["a b", "it's", '"q"', "-x", "a;b&c", "$HOME", "*", "새 폴더", "a\\b", "~x", "#x", "!x", "a\tb"]
 # git takes these in a pattern
@@ -241,6 +241,19 @@ def test_only_a_host_that_can_be_the_master_is_told_so() -> None:
     for args in ((wrong, est.Role.AGENT, far, None), (silent, est.Role.AGENT, near, None)):
         assert est.reach_hint(*args) == "hint"
     assert est.reach_hint(silent, est.Role.AGENT, far, "10.0.0.1") == "hint"
+
+
+def test_a_master_that_may_not_listen_is_told_why(tmp_path: Path) -> None:
+    """Not of another one where the address is another host's; nor of a lost list where there never was one."""
+    origin = Origin(tmp_path)
+    settings = {"masterUrl": f"ws://127.0.0.1:{free_port()}", "whitelist": [], "deploy": {"command": ["true"]}}
+    origin.commit({"config/updater.json": json.dumps(settings)})
+    clone = origin.clone(tmp_path / "clone")
+    state = ["--state", str(tmp_path / "state"), "--bind", "127.0.0.1"]
+    assert run([*PROGRAM, "deploy", "master", *state], origin.env, clone).code == 0
+    told = run([*PROGRAM, "serve", "--listen", "192.0.2.99:9900", *state], origin.env, clone)
+    assert told.code == 2 and "no address of this host" in told.err and "another master" not in told.err
+    assert "forget" not in told.err and "machines.json" not in told.err
 
 
 def test_a_branch_is_kept_by_a_name_that_is_free() -> None:
