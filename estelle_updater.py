@@ -21131,6 +21131,29 @@ def note_traffic(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def crossed_colors(servers: Mapping[str, Mapping[str, Any]], hosts: Sequence[HostRef]) -> list[str]:
+    """What to say of each of HAProxy's servers that is at the address of the other colour's host:
+    by the colours, what is meant for the standby would go to the worker that has the traffic. An
+    address that is no host's says nothing: HAProxy may know the workers by another network's."""
+    owners = {}
+    for color in COLORS:
+        own = [host for host in hosts if host.color == color]
+        if len(own) == 1:
+            owners[own[0].address] = own[0]
+    if len(owners) != len(COLORS):  # one is missing, or both are on one machine
+        return []
+    said = []
+    for color, server in servers.items():
+        address = str(server.get("address") or "").rpartition(":")[0].strip("[]")
+        owner = owners.get(address)
+        if owner and owner.color != color:
+            said.append(
+                f"HAProxy's server for {color} is at {address}, and that is {owner.label}, whose "
+                f"color is {owner.color}: correct `color` in [hosts], or `servers` in [haproxy]"
+            )
+    return said
+
+
 def no_traffic(*warnings: str) -> dict[str, Any]:
     """What is known of the traffic where nobody can tell."""
     return {"active": None, "servers": {}, "warnings": list(warnings)}
@@ -23214,6 +23237,9 @@ class Registry(Roster):
         if agent:
             answer = await agent.ask("traffic", {"address": host.address}, FACTS_S + 0.5)
         if answer and "servers" in answer:
+            crossed = crossed_colors(answer["servers"], self.hosts())
+            if crossed:
+                return no_traffic(*crossed, *answer["warnings"])
             if answer["active"] not in COLORS:
                 answer["active"] = None
             return answer

@@ -333,6 +333,28 @@ def test_an_unhealthy_standby_gets_no_traffic(one: Round):
     assert one.proxy.answers() == "blue"
 
 
+def test_colours_that_are_crossed_are_nobodys(one: Round):
+    """Else a deployment for the standby would go to the worker that has the traffic."""
+    text = one.proxy.file.read_text()
+    for color, address in (("blue", GREEN), ("green", BLUE)):
+        port = one.proxy.ports[color]
+        text = text.replace(f"server {color} 127.0.0.1:{port} check", f"server {color} {address}:{port}")
+    one.proxy.file.write_text(text)
+    one.proxy.reload()
+    said = f"HAProxy's server for blue is at {GREEN}, and that is {GREEN}, whose color is green"
+    status = json.loads(one.cli("status", "--json").out)
+    assert any(said in line for line in status["warnings"]) and {row["traffic"] for row in status["hosts"]} == {None}
+    for words, expected in (
+        (("trigger", "standby", "master"), 4),
+        (("release", "master", "--yes"), 4),
+        (("switch", "standby"), 5),
+        (("switch", "green", "--force"), 5),
+    ):
+        code, out, err = one.cli(*words)
+        assert (code, out) == (expected, "") and said in err, (code, out, err)
+    assert one.proxy.file.read_text() == text
+
+
 def test_a_failed_deployment_gets_no_traffic(one: Round):
     write_script("exit 7\n", one.green)
     code, out, _ = one.cli("release", "master", "--yes")
