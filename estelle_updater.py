@@ -30532,7 +30532,7 @@ class Doctor:
         arguments = [word for file in files for word in ("-f", str(file))]
         code, said = try_command(["haproxy", "-c", *arguments], env)
         lines = [line for line in said.splitlines() if "[ALERT]" in line] or [said or "valid"]
-        fix = f"mend the file until this is silent: haproxy -c {typed(*arguments)}"
+        fix = f"mend the file until this ends without an alert: haproxy -c {typed(*arguments)}"
         yield Finding("haproxy", code == 0, lines[0], fix)
         real = os.path.realpath(rule.files[0])
         places = typed(os.path.dirname(real), real)
