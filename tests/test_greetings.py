@@ -119,6 +119,29 @@ def test_greetings_that_nobody_ends(one: Fleet, tmp_path: Path) -> None:
     assert "Traceback" not in log and "offline" not in log
 
 
+def test_a_connection_over_tls_holds_little(one: Fleet, tmp_path: Path) -> None:
+    """asyncio's own buffer is 256 KiB for each, as long as it lasts."""
+    assert one.master.process
+    context = ssl.create_default_context(cafile=tmp_path / "ca" / "fleet-ca.pem")
+    words = (
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Version: 13",
+        f"Sec-WebSocket-Key: {'A' * 22}==",
+    )
+    upgrade = "\r\n".join(["GET / HTTP/1.1", f"Host: {floods.MASTER}:{one.port}", *words, "", ""]).encode()
+    sizes = []
+    with ExitStack() as stack:
+        for count in (20, 80):  # the first ones make room for what all have need of
+            for _ in range(count):
+                made = stack.enter_context(wrapped(one.port, ALLOWED, context, upgrade))
+                assert made.recv(4096).startswith(b"HTTP/1.1 101 ")
+            sizes.append(floods.rss_mb(one.master.process.pid))
+    each_kb = (sizes[1] - sizes[0]) * 1024 / 80
+    print(f"{each_kb:.0f} KB each")
+    assert each_kb < 160
+
+
 class Waiting:
     """What Turns knows of a greeting."""
 
