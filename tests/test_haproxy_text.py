@@ -306,6 +306,9 @@ def test_states_of_a_server_whose_address_changed_are_dropped():
     assert est.keep_states(dump, found, RULE) == dump
     moved = dump.replace("10.0.0.2", "10.0.0.3")
     assert est.keep_states(moved, found, RULE) == "1\n# be_id\n" + line.format(2, "green", "10.0.0.9", 6000)
+    six = read(HEAD + b"server blue [2001:DB8:0::2]:06000\nserver green 10.0.0.9:6000 backup\n")
+    spelt = dump.replace("10.0.0.2", "2001:db8::2")
+    assert est.keep_states(spelt, six, RULE) == spelt, "the same address, as HAProxy writes it"
 
 
 # ---------------------------------------------------------------------------- any text, HAProxy being the judge
