@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 import os
 import re
 import shutil
 import signal
 import socketserver
+import struct
 import subprocess
 import threading
 import time
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet import Result, clean_env, kill_processes_of, need, run, unavailable, wait_for
+from tests.windows.git_exe import render_git
 
 _numbers = itertools.count()
 
@@ -212,46 +213,49 @@ class Windows:
         pytest.fail(f"{self.prefix} can't be removed")
 
 
-# What `git.cmd` runs. Each import but these takes Wine longer than git itself takes.
-_GIT_CLIENT = """
-import _socket, os, sys
-asked = _socket.socket()
-asked.connect(("127.0.0.1", int(sys.argv[1])))
-asked.sendall(repr((os.getcwd(), sys.argv[2:], dict(os.environ))).encode())
-asked.shutdown(1)
-head, _, said = b"".join(iter(lambda: asked.recv(65536), b"")).partition(b"\\n")
-code, length = map(int, head.split())
-sys.stdout.buffer.write(said[:length])
-sys.stderr.buffer.write(said[length:])
-sys.exit(code)
-"""
+def split_words(line: str) -> list[str]:
+    """A Windows command line's words, as its programs tell them apart: the way back of `subprocess.list2cmdline`."""
+    words: list[str] = []
+    word, begun, quoted = "", False, False
+    for hit in re.finditer(r'(\\*)"|[ \t]+|.', line + " ", re.DOTALL):
+        if hit[1] is not None:  # backslashes before a quote stand for half of them, an odd one for the quote itself
+            word += "\\" * (len(hit[1]) // 2)
+            if len(hit[1]) % 2:
+                word += '"'
+            else:
+                quoted = not quoted
+            begun = True
+        elif quoted or not hit[0].isspace():
+            word, begun = word + hit[0], True
+        elif begun:
+            words.append(word)
+            word, begun = "", False
+    return words
 
 
 @contextmanager
 def windows_git(windows: Windows, folder: Path) -> Iterator[Path]:
-    """A folder with a `git.cmd`. No package holds a Windows git, and a program that Wine starts outside of itself gives
-    no exit code: this one asks the test, which runs the machine's own git on the same files."""
+    """A folder with a `git.exe` that asks this test, which runs the machine's own git on the same files."""
     need("git")
     base = clean_env(folder.parent / "home")
 
     class Git(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            there, words, env = ast.literal_eval(self.rfile.read().decode())
+            line, there, *variables = self.rfile.read().decode("utf-16-le").split("\0")
             drive, place = there[0], there[2:].replace("\\", "/")
             cwd = place if drive == "Z" else f"{windows.prefix}/drive_c{place}"
-            words = [word.replace("=(", "=%(") for word in words]  # cmd.exe takes the % of a .cmd's words
-            author = {key: value for key, value in env.items() if re.match("GIT_(AUTHOR|COMMITTER)_", key)}
-            argv = ["git", "-c", "safe.directory=*", *words]
+            author = dict(pair.split("=", 1) for pair in variables if re.match("GIT_(AUTHOR|COMMITTER)_", pair))
+            argv = ["git", "-c", "safe.directory=*", *split_words(line)[1:]]
             done = subprocess.run(argv, cwd=cwd, env=base | author, capture_output=True, check=False)
-            self.wfile.write(b"%d %d\n%b%b" % (done.returncode, len(done.stdout), done.stdout, done.stderr))
+            stdout, stderr = -11, -12
+            for handle, data in ((stdout, done.stdout), (stderr, done.stderr)):
+                self.wfile.write(struct.pack("<ii", handle, len(data)) + data)
+            self.wfile.write(struct.pack("<ii", 0, done.returncode))
 
     folder.mkdir()
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Git) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        client = folder / "client.py"
-        client.write_text(_GIT_CLIENT)
-        python, script = Windows.path(windows.python), Windows.path(client)
-        (folder / "git.cmd").write_text(f'@"{python}" -S "{script}" {server.server_address[1]} %*\r\n', newline="")
+        (folder / "git.exe").write_bytes(render_git(server.server_address[1]))
         yield folder
         server.shutdown()

@@ -22,7 +22,7 @@ import pytest
 
 from tests.commands import Watched, job_of, log_of, new_host_line
 from tests.fleet import MODULE, ROOT, VERSION, Fleet, Host, Result, is_listening, kill_processes_of, run, wait_for
-from tests.machines import Windows, windows_git
+from tests.machines import Windows, split_words, windows_git
 from tests.terminal import Terminal
 from tests.test_upgrade import NAME, NEW, variant, versions
 
@@ -75,7 +75,7 @@ class WindowsHost:
 
 @pytest.fixture
 def git_folder(windows_python: Windows, tmp_path: Path) -> Iterator[Path]:
-    """A folder with a `git.cmd`."""
+    """A folder with a `git.exe`."""
     with windows_git(windows_python, tmp_path / "bin") as folder:
         yield folder
 
@@ -116,6 +116,11 @@ def windows_fleet(
         print(b"".join(one.said).decode("utf-8", "replace"))
         for log in one.host.state.glob("*.log"):
             print(log, log.read_text(errors="replace"))
+
+
+def test_a_command_line_is_told_apart() -> None:
+    words = ["git", "", "a b", 'say "x"', "\\", "\\\\ \\", '\\"', "%(refname)", "refs/*:x^{}", "탭\t줄\n", '"']
+    assert split_words(subprocess.list2cmdline(words)) == words
 
 
 def test_version(windows_python: Windows, pyz: Path) -> None:

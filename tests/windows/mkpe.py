@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 IMAGE_BASE = 0x140000000
@@ -56,7 +57,7 @@ def add_imports(section: Section, imports: dict[str, str]) -> dict[str, int]:
     return addresses
 
 
-def add_code(section: Section, imported: dict[str, int]) -> int:
+def add_main(section: Section, imported: dict[str, int]) -> int:
     """`ExitProcess(Py_Main(argc, argv))`; returns the entry point."""
     argc, argv, environ, startup_info = (section.reserve(8) for _ in range(4))
     entry = len(section)
@@ -77,18 +78,19 @@ def add_code(section: Section, imported: dict[str, int]) -> int:
     return entry
 
 
-def render_exe(dll: str) -> bytes:
-    """The whole file, for 64-bit Windows."""
+def render_exe(imports: dict[str, str], add_code: Callable[[Section, dict[str, int]], int]) -> bytes:
+    """The whole file, for 64-bit Windows: functions by their DLLs, and what appends the code that calls them."""
     section = Section()
-    imported = add_imports(section, {MAIN: dll, GET_ARGS: "msvcrt.dll", EXIT: "KERNEL32.dll"})
+    imported = add_imports(section, imports)
     directory_size = 20 * (len(imported) + 1)
     entry = add_code(section, imported)
     size = len(section)
     raw_size = (size + 511) & ~511
+    image_size = SECTION + (size + 0xFFF & ~0xFFF)
     dos = b"MZ".ljust(0x3C, b"\0") + struct.pack("<I", 0x40)
     coff = struct.pack("<HHIIIHH", 0x8664, 1, 0, 0, 0, 240, 0x22)
     optional = struct.pack("<HBBIIIII", 0x20B, 14, 0, raw_size, 0, 0, SECTION + entry, SECTION)
-    optional += struct.pack("<QIIHHHHHHII", IMAGE_BASE, 0x1000, 0x200, 6, 0, 0, 0, 6, 0, 0, 0x2000)
+    optional += struct.pack("<QIIHHHHHHII", IMAGE_BASE, 0x1000, 0x200, 6, 0, 0, 0, 6, 0, 0, image_size)
     optional += struct.pack("<IIHH", 0x200, 0, 3, 0x8100)  # headers' size, no checksum, console, relocation not needed
     optional += struct.pack("<QQQQII", 2_000_000, 0x1000, 0x100000, 0x1000, 0, 16)
     for index in range(16):
@@ -98,4 +100,5 @@ def render_exe(dll: str) -> bytes:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_bytes(render_exe(sys.argv[2]))
+    needed = {MAIN: sys.argv[2], GET_ARGS: "msvcrt.dll", EXIT: "KERNEL32.dll"}
+    Path(sys.argv[1]).write_bytes(render_exe(needed, add_main))
