@@ -35187,7 +35187,8 @@ class PlainLine:
             self.given[option.place] = True
             return
         value = next(words, "-")
-        if action != "store" or "nargs" in option.settings or value.startswith("-"):
+        is_plain = value and not value.startswith("-")  # an empty one may be a mistake
+        if action != "store" or "nargs" in option.settings or not is_plain:
             raise LookupError(action)
         self.given[option.place] = option.convert(value)
 
