@@ -31698,6 +31698,11 @@ class JsonView(LineView):
 
     run = ""
 
+    def __init__(self, output: Output) -> None:
+        super().__init__(output)
+        self.passed: dict[str, int] = {}  # of a host's commands that ended, how many were told
+        self.current: dict[str, str | None] = {}  # the step that a host's last event had
+
     def emit(self, **event: Any) -> None:
         """One event as one line, so that a reader never has to wait for the end of a run to parse
         it."""
@@ -31716,12 +31721,28 @@ class JsonView(LineView):
         )
 
     def state(self, job: JobRecord) -> None:
+        self.pass_steps(job)
+        self.tell_step(job, job.state, job.step)
+
+    def pass_steps(self, job: JobRecord) -> None:
+        """An event for each command that began and ended since the host's last record: many take a
+        few milliseconds, and are told with the next."""
+        for label in job.timed_steps[self.passed.get(job.host, 0) :]:
+            current = self.current.pop(job.host, None)
+            if current is None or current[:TIMED_CHARS] != label:
+                self.tell_step(job, State.RUNNING, label)
+                self.current.pop(job.host)  # it has ended: the next one may be called the same
+        self.passed[job.host] = len(job.timed_steps)
+
+    def tell_step(self, job: JobRecord, state: State, step: str | None) -> None:
+        """One event about a host."""
+        self.current[job.host] = step
         self.emit(
             event="state",
             run=job.run,
             host=job.host,
-            state=job.state,
-            step=job.step,
+            state=state,
+            step=step,
             behind=job.behind,
         )
 
@@ -31748,6 +31769,8 @@ class JsonView(LineView):
         rest = self.partial.pop(job.host, b"")
         if rest:
             self.line(job.host, rest)
+        if job.host in self.passed:  # else a run of long ago, of which the result is enough
+            self.pass_steps(job)
         more = {}
         if job.timed_steps:
             times = step_times(job)

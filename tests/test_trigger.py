@@ -110,6 +110,9 @@ def test_events(one: Fleet):
     states = [event for event in events if event["event"] == "state"]
     assert all({"run", "host", "state", "step", "behind"} <= set(event) for event in states)
     assert {"event": "state", "run": name, "host": B, "state": "running", "step": STEP, "behind": None} in states
+    # each that is announced has one event, also those that take less time than a word on the wire
+    announced = ["git fetch origin", "git checkout master", "git pull origin master", STEP]
+    assert [event["step"] for event in states if event["host"] == B and event["step"] in announced] == announced
     lines = [event["line"] for event in events if event["event"] == "log" and event["host"] == B]
     assert lines[-4:] == [f"{STEP}...", "a\ufffdb", "", "tail"]
     results = {event["host"]: event for event in events if event["event"] == "result"}
