@@ -101,14 +101,21 @@ def spliced(compiled: bytes, text: str, version: str, edits: Sequence[tuple[str,
             if isinstance(part, CodeType) and part.co_name in fresh:
                 missing.discard(part.co_name)
                 part = fresh[part.co_name]
-            elif isinstance(part, bytes) and len(part) > 100_000:  # what `build` sets apart
-                part = marshal.dumps(put(marshal.loads(part)))
             parts.append(version if part == "0.1.0" else part)
         return code.replace(co_consts=tuple(parts))
 
-    code = put(marshal.loads(compiled[16:]))
+    stream = io.BytesIO(compiled[16:])  # the module, and what `build` sets apart from it, whose lengths it knows
+    sizes: dict[object, int] = {}
+    loaded = []
+    packed = []
+    while (at := stream.tell()) < len(compiled) - 16:
+        loaded.append(put(marshal.load(stream)))
+        packed.append(marshal.dumps(loaded[-1]))
+        sizes[stream.tell() - at] = len(packed[-1])
     assert not missing, missing
-    return compiled[:8] + importlib.util.source_hash(edited) + marshal.dumps(code)
+    known = tuple(sizes.get(part, part) if type(part) is int else part for part in loaded[0].co_consts)
+    packed[0] = marshal.dumps(loaded[0].replace(co_consts=known))
+    return compiled[:8] + importlib.util.source_hash(edited) + b"".join(packed)
 
 
 def codes(module: CodeType) -> dict[str, CodeType]:
