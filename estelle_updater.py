@@ -745,8 +745,9 @@ LOG_POKE = b"l"  # what a runner pokes its daemon with where only a log is to be
 STEP_POKE = b"s"  # the same, and where a record is to be looked at within UNSAID_S
 FEATURES: tuple[str, ...] = (KEY_FEATURE, LARGE_FEATURE, BARE_FEATURE)
 COMMANDER_FEATURES: tuple[str, ...] = (LARGE_FEATURE, LIST_FEATURE)
-# questions that make hosts ask git or run checks, or that read logs and the history
-DEAR = ("plan", "compare", "health", "log", "history")
+# questions that make hosts ask git, or that read logs and the history; of checks each host makes a
+# few at once, which whoever comes then shares
+DEAR = ("plan", "compare", "log", "history")
 TRAFFIC_STEP = "check traffic"  # a job at this step waits for the master's word
 # whose internals Door.connection_class overrides and SocketWire calls: read them again
 WEBSOCKETS_KNOWN = "17.4"
@@ -836,7 +837,7 @@ ACCEPTED, BACKLOG = (
 FILES = 1 << 16
 CHANNELS = 256  # logs being received from one agent
 QUESTIONS_OPEN = 32  # of one commander
-DEAR_AT_ONCE = 2  # questions of one address that its hosts or its disk work on
+DEAR_AT_ONCE = 2  # questions of one kind and address that its hosts or its disk work on
 MACHINES = 256  # machine ids of one address
 # runs of one agent that this master has not ordered
 ADOPTED_OPEN = 8
@@ -4780,6 +4781,18 @@ def step_times(job: JobRecord) -> list[tuple[str, float]]:
     return list(zip(job.timed_steps, job.timed_s, strict=False))
 
 
+def passed_steps(before: JobRecord | None, now: JobRecord) -> list[str]:
+    """The commands that began and ended between two records of a job: many take a few milliseconds,
+    and are told with the next record."""
+    if before is None:
+        return list(now.timed_steps)
+    ended = now.timed_steps[len(before.timed_steps) :]
+    was_told = (before.step or "")[:TIMED_CHARS]
+    if ended[:1] == [was_told]:
+        return ended[1:]
+    return ended
+
+
 def note_time(job: JobRecord, label: str, seconds: float) -> None:
     """Write into a job's record how long a command took."""
     if len(job.timed_steps) < TIMED_STEPS:
@@ -7983,6 +7996,7 @@ _FREEZE = _fields(
         "text": _has("string", "all of it in words"),
     },
 )
+_ENDED = _has("number", "when it was over, in seconds since 1970")
 JOB_FIELDS: _Schema = {
     "host": _LABEL,
     "state": _has("string", f"{', '.join(State)}; the first two are not over"),
@@ -8035,7 +8049,7 @@ STATUS_SCHEMA = _fields(
             {
                 "run": _has("string", "its run"),
                 "kind": _has("string", ", ".join(Kind)),
-                "ended": _has("number", "when it was over, in seconds since 1970"),
+                "ended": _ENDED,
                 **JOB_FIELDS,
             },
             "the last job",
@@ -8108,7 +8122,10 @@ HISTORY_FIELDS: _Schema = {
     "created": _WHEN,
     "by": _has("string", "who asked for it"),
     "cancelled": _has("boolean", "whether somebody cancelled it"),
-    "hosts": _some("how each host's part ended", JOB_SCHEMA),
+    "hosts": _some(
+        "how each host's part ended",
+        _fields(("host", "state"), {**JOB_FIELDS, "ended": _ENDED}),
+    ),
     "left_out": _has("integer", "how many hosts had no room in this answer"),
 }
 STATS_SCHEMA = _fields(
@@ -9641,17 +9658,30 @@ class DaemonLog:
         return self._said.pop(key, None) is not None
 
     def job(self, before: JobRecord | None, now: JobRecord) -> None:
-        """What became of a job; its steps only in detail."""
+        """What became of a job; its steps only in detail, those too that came with its state, or
+        were over before it had another record."""
         name = f"run {now.run} ({order_words(now.kind, now.branch)}) on {now.host}"
-        if before is None or before.state is not now.state:
-            where = ""
-            if now.state in FINAL and now.step:
-                where = f" at {now.step}"
-            why = f": {now.error}" if now.error else f" {now.version}" if now.version else ""
-            bad = now.state in FINAL and now.state is not State.SUCCEEDED
-            (self.warning if bad else self.info)("%s", f"{name}: {now.state}{where}{why}")
-        elif before.step != now.step:
-            self.debug("%s: %s", name, now.step)
+        is_over = now.state in FINAL
+        steps = passed_steps(before, now)
+        last_told = before.step if before else None
+        if steps:
+            last_told = steps[-1]
+        if now.step and now.step != last_told and not is_over:
+            steps.append(now.step)
+        is_new = before is None or before.state is not now.state
+        if is_new and not is_over:
+            self.info("%s", f"{name}: {now.state}")
+        for step in steps:
+            self.debug("%s: %s", name, step)
+        if is_new and is_over:
+            self._result(name, now)
+
+    def _result(self, name: str, job: JobRecord) -> None:
+        """How a job ended."""
+        where = f" at {job.step}" if job.step else ""
+        why = f": {job.error}" if job.error else f" {job.version}" if job.version else ""
+        bad = job.state is not State.SUCCEEDED
+        (self.warning if bad else self.info)("%s", f"{name}: {job.state}{where}{why}")
 
 
 log = DaemonLog()
@@ -22427,7 +22457,8 @@ class Door:
         self.commanders: dict[
             Any, tuple[str, str]
         ] = {}  # those that command, and where they came to
-        self.turns: dict[str, asyncio.Semaphore] = {}  # by address
+        # by address and kind of question: a log does not wait for plans of the same address
+        self.turns: dict[str, dict[str, asyncio.Semaphore]] = {}
         self.handout = Handout()
         self.elders = Elders(lambda: len(self.sockets))
         self.page = Page()
@@ -22596,14 +22627,14 @@ class Door:
         by: str,
         answer: Callable[[Ask], Awaitable[Answer]],
     ) -> Answer:
-        """The answer to a commander's question, from where and `by` whom it came. Of dear ones a
-        few of all connections of an address are worked on: each host answers in the order in which
-        they came, and whoever asks hundreds would keep the others waiting."""
+        """The answer to a commander's question, from where and `by` whom it came. Of each kind of
+        dear ones a few of all connections of an address are worked on: each host answers in the
+        order in which they came, and whoever asks hundreds would keep the others waiting."""
         known = replace(asked, args={**asked.args, "by": by})
         if asked.what not in DEAR:
             return await answer(known)
-        turn = self.turns.setdefault(address, asyncio.Semaphore(DEAR_AT_ONCE))
-        async with turn:
+        turns = self.turns.setdefault(address, {})
+        async with turns.setdefault(asked.what, asyncio.Semaphore(DEAR_AT_ONCE)):
             return await answer(known)
 
     def purse_of(self, address: str) -> Purse:
@@ -31700,8 +31731,7 @@ class JsonView(LineView):
 
     def __init__(self, output: Output) -> None:
         super().__init__(output)
-        self.passed: dict[str, int] = {}  # of a host's commands that ended, how many were told
-        self.current: dict[str, str | None] = {}  # the step that a host's last event had
+        self.last: dict[tuple[str, str], JobRecord] = {}  # what was told, by run and host
 
     def emit(self, **event: Any) -> None:
         """One event as one line, so that a reader never has to wait for the end of a run to parse
@@ -31725,18 +31755,14 @@ class JsonView(LineView):
         self.tell_step(job, job.state, job.step)
 
     def pass_steps(self, job: JobRecord) -> None:
-        """An event for each command that began and ended since the host's last record: many take a
-        few milliseconds, and are told with the next."""
-        for label in job.timed_steps[self.passed.get(job.host, 0) :]:
-            current = self.current.pop(job.host, None)
-            if current is None or current[:TIMED_CHARS] != label:
-                self.tell_step(job, State.RUNNING, label)
-                self.current.pop(job.host)  # it has ended: the next one may be called the same
-        self.passed[job.host] = len(job.timed_steps)
+        """An event for each command that no record was about."""
+        key = job.run, job.host
+        for label in passed_steps(self.last.get(key), job):
+            self.tell_step(job, State.RUNNING, label)
+        self.last[key] = job
 
     def tell_step(self, job: JobRecord, state: State, step: str | None) -> None:
         """One event about a host."""
-        self.current[job.host] = step
         self.emit(
             event="state",
             run=job.run,
@@ -31769,7 +31795,7 @@ class JsonView(LineView):
         rest = self.partial.pop(job.host, b"")
         if rest:
             self.line(job.host, rest)
-        if job.host in self.passed:  # else a run of long ago, of which the result is enough
+        if (job.run, job.host) in self.last:  # else a run of long ago: the result is enough
             self.pass_steps(job)
         more = {}
         if job.timed_steps:
