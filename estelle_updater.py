@@ -27874,46 +27874,138 @@ if sys.argv[1:] == ["--version"]:
 import gc
 import marshal
 import mmap
+import os
+import zlib
 
 NAME = "estelle_updater"
 FILE = NAME + ".pyc"
+SOURCE = NAME + ".py"
+KEPT_DAYS = 90
+
+
+def magic():
+    """How bytecode of this very Python begins."""
+    from _frozen_importlib_external import MAGIC_NUMBER
+
+    return MAGIC_NUMBER
+
+
+def find_entry(name):
+    """What this file says of a file in it, as Python's loader has read it; since 3.13 elsewhere."""
+    if hasattr(__loader__, "_get_files"):
+        return __loader__._get_files()[name]
+    return __loader__._files[name]
 
 
 def find_bytecode():
     """The module's bytecode as it lies in this file; None where it is another Python's."""
-    from _frozen_importlib_external import MAGIC_NUMBER
-
-    _, compression, size, _, begin = __loader__._files[FILE][:5]
+    _, compression, size, _, begin = find_entry(FILE)[:5]
     name = begin + 30  # behind a zip entry's head, and the code behind that
     start = name + len(FILE)
     with open(__loader__.archive, "rb") as file:
         whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    expected = FILE.encode() + MAGIC_NUMBER
+    expected = FILE.encode() + magic()
     if compression or whole[name : name + len(expected)] != expected:
         return None
     return whole[start + 16 : start + size]
 
 
+def cache_folder():
+    """Where this user keeps what can be made anew."""
+    if sys.platform == "win32":
+        return os.path.join(os.environ["LOCALAPPDATA"], "estelle-updater", "cache")
+    own = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or own, "estelle-updater")
+
+
+def is_ours(status):
+    """Whether it is this user's, and nobody else may write there."""
+    return sys.platform == "win32" or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+
+
+def kept_file():
+    """The file for this Python's bytecode of this very source."""
+    entry = find_entry(SOURCE)
+    size, checksum = entry[3], entry[7]
+    tag = sys.implementation.cache_tag
+    return os.path.join(cache_folder(), "%s-%08x-%d.%s.pyc" % (NAME, checksum, size, tag))
+
+
+def read_kept():
+    """The module's code as this Python kept it; None where it did not, or somebody else did."""
+    path = kept_file()
+    if not is_ours(os.stat(os.path.dirname(path))):
+        return None
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        data = file.read()
+    head = magic() + zlib.crc32(data[8:]).to_bytes(4, "little")
+    if not is_ours(status) or data[:8] != head:
+        return None
+    return marshal.loads(memoryview(data)[8:])
+
+
+def keep(code):
+    """Keep it for the next start, and take away what programs of long ago kept."""
+    import time
+
+    path = kept_file()
+    folder = os.path.dirname(path)
+    if not is_ours(os.stat(os.path.expanduser("~"))):  # root in a user's home, say
+        return
+    os.makedirs(folder, 0o700, exist_ok=True)
+    data = marshal.dumps(code)
+    new = "%s.%d" % (path, os.getpid())
+    with open(new, "wb") as file:
+        os.chmod(new, 0o600)
+        file.write(magic() + zlib.crc32(data).to_bytes(4, "little") + data)
+    os.replace(new, path)
+    for name in os.listdir(folder):
+        old = os.path.join(folder, name)
+        if name.startswith(NAME) and os.stat(old).st_mtime < time.time() - KEPT_DAYS * 86400:
+            os.unlink(old)
+
+
+def compile_source():
+    """The module's code where another Python built this file. To compile it takes longer than all
+    that a short command does."""
+    try:
+        code = read_kept()
+        if code:
+            return code
+    except Exception:  # none is kept yet, or it can't be read
+        pass
+    code = type(__loader__).get_code(__loader__, NAME)
+    if not sys.dont_write_bytecode:
+        try:
+            keep(code)
+        except Exception:  # no place for it: the next start compiles it again
+            pass
+    return code
+
+
 def get_filename(name):
-    """Python's loader reads all of a module to say where it is, and then once more to run it."""
+    """Python's loader reads, or compiles, all of a module to say where it is, and then once more to
+    run it."""
     if name == NAME:
-        return __loader__._files[FILE][0]
+        return find_entry(FILE if bytecode else SOURCE)[0]
     return type(__loader__).get_filename(__loader__, name)
 
 
 def get_code(name):
     """Python's loader reads bytecode into memory, and copies it there."""
-    if name == NAME:
-        return marshal.loads(bytecode)  # its first part: what lies behind it is not looked at
-    return type(__loader__).get_code(__loader__, name)
+    if name != NAME:
+        return type(__loader__).get_code(__loader__, name)
+    if not bytecode:
+        return compile_source()
+    return marshal.loads(bytecode)  # its first part: what lies behind it is not looked at
 
 
 try:
     bytecode = find_bytecode()
-    if bytecode:
-        __loader__.get_filename, __loader__.get_code = get_filename, get_code
-        if sys.platform != "win32":  # where nobody could replace the file as long as it is held
-            __loader__.bytecode = bytecode
+    __loader__.get_filename, __loader__.get_code = get_filename, get_code
+    if bytecode and sys.platform != "win32":  # where nobody could replace the file while it is held
+        __loader__.bytecode = bytecode
 except Exception:  # whatever another Python has elsewhere: it loads this as any other .pyz
     pass
 gc.disable()
@@ -27993,7 +28085,7 @@ def build_zipapp(source: Path, output: Path) -> BuildResult:
 
     The bytes depend only on the sources, the packages' versions and the minor version of the Python
     that builds: its bytecode lies beside each source, so that hosts with the same Python start
-    faster; others compile from the source. Raises UpdaterError.
+    faster; others compile the module once and keep that in the user's cache. Raises UpdaterError.
     """
     if not source.is_file():
         raise UsageError(

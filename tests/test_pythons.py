@@ -46,13 +46,15 @@ with zipfile.ZipFile(sys.argv[1]) as old, zipfile.ZipFile(sys.argv[2], "w") as n
 
 @pytest.mark.parametrize("python", NEWER.values(), ids=names(NEWER))
 def test_a_deployment_by_another_python(fleet: Callable[..., Fleet], pyz: Path, python: str, tmp_path: Path) -> None:
-    """The zipapp of the tests' Python is compiled at each start there; the fleet has one of its own."""
+    """The zipapp of the tests' Python is compiled there once; the fleet has one of its own."""
     own = tmp_path / "own.pyz"
     made = run([python, "-c", REBUILD, pyz, own], clean_env(tmp_path / "home"))
     assert made.code == 0, made.err
     one = fleet(hosts=2, program=(python, str(own)))
     assert run([python, pyz, "--help"], one.env).out.startswith("usage: ")
     assert run([python, pyz, "config", "check"], one.env, one.master.repo).code == 0
+    kept = Path(one.env["HOME"], ".cache/estelle-updater")
+    assert len([*kept.iterdir()]) == 1, "its bytecode for the next start"
     one.origin.commit({"deploy.sh": "echo by another\n"})
     done = one.cli("trigger", "all", "master")
     assert done.code == 0, done.out + done.err

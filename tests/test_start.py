@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import seam as est
-from tests.fleet import PROGRAM
+from tests.fleet import PROGRAM, clean_env, run
 from tests.seam import program
 
 # Says of each module that Python's own loader reads out of the .pyz, and how it ended.
@@ -102,7 +102,10 @@ def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path
     dear = [name for name in WITHOUT if f" {name}\n" in done.stderr]
     assert not dear, dear
 
-    # bytecode of another Python is none: the source is read, as everywhere
+
+def test_what_another_python_built_is_compiled_once(tmp_path: Path, pyz: Path):
+    """To compile the module takes longer than all that a command does; and what is kept is code, that nobody else may
+    have written."""
     other = tmp_path / "other.pyz"
     shutil.copy(pyz, other)
     with zipfile.ZipFile(other) as archive:
@@ -110,9 +113,43 @@ def test_a_short_command_reads_the_module_once_and_leaves_at_once(tmp_path: Path
     with other.open("r+b") as file:
         file.seek(begin)
         file.write(b"\x01\x02\r\n")
-    done = subprocess.run([sys.executable, *code, other, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "config" in done.stderr, done.stderr
-    assert "read estelle_updater.pyc\n" in done.stderr
+    env = clean_env(tmp_path / "home")
+    folder = tmp_path / "home/.cache/estelle-updater"
+
+    def compiles(**more: str) -> bool:
+        """Whether a start reads the source."""
+        words = [sys.executable, "-S", "-c", WATCHED, str(other), "--state", str(tmp_path), "history"]
+        done = run(words, env | more, tmp_path)
+        assert done.code == 2 and "config" in done.err, done.err
+        return "read estelle_updater.pyc\n" in done.err
+
+    assert compiles(PYTHONDONTWRITEBYTECODE="1") and not folder.exists()
+    assert compiles()
+    (kept,) = folder.iterdir()
+    assert (folder.stat().st_mode & 0o777, kept.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert not compiles()
+
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:5000], whole[:-1] + b"x", whole[:8]):
+        kept.write_bytes(damaged)
+        assert compiles() and kept.read_bytes()[:4] == whole[:4], "it is compiled, and kept again"
+        assert not compiles()
+    kept.chmod(0o666)
+    assert compiles() and not compiles()
+    folder.chmod(0o777)
+    assert compiles(), "anybody may have put it there"
+    folder.chmod(0o700)
+
+    long_ago = folder / "estelle_updater-00000000-1.cpython-311.pyc"
+    long_ago.write_bytes(b"")
+    os.utime(long_ago, (0, 0))
+    somebodys = folder / "other.pyc"
+    shutil.copy2(long_ago, somebodys)
+    kept.unlink()
+    assert compiles() and {*folder.iterdir()} == {kept, somebodys}
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+    assert compiles() and compiles(), "without a place for it all goes on"
 
 
 WITHOUT = ("typing", "dataclasses", "socket", "asyncio", "inspect", "argparse", "threading", "urllib.parse", "gettext")
