@@ -29726,6 +29726,13 @@ def move_state(former: StateFolder, state: StateFolder) -> None:
         former.root.chmod(0o755)
 
 
+def is_replaced(state: StateFolder) -> bool:
+    """Whether the daemon was started from another program than this is: somebody has copied a new
+    file to its place."""
+    runs = daemon_facts(state).get("sha256")
+    return bool(runs) and runs != sha256_of(program_file())
+
+
 def await_welcome(state: StateFolder, say: Callable[[str], None], log_line: str) -> None:
     """Until the daemon says that its master has welcomed it, or that it is the master; `log_line`
     shows what it writes.
@@ -30090,7 +30097,7 @@ class Setup(HostChanges):
             self.systemctl("daemon-reload")
         if fresh or self.ask_systemctl("is-enabled"):
             self.systemctl("enable", self.service)
-        if fresh or self.ask_systemctl("is-active"):
+        if fresh or is_replaced(self.state) or self.ask_systemctl("is-active"):
             self.systemctl("restart", self.service)
         if self.user == "root":
             self.say(
@@ -30152,7 +30159,8 @@ class Setup(HostChanges):
 
     def install_pm2(self) -> None:
         text = render_pm2(self.argv, str(self.folder), self.service)
-        if self.put(self.pm2_file, text) or not runs_under_pm2(self.service):
+        fresh = self.put(self.pm2_file, text)
+        if fresh or is_replaced(self.state) or not runs_under_pm2(self.service):
             self.call("pm2", "delete", self.service, may_fail=True)
             self.call("pm2", "start", str(self.pm2_file))
             self.call("pm2", "save")

@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,6 +65,15 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("CI") and os.geteuid() == 0:
         pytest.fail(f"CI may not pass without this: {reason}")
     pytest.skip(reason)
+
+
+def replace_program(program: Path) -> None:
+    """Put another build in a .pyz's place, as whoever copies one there does."""
+    new = program.with_name("new.pyz")
+    shutil.copy(program, new)
+    with zipfile.ZipFile(new, "a") as archive:
+        archive.writestr("another", "")
+    os.replace(new, program)
 
 
 def need(*tools: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import seam as est
-from tests.fleet import ROOT, Fleet, Host, Result, need, run, unavailable, wait_for
+from tests.fleet import ROOT, Fleet, Host, Result, need, replace_program, run, unavailable, wait_for
 from tests.systemd_lab import PYTHON, Lab
 
 HOMES = "/home"  # of the lab
@@ -318,6 +318,10 @@ def test_setup_again_changes_nothing_and_removes(site: Site) -> None:
         code, out, err = site.est(*bind, "setup", "--remove", "--dry-run", user=user)
         assert (code, "would run: systemctl" in out) == (0, True), out + err
         assert lab.show("estelle-updater", "MainPID", user) == before
+    replace_program(lab.path("/opt/estelle/estelle_updater.pyz"))
+    code, out, err = site.est("--bind", "127.0.0.2", "setup", user="other")
+    assert (code, "installed and started" in out) == (0, True), out + err
+    assert lab.show("estelle-updater", "MainPID", "other") != before, "it runs the program that was copied there"
     code, out, err = site.est("setup", "--remove", user="other")
     assert (code, "removed" in out) == (0, True), out + err
     assert lab.systemctl("is-active", "estelle-updater", user="other").code != 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import seam as est
-from tests.fleet import ROOT, Fleet, Host, Result, need, run, wait_for
+from tests.fleet import ROOT, Fleet, Host, Result, need, replace_program, run, wait_for
 
 SERVICE = "estelle-updater"
 
@@ -78,6 +78,11 @@ def test_setup_again_and_remove(site: Pm2Site) -> None:
     code, out, err = site.est("setup")
     assert (code, "unchanged" in out) == (0, True), out + err
     assert site.apps()[0]["pid"] == app["pid"]
+    replace_program(Path(site.program))
+    code, out, err = site.est("setup")
+    assert (code, "installed and started" in out) == (0, True), out + err
+    assert site.apps()[0]["pid"] != app["pid"], "it runs the program that was copied there"
+    assert "unchanged" in site.est("setup").out
     code, out, err = site.est("doctor")
     assert (code, "✓ service: PM2: saved" in out) == (0, True), out + err
     assert run(["pm2", "stop", SERVICE], site.env).code == 0
