@@ -2774,10 +2774,7 @@ def _config_error(file: str, *problems: tuple[str, str]) -> ConfigError:
     what = lines[0]
     if len(lines) > 1:
         what += f" (and {len(lines) - 1} more)"
-    hint = f"correct {file}"
-    if "/" in file and not file.endswith((".json", ".toml")):
-        hint = f"is {file} meant? --config names the configuration"
-    return ConfigError(what, hint, tuple(lines))
+    return ConfigError(what, f"correct {file}", tuple(lines))
 
 
 def _checked(convert: _Convert, raw: Any, file: str) -> Any:
@@ -2879,7 +2876,12 @@ def parse_config(text: bytes | str, file: str, form: str) -> Config:
     """The configuration that a file's text means, `form` json or toml; ConfigError holds every
     problem, a line each. A job looks at the same text four times, and most often its daemon did
     before."""
-    config: Config = _checked(_table(Config), parse_data(text, file, form), file)
+    try:
+        config: Config = _checked(_table(Config), parse_data(text, file, form), file)
+    except ConfigError as problem:
+        if "/" in file and not file.endswith((".json", ".toml")):
+            problem.hint = f"is {file} meant? --config names the configuration"
+        raise
     return config
 
 
@@ -3730,12 +3732,13 @@ def hidden_values(
     and a configuration that is dumped shows it as JSON."""
     plain = secret_values(*environments, named=named)
     found = set(plain)
-    several = [secret for secret in plain if "\n" in secret.strip()]
-    for secret in {one.strip() for one in plain}:
-        # the lines of a key are known as they are, and its base64 is that of the whole
-        is_line = any(secret in other and secret != other.strip() for other in several)
-        if not is_line:
-            found |= encoded_forms(secret)
+    # the lines of a key are known as they are, and its base64 is that of the whole
+    lines: set[str] = set()
+    for secret in plain:
+        if "\n" in secret.strip():
+            lines.update(line.strip() for line in secret.splitlines())
+    for secret in {one.strip() for one in plain} - lines:
+        found |= encoded_forms(secret)
     return longest_first(found)
 
 
@@ -5426,19 +5429,26 @@ class Obstacles(NamedTuple):
 
 NO_OBSTACLES = Obstacles()
 
-NAME_BYTES = 255  # of a file's or folder's name, on nearly every file system
+NAME_UNITS = 255  # bytes, on Windows UTF-16, of a file's or folder's name nearly everywhere
 WINDOWS_PATH_CHARS = 259  # of a whole path, unless git is told otherwise
 # git for Windows makes no such file (`is_valid_win32_path` in its compat/mingw.c)
 _WINDOWS_UNFIT = regex(
-    r"""(?is)(con|prn|aux|nul|com[1-9]|lpt[1-9])([ .].*)?|.*[<>:"|?*\\\0-\x1f].*|.*[ .]"""
+    r"""(?is)(con|prn|aux|nul|com[1-9]|lpt[1-9])\ *(\..*)?|.*[<>:"|?*\\\0-\x1f].*|.*[ .]"""
 )
+
+
+def _name_units(name: str, on_windows: bool) -> int:
+    """The size of a name as its file system counts it."""
+    if on_windows:
+        return len(name.encode("utf-16-le", "surrogatepass")) // 2
+    return len(name.encode("utf-8", "surrogateescape"))
 
 
 def is_unfit(path: str, room: int, *, on_windows: bool) -> bool:
     """Whether no file of a host can have this path, as git has it, in a folder below which `room`
     characters are left: git would find out in the midst of its writing."""
     names = path.split("/")
-    if any(len(name.encode("utf-8", "surrogateescape")) > NAME_BYTES for name in names):
+    if any(_name_units(name, on_windows) > NAME_UNITS for name in names):
         return True
     if not on_windows:
         return False
@@ -5872,6 +5882,25 @@ def covers(refspecs: Iterable[str], remote: str, branch: str) -> bool:
         arrives = target == f"refs/remotes/{remote}/{branch}"
         found = found or (matches and arrives)
     return found
+
+
+def is_shared(refspecs: Iterable[str], remote: str, branch: str) -> bool:
+    """Whether what is kept as a remote's branch may be another ref of that remote: a pull request,
+    say, that a second setting brings to the same place."""
+    name = f"refs/heads/{branch}"
+    kept = f"refs/remotes/{remote}/{branch}"
+    for refspec in refspecs:
+        source, _, target = refspec.removeprefix("+").partition(":")
+        start, star, end = target.partition("*")
+        matches = target == kept
+        if star:
+            is_long = len(kept) >= len(start) + len(end)
+            matches = is_long and kept.startswith(start) and kept.endswith(end)
+            middle = kept[len(start) : len(kept) - len(end)]
+            source = source.replace("*", middle)
+        if matches and source != name:
+            return True
+    return False
 
 
 # Their first argument may be a file to run. bash and zsh look for a bare name in PATH as well.
@@ -14266,7 +14295,7 @@ class WorkTree(CheckedOut):
         """HEAD's content again where git was writing on its way to one of the commits; what is
         somebody's there is left, and returned. `is_new`: nobody had anything here before. Raises
         UpdaterError, OSError."""
-        commits = self.commits_of(["HEAD", *commits, "FETCH_HEAD"])
+        commits = self.commits_of(["HEAD", *commits])
         versions = self.find_versions(commits[1:])
         if is_new and not self.has_index():
             self.write("reset", "-q")
@@ -14792,12 +14821,14 @@ class Needs:
     def is_mounted_noexec(self, name: str) -> bool:
         """Whether nothing can be started where a program is, or will be."""
         place = self.repo / name
-        while not place.exists():
-            place = place.parent
-        try:
-            return read_disk(place).no_programs
-        except OSError:
-            return False
+        for folder in (place, *place.parents):
+            try:
+                return read_disk(folder).no_programs
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # it will be there
+            except (OSError, ValueError):
+                break
+        return False
 
     # The scripts of package.json
 
@@ -14937,13 +14968,16 @@ class Terrain:
     def find_unfit(self) -> list[str]:
         """The new paths that no file of this host can have."""
         room = sys.maxsize
+        is_strict = ON_WINDOWS
         if ON_WINDOWS:
+            protects = self.ask("config", "--type=bool", "--get", "core.protectNTFS")
+            is_strict = (protects or "").strip() != "false"  # else git is told to try them
             is_long = self.ask("config", "--type=bool", "--get", "core.longPaths")
             if (is_long or "").strip() != "true":
                 room = WINDOWS_PATH_CHARS - len(os.path.abspath(self.root)) - 1
         found = []
         for path in sorted(self.added):
-            if is_unfit(path, room, on_windows=ON_WINDOWS):
+            if is_unfit(path, room, on_windows=is_strict):
                 found.append(path)
         return found
 
@@ -15714,7 +15748,10 @@ class Foresight:
         own = ""
         if branch:
             own = self.git("config", "--get", f"branch.{branch}.remote").strip()
-        return own or "origin"
+        home = own or "origin"
+        if not self.git("config", "--get", f"remote.{home}.url").strip():
+            return ""  # newer git takes the only remote there is
+        return home
 
     def find_pointers(self, rules: Sequence[tuple[str, str]]) -> list[str]:
         """The files that would be LFS' pointers, unless git-lfs brings what they stand for."""
@@ -16096,10 +16133,12 @@ class Transit:
         dirty: Sequence[str],
         *,
         is_late: bool = False,
+        fetches: bool = False,
     ) -> dict[str, Any]:
-        """Leave the mark: a tree that is on its way to one of the commits. Raises UpdaterError,
-        OSError."""
+        """Leave the mark: a tree that is on its way to one of the commits, or with `fetches` to one
+        that is fetched on the way. Raises UpdaterError, OSError."""
         mark = self.tree.begin_transit(names, dirty)
+        mark["fetches"] = fetches
         if is_late:  # what lies there is what git wrote, or nobody knows whose it is
             mark["kept"] = []
         mark["submodules"], mark["homes"] = {}, {}
@@ -16232,7 +16271,12 @@ class Transit:
         known = mark.get("submodules", {})
         if self.tree.submodules:
             self.discard_half_clones(known)  # git does not even look at a tree with one in it
-        theirs = self.tree.restore(mark["commits"], mark["kept"])
+        commits = [*mark["commits"]]
+        # Else it is of any branch that a fetch happened to bring, and git wrote nothing of it here.
+        # A mark of an older program does not say.
+        if mark.get("fetches", True):
+            commits.append("FETCH_HEAD")
+        theirs = self.tree.restore(commits, mark["kept"])
         if not self.tree.submodules:
             return theirs
         self.discard_half_clones(known)  # .gitmodules may be another one now
@@ -16337,7 +16381,8 @@ class Fetched:
         plan = plan_fetch(remote, own, is_tidy=is_tidy(self.tree.root, self.settings))
         run_git_step(runner, plan)
         branch = runner.job.branch
-        self.is_fresh = covers(own or refspecs, remote, branch)
+        used = own or refspecs
+        self.is_fresh = covers(used, remote, branch) and not is_shared(used, remote, branch)
         refs = self.find_refs(refspecs)
         has_theirs = f"refs/remotes/{remote}/{branch}" in refs
         self.is_fresh = self.is_fresh and has_theirs
@@ -16570,7 +16615,9 @@ class Deployment:
             ends.append(branch)
         if not ends:
             ends.append(f"refs/tags/{branch}")
-        mark = self.transit.begin([runner.job.before or "HEAD", *ends], changes.paths)
+        fetches = bool(pull) and not pinned
+        ends.insert(0, runner.job.before or "HEAD")
+        mark = self.transit.begin(ends, changes.paths, fetches=fetches)
         conversions = Conversions(self.tree, will_change=mark["attributes"])
         try:
             self.switch(checkout, pull, announce=get is None)

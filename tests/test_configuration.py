@@ -916,6 +916,15 @@ def test_a_secret_is_hidden_however_programs_write_it(secret: str, before: bytes
         assert data not in shown
 
 
+def test_a_secret_within_another_is_hidden_as_base64_too() -> None:
+    """Of a configuration that is a secret as a whole, each value may be written alone."""
+    dumped = json.dumps({"user": "kim", "password": "s3cret-word"}, indent=1)
+    hidden = est.hidden_values({"DB_PASSWORD": "s3cret-word", "APP_SECRET": dumped})
+    masker = est.Masker(hidden)
+    written = base64.b64encode(b"kim:s3cret-word")
+    assert b"***" in masker.feed(written) + masker.flush()
+
+
 def test_the_lines_of_a_key_cost_one_form() -> None:
     key = "-----BEGIN KEY-----\n" + "\n".join(f"{number:064x}" for number in range(25)) + "\n-----END KEY-----\n"
     hidden = est.hidden_values({"SSH_KEY": key})

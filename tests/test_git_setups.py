@@ -242,6 +242,9 @@ def test_where_a_clone_s_own_refspecs_can_be_used() -> None:
     assert est.covers([usual], "origin", "a/b") and not est.covers([usual, "^refs/heads/a/*"], "origin", "a/b")
     assert not est.covers([usual], "up", "a/b") and not est.covers([heads], "origin", "a")
     assert est.covers(["refs/heads/r-*:refs/remotes/origin/r-*"], "origin", "r-1")
+    pulls = "+refs/pull/*/head:refs/remotes/origin/pr/*"
+    assert est.is_shared([usual, pulls], "origin", "pr/5") and not est.is_shared([usual, pulls], "origin", "prx/5")
+    assert est.is_shared(["refs/heads/b:refs/remotes/origin/a"], "origin", "a")
 
 
 def test_a_submodule_that_can_not_be_had_is_known_before(setup: Setup) -> None:

@@ -70,6 +70,12 @@ class Clone:
             out, err = command.communicate(timeout=90)
         return Result(command.returncode, out, err)
 
+    def deploy_with(self, command: list[str]) -> Result:
+        """Deploy a commit that has another command."""
+        config = json.loads((self.folder / "seed/config/updater.json").read_text())
+        self.commit({"config/updater.json": json.dumps(config | {"deploy": {"command": command}})})
+        return self.deploy()
+
     def second(self) -> Clone:
         """The same host with another state folder, as another user's daemon."""
         other = copy.copy(self)
@@ -525,6 +531,24 @@ def test_a_step_that_fails_while_git_writes_leaves_no_mixed_tree(clone: Clone):
     code, _, err = clone.deploy()
     assert code == 1 and f"nothing changed on {HOST}" in err
     assert (clone.head(), clone.dirty(), (clone.state / "transit.json").exists()) == (first, "", False)
+
+
+def test_a_failure_takes_nothing_that_another_branch_happens_to_have(clone: Clone):
+    """A fetch brings all branches, and of the others git writes nothing into the tree."""
+    first = clone.head()
+    clone.commit({".env": "KEY=1\n", "notes": "theirs\n"}, "aaa")
+    clone.git(clone.folder / "seed", "reset", "-q", "--hard", first)
+    clone.commit({"a": "two\n"})
+    clone.git(clone.host, "checkout", "-q", "--detach")  # then FETCH_HEAD begins with any of them
+    (clone.host / ".git/info/exclude").write_text(".env\n")
+    (clone.host / ".env").write_text("KEY=1\n")
+    (clone.host / "notes").write_text("")
+    hook = clone.host / ".git/hooks/post-checkout"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    code, out, err = clone.deploy()
+    assert (code, clone.head(), (clone.host / "a").read_text()) == (1, first, "one\n"), out + err
+    assert (clone.host / ".env").read_text() == "KEY=1\n" and (clone.host / "notes").exists()
 
 
 @pytest.mark.parametrize("end", ["hook", "kill"])
@@ -1393,6 +1417,12 @@ def test_a_program_where_nothing_can_be_started_is_known_before(tmp_path: Path):
                 assert "./go is on a file system that is mounted noexec" in err and clone.head() == first, err
     finally:
         run(["umount", "--lazy", tmp_path / "host"], os.environ)
+
+
+@pytest.mark.parametrize("program", ["/nowhere/at/all/x", "/dev/null/x", f"/{'x' * 300}/x", "sub/x"])
+def test_where_a_program_will_be_can_be_asked_of_any_name(clone: Clone, program: str):
+    code, out, err = clone.deploy_with([program])
+    assert code == 1 and "internal error" not in err and program.rpartition("/")[2] in err, out + err
 
 
 def test_no_variable_of_git_s_has_another_repository_asked(clone: Clone):
