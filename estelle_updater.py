@@ -11939,7 +11939,7 @@ def _name_of(pid: int) -> str:
     """What a process is called; the kernel keeps 15 characters of that, its first words may have
     the rest."""
     with suppress(OSError):
-        short = Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").rstrip("\n")
+        short = process_name(str(pid))
         words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")[:2]
         for name in map(os.path.basename, words):
             if name.startswith(short):
@@ -11965,13 +11965,18 @@ def running_text(family: set[int]) -> str:
     return ""
 
 
+def process_name(pid: str) -> str:
+    """As the kernel cuts it, perhaps within a letter. Raises OSError where it has ended."""
+    return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").rstrip("\n")
+
+
 def runs_below(name: str, folders: Iterable[Path]) -> bool:
     """Whether a program called `name` runs with its working directory in one of `folders`; only
     Linux can tell."""
     places = [folder.resolve() for folder in folders]
     for pid in _read_table():
         try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() != name:
+            if process_name(str(pid)) != name:
                 continue
             if any(map(Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to, places)):
                 return True
@@ -17952,7 +17957,9 @@ def parent_processes() -> dict[str, str]:
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it ended
             # after the name, which may hold anything: its state, and its parent
-            parents[file.parent.name] = file.read_text().rpartition(") ")[2].split()[1]
+            # which the kernel cuts within a letter
+            facts = file.read_text("ascii", "replace")
+            parents[file.parent.name] = facts.rpartition(") ")[2].split()[1]
     return parents
 
 
@@ -17961,11 +17968,13 @@ def first_haproxies(ours: Sequence[Path]) -> list[int]:
     workers, nor what another one was told to end, nor one that only judges a text."""
     serving = {}
     ended = set()
+    replacing = set()
     for one in running_haproxy():
         for word in ("-sf", "-st"):
             if word in one.argv:
                 after = one.argv[one.argv.index(word) + 1 :]
                 ended |= set(itertools.takewhile(str.isdigit, after))
+                replacing.add(str(one.pid))
         names = haproxy_arguments(one.argv)
         if one.folder:
             files = _files_of(names, one.folder)
@@ -17975,8 +17984,11 @@ def first_haproxies(ours: Sequence[Path]) -> list[int]:
             serving[str(one.pid)] = one
     parents = parent_processes()
     first = []
+    mothers = {parents.get(pid) for pid in serving}
     for pid in serving:
-        if pid not in ended and parents.get(pid) not in serving:
+        # one that ends its last connections may have been told so by one that is gone by now
+        may_end = replacing and pid not in replacing and pid not in mothers
+        if pid not in ended and not may_end and parents.get(pid) not in serving:
             first.append(int(pid))
     return first
 
@@ -17987,7 +17999,7 @@ def sibling_processes(pid: str) -> set[str]:
     parents = parent_processes()
     master = parents.get(pid)
     with suppress(OSError):
-        if master and Path(f"/proc/{master}/comm").read_text().strip() == "haproxy":
+        if master and process_name(master) == "haproxy":
             return {other for other, parent in parents.items() if parent == master}
     return set()
 
@@ -18005,7 +18017,7 @@ def level_problem(rule: HaproxyRule) -> str | None:
 def double_warnings(ours: Sequence[Path]) -> list[str]:
     """What to say where HAProxy runs twice with one of these files: both have its ports, and the
     kernel gives each a share of the connections."""
-    first = first_haproxies(ours)
+    first = first_haproxies(ours) if ours else []
     if len(first) < 2:
         return []
     numbers = " and ".join(map(str, first))
@@ -18446,7 +18458,8 @@ def probe_traffic(rule: HaproxyRule) -> dict[str, Any]:
         active = found.active()
     except (UpdaterError, OSError) as problem:
         warnings.append(str(problem))
-    warnings += double_warnings(proxy.configured_files())
+    with suppress(UpdaterError, OSError):  # its files may be another user's
+        warnings += double_warnings(proxy.configured_files())
     if not proxy.live:
         warnings.insert(0, _without_socket(rule, active))
         roles = {}
@@ -18965,7 +18978,10 @@ class Switch:
             self.note(f"warning: {self.real} was changed by somebody else meanwhile and stays so")
         self.make_ready()
         runs_old_text = self.live and self.proxy.runs(before, 0)
-        if changed and (self.proxy.is_late or not runs_old_text):
+        is_open = changed and (self.proxy.is_late or not runs_old_text)
+        # A runner that died while it undid this has brought the old text back, and no more.
+        is_behind = now == self.old and self.live and self.proxy.runs(self.entry.color, 0)
+        if is_open or is_behind:
             self.reload_back()
         self.clear_states()
         done = f"undone: {before} is active"
@@ -21093,6 +21109,9 @@ class Agent:
                 log.error("run %s can't be taken: %s", record.run, repr(problem)[:300])
                 kind = type(problem).__name__
                 why = f"the order can not be taken here: {kind}; the log of the daemon has more"
+            known = self.own.jobs.get((record.run, record.host))
+            if known and known.record.state is State.RUNNING:  # it was told to us once more
+                return
             self.own.write(record, state=State.FAILED, step="start", error=why)
 
     # The master's questions
@@ -21220,9 +21239,13 @@ def crossed_colors(servers: Mapping[str, Mapping[str, Any]], hosts: Sequence[Hos
             owners[own[0].address] = own[0]
     if len(owners) != len(COLORS):  # one is missing, or both are on one machine
         return []
-    said = []
+    places = {}
     for color, server in servers.items():
-        address = str(server.get("address") or "").rpartition(":")[0].strip("[]")
+        places[color] = str(server.get("address") or "").rpartition(":")[0].strip("[]")
+    if len({*places.values()}) < len(places):  # forwarded by one machine: the ports tell them apart
+        return []
+    said = []
+    for color, address in places.items():
         owner = owners.get(address)
         if owner and owner.color != color:
             said.append(
@@ -22579,12 +22602,9 @@ class Door:
         )
         verdict = _whitelist(config.whitelist).verdict(address)
         if not verdict.allowed:
-            return self.refuse(
-                connection,
-                address,
-                verdict.reason,
-                f"`whitelist add {address} --commit` in a clone",
-            )
+            hint = f"`whitelist add {address} --commit` in a clone"
+            self.turned_away.note(address, reason_text(verdict.reason, hint))
+            return self.refuse(connection, address, verdict.reason, hint)
         hosts = request.headers.get_all("Host")
         origins = request.headers.get_all("Origin")
         own = (
@@ -22620,7 +22640,6 @@ class Door:
     def refuse(self, connection: Any, address: str, reason: str, hint: str) -> Any:
         """The HTTP answer, and a line in the log."""
         self.log_refusal(address, reason)
-        self.turned_away.note(address, reason_text(reason, hint))
         answer = connection.respond(403, f"{reason} (seen from {address})\n{hint}\n")
         answer.headers[WHO_HEADER] = self.nonce
         return answer
@@ -22713,7 +22732,8 @@ class Door:
             if token:
                 of_what, hint = "that it knows the token", _TOKEN_HINT
             self.log_refusal(address, f"it did not prove {of_what}")
-            self.turned_away.note(address, reason_text(f"it did not prove {of_what}", hint))
+            if hello.role == "agent":  # of who only asks, its host's agent may be well
+                self.turned_away.note(address, reason_text(f"it did not prove {of_what}", hint))
             raise
         is_proof = isinstance(answer, Proof)
         if token is None and not is_proof:
@@ -24184,13 +24204,12 @@ class Master:
         link = Link(SocketWire(socket), recent=self.recent)
         forget_handshake(socket)
         self.door.enter(socket, address)
+        hello: Any = None
         try:
             async with asyncio.timeout(WELCOME_S):
                 frame = await link.wire.recv()
             if isinstance(frame, str) and len(frame) <= HELLO_BYTES:
                 hello = decode_message(frame)
-            else:
-                hello = None
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello")
             common_protocol(hello.protocol)
@@ -24217,7 +24236,10 @@ class Master:
             wrong = [leaf for leaf in leaves if isinstance(leaf, UpdaterError)]
             if wrong:
                 self.door.log_refusal(address, wrong[0].what)
-                self.door.turned_away.note(address, reason_text(wrong[0].what, wrong[0].hint))
+                # of who only asks, its host's agent may be well
+                if getattr(hello, "role", "agent") == "agent":
+                    why = reason_text(wrong[0].what, wrong[0].hint)
+                    self.door.turned_away.note(address, why)
                 await send_refusal(link, socket, wrong[0])
         finally:
             link.end()
@@ -27842,7 +27864,7 @@ class Service:
             server = await serve(master.serve_socket, host, port, **options)
         except OSError as problem:
             raise UsageError(
-                f"can't listen on {host or '*'}:{port}: {problem.strerror}",
+                f"can't listen on {host or '*'}:{port}: {problem.strerror or problem}",
                 listen_hint(problem.errno, port),
             ) from problem
         if os.name != "nt":  # there, asyncio takes one after the other
@@ -27872,9 +27894,10 @@ def most_files(hard: int) -> int:
 
 def listen_hint(number: int | None, port: int) -> str:
     """What helps where the master may not listen, by the system's number for why."""
-    if number == errno.EADDRNOTAVAIL:
+    # asyncio of Python 3.13 has no number where none of some addresses is this host's
+    if number in (errno.EADDRNOTAVAIL, None):
         return f"that is no address of this host; --listen 0.0.0.0:{port} takes all it has"
-    if number == errno.EACCES:
+    if number == errno.EACCES and port < 1024:
         return "this user may not have that port: one above 1023 in masterUrl needs no right"
     return "is another master running? try --listen"
 
@@ -32963,6 +32986,18 @@ def watch_text(result: Mapping[str, Any]) -> str:
     return "\n".join([render_table(head, rows), *notes, *watch_notes(result)])
 
 
+def _watch_mark(hosts: Sequence[Mapping[str, Any]]) -> str:
+    """What became of a branch's newest commit, on the hosts that have it."""
+    ended = [host for host in hosts if host["state"] in FINAL]
+    if not all(host["ok"] for host in ended):
+        return "✗"
+    if len(ended) < len(hosts):
+        return "▸"
+    if not hosts:
+        return " "
+    return "✓"
+
+
 def watch_screen(result: Mapping[str, Any], columns: int) -> list[str]:
     """The same for a terminal: what was done stands below its branch, as a row breaks in the middle
     of an address."""
@@ -32973,9 +33008,7 @@ def watch_screen(result: Mapping[str, Any], columns: int) -> list[str]:
         notes = list(filter(None, [one["run"] or one["plan"]]))
         for host in one["hosts"]:
             notes.append(f"{host['host']} {short_result(host)}")
-        mark = "✓"
-        if any(host["state"] in FINAL and not host["ok"] for host in one["hosts"]):
-            mark = "✗"
+        mark = _watch_mark(one["hosts"])
         if one["held"]:
             notes.append(f"waits: {one['held']}")
             mark = "!"

@@ -1115,3 +1115,18 @@ def test_waiting_ends_with_what_is_true_or_what_was_seen_last():
 
     words = iter(["", "there"])
     assert asyncio.run(poll_async(look, 0.001, 60)) == "there"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has names that its kernel cuts")
+def test_a_name_that_is_cut_within_a_letter_hides_nobody() -> None:
+    """The kernel keeps 15 bytes: whoever reads all processes meets those of everybody."""
+    renamed = (
+        "import ctypes; ctypes.CDLL(None).prctl(15, 'a가나다라마바'.encode(), 0, 0, 0); print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", renamed], stdin=-1, stdout=-1, env=ENV) as one:
+        assert one.stdout and one.stdout.readline()
+        try:
+            assert updater.parent_processes()[str(one.pid)] == str(os.getpid())
+            assert updater.process_name(str(one.pid)).startswith("a가나다라")
+        finally:
+            one.kill()

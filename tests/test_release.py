@@ -354,6 +354,14 @@ def test_colours_that_are_crossed_are_nobodys(one: Round):
         assert (code, out) == (expected, "") and said in err, (code, out, err)
     assert one.proxy.file.read_text() == text
 
+    hosts = [
+        seam.HostRef("b", BLUE, "b", "1", online=True, color="blue"),
+        seam.HostRef("g", GREEN, "g", "2", online=True, color="green"),
+    ]
+    forwarded = {"blue": {"address": f"{BLUE}:2000"}, "green": {"address": f"{BLUE}:2001"}}
+    assert seam.crossed_colors(forwarded, hosts) == [], "by one machine: the ports tell them apart"
+    assert seam.crossed_colors(forwarded | {"blue": {"address": "192.0.2.1:1"}}, hosts)
+
 
 def test_a_failed_deployment_gets_no_traffic(one: Round):
     write_script("exit 7\n", one.green)

@@ -198,6 +198,10 @@ def test_a_terminal_s_rows_break_in_no_address() -> None:
     ]
     assert lines[1].startswith("✗ 결제-금액-반올림  192.0.2.11,192.0.2.12") and "! gone" in lines
     assert "    waits: market holds every deploy back" in lines
+    running = {**hosts[1], "state": "running", "ok": False}
+    for of, mark in (([], " "), (hosts[1:], "✓"), ([hosts[1], running], "▸"), ([hosts[0], running], "✗")):
+        told = {"watches": [row | {"hosts": of}], "problem": None, "paused": None}
+        assert est.watch_screen(told, 80)[1].startswith(f"{mark} 결제"), "a ✓ is what is on the hosts"
 
 
 @pytest.mark.parametrize(
