@@ -16614,14 +16614,8 @@ class Deployment:
         )
         if pull and not own:
             self.make_way()
-        branches = (f"refs/heads/{branch}", f"refs/remotes/{rule.remote}/{branch}")
-        ends = [commits[name] for name in branches if name in commits]
-        if is_commit_id(branch):
-            ends.append(branch)
-        if not ends:
-            ends.append(f"refs/tags/{branch}")
+        ends = [runner.job.before or "HEAD", *self.ends_of(branch, commits)]
         fetches = bool(pull) and not pinned
-        ends.insert(0, runner.job.before or "HEAD")
         mark = self.transit.begin(ends, changes.paths, fetches=fetches)
         conversions = Conversions(self.tree, will_change=mark["attributes"])
         try:
@@ -16643,6 +16637,16 @@ class Deployment:
             raise
         self.transit.end()
         self.correct_warning(changes)
+
+    def ends_of(self, branch: str, commits: Mapping[str, str]) -> list[str]:
+        """What the tree may be on its way to, of the commits by the full names of their refs."""
+        names = (f"refs/heads/{branch}", f"refs/remotes/{self.runner.rule.remote}/{branch}")
+        ends = [commits[name] for name in names if name in commits]
+        if is_commit_id(branch):
+            ends.append(branch)
+        if not ends:
+            ends.append(f"refs/tags/{branch}")
+        return ends
 
     def correct_warning(self, before: TreeChanges) -> None:
         """What was changed here and is the commit's now does not stay: a file that was gone is
