@@ -11939,7 +11939,7 @@ def _name_of(pid: int) -> str:
     """What a process is called; the kernel keeps 15 characters of that, its first words may have
     the rest."""
     with suppress(OSError):
-        short = process_name(str(pid))
+        short = kernel_name(str(pid))
         words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")[:2]
         for name in map(os.path.basename, words):
             if name.startswith(short):
@@ -11965,7 +11965,7 @@ def running_text(family: set[int]) -> str:
     return ""
 
 
-def process_name(pid: str) -> str:
+def kernel_name(pid: str) -> str:
     """As the kernel cuts it, perhaps within a letter. Raises OSError where it has ended."""
     return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").rstrip("\n")
 
@@ -11976,7 +11976,7 @@ def runs_below(name: str, folders: Iterable[Path]) -> bool:
     places = [folder.resolve() for folder in folders]
     for pid in _read_table():
         try:
-            if process_name(str(pid)) != name:
+            if kernel_name(str(pid)) != name:
                 continue
             if any(map(Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to, places)):
                 return True
@@ -18003,7 +18003,7 @@ def sibling_processes(pid: str) -> set[str]:
     parents = parent_processes()
     master = parents.get(pid)
     with suppress(OSError):
-        if master and process_name(master) == "haproxy":
+        if master and kernel_name(master) == "haproxy":
             return {other for other, parent in parents.items() if parent == master}
     return set()
 

@@ -1127,6 +1127,6 @@ def test_a_name_that_is_cut_within_a_letter_hides_nobody() -> None:
         assert one.stdout and one.stdout.readline()
         try:
             assert updater.parent_processes()[str(one.pid)] == str(os.getpid())
-            assert updater.process_name(str(one.pid)).startswith("a가나다라")
+            assert updater.kernel_name(str(one.pid)).startswith("a가나다라")
         finally:
             one.kill()
