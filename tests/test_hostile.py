@@ -324,6 +324,9 @@ def test_a_commander_that_asks_hundreds_of_times_keeps_nobody_from_a_plan(one: F
         for peer in peers:  # it has taken all of them
             peer.say(est.Cancel("20260101-000000-abcd"))
             peer.until(lambda message: isinstance(message, est.Refuse))
+        peers[-1].say(est.Ask(31, "history", {"count": 1}))
+        answer = peers[-1].until(lambda message: isinstance(message, est.Answer))
+        assert answer.id == 31, "each kind of question has places of its own"
         for _ in range(2):
             found = one.cli("plan", B, "master")
             assert found.code == 0, found

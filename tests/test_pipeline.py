@@ -550,6 +550,20 @@ def test_the_daemons_own_log_shows_no_password(capfd: pytest.CaptureFixture[str]
     assert "git.example/app.git" in said and "hunter2222" not in said, said
 
 
+def test_the_daemons_own_log_misses_no_step_in_detail(capfd: pytest.CaptureFixture[str]) -> None:
+    """A record may come with several steps, with the job's state, or with its end."""
+    queued = est.JobRecord("20261122-210501-7f3a", "h", "m", est.Kind.DEPLOY, branch="b")
+    begun = est.replace(queued, state=est.State.RUNNING, step="one")
+    later = est.replace(begun, step="four", timed_steps=["one", "two", "two"])
+    ended = est.replace(later, state=est.State.SUCCEEDED, step=None, timed_steps=[*later.timed_steps, "four", "five"])
+    log, records = est.DaemonLog(), [queued, begun, later, later, ended]
+    log.verbose = True
+    for before, now in itertools.pairwise(records):
+        log.job(before, now)
+    said = [line.rpartition(": ")[2] for line in capfd.readouterr().err.splitlines()]
+    assert said == ["running", "one", "two", "two", "four", "five", "succeeded"]
+
+
 @pytest.mark.parametrize(
     ("path", "unfit"),
     [
