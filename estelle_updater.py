@@ -10556,6 +10556,8 @@ class Line(NamedTuple):
     lived: float = 0.0
     nonce: bytes | None = None  # None where JSON writes it in another way than it is
     text: bytes = b""
+    begin: int = 0  # in the index, where the text is not held
+    size: int = 0
 
 
 _LINE = regex(
@@ -10568,6 +10570,60 @@ _LINE = regex(
 def _index_text(value: Any) -> str:
     """As the index has it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _parse_line(text: bytes) -> tuple[str, Line] | None:
+    """A run, and what the index says of it; None for a line that is torn."""
+    match = _LINE.match(text)
+    if match is None:
+        return None
+    run, stamp, place, created, lived, nonce = match.groups()
+    line = Line(int(stamp), int(place), float(created), float(lived), nonce, text)
+    return run.decode(), line
+
+
+class KnownLines:
+    """The index's lines without their text, for whoever orders all runs and shows a few: of a file
+    that only grows, what came since the last time is read. Used by any thread."""
+
+    def __init__(self, index: Path) -> None:
+        self.index = index
+        self._lock = _thread.allocate_lock()
+        self._lines: dict[str, Line] = {}
+        self._known_bytes = 0
+        self._file = 0  # which one that is
+        self._last = b""  # the end of what is known: another file has something else there
+
+    def read(self) -> dict[str, Line]:
+        """The lines by run; the last line of a run counts."""
+        with self._lock:
+            file = 0
+            with suppress(OSError):
+                file = self.index.stat().st_ino
+            begin = self._known_bytes - len(self._last)
+            is_same = read_log(self.index, begin, len(self._last)) == self._last
+            if file != self._file or not is_same:
+                self._lines = {}
+                self._known_bytes = 0
+                self._file = file
+                self._last = b""
+            self._add(read_log(self.index, self._known_bytes, log_size(self.index)))
+            return self._lines
+
+    def _add(self, data: bytes) -> None:
+        """Whole lines; the rest will be whole the next time."""
+        *lines, _ = data.split(b"\n")
+        for text in lines:
+            parsed = _parse_line(text)
+            if parsed:
+                run, line = parsed
+                self._lines[run] = line._replace(
+                    text=b"",
+                    begin=self._known_bytes,
+                    size=len(text),
+                )
+            self._known_bytes += len(text) + 1
+            self._last = text + b"\n"
 
 
 class History:
@@ -10583,6 +10639,7 @@ class History:
         self.state = state
         self.index = state.root / "history.jsonl"
         self.runs = str(state.runs)
+        self.places = KnownLines(self.index)
 
     def newest(self, count: int) -> list[Row]:
         """The newest runs, newest first: when, who asked, for what, and how it ended on each
@@ -10613,15 +10670,23 @@ class History:
 
     def rows(self, count: int | None = None) -> list[Row]:
         """The newest runs, or all, newest first."""
-        with closing(self.walk()) as found:
+        is_few = count is not None
+        with closing(self.walk(is_few=is_few)) as found:
             return list(itertools.islice(found, count))
 
     def walk(
-        self, is_known: Callable[[str, Line], bool] | None = None
+        self,
+        is_known: Callable[[str, Line], bool] | None = None,
+        *,
+        is_few: bool = False,
     ) -> "Generator[Row, None, None]":
         """The runs, newest first, but for those whose line tells whoever asks enough, so that
-        nobody makes a row of it; a run that turns out to be over is a line from then on."""
-        indexed = self._indexed()
+        nobody makes a row of it; a run that turns out to be over is a line from then on. `is_few`:
+        only the newest will be looked at."""
+        if is_few:
+            indexed = self.places.read()
+        else:
+            indexed = self._indexed()
         new: list[Row] = []
         try:
             for run in reversed(self._in_order(indexed)):
@@ -10630,7 +10695,7 @@ class History:
                 holds = line and line.stamp == stamp
                 if is_known and line and holds and is_known(run, line):
                     continue
-                row = self._row_of_line(line, stamp)
+                row = self._row_of_line(run, line, stamp)
                 if row is None:
                     row = self._row_of_folder(run, stamp)
                     if row and row["over"]:
@@ -10642,13 +10707,13 @@ class History:
 
     def ids(self) -> list[str]:
         """All recorded runs, oldest first, as they were taken."""
-        return self._in_order(self._indexed())
+        return self._in_order(self.places.read())
 
     def next_place(self) -> int:
         """For a new run, which comes after all others."""
         ids = self.ids()
         if ids:
-            return self._place_of(ids[-1], self._indexed()).place + 1
+            return self._place_of(ids[-1], self.places.read()).place + 1
         return 1
 
     def last_lived(self) -> float:
@@ -10667,7 +10732,7 @@ class History:
         known = self._indexed().get(run)
         if known is None:
             return None
-        return self._row_of_line(known, known.stamp)
+        return self._row_of_line(run, known, known.stamp)
 
     def _in_order(self, indexed: Mapping[str, Line]) -> list[str]:
         def order(run: str) -> tuple[int, str, float]:
@@ -10703,11 +10768,10 @@ class History:
         """The index's lines by run; the last line of a run counts."""
         found = {}
         for text in read_log(self.index, 0, log_size(self.index)).splitlines():
-            match = _LINE.match(text)
-            if match:
-                run, stamp, place, created, lived, nonce = match.groups()
-                line = Line(int(stamp), int(place), float(created), float(lived), nonce, text)
-                found[run.decode()] = line
+            parsed = _parse_line(text)
+            if parsed:
+                run, line = parsed
+                found[run] = line
         return found
 
     def _add_to_index(self, rows: Iterable[Row]) -> None:
@@ -10719,14 +10783,15 @@ class History:
                 with open(fd, "ab") as file:
                     file.write(text.encode("utf-8", "replace"))
 
-    @staticmethod
-    def _row_of_line(known: Line | None, stamp: int) -> Row | None:
+    def _row_of_line(self, run: str, known: Line | None, stamp: int) -> Row | None:
         """A run's line, if it is whole and the folder has not changed since."""
         if known is None or known.stamp != stamp:
             return None
+        text = known.text or read_log(self.index, known.begin, known.size)
         with suppress(ValueError):
-            row: Row = json.loads(known.text)
-            return row
+            row: Row = json.loads(text)
+            if (row["run"], row["stamp"]) == (run, stamp):
+                return row
         return None
 
     def _row_of_folder(self, run: str, stamp: int) -> Row | None:

@@ -137,6 +137,7 @@ from estelle_updater import (
     JsonView as JsonView,
     KeepRule as KeepRule,
     Kind as Kind,
+    KnownLines as KnownLines,
     Labels as Labels,
     LineFilter as LineFilter,
     LineView as LineView,

@@ -116,6 +116,38 @@ def test_runs_of_one_second_are_in_the_order_in_which_the_master_took_them(state
     assert [state.history.newest(count)[-1]["run"] for count in (1, 2, 3)] == names[::-1]
 
 
+def test_of_an_index_that_grows_the_rest_is_read(state: est.StateFolder, tmp_path: Path) -> None:
+    """Whoever shows a few runs out of thousands reads no line twice, and none of another file's."""
+    lines = [
+        f'{{"run":"20231115-000000-{number:04}","stamp":{number},"place":{number},"created":1.0,"lived":2.0,'
+        f'"over":true,"nonce":"n","machines":{{}}}}'
+        for number in range(6)
+    ]
+    known = est.KnownLines(state.history.index)
+
+    def places() -> list[int]:
+        found = known.read()
+        text = state.history.index.read_bytes()
+        for run, line in found.items():
+            assert json.loads(text[line.begin : line.begin + line.size])["run"] == run
+        return [line.place for line in found.values()]
+
+    assert known.read() == {}
+    state.history.index.write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])
+    assert places() == [0, 1]
+    with state.history.index.open("a") as file:
+        file.write(lines[2][30:] + "\n\nno line\n" + lines[3] + "\n")
+    assert places() == [0, 1, 2, 3]
+    other = tmp_path / "other"
+    other.write_text("\n".join(lines[1:]) + "\n")
+    os.replace(other, state.history.index)
+    assert places() == [1, 2, 3, 4, 5], "another file is read from its beginning"
+    state.history.index.write_text(lines[5] + "\n")
+    assert places() == [5]
+    state.history.index.unlink()
+    assert known.read() == {}
+
+
 def test_no_clock_decides_the_order_or_what_is_kept(state: est.StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids and times of another clock's: the place alone counts, and what was lived."""
     names = ["20990101-000000-0001", "20231115-000000-0002", "19990101-000000-0003", "20231116-000000-0004"]
