@@ -10788,10 +10788,12 @@ class History:
         if known is None or known.stamp != stamp:
             return None
         text = known.text or read_log(self.index, known.begin, known.size)
+        name, line = _parse_line(text) or ("", known)
+        if (name, line.stamp) != (run, stamp):
+            return None  # the index was written anew meanwhile
         with suppress(ValueError):
             row: Row = json.loads(text)
-            if (row["run"], row["stamp"]) == (run, stamp):
-                return row
+            return row
         return None
 
     def _row_of_folder(self, run: str, stamp: int) -> Row | None:

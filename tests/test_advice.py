@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -299,6 +299,8 @@ def test_a_fault_of_ours_is_an_answer() -> None:
     said: dict[str, Any] = {}
 
     class Own:
+        jobs: ClassVar[dict[tuple[str, str], Any]] = {}
+
         def accept(self, record: est.JobRecord, link: object) -> None:
             raise RuntimeError("a fault")
 
@@ -309,6 +311,11 @@ def test_a_fault_of_ours_is_an_answer() -> None:
     order = est.Order(json.loads(json.dumps(vars(failed_job("")))))
     est.Agent.on_order(cast(est.Agent, agent), order, cast(Any, None))
     assert said["state"] is est.State.FAILED and "RuntimeError" in said["error"]
+    said.clear()
+    running = est.replace(est.decode_fields(est.JobRecord, order.job), state=est.State.RUNNING)
+    Own.jobs[running.run, running.host] = SimpleNamespace(record=running)
+    est.Agent.on_order(cast(est.Agent, agent), order, cast(Any, None))
+    assert not said, "a job that runs here ends by itself"
 
 
 def test_who_is_turned_away_needs_more_than_its_service(fleet: Callable[..., Fleet]) -> None:
