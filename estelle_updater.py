@@ -28095,9 +28095,11 @@ def keep(code):
     if not is_ours(os.stat(os.path.expanduser("~"))):  # root in a user's home, say
         return
     os.makedirs(folder, 0o700, exist_ok=True)
+    if not is_ours(os.stat(folder)):
+        return
     data = marshal.dumps(code)
     new = "%s.%d" % (path, os.getpid())
-    with open(new, "wb") as file:
+    with open(new, "xb") as file:  # nothing that lies there is written to
         os.chmod(new, 0o600)
         file.write(magic() + zlib.crc32(data).to_bytes(4, "little") + data)
     os.replace(new, path)
