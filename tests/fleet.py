@@ -23,8 +23,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
@@ -65,6 +65,21 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("CI") and os.geteuid() == 0:
         pytest.fail(f"CI may not pass without this: {reason}")
     pytest.skip(reason)
+
+
+@contextmanager
+def mounted(place: Path, options: str) -> Iterator[None]:
+    """A disk of a test's own, in memory, at an empty folder."""
+    need("mount")
+    if os.geteuid() != 0:
+        unavailable("only root can mount a disk")
+    code, _, why = run(["mount", "-t", "tmpfs", "-o", options, "none", place], os.environ)
+    if code:
+        unavailable(f"no disk can be mounted here: {why}")
+    try:
+        yield
+    finally:
+        run(["umount", "--lazy", place], os.environ)
 
 
 def replace_program(program: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.commands import (
     wait_state,
     write_script,
 )  # fmt: skip
-from tests.fleet import VERSION, Fleet, Host, kill_processes_of, need, processes_of, run, unavailable, wait_for
+from tests.fleet import VERSION, Fleet, Host, kill_processes_of, mounted, processes_of, run, wait_for
 from tests.seam import LOOK_S, log_size
 
 A, B = "127.0.0.1", "127.0.0.2"
@@ -41,25 +42,17 @@ NOT_RECORDED = re.compile(rb"\n\[\.\.\. (\d+) bytes not recorded\]\n")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A master and two agents, each with a small disk of its own for its state."""
-    need("git", "mount")
-    if os.geteuid() != 0:
-        unavailable("only root can mount a small disk")
     fleet = Fleet(tmp_path_factory.mktemp("disk"), command=COMMAND)
-    mounted: list[Path] = []
-    try:
+    with ExitStack() as disks:
         for host in fleet.hosts:
             host.state.mkdir()
             size_kb = SIZE_KB * (8 if host is fleet.master else 1)
-            code, _, err = run(["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "none", host.state], os.environ)
-            if code:
-                unavailable(f"no small disk can be mounted here: {err}")
-            mounted.append(host.state)
-        fleet.start()
-        yield fleet
-    finally:
-        fleet.stop_all()
-        for path in mounted:
-            run(["umount", "--lazy", path], os.environ)
+            disks.enter_context(mounted(host.state, f"size={size_kb}k"))
+        try:
+            fleet.start()
+            yield fleet
+        finally:
+            fleet.stop_all()
 
 
 @pytest.fixture
@@ -291,49 +284,43 @@ def test_a_result_whose_log_was_shortened_is_not_waited_for(one: Fleet):
 
 def test_a_clone_that_takes_no_files_is_told_before_anything_changes(tmp_path: Path):
     """Without free inodes, or mounted read-only: by `plan` and by the job, in the words that `doctor` has."""
-    need("git", "mount")
-    if os.geteuid() != 0:
-        unavailable("only root can mount a small disk")
     one = Fleet(tmp_path, hosts=1)
     (host,) = one.hosts
     kept = tmp_path / "kept"
     host.repo.rename(kept)
     host.repo.mkdir()
-    code, _, err = run(["mount", "-t", "tmpfs", "-o", "nr_inodes=3000", "none", host.repo], os.environ)
-    if code:
-        unavailable(f"no small disk can be mounted here: {err}")
-    fillers = host.repo / ".git" / "fillers"
-    try:
-        assert run(["cp", "-a", f"{kept}/.", host.repo], os.environ).code == 0
-        one.start()
-        one.origin.commit({"app.txt": "1"})
-        before = one.origin.git("rev-parse", "HEAD", cwd=host.repo)
+    with mounted(host.repo, "nr_inodes=3000"):
+        fillers = host.repo / ".git" / "fillers"
+        try:
+            assert run(["cp", "-a", f"{kept}/.", host.repo], os.environ).code == 0
+            one.start()
+            one.origin.commit({"app.txt": "1"})
+            before = one.origin.git("rev-parse", "HEAD", cwd=host.repo)
 
-        def told() -> tuple[dict[str, Any], str]:
-            """What `plan` says of the host, and what a deployment does."""
+            def told() -> tuple[dict[str, Any], str]:
+                """What `plan` says of the host, and what a deployment does."""
+                (row,) = json.loads(one.cli("plan", A, "master", "--json").out)["hosts"]
+                return row, one.cli("trigger", A, "master").out
+
+            fillers.mkdir()
+            for number in itertools.count():
+                try:
+                    (fillers / str(number)).touch()
+                except OSError:
+                    break
+            none_left = f"room for 0 more files at {host.repo}: no inodes are left"
+            row, said = told()
+            assert row["refused"] == [f"{none_left}; remove files from the disk of {host.repo}"], row
+            assert f"error: {none_left}" in said and "✗ 실패 check" in said and "git fetch" not in said
+            for number in range(100):
+                (fillers / str(number)).unlink()
             (row,) = json.loads(one.cli("plan", A, "master", "--json").out)["hosts"]
-            return row, one.cli("trigger", A, "master").out
-
-        fillers.mkdir()
-        for number in itertools.count():
-            try:
-                (fillers / str(number)).touch()
-            except OSError:
-                break
-        none_left = f"room for 0 more files at {host.repo}: no inodes are left"
-        row, said = told()
-        assert row["refused"] == [f"{none_left}; remove files from the disk of {host.repo}"], row
-        assert f"error: {none_left}" in said and "✗ 실패 check" in said and "git fetch" not in said
-        for number in range(100):
-            (fillers / str(number)).unlink()
-        (row,) = json.loads(one.cli("plan", A, "master", "--json").out)["hosts"]
-        assert not row["refused"] and "more files at" in str(row["warnings"]), "few are only few"
-        assert one.origin.git("rev-parse", "HEAD", cwd=host.repo) == before
-        assert run(["mount", "-o", "remount,ro", str(host.repo)], os.environ).code == 0
-        row, said = told()
-        assert row["refused"][0].startswith(f"{host.repo} is mounted read-only; why is it so?"), row
-        assert "is mounted read-only" in said and "✗ 실패 check" in said and "git fetch" not in said
-    finally:
-        one.stop_all()
-        kill_processes_of(tmp_path)
-        run(["umount", "--lazy", host.repo], os.environ)
+            assert not row["refused"] and "more files at" in str(row["warnings"]), "few are only few"
+            assert one.origin.git("rev-parse", "HEAD", cwd=host.repo) == before
+            assert run(["mount", "-o", "remount,ro", str(host.repo)], os.environ).code == 0
+            row, said = told()
+            assert row["refused"][0].startswith(f"{host.repo} is mounted read-only; why is it so?"), row
+            assert "is mounted read-only" in said and "✗ 실패 check" in said and "git fetch" not in said
+        finally:
+            one.stop_all()
+            kill_processes_of(tmp_path)

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tests import seam as est
-from tests.fleet import PROGRAM, ROOT, Result, need, processes_of, run, unavailable, wait_for
+from tests.fleet import PROGRAM, ROOT, Result, mounted, processes_of, run, unavailable, wait_for
 
 HOST = "127.0.0.1"
 COMMAND = {"deploy": {"command": ["sh", "deploy.sh"], "timeout": 60}}
@@ -488,16 +488,10 @@ def test_a_cancel_while_git_writes_leaves_no_mixed_tree(clone: Clone):
 
 def test_a_disk_that_fills_while_git_writes_leaves_no_mixed_tree(tmp_path: Path):
     """Restoring needs room too: until there is some no job is ✓, and then the next one makes the tree whole."""
-    need("mount")
     (tmp_path / "host").mkdir()
-    code, _, why = run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path / "host"], os.environ)
-    if code:
-        unavailable(f"no small disk can be mounted here: {why}")
-    try:
+    with mounted(tmp_path / "host", "size=2m"):
         clone = Clone(tmp_path)
         fill_up_under(clone)
-    finally:
-        run(["umount", "--lazy", tmp_path / "host"], os.environ)
 
 
 def fill_up_under(clone: Clone) -> None:
@@ -1397,12 +1391,8 @@ def test_a_server_s_refs_are_branches_and_no_refspecs(clone: Clone):
 
 def test_a_program_where_nothing_can_be_started_is_known_before(tmp_path: Path):
     """The clone is on a disk that is mounted noexec, and a commit brings a program: by its interpreter it runs."""
-    need("mount")
     (tmp_path / "host").mkdir()
-    code, _, why = run(["mount", "-t", "tmpfs", "-o", "noexec", "none", tmp_path / "host"], os.environ)
-    if code:
-        unavailable(f"no disk can be mounted here: {why}")
-    try:
+    with mounted(tmp_path / "host", "noexec"):
         clone = Clone(tmp_path)
         first = clone.head()
         program = clone.folder / "seed" / "go"
@@ -1415,8 +1405,6 @@ def test_a_program_where_nothing_can_be_started_is_known_before(tmp_path: Path):
             assert code == expected, out + err
             if expected:
                 assert "./go is on a file system that is mounted noexec" in err and clone.head() == first, err
-    finally:
-        run(["umount", "--lazy", tmp_path / "host"], os.environ)
 
 
 @pytest.mark.parametrize("program", ["/nowhere/at/all/x", "/dev/null/x", f"/{'x' * 300}/x", "sub/x"])
