@@ -6195,11 +6195,19 @@ def judge_disk(
 VERSION_IN_OUTPUT = regex(rb"v(?:(?<![0-9A-Za-z]v)|(?<=[0-9[]mv))[0-9]{4}_[0-9]+(?![0-9A-Za-z])")
 
 
+def decode_text(data: bytes, errors: str = "strict") -> str:
+    """The text of a file, also as the redirection of Windows PowerShell writes it. Raises
+    UnicodeError."""
+    encoding = "utf-8-sig"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    return data.decode(encoding, errors)
+
+
 def parse_version_file(data: bytes) -> str | None:
     """The "version" of a JSON file, or the first line of plain text, as at most 80 printable
     characters: it stands in the line that says how a job ended. None where there is neither."""
-    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows' redirection writes it
-    text = data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace").strip()
+    text = decode_text(data, "replace").strip()
     if text.startswith("{"):
         try:
             value = json.loads(text).get("version")
@@ -11504,7 +11512,7 @@ def load_token(config: Config, tree: Path) -> bytes | None:
         source = f"tokenFile {path}"
         make_token = f"{make_token} > {typed(path)}"
         try:
-            text = read_supplied(path).decode("utf-8-sig")
+            text = decode_text(read_supplied(path))
         except (OSError, UnicodeError) as problem:
             why = getattr(problem, "strerror", "") or "it is no text"
             raise ConfigError(f"can't read {source}: {why}", _TOKEN_HINT) from None

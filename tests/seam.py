@@ -328,6 +328,7 @@ from estelle_updater import (
     lfs_rules as lfs_rules,
     live_facts as live_facts,
     load_config as load_config,
+    load_token as load_token,
     log_size as log_size,
     look_into_json as look_into_json,
     made_once as made_once,

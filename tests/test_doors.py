@@ -106,6 +106,14 @@ def guarded(fleet: MakeFleet, tmp_path: Path) -> Fleet:
     return one
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_token_is_the_same_whatever_shell_wrote_its_file(encoding: str, tmp_path: Path) -> None:
+    """Windows PowerShell's redirection writes UTF-16, and the advised line is typed there too."""
+    (tmp_path / "token").write_text(f"{'7f' * 32}\r\n", encoding)
+    text = json.dumps({"masterUrl": "ws://127.0.0.1:9900", "whitelist": ["127.0.0.1"], "tokenFile": "token"})
+    assert est.load_token(est.parse_config(text, "updater.json", "json"), tmp_path) == b"7f" * 32
+
+
 def test_a_token_is_proven_and_shown_nowhere(guarded: Fleet, tmp_path: Path) -> None:
     one, agent = guarded, guarded.agents[0]
     one.start()
