@@ -21915,6 +21915,14 @@ _whitelist = functools.lru_cache(maxsize=8)(
 )  # parsed once, not by every stranger who knocks
 
 
+# Whatever the port answers is for whoever asked it: another site's page can't take it for a script
+# or a picture, nor guess at what it is.
+ANSWER_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
 class Handout:
     """The program that this master runs, which it hands out to new hosts and to `upgrade`; none in
     a checkout."""
@@ -22038,11 +22046,9 @@ class Page:
             "Content-Type": "text/html; charset=utf-8",
             "Content-Length": str(len(answer.body)),
             "Content-Security-Policy": self.policy.format(host=request.headers["Host"]),
-            "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-store",
             "Cross-Origin-Opener-Policy": "same-origin",
-            "Cross-Origin-Resource-Policy": "same-origin",
         } | ({"Content-Encoding": "gzip"} if zipped else {})
         for name, value in fields.items():
             if name in answer.headers:
@@ -22668,9 +22674,23 @@ class Door:
 
     # Before the handshake
 
+    async def answer_request(self, connection: Any, request: Any) -> Any:
+        """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP answer.
+        Raises OSError where the disk does not give what was asked for."""
+        answer = self.judge_request(connection, request)
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        if answer is None:
+            return None
+        for name, value in ANSWER_HEADERS.items():
+            if name not in answer.headers:
+                answer.headers[name] = value
+        if request.method == "HEAD":
+            answer.body = b""  # its length stays: it is that of what a GET would bring
+        return answer
+
     def judge_request(self, connection: Any, request: Any) -> Any:
-        """The verdict on a handshake, before any upgrade: None lets it pass, else an HTTP
-        answer."""
+        """The same, without what all answers have in common."""
         config = self.config.config
         is_gone = None in (connection.remote_address, connection.local_address)
         if is_gone:
@@ -22705,13 +22725,18 @@ class Door:
             return self.refuse(
                 connection, address, f"more than {CONNECTIONS} connections", "close some"
             )
+        is_head = request.method == "HEAD"
+        if request.method != "GET" and not is_head:
+            answer = connection.respond(405, "this port answers GET and HEAD alone\n")
+            answer.headers["Allow"] = "GET, HEAD"
+            return answer
         path = request.path.partition("?")[0]
         program = f"{config.master_url.path.rstrip('/')}/{PROGRAM_NAME}"
         if path in (program, f"{program}.sha256"):
             return self.handout.respond(connection, address, whole=path == program)
         if path != config.master_url.path:
             return connection.respond(404, "nothing here\n")
-        if "Upgrade" not in request.headers:
+        if is_head or "Upgrade" not in request.headers:
             return self.page.respond(connection, request)
         connection.estelle_address = address
         return None
@@ -27937,7 +27962,7 @@ class Service:
         options = SERVER_OPTIONS | {
             "open_timeout": None,
             "create_connection": master.door.connection_class(),
-            "process_request": master.door.judge_request,
+            "process_request": master.door.answer_request,
         }
         try:
             server = await serve(master.serve_socket, host, port, **options)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.browser import PHONE, Browser
 from tests.fleet import MODULE, ROOT, Fleet, need, run, unavailable, wait_for
 
 MakeFleet = Callable[..., Fleet]
+PROGRAM_NAME = "estelle_updater.pyz"
 PAGE = ROOT / "config" / "page.html"
 LONG = bool(os.environ.get("ESTELLE_TEST_LONG"))
 A, B, C = "127.0.0.1", "127.0.0.2", "127.0.0.3"
@@ -142,6 +144,41 @@ def test_what_a_plain_get_answers(shared: Fleet) -> None:
         assert status == 403 and b"<html" not in body, wrong
     curl = ["curl", "-s", "-m", "10", "--interface", "127.0.0.9", page_url(shared)]
     assert "127.0.0.9 is not in the whitelist" in run(curl, shared.env).out
+
+
+@together
+def test_the_port_answers_get_and_of_head_the_headers_alone(shared: Fleet) -> None:
+    """Whatever it answers, no other site's page may take it for a script, a picture or a frame."""
+
+    def ask(method: str, path: str = "/", **more: str) -> tuple[int, dict[str, str], bytes]:
+        fields = "".join(f"{name}: {value}\r\n" for name, value in ({"Host": f"{A}:{shared.port}"} | more).items())
+        with socket.create_connection((A, shared.port), timeout=20) as connection:
+            connection.sendall(f"{method} {path} HTTP/1.1\r\n{fields}\r\n".encode())
+            said = b""
+            while data := connection.recv(1 << 16):
+                said += data
+        head, _, body = said.partition(b"\r\n\r\n")
+        status, *rows = head.decode().split("\r\n")
+        headers = {row.partition(":")[0].lower(): row.partition(":")[2].strip() for row in rows}
+        return int(status.split()[1]), headers, body
+
+    status, headers, body = ask("HEAD")
+    assert (status, body) == (200, b"") and headers["content-length"] == str(len(PAGE.read_bytes()))
+    assert headers["content-security-policy"] == ask("GET")[1]["content-security-policy"]
+    for path in ("/", "/other", f"/{PROGRAM_NAME}", f"/{PROGRAM_NAME}.sha256"):
+        status, headers, body = ask("HEAD", path)
+        assert body == b"" and status == ask("GET", path)[0], path
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "get"):
+            status, headers, body = ask(method, path)
+            assert status == 405 and headers["allow"] == "GET, HEAD" and b"<html" not in body, (method, path)
+        assert ask("HEAD", path, Host="evil.example")[::2] == (403, b"")
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    for method in ("POST", "HEAD"):
+        assert ask(method, **upgrade, **{"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="})[0] in (200, 405), method
+    for path, more in (("/", {}), ("/other", {}), (f"/{PROGRAM_NAME}", {}), ("/", {"Origin": "http://evil.example"})):
+        headers = ask("GET", path, **more)[1]
+        assert headers["x-content-type-options"] == "nosniff", path
+        assert headers["cross-origin-resource-policy"] == "same-origin", path
 
 
 @together
