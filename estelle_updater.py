@@ -9414,6 +9414,12 @@ def work_tree(config_path: Path) -> Path:
     return git_root(folder) or config_path.parent.parent
 
 
+def named_place(tree: Path, name: str) -> Path:
+    """Where a path of the configuration leads: from the clone's top, or with `~/` from this user's
+    home, or wherever an absolute one says. Every key that names a file or a folder is read so."""
+    return tree / os.path.expanduser(name)
+
+
 def lasting_place(config_path: Path) -> Path:
     """Where a configuration file is, whatever links its clone has by now: only the way to the clone
     is resolved. A link in a circle would raise, and another one be another file's place."""
@@ -11508,7 +11514,7 @@ def load_token(config: Config, tree: Path) -> bytes | None:
     source = "ESTELLE_TOKEN"
     make_token = "this makes one, which every host gets: openssl rand -hex 32"
     if not text and config.token_file:
-        path = tree / Path(config.token_file).expanduser()
+        path = named_place(tree, config.token_file)
         source = f"tokenFile {path}"
         make_token = f"{make_token} > {typed(path)}"
         try:
@@ -11531,7 +11537,7 @@ def client_tls(config: Config, tree: Path, url: str) -> dict[str, Any]:
     if not url.startswith("wss:"):
         return {}
     if config.tls.ca:
-        ca = tree / config.tls.ca
+        ca = named_place(tree, config.tls.ca)
     else:
         ca = None
     try:
@@ -11612,7 +11618,10 @@ class Certificate:
         before = self.problem
         tree = work_tree(self.config.path)
         rule = self.config.config.tls
-        cert, key = paths = tree / (rule.cert or ""), tree / (rule.key or "")
+        cert, key = paths = (
+            named_place(tree, rule.cert or ""),
+            named_place(tree, rule.key or ""),
+        )
         if paths != self._paths:
             self._paths = paths
             self._watch = FileWatch(cert, key)
@@ -13436,7 +13445,7 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
     ConfigError."""
     if not rule.environment_file:
         return {}
-    path = repo / rule.environment_file
+    path = named_place(repo, rule.environment_file)
     within = None
     if path.is_symlink():
         # a GIT_DIR of the daemon's would have another repository asked
@@ -13458,10 +13467,7 @@ def host_secrets(
     the configuration gives its steps (`extra`), the token, and what the remotes' URLs hold."""
     named = (*rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
     inherited = {name: os.environ.get(name, "") for name in named}
-    if rule.repo:
-        repo = tree / rule.repo
-    else:
-        repo = tree
+    repo = named_place(tree, rule.repo or "")
     remotes = {}
     with suppress(OSError):
         text = read_supplied(repo / ".git" / "config").decode(errors="replace")
@@ -13484,7 +13490,7 @@ def mask_for_host(value: Any, config: Config, tree: Path, rule: Effective) -> An
     nothing to show."""
     extra = dict(rule.env)
     with suppress(ConfigError):
-        extra |= read_environment(rule, tree / (rule.repo or ""))
+        extra |= read_environment(rule, named_place(tree, rule.repo or ""))
     return mask_words(value, host_secrets(config, tree, rule, extra))
 
 
@@ -13862,10 +13868,7 @@ class Runner(Progress):
         self.rule = rule_for(config, self.job, self.state)
         self.log.most_bytes = config.keep.job_megabytes << 20
         tree = work_tree(self.config_path)
-        if self.rule.repo:
-            self.repo = tree / self.rule.repo
-        else:
-            self.repo = tree
+        self.repo = named_place(tree, self.rule.repo or "")
         extra: dict[str, str] = {}
         try:
             extra = read_environment(self.rule, self.repo)
@@ -14642,7 +14645,7 @@ class Coming:
     def inside(self, name: str) -> str:
         """A path as git has it, seen from the repository's folder; "" where it leads out of the
         clone."""
-        place = os.path.join(self.repo, name)
+        place = named_place(Path(self.repo), name)
         try:
             within = os.path.relpath(place, self.root)
             seen = os.path.relpath(place, self.repo)
@@ -15975,7 +15978,7 @@ class Clearance:
         config = self.judge_doors(commit) or load_config(runner.config_path)
         rule = rule_for(config, runner.job, runner.state)
         runner.begin("check", StepKind.CHECK)
-        place = work_tree(runner.config_path) / (rule.repo or "")
+        place = named_place(work_tree(runner.config_path), rule.repo or "")
         moved = check_new_place(
             place,
             runner.repo,
@@ -17600,7 +17603,7 @@ def _store_password(check: Check) -> str | None:
     rule = check.rule
     if rule.password_file:
         try:
-            data = read_supplied(check.repo / rule.password_file)
+            data = read_supplied(named_place(check.repo, rule.password_file))
         except OSError as problem:
             raise CheckFailed(f"passwordFile {rule.password_file}: {problem.strerror}") from problem
         return data.decode(errors="replace").strip("\r\n")
@@ -17785,7 +17788,7 @@ def _check_pm2(check: Check) -> str:
 def _check_disk(check: Check) -> str:
     """Room for bytes and for files, and that they may be written."""
     least_percent = check.rule.least or _LEAST_FREE_PERCENT
-    disk = read_disk(check.repo / check.subject)
+    disk = read_disk(named_place(check.repo, check.subject))
     if disk.read_only:
         raise CheckFailed("it is mounted read-only")
     percent = 100 * disk.free_bytes / disk.total_bytes
@@ -17846,7 +17849,7 @@ def _check_certificate(check: Check) -> str:
         chain = served_chain(check.subject, check.timeout_s)
         days = min(map(certificate_days, chain))
     else:
-        days = certificate_days(read_supplied(check.repo / check.subject))
+        days = certificate_days(read_supplied(named_place(check.repo, check.subject)))
     least_days = check.rule.least or _LEAST_DAYS
     if days < least_days:
         left = f"{count_text(days, 'day')} left, less than {least_days}"
@@ -21136,7 +21139,7 @@ class Agent:
         tree = work_tree(self.config.path)
         place = self.place(config, address)
         rule = host_rule(config, place, socket.gethostname(), self.role)
-        return rule, tree / rule.repo if rule.repo else tree
+        return rule, named_place(tree, rule.repo or "")
 
     # One connection to the master
 
@@ -21798,7 +21801,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
         found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
         try:
-            there = work_tree(agent.config.path) / (rule.repo or "")
+            there = named_place(work_tree(agent.config.path), rule.repo or "")
             outlook.foresee(found, branch, rule, there)
         except UpdaterError as problem:  # that a remote is slow is no reason to refuse
             found["warnings"].append(f"not looked at to the end: {problem.what}")
@@ -26184,7 +26187,7 @@ def receiver_id(rule: NotifyRule) -> str:
 def hook_url(rule: NotifyRule, tree: Path) -> str:
     """Where to post. Raises UpdaterError, which never shows the URL: it is a secret."""
     if rule.url_file:
-        path = tree / Path(rule.url_file).expanduser()
+        path = named_place(tree, rule.url_file)
         try:
             url = read_supplied(path).decode("utf-8-sig").strip()
         except (OSError, ValueError) as problem:
@@ -29198,15 +29201,18 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
     warnings = config_warnings(config)
     tree = work_tree(path)
     rule = host_rule(config, own_addresses(config, None), socket.gethostname())
-    for key, name in (("repo", rule.repo), ("environmentFile", rule.environment_file)):
-        if name and not (tree / name).exists():
-            warnings.append(f"{key}: there is no {tree / name} on this host")
+    repo = named_place(tree, rule.repo or "")
+    named = [("repo", repo)]
+    if rule.environment_file:
+        named.append(("environmentFile", named_place(repo, rule.environment_file)))
+    for key, place in named:
+        if not place.exists():
+            warnings.append(f"{key}: there is no {place} on this host")
     for role in Role:
         file = getattr(config.deploy, role).environment_file
-        if file and not (tree / file).exists():
-            warnings.append(
-                f"deploy.{role}.environmentFile: there is no {tree / file} on this host"
-            )
+        if file and not named_place(tree, file).exists():
+            missing = named_place(tree, file)
+            warnings.append(f"deploy.{role}.environmentFile: there is no {missing} on this host")
     for i, hook in enumerate(config.notify):
         try:
             _ = hook.url_file and hook_url(hook, tree)
@@ -30288,6 +30294,8 @@ class Setup(HostChanges):
         it."""
         place = own_addresses(self.config, None, self.bind)
         other = host_rule(self.config, place, socket.gethostname()).repo
+        if other and other.startswith("~"):
+            other = None  # of the serving user's home, which is writable as a whole
         places = [self.repo, other and self.repo / other, Path(self.argv[1]).parent]
         if "--state" in self.argv:
             places.append(self.state.root)
@@ -30632,13 +30640,13 @@ class Doctor:
         tree = work_tree(path)
         extra = dict(rule.env)
         with suppress(ConfigError):
-            extra |= read_environment(rule, tree / (rule.repo or ""))
+            extra |= read_environment(rule, named_place(tree, rule.repo or ""))
         self.hidden = host_secrets(config, tree, rule, extra)
-        yield from self.repository(tree / (rule.repo or ""), rule)
+        yield from self.repository(named_place(tree, rule.repo or ""), rule)
         if config.updater.sha256:
             yield judge_program()
         if config.tls.cert:
-            cert = work_tree(path) / config.tls.cert
+            cert = named_place(tree, config.tls.cert)
             if cert.exists():
                 yield self.certificate(cert)
         yield from self.master(config)
@@ -33654,7 +33662,7 @@ def convert_config(args: Args, path: Path) -> int:
     # Not an error: each host has its own file, and this one may well lack the others'.
     missing = []
     for key, name in environment_files(converted):
-        if not (work_tree(new) / name).exists():
+        if not named_place(work_tree(new), name).exists():
             missing.append(f"{key}: there is no {name} here; that host needs it")
     if "machines" in data and "deploy" not in data:
         missing.append(

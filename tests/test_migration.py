@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.fleet import Fleet, run
 
@@ -18,14 +19,18 @@ def test_the_older_configuration_becomes_a_green_deployment(fleet: Callable[...,
         "machines": {
             "127.0.0.1": {"environmentFile": "environments.office.json"},
             "127.0.0.9": {"environmentFile": "gone.json"},
+            "127.0.0.8": {"environmentFile": "~/at-home.json"},
         },
     }
+    at_home = Path(one.env["HOME"], "at-home.json")
+    at_home.write_text('{"WHENCE": "from home", "ESTELLE_ENV_CONFIG": "a text"}')
     nested = {"db": {"password": PASSWORD, "certs": ["~/certs/a"]}, "data": "~/data", "port": 1}
     one.origin.commit({"config/updater.json": json.dumps(old), "config/environments.office.json": json.dumps(nested)})
     one.origin.git("pull", "--quiet", cwd=one.master.repo)
     converted = one.cli("config", "convert")
     assert converted.code == 0, converted.err
     assert "there is no config/gone.json here; that host needs it" in converted.out
+    assert "at-home.json" not in converted.out, "`~/` is this user's home, and it is there"
     assert "! the steps are not in this file" in converted.out
     (line,) = re.findall(r"(?m)^next: (git add .*) && git push$", converted.out)
     typed = run(["/bin/sh", "-c", line], one.env, one.master.repo)
@@ -64,6 +69,14 @@ def test_the_older_configuration_becomes_a_green_deployment(fleet: Callable[...,
     assert list(times)[-3:] == ["sh -c echo installed", "sh build.sh", "sh -c echo released"]
     assert times["sh build.sh"] >= 1.2 > times["sh -c echo installed"] > 0
     assert list(times)[:2] == ["git fetch origin", "git checkout master"]
+    # a file at home, which is in no clone
+    new["hosts"]["127.0.0.1"]["environmentFile"] = "~/at-home.json"
+    files = {"config/updater.json": json.dumps(new | {"deploy": {"command": steps}}), "build.sh": 'echo "$WHENCE"\n'}
+    one.origin.commit(files)
+    planned = one.cli("plan", "all", "master")
+    assert (planned.code, "at-home.json" in planned.err) == (0, False), planned.out + planned.err
+    done = one.cli("trigger", "all", "master")
+    assert done.code == 0 and "[127.0.0.1] from home\n" in done.out, done.err + done.out
 
 
 def test_master_and_agents_run_what_their_role_says(fleet: Callable[..., Fleet]) -> None:
