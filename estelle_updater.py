@@ -34792,13 +34792,15 @@ class Command:
         )
 
 
+HELP_WORDS = ("help", "version")  # no commands, and yet what people type first
 COMPLETED = ("estelle_updater.pyz", "./estelle_updater.pyz", "estelle-updater", "est")
 
 
 def completion_words() -> dict[str, list[str]]:
     """What may follow each command; the commands themselves under the empty name."""
     shared = [name for item in GLOBAL_OPTIONS for name in item.names]
-    words = {"": [command.name for command in COMMANDS if not command.hidden] + shared}
+    commands = [command.name for command in COMMANDS if not command.hidden]
+    words = {"": [*commands, *HELP_WORDS, *shared], HELP_WORDS[0]: commands}
     for command in COMMANDS:
         if command.hidden:
             continue
@@ -34833,13 +34835,16 @@ def completion_values() -> dict[str, list[str]]:
 def render_fish_completion() -> str:
     """The completion script of fish."""
     lines = []
+    known = completion_words()
     for program in COMPLETED:
         complete = f"complete -c {program}"
         for command in COMMANDS:
             if not command.hidden:
                 told = f"-a {command.name} -d {json.dumps(command.help)}"
                 lines.append(f"{complete} -n __fish_use_subcommand -f {told}")
-        for name, words in completion_words().items():
+        told = " ".join(HELP_WORDS)
+        lines.append(f"{complete} -n __fish_use_subcommand -f -a '{told}'")
+        for name, words in known.items():
             under = f"-n '__fish_seen_subcommand_from {name}'"
             if name:  # -f: fish would mix in the folder's files, and hardly a word here is one
                 lines.append(f"{complete} {under} -f -a '{' '.join(words)}'")
@@ -34850,7 +34855,12 @@ def render_fish_completion() -> str:
             value = "-r -F"
             if choices:
                 value = f"-x -a '{' '.join(choices)}'"
-            lines.append(f"{complete} {option} {value}")
+            # without this, fish offers an option behind every command
+            owners = [command for command, words in known.items() if name in words and command]
+            under = f"-n '__fish_seen_subcommand_from {' '.join(owners)}'"
+            if name in known[""]:
+                under = "-n true"
+            lines.append(f"{complete} {under} {option} {value}")
     return "\n".join(lines)
 
 

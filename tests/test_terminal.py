@@ -508,6 +508,7 @@ def test_completion_knows_the_command_table(tmp_path: Path) -> None:
     assert complete("est", "tr") == ["trigger"]
     assert complete("est", "trigger", "--fa") == ["--failed-of"]
     assert complete("est", "--json", "switch", "st") == ["standby"]
+    assert complete("est", "vers") == ["version"] and complete("est", "help", "tr") == ["trigger"]
     assert complete("est", "trigger", "a") == ["all", "active"]
     assert complete("est", "setup", "--with", "") == ["pm2", "systemd"], "what may follow an option, and nothing else"
     assert complete("est", "status", "--config", "") == [], "bash itself completes files"
@@ -523,3 +524,7 @@ def test_completion_knows_the_command_table(tmp_path: Path) -> None:
         line = f"source {tmp_path / 'fish'}; complete -C 'est setup --with '; complete -C 'est config c'"
         words = run(["fish", "-c", line], env, tmp_path).out.split()
         assert words == ["pm2", "systemd", "check", "convert"], "no files of the folder beside them"
+        line = f"source {tmp_path / 'fish'}; complete -C 'est trigger --'; complete -C 'est build --o'"
+        offered = {row.split()[0] for row in run(["fish", "-c", line], env, tmp_path).out.splitlines()}
+        assert {"--plan", "--config", "--output"} <= offered
+        assert offered.isdisjoint({"--format", "--role", "--with"}), "other commands' options"
