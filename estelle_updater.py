@@ -795,6 +795,8 @@ END_HEAD_BYTES = 20  # before the file of such an end: how much went through it,
 KEPT_END_BYTES = 64 << 10  # of what a step writes beyond the most that a log may have
 TAIL_BYTES, TAIL_LINES = 4 << 10, 20  # of a step's output, to explain its failure
 VERSION_OVERLAP = 32  # a version may be split over two reads
+NEEDLES_BYTES = 1 << 15  # of output: before that, to look for each secret alone takes less
+HELD_CODES_BYTES = 1024  # of colours within what may become a secret: nobody writes more
 BASE64_CHARS = 8  # of a secret among others: fewer would be found in other text
 BASE64_WIDTHS = (64, 76)  # of lines, as openssl and base64 write them
 SECRET_BYTES = 6  # shorter values are too common to mask
@@ -3751,6 +3753,9 @@ def encoded_forms(secret: str) -> set[str]:
         json.dumps(secret, ensure_ascii=False)[1:-1],
         urllib_parse.quote_from_bytes(data),
         urllib_parse.quote_from_bytes(data, safe=""),
+        json.dumps(json.dumps(secret))[3:-3],  # a message that is JSON, in a log that is JSON
+        data.hex(),
+        data.hex().upper(),
     }
     lines = []
     for before, shared in enumerate(_BASE64_SHARED):
@@ -6262,18 +6267,164 @@ def query_secrets(data: bytes) -> list[tuple[int, int, int]]:
     return found
 
 
+# Colours, and the end of a line that is cleared: `grep --color` writes both in the middle of a word
+COLOUR_CODE = regex(rb"\x1b\[[0-9;:]{0,32}[mK]")
+COLOUR_BEGUN = regex(rb"\x1b(?:\[[0-9;:]{0,32})?\Z")
+
+
+class Uncoloured:
+    """Bytes as a person reads them, and where in what was written (`raw`) each of them stands."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = self.text = raw
+        self.places: list[int] = []  # in the text, of each code
+        self.shifts: list[int] = []  # bytes of all codes as far as that one
+        if b"\x1b" not in raw:
+            return
+        shift = 0
+        for code in COLOUR_CODE.finditer(raw):
+            self.places.append(code.start() - shift)
+            shift += len(code[0])
+            self.shifts.append(shift)
+        if shift:
+            self.text = COLOUR_CODE.sub(b"", raw)
+
+    def at(self, place: int) -> int:
+        """Where in `raw` a byte of the text stands."""
+        before = bisect.bisect_right(self.places, place)
+        if not before:
+            return place
+        return place + self.shifts[before - 1]
+
+    def end(self, place: int) -> int:
+        """Where in `raw` ends what ends in the text at `place`."""
+        if not place:
+            return 0
+        return self.at(place - 1) + 1
+
+    def codes(self, start: int, end: int) -> bytes:
+        """Those between two places of `raw`."""
+        if not self.places:
+            return b""
+        return b"".join(COLOUR_CODE.findall(self.raw[start:end]))
+
+
+# The bytes of which most of what programs print consists, the commonest first
+_COMMON = b" eiotarnsldcpumg/.-0123456789hf:_bvykw=,()[]xjqzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ANCHOR_BYTES = 12  # of a secret that are compared at once; more make no difference
+ANCHORS_APART = 256  # bytes: where they are more, to look for each secret alone is faster
+
+
+class Needles:
+    """Finds many values in one pass over a text: each is known by a few bytes that begin with one
+    that is rare in other text."""
+
+    def __init__(self, values: Iterable[bytes]) -> None:
+        self.values = sorted(values)
+        self.found_at: dict[bytes, list[tuple[int, bytes]]] = {}
+        anchors: dict[int, list[bytes]] = {}
+        # those first that have no rare byte: the others may share theirs
+        for value in sorted(self.values, key=self._least, reverse=True):
+            at = self._place(value, anchors)
+            part = value[at : at + min(len(value), ANCHOR_BYTES)]
+            anchors.setdefault(part[0], []).append(part)
+        ways = []
+        for first, parts in anchors.items():
+            width = min(map(len, parts))
+            classes = [b"\\x%02x" % first]
+            for column in range(1, width):
+                letters = sorted({part[column] for part in parts})
+                classes.append(b"[%s]" % b"".join([b"\\x%02x" % letter for letter in letters]))
+            ways.append(b"".join(classes))
+            self._note(first, width)
+        self.pattern = regex(b"|".join(ways))
+
+    @staticmethod
+    def _least(value: bytes) -> int:
+        return min(map(_rarity, value[: len(value) - min(len(value), ANCHOR_BYTES) + 1]))
+
+    @staticmethod
+    def _place(value: bytes, anchors: Container[int]) -> int:
+        """Which of a value's bytes it is looked for at; one that another has already costs
+        nothing."""
+        last = len(value) - min(len(value), ANCHOR_BYTES)
+
+        def cost(at: int) -> int:
+            if value[at] in anchors:
+                return -1
+            return _rarity(value[at])
+
+        return min(range(last + 1), key=cost)
+
+    def _note(self, first: int, width: int) -> None:
+        """By which bytes each value shows that has that one where it may be looked for."""
+        for value in self.values:
+            last = len(value) - min(len(value), ANCHOR_BYTES)
+            at = value.find(first, 0, last + 1)
+            if at >= 0:
+                part = value[at : at + width]
+                self.found_at.setdefault(part, []).append((at, value))
+
+    def find(self, data: bytes, until: int) -> list[tuple[int, int]]:
+        """Where values stand that begin before `until`."""
+        spans = []
+        match = self.pattern.search(data)
+        looks = ANCHORS_APART + len(data)
+        while match:
+            looks -= ANCHORS_APART
+            if looks < 0:
+                return find_each(self.values, data, until)
+            place = match.start()
+            for at, value in self.found_at.get(match[0], ()):
+                start = place - at
+                if 0 <= start < until and data.startswith(value, start):
+                    spans.append((start, start + len(value)))
+            match = self.pattern.search(data, place + 1)
+        return spans
+
+
+def _rarity(byte: int) -> int:
+    """The higher, the more often it stands in a log."""
+    place = _COMMON.find(byte)
+    if place < 0:
+        return 0
+    return len(_COMMON) - place
+
+
+def find_each(values: Iterable[bytes], data: bytes, until: int) -> list[tuple[int, int]]:
+    """Where values stand that begin before `until`, looked for one after the other."""
+    spans = []
+    for value in values:
+        start = data.find(value)
+        while 0 <= start < until:
+            spans.append((start, start + len(value)))
+            start = data.find(value, start + 1)
+    return spans
+
+
 class Masker:
-    """Replaces secrets in a stream of bytes, also where one is split over two reads; secrets that
-    overlap become one `***`. A tail that could begin a secret is held back until the next byte or
-    `flush`. Passwords in URLs are secrets, whoever prints them, and so is what their queries say
-    under names that look secret."""
+    """Replaces secrets in a stream of bytes, also where one is split over two reads, or has colours
+    in it; secrets that overlap become one `***`. A tail that could begin a secret is held back
+    until the next byte or `flush`. Passwords in URLs are secrets, whoever prints them, and so is
+    what their queries say under names that look secret."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._values: set[bytes] = set()
         for secret in secrets:
-            value = secret.encode()
+            value = secret.encode("utf-8", "surrogatepass")
             if len(value) >= SECRET_BYTES:  # a shorter one would mask half of every log
                 self._values.add(value)
+        # by each byte the values that have it before their end: only these can go on behind it
+        self._going_on: dict[int, list[bytes]] = {}
+        for value in self._values:
+            for byte in set(value[:-1]):
+                self._going_on.setdefault(byte, []).append(value)
+        longest = max(map(len, self._values), default=0)
+        self._most_held = max(longest, QUERY_BYTES) + HELD_CODES_BYTES
+        self._needles: Needles | None = None
+        self._unindexed = (
+            NEEDLES_BYTES  # how much is looked through before that is worth the making
+        )
         self._held = b""
         self._before = b""  # the last bytes before them: of a URL's scheme, perhaps
         # how many of the held bytes belong to a secret whose `***` is already written
@@ -6285,20 +6436,30 @@ class Masker:
             self._before = (self._before + data[-2:])[-2:]
             return data
         data = self._held + data
-        hold = len(data)
-        for value in self._values:
-            hold = min(hold, self._find_tail(data, value))
+        begun = COLOUR_BEGUN.search(data, max(0, len(data) - 40))
+        rest = b""
+        if begun:
+            rest = begun[0]
+            data = data[: begun.start()]
+        seen = Uncoloured(data)
+        text = seen.text
+        hold = self._find_tail(text)
         # A password may come in the next read; its `://` would be written by then, and nothing
         # would tell it from other text.
-        url = URL_BEGUN.search(data, max(0, len(data) - 515))
+        url = URL_BEGUN.search(text, max(0, len(text) - 515))
         if url:
             hold = min(hold, url.start())
-        queries = query_secrets(data)
-        return self._write(data, min(hold, self._open_query(data, queries)), queries)
+        queries = query_secrets(text)
+        written = self._write(seen, min(hold, self._open_query(text, queries)), queries)
+        self._held += rest
+        if len(self._held) > self._most_held:  # colours without end
+            written += self.flush()
+        return written
 
     def flush(self) -> bytes:
         """The tail that turned out to be no secret."""
-        return self._write(self._held, len(self._held), query_secrets(self._held))
+        seen = Uncoloured(self._held)
+        return self._write(seen, len(seen.text), query_secrets(seen.text))
 
     # Where secrets stand, or may begin
 
@@ -6307,23 +6468,23 @@ class Masker:
         the others takes five times as long."""
         if self._held or b":" in data or b"=" in data or b":" in self._before:
             return False
-        if self._open_query(data, ()) < len(data):
+        if b"\x1b" in data or self._open_query(data, ()) < len(data):
             return False
-        for value in self._values:
-            if value in data or self._find_tail(data, value) < len(data):
-                return False
-        return True
+        return self._find_tail(data) == len(data) and not self._find_values(data, len(data))
 
-    @staticmethod
-    def _find_tail(data: bytes, value: bytes) -> int:
-        """Where the longest tail of `data` starts that is a beginning of `value`, but not the whole
-        of it."""
-        start = data.find(value[:1], max(0, len(data) - len(value) + 1))
-        while start >= 0 and not value.startswith(data[start:]):
-            start = data.find(value[:1], start + 1)
-        if start >= 0:
-            return start
-        return len(data)
+    def _find_tail(self, data: bytes) -> int:
+        """Where the longest tail of `data` starts that is a beginning of a secret, but not the
+        whole of it."""
+        first = len(data)
+        if not data:
+            return first
+        for value in self._going_on.get(data[-1], ()):
+            start = data.find(value[:1], max(0, len(data) - len(value) + 1))
+            while 0 <= start < first and not value.startswith(data[start:]):
+                start = data.find(value[:1], start + 1)
+            if start >= 0:
+                first = min(first, start)
+        return first
 
     @staticmethod
     def _open_query(data: bytes, queries: Sequence[tuple[int, int, int]]) -> int:
@@ -6363,38 +6524,45 @@ class Masker:
 
     def _find_values(self, data: bytes, hold: int) -> list[tuple[int, int]]:
         """Where secrets stand that begin before `hold`."""
-        spans = []
-        for value in self._values:
-            start = data.find(value)
-            while 0 <= start < hold:
-                spans.append((start, start + len(value)))
-                start = data.find(value, start + 1)
-        return spans
+        if self._needles:
+            return self._needles.find(data, hold)
+        self._unindexed -= len(data)
+        if self._unindexed < 0 and self._values:
+            self._needles = Needles(self._values)
+        return find_each(self._values, data, hold)
 
     # What is written
 
-    def _write(self, data: bytes, hold: int, queries: Sequence[tuple[int, int, int]]) -> bytes:
+    def _write(self, seen: Uncoloured, hold: int, queries: Sequence[tuple[int, int, int]]) -> bytes:
         """What stands before `hold`, masked; the rest is held. A secret across it shows only as its
-        `***`. All places are offsets in `data`."""
-        urls = self._find_urls(data, queries)
+        `***`, with the colours that were in it. All places but `at` are those in the text."""
+        urls = self._find_urls(seen.text, queries)
         # First, as it moves `hold`: secrets are then looked for in what is really written.
         for scheme, _, end in urls:
             if scheme < hold < end:
                 hold = scheme  # a password is written or held as a whole, `://` and all
-        spans = self._find_values(data, hold)
+        spans = self._find_values(seen.text, hold)
         for scheme, start, end in urls:
             if scheme < hold:
                 spans.append((start, end))
-        written = []
+        held_at = seen.at(hold)
         done = self._masked
+        at = min(seen.end(done), held_at)
+        written = [seen.codes(0, at)]
         for start, end in sorted(spans):
             if start >= done:
-                written += [data[done:start], b"***"]
-            done = max(done, end)
-        written.append(data[done:hold])
-        self._held = data[hold:]
+                begins = seen.at(start)
+                written += [seen.raw[at:begins], b"***"]
+                at = begins
+            if end > done:
+                done = end
+                ends = min(seen.end(done), held_at)
+                written.append(seen.codes(at, ends))
+                at = ends
+        written.append(seen.raw[at:held_at])
+        self._held = seen.raw[held_at:]
         self._masked = max(0, done - hold)
-        self._before = (self._before + data[max(0, hold - 2) : hold])[-2:]
+        self._before = (self._before + seen.text[max(0, hold - 2) : hold])[-2:]
         return b"".join(written)
 
 

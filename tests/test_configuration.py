@@ -906,7 +906,8 @@ def test_a_secret_is_hidden_however_programs_write_it(secret: str, before: bytes
     for written in (
         json.dumps({"x": secret}).encode(), json.dumps([secret], ensure_ascii=False).encode(), whole,
         base64.urlsafe_b64encode(before + data + after), urllib.parse.quote(secret, safe="").encode(),
-        f"http://h/?x={urllib.parse.quote(secret)}&y=1".encode(), *wrapped,
+        f"http://h/?x={urllib.parse.quote(secret)}&y=1".encode(), *wrapped, data.hex().encode(),
+        data.hex().upper().encode(), json.dumps([json.dumps([secret])]).encode(),
     ):  # fmt: skip
         masker = est.Masker(hidden)
         shown = masker.feed(written[:cut]) + masker.feed(written[cut:]) + masker.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import os
 import random
@@ -418,6 +419,68 @@ def test_only_what_may_yet_become_a_secret_is_held_back(case: Any) -> None:
         assert written == masked(secrets, data[:now], now - len(hold[0]) if hold else now)
     whole = written + masker.flush()
     assert not any(value in part for part in whole.split(b"***") for value in long)
+
+
+CODES = ["\x1b[31m", "\x1b[0m", "\x1b[K", "\x1b[01;31m\x1b[K", "\x1b[m", "\x1b", "\x1b[", "\x1b[3"]
+
+
+@quick
+@given(secrets_and_text, st.lists(st.tuples(st.integers(0, 60), st.sampled_from(CODES)), max_size=6), st.data())
+@example((["abcdef"], b"abcdef"), [(1, "\x1b[31m"), (3, "\x1b[0m")], None)
+@example((["abcdef"], b"://u:pass@h"), [(6, "\x1b[31m"), (7, "\x1b[K")], None)
+def test_colours_tear_no_secret_apart(case: Any, put: list[tuple[int, str]], data: Any) -> None:
+    """As `grep --color` writes what it found; each colour stays, and whatever the reads, the same is written."""
+    secrets, plain = case
+    text = plain
+    for place, code in sorted(put, reverse=True):
+        text = text[:place] + code.encode() + text[place:]
+    colour = re.compile(rb"\x1b\[[0-9;:]*[mK]")
+    shown = fed(secrets, [text])
+    assert colour.sub(b"", shown) == fed(secrets, [colour.sub(b"", text)])
+    assert colour.findall(shown) == colour.findall(text)
+    assert fed(secrets, [text[i : i + 1] for i in range(len(text))]) == shown
+    for cut in range(len(text)):
+        assert fed(secrets, [text[:cut], text[cut:]]) == shown
+
+
+def test_colours_without_end_are_not_held_back() -> None:
+    masker, written = Masker(["secret-1"]), b""
+    for _ in range(1000):
+        written += masker.feed(b"s\x1b[0m")
+    assert len(written) > 1000 and masker.feed(b" secr\x1b[1met-1 ").endswith(b" ***\x1b[1m ")
+
+
+@quick
+@given(st.lists(st.text("abxyzABC012+", min_size=6, max_size=30), min_size=1, max_size=12), st.data())
+def test_secrets_are_found_in_one_pass_as_each_alone_is(secrets: list[str], data: Any) -> None:
+    values = {secret.encode() for secret in secrets}
+    parts = [*secrets, *(secret[:-1] for secret in secrets), *(secret[2:] for secret in secrets), "x", "A+0", "\n"]
+    text = "".join(data.draw(st.lists(st.sampled_from(parts), max_size=20))).encode()
+    text *= data.draw(st.sampled_from([1, 1, 40]))
+    found = est.Needles(values).find(text, len(text) - 3)
+    assert sorted(found) == sorted(est.find_each(values, text, len(text) - 3))
+
+
+def test_many_secrets_cost_little_more_than_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that writes line by line paid for each of two hundred forms at each line."""
+    chance = random.Random(7)
+    tokens = {f"T{n}_TOKEN": base64.b64encode(chance.randbytes(30)).decode() for n in range(40)}
+    lines = [f"2026-11-28 01:02:{n % 60:02} compiled page {n}\n".encode() for n in range(20_000)]
+
+    def cost_s(secrets: tuple[str, ...], parts: list[bytes]) -> float:
+        masker = Masker(secrets)
+        began = time.process_time()
+        for part in parts:
+            masker.feed(part)
+        return time.process_time() - began
+
+    hidden = est.hidden_values(tokens)
+    assert len(hidden) > 200
+    whole = [b"".join(lines)] * 8
+    for parts, times in ((lines, 12), (whole, 60)):
+        few = min(cost_s((), parts) for _ in range(3))
+        many = min(cost_s(hidden, parts) for _ in range(3))
+        assert many < times * few, (many, few)
 
 
 def test_short_values_and_no_values_mask_nothing() -> None:
