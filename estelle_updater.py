@@ -5140,6 +5140,13 @@ def is_commit_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
+def commit_or_tag(name: str) -> str:
+    """What names a commit to git where `name` is no branch: an id, or a tag by its full name."""
+    if is_commit_id(name):
+        return name
+    return f"refs/tags/{name}"
+
+
 def branch_words(branch: str) -> str:
     """A branch as people read it: of a full commit id what tells it from others."""
     if is_commit_id(branch):
@@ -5210,9 +5217,8 @@ def plan_checkout(
         pull = ("git", *settings, "pull", "--ff-only", "--no-rebase", remote, heads)
         checkout = Step(label, ("git", "checkout", *argv, "--"), StepKind.CHECKOUT)
         return None, checkout, Step(f"git pull {remote} {branch}", pull, StepKind.PULL)
-    name = ref = branch
-    if not is_commit_id(branch):
-        name = f"refs/tags/{branch}"
+    ref = name = commit_or_tag(branch)
+    if name != branch:
         ref = f"+{name}:{name}"
     fetch = ("git", "fetch", "--no-tags", "--refmap=", remote, ref)
     get = Step(label, fetch, StepKind.FETCH)
@@ -5365,6 +5371,17 @@ def parse_packed_refs(data: bytes, name: str) -> str:
     if not found:
         return ""
     return before.rpartition(b"\n")[2].decode(errors="replace")
+
+
+PACK_INDEX = struct.Struct(">4sI256I")  # of version 2 with SHA-1: its names follow, 20 bytes each
+SHORT_ID = 7
+
+
+def short_length(packed: int) -> int:
+    """How many digits git shortens a commit's id to, in a clone with so many packed objects, unless
+    another object begins with the same ones."""
+    collides = (packed.bit_length() + 1) // 2
+    return max(SHORT_ID, collides)
 
 
 def parse_stage(data: bytes) -> dict[str, "TreeEntry"]:
@@ -13875,6 +13892,7 @@ class Runner(Progress):
         self.env: dict[str, str] = {}
         self.masker = Masker(())
         self.version: bytes | None = None  # the last one in the output
+        self.settings: CloneSettings | None = None  # of a deployment's clone, as it began
         self.last_act: Callable[[], None] = lambda: None  # once the result is recorded
         self.began: float | None = None  # monotonic: the clock may jump while the job runs
 
@@ -14079,16 +14097,6 @@ class Runner(Progress):
 
     # The record
 
-    def read_version(self) -> str | None:
-        """What is deployed now, in the project's own words."""
-        with suppress(OSError):
-            version = parse_version_file(read_committed(self.repo / self.rule.version, self.repo))
-            if version:
-                return version
-        if self.version:
-            return self.version.decode()
-        return self.git("describe", "--always").decode(errors="replace").strip() or None
-
     def finish(self, state: State, **fields: Any) -> None:
         """Record the result: the log first, then the state, both for good."""
         ended = time.time()
@@ -14107,7 +14115,7 @@ class Runner(Progress):
                 fields["changed"] = self.has_changed(fields["commit"])
             still = fields.get("changed") is False  # then it is what it was, and has that version
             if (state is State.SUCCEEDED or still) and not fields.get("version"):
-                fields["version"] = self.read_version()
+                fields["version"] = read_version(self)
         while True:
             whole = self.log.write(b"")  # else how much is missing is still to be said
             self.log.sync()
@@ -14225,6 +14233,66 @@ def read_packed(root: Path, name: str) -> str:
     return ""
 
 
+def read_description(root: Path, settings: CloneSettings) -> str:
+    """What `git describe --always` says of HEAD in a clone without tags, its commit's id as short
+    as no other object's; "" where git has to be asked."""
+    commit = read_head(root)
+    if len(commit) != 40:
+        return ""
+    objects = root / ".git/objects"
+    try:
+        if settings.all("core.abbrev") or has_tags(root):
+            return ""
+        if (objects / "info/alternates").exists():  # there are more than here
+            return ""
+        like, packed = packed_like(objects / "pack", commit[:SHORT_ID])
+    except (OSError, ValueError, struct.error, UpdaterError):
+        return ""
+    with suppress(FileNotFoundError):
+        like += [commit[:2] + name for name in os.listdir(objects / commit[:2])]
+    short = commit[: short_length(packed)]
+    if any(name.startswith(short) and name != commit for name in like):
+        return ""
+    return short
+
+
+def has_tags(root: Path) -> bool:
+    """Whether a plain clone has tags, or what may be some. Raises OSError."""
+    with suppress(FileNotFoundError):
+        if os.listdir(root / ".git/refs/tags"):
+            return True
+    with suppress(FileNotFoundError):
+        return b" refs/tags/" in read_supplied(root / ".git/packed-refs")
+    return False
+
+
+def packed_like(folder: Path, start: str) -> tuple[list[str], int]:
+    """The ids in a folder of packs that begin as these digits do, and how many there are in all.
+    Raises OSError, ValueError, struct.error where git has to be asked."""
+    like: list[str] = []
+    total = 0
+    first = int(start[:2], 16)
+    names = set(os.listdir(folder))
+    if "multi-pack-index" in names:
+        raise ValueError("what it counts is another number")
+    for name in names:
+        if not name.endswith(".idx") or f"{name[:-4]}.pack" not in names:
+            continue
+        with (folder / name).open("rb") as file:
+            magic, version, *counts = PACK_INDEX.unpack(file.read(PACK_INDEX.size))
+            if (magic, version) != (b"\xfftOc", 2):
+                raise ValueError("an index of another kind")
+            total += counts[255]
+            before = (0, *counts)[first]
+            file.seek(before * 20, os.SEEK_CUR)
+            data = file.read((counts[first] - before) * 20)
+        for place in range(0, len(data), 20):
+            found = data[place : place + 20].hex()
+            if found.startswith(start):
+                like.append(found)
+    return like, total
+
+
 def read_index(root: Path) -> Index | None:
     """The index of a clone's work tree, if it is small enough for a look at it to be quicker than
     git's start; None where git has to be asked."""
@@ -14248,6 +14316,22 @@ def read_fetched(root: Path) -> str:
 def head_commit(runner: "Runner") -> str:
     """HEAD's commit, "" where there is none: git's start takes longer than to look."""
     return read_head(runner.repo) or runner.git("rev-parse", "HEAD").decode().strip()
+
+
+def read_version(runner: "Runner") -> str | None:
+    """What is deployed now, in the project's own words."""
+    with suppress(OSError):
+        file = runner.repo / runner.rule.version
+        version = parse_version_file(read_committed(file, runner.repo))
+        if version:
+            return version
+    if runner.version:
+        return runner.version.decode()
+    if runner.settings:
+        known = read_description(runner.repo, runner.settings)
+        if known:
+            return known
+    return runner.git("describe", "--always").decode(errors="replace").strip() or None
 
 
 def has_objects(git_dir: Path) -> bool:
@@ -16613,6 +16697,19 @@ def is_tidy(root: Path, settings: CloneSettings) -> bool:
     return len(packs) < PACKS_FEW and len(loose) < LOOSE_FEW
 
 
+def may_call_hooks(root: Path, settings: CloneSettings) -> bool:
+    """Whether git may call somebody's programs in a clone, who may change what it does not."""
+    # a newer git has hooks in its settings too
+    hooks = ("core.hookspath", "hook.")
+    if any(key.startswith(hooks) for key in settings.values):
+        return True
+    try:
+        names = os.listdir(root / ".git/hooks")
+    except OSError:
+        names = []
+    return not all(name.endswith(".sample") for name in names)
+
+
 class Fetched:
     """What the remote has of the name that was asked for, and how that is called here."""
 
@@ -16691,10 +16788,7 @@ class Fetched:
             if failure.error == NO_BRANCH:
                 failure.error += self.meant()
             raise
-        name = branch
-        if not is_commit_id(branch):
-            name = f"refs/tags/{branch}"
-        commit = self.tree.commit_of(name)
+        commit = self.tree.commit_of(commit_or_tag(branch))
         if not commit:
             raise no_commit(branch)
         return commit
@@ -16748,6 +16842,7 @@ def get_large_files(runner: Runner, tree: WorkTree) -> None:
 
 
 _CHANGES_STAY = "local changes stay: "
+UP_TO_DATE = "Already up to date."  # in git's words
 
 
 class Deployment:
@@ -16755,7 +16850,7 @@ class Deployment:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.log, self.git = runner, runner.log, runner.git
-        self.settings = CloneSettings(runner.repo, runner.env)
+        self.settings = runner.settings = CloneSettings(runner.repo, runner.env)
         self.clearance = Clearance(runner)
         self.tree: WorkTree
         self.transit: Transit
@@ -16864,19 +16959,18 @@ class Deployment:
         fetches = bool(pull) and not pinned
         mark = self.transit.begin(ends, changes.paths, fetches=fetches)
         conversions = Conversions(self.tree, will_change=mark["attributes"])
+        has_stood = functools.partial(self.has_stood_still, known, own or commit, mark["kept"])
         try:
-            self.switch(checkout, pull, announce=get is None)
+            self.check_out(checkout, announce=get is None)
+            self.pull(pull, is_here=bool(pinned) and has_stood())
             renewed = conversions.renew(mark["kept"])
             if renewed:
                 self.log.line(f"Written as .gitattributes says by now: {paths_text(renewed)}")
             self.complete(known)
-            if is_commit_id(branch):
-                wanted = branch
-            else:
-                wanted = f"refs/tags/{branch}"
-            if pull:
+            if not has_stood():
                 wanted = pinned or "FETCH_HEAD"
-            if not self.has_stood_still(known, own or commit, mark["kept"]):
+                if not pull:
+                    wanted = commit_or_tag(branch)
                 self.verify(wanted, commit, mark["kept"])
         except (StepFailed, UpdaterError):
             self.transit.undo(mark)
@@ -16910,21 +17004,30 @@ class Deployment:
         if stays:
             runner.warn(f"{_CHANGES_STAY}{paths_text(stays)}")
 
-    def switch(self, checkout: Step, pull: Step | None, *, announce: bool) -> None:
-        """Check out and pull. Raises StepFailed."""
-        runner, rule, branch = self.runner, self.runner.rule, self.runner.job.branch
+    def check_out(self, checkout: Step, *, announce: bool) -> None:
+        """The document's second step. Raises StepFailed."""
         try:
-            run_git_step(runner, checkout, announce=announce)
+            run_git_step(self.runner, checkout, announce=announce)
         except StepFailed as failure:
             hooks, _ = find_hooks(self.tree.root, self.tree.ask)
             gave_none = failure.exit_code and not failure.error
             if gave_none and hooks:  # git ends as its hook does, and says nothing
                 failure.error = f"{hooks_text(hooks)} failed"
             raise
-        if pull:
+
+    def pull(self, pull: Step | None, *, is_here: bool) -> None:
+        """The third, which a tag or a commit has not; where git would find that all of it `is_here`
+        it need not be started for that. Raises StepFailed."""
+        runner = self.runner
+        if pull and not is_here:
             run_git_step(runner, pull)
+        elif pull:
+            runner.mark_line(pull.label)
+            runner.begin(pull.label, pull.kind)
+            self.log.line(UP_TO_DATE)
+            note_time(runner.job, pull.label, 0.0)
         else:
-            runner.announce(f"git pull {rule.remote} {branch}", StepKind.PULL)
+            runner.announce(f"git pull {runner.rule.remote} {runner.job.branch}", StepKind.PULL)
             self.log.line("Nothing to pull: not a branch.")
 
     def complete(self, known: Prospect) -> None:
@@ -16994,16 +17097,7 @@ class Deployment:
         ends = {self.runner.job.before, known.commit, own, read_head(root)}
         if len(ends) > 1 or kept or known.names_lfs or time.monotonic() > self.seen + UNTOUCHED_S:
             return False
-        # a newer git has hooks in its settings too
-        hooks = ("core.hookspath", "hook.")
-        has_hooks = any(key.startswith(hooks) for key in self.settings.values)
-        if has_hooks or (root / ".gitmodules").exists():
-            return False
-        try:
-            names = os.listdir(root / ".git/hooks")
-        except OSError:
-            names = []
-        return all(name.endswith(".sample") for name in names)
+        return not may_call_hooks(root, self.settings) and not (root / ".gitmodules").exists()
 
     def verify(self, asked: str, fetched: str, kept: Sequence[str]) -> None:
         """That the tree is the commit that was asked for, but for what was another before. Raises

@@ -875,7 +875,7 @@ def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_pat
     assert clone.deploy().code == 0
     words = [re.sub(r"(-c \S+ )*", "", line, count=1) for line in asked.read_text().splitlines()]
     steps = [line for line in words if line.startswith(("fetch", "checkout", "merge"))]
-    assert len(steps) == 3
+    assert [line.split()[0] for line in steps] == ["fetch", "checkout"], "a merge would find nothing to do"
     # three of them are about whose state folder it is, which no daemon has settled here
     assert len(words) - len(steps) <= 3 + 3, words
     looks = sum("status --porcelain" in line for line in words)
@@ -964,6 +964,51 @@ def test_the_commit_is_read_without_a_question(clone: Clone, tmp_path: Path):
     assert est.read_fetched(host) == clone.git(host, "rev-parse", "FETCH_HEAD")
     (host / ".git/FETCH_HEAD").unlink()
     assert est.read_fetched(host) == ""
+
+
+def test_a_commit_is_described_without_a_question(clone: Clone, tmp_path: Path):
+    """As git itself says it, or not at all."""
+    host = clone.host
+
+    def check(*, known: bool, root: Path = host) -> None:
+        expected = clone.git(root, "describe", "--always")
+        found = est.read_description(root, est.CloneSettings(root, clone.env))
+        assert found == (expected if known else ""), root
+
+    check(known=True)
+    clone.git(host, "repack", "-q", "-a", "-d")
+    check(known=True)
+    clone.git(host, "config", "core.abbrev", "12")
+    check(known=False)
+    clone.git(host, "config", "--unset", "core.abbrev")
+    clone.git(host, "tag", "light")
+    check(known=False)
+    clone.git(host, "pack-refs", "--all")
+    clone.git(host, "checkout", "-q", "--detach")
+    check(known=False)
+    clone.git(host, "tag", "-d", "light")
+    check(known=True)
+    clone.git(host, "multi-pack-index", "write")
+    check(known=False)
+    (host / ".git/objects/pack/multi-pack-index").unlink()
+    # so many objects that git takes a digit more: only their number matters, which the index says
+    (index,) = (host / ".git/objects/pack").glob("*.idx")
+    head = clone.git(host, "rev-parse", "HEAD")
+    assert est.packed_like(index.parent, head[:7])[0] == [head]
+    for packed in (0, 1, 5, 16383, 16384, 65535, 65536, 10**6):
+        assert est.short_length(packed) == max(7, -(-len(f"{packed:b}") // 2))
+    # another object that begins as the commit does: git itself says one digit more
+    like = head[:7] + ("0" if head[7] != "0" else "1") + "0" * 32
+    folder = host / ".git/objects" / head[:2]
+    folder.mkdir(exist_ok=True)
+    (folder / like[2:]).write_bytes(b"")
+    assert clone.git(host, "describe", "--always") == head[:8]
+    check(known=False)
+    (folder / like[2:]).unlink()
+    check(known=True)
+    shared = tmp_path / "shared"
+    clone.git(tmp_path, "clone", "-q", "--shared", str(host), str(shared))
+    check(known=False, root=shared)
 
 
 def test_a_hook_is_seen_also_where_nothing_moves(clone: Clone, tmp_path: Path):
