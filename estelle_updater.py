@@ -13286,7 +13286,7 @@ class HeldEnd:
 
 
 # In a clone's configuration: whatever stands in such a URL may be a secret.
-_REMOTE_URL = regex(r"(?im)^\s*(?:push)?url\s*=\s*(.+)$")
+_EXTRA_HEADER = regex(r"(?im)^\s*extraheader\s*=\s*\"?[^:\n]*:(?:.*\s)?([^\s\"]+)\"?\s*$")
 _PASSWORD_IN_URL = regex(r"(//[^/@:]*):[^/@]*@")
 _LONE_IN_URL = regex(r"(?i)(https?://)[^/?#@:]*@")
 
@@ -13645,24 +13645,51 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
         raise ConfigError(f"can't read environmentFile {path}: {why}") from problem
 
 
+def inherited_secrets(named: Iterable[str]) -> dict[str, str]:
+    """What the steps get from this process's own environment under names that look secret, as a
+    service's unit sets it, or under one of `named`."""
+    found = {name: os.environ.get(name, "") for name in named}
+    for name, value in os.environ.items():
+        # the program that asks for a password, say, and what a desktop calls its session
+        is_harmless = value.startswith("/") or name == "DESKTOP_SESSION"
+        if not is_harmless:
+            found[name] = value
+    return found
+
+
+def clone_secrets(repo: Path) -> dict[str, str]:
+    """What a clone's own settings hold that lets somebody in: in its remotes' and submodules'
+    URLs, and in headers that git sends along."""
+    texts = []
+    for path, within in ((repo / ".git/config", None), (repo / ".gitmodules", repo)):
+        with suppress(OSError):
+            text = read_supplied(path, within=within)
+            texts.append(text.decode(errors="replace"))
+    settings = "\n".join(texts)
+    return {
+        "urls": settings,
+        "header_token": "\n".join(_EXTRA_HEADER.findall(settings)),
+    }
+
+
 def host_secrets(
     config: Config, tree: Path, rule: Effective, extra: Mapping[str, str]
 ) -> tuple[str, ...]:
     """What of this host no log, answer or finding may show: secret values of the environment that
-    the configuration gives its steps (`extra`), the token, and what the remotes' URLs hold."""
+    the configuration gives its steps (`extra`), and of the one that they inherit; the token, and
+    what the clone's own settings hold."""
     named = (*rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
-    inherited = {name: os.environ.get(name, "") for name in named}
-    repo = named_place(tree, rule.repo or "")
-    remotes = {}
-    with suppress(OSError):
-        text = read_supplied(repo / ".git" / "config").decode(errors="replace")
-        remotes["remotes"] = "\n".join(_REMOTE_URL.findall(text))
+    if rule.repo:
+        repo = tree / rule.repo
+    else:
+        repo = tree
+    settings = clone_secrets(repo)
     # A file that is handed on as one variable has names of its own for what is secret in it.
     nested: dict[str, str] = {}
     for value in extra.values():
         if is_nested(value):
             nested |= leaves_of(json.loads(value))
-    environments = [extra, nested, inherited, remotes]
+    environments = [extra, nested, inherited_secrets(named), settings]
     with suppress(ConfigError):
         token = load_token(config, tree)
         if token:
