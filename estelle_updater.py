@@ -8330,6 +8330,9 @@ PLAN_SCHEMA = _fields(
         ),
         "steps": _some("what it would do besides the usual, as for submodules", {"type": "string"}),
         "refused": _some("why it would not go; empty where it would", {"type": "string"}),
+        "unknown": _some(
+            "what could not be found out in time; an order may wait longer", {"type": "string"}
+        ),
         "warnings": _WARNINGS,
         "exit": _has("integer", "the kind of the refusal, as the contract's exit codes have it"),
     },
@@ -8551,7 +8554,7 @@ TOOLS = (
                 "to": _has("string", "the commit, as it was given"),
                 "color": _has("string", "the colour, as it was given"),
                 "fresh_s": _has("number", "for how many seconds the plan may be used"),
-                "ok": _has("boolean", "whether nothing is refused"),
+                "ok": _has("boolean", "whether nothing is refused, and nothing unknown"),
                 "expects": _by_name("which hosts were meant as active or standby", "string"),
                 "hosts": _some("what would happen on each host", PLAN_SCHEMA),
                 "left_out": _LEFT_OUT,
@@ -20665,7 +20668,7 @@ _TEXTS, _SERVER = (
 )
 _LISTS = (
     *("subjects", "changed", "dirty", "in_the_way", "restart"),
-    *("refused", "warnings", "doors", "opens", "steps"),
+    *("refused", "unknown", "warnings", "doors", "opens", "steps"),
 )
 _COUNTS = (
     "commits",
@@ -21783,6 +21786,7 @@ class Outlook:
         self.halfway: Halfway | None = None
         self.obstacles = NO_OBSTACLES
         self.is_branch = False  # and no tag or commit
+        self.meant = ""  # the commit that the remote has for what was asked, here or not
         extra: dict[str, str] = {}
         with suppress(ConfigError):  # the job will say so
             extra = read_environment(rule, repo)
@@ -21865,6 +21869,7 @@ class Outlook:
         else:
             name = target = branch
         self.is_branch = name == names[0]
+        self.meant = target
         self.bring(target, name.removesuffix("^{}"))
         if self.is_branch:  # which git lets be nothing else
             return target, local
@@ -21935,12 +21940,29 @@ class Outlook:
         try:
             target, local = self.find_target(branch)
         except UpdaterError as problem:
-            hint = problem.hint
-            if not hint and time.monotonic() > self.deadline:
-                hint = NO_LONGER
-            why = Refusal(problem.what, hint).text
+            if time.monotonic() > self.deadline:
+                return found | self.not_known(problem)
+            why = Refusal(problem.what, problem.hint).text
             return found | {"refused": [*found["refused"], why], "exit": problem.exit_code}
         self.local = local or ""
+        try:
+            return self.compare(found, tree.root, changes, target)
+        except UpdaterError as problem:
+            if time.monotonic() > self.deadline:
+                return found | self.not_known(problem)
+            raise
+
+    def not_known(self, problem: UpdaterError) -> dict[str, Any]:
+        """That the time was too short. It says nothing against the commit, which a deployment may
+        wait for: no reason to refuse it."""
+        text = f"{problem.what}; {NO_LONGER}"
+        return {"unknown": [text]}
+
+    def compare(
+        self, found: dict[str, Any], root: Path, changes: TreeChanges, target: str
+    ) -> dict[str, Any]:
+        """What stands between the commit that is checked out and `target`. Raises UpdaterError."""
+        local, head = self.local, found["current"]
         found["diverged"] = False
         if local and local != target:
             ahead = int(self.must("rev-list", "--count", f"{target}..{local}"))
@@ -21959,7 +21981,7 @@ class Outlook:
         diff = ("diff-tree", "-r", "-z", "--no-renames", "--name-only")
         found["changed"] = [path for path in self.must(*diff, head, target).split("\0") if path]
         stops = [commit for commit in (head, local, target) if commit]
-        self.find_obstacles(found, tree.root, stops, changes)
+        self.find_obstacles(found, root, stops, changes)
         return found | {"subjects": [line[:200] for line in subjects.splitlines()]}
 
     def find_bad_settings(self) -> list[str]:
@@ -22059,9 +22081,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     found = outlook.look(branch)
     judge_ground(found, ground)
     hostname = socket.gethostname()
+    is_known = bool(found.get("target")) and not found.get("unknown")
     try:
         new = None
-        if found.get("target"):
+        if is_known:
             new = incoming_config(found["target"], agent.config.path, repo, outlook.git)
         if (
             new is not None and new != standing
@@ -22077,8 +22100,12 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
             found["refused"].append(trouble)
     except ConfigError as wrong:
         found["refused"].append(wrong.what)
+    except UpdaterError as problem:
+        found |= outlook.not_known(problem)
     for name in ("changed", "dirty", "in_the_way"):
-        paths = found.get(name, [])
+        if name not in found:
+            continue
+        paths = found[name]
         found |= {f"{name}_count": len(paths), name: [path[:300] for path in paths[:PLAN_ROWS]]}
     if FileLock.held_elsewhere(agent.state.job_lock):
         found["busy"] = agent.state.current()[0] or None
@@ -22086,10 +22113,12 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         found["disk_free_bytes"] = shutil.disk_usage(repo).free
     with suppress(OSError):
         found["version"] = parse_version_file(read_committed(repo / own_version, repo))
-    if found.get("target"):
-        file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
-        found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
+    if found.get("unknown"):
+        found["target"] = outlook.meant
+    elif found.get("target"):
         try:
+            file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
+            found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
             there = named_place(work_tree(agent.config.path), rule.repo or "")
             outlook.foresee(found, branch, rule, there)
         except UpdaterError as problem:  # that a remote is slow is no reason to refuse
@@ -25493,18 +25522,24 @@ class Planner:
         if self.action == "rollback" and any(row["target"] for row in rows):
             # where there is nothing to go back to, or nothing to undo, nothing will be done
             concerned = [row for row in rows if row["target"]]
-        refused = []
+        refused, unknown = [], []
         for row in rows:
             row.pop("machine", None)
-            if row in concerned:
-                refused += row["refused"]
+            if row not in concerned:
+                continue
+            refused += row["refused"]
+            if row.get("unknown"):
+                unknown.append(row["host"])
+            if row.get("unknown") and not row["target"]:
+                # an order by this plan could not be held to a commit
+                refused += row["unknown"]
         return {
             "plan": self.remember(truth, refused),
             "branch": "",
             **self.request,
             **self.expects,
             "fresh_s": PLAN_FRESH_S,
-            "ok": not refused,
+            "ok": not refused and not unknown,
             "hosts": rows,
         }
 
@@ -25647,6 +25682,7 @@ class Planner:
             "doors": [],
             "steps": [],
             "refused": [],
+            "unknown": [],
             "warnings": [],
         }
 
@@ -25674,12 +25710,16 @@ class Planner:
                 branch, row["why"] = chosen.commit, chosen.why
             answer = await agent.ask("plan", {"address": host.address, "branch": branch}, PLAN_S)
             if answer is None:
-                raise UpdaterError(f"no answer within {PLAN_S:.0f} s; {NO_LONGER}")
+                late = f"no answer within {PLAN_S:.0f} s; {NO_LONGER}"
+                return row | {"unknown": [late]}
             if "error" in answer:
                 return row | {"refused": [str(answer["error"])], "exit": answer.get("exit")}
         except UpdaterError as problem:
             return row | {"refused": [problem.what], "exit": problem.exit_code}
         row |= answer
+        if row["unknown"]:  # a number that nobody knows is no 0
+            for count in ("commits", "leaving", "changed_count"):
+                row[count] = answer.get(count)
         opened = row.pop("opens", [])
         if opened and host.machine == self.master.machine:  # the doors are the master's
             row["refused"] = [*row["refused"], f"{OPENS_DOORS}: {'; '.join(opened)}"]
@@ -26220,7 +26260,10 @@ class Watcher:
                 "branch": rule.branch,
             }
             plan = await Planner(desk, asked).plan()
-            refused = "; ".join(text for row in plan["hosts"] for text in row["refused"])
+            wrong = []
+            for row in plan["hosts"]:
+                wrong += [*row["refused"], *row.get("unknown", ())]
+            refused = "; ".join(wrong)
             words = f"{rule.target} {rule.branch} --plan {plan['plan']}"
             news |= {
                 "title": f"[{rule.target}] {rule.branch} is planned",
@@ -27219,7 +27262,11 @@ def further_back(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def stuck_rollback(rows: Sequence[Mapping[str, Any]]) -> UpdaterError:
     """That nobody has anything to go back to, each host with its reason."""
     stuck = [row for row in rows if row["online"]] or rows
-    what = "; ".join(f"{row['host']}: {', '.join(row['refused'][:1])}" for row in stuck)
+    reasons = []
+    for row in stuck:
+        why = (*row["refused"], *row.get("unknown", ()), "")
+        reasons.append(f"{row['host']}: {why[0]}")
+    what = "; ".join(reasons)
     hint = "`history` lists what succeeded; --to COMMIT names a commit"
     further = further_back(stuck)
     if further:
@@ -32750,7 +32797,7 @@ def plan_facts(row: Mapping[str, Any]) -> list[str]:
         facts.append(row["current"][:7])
     if versions and versions not in facts:  # without a version file git's short name stands there
         facts.append(versions)
-    if target:
+    if target and row["commits"] is not None:
         # Of a way back only what it takes away counts: "0 commits" beside it says the contrary.
         if row["commits"] or not row["leaving"]:
             facts.append(count_text(row["commits"], "commit"))
@@ -32781,6 +32828,8 @@ def plan_notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(f"also runs {text}")
     for text in row["warnings"]:
         notes.append(f"! {text}")
+    for text in row.get("unknown", ()):
+        notes.append(f"? not known yet: {text}")
     for text in row["refused"]:  # last, next to the question that follows
         notes.append(f"✗ refused: {text}")
     return notes
@@ -32795,11 +32844,20 @@ def plan_text(row: Mapping[str, Any]) -> str:
     return "\n    ".join(lines)
 
 
+def number_text(number: int | None) -> str:
+    """A number in a table's cell, `?` for one that nobody knows."""
+    if number is None:
+        return "?"
+    return str(number)
+
+
 def plan_row(host: Mapping[str, Any], wide: bool) -> TableRow:
     """One host's outlook as a row of a table."""
     mark = "✓"
     if host["refused"] or not host["online"]:
         mark = "✗"
+    elif host.get("unknown"):
+        mark = "?"
     elif host["dirty"] or host["warnings"] or host["busy"]:
         mark = "!"
     notes = []
@@ -32821,8 +32879,8 @@ def plan_row(host: Mapping[str, Any], wide: bool) -> TableRow:
         current[:7],
         target[:7],
         versions_text(host) or "-",
-        str(host["commits"]),
-        str(host["changed_count"]),
+        number_text(host["commits"]),
+        number_text(host["changed_count"]),
         lock,
         duration_text(host["expected_s"]),
     )
@@ -32845,13 +32903,15 @@ def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
 
 def cmd_plan(args: Args) -> int:
     """What a deployment would do, and the command that does exactly this while the plan is fresh
-    (PLAN_FRESH_S). Exit 1 where a host would refuse it."""
+    (PLAN_FRESH_S). Exit 1 where a host would refuse it, or could not tell in time."""
     result = ask_master(args, "plan", {"target": args.target, "branch": args.branch}, PLAN_ANSWER_S)
     title = f"deploy {args.branch} on {args.target}"
     lines = list(map(plan_text, result["hosts"]))
     screen = functools.partial(plan_screen, title, result)
     do_it = ""
-    if result["ok"]:
+    refused = any(row["refused"] for row in result["hosts"])
+    aimed = all(row["target"] for row in result["hosts"])
+    if not refused and aimed:
         line = advised("trigger", args.target, args.branch, "--plan", result["plan"])
         within = f"{PLAN_FRESH_S / 60:.0f} min"
         do_it = f"exactly this, within {within}: {line}"
@@ -34200,9 +34260,11 @@ def plan_answer_text(answer: Mapping[str, Any]) -> str:
     Subjects and names of files are left out first: who pushed the branch chose them, and long ones
     would hide what a new configuration changes. What is left out is said.
     """
-    words = "would be refused, at least in part"
+    words = "is not known in all its parts"
     if answer["ok"]:
         words = "would go"
+    elif any(row["refused"] for row in answer["hosts"]):
+        words = "would be refused, at least in part"
     title = f"plan {answer['plan']}: {answer['action']} {words}"
     text = "\n".join([title, *map(plan_row_text, answer["hosts"])])
     if len(text) <= PLAN_TEXT_CHARS:
@@ -34378,10 +34440,12 @@ class Consent:
             known = {}
         plan = ask_master(self.args, "plan", {**request, **known}, PLAN_ANSWER_S)
         options["plan"] = plan["plan"]
-        if not plan["ok"] and "force" not in options:
-            refused: list[str] = []
-            for row in plan["hosts"]:
-                refused += row["refused"]
+        refused: list[str] = []
+        for row in plan["hosts"]:
+            refused += row["refused"]
+            if not row.get("target", True):
+                refused += row.get("unknown", [])
+        if refused and "force" not in options:
             raise GuardError(f"the plan says no: {'; '.join(refused)[:1000]}")
         self.confirm(view, "\n".join([f"{doing}?", plan_answer_text(plan)]), plan["plan"])
         return options

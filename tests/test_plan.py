@@ -421,11 +421,49 @@ def test_a_plan_is_quick_and_in_parallel(fleet: MakeFleet) -> None:
     watched = Watched(one, "plan", "all", "master", "--json")
     assert watched.end() == 1
     rows = {row["host"]: row for row in json.loads(watched.out)["hosts"]}
-    [why] = rows[hanging.address]["refused"]
+    [why] = rows[hanging.address]["unknown"]
     assert re.search("did not answer|no answer", why) and why.endswith("; a plan waits no longer, a deployment does"), (
         why
     )
+    assert not rows[hanging.address]["refused"]  # a remote that is slow is no reason against the commit
+    refused = one.cli("trigger", "all", "master", "--plan", json.loads(watched.out)["plan"])
+    assert refused.code == 5 and "says no" in refused.err, "an order by a plan is held to a commit, and there is none"
     assert not rows[one.agents[1].address]["refused"] and not rows[one.master.address]["refused"]
+
+
+SLOW_FETCH = """
+up=$PPID
+for _ in 1 2; do
+  if tr '\\0' '\\n' < /proc/$up/cmdline | grep -qx fetch; then sleep {seconds}; fi
+  up=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$up/status)
+done
+exec git-upload-pack "$@"
+"""
+
+
+def test_a_commit_that_takes_long_to_fetch_is_not_refused(fleet: MakeFleet, tmp_path: Path) -> None:
+    """Of a large commit a plan knows the name in time and not the content: it says so, with neither a ✗ nor a ✓, and
+    the order that it prints brings this very commit."""
+    one = fleet(hosts=2, command=COMMAND)
+    write_script("echo ok\n", *one.hosts)
+    slow = one.agents[0]
+    script = tmp_path / "upload-pack"
+    script.write_text(f"#!/bin/sh{SLOW_FETCH.format(seconds=6)}")
+    script.chmod(0o755)
+    one.origin.git("config", "remote.origin.uploadpack", str(script), cwd=slow.repo)
+    commit = one.origin.commit({"large.bin": "x"})
+    answer = one.cli("plan", "all", "master", "--json")
+    told = json.loads(answer.out)
+    rows = {row["host"]: row for row in told["hosts"]}
+    row = rows[slow.address]
+    assert (answer.code, told["ok"], row["refused"], row["target"]) == (1, False, [], commit), row
+    assert row["unknown"] == ["git fetch did not answer in 4 s; a plan waits no longer, a deployment does"]
+    assert (row["commits"], row["changed_count"]) == (None, None), "0 would say that nothing comes"
+    shown = one.cli("plan", slow.address, "master")
+    assert "✗" not in shown.out and "? not known yet: git fetch did not" in shown.out
+    words = shown.out.splitlines()[-1].split(" trigger ")[1].split()
+    done = one.cli("trigger", *words)
+    assert (done.code, head(one, slow)) == (0, commit), done.out + done.err
 
 
 def test_a_commit_that_opens_the_doors_needs_force(fleet: MakeFleet, tmp_path: Path) -> None:
