@@ -14654,6 +14654,22 @@ class WorkTree(CheckedOut):
             yield path, part, sorted(wanted)
             yield from part.iter_parts(wanted, f"{path}/")
 
+    def part_settings(self) -> list[str]:
+        """What this clone's own settings hold of submodules, by their names."""
+        with suppress(OSError):  # most clones have none: that costs no process of git
+            if b"submodule" not in read_supplied(self.root / ".git" / "config").lower():
+                return []
+        words = ("config", "--local", "--null", "--name-only", "--get-regexp", r"^submodule\.")
+        return sorted(set(os.fsdecode(self.ask(*words)).split("\0")) - {""})
+
+    def forget_settings(self, before: Sequence[str] | None) -> None:
+        """Without what `submodule update --init` has set since: git asks the address that it once
+        noted, also when a later commit names the right one. None: nobody knows what was there."""
+        if before is None:
+            return
+        for key in set(self.part_settings()).difference(before):
+            self.ask("config", "--local", "--unset-all", key)
+
     def restore(
         self, commits: Iterable[str], kept: Container[str], *, is_new: bool = False
     ) -> list[str]:
@@ -16507,9 +16523,12 @@ class Transit:
         if is_late:  # what lies there is what git wrote, or nobody knows whose it is
             mark["kept"] = []
         mark["submodules"], mark["homes"] = {}, {}
+        mark["settings"] = {}
         self.parts = []
         if self.tree.submodules:
+            mark["settings"][""] = self.tree.part_settings()
             for path, part, commits in self.tree.iter_parts(mark["commits"]):
+                mark["settings"][path] = part.part_settings()
                 # one that has no commit yet holds nothing of anybody's
                 if part.commit_of("HEAD"):
                     within = part.begin_transit(["HEAD", *commits], part.changes().paths)
@@ -16645,7 +16664,10 @@ class Transit:
         if not self.tree.submodules:
             return theirs
         self.discard_half_clones(known)  # .gitmodules may be another one now
+        before = mark.get("settings", {})
+        self.tree.forget_settings(before.get(""))
         for path, part, commits in self.tree.iter_parts(mark["commits"]):
+            part.forget_settings(before.get(path))
             left = part.restore(commits, known.get(path, ()), is_new=path not in known)
             theirs += [f"{path}/{name}" for name in left]
         return theirs

@@ -347,6 +347,9 @@ def test_what_fails_behind_the_move_goes_back(setup: Setup) -> None:
     assert setup.here("submodule", "status").startswith(setup.git("rev-parse", "HEAD~1", cwd=part))
     assert (setup.repo / "package.json").read_text() == "{}" and not (setup.repo / "a.txt").exists()
     assert not (setup.repo / "another").exists()
+    # where it was to come from is forgotten as well: the next commit may name another place
+    assert "submodule.another." not in setup.git("config", "--list", "--name-only", cwd=setup.repo)
+    assert "submodule.sub.url" in setup.git("config", "--list", "--name-only", cwd=setup.repo)
     (inside / "info" / "attributes").unlink()
     setup.here("checkout", "--quiet", "package.json")
     assert setup.both("master")[2]["ok"] and (setup.repo / "sub" / "new.txt").exists()
