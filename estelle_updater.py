@@ -3307,8 +3307,10 @@ def key_text(name: str) -> str:
 def _words_text(value: Any) -> str:
     """A command or another setting for people; a list of commands too."""
     if isinstance(value, tuple | list):
-        words = map(_words_text, value)
-        value = " ".join(words)
+        between = " "
+        if any(isinstance(word, tuple | list) for word in value):
+            between = "; "  # several commands, as everywhere else
+        value = between.join(map(_words_text, value))
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -13166,9 +13168,8 @@ def require_settled(
         problem = poll(lambda: judge(service_looks(service, env, since)), 0.25, wait_s)
     if problem:
         raise UpdaterError(f"{service.name}: {problem}")
-    if first:
-        return first[0].said
-    return "active"
+    # an ecosystem file may start several, and one several times
+    return ", ".join(dict.fromkeys(look.said for look in first)) or "active"
 
 
 # ==============================================================================
@@ -34017,6 +34018,17 @@ def next_steps(root: Path, order: str) -> str:
     )
 
 
+def parse_converted(args: Args, text: str, new: Path) -> Config:
+    """A configuration in its new form. Raises ConfigError with the first problem, after all others
+    are told: of the older form, `config check` says only that it is one."""
+    try:
+        return parse_config(text, str(new), config_form(new))
+    except ConfigError as problem:
+        for line in problem.problems[1:]:
+            tell_aside(args, f"error: {line}")
+        raise
+
+
 def convert_config(args: Args, path: Path) -> int:
     """JSON to TOML or back; the older `machines` form to today's, in the same file."""
     require_packages()
@@ -34029,7 +34041,7 @@ def convert_config(args: Args, path: Path) -> int:
             form = "toml"
     new = path.with_name(f"updater.{form}")
     text = render_config(convert_data(data), form)
-    converted = parse_config(text, str(new), form)
+    converted = parse_converted(args, text, new)
     # Not an error: each host has its own file, and this one may well lack the others'.
     missing = []
     for key, name in environment_files(converted):

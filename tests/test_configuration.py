@@ -959,6 +959,10 @@ DOORS: dict[str, Any] = {
         ({"deploy": {}}, "secrets: no longer masks LOGIN"),
         ({"deploy": {"secrets": ["LOGIN"], "version": ".env"}}, "version: .env instead of config/version.json"),
         ({"deploy": {"secrets": ["LOGIN"], "submodules": False}}, "submodules: false instead of true"),
+        (
+            {"deploy": {"secrets": ["LOGIN"], "command": [["pnpm", "build"], ["node", "x.js"]]}},
+            "command: pnpm build; node x.js instead of pnpm deploy:release",
+        ),
         ({"hosts": {"203.0.113.7": {"color": "blue"}}}, "color: blue instead of nothing"),
         ({"hosts": {"203.0.113.7": {"deploy": False}}}, "deploy: false instead of true"),
         ({"hosts": {"203.0.113.7": {"role": "master"}}}, "role: master instead of nothing"),

@@ -27,6 +27,13 @@ def test_the_older_configuration_becomes_a_green_deployment(fleet: Callable[...,
     nested = {"db": {"password": PASSWORD, "certs": ["~/certs/a"]}, "data": "~/data", "port": 1}
     one.origin.commit({"config/updater.json": json.dumps(old), "config/environments.office.json": json.dumps(nested)})
     one.origin.git("pull", "--quiet", cwd=one.master.repo)
+    wrong = json.loads(json.dumps(old))
+    wrong["machines"]["127.0.0.1"]["comment"] = wrong["machines"]["127.0.0.9"]["remark"] = "x"
+    one.master.config.write_text(json.dumps(wrong))
+    refused = one.cli("config", "convert")
+    assert refused.code == 2 and json.loads(one.master.config.read_text()) == wrong
+    assert [key for key in ("comment", "remark") if key not in refused.out + refused.err] == [], refused.err
+    one.master.config.write_text(json.dumps(old))
     converted = one.cli("config", "convert")
     assert converted.code == 0, converted.err
     assert "there is no config/gone.json here; that host needs it" in converted.out

@@ -204,12 +204,15 @@ def test_a_process_must_stay_online_in_one_life(tmp_path: Path):
     assert not (tmp_path / "home").exists()
     (tmp_path / "steady.js").write_text("setInterval(() => {}, 1000)\n")
     (tmp_path / "dying.js").write_text("setTimeout(() => process.exit(1), 300)\n")
-    apps = [{"name": name, "script": f"{name}.js", "exp_backoff_restart_delay": 50} for name in ("steady", "dying")]
+    (tmp_path / "calm.js").write_text("setInterval(() => {}, 1000)\n")
+    apps = [
+        {"name": name, "script": f"{name}.js", "exp_backoff_restart_delay": 50} for name in ("steady", "calm", "dying")
+    ]
     for name in ("one", "both"):
-        chosen = apps[:1] if name == "one" else apps
+        chosen = apps[:2] if name == "one" else apps
         (tmp_path / f"{name}.config.cjs").write_text(f"module.exports = {json.dumps({'apps': chosen})}\n")
     try:
-        for file, wanted in (("one.config.cjs", "steady online"), ("both.config.cjs", "dying")):
+        for file, wanted in (("one.config.cjs", "steady online, calm online"), ("both.config.cjs", "dying")):
             began = time.time()
             (step, save) = est.plan_restart((f"pm2:{file}",))
             assert save.argv == ("pm2", "save")
