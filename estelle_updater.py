@@ -311,8 +311,8 @@ else:
 
 
 # The bytes of the parts that `build` set apart of the packed module, which lie behind its bytecode:
-# what only commands that show a run use, and then what only a daemon and the commands of `_SELDOM`
-# do. To read and define all of it took a sixth of each other command.
+# what only some commands use, group by group of `_GROUPS`. To read and define all of it took a
+# sixth of each other command.
 _APART: list[int] = []
 
 
@@ -11909,7 +11909,8 @@ def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
     dropped = _DAEMON_KEYS
     if "pm_id" in env or "PM_ID" in env:  # Windows says PM_ID
         dropped += f"|{_PM2_KEYS}"
-    kept = {key: value for key, value in env.items() if not re.fullmatch(dropped, key, _ANY_CASE)}
+    is_dropped = re.compile(dropped, _ANY_CASE).fullmatch
+    kept = {key: value for key, value in env.items() if not is_dropped(key)}
     if "GIT_SSH" not in kept and "GIT_SSH_COMMAND" not in kept:
         kept |= {
             "GIT_SSH_COMMAND": _SSH_COMMAND,
@@ -28782,6 +28783,23 @@ def _lighten(node: "ast.AST") -> None:
         node.body[0] = ast.copy_location(ast.Pass(), node.body[0])
 
 
+# Commands that ask the master for something else than `status` does, and the whole parser, which
+# reads what `read_plainly` leaves to it.
+_ASKING = {
+    "cmd_plan",
+    "cmd_history",
+    "cmd_freeze",
+    "cmd_thaw",
+    "cmd_watch",
+    "cmd_notify",
+    "cmd_forget",
+    "cmd_health",
+    "cmd_cancel",
+    "cmd_completion",
+    "make_parser",
+    "describe_commands",
+    "LivedClock",
+}
 # Commands that show a run, and what a command that only asks the master makes nothing of.
 _SHOWING = {
     "cmd_trigger",
@@ -28814,9 +28832,13 @@ _SELDOM = {
 }
 
 
+# in the order in which they are defined
+_GROUPS = (_ASKING, _SHOWING, _SELDOM)
+
+
 class _Split:
-    """The packed module in three parts: what every command may come to use, what only those of
-    `_SHOWING` do, and those of `_SELDOM`. Each of these is replaced by an `_Apart` in the first.
+    """The packed module in four parts: what every command may come to use, and what only those of
+    each group of `_GROUPS` do. Each of these is replaced by an `_Apart` in the first.
 
     The first part is what `main` reaches, from name to name: nothing in it asks for a name of
     another one, and nothing in the second for one of the third. Statements that do more than define
@@ -28831,21 +28853,28 @@ class _Split:
         for statement in tree.body:
             if not _names_of(statement):
                 wanted |= self.uses(statement)
-        first = self.reach(tree, wanted, _SHOWING | _SELDOM)
-        second = self.reach(tree, _SHOWING, _SELDOM)
-        self.parts = [ast.Module([], []) for _ in range(3)]
+        left: dict[str, int] = {}  # how many parts need not be defined for a name
+        for number, group in enumerate(reversed(_GROUPS)):
+            left |= dict.fromkeys(group, number)
+        reached = []
+        for number, roots in enumerate((wanted, *_GROUPS)):
+            later = set().union(*_GROUPS[number:])
+            reached.append(self.reach(tree, roots, later))
+        self.parts = [ast.Module([], []) for _ in reached]
         for statement in tree.body:
             names = _names_of(statement)
-            for name in names & (_SHOWING | _SELDOM):
-                left = int(name in _SHOWING)
-                self.parts[0].body += ast.parse(f"{name} = _Apart({name!r}, {left})").body
-            if not names or names & first:
-                number = 0
-            elif names & second:
-                number = 1
-            else:
-                number = 2
-            self.parts[number].body.append(statement)
+            for name in names & left.keys():
+                self.parts[0].body += ast.parse(f"{name} = _Apart({name!r}, {left[name]})").body
+            self.parts[self.place(names, reached)].body.append(statement)
+
+    @staticmethod
+    def place(names: set[str], reached: Sequence[set[str]]) -> int:
+        """The number of the first part that asks for what a statement defines, else of the last;
+        the first for what defines nothing."""
+        for number, found in enumerate(reached):
+            if not names or names & found:
+                return number
+        return len(reached) - 1
 
     def reach(self, tree: "ast.Module", roots: set[str], apart: set[str]) -> set[str]:
         """The names that `roots` may come to ask for, themselves included; not those that are set
