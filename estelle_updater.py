@@ -988,6 +988,7 @@ NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
 NEWS_TOLD_S = 7 * NEWS_S
 NEWS_KEPT = 200  # messages that may wait for one receiver
 SLOW_STEP_S = 1.0  # from here on a command is worth a word at a run's end
+COMMANDS_MOST = 100  # in one setting: each is a step, with lines of its own in log and record
 TIMED_STEPS, TIMED_CHARS = 100, 200  # of a job's commands and their names: a record stays small
 NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
 NEWS_HOSTS = 10  # of a run that are named in its message: more would push the log out of it
@@ -2189,13 +2190,17 @@ def _by(parse: Callable[[str], Any], keep: bool = False) -> _Convert:
     return convert
 
 
-def _list_of(convert: _Convert, example: str, least: int = 0) -> _Convert:
-    """Converts every entry of a list; `example` is what to write instead of anything else."""
+def _list_of(convert: _Convert, example: str, least: int = 0, most: int = 0) -> _Convert:
+    """Converts every entry of a list; `example` is what to write instead of anything else. With
+    `most`, no more entries than that."""
     wanted = "list"
     if least:
         wanted = "list with entries"
 
     def read(raw: Any, place: _Place) -> Any:
+        if most and isinstance(raw, list) and len(raw) > most:
+            place.is_wrong(f"a list of {len(raw)}; {most} at most, or a script that does them")
+            return None
         if isinstance(raw, list) and len(raw) >= least:
             return tuple(convert(item, place.item(i)) for i, item in enumerate(raw))
         if isinstance(raw, str):
@@ -2383,7 +2388,7 @@ _project = _is(
 _host = _by(lambda text: text if valid_host_name(text) else canonical_address(text))
 _networks = _list_of(_by(require_network, keep=True), '["5.223.72.58", "121.0.0.0/24"]')
 _command = _list_of(_argument, '["pnpm", "deploy:release"]', least=1)
-_services = _list_of(_service, '["estelle.service"]')
+_services = _list_of(_service, '["estelle.service"]', most=COMMANDS_MOST)
 _some_paths = _list_of(_text, '["/etc/haproxy/haproxy.cfg", "/etc/haproxy/conf.d"]', least=1)
 
 
@@ -2404,7 +2409,9 @@ Flag = Annotated[bool, _flag]
 Networks = Annotated[tuple[str, ...], _networks]
 Argv = Annotated[tuple[str, ...], _command]
 Commands: TypeAlias = tuple[str, ...] | tuple[tuple[str, ...], ...]
-_some_commands = _list_of(_command, '[["pnpm", "install"], ["pnpm", "build"]]', least=1)
+_some_commands = _list_of(
+    _command, '[["pnpm", "install"], ["pnpm", "build"]]', least=1, most=COMMANDS_MOST
+)
 
 
 def _commands(raw: Any, place: _Place) -> Any:
@@ -23530,6 +23537,17 @@ class Roster:
             return True
         return called in single_hosts(self.config.config) and called != own.name.casefold()
 
+    def borrowed_label(self, label: str, machine: str) -> list[str]:
+        """What to know of the label that a machine gave itself, where that is an address that it
+        does not have, and another host of the whitelist's may come to have."""
+        own = self.machines[machine]
+        place = host_key(label.partition("/")[0])
+        if not is_address(place) or place in (own.address, own.moved_from):
+            return []
+        if not _whitelist(self.config.config.whitelist).verdict(place).allowed:
+            return []  # of its own network, behind a NAT
+        return [f"{own.address} ({own.name}) reported this, and calls itself {label}"]
+
     def offline_hint(self, hosts: Sequence[HostRef], otherwise: str = "start its service") -> str:
         """What brings the first of these back: more than its service, where the door turned it
         away a moment ago."""
@@ -24806,6 +24824,8 @@ class Master:
             ordered = job_of_run(run.record, job.host)
         job = as_ordered(ordered, job)
         job.warnings.extend(disagreement(run.record, job))
+        if not run.record.nonce:
+            job.warnings.extend(self.registry.borrowed_label(job.host, job.machine))
         if job.state in FINAL:
             run.held[job.host] = job
             self.settle(run, job.host)

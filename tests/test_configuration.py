@@ -454,6 +454,14 @@ def test_all_problems_at_once_with_file_key_and_value():
         ({"serverNames": ["a b"]}, 'serverNames[0]: "a b" is no address; ' + WRITE),
         ({"tokenFile": ""}, 'tokenFile: "" is no text of one line'),
         ({"deploy": []}, "deploy: [] is no table"),
+        (
+            {"deploy": {"command": [["true"]] * 9000}},
+            "deploy.command: a list of 9000; 100 at most, or a script that does them",
+        ),
+        (
+            {"deploy": {"restart": ["x.service"] * 101}},
+            "deploy.restart: a list of 101; 100 at most, or a script that does them",
+        ),
         ({"deploy": {"command": []}}, 'deploy.command: [] is no list with entries; write ["pnpm", "deploy:release"]'),
         ({"deploy": {"command": ["a", 1]}}, "deploy.command[1]: 1 is no text"),
         ({"deploy": {"command": ["a\0"]}}, 'deploy.command[0]: "a\\u0000" is no text'),

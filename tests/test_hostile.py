@@ -167,9 +167,11 @@ def test_nobody_calls_itself_as_another_host_is_called(one: Fleet) -> None:
             said = record(new_run(number), host, state=est.State.SUCCEEDED, version="v9")
             assert "another host's name, or none" in false.refused(said), host
         for number, host in enumerate(mine, 450):
-            said = record(new_run(number), host, state=est.State.SUCCEEDED)
+            said = record(run := new_run(number), host, state=est.State.SUCCEEDED)
             false.say(said)
             assert false.until(lambda message: isinstance(message, est.Acked)).host == host
+            borrowed = [f"{H} (stranger) reported this, and calls itself {host}"] * (host == "127.0.0.77")
+            assert job_of(one, run, host)["warnings"] == borrowed
 
 
 def test_a_host_that_comes_again_and_again_fills_no_log(one: Fleet) -> None:
