@@ -5726,9 +5726,11 @@ def _judge_branch(known: Prospect) -> Iterator[Refusal]:
         take = f"{git} reset --keep {theirs}"
     commits = count_text(known.own, "commit")
     what = f"the local branch has {commits} that the remote has not"
+    # the files alone are no deployment, and no watch orders a commit that failed once more
+    again = "then deploy again"
     if known.was_there:
         forced = f"{known.branch} was force-pushed, and no fast-forward leads there"
-        yield Refusal(f"{forced}: {what} any more", take, pull)
+        yield Refusal(f"{forced}: {what} any more", f"{take}; {again}", pull)
     elif known.is_shallow:
         whole = f"{git} fetch --unshallow {known.remote}"
         what = f"{what}, as far as this shallow clone knows"
@@ -25825,7 +25827,7 @@ async def answer_watches(desk: Desk, args: dict[str, Any]) -> dict[str, Any]:
     if isinstance(paused, bool):
         watcher.pause(paused, str(args.get("by") or ""))
         await desk.keep(watcher.file)
-    return watcher.tell()
+    return tell_watches(watcher)
 
 
 # What a commander may ask; the sections below add theirs.
@@ -26049,6 +26051,28 @@ async def find_pushed(master: Master, rule: WatchRule, old: str, commit: str) ->
     return pushed
 
 
+def left_behind(master: Master, rule: WatchRule, past: Mapping[str, Any]) -> str:
+    """Which hosts did not get what a watch ordered last, and how they would: no commit is ordered
+    twice, also not when a host that was away comes back. "" where each has it, or where somebody
+    ordered something else there since."""
+    run = None
+    if past.get("run"):
+        run = master.ledger.load(past["run"])
+    if run is None:
+        return ""
+    last = master.registry.last
+    hosts = []
+    for job in run.jobs.values():
+        has_failed = job.state in FINAL and job.state is not State.SUCCEEDED
+        is_newest = last.places.get(job.machine, 0) <= run.record.place
+        if has_failed and is_newest and job.machine in master.registry.machines:
+            hosts.append(job.host)
+    if not hosts:
+        return ""
+    what = f"{rule.branch} {past['done'][:7]} did not succeed on {', '.join(hosts)}"
+    return f"{what}; a watch orders no commit twice: `trigger --failed-of {past['run']}`"
+
+
 class Watcher:
     """Deploys on push: asks the remote where the [[watch]] branches stand, and has each new commit
     deployed once.
@@ -26124,38 +26148,10 @@ class Watcher:
         for rule in rules:
             if self.held.get(rule.key):
                 found.append(f"watch {rule.branch} on {rule.target}: {self.held[rule.key]}")
+            behind = left_behind(self.master, rule, self.past.get(rule.key, {}))
+            if behind:
+                found.append(f"watch: {behind}")
         return found
-
-    def tell(self) -> dict[str, Any]:
-        """Each watch: what the remote has, and what was done last."""
-        rows = []
-        for rule in self.master.config.config.watch:
-            past = self.past.get(rule.key, {})
-            row: dict[str, Any] = {
-                "branch": rule.branch,
-                "target": rule.target,
-                "then": rule.then,
-                "by": rule.by,
-                "every": rule.every_s,
-                "seen": self.seen.get(rule.branch),
-                "done": past.get("done"),
-                "run": past.get("run"),
-                "plan": past.get("plan"),
-                "at": past.get("at"),
-                "held": self.held.get(rule.key),
-                "hosts": [],
-            }
-            rows.append(row)
-            run = None
-            if past.get("run"):
-                run = self.master.ledger.load(past["run"])
-            if run:
-                row["hosts"] = [job_summary(job) for job in run.jobs.values()]
-        return {
-            "paused": self.paused or None,
-            "problem": self.problem() or None,
-            "watches": rows,
-        }
 
     # Asking the remote
 
@@ -26177,6 +26173,7 @@ class Watcher:
         # A new configuration is looked at soon, and not by the pause of the one before, which may
         # be hours; a question that was due earlier stays so.
         if rules != self.rules:
+            self.tell_resumed(rules)
             self.rules, self.held = rules, {}
             first = time.monotonic() + random.uniform(0, PUSH_FIRST_S)
             self.due = min(self.due, first) if self.due else first
@@ -26187,6 +26184,16 @@ class Watcher:
             is_new = past is not None and commit is not None and commit != past["done"]
             if is_new and time.monotonic() >= self.retry.get(rule.key, 0.0):
                 await self.act(rule, str(commit))
+
+    def tell_resumed(self, rules: Iterable[WatchRule]) -> None:
+        """That a watch which was there before goes on from where it ended, also one that was taken
+        out of the configuration: a master that was down may not miss a push."""
+        known = {rule.key for rule in self.rules}
+        for rule in rules:
+            past = self.past.get(rule.key)
+            if past and past["done"] and rule.key not in known:
+                goes_on = "watch: %s on %s goes on from %s: what was pushed since then is deployed"
+                log.info(goes_on, rule.branch, rule.target, past["done"][:7])
 
     async def ask_remote(self) -> None:
         """Where all watched branches stand; the next question comes after a pause that no other
@@ -26340,6 +26347,39 @@ class Watcher:
         name = f"pushed-{rule.key}-{moves}-{pushed['commit'][:12]}"
         self.news = [*self.news[-PUSH_ROWS:], {**news, "name": name}]
         return found
+
+
+def tell_watches(watcher: Watcher) -> dict[str, Any]:
+    """Each watch: what the remote has, and what was done last."""
+    master, rows = watcher.master, []
+    for rule in master.config.config.watch:
+        past = watcher.past.get(rule.key, {})
+        row: dict[str, Any] = {
+            "branch": rule.branch,
+            "target": rule.target,
+            "then": rule.then,
+            "by": rule.by,
+            "every": rule.every_s,
+            "seen": watcher.seen.get(rule.branch),
+            "done": past.get("done"),
+            "run": past.get("run"),
+            "plan": past.get("plan"),
+            "at": past.get("at"),
+            "held": watcher.held.get(rule.key),
+            "left": left_behind(master, rule, past),
+            "hosts": [],
+        }
+        rows.append(row)
+        run = None
+        if past.get("run"):
+            run = master.ledger.load(past["run"])
+        if run:
+            row["hosts"] = [job_summary(job) for job in run.jobs.values()]
+    return {
+        "paused": watcher.paused or None,
+        "problem": watcher.problem() or None,
+        "watches": rows,
+    }
 
 
 # ==============================================================================
@@ -33517,6 +33557,8 @@ def watch_text(result: Mapping[str, Any]) -> str:
         rows.append([*watch_cells(one), did])
         if one["held"]:
             notes.append(f"! {one['branch']} on {one['target']} waits: {one['held']}")
+        if one.get("left"):
+            notes.append(spelled(f"! {one['left']}"))
     head = ("branch", "target", "then", "remote", "last", "did")
     return "\n".join([render_table(head, rows), *notes, *watch_notes(result)])
 
@@ -33547,6 +33589,8 @@ def watch_screen(result: Mapping[str, Any], columns: int) -> list[str]:
         if one["held"]:
             notes.append(f"waits: {one['held']}")
             mark = "!"
+        if one.get("left"):
+            notes.append(spelled(one["left"]))
         rows.append(TableRow(mark, watch_cells(one), notes))
     head = ("BRANCH", "TARGET", "THEN", "REMOTE", "LAST")
     told = folded_screen("\n".join(watch_notes(result)), columns)

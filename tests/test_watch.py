@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,13 @@ def test_what_holds_a_push_back(watching: Watching) -> None:
     watching.ask_now()
     wait_for(lambda: watching.rows()["master"]["seen"] == broken, "the remote is asked again")
     assert len(watching.runs()) == 1
+    # which nobody would guess: what has to be typed stands where one looks
+    run = watching.rows()["master"]["run"]
+    addresses = ", ".join(host.address for host in one.hosts)
+    left = f"master {broken[:7]} did not succeed on {addresses}; a watch orders no commit twice: "
+    for command in ("status", "watch"):
+        assert re.search(rf"! (watch: )?{left}`.* trigger --failed-of {run}`", one.cli(command).out)
+    assert f"watch: master on all goes on from {broken[:7]}" in one.master.stderr
     # a freeze holds it
     assert one.cli("freeze", "market", "--for", "1h").code == 0
     mended = origin.commit({"deploy.sh": "echo fine\n"})
@@ -135,6 +143,7 @@ def test_what_holds_a_push_back(watching: Watching) -> None:
     assert len(watching.runs()) == 1
     assert one.cli("thaw").code == 0
     assert [host["state"] for host in watching.done(mended)["hosts"]] == ["succeeded", "succeeded"]
+    assert "did not succeed" not in one.cli("status").out
     # paused, also over a restart
     assert "paused by" in one.cli("watch", "pause").out
     later = origin.commit({"app.txt": "later"})
