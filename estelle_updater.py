@@ -847,6 +847,7 @@ ADOPTED_PER_HOUR = 30
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 LOW_INODES = 5000  # a checkout and an installation of packages make as many files
 # at once, of all addresses and of one: each holds a copy of the program in memory
+LOGS_OPEN = 64  # at once, of those that somebody follows
 PATHS_HELD = 4096  # of jobs: a kilobyte each
 DOWNLOADS, DOWNLOADS_EACH = 64, 4
 LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
@@ -854,6 +855,7 @@ LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 # Times in seconds
 STEP_TIMEOUT_S = 1800.0  # one step; the configuration's [deploy] timeout overrides it
 ACK_S = 0.1
+LINE_ACK_S = 0.5  # of a line: an acknowledgement is more work than it, and is in the way of others
 # between two frames to a commander who got so many within a while: nobody sees the difference, and
 # each costs both ends as much as what is in it
 GATHER_S, GATHER_AFTER, GATHER_WITHIN_S = 0.005, 20, 0.1
@@ -867,6 +869,9 @@ PUBLIC_S = 3.0
 # of the failed tries one asks the outside world again: the network may have come up late
 OUTSIDE_EVERY = 10
 PROVE_TRIES = 5
+# how long one thread of a process goes on while others wait: for Python's own 5 ms, each line of a
+# log would wait while a thread beside looks at something
+TURN_S = 0.0005
 PACK_S = 10.0  # of a process that lives: until what it rarely needs gets less room
 PRUNE_FIRST_S, PRUNE_S = (
     60.0,
@@ -9633,7 +9638,7 @@ LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 def log_size(path: Path) -> int:
     """How many bytes a log has; 0 where it is missing."""
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size  # `path.stat` takes half as long again
     except OSError:
         return 0
 
@@ -9643,14 +9648,18 @@ def append_log(path: Path, offset: int, data: bytes) -> tuple[int, bool]:
     raise OSError."""
     fd = os.open(path, LOG_FLAGS, 0o600)
     try:
-        size = os.fstat(fd).st_size
-        write, rewind = accepts_chunk(size, offset, len(data))
-        if write:
-            size += os.write(fd, data)
-            rewind = size != offset + len(data)
-        return size, rewind
+        return append_open(fd, os.fstat(fd).st_size, offset, data)
     finally:
         os.close(fd)
+
+
+def append_open(fd: int, size: int, offset: int, data: bytes) -> tuple[int, bool]:
+    """The same to a log that is open and has `size` bytes."""
+    write, rewind = accepts_chunk(size, offset, len(data))
+    if write:
+        size += os.write(fd, data)
+        rewind = size != offset + len(data)
+    return size, rewind
 
 
 def read_log(path: Path, offset: int, length: int) -> bytes:
@@ -9666,6 +9675,60 @@ def read_log(path: Path, offset: int, length: int) -> bytes:
         return b""
     finally:
         os.close(fd)
+
+
+class OpenLogs:
+    """Logs that are passed on line by line, and stay open between two lines: to find the file takes
+    as long as to read what is new in it. Windows lets nobody delete an open file: there none is."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags
+        self._files: dict[Path, int] = {}  # the oldest first
+
+    def _open(self, path: Path) -> int:
+        """A descriptor of the log. Raises OSError."""
+        fd = self._files.get(path)
+        if fd is None:
+            fd = os.open(path, self._flags, 0o600)
+            self._files[path] = fd
+            if len(self._files) > LOGS_OPEN:
+                self.close(next(iter(self._files)))
+        return fd
+
+    def close(self, path: Path) -> None:
+        """Nothing more is expected of it now, or its file is another one."""
+        fd = self._files.pop(path, None)
+        if fd is not None:
+            os.close(fd)
+
+    def clear(self) -> None:
+        for path in list(self._files):
+            self.close(path)
+
+    def __del__(self) -> None:
+        self.clear()  # who follows may end by an error
+
+    def read(self, path: Path, offset: int, length: int) -> bytes:
+        """As `read_log` does."""
+        data = b""
+        if sys.platform != "win32":
+            with suppress(OSError):
+                data = os.pread(self._open(path), length, offset)
+        if data:
+            return data
+        self.close(path)  # it may have been replaced
+        return read_log(path, offset, length)
+
+    def append(self, path: Path, offset: int, data: bytes) -> tuple[int, bool]:
+        """As `append_log` does. May raise OSError."""
+        if sys.platform == "win32":
+            return append_log(path, offset, data)
+        fd = self._open(path)
+        found = os.fstat(fd)
+        if not found.st_nlink:  # it was deleted: the next one is another file
+            self.close(path)
+            return append_log(path, offset, data)
+        return append_open(fd, found.st_size, offset, data)
 
 
 def sync_file(path: Path) -> None:
@@ -19531,7 +19594,7 @@ def encode_whole(opcode: int, body: bytes, mask: bytes = b"") -> bytes:
     return b"".join((head, mask, mix(body, mask)))
 
 
-def decode_whole(data: bytes, is_masked: bool) -> tuple[int, bytes] | None:
+def decode_whole(data: bytes | memoryview, is_masked: bool) -> tuple[int, bytes] | None:
     """(opcode, body) where these bytes are one small message, all of it and nothing else."""
     if len(data) < 2 or data[0] not in (_LAST | _TEXT, _LAST | _BINARY):
         return None
@@ -19543,9 +19606,9 @@ def decode_whole(data: bytes, is_masked: bool) -> tuple[int, bytes] | None:
     # here too where it is masked against the rules, or not masked against them
     if size == 127 or len(data) != start + size:
         return None
-    body = data[start:]
+    body = bytes(data[start:])
     if is_masked:
-        body = mix(body, data[start - 4 : start])
+        body = mix(body, bytes(data[start - 4 : start]))
     return data[0] & 15, body
 
 
@@ -19886,6 +19949,11 @@ class ClientSocket:
     def receive(self, data: bytes | memoryview) -> None:
         """Take the next bytes, none where the connection has ended. Raises NoUpgrade, EOFError
         where there never was a WebSocket."""
+        if self.is_open and not self._input and not self._parts:
+            message = decode_whole(data, is_masked=False)
+            if message:  # as most come, and with half the work
+                self._keep(*message)
+                return
         self._input += data
         if not self.is_open and not self.is_over:
             self._read_answer(ended=not data)
@@ -19995,12 +20063,15 @@ class ClientSocket:
         self._parts.append(frame.body)
         if not frame.ends:
             return
-        whole = b"".join(self._parts)
-        if self._kind == _TEXT:
+        self._keep(self._kind, b"".join(self._parts))
+        self._kind, self._parts = _CONTINUED, []
+
+    def _keep(self, kind: int, whole: bytes) -> None:
+        """A message is here."""
+        if kind == _TEXT:
             self.messages.append(whole.decode(errors="replace"))
         else:
             self.messages.append(whole)
-        self._kind, self._parts = _CONTINUED, []
 
 
 def open_socket(host: str, port: int, bind: str | None, timeout_s: float) -> "_socket.socket":
@@ -20277,23 +20348,39 @@ class Recent:
     def __init__(self) -> None:
         self._pieces: dict[Path, tuple[int, bytes]] = {}  # the oldest first
         self._bytes = 0
+        self._read_ones, self._written = OpenLogs(READ_FLAGS), OpenLogs(LOG_FLAGS)
 
     def keep(self, path: Path, offset: int, data: bytes) -> None:
         """These bytes are in the file at `offset`, and nothing behind them has passed yet."""
-        self.drop(path)
+        self._forget(path)
         self._pieces[path] = offset, data
         self._bytes += len(data)
         while self._bytes > RECENT_BYTES:
             oldest = next(iter(self._pieces))
-            self.drop(oldest)
+            self._forget(oldest)
 
-    def drop(self, path: Path) -> None:
+    def append(self, path: Path, offset: int, data: bytes) -> tuple[int, bool]:
+        """`append_log`, and `keep` of what it wrote."""
+        size, gap = self._written.append(path, offset, data)
+        if size == offset + len(data):
+            self.keep(path, offset, data)
+        return size, gap
+
+    def _forget(self, path: Path) -> None:
         _, data = self._pieces.pop(path, (0, b""))
         self._bytes -= len(data)
+
+    def drop(self, path: Path) -> None:
+        """Nothing more of a log is passed on now."""
+        self._forget(path)
+        self._read_ones.close(path)
+        self._written.close(path)
 
     def clear(self) -> None:
         self._pieces.clear()
         self._bytes = 0
+        self._read_ones.clear()
+        self._written.clear()
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
         """`read_log`, or fewer bytes than it where what is held ends before that."""
@@ -20302,7 +20389,7 @@ class Recent:
         if start <= offset < end:
             begin = offset - start
             return data[begin : begin + length]
-        found = read_log(path, offset, length)
+        found = self._read_ones.read(path, offset, length)
         if found and offset >= end:
             self.keep(path, offset, found)
         return found
@@ -20445,6 +20532,10 @@ class Link(Writer):
         a ring of objects, which goes when the collector finds it."""
         self.wire.abort()
         self._spawn = None
+        for path in self._paths.values():
+            self.recent.drop(path)
+        for inbound in self._inbound.values():
+            self.recent.drop(inbound.path)
         for held in (self._cursors, self._channels, self._due, self._paths, self._inbound):
             held.clear()
 
@@ -20612,19 +20703,20 @@ class Link(Writer):
             self.post(Have(channel, offset + len(data)))
             return
         try:
-            size, gap = append_log(inbound.path, offset, data)
+            size, gap = self.recent.append(inbound.path, offset, data)
         except OSError as problem:
             self._retry(inbound, problem)
             return
         answer = inbound.on_chunk(offset, size, gap)
-        if size == offset + len(data):
-            self.recent.keep(inbound.path, offset, data)
         inbound.grew(inbound)
         if answer:
             self.post(answer)
         elif not inbound.ack_due:
             inbound.ack_due = True
-            asyncio.get_running_loop().call_later(ACK_S, self._ack, inbound)
+            delay_s = ACK_S
+            if len(data) < LINE_READ_BYTES:
+                delay_s = LINE_ACK_S
+            asyncio.get_running_loop().call_later(delay_s, self._ack, inbound)
 
     def _retry(self, inbound: "Inbound", problem: OSError) -> None:
         """The disk takes nothing now: what is in flight is dropped, and asked for again later."""
@@ -20636,6 +20728,7 @@ class Link(Writer):
 
     def _ask_again(self, inbound: "Inbound") -> None:
         if self._inbound.get(inbound.channel) is inbound:
+            self.recent.drop(inbound.path)  # its file may be another one by now
             inbound.make_folder()
             inbound.retry_due = False
             self.post(inbound.ask(log_size(inbound.path)))
@@ -21478,7 +21571,7 @@ class Agent:
             await master.serve(self.receive)
         finally:
             self.own.link = None
-            link.wire.abort()
+            link.end()
 
     def receive(self, master: Peer, frame: str | bytes) -> None:
         try:
@@ -27430,6 +27523,7 @@ class LinkSource:
         self.sizes: dict[str, int] = {}  # bytes of each host's log that are here
         self.inboxes: dict[int, tuple[str, Inbox]] = {}
         self.files: dict[str, Path] = {}  # of hosts whose logs are read here
+        self.logs = OpenLogs(READ_FLAGS)
         self.unacked: dict[int, int] = {}  # bytes of each channel of which the master has not heard
         self.unacked_bytes = 0
         self.folder: StateFolder | None = None  # the master's own, where that is within reach
@@ -27504,7 +27598,7 @@ class LinkSource:
                     self.files[host] = path
                 missing = size - offset
                 most = min(missing, LARGE_CHUNK_BYTES)
-                data = read_log(path, offset, most)
+                data = self.logs.read(path, offset, most)
             if not data:
                 self.folder = None
                 self.connection.send(inbox.ask(offset))
@@ -32638,6 +32732,7 @@ def cmd_serve(args: Args) -> int:
     """The daemon, until a signal ends it. Raises UsageError for a role that is none."""
     require_packages()
     preload()
+    sys.setswitchinterval(TURN_S)
     trim_memory()  # a Python that had to compile this module took 30 MB for that
     log.verbose = args.verbose
     role = args.role or os.environ.get("ESTELLE_ROLE") or "auto"
@@ -35074,12 +35169,14 @@ def cmd_run_job(args: Args) -> int:
     """The runner: not for people."""
     detach_self()
     preload(*RUNNER_NEEDS)
+    sys.setswitchinterval(TURN_S)
     return Runner(args.plain_state_folder(), args.run, args.host, args.config_path()).main()
 
 
 def cmd_nursery(args: Args) -> int:
     """Where the daemon's runners come from: not for people."""
     preload(*RUNNER_NEEDS)
+    sys.setswitchinterval(TURN_S)
     tend_nursery(args.plain_state_folder(), args.config_path(), int(args.descriptor))
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import statistics
 import threading
@@ -214,7 +215,7 @@ def test_a_commander_beside_the_master_reads_its_logs(tmp_path: Path, lost: str)
 
         def receive(self, wait_s: float) -> Any:
             if lost == "the file" and self.says and self.says[0] == est.encode_growth(7, len(whole)):
-                log.unlink(missing_ok=True)
+                os.truncate(log, 0)
             return self.says.popleft() if self.says else None
 
     master, shown = Master(), b""
@@ -226,6 +227,37 @@ def test_a_commander_beside_the_master_reads_its_logs(tmp_path: Path, lost: str)
     assert shown == whole
     asked = {"nothing": [(0, True)], "the file": [(0, True), (300_000, False)], "the folder": [(0, False)]}
     assert master.asked == asked[lost]
+
+
+def test_a_log_that_stays_open_is_the_file_of_its_name(tmp_path: Path) -> None:
+    """One that was deleted or replaced meanwhile is written and read anew, and no descriptor is left of it; of many
+    logs the last few stay open."""
+    path, recent = tmp_path / "log", est.Recent()
+    descriptors = Path("/dev/fd")
+
+    def held() -> int:
+        return len(list(descriptors.iterdir())) if descriptors.exists() else 0
+
+    before = held()
+    assert recent.append(path, 0, b"one\n") == (4, False)
+    assert recent.append(path, 4, b"two\n") == (8, False) and recent.append(path, 9, b"no") == (8, True)
+    path.unlink()
+    assert recent.append(path, 8, b"lost") == (0, True), "what belongs behind a log that is gone is asked for anew"
+    assert recent.append(path, 0, b"one\ntwo\n") == (8, False) and path.read_bytes() == b"one\ntwo\n"
+    logs = est.OpenLogs(est.READ_FLAGS)
+    assert logs.read(path, 0, 4) == b"one\n" and logs.read(path, 8, 4) == b""
+    path.unlink()
+    path.write_bytes(b"one\ntwo\nand more\n")
+    assert logs.read(path, 8, 99) == b"and more\n", "the file that was there before has no more"
+    path.unlink()
+    assert logs.read(path, 99, 1) == b"" and logs.read(tmp_path / "none", 0, 1) == b""
+    for number in range(2 * est.LOGS_OPEN):
+        other = tmp_path / str(number)
+        assert recent.append(other, 0, b"x") == (1, False)
+    assert before <= held() <= before + est.LOGS_OPEN + 2
+    recent.clear()
+    logs.clear()
+    assert held() == before
 
 
 def test_followers_at_a_logs_end_read_it_once(tmp_path: Path) -> None:
