@@ -20170,12 +20170,15 @@ class BlockingWire:
             left_s = deadline - time.monotonic()
             if left_s <= 0 and self._protocol.is_open:
                 return None
-            with suppress(TimeoutError), self._in_use:
+            with self._in_use:
                 if messages:
                     break
                 if not self._protocol.is_open:
                     raise EOFError
-                self._read(min(left_s, PING_INTERVAL_S))
+                try:
+                    self._read(min(left_s, PING_INTERVAL_S))
+                except TimeoutError:
+                    continue
         return messages.popleft()
 
     def close(self) -> None:
@@ -20571,10 +20574,10 @@ class Link(Writer):
         if cursor is None or size <= cursor.size:
             return
         cursor.size = size
-        self._note_due(cursor)
         if self.shared:
             self.post(Log(cursor.channel, run, host, size))
         elif not self._send_line(cursor):
+            self._note_due(cursor)
             self._wake()
 
     def shrank(self, run: str, host: str, size: int) -> None:
@@ -27854,8 +27857,8 @@ class Follower:
     def show(self, event: Event) -> None:
         """Have the view show one event."""
         if isinstance(event, Piece):
+            self.view.data(event.host, event.data)  # first what somebody waits for
             self.hosts[event.host].add(event.data)
-            self.view.data(event.host, event.data)
             self.show_result(event.host)
         elif isinstance(event, RunRecord):
             self.begin(event)
@@ -31910,11 +31913,11 @@ class TextView(LineView):
             self.tails.setdefault(host, Tail())
 
     def data(self, host: str, data: bytes) -> None:
-        self.tails[host].add(data)
         if self.output.terminal or len(data) < CHUNK_BYTES:
             super().data(host, data)
         else:
             self.pour(host, data)
+        self.tails[host].add(data)
 
     def pour(self, host: str, data: bytes) -> None:
         """What `data` and `show` do, of a flood into a pipe or a file: a copy of it at each of
