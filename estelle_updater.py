@@ -993,6 +993,9 @@ NEWS_S = DAY_S  # what is older is no news: not told any more, nor retried
 NEWS_TOLD_S = 7 * NEWS_S
 NEWS_KEPT = 200  # messages that may wait for one receiver
 SLOW_STEP_S = 1.0  # from here on a command is worth a word at a run's end
+# of the variables of one environment: Linux starts no program with a longer one, nor with more
+# than 2 MiB of all together, of which the file's, the section's and the daemon's own are parts
+VARIABLE_BYTES, VARIABLES_BYTES = (128 << 10) - 1, 512 << 10
 COMMANDS_MOST = 100  # in one setting: each is a step, with lines of its own in log and record
 TIMED_STEPS, TIMED_CHARS = 100, 200  # of a job's commands and their names: a record stays small
 NEWS_LINES, NEWS_LINE_CHARS = 20, 500  # of a log's end
@@ -2323,6 +2326,20 @@ def _table(
     return read
 
 
+def oversized(variables: Mapping[str, str]) -> str:
+    """Why no program could be started with these variables, git neither: so nothing could bring
+    what mends them. "" where they fit."""
+    total = 0
+    for name, value in variables.items():
+        size = len(f"{name}={value}".encode("utf-8", "surrogatepass"))
+        if size > VARIABLE_BYTES:
+            return f"{name} has {size} bytes; {VARIABLE_BYTES} at most, or put it into a file"
+        total += size
+    if total > VARIABLES_BYTES:
+        return f"variables of {total} bytes; {VARIABLES_BYTES} at most, or put them into a file"
+    return ""
+
+
 def _environment(raw: Any, place: _Place) -> dict[str, str]:
     """Environment variables by name; no value is ever shown, since it may be a secret."""
     table = _mapping(raw, place)
@@ -2333,6 +2350,10 @@ def _environment(raw: Any, place: _Place) -> dict[str, str]:
         if not _is_argument(value):
             kind = type(value).__name__
             place.key(key).is_wrong(f"its value is {kind}, no text; write it in quotes")
+    texts = {key: value for key, value in table.items() if isinstance(value, str)}
+    problem = oversized(texts)
+    if problem:
+        place.is_wrong(problem)
     return dict(table)
 
 
@@ -13698,8 +13719,13 @@ def environment_in(text: str, rule: Effective, file: str) -> dict[str, str]:
     """The variables that the text of an environmentFile gives. Raises ConfigError."""
     if rule.environment_variable or is_nested(text):
         name = rule.environment_variable or NESTED_VARIABLE
-        return {name: nested_environment(text, file, str(Path.home()))}
-    return parse_environment_file(text, file)
+        variables = {name: nested_environment(text, file, str(Path.home()))}
+    else:
+        variables = parse_environment_file(text, file)
+    problem = oversized(variables)
+    if problem:
+        raise ConfigError(f"{file}: {problem}")
+    return variables
 
 
 def read_environment(rule: Effective, repo: Path) -> dict[str, str]:

@@ -489,6 +489,14 @@ def test_all_problems_at_once_with_file_key_and_value():
         ({"hosts": {"1.2.3.4": {"name": "all"}}}, 'hosts."1.2.3.4".name: "all" is no name for a host'),
         ({"hosts": {"a": {"role": "auto"}}}, 'hosts.a.role: "auto" is no choice here; write master or agent'),
         ({"hosts": {"a b": {}}}, "hosts.\"a b\": \"a b\" is no address; " + WRITE),
+        (
+            {"hosts": {"a": {"env": {"A": "x" * (128 << 10)}}}},
+            "hosts.a.env: A has 131074 bytes; 131071 at most, or put it into a file",
+        ),
+        (
+            {"hosts": {"a": {"env": {f"A{number}": "x" * 65_000 for number in range(9)}}}},
+            "hosts.a.env: variables of 585027 bytes; 524288 at most, or put them into a file",
+        ),
         ({"hosts": {"a": {"env": {"A=B": "x"}}}}, 'hosts.a.env."A=B": is no name of an environment variable'),
         ({"haproxy": {"host": "h"}}, "haproxy.backend: missing, and it has no default"),
         (

@@ -135,6 +135,17 @@ def test_a_hostile_commit_stops_nobody(fleet: Callable[..., Fleet]) -> None:
     code, out, err = one.cli("trigger", "all", "master")
     assert (code, out.count("] ✓ 완료")) == (0, 2), out + err
 
+    # with such an environment no git starts that could bring what mends it
+    large = json.loads(good) | {"hosts": {agent.address: {"environmentFile": "env"}}}
+    one.origin.commit({"config/updater.json": json.dumps(large), "env": f"A={'x' * (128 << 10)}\n"})
+    for host in one.hosts:
+        one.origin.git("pull", "--quiet", cwd=host.repo)
+    for files, results in (({}, (1, 1)), ({"config/updater.json": good}, (0, 2))):
+        one.origin.commit(files)
+        code, out, err = one.cli("trigger", "all", "master")
+        assert (code, out.count("] ✓ 완료")) == results, out + err
+        assert "131074 bytes; 131071 at most" in out
+
     # a branch that nobody has reviewed yet: its plan is refused, and the daemons live on
     (work / "config/updater.json").unlink()
     one.origin.commit({"config/updater.toml": f"a{'.a' * 50_000} = 1\n"}, branch="hostile")
