@@ -762,6 +762,8 @@ LARGE_CHUNK_BYTES = 256 << 10
 # given back.
 LINE_READ_BYTES = 4 << 10
 RECENT_BYTES = 4 << 20  # of the logs' ends, held for followers that stand there
+# of a log that grows: what the disk is told to begin with at a time, and a page of memory
+AHEAD_BYTES, PAGE_BYTES = 4 << 20, 4 << 10
 # unacknowledged on one connection, so that no live line waits behind megabytes
 WINDOW_BYTES = 1 << 20
 # What a commit or an operator supplies as a file; an environment may hold certificates
@@ -9758,6 +9760,65 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+class Ahead:
+    """Has the disk begin with logs that still grow: whoever makes one durable at its end would wait
+    for all of it then, and in a flood that is as long as the flood itself took.
+
+    It promises nothing: what has to be on disk is synced as ever. One thread does it for all logs
+    of a process, as long as there is something to do: a slow disk holds up nobody else.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Path, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        self._is_at_work = False
+
+    def grew(self, path: Path, begun: int, size: int) -> int:
+        """A log has `size` bytes by now, and the disk was told of those before `begun`; where that
+        is by now."""
+        if size - begun < AHEAD_BYTES:
+            return begun
+        # Of the last page more is to come, and who writes that would wait for the disk.
+        end = size - size % PAGE_BYTES
+        self._begin(path, begun, end)
+        return end
+
+    def _begin(self, path: Path, begin: int, end: int) -> None:
+        with self._lock:
+            earlier, _ = self._waiting.pop(path, (begin, end))
+            self._waiting[path] = min(earlier, begin), end
+            if self._is_at_work:
+                return
+            self._is_at_work = True
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:  # the system has none left now
+            self._is_at_work = False
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._is_at_work = False
+                    return
+                path = next(iter(self._waiting))
+                begin, end = self._waiting.pop(path)
+            begin_writing(path, begin, end)
+
+
+AHEAD = Ahead()
+
+
+def begin_writing(path: Path, begin: int, end: int) -> None:
+    """Have the disk begin with these bytes of a file, where the system has a word for it: that they
+    are not needed in memory makes it write them, and those on their way out stay readable there."""
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is None:
+        return
+    with suppress(OSError), open(path, "rb") as file:
+        advise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+
 def log_check(path: Path, size: int) -> int:
     """CRC-32 of the last 4 KiB before `size`: whether two copies of a log are the same so far."""
     start = max(0, size - CHECK_BYTES)
@@ -13413,7 +13474,8 @@ class LogWriter:
         self._end = bytearray()  # of what came beyond `most_bytes`, not written yet
         self._left_out = 0  # how many bytes before that
         self.most_bytes = sys.maxsize
-        self.size = os.fstat(self._fd).st_size
+        self.path = path
+        self.size = self._begun = os.fstat(self._fd).st_size
 
     # What the commands write
 
@@ -13478,6 +13540,7 @@ class LogWriter:
             except OSError:
                 break
         self.size += done
+        self._begun = AHEAD.grew(self.path, self._begun, self.size)
         return done
 
     # Lines of our own
@@ -20713,7 +20776,7 @@ class Link(Writer):
         )
         self._inbound[message.channel] = inbound
         inbound.make_folder()
-        size = log_size(path)
+        size = inbound.begun = log_size(path)
         question = inbound.ask(size, log_check(path, size))
         if not self.shared:
             self.post(question)
@@ -20736,6 +20799,7 @@ class Link(Writer):
         except OSError as problem:
             self._retry(inbound, problem)
             return
+        inbound.begun = AHEAD.grew(inbound.path, inbound.begun, size)
         answer = inbound.on_chunk(offset, size, gap)
         inbound.grew(inbound)
         if answer:
@@ -20802,6 +20866,7 @@ class Inbound(Inbox):
     path: Path = field(kw_only=True)
     grew: "Callable[[Inbound], None]" = field(kw_only=True)
     most_bytes: float = float("inf")
+    begun: int = 0  # what stands before it in the file, the disk has begun with
     ack_due: bool = False
     retry_due: bool = False
     closed: bool = False

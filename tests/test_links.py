@@ -150,6 +150,57 @@ def test_frames_are_as_large_as_the_other_end_takes(tmp_path: Path) -> None:
         assert {frame[0] for frame in found} == {form}
 
 
+def test_the_disk_begins_with_a_flood_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who makes a long log durable would wait for all of it then; and a disk that hangs holds up no writer."""
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system has no word for it")
+    asked, goes = list[tuple[Path, int, int]](), threading.Event()
+    advise = os.posix_fadvise
+
+    def record(fd: int, begin: int, length: int, advice: int) -> None:
+        goes.wait(30)
+        advise(fd, begin, length, advice)
+        asked.append((Path(f"/proc/self/fd/{fd}").resolve(), begin, begin + length))
+
+    monkeypatch.setattr(os, "posix_fadvise", record)
+    before = b"begun\n" * 1000
+    written, received = tmp_path / "written", tmp_path / "received"
+    for path in (written, received):
+        path.write_bytes(before)
+    piece = (b"x" * 99 + b"\n") * 10_000
+    count = 3 * est.AHEAD_BYTES // len(piece)
+    writer = est.LogWriter(written, lambda: None)
+
+    async def receive() -> None:
+        wire, _ = est.QueueWire.pair()
+        link = est.Link(wire)
+        link.accept_log(est.Log(1, "20260101-000000-0000", "h", 0), received, lambda _: None)
+        size = len(before)
+        while size < writer.size:
+            data = piece[: est.LARGE_CHUNK_BYTES]
+            link.on_chunk(est.encode_chunk(1, size, data))
+            size += len(data)
+
+    for _ in range(count):
+        assert writer.write(piece)
+    asyncio.run(receive())
+    assert not asked, "nobody waited for the disk"
+    goes.set()
+    for path in (written, received):
+        size = path.stat().st_size
+        least = size - est.AHEAD_BYTES
+        assert least > est.AHEAD_BYTES
+
+        def told(path: Path = path, least: int = least) -> bool:
+            return any(where == path and end > least for where, _, end in asked)
+
+        wait_for(told, f"the disk is told of {path.name}", 30)
+        spans = sorted((begin, end) for where, begin, end in asked if where == path)
+        begins, ends = zip(*spans, strict=True)
+        assert begins == (len(before), *ends[:-1]), "of each byte once, and of none that was there before"
+        assert all(end % 4096 == 0 and end <= size for end in ends), "not of the page that is still written to"
+
+
 def test_who_reads_the_file_is_told_sizes(tmp_path: Path) -> None:
     """One word for all that came meanwhile, none past the window while the reader stands still, and bytes as soon
     as it wants bytes."""
