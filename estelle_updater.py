@@ -29061,12 +29061,15 @@ _SHOWING = {
     "History",
     "Remains",
 }
-# Commands that are typed seldom, or whose work takes far longer than the start of their process;
-# and what is asked of git once for a clone.
-_SELDOM = {
-    "cmd_serve",
+# A runner, and the nursery that every daemon starts: they need a third of what a daemon does.
+_RUNNING = {
     "cmd_nursery",
     "cmd_run_job",
+    "probe_owner",
+}
+# Commands that are typed seldom, or whose work takes far longer than the start of their process.
+_SELDOM = {
+    "cmd_serve",
     "cmd_mcp",
     "cmd_doctor",
     "cmd_setup",
@@ -29076,16 +29079,15 @@ _SELDOM = {
     "cmd_build",
     "cmd_self_test",
     "cmd_prove_detached",
-    "probe_owner",
 }
 
 
 # in the order in which they are defined
-_GROUPS = (_ASKING, _SHOWING, _SELDOM)
+_GROUPS = (_ASKING, _SHOWING, _RUNNING, _SELDOM)
 
 
 class _Split:
-    """The packed module in four parts: what every command may come to use, and what only those of
+    """The packed module in parts: what every command may come to use, and what only those of
     each group of `_GROUPS` do. Each of these is replaced by an `_Apart` in the first.
 
     The first part is what `main` reaches, from name to name: nothing in it asks for a name of
