@@ -250,17 +250,24 @@ class Proxy:
 
     def reload(self) -> None:
         """As a person would; until a new process has the file."""
-        pid = self.command("show info").partition("Pid: ")[2].split("\n")[0]
+        pid, sent = self.worker(), float("-inf")
 
         def replaced() -> bool:
-            number = self.pid_file.read_text()
-            if not number:  # it is being written
-                return False
-            os.kill(int(number), signal.SIGUSR2)
-            time.sleep(0.3)  # a second signal within 0.1 s is lost
-            return self.command("show info").partition("Pid: ")[2].split("\n")[0] not in (pid, "")
+            nonlocal sent
+            number = self.pid_file.read_text()  # empty while it is being written
+            # A second signal while the first one is worked at makes one more process, which knows nothing of what
+            # somebody told the one before it.
+            if number and time.monotonic() > sent + 5:
+                os.kill(int(number), signal.SIGUSR2)
+                sent = time.monotonic()
+                time.sleep(0.3)  # the next signal within 0.1 s, whoever sends it, is lost
+            return self.worker() not in (pid, "")
 
         wait_for(replaced, lambda: f"HAProxy reloads\n{self.said}")
+
+    def worker(self) -> str:
+        """The number of the process that answers; empty while none does."""
+        return self.command("show info").partition("Pid: ")[2].split("\n")[0]
 
     def close(self) -> None:
         """End everything."""
