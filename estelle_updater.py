@@ -12180,6 +12180,16 @@ def _read_stat(pid: int) -> tuple[str, list[bytes]]:
     return os.fsdecode(name), rest.split()
 
 
+def _pid_age(pid: int) -> float | None:
+    """For how many seconds a process has been there, whatever the wall clock did meanwhile; None
+    where the system does not say."""
+    _, facts = _read_stat(pid)
+    _, now_s = since_boot()
+    if len(facts) < 20 or not now_s:
+        return None
+    return now_s - int(facts[19]) / os.sysconf("SC_CLK_TCK")
+
+
 def _read_process(pid: int) -> _Process | None:
     """The process of that number; None where there is none, or no /proc."""
     name, facts = _read_stat(pid)
@@ -13238,10 +13248,19 @@ def _unit_looks(service: ServiceName, env: Mapping[str, str]) -> list[ServiceLoo
     return [ServiceLook(is_up, said, life, time.monotonic() - since_s)]
 
 
+def pm2_lives(env: Mapping[str, str]) -> frozenset[str]:
+    """The lives of all that PM2 keeps now: what has another one later was started since. No moment
+    tells that, where PM2 or we read it off a clock that was set meanwhile."""
+    try:
+        return frozenset(look.life for look in pm2_looks(env, frozenset()))
+    except UpdaterError:  # none runs yet
+        return frozenset()
+
+
 def pm2_looks(
-    env: Mapping[str, str], since: float | None = None, name: str = ""
+    env: Mapping[str, str], before: frozenset[str] | None = None, name: str = ""
 ) -> list[ServiceLook]:
-    """PM2's processes called `name`, or those that were started since a moment (Unix time). Raises
+    """PM2's processes called `name`, or those that have none of the lives `before`. Raises
     UpdaterError; no PM2 is started for the question, as each of its commands would do."""
     home = Path(env.get("PM2_HOME") or Path.home() / ".pm2")
     if os.name != "nt" and not (home / "rpc.sock").exists():
@@ -13256,33 +13275,33 @@ def pm2_looks(
     for row in rows:
         facts = row["pm2_env"]
         started = facts.get("pm_uptime", 0) / 1000
+        life = f"{row['pm_id']} {row['pid']} {facts.get('restart_time')} {started}"
         is_meant = row["name"] == name
-        if since is not None:
-            is_meant = started >= since
+        said = facts["status"]
+        if before is not None:
+            is_meant = life not in before
+            said = f"{row['name']} {said}"
         if not is_meant:
             continue
-        looks.append(
-            ServiceLook(
-                facts["status"] == "online",
-                f"{row['name']} {facts['status']}" if since else facts["status"],
-                f"{row['pm_id']} {row['pid']} {facts.get('restart_time')} {started}",
-                time.time() - started,
-            )
-        )
+        age_s = _pid_age(row["pid"] or 0)
+        if age_s is None:
+            age_s = time.time() - started
+        looks.append(ServiceLook(facts["status"] == "online", said, life, age_s))
     if not looks:
         raise UpdaterError(f"PM2 has no process {name}" if name else "PM2 started no process")
     return looks
 
 
 def service_looks(
-    service: ServiceName, env: Mapping[str, str], since: float | None = None
+    service: ServiceName, env: Mapping[str, str], before: frozenset[str] = frozenset()
 ) -> list[ServiceLook]:
     """What systemd or PM2 says of a service, of each of its processes; nothing where a systemctl
-    says nothing. `since`: when its ecosystem file was given to PM2. Raises UpdaterError."""
+    says nothing. `before`: `pm2_lives` when its ecosystem file was given to PM2. Raises
+    UpdaterError."""
     if service.keeper != "pm2":
         return _unit_looks(service, env)
     if service.is_file:
-        return pm2_looks(env, since or 0.0)
+        return pm2_looks(env, before)
     return pm2_looks(env, name=service.name)
 
 
@@ -13291,7 +13310,7 @@ def require_settled(
     settle_s: float,
     env: Mapping[str, str],
     *,
-    since: float | None = None,
+    before: frozenset[str] = frozenset(),
     stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """Wait until a service has been up for `settle_s` in one life; one that has been is not waited
@@ -13299,7 +13318,7 @@ def require_settled(
 
     A unit that dies after 0.4 s and is started again is `active` at every second look.
     """
-    first = service_looks(service, env, since)
+    first = service_looks(service, env, before)
     lives = [look.life for look in first]
     ages_s = [max(0.0, look.up_s) for look in first]
     wait_s = settle_s - min(ages_s, default=settle_s)
@@ -13320,7 +13339,7 @@ def require_settled(
 
     problem = judge(first)
     if problem is None and wait_s > 0:
-        problem = poll(lambda: judge(service_looks(service, env, since)), 0.25, wait_s)
+        problem = poll(lambda: judge(service_looks(service, env, before)), 0.25, wait_s)
     if problem:
         raise UpdaterError(f"{service.name}: {problem}")
     # an ecosystem file may start several, and one several times
@@ -16539,7 +16558,7 @@ class Clearance:
             raise GuardError("the plan is no longer true", what)
 
 
-def await_settled(runner: Runner, text: str, began: float) -> None:
+def await_settled(runner: Runner, text: str, before: frozenset[str]) -> None:
     """Wait until a service that was restarted has stayed up for `settle`. Raises StepFailed."""
     settle_s = runner.rule.settle_s
     try:
@@ -16547,7 +16566,7 @@ def await_settled(runner: Runner, text: str, began: float) -> None:
             parse_service(text),
             settle_s,
             runner.env,
-            since=began,
+            before=before,
             stop=runner.is_cancelled,
         )
     except UpdaterError as problem:
@@ -17107,12 +17126,14 @@ class Deployment:
         if not services:
             return
         self.clearance.confirm_traffic()
-        began = time.time()
         runner.env = user_bus(runner.env)
+        before = frozenset[str]()
+        if any(parse_service(text).is_file for text in services):
+            before = pm2_lives(runner.env)
         for step in plan_restart(services):
             runner.step(step, runner.rule.timeout_s)
         for text in services:
-            await_settled(runner, text, began)
+            await_settled(runner, text, before)
 
     # Moving the tree
 

@@ -381,6 +381,7 @@ from estelle_updater import (
     plan_restart as plan_restart,
     plan_screen as plan_screen,
     plan_text as plan_text,
+    pm2_lives as pm2_lives,
     poll as poll,
     poll_async as poll_async,
     post_news as post_news,

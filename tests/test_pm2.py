@@ -189,14 +189,14 @@ def test_the_interpreter_has_the_platform_s_name(platform: str, python: str):
     assert app["watch"] is False
 
 
-def test_a_process_must_stay_online_in_one_life(tmp_path: Path):
+def test_a_process_must_stay_online_in_one_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By its name, and by the ecosystem file that started it; no PM2 is started for the question."""
     need("pm2")
     env = {**os.environ, "PM2_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
 
-    def judge(text: str, since: float | None = None) -> str:
+    def judge(text: str, before: frozenset[str] = frozenset()) -> str:
         try:
-            return est.require_settled(est.parse_service(text), 1, env, since=since)
+            return est.require_settled(est.parse_service(text), 1, env, before=before)
         except est.UpdaterError as problem:
             return problem.what
 
@@ -213,11 +213,21 @@ def test_a_process_must_stay_online_in_one_life(tmp_path: Path):
         (tmp_path / f"{name}.config.cjs").write_text(f"module.exports = {json.dumps({'apps': chosen})}\n")
     try:
         for file, wanted in (("one.config.cjs", "steady online, calm online"), ("both.config.cjs", "dying")):
-            began = time.time()
+            before = est.pm2_lives(env)
             (step, save) = est.plan_restart((f"pm2:{file}",))
             assert save.argv == ("pm2", "save")
             assert run(step.argv, env, tmp_path).code == 0
-            assert wanted in judge(f"pm2:{file}", began)
+            assert wanted in judge(f"pm2:{file}", before)
+        # what the clock says by now, or said when PM2 read it, neither hides what was started nor ages it
+        for by_s in (-9 * 3600.0, 9 * 3600.0):
+            before = est.pm2_lives(env)
+            (step, _) = est.plan_restart(("pm2:both.config.cjs",))
+            assert run(step.argv, env, tmp_path).code == 0
+            with monkeypatch.context() as clock:
+                real = time.time
+                clock.setattr(time, "time", lambda: real() + by_s)  # noqa: B023
+                assert "dying" in judge("pm2:both.config.cjs", before)
+                assert "dying" in judge("pm2:dying")
         assert judge("pm2:steady") == "online"
         assert "dying" in judge("pm2:dying")
         assert judge("pm2:nobody") == "PM2 has no process nobody"
