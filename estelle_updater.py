@@ -14173,7 +14173,7 @@ class Runner(Progress):
             for line in getattr(problem, "problems", ()) or (problem.what,):
                 self.log.line(f"estelle-updater: error: {line}")
             if problem.hint:
-                self.log.line(f"hint: {problem.hint}")
+                self.log.line(f"hint: {spelled(problem.hint)}")
             if isinstance(problem, GuardError):
                 refused = problem.exit_code
             else:
@@ -16495,7 +16495,7 @@ class Clearance:
         if not one.step:
             raise UpdaterError(one.what, one.hint)
         self.log.line(f"estelle-updater: error: {one.what}")
-        self.log.line(f"hint: {one.hint}")
+        self.log.line(f"hint: {spelled(one.hint)}")
         self.runner.begin(one.step, StepKind.CHECK)
         raise StepFailed(State.FAILED, one.step, one.exit_code, one.what)
 
@@ -31240,6 +31240,71 @@ def reach_hint(problem: UpdaterError, role: Role, config: Config, bind: str | No
     return problem.hint
 
 
+def judge_certificate(cert: Path) -> Finding:
+    """Whether the master's certificate can be read, and its days left."""
+    try:
+        days = certificate_days(read_supplied(cert))
+    except (OSError, ValueError) as problem:
+        return Finding(
+            "certificate", False, f"{cert}: {problem}", "a PEM file that this user can read"
+        )
+    soon = days <= CERTIFICATE_DAYS[-1]
+    fix = "renew it, or see why that fails: certbot renew"
+    left = count_text(days // 1, "day")
+    return Finding("certificate", not soon, f"{cert}: {left} left", fix)
+
+
+def judge_locks(repo: Path) -> Iterator[Finding]:
+    """What a git that was killed has left, and that fails whoever works there by hand: the next
+    deployment removes it, where no git runs in the clone."""
+    try:
+        folder = git_folder(repo)
+        lock = folder / "index.lock"
+        age_s = time.time() - lock.stat().st_mtime
+    except OSError:
+        return
+    if age_s < OTHER_GIT_S or runs_below("git", (repo, folder)):
+        return
+    minutes = count_text(max(1, round(age_s / 60)), "minute")
+    text = f"{lock} is {minutes} old, and no git works there"
+    yield Finding("lock", False, text, f"a deployment removes it; by hand: {typed('rm', lock)}")
+
+
+def judge_restarts(repo: Path, rule: Effective, env: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether systemd or PM2 knows what a deployment restarts at its end, when the new files are
+    there already. One that is down is no trap: the restart starts it."""
+    for text in rule.restart:
+        service = parse_service(text)
+        if service.is_file:
+            if not (repo / service.name).exists():
+                what = f"deploy.restart names {service.name}, and there is no such file"
+                yield Finding("restart", False, what, "correct it, or commit the file")
+            continue
+        try:
+            service_looks(service, env)
+        except UpdaterError as problem:
+            known = "systemctl list-unit-files"
+            if service.keeper == "user":
+                known = "systemctl --user list-unit-files"
+            elif service.keeper == "pm2":
+                known = "pm2 list, as the user of this program's service"
+            fix = f"correct deploy.restart ({known}), or start it once by hand"
+            yield Finding("restart", False, f"{text}: {problem.what}", fix)
+
+
+def judge_balancer(config: Config) -> Iterator[Finding]:
+    """Whether [haproxy] names one machine for all hosts: 127.0.0.1 is another one on each."""
+    proxy = config.haproxy
+    if proxy is None or not _is_loopback(proxy.host):
+        return
+    allowed = map(parse_network, config.whitelist)
+    elsewhere = [entry for entry in allowed if not entry.is_loopback]
+    if elsewhere:
+        what = f"haproxy.host is {proxy.host}, which each host takes for itself"
+        fix = f"the name or the address by which the fleet knows it, as {elsewhere[0]}"
+        yield Finding("haproxy", False, what, fix)
+
+
 class Doctor:
     """This host against the traps that deployments have met, each with its fix."""
 
@@ -31307,7 +31372,7 @@ class Doctor:
         if config.tls.cert:
             cert = named_place(tree, config.tls.cert)
             if cert.exists():
-                yield self.certificate(cert)
+                yield judge_certificate(cert)
         yield from self.master(config)
         proxy = config.haproxy
         if proxy:
@@ -31336,20 +31401,6 @@ class Doctor:
         runs = count_text(len(self.state.run_ids()), "recorded run")
         text = f"{self.state.root}, {runs}"
         return judge_attempt("state", text, self.state.create)
-
-    @staticmethod
-    def certificate(cert: Path) -> Finding:
-        """Whether the master's certificate can be read, and its days left."""
-        try:
-            days = certificate_days(read_supplied(cert))
-        except (OSError, ValueError) as problem:
-            return Finding(
-                "certificate", False, f"{cert}: {problem}", "a PEM file that this user can read"
-            )
-        soon = days <= CERTIFICATE_DAYS[-1]
-        fix = "renew it, or see why that fails: certbot renew"
-        left = count_text(days // 1, "day")
-        return Finding("certificate", not soon, f"{cert}: {left} left", fix)
 
     def detached(self) -> Finding:
         """Start a child as a runner is started, kill its parent's whole tree as PM2 does, and look
@@ -31423,6 +31474,7 @@ class Doctor:
             yield Finding("section", False, what, fix or "put into that one what holds here")
         if rule.key:
             yield Finding("section", True, f'[hosts."{rule.key}"]')
+        yield from judge_balancer(config)
 
     def git_program(self) -> Finding:
         """Whether there is a git to ask."""
@@ -31446,6 +31498,8 @@ class Doctor:
         if not all(found.ok or not found.certain for found in ground):
             return
         yield judge_clean(repo, rule, self.env)
+        yield from judge_locks(repo)
+        yield from judge_restarts(repo, rule, self.env)
         try:
             yield from look_at_names(repo, rule, self.env)
         except UpdaterError as problem:  # as of a submodule whose remote is slow

@@ -96,6 +96,38 @@ def test_what_is_wrong_with_the_configuration_and_the_console(two: Fleet, tmp_pa
     assert wrong(doctor(two, agent, env={"ESTELLE_CONFIG": "", "PATH": str(tmp_path)})) >= {"configuration", "git"}
 
 
+def test_what_fails_a_deployment_at_its_end_and_what_a_killed_git_left(two: Fleet, tmp_path: Path) -> None:
+    """A lock of a git that is gone, services that nobody knows, HAProxy on everybody's own address, a folder that is
+    not there: each was silent."""
+    agent = two.agents[0]
+    lock = agent.repo / ".git" / "index.lock"
+    lock.touch()
+    assert "lock" not in doctor(two, agent), "a git of this very moment has it"
+    os.utime(lock, (1e9, 1e9))
+    found = doctor(two, agent)
+    assert "no git works there" in found["lock"]["text"] and str(lock) in found["lock"]["fix"]
+    lock.unlink()
+    config = json.loads(agent.config.read_text())
+    services = ["nobody-knows-this.service", "pm2:ecosystem.config.js"]
+    more: dict[str, Any] = {
+        "deploy": {"command": ["sh", "deploy.sh"], "restart": services},
+        "haproxy": {"host": "127.0.0.1"},
+    }
+    more["haproxy"]["backend"] = "web"
+    agent.config.write_text(json.dumps(config | more))
+    found = doctor(two, agent)
+    assert "haproxy" not in wrong(found), "a fleet of loopback addresses has it as a name"
+    assert found["restart"]["text"] == "deploy.restart names ecosystem.config.js, and there is no such file"
+    more["deploy"]["restart"] = services[:1]
+    agent.config.write_text(json.dumps(config | more | {"whitelist": [*config["whitelist"], "192.0.2.7"]}))
+    found = doctor(two, agent)
+    assert found["restart"]["text"].startswith("nobody-knows-this.service: ")
+    assert found["haproxy"]["text"] == "haproxy.host is 127.0.0.1, which each host takes for itself"
+    gone = tmp_path / "gone"
+    agent.config.write_text(json.dumps(config | {"hosts": {agent.address: {"repo": str(gone)}}}))
+    assert str(gone) in doctor(two, agent)["checkout"]["text"]
+
+
 def test_a_remote_that_only_the_operator_s_agent_opens() -> None:
     """A service has no ssh-agent: what works at the prompt does not work at night."""
     said = "git@h: Permission denied (publickey)."
