@@ -24790,6 +24790,8 @@ class Attendance:
         # When, of the last few times. A deque holds as much when empty as a tenth of a connection.
         self._came: dict[str, list[float]] = {}
         self._untold: dict[str, int] = {}  # machine id -> connections that were only counted
+        # whether it is this end that goes: then no agent is offline
+        self.is_over: Callable[[], bool] = lambda: False
 
     def is_counted(self, machine: str) -> bool:
         return machine in self._untold
@@ -24812,7 +24814,7 @@ class Attendance:
             self._count(machine, label)
 
     def went(self, machine: str, label: str) -> None:
-        if not self.is_counted(machine):
+        if not self.is_counted(machine) and not self.is_over():
             log.warning("agent %s is offline", label)
 
     def _count(self, machine: str, label: str) -> None:
@@ -28551,6 +28553,7 @@ class Service:
             self.state, self.config, self.machine, self.nonce, own, notifier.tell_of_job
         )
         master.registry.bind = self.options.bind
+        master.attendance.is_over = self.over.is_set
         master.recover(self.survey or Survey(self.state.history))
         self.survey = None
         master.door.handout.load(self.sha256, self.state.root)
@@ -33265,10 +33268,23 @@ def plan_row(host: Mapping[str, Any], wide: bool) -> TableRow:
     return TableRow(mark, cells, notes)
 
 
+# below, a row has no room for each of its columns' heads, and they would break in their middle
+PLAN_COLUMNS = 64
+
+
+def narrow_row(row: TableRow, host: Mapping[str, Any]) -> TableRow:
+    """A host's outlook where the table has no room: its numbers stand below its name."""
+    facts = list(filter(None, [", ".join(plan_facts(host))]))
+    return TableRow(row.mark, row.cells[:1], [*facts, *row.notes])
+
+
 def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
     """What an order would do, as a table for a terminal."""
     rows = [plan_row(host, columns >= WIDE_COLUMNS) for host in plan["hosts"]]
-    head = ("HOST", "FROM", "TO", "VERSION", "COMMITS", "FILES", "LOCK", "ABOUT")
+    head: Sequence[str] = ("HOST", "FROM", "TO", "VERSION", "COMMITS", "FILES", "LOCK", "ABOUT")
+    if columns < PLAN_COLUMNS:
+        head = head[:1]
+        rows = list(map(narrow_row, rows, plan["hosts"]))
     subject = ""
     for host in plan["hosts"]:
         if host["subjects"]:
@@ -33634,7 +33650,7 @@ def cmd_history(args: Args) -> int:
             raise
         tell_aside(args, f"{problem.what}; this is what {state.root} has")
     text = history_text(found)
-    screen = functools.partial(folded_screen, text)
+    screen = functools.partial(stats_screen, found.get("stats", ()))
     if "runs" in found:
         screen = functools.partial(history_screen, found["runs"])
     show(args, found, text, screen)
@@ -33721,6 +33737,20 @@ def stats_table(stats: Iterable[Mapping[str, Any]]) -> str:
         median = seconds_text(one["median_s"])
         rows.append((one["host"], one["kind"], *counts, median, steps or "-"))
     return render_table(("host", "what", "runs", "ok", "not ok", "median", "failed at"), rows)
+
+
+def stats_screen(stats: Iterable[Mapping[str, Any]], columns: int) -> list[str]:
+    """The same for a terminal: what went wrong stands below its host, as a row breaks in the middle
+    of a word."""
+    rows = []
+    for one in stats:
+        notes = [f"{count} {state}" for state, count in one["states"].items()]
+        for step, count in one["steps"].items():
+            notes.append(f"failed at {step} ({count})")
+        median = seconds_text(one["median_s"])
+        cells = (one["host"], one["kind"], str(one["runs"]), str(one["ok"]), median)
+        rows.append(TableRow("", cells, notes))
+    return lay_table(("HOST", "WHAT", "RUNS", "OK", "MEDIAN"), rows, columns, fixed=2)
 
 
 def short_result(host: Mapping[str, Any]) -> str:

@@ -440,6 +440,7 @@ from estelle_updater import (
     spawn_step as spawn_step,
     spelled as spelled,
     start_runner as start_runner,
+    stats_screen as stats_screen,
     status_screen as status_screen,
     switch_text as switch_text,
     take_excerpt as take_excerpt,

@@ -72,6 +72,8 @@ def test_what_is_wrong_with_the_clone_and_the_way_to_it(two: Fleet, tmp_path: Pa
     assert "127.0.0.9" in found["master"]["fix"]
     two.origin.git("remote", "remove", "origin", cwd=agent.repo)
     two.stop(two.master)
+    assert "stopping on SIGTERM" in two.master.stderr
+    assert "is offline" not in two.master.stderr, "its own end says nothing of the agents"
     found = doctor(two, agent)
     assert "remote" in wrong(found) and "remote add origin" in found["remote"]["fix"]
     assert "can't reach the master" in found["master"]["text"]

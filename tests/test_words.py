@@ -236,6 +236,24 @@ def test_a_notification(form: str, text: str, state: str) -> None:
         assert not [line for line in rest if re.match(r"[#>]", line)], "nor a second title"
 
 
+def test_a_narrow_terminal_breaks_no_head_and_no_word() -> None:
+    row = {
+        "host": "192.0.2.111/office", "online": True, "current": "a" * 40, "target": "b" * 40, "version": "v0301_4",
+        "target_version": "v0302_1", "commits": 12, "leaving": 0, "changed_count": 340, "lock_file": True, "why": None,
+        "expected_s": 61.0, "disk_free_bytes": None, "subjects": [], "changed": [], "dirty": [], "dirty_count": 0,
+        "restart": [], "busy": None, "queued": [], "warnings": [], "refused": [],
+    }  # fmt: skip
+    for columns in (40, 50, 63, 64, 80):
+        lines = est.plan_screen("deploy master on all", {"hosts": [row]}, columns)
+        assert all(est.count_cells(line) <= columns for text in lines for line in text.split("\n")), lines
+        assert re.search(r"12\s+commits|COMMITS", "\n".join(lines))
+    one = {"host": "192.0.2.111/office", "kind": "deploy", "runs": 12, "ok": 9, "median_s": 61.5,
+           "states": {"failed": 2}, "steps": {"git pull origin release/2026": 1, "pnpm x": 1}}  # fmt: skip
+    lines = est.stats_screen([one], 80)
+    assert all(est.count_cells(line) <= 80 for line in lines)
+    assert "    failed at git pull origin release/2026 (1)" in lines and "    2 failed" in lines
+
+
 @quick
 @given(
     st.lists(st.sampled_from(["a", "[", " ", "\t", "✓", "한", "e\u0301", "\x1b[31m", "\x1b[0m", "✔\ufe0f", OTHER])),
