@@ -11707,6 +11707,16 @@ class ConfigFile:
         return self.config != before
 
 
+def require_only_one(commit: str, folder: str, ask: Callable[..., str | None]) -> None:
+    """Refuse a commit that has the configuration in both forms: with it no daemon would start
+    again. Raises ConfigError."""
+    both = [f"./{folder}/{name}" for name in CONFIG_NAMES]
+    listed = ask("ls-tree", "--name-only", commit, "--", *both) or ""
+    if len(listed.splitlines()) > 1:
+        names = " and ".join(CONFIG_NAMES)
+        raise ConfigError(f"{folder} of {commit[:7]} has both {names}", "keep one of them")
+
+
 def config_at(commit: str, path: Path, repo: Path, ask: Callable[..., str | None]) -> Config | None:
     """The configuration at `path` as a commit has it, where that lies in the clone; `ask` asks git.
     Raises ConfigError."""
@@ -11719,6 +11729,8 @@ def config_at(commit: str, path: Path, repo: Path, ask: Callable[..., str | None
     is_above = repo.resolve().is_relative_to(work_tree(path).resolve())
     if folder.startswith("..") and not is_above:
         return None
+    if path.name in CONFIG_NAMES:
+        require_only_one(commit, folder, ask)
     for form in (path.suffix.removeprefix("."), *("json", "toml")):
         name = f"./{folder}/{path.stem}.{form}"
         for _ in range(COMMITTED_LINKS):

@@ -120,6 +120,7 @@ def test_a_hostile_commit_stops_nobody(fleet: Callable[..., Fleet]) -> None:
     for name, files, why in (
         ("moved", {"config/updater.json": json.dumps(elsewhere)}, gone),
         ("deadly", {".gitmodules": deadly}, "can't read .gitmodules of"),
+        ("both", {"config/updater.toml": START["toml"]}, "has both updater.json and updater.toml"),
         ("inside", {"config/updater.json": json.dumps(inside), "new/deploy.sh": "echo deploying\n"}, ""),
     ):  # fmt: skip
         one.origin.commit(files, branch=name)
