@@ -23519,6 +23519,12 @@ class Run:
         self.began = time.monotonic() - age_s
         self.open = {host for host, job in self.jobs.items() if job.state not in FINAL}
         self.waits = {host for host, job in self.jobs.items() if waits_for_order(job)}
+        self.running: dict[str, float] = {}  # since when we know that a host runs, monotonic
+
+    def running_s(self, host: str) -> float:
+        """For how long a host's job has run, by no host's clock and none that jumps; for one that
+        ran before this process, since the run was asked for."""
+        return time.monotonic() - self.running.get(host, self.began)
 
     @property
     def active(self) -> bool:
@@ -23526,6 +23532,9 @@ class Run:
 
     def put(self, job: JobRecord) -> None:
         """A job's state, or a job more."""
+        known = self.jobs.get(job.host)
+        if job.state is State.RUNNING and known and known.state is not State.RUNNING:
+            self.running[job.host] = time.monotonic()
         self.jobs[job.host] = job
         if job.state in FINAL:
             self.open.discard(job.host)
@@ -25380,9 +25389,8 @@ class FleetView:
         machine = self.registry.machines[host.machine]
         away_s = self.registry.away_s(host.machine, time.monotonic())
         running_s = facts.get("running_s")
-        # a host that is silent or older says nothing: then by the clocks of both, for what it is
-        if running_s is None and running and running.started:
-            running_s = max(0, round(time.time() - running.started))
+        if running_s is None and running and running.started:  # silent, older, or not asked
+            running_s = round(self.master.runs[running.run].running_s(running.host))
         return {
             "host": host.label,
             "name": host.name,

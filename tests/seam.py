@@ -120,6 +120,7 @@ from estelle_updater import (
     Field as Field,
     FileLock as FileLock,
     Finding as Finding,
+    FleetView as FleetView,
     FolderSource as FolderSource,
     Follow as Follow,
     Foresight as Foresight,

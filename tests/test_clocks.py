@@ -73,6 +73,27 @@ def test_a_running_job_is_no_older_than_its_order(tmp_path: Path, jump: Jump) ->
         assert abs(ages["running_s"] - running_s) < 10 and abs(ages["silent_s"] - silent_s) < 10, (by_s, ages)
 
 
+def test_how_long_a_host_has_run_is_told_by_no_clock_of_its_own(tmp_path: Path, jump: Jump) -> None:
+    """What the page and `status` of a silent host show: each host may be in another year, and so may the master."""
+
+    async def look() -> None:
+        master, _ = make_master(tmp_path)
+        view, machine = est.FleetView(master), "b" * 32
+        host = est.HostRef("127.0.0.2", "127.0.0.2", "h", machine, True)
+        master.registry.machines[machine] = est.Machine(machine=machine, address="127.0.0.2", name="h")
+        record = replace(RUN, hosts=[host.label], machines={host.label: machine})
+        for off_s in (0.0, *JUMPS):
+            waiting = replace(JOB, host=host.label, machine=machine, started=None, state=est.State.QUEUED)
+            run = master.runs[record.run] = est.Run(record, {host.label: waiting}, 7 * est.DAY_S)
+            run.put(replace(waiting, started=time.time() + off_s, state=est.State.RUNNING))
+            for by_s in JUMPS:
+                jump(by_s)
+                row = view.status_row(host, [*run.jobs.values()], {}, {"servers": {}})
+                assert 0 <= row["running_s"] < 60, (off_s, by_s)
+
+    asyncio.run(look())
+
+
 def test_an_accepted_order_expires_by_no_clock(tmp_path: Path, jump: Jump) -> None:
     state = est.StateFolder(tmp_path)
     state.create()
