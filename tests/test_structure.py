@@ -86,9 +86,9 @@ def sections_of(source: str) -> list[Section]:
     return found
 
 
-def statements_of(source: str) -> Iterator[tuple[Section, list[ast.stmt]]]:
-    """Each section with its module-level statements."""
-    sections, body = sections_of(source), ast.parse(source).body
+def statements_of(source: str, tree: ast.Module | None = None) -> Iterator[tuple[Section, list[ast.stmt]]]:
+    """Each section with its module-level statements, of a `tree` of the caller's own where it changes them."""
+    sections, body = sections_of(source), (tree or tree_of(source)).body
     ends = [section.line for section in sections[1:]] + [10**9]
     for section, end in zip(sections, ends, strict=True):
         yield section, [node for node in body if section.line <= node.lineno < end]
@@ -129,6 +129,12 @@ def names_of(statements: list[ast.stmt]) -> tuple[set[str], set[str]]:
             yield from used(child)
 
     return bound, set(used(table))
+
+
+@functools.lru_cache(2)
+def names_by_section(source: str) -> list[tuple[Section, set[str], set[str]]]:
+    """`names_of` each section."""
+    return [(section, *names_of(statements)) for section, statements in statements_of(source, ast.parse(source))]
 
 
 def imports_of(statements: list[ast.stmt]) -> set[str]:
@@ -199,7 +205,7 @@ def breaks_map(source: str) -> list[str]:
 def breaks_upward_order(source: str) -> list[str]:
     """A section uses only names of the sections above it, its own, and built-in ones."""
     known = set(dir(builtins)) | {"__file__", "__name__", "__doc__", "__spec__"}
-    parts = [(section, *names_of(statements)) for section, statements in statements_of(source)]
+    parts = names_by_section(source)
     home = {name: section for section, bound, _ in reversed(parts) for name in bound}
     problems = []
     for section, bound, used in parts:
@@ -213,7 +219,7 @@ def breaks_upward_order(source: str) -> list[str]:
 def breaks_purity(source: str) -> list[str]:
     """Sections 1 to 9 get time, bytes and chance as arguments."""
     problems = []
-    for section, statements in statements_of(source):
+    for (section, statements), (_, _, used) in zip(statements_of(source), names_by_section(source), strict=True):
         if section.number not in PURE:
             continue
         imported = {name.partition(".")[0] for name in imports_of(statements)}
@@ -224,7 +230,7 @@ def breaks_purity(source: str) -> list[str]:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             if (node.value.id, node.attr) in CLOCKS
         }
-        impure = (names_of(statements)[1] | imported) & IMPURE_NAMES | clocks
+        impure = (used | imported) & IMPURE_NAMES | clocks
         problems += [f"section {section.number} uses {name}" for name in sorted(impure)]
     return problems
 
@@ -325,20 +331,18 @@ def breaks_old_pythons(source: str) -> list[str]:
 
 def evaluated_annotations(tree: ast.Module) -> Iterator[ast.expr]:
     """Those of functions and of what modules and classes hold; a function's own variables' are never looked at."""
-    inside = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for statement in node.body
-        for child in ast.walk(statement)
-    }
-    for node in ast.walk(tree):
+    todo: list[tuple[ast.AST, bool]] = [(tree, False)]
+    while todo:
+        node, inside = todo.pop()
         if isinstance(node, ast.arg) and node.annotation:
             yield node.annotation
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns:
-            yield node.returns
-        elif isinstance(node, ast.AnnAssign) and node not in inside:
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside = True
+            if node.returns:
+                yield node.returns
+        elif isinstance(node, ast.AnnAssign) and not inside:
             yield node.annotation
+        todo += [(child, inside) for child in ast.iter_child_nodes(node)]
 
 
 def breaks_annotations(source: str) -> list[str]:
@@ -438,10 +442,9 @@ def test_every_file_keeps_the_rule(rule: Callable[[str], list[str]]):
 
 def breaks_seam(source: str) -> list[str]:
     """What a test reaches of the module stands in tests/seam.py; a text that another process runs may import."""
-    nodes = nodes_of(source)
     modules = [
         (node.lineno, name)
-        for node in nodes
+        for node in ast.walk(ast.parse(source))  # each text is looked at once
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     ]
