@@ -33292,8 +33292,12 @@ def plan_row(host: Mapping[str, Any], wide: bool) -> TableRow:
     return TableRow(mark, cells, notes)
 
 
-# below, a row has no room for each of its columns' heads, and they would break in their middle
-PLAN_COLUMNS = 64
+def is_readable(table: Sequence[str], columns: int) -> bool:
+    """Whether a table that was laid for a terminal has room there: each column's head is whole, and
+    no row breaks in its middle."""
+    if "…" in table[0]:
+        return False
+    return all("\n" not in line and count_cells(line) <= columns for line in table)
 
 
 def narrow_row(row: TableRow, host: Mapping[str, Any]) -> TableRow:
@@ -33305,10 +33309,11 @@ def narrow_row(row: TableRow, host: Mapping[str, Any]) -> TableRow:
 def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
     """What an order would do, as a table for a terminal."""
     rows = [plan_row(host, columns >= WIDE_COLUMNS) for host in plan["hosts"]]
-    head: Sequence[str] = ("HOST", "FROM", "TO", "VERSION", "COMMITS", "FILES", "LOCK", "ABOUT")
-    if columns < PLAN_COLUMNS:
-        head = head[:1]
+    head = ("HOST", "FROM", "TO", "VERSION", "COMMITS", "FILES", "LOCK", "ABOUT")
+    table = lay_table(head, rows, columns)
+    if not is_readable(table, columns):
         rows = list(map(narrow_row, rows, plan["hosts"]))
+        table = lay_table(head[:1], rows, columns)
     subject = ""
     for host in plan["hosts"]:
         if host["subjects"]:
@@ -33316,7 +33321,7 @@ def plan_screen(title: str, plan: Mapping[str, Any], columns: int) -> list[str]:
             break
     if subject and columns < WIDE_COLUMNS:  # else each host's own stand below it
         title += f": {subject}"
-    return [fold_line(title, columns, ROW_INDENT), *lay_table(head, rows, columns)]
+    return [fold_line(title, columns, ROW_INDENT), *table]
 
 
 def cmd_plan(args: Args) -> int:
@@ -34417,15 +34422,27 @@ def init_config(args: Args) -> int:
     return 0
 
 
+def name_elsewhere(root: Path) -> str:
+    """What a person types for this program on another host: the place that it has here, and the
+    Python, say nothing of those there. Within the clone it is at the same place."""
+    if program_name() == COMMAND_NAME:
+        return COMMAND_NAME
+    place = Path(os.path.abspath(sys.argv[0]))
+    name = place.name
+    if place.is_relative_to(root):
+        name = place.relative_to(root).as_posix()
+    return f"python3 {typed(name)}"
+
+
 def next_steps(root: Path, order: str) -> str:
     """What follows a first configuration, to be typed as it stands: here, and on the others."""
     branch = git_output(root, scrub_environment(os.environ), "branch", "--show-current")
     name = branch.decode("utf-8", "replace").strip() or "BRANCH"
-    est = program_name()
+    line = in_turn("git pull", f"{name_elsewhere(root)} setup")
     return "\n".join(
         [
             f"then here: {advised('setup')}",
-            f"on every other host, in its clone: {in_turn('git pull', f'{est} setup')}",
+            f"on every other host, in its clone, with the program's place there: {line}",
             f"and to deploy: {advised(*order.split(), name)}",
         ]
     )
