@@ -21801,6 +21801,10 @@ def tell_status(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     with suppress(OSError):
         result["version"] = parse_version_file(read_committed(repo / rule.version, repo))
     result["problem"] = agent.config.problem
+    if not (repo / ".git").exists() and not result.get("commit"):
+        result["problem"] = f"{repo} is no git checkout"
+    if not repo.exists():  # the daemon goes on, by the configuration that it read last
+        result["problem"] = f"there is no folder {repo}"
     try:
         agent.state.create(RECORD_BYTES)
     except UpdaterError as problem:  # what ends here now waits for room

@@ -429,6 +429,10 @@ def test_a_plan_is_quick_and_in_parallel(fleet: MakeFleet) -> None:
     refused = one.cli("trigger", "all", "master", "--plan", json.loads(watched.out)["plan"])
     assert refused.code == 5 and "says no" in refused.err, "an order by a plan is held to a commit, and there is none"
     assert not rows[one.agents[1].address]["refused"] and not rows[one.master.address]["refused"]
+    # and one whose clone went says so, where `status` had nothing but dashes
+    other = one.agents[1]
+    other.repo.rename(other.folder / "away")
+    assert f"! {other.address}: there is no folder {other.repo}" in one.cli("status").out
 
 
 SLOW_FETCH = """
