@@ -9572,8 +9572,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return None
 
 
+_SUPPLIED_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+PIECE_BYTES = 1 << 16
+
+
 def read_supplied(
-    path: Path,
+    path: "StrPath",
     most_bytes: int = SUPPLIED_BYTES,
     *,
     within: Path | None = None,
@@ -9590,30 +9594,46 @@ def read_supplied(
         _require_inside(path, within)
     # asked first, as opening a device alone may do something
     _require_regular(os.stat(path), path)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as file:
-        _require_regular(os.fstat(file.fileno()), path)
-        data = file.read(most_bytes + 1)
+    descriptor = os.open(path, _SUPPLIED_FLAGS)
+    try:
+        _require_regular(os.fstat(descriptor), path)
+        data = _read_up_to(descriptor, most_bytes + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > most_bytes and not cut:
         most = f"it has more than {most_bytes >> 20} MiB"
         raise OSError(errno.EFBIG, most, str(path))
     return data[:most_bytes]
 
 
-def _require_inside(path: Path, within: Path) -> None:
+def _read_up_to(descriptor: int, most_bytes: int) -> bytes:
+    """What a file holds from here on, without the reader that `open` would make for it."""
+    pieces = []
+    left = most_bytes
+    while left > 0:
+        data = os.read(descriptor, min(left, PIECE_BYTES))
+        if not data:
+            break
+        pieces.append(data)
+        left -= len(data)
+    return b"".join(pieces)
+
+
+def _require_inside(path: "StrPath", within: Path) -> None:
     """Raise OSError where a committed file's links lead out of its clone, in a circle, or into
     `.git`, where remotes' URLs hold passwords."""
-    try:
-        place, tree = path.resolve(), within.resolve()
-    except RuntimeError:  # of Python before 3.13
-        raise OSError(errno.ELOOP, "its links lead in a circle", str(path)) from None
-    if not place.is_relative_to(tree):
+    # text: a `Path` for each of these would be most of what a small file costs
+    place = os.path.normcase(os.path.realpath(path))
+    tree = os.path.normcase(os.path.realpath(within)).rstrip(os.sep)
+    if os.path.islink(place):
+        raise OSError(errno.ELOOP, "its links lead in a circle", str(path))
+    if not f"{place}{os.sep}".startswith(f"{tree}{os.sep}"):
         raise OSError(errno.EPERM, "it is a link out of the repository", str(path))
-    if ".git" in place.relative_to(tree).parts:
+    if ".git" in place[len(tree) :].split(os.sep):
         raise OSError(errno.EPERM, "it is a link into git's own folder", str(path))
 
 
-def _require_regular(found: os.stat_result, path: Path) -> None:
+def _require_regular(found: os.stat_result, path: "StrPath") -> None:
     if stat.S_ISDIR(found.st_mode):
         raise OSError(errno.EISDIR, "it is a folder", str(path))
     if not stat.S_ISREG(found.st_mode):
@@ -9622,7 +9642,7 @@ def _require_regular(found: os.stat_result, path: Path) -> None:
 
 def read_committed(path: Path, tree: Path) -> bytes:
     """A file of the clone at `tree`, whose links must not lead out of it. Raises OSError."""
-    if (tree / ".git").exists():
+    if os.path.exists(f"{tree}/.git"):
         within = tree
     else:
         within = None
@@ -9631,10 +9651,13 @@ def read_committed(path: Path, tree: Path) -> bytes:
 
 def git_root(folder: Path) -> Path | None:
     """The root of the git work tree that `folder` lies in, if any."""
-    for each in (folder, *folder.parents):
-        if (each / ".git").exists():
-            return each
-    return None
+    place = str(folder)
+    while not os.path.exists(f"{place}/.git"):
+        above = os.path.dirname(place) or "."
+        if above == place:
+            return None
+        place = above
+    return Path(place)
 
 
 def work_tree(config_path: Path) -> Path:
@@ -12089,6 +12112,12 @@ def scrub_environment(env: Mapping[str, str]) -> dict[str, str]:
     return kept | _NO_PROMPTS
 
 
+@functools.cache
+def step_environment() -> Mapping[str, str]:
+    """What the steps of this process start from: its own environment does not change."""
+    return scrub_environment(os.environ)
+
+
 _WINDOWS_PROGRAMS = (".com", ".exe", ".bat", ".cmd")
 
 
@@ -12114,7 +12143,8 @@ def resolve_program(name: str, path_env: str, cwd: StrPath | None = None) -> lis
             suffixes = _WINDOWS_PROGRAMS
     for folder, suffix in itertools.product(folders, suffixes):
         path = os.path.join(folder, name + suffix)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
+        # asked in this order, as most folders have none of that name
+        if os.access(path, os.X_OK) and os.path.isfile(path):
             return [os.path.abspath(path)]
     hint = "it must be there and executable"
     if has_folder:
@@ -14166,11 +14196,14 @@ class Runner(Progress):
     def bury(self, holder: tuple[str, str]) -> None:
         """End the job that had the lock last, if its runner died unseen: no job may run beside what
         another left."""
-        if holder[0]:
-            last = self.state.load_job(*holder)
-        else:
-            last = None
-        if last is None or holder == (self.run, self.host):
+        if not holder[0] or holder == (self.run, self.host):
+            return
+        # of nearly every one the state alone says that there is nothing to do
+        said = read_json(self.state.job_file(*holder)) or {}
+        if said.get("state") in FINAL:
+            return
+        last = self.state.load_job(*holder)
+        if last is None:
             return
         facts = RunnerFacts(half_done=is_half_done(self.state, last))
         if decide_runner(last, facts) is Fate.BURY:
@@ -14293,7 +14326,7 @@ class Runner(Progress):
         if problem:
             self.log.line(f"warning: {problem}")
         extra |= self.rule.env
-        self.env = {**scrub_environment(os.environ), **extra}
+        self.env = {**step_environment(), **extra}
         self.hidden = self.log.hidden = host_secrets(config, tree, self.rule, extra)
         self.masker = Masker(self.hidden)
         return config
@@ -14372,9 +14405,9 @@ def some_time_after(has_come: Callable[[], bool], seconds: float) -> Callable[[]
 def read_branch(root: Path) -> str | None:
     """The branch that is checked out in a clone, as its HEAD says it; "" where none is, None where
     git has to be asked: a linked work tree, or another way to keep refs."""
-    head = root / ".git" / "HEAD"
+    head = f"{root}/.git/HEAD"
     try:
-        if head.is_symlink():
+        if os.path.islink(head):
             return None
         text = read_supplied(head, LINE_BYTES)
     except OSError:
@@ -14393,10 +14426,15 @@ def read_branch(root: Path) -> str | None:
 def is_plain_clone(root: Path) -> bool:
     """Whether a clone's own files may be read in git's place: its refs are files, and it is ours,
     where git might refuse another user's."""
-    if read_branch(root) is None or not hasattr(os, "geteuid"):
+    return read_branch(root) is not None and is_own_clone(root)
+
+
+def is_own_clone(root: Path) -> bool:
+    """Whether a clone is this user's, who alone may read it without git."""
+    if not hasattr(os, "geteuid"):
         return False
     try:
-        owners = {one.lstat().st_uid for one in (root, root / ".git")}
+        owners = {os.lstat(one).st_uid for one in (root, f"{root}/.git")}
     except OSError:
         return False
     return owners == {os.geteuid()}
@@ -14405,14 +14443,14 @@ def is_plain_clone(root: Path) -> bool:
 def read_head(root: Path) -> str:
     """HEAD's commit, as a clone's own files say it; "" where git has to be asked: not a plain
     clone, or none yet."""
-    if not is_plain_clone(root):
-        return ""
     name = read_branch(root)
-    place = root / ".git/HEAD"
+    if name is None or not is_own_clone(root):
+        return ""
+    place = f"{root}/.git/HEAD"
     if name:
-        place = root / ".git/refs/heads" / name
+        place = f"{root}/.git/refs/heads/{name}"
     try:
-        if place.is_symlink():
+        if os.path.islink(place):
             return ""
         commit = read_supplied(place, LINE_BYTES).decode("ascii").removesuffix("\n")
     except (OSError, ValueError):  # packed away, say
@@ -15336,7 +15374,7 @@ class Needs:
                 raise ConfigError(f"there is no environmentFile {file} in {self.coming.commit[:7]}")
         elif file:
             extra = read_environment(self.rule, self.repo)
-        return {**scrub_environment(os.environ), **extra, **self.rule.env}
+        return {**step_environment(), **extra, **self.rule.env}
 
     def check_commands(self) -> tuple[list[Refusal], list[str]]:
         """What the commands need and won't find; and what only an earlier one could bring."""
@@ -17577,7 +17615,7 @@ def warm_up(config_path: Path) -> None:
     with suppress(UpdaterError, OSError):  # it need not be valid: each job reads it again
         load_config(config_path)
     # `re` keeps what these compile
-    scrub_environment(os.environ)
+    step_environment()
     require_branch("master")
     is_commit_id("master")
     file_label("master")
@@ -17585,6 +17623,8 @@ def warm_up(config_path: Path) -> None:
     called_as(["master"])
     typed("master")
     sha1(b"")
+    parse_network("127.0.0.0/8")
+    bisect.bisect((), 0)
     list(config_path.parent.glob("*.lock"))
 
 
