@@ -929,6 +929,7 @@ LOOK_S = 1.0  # at a running job's files, in case a poke was lost
 NURSERY_END_S = 2.0
 ATTEND_S = 1.0  # a commander whose output nobody reads answers pings in time
 LAUNCH_S = 15.0  # a runner that has not taken its lock by then did not start
+FEW_FILES = 400  # are looked at more quickly than git starts
 INDEX_BYTES = 1 << 17  # of git's: of a longer one git itself tells as quickly
 CANCEL_LOOK_S = 0.2
 UNTOUCHED_S = 5.0  # a tree looked at within is not looked at again, where git wrote nothing
@@ -5358,6 +5359,8 @@ class Index(NamedTuple):
 
     paths: tuple[bytes, ...]
     has_flags: bool
+    heads: tuple[bytes, ...] = ()  # what is before each path: a `Noted`
+    tree: str = ""  # the tree that all of them are, where git has noted that
 
     def has_attributes(self) -> bool:
         """Whether it names a file that says how others are written."""
@@ -5373,7 +5376,8 @@ def parse_index(data: bytes) -> Index | None:
     signature, version, count = struct.unpack_from(">4sII", body)
     if signature != b"DIRC" or version not in (2, 3):
         return None
-    paths = []
+    paths, heads = [], []
+    tree = ""
     flagged = 0
     place = 12
     for _ in range(count):
@@ -5386,14 +5390,77 @@ def parse_index(data: bytes) -> Index | None:
             start += 2
         end = body.index(b"\0", start)
         paths.append(body[start:end])
+        heads.append(body[place : place + 62])
         place += (end - place + 8) // 8 * 8
     # An extension in small letters changes what the rest means: a split or a sparse index.
     while place < len(body):
         name, size = struct.unpack_from(">4sI", body, place)
         if not name[:1].isupper():
             return None
-        place += 8 + size
-    return Index(tuple(paths), bool(flagged))
+        place += 8
+        if name == b"TREE":
+            tree = noted_tree(body[place : place + size])
+        place += size
+    return Index(tuple(paths), bool(flagged), tuple(heads), tree)
+
+
+def noted_tree(data: bytes) -> str:
+    """The id of the whole tree in an index' extension TREE; "" once anything is staged."""
+    found = re.match(rb"\0[0-9]+ [0-9]+\n(.{20})", data, re.DOTALL)
+    if not found:
+        return ""
+    return found[1].hex()
+
+
+class Noted(NamedTuple):
+    """What git noted of a file when it last looked into it, in numbers of 32 bits."""
+
+    ctime_s: int
+    ctime_ns: int
+    mtime_s: int
+    mtime_ns: int
+    device: int
+    inode: int
+    mode: int
+    user: int
+    group: int
+    size: int
+    id: bytes
+    flags: int
+
+
+NOTED = struct.Struct(">10I20sH")
+EMPTY_BLOB = bytes.fromhex("e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")
+
+
+def is_as_noted(noted: Noted, found: os.stat_result, index_s: int) -> bool:
+    """Whether git need not look into a file to know that it is unchanged. `index_s`: when the index
+    was written; what was written in that second may have changed after it was noted."""
+    mode = 0
+    if stat.S_ISLNK(found.st_mode):
+        mode = 0o120000
+    elif stat.S_ISREG(found.st_mode):
+        mode = 0o100644 | (found.st_mode & 0o100 and 0o111)
+    is_odd = noted.flags & 0x7000  # not merged, or with more flags
+    if is_odd or noted.mode != mode or noted.mtime_s >= index_s:
+        return False
+    if not noted.size and noted.id != EMPTY_BLOB:  # so git has it looked into
+        return False
+    ctime, mtime = divmod(found.st_ctime_ns, 10**9), divmod(found.st_mtime_ns, 10**9)
+    if (noted.ctime_s, noted.ctime_ns, noted.mtime_s, noted.mtime_ns) != (*ctime, *mtime):
+        return False
+    now = (found.st_ino & 0xFFFFFFFF, found.st_uid, found.st_gid, found.st_size)
+    return (noted.inode, noted.user, noted.group, noted.size) == now
+
+
+def tree_in_commit(loose: bytes) -> str:
+    """The tree of a commit, as its object's file holds it; "" where that is no such file. Raises
+    zlib.error."""
+    text = zlib.decompressobj().decompress(loose, 1 << 10)
+    found = re.match(rb"commit [0-9]+\0tree ([0-9a-f]{40})\n", text)
+    if not found:
+        return ""
+    return found[1].decode()
 
 
 def parse_settings(text: str) -> dict[str, list[str]]:
@@ -14507,7 +14574,7 @@ def read_description(root: Path, settings: CloneSettings) -> str:
         return ""
     objects = root / ".git/objects"
     try:
-        if settings.all("core.abbrev") or has_tags(root):
+        if settings.all("core.abbrev") or has_refs(root, "tags"):
             return ""
         if (objects / "info/alternates").exists():  # there are more than here
             return ""
@@ -14522,13 +14589,13 @@ def read_description(root: Path, settings: CloneSettings) -> str:
     return short
 
 
-def has_tags(root: Path) -> bool:
-    """Whether a plain clone has tags, or what may be some. Raises OSError."""
+def has_refs(root: Path, kind: str) -> bool:
+    """Whether a plain clone has tags, say, or what may be some. Raises OSError."""
     with suppress(FileNotFoundError):
-        if os.listdir(root / ".git/refs/tags"):
+        if os.listdir(f"{root}/.git/refs/{kind}"):
             return True
     with suppress(FileNotFoundError):
-        return b" refs/tags/" in read_supplied(root / ".git/packed-refs")
+        return f" refs/{kind}/".encode() in read_supplied(f"{root}/.git/packed-refs")
     return False
 
 
@@ -14568,6 +14635,42 @@ def read_index(root: Path) -> Index | None:
         return parse_index(read_supplied(root / ".git/index", INDEX_BYTES))
     except (OSError, ValueError, struct.error):
         return None
+
+
+def is_unchanged(root: Path, settings: CloneSettings) -> bool:
+    """Whether git would find each file of a clone as HEAD has it without a look into any; False
+    where git has to be asked."""
+    index_file = f"{root}/.git/index"
+    try:
+        written_s = int(os.stat(index_file).st_mtime)  # first: it may be replaced meanwhile
+        index = read_index(root)
+        if index is None or index.has_flags or len(index.paths) > FEW_FILES:
+            return False
+        # an object that stands for another, or files elsewhere
+        if settings.all("core.worktree") or has_refs(root, "replace"):
+            return False
+        commit = read_head(root)
+        loose = read_supplied(f"{root}/.git/objects/{commit[:2]}/{commit[2:]}", LINE_BYTES)
+        if not index.tree or index.tree != tree_in_commit(loose):
+            return False
+        folders = {b""}
+        for path, head in zip(index.paths, index.heads, strict=True):
+            place = os.path.join(os.fsencode(root), path)
+            if not is_as_noted(Noted(*NOTED.unpack(head)), os.lstat(place), written_s):
+                return False
+            folders.add(os.path.dirname(path))
+        return not any(map(functools.partial(is_behind_link, os.fsencode(root)), folders))
+    except (OSError, ValueError, zlib.error):
+        return False
+
+
+def is_behind_link(root: bytes, folder: bytes) -> bool:
+    """Whether a folder of a tree is a link by now, or one above it is: then its files are gone."""
+    while folder:
+        if os.path.islink(os.path.join(root, folder)):
+            return True
+        folder = os.path.dirname(folder)
+    return False
 
 
 def read_fetched(root: Path) -> str:
@@ -17204,6 +17307,8 @@ class Deployment:
     def find_changes(self) -> TreeChanges:
         """The local changes. Nothing has been written yet, so a cancel ends the question too."""
         runner = self.runner
+        if is_unchanged(self.tree.root, self.settings):
+            return TreeChanges((), ())
         try:
             changes = self.tree.changes(stop=runner.is_cancelled)
             return add_hidden(changes, self.find_hidden())

@@ -316,6 +316,7 @@ from estelle_updater import (
     is_plain_network as is_plain_network,
     is_same_repository as is_same_repository,
     is_shared as is_shared,
+    is_unchanged as is_unchanged,
     is_unfit as is_unfit,
     is_untold as is_untold,
     job_ages as job_ages,

@@ -12,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1009,6 +1011,79 @@ def test_a_commit_is_described_without_a_question(clone: Clone, tmp_path: Path):
     shared = tmp_path / "shared"
     clone.git(tmp_path, "clone", "-q", "--shared", str(host), str(shared))
     check(known=False, root=shared)
+
+
+def test_that_nothing_is_changed_is_seen_without_a_question(clone: Clone):
+    """As git itself says it, or not at all."""
+    host = clone.host
+    clone.commit({"a": "a\n", "s/b": "b\n", "s/t/c": "c\n", "empty": ""})
+    assert clone.deploy().code == 0
+
+    def check(*, known: bool, racy: bool = False, what: str = "") -> None:
+        with suppress(subprocess.CalledProcessError):  # it fails where there are changes
+            clone.git(host, "update-index", "-q", "--refresh")
+        index = host / ".git/index"
+        later = (host / "a").stat().st_mtime if racy else time.time() + 5
+        os.utime(index, (later, later))
+        found = est.is_unchanged(host, est.CloneSettings(host, clone.env))
+        status = clone.git(host, "status", "--porcelain", "--untracked-files=no")
+        assert not (found and status), (what, status)
+        assert found is known, what
+
+    check(known=True)
+    check(known=False, racy=True, what="written in the same second")
+    kept = (host / "a").stat()
+    (host / "a").write_text("b\n")
+    os.utime(host / "a", ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    check(known=False, what="of the same size and time")
+    clone.git(host, "checkout", "-q", "a")
+    check(known=True)
+    (host / "a").chmod(0o755)
+    check(known=False, what="a mode")
+    (host / "a").chmod(0o644)
+    os.utime(host / "a", (1, 1))  # within a second git sees no difference, and notes none
+    check(known=True)
+    (host / "a").unlink()
+    check(known=False, what="gone")
+    (host / "a").symlink_to("empty")
+    check(known=False, what="a link")
+    (host / "a").unlink()
+    clone.git(host, "checkout", "-q", "a")
+    (host / "s").rename(host / "r")
+    (host / "s").symlink_to("r")
+    check(known=False, what="files behind a link")
+    (host / "s").unlink()
+    (host / "r").rename(host / "s")
+    check(known=True)
+    (host / "a").write_text("staged\n")
+    clone.git(host, "add", "a")
+    check(known=False, what="staged")
+    clone.git(host, "commit", "-q", "-m", "staged")
+    check(known=True)
+    clone.git(host, "reset", "-q", "--soft", "HEAD~1")
+    check(known=False, what="staged as a whole")
+    clone.git(host, "reset", "-q", "--hard", "ORIG_HEAD")
+    check(known=True)
+    (host / "new").write_text("new\n")
+    clone.git(host, "add", "--intent-to-add", "new")
+    check(known=False, what="to be added")
+    clone.git(host, "rm", "-q", "--cached", "new")
+    clone.git(host, "update-index", "--assume-unchanged", "a")
+    (host / "a").write_text("hidden\n")
+    check(known=False, what="hidden")
+    clone.git(host, "update-index", "--no-assume-unchanged", "a")
+    clone.git(host, "reset", "-q", "--hard")
+    check(known=True)
+    other = clone.git(host, "commit-tree", "-m", "x", "HEAD~1^{tree}")
+    clone.git(host, "replace", "HEAD", other)
+    check(known=False, what="a commit that stands for it")
+    clone.git(host, "replace", "-d", "HEAD")
+    clone.git(host, "config", "core.worktree", str(clone.folder))
+    assert not est.is_unchanged(host, est.CloneSettings(host, clone.env)), "files elsewhere"
+    clone.git(host, "config", "--unset", "core.worktree")
+    check(known=True)
+    clone.git(host, "repack", "-q", "-a", "-d")
+    check(known=False, what="a packed commit")
 
 
 def test_a_hook_is_seen_also_where_nothing_moves(clone: Clone, tmp_path: Path):
