@@ -878,6 +878,8 @@ PROVE_TRIES = 5
 # how long one thread of a process goes on while others wait: for Python's own 5 ms, each line of a
 # log would wait while a thread beside looks at something
 TURN_S = 0.0005
+PLAIN_QUESTION_S = 2.0  # to git, by whom nothing else is done meanwhile
+SETTLED_NS = 2 * 10**9  # no file system keeps times more coarsely
 PACK_S = 10.0  # of a process that lives: until what it rarely needs gets less room
 PRUNE_FIRST_S, PRUNE_S = (
     60.0,
@@ -13731,6 +13733,126 @@ def is_half_done(state: StateFolder, job: JobRecord) -> bool:
     return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
 
 
+class KeptSettings:
+    """What git last said of a clone's settings, which holds while each file that it reads them from
+    is what it was: a nursery asks once, and the runners that it forks need not."""
+
+    def __init__(self) -> None:
+        self._answer: bytes | None = None
+        self._system = ""  # git's own file for all users, wherever this git has it
+        self._basis: _Basis | None = None
+
+    def recall(self, repo: Path, env: Mapping[str, str]) -> bytes | None:
+        """The answer to `git config --null --list`; None where git has to be asked."""
+        if self._answer is None or self._basis != self._look(repo, env):
+            return None
+        return self._answer
+
+    def learn(self, repo: Path, env: Mapping[str, str]) -> None:
+        """Ask git, unless all is what it was at the last time. For a process without threads."""
+        if self._basis == self._look(repo, env):
+            return
+        self._answer = None
+        try:
+            self._system = find_system_settings(repo, env)
+            before = self._look(repo, env)
+            words = (*GIT_SETTINGS, "config", "--show-origin", "--null", "--list")
+            told = ask_plainly(repo, env, *words)
+        except (OSError, subprocess.SubprocessError, UpdaterError):
+            return
+        self._basis = self._look(repo, env)
+        # else somebody may write to one of the files at this moment
+        is_settled = self._basis == before and all(map(_is_settled, before.files.values()))
+        if not is_settled:
+            self._basis = None
+        elif before.is_clone and self._system and not told.returncode:
+            self._answer = self._plain(repo, told.stdout, before.files)
+
+    @staticmethod
+    def _plain(repo: Path, told: bytes, known: Container[str]) -> bytes | None:
+        """The answer without where each line of it comes from; None where that is a file that is
+        not looked at, or may be."""
+        words = told.split(b"\0")
+        for origin in words[0:-1:2]:
+            kind, _, name = origin.partition(b":")
+            is_known = os.path.join(str(repo), os.fsdecode(name)) in known
+            if kind != b"command line" and not is_known:
+                return None
+        answer = b"\0".join((*words[1::2], b""))
+        if re.search(rb"(?:\A|\0)include(?:if)?\.", answer):
+            return None
+        return answer
+
+    def _look(self, repo: Path, env: Mapping[str, str]) -> "_Basis":
+        home = env.get("HOME", "")
+        kept = env.get("XDG_CONFIG_HOME") or f"{home}/.config"
+        own = (f"{repo}/.git/config", f"{repo}/.git/config.worktree")
+        places = (self._system, f"{kept}/git/config", f"{home}/.gitconfig", *own)
+        names = [key for key in env if key.startswith("GIT_")]
+        named = {key: env.get(key) for key in (*names, "HOME", "XDG_CONFIG_HOME", "PATH")}
+        # what git takes for a clone
+        parts = [os.path.isdir(f"{repo}/.git/{part}") for part in ("objects", "refs")]
+        is_clone = is_plain_clone(repo) and all(parts)
+        return _Basis(str(repo), is_clone, named, {place: _facts_of(place) for place in places})
+
+
+class _Basis(NamedTuple):
+    """What git's answer about settings depends on."""
+
+    repo: str
+    is_clone: bool
+    named: dict[str, str | None]  # variables
+    files: dict[str, tuple[int, ...]]  # what is seen of each, which need not be there
+
+
+def _facts_of(place: str) -> tuple[int, ...]:
+    """By what a file is seen to be what it was; nothing where there is none."""
+    try:
+        facts = os.stat(place)
+    except OSError:
+        return ()
+    owner = (facts.st_mode, facts.st_uid, facts.st_gid)
+    return (facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_size, *owner)
+
+
+def _is_settled(facts: Sequence[int]) -> bool:
+    """Whether a file was written so long ago that its next writing has another time."""
+    return time.time_ns() - max(*facts[:2], 0, 0) > SETTLED_NS
+
+
+def ask_plainly(
+    repo: Path, env: Mapping[str, str], *args: str
+) -> "subprocess.CompletedProcess[bytes]":
+    """A question to git for a process that must have no threads. Raises OSError,
+    SubprocessError."""
+    return subprocess.run(
+        [*resolve_program("git", env.get("PATH", "")), *args],
+        cwd=repo,
+        env={**env, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PLAIN_QUESTION_S,
+        check=False,
+    )
+
+
+_ORIGIN = regex(rb"\Afile:([^\0]+)\0")
+_NO_ORIGIN = regex(rb"unable to read config file '([^']+)': No such file")
+
+
+def find_system_settings(repo: Path, env: Mapping[str, str]) -> str:
+    """Where this git looks for the settings of all users, also while no such file is there; ""
+    where it does not say. Raises OSError, SubprocessError."""
+    told = ask_plainly(repo, env, "config", "--system", "--show-origin", "--null", "--list")
+    found = _ORIGIN.search(told.stdout) or _NO_ORIGIN.search(told.stderr)
+    if not found:
+        return ""
+    return os.fsdecode(found[1])
+
+
+KEPT_SETTINGS = KeptSettings()
+
+
 class CloneSettings:
     """git's settings for a clone, its own and those around it, all by one question: git's start is
     what takes long."""
@@ -13741,7 +13863,9 @@ class CloneSettings:
     @functools.cached_property
     def values(self) -> dict[str, list[str]]:
         """By key, as they were at the first look. Raises UpdaterError."""
-        told = git_output(self.repo, self.env, "config", "--null", "--list")
+        told = KEPT_SETTINGS.recall(self.repo, self.env)
+        if told is None:
+            told = git_output(self.repo, self.env, "config", "--null", "--list")
         return parse_settings(told.decode(errors="replace"))
 
     def all(self, key: str) -> list[str]:
@@ -17681,6 +17805,8 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
     gc.freeze()  # what is never looked at again is never copied
     with socket.socket(fileno=descriptor) as daemon, daemon.makefile("rb") as orders:
         daemon.sendall(READY)
+        clone = work_tree(config_path)
+        KEPT_SETTINGS.learn(clone, step_environment())
         look = select.poll()  # which, unlike `select`, takes every number
         look.register(daemon, select.POLLIN)
         if not look.poll(PACK_S * 1000):
@@ -17691,6 +17817,7 @@ def tend_nursery(state: StateFolder, config_path: Path, descriptor: int) -> None
             child = os.fork()
             if child:
                 os.waitpid(child, 0)
+                KEPT_SETTINGS.learn(clone, step_environment())
                 continue
             code = 1
             try:

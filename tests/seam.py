@@ -141,6 +141,7 @@ from estelle_updater import (
     JobRecord as JobRecord,
     JsonView as JsonView,
     KeepRule as KeepRule,
+    KeptSettings as KeptSettings,
     Kind as Kind,
     KnownLines as KnownLines,
     Labels as Labels,

@@ -1086,6 +1086,55 @@ def test_that_nothing_is_changed_is_seen_without_a_question(clone: Clone):
     check(known=False, what="a packed commit")
 
 
+def test_settings_are_kept_while_their_files_stay(clone: Clone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As git itself says them, or not at all."""
+    host, home = clone.host, clone.folder
+    # by names that git looks for by itself: that one needs no variable
+    env = {name: value for name, value in clone.env.items() if name != "GIT_CONFIG_GLOBAL"}
+    env |= {"XDG_CONFIG_HOME": str(tmp_path / "xdg")}
+    kept = est.KeptSettings()
+
+    def told() -> bytes:
+        return est.git_output(host, env, "config", "--null", "--list")
+
+    def learn() -> bytes | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(est.program, "SETTLED_NS", -(10**12))
+            kept.learn(host, env)
+        return kept.recall(host, env)
+
+    assert kept.recall(host, env) is None
+    assert learn() == told()
+    clone.git(host, "config", "some.thing", "new")
+    assert kept.recall(host, env) is None
+    assert learn() == told() and b"some.thing" in told()
+    # files that were not there
+    (tmp_path / "xdg/git").mkdir(parents=True)
+    (tmp_path / "xdg/git/config").write_text("[some]\n\tthing = else\n")
+    assert kept.recall(host, env) is None
+    assert learn() == told()
+    (host / ".git/config.worktree").write_text("")
+    assert kept.recall(host, env) is None
+    assert learn() == told()
+    assert kept.recall(host, {**env, "GIT_CONFIG_COUNT": "0"}) is None
+    assert kept.recall(host, {**env, "HOME": "/nowhere"}) is None
+    assert kept.recall(home / "seed", env) is None
+    (host / ".git/refs").rename(host / ".git/away")
+    assert kept.recall(host, env) is None, "git takes it for no clone"
+    (host / ".git/away").rename(host / ".git/refs")
+    assert kept.recall(host, env) == told()
+    # another file, whatever it holds by then
+    for key in ("include.path", "includeIf.onbranch:x.path"):
+        clone.git(host, "config", key, str(tmp_path / "more"))
+        assert learn() is None
+        clone.git(host, "config", "--unset", key)
+        assert learn() == told()
+    # written a moment ago, so perhaps at this moment too
+    (host / ".git/config").touch()
+    kept.learn(host, env)
+    assert kept.recall(host, env) is None
+
+
 def test_a_hook_is_seen_also_where_nothing_moves(clone: Clone, tmp_path: Path):
     """The tree is looked at again, wherever the hook lies."""
     text = "#!/bin/sh\necho mine > a\n"
