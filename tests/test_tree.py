@@ -872,19 +872,25 @@ def test_a_deployment_that_changes_nothing_asks_git_little(clone: Clone, tmp_pat
     git.write_text(f'#!/bin/sh\necho "$*" >> {asked}\nexec {real} "$@"\n')
     git.chmod(0o755)
     clone.env |= {"PATH": f"{tmp_path / 'bin'}:{clone.env['PATH']}"}
+
+    def deploy_later() -> None:
+        # not in the second in which the files were written: then git would look into them again
+        later = time.time() + 5
+        os.utime(clone.host / ".git/index", (later, later))
+        asked.unlink()
+        assert clone.deploy().code == 0
+
     assert clone.deploy().code == 0
-    asked.unlink()
-    assert clone.deploy().code == 0
+    deploy_later()
     words = [re.sub(r"(-c \S+ )*", "", line, count=1) for line in asked.read_text().splitlines()]
     steps = [line for line in words if line.startswith(("fetch", "checkout", "merge"))]
     assert [line.split()[0] for line in steps] == ["fetch", "checkout"], "a merge would find nothing to do"
     # three of them are about whose state folder it is, which no daemon has settled here
-    assert len(words) - len(steps) <= 3 + 3, words
-    looks = sum("status --porcelain" in line for line in words)
+    assert len(words) - len(steps) <= 3 + 1, words
+    assert not any("status --porcelain" in line for line in words), words
     clone.git(clone.host, "config", "hook.mine.command", "true")
-    asked.unlink()
-    assert clone.deploy().code == 0
-    assert asked.read_text().count("status --porcelain") == looks + 1, "a hook may have written"
+    deploy_later()
+    assert asked.read_text().count("status --porcelain") == 1, "a hook may have written"
     # by hand nobody accepts an order first; each record more is a word to the master and to each who watches
     assert clone.job()["revision"] == 7, clone.job()
 
