@@ -17360,6 +17360,15 @@ _CHANGES_STAY = "local changes stay: "
 UP_TO_DATE = "Already up to date."  # in git's words
 
 
+def ends_of(branch: str, remote: str, commits: Mapping[str, str]) -> list[str]:
+    """What the tree may be on its way to, of the commits by the full names of their refs."""
+    names = (f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}")
+    ends = [commits[name] for name in names if name in commits]
+    if is_commit_id(branch):
+        ends.append(branch)
+    return ends or [f"refs/tags/{branch}"]
+
+
 class Deployment:
     """The document's steps on one clone, in its order, done by a runner."""
 
@@ -17474,7 +17483,7 @@ class Deployment:
         )
         if pull and not own:
             self.make_way()
-        ends = [runner.job.before or "HEAD", *self.ends_of(branch, commits)]
+        ends = [runner.job.before or "HEAD", *ends_of(branch, rule.remote, commits)]
         fetches = bool(pull) and not pinned
         mark = self.transit.begin(ends, changes.paths, fetches=fetches)
         conversions = Conversions(self.tree, will_change=mark["attributes"])
@@ -17496,16 +17505,6 @@ class Deployment:
             raise
         self.transit.end()
         self.correct_warning(changes)
-
-    def ends_of(self, branch: str, commits: Mapping[str, str]) -> list[str]:
-        """What the tree may be on its way to, of the commits by the full names of their refs."""
-        names = (f"refs/heads/{branch}", f"refs/remotes/{self.runner.rule.remote}/{branch}")
-        ends = [commits[name] for name in names if name in commits]
-        if is_commit_id(branch):
-            ends.append(branch)
-        if not ends:
-            ends.append(f"refs/tags/{branch}")
-        return ends
 
     def correct_warning(self, before: TreeChanges) -> None:
         """What was changed here and is the commit's now does not stay: a file that was gone is
