@@ -5448,11 +5448,25 @@ def is_as_noted(noted: Noted, found: os.stat_result, index_s: int) -> bool:
         return False
     if not noted.size and noted.id != EMPTY_BLOB:  # so git has it looked into
         return False
-    ctime, mtime = divmod(found.st_ctime_ns, 10**9), divmod(found.st_mtime_ns, 10**9)
-    if (noted.ctime_s, noted.ctime_ns, noted.mtime_s, noted.mtime_ns) != (*ctime, *mtime):
-        return False
-    now = (found.st_ino & 0xFFFFFFFF, found.st_uid, found.st_gid, found.st_size)
-    return (noted.inode, noted.user, noted.group, noted.size) == now
+    ctime_ns = noted.ctime_s * 10**9 + noted.ctime_ns
+    mtime_ns = noted.mtime_s * 10**9 + noted.mtime_ns
+    before = (
+        ctime_ns,
+        mtime_ns,
+        noted.inode,
+        noted.user,
+        noted.group,
+        noted.size,
+    )
+    now = (
+        found.st_ctime_ns,
+        found.st_mtime_ns,
+        found.st_ino & 0xFFFFFFFF,
+        found.st_uid,
+        found.st_gid,
+        found.st_size,
+    )
+    return before == now
 
 
 def tree_in_commit(loose: bytes) -> str:
@@ -13733,6 +13747,9 @@ def is_half_done(state: StateFolder, job: JobRecord) -> bool:
     return resumes(job) or (read_json(state.switch_file) or {}).get("run") == job.run
 
 
+_NAMED = ("HOME", "XDG_CONFIG_HOME", "PATH")
+
+
 class KeptSettings:
     """What git last said of a clone's settings, which holds while each file that it reads them from
     is what it was: a nursery asks once, and the runners that it forks need not."""
@@ -13786,14 +13803,31 @@ class KeptSettings:
     def _look(self, repo: Path, env: Mapping[str, str]) -> "_Basis":
         home = env.get("HOME", "")
         kept = env.get("XDG_CONFIG_HOME") or f"{home}/.config"
-        own = (f"{repo}/.git/config", f"{repo}/.git/config.worktree")
-        places = (self._system, f"{kept}/git/config", f"{home}/.gitconfig", *own)
-        names = [key for key in env if key.startswith("GIT_")]
-        named = {key: env.get(key) for key in (*names, "HOME", "XDG_CONFIG_HOME", "PATH")}
+        places = (
+            self._system,
+            f"{kept}/git/config",
+            f"{home}/.gitconfig",
+            f"{repo}/.git/config",
+            f"{repo}/.git/config.worktree",
+        )
+        files = {place: _facts_of(place) for place in places}
+        named = {}
+        for key, value in env.items():
+            is_gits = key.startswith("GIT_")
+            if is_gits or key in _NAMED:
+                named[key] = value
         # what git takes for a clone
-        parts = [os.path.isdir(f"{repo}/.git/{part}") for part in ("objects", "refs")]
-        is_clone = is_plain_clone(repo) and all(parts)
-        return _Basis(str(repo), is_clone, named, {place: _facts_of(place) for place in places})
+        has_objects = os.path.isdir(f"{repo}/.git/objects")
+        has_refs = os.path.isdir(f"{repo}/.git/refs")
+        is_clone = is_plain_clone(repo)
+        if not has_objects or not has_refs:
+            is_clone = False
+        return _Basis(
+            str(repo),
+            is_clone,
+            named,
+            files,
+        )
 
 
 class _Basis(NamedTuple):
@@ -13801,7 +13835,7 @@ class _Basis(NamedTuple):
 
     repo: str
     is_clone: bool
-    named: dict[str, str | None]  # variables
+    named: dict[str, str]  # variables
     files: dict[str, tuple[int, ...]]  # what is seen of each, which need not be there
 
 
@@ -13811,8 +13845,15 @@ def _facts_of(place: str) -> tuple[int, ...]:
         facts = os.stat(place)
     except OSError:
         return ()
-    owner = (facts.st_mode, facts.st_uid, facts.st_gid)
-    return (facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_size, *owner)
+    return (
+        facts.st_mtime_ns,
+        facts.st_ctime_ns,
+        facts.st_ino,
+        facts.st_size,
+        facts.st_mode,
+        facts.st_uid,
+        facts.st_gid,
+    )
 
 
 def _is_settled(facts: Sequence[int]) -> bool:
