@@ -866,6 +866,7 @@ LINE_ACK_S = 0.5  # of a line: an acknowledgement is more work than it, and is i
 # each costs both ends as much as what is in it
 GATHER_S, GATHER_AFTER, GATHER_WITHIN_S = 0.005, 20, 0.1
 FLOOD_LOOK_S = 0.002  # between two looks at a log that grows by megabytes
+GUSH_LOOK_S = 0.001  # the same, at the pipe of a command that writes more than lines
 SEND_S = 30.0  # a send that blocks longer has a dead peer: pings wait behind it and can't tell
 PING_INTERVAL_S = PING_TIMEOUT_S = (
     20.0  # both ends: a peer that vanished is noticed in 40 s at most
@@ -12877,7 +12878,7 @@ class Spawned:
                 number, size = min(ready), min(self._size, max_bytes)
                 data = os.read(number, size)
                 self._size = LINE_READ_BYTES
-                if len(data) == size:
+                if len(data) >= LINE_READ_BYTES:
                     self._size = max_bytes
                 if not data:
                     self._poll.unregister(number)
@@ -14169,6 +14170,18 @@ def mask_for_host(value: Any, config: Config, tree: Path, rule: Effective) -> An
     return mask_words(value, host_secrets(config, tree, rule, extra))
 
 
+def gush_pause_s(size: int) -> float:
+    """How long a command may write on before the next look, after one that found so many bytes.
+
+    Who reads each block of a flood as it comes wakes up, looks through it, writes and pokes some
+    thousand times where a few hundred do. A line is not held up by it; nor is a flood of which so
+    much waits that its pipe may be full.
+    """
+    if LINE_READ_BYTES <= size < CHUNK_BYTES // 2:
+        return GUSH_LOOK_S
+    return 0.0
+
+
 class StepRun:
     """One command of a job while it runs: what it writes goes to the log, masked; a cancel or its
     deadline ends it with all that it started."""
@@ -14199,6 +14212,9 @@ class StepRun:
                 break
             self.log.write(self.masker.feed(data))
             self.look_for_version(data)
+            pause_s = gush_pause_s(len(data))
+            if pause_s:
+                time.sleep(pause_s)
             if len(data) < TAIL_BYTES:
                 data = self.tail + data
             self.tail = data[-TAIL_BYTES:]

@@ -14,10 +14,11 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -558,6 +559,27 @@ def test_killing_leftovers_spares_this_process_and_its_ancestors(tmp_path: Path)
     argv = ["sh", "-c", script, "sh", *python(code)]
     done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, timeout=30, text=True, check=False)
     assert done.stdout == "(1, set()) (0, set())\nparent lives\n"
+
+
+def test_a_flood_is_read_in_few_looks(tmp_path: Path) -> None:
+    """A reader that is as quick as the writer would wake up for each block of it; a line is not held up for that, nor
+    a writer whose pipe may be full."""
+    pause_s = updater.gush_pause_s(8192)
+    assert pause_s > 0
+    for size in (1, 80, 4095, updater.CHUNK_BYTES // 2, updater.CHUNK_BYTES, updater.LARGE_CHUNK_BYTES):
+        assert updater.gush_pause_s(size) == 0, size
+    pieces = [b"x" * 8192] * 200
+
+    class Child:
+        def read(self, most: int) -> bytes:
+            return left.pop(0) if left else b""
+
+    left, path = list(pieces), tmp_path / "log"
+    began = time.monotonic()
+    step = updater.StepRun(cast(Any, Child()), updater.LogWriter(path, lambda: None), updater.Masker(()))
+    step.pump.join()
+    assert time.monotonic() - began >= len(pieces) * pause_s, "it did not wait for more at once"
+    assert path.read_bytes() == b"".join(pieces)
 
 
 # A runner in the folder where it is started: `do` runs a step, whose last word is a file that it makes, into its end.
