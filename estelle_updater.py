@@ -13501,14 +13501,18 @@ class Poke:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
     def __call__(self, word: bytes = b"!") -> None:  # asyncio drops an empty one on Windows
+        self._send(word)
         now = time.monotonic()
         if now - self._looked > 1:  # the daemon may have come back on another port
             self._looked = now
             port = (read_json(self._file) or {}).get("poke")
-            if type(port) is int and 0 < port < 65536:
+            if type(port) is not int or not 0 < port < 65536:
+                port = 0
+            if port != self._port:
                 self._port = port
-            else:
-                self._port = 0
+                self._send(word)
+
+    def _send(self, word: bytes) -> None:
         if self._port:
             with suppress(OSError):
                 self._socket.sendto(word, ("127.0.0.1", self._port))
@@ -21073,7 +21077,7 @@ class Link(Writer):
         if not frame:
             return False
         self.wire.send_now(frame)
-        return True
+        return (cursor.sent or 0) >= cursor.size  # else the writer goes on
 
     async def _write_chunks(self) -> bool:
         """One chunk of each log that has something to send and room in the window; False when there
@@ -21100,9 +21104,9 @@ class Link(Writer):
         if span is None or path is None:
             return b""
         offset, length = span
-        if cursor.from_file:
+        if cursor.from_file and length > LINE_READ_BYTES:
             frame = encode_growth(cursor.channel, offset + length)
-        else:
+        else:  # a line is here already, and is sent sooner than it is read
             data = self.recent.read(path, offset, length)
             if not data:
                 return b""

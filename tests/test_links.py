@@ -203,9 +203,9 @@ def test_the_disk_begins_with_a_flood_before_its_end(tmp_path: Path, monkeypatch
 
 def test_who_reads_the_file_is_told_sizes(tmp_path: Path) -> None:
     """One word for all that came meanwhile, none past the window while the reader stands still, and bytes as soon
-    as it wants bytes."""
+    as it wants bytes. What is no more than a line is sent as it is."""
     path, run_id = tmp_path / "log", "20260101-000000-0000"
-    path.write_bytes(b"x" * 100)
+    path.write_bytes(b"x" * 5000)
 
     async def talk() -> None:
         here, there = (est.Link(wire) for wire in est.QueueWire.pair())
@@ -220,7 +220,11 @@ def test_who_reads_the_file_is_told_sizes(tmp_path: Path) -> None:
             writer = group.create_task(write_forever(here))
             await there.wire.recv()
             here.on_have(est.Have(1, 0, rewind=True, from_file=True))
-            assert await growth() == 100
+            assert await growth() == 5000
+            with path.open("ab") as log:
+                log.write(b"a line\n")
+            here.grew(run_id, "h", 5007)
+            assert est.decode_chunk(cast(bytes, await there.wire.recv())) == (1, 5000, b"a line\n")
             here.grew(run_id, "h", 50 * est.WINDOW_BYTES)
             assert await growth() == 50 * est.WINDOW_BYTES, "the file is there already: a window holds nothing up"
             here.grew(run_id, "h", 51 * est.WINDOW_BYTES)
@@ -230,7 +234,7 @@ def test_who_reads_the_file_is_told_sizes(tmp_path: Path) -> None:
             here.on_have(est.Have(1, 50 * est.WINDOW_BYTES))
             assert await growth() == 52 * est.WINDOW_BYTES
             here.on_have(est.Have(1, 40, rewind=True))  # it can't read it: bytes, from there
-            assert est.decode_chunk(cast(bytes, await there.wire.recv())) == (1, 40, b"x" * 60)
+            assert est.decode_chunk(cast(bytes, await there.wire.recv())) == (1, 40, b"x" * 4960 + b"a line\n")
             writer.cancel()
 
     asyncio.run(talk())
