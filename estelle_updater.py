@@ -5313,10 +5313,18 @@ class TreeChanges(NamedTuple):
     paths: tuple[str, ...]
     unmerged: tuple[str, ...]
     codes: tuple[str, ...] = ()  # of git status, one for each path
+    phantoms: tuple[str, ...] = ()  # files that git alone calls changed
+
+
+# A commit may tell git to say nothing of a submodule: that it is changed here is said all the same.
+STATUS = (
+    *("status", "--porcelain", "-z"),
+    *("--no-renames", "--untracked-files=no", "--ignore-submodules=untracked"),
+)
 
 
 def parse_status(data: bytes) -> TreeChanges:
-    """The answer of `git status --porcelain -z --no-renames --untracked-files=no`."""
+    """The answer to `STATUS`."""
     paths, unmerged, codes = [], [], []
     for entry in data.decode("utf-8", "surrogateescape").split("\0"):
         code, path = entry[:2], entry[3:]
@@ -5539,8 +5547,9 @@ def add_hidden(changes: TreeChanges, hidden: Mapping[str, str]) -> TreeChanges:
     return changes._replace(paths=paths, codes=codes)
 
 
-def hidden_text(repo: str, hidden: Iterable[str]) -> str:
-    """What hides some changes from whoever looks, and the line that ends it; "" without any."""
+def hidden_text(repo: str, hidden: Iterable[str], above: str = "") -> str:
+    """What hides some changes from whoever looks, and the line that ends it; "" without any.
+    `above` leads to the repository, where that is a submodule."""
     paths = list(hidden)
     if not paths:
         return ""
@@ -5551,7 +5560,8 @@ def hidden_text(repo: str, hidden: Iterable[str]) -> str:
         f"{index} --no-assume-unchanged -- {named}",
         f"{index} --no-skip-worktree -- {named}",
     )
-    return f"git status hides that these are changed: {paths_text(paths, 5)}; {end} ends that"
+    shown = paths_text([above + path for path in paths], 5)
+    return f"git status hides that these are changed: {shown}; {end} ends that"
 
 
 def is_held_back(code: str, is_staged_alike: bool) -> bool:
@@ -14984,7 +14994,7 @@ class CheckedOut:
         """What is not as HEAD has it. Raises UpdaterError where git does not say, or `stop`
         does."""
         stop = stop or self.stop
-        words = ["status", "--porcelain", "-z", "--no-renames", "--untracked-files=no"]
+        words = [*STATUS]
         if not self.submodules:
             words.append("--ignore-submodules=all")
         code, out, err = ask_git(self.root, self.env, *words, mark=self.mark, stop=stop)
@@ -15051,7 +15061,51 @@ class CheckedOut:
             for path, written in self.hash_files(wanted, *how).items():
                 if wanted[path].id == written:
                     found.add(path)
+        found = {path for path in found if self.has_mode(path, wanted[path])}
+        for path, entry in wanted.items():
+            if entry.mode == "160000" and self.is_phantom_part(path, entry.id):
+                found.add(path)
         return found
+
+    def within(self, folder: str) -> "CheckedOut":
+        """The tree of a submodule."""
+        place = self.root / folder
+        how: dict[str, Any] = {"mark": self.mark, "stop": self.stop}
+        return CheckedOut(place, self.env, submodules=True, **how)
+
+    def is_phantom_part(self, folder: str, commit: str) -> bool:
+        """Whether a submodule is at its commit, and but for phantoms nothing is changed in it."""
+        if not (self.root / folder / ".git").exists():
+            return False
+        part = self.within(folder)
+        if part.commit_of("HEAD") != commit:
+            return False
+        return not part.less_phantoms(part.changes()).paths
+
+    def has_mode(self, path: str, entry: TreeEntry) -> bool:
+        """Whether a regular file is one in the commit, and may be run if that says so."""
+        if not entry.mode.startswith("100"):
+            return False
+        is_program = bool((self.root / path).stat().st_mode & 0o100)
+        is_same = is_program == (entry.mode == "100755")
+        return is_same or not self.knows_modes()
+
+    def less_phantoms(self, changes: TreeChanges) -> TreeChanges:
+        """The changes without the files of which git says so for ever, as they were committed with
+        line ends that .gitattributes forbids: no stash and no checkout ends that."""
+        codes = dict(zip(changes.paths, changes.codes, strict=True))
+        unstaged = [path for path, code in codes.items() if code == " M"]
+        if not unstaged:
+            return changes
+        phantoms = self.find_phantoms(unstaged)
+        for path in phantoms:
+            del codes[path]
+        return TreeChanges(
+            tuple(codes),
+            changes.unmerged,
+            tuple(codes.values()),
+            tuple(sorted(phantoms)),
+        )
 
     def has_index(self) -> bool:
         """Whether git has written down what is checked out here."""
@@ -15099,6 +15153,27 @@ class CheckedOut:
         return found
 
 
+class SeenTree(CheckedOut):
+    """The same by the questions of whoever looks ahead: git's answer as text, or nothing."""
+
+    def __init__(self, root: Path, question: Callable[..., str | None]) -> None:
+        self.question = question
+        super().__init__(root, {}, submodules=True)
+
+    def ask(self, *args: str) -> bytes:
+        """git's answer in the tree's root; nothing where it says no. Raises UpdaterError."""
+        return (self.question(*args) or "").encode("utf-8", "surrogateescape")
+
+    def within(self, folder: str) -> "SeenTree":
+        """The tree of a submodule."""
+        place = self.root / folder
+        return SeenTree(place, functools.partial(self.question, "-C", str(place)))
+
+    def changes(self, stop: Callable[[], bool] | None = None) -> TreeChanges:
+        """What is not as HEAD has it. Raises UpdaterError."""
+        return parse_status(self.ask(*STATUS))
+
+
 class WorkTree(CheckedOut):
     """A clone's files between two commits: what git itself wrote is known by its content, anything
     else is somebody's. A tree is not left half written."""
@@ -15114,6 +15189,21 @@ class WorkTree(CheckedOut):
             stop=self.stop,
         )
 
+    def find_all_hidden(self) -> tuple[dict[str, str], list[str]]:
+        """What git status hides, in the submodules too, and the lines that tell of it. Raises
+        UpdaterError."""
+        hidden = self.find_hidden()
+        texts = [hidden_text(str(self.root), hidden)]
+        parts: list[tuple[str, WorkTree]] = []
+        if self.submodules:
+            parts = [(f"{path}/", part) for path, part, _ in self.iter_parts(())]
+        for above, part in parts:
+            within = part.find_hidden()
+            texts.append(hidden_text(str(part.root), within, above))
+            for path, code in within.items():
+                hidden[above + path] = code
+        return hidden, [text for text in texts if text]
+
     # While git writes
 
     def begin_transit(self, names: Iterable[str], dirty: Sequence[str]) -> dict[str, Any]:
@@ -15125,7 +15215,7 @@ class WorkTree(CheckedOut):
         kept = set(dirty)
         versions_of = self.find_versions(commits[1:])
         for path, versions in versions_of.items():
-            if not versions.in_head and self.is_taken(path):
+            if not versions.in_head and self.has_new(path):
                 kept.add(path)  # not tracked, and in the way
         return {
             "repo": str(self.root),
@@ -15193,6 +15283,17 @@ class WorkTree(CheckedOut):
             return
         for key in set(self.part_settings()).difference(before):
             self.ask("config", "--local", "--unset-all", key)
+
+    def clear_phantoms(self, phantoms: Sequence[str], commits: Iterable[str]) -> None:
+        """git would refuse to move on from a file that it calls changed; one that is gone it writes
+        anew. What each of these holds is the commit's. Raises UpdaterError."""
+        if not phantoms:
+            return
+        moved = self.find_versions(commits)
+        for path in phantoms:
+            if path in moved and self.is_file(path):
+                with suppress(OSError):  # then git refuses by itself
+                    (self.root / path).unlink()
 
     def restore(
         self, commits: Iterable[str], kept: Container[str], *, is_new: bool = False
@@ -15773,9 +15874,6 @@ def may_ask(url: str, git: Callable[..., str]) -> bool:
     return git("config", "--get", "protocol.file.allow").strip() == "always"
 
 
-STATUS = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
-
-
 class Terrain:
     """What of a clone stands in the way from commit to commit. `ask` asks git in the clone's root:
     the answer, or nothing where it says no."""
@@ -16317,10 +16415,10 @@ class ComingParts:
     def find_in_the_way(self, folder: str, here: str, wanted: str) -> Obstacles:
         """What of a submodule stands in git's way from one commit to another."""
         place = self.root / folder
-        terrain = Terrain(place, functools.partial(self.git, "-C", str(place)))
-        said = terrain.ask(*STATUS) or ""
-        changes = parse_status(said.encode("utf-8", "surrogateescape"))
-        return terrain.find_obstacles([here, wanted], changes)
+        ask = functools.partial(self.git, "-C", str(place))
+        tree = SeenTree(place, ask)
+        changes = add_hidden(tree.less_phantoms(tree.changes()), tree.find_hidden())
+        return Terrain(place, ask).find_obstacles([here, wanted], changes)
 
 
 def refuse_damage(root: Path, branch: str) -> Refusal:
@@ -17031,6 +17129,7 @@ class Transit:
     def __init__(self, runner: Runner, tree: WorkTree) -> None:
         self.runner, self.tree, self.file = runner, tree, runner.state.transit_file
         self.parts: list[tuple[Conversions, list[str]]] = []  # how submodules' files were written
+        self.phantoms: list[tuple[WorkTree, TreeChanges, list[str]]] = []  # of the submodules
 
     def begin(
         self,
@@ -17048,14 +17147,16 @@ class Transit:
             mark["kept"] = []
         mark["submodules"], mark["homes"] = {}, {}
         mark["settings"] = {}
-        self.parts = []
+        self.parts, self.phantoms = [], []
         if self.tree.submodules:
             mark["settings"][""] = self.tree.part_settings()
             for path, part, commits in self.tree.iter_parts(mark["commits"]):
                 mark["settings"][path] = part.part_settings()
                 # one that has no commit yet holds nothing of anybody's
                 if part.commit_of("HEAD"):
-                    within = part.begin_transit(["HEAD", *commits], part.changes().paths)
+                    changes = part.less_phantoms(part.changes())
+                    self.phantoms.append((part, changes, commits))
+                    within = part.begin_transit(["HEAD", *commits], changes.paths)
                     mark["submodules"][path] = within["kept"]
                     how = Conversions(part, will_change=within["attributes"])
                     self.parts.append((how, within["kept"]))
@@ -17128,10 +17229,20 @@ class Transit:
             return
         try:
             self.go_home(mark)
+            more = self.find_more(mark["kept"])
         except (UpdaterError, OSError) as problem:  # a commit, and not the former one
             self.runner.warn(f"the tree stays where it is: {problem}")
+            more = []
         self.fill_pointers()
+        if more:  # the mark stays: else the result would say that nothing changed
+            self.runner.warn(f"changed meanwhile, as by a hook, and left so: {paths_text(more)}")
+            return
         self.end()
+
+    def find_more(self, kept: Container[str]) -> list[str]:
+        """What is changed in the tree and was not when the mark was left. Raises UpdaterError."""
+        changes = self.tree.less_phantoms(self.tree.changes())
+        return [path for path in changes.paths if path not in kept]
 
     def fill_pointers(self) -> None:
         """Where git-lfs was told to fetch nothing by itself, or not to fetch some files, git writes
@@ -17492,10 +17603,10 @@ class Deployment:
         """Those of which git status does not tell, and a warning of them: whoever looks sees
         none."""
         runner = self.runner
-        hidden = self.tree.find_hidden()
-        told = hidden_text(str(self.tree.root), hidden)
-        if told and told not in runner.job.warnings:
-            runner.warn(told)
+        hidden, texts = self.tree.find_all_hidden()
+        for told in texts:
+            if told not in runner.job.warnings:
+                runner.warn(told)
         return hidden
 
     def find_changes(self) -> TreeChanges:
@@ -17505,6 +17616,7 @@ class Deployment:
             return TreeChanges((), ())
         try:
             changes = self.tree.changes(stop=runner.is_cancelled)
+            changes = self.tree.less_phantoms(changes)
             return add_hidden(changes, self.find_hidden())
         except UpdaterError:
             if runner.is_cancelled():
@@ -17547,14 +17659,12 @@ class Deployment:
         ends = [runner.job.before or "HEAD", *ends_of(branch, rule.remote, commits)]
         fetches = bool(pull) and not pinned
         mark = self.transit.begin(ends, changes.paths, fetches=fetches)
-        conversions = Conversions(self.tree, will_change=mark["attributes"])
         has_stood = functools.partial(self.has_stood_still, known, own or commit, mark["kept"])
         try:
-            self.check_out(checkout, announce=get is None)
-            self.pull(pull, is_here=bool(pinned) and has_stood())
-            renewed = conversions.renew(mark["kept"])
-            if renewed:
-                self.log.line(f"Written as .gitattributes says by now: {paths_text(renewed)}")
+            with self.writing(mark, changes.phantoms, own or commit):
+                self.check_out(checkout, announce=get is None)
+            with self.writing(mark, self.find_phantoms(mark, changes), commit):
+                self.pull(pull, is_here=bool(pinned) and has_stood())
             self.complete(known)
             if not has_stood():
                 wanted = pinned or "FETCH_HEAD"
@@ -17582,6 +17692,23 @@ class Deployment:
         self.log.line(f"As the commit has it by now: {paths_text(became)}")
         if stays:
             runner.warn(f"{_CHANGES_STAY}{paths_text(stays)}")
+
+    @contextmanager
+    def writing(self, mark: Mapping[str, Any], phantoms: Sequence[str], end: str) -> Iterator[None]:
+        """One of git's two ways from a commit to another, and what it passes over on it: a file
+        that is the same in both is written anew where the attributes of the second say so."""
+        conversions = Conversions(self.tree, will_change=mark["attributes"])
+        self.tree.clear_phantoms(phantoms, [end])
+        yield
+        renewed = conversions.renew(mark["kept"])
+        if renewed:
+            self.log.line(f"Written as .gitattributes says by now: {paths_text(renewed)}")
+
+    def find_phantoms(self, mark: Mapping[str, Any], before: TreeChanges) -> Sequence[str]:
+        """What git alone calls changed when it has checked out a branch: another one has others."""
+        if read_head(self.tree.root) == mark["from"]:
+            return before.phantoms
+        return self.tree.less_phantoms(self.tree.changes()).phantoms
 
     def check_out(self, checkout: Step, *, announce: bool) -> None:
         """The document's second step. Raises StepFailed."""
@@ -17625,6 +17752,8 @@ class Deployment:
                         folder,
                     )
                     self.log.line(f"Submodule {folder}: from where .gitmodules says by now.")
+                for tree, changes, commits in self.transit.phantoms:
+                    tree.clear_phantoms(changes.phantoms, commits)
                 runner.step(plan_submodules(), rule.timeout_s)
                 for part, kept in self.transit.parts:
                     part.renew(kept)
@@ -17709,7 +17838,7 @@ class Deployment:
             hint = f"{take}, or push them"
             raise UpdaterError(what, hint)
         look = typed("git", "-C", runner.repo, "status")
-        changes = tree.changes()
+        changes = add_hidden(tree.changes(), tree.find_hidden())
         if changes.unmerged:
             raise UpdaterError(f"not merged: {paths_text(changes.unmerged)}", look)
         more = [path for path in changes.paths if path not in set(kept)]
@@ -21541,7 +21670,7 @@ def live_facts(repo: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     # how far the branch is from its remote's, git would have to walk through both to say
     words = (
         *("status", "--porcelain=v2", "--branch"),
-        *("--no-ahead-behind", "--untracked-files=no"),
+        *("--no-ahead-behind", "--untracked-files=no", "--ignore-submodules=untracked"),
     )
     try:
         code, out, _ = ask_git(repo, environ, *words, timeout_s=FACTS_S)
@@ -22524,10 +22653,9 @@ class Outlook:
             found["refused"].append(self.why())
         found["refused"] += self.find_bad_settings()
         changes = parse_status((status or "").encode("utf-8", "surrogateescape"))
-        hidden = tree.find_hidden()
-        if hidden:
-            found["warnings"].append(hidden_text(str(tree.root), hidden))
-        changes = add_hidden(changes, hidden)
+        hidden, texts = tree.find_all_hidden()
+        found["warnings"] += texts
+        changes = add_hidden(tree.less_phantoms(changes), hidden)
         found["dirty"], self.unmerged = list(changes.paths), changes.unmerged
         self.halfway = find_halfway(tree, changes)
         try:
@@ -31529,7 +31657,9 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
     git = typed("git", "-C", repo)
     try:
         tree = WorkTree(repo, env, submodules=rule.submodules)
-        changed = add_hidden(tree.changes(), tree.find_hidden()).paths
+        changes = tree.less_phantoms(tree.changes())
+        hidden, _ = tree.find_all_hidden()
+        changed = add_hidden(changes, hidden).paths
     except UpdaterError as problem:  # an index that was damaged, say
         return Finding("clean", False, problem.what, problem.hint or f"{git} status")
     text = "no local changes"

@@ -647,3 +647,135 @@ def test_a_relative_submodule_counts_from_the_branch_s_remote(setup: Setup) -> N
     assert len(refused) == 1 and f"git ls-remote {elsewhere}/part says why" in refused[0], refused
     shutil.copytree(part, elsewhere / "part")
     assert setup.both("master")[2]["ok"]
+
+
+def store(setup: Setup, place: Path, name: str, text: bytes) -> None:
+    """Commit a file as it is, whatever .gitattributes says, as a git that knew nothing of that did."""
+    raw = place / "raw"
+    raw.write_bytes(text)
+    blob = setup.git("hash-object", "-w", "--no-filters", "raw", cwd=place)
+    raw.unlink()
+    setup.git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", cwd=place)
+    setup.git("commit", "--quiet", "-m", "x", cwd=place)
+
+
+def test_a_file_that_git_alone_calls_changed_holds_up_nothing(setup: Setup) -> None:
+    """Line ends that were committed against .gitattributes: no stash ends that, so no host would get past it. What is
+    somebody's is kept all the same, in a submodule too."""
+    part, seed = setup.module("part"), setup.seed
+    for place in (part, seed):
+        (place / ".gitattributes").write_text("*.txt text\n")
+        setup.git("add", ".gitattributes", cwd=place)
+        store(setup, place, "old.txt", b"1\r\n")
+        store(setup, place, "mine.txt", b"1\r\n")
+    setup.git("config", "--global", "core.safecrlf", "false")
+    setup.git("submodule", "--quiet", "add", str(part), "sub")
+    setup.git("commit", "--quiet", "-m", "sub")
+    setup.git("push", "--quiet", "origin", "master")
+    setup.both("master")
+
+    def told() -> list[str]:
+        for place in (setup.repo, setup.repo / "sub"):
+            os.utime(place / "old.txt", (1, 1))
+            os.utime(place / "mine.txt", (1, 1))
+        assert "M old.txt" in setup.here("status", "--porcelain"), "git itself says so"
+        refused, warnings, result = setup.both("master")
+        return [*refused, *warnings, *result["warnings"]]
+
+    assert told() == []
+    store(setup, seed, "old.txt", b"2\r\n")
+    store(setup, part, "old.txt", b"2\r\n")
+    setup.git("fetch", "--quiet", str(part), "master", cwd=seed / "sub")
+    setup.git("checkout", "--quiet", "--force", "FETCH_HEAD", cwd=seed / "sub")
+    setup.git("add", "sub")
+    setup.git("commit", "--quiet", "-m", "x")
+    setup.git("push", "--quiet", "origin", "master")
+    assert told() == []
+    for place in (setup.repo, setup.repo / "sub"):
+        assert (place / "old.txt").read_bytes() == b"2\r\n"
+    (setup.repo / "mine.txt").write_bytes(b"mine\r\n")
+    assert told() == ["local changes stay: mine.txt"]
+    (setup.repo / "old.txt").chmod(0o755)  # the content is the commit's, and the file is not
+    assert "local changes stay: mine.txt, old.txt" in told()[0]
+    store(setup, seed, "old.txt", b"3\r\n")
+    setup.git("push", "--quiet", "origin", "master")
+    refused = setup.plan("master")[1]["refused"]
+    assert refused[0].startswith("local changes are in the way of the incoming commits: old.txt; "), refused
+
+
+def test_what_is_changed_in_a_submodule_is_named_whatever_hides_it(setup: Setup) -> None:
+    """.gitmodules may tell git to say nothing of it, or somebody git to take it for unchanged."""
+    part, seed = setup.module("part"), setup.seed
+    setup.git("submodule", "--quiet", "add", str(part), "sub")
+    setup.git("config", "--file", ".gitmodules", "submodule.sub.ignore", "all")
+    setup.push()
+    setup.both("master")
+    sub = setup.repo / "sub"
+    (sub / "s.txt").write_text("mine\n")
+    assert setup.here("status", "--porcelain") == ""
+    assert setup.both("master")[2]["warnings"] == ["local changes stay: sub"]
+    setup.git("update-index", "--assume-unchanged", "s.txt", cwd=sub)
+    refused, warnings, result = setup.both("master")
+    hidden = "git status hides that these are changed: sub/s.txt; "
+    assert (refused, len(warnings)) == ([], 1) and warnings[0].startswith(hidden)
+    assert result["warnings"] == [*warnings, "local changes stay: sub/s.txt"]
+    way_out = re.search(r"; (git .*) ends that", warnings[0])
+    assert way_out and way_out[1].startswith(f"git -C {sub} ")
+    (part / "s.txt").write_text("two\n")
+    setup.git("commit", "--quiet", "-a", "-m", "x", cwd=part)
+    setup.git("pull", "--quiet", str(part), "master", cwd=seed / "sub")
+    setup.git("add", "--force", "sub")
+    setup.push()
+    refused, _, _ = setup.both("master")
+    assert len(refused) == 1 and "local changes in submodule sub are in the way: s.txt" in refused[0]
+    subprocess.run(way_out[1], shell=True, cwd=setup.folder, env=setup.fleet.env, check=True)
+    setup.git("checkout", "--quiet", "s.txt", cwd=sub)
+    assert setup.both("master")[0] == [] and (sub / "s.txt").read_text() == "two\n"
+
+
+@pytest.mark.parametrize("what", ["rm deploy.sh", "git update-index --assume-unchanged a; echo hid > a"])
+def test_what_a_hook_changes_is_no_success_and_not_nothing(setup: Setup, what: str) -> None:
+    (setup.seed / "a").write_text("one\n")
+    setup.push()
+    setup.both("master")
+    hook = setup.repo / ".git" / "hooks" / "post-merge"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f"#!/bin/sh\n{what}\n")
+    hook.chmod(0o755)
+    (setup.seed / "a").write_text("two\n")
+    setup.push()
+    run = setup.fleet.cli("trigger", "all", "master", "--json")
+    result = next(event for event in run.events if event["event"] == "result")
+    assert run.code == 1 and result["error"].startswith("not what the commit says: "), result
+    assert result["changed"], "a file is not what it was"
+    hook.unlink()
+    setup.here("update-index", "--no-assume-unchanged", "a")
+    setup.here("checkout", "--quiet", "HEAD", "--", ".")
+    assert setup.both("master")[2]["warnings"] == []
+
+
+def test_each_of_git_s_two_ways_writes_what_the_attributes_say(setup: Setup) -> None:
+    """From another branch to the local one, and on to the remote's: what the first one wrote, only the second one's
+    attributes say how; and what git alone calls changed on the way holds up nothing."""
+    setup.git("config", "--global", "core.safecrlf", "false")
+    setup.git("switch", "--quiet", "--create", "rel")
+    for name in ("new.txt", "same.txt"):
+        (setup.seed / name).write_text("rel\n")
+    (setup.seed / ".gitattributes").write_text("*.old text\n")
+    setup.git("add", "--all")
+    store(setup, setup.seed, "x.old", b"1\r\n")
+    setup.git("push", "--quiet", "origin", "rel")
+    setup.git("switch", "--quiet", "master")
+    (setup.seed / "same.txt").write_text("master\n")
+    setup.push()
+    setup.both("rel")
+    setup.both("master")
+    setup.git("switch", "--quiet", "--force", "rel")
+    (setup.seed / ".gitattributes").write_text("*.txt eol=crlf\n*.old text\n")
+    setup.git("add", ".gitattributes")
+    store(setup, setup.seed, "x.old", b"2\r\n")
+    setup.git("push", "--quiet", "origin", "rel")
+    refused, warnings, result = setup.both("rel")
+    assert (refused, warnings, result["warnings"]) == ([], [], [])
+    found = {name: (setup.repo / name).read_bytes() for name in ("new.txt", "same.txt", "x.old")}
+    assert found == {"new.txt": b"rel\r\n", "same.txt": b"rel\r\n", "x.old": b"2\r\n"}

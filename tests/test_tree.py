@@ -411,6 +411,20 @@ def test_a_tree_that_git_left_half_written_is_made_whole(clone: Clone):
     assert (clone.head(), clone.dirty(), (clone.state / "transit.json").exists()) == (new, "?? own", False)
 
 
+def test_a_folder_of_the_commit_is_nobody_s_file(clone: Clone):
+    """In its place a file is to come, by way of another branch; git was killed on that way."""
+    clone.commit({"x": "a file\n"}, "rel")
+    clone.git(clone.folder / "seed", "rm", "-q", "x")
+    clone.commit({"x/in": "a folder\n"})
+    assert clone.deploy("rel").code == 0 and clone.deploy().code == 0
+    tree = est.WorkTree(clone.host, clone.env, submodules=True)
+    mark = tree.begin_transit(["HEAD", "rel"], ())
+    clone.git(clone.host, "checkout", "-q", "rel")
+    (clone.host / "x").unlink()
+    assert tree.restore(mark["commits"], mark["kept"]) == []
+    assert (clone.host / "x").read_text() == "a file\n"
+
+
 @pytest.mark.parametrize("branch", ["master", "side"])
 def test_a_tree_that_another_daemon_left_half_written_is_made_whole(clone: Clone, branch: str):
     """The mark is in the other's state folder; what is in this clone is the lock of the git that was killed."""
