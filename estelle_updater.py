@@ -7028,7 +7028,9 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     ),
     (
         rb"insufficient permission for adding an object|unable to (?:create|unlink|append)[^\n]*"
-        rb"Permission denied|cannot open [^\n]*FETCH_HEAD[^\n]*Permission denied",
+        rb"Permission denied|cannot open [^\n]*FETCH_HEAD[^\n]*Permission denied"
+        rb"|(?:index file open failed|unable to (?:resolve reference|access) '[^'\n]+')"
+        rb": Permission denied",
         "files of the clone belong to another user (git was run as root there?): chown -R them",
     ),
     (
