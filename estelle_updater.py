@@ -17181,6 +17181,23 @@ class Transit:
         if commits:
             self.begin(["HEAD", *commits], (), is_late=True)
 
+    @contextmanager
+    def writing(self, mark: Mapping[str, Any], phantoms: Sequence[str], end: str) -> Iterator[None]:
+        """One of git's two ways from a commit to another, and what it passes over on it: a file
+        that is the same in both is written anew where the attributes of the second say so."""
+        conversions = Conversions(self.tree, will_change=mark["attributes"])
+        self.tree.clear_phantoms(phantoms, [end])
+        yield
+        renewed = conversions.renew(mark["kept"])
+        if renewed:
+            self.runner.log.line(f"Written as .gitattributes says by now: {paths_text(renewed)}")
+
+    def find_phantoms(self, mark: Mapping[str, Any], before: TreeChanges) -> Sequence[str]:
+        """What git alone calls changed when it has checked out a branch: another one has others."""
+        if read_head(self.tree.root) == mark["from"]:
+            return before.phantoms
+        return self.tree.less_phantoms(self.tree.changes()).phantoms
+
     # The end of the mark
 
     def end(self) -> None:
@@ -17663,9 +17680,9 @@ class Deployment:
         mark = self.transit.begin(ends, changes.paths, fetches=fetches)
         has_stood = functools.partial(self.has_stood_still, known, own or commit, mark["kept"])
         try:
-            with self.writing(mark, changes.phantoms, own or commit):
+            with self.transit.writing(mark, changes.phantoms, own or commit):
                 self.check_out(checkout, announce=get is None)
-            with self.writing(mark, self.find_phantoms(mark, changes), commit):
+            with self.transit.writing(mark, self.transit.find_phantoms(mark, changes), commit):
                 self.pull(pull, is_here=bool(pinned) and has_stood())
             self.complete(known)
             if not has_stood():
@@ -17694,23 +17711,6 @@ class Deployment:
         self.log.line(f"As the commit has it by now: {paths_text(became)}")
         if stays:
             runner.warn(f"{_CHANGES_STAY}{paths_text(stays)}")
-
-    @contextmanager
-    def writing(self, mark: Mapping[str, Any], phantoms: Sequence[str], end: str) -> Iterator[None]:
-        """One of git's two ways from a commit to another, and what it passes over on it: a file
-        that is the same in both is written anew where the attributes of the second say so."""
-        conversions = Conversions(self.tree, will_change=mark["attributes"])
-        self.tree.clear_phantoms(phantoms, [end])
-        yield
-        renewed = conversions.renew(mark["kept"])
-        if renewed:
-            self.log.line(f"Written as .gitattributes says by now: {paths_text(renewed)}")
-
-    def find_phantoms(self, mark: Mapping[str, Any], before: TreeChanges) -> Sequence[str]:
-        """What git alone calls changed when it has checked out a branch: another one has others."""
-        if read_head(self.tree.root) == mark["from"]:
-            return before.phantoms
-        return self.tree.less_phantoms(self.tree.changes()).phantoms
 
     def check_out(self, checkout: Step, *, announce: bool) -> None:
         """The document's second step. Raises StepFailed."""
