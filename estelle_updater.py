@@ -17198,6 +17198,11 @@ class Transit:
             return before.phantoms
         return self.tree.less_phantoms(self.tree.changes()).phantoms
 
+    def clear_phantoms(self) -> None:
+        """Those of the submodules, before git moves them. Raises UpdaterError."""
+        for tree, changes, commits in self.phantoms:
+            tree.clear_phantoms(changes.phantoms, commits)
+
     # The end of the mark
 
     def end(self) -> None:
@@ -17634,8 +17639,7 @@ class Deployment:
         if is_unchanged(self.tree.root, self.settings):
             return TreeChanges((), ())
         try:
-            changes = self.tree.changes(stop=runner.is_cancelled)
-            changes = self.tree.less_phantoms(changes)
+            changes = self.tree.less_phantoms(self.tree.changes(stop=runner.is_cancelled))
             return add_hidden(changes, self.find_hidden())
         except UpdaterError:
             if runner.is_cancelled():
@@ -17754,8 +17758,7 @@ class Deployment:
                         folder,
                     )
                     self.log.line(f"Submodule {folder}: from where .gitmodules says by now.")
-                for tree, changes, commits in self.transit.phantoms:
-                    tree.clear_phantoms(changes.phantoms, commits)
+                self.transit.clear_phantoms()
                 runner.step(plan_submodules(), rule.timeout_s)
                 for part, kept in self.transit.parts:
                     part.renew(kept)
