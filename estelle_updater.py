@@ -5560,7 +5560,10 @@ def hidden_text(repo: str, hidden: Iterable[str], above: str = "") -> str:
         f"{index} --no-assume-unchanged -- {named}",
         f"{index} --no-skip-worktree -- {named}",
     )
-    shown = paths_text([above + path for path in paths], 5)
+    full = []
+    for path in paths:
+        full.append(above + path)
+    shown = paths_text(full, 5)
     return f"git status hides that these are changed: {shown}; {end} ends that"
 
 
@@ -15063,17 +15066,24 @@ class CheckedOut:
             for path, written in self.hash_files(wanted, *how).items():
                 if wanted[path].id == written:
                     found.add(path)
-        found = {path for path in found if self.has_mode(path, wanted[path])}
         for path, entry in wanted.items():
-            if entry.mode == "160000" and self.is_phantom_part(path, entry.id):
+            if path in found and not self.has_mode(path, entry):
+                found.discard(path)
+            is_part = entry.mode == "160000"
+            if is_part and self.is_phantom_part(path, entry.id):
                 found.add(path)
         return found
 
     def within(self, folder: str) -> "CheckedOut":
         """The tree of a submodule."""
         place = self.root / folder
-        how: dict[str, Any] = {"mark": self.mark, "stop": self.stop}
-        return CheckedOut(place, self.env, submodules=True, **how)
+        return CheckedOut(
+            place,
+            self.env,
+            submodules=True,
+            mark=self.mark,
+            stop=self.stop,
+        )
 
     def is_phantom_part(self, folder: str, commit: str) -> bool:
         """Whether a submodule is at its commit, and but for phantoms nothing is changed in it."""
@@ -15082,31 +15092,41 @@ class CheckedOut:
         part = self.within(folder)
         if part.commit_of("HEAD") != commit:
             return False
-        return not part.less_phantoms(part.changes()).paths
+        changes = part.changes()
+        left = part.less_phantoms(changes)
+        return not left.paths
 
     def has_mode(self, path: str, entry: TreeEntry) -> bool:
         """Whether a regular file is one in the commit, and may be run if that says so."""
         if not entry.mode.startswith("100"):
             return False
-        is_program = bool((self.root / path).stat().st_mode & 0o100)
-        is_same = is_program == (entry.mode == "100755")
-        return is_same or not self.knows_modes()
+        place = self.root / path
+        is_program = bool(place.stat().st_mode & 0o100)
+        is_to_be = entry.mode == "100755"
+        if is_program == is_to_be:
+            return True
+        return not self.knows_modes()
 
     def less_phantoms(self, changes: TreeChanges) -> TreeChanges:
         """The changes without the files of which git says so for ever, as they were committed with
         line ends that .gitattributes forbids: no stash and no checkout ends that."""
-        codes = dict(zip(changes.paths, changes.codes, strict=True))
-        unstaged = [path for path, code in codes.items() if code == " M"]
+        codes: dict[str, str] = {}
+        unstaged = []
+        for path, code in zip(changes.paths, changes.codes, strict=True):
+            codes[path] = code
+            if code == " M":
+                unstaged.append(path)
         if not unstaged:
             return changes
         phantoms = self.find_phantoms(unstaged)
         for path in phantoms:
             del codes[path]
+        found = sorted(phantoms)
         return TreeChanges(
             tuple(codes),
             changes.unmerged,
             tuple(codes.values()),
-            tuple(sorted(phantoms)),
+            tuple(found),
         )
 
     def has_index(self) -> bool:
@@ -15169,7 +15189,12 @@ class SeenTree(CheckedOut):
     def within(self, folder: str) -> "SeenTree":
         """The tree of a submodule."""
         place = self.root / folder
-        return SeenTree(place, functools.partial(self.question, "-C", str(place)))
+        ask = functools.partial(
+            self.question,
+            "-C",
+            str(place),
+        )
+        return SeenTree(place, ask)
 
     def changes(self, stop: Callable[[], bool] | None = None) -> TreeChanges:
         """What is not as HEAD has it. Raises UpdaterError."""
@@ -15196,15 +15221,19 @@ class WorkTree(CheckedOut):
         UpdaterError."""
         hidden = self.find_hidden()
         texts = [hidden_text(str(self.root), hidden)]
-        parts: list[tuple[str, WorkTree]] = []
         if self.submodules:
-            parts = [(f"{path}/", part) for path, part, _ in self.iter_parts(())]
-        for above, part in parts:
-            within = part.find_hidden()
-            texts.append(hidden_text(str(part.root), within, above))
-            for path, code in within.items():
-                hidden[above + path] = code
-        return hidden, [text for text in texts if text]
+            for folder, part, _ in self.iter_parts(()):
+                above = f"{folder}/"
+                within = part.find_hidden()
+                text = hidden_text(
+                    str(part.root),
+                    within,
+                    above,
+                )
+                texts.append(text)
+                for path, code in within.items():
+                    hidden[above + path] = code
+        return hidden, list(filter(None, texts))
 
     # While git writes
 
@@ -15293,9 +15322,11 @@ class WorkTree(CheckedOut):
             return
         moved = self.find_versions(commits)
         for path in phantoms:
-            if path in moved and self.is_file(path):
-                with suppress(OSError):  # then git refuses by itself
-                    (self.root / path).unlink()
+            if path not in moved or not self.is_file(path):
+                continue
+            place = self.root / path
+            with suppress(OSError):  # then git refuses by itself
+                place.unlink()
 
     def restore(
         self, commits: Iterable[str], kept: Container[str], *, is_new: bool = False
@@ -16419,8 +16450,12 @@ class ComingParts:
         place = self.root / folder
         ask = functools.partial(self.git, "-C", str(place))
         tree = SeenTree(place, ask)
-        changes = add_hidden(tree.less_phantoms(tree.changes()), tree.find_hidden())
-        return Terrain(place, ask).find_obstacles([here, wanted], changes)
+        changes = tree.less_phantoms(tree.changes())
+        hidden = tree.find_hidden()
+        changes = add_hidden(changes, hidden)
+        terrain = Terrain(place, ask)
+        stops = [here, wanted]
+        return terrain.find_obstacles(stops, changes)
 
 
 def refuse_damage(root: Path, branch: str) -> Refusal:
@@ -17266,7 +17301,11 @@ class Transit:
     def find_more(self, kept: Container[str]) -> list[str]:
         """What is changed in the tree and was not when the mark was left. Raises UpdaterError."""
         changes = self.tree.less_phantoms(self.tree.changes())
-        return [path for path in changes.paths if path not in kept]
+        more = []
+        for path in changes.paths:
+            if path not in kept:
+                more.append(path)
+        return more
 
     def fill_pointers(self) -> None:
         """Where git-lfs was told to fetch nothing by itself, or not to fetch some files, git writes
@@ -22660,7 +22699,8 @@ class Outlook:
         changes = parse_status((status or "").encode("utf-8", "surrogateescape"))
         hidden, texts = tree.find_all_hidden()
         found["warnings"] += texts
-        changes = add_hidden(tree.less_phantoms(changes), hidden)
+        changes = tree.less_phantoms(changes)
+        changes = add_hidden(changes, hidden)
         found["dirty"], self.unmerged = list(changes.paths), changes.unmerged
         self.halfway = find_halfway(tree, changes)
         try:
