@@ -7000,7 +7000,16 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"could not read (?:Username|Password)|terminal prompts disabled|Authentication failed",
         "git asked for a password",
     ),
+    (
+        rb"Host key for [^\n]+ has changed|REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "the remote shows another host key than this host has known: it got a new one, or somebody"
+        " is in between; compare it with what the forge publishes, then ssh-keygen -R HOST",
+    ),
     (rb"Host key verification failed", "ssh does not know the remote's host key"),
+    (
+        rb"(?m:^Permissions \d+ for '[^\n]+' are too open)",
+        "ssh does not use its key, which others may read: chmod 600",
+    ),
     (
         rb"Permission denied \([a-z]",
         "ssh has no key that the remote accepts, and may not ask for a password",
@@ -7060,7 +7069,8 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     ),
     (
         rb"(?m:^(?:fatal|error): "  # a build may speak of objects, too
-        rb"(?:bad (?:tree )?object|missing object|revision walk setup failed|Could not read"
+        rb"(?:bad (?:tree )?object|missing object|revision walk setup failed"
+        rb"|Could not read [0-9a-f]{7}"  # not: from remote repository
         rb"|Failed to traverse parents))",
         "an object of git is missing (named above), as where git gc --prune=now ran beside a fetch:"
         " git fsck --connectivity-only says whether; then clone anew beside, and swap",
@@ -7146,25 +7156,33 @@ def _listed_below(head: bytes, said: bytes) -> list[str]:
 # git's own "Could not read", which says nothing
 _REASONS = (
     r"^ *! (\[.+)",
-    r"^(ssh: .+?)\r?$",
+    r"^(ssh: .+?|Host key for .+ has changed.*?|Permissions \d+ for .+ are too open.*?)\r?$",
+    r"^(?!remote:)(.*\w.*)\s+fatal: (?:Could not read from remote|[Tt]he remote end hung up)",
     r"^(?:fatal|FATAL): (.+:\n.+|.+)",
     r"^(?:error|ERROR): (.+)",
 )
-_FORGE_SAYS = r"^remote: (?!Resolving|Counting|Compressing|Enumerating|Total)(.*\w.*)"
+_FORGE_SAYS = (
+    r"^remote: (?!Resolving|Counting|Compressing|Enumerating|Total"
+    r"|.*\d+% \(\d+/\d+\))(.*\w.*)"
+)
 
 
 def failure_reason(said: bytes) -> str:
     """Why git, or a program like it, failed, in one line out of all that it said."""
     text = said.decode(errors="replace")
-    forge = re.findall(_FORGE_SAYS, text, re.MULTILINE)[-1:]
-    reasons = list(forge)
+    # progress begins a line again and again, and what comes next stands behind it
+    apart = re.sub(r"\r(?!\n)", "\n", text)
+    forge = re.findall(_FORGE_SAYS, apart, re.MULTILINE)
+    # its first line says what, its last one where to go, or what came of all that ran
+    reasons = [*forge[:1], *forge[1:][-1:]]
+    most = 2 + len(forge[1:2])
     for pattern in _REASONS:
         match = re.search(pattern, text, re.MULTILINE)
         if match:
             reasons.append(" ".join(match[1].split("\n")))
     lines = list(filter(None, map(str.strip, text.splitlines())))
     plain = [line for line in lines if not line.startswith("hint:")]
-    why = "; ".join(dict.fromkeys(map(str.strip, reasons[:2])))
+    why = "; ".join(dict.fromkeys(map(str.strip, reasons[:most])))
     why = why or (plain or lines or ["no reason given"])[-1]
     known = explain_failure(said)
     if known:  # git's own words stay: the explanation may be of another fault that looks the same
