@@ -20250,10 +20250,11 @@ def decode_whole(data: bytes | memoryview, is_masked: bool) -> tuple[int, bytes]
     size, start = data[1], 2
     if is_masked:
         size, start = size ^ _MASKED, 6
+    if size > 126:  # a long one; or it is masked against the rules, or not masked against them
+        return None
     if size == 126:
         size, start = int.from_bytes(data[2:4], "big"), start + 2
-    # here too where it is masked against the rules, or not masked against them
-    if size == 127 or len(data) != start + size:
+    if len(data) != start + size:
         return None
     body = bytes(data[start:])
     if is_masked:

@@ -116,6 +116,7 @@ def test_either_end_says_goodbye() -> None:
 
 BROKEN: dict[str, tuple[bytes, int]] = {
     "masked by a server": (b"\x81\x81\0\0\0\0a", 1002),
+    "masked, of a size that it has by chance": (b"\x82\x85" + bytes(0x85), 1002),
     "a bit that means nothing": (b"\xc1\x01a", 1002),
     "an unknown kind": (b"\x83\x01a", 1002),
     "an unknown control frame": (b"\x8b\x01a", 1002),
@@ -131,11 +132,13 @@ BROKEN: dict[str, tuple[bytes, int]] = {
 }
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_frame_ends_the_connection(name: str) -> None:
+def test_what_is_no_frame_ends_the_connection(name: str, at_once: bool) -> None:
     client, server = both()
     data, code = BROKEN[name]
-    client.receive(b"\x81\x02ok" + data)
+    for piece in [b"\x81\x02ok" + data] if at_once else [b"\x81\x02ok", data]:
+        client.receive(piece)
     assert [*client.messages][:1] == ["ok"] and not client.is_open
     client.receive(b"\x81\x02no")
     assert "no" not in client.messages
