@@ -10680,6 +10680,9 @@ def path_of_job(runs: Path, run: str, host: str, kind: str) -> Path:
     return runs.joinpath(run, f"{file_label(host)}{kind}")
 
 
+PLANTED_HINT = "remove it, unless you know who put it there: then chown it"
+
+
 class StateFolder:
     """Where this host keeps what it knows: one folder per run, readable with ordinary tools."""
 
@@ -10719,6 +10722,18 @@ class StateFolder:
             return f"belongs to user {found.st_uid}, and this is user {os.geteuid()}"
         if found.st_mode & 0o022:
             return f"may be written by others (mode {found.st_mode & 0o7777:04o})"
+        return self.planted()
+
+    def planted(self) -> str:
+        """What somebody else put here while the folder's mode let others write, and would be this
+        host's word: keys, an identity, settings; or nothing."""
+        if os.name == "nt":
+            return ""
+        trusted = (0, os.geteuid())
+        for entry in sorted(os.scandir(self.root), key=operator.attrgetter("name")):
+            owner = entry.stat(follow_symlinks=False).st_uid
+            if owner not in trusted:
+                return f"has {one_line(entry.name)} in it, which belongs to user {owner}"
         return ""
 
     # The folder itself
@@ -10738,14 +10753,15 @@ class StateFolder:
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             exposed = self.exposure()
-            if "belongs" in exposed:
-                raise UsageError(
-                    f"the state folder {self.root} {exposed}",
-                    "run this as its owner, or choose another with --state DIR",
-                )
-            if exposed:
+            hint = "run this as its owner, or choose another with --state DIR"
+            if exposed.startswith("may be written"):
                 self.root.chmod(0o700)
                 log.warning("the state folder %s %s: now it is 0700", self.root, exposed)
+                exposed = self.planted()  # looked for when nobody can add any more
+            if exposed.startswith("has "):
+                hint = PLANTED_HINT
+            if exposed:
+                raise UsageError(f"the state folder {self.root} {exposed}", hint)
             self.runs.mkdir(mode=0o700, exist_ok=True)
             probe = self.root / f".probe.{os.getpid()}"
             write_atomic(probe, b" " * room_bytes)
@@ -31949,6 +31965,8 @@ class Doctor:
             fix = in_turn(own, typed("chmod", "700", self.state.root))
             if owner != os.geteuid() == 0:
                 fix = owner_fix(self.state.root, owner)
+            if exposed.startswith("has "):
+                fix = PLANTED_HINT
             return Finding("state", False, f"{self.state.root} {exposed}", fix)
         with suppress(ConfigError):
             try:

@@ -212,6 +212,16 @@ def test_a_state_folder_that_others_may_write(fleet: Callable[..., Fleet]) -> No
     assert state.stat().st_mode & 0o777 == 0o700
     one.stop_all()
     if os.geteuid() == 0:
+        planted = state / "keys.json"  # while others could write there
+        planted.write_text("{}")
+        os.chown(planted, 12345, -1)
+        state.chmod(0o777)
+        for mode in (0o777, 0o700):
+            words = f"{state} has keys.json in it, which belongs to user 12345"
+            assert mode == 0o777 or f"✗ state: {words}" in one.cli("doctor").out
+            code, _, err = one.cli("serve", timeout_s=20)
+            assert (code, words in err) == (2, True) and state.stat().st_mode & 0o777 == 0o700, err
+        planted.unlink()
         os.chown(state, 12345, -1)
         assert f"✗ state: {state} belongs to user 12345, and this is user 0" in one.cli("doctor").out
         code, _, err = one.cli("serve")
