@@ -781,6 +781,8 @@ LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 # what git may hold of a remote's list of refs before it says any of it: 3 million have room
 REFS_BYTES = 512 << 20
+# the same of a job's fetch, which holds what it gets as well
+FETCH_BYTES = 2 << 30
 LEFT_ROWS = 4  # hosts of the active whose commits an order's record names
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 # the same, of its other words: a row of a table may not be a screen
@@ -6483,44 +6485,71 @@ class Needles:
         # those first that have no rare byte: the others may share theirs
         for value in sorted(self.values, key=self._least, reverse=True):
             at = self._place(value, anchors)
-            part = value[at : at + min(len(value), ANCHOR_BYTES)]
-            anchors.setdefault(part[0], []).append(part)
+            part = value[at:]
+            first = part[0]
+            anchors.setdefault(first, []).append(part[:ANCHOR_BYTES])
         ways = []
         for first, parts in anchors.items():
             width = min(map(len, parts))
-            classes = [b"\\x%02x" % first]
-            for column in range(1, width):
-                letters = sorted({part[column] for part in parts})
-                classes.append(b"[%s]" % b"".join([b"\\x%02x" % letter for letter in letters]))
-            ways.append(b"".join(classes))
+            ways.append(self._way(parts, width))
             self._note(first, width)
         self.pattern = regex(b"|".join(ways))
 
     @staticmethod
-    def _least(value: bytes) -> int:
-        return min(map(_rarity, value[: len(value) - min(len(value), ANCHOR_BYTES) + 1]))
+    def _way(parts: Sequence[bytes], width: int) -> bytes:
+        """What matches all of these, as far as they have that width."""
+        classes = []
+        for column in range(width):
+            letters = {part[column] for part in parts}
+            written = b""
+            for letter in sorted(letters):
+                written += b"\\x%02x" % letter
+            if len(letters) > 1:
+                written = b"[" + written + b"]"
+            classes.append(written)
+        return b"".join(classes)
 
     @staticmethod
-    def _place(value: bytes, anchors: Container[int]) -> int:
+    def _places(value: bytes) -> range:
+        """Where what a value is known by may begin: so that all of it is the value's."""
+        width = min(
+            len(value),
+            ANCHOR_BYTES,
+        )
+        last = len(value) - width
+        return range(last + 1)
+
+    def _least(self, value: bytes) -> int:
+        """How common the rarest byte is that it may be looked for at."""
+        rarities = []
+        for at in self._places(value):
+            rarity = _rarity(value[at])
+            rarities.append(rarity)
+        return min(rarities)
+
+    def _place(self, value: bytes, anchors: Container[int]) -> int:
         """Which of a value's bytes it is looked for at; one that another has already costs
         nothing."""
-        last = len(value) - min(len(value), ANCHOR_BYTES)
 
         def cost(at: int) -> int:
-            if value[at] in anchors:
+            byte = value[at]
+            if byte in anchors:
                 return -1
-            return _rarity(value[at])
+            return _rarity(byte)
 
-        return min(range(last + 1), key=cost)
+        places = self._places(value)
+        return min(places, key=cost)
 
     def _note(self, first: int, width: int) -> None:
         """By which bytes each value shows that has that one where it may be looked for."""
         for value in self.values:
-            last = len(value) - min(len(value), ANCHOR_BYTES)
-            at = value.find(first, 0, last + 1)
-            if at >= 0:
-                part = value[at : at + width]
-                self.found_at.setdefault(part, []).append((at, value))
+            end = self._places(value).stop
+            at = value.find(first, 0, end)
+            if at < 0:
+                continue
+            part = value[at : at + width]
+            places = self.found_at.setdefault(part, [])
+            places.append((at, value))
 
     def find(self, data: bytes, until: int) -> list[tuple[int, int]]:
         """Where values stand that begin before `until`."""
@@ -7024,6 +7053,11 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
         rb"|Connection timed out during banner|Connection to [^\n]+ timed out|Timeout, "
         rb"server .+ not responding",
         NO_ANSWER,
+    ),
+    (
+        rb"fatal: Out of memory",
+        "git needed more memory than it gets: a fetch may have 2 GiB; does the remote list refs "
+        "without end?",
     ),
     (
         rb"(?i)repository not found|repository '[^']*' not found|returned error: 40[34]"
@@ -14548,6 +14582,8 @@ class Runner(Progress):
         self.begin(step.label, step.kind)
         started = time.monotonic()
         child = self.spawn(step)
+        if step.kind == StepKind.FETCH:
+            limit_memory(child.pid, FETCH_BYTES)
         running = StepRun(child, self.log, self.masker)
         stopped = running.watch(time.monotonic() + timeout_s, self.is_cancelled)
         code = child.wait() if stopped is None else None  # what can't be killed is not waited for

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests import seam as est
+from tests.commands import HURRIED
 from tests.fleet import Fleet, Origin, wait_for
 
 SHORT_S = 0.6
@@ -168,14 +169,37 @@ def pkt(line: bytes) -> bytes:
     return b"%04x" % (len(line) + 4) + line
 
 
+def endless_refs() -> tuple[bytes, bytes]:
+    """What a git server says first, and what it then says again and again."""
+    head = b"".join(map(pkt, (b"version 2\n", b"ls-refs\n", b"fetch\n", b"object-format=sha1\n"))) + b"0000"
+    some = b"".join(pkt(b"%040x refs/heads/%05d%s\n" % (n + 1, n, b"x" * 900)) for n in range(500))
+    return head, some
+
+
+def test_a_job_fetches_no_refs_without_end(fleet: Callable[..., Fleet]) -> None:
+    """It took memory until its deadline, half an hour."""
+    if sys.platform != "linux":
+        pytest.skip("no other system limits a process's memory from outside")
+    one = fleet(hosts=1, start=False)
+    one.master.program = (sys.executable, "-c", HURRIED)
+    one.start(env={"LIMITS": json.dumps({"FETCH_BYTES": 64 << 20})})
+    one.master.program = ()
+    with drip(*endless_refs()) as remote:
+        url = f"git://127.0.0.1:{remote.port}/x"
+        one.origin.git("remote", "set-url", "origin", url, cwd=one.master.repo)
+        code, out, err = one.cli("trigger", "all", "master")
+    assert code == 1 and "✗ 실패 git fetch origin" in out, out + err
+    assert "a fetch may have 2 GiB; does the remote list refs without end?" in out + err
+    one.origin.git("remote", "set-url", "origin", str(one.origin.bare), cwd=one.master.repo)
+    assert one.cli("trigger", "all", "master").code == 0
+
+
 def test_a_remote_whose_refs_have_no_end(origin: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
     """git says the list only once it has all of it: before, nothing of it would be read."""
     if sys.platform != "linux":
         pytest.skip("no other system limits a process's memory from outside")
     monkeypatch.setattr(est.program, "REFS_BYTES", 64 << 20)
-    head = b"".join(map(pkt, (b"version 2\n", b"ls-refs\n", b"fetch\n", b"object-format=sha1\n"))) + b"0000"
-    some = b"".join(pkt(b"%040x refs/heads/%05d%s\n" % (n + 1, n, b"x" * 900)) for n in range(500))
-    with drip(head, some) as remote:
+    with drip(*endless_refs()) as remote:
         url = f"git://127.0.0.1:{remote.port}/x"
         with pytest.raises(est.UpdaterError, match="the remote's list of refs takes more than 64 MiB"):
             est.ask_git(origin.seed, origin.env, "ls-remote", url, "refs/heads/master", timeout_s=60)
