@@ -730,6 +730,7 @@ StepKind = StrEnum(
     ],
 )
 # git is writing files meanwhile
+ASKS_REMOTE = frozenset({StepKind.FETCH, StepKind.SUBMODULES, StepKind.LFS})
 MOVES_TREE = frozenset({StepKind.CHECKOUT, StepKind.PULL, StepKind.SUBMODULES, StepKind.LFS})
 COLORS = ("blue", "green")
 SWAP, RESTART, UNDO = (
@@ -1375,24 +1376,31 @@ def compare_networks(old: Iterable[str], new: Iterable[str]) -> tuple[Opening, O
     """What `new` lets in beyond `old`, and what it shuts out: counted by addresses, as two halves
     are a whole."""
     # Collapsed, or splitting one entry into its two halves would be reported as opening both.
-    was = _collapse(old)
-    is_now = _collapse(new)
-    opened = _beyond(was, is_now)
-    closed = _beyond(is_now, was)
+    before = [parse_network(entry) for entry in old]
+    after = [parse_network(entry) for entry in new]
+    was = _collapse(before)
+    is_now = _collapse(after)
+    opened = Opening(
+        _name_beyond(was, after),
+        _is_wide_beyond(was, is_now),
+    )
+    closed = Opening(
+        _name_beyond(is_now, before),
+        _is_wide_beyond(is_now, was),
+    )
     return opened, closed
 
 
 _WIDE = {4: 1 << 16, 6: 1 << 96}  # addresses, by version
 
 
-def _collapse(entries: Iterable[str]) -> dict[int, list[Any]]:
+def _collapse(entries: Iterable[Any]) -> dict[int, list[Any]]:
     """The networks of a list by their version, in order and none within another."""
     by_version: dict[int, list[Any]] = {
         4: [],
         6: [],
     }
-    for entry in entries:
-        network = parse_network(entry)
+    for network in entries:
         by_version[network.version].append(network)
     for version, some in by_version.items():
         collapsed = ipaddress.collapse_addresses(some)
@@ -1400,29 +1408,53 @@ def _collapse(entries: Iterable[str]) -> dict[int, list[Any]]:
     return by_version
 
 
-def _beyond(was: Mapping[int, list[Any]], is_now: Mapping[int, list[Any]]) -> Opening:
-    """What is let in now and was not. Each network is looked up: lists of some thousand addresses
-    that a commit replaces would take an hour in pairs."""
-    opened = []
+def _lies_within(network: Any, had: Sequence[Any]) -> bool:
+    """Whether a network lies in one of some, which are in order: looked up, as lists of some
+    thousand addresses that a commit replaces would take an hour in pairs."""
+    after = bisect.bisect_right(
+        had,
+        network.network_address,
+        key=lambda one: one.network_address,
+    )
+    if not after:
+        return False
+    nearest = had[after - 1]
+    return bool(nearest.broadcast_address >= network.broadcast_address)
+
+
+def _name_beyond(was: Mapping[int, list[Any]], entries: Iterable[Any]) -> tuple[str, ...]:
+    """The entries of a list that the other one has not wholly, as somebody wrote them: of two
+    neighbours that were, the one that stays is not to be named for the one that goes."""
+    named = []
+    widest = None
+    for network in sorted(entries, key=lambda one: (one.version, one)):
+        if _lies_within(network, was[network.version]):
+            continue
+        # in this order, what lies in another entry of the same list comes right behind it
+        is_new = widest is None or widest.version != network.version
+        if is_new or not network.subnet_of(widest):
+            named.append(_network_text(str(network)))
+            widest = network
+    return tuple(named)
+
+
+def _is_wide_beyond(was: Mapping[int, list[Any]], is_now: Mapping[int, list[Any]]) -> bool:
+    """Whether a list has more addresses beyond another one than a network of one owner has."""
     wide = False
     for version, most in _WIDE.items():
         had = was[version]
         starts = [one.network_address for one in had]
         count = 0
         for network in is_now[version]:
-            begin = network.network_address
-            end = network.broadcast_address
-            after = bisect.bisect_right(starts, begin)
-            if after and had[after - 1].broadcast_address >= end:
+            if _lies_within(network, had):
                 continue
-            opened.append(_network_text(str(network)))
             count += network.num_addresses
-            first = bisect.bisect_left(starts, begin)
-            last = bisect.bisect_right(starts, end)
+            first = bisect.bisect_left(starts, network.network_address)
+            last = bisect.bisect_right(starts, network.broadcast_address)
             for known in had[first:last]:
                 count -= known.num_addresses
         wide |= count > most
-    return Opening(tuple(opened), wide)
+    return wide
 
 
 def _network_text(text: str) -> str:
@@ -14588,7 +14620,10 @@ class Runner(Progress):
         stopped = running.watch(time.monotonic() + timeout_s, self.is_cancelled)
         code = child.wait() if stopped is None else None  # what can't be killed is not waited for
         left = running.close(leave_running=stopped is None)
-        if left:
+        if left and step.kind in ASKS_REMOTE:
+            # an ssh that waits for the next connection, at each job: nobody's to act on
+            self.log.line(left)
+        elif left:
             self.warn(left)
         self.version = running.version or self.version
         seconds = time.monotonic() - started
@@ -31932,7 +31967,8 @@ class Doctor:
         """The findings as they come, without secrets; some take seconds."""
         for found in self.look():
             yield found._replace(
-                text=mask_words(found.text, self.hidden), fix=mask_words(found.fix, self.hidden)
+                text=mask_words(found.text, self.hidden),
+                fix=spelled(mask_words(found.fix, self.hidden)),
             )
 
     def look(self) -> Iterator[Finding]:

@@ -1048,3 +1048,5 @@ def test_a_list_that_is_replaced_is_compared_at_once() -> None:
     assert len(opened.networks) == len(closed.networks) == 6000 and not opened.is_wide
     opened, _ = est.compare_networks(["2001:db8::/33", "2001:db8:8000::/33"], ["2001:db8::/32", "::ffff:10.0.0.1"])
     assert opened.networks == ("10.0.0.1",), "two halves are a whole"
+    opened, closed = est.compare_networks(["127.0.0.1", "127.0.0.2", "127.0.0.3"], ["127.0.0.1", "127.0.0.2"])
+    assert (opened.networks, closed.networks) == ((), ("127.0.0.3",)), "of two neighbours the one that goes"

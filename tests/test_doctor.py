@@ -69,7 +69,8 @@ def test_what_is_wrong_with_the_clone_and_the_way_to_it(two: Fleet, tmp_path: Pa
     assert wrong(found) == {"service", "clean", "access", "master"}
     assert found["clean"]["text"] == "local changes: deploy.sh"
     assert "127.0.0.9 is not in the whitelist" in found["master"]["text"]
-    assert "127.0.0.9" in found["master"]["fix"]
+    line = found["master"]["fix"]
+    assert " whitelist add 127.0.0.9 --commit`" in line and "`whitelist" not in line, "as it is typed here"
     two.origin.git("remote", "remove", "origin", cwd=agent.repo)
     two.stop(two.master)
     assert "stopping on SIGTERM" in two.master.stderr

@@ -798,6 +798,19 @@ def test_lfs_pointers_are_not_deployed(clone: Clone, tmp_path: Path):
     assert (clone.head(), (clone.host / "x.bin").read_text()) == (new, "big")
 
 
+def test_what_git_s_own_connection_leaves_is_no_warning(clone: Clone):
+    """An ssh that waits for the next connection holds git's stderr, at each job: a line of the log, and no ⚠."""
+    leaves = "sleep 100 < /dev/null > /dev/null & exec git-upload-pack"
+    clone.git(clone.host, "config", "remote.origin.uploadpack", leaves)
+    new = clone.commit({"a": "two\n"})
+    code, out, err = clone.deploy()
+    pids = re.findall(r"left running: (\d+) sleep", clone.log())
+    for pid in pids:
+        os.kill(int(pid), signal.SIGKILL)
+    assert (code, clone.head(), bool(pids)) == (0, new, True), out + err
+    assert "⚠" not in out and not clone.job().get("warnings"), out
+
+
 def test_a_talkative_command_fills_no_disk(clone: Clone):
     """The log has its beginning and its end, what follows it is where the record says, and the failure is explained."""
     keep = {"keep": {"jobMegabytes": 1}, "masterUrl": "ws://127.0.0.1:9900", "whitelist": [HOST], **COMMAND}
