@@ -5449,9 +5449,13 @@ def parse_index(data: bytes) -> Index | None:
     return Index(tuple(paths), bool(flagged), tuple(heads), tree)
 
 
+_NOTED_TREE = regex(rb"\0[0-9]+ [0-9]+\n([\0-\xff]{20})")
+_TREE_IN_COMMIT = regex(rb"commit [0-9]+\0tree ([0-9a-f]{40})\n")
+
+
 def noted_tree(data: bytes) -> str:
     """The id of the whole tree in an index' extension TREE; "" once anything is staged."""
-    found = re.match(rb"\0[0-9]+ [0-9]+\n(.{20})", data, re.DOTALL)
+    found = _NOTED_TREE.match(data)
     if not found:
         return ""
     return found[1].hex()
@@ -5516,7 +5520,7 @@ def tree_in_commit(loose: bytes) -> str:
     """The tree of a commit, as its object's file holds it; "" where that is no such file. Raises
     zlib.error."""
     text = zlib.decompressobj().decompress(loose, 1 << 10)
-    found = re.match(rb"commit [0-9]+\0tree ([0-9a-f]{40})\n", text)
+    found = _TREE_IN_COMMIT.match(text)
     if not found:
         return ""
     return found[1].decode()
