@@ -332,6 +332,11 @@ def _define_apart(left: int = 0) -> None:
         exec(marshal.loads(bytecode[begin:end]), globals())
     gc.freeze()  # what is defined stays
     gc.enable()
+    mapped: Any = getattr(bytecode, "obj", None)
+    if hasattr(mapped, "madvise"):  # not on Windows
+        import mmap
+
+        mapped.madvise(mmap.MADV_DONTNEED)  # what was read need not stay in memory
     if not _APART:
         loader.bytecode = None  # a daemon holds on to no file
 

@@ -10,12 +10,24 @@ from pathlib import Path
 
 from tests import seam as est
 from tests.commands import COMMAND, GATED, detach, job_of, open_gate, running, wait_state, write_script
-from tests.fleet import Fleet, Host, processes_of, wait_for
+from tests.fleet import PROGRAM, Fleet, Host, processes_of, wait_for
 
 
 def found(host: Host, word: str) -> int:
     """The process of a host whose command line has this word; 0 while there is none."""
     return next((pid for pid, command in processes_of(host.folder).items() if f" {word} " in command), 0)
+
+
+def mapped_kib(pid: int, file: str) -> int:
+    """How much of a file a process holds in memory."""
+    held, within = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            within = line.endswith(file)
+        elif within and words[0] == "Rss:":
+            held += int(words[1])
+    return held
 
 
 def deploy(one: Fleet) -> bool:
@@ -42,6 +54,7 @@ def test_runners_come_from_the_nursery_and_do_without_it(fleet: Callable[..., Fl
     host = one.master
     first = wait_for(lambda: found(host, "nursery"), "a nursery")
     wait_for(lambda: deploy(one), "a forked runner")
+    assert mapped_kib(first, PROGRAM[1]) < 1000, "what it has read of its program it has no more use for"
 
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: not running(first), "the nursery is dead")
