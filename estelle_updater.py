@@ -7232,9 +7232,11 @@ def _listed_below(head: bytes, said: bytes) -> list[str]:
 _REASONS = (
     r"^ *! (\[.+)",
     r"^(ssh: .+?|Host key for .+ has changed.*?|Permissions \d+ for .+ are too open.*?)\r?$",
-    r"^(?!remote:)(.*\w.*)\s+fatal: (?:Could not read from remote|[Tt]he remote end hung up)",
+    r"^(?!remote:|fatal:|error:|ERROR:)(.*\w.*)\s+fatal: "
+    r"(?:Could not read from remote|[Tt]he remote end hung up)",
     r"^(?:fatal|FATAL): (.+:\n.+|.+)",
     r"^(?:error|ERROR): (.+)",
+    r"^(git: '.+' is not a git command)",
 )
 _FORGE_SAYS = (
     r"^remote: (?!Resolving|Counting|Compressing|Enumerating|Total"
@@ -31709,10 +31711,9 @@ def judge_remote(
     somebody's ssh-agent."""
     text = failure_reason(said.encode())
     look = typed("git", "-C", repo or ".", "ls-remote", remote)
-    fix = f"give this user a key or a credential that asks for nothing, then: {look}"
-    names = (NO_ANSWER, "the remote's name does not resolve")
-    if text.startswith(names):
-        fix = f"mend the network or the URL of {remote} until this answers: {look}"
+    fix = f"mend the network or the URL of {remote} until this answers: {look}"
+    if re.match(r"git asked for|ssh |the remote shows|the forge knows", text):
+        fix = f"give this user a key or a credential that asks for nothing, then: {look}"
     if agent_only:
         text, fix = (
             f"{text}; your ssh-agent has the key, and a service has no ssh-agent",
@@ -32161,8 +32162,9 @@ class Doctor:
         except UpdaterError as problem:  # as of a submodule whose remote is slow
             yield Finding("steps", None, problem.what)
         ask = ["git", "ls-remote", rule.remote, "HEAD"]
-        code, said = try_command(ask, self.env, repo, ACCESS_S)
-        with_agent = {**self.env, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
+        plainly = {**self.env, "LANGUAGE": "en"}  # for `failure_reason`
+        code, said = try_command(ask, plainly, repo, ACCESS_S)
+        with_agent = {**plainly, "SSH_AUTH_SOCK": os.environ.get("SSH_AUTH_SOCK", "")}
         # It works in this shell and would fail under the service: the key that opens the remote
         # lives in an ssh agent, which a service has not.
         agent_only = bool(

@@ -318,10 +318,12 @@ UNREAD = "fatal: Could not read from remote repository.\n\nPlease make sure you 
         ),
         ("remote: Finding sources:  50% (1/2)\rremote: Finding sources: 100% (2/2)\nfatal: early EOF\n", "early EOF"),
         ("remote: Counting objects: 100% (2/2)\rremote: Quota is used up.\nfatal: no\n", "Quota is used up.; no"),
+        ("git: 'remote-x' is not a git command.\n\nThe most similar command is\n\tremote-ftp\n", "'remote-x' is not"),
+        ("fatal: '/x' is no repository\n" + UNREAD, "'/x' is no repository"),
         ("hint: only this\n", "hint: only this"),
         ("", "no reason given"),
     ],
 )
 def test_the_line_that_says_why(said: str, why: str) -> None:
     told = failure_reason(said.encode())
-    assert why in told and not [word for word in ("%", "Welcome", "clone anew") if word in told], told
+    assert why in told and not [word for word in ("%", "Welcome", "clone anew", "fatal: ") if word in told], told

@@ -110,6 +110,16 @@ def test_what_fails_a_deployment_at_its_end_and_what_a_killed_git_left(two: Flee
     found = doctor(two, agent)
     assert "no git works there" in found["lock"]["text"] and str(lock) in found["lock"]["fix"]
     lock.unlink()
+    # whatever language this shell speaks, what git says is read in one
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\nprintf "Welcome\\r\\nspoken: $LANGUAGE\\r\\n" >&2\nexit 255\n')
+    ssh.chmod(0o755)
+    url = two.origin.git("config", "remote.origin.url", cwd=agent.repo)
+    two.origin.git("config", "core.sshCommand", str(ssh), cwd=agent.repo)
+    two.origin.git("config", "remote.origin.url", "ssh://h/x", cwd=agent.repo)
+    found = doctor(two, agent)
+    assert found["access"]["text"].startswith("spoken: en;") and "key" not in found["access"]["fix"], found["access"]
+    two.origin.git("config", "remote.origin.url", url, cwd=agent.repo)
     config = json.loads(agent.config.read_text())
     services = ["nobody-knows-this.service", "pm2:ecosystem.config.js"]
     more: dict[str, Any] = {
