@@ -5939,14 +5939,14 @@ def _judge_files(known: Prospect) -> Iterator[Refusal]:
         yield Refusal(what, free)
     if known.closed:
         places = [f"{known.repo}/{folder}".rstrip("/.") for folder in known.closed]
-        what = f"this user may write no files in {paths_text(places, 5)}"
+        what = f"this user may not change {paths_text(places, 5)}"
         # they may be this user's, and closed to everybody
         shut = places[:HINT_PATHS]
         own = chown_line(known.user, *shut)
         open_up = typed(
             "sudo",
             "chmod",
-            "u+wx",
+            "u+rwX",
             *shut,
         )
         yield Refusal(what, in_turn(own, open_up))
@@ -16052,7 +16052,10 @@ class Terrain:
             closed |= self.find_closed(moved)
             touched = codes.keys() & moved
             if touched:
-                changed |= self.find_held_back(touched, codes, two)
+                held = self.find_held_back(touched, codes, two)
+                shut = set(filter(self.is_shut, held))
+                changed |= held - shut
+                closed |= shut
             added = (
                 self.ask(
                     *diff,
@@ -16102,6 +16105,15 @@ class Terrain:
             if place.is_dir() and not is_open and not is_pinned(place):
                 closed.add(os.path.relpath(place, self.root))
         return closed
+
+    def is_shut(self, path: str) -> bool:
+        """Whether this user may not even read a file: git calls it changed, and can't stash it."""
+        place = self.root / path
+        is_there = place.is_file()
+        return is_there and not os.access(
+            place,
+            os.R_OK,
+        )
 
     def find_held_back(
         self, touched: Iterable[str], codes: Mapping[str, str], commit: str
