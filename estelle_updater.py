@@ -4494,10 +4494,13 @@ def encode_chunk(
     if squeeze != PLAIN_FORM and len(data) >= SQUEEZE_BYTES:
         bits = _WINDOW_BITS[squeeze]
         deflater = zlib.compressobj(1, zlib.DEFLATED, bits)
-        small = deflater.compress(data)
-        small += deflater.flush()
-        if len(small) < len(data) // 2:
-            form, body = squeeze, small
+        small = deflater.compress(data[:CHUNK_BYTES])
+        # what begins like noise is taken for it: to deflate all in vain takes longest
+        if len(small) < CHUNK_BYTES // 2:
+            small += deflater.compress(data[CHUNK_BYTES:])
+            small += deflater.flush()
+            if len(small) < len(data) // 2:
+                form, body = squeeze, small
     head = CHUNK_HEADER.pack(form, channel, offset)
     return head + body
 

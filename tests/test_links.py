@@ -150,6 +150,19 @@ def test_frames_are_as_large_as_the_other_end_takes(tmp_path: Path) -> None:
         assert {frame[0] for frame in found} == {form}
 
 
+def test_what_begins_like_noise_is_not_deflated_to_its_end() -> None:
+    """It is sent as it is in any case, after all the work; what deflates well is not missed for that."""
+    noise = random.Random(3).randbytes(est.LARGE_CHUNK_BYTES)
+    text = b"".join(b"line %d\n" % number for number in range(30_000))[: est.LARGE_CHUNK_BYTES]
+    begun, late = noise[: est.CHUNK_BYTES] + text[est.CHUNK_BYTES :], text[: est.CHUNK_BYTES] + noise[est.CHUNK_BYTES :]
+    half = text[: est.CHUNK_BYTES * 3] + noise[: est.CHUNK_BYTES]
+    plain = est.encode_chunk(1, 7, b"x")[0]
+    for data, form in [(text, est.BARE_FORM), (half, est.BARE_FORM), (begun, plain), (late, plain), (noise, plain)]:
+        frame = est.encode_chunk(1, 7, data, est.BARE_FORM)
+        assert frame[0] == form
+        assert est.decode_chunk(frame) == (1, 7, data)
+
+
 def test_the_disk_begins_with_a_flood_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who makes a long log durable would wait for all of it then; and a disk that hangs holds up no writer."""
     if not hasattr(os, "posix_fadvise"):
