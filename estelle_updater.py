@@ -22787,19 +22787,35 @@ class Outlook:
 
     def bring(self, commit: str, name: str) -> None:
         """Have the objects of a commit here, by the name that the remote has for it. Raises
-        TargetError."""
+        TargetError, UpdaterError."""
         if self.git(*whole_commit(commit)) is not None:
             return
-        if (
-            self.git(
-                "fetch",
-                *QUIET_FETCH,
-                self.remote,
-                name,
-            )
-            is None
-        ):
+        before = self.find_half_packs()
+        words = ("fetch", *QUIET_FETCH, self.remote, name)
+        try:
+            said = self.git(*words)
+        except UpdaterError:
+            self.discard_half_packs(before)
+            raise
+        if said is None:
             raise TargetError(self.why())
+
+    def find_half_packs(self) -> set[Path]:
+        """What fetches that have not ended, or were killed, have written so far."""
+        try:
+            folder = git_folder(self.repo) / "objects" / "pack"
+            return set(folder.glob("tmp_pack_*"))
+        except OSError:
+            return set()
+
+    def discard_half_packs(self, before: Container[Path]) -> None:
+        """Remove what the fetch has left that took too long: each look at a large commit would
+        leave as much again. Another git's, also a job's, stays."""
+        if sys.platform != "linux" or runs_below("git", (self.repo,)):
+            return
+        for path in self.find_half_packs():
+            if path not in before:
+                path.unlink(missing_ok=True)
 
     def list_heads(self, branches: Sequence[str]) -> dict[str, str]:
         """Where branches stand on the remote, by one question to it; one that it has not is left

@@ -438,7 +438,7 @@ def test_a_plan_is_quick_and_in_parallel(fleet: MakeFleet) -> None:
 SLOW_FETCH = """
 up=$PPID
 for _ in 1 2; do
-  if tr '\\0' '\\n' < /proc/$up/cmdline | grep -qx fetch; then sleep {seconds}; fi
+  if tr '\\0' '\\n' < /proc/$up/cmdline | grep -qx fetch; then touch {half}; sleep {seconds}; fi
   up=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$up/status)
 done
 exec git-upload-pack "$@"
@@ -452,7 +452,9 @@ def test_a_commit_that_takes_long_to_fetch_is_not_refused(fleet: MakeFleet, tmp_
     write_script("echo ok\n", *one.hosts)
     slow = one.agents[0]
     script = tmp_path / "upload-pack"
-    script.write_text(f"#!/bin/sh{SLOW_FETCH.format(seconds=6)}")
+    half = slow.repo / ".git/objects/pack/tmp_pack_half"
+    half.parent.mkdir(exist_ok=True)
+    script.write_text(f"#!/bin/sh{SLOW_FETCH.format(seconds=6, half=half)}")
     script.chmod(0o755)
     one.origin.git("config", "remote.origin.uploadpack", str(script), cwd=slow.repo)
     commit = one.origin.commit({"large.bin": "x"})
@@ -463,6 +465,7 @@ def test_a_commit_that_takes_long_to_fetch_is_not_refused(fleet: MakeFleet, tmp_
     assert (answer.code, told["ok"], row["refused"], row["target"]) == (1, False, [], commit), row
     assert row["unknown"] == ["git fetch did not answer in 4 s; a plan waits no longer, a deployment does"]
     assert (row["commits"], row["changed_count"]) == (None, None), "0 would say that nothing comes"
+    assert not half.exists(), "each plan would leave as much again on the disk"
     shown = one.cli("plan", slow.address, "master")
     assert "✗" not in shown.out and "? not known yet: git fetch did not" in shown.out
     words = shown.out.splitlines()[-1].split(" trigger ")[1].split()
