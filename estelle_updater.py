@@ -135,7 +135,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from enum import StrEnum
 from types import ModuleType, SimpleNamespace
 
@@ -787,8 +787,9 @@ LINE_BYTES = 64 << 10  # a longer line is shown in pieces, for bounded memory
 ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 # what git may hold of a remote's list of refs before it says any of it: 3 million have room
 REFS_BYTES = 512 << 20
-# the same of a job's fetch, which holds what it gets as well
-FETCH_BYTES = 2 << 30
+# the same of a job's fetch, which holds what it gets as well; on a large host this share of all
+FETCH_BYTES, FETCH_SHARE = 2 << 30, 0.5
+PHANTOM_BYTES = 4 << 20  # of a changed file, of which git may be wrong about its line ends
 LEFT_ROWS = 4  # hosts of the active whose commits an order's record names
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 # the same, of its other words: a row of a table may not be a screen
@@ -957,6 +958,8 @@ RELOADS, RELOAD_S = (
 START_S = 15.0  # in which it may be silent: a new process that can't have a port tries for seconds
 PROOF_S = 2.0  # for a request to reach the new colour
 STILL_S = 0.2  # in which no request reaches the old one any more
+WATCHED_RUN_S, WATCHED_RUNS = 5.0, 100  # for which what a watch's last run brought is remembered
+PM2_LOOKS = 2  # at what PM2 keeps, before a restart: without one all would count as new
 SERVICE_S = 15.0  # one answer of systemctl or pm2, which is slow
 SWITCH_LOCK_S = 10.0
 RESUME_S, RESUME_MOST_S = (
@@ -7100,8 +7103,8 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     ),
     (
         rb"fatal: Out of memory",
-        "git needed more memory than it gets: a fetch may have 2 GiB; does the remote list refs "
-        "without end?",
+        "git needed more memory than it gets: a fetch may have 2 GiB, or half of the host's memory "
+        "where that is more; does the remote list refs without end?",
     ),
     (
         rb"(?i)repository not found|repository '[^']*' not found|returned error: 40[34]"
@@ -7119,8 +7122,9 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     (
         rb"insufficient permission for adding an object|unable to (?:create|unlink|append)[^\n]*"
         rb"Permission denied|cannot open [^\n]*FETCH_HEAD[^\n]*Permission denied"
-        rb"|(?:index file open failed|unable to (?:resolve reference|access) '[^'\n]+')"
-        rb": Permission denied",
+        rb"|(?:index file open failed|unable to resolve reference '[^'\n]+'"
+        # not the settings of another user's HOME, of which git warns and goes on
+        rb"|unable to access '[^'\n]*\.git/[^'\n]+'): Permission denied",
         "files of the clone belong to another user (git was run as root there?): chown -R them",
     ),
     (
@@ -7235,7 +7239,7 @@ def _listed_below(head: bytes, said: bytes) -> list[str]:
 _REASONS = (
     r"^ *! (\[.+)",
     r"^(ssh: .+?|Host key for .+ has changed.*?|Permissions \d+ for .+ are too open.*?)\r?$",
-    r"^(?!remote:|fatal:|error:|ERROR:)(.*\w.*)\s+fatal: "
+    r"^(?!remote:|fatal:|error:|ERROR:)(?=.*\w)(.*)\n\s*fatal: "
     r"(?:Could not read from remote|[Tt]he remote end hung up)",
     r"^(?:fatal|FATAL): (.+:\n.+|.+)",
     r"^(?:error|ERROR): (.+)",
@@ -7243,7 +7247,7 @@ _REASONS = (
 )
 _FORGE_SAYS = (
     r"^remote: (?!Resolving|Counting|Compressing|Enumerating|Total"
-    r"|.*\d+% \(\d+/\d+\))(.*\w.*)"
+    r"|.*\d% \(\d+/\d+\))(.*\w.*)"
 )
 
 
@@ -10811,7 +10815,10 @@ class StateFolder:
             return ""
         trusted = (0, os.geteuid())
         for entry in sorted(os.scandir(self.root), key=operator.attrgetter("name")):
-            owner = entry.stat(follow_symlinks=False).st_uid
+            try:
+                owner = entry.stat(follow_symlinks=False).st_uid
+            except FileNotFoundError:  # one of the moment, as each write here makes one
+                continue
             if owner not in trusted:
                 return f"has {one_line(entry.name)} in it, which belongs to user {owner}"
         return ""
@@ -11969,7 +11976,8 @@ def config_at(commit: str, path: Path, repo: Path, ask: Callable[..., str | None
     is_above = repo.resolve().is_relative_to(work_tree(path).resolve())
     if folder.startswith("..") and not is_above:
         return None
-    if path.name in CONFIG_NAMES:
+    has_both = all(map(os.path.lexists, both_forms(path)))  # its daemon is told which one it reads
+    if path.name in CONFIG_NAMES and not has_both:
         require_only_one(commit, folder, ask)
     for form in (path.suffix.removeprefix("."), *("json", "toml")):
         name = f"./{folder}/{path.stem}.{form}"
@@ -13275,6 +13283,14 @@ def limit_memory(pid: int, most_bytes: int) -> None:
             resource.prlimit(pid, resource.RLIMIT_DATA, (most_bytes, most_bytes))
 
 
+def fetch_room() -> int:
+    """How many bytes of memory a job's fetch may have: a large host may bring large files."""
+    if sys.platform != "linux":
+        return FETCH_BYTES
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(FETCH_BYTES, int(memory * FETCH_SHARE))
+
+
 def run_command(
     argv: Sequence[str],
     env: Mapping[str, str],
@@ -13510,10 +13526,12 @@ def _unit_looks(service: ServiceName, env: Mapping[str, str]) -> list[ServiceLoo
 def pm2_lives(env: Mapping[str, str]) -> frozenset[str]:
     """The lives of all that PM2 keeps now: what has another one later was started since. No moment
     tells that, where PM2 or we read it off a clock that was set meanwhile."""
-    try:
-        return frozenset(look.life for look in pm2_looks(env, frozenset()))
-    except UpdaterError:  # none runs yet
-        return frozenset()
+    for _ in range(PM2_LOOKS):
+        try:
+            return frozenset(look.life for look in pm2_looks(env, frozenset()))
+        except UpdaterError:  # none runs yet, or a busy host did not answer in time
+            continue
+    return frozenset()
 
 
 def pm2_looks(
@@ -13727,7 +13745,8 @@ class HeldEnd:
 
 
 # In a clone's configuration: whatever stands in such a URL may be a secret.
-_EXTRA_HEADER = regex(r"(?im)^\s*extraheader\s*=\s*\"?[^:\n]*:(?:.*\s)?([^\s\"]+)\"?\s*$")
+_EXTRA_HEADER = regex(r"(?im)^[ \t]*extraheader[ \t]*=[ \t]*\"?[^:\n]*:([^\n\"#]+)")
+_SCHEME = regex(r"(?i)[a-z]{1,7}")  # a header's first word, as in `Authorization: Bearer TOKEN`
 _PASSWORD_IN_URL = regex(r"(//[^/@:]*):[^/@]*@")
 _LONE_IN_URL = regex(r"(?i)(https?://)[^/?#@:]*@")
 
@@ -14008,6 +14027,7 @@ def ask_plainly(
         capture_output=True,
         timeout=PLAIN_QUESTION_S,
         check=False,
+        **HIDDEN,
     )
 
 
@@ -14248,7 +14268,8 @@ def inherited_secrets(named: Iterable[str]) -> dict[str, str]:
     found = {name: os.environ.get(name, "") for name in named}
     for name, value in os.environ.items():
         # the program that asks for a password, say, and what a desktop calls its session
-        is_harmless = value.startswith("/") or name == "DESKTOP_SESSION"
+        is_path = value.startswith("/") and os.path.exists(value)  # a key may begin so, too
+        is_harmless = is_path or name == "DESKTOP_SESSION"
         if not is_harmless:
             found[name] = value
     return found
@@ -14263,9 +14284,11 @@ def clone_secrets(repo: Path) -> dict[str, str]:
             text = read_supplied(path, within=within)
             texts.append(text.decode(errors="replace"))
     settings = "\n".join(texts)
+    words = " ".join(_EXTRA_HEADER.findall(settings)).split()
+    told = [word for word in words if not _SCHEME.fullmatch(word)]
     return {
         "urls": settings,
-        "header_token": "\n".join(_EXTRA_HEADER.findall(settings)),
+        "header_token": "\n".join(told),
     }
 
 
@@ -14310,7 +14333,8 @@ def gush_pause_s(size: int) -> float:
     thousand times where a few hundred do. A line is not held up by it; nor is a flood of which so
     much waits that its pipe may be full.
     """
-    if LINE_READ_BYTES <= size < CHUNK_BYTES // 2:
+    has_room = sys.platform == "linux"  # elsewhere a pipe is full by then, and the command waits
+    if has_room and LINE_READ_BYTES <= size < CHUNK_BYTES // 2:
         return GUSH_LOOK_S
     return 0.0
 
@@ -14629,7 +14653,7 @@ class Runner(Progress):
         started = time.monotonic()
         child = self.spawn(step)
         if step.kind == StepKind.FETCH:
-            limit_memory(child.pid, FETCH_BYTES)
+            limit_memory(child.pid, fetch_room())
         running = StepRun(child, self.log, self.masker)
         stopped = running.watch(time.monotonic() + timeout_s, self.is_cancelled)
         code = child.wait() if stopped is None else None  # what can't be killed is not waited for
@@ -15220,11 +15244,23 @@ class CheckedOut:
         if not entry.mode.startswith("100"):
             return False
         place = self.root / path
-        is_program = bool(place.stat().st_mode & 0o100)
+        try:
+            is_program = bool(place.stat().st_mode & 0o100)
+        except OSError:  # gone, meanwhile
+            return False
         is_to_be = entry.mode == "100755"
         if is_program == is_to_be:
             return True
         return not self.knows_modes()
+
+    def may_be_phantom(self, path: str) -> bool:
+        """Whether to look into what git calls changed. It is a text; to read a database or a model
+        through git's filters again and again may take as long as a deployment."""
+        try:
+            size = os.lstat(self.root / path).st_size
+        except OSError:
+            return False
+        return size <= PHANTOM_BYTES
 
     def less_phantoms(self, changes: TreeChanges) -> TreeChanges:
         """The changes without the files of which git says so for ever, as they were committed with
@@ -15233,11 +15269,16 @@ class CheckedOut:
         unstaged = []
         for path, code in zip(changes.paths, changes.codes, strict=True):
             codes[path] = code
-            if code == " M":
+            if code == " M" and self.may_be_phantom(path):
                 unstaged.append(path)
         if not unstaged:
             return changes
-        phantoms = self.find_phantoms(unstaged)
+        try:
+            phantoms = self.find_phantoms(unstaged)
+        except UpdaterError:
+            if self.stop():
+                raise
+            return changes  # its filter may hang: then it is what git says
         for path in phantoms:
             del codes[path]
         found = sorted(phantoms)
@@ -15434,18 +15475,32 @@ class WorkTree(CheckedOut):
         for key in set(self.part_settings()).difference(before):
             self.ask("config", "--local", "--unset-all", key)
 
-    def clear_phantoms(self, phantoms: Sequence[str], commits: Iterable[str]) -> None:
+    @contextmanager
+    def without_phantoms(self, phantoms: Sequence[str], commits: Iterable[str]) -> Iterator[None]:
         """git would refuse to move on from a file that it calls changed; one that is gone it writes
-        anew. What each of these holds is the commit's. Raises UpdaterError."""
-        if not phantoms:
-            return
-        moved = self.find_versions(commits)
+        anew. What each of these holds is the commit's. A git that fails, as it does while another
+        one works here, leaves none of them gone. Raises UpdaterError."""
+        aside: list[tuple[Path, bytes, int]] = []
+        moved: Container[str] = ()
+        if phantoms:
+            moved = self.find_versions(commits)
         for path in phantoms:
             if path not in moved or not self.is_file(path):
                 continue
             place = self.root / path
             with suppress(OSError):  # then git refuses by itself
+                held = place.read_bytes(), place.stat().st_mode & 0o777
                 place.unlink()
+                aside.append((place, *held))
+        try:
+            yield
+        except BaseException:
+            for place, content, mode in aside:
+                if not os.path.lexists(place):
+                    with suppress(OSError):
+                        place.write_bytes(content)
+                        place.chmod(mode)
+            raise
 
     def restore(
         self, commits: Iterable[str], kept: Container[str], *, is_new: bool = False
@@ -17352,8 +17407,8 @@ class Transit:
         """One of git's two ways from a commit to another, and what it passes over on it: a file
         that is the same in both is written anew where the attributes of the second say so."""
         conversions = Conversions(self.tree, will_change=mark["attributes"])
-        self.tree.clear_phantoms(phantoms, [end])
-        yield
+        with self.tree.without_phantoms(phantoms, [end]):
+            yield
         renewed = conversions.renew(mark["kept"])
         if renewed:
             self.runner.log.line(f"Written as .gitattributes says by now: {paths_text(renewed)}")
@@ -17364,10 +17419,13 @@ class Transit:
             return before.phantoms
         return self.tree.less_phantoms(self.tree.changes()).phantoms
 
-    def clear_phantoms(self) -> None:
-        """Those of the submodules, before git moves them. Raises UpdaterError."""
-        for tree, changes, commits in self.phantoms:
-            tree.clear_phantoms(changes.phantoms, commits)
+    @contextmanager
+    def moving_parts(self) -> Iterator[None]:
+        """The submodules without their phantoms, while git moves them. Raises UpdaterError."""
+        with ExitStack() as stack:
+            for tree, changes, commits in self.phantoms:
+                stack.enter_context(tree.without_phantoms(changes.phantoms, commits))
+            yield
 
     # The end of the mark
 
@@ -17928,8 +17986,8 @@ class Deployment:
                         folder,
                     )
                     self.log.line(f"Submodule {folder}: from where .gitmodules says by now.")
-                self.transit.clear_phantoms()
-                runner.step(plan_submodules(), rule.timeout_s)
+                with self.transit.moving_parts():
+                    runner.step(plan_submodules(), rule.timeout_s)
                 for part, kept in self.transit.parts:
                     part.renew(kept)
             else:
@@ -22978,6 +23036,16 @@ def judge_ground(found: dict[str, Any], ground: Iterable[Finding]) -> None:
     found["refused"] = list(dict.fromkeys(certain + found["refused"]))
 
 
+def shorten_paths(found: dict[str, Any]) -> None:
+    """A plan shows the first few paths of each kind, and counts them all."""
+    for name in ("changed", "dirty", "in_the_way"):
+        if name not in found:
+            continue
+        paths = found[name]
+        found[f"{name}_count"] = len(paths)
+        found[name] = [path[:300] for path in paths[:PLAN_ROWS]]
+
+
 def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     """What deploying `branch` would do here: what arrives, what is in the way, what would run. By
     the configuration as it stands now, as a job's: a deployment may just have changed it."""
@@ -23015,12 +23083,10 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
     except ConfigError as wrong:
         found["refused"].append(wrong.what)
     except UpdaterError as problem:
+        if time.monotonic() <= outlook.deadline:
+            raise  # a deployment would fail at it as well
         found |= outlook.not_known(problem)
-    for name in ("changed", "dirty", "in_the_way"):
-        if name not in found:
-            continue
-        paths = found[name]
-        found |= {f"{name}_count": len(paths), name: [path[:300] for path in paths[:PLAN_ROWS]]}
+    shorten_paths(found)
     if FileLock.held_elsewhere(agent.state.job_lock):
         found["busy"] = agent.state.current()[0] or None
     with suppress(OSError):
@@ -23029,6 +23095,8 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         found["version"] = parse_version_file(read_committed(repo / own_version, repo))
     if found.get("unknown"):
         found["target"] = outlook.meant
+        # for an older master, which knows no other place for it
+        found["warnings"] = [*found.get("warnings", ()), *found["unknown"]]
     elif found.get("target"):
         try:
             file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
@@ -26458,7 +26526,7 @@ class Planner:
         concerned = rows
         if self.action == "rollback" and any(row["target"] for row in rows):
             # where there is nothing to go back to, or nothing to undo, nothing will be done
-            concerned = [row for row in rows if row["target"]]
+            concerned = [row for row in rows if row["target"] or row.get("unknown")]
         refused, unknown = [], []
         for row in rows:
             row.pop("machine", None)
@@ -26654,6 +26722,8 @@ class Planner:
         except UpdaterError as problem:
             return row | {"refused": [problem.what], "exit": problem.exit_code}
         row |= answer
+        told = [text for text in row["warnings"] if text not in row["unknown"]]
+        row["warnings"] = told
         if row["unknown"]:  # a number that nobody knows is no 0
             for count in ("commits", "leaving", "changed_count"):
                 row[count] = answer.get(count)
@@ -26942,21 +27012,37 @@ async def find_pushed(master: Master, rule: WatchRule, old: str, commit: str) ->
     return pushed
 
 
+def failed_jobs(master: Master, name: str) -> Sequence[tuple[JobRecord, int]]:
+    """The jobs of a run that are over and did not succeed, with its place among all runs. They are
+    read every few seconds at most: everybody who watches is told with each change."""
+    failed, now = master.watcher.failed, time.monotonic()
+    if name in failed and now < failed[name][0] + WATCHED_RUN_S:
+        return failed[name][1]
+    run = None
+    if name:
+        with suppress(OSError):  # can't be read now: that is no reason to say nothing else
+            run = master.ledger.load(name)
+    if run is None:
+        return ()
+    found = []
+    for job in run.jobs.values():
+        if job.state in FINAL and job.state is not State.SUCCEEDED:
+            found.append((job, run.record.place))
+    if len(failed) >= WATCHED_RUNS:
+        failed.clear()
+    failed[name] = now, found
+    return found
+
+
 def left_behind(master: Master, rule: WatchRule, past: Mapping[str, Any]) -> str:
     """Which hosts did not get what a watch ordered last, and how they would: no commit is ordered
     twice, also not when a host that was away comes back. "" where each has it, or where somebody
     ordered something else there since."""
-    run = None
-    if past.get("run"):
-        run = master.ledger.load(past["run"])
-    if run is None:
-        return ""
     last = master.registry.last
     hosts = []
-    for job in run.jobs.values():
-        has_failed = job.state in FINAL and job.state is not State.SUCCEEDED
-        is_newest = last.places.get(job.machine, 0) <= run.record.place
-        if has_failed and is_newest and job.machine in master.registry.machines:
+    for job, place in failed_jobs(master, past.get("run") or ""):
+        is_newest = last.places.get(job.machine, 0) <= place
+        if is_newest and job.machine in master.registry.machines:
             hosts.append(job.host)
     if not hosts:
         return ""
@@ -26982,6 +27068,7 @@ class Watcher:
         if reading not in (Reading.VALUE, Reading.MISSING):
             log.error("%s is %s: what was watched begins anew", self.file, reading)
         self.paused: dict[str, Any] = data.get("paused") or {}  # by whom, since when
+        self.failed: dict[str, tuple[float, Sequence[tuple[JobRecord, int]]]] = {}  # read when
         # what a watch did last, by its key: done (a commit), moves, run, at
         self.past: dict[str, dict[str, Any]] = data.get("watches") or {}
         self.seen: dict[str, str] = {}  # branch -> commit, as the remote said last
@@ -31986,7 +32073,7 @@ def judge_balancer(config: Config) -> Iterator[Finding]:
     elsewhere = [entry for entry in allowed if not entry.is_loopback]
     if elsewhere:
         what = f"haproxy.host is {proxy.host}, which each host takes for itself"
-        fix = f"the name or the address by which the fleet knows it, as {elsewhere[0]}"
+        fix = "the name or the address by which the fleet knows it"
         yield Finding("haproxy", False, what, fix)
 
 
@@ -33870,7 +33957,8 @@ def plan_facts(row: Mapping[str, Any]) -> list[str]:
             facts.append(count_text(row["commits"], "commit"))
         if row["leaving"]:
             facts.append(f"{count_text(row['leaving'], 'commit')} taken back")
-        facts.append(count_text(row["changed_count"], "file"))
+        if row["changed_count"] is not None:  # the time was over before it was counted
+            facts.append(count_text(row["changed_count"], "file"))
         if row["lock_file"]:
             facts.append("the lock file changes")
     if row["expected_s"] is not None:
@@ -35566,8 +35654,12 @@ class Consent:
             known = {}
         plan = ask_master(self.args, "plan", {**request, **known}, PLAN_ANSWER_S)
         options["plan"] = plan["plan"]
+        rows = plan["hosts"]
+        going = [row for row in rows if row.get("target")]
+        if plan.get("action") == "rollback" and going:
+            rows = going  # for the others there is nothing to do
         refused: list[str] = []
-        for row in plan["hosts"]:
+        for row in rows:
             refused += row["refused"]
             if not row.get("target", True):
                 refused += row.get("unknown", [])

@@ -817,7 +817,7 @@ def test_secrets_are_masked_and_files_are_the_user_s_alone(fleet: MakeFleet, tmp
         "printf 'tok-'; sleep 0.3; echo 123456; printf 'named-se'; sleep 0.3; echo cret\n"
         "printf 'https://bob:hunt'; sleep 0.3; printf 'er22@h'; sleep 0.3; echo .example/p\n"
         "printf 'see http:'; sleep 0.2; printf '/'; sleep 0.2; echo '/ghp_0123456789abcdef@github.example/x'\n"
-        'echo "$UNIT_PASSWORD $TOOL_PASS $DESKTOP_SESSION"\n'
+        'echo "$UNIT_PASSWORD $TOOL_PASS $AWS_SECRET_KEY $DESKTOP_SESSION"\n'
         "git config --get-all http.extraHeader; echo Zm9yZ2U6dG9r hunter-of-sub\n"
         "echo git clone ssh://git@host.example/x http://localhost:80/a@b mail@example\n",
         one.master,
@@ -825,7 +825,8 @@ def test_secrets_are_masked_and_files_are_the_user_s_alone(fleet: MakeFleet, tmp
     one.origin.git("config", "http.extraHeader", "Authorization: Basic Zm9yZ2U6dG9r", cwd=one.master.repo)
     one.origin.commit({".gitmodules": '[submodule "x"]\n\tpath = x\n\turl = https://u:hunter-of-sub@forge.example/x\n'})
     one.origin.git("pull", "--quiet", cwd=one.master.repo)
-    unit = {"UNIT_PASSWORD": "of-the-unit", "TOOL_PASS": "/usr/bin/ask-pass", "DESKTOP_SESSION": "plasma"}
+    unit = {"UNIT_PASSWORD": "of-the-unit", "TOOL_PASS": "/bin/sh", "AWS_SECRET_KEY": "/wJalrXUtnFEMI"}
+    unit["DESKTOP_SESSION"] = "plasma"
     old_mask = os.umask(0o022)
     try:
         one.start(env={"INHERITED": "from-the-daemon", **unit})
@@ -840,7 +841,7 @@ def test_secrets_are_masked_and_files_are_the_user_s_alone(fleet: MakeFleet, tmp
         "***",
         "https://bob:***@h.example/p",
         "see http://***@github.example/x",
-        "*** /usr/bin/ask-pass plasma",
+        "*** /bin/sh *** plasma",
         "Authorization: Basic ***",
         "*** ***",
         "git clone ssh://git@host.example/x http://localhost:80/a@b mail@example",

@@ -182,14 +182,14 @@ def test_a_job_fetches_no_refs_without_end(fleet: Callable[..., Fleet]) -> None:
         pytest.skip("no other system limits a process's memory from outside")
     one = fleet(hosts=1, start=False)
     one.master.program = (sys.executable, "-c", HURRIED)
-    one.start(env={"LIMITS": json.dumps({"FETCH_BYTES": 64 << 20})})
+    one.start(env={"LIMITS": json.dumps({"FETCH_BYTES": 64 << 20, "FETCH_SHARE": 0})})
     one.master.program = ()
     with drip(*endless_refs()) as remote:
         url = f"git://127.0.0.1:{remote.port}/x"
         one.origin.git("remote", "set-url", "origin", url, cwd=one.master.repo)
         code, out, err = one.cli("trigger", "all", "master")
     assert code == 1 and "✗ 실패 git fetch origin" in out, out + err
-    assert "a fetch may have 2 GiB; does the remote list refs without end?" in out + err
+    assert "does the remote list refs without end?" in out + err
     one.origin.git("remote", "set-url", "origin", str(one.origin.bare), cwd=one.master.repo)
     assert one.cli("trigger", "all", "master").code == 0
 

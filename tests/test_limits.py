@@ -194,8 +194,10 @@ def test_a_stopped_terminal_slows_nobody_and_is_not_cut_off(one: Fleet):
     assert a.process
     before = peak_kb(a.process.pid)
     write_script("yes 123456789 | head -n 2000000\n", b)  # 20 MB
+    earlier = len(one.runs())
     stopped = one.popen("trigger", B, "master")  # nobody reads its output
-    wait_for(lambda: one.runs() and job_of(one, one.runs()[-1].name, B).get("state") == "running", "it runs")
+    begun = ("running", "succeeded")  # it may take less time than a look does
+    wait_for(lambda: len(one.runs()) > earlier and job_of(one, one.runs()[-1].name, B).get("state") in begun, "it runs")
     other = Watched(one, "logs", one.runs()[-1].name, "-f")
     assert other.end() == 0
     until = time.monotonic() + 8  # much longer than pings and sends are waited for

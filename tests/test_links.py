@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -306,6 +307,7 @@ def test_a_log_that_stays_open_is_the_file_of_its_name(tmp_path: Path) -> None:
     def held() -> int:
         return len(list(descriptors.iterdir())) if descriptors.exists() else 0
 
+    gc.collect()  # what other tests left open is no descriptor of these logs
     before = held()
     assert recent.append(path, 0, b"one\n") == (4, False)
     assert recent.append(path, 4, b"two\n") == (8, False) and recent.append(path, 9, b"no") == (8, True)
@@ -325,7 +327,7 @@ def test_a_log_that_stays_open_is_the_file_of_its_name(tmp_path: Path) -> None:
     assert before <= held() <= before + est.LOGS_OPEN + 2
     recent.clear()
     logs.clear()
-    assert held() == before
+    assert held() <= before
 
 
 def test_followers_at_a_logs_end_read_it_once(tmp_path: Path) -> None:

@@ -296,6 +296,9 @@ def test_a_failure_is_explained(repos: Repos) -> None:
     ):  # fmt: skip
         assert est.explain_failure(b"x\n" + said) == "the git remote does not answer"
     assert est.explain_failure(b"ELIFECYCLE Command failed.") is None
+    home = b"warning: unable to access '/srv/other/.config/git/attributes': Permission denied\n"
+    assert est.explain_failure(home) is None, "git goes on without another user's settings"
+    assert "a tag was moved" in str(est.explain_failure(home + b" ! [rejected] v1 -> v1 (would clobber existing tag)"))
 
 
 # Versions

@@ -492,7 +492,7 @@ def test_a_commit_that_opens_the_doors_needs_force(fleet: MakeFleet, tmp_path: P
     del wide["tokenFile"]
     opening = one.origin.commit({"config/updater.json": json.dumps(wide)})
     says = [
-        "whitelist: lets in 0.0.0.0/0", "commanders: no longer: 127.0.0.2",
+        "whitelist: lets in 0.0.0.0/1, 128.0.0.0/1", "commanders: no longer: 127.0.0.2",
         "tokenFile: nobody has to know the token any more", "updater.sha256: `upgrade` may install abababababab",
         "notify: tells json at hooks.example too", "command: sh ../script more instead of sh ../script",
         "health own: runs sh -c true",

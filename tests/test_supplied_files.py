@@ -201,6 +201,16 @@ def test_the_configuration_s_folder_as_a_link(fleet: Callable[..., Fleet], tmp_p
         assert (code, out.count("] ✓ 완료")) == (0, 2), (target, out, err)
 
 
+def test_a_file_of_the_moment_is_nobody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each write into a state folder makes one, which may be gone before its owner is looked at."""
+    (tmp_path / "moment").touch()
+    with os.scandir(tmp_path) as found:
+        entries = list(found)
+    (tmp_path / "moment").unlink()
+    monkeypatch.setattr(os, "scandir", lambda _: iter(entries))
+    assert est.StateFolder(tmp_path).planted() == ""
+
+
 def test_a_state_folder_that_others_may_write(fleet: Callable[..., Fleet]) -> None:
     one = fleet(hosts=1, start=False)
     state = one.master.state

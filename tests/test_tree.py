@@ -946,6 +946,18 @@ def test_files_that_git_disagrees_about_are_looked_at_together(clone: Clone):
     tree.ask = count  # type: ignore[method-assign]
     assert set(changed) - tree.find_phantoms(changed) == {"s/0.js"}
     assert len(asked) < 10, "git's start is what takes long"
+    phantoms = tree.less_phantoms(tree.changes()).phantoms
+    assert len(phantoms) == 299
+    commit = clone.commit({"s/1.js": "other\r\n"})
+    clone.git(clone.host, "fetch", "-q")
+    one = clone.host / "s/1.js"
+    with pytest.raises(est.UpdaterError), tree.without_phantoms(phantoms, [commit]):
+        assert not one.exists()
+        raise est.UpdaterError("another git holds the lock")
+    assert one.read_bytes() == b"1\r\n", "where git did not move, nothing is gone"
+    one.write_bytes(b"1" * (est.PHANTOM_BYTES + 1))
+    phantoms = tree.less_phantoms(tree.changes()).phantoms
+    assert len(phantoms) == 298 and not tree.may_be_phantom("s/1.js"), "nobody reads a large file again and again"
 
 
 def test_the_branch_is_read_without_a_question(clone: Clone, tmp_path: Path):

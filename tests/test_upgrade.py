@@ -113,8 +113,13 @@ def spliced(compiled: bytes, text: str, version: str, edits: Sequence[tuple[str,
         packed.append(marshal.dumps(loaded[-1]))
         sizes[stream.tell() - at] = len(packed[-1])
     assert not missing, missing
-    known = tuple(sizes.get(part, part) if type(part) is int else part for part in loaded[0].co_consts)
-    packed[0] = marshal.dumps(loaded[0].replace(co_consts=known))
+
+    def sized(part: object) -> object:
+        if isinstance(part, tuple):  # as three and more are noted
+            return tuple(map(sized, part))
+        return sizes.get(part, part) if type(part) is int else part
+
+    packed[0] = marshal.dumps(loaded[0].replace(co_consts=sized(loaded[0].co_consts)))  # type: ignore[arg-type]
     return compiled[:8] + importlib.util.source_hash(edited) + b"".join(packed)
 
 
