@@ -788,7 +788,7 @@ ANSWER_BYTES = 32 << 20  # of a command that answers a question, held in memory
 # what git may hold of a remote's list of refs before it says any of it: 3 million have room
 REFS_BYTES = 512 << 20
 # the same of a job's fetch, which holds what it gets as well; on a large host this share of all
-FETCH_BYTES, FETCH_SHARE = 2 << 30, 0.5
+FETCH_BYTES, FETCH_SHARE = 2 << 30, 0.25
 PHANTOM_BYTES = 4 << 20  # of a changed file, of which git may be wrong about its line ends
 LEFT_ROWS = 4  # hosts of the active whose commits an order's record names
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
@@ -7103,8 +7103,8 @@ KNOWN_FAILURES: tuple[tuple[bytes, str], ...] = (
     ),
     (
         rb"fatal: Out of memory",
-        "git needed more memory than it gets: a fetch may have 2 GiB, or half of the host's memory "
-        "where that is more; does the remote list refs without end?",
+        "git needed more memory than it gets: a fetch may have 2 GiB, or a quarter of the host's "
+        "memory where that is more; does the remote list refs without end?",
     ),
     (
         rb"(?i)repository not found|repository '[^']*' not found|returned error: 40[34]"
