@@ -734,8 +734,9 @@ StepKind = StrEnum(
         "RESTART",
     ],
 )
-# git is writing files meanwhile
+# a step that may leave an ssh behind, which waits for the next connection
 ASKS_REMOTE = frozenset({StepKind.FETCH, StepKind.SUBMODULES, StepKind.LFS})
+# git is writing files meanwhile
 MOVES_TREE = frozenset({StepKind.CHECKOUT, StepKind.PULL, StepKind.SUBMODULES, StepKind.LFS})
 COLORS = ("blue", "green")
 SWAP, RESTART, UNDO = (
@@ -861,9 +862,9 @@ ADOPTED_OPEN = 8
 ADOPTED_PER_HOUR = 30
 PROGRAM_BYTES = 64 << 20  # of what a master may send as its program
 LOW_INODES = 5000  # a checkout and an installation of packages make as many files
-# at once, of all addresses and of one: each holds a copy of the program in memory
 LOGS_OPEN = 64  # at once, of those that somebody follows
 PATHS_HELD = 4096  # of jobs: a kilobyte each
+# at once, of all addresses and of one: each holds a copy of the program in memory
 DOWNLOADS, DOWNLOADS_EACH = 64, 4
 LOW_DISK_BYTES = 1 << 29  # an installation of packages needs as much
 
@@ -4965,8 +4966,7 @@ def may_roll_back(job: JobRecord) -> bool:
     """Whether the host's command began, and did not succeed. There is something to undo where its
     commit never succeeded: it need not be new in the clone, that is where somebody committed, or
     where the attempt before failed as well."""
-    ended_badly = job.state in FINAL and job.state is not State.SUCCEEDED
-    return ended_badly and job.kind is Kind.DEPLOY and job.began_command
+    return has_failed(job) and job.kind is Kind.DEPLOY and job.began_command
 
 
 def commit_words(version: str | None, commit: str | None) -> str:
@@ -6295,6 +6295,22 @@ def needless_rollback(attempts: Sequence[Mapping[str, Any]], current: str) -> st
 def plan_command(command: tuple[str, ...]) -> Step:
     """The host's configured command."""
     return Step(one_line(" ".join(command)), command, StepKind.COMMAND)
+
+
+def plan_refusals(action: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why an order by a plan would not go, of all the hosts that it concerns; empty where it
+    would."""
+    concerned = rows
+    if action == "rollback" and any(row.get("target") for row in rows):
+        # where there is nothing to go back to, or nothing to undo, nothing will be done
+        concerned = [row for row in rows if row.get("target") or row.get("unknown")]
+    refused: list[str] = []
+    for row in concerned:
+        refused += row["refused"]
+        if not row.get("target"):
+            # an order by this plan could not be held to a commit
+            refused += row.get("unknown", ())
+    return refused
 
 
 def left_behind_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -9875,6 +9891,11 @@ def named_place(tree: Path, name: str) -> Path:
     return tree / os.path.expanduser(name)
 
 
+def repo_of(tree: Path, rule: "Effective") -> Path:
+    """The clone that a host deploys: its `repo`, else the one that holds the configuration."""
+    return named_place(tree, rule.repo or "")
+
+
 def lasting_place(config_path: Path) -> Path:
     """Where a configuration file is, whatever links its clone has by now: only the way to the clone
     is resolved. A link in a circle would raise, and another one be another file's place."""
@@ -9996,9 +10017,10 @@ class Ahead:
     of a process, as long as there is something to do: a slow disk holds up nobody else.
     """
 
+    _lock: "threading.Lock" = made_once(lambda _: threading.Lock())
+
     def __init__(self) -> None:
         self._waiting: dict[Path, tuple[int, int]] = {}
-        self._lock = threading.Lock()
         self._is_at_work = False
 
     def grew(self, path: Path, begun: int, size: int) -> int:
@@ -11917,10 +11939,10 @@ class FileWatch:
         return tuple(map(file_stamp, self._paths))
 
 
-def file_stamp(path: Path) -> tuple[int, ...]:
+def file_stamp(path: "StrPath") -> tuple[int, ...]:
     """What differs once a file was changed or replaced; empty for one that is missing."""
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:
         return ()
     # the last of them also changes where a file has only become readable
@@ -13963,7 +13985,7 @@ class KeptSettings:
             f"{repo}/.git/config",
             f"{repo}/.git/config.worktree",
         )
-        files = {place: _facts_of(place) for place in places}
+        files = {place: file_stamp(place) for place in places}
         named = {}
         for key, value in env.items():
             is_gits = key.startswith("GIT_")
@@ -13992,26 +14014,13 @@ class _Basis(NamedTuple):
     files: dict[str, tuple[int, ...]]  # what is seen of each, which need not be there
 
 
-def _facts_of(place: str) -> tuple[int, ...]:
-    """By what a file is seen to be what it was; nothing where there is none."""
-    try:
-        facts = os.stat(place)
-    except OSError:
-        return ()
-    return (
-        facts.st_mtime_ns,
-        facts.st_ctime_ns,
-        facts.st_ino,
-        facts.st_size,
-        facts.st_mode,
-        facts.st_uid,
-        facts.st_gid,
-    )
-
-
-def _is_settled(facts: Sequence[int]) -> bool:
+def _is_settled(stamp: Sequence[int]) -> bool:
     """Whether a file was written so long ago that its next writing has another time."""
-    return time.time_ns() - max(*facts[:2], 0, 0) > SETTLED_NS
+    if not stamp:
+        return True
+    mtime_ns, _, _, ctime_ns = stamp
+    newest_ns = max(mtime_ns, ctime_ns)
+    return time.time_ns() - newest_ns > SETTLED_NS
 
 
 def ask_plainly(
@@ -14255,7 +14264,7 @@ def read_environment(rule: Effective, repo: Path) -> dict[str, str]:
         if git_output(repo, env, "ls-files", "--", rule.environment_file):
             within = repo  # it was committed; an operator's own link may lead anywhere
     try:
-        text = read_supplied(path, ENVIRONMENT_BYTES, within=within).decode("utf-8-sig")
+        text = decode_text(read_supplied(path, ENVIRONMENT_BYTES, within=within))
         return environment_in(text, rule, str(path))
     except (OSError, UnicodeError) as problem:
         why = getattr(problem, "strerror", None) or problem
@@ -14299,11 +14308,7 @@ def host_secrets(
     the configuration gives its steps (`extra`), and of the one that they inherit; the token, and
     what the clone's own settings hold."""
     named = (*rule.secrets, *(hook.url_env for hook in config.notify if hook.url_env))
-    if rule.repo:
-        repo = tree / rule.repo
-    else:
-        repo = tree
-    settings = clone_secrets(repo)
+    settings = clone_secrets(repo_of(tree, rule))
     # A file that is handed on as one variable has names of its own for what is secret in it.
     nested: dict[str, str] = {}
     for value in extra.values():
@@ -14322,7 +14327,7 @@ def mask_for_host(value: Any, config: Config, tree: Path, rule: Effective) -> An
     nothing to show."""
     extra = dict(rule.env)
     with suppress(ConfigError):
-        extra |= read_environment(rule, named_place(tree, rule.repo or ""))
+        extra |= read_environment(rule, repo_of(tree, rule))
     return mask_words(value, host_secrets(config, tree, rule, extra))
 
 
@@ -14725,7 +14730,7 @@ class Runner(Progress):
         self.rule = rule_for(config, self.job, self.state)
         self.log.most_bytes = config.keep.job_megabytes << 20
         tree = work_tree(self.config_path)
-        self.repo = named_place(tree, self.rule.repo or "")
+        self.repo = repo_of(tree, self.rule)
         extra: dict[str, str] = {}
         try:
             extra = read_environment(self.rule, self.repo)
@@ -15235,8 +15240,7 @@ class CheckedOut:
         part = self.within(folder)
         if part.commit_of("HEAD") != commit:
             return False
-        changes = part.changes()
-        left = part.less_phantoms(changes)
+        left = part.real_changes()
         return not left.paths
 
     def has_mode(self, path: str, entry: TreeEntry) -> bool:
@@ -15288,6 +15292,11 @@ class CheckedOut:
             tuple(codes.values()),
             tuple(found),
         )
+
+    def real_changes(self, stop: Callable[[], bool] | None = None) -> TreeChanges:
+        """The changes, without those that git alone sees. Raises UpdaterError where git does not
+        say, or `stop` does."""
+        return self.less_phantoms(self.changes(stop))
 
     def has_index(self) -> bool:
         """Whether git has written down what is checked out here."""
@@ -16636,7 +16645,7 @@ class ComingParts:
         place = self.root / folder
         ask = functools.partial(self.git, "-C", str(place))
         tree = SeenTree(place, ask)
-        changes = tree.less_phantoms(tree.changes())
+        changes = tree.real_changes()
         hidden = tree.find_hidden()
         changes = add_hidden(changes, hidden)
         terrain = Terrain(place, ask)
@@ -17121,7 +17130,7 @@ class Clearance:
         config = self.judge_doors(commit) or load_config(runner.config_path)
         rule = rule_for(config, runner.job, runner.state)
         runner.begin("check", StepKind.CHECK)
-        place = named_place(work_tree(runner.config_path), rule.repo or "")
+        place = repo_of(work_tree(runner.config_path), rule)
         moved = check_new_place(
             place,
             runner.repo,
@@ -17377,7 +17386,7 @@ class Transit:
                 mark["settings"][path] = part.part_settings()
                 # one that has no commit yet holds nothing of anybody's
                 if part.commit_of("HEAD"):
-                    changes = part.less_phantoms(part.changes())
+                    changes = part.real_changes()
                     self.phantoms.append((part, changes, commits))
                     within = part.begin_transit(["HEAD", *commits], changes.paths)
                     mark["submodules"][path] = within["kept"]
@@ -17417,7 +17426,7 @@ class Transit:
         """What git alone calls changed when it has checked out a branch: another one has others."""
         if read_head(self.tree.root) == mark["from"]:
             return before.phantoms
-        return self.tree.less_phantoms(self.tree.changes()).phantoms
+        return self.tree.real_changes().phantoms
 
     @contextmanager
     def moving_parts(self) -> Iterator[None]:
@@ -17489,7 +17498,7 @@ class Transit:
 
     def find_more(self, kept: Container[str]) -> list[str]:
         """What is changed in the tree and was not when the mark was left. Raises UpdaterError."""
-        changes = self.tree.less_phantoms(self.tree.changes())
+        changes = self.tree.real_changes()
         more = []
         for path in changes.paths:
             if path not in kept:
@@ -17788,9 +17797,9 @@ def ends_of(branch: str, remote: str, commits: Mapping[str, str]) -> list[str]:
     """What the tree may be on its way to, of the commits by the full names of their refs."""
     names = (f"refs/heads/{branch}", f"refs/remotes/{remote}/{branch}")
     ends = [commits[name] for name in names if name in commits]
-    if is_commit_id(branch):
-        ends.append(branch)
-    return ends or [f"refs/tags/{branch}"]
+    if is_commit_id(branch) or not ends:
+        ends.append(commit_or_tag(branch))
+    return ends
 
 
 class Deployment:
@@ -17867,7 +17876,7 @@ class Deployment:
         if is_unchanged(self.tree.root, self.settings):
             return TreeChanges((), ())
         try:
-            changes = self.tree.less_phantoms(self.tree.changes(stop=runner.is_cancelled))
+            changes = self.tree.real_changes(stop=runner.is_cancelled)
             return add_hidden(changes, self.find_hidden())
         except UpdaterError:
             if runner.is_cancelled():
@@ -22383,7 +22392,7 @@ class Agent:
         tree = work_tree(self.config.path)
         place = self.place(config, address)
         rule = host_rule(config, place, socket.gethostname(), self.role)
-        return rule, named_place(tree, rule.repo or "")
+        return rule, repo_of(tree, rule)
 
     # One connection to the master
 
@@ -23101,7 +23110,7 @@ def tell_plan(agent: Agent, args: dict[str, Any]) -> dict[str, Any]:
         try:
             file = outlook.git("cat-file", "blob", f"{found['target']}:./{rule.version}") or ""
             found["target_version"] = parse_version_file(file.encode("utf-8", "surrogateescape"))
-            there = named_place(work_tree(agent.config.path), rule.repo or "")
+            there = repo_of(work_tree(agent.config.path), rule)
             outlook.foresee(found, branch, rule, there)
         except UpdaterError as problem:  # that a remote is slow is no reason to refuse
             found["warnings"].append(f"not looked at to the end: {problem.what}")
@@ -26523,28 +26532,17 @@ class Planner:
             row["warnings"] = told
         now_and_then = ("machine", "current", "target", "traffic")
         truth = {row["host"]: tuple(row.get(key) for key in now_and_then) for row in rows}
-        concerned = rows
-        if self.action == "rollback" and any(row["target"] for row in rows):
-            # where there is nothing to go back to, or nothing to undo, nothing will be done
-            concerned = [row for row in rows if row["target"] or row.get("unknown")]
-        refused, unknown = [], []
         for row in rows:
             row.pop("machine", None)
-            if row not in concerned:
-                continue
-            refused += row["refused"]
-            if row.get("unknown"):
-                unknown.append(row["host"])
-            if row.get("unknown") and not row["target"]:
-                # an order by this plan could not be held to a commit
-                refused += row["unknown"]
+        refused = plan_refusals(self.action, rows)
+        is_known = not any(row.get("unknown") for row in rows)
         return {
             "plan": self.remember(truth, refused),
             "branch": "",
             **self.request,
             **self.expects,
             "fresh_s": PLAN_FRESH_S,
-            "ok": not refused and not unknown,
+            "ok": is_known and not refused,
             "hosts": rows,
         }
 
@@ -27015,26 +27013,25 @@ async def find_pushed(master: Master, rule: WatchRule, old: str, commit: str) ->
 def failed_jobs(master: Master, name: str) -> Sequence[tuple[JobRecord, int]]:
     """The jobs of a run that are over and did not succeed, with its place among all runs. They are
     read every few seconds at most: everybody who watches is told with each change."""
+    if not name:
+        return ()
     failed, now = master.watcher.failed, time.monotonic()
     if name in failed and now < failed[name][0] + WATCHED_RUN_S:
         return failed[name][1]
     run = None
-    if name:
-        with suppress(OSError):  # can't be read now: that is no reason to say nothing else
-            run = master.ledger.load(name)
-    if run is None:
-        return ()
+    with suppress(OSError):  # can't be read now: that is no reason to say nothing else
+        run = master.ledger.load(name)
     found = []
-    for job in run.jobs.values():
-        if job.state in FINAL and job.state is not State.SUCCEEDED:
+    if run:
+        for job in filter(has_failed, run.jobs.values()):
             found.append((job, run.record.place))
     if len(failed) >= WATCHED_RUNS:
         failed.clear()
-    failed[name] = now, found
+    failed[name] = now, found  # also that there is none any more: to look for it takes as long
     return found
 
 
-def left_behind(master: Master, rule: WatchRule, past: Mapping[str, Any]) -> str:
+def unreached_hosts(master: Master, rule: WatchRule, past: Mapping[str, Any]) -> str:
     """Which hosts did not get what a watch ordered last, and how they would: no commit is ordered
     twice, also not when a host that was away comes back. "" where each has it, or where somebody
     ordered something else there since."""
@@ -27126,9 +27123,9 @@ class Watcher:
         for rule in rules:
             if self.held.get(rule.key):
                 found.append(f"watch {rule.branch} on {rule.target}: {self.held[rule.key]}")
-            behind = left_behind(self.master, rule, self.past.get(rule.key, {}))
-            if behind:
-                found.append(f"watch: {behind}")
+            unreached = unreached_hosts(self.master, rule, self.past.get(rule.key, {}))
+            if unreached:
+                found.append(f"watch: {unreached}")
         return found
 
     # Asking the remote
@@ -27344,7 +27341,7 @@ def tell_watches(watcher: Watcher) -> dict[str, Any]:
             "plan": past.get("plan"),
             "at": past.get("at"),
             "held": watcher.held.get(rule.key),
-            "left": left_behind(master, rule, past),
+            "left": unreached_hosts(master, rule, past),
             "hosts": [],
         }
         rows.append(row)
@@ -27583,7 +27580,7 @@ def hook_url(rule: NotifyRule, tree: Path) -> str:
     if rule.url_file:
         path = named_place(tree, rule.url_file)
         try:
-            url = read_supplied(path).decode("utf-8-sig").strip()
+            url = decode_text(read_supplied(path)).strip()
         except (OSError, ValueError) as problem:
             raise UpdaterError(
                 f"can't read urlFile {path}: {getattr(problem, 'strerror', 'it is no text')}"
@@ -28006,7 +28003,7 @@ class Notifier:
         cert = self.config.config.tls.cert
         if cert is None or not self.spool.wants("certificate"):
             return
-        end = certificate_end(read_supplied(self.spool.tree / cert))
+        end = certificate_end(read_supplied(named_place(self.spool.tree, cert)))
         days = (end - time.time()) / DAY_S
         step = next((step for step in CERTIFICATE_DAYS if days <= step), None)
         if step is None:
@@ -29882,9 +29879,9 @@ class _Split:
     """The packed module in parts: what every command may come to use, and what only those of
     each group of `_GROUPS` do. Each of these is replaced by an `_Apart` in the first.
 
-    The first part is what `main` reaches, from name to name: nothing in it asks for a name of
-    another one, and nothing in the second for one of the third. Statements that do more than define
-    something are in the first as well.
+    The first part is what `main` reaches, from name to name. Nothing in a part asks for a name of
+    a later one, but through an `_Apart`, which has all parts defined as far as its own. Statements
+    that do more than define something are in the first as well.
     """
 
     def __init__(self, tree: "ast.Module", source: str) -> None:
@@ -30631,7 +30628,7 @@ def check_config(path: Path) -> tuple[list[str], list[str]]:
     warnings = config_warnings(config)
     tree = work_tree(path)
     rule = host_rule(config, own_addresses(config, None), socket.gethostname())
-    repo = named_place(tree, rule.repo or "")
+    repo = repo_of(tree, rule)
     named = [("repo", repo)]
     if rule.environment_file:
         named.append(("environmentFile", named_place(repo, rule.environment_file)))
@@ -31936,7 +31933,7 @@ def judge_clean(repo: Path, rule: Effective, env: Mapping[str, str]) -> Finding:
     git = typed("git", "-C", repo)
     try:
         tree = WorkTree(repo, env, submodules=rule.submodules)
-        changes = tree.less_phantoms(tree.changes())
+        changes = tree.real_changes()
         hidden, _ = tree.find_all_hidden()
         changed = add_hidden(changes, hidden).paths
     except UpdaterError as problem:  # an index that was damaged, say
@@ -32137,9 +32134,9 @@ class Doctor:
         tree = work_tree(path)
         extra = dict(rule.env)
         with suppress(ConfigError):
-            extra |= read_environment(rule, named_place(tree, rule.repo or ""))
+            extra |= read_environment(rule, repo_of(tree, rule))
         self.hidden = host_secrets(config, tree, rule, extra)
-        yield from self.repository(named_place(tree, rule.repo or ""), rule)
+        yield from self.repository(repo_of(tree, rule), rule)
         if config.updater.sha256:
             yield judge_program()
         if config.tls.cert:
@@ -35654,15 +35651,7 @@ class Consent:
             known = {}
         plan = ask_master(self.args, "plan", {**request, **known}, PLAN_ANSWER_S)
         options["plan"] = plan["plan"]
-        rows = plan["hosts"]
-        going = [row for row in rows if row.get("target")]
-        if plan.get("action") == "rollback" and going:
-            rows = going  # for the others there is nothing to do
-        refused: list[str] = []
-        for row in rows:
-            refused += row["refused"]
-            if not row.get("target", True):
-                refused += row.get("unknown", [])
+        refused = plan_refusals(plan["action"], plan["hosts"])
         if refused and "force" not in options:
             raise GuardError(f"the plan says no: {'; '.join(refused)[:1000]}")
         self.confirm(view, "\n".join([f"{doing}?", plan_answer_text(plan)]), plan["plan"])

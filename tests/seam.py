@@ -316,6 +316,7 @@ from estelle_updater import (
     hidden_values as hidden_values,
     history_screen as history_screen,
     host_rule as host_rule,
+    host_secrets as host_secrets,
     in_turn as in_turn,
     init_text as init_text,
     is_commit_id as is_commit_id,

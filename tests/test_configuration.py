@@ -715,6 +715,21 @@ def test_a_hosts_settings_lie_over_deploy():
     assert (none.role, none.repo, none.environment_file, none.env, none.color) == (None, None, None, {}, None)
 
 
+@pytest.mark.parametrize("repo", ["~/app", "{home}/app", "../app"])
+def test_secrets_of_a_clone_are_known_wherever_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    settings = tmp_path / "app/.git/config"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('[remote "origin"]\n\turl = https://me:hunter2secret@forge.example/x\n')
+    config = config_of(hosts={"10.0.0.2": {"repo": repo.format(home=tmp_path)}})
+    rule, tree = host_rule(config, "10.0.0.2", "x"), tmp_path / "tree"
+    tree.mkdir()
+    assert "hunter2secret" in str(est.host_secrets(config, tree, rule, {}))
+
+
 def test_what_differs_by_role_lies_between():
     config = config_of(
         deploy={
