@@ -8,6 +8,7 @@ import re
 import time
 import tomllib
 import urllib.parse
+from pathlib import Path
 from typing import Any
 
 import pytest
