@@ -314,12 +314,17 @@ else:
 # what only some commands use, group by group of `_GROUPS`. To read and define all of it took a
 # sixth of each other command.
 _APART: list[int] = []
+_DEFINING = _thread.RLock()  # two threads may ask for the same at once
 
 
 def _define_apart(left: int = 0) -> None:
     """Define the parts that `build` set apart of this module, up to the last `left` of them."""
-    if len(_APART) <= left:
-        return
+    with _DEFINING:
+        if len(_APART) > left:
+            _define_to(left)
+
+
+def _define_to(left: int) -> None:
     import gc
 
     loader = globals()["__loader__"]
@@ -328,8 +333,9 @@ def _define_apart(left: int = 0) -> None:
     gc.disable()
     while len(_APART) > left:
         begin = len(bytecode) - sum(_APART)
-        end = begin + _APART.pop(0)
+        end = begin + _APART[0]
         exec(marshal.loads(bytecode[begin:end]), globals())
+        del _APART[0]  # only now: until then its names are those that stand in for it
     gc.freeze()  # what is defined stays
     gc.enable()
     mapped: Any = getattr(bytecode, "obj", None)
@@ -791,6 +797,7 @@ REFS_BYTES = 512 << 20
 # the same of a job's fetch, which holds what it gets as well; on a large host this share of all
 FETCH_BYTES, FETCH_SHARE = 2 << 30, 0.25
 PHANTOM_BYTES = 4 << 20  # of a changed file, of which git may be wrong about its line ends
+PHANTOMS_HELD_BYTES = 64 << 20  # of such files while git moves on; others the undoing brings back
 LEFT_ROWS = 4  # hosts of the active whose commits an order's record names
 WARNINGS_KEPT, WARNING_CHARS = 20, 500  # in a job's record
 # the same, of its other words: a row of a table may not be a screen
@@ -13310,6 +13317,11 @@ def fetch_room() -> int:
     if sys.platform != "linux":
         return FETCH_BYTES
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # "max" is no number
+        # of a container or a unit that has less than its host
+        own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        limit = int(Path(f"/sys/fs/cgroup{own}/memory.max").read_text())
+        memory = min(memory, limit)
     return max(FETCH_BYTES, int(memory * FETCH_SHARE))
 
 
@@ -13767,7 +13779,10 @@ class HeldEnd:
 
 
 # In a clone's configuration: whatever stands in such a URL may be a secret.
-_EXTRA_HEADER = regex(r"(?im)^[ \t]*extraheader[ \t]*=[ \t]*\"?[^:\n]*:([^\n\"#]+)")
+_EXTRA_HEADER = regex(
+    r"(?im)^[ \t]*extraheader[ \t]*=[ \t]*\"?[^:\n]*:"
+    r"((?:[^\n\"#]|(?<=\S)#|(?<=\\)[\"\n])+)"
+)
 _SCHEME = regex(r"(?i)[a-z]{1,7}")  # a header's first word, as in `Authorization: Bearer TOKEN`
 _PASSWORD_IN_URL = regex(r"(//[^/@:]*):[^/@]*@")
 _LONE_IN_URL = regex(r"(?i)(https?://)[^/?#@:]*@")
@@ -14293,8 +14308,12 @@ def clone_secrets(repo: Path) -> dict[str, str]:
             text = read_supplied(path, within=within)
             texts.append(text.decode(errors="replace"))
     settings = "\n".join(texts)
-    words = " ".join(_EXTRA_HEADER.findall(settings)).split()
-    told = [word for word in words if not _SCHEME.fullmatch(word)]
+    told = []
+    for header in _EXTRA_HEADER.findall(settings):
+        words = header.split()
+        for word in words:
+            if len(words) == 1 or not _SCHEME.fullmatch(word):
+                told.append(word.strip('\\"'))
     return {
         "urls": settings,
         "header_token": "\n".join(told),
@@ -15490,17 +15509,25 @@ class WorkTree(CheckedOut):
         anew. What each of these holds is the commit's. A git that fails, as it does while another
         one works here, leaves none of them gone. Raises UpdaterError."""
         aside: list[tuple[Path, bytes, int]] = []
-        moved: Container[str] = ()
         if phantoms:
             moved = self.find_versions(commits)
+            going = [path for path in phantoms if path in moved]
+            # somebody may have written to one of them since they were found
+            phantoms = sorted(self.find_phantoms(going))
+        room = PHANTOMS_HELD_BYTES
         for path in phantoms:
-            if path not in moved or not self.is_file(path):
+            if not self.is_file(path):
                 continue
             place = self.root / path
             with suppress(OSError):  # then git refuses by itself
-                held = place.read_bytes(), place.stat().st_mode & 0o777
+                there = place.stat()
+                content = None
+                if there.st_size <= room:
+                    content = place.read_bytes()
                 place.unlink()
-                aside.append((place, *held))
+                if content is not None:
+                    room -= len(content)
+                    aside.append((place, content, there.st_mode & 0o777))
         try:
             yield
         except BaseException:
@@ -27010,21 +27037,30 @@ async def find_pushed(master: Master, rule: WatchRule, old: str, commit: str) ->
     return pushed
 
 
+def _failed_of(run: Run) -> Sequence[tuple[JobRecord, int]]:
+    place = run.record.place
+    return [(job, place) for job in filter(has_failed, run.jobs.values())]
+
+
 def failed_jobs(master: Master, name: str) -> Sequence[tuple[JobRecord, int]]:
     """The jobs of a run that are over and did not succeed, with its place among all runs. They are
     read every few seconds at most: everybody who watches is told with each change."""
     if not name:
         return ()
     failed, now = master.watcher.failed, time.monotonic()
+    run = master.ledger.runs.get(name)
+    if run:  # in memory: the last of its changes must not be told too late
+        failed.pop(name, None)
+        return _failed_of(run)
     if name in failed and now < failed[name][0] + WATCHED_RUN_S:
         return failed[name][1]
-    run = None
-    with suppress(OSError):  # can't be read now: that is no reason to say nothing else
+    try:
         run = master.ledger.load(name)
-    found = []
+    except OSError:  # not now: that is no reason to say nothing else
+        return ()
+    found: Sequence[tuple[JobRecord, int]] = ()
     if run:
-        for job in filter(has_failed, run.jobs.values()):
-            found.append((job, run.record.place))
+        found = _failed_of(run)
     if len(failed) >= WATCHED_RUNS:
         failed.clear()
     failed[name] = now, found  # also that there is none any more: to look for it takes as long

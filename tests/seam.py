@@ -257,6 +257,7 @@ from estelle_updater import (
     chown_line as chown_line,
     client_address as client_address,
     client_tls as client_tls,
+    clone_secrets as clone_secrets,
     compare_commands as compare_commands,
     compare_doors as compare_doors,
     compare_networks as compare_networks,

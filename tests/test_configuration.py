@@ -716,6 +716,29 @@ def test_a_hosts_settings_lie_over_deploy():
     assert (none.role, none.repo, none.environment_file, none.env, none.color) == (None, None, None, {}, None)
 
 
+@pytest.mark.parametrize(
+    ("header", "secrets", "plain"),
+    [
+        ('"Authorization: Bearer abc123 # c"', ["abc123"], ["Bearer", "Authorization"]),
+        ("AUTHORIZATION: basic Zm9yZ2U6dG9r  # a comment", ["Zm9yZ2U6dG9r"], ["basic", "comment"]),
+        ('"X-Token: ab#cdefghijkl"', ["ab#cdefghijkl"], ["X-Token"]),
+        ('"PRIVATE-TOKEN: abcdefg"', ["abcdefg"], ["PRIVATE"]),
+        ('"X-Key: \\"quoted-secret\\""', ["quoted-secret"], ["X-Key"]),
+        ('"Cookie: sid=SECRET1; other=SECRET2"', ["sid=SECRET1;", "other=SECRET2"], ["Cookie"]),
+        ("", [], []),
+    ],
+)
+def test_what_a_header_of_git_s_settings_holds(
+    tmp_path: Path, header: str, secrets: list[str], plain: list[str]
+) -> None:
+    settings = tmp_path / ".git/config"
+    settings.parent.mkdir()
+    settings.write_text(f"[http]\n\textraheader = {header}\n\tpostBuffer = 1\n")
+    told = est.clone_secrets(tmp_path)["header_token"]
+    assert told.split() == secrets
+    assert not [word for word in plain if word in told]
+
+
 @pytest.mark.parametrize("repo", ["~/app", "{home}/app", "../app"])
 def test_secrets_of_a_clone_are_known_wherever_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str

@@ -955,6 +955,9 @@ def test_files_that_git_disagrees_about_are_looked_at_together(clone: Clone):
         assert not one.exists()
         raise est.UpdaterError("another git holds the lock")
     assert one.read_bytes() == b"1\r\n", "where git did not move, nothing is gone"
+    one.write_bytes(b"by hand\r\n")
+    with tree.without_phantoms(phantoms, [commit]):
+        assert one.read_bytes() == b"by hand\r\n", "written since they were found: git has to refuse"
     one.write_bytes(b"1" * (est.PHANTOM_BYTES + 1))
     phantoms = tree.less_phantoms(tree.changes()).phantoms
     assert len(phantoms) == 298 and not tree.may_be_phantom("s/1.js"), "nobody reads a large file again and again"
